@@ -1,0 +1,50 @@
+"""The records that travel between the parts, and the one legend of shapes.
+
+Names of tensors end in their shape, one letter a dimension:
+
+    T  tokens of a ragged batch, end to end, no padding
+    N  tokens that are asked for (they carry loss, or their log-probability is wanted), N <= T
+    S  segments of a ragged batch
+    G  completions of one prompt
+    V  vocabulary
+    H  hidden size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+
+class Message(TypedDict):
+    """One turn of a conversation: ``role`` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sequence of token ids, and what each token counts in the loss.
+
+    tokens: token ids, whole sequence (prompt and completion), never truncated silently.
+    weights: one number a token; 0 means that the token carries no loss. The weight belongs to the token as a
+        *target*: the first token of a sequence has nothing that predicts it, so its weight must be 0.
+    source: where the row came from, ``file:row``, for messages.
+    meta: whatever the row carried that a method or a report may want (an answer, an id).
+    """
+
+    tokens: Sequence[int]
+    weights: Sequence[float]
+    source: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.weights):
+            raise ValueError(f"{self.source or 'sample'}: {len(self.tokens)} tokens but {len(self.weights)} weights")
+        if len(self.weights) and self.weights[0] != 0:
+            raise ValueError(f"{self.source or 'sample'}: the first token has no predecessor and can't carry loss")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
