@@ -1,0 +1,206 @@
+"""Log-probabilities without logits: never a T by V matrix.
+
+Only the N positions asked for go through the output head, a chunk at a time. `linear_logprobs` serves losses whose
+derivative is known only afterwards (policy gradients, preferences) and recomputes a chunk in backward;
+`linear_cross_entropy` serves a weighted sum that is known beforehand (SFT) and so makes its gradients at once.
+
+Let z = cap(scale * (W h + b)) / temperature, with cap(z) = c tanh(z / c) where a soft cap c is given. Then
+
+    log p(y) = z_y - logsumexp(z)          entropy = logsumexp(z) - sum_v p_v z_v
+    d log p(y) / d z = onehot(y) - p       d entropy / d z_v = -p_v (log p_v + entropy)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
+"""Size of one chunk of logits: on a CPU what stays in its cache, on a GPU what keeps its units busy."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head: weight_V_H, optional bias_V, a scale on the logits, and a tanh soft cap (None: none)."""
+
+    weight_V_H: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """How many positions go through the head at a time."""
+    return max(1, CHUNK_BYTES.get(device.type, 64 << 20) // (4 * vocabulary))
+
+
+def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, t: float) -> Tensor:
+    """float32 logits of a chunk, temperature applied, in a fresh tensor that the caller may overwrite."""
+    z = torch.mm(h, weight.t()).float()
+    if bias is not None:
+        z += bias
+    if scale != 1.0:
+        z *= scale
+    if softcap is not None:
+        z.div_(softcap).tanh_().mul_(softcap)
+    if t != 1.0:
+        z /= t
+    return z
+
+
+def _through_cap(d: Tensor, z: Tensor, scale: float, softcap: float | None, t: float) -> Tensor:
+    """d loss / d z turned, in place, into d loss / d (W h + b)."""
+    if softcap is not None:
+        d *= 1.0 - (z * (t / softcap)).square_()
+    factor = scale / t
+    return d.mul_(factor) if factor != 1.0 else d
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """(hidden, weight, bias, targets) -> (log-probabilities, entropies); backward recomputes each chunk."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap, temperature, entropy):  # type: ignore[no-untyped-def]
+        rows = chunk_rows(weight.shape[0], hidden.device)
+        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        lse = torch.empty_like(logprobs)
+        entropies = torch.zeros_like(logprobs)
+        for i in range(0, len(hidden), rows):
+            s = slice(i, i + rows)
+            z = _logits(hidden[s], weight, bias, scale, softcap, temperature)
+            lse[s] = torch.logsumexp(z, -1)
+            logprobs[s] = z.gather(1, targets[s, None]).squeeze(1) - lse[s]
+            if entropy:
+                p = (z - lse[s, None]).exp_()
+                entropies[s] = lse[s] - p.mul_(z).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropies)
+        ctx.settings = scale, softcap, temperature, entropy
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, d_logprobs, d_entropies):  # type: ignore[no-untyped-def]
+        hidden, weight, bias, targets, lse, entropies = ctx.saved_tensors
+        scale, softcap, temperature, entropy = ctx.settings
+        need_h, need_w, need_b = ctx.needs_input_grad[:3]
+        rows = chunk_rows(weight.shape[0], hidden.device)
+        d_hidden = torch.empty_like(hidden) if need_h else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_b and bias is not None else None
+        for i in range(0, len(hidden), rows):
+            s = slice(i, i + rows)
+            z = _logits(hidden[s], weight, bias, scale, softcap, temperature)
+            logp = z - lse[s, None]
+            d = logp.exp()
+            if entropy and d_entropies is not None:
+                coefficient = -(logp + entropies[s, None]).mul_(d_entropies[s, None]) - d_logprobs[s, None]
+                d.mul_(coefficient)
+            else:
+                d.mul_(-d_logprobs[s, None])
+            d.scatter_add_(1, targets[s, None], d_logprobs[s, None].to(d.dtype))
+            _push(_through_cap(d, z, scale, softcap, temperature), hidden, weight, s, d_hidden, d_weight, d_bias)
+        return (
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None else d_bias.to(bias.dtype),
+            *(None,) * 5,
+        )
+
+
+def _push(
+    d: Tensor, hidden: Tensor, weight: Tensor, s: slice, d_h: Tensor | None, d_w: Tensor | None, d_b: Tensor | None
+) -> None:
+    """Carry a chunk's d loss / d logits back to hidden states, weight and bias."""
+    low = d.to(hidden.dtype)
+    if d_h is not None:
+        torch.mm(low, weight, out=d_h[s])
+    if d_w is not None:
+        if d_w.dtype == hidden.dtype:
+            d_w.addmm_(low.t(), hidden[s])
+        else:
+            d_w += torch.mm(low.t(), hidden[s])
+    if d_b is not None:
+        d_b += d.sum(0)
+
+
+def linear_logprobs(
+    hidden_N_H: Tensor, head: Head, targets_N: Tensor, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target, and on request the entropy of its distribution, in nats.
+
+    hidden_N_H: the hidden states that predict the targets. targets_N: token ids, int64. temperature: as it was when
+    sampling. Returns (logprobs_N, entropies_N), float32; entropies are zeros where not asked for. Both are
+    differentiable in the hidden states, the head's weight and its bias. Peak memory beyond the arguments and their
+    gradients: one chunk of logits, whatever N is. N = 0 gives empty tensors.
+
+    Raises ValueError for a temperature that is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, and is {temperature}; for greedy decoding take 1")
+    return _LinearLogprobs.apply(  # type: ignore[no-any-return]
+        hidden_N_H, head.weight_V_H, head.bias_V, targets_N, head.scale, head.softcap, float(temperature), entropy
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """(hidden, weight, bias, targets, coefficients) -> (sum of coefficients * nll, nll); gradients made in forward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, coefficients, scale, softcap):  # type: ignore[no-untyped-def]
+        need_h, need_w, need_b = ctx.needs_input_grad[:3]
+        rows = chunk_rows(weight.shape[0], hidden.device)
+        nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if need_h else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_b and bias is not None else None
+        for i in range(0, len(hidden), rows):
+            s = slice(i, i + rows)
+            z = _logits(hidden[s], weight, bias, scale, softcap, 1.0)
+            top, best = z.max(-1)
+            target = z.gather(1, targets[s, None]).squeeze(1)
+            raw = z.clone() if softcap is not None else z
+            p = z.sub_(top[:, None]).exp_()
+            total = p.sum(-1)
+            nll[s] = top + total.log() - target
+            hits[s] = best == targets[s]
+            if need_h or need_w:
+                c = coefficients[s].float()
+                p.mul_((c / total)[:, None])
+                p.scatter_add_(1, targets[s, None], -c[:, None])
+                _push(_through_cap(p, raw, scale, softcap, 1.0), hidden, weight, s, d_hidden, d_weight, d_bias)
+        ctx.gradients = d_hidden, d_weight, d_bias
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(nll, hits)
+        return (nll.double() * coefficients.double()).sum().float(), nll, hits
+
+    @staticmethod
+    def backward(ctx, d_loss, _nll, _hits):  # type: ignore[no-untyped-def]
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass; call it again")
+        d_hidden, d_weight, d_bias = ctx.gradients
+        ctx.gradients = None
+        for d in (d_hidden, d_weight, d_bias):
+            if d is not None:
+                d.mul_(d_loss)
+        return (
+            d_hidden,
+            None if d_weight is None else d_weight.to(ctx.dtypes[0]),
+            None if d_bias is None else d_bias.to(ctx.dtypes[1]),
+            *(None,) * 4,
+        )
+
+
+def linear_cross_entropy(
+    hidden_N_H: Tensor, head: Head, targets_N: Tensor, coefficients_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_n c_n * -log p(y_n), with its gradients made chunk by chunk on the way (the head costs 3 products, not 4).
+
+    coefficients_N: what each token's negative log-likelihood counts, its share of the global denominator already in
+    it. Returns (loss, nll_N, hits_N): the scalar, and for metrics the negative log-likelihood of each target and
+    whether it was the likeliest token (not differentiable). N = 0 gives loss 0. One backward pass only.
+    """
+    return _LinearCrossEntropy.apply(  # type: ignore[no-any-return]
+        hidden_N_H, head.weight_V_H, head.bias_V, targets_N, coefficients_N, head.scale, head.softcap
+    )

@@ -1,0 +1,168 @@
+"""A language model as posttrain uses it: a ragged batch in, log-probabilities of the tokens asked for out."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.errors import ModelError
+from posttrain.functional.logprobs import Head, linear_cross_entropy, linear_logprobs
+from posttrain.models import attention
+from posttrain.models.ragged import RaggedBatch, pack
+from posttrain.types import Sample
+
+STATEFUL = ("linear_attention", "mamba", "conv", "recurrent", "rwkv", "chunked_attention")
+"""Layer types whose state runs through a sequence: segments can't share a prefix or lie end to end."""
+
+
+def _base(hf: nn.Module) -> Any:
+    """transformers' own model inside a peft wrapper, or the model itself."""
+    return hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+
+
+class LanguageModel(nn.Module):
+    """Wraps a decoder-only model of transformers, with or without peft adapters in it.
+
+    `forward` is the only way in while training, so that FSDP's hooks on the root see every pass. The output head is
+    never run by transformers: hidden states of the positions asked for go through it in chunks.
+    """
+
+    def __init__(self, hf: nn.Module) -> None:
+        super().__init__()
+        attention.register()
+        self.hf = hf
+        self.ragged = _supports_ragged(_base(hf))
+        if self.ragged:
+            _base(hf).set_attn_implementation(attention.NAME)
+        no_dropout(hf)
+
+    @property
+    def base(self) -> Any:
+        """The transformers model."""
+        return _base(self.hf)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.hf.parameters()).device
+
+    def head(self) -> Head:
+        """The output head with the transforms that the model type applies to its logits."""
+        config = self.base.config.get_text_config()
+        linear = self.base.get_output_embeddings()
+        if linear is None or not hasattr(linear, "weight"):
+            raise ModelError(f"{type(self.base).__name__} has no linear output head; a causal language model is needed")
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
+
+    def hidden_T_H(self, batch: RaggedBatch) -> Tensor:
+        """Final hidden states of every token of the batch, as the output head takes them."""
+        decoder = self.base.get_decoder()
+        if self.ragged:
+            plan = attention.Plan(batch)
+            out = decoder(
+                input_ids=batch.tokens_T[None], position_ids=batch.positions_T[None], use_cache=False, ragged=plan
+            )
+            return out.last_hidden_state[0]  # type: ignore[no-any-return]
+        # One sequence at a time: right for any model, whatever state runs through it.
+        hidden: Tensor | None = None
+        for row in batch.rows:
+            h = decoder(input_ids=batch.tokens_T[row][None], use_cache=False).last_hidden_state[0]
+            hidden = h.new_zeros(batch.total, h.shape[-1]) if hidden is None else hidden
+            hidden = hidden.index_copy(0, row, h)
+        assert hidden is not None
+        return hidden
+
+    def forward(
+        self,
+        batch: RaggedBatch,
+        want: Literal["cross_entropy", "logprobs", "hidden"] = "logprobs",
+        targets_N: Tensor | None = None,
+        coefficients_N: Tensor | None = None,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> Any:
+        """What `want` names, at `targets_N` (T-indices of the tokens asked for; None: those that carry loss).
+
+        cross_entropy: (loss, nll_N, hits_N) of `linear_cross_entropy` with `coefficients_N`.
+        logprobs: (logprobs_N, entropies_N) of `linear_logprobs`. hidden: hidden_T_H.
+        Raises ValueError when a first token of a sequence is asked for: nothing predicts it.
+        """
+        hidden = self.hidden_T_H(batch)
+        if want == "hidden":
+            return hidden
+        targets = batch.targets_N() if targets_N is None else targets_N
+        predictors = batch.predictors_T[targets]
+        if bool((predictors < 0).any()):
+            raise ValueError("the first token of a sequence was asked for; no hidden state predicts it")
+        hidden_N_H, tokens_N = hidden[predictors], batch.tokens_T[targets]
+        if want == "cross_entropy":
+            if coefficients_N is None:
+                coefficients_N = batch.weights_T[targets]
+            return linear_cross_entropy(hidden_N_H, self.head(), tokens_N, coefficients_N)
+        return linear_logprobs(hidden_N_H, self.head(), tokens_N, temperature, entropy)
+
+    def pack(self, samples: list[Sample], share_prefixes: bool = True) -> RaggedBatch:
+        """`pack`, on the model's device, with shared prefixes where the model type allows them."""
+        return pack(samples, share_prefixes and self.ragged).to(self.device)
+
+
+def no_dropout(model: nn.Module) -> None:
+    """Switch every dropout off: with it a step would depend on how its batch is split, and resume on random states."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _supports_ragged(base: Any) -> bool:
+    """Whether attention goes through transformers' interface and nothing else carries state along the sequence."""
+    config = base.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    stateful = sorted(k for k in kinds if any(s in k for s in STATEFUL)) or getattr(base, "_is_stateful", False)
+    if getattr(base, "_supports_attention_backend", False) and not stateful:
+        return True
+    warnings.warn(
+        f"{config.model_type}: its attention can't be shared ({stateful or 'no attention interface'}); "
+        "sequences are computed one at a time, which is right but slow",
+        stacklevel=3,
+    )
+    return False
+
+
+@torch.no_grad()
+def verify(model: LanguageModel, tolerance: float | None = None) -> float:
+    """Compare ragged log-probabilities with the model's own logits on a few tokens; return the largest difference.
+
+    Guards against a model type whose head or attention does something that we do not know of. Raises ModelError.
+    """
+    base, vocabulary = model.base, model.base.get_output_embeddings().weight.shape[0]
+    tokens = torch.arange(1, 13) * 7919 % vocabulary
+    sample = Sample(tokens.tolist(), [0.0] + [1.0] * 11)
+    twin = Sample([*sample.tokens[:8], *sample.tokens[2:6]], [0.0] + [1.0] * 11)
+    batch = pack([sample, twin], model.ragged, min_shared=4).to(model.device)
+    targets = batch.rows[0][1:]
+    ours = model(batch, targets_N=targets)[0]
+    if model.ragged:
+        base.set_attn_implementation("eager")
+    try:
+        logits = base(input_ids=tokens[None].to(model.device), use_cache=False).logits[0, :-1].float()
+    finally:
+        if model.ragged:
+            base.set_attn_implementation(attention.NAME)
+    theirs = logits.log_softmax(-1).gather(1, tokens[1:, None].to(model.device)).squeeze(1)
+    difference = float((ours - theirs).abs().max())
+    if tolerance is None:
+        tolerance = 1e-3 if ours.dtype == next(base.parameters()).dtype else 0.3
+    if not difference <= tolerance:
+        raise ModelError(
+            f"{base.config.model_type}: log-probabilities of the ragged forward differ from the model's own by "
+            f"{difference:.2g} (tolerance {tolerance:g}). Its attention or output head does something unknown to "
+            "posttrain; please report the model type"
+        )
+    return difference

@@ -1,0 +1,147 @@
+"""Log-probabilities without logits: against float64, in value, gradient and memory."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from posttrain.functional import logprobs
+from posttrain.functional.logprobs import Head, linear_cross_entropy, linear_logprobs
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven rows a chunk, so that 23 positions make four, the last one short."""
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", {"cpu": 7 * 4 * 50})
+
+
+def make(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    h = torch.randn(23, 16, generator=g, dtype=dtype).requires_grad_()
+    w = torch.randn(50, 16, generator=g, dtype=dtype).requires_grad_()
+    b = torch.randn(50, generator=g, dtype=dtype).requires_grad_() if bias else None
+    return h, w, b, torch.randint(0, 50, (23,), generator=g)
+
+
+def slow(h, w, b, y, scale, cap, t):  # type: ignore[no-untyped-def]
+    """In float64, with the whole matrix."""
+    z = h.double() @ w.double().t()
+    z = (z + b.double() if b is not None else z) * scale
+    z = cap * torch.tanh(z / cap) if cap else z
+    logp = (z / t).log_softmax(-1)
+    return logp.gather(1, y[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
+
+
+def test_by_hand() -> None:
+    """Logits ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8."""
+    head = Head(torch.tensor([[0.0], [math.log(2)], [math.log(5)]]))
+    lp, entropy = linear_logprobs(torch.ones(3, 1), head, torch.tensor([0, 1, 2]), entropy=True)
+    assert lp.tolist() == pytest.approx([math.log(1 / 8), math.log(2 / 8), math.log(5 / 8)], abs=1e-6)
+    h = -(1 / 8 * math.log(1 / 8) + 2 / 8 * math.log(2 / 8) + 5 / 8 * math.log(5 / 8))
+    assert entropy.tolist() == pytest.approx([h] * 3, abs=1e-6)
+    hot, _ = linear_logprobs(torch.ones(1, 1), head, torch.tensor([2]), temperature=0.5)
+    assert float(hot) == pytest.approx(math.log(25 / 30), abs=1e-6)  # squares: 1, 4, 25
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("scale", "cap", "t"), [(1.0, None, 1.0), (0.25, None, 0.7), (1.0, 5.0, 1.3)])
+def test_values_and_gradients_equal_float64(bias: bool, scale: float, cap: float | None, t: float) -> None:
+    h, w, b, y = make(bias)
+    lp, entropy = linear_logprobs(h, Head(w, b, scale, cap), y, t, entropy=True)
+    slow_lp, slow_entropy = slow(h, w, b, y, scale, cap, t)
+    assert float((lp - slow_lp).abs().max()) < 1e-5
+    assert float((entropy - slow_entropy).abs().max()) < 1e-5
+    g = torch.Generator().manual_seed(2)
+    a, c = torch.randn(23, generator=g), torch.randn(23, generator=g)
+    leaves = [x for x in (h, w, b) if x is not None]
+    ours = torch.autograd.grad((a * lp + c * entropy).sum(), leaves)
+    theirs = torch.autograd.grad((a * slow_lp + c * slow_entropy).sum(), leaves)
+    for o, s in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(o, s.float(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.5, 5.0)])
+def test_cross_entropy_equals_float64(bias: bool, scale: float, cap: float | None) -> None:
+    h, w, b, y = make(bias)
+    c = torch.rand(23, generator=torch.Generator().manual_seed(3))
+    loss, nll, hits = linear_cross_entropy(h, Head(w, b, scale, cap), y, c)
+    slow_lp, _ = slow(h, w, b, y, scale, cap, 1.0)
+    assert float(loss) == pytest.approx(float(-(c * slow_lp).sum()), abs=1e-5)
+    assert float((nll + slow_lp).abs().max()) < 1e-5
+    z = h.double() @ w.double().t() + (b.double() if b is not None else 0)
+    assert hits.tolist() == (z.argmax(-1) == y).tolist()
+    leaves = [x for x in (h, w, b) if x is not None]
+    ours = torch.autograd.grad(3 * loss, leaves)  # a factor from outside goes through
+    theirs = torch.autograd.grad(-3 * (c * slow_lp).sum(), leaves)
+    for o, s in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(o, s.float(), atol=2e-5, rtol=1e-4)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    head = Head(torch.tensor([[1000.0], [-1000.0]]))
+    lp, entropy = linear_logprobs(torch.ones(2, 1, requires_grad=True), head, torch.tensor([0, 1]), entropy=True)
+    assert lp.tolist() == [0.0, -2000.0]
+    assert torch.isfinite(entropy).all()
+
+
+def test_nothing_asked_for() -> None:
+    h, w, _, _ = make(False)
+    none = torch.zeros(0, dtype=torch.long)
+    assert linear_logprobs(h[:0], Head(w), none)[0].shape == (0,)
+    loss, _, _ = linear_cross_entropy(h[:0], Head(w), none, torch.zeros(0))
+    loss.backward()
+    assert float(loss) == 0.0 and w.grad is not None and float(w.grad.abs().sum()) == 0.0
+
+
+def test_temperature_must_be_positive() -> None:
+    h, w, _, y = make(False)
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        linear_logprobs(h, Head(w), y, temperature=0.0)
+
+
+def test_cross_entropy_gives_its_gradients_once() -> None:
+    h, w, _, y = make(False)
+    loss, _, _ = linear_cross_entropy(h, Head(w), y, torch.ones(23))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward"):
+        loss.backward()
+
+
+MEMORY = """
+import resource, sys, torch
+from posttrain.functional.logprobs import Head, linear_cross_entropy, linear_logprobs
+from posttrain.models.cpu import tune
+tune()
+n, v, size = int(sys.argv[1]), 32_000, 32
+h, w = torch.randn(n, size).requires_grad_(), torch.randn(v, size).requires_grad_()
+y = torch.randint(0, v, (n,))
+if sys.argv[2] == "ce":
+    linear_cross_entropy(h, Head(w), y, torch.ones(n))[0].backward()
+elif sys.argv[2] == "lp":
+    lp, e = linear_logprobs(h, Head(w), y, entropy=True)
+    (lp + e).sum().backward()
+else:
+    torch.nn.functional.cross_entropy(h @ w.t(), y).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def peak(n: int, how: str) -> float:
+    out = subprocess.run([sys.executable, "-c", MEMORY, str(n), how], capture_output=True, text=True, check=True)
+    return float(out.stdout)
+
+
+@pytest.mark.parametrize("how", ["ce", "lp"])
+def test_peak_memory_is_free_of_positions_times_vocabulary(how: str) -> None:
+    """8,000 positions more would be 977 MiB of logits; the hidden states and their gradients are 2 MiB."""
+    grown = peak(8_200, how) - peak(200, how)
+    assert grown < 120, f"{grown:.0f} MiB more for 8,000 more positions"
+
+
+def test_the_memory_test_can_fail() -> None:
+    assert peak(2_200, "plain") - peak(200, "plain") > 240  # 2,000 x 32,000 x 4 bytes = 244 MiB once
