@@ -1,0 +1,85 @@
+"""Ranks: one process is the case of one. Under torchrun there are as many as it started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def start(device: torch.device) -> None:
+    """Join the process group that torchrun set up (gloo on a CPU, NCCL on GPUs); nothing to do for one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the rank that writes files and shows progress."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(values: Sequence[float], device: torch.device) -> list[float]:
+    """Sums over ranks, in float64 where the device has it."""
+    if world() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()  # type: ignore[no-any-return]
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank (any picklable object)."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def shard(model: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
+    """FSDP2 over all ranks, a layer at a time and then the rest; in place. Parameters stay float32 at rest.
+
+    dtype: compute dtype; all-gathers carry it, gradients are summed in float32.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (world(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options: dict[str, Any] = {"mesh": mesh}
+    if dtype != torch.float32:
+        options["mp_policy"] = policy
+    for layer in layers:
+        fully_shard(layer, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be spread over ranks (every rank must call)."""
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather is not None else tensor

@@ -1,0 +1,67 @@
+"""Progress that a person can read: a live bar in a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+QUIET_SECONDS = 10.0
+"""Seconds between lines where there is no terminal."""
+
+
+def clock(seconds: float) -> str:
+    """3:07, or 1:02:03."""
+    whole = max(0, round(seconds))
+    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Track:
+    """One long job: `update` after each unit, with what to show. The estimate comes from this process's own pace."""
+
+    def __init__(self, what: str, total: int, done: int = 0, shown: bool = True, console: Console | None = None) -> None:
+        self.what, self.total, self.first = what, total, done
+        self.began = self.last_line = time.monotonic()
+        self.console = console or Console(stderr=False)
+        self.shown = shown
+        self.bar: Progress | None = None
+        if shown and self.console.is_terminal:
+            columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            self.bar = Progress(*columns, console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task(what, total=total, completed=done, text="")
+
+    def update(self, done: int, **values: Any) -> None:
+        """`done` units are finished; `values` are shown as name and value, in order."""
+        now = time.monotonic()
+        fresh = done - self.first
+        left = (now - self.began) / fresh * (self.total - done) if fresh > 0 else 0.0
+        parts = [f"{k.replace('_', ' ')} {_short(v)}" for k, v in values.items()]
+        text = "  ".join([*parts, f"left {clock(left)}"])
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, text=text)
+        elif self.shown and (now - self.last_line >= QUIET_SECONDS or done >= self.total):
+            self.last_line = now
+            self.console.print(f"{self.what} {done}/{self.total}  {text}", highlight=False)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Stop drawing; what was drawn stays."""
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __enter__(self) -> Track:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) < 0.01 else f"{value:.3f}"
+    return str(value)

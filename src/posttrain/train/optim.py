@@ -1,0 +1,128 @@
+"""AdamW with float32 master weights, its schedule, and clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.config import OptimizerConfig
+
+
+def lr_at(step: int, total: int, config: OptimizerConfig) -> float:
+    """Learning rate of step 0 .. total - 1.
+
+    Warm-up: lr (step + 1) / (w + 1) while step < w. After it, with t = (step - w) / (total - w):
+    constant: lr; linear: lr - (lr - min_lr) t; cosine: min_lr + (lr - min_lr) (1 + cos(pi t)) / 2.
+    `warmup` below 1 is a fraction of `total`. A total of 0 steps, or one all warm-up, never divides by zero.
+    """
+    warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    t = min(1.0, (step - warmup) / max(1, total - warmup))
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "linear":
+        return config.lr - (config.lr - config.min_lr) * t
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * t))
+
+
+class Optimizer:
+    """AdamW on float32 masters of the trainable parameters (the parameters themselves where they are float32).
+
+    Where parameters are 16-bit, each micro-batch's gradient is added into a float32 one as soon as backward has made
+    it, so that neither accumulation nor update loses bits.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+        self.config = config
+        self.parameters = {name: p for name, p in named if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("nothing to train: no parameter requires a gradient")
+        self.masters: dict[str, Tensor] = {}
+        for name, p in self.parameters.items():
+            if p.dtype == torch.float32:
+                self.masters[name] = p
+                continue
+            master = p.detach().float().requires_grad_()
+            self.masters[name] = master
+            p.register_post_accumulate_grad_hook(_into(master))
+        decay = [m for n, m in self.masters.items() if m.ndim >= 2]
+        plain = [m for n, m in self.masters.items() if m.ndim < 2]
+        groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=_can_fuse(self.masters.values()),
+        )
+        # Made now rather than at the first step, so that a checkpoint always has tensors to be loaded into.
+        for m in self.masters.values():
+            device = m.device if self.adamw.defaults["fused"] else torch.device("cpu")
+            self.adamw.state[m] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(m, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(m, requires_grad=False),
+            }
+
+    def clip(self) -> float:
+        """Scale the gradients to the configured global norm; return the norm before (2-norm over everything)."""
+        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
+        if not gradients:
+            return 0.0
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        value = float(norm)
+        if self.config.max_grad_norm and value > self.config.max_grad_norm and math.isfinite(value):
+            torch._foreach_mul_(gradients, self.config.max_grad_norm / (value + 1e-6))
+        return value
+
+    def step(self, lr: float) -> None:
+        """One update at this learning rate; gradients are gone afterwards."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        low = [(p, self.masters[n]) for n, p in self.parameters.items() if self.masters[n] is not p]
+        if low:
+            with torch.no_grad():
+                torch._foreach_copy_([p for p, _ in low], [m for _, m in low])
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for name, p in self.parameters.items():
+            p.grad = None
+            self.masters[name].grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Master weights and moments by name; the tensors themselves, so that loading into them loads the optimizer."""
+        out: dict[str, Tensor] = {}
+        for name, m in self.masters.items():
+            out[f"weight.{name}"] = m.detach()
+            for key, value in self.adamw.state[m].items():
+                out[f"{key}.{name}"] = value
+        return out
+
+    def loaded(self) -> None:
+        """Bring the working weights in line after `state()`'s tensors were overwritten."""
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                if self.masters[name] is not p:
+                    p.copy_(self.masters[name])
+
+
+def _can_fuse(tensors: Iterable[Tensor]) -> bool:
+    """Whether torch's fused AdamW takes all of these (CPU and CUDA do)."""
+    return all(t.device.type in ("cpu", "cuda") for t in tensors)
+
+
+def _into(master: Tensor):  # type: ignore[no-untyped-def]
+    def hook(p: Tensor) -> None:
+        if p.grad is not None:
+            master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+            p.grad = None
+
+    return hook
