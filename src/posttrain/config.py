@@ -6,7 +6,7 @@ line and the documentation print them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,11 +20,19 @@ class Config(BaseModel):
 class ModelConfig(Config):
     """Which model to start from, and how to hold it in memory."""
 
-    source: str = Field(description="Hub name, folder, path of a .gguf file, package:NAME (a GGUF inside an installed Python package), or tiny:TYPE (a tiny random model, for tests).")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Compute dtype; auto is bfloat16 on a GPU (with float32 master weights while training) and float32 on a CPU.")
+    source: str = Field(
+        description="Hub name, folder, path of a .gguf file, package:NAME (a GGUF inside an installed Python package), or tiny:TYPE (a tiny random model, for tests)."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Compute dtype; auto is bfloat16 on a GPU (with float32 master weights while training) and float32 on a CPU.",
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
-    chat_template: str | None = Field(None, description="Jinja chat template (text or path of a file) in place of the tokenizer's own; needed for base models that have none.")
+    chat_template: str | None = Field(
+        None,
+        description="Jinja chat template (text or path of a file) in place of the tokenizer's own; needed for base models that have none.",
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that ships with the model.")
 
 
@@ -33,13 +41,19 @@ class ClassesConfig(Config):
 
     column: str = Field(description="The numeric column.")
     cuts: list[float] = Field(description="Ascending cut points.")
-    names: list[str] = Field(description="Class names, one more than cuts, lowest first. The row gets the field 'label'.")
-    margin: float = Field(0.0, ge=0, description="Rows closer than this to a cut are left out (counted as 'filtered'). 0: none.")
+    names: list[str] = Field(
+        description="Class names, one more than cuts, lowest first. The row gets the field 'label'."
+    )
+    margin: float = Field(
+        0.0, ge=0, description="Rows closer than this to a cut are left out (counted as 'filtered'). 0: none."
+    )
 
     @model_validator(mode="after")
     def _counts(self) -> ClassesConfig:
         if len(self.names) != len(self.cuts) + 1:
-            raise ValueError(f"{len(self.cuts)} cuts make {len(self.cuts) + 1} classes, but {len(self.names)} names were given")
+            raise ValueError(
+                f"{len(self.cuts)} cuts make {len(self.cuts) + 1} classes, but {len(self.names)} names were given"
+            )
         if sorted(self.cuts) != self.cuts:
             raise ValueError("cuts must ascend")
         return self
@@ -48,22 +62,65 @@ class ClassesConfig(Config):
 class DataConfig(Config):
     """Rows from a file or the Hub, and how they become samples."""
 
-    source: str | list[str] = Field(description="Path(s) of .tsv .csv .json .jsonl .parquet files, a Hub data set's name, or packaged:NAME (ships with posttrain).")
+    source: str | list[str] = Field(
+        description="Path(s) of .tsv .csv .json .jsonl .parquet files, a Hub data set's name, or packaged:NAME (ships with posttrain)."
+    )
     split: str = Field("train", description="Split of a Hub data set.")
     subset: str | None = Field(None, description="Configuration name of a Hub data set.")
-    layout: Literal["auto", "messages", "prompt_completion", "text", "preference", "rated", "verifiable", "alpaca", "sharegpt", "hh_rlhf", "ultrafeedback", "openassistant", "gsm8k", "flan"] = Field("auto", description="How a row is laid out; auto recognises it from the columns and says which it took.")
-    columns: dict[str, str] = Field(default_factory=dict, description="Renames before the layout is applied: {ours: theirs}, for example {prompt: question}.")
+    layout: Literal[
+        "auto",
+        "messages",
+        "prompt_completion",
+        "text",
+        "preference",
+        "rated",
+        "verifiable",
+        "alpaca",
+        "sharegpt",
+        "hh_rlhf",
+        "ultrafeedback",
+        "openassistant",
+        "gsm8k",
+        "flan",
+    ] = Field("auto", description="How a row is laid out; auto recognises it from the columns and says which it took.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Renames before the layout is applied: {ours: theirs}, for example {prompt: question}.",
+    )
     classes: ClassesConfig | None = Field(None, description="Makes the field 'label' from a numeric column.")
     system: str | None = Field(None, description="System message put first in every conversation.")
-    prompt: str | None = Field(None, description="Template with {column} fields that makes the prompt (with completion: turns any table into instructions).")
+    prompt: str | None = Field(
+        None,
+        description="Template with {column} fields that makes the prompt (with completion: turns any table into instructions).",
+    )
     completion: str | None = Field(None, description="Template with {column} fields that makes the completion.")
-    loss_on: Literal["completion", "assistant", "all"] = Field("completion", description="Which tokens are learnt: the last assistant turn, every assistant turn, or all tokens.")
-    chat: bool = Field(True, description="Render through the model's chat template; false joins prompt and completion as plain text and ends with the end-of-text token.")
-    max_tokens: int | None = Field(None, ge=2, description="Longest sample in tokens; None: the model's context length. A longer row is a bad row, or is cut where on_long says so.")
-    on_bad_row: Literal["stop", "skip"] = Field("stop", description="stop: name the first ten bad rows and stop; skip: leave them out and count them in the manifest.")
-    on_long: Literal["bad_row", "truncate"] = Field("bad_row", description="What a row longer than max_tokens is: a bad row, or cut at the end (counted and shown).")
-    rows: tuple[int, int] | None = Field(None, description="Half-open range of row numbers of the shuffled file: [0, 2000) trains and [2000, 2500) holds out. None: all.")
-    shuffle_seed: int | None = Field(None, description="Seed of the shuffle done before rows are taken. None: file order.")
+    loss_on: Literal["completion", "assistant", "all"] = Field(
+        "completion",
+        description="Which tokens are learnt: the last assistant turn, every assistant turn, or all tokens.",
+    )
+    chat: bool = Field(
+        True,
+        description="Render through the model's chat template; false joins prompt and completion as plain text and ends with the end-of-text token.",
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=2,
+        description="Longest sample in tokens; None: the model's context length. A longer row is a bad row, or is cut where on_long says so.",
+    )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        "stop",
+        description="stop: name the first ten bad rows and stop; skip: leave them out and count them in the manifest.",
+    )
+    on_long: Literal["bad_row", "truncate"] = Field(
+        "bad_row", description="What a row longer than max_tokens is: a bad row, or cut at the end (counted and shown)."
+    )
+    rows: tuple[int, int] | None = Field(
+        None,
+        description="Half-open range of row numbers of the shuffled file: [0, 2000) trains and [2000, 2500) holds out. None: all.",
+    )
+    shuffle_seed: int | None = Field(
+        None, description="Seed of the shuffle done before rows are taken. None: file order."
+    )
 
 
 class AdapterConfig(Config):
@@ -72,27 +129,42 @@ class AdapterConfig(Config):
     kind: Literal["lora", "dora", "rslora"] = "lora"
     r: int = Field(16, ge=1, description="Rank.")
     alpha: float = Field(32.0, gt=0, description="Scale: alpha / r (alpha / sqrt(r) for rslora).")
-    target: Literal["all-linear"] | list[str] = Field("all-linear", description="Module names to adapt; all-linear: every linear layer but the output head.")
+    target: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="Module names to adapt; all-linear: every linear layer but the output head."
+    )
 
 
 class OptimizerConfig(Config):
     """AdamW, its schedule, clipping."""
 
     lr: float = Field(2e-5, gt=0, description="Peak learning rate.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="What the learning rate does after warm-up.")
-    warmup: float = Field(0.05, ge=0, description="Steps of linear warm-up; below 1: that fraction of all steps. 0: none.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="What the learning rate does after warm-up."
+    )
+    warmup: float = Field(
+        0.05, ge=0, description="Steps of linear warm-up; below 1: that fraction of all steps. 0: none."
+    )
     min_lr: float = Field(0.0, ge=0, description="Where linear and cosine schedules end.")
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled; applied to matrices, not to biases and norms. 0: none.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled; applied to matrices, not to biases and norms. 0: none."
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping by global norm. 0: none.")
 
 
 class SystemsConfig(Config):
     """How the step is computed. Nothing here changes what the step computes."""
 
-    tokens_per_micro_batch: int = Field(4096, ge=1, description="Token budget of one forward and backward pass; lower it when memory runs out. The result is the same for any value.")
-    activation_checkpointing: bool = Field(False, description="Keep only layer boundaries and recompute the rest in backward: less memory, about a third more time.")
+    tokens_per_micro_batch: int = Field(
+        4096,
+        ge=1,
+        description="Token budget of one forward and backward pass; lower it when memory runs out. The result is the same for any value.",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Keep only layer boundaries and recompute the rest in backward: less memory, about a third more time.",
+    )
     share_prefixes: bool = Field(True, description="Compute a prefix that several samples of a micro-batch share once.")
     compile: bool = Field(False, description="torch.compile the model (needs a C++ compiler on a CPU).")
 
@@ -104,27 +176,42 @@ class SFTConfig(Config):
     name: str = Field("sft", pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the stage's folder in the run.")
     data: DataConfig
     adapter: AdapterConfig | None = Field(None, description="Train adapters on a frozen model. None: full fine-tuning.")
-    merge: bool = Field(True, description="Merge adapters into the final model's weights (the adapter is kept beside it).")
+    merge: bool = Field(
+        True, description="Merge adapters into the final model's weights (the adapter is kept beside it)."
+    )
     batch_size: int = Field(16, ge=1, description="Samples a step, over all ranks.")
     epochs: float = Field(1.0, gt=0, description="Passes over the data.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many steps. None: as many as epochs need.")
     optimizer: OptimizerConfig = OptimizerConfig()
     systems: SystemsConfig = SystemsConfig()
     checkpoint_every: int = Field(25, ge=1, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=2, description="How many to keep; two at least, so that a damaged one can be done without.")
+    keep_checkpoints: int = Field(
+        2, ge=2, description="How many to keep; two at least, so that a damaged one can be done without."
+    )
 
 
 class TaskConfig(Config):
     """One evaluation: what is asked, and how the answer is judged."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name in tables and files.")
-    kind: Literal["choice", "generate", "perplexity"] = Field(description="choice: compare the likelihoods of the choices; generate: greedy answer matched against the expected one; perplexity: of the loss tokens.")
+    kind: Literal["choice", "generate", "perplexity"] = Field(
+        description="choice: compare the likelihoods of the choices; generate: greedy answer matched against the expected one; perplexity: of the loss tokens."
+    )
     data: DataConfig
-    choices: list[str] | None = Field(None, description="The choices, the same for every row (kind: choice). None: the row's own column 'choices'.")
-    normalize: Literal["sum", "mean"] = Field("sum", description="Compare choices by the sum or by the mean per token of log-likelihood.")
-    match: Literal["exact", "contains", "first_word", "numeric"] = Field("exact", description="How a generated answer is matched (kind: generate); case and surrounding space do not count.")
+    choices: list[str] | None = Field(
+        None, description="The choices, the same for every row (kind: choice). None: the row's own column 'choices'."
+    )
+    normalize: Literal["sum", "mean"] = Field(
+        "sum", description="Compare choices by the sum or by the mean per token of log-likelihood."
+    )
+    match: Literal["exact", "contains", "first_word", "numeric"] = Field(
+        "exact",
+        description="How a generated answer is matched (kind: generate); case and surrounding space do not count.",
+    )
     max_new_tokens: int = Field(64, ge=1, description="Longest generated answer (kind: generate).")
-    show: int = Field(8, ge=0, description="Items whose generated answers are shown side by side in the report. 0: none.")
+    show: int = Field(
+        8, ge=0, description="Items whose generated answers are shown side by side in the report. 0: none."
+    )
 
     @model_validator(mode="after")
     def _choices(self) -> TaskConfig:
@@ -152,13 +239,18 @@ class Recipe(Config):
     model: ModelConfig
     seed: int = Field(0, ge=0, description="Seeds everything random.")
     stages: list[StageConfig] = Field(default_factory=list, description="Each starts from what the one before left.")
-    evaluate: list[TaskConfig] = Field(default_factory=list, description="Measured before the first stage and after the last, on the same items.")
+    evaluate: list[TaskConfig] = Field(
+        default_factory=list, description="Measured before the first stage and after the last, on the same items."
+    )
     output: str = Field("runs", description="Folder that holds runs.")
     track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
     def _unique(self) -> Recipe:
-        for what, names in (("stages", [s.name for s in self.stages]), ("evaluations", [t.name for t in self.evaluate])):
+        for what, names in (
+            ("stages", [s.name for s in self.stages]),
+            ("evaluations", [t.name for t in self.evaluate]),
+        ):
             double = sorted({n for n in names if names.count(n) > 1})
             if double:
                 raise ValueError(f"two {what} are named {double[0]!r}; give each a name of its own")

@@ -23,14 +23,21 @@ def clock(seconds: float) -> str:
 class Track:
     """One long job: `update` after each unit, with what to show. The estimate comes from this process's own pace."""
 
-    def __init__(self, what: str, total: int, done: int = 0, shown: bool = True, console: Console | None = None) -> None:
+    def __init__(
+        self, what: str, total: int, done: int = 0, shown: bool = True, console: Console | None = None
+    ) -> None:
         self.what, self.total, self.first = what, total, done
         self.began = self.last_line = time.monotonic()
         self.console = console or Console(stderr=False)
         self.shown = shown
         self.bar: Progress | None = None
         if shown and self.console.is_terminal:
-            columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
             self.bar = Progress(*columns, console=self.console)
             self.bar.start()
             self.task = self.bar.add_task(what, total=total, completed=done, text="")

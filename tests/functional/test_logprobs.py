@@ -19,7 +19,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprobs, "CHUNK_BYTES", {"cpu": 7 * 4 * 50})
 
 
-def make(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+def make(
+    bias: bool, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     g = torch.Generator().manual_seed(1)
     h = torch.randn(23, 16, generator=g, dtype=dtype).requires_grad_()
     w = torch.randn(50, 16, generator=g, dtype=dtype).requires_grad_()

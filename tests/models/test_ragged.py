@@ -172,7 +172,8 @@ def test_tiles_and_tree_equal_plain_attention(window: int | None, monkeypatch: p
 def test_varlen_plan_lists_ancestors_first() -> None:
     """What the GPU kernel is given: each segment's keys are its ancestors' and its own, in order."""
     batch = pack(
-        [Sample([1, 2, 3, 4, 5], [0, 0, 0, 1, 1]), Sample([1, 2, 3, 9], [0, 0, 0, 1]), Sample([7, 8], [0, 1])], min_shared=2
+        [Sample([1, 2, 3, 4, 5], [0, 0, 0, 1, 1]), Sample([1, 2, 3, 9], [0, 0, 0, 1]), Sample([7, 8], [0, 1])],
+        min_shared=2,
     )
     gather, cu_q, cu_k, longest_q, longest_k = attention.Plan(batch).varlen_for()
     assert batch.tokens_T[gather].tolist() == [1, 2, 3, 1, 2, 3, 4, 5, 1, 2, 3, 9, 7, 8]

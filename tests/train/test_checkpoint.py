@@ -31,7 +31,9 @@ def test_round_trip_and_keep(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["flip", "missing", "no checksums"])
-def test_a_damaged_one_is_noticed_and_the_one_before_used(tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_one_is_noticed_and_the_one_before_used(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
     for step in (1, 2):
         checkpoint.save(tmp_path, step, tensors(float(step)), {}, keep=2)
     newest = tmp_path / "step-000002"
@@ -136,7 +138,9 @@ ranks.stop()
 """
 
 
-def go(processes: int, folder: Path, first: int, last: int, kind: str) -> tuple[int, list[float], dict[str, torch.Tensor]]:
+def go(
+    processes: int, folder: Path, first: int, last: int, kind: str
+) -> tuple[int, list[float], dict[str, torch.Tensor]]:
     script = folder.parent / "ranks.py"
     script.write_text(RANKS)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []

@@ -33,8 +33,12 @@ def attach(hf: Any, config: AdapterConfig, seed: int) -> Any:
         try:
             return get_peft_model(hf, settings)
         except ValueError as error:
-            names = sorted({n.rsplit(".", 1)[-1] for n, m in hf.named_modules() if hasattr(m, "weight") and m.weight.ndim == 2})
-            raise ModelError(f"adapter.target {config.target!r}: {error}; the model's matrices are named {names}") from error
+            names = sorted(
+                {n.rsplit(".", 1)[-1] for n, m in hf.named_modules() if hasattr(m, "weight") and m.weight.ndim == 2}
+            )
+            raise ModelError(
+                f"adapter.target {config.target!r}: {error}; the model's matrices are named {names}"
+            ) from error
 
 
 def save_adapter(peft_model: Any, folder: Path) -> None:

@@ -102,7 +102,8 @@ def _window_mask(query: Tensor, key: Tensor, window: int, causal: bool) -> Tenso
 
 def _varlen(batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor, int, int]:
     device = batch.tokens_T.device
-    gather, cu_q, cu_k = [], [0], [0]
+    gather: list[Tensor] = []
+    cu_q, cu_k = [0], [0]
     for i in range(len(batch.starts)):
         chain = batch.chain(i)
         gather.extend(torch.arange(batch.starts[s], batch.ends[s]) for s in chain)
@@ -231,7 +232,8 @@ def _varlen_attention(
         options["window_size"] = (-1 if window is None else window - 1, 0)
     else:
         options["is_causal"] = True
-    return varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **options)[None]  # type: ignore[index, no-any-return]
+    out: Any = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **options)
+    return out[None]  # type: ignore[no-any-return]
 
 
 def plain_attention(
@@ -288,8 +290,10 @@ def ragged_attention(
     if ragged is None:
         raise RuntimeError("posttrain attention was called without a ragged batch; use LanguageModel, not its .hf")
     if dropout:
-        raise RuntimeError(f"attention dropout is {dropout}; posttrain switches dropout off, since with it the step "
-                           "would depend on how a batch is split")
+        raise RuntimeError(
+            f"attention dropout is {dropout}; posttrain switches dropout off, since with it the step "
+            "would depend on how a batch is split"
+        )
     if attention_mask is not None:
         raise RuntimeError("the model made an attention mask of its own, which the ragged batch can't honour")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)

@@ -39,7 +39,7 @@ def _try_onednn() -> bool:
 
 
 def _full_precision() -> bool:
-    """Whether products in every layout that training uses keep float32's accuracy (bfloat16's error is 1,000 times it)."""
+    """Whether products in every layout that training uses keep float32's accuracy (bfloat16's error: 1,000 times)."""
     generator = torch.Generator().manual_seed(0)
     for rows, inner, columns in ((1, 576, 96), (33, 512, 160), (257, 1024, 96)):
         a = torch.randn(rows, inner, generator=generator)

@@ -18,7 +18,7 @@ STATEFUL = ("linear_attention", "mamba", "conv", "recurrent", "rwkv", "chunked_a
 """Layer types whose state runs through a sequence: segments can't share a prefix or lie end to end."""
 
 
-def _base(hf: nn.Module) -> Any:
+def _base(hf: Any) -> Any:
     """transformers' own model inside a peft wrapper, or the model itself."""
     return hf.get_base_model() if hasattr(hf, "get_base_model") else hf
 
@@ -30,7 +30,7 @@ class LanguageModel(nn.Module):
     never run by transformers: hidden states of the positions asked for go through it in chunks.
     """
 
-    def __init__(self, hf: nn.Module) -> None:
+    def __init__(self, hf: Any) -> None:
         super().__init__()
         attention.register()
         self.hf = hf
@@ -46,6 +46,7 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.hf.parameters()).device
 
     def head(self) -> Head:
@@ -54,7 +55,9 @@ class LanguageModel(nn.Module):
         linear = self.base.get_output_embeddings()
         if linear is None or not hasattr(linear, "weight"):
             raise ModelError(f"{type(self.base).__name__} has no linear output head; a causal language model is needed")
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         softcap = getattr(config, "final_logit_softcapping", None)
         return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
 

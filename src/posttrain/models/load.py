@@ -27,6 +27,16 @@ CONVERTER = "1"
 log = logging.getLogger("posttrain")
 
 
+def quiet() -> None:
+    """transformers' bars for loading and saving, and its notes on renamed methods, drown what the user asked for."""
+    import warnings
+
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+
+
 def cache_folder() -> Path:
     """$POSTTRAIN_CACHE, else the user's cache folder."""
     if os.environ.get("POSTTRAIN_CACHE"):
@@ -115,16 +125,10 @@ def _convert(gguf: Path) -> Resolved:
 
 def _write_converted(gguf: Path, work: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as hf_logging
 
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
+    quiet()
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The weights are plain float32 now; transformers would refuse to save what it still believes quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -226,6 +230,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None) -> tuple[A
     """
     from transformers import AutoModelForCausalLM
 
+    quiet()
     device = pick_device(config.device)
     dtype = dtype or pick_dtype(config.dtype, device)
     if device.type == "cpu":

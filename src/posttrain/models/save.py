@@ -30,7 +30,7 @@ def save_trained(
     base). `end_token` is added to the tokens that end generation: a model taught to close its turn must stop there.
     The policy is used up.
     """
-    hf = policy.hf
+    hf: Any = policy.hf
     if ranks.world() > 1:
         weights = {n: ranks.full(p.detach()).cpu() for n, p in policy.named_parameters() if p.requires_grad}
         if not ranks.is_main():

@@ -40,21 +40,29 @@ def tiny_model(model_type: str, vocabulary: int = 259, seed: int = 0, **changes:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes: dict[str, Any] = dict(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=2048,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     if model_type == "gpt2":
-        sizes = dict(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, n_positions=2048, bos_token_id=0, eos_token_id=2)
+        sizes = {
+            "vocab_size": vocabulary,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 2048,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        }
     elif model_type in ("phi", "phi3"):
         # These derive the head size from the width; phi's rotary part must leave an even size.
         del sizes["head_dim"]

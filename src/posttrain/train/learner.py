@@ -107,7 +107,9 @@ class Learner:
             lightest = loads.index(min(loads))
             shares[lightest].append(i)
             loads[lightest] += len(samples[i])
-        plans = [[[share[k] for k in m] for m in micro_batches([len(samples[i]) for i in share], budget)] for share in shares]
+        plans = [
+            [[share[k] for k in m] for m in micro_batches([len(samples[i]) for i in share], budget)] for share in shares
+        ]
         return plans[ranks.rank() if world > 1 else 0], max(len(p) for p in plans)
 
     def _update(self, totals: dict[str, float], any_useful: bool) -> dict[str, float]:

@@ -43,13 +43,22 @@ class LoopResult:
     peak_memory_mb: float
 
 
-def permutation_batches(samples: Sequence[Sample], batch_size: int, epochs: float, seed: int) -> tuple[BatchAt, int]:
+def steps_for(count: int, batch_size: int, epochs: float, max_steps: int | None = None) -> tuple[int, int]:
+    """(steps, samples drawn in all): as many as `epochs` passes over `count` samples need, capped by `max_steps`."""
+    drawn = max(1, round(count * epochs))
+    steps = -(-drawn // batch_size)
+    return min(steps, max_steps or steps), drawn
+
+
+def permutation_batches(
+    samples: Sequence[Sample], batch_size: int, epochs: float, seed: int, max_steps: int | None = None
+) -> tuple[BatchAt, int]:
     """(batch_at, total steps): every epoch a fresh permutation, drawn from (seed, epoch) alone.
 
     Batches run over the seam between epochs; the last one is smaller where the samples don't fill it.
     """
     count = len(samples)
-    wanted = max(1, round(count * epochs))
+    steps, wanted = steps_for(count, batch_size, epochs, max_steps)
     orders: dict[int, np.ndarray] = {}
 
     def order(epoch: int) -> np.ndarray:
@@ -62,7 +71,7 @@ def permutation_batches(samples: Sequence[Sample], batch_size: int, epochs: floa
         places = range(step * batch_size, min((step + 1) * batch_size, wanted))
         return [samples[int(order(p // count)[p % count])] for p in places]
 
-    return batch_at, -(-wanted // batch_size)
+    return batch_at, steps
 
 
 def train(
@@ -131,7 +140,9 @@ def train(
     if files:
         for f in files:
             f.close()
-    return LoopResult(learner.steps_done, learner.skipped, totals["seconds"], int(totals["tokens"]), totals["peak_memory_mb"])
+    return LoopResult(
+        learner.steps_done, learner.skipped, totals["seconds"], int(totals["tokens"]), totals["peak_memory_mb"]
+    )
 
 
 def _open(folder: Path, steps: int) -> tuple[Lines, Lines]:
@@ -163,8 +174,8 @@ def _stop_requests() -> Iterator[list[int]]:
     try:
         yield asked
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for restored, old in before.items():
+            signal.signal(restored, old)
 
 
 def memory_mb(device: torch.device) -> float:

@@ -40,8 +40,7 @@ def run_sft(
     policy = LanguageModel(hf)
     verify(policy)
     total, trainable = count_parameters(policy)
-    batch_at, steps = permutation_batches(samples, config.batch_size, config.epochs, seed)
-    steps = min(steps, config.max_steps or steps)
+    batch_at, steps = permutation_batches(samples, config.batch_size, config.epochs, seed, config.max_steps)
     learner = Learner(policy, config.optimizer, config.systems, steps)
     result = train(
         learner,
@@ -76,7 +75,9 @@ def run_sft(
 def taught_end(samples: Sequence[Sample]) -> int | None:
     """The token that ends the taught completions, if nine in ten samples end in the same one."""
     last = Counter(
-        next(t for t, w in zip(reversed(s.tokens), reversed(s.weights), strict=True) if w) for s in samples if any(s.weights)
+        next(t for t, w in zip(reversed(s.tokens), reversed(s.weights), strict=True) if w)
+        for s in samples
+        if any(s.weights)
     )
     token, count = last.most_common(1)[0] if last else (None, 0)
     return token if count >= 0.9 * last.total() else None

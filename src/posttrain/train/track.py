@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,15 @@ from posttrain.errors import MissingExtraError
 from posttrain.train.loop import OnStep
 
 Sink = Callable[[int, dict[str, float]], None]
+
+
+def _to_tensorboard(writer: Any, step: int, values: dict[str, float]) -> None:
+    for name, value in values.items():
+        writer.add_scalar(name, value, step)
+
+
+def _to_logger(tracked: Any, step: int, values: dict[str, float]) -> None:
+    tracked.log(values, step=step)
 
 
 class Trackers:
@@ -25,21 +35,23 @@ class Trackers:
         try:
             self._open(config, folder, recipe)
         except ImportError as error:
-            raise MissingExtraError(f"track: {error}. Install what is missing with: pip install 'posttrain[track]'") from error
+            raise MissingExtraError(
+                f"track: {error}. Install what is missing with: pip install 'posttrain[track]'"
+            ) from error
 
     def _open(self, config: TrackConfig, folder: Path, recipe: Recipe) -> None:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(folder / "tensorboard"))
-            self.sinks.append(lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()] and None)
+            self.sinks.append(partial(_to_tensorboard, writer))
             self.closers.append(writer.close)
         for name, project in (("wandb", config.wandb), ("trackio", config.trackio)):
             if project is None:
                 continue
             module = __import__(name)
             tracked = module.init(project=project, name=recipe.name, config=recipe.model_dump(mode="json"))
-            self.sinks.append(lambda step, values, tracked=tracked: tracked.log(values, step=step))
+            self.sinks.append(partial(_to_logger, tracked))
             self.closers.append(tracked.finish)
 
     def on_step(self, stage: str) -> OnStep | None:

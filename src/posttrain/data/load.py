@@ -1,0 +1,166 @@
+"""Rows from files and the Hub, with the number a person would count and a hash of what was read.
+
+TSV and JSON are read with the standard library: a tab-separated file has no quotes to interpret (reviews are full of
+stray ones), and nothing guesses that the review "NA" is a missing value. Parquet and the Hub go through `datasets`.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from posttrain.config import DataConfig
+from posttrain.errors import DataError
+from posttrain.files import file_hash
+
+ENDINGS = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
+
+
+@dataclass
+class Table:
+    """Rows as they stand in their source; `places` are (file, row number), data rows counted from 1."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    places: list[tuple[str, int]] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+
+def read_table(config: DataConfig) -> Table:
+    """All rows of the configured source(s), in file order. Raises DataError naming what can't be found or read."""
+    table = Table()
+    for source in [config.source] if isinstance(config.source, str) else config.source:
+        path = _locate(source)
+        rows = _from_hub(source, config) if path is None else READERS[path.suffix](path)
+        name = source if path is None else path.name
+        if path is not None:
+            table.hashes[name] = file_hash(path)
+        for number, row in enumerate(rows, 1):
+            table.rows.append(row)
+            table.places.append((name, number))
+    if not table.rows:
+        raise DataError(f"{config.source} holds no rows")
+    return table
+
+
+def _locate(source: str) -> Path | None:
+    """A file's path, or None for the name of a Hub data set."""
+    if source.startswith("packaged:"):
+        folder = Path(str(resources.files("posttrain.data") / "packaged"))
+        path = folder / source[9:]
+        if not path.is_file():
+            have = sorted(p.name for p in folder.iterdir() if p.suffix in ENDINGS)
+            raise DataError(f"data source {source!r}: posttrain ships {have}, not this")
+        return path
+    path = Path(source).expanduser()
+    if path.suffix in ENDINGS:
+        if not path.is_file():
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1)
+            hint = f" Did you mean {path.with_name(near[0])}?" if near else ""
+            raise DataError(f"data source {source!r}: there is no such file.{hint}")
+        return path
+    if path.exists():
+        raise DataError(f"data source {source!r}: expected a file ending in one of {', '.join(ENDINGS)}")
+    return None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    # Split at line feeds alone: text may hold other separators that str.splitlines would cut at.
+    with path.open(encoding="utf-8-sig", newline="") as f:
+        for line in f.read().split("\n"):
+            yield line.removesuffix("\r")
+
+
+def _tsv(path: Path) -> Iterator[dict[str, Any]]:
+    lines = _lines(path)
+    header = next(lines).split("\t")
+    for number, line in enumerate(lines, 1):
+        if line:
+            yield _zip(path, number, header, line.split("\t"))
+
+
+def _csv(path: Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as f:
+        reader = csv.reader(f, strict=True)
+        header = next(reader, [])
+        number = 0
+        try:
+            for number, cells in enumerate(reader, 1):
+                if cells:
+                    yield _zip(path, number, header, cells)
+        except csv.Error as error:
+            raise DataError(f"{path}: row {number + 1}: not valid CSV: {error}") from error
+
+
+def _zip(path: Path, number: int, header: list[str], cells: list[str]) -> dict[str, Any]:
+    if len(cells) != len(header):
+        raise DataError(f"{path}: row {number} has {len(cells)} cells, and the header {len(header)}: {header}")
+    return dict(zip(header, cells, strict=True))
+
+
+def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            yield _object(path, number, _parse(path, line, number))
+
+
+def _json(path: Path) -> Iterator[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8-sig")
+    value = _parse(path, text, None)
+    if isinstance(value, dict):  # {"data": [...]}, or columns
+        lists = [v for v in value.values() if isinstance(v, list)]
+        if len(lists) == 1 and all(isinstance(x, dict) for x in lists[0]):
+            value = lists[0]
+        elif lists and len(lists) == len(value) and len({len(v) for v in lists}) == 1:
+            value = [dict(zip(value, cells, strict=True)) for cells in zip(*lists, strict=True)]
+    if not isinstance(value, list):
+        raise DataError(f"{path}: expected a list of objects, found {type(value).__name__}")
+    for number, row in enumerate(value, 1):
+        yield _object(path, number, row)
+
+
+def _parse(path: Path, text: str, number: int | None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"row {number}" if number is not None else f"line {error.lineno}"
+        hint = "" if number is not None else " (one object a line? then name the file .jsonl)"
+        raise DataError(f"{path}: {where}: not valid JSON: {error.msg}{hint}") from error
+
+
+def _object(path: Path, number: int, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{path}: row {number}: expected an object, found {type(row).__name__}")
+    return row
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    from datasets import Dataset
+
+    try:
+        yield from Dataset.from_parquet(str(path), keep_in_memory=True)
+    except Exception as error:  # pyarrow and datasets raise many kinds for a file that is not Parquet
+        raise DataError(f"{path}: not readable as Parquet: {error}") from error
+
+
+def _from_hub(name: str, config: DataConfig) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        yield from load_dataset(name, config.subset, split=config.split)
+    except Exception as error:  # offline, missing, gated, no such split: all end here, with the library's own words
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"data source {name!r} is no file here, and as a Hub data set (subset {config.subset}, split "
+            f"{config.split}) it can't be opened: {first}. Expected a path ending in one of {', '.join(ENDINGS)}, "
+            "packaged:NAME, or a Hub name that the network or the Hub's cache holds"
+        ) from error
+
+
+READERS = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}

@@ -1,0 +1,6 @@
+"""The page of a run, and the table at its end, made from the files of the run folder alone."""
+
+from posttrain.report.build import build
+from posttrain.report.terminal import summary_table
+
+__all__ = ["build", "summary_table"]

@@ -1,0 +1,138 @@
+"""Numbers by step become charts: thinned, smoothed, with ticks, as SVG paths in a box of 1000 by 400.
+
+The box is stretched to the space there is (strokes and text are not), so one chart serves a phone and a print.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.report.words import number
+
+Array = NDArray[np.float64]
+WIDTH, HEIGHT, POINTS = 1000, 400, 1000
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A curve that is drawn: the key in the log, its title and unit, and how."""
+
+    key: str
+    title: str
+    unit: str = ""
+    smooth: bool = True
+    from_zero: bool = True
+
+
+METRICS = [
+    Measure("loss", "Loss", "nats per token", from_zero=False),
+    Measure("grad_norm", "Gradient norm"),
+    Measure("lr", "Learning rate", smooth=False),
+]
+TIMINGS = [
+    Measure("tokens_per_second", "Speed", "tokens per second"),
+    Measure("memory_mb", "Memory", "MB", smooth=False),
+]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Everything the page needs to draw one curve; ticks and marks are (percent of the axis, label)."""
+
+    measure: Measure
+    steps: int
+    drawn: int
+    window: int
+    raw: str
+    smoothed: str
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    skipped: list[tuple[float, str]]
+    domain: tuple[float, float, float, float]
+    points: str
+    first: str
+    last: str
+    last_value: float
+
+
+def thin(values: Array, limit: int = POINTS) -> NDArray[np.intp]:
+    """Indices of at most ``limit`` values to draw: first, last, and the lowest and highest of each of equal runs,
+    so that no spike is lost. All of them where there are no more than ``limit``."""
+    n = len(values)
+    if n <= limit:
+        return np.arange(n)
+    keep = {0, n - 1}
+    edges = np.linspace(0, n, limit // 2).astype(int)
+    for start, stop in pairwise(edges.tolist()):
+        keep |= {start + int(values[start:stop].argmin()), start + int(values[start:stop].argmax())}
+    return np.array(sorted(keep))
+
+
+def smooth(values: Array, window: int) -> Array:
+    """Mean over ``window`` steps around each (fewer at the ends, as many on either side, so it has no lag)."""
+    n, half = len(values), window // 2
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    i = np.arange(n)
+    reach = np.minimum(half, np.minimum(i, n - 1 - i))
+    return (total[i + reach + 1] - total[i - reach]) / (2 * reach + 1)
+
+
+def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) within [low, high], about ``count`` of them."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.7)
+    if whole:
+        step = max(1.0, round(step))
+    start = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(start, math.floor(high / step + 1e-9) + 1)]
+
+
+def chart(measure: Measure, records: Sequence[dict[str, Any]], skipped_steps: Sequence[int] = ()) -> Chart | None:
+    """The chart of one measure; None where no step has a finite value of it (a null, NaN or infinity is left out)."""
+    pairs = [(r["step"], float(r[measure.key])) for r in records if _finite(r.get(measure.key))]
+    if not pairs:
+        return None
+    x, y = (np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True))
+    window = max(3, len(y) // 25 | 1)
+    even = smooth(y, window) if measure.smooth and len(y) >= 8 else None
+    keep = thin(y)
+    first_x, last_x = float(min(x[0], *skipped_steps, x[0])), float(max(x[-1], *skipped_steps, x[-1]))
+    if first_x == last_x:
+        first_x, last_x = first_x - 1, last_x + 1
+    low, high = float(y.min()), float(y.max())
+    low = 0.0 if measure.from_zero and low > 0 else low
+    pad = (high - low) * 0.06 or abs(high) * 0.5 or 1.0
+    low, high = (low if low == 0 else low - pad), high + pad
+    across = (x[keep] - first_x) / (last_x - first_x)
+
+    def path(values: Array) -> str:
+        up = 1 - (values[keep] - low) / (high - low)
+        steps = " ".join(f"{a * WIDTH:.1f},{b * HEIGHT:.1f}" for a, b in zip(across, up, strict=True))
+        return f"M{steps}" if len(values) > 1 else f"M{steps} h0.1"  # a round cap makes one point a dot
+
+    columns = [x[keep].astype(int).tolist(), y[keep].tolist()] + ([even[keep].tolist()] if even is not None else [])
+    points = [[s, *(float(f"{v:.5g}") for v in rest)] for s, *rest in zip(*columns, strict=True)]
+    return Chart(
+        measure=measure, steps=len(y), drawn=len(keep), window=window if even is not None else 0,
+        raw=path(y), smoothed=path(even) if even is not None else "",
+        x_ticks=[(100 * (t - first_x) / (last_x - first_x), f"{t:,.0f}") for t in ticks(first_x, last_x, whole=True)],
+        y_ticks=[(100 * (1 - (t - low) / (high - low)), number(t)) for t in ticks(low, high, 4)],
+        skipped=[(100 * (s - first_x) / (last_x - first_x), f"step {s} skipped") for s in skipped_steps],
+        domain=(first_x, last_x, low, high), points=json.dumps(points, separators=(",", ":")),
+        first=number(float(y[0])), last=number(float(y[-1])), last_value=float(y[-1]),
+    )  # fmt: skip
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

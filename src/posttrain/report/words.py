@@ -1,0 +1,155 @@
+"""Numbers in words, for a reader who has not met a p-value before."""
+
+from __future__ import annotations
+
+import math
+import re
+from decimal import ROUND_HALF_UP, Decimal
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from posttrain.report.load import TaskRow
+
+_GAP = "\N{NO-BREAK SPACE}"
+METHODS = {"sft": "supervised fine-tuning"}
+STATUS = {
+    "done": "Finished.",
+    "running": "Not finished: it is still running, or was killed. The page shows what there is so far; "
+    "the same command goes on from the last checkpoint.",
+    "stopped": "Stopped before its end, on request. The same command goes on from the last checkpoint.",
+    "failed": "Failed before its end. The page shows what there is; the log of the command names the reason.",
+    "unknown": "How the run ended is not known: its manifest is missing or can't be read.",
+}
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """Four significant digits, thousands separated, small numbers as 2e-05; "–" for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "–"
+    if not math.isfinite(value):
+        return {math.inf: "∞", -math.inf: "−∞"}.get(value, "not a number")
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", "−")
+    if value and abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}".replace("-", "−")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+    text = f"{value:,.{decimals}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
+
+
+def fixed(value: float, digits: int, sign: bool = False) -> str:
+    """So many decimals, halves away from zero: 0.9025 is 0.903 and 90.3%, where binary rounding would tell the two
+    apart, and halves are common among shares of 400 items."""
+    if not math.isfinite(value):
+        return number(value)
+    exact = Decimal(f"{value:.12g}").quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
+    return f"{exact:{'+' if sign else ''},}".replace("-", "−")
+
+
+def score(value: Any, metric: str, sign: bool = False) -> str:
+    """A value of a metric as tables show it: three decimals of an accuracy, two of a perplexity."""
+    if not isinstance(value, int | float):
+        return "–"
+    return fixed(value, 3 if metric == "accuracy" else 2, sign)
+
+
+def p_value(p: Any) -> str:
+    if not isinstance(p, int | float):
+        return "–"
+    return f"<{_GAP}0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
+
+
+def seconds(value: Any) -> str:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "–"
+    if value < 60:
+        return f"{value:.0f} s"
+    minutes = round(value / 60)
+    return f"{value / 60:.1f} min" if value < 600 else f"{minutes} min" if minutes < 120 else f"{value / 3600:.1f} h"
+
+
+def chance(p: float) -> str:
+    """How often, in a whole number of times, something of probability p turns up."""
+    if p < 1e-4:
+        return "less than once in 10,000 times"
+    if p > 0.995:
+        return "nearly always"
+    base = 10_000 if p < 1e-3 else 1000 if p < 0.0095 else 100
+    times = max(1, round(p * base))
+    return f"about {'once' if times == 1 else f'{times} times'} in {base:,}"
+
+
+def verdict(row: TaskRow) -> str:
+    """One task, before to after, in sentences: how much, how sure, and whether it could be chance."""
+    c, before, after = row.comparison, row.before, row.after
+    if c is None or before is None or after is None:
+        side, name = (before, "Before training") if before is not None else (after, "After training")
+        when = f"{name}, {row.metric} is {share(side or {}, row)}. " if side else ""
+        return f"{when}The other side has not been measured, so nothing can be said about the change yet."
+    change, accuracy = float(c["difference"]), row.metric == "accuracy"
+    up = "did not change, at" if change == 0 else "rose from" if change > 0 else "fell from"
+    to = "" if change == 0 else f" to {share(after, row)}"
+    note = "" if accuracy else " (lower is better)"
+    better = change != 0 and (change > 0) == accuracy
+    scale, unit, digits = (100, " points", 1) if accuracy else (1, "", 2)
+    size, low, high = (fixed(scale * float(c[k]), digits, sign=True) for k in ("difference", "low", "high"))
+    if accuracy:
+        moved = f"Of {row.n:,} items, {c['gained']:,} went from wrong to right and {c['lost']:,} from right to wrong. "
+        what = "a split at least this uneven"
+    else:
+        moved = f"{c['gained']:,} of {row.n:,} items got easier and {c['lost']:,} harder. "
+        what = "a change at least this large"
+    p = float(c["p_value"])
+    equals = _GAP if p < 1e-4 else f"{_GAP}={_GAP}"
+    if p < 0.05:
+        end = f". That is hard to put down to chance: the model got {'better' if better else 'worse'} at this task."
+    else:
+        end = ", so this could well be chance; more items would tell."
+    return (
+        f"{row.metric.capitalize()}{note} {up} {share(before, row)}{to} "
+        f"({size}{unit}, 95% interval {low} to {high}). {moved}"
+        f"If training had made no difference, {what} would turn up {chance(p)} (p{equals}{p_value(p)}){end}"
+    )
+
+
+def share(side: dict[str, Any], row: TaskRow) -> str:
+    """A value as sentences show it: accuracy in percent."""
+    value = float(side.get("value", math.nan))
+    return f"{fixed(100 * value, 1)}%" if row.metric == "accuracy" else fixed(value, 2)
+
+
+_KEY = re.compile(r"^(\s*(?:- +)*)([\w.\-]+)(:)(\s.*)?$")
+_LITERAL = re.compile(r"^(true|false|null|~|[-+]?(\d[\d_]*\.?\d*|\.\d+)(e[-+]?\d+)?)$", re.IGNORECASE)
+
+
+def yaml_markup(text: str) -> Markup:
+    """YAML with its keys, literals and comments in spans; every character of the text is escaped."""
+
+    def value(part: str) -> Markup:
+        if not part.lstrip().startswith(("#", "'", '"')) and " #" in part:
+            at = part.index(" #") + 1
+            return value(part[:at]) + value(part[at:])
+        stripped = part.strip()
+        kind = "c" if stripped.startswith("#") else "n" if _LITERAL.match(stripped) else "s"
+        return Markup('<span class="{}">{}</span>').format(f"y-{kind}", part) if stripped else escape(part)
+
+    lines = []
+    for line in text.splitlines():
+        found = _KEY.match(line)
+        if found:
+            indent, key, colon, rest = found.groups()
+            lines.append(Markup('{}<span class="y-k">{}</span>{}{}').format(indent, key, colon, value(rest or "")))
+        else:
+            dash = re.match(r"^\s*(?:- +)*", line)
+            start = dash.end() if dash else 0
+            lines.append(escape(line[:start]) + value(line[start:]))
+    return Markup("\n").join(lines)
+
+
+def plain(value: Any) -> str:
+    """A prompt or answer as text; a list of messages as one paragraph a turn."""
+    if isinstance(value, list):
+        return "\n\n".join(f"{m.get('role', '')}: {m.get('content', '')}" for m in value if isinstance(m, dict))
+    return "" if value is None else str(value)

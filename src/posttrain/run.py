@@ -1,0 +1,246 @@
+"""A run: a folder that knows what was asked, what has been done, and how to go on.
+
+    recipe.yaml    the resolved recipe           stages/<i>-<name>/   metrics, timings, checkpoints, adapter, model
+    manifest.json  versions, data, lineage       evaluations/         before, after, comparison.json
+    report.html    the page of the run           model/               the final model
+
+Every part is finished by a rename, and skipped when it is found finished; what was killed in the middle goes on from
+its newest checkpoint. The same recipe ends in the same weights and metrics however often it was killed (on a CPU).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import posttrain
+from posttrain.config import ModelConfig, Recipe
+from posttrain.data.prepare import Prepared, prepare
+from posttrain.distributed import ranks
+from posttrain.errors import CheckpointError, DataError, PosttrainError
+from posttrain.evaluate.stats import compare
+from posttrain.evaluate.tasks import evaluate_model
+from posttrain.files import file_hash, read_lines, write_json, write_text
+from posttrain.machine import machine
+from posttrain.models.load import context_length, load_tokenizer, pick_device, resolve
+from posttrain.recipe import differences, dump_recipe, load_recipe
+from posttrain.report import build
+from posttrain.report.terminal import summary_table
+from posttrain.train.loop import Stopped, now
+from posttrain.train.sft import run_sft
+from posttrain.train.track import Trackers
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a finished run left things, and what it measured."""
+
+    folder: Path
+    model: Path
+    report: Path
+    comparison: list[dict[str, Any]]
+
+
+class Manifest:
+    """manifest.json, rewritten whole at every change; rank 0 alone writes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "manifest.json"
+        self.values: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def update(self, **values: Any) -> None:
+        self.values.update(values)
+        if ranks.is_main():
+            write_json(self.path, self.values)
+
+
+def run(
+    recipe: Recipe | str, folder: Path | str | None = None, fresh: bool = False, console: Console | None = None
+) -> RunResult:
+    """Carry a recipe through to its report, or go on with the run that is in `folder` (default: output/name).
+
+    recipe: a Recipe, the name of a shipped one, or the path of a YAML file. fresh: set an earlier run in the folder
+    aside (under another name) and start over. Raises CheckpointError when the folder holds a run of another recipe
+    or another process works on it, and whatever the recipe's data or model are wrong about, before training starts.
+    """
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    console = console or Console(quiet=not ranks.is_main())
+    ranks.start(pick_device(recipe.model.device))
+    path = Path(folder) if folder is not None else Path(recipe.output) / recipe.name
+    if ranks.is_main():
+        _open(path, recipe, fresh)
+    ranks.barrier()
+    with _locked(path) if ranks.is_main() else _nothing():
+        manifest = Manifest(path)
+        try:
+            if manifest.values.get("status") != "done":
+                _work(recipe, path, manifest, console)
+        except KeyboardInterrupt:
+            manifest.update(status="stopped")
+            _report(path)
+            console.print(f"stopped; go on with: posttrain run {path}")
+            raise
+        except PosttrainError as error:
+            manifest.update(status="failed", error=str(error))
+            _report(path)
+            raise
+        return _close(path, console)
+
+
+def _open(path: Path, recipe: Recipe, fresh: bool) -> None:
+    """Make the folder, or make sure that what is in it is a run of this recipe."""
+    stored = path / "recipe.yaml"
+    if fresh and path.exists():
+        n = next(n for n in range(1, 10_000) if not path.with_name(f"{path.name}.{n}").exists())
+        path.rename(path.with_name(f"{path.name}.{n}"))
+    if stored.exists():
+        different = differences(load_recipe(str(stored)), recipe)
+        if different:
+            raise CheckpointError(
+                f"{path} holds a run of another recipe ({'; '.join(different[:5])}). Go on with that one by "
+                f"`posttrain run {path}`, name this one otherwise (name=...), or set the old one aside with --fresh"
+            )
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    write_text(stored, dump_recipe(recipe))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time in a run's folder; the lock goes with the process, however it ends."""
+    with (path / ".lock").open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(f"another process is working on {path}; wait for it, or stop it first") from error
+        yield
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _work(recipe: Recipe, path: Path, manifest: Manifest, console: Console) -> None:
+    resumed = manifest.values.get("resumed", -1) + 1
+    manifest.update(
+        posttrain=posttrain.__version__,
+        created=manifest.values.get("created", now()),
+        status="running",
+        error=None,
+        seed=recipe.seed,
+        machine=machine(),
+        model=_describe(recipe.model, manifest.values.get("model", {})),
+        resumed=resumed,
+    )
+    if resumed:
+        console.print(f"going on with {path}")
+    tokenizer = load_tokenizer(recipe.model)
+    context = context_length(recipe.model)
+    console.print("reading data")
+    stages = [prepare(stage.data, tokenizer, context=context) for stage in recipe.stages]
+    for stage, prepared in zip(recipe.stages, stages, strict=True):
+        if not prepared.samples:
+            raise DataError(f"stage {stage.name}: no row of {prepared.stats['source']} is left to train on")
+    tasks = [prepare(task.data, tokenizer, context=context) for task in recipe.evaluate]
+    manifest.update(data=_data_entries(recipe, stages, tasks))
+    trackers = Trackers(recipe.track, path, recipe)
+
+    model = recipe.model
+    if recipe.evaluate and ranks.is_main():
+        evaluate_model(model, recipe.evaluate, path / "evaluations" / "before", recipe.seed)
+    ranks.barrier()
+    records = manifest.values.get("stages", [])
+    for i, (stage, prepared) in enumerate(zip(recipe.stages, stages, strict=True)):
+        folder = path / "stages" / f"{i}-{stage.name}"
+        if not (folder / "model").is_dir():
+            records = records[:i] + [{"name": stage.name, "method": stage.method, "status": "running"}]
+            manifest.update(stages=records)
+            done = run_sft(
+                stage, model, prepared.samples, folder, seed=recipe.seed + i, on_step=trackers.on_step(stage.name)
+            )
+            entry = {
+                "name": stage.name,
+                "method": stage.method,
+                "status": "done",
+                "from": model.source,
+                "to": str(folder / "model"),
+            }
+            sizes = {k: done.pop(k) for k in ("parameters", "trainable")}
+            manifest.update(stages=records[:i] + [{**entry, **done}], model={**manifest.values["model"], **sizes})
+            records = manifest.values["stages"]
+        model = model.model_copy(update={"source": str(folder / "model")})
+    trackers.close()
+    if ranks.is_main():
+        _finish(recipe, path, model, manifest)
+    ranks.barrier()
+
+
+def _describe(model: ModelConfig, before: dict[str, Any]) -> dict[str, Any]:
+    found = resolve(model.source)
+    return {**before, "source": model.source, "sha256": found.sha256(), "dtype": model.dtype, "device": model.device}
+
+
+def _data_entries(recipe: Recipe, stages: list[Prepared], tasks: list[Prepared]) -> list[dict[str, Any]]:
+    entries = [{"stage": s.name, **p.stats} for s, p in zip(recipe.stages, stages, strict=True)]
+    return entries + [{"stage": f"evaluate {t.name}", **p.stats} for t, p in zip(recipe.evaluate, tasks, strict=True)]
+
+
+def _finish(recipe: Recipe, path: Path, model: ModelConfig, manifest: Manifest) -> None:
+    """Final model in place, evaluated, compared, hashed."""
+    if recipe.stages:
+        last, final, work = Path(model.source), path / "model", path / ".model.writing"
+        if not final.is_dir():
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.copytree(last, work, copy_function=_link)
+            work.rename(final)
+        if recipe.evaluate:
+            config = recipe.model.model_copy(update={"source": str(final)})
+            evaluate_model(config, recipe.evaluate, path / "evaluations" / "after", recipe.seed)
+            comparison = []
+            for task in recipe.evaluate:
+                before, after = (
+                    read_lines(path / "evaluations" / w / f"{task.name}.jsonl") for w in ("before", "after")
+                )
+                comparison.append({"task": task.name, **compare(before, after, task.kind)})
+            write_json(path / "evaluations" / "comparison.json", comparison)
+    skip = ("checkpoints", "report.html", "manifest.json", ".lock", "tensorboard")
+    files = [p for p in sorted(path.rglob("*")) if p.is_file() and not any(s in p.parts or p.name == s for s in skip)]
+    manifest.update(artifacts={str(p.relative_to(path)): file_hash(p) for p in files}, status="done", finished=now())
+
+
+def _link(source: str, target: str) -> None:
+    """The last stage's files once more under model/, without a second copy on disk where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _report(path: Path) -> Path:
+    return build(path) if ranks.is_main() else path / "report.html"
+
+
+def _close(path: Path, console: Console) -> RunResult:
+    """The page, the table, and what to do next."""
+    report = _report(path)
+    file = path / "evaluations" / "comparison.json"
+    comparison = json.loads(file.read_text()) if file.exists() else []
+    if (path / "evaluations").is_dir():
+        console.print(summary_table(path))
+    console.print(f"run     {path}\nreport  {report}", highlight=False, soft_wrap=True)
+    if (path / "model").is_dir():
+        console.print(f"chat    posttrain chat {path}", highlight=False, soft_wrap=True)
+    return RunResult(path, path / "model", report, comparison)
+
+
+__all__ = ["RunResult", "Stopped", "run"]

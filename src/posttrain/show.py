@@ -1,0 +1,142 @@
+"""What `posttrain inspect` and `posttrain evaluate` do and print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from posttrain.config import DataConfig, ModelConfig, Recipe, SFTConfig
+from posttrain.data.pieces import render_terminal
+from posttrain.data.prepare import Prepared, prepare
+from posttrain.evaluate.stats import compare
+from posttrain.evaluate.tasks import evaluate_model
+from posttrain.files import read_lines
+from posttrain.models.load import context_length, load_tokenizer
+from posttrain.report.words import p_value, score
+
+BAR = 40
+"""Columns of the histogram's longest bar."""
+
+
+def inspect(recipe: Recipe, parts: Sequence[tuple[str, SFTConfig | None, DataConfig]], rows: int, out: Console) -> None:
+    """Prepare the data of the given stages and evaluations (those without a stage) and print what came of it."""
+    tokenizer, context = load_tokenizer(recipe.model), context_length(recipe.model)
+    for name, stage, data in parts:
+        prepared = prepare(data, tokenizer, context=context)
+        out.rule(f"{name} ({stage.method if stage else 'evaluation'})")
+        for label, value in _facts(prepared):
+            out.print(f"{label:<10} {value}", markup=False, soft_wrap=True)
+        lengths = [len(s) for s in prepared.samples]
+        if lengths:
+            out.print("lengths in tokens")
+            for line in histogram(lengths):
+                out.print(f"  {line}", markup=False, soft_wrap=True)
+        if stage is not None and lengths:
+            out.print(f"plan       {plan(stage, lengths)}", markup=False, soft_wrap=True)
+        for i, sample in enumerate(prepared.samples[:rows]):
+            loss = sum(w != 0 for w in sample.weights)
+            out.print(f"\n[bold]sample {i}[/] {len(sample)} tokens, {loss} carry loss (coloured)  {sample.source}")
+            out.print(render_terminal(sample, tokenizer), soft_wrap=True)
+        out.print()
+
+
+def _facts(prepared: Prepared) -> list[tuple[str, str]]:
+    """The manifest's entry of this data, in words."""
+    s = prepared.stats
+    tokens, loss = s.get("tokens", 0), s.get("loss_tokens", 0)
+    share = f" ({loss / tokens:.0%})" if tokens else ""
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in (s.get("dropped") or {}).items() if count)
+    facts = [
+        ("source", str(s.get("source", ""))),
+        ("layout", str(s.get("layout", ""))),
+        ("rows", f"{s.get('rows', 0):,}, used {s.get('used', len(prepared.samples)):,}"),
+        ("dropped", dropped or "none"),
+        ("truncated", f"{s.get('truncated', 0):,}"),
+        (
+            "tokens",
+            f"{tokens:,}, {loss:,} carry loss{share}; median {s.get('median', 0)}, longest {s.get('longest', 0)}",
+        ),
+    ]
+    if s.get("duplicates"):
+        facts.append(("duplicates", f"{s['duplicates']:,} samples are there more than once"))
+    for bad in s.get("bad_rows") or []:
+        facts.append(("bad row", f"{bad['file']}:{bad['row']}: {bad['reason']}"))
+    return facts
+
+
+def histogram(lengths: Sequence[int], bins: int = 8) -> list[str]:
+    """One line a bin of equal width: range, count, bar. No lengths: no lines."""
+    if not lengths:
+        return []
+    low, high = min(lengths), max(lengths)
+    width = max(1, -(-(high - low + 1) // bins))
+    counts = [0] * (1 + (high - low) // width)
+    for n in lengths:
+        counts[(n - low) // width] += 1
+    edges = [(low + i * width, min(high, low + (i + 1) * width - 1)) for i in range(len(counts))]
+    pad = len(str(high))
+    most = max(counts)
+    return [
+        f"{a:>{pad}} to {b:>{pad}} {count:>{len(str(most))}} {'█' * -(-BAR * count // most)}".rstrip()
+        for (a, b), count in zip(edges, counts, strict=True)
+    ]
+
+
+def plan(stage: SFTConfig, lengths: Sequence[int]) -> str:
+    """Steps, and micro-batches a step as the token budget cuts them (before shared prefixes save any)."""
+    from posttrain.models.ragged import micro_batches
+    from posttrain.train.loop import steps_for
+
+    count, budget = len(lengths), stage.systems.tokens_per_micro_batch
+    steps, _ = steps_for(count, stage.batch_size, stage.epochs)
+    capped, _ = steps_for(count, stage.batch_size, stage.epochs, stage.max_steps)
+    shown = [lengths[i : i + stage.batch_size] for i in range(0, count, stage.batch_size)][: min(capped, 200)]
+    micro = [len(micro_batches(batch, budget)) for batch in shown]
+    spread = f"{min(micro)}" if min(micro) == max(micro) else f"{min(micro)} to {max(micro)}"
+    mean = sum(sum(batch) for batch in shown) / len(shown)
+    cut = f" (max_steps; {stage.epochs:g} epochs are {steps:,})" if capped < steps else ""
+    return (
+        f"{capped:,} steps{cut} of {stage.batch_size} samples, about {mean:,.0f} tokens; {spread} micro-batches a step "
+        f"of at most {budget:,} tokens; {max(0, sum(n > budget for n in lengths))} samples are longer than that"
+    )
+
+
+def evaluate(recipe: Recipe, model: ModelConfig, folder: Path, against: Path | None, out: Console) -> None:
+    """Run the recipe's tasks on `model`, print their scores, and the paired comparison with `against`."""
+    summaries = evaluate_model(model, recipe.evaluate, folder, recipe.seed)
+    table = Table(title=f"{model.source}, with 95% intervals")
+    for column in ("task", "metric", "n", "value"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for s in summaries:
+        table.add_row(s["task"], s["metric"], f"{s['n']:,}", _span(s, s["metric"]))
+    out.print(table)
+    if against is not None:
+        out.print(comparison(recipe, against, folder, [s["metric"] for s in summaries]))
+    out.print(f"items and answers  {folder}", markup=False, soft_wrap=True)
+
+
+def comparison(recipe: Recipe, other: Path, folder: Path, metrics: Sequence[str]) -> Table:
+    """Both models on the same items: scores, difference with its interval, p.
+
+    Raises DataError where the items are not the same.
+    """
+    table = Table(title=f"Against {other}, item by item, with 95% intervals")
+    for column in ("task", "", "value", "p"):
+        table.add_column(column, justify="right" if column == "value" else "left", no_wrap=column == "value")
+    for task, metric in zip(recipe.evaluate, metrics, strict=True):
+        old, new = (read_lines(side / f"{task.name}.jsonl") for side in (other, folder))
+        c = compare(old, new, task.kind, task=task.name, seed=recipe.seed)
+        table.add_row(task.name, "other", _span(c["before"], metric))
+        table.add_row(f"n = {c['n']:,}", "this", _span(c["after"], metric))
+        table.add_row("", "difference", _span(c, metric, "difference"), f"{p_value(c['p_value'])} ({c['test']})")
+        table.add_row("", "better, worse", f"{c['gained']:,}, {c['lost']:,}", end_section=True)
+    return table
+
+
+def _span(side: dict[str, Any], metric: str, key: str = "value") -> str:
+    value, low, high = (score(side.get(k), metric, key == "difference") for k in (key, "low", "high"))
+    return f"{value} \\[{low}, {high}]"  # escaped: brackets are rich's markup

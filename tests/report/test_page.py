@@ -1,0 +1,290 @@
+"""The page itself, read back with a parser and looked at in headless Chromium."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from posttrain.errors import CheckpointError
+from posttrain.report import build, summary_table
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
+VOID = {"meta", "link", "img", "br", "input", "hr", "path"}
+
+
+class Page(HTMLParser):
+    """Elements as (tag, attributes), and the text of each element that has data-metric."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.metrics: dict[str, str] = {}
+        self.values: dict[str, str] = {}
+        self.text = ""
+        self._open: list[tuple[str, str | None]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.elements.append((tag, a))
+        name = a.get("data-metric")
+        if name:
+            self.metrics[name], self.values[name] = "", a.get("data-value", "")
+        if tag not in VOID:
+            self._open.append((tag, name))
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        if not any(tag in ("script", "style") for tag, _ in self._open):
+            self.text += data
+        for _, name in self._open:
+            if name:
+                self.metrics[name] += data
+
+    def count(self, tag, **wanted):
+        return sum(t == tag and all(v in (a.get(k.rstrip("_")) or "").split() for k, v in wanted.items())
+                   for t, a in self.elements)  # fmt: skip
+
+
+def browse(page: Path, profile: Path, *flags: str, size="1280,1400") -> tuple[str, list[str]]:
+    """The DOM after scripts ran, and the lines of the console."""
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+        f"--user-data-dir={profile}", f"--window-size={size}", *flags, "--dump-dom", page.resolve().as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "</html>" in done.stdout, done.stderr
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line or "Uncaught" in line]
+
+
+def check_numbers(page: Page, folder: Path):
+    """Every number of the before/after table is the run's own."""
+    for entry in json.loads((folder / "evaluations" / "comparison.json").read_text()):
+        task, digits = entry["task"], 3 if entry["test"] == "McNemar exact" else 2
+        expected = {
+            f"{side}.{key}": entry[side][key] for side in ("before", "after") for key in ("value", "low", "high")
+        }
+        expected |= {
+            "difference": entry["difference"],
+            "difference.low": entry["low"],
+            "difference.high": entry["high"],
+        }
+        for name, number in expected.items():
+            shown = page.metrics[f"{task}.{name}"].replace("−", "-").replace(",", "")
+            assert float(shown) == pytest.approx(number, abs=0.5001 * 10**-digits), (task, name)
+            assert float(page.values[f"{task}.{name}"]) == number
+        assert int(page.metrics[f"{task}.n"]) == entry["n"]
+        assert float(page.values[f"{task}.p_value"]) == entry["p_value"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert page.metrics["run.status"] == manifest["status"]
+    for stage in manifest["stages"]:
+        for key in ("steps", "tokens", "skipped_steps", "seconds", "peak_memory_mb"):
+            assert float(page.values[f"stage.{stage['name']}.{key}"]) == stage[key]
+    for data in manifest["data"]:
+        for key in ("rows", "used", "truncated", "loss_tokens"):
+            assert page.metrics[f"data.{data['stage']}.{key}"].replace(",", "") == str(data[key])
+        for reason, count in data["dropped"].items():
+            assert page.metrics[f"data.{data['stage']}.dropped.{reason}"] == str(count)
+
+
+def check_offline(page: Page, evil: str):
+    """Nothing is loaded or linked from anywhere; what looks like it in the data is text."""
+    for tag, a in page.elements:
+        assert tag not in ("img", "link", "iframe", "object", "embed", "audio", "video", "use", "image", "base"), a
+        for key in ("src", "href", "srcset", "action", "data", "xlink:href"):
+            assert (a.get(key) or "#").startswith("#"), (tag, a)
+        assert not [k for k in a if k.startswith("on")], a
+        assert "url(" not in (a.get("style") or "")
+    assert page.count("script") == 1 and page.count("style") == 1
+    assert evil in page.text
+
+
+def test_complete_run(make_run, evil):
+    folder = make_run()
+    path = build(folder)
+    assert path == folder / "report.html" and not list(folder.glob("*.tmp"))
+    text = path.read_text(encoding="utf-8")
+    assert "url(" not in re.search(r"<style>(.*?)</style>", text, re.S)[1] and "@import" not in text
+    page = Page(text)
+    check_numbers(page, folder)
+    check_offline(page, evil)
+    said = page.text
+    for words in ("supervised fine-tuning on 2,000 rows for 125 steps", "wrong → right", "too long: 3,012 tokens",
+                  "posttrain chat runs/quickstart/model", "posttrain run runs/quickstart/recipe.yaml", "Example CPU",
+                  "cd" * 32, "lr: 5.0e-04   # peak", "2 steps skipped"):  # fmt: skip
+        assert words in said, words
+    assert page.metrics["sentiment.items.gained"] == "64" and page.metrics["sentiment.items.lost"] == "10"
+    changes = [a["class"].split()[1] for t, a in page.elements if t == "article"]
+    assert changes[:6] == ["gained"] * 3 + ["lost"] * 3
+    # Loss tokens are marked, context is not: 2 pieces of the first example, 1 of the second, and the legend.
+    assert page.count("mark") == 4
+    # Accessible: one h1, a caption in every table, a language, labels on the curves.
+    assert page.count("h1") == 1 and page.count("table") == page.count("caption")
+    assert ("html", {"lang": "en"}) in page.elements
+    plots = [a for t, a in page.elements if a.get("class") == "plot"]
+    assert len(plots) == 5 and all(a["role"] == "img" and "over 12" in a["aria-label"] for a in plots)
+    # Two skipped steps, marked on the three curves of what a step computes.
+    assert page.count("path", class_="skipped") == 6
+
+
+def test_curve_points_are_the_metrics(make_run):
+    folder = make_run()
+    page = Page(build(folder).read_text(encoding="utf-8"))
+    lines = map(json.loads, (folder / "stages" / "1-sft" / "metrics.jsonl").read_text().splitlines())
+    expected = [(r["step"], r["loss"]) for r in lines if not r["skipped"]]
+    plot = next(a for t, a in page.elements if a.get("class") == "plot")
+    drawn = [(s, y) for s, y, _ in json.loads(plot["data-points"])]
+    assert [s for s, _ in drawn] == [s for s, _ in expected] and len(drawn) == 123
+    assert [y for _, y in drawn] == pytest.approx([y for _, y in expected], rel=1e-4)
+
+
+def test_long_run_is_thinned_and_says_so(make_run):
+    folder = make_run(steps=20_000)
+    path = build(folder)
+    assert path.stat().st_size < 600_000
+    text = Page(path.read_text(encoding="utf-8")).text
+    assert re.search(r"\d{3} of 19,998 steps drawn; lowest and highest are kept", text)
+
+
+def test_run_that_is_not_finished(make_run, tmp_path):
+    folder = make_run(status="running")
+    shutil.rmtree(folder / "evaluations" / "after")
+    (folder / "evaluations" / "comparison.json").unlink()
+    shutil.rmtree(folder / "model")
+    with (folder / "stages" / "1-sft" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 126, "lo')  # killed while writing
+    page = Page(build(folder).read_text(encoding="utf-8"))
+    assert page.metrics["sentiment.before.value"] == "0.770" and "sentiment.after.value" not in page.metrics
+    for words in ("still running, or was killed", "has not been measured", "1 line(s) can't be read", "not there yet"):
+        assert words in page.text, words
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    page = Page(build(empty).read_text(encoding="utf-8"))
+    assert page.metrics["run.status"] == "unknown"
+    for words in ("no manifest.json", "no recipe.yaml", "Nothing has been evaluated yet", "no stage has begun"):
+        assert words in page.text, words
+    with pytest.raises(CheckpointError, match="expected a run folder"):
+        build(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "gone", ["manifest.json", "recipe.yaml", "stages", "evaluations", "evaluations/before",
+             "evaluations/comparison.json", "stages/1-sft/timings.jsonl", "stages/1-sft/metrics.jsonl"],
+)  # fmt: skip
+def test_any_part_may_be_missing(make_run, gone):
+    folder = make_run()
+    (shutil.rmtree if (folder / gone).is_dir() else Path.unlink)(folder / gone)
+    assert "</html>" in build(folder).read_text(encoding="utf-8")
+    assert summary_table(folder).columns
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "recipe.yaml", "evaluations/comparison.json", "evaluations/after/language.json"]
+)
+def test_any_file_may_be_damaged(make_run, name):
+    folder = make_run()
+    (folder / name).write_text("{]")
+    assert f"{Path(name).name} can't be read" in Page(build(folder).read_text(encoding="utf-8")).text
+
+
+def test_terminal_table(make_run):
+    from rich.console import Console
+
+    folder = make_run()
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(summary_table(folder))
+    shown = console.export_text()
+    sentiment, language = json.loads((folder / "evaluations" / "comparison.json").read_text())
+    for number in (sentiment["before"]["value"], sentiment["after"]["high"], sentiment["low"]):
+        assert f"{number:.3f}" in shown
+    assert "400" in shown and "< 0.0001" in shown.replace("\N{NO-BREAK SPACE}", " ")
+    assert f"{language['before']['value']:.2f} [{language['before']['low']:.2f}, " in shown
+
+
+def luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return sum(w * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+               for w, c in zip((0.2126, 0.7152, 0.0722), channels, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("palette", [0, 1], ids=["light", "dark"])
+def test_contrast(palette):
+    """Text reaches 4.5 to 1 on each ground it is set on (WCAG 2.2, 1.4.3)."""
+    style = (resources.files("posttrain.report") / "page" / "style.css").read_text(encoding="utf-8")
+    block = re.findall(r":root \{(.*?)\}", style, re.S)[palette]
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", block))
+    pairs = [
+        (t, g)
+        for t in ("ink", "muted", "accent", "good", "bad", "key", "string", "literal")
+        for g in ("paper", "raised")
+    ]
+    for text, ground in [*pairs, ("ink", "mark")]:
+        light, dark = sorted((luminance(colours[text]), luminance(colours[ground])), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)
+
+
+@needs_browser
+def test_in_chromium(make_run, evil, tmp_path):
+    folder = make_run()
+    shot = tmp_path / "report.png"
+    dom, console = browse(build(folder), tmp_path / "profile", f"--screenshot={shot}")
+    assert console == []
+    page = Page(dom)
+    check_numbers(page, folder)
+    check_offline(page, evil)
+    # Five curves; those that are noisy have a smoothed line too. The copy buttons show that the script ran.
+    assert page.count("svg") == 5 and page.count("path", class_="raw") == 5 and page.count("path", class_="smooth") == 3
+    buttons = [a for t, a in page.elements if t == "button"]
+    assert len(buttons) == 4 and not any("hidden" in a for a in buttons)
+    assert shot.stat().st_size > 10_000
+
+
+PROBE = """<script>
+const plot = document.querySelector(".plot"), box = plot.getBoundingClientRect();
+const out = plot.closest("figure").querySelector("output"), seen = [out.textContent];
+plot.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width * 59 / 124}));
+seen.push(out.textContent);
+plot.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
+seen.push(out.textContent);
+plot.dispatchEvent(new PointerEvent("pointerleave"));
+seen.push(out.textContent);
+document.body.dataset.seen = JSON.stringify(seen);
+document.body.dataset.spill = document.documentElement.scrollWidth - innerWidth;
+throw new Error("probe");
+</script></body>"""
+
+
+@needs_browser
+def test_read_out_narrow_screen_and_that_console_errors_are_seen(make_run, tmp_path):
+    """A copy of the page with a script of our own: its policy forbids that script until it is taken out."""
+    folder = make_run()
+    text = build(folder).read_text(encoding="utf-8").replace("</body>", PROBE)
+    copy = tmp_path / "copy.html"
+    copy.write_text(text, encoding="utf-8")
+    dom, console = browse(copy, tmp_path / "a")
+    assert "data-seen" not in dom and any("Content Security Policy" in line for line in console)
+    copy.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", text), encoding="utf-8")
+    dom, console = browse(copy, tmp_path / "b", size="500,900")
+    assert any("probe" in line for line in console)
+    body = next(a for t, a in Page(dom).elements if t == "body")
+    rest, hover, key, left = json.loads(body["data-seen"])
+    lines = [json.loads(x) for x in (folder / "stages" / "1-sft" / "metrics.jsonl").read_text().splitlines()]
+    for said, step in ((hover, 60), (key, 61)):
+        found = re.fullmatch(rf"step {step}: (\S+), smoothed \S+", said)
+        assert found and float(found[1]) == pytest.approx(lines[step - 1]["loss"], rel=1e-3)
+    assert left == rest and float(rest) == pytest.approx(lines[-1]["loss"], rel=1e-3)
+    assert int(body["data-spill"]) <= 0  # no sideways scrolling

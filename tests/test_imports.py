@@ -1,0 +1,126 @@
+"""Imports run one way, and what must stay light imports nothing heavy. Held by reading the source."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import posttrain
+
+ROOT = Path(posttrain.__file__).parent
+MODULES = sorted(ROOT.rglob("*.py"))
+
+# From the ground up. A module may import from its own part and from rows before its own, never upwards or sideways.
+LAYERS = [
+    {"errors", "types"},
+    {"config", "functional", "files", "progress"},
+    {"distributed", "data", "rewards"},
+    {"models"},
+    {"machine", "rollout"},
+    {"evaluate", "train", "refine", "compress", "merge", "report"},
+    {"schema"},
+    {"recipe"},
+    {"run"},
+    {"show", "chat", "doctor"},
+    {"cli"},
+]
+PLACE = {part: i for i, row in enumerate(LAYERS) for part in row}
+
+LIGHT = {"config", "types", "errors", "cli", "recipe", "schema", "files", "progress", "__init__"}
+"""Modules that load without torch and its like; cli and the package itself without pydantic and yaml too."""
+HEAVY = {"torch", "transformers", "datasets", "peft", "safetensors", "pandas", "pyarrow", "trl", "gguf"}
+
+
+def name_of(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def imports(node: ast.AST, *, inside_functions: bool, package: str) -> Iterator[str]:
+    """Absolute names of everything imported below `node`; what only type checkers see is left out."""
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "relative import: write the full name"
+            assert child.module is not None
+            yield from ([f"posttrain.{a.name}" for a in child.names] if child.module == "posttrain" else [child.module])
+        elif inside_functions or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imports(child, inside_functions=inside_functions, package=package)
+
+
+def imported(path: Path, inside_functions: bool) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return set(imports(tree, inside_functions=inside_functions, package=name_of(path)))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_run_one_way(path: Path) -> None:
+    part = name_of(path).split(".")[0]
+    if part == "__init__":
+        return  # the public face hands out names of every layer, lazily
+    assert part in PLACE, f"give {part} a place in LAYERS"
+    for name in imported(path, inside_functions=True):
+        package, _, rest = name.partition(".")
+        other = rest.split(".")[0]
+        if package != "posttrain" or not rest or other in (part, "__version__"):
+            continue
+        assert other in PLACE, f"{name_of(path)} imports {name}, which has no place in LAYERS"
+        assert PLACE[other] < PLACE[part], f"{name_of(path)} imports {name}: {part} must not know {other}"
+
+
+@pytest.mark.parametrize("name", sorted(LIGHT))
+def test_light_modules_import_nothing_heavy(name: str) -> None:
+    """At module level, and through what they import at module level."""
+    seen: set[str] = set()
+    todo = [f"posttrain.{name}"]
+    heavy = HEAVY | ({"pydantic", "yaml", "numpy"} if name in ("cli", "__init__") else set())
+    while todo:
+        module = todo.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        assert module.split(".")[0] not in heavy, f"{name} reaches {module}"
+        if module.startswith("posttrain."):
+            path = ROOT / Path(*module.split(".")[1:])
+            file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+            if file.exists():  # else a name of the package's, such as __version__
+                todo.extend(imported(file, inside_functions=False))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "functional").rglob("*.py")), ids=name_of)
+def test_the_functional_core_imports_torch_alone(path: Path) -> None:
+    for name in imported(path, inside_functions=True):
+        top = name.split(".")[0]
+        own = name.startswith("posttrain.functional") or name == "posttrain.types"
+        assert top == "torch" or own or top in sys.stdlib_module_names, f"{name_of(path)} imports {name}"
+
+
+def test_the_reader_of_imports_sees_what_it_should() -> None:
+    tree = ast.parse(
+        "import a.b\nfrom c import d\nif TYPE_CHECKING:\n    import hidden\n"
+        "if x:\n    import e\nclass K:\n    import f\ndef g():\n    from posttrain import h\n"
+    )
+    assert set(imports(tree, inside_functions=False, package="")) == {"a.b", "c", "e", "f"}
+    assert set(imports(tree, inside_functions=True, package="")) == {"a.b", "c", "e", "f", "posttrain.h"}
+
+
+def test_files_and_functions_stay_short() -> None:
+    """Under 500 lines a file, under 80 a function: what is longer hides two things."""
+    for path in MODULES:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") < 500, f"{name_of(path)} has {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert length < 80, f"{name_of(path)}.{node.name} has {length} lines"
