@@ -56,12 +56,12 @@ def keep_memory() -> None:
     """Let malloc keep freed pages (glibc): a step's buffers are the same every time, and fresh pages cost faults."""
     if sys.platform != "linux" or "memory" in _state:
         return
-    _state["memory"] = "kept"
     try:
         libc = ctypes.CDLL("libc.so.6")
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+        m_trim_threshold, m_mmap_max = -1, -4
+        # Large blocks come from the heap, not from mappings of their own that go back to the system when freed.
+        kept = libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+        _state["memory"] = "kept" if kept else "given back"
     except (OSError, AttributeError):
         _state["memory"] = "given back"
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from posttrain.errors import ModelError
 from posttrain.functional.logprobs import Head, linear_cross_entropy, linear_logprobs
 from posttrain.models import attention
+from posttrain.models.fused import fuse
 from posttrain.models.ragged import RaggedBatch, pack
 from posttrain.types import Sample
 
@@ -38,6 +39,7 @@ class LanguageModel(nn.Module):
         if self.ragged:
             _base(hf).set_attn_implementation(attention.NAME)
         no_dropout(hf)
+        fuse(hf)
 
     @property
     def base(self) -> Any:

@@ -1,0 +1,201 @@
+"""Modules that are the same in most model types, computed in fewer passes and with fewer tensors kept for backward.
+
+Norms, gated MLPs and low-rank adapters spend their time moving memory and keep what is cheap to make again. Each is
+replaced only after its own forward and the fused one were compared on the module itself; a module that differs in
+anything keeps its own forward. What comes out is the same up to the order of rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TOLERANCE = 2e-5
+"""Largest difference, relative to the largest output, at which a fused forward counts as the module's own."""
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x / rms(x) * (weight + shift), rms(x) = sqrt(mean(x^2) + eps) (arXiv 1910.07467); keeps x and 1 / rms."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, shift):  # type: ignore[no-untyped-def]
+        x32 = x.float()
+        rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = weight.float() + shift if shift else weight.float()
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.shift = shift
+        return (x32 * rstd).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, weight, rstd = ctx.saved_tensors
+        x32, dy32 = x.float(), dy.float()
+        normed = x32 * rstd
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (dy32 * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        g = dy32 * (weight.float() + ctx.shift if ctx.shift else weight.float())
+        inner = torch.linalg.vecdot(g, normed).unsqueeze(-1).div_(-x.shape[-1])
+        return g.addcmul_(normed, inner).mul_(rstd).to(x.dtype), d_weight, None, None
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate) * up; act(gate) is made again in backward."""
+
+    @staticmethod
+    def forward(ctx, gate, up, kind):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(gate, up)
+        ctx.kind = kind
+        return ACTIVATIONS[kind][0](gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, d_product):  # type: ignore[no-untyped-def]
+        gate, up = ctx.saved_tensors
+        act, act_backward = ACTIVATIONS[ctx.kind]
+        return act_backward(d_product * up, gate), act(gate).mul_(d_product), None
+
+
+class _GatedDown(torch.autograd.Function):
+    """act(gate) * up, then the down projection; the product and act(gate) are made again in backward."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight, kind):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(gate, up, weight)
+        ctx.kind = kind
+        return F.linear(ACTIVATIONS[kind][0](gate).mul_(up), weight)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        gate, up, weight = ctx.saved_tensors
+        act, act_backward = ACTIVATIONS[ctx.kind]
+        active = act(gate)
+        d_weight = None
+        if ctx.needs_input_grad[2]:
+            d_weight = torch.mm(dy.flatten(0, -2).t(), (active * up).flatten(0, -2))
+        d_product = torch.matmul(dy, weight)
+        d_up = active.mul_(d_product)
+        return act_backward(d_product.mul_(up), gate), d_up, d_weight, None
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_tanh_backward(d: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(d, x, approximate="tanh")  # type: ignore[no-any-return]
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": (_gelu_tanh, _gelu_tanh_backward),
+}
+
+
+class _LoRALinear(torch.autograd.Function):
+    """x W^T + b + s (x A^T) B^T with the adapter's product added in place; keeps x and x A^T."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale):  # type: ignore[no-untyped-def]
+        flat = x.flatten(0, -2)
+        low = torch.mm(flat, a.t())
+        y = F.linear(flat, weight, bias).addmm_(low, b.t(), alpha=scale)
+        ctx.save_for_backward(flat, weight, a, b, low)
+        ctx.scale, ctx.shape = scale, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        flat, weight, a, b, low = ctx.saved_tensors
+        dy = dy.flatten(0, -2)
+        d_low = torch.mm(dy, b).mul_(ctx.scale)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = torch.mm(dy, weight).addmm_(d_low, a).view(ctx.shape)
+        return d_x, None, None, torch.mm(d_low.t(), flat), torch.mm(dy.t(), low).mul_(ctx.scale), None
+
+
+def _norm_forward(shift: float) -> Callable[..., Tensor]:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        eps = getattr(self, "variance_epsilon", None) or getattr(self, "eps", None)
+        return _RMSNorm.apply(hidden_states, self.weight, eps, shift)  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _mlp_forward(kind: str) -> Callable[..., Tensor]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        down = self.down_proj
+        if type(down) is not nn.Linear or down.bias is not None:  # an adapter sits on it
+            return down(_Gated.apply(self.gate_proj(x), self.up_proj(x), kind))  # type: ignore[no-any-return]
+        return _GatedDown.apply(self.gate_proj(x), self.up_proj(x), down.weight, kind)  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    names = self.active_adapters
+    plain = len(names) == 1 and not self.disable_adapters and not self.merged and not args and not kwargs
+    a, b = (
+        getattr(self, n)[names[0]].weight if plain and names[0] in getattr(self, n) else None
+        for n in ("lora_A", "lora_B")
+    )
+    base = self.base_layer
+    if a is None or a.dtype != x.dtype or base.weight.requires_grad:
+        return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+    return _LoRALinear.apply(x, base.weight, base.bias, a, b, self.scaling[names[0]])  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _same(module: Any, forward: Callable[..., Tensor], width: int) -> bool:
+    """Whether the fused forward gives what the module's own gives, on a few random rows."""
+    weight = next(module.parameters())
+    x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight)
+    own = type(module).forward(module, x)
+    fused = forward(module, x)
+    tolerance = TOLERANCE if weight.dtype == torch.float32 else 2e-2
+    return fused.shape == own.shape and bool((fused - own).abs().max() <= tolerance * own.abs().max().clamp_min(1e-6))
+
+
+def _candidates(module: Any) -> tuple[list[Callable[..., Tensor]], int]:
+    """Fused forwards that a module might be the same as, and the width of its input."""
+    name = type(module).__name__
+    weight = getattr(module, "weight", None)
+    has_eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+    if name.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and weight.ndim == 1 and has_eps:
+        return [_norm_forward(0.0), _norm_forward(1.0)], len(weight)
+    parts = [getattr(module, n, None) for n in ("gate_proj", "up_proj", "down_proj")]
+    if all(isinstance(p, nn.Module) and hasattr(p, "in_features") for p in parts) and len(list(module.children())) <= 4:
+        return [_mlp_forward(kind) for kind in ACTIVATIONS], parts[0].in_features  # type: ignore[union-attr, return-value]
+    if name == "Linear" and type(module).__module__ == "peft.tuners.lora.layer":
+        base = module.base_layer
+        dropout = any(getattr(d, "p", 0) for d in module.lora_dropout.values())
+        dora = any(getattr(module, "use_dora", {}).values()) or bool(getattr(module, "lora_variant", None))
+        if type(base) is nn.Linear and not dropout and not dora:
+            return [_lora_forward], base.in_features
+    return [], 0
+
+
+def fuse(model: nn.Module) -> dict[str, int]:
+    """Replace what can be replaced, in place; returns how many modules of each type were."""
+    done: dict[str, int] = {}
+    known: dict[tuple[type, int], Callable[..., Tensor] | None] = {}
+    for module in model.modules():
+        if "forward" in module.__dict__:
+            continue
+        options, width = _candidates(module)
+        if not options:
+            continue
+        key = type(module), width
+        if key not in known:
+            known[key] = next((f for f in options if _same(module, f, width)), None)
+        chosen = known[key]
+        if chosen is not None:
+            module.forward = MethodType(chosen, module)  # type: ignore[method-assign]
+            done[type(module).__name__] = done.get(type(module).__name__, 0) + 1
+    return done

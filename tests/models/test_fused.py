@@ -1,0 +1,81 @@
+"""Fused forwards against the modules' own, in value and gradient; and that what differs is left alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from posttrain.config import AdapterConfig
+from posttrain.models.adapters import attach
+from posttrain.models.fused import fuse
+from posttrain.models.tiny import tiny_model
+
+KINDS = [("llama", 5, 2), ("qwen3", 9, 2), ("gemma2", 9, 2), ("granite", 5, 2), ("cohere", 0, 2), ("mixtral", 5, 0)]
+
+
+def run(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits of two rows of tokens and the gradient of a random projection of them."""
+    model.zero_grad()
+    ids = torch.randint(3, 250, (2, 13), generator=torch.Generator().manual_seed(0))
+    logits = model(input_ids=ids, use_cache=False).logits
+    (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def check(own: Any, fused: Any) -> None:
+    (a, expected), (b, found) = run(own), run(fused)
+    torch.testing.assert_close(b, a, atol=5e-5, rtol=1e-5)
+    assert found.keys() == expected.keys()
+    for name, g in expected.items():
+        torch.testing.assert_close(found[name], g, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("kind", "norms", "mlps"), KINDS)
+def test_equal_to_the_models_own(kind: str, norms: int, mlps: int) -> None:
+    own = tiny_model(kind)
+    for name, p in own.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(p, mean=0.5, std=0.3)  # all ones, or zeros, would hide a weight that is left out
+    fused = copy.deepcopy(own)
+    counts = fuse(fused)
+    assert sum(n for t, n in counts.items() if "Norm" in t) == norms
+    assert sum(n for t, n in counts.items() if "MLP" in t) == mlps
+    check(own, fused)
+
+
+@pytest.mark.parametrize(("kind", "linears"), [("lora", 14), ("rslora", 14), ("dora", 0)])
+def test_adapters_equal_peft_s_own(kind: str, linears: int) -> None:
+    own = attach(tiny_model("qwen2"), AdapterConfig(kind=kind, r=4), seed=0)  # type: ignore[arg-type]
+    for name, p in own.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)  # zero at first
+    fused = copy.deepcopy(own)
+    assert fuse(fused).get("Linear", 0) == linears
+    check(own, fused)
+    with own.disable_adapter(), fused.disable_adapter():
+        ids = torch.arange(3, 12)[None]
+        assert torch.equal(own(ids).logits, own.get_base_model()(ids).logits)
+        torch.testing.assert_close(fused(ids).logits, own(ids).logits, atol=1e-5, rtol=0)
+    merged = own.merge_and_unload()(ids).logits
+    torch.testing.assert_close(fused.merge_and_unload()(ids).logits, merged, atol=1e-4, rtol=0)
+
+
+class OddRMSNorm(nn.Module):
+    """Looks like the norm, and clips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x / x.pow(2).mean(-1, keepdim=True).add(self.eps).sqrt()).clamp(-1, 1)
+
+
+def test_what_differs_is_left_alone() -> None:
+    odd = nn.Sequential(OddRMSNorm())
+    assert fuse(odd) == {}
+    assert "forward" not in odd[0].__dict__

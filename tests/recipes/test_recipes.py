@@ -1,0 +1,150 @@
+"""Every recipe that ships, two steps on a tiny model, through to its report; and the library used from Python."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import posttrain
+from posttrain.errors import CheckpointError, DataError
+from posttrain.files import read_lines
+from posttrain.models.lm import LanguageModel
+from posttrain.recipe import shipped
+from posttrain.rollout.greedy import greedy
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"What is {i} plus {i}?"}, {"role": "assistant", "content": str(2 * i)}]}
+    for i in range(40)
+]
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(c) + "\n" for c in CHATS))
+    return path
+
+
+def overrides(name: str, chats: Path) -> list[str]:
+    """A tiny model, two steps, small evaluations; everything else as shipped."""
+    recipe = posttrain.load_recipe(name)
+    given = ["model.source=tiny:llama"]
+    for i, stage in enumerate(recipe.stages):
+        given += [f"stages.{i}.max_steps=2", f"stages.{i}.batch_size=2"]
+        given += [f"stages.{i}.data.source={chats}"] if not str(stage.data.source).startswith("packaged:") else []
+    for i, task in enumerate(recipe.evaluate):
+        packaged = str(task.data.source).startswith("packaged:")
+        given += [f"evaluate.{i}.data.rows=[9000, 9010]"] if packaged else [f"evaluate.{i}.data.source={chats}"]
+    return given
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> None:
+    recipe = posttrain.load_recipe(name, overrides(name, chats))
+    result = posttrain.run(recipe, tmp_path / "run")
+    for i, stage in enumerate(recipe.stages):
+        metrics = read_lines(result.folder / "stages" / f"{i}-{stage.name}" / "metrics.jsonl")
+        assert [m["step"] for m in metrics] == [1, 2] and all(m["loss"] > 0 for m in metrics)
+    manifest = json.loads((result.folder / "manifest.json").read_text())
+    assert manifest["status"] == "done" and "model/model.safetensors" in manifest["artifacts"]
+    assert len(result.comparison) == len(recipe.evaluate)
+    assert "<html" in result.report.read_text()
+    AutoModelForCausalLM.from_pretrained(result.model)
+
+
+def recipe_of(chats: Path, **changes: object) -> posttrain.Recipe:
+    stage = {"data": {"source": str(chats)}, "batch_size": 4, "epochs": 3, "optimizer": {"lr": 3e-3}, **changes}
+    return posttrain.Recipe.model_validate(
+        {
+            "name": "r",
+            "model": {"source": "tiny:llama"},
+            "stages": [stage],
+            "evaluate": [
+                {"name": "sums", "kind": "generate", "data": {"source": str(chats)}, "max_new_tokens": 4, "show": 3}
+            ],
+        }
+    )
+
+
+@pytest.mark.parametrize("adapter", [None, {"r": 4}])
+def test_transformers_reproduces_our_greedy_output(adapter: dict[str, int] | None, tmp_path: Path, chats: Path) -> None:
+    """The final folder, opened by transformers alone, says token for token what the trained policy says.
+
+    Ours is the ragged forward: each token must be its argmax; transformers' is generate on what was saved.
+    """
+    result = posttrain.run(recipe_of(chats, adapter=adapter), tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(result.model)
+    theirs = AutoModelForCausalLM.from_pretrained(result.model, dtype=torch.float32)
+    assert type(theirs).__module__.startswith("transformers.")
+    ours = LanguageModel(AutoModelForCausalLM.from_pretrained(result.model, dtype=torch.float32)).eval()
+    prompts = [
+        tokenizer.apply_chat_template(c["messages"][:1], add_generation_prompt=True, return_dict=False) for c in CHATS[:6]
+    ]
+    answers = greedy(ours, tokenizer, prompts, 12, batch_size=4)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        out = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+        ends = {tokenizer.eos_token_id}
+        assert [t for t in out if t not in ends][: len(answer)] == answer
+        whole = posttrain.types.Sample([*prompt, *answer], [0.0] * len(prompt) + [1.0] * len(answer))
+        if answer:
+            batch = ours.pack([whole])
+            hidden = ours(batch, "hidden")
+            logits = hidden @ ours.head().weight_V_H.t()
+            assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+
+def test_an_unmerged_adapter_is_peft_s_own(tmp_path: Path, chats: Path) -> None:
+    """merge: false leaves an adapter that peft and transformers load onto its base, with the same outputs as merged."""
+    from peft import PeftConfig
+
+    base = tmp_path / "base"
+    first = posttrain.run(recipe_of(chats), tmp_path / "first")
+    first.model.rename(base)
+    runs = {}
+    for merge in (True, False):
+        recipe = recipe_of(chats, adapter={"r": 4}, merge=merge)
+        recipe = recipe.model_copy(update={"model": posttrain.ModelConfig(source=str(base))})
+        runs[merge] = posttrain.run(recipe, tmp_path / str(merge))
+    assert PeftConfig.from_pretrained(runs[False].model).base_model_name_or_path == str(base)
+    ids = torch.arange(5, 25)[None]
+    a, b = (AutoModelForCausalLM.from_pretrained(r.model, dtype=torch.float32)(ids).logits for r in runs.values())
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(ids).logits
+    assert float((a - plain).abs().max()) > 1e-2
+
+
+def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(tmp_path: Path, chats: Path) -> None:
+    recipe = recipe_of(chats, max_steps=2)
+    first = posttrain.run(recipe, tmp_path / "run")
+    written = (first.model / "model.safetensors").stat().st_mtime_ns
+    assert posttrain.run(recipe, tmp_path / "run").comparison == first.comparison
+    assert (first.model / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(CheckpointError, match=r"another recipe \(.*max_steps: 2.*3"):
+        posttrain.run(recipe_of(chats, max_steps=3), tmp_path / "run")
+    posttrain.run(recipe_of(chats, max_steps=3), tmp_path / "run", fresh=True)
+    assert (tmp_path / "run.1" / "model").is_dir()  # set aside, not lost
+
+
+def test_two_stages_each_start_from_what_the_one_before_left(tmp_path: Path, chats: Path) -> None:
+    one = recipe_of(chats, max_steps=3)
+    stages = [one.stages[0].model_copy(update={"name": n}) for n in ("first", "second")]
+    two = posttrain.run(one.model_copy(update={"stages": stages}), tmp_path / "run")
+    losses = [
+        [m["loss"] for m in read_lines(two.folder / "stages" / f / "metrics.jsonl")] for f in ("0-first", "1-second")
+    ]
+    assert losses[1][0] < losses[0][0]
+    records = json.loads((two.folder / "manifest.json").read_text())["stages"]
+    assert records[1]["from"] == records[0]["to"]
+
+
+def test_bad_rows_stop_before_anything_is_trained(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(CHATS[0]) + "\n" + json.dumps({"messages": [{"role": "user", "content": "?"}]}) + "\n")
+    with pytest.raises(DataError, match=r"bad.jsonl:2"):
+        posttrain.run(recipe_of(path), tmp_path / "run")
+    assert not (tmp_path / "run" / "stages").exists()
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
