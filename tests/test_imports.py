@@ -27,6 +27,7 @@ LAYERS = [
     {"run"},
     {"show", "chat", "doctor"},
     {"cli"},
+    {"__main__"},
 ]
 PLACE = {part: i for i, row in enumerate(LAYERS) for part in row}
 

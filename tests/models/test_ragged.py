@@ -136,7 +136,7 @@ def test_equal_to_one_at_a_time(kind: str, changes: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("kind", ["mamba", "bloom"])
 def test_models_that_can_not_share_fall_back(kind: str) -> None:
-    """Recurrent layers, or attention outside transformers' interface: one sequence at a time, said once, still right."""
+    """Recurrent layers, or attention outside transformers' interface: one sequence at a time, said so, still right."""
     hf = tiny_model(kind)
     with pytest.warns(UserWarning, match="one at a time"):
         model = LanguageModel(hf)

@@ -81,9 +81,8 @@ def test_transformers_reproduces_our_greedy_output(adapter: dict[str, int] | Non
     theirs = AutoModelForCausalLM.from_pretrained(result.model, dtype=torch.float32)
     assert type(theirs).__module__.startswith("transformers.")
     ours = LanguageModel(AutoModelForCausalLM.from_pretrained(result.model, dtype=torch.float32)).eval()
-    prompts = [
-        tokenizer.apply_chat_template(c["messages"][:1], add_generation_prompt=True, return_dict=False) for c in CHATS[:6]
-    ]
+    asked = [c["messages"][:1] for c in CHATS[:6]]
+    prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in asked]
     answers = greedy(ours, tokenizer, prompts, 12, batch_size=4)
     for prompt, answer in zip(prompts, answers, strict=True):
         out = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
