@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -41,15 +40,6 @@ def test_help_imports_nothing_heavy() -> None:
     heavy = {"torch", "transformers", "datasets", "peft", "numpy", "pandas", "pyarrow", "pydantic", "yaml"}
     assert not loaded & heavy
     assert "Usage" in done.stdout
-
-
-def test_help_answers_in_half_a_second() -> None:
-    times = []
-    for _ in range(4):  # the first may compile; a busy machine may disturb one
-        start = time.perf_counter()
-        assert posttrain("--help").returncode == 0
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.5
 
 
 # The commands and their options are a promise to people's scripts: change this table on purpose only.
@@ -217,9 +207,7 @@ def test_doctor_finds_no_problem_here_and_names_those_it_finds(monkeypatch) -> N
 def test_doctor_measures_products_and_checks_versions() -> None:
     from posttrain.doctor import _meets, _requirements, products_rate
 
-    start = time.perf_counter()
     assert products_rate(0.05) > 0
-    assert time.perf_counter() - start < 5
     assert _requirements()["torch"].replace(" ", "") in (">=2.11,<2.14", "<2.14,>=2.11")
     assert _meets("2.13.0+cpu", ">=2.11,<2.14") and not _meets("2.14.0", ">=2.11,<2.14")
 

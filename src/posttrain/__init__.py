@@ -32,15 +32,19 @@ if TYPE_CHECKING:
     )
     from posttrain.data.prepare import prepare
     from posttrain.errors import PosttrainError
+    from posttrain.models.lm import LanguageModel
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.recipe import dump_recipe, load_recipe
     from posttrain.run import run
+    from posttrain.train.learner import Learner
     from posttrain.types import Message, Sample
 
 __all__ = [
     "AdapterConfig",
     "ClassesConfig",
     "DataConfig",
+    "LanguageModel",
+    "Learner",
     "Message",
     "ModelConfig",
     "OptimizerConfig",
@@ -62,6 +66,8 @@ __all__ = [
 
 _HOMES = {
     "dump_recipe": "recipe",
+    "LanguageModel": "models.lm",
+    "Learner": "train.learner",
     "load_model": "models.load",
     "load_recipe": "recipe",
     "load_tokenizer": "models.load",

@@ -85,7 +85,9 @@ def _meets(version: str, specifier: str) -> bool:
 
 def _machine(line: Line, problems: list[str]) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    line("processor", f"{platform.machine()}, {cores} cores")
+    from posttrain.machine import cpu_name
+
+    line("processor", f"{cpu_name()} ({platform.machine()}), {cores} cores")
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         line("memory", f"{memory:.1f} GiB")
@@ -103,8 +105,10 @@ def _machine(line: Line, problems: list[str]) -> None:
         problems.append(f"torch can't be imported ({error}): reinstall it")
         return
     _devices(line, problems)
+    from posttrain.models.cpu import matmul_route
+
     rate, threads = products_rate(), torch.get_num_threads()
-    line("products", f"{rate:.0f} GFLOP/s in float32 with {threads} threads")
+    line("products", f"{rate:.0f} GFLOP/s in float32 with {threads} threads ({matmul_route()})")
     if rate < SLOW_GFLOPS_A_CORE * min(threads, cores):
         problems.append(
             f"matrix products are slow ({rate:.1f} GFLOP/s): other processes may hold the cores, or OMP_NUM_THREADS "
@@ -138,7 +142,7 @@ def products_rate(seconds: float = 0.5) -> float:
 
     from posttrain.models.cpu import matmul_route
 
-    matmul_route()
+    matmul_route()  # throws the switch that training throws
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):

@@ -12,13 +12,13 @@ from posttrain.report.words import p_value, score
 
 
 def summary_table(run_folder: Path) -> Table:
-    """Task, items, before, after and difference with 95% intervals, and p; "–" for what has not been measured.
+    """Task with its number of items, before, after, difference and p, with 95% intervals; "–" for what was not measured.
 
     Raises CheckpointError where there is no such folder.
     """
     table = Table(title="Before and after, with 95% intervals")
-    table.add_column("task")
-    for name in ("n", "before", "after", "difference", "p"):
+    table.add_column("task", overflow="fold")
+    for name in ("before", "after", "difference", "p"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in read(Path(run_folder)).rows():
 
@@ -30,5 +30,7 @@ def summary_table(run_folder: Path) -> Table:
             return f"{value}\n\\[{low}, {high}]"  # escaped: brackets are rich's markup
 
         p = p_value((row.comparison or {}).get("p_value"))
-        table.add_row(row.task, f"{row.n:,}", span(row.before), span(row.after), span(row.comparison, "difference"), p)
+        table.add_row(
+            f"{row.task}\n{row.n:,} items", span(row.before), span(row.after), span(row.comparison, "difference"), p
+        )
     return table

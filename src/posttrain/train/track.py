@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,16 +13,32 @@ from posttrain.distributed import ranks
 from posttrain.errors import MissingExtraError
 from posttrain.train.loop import OnStep
 
-Sink = Callable[[int, dict[str, float]], None]
+Sink = Callable[[str, int, dict[str, float]], None]
+"""(stage, step, values)."""
 
 
-def _to_tensorboard(writer: Any, step: int, values: dict[str, float]) -> None:
-    for name, value in values.items():
-        writer.add_scalar(name, value, step)
+class _TensorBoard:
+    """One event folder a stage; steps that are made again after a kill replace those of the time before."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.make, self.folder = SummaryWriter, folder
+        self.writers: dict[str, Any] = {}
+
+    def __call__(self, stage: str, step: int, values: dict[str, float]) -> None:
+        if stage not in self.writers:
+            self.writers[stage] = self.make(str(self.folder / stage), purge_step=step)
+        for name, value in values.items():
+            self.writers[stage].add_scalar(name, value, step)
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.close()
 
 
-def _to_logger(tracked: Any, step: int, values: dict[str, float]) -> None:
-    tracked.log(values, step=step)
+def _to_logger(tracked: Any, stage: str, step: int, values: dict[str, float]) -> None:
+    tracked.log({f"{stage}/{name}": value for name, value in values.items()} | {f"{stage}/step": step})
 
 
 class Trackers:
@@ -41,16 +58,17 @@ class Trackers:
 
     def _open(self, config: TrackConfig, folder: Path, recipe: Recipe) -> None:
         if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(folder / "tensorboard"))
-            self.sinks.append(partial(_to_tensorboard, writer))
-            self.closers.append(writer.close)
+            board = _TensorBoard(folder / "tensorboard")
+            self.sinks.append(board)
+            self.closers.append(board.close)
         for name, project in (("wandb", config.wandb), ("trackio", config.trackio)):
             if project is None:
                 continue
             module = __import__(name)
-            tracked = module.init(project=project, name=recipe.name, config=recipe.model_dump(mode="json"))
+            # A run that goes on is the same run there: W&B knows it by an id, trackio by its name.
+            same = {"id": hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]} if name == "wandb" else {}
+            settings = recipe.model_dump(mode="json")
+            tracked = module.init(project=project, name=recipe.name, config=settings, resume="allow", **same)
             self.sinks.append(partial(_to_logger, tracked))
             self.closers.append(tracked.finish)
 
@@ -60,9 +78,9 @@ class Trackers:
             return None
 
         def report(step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
-            values = {f"{stage}/{k}": float(v) for k, v in {**timing, **metrics}.items() if k != "step"}
+            values = {k: float(v) for k, v in {**timing, **metrics}.items() if k != "step"}
             for sink in self.sinks:
-                sink(step, values)
+                sink(stage, step, values)
 
         return report
 
