@@ -29,7 +29,7 @@ def random_samples(count: int, seed: int = 0, low: int = 5, high: int = 60, voca
 
 
 def family(seed: int = 0, vocabulary: int = 250) -> list[Sample]:
-    """Samples that share prefixes on two levels, one that is a prefix of others, two strangers; all tokens carry loss."""
+    """Samples sharing prefixes on two levels, one that is a prefix of others, two strangers; all tokens carry loss."""
     rng = np.random.default_rng(seed)
 
     def draw(n: int) -> list[int]:

@@ -190,6 +190,33 @@ class SFTConfig(Config):
     )
 
 
+class SamplingConfig(Config):
+    """How completions are drawn. Cut-offs apply in this order: temperature, top_k, top_p, min_p."""
+
+    temperature: float = Field(1.0, ge=0, description="Divides the logits; 0 takes the likeliest token every time.")
+    top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0: all.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Keep the likeliest tokens whose probabilities sum to at least this."
+    )
+    min_p: float = Field(
+        0.0, ge=0, lt=1, description="Keep tokens at least this likely, relative to the likeliest one."
+    )
+    max_tokens: int = Field(256, ge=1, description="Longest completion in tokens.")
+    min_tokens: int = Field(0, ge=0, description="End and stop tokens can't be drawn before this many tokens.")
+    stop: list[str] = Field(default_factory=list, description="Strings that end a completion; left out of its text.")
+    stop_tokens: list[int] = Field(
+        default_factory=list, description="Token ids that end a completion, besides the model's own."
+    )
+
+    @model_validator(mode="after")
+    def _lengths(self) -> SamplingConfig:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}")
+        if any(not s for s in self.stop):
+            raise ValueError("stop holds an empty string, which would end every completion at once")
+        return self
+
+
 class TaskConfig(Config):
     """One evaluation: what is asked, and how the answer is judged."""
 

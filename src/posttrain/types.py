@@ -48,3 +48,31 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled completion of a prompt.
+
+    tokens: completion ids, the end or stop token included where one was sampled.
+    logprobs: log-probability of each under the policy that sampled it, temperature and cut-offs applied.
+    finish: why it ended: ``end`` (a token that ends a turn or text), ``stop`` (a stop string or token), ``length``.
+    text: decoded, without the end token or stop string.
+    rewards: every reward's own number by name, before weights; reward: their weighted sum.
+    """
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    finish: str
+    text: str = ""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    reward: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """All completions of one prompt; ``example`` is what the row carried besides it (an answer, an id)."""
+
+    prompt: Sequence[int]
+    example: Mapping[str, Any]
+    rollouts: Sequence[Rollout]

@@ -1,29 +1,30 @@
 """Conversations → text and the characters that carry loss, for any chat template.
 
 What has to be learnt of an assistant turn is what the model will have to write there: everything between the
-generation prompt, as this template renders it, and the end of the turn, its end token included. Both ends are found by
-rendering the conversation up to the turn, which needs nothing of the template. Where a template renders a
-conversation's beginning otherwise than the whole (some drop earlier reasoning, some refuse one that starts with the
-assistant), the turn is found by rendering once more with another text in its place. White space behind the end token
-is not learnt. Where a template writes no end token behind the last turn, the tokenizer's own is added and learnt.
+generation prompt, as this template renders it, and the end of the turn, its end token included. The beginning is found
+by rendering the conversation before the turn, which needs nothing of the template. The end is where the turn's text
+ends if that follows at once, and otherwise (the template puts something in between, or changes the text) it is found by
+rendering the conversation with other texts in the turn's place: what follows them follows the turn. So is the beginning
+where a template renders a conversation's beginning otherwise than the whole, or refuses it. White space behind the end
+token is not learnt. Where a template writes no end token behind the last turn, the tokenizer's own is added and learnt.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from posttrain.data.layouts import BadRow
 from posttrain.types import Message
 
-SENTINELS = ("Qz7f0Xw", "Kj9vR2b")
-
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation's text; `spans` are the character ranges that carry loss; `closed` whether the last ends a turn."""
+    """A conversation's text; `spans` are the character ranges that carry loss; `closed`: the last ends a turn."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
@@ -51,39 +52,56 @@ def render_with_loss(
     """
     text = render(tokenizer, messages)
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if loss_on == "all":
-        return Rendered(text, ((0, len(text)),))
-    if not turns:
+    last = len(messages) - 1
+    if not turns and loss_on != "all":
         raise BadRow("no assistant turn in it")
-    if loss_on == "completion":
-        turns = turns[-1:]
-        if turns[0] != len(messages) - 1:
-            raise BadRow(f"the last turn is the {messages[-1]['role']}'s, not the assistant's")
+    if loss_on == "completion" and turns[-1] != last:
+        raise BadRow(f"the last turn is the {messages[-1]['role']}'s, not the assistant's")
+    if loss_on != "assistant":
+        turns = [i for i in turns if i == last]
     spans, closed, answer_end = [], True, 0
     for i in turns:
         if not messages[i]["content"].strip():
             raise BadRow("empty completion")
         start, end, closed, answer_end = _turn(tokenizer, messages, i, text)
         spans.append((start, end))
-    return Rendered(text, tuple(spans), closed or turns[-1] != len(messages) - 1, answer_end)
+    if loss_on == "all":
+        spans = [(0, len(text))]
+    return Rendered(text, tuple(spans), closed or turns[-1] != last, answer_end)
 
 
 def _turn(tokenizer: Any, messages: Sequence[Message], i: int, text: str) -> tuple[int, int, bool, int]:
     """(start, end, whether an end token closes it, where its own text ends) of assistant turn i."""
-    after = text
-    if i < len(messages) - 1:
-        after = _try(tokenizer, messages[: i + 1])
-        # A last turn may be closed by more than an earlier one (an end-of-text token): what the whole has counts.
-        after = os.path.commonprefix([after, text]) if after else ""
-    before = _try(tokenizer, messages[:i], generation=True) if i else ""
+    specials = special_tokens(tokenizer)
     content = messages[i]["content"].strip()
-    if i and before and after.startswith(before) and content in after[len(before) :]:
-        start = len(before)
-        own = start + after[start:].rindex(content) + len(content)
-    else:
-        start, own = _by_sentinel(tokenizer, messages, i, text)
-    end, closed = _close(tokenizer, text, own)
+    before = _try(tokenizer, messages[:i], generation=True) if i else ""
+    start = len(before) if before and text.startswith(before) else -1
+    own = -1
+    if start >= 0:
+        at = _past_space(text, start)
+        # Only right here, and only with the turn's end behind it: the text "end" also stands in "<|end|>".
+        if text.startswith(content, at) and _ends_turn(text, at + len(content), specials):
+            own = at + len(content)
+    if own < 0:
+        start, own = _by_sentinel(tokenizer, messages, i, text, start)
+    limit = len(text)
+    if i < len(messages) - 1:
+        # A special token that comes only with the next turn is that turn's beginning.
+        common = len(os.path.commonprefix([_try(tokenizer, messages[: i + 1]), text]))
+        limit = common if common >= own else limit
+    end, closed = _close(text, own, limit, specials)
     return start, end, closed, own
+
+
+def _past_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _ends_turn(text: str, at: int, specials: tuple[str, ...]) -> bool:
+    at = _past_space(text, at)
+    return at == len(text) or text.startswith(specials, at)
 
 
 def _try(tokenizer: Any, messages: Sequence[Message], generation: bool = False) -> str:
@@ -93,40 +111,59 @@ def _try(tokenizer: Any, messages: Sequence[Message], generation: bool = False) 
         return ""
 
 
-def _by_sentinel(tokenizer: Any, messages: Sequence[Message], i: int, text: str) -> tuple[int, int]:
-    """The characters of turn i, from rendering the conversation with two other texts in its place."""
-    renders = []
-    for sentinel in SENTINELS:
-        other = [*messages[:i], {**messages[i], "content": sentinel}, *messages[i + 1 :]]
-        renders.append(render(tokenizer, other))  # type: ignore[arg-type]
-    at = renders[0].find(SENTINELS[0])
-    head, tail = renders[0][:at], renders[0][at + len(SENTINELS[0]) :]
-    if at < 0 or renders[1] != head + SENTINELS[1] + tail or not (text.startswith(head) and text.endswith(tail)):
-        raise BadRow(f"the chat template changes turn {i + 1} so that its text can't be told from the rest")
-    start, end = len(head), len(text) - len(tail)
-    found, content = text[start:end].strip(), messages[i]["content"].strip()
-    if not found or not content.endswith(found[-min(len(found), 40) :]):
+def _by_sentinel(tokenizer: Any, messages: Sequence[Message], i: int, text: str, start: int) -> tuple[int, int]:
+    """The characters of turn i, from rendering the conversation with two other texts in its place.
+
+    start: where the turn is known to begin, or -1.
+    """
+    changed = BadRow(f"the chat template changes turn {i + 1} so that its text can't be told from the rest")
+    around = []
+    for sentinel in ("Qz7f0Xw", "Kj9vR2b"):
+        while sentinel in text:
+            sentinel += sentinel[0]
+        other = [*messages[:i], {"role": messages[i]["role"], "content": sentinel}, *messages[i + 1 :]]
+        parts = render(tokenizer, other).split(sentinel)  # type: ignore[arg-type]
+        if len(parts) != 2:
+            raise changed
+        around.append(parts)
+    (head, tail), other_way = around
+    own = len(text) - len(tail)
+    if other_way != [head, tail] or not text.endswith(tail):
+        raise changed
+    if not 0 <= start <= own:
+        start = len(head)
+        if not text.startswith(head) or start > own:
+            raise changed
+    if not text[start:own].strip():
         raise BadRow(f"the chat template leaves nothing to learn of turn {i + 1}")
-    return start, end
+    return start, own
 
 
-def _close(tokenizer: Any, text: str, own: int) -> tuple[int, bool]:
-    """Where a turn ends whose own text ends at `own`: behind the special tokens that follow it, if any do."""
-    specials = sorted({str(t) for t in tokenizer.all_special_tokens} | _added(tokenizer), key=len, reverse=True)
+def _close(text: str, own: int, limit: int, specials: tuple[str, ...]) -> tuple[int, bool]:
+    """Where a turn ends whose own text ends at `own`: behind the special tokens that follow it, up to `limit`."""
     at, closed = own, False
     while True:
-        skip = len(text[at:]) - len(text[at:].lstrip())
-        hit = next((s for s in specials if s and text.startswith(s, at + skip)), None)
+        begins = _past_space(text, at)
+        hit = next((s for s in specials if text.startswith(s, begins)), None)
         # The first special token closes the turn. One more only at the very end of the text: before another turn it
         # would be that turn's beginning.
-        if hit is None or (closed and text[at + skip + len(hit) :].strip()):
-            return (at if closed else own), closed
-        at, closed = at + skip + len(hit), True
+        if hit is None or begins + len(hit) > limit or (closed and text[begins + len(hit) :].strip()):
+            return at, closed
+        at, closed = begins + len(hit), True
 
 
-def _added(tokenizer: Any) -> set[str]:
-    decoder = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    return {str(t.content) for t in decoder.values() if t.special}
+_SPECIALS: WeakKeyDictionary[Any, tuple[Any, tuple[str, ...]]] = WeakKeyDictionary()
+
+
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The texts of all special tokens, longest first; those added without a name (<|eot_id|>) are among them."""
+    now = (len(tokenizer), tuple(map(str, tokenizer.all_special_tokens)))
+    known = _SPECIALS.get(tokenizer)
+    if known is None or known[0] != now:
+        added = (getattr(tokenizer, "added_tokens_decoder", None) or {}).values()
+        texts = {*now[1], *(str(t.content) for t in added if t.special)} - {""}
+        known = _SPECIALS[tokenizer] = (now, tuple(sorted(texts, key=lambda t: (-len(t), t))))
+    return known[1]
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], special: bool = False) -> list[list[int]]:
@@ -137,46 +174,75 @@ def tokenize(tokenizer: Any, texts: Sequence[str], special: bool = False) -> lis
     return [list(ids) for ids in out["input_ids"]]
 
 
-def tokenize_rendered(
-    tokenizer: Any, conversations: Sequence[Rendered], whole: bool = False
-) -> list[tuple[list[int], list[float]]]:
-    """(tokens, weights) of each conversation, up to the end of its last span (to the end of its text if `whole`).
+def tokenize_rendered(tokenizer: Any, conversations: Sequence[Rendered]) -> list[tuple[list[int], list[float]]]:
+    """(tokens, weights) of each conversation, up to the end of its last span.
 
-    The text before a span is tokenized by itself as well, since that is what the model sees when it has to write the
-    span: where the whole text's tokens don't begin with those (a token would straddle the border), the two sides are
-    tokenized apart.
+    The tokens before a span are those of the text before it alone, since that is what the model sees when it has to
+    write the span: where a token of the whole text would straddle the border, the two sides are tokenized apart. What
+    stands between special tokens is tokenized by itself, and once where it comes again (as generation prompts do).
     """
-    cuts: list[str] = []
-    for c in conversations:
-        cuts.extend(c.text[:edge] for span in c.spans for edge in span)
-        if whole:
-            cuts.append(c.text)
-    found = iter(tokenize(tokenizer, cuts))
+    if not conversations:
+        return []
+    marks = _marks(tokenizer, conversations[0].text)
+    plans = [_plan(c, marks) for c in conversations]
+    texts = list({c.text[a:cut]: None for c, plan in zip(conversations, plans, strict=True) for a, _, cut, _ in plan})
+    ids = dict(zip(texts, tokenize(tokenizer, texts), strict=True))
     out = []
-    for c in conversations:
+    for c, plan in zip(conversations, plans, strict=True):
         tokens: list[int] = []
         weights: list[float] = []
-        at = 0
-        for start, end in c.spans:
-            before, through = next(found), next(found)
-            tokens, weights = _extend(tokenizer, tokens, weights, before, c.text[at:start], 0.0)
-            tokens, weights = _extend(tokenizer, tokens, weights, through, c.text[start:end], 1.0)
-            at = end
-        if whole:
-            tokens, weights = _extend(tokenizer, tokens, weights, next(found), c.text[at:], 0.0)
+        for a, b, cut, weight in plan:
+            longer = ids[c.text[a:cut]]
+            if b == a:
+                segment = longer
+                tokens += segment
+            elif longer[: len(segment)] == segment:
+                tokens += longer[len(segment) :]
+                segment = longer
+            else:
+                rest = continuation(tokenizer, c.text[b:cut])
+                tokens += rest
+                segment = segment + rest
+            weights += [weight] * (len(tokens) - len(weights))
         if not c.closed and tokenizer.eos_token_id is not None:
-            tokens, weights = [*tokens, tokenizer.eos_token_id], [*weights, 1.0]
+            tokens.append(tokenizer.eos_token_id)
+            weights.append(1.0)
         if weights:
             weights[0] = 0.0
         out.append((tokens, weights))
     return out
 
 
-def _extend(
-    tokenizer: Any, tokens: list[int], weights: list[float], longer: list[int], piece: str, weight: float
-) -> tuple[list[int], list[float]]:
-    """Go on to `longer` where it begins with the tokens so far, else by the tokens of the piece alone."""
-    if longer[: len(tokens)] == tokens:
-        return longer, weights + [weight] * (len(longer) - len(tokens))
-    rest = tokenize(tokenizer, [piece])[0] if piece else []
-    return tokens + rest, weights + [weight] * len(rest)
+def _plan(c: Rendered, marks: re.Pattern[str] | None) -> list[tuple[int, int, int, float]]:
+    """Steps of (where the segment begins, from, to, weight): at `marks` a segment begins, at spans' edges it pauses."""
+    stop = c.spans[-1][1]
+    begins = {m.start() for m in marks.finditer(c.text, 0, stop)} if marks else set()
+    cuts = sorted({0, stop, *begins, *(edge for span in c.spans for edge in span)})
+    plan, a = [], 0
+    for low, high in zip(cuts, cuts[1:], strict=False):
+        a = low if low in begins else a
+        learnt = any(start <= low < end for start, end in c.spans)
+        plan.append((a, low, high, 1.0 if learnt else 0.0))
+    return plan
+
+
+def _splits(tokenizer: Any, mark: str) -> bool:
+    """Whether text before this special token and text from it on are tokenized without regard to each other."""
+    for left, right in (("a", "b"), ("a ", " b"), ("a\n", "\n\nb")):
+        whole, before, after = tokenize(tokenizer, [left + mark + right, left, mark + right])
+        if whole != before + after or len(tokenize(tokenizer, [mark])[0]) != 1:
+            return False
+    return True
+
+
+def _marks(tokenizer: Any, text: str) -> re.Pattern[str] | None:
+    """The special tokens of a text at which it can be tokenized in segments."""
+    marks = [s for s in special_tokens(tokenizer) if s in text and _splits(tokenizer, s)]
+    return re.compile("|".join(map(re.escape, marks))) if marks else None
+
+
+def continuation(tokenizer: Any, piece: str) -> list[int]:
+    """Tokens of a text that goes on another: without the space that some tokenizers put before a text's beginning."""
+    named = (str(t) for t in tokenizer.all_special_tokens)
+    anchor = next((t for t in named if t and _splits(tokenizer, t)), "")
+    return tokenize(tokenizer, [anchor + piece])[0][1 if anchor else 0 :]

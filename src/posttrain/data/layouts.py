@@ -14,7 +14,7 @@ from posttrain.types import Message
 
 Row = dict[str, Any]
 ROLES = {
-    **dict.fromkeys(("system",), "system"),
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter", "instruction"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "bing", "bard", "output"), "assistant"),
     **dict.fromkeys(("tool", "function", "function_response", "observation", "ipython"), "tool"),
@@ -54,7 +54,7 @@ def message(role: Any, content: Any) -> Message:
     """One turn, its role in our words; content may be a list of text parts."""
     if str(role).lower() not in ROLES:
         raise BadRow(f"unknown role {role!r} (known: {', '.join(sorted(ROLES))})")
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         content = "".join(p["text"] for p in content)
     if not isinstance(content, str):
         raise BadRow(f"content of the {role} turn is {type(content).__name__}, expected text")
@@ -89,12 +89,32 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
+def number(value: Any, name: str) -> float:
+    """A cell as a number. Raises BadRow where it is none, "nan" included."""
+    try:
+        out = float(value)
+    except (TypeError, ValueError) as error:
+        raise BadRow(f"{name} is {value!r}, expected a number") from error
+    if out != out:
+        raise BadRow(f"{name} is not a number")
+    return out
+
+
 def _extra(row: Row, *names: str) -> Row:
     return {n: row[n] for n in ("id", "choices", *names) if row.get(n) is not None}
 
 
 def _messages(row: Row) -> Record:
     return Record(tuple(turns(field(row, "messages"))), extra=_extra(row))
+
+
+def _tree(row: Row) -> Record:
+    """What `open_assistant` made of a tree."""
+    if "without" in row:
+        raise BadRow(f"its parent is not in the file: {row['without']}")
+    if not row["messages"]:
+        raise BadRow("no answer in this tree")
+    return _messages(row)
 
 
 def _prompt_completion(row: Row) -> Record:
@@ -126,12 +146,16 @@ def _preference(row: Row) -> Record:
 
 
 def _ultrafeedback(row: Row) -> Record:
-    best = max(field(row, "completions"), key=lambda c: float(c.get("overall_score") or 0))
-    return Record(_conversation(field(row, "instruction"), best.get("response")), extra=_extra(row))
+    """The completion with the highest overall score; the first of equals."""
+    completions = field(row, "completions")
+    if not isinstance(completions, list) or not completions or not all(isinstance(c, dict) for c in completions):
+        raise BadRow("completions: expected a list of objects, each with response and overall_score")
+    best = max(completions, key=lambda c: number(c.get("overall_score") or 0, "overall_score"))
+    return Record(_conversation(field(row, "instruction"), field(best, "response")), extra=_extra(row))
 
 
 def _alpaca(row: Row) -> Record:
-    instruction, given = field(row, "instruction"), row.get("input") or ""
+    instruction, given = _text(field(row, "instruction"), "instruction"), _text(row.get("input") or "", "input")
     prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
     return Record(_conversation(prompt, field(row, "output")), extra=_extra(row))
 
@@ -168,12 +192,12 @@ def _plain(row: Row) -> Record:
 
 
 LAYOUTS: dict[str, Layout] = {
+    "hh_rlhf": Layout(("chosen", "rejected"), _hh, lambda r: str(r["chosen"]).startswith("\n\nHuman:")),
+    "preference": Layout(("chosen", "rejected"), _preference),
     "messages": Layout(("messages",), _messages),
     "sharegpt": Layout(("conversations",), _sharegpt),
-    "hh_rlhf": Layout(("chosen", "rejected"), _hh, lambda r: "\n\nHuman:" in str(r["chosen"])),
-    "preference": Layout(("chosen", "rejected"), _preference),
     "ultrafeedback": Layout(("instruction", "completions"), _ultrafeedback),
-    "openassistant": Layout(("message_id", "parent_id", "text", "role"), _messages),
+    "openassistant": Layout(("message_id", "parent_id", "text", "role"), _tree),
     "rated": Layout(("rating", "text"), _rated),
     "prompt_completion": Layout(("prompt", "completion"), _prompt_completion),
     "alpaca": Layout(("instruction", "output"), _alpaca),
@@ -206,37 +230,46 @@ def recognise(row: Row, asked: str) -> str:
 
 
 def open_assistant(table: Table) -> Table:
-    """Message trees → one conversation a tree: from the root along the best-ranked answers."""
+    """Message trees → one conversation a tree: from the root along the best-ranked answers.
+
+    A message whose parent is not in the file becomes a row that says so (`without`), and no conversation.
+    """
+    known = {row.get("message_id") for row in table.rows}
     children: dict[Any, list[int]] = {}
     for i, row in enumerate(table.rows):
         children.setdefault(row.get("parent_id") or None, []).append(i)
     out = Table(hashes=table.hashes)
-    for root in children.get(None, []):
-        path, at = [root], root
-        while children.get(table.rows[at]["message_id"]):
-            at = min(children[table.rows[at]["message_id"]], key=lambda i: (_rank(table.rows[i]), i))
-            path.append(at)
-        said = [{"role": table.rows[i]["role"], "content": table.rows[i]["text"]} for i in path]
+    orphans = [i for parent, found in children.items() if parent is not None and parent not in known for i in found]
+    for root in sorted([*children.get(None, []), *orphans]):
+        out.places.append(table.places[root])
+        if table.rows[root].get("parent_id"):
+            out.rows.append({"without": table.rows[root]["parent_id"]})
+            continue
+        path: list[int] = [root]
+        at: int | None = root
+        while at is not None:
+            follow = set(children.get(table.rows[at].get("message_id") or "", ())) - set(path)
+            at = min(follow, key=lambda i: (_rank(table.rows[i]), i), default=None)
+            path.extend([] if at is None else [at])
+        said = [{"role": table.rows[i].get("role"), "content": table.rows[i].get("text")} for i in path]
         while said and ROLES.get(str(said[-1]["role"]).lower()) != "assistant":
             said.pop()  # a question that nobody answered teaches nothing
-        out.rows.append({"messages": said or None})
-        out.places.append(table.places[root])
+        out.rows.append({"messages": said})
+    if not out.rows:
+        raise DataError("no message of this OpenAssistant file begins a tree: expected some without a parent_id")
     return out
 
 
 def _rank(row: Row) -> float:
-    return float("inf") if row.get("rank") in (None, "") else float(row["rank"])
+    try:
+        return number(row.get("rank"), "rank")
+    except BadRow:  # questions, and answers that nobody ranked, come last
+        return float("inf")
 
 
 def label(row: Row, classes: ClassesConfig) -> str | None:
     """The class of a row's number; None within the margin of a cut. Raises BadRow where it is no number."""
-    raw = field(row, classes.column)
-    try:
-        value = float(raw)
-    except (TypeError, ValueError) as error:
-        raise BadRow(f"{classes.column} is {raw!r}, expected a number") from error
-    if value != value:
-        raise BadRow(f"{classes.column} is not a number")
+    value = number(field(row, classes.column), classes.column)
     if classes.margin and any(abs(value - cut) < classes.margin for cut in classes.cuts):
         return None
     return classes.names[sum(value >= cut for cut in classes.cuts)]
@@ -258,10 +291,12 @@ def check_templates(config: DataConfig, columns: set[str]) -> None:
         raise DataError("data.prompt and data.completion go together: give both templates, or neither")
     for name, template in (("prompt", config.prompt), ("completion", config.completion)):
         try:
-            fields = [f for _, f, _, _ in string.Formatter().parse(template or "") if f is not None]
+            parts = [p for p in string.Formatter().parse(template or "") if p[1] is not None]
         except ValueError as error:
             raise DataError(f"data.{name}: {error}; write {{{{ and }}}} for braces that are meant as such") from error
-        unknown = [f for f in fields if f not in columns]
+        if any(spec or conversion for _, _, spec, conversion in parts):
+            raise DataError(f"data.{name}: a field is a column's name alone, {{{parts[0][1]}}}, without !r or :.2f")
+        unknown = [f for _, f, _, _ in parts if f not in columns]
         if unknown:
             raise DataError(f"data.{name} names {{{unknown[0]}}}, and the columns are {sorted(columns)}")
 

@@ -19,12 +19,17 @@ from posttrain.config import DataConfig
 from posttrain.errors import DataError
 from posttrain.files import file_hash
 
+Rows = Iterator[tuple[int, dict[str, Any]]]
 ENDINGS = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
 
 
 @dataclass
 class Table:
-    """Rows as they stand in their source; `places` are (file, row number), data rows counted from 1."""
+    """Rows as they stand in their source; `places` are (file, row number).
+
+    Row numbers count from 1: the lines below the header (TSV), the records below it (CSV), the lines (JSONL), the
+    list's members (JSON). Blank lines hold no row and are counted.
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     places: list[tuple[str, int]] = field(default_factory=list)
@@ -36,13 +41,18 @@ def read_table(config: DataConfig) -> Table:
     table = Table()
     for source in [config.source] if isinstance(config.source, str) else config.source:
         path = _locate(source)
-        rows = _from_hub(source, config) if path is None else READERS[path.suffix](path)
-        name = source if path is None else path.name
+        rows = _from_hub(source, config) if path is None else READERS[path.suffix.lower()](path)
+        name = source if path is None or path.name in table.hashes else path.name
+        try:
+            for number, row in rows:
+                table.rows.append(row)
+                table.places.append((name, number))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: expected UTF-8 text: {error}. Save the file as UTF-8") from error
+        except OSError as error:
+            raise DataError(f"{path}: can't be read: {error}") from error
         if path is not None:
             table.hashes[name] = file_hash(path)
-        for number, row in enumerate(rows, 1):
-            table.rows.append(row)
-            table.places.append((name, number))
     if not table.rows:
         raise DataError(f"{config.source} holds no rows")
     return table
@@ -58,13 +68,13 @@ def _locate(source: str) -> Path | None:
             raise DataError(f"data source {source!r}: posttrain ships {have}, not this")
         return path
     path = Path(source).expanduser()
-    if path.suffix in ENDINGS:
+    if path.suffix.lower() in ENDINGS:
         if not path.is_file():
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1)
             hint = f" Did you mean {path.with_name(near[0])}?" if near else ""
             raise DataError(f"data source {source!r}: there is no such file.{hint}")
         return path
-    if path.exists():
+    if path.exists() or source.startswith(("/", ".", "~")):
         raise DataError(f"data source {source!r}: expected a file ending in one of {', '.join(ENDINGS)}")
     return None
 
@@ -76,26 +86,34 @@ def _lines(path: Path) -> Iterator[str]:
             yield line.removesuffix("\r")
 
 
-def _tsv(path: Path) -> Iterator[dict[str, Any]]:
+def _tsv(path: Path) -> Rows:
     lines = _lines(path)
-    header = next(lines).split("\t")
+    header = _header(path, next(lines).split("\t"))
     for number, line in enumerate(lines, 1):
         if line:
-            yield _zip(path, number, header, line.split("\t"))
+            yield number, _zip(path, number, header, line.split("\t"))
 
 
-def _csv(path: Path) -> Iterator[dict[str, Any]]:
+def _header(path: Path, names: list[str]) -> list[str]:
+    double = sorted({n for n in names if names.count(n) > 1})
+    if double:
+        raise DataError(f"{path}: two columns are named {double[0]!r}: {names}; give each a name of its own")
+    return names
+
+
+def _csv(path: Path) -> Rows:
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as f:
         reader = csv.reader(f, strict=True)
-        header = next(reader, [])
         number = 0
         try:
+            header = _header(path, next(reader, []))
             for number, cells in enumerate(reader, 1):
                 if cells:
-                    yield _zip(path, number, header, cells)
+                    yield number, _zip(path, number, header, cells)
         except csv.Error as error:
-            raise DataError(f"{path}: row {number + 1}: not valid CSV: {error}") from error
+            hint = "tabs between cells? then name the file .tsv" if not number else "quotes inside a cell are doubled"
+            raise DataError(f"{path}: row {number + 1}: not valid CSV: {error} ({hint})") from error
 
 
 def _zip(path: Path, number: int, header: list[str], cells: list[str]) -> dict[str, Any]:
@@ -104,14 +122,16 @@ def _zip(path: Path, number: int, header: list[str], cells: list[str]) -> dict[s
     return dict(zip(header, cells, strict=True))
 
 
-def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def _jsonl(path: Path) -> Rows:
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
-            yield _object(path, number, _parse(path, line, number))
+            yield number, _object(path, number, _parse(path, line, number))
 
 
-def _json(path: Path) -> Iterator[dict[str, Any]]:
+def _json(path: Path) -> Rows:
     text = path.read_text(encoding="utf-8-sig")
+    if not text.strip():
+        return
     value = _parse(path, text, None)
     if isinstance(value, dict):  # {"data": [...]}, or columns
         lists = [v for v in value.values() if isinstance(v, list)]
@@ -122,7 +142,7 @@ def _json(path: Path) -> Iterator[dict[str, Any]]:
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a list of objects, found {type(value).__name__}")
     for number, row in enumerate(value, 1):
-        yield _object(path, number, row)
+        yield number, _object(path, number, row)
 
 
 def _parse(path: Path, text: str, number: int | None) -> Any:
@@ -140,20 +160,20 @@ def _object(path: Path, number: int, row: Any) -> dict[str, Any]:
     return row
 
 
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path) -> Rows:
     from datasets import Dataset
 
     try:
-        yield from Dataset.from_parquet(str(path), keep_in_memory=True)
+        yield from enumerate(Dataset.from_parquet(str(path), keep_in_memory=True), 1)
     except Exception as error:  # pyarrow and datasets raise many kinds for a file that is not Parquet
         raise DataError(f"{path}: not readable as Parquet: {error}") from error
 
 
-def _from_hub(name: str, config: DataConfig) -> Iterator[dict[str, Any]]:
+def _from_hub(name: str, config: DataConfig) -> Rows:
     from datasets import load_dataset
 
     try:
-        yield from load_dataset(name, config.subset, split=config.split)
+        yield from enumerate(load_dataset(name, config.subset, split=config.split), 1)
     except Exception as error:  # offline, missing, gated, no such split: all end here, with the library's own words
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -12,10 +13,19 @@ from posttrain.types import Sample
 
 def pieces(sample: Sample, tokenizer: Any) -> list[tuple[str, float]]:
     """(text, weight) of neighbouring tokens of like weight; special tokens are written out."""
-    out = []
-    for weight, run in groupby(zip(sample.tokens, sample.weights, strict=True), key=lambda pair: pair[1]):
-        text = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
-        out.append((text, float(weight)))
+
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    out: list[tuple[str, float]] = []
+    at, so_far = 0, ""
+    for weight, run in groupby(sample.weights):
+        end = at + len(list(run))
+        # What a run adds to the text before it: by itself it may lose the space that it begins with.
+        through = decode(sample.tokens[:end])
+        piece = through[len(so_far) :] if through.startswith(so_far) else decode(sample.tokens[at:end])
+        out.append((piece, float(weight)))
+        at, so_far = end, through
     return out
 
 

@@ -56,16 +56,13 @@ def prepare(config: DataConfig, tokenizer: Any, *, context: int | None = None) -
     """
     table = read_table(config)
     _rename(table.rows, config)
+    columns = set().union(*table.rows)
+    if config.classes is not None and config.classes.column not in columns:
+        raise DataError(f"data.classes.column names {config.classes.column!r}, and the columns are {sorted(columns)}")
+    check_templates(config, columns | ({"label"} if config.classes else set()))
     layout = "template" if config.prompt is not None else recognise(table.rows[0], config.layout)
     if layout == "openassistant":
         table = open_assistant(table)
-    columns = set(table.rows[0]) | ({"label"} if config.classes else set())
-    check_templates(config, columns)
-    if config.chat and not getattr(tokenizer, "chat_template", None) and layout not in ("text",):
-        raise DataError(
-            "the tokenizer has no chat template, as base models have none. Give model.chat_template, or data.chat=false "
-            "to join prompt and completion as plain text"
-        )
     order = np.arange(len(table.rows))
     if config.shuffle_seed is not None:
         order = np.random.default_rng(config.shuffle_seed).permutation(len(order))
@@ -89,10 +86,21 @@ def prepare(config: DataConfig, tokenizer: Any, *, context: int | None = None) -
             kept.append((table.places[i], to_record(row, layout, config)))
         except BadRow as error:
             bad.add(table.places[i], str(error))
+    if config.chat and not getattr(tokenizer, "chat_template", None) and any(r.messages for _, r in kept):
+        raise DataError(
+            "the tokenizer has no chat template, as base models have none. Give model.chat_template, or "
+            "data.chat=false to join prompt and completion as plain text"
+        )
     limit = min(config.max_tokens or context or 2**62, context or 2**62)
     samples, rows, truncated = _samples(kept, tokenizer, config, limit, bad)
     if bad.counts and config.on_bad_row == "stop":
         raise DataError(_complaint(bad, len(order)))
+    if not samples:
+        raise DataError(
+            _complaint(bad, len(order))
+            if bad.counts
+            else f"all {filtered:,} rows lie within data.classes.margin of a cut"
+        )
     dropped = dict(bad.counts) | ({"filtered": filtered} if filtered else {})
     stats = _stats(samples, tokenizer, config)
     stats.update(
@@ -104,10 +112,12 @@ def prepare(config: DataConfig, tokenizer: Any, *, context: int | None = None) -
 def _rename(rows: list[dict[str, Any]], config: DataConfig) -> None:
     """`columns: {prompt: question}`: prompt is what the file calls question."""
     for ours, theirs in config.columns.items():
-        if theirs not in rows[0]:
+        if not any(theirs in row for row in rows):
             raise DataError(f"data.columns.{ours} names {theirs!r}, and the columns are {sorted(rows[0])}")
     for row in rows if config.columns else []:
-        renamed = {ours: row.pop(theirs, None) for ours, theirs in config.columns.items()}
+        renamed = {ours: row.get(theirs) for ours, theirs in config.columns.items()}
+        for theirs in config.columns.values():
+            row.pop(theirs, None)
         row.update(renamed)
 
 
@@ -127,15 +137,15 @@ def _samples(
                 bad.add(place, str(error))
         encoded = _encode([b[2] for b in batch], tokenizer, config)
         for ((file, number), record, _), (tokens, weights) in zip(batch, encoded, strict=True):
-            if len(tokens) > limit:
-                if config.on_long == "bad_row":
-                    bad.add((file, number), f"too long ({len(tokens)} tokens, and the limit is {limit})")
-                    continue
-                tokens, weights = tokens[:limit], weights[:limit]
-                truncated += 1
-            if not any(weights):
-                bad.add((file, number), "no loss token left")
+            if len(tokens) > limit and config.on_long == "bad_row":
+                bad.add((file, number), f"too long ({len(tokens)} tokens, and the limit is {limit})")
                 continue
+            cut = len(tokens) > limit
+            tokens, weights = tokens[:limit], weights[:limit]
+            if not any(weights):
+                bad.add((file, number), f"no loss token left (cut at {limit} tokens)" if cut else "no loss token left")
+                continue
+            truncated += cut
             source = f"{file}:{number}"
             samples.append(Sample(tokens, weights, source, record.extra or {}))
             rows.append(_question(record, source))
@@ -165,7 +175,7 @@ def _encode(
     """(tokens, weights) of each, chat or plain."""
     turns = [r for r in rendered if isinstance(r, chat.Rendered)]
     plain = [r for r in rendered if not isinstance(r, chat.Rendered)]
-    from_chat = iter(chat.tokenize_rendered(tokenizer, turns, whole=config.loss_on == "all"))
+    from_chat = iter(chat.tokenize_rendered(tokenizer, turns))
     from_plain = iter(_encode_plain(plain, tokenizer, config))
     return [next(from_chat) if isinstance(r, chat.Rendered) else next(from_plain) for r in rendered]
 
@@ -179,7 +189,7 @@ def _encode_plain(plain: list[Plain], tokenizer: Any, config: DataConfig) -> lis
     for (_, completion), before, through in zip(plain, prompts, wholes, strict=True):
         before, through = (ids[:-1] if ids and ids[-1] == eos else ids for ids in (before, through))
         if through[: len(before)] != before:
-            through = before + chat.tokenize(tokenizer, [completion])[0]
+            through = before + chat.continuation(tokenizer, completion)
         tokens = through if eos is None else [*through, eos]
         learnt = 0 if config.loss_on == "all" else len(before)
         weights = [0.0 if i < max(1, learnt) else 1.0 for i in range(len(tokens))]
@@ -202,12 +212,18 @@ def _question(record: Record, source: str) -> dict[str, Any]:
 
 
 def prompt_tokens(row: dict[str, Any], tokenizer: Any, config: DataConfig) -> list[int]:
-    """Token ids of a row's prompt as the model sees it when it has to answer, generation prompt included."""
+    """Token ids of a row's prompt as the model sees it when it has to answer, generation prompt included.
+
+    Raises DataError where the chat template refuses it.
+    """
     if not config.chat:
         text = "".join(m["content"] for m in row["messages"])
         ids = chat.tokenize(tokenizer, [text], special=True)[0]
         return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    return chat.tokenize(tokenizer, [chat.render(tokenizer, row["messages"], generation=True)])[0]
+    try:
+        return chat.tokenize(tokenizer, [chat.render(tokenizer, row["messages"], generation=True)])[0]
+    except BadRow as error:
+        raise DataError(f"{row.get('source', 'a row')}: {error}") from error
 
 
 def prompt_with_completion(
@@ -237,7 +253,8 @@ def _complaint(bad: _Bad, total: int) -> str:
     return "\n".join(
         [f"{count:,} of {total:,} rows can't be used ({reasons}):", *lines, *more]
         + [
-            "Mend them, or leave them out (they are counted) with data.on_bad_row=skip; long ones can be cut with data.on_long=truncate"
+            "Mend them, or leave them out (they are counted) with data.on_bad_row=skip; long ones can be cut with "
+            "data.on_long=truncate"
         ]
     )
 

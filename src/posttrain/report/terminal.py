@@ -12,7 +12,7 @@ from posttrain.report.words import p_value, score
 
 
 def summary_table(run_folder: Path) -> Table:
-    """Task with its number of items, before, after, difference and p, with 95% intervals; "–" for what was not measured.
+    """Task with its number of items, before, after, difference, p and intervals; "–" for what was not measured.
 
     Raises CheckpointError where there is no such folder.
     """

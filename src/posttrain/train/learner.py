@@ -83,7 +83,7 @@ class Learner:
         sums: dict[str, float] = {}
         computed = 0
         for i in range(rounds):
-            # Every rank makes the same number of passes (FSDP gathers in step); a spare one repeats a sample at weight 0.
+            # Every rank makes as many passes (FSDP gathers in step); a spare one repeats a sample at weight 0.
             mine = [useful[j] for j in split[i]] if i < len(split) else [_weightless(useful[0])]
             batch = self.model.pack(mine, self.systems.share_prefixes)
             computed += batch.total
@@ -129,8 +129,8 @@ class Learner:
         if self.skipped_in_a_row >= self.max_skipped:
             raise NonFiniteError(
                 f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row (last: loss "
-                f"{totals.get('loss')}, gradient norm {norm}), up to step {self.steps_done}. The weights are those before "
-                "them. Try a lower optimizer.lr, longer optimizer.warmup, a smaller optimizer.max_grad_norm, or "
+                f"{totals.get('loss')}, gradient norm {norm}), up to step {self.steps_done}. The weights are those "
+                "before them. Try a lower optimizer.lr, longer optimizer.warmup, a smaller optimizer.max_grad_norm, or "
                 "model.dtype=float32; posttrain inspect shows what the rows of these steps look like"
             )
         record = {k: v for k, v in totals.items() if k == "loss"}

@@ -1,0 +1,33 @@
+"""The README's Python runs as it stands (with a tiny model for the one from the Hub); its links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in code
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "tiny:llama").replace("max_steps=20", "max_steps=3")
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello to you"}]
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 20)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.split("\n")
+    assert "runs/greeter/model runs/greeter/report.html" in printed
+    losses = [float(line) for line in printed if re.fullmatch(r"\d+\.\d+", line)]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert (tmp_path / "runs/greeter/model/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target
