@@ -42,12 +42,13 @@ from common import (
 HERE = Path(__file__).resolve()
 REVIEWS = HERE.parent.parent / "src" / "posttrain" / "data" / "packaged" / "movie_reviews.tsv"
 RANK, ALPHA = 16, 32
+PEERS = ("trl_one_pass", "trl_best", "trl_best_our_route")
 FLOAT32_ERROR = 1e-5  # of the largest entry; a product rounded to bfloat16 is off by a hundred times that
 
 # TRL's ways of taking one step on 16 conversations. `sorted` puts each step's conversations in order of length before
 # they are cut into micro-batches, as length grouping would: the step is the same, with less padding in it.
-PEER_CPU = {"per_device": 1, "sorted": False}
-PEER_GPU = {"per_device": 16, "sorted": True}
+BEST_CPU = {"per_device": 1, "sorted": False}  # the fastest that `--sweep` finds, and the smallest
+BEST_GPU = {"per_device": 16, "sorted": True}
 SWEEP_CPU: list[dict[str, Any]] = [
     {"per_device": 16},
     {"per_device": 4},
@@ -274,7 +275,7 @@ def launch(job: Job, python: str, folder: Path) -> dict[str, Any]:
 
 def label(job: Job) -> str:
     told = ", ".join(f"{k}={v}" for k, v in job.settings.items())
-    name = "ours" if job.who == "ours" else "TRL, same matrix route" if job.route == "onednn" else "TRL"
+    name = "ours" if job.who == "ours" else "TRL, our matrix route" if job.route == "onednn" else "TRL"
     return name + (f" ({told})" if told else "")
 
 
@@ -295,22 +296,26 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace, lora: bool, base: Job, folder: Path, routes: dict[str, Any]) -> dict[str, Any]:
-    """Ours, TRL, ours, TRL, ... and, on a CPU, TRL with the other matrix route at the end."""
+    """Ours and TRL at its best in turn; then, on a CPU, TRL with all conversations in one pass as ours has them, and
+    TRL at its best with our matrix route."""
     print(f"\n{'LoRA, rank ' + str(RANK) if lora else 'full fine-tuning'}:", flush=True)
     common = {**asdict(base), "lora": lora, "lr": args.lora_lr if lora else args.lr}
     budget = {"tokens_per_micro_batch": args.budget} if args.budget else {}
     ours = Job(**{**common, "who": "ours", "settings": budget})
-    peer = Job(**{**common, "who": "trl", "settings": args.peer_settings})
-    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": [], "trl_same_route": []}
+    best = Job(**{**common, "who": "trl", "settings": args.peer_settings})
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ours", *PEERS)}
     for _ in range(args.rounds):
         if not args.peer_only:
             runs["ours"].append(launch(ours, sys.executable, folder))
-        runs["trl"].append(launch(peer, args.peer_python, folder))
+        runs["trl_best"].append(launch(best, args.peer_python, folder))
+    if not args.gpu:
+        alike = Job(**{**asdict(best), "settings": {"per_device": args.batch}})
+        runs["trl_one_pass"].append(launch(alike, args.peer_python, folder))
     if "onednn" in routes:
-        same = Job(**{**asdict(peer), "route": "onednn"})
-        runs["trl_same_route"].append(launch(same, args.peer_python, folder))
+        same = Job(**{**asdict(best), "route": "onednn"})
+        runs["trl_best_our_route"].append(launch(same, args.peer_python, folder))
     result: dict[str, Any] = {name: merged(found) for name, found in runs.items() if found}
-    for name in ("trl", "trl_same_route"):
+    for name in PEERS:
         if "ours" in result and name in result:
             where, both = f"{'LoRA' if lora else 'full'}, {name}", (result["ours"]["losses"], result[name]["losses"])
             apart = result[name]["loss_difference"] = agree(*both, args.tolerance, where)
@@ -384,7 +389,7 @@ def report(args: argparse.Namespace, figures: dict[str, Any]) -> None:
         if not result:
             continue
         needed = result["operations_per_token"]
-        for side in ("ours", "trl", "trl_same_route"):
+        for side in ("ours", *PEERS):
             if side in result:
                 r = result[side]
                 done = r["tokens_per_second"] * needed
@@ -392,15 +397,15 @@ def report(args: argparse.Namespace, figures: dict[str, Any]) -> None:
                 parts = "".join(f"{part:12.1%}" for part in r["limit"].values())
                 r["limit"]["fastest"] = done / fastest
                 print(f"  {name:<5}{side:<18}{r['tokens_per_second']:11.1f}{r['peak_mib']:10.0f}{parts}")
-        if "ours" in result:
-            ours, peer, mark = result["ours"], result["trl"], "lora_" if name == "lora" else ""
-            if "trl_same_route" in result:
-                even = ours["tokens_per_second"] / result["trl_same_route"]["tokens_per_second"]
-                lines.append(f"{mark}speed_same_route={even:.2f}")
-            speed = ours["tokens_per_second"] / peer["tokens_per_second"]
-            memory = ours["peak_mib"] / peer["peak_mib"]
-            limit = ours["limit"]["fastest"]
-            lines.append(f"{mark}speed={speed:.2f} {mark}limit={limit:.2f} {mark}memory={memory:.2f}")
+        mark = "lora_" if name == "lora" else ""
+        for peer, prefix in (("trl_best_our_route", "best_our_route_"), ("trl_best", "best_"), ("trl_one_pass", "")):
+            if "ours" not in result or peer not in result:
+                continue
+            ours, theirs = result["ours"], result[peer]
+            speed = ours["tokens_per_second"] / theirs["tokens_per_second"]
+            memory = ours["peak_mib"] / theirs["peak_mib"]
+            m = mark + ("" if args.gpu and peer == "trl_best" else prefix)
+            lines.append(f"{m}speed={speed:.2f} {m}limit={ours['limit']['fastest']:.2f} {m}memory={memory:.2f}")
     if any(
         r["limit"]["fastest"] > 1 for n in ("lora", "full") for r in figures.get(n, {}).values() if isinstance(r, dict)
     ):
@@ -444,7 +449,7 @@ def parse() -> argparse.Namespace:
         setattr(args, name, getattr(args, name) or (gpu if args.gpu else cpu))
     pairs = [pair.split("=") for pair in args.peer_settings.split(",") if pair]
     asked = {k: int(v) if k == "per_device" else v.lower() in ("1", "true", "yes") for k, v in pairs}
-    args.peer_settings = asked or (PEER_GPU if args.gpu else PEER_CPU)
+    args.peer_settings = asked or (BEST_GPU if args.gpu else BEST_CPU)
     return args
 
 

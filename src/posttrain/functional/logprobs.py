@@ -58,6 +58,11 @@ def _through_cap(d: Tensor, z: Tensor, scale: float, softcap: float | None, t: f
     return d.mul_(factor) if factor != 1.0 else d
 
 
+def head_logits(hidden_N_H: Tensor, head: Head, temperature: float = 1.0) -> Tensor:
+    """z of the module's text, (N, V) float32: for the few positions that are sampled from. Not for training."""
+    return _logits(hidden_N_H, head.weight_V_H, head.bias_V, head.scale, head.softcap, temperature)
+
+
 class _LinearLogprobs(torch.autograd.Function):
     """(hidden, weight, bias, targets) -> (log-probabilities, entropies); backward recomputes each chunk."""
 

@@ -14,9 +14,10 @@ Three ways to the same numbers:
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,16 +27,40 @@ from posttrain.models.ragged import RaggedBatch
 NAME = "posttrain"
 TILE = 256
 """Queries a CPU tile: their scores over some hundred keys stay in cache, and half of a long segment's are skipped."""
+ROUND = 16
+"""Tiles take a few neighbouring tokens along to a multiple of this, masked: oneDNN compiles a kernel for every new
+shape (a millisecond each), and lengths hardly ever repeat."""
+
+
+class Decoding(Protocol):
+    """Attention of one new token a sequence, over keys and values that a sampler keeps."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """(1, heads, M, size) in, (1, M, heads, size) out; called once a layer, in their order."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """Queries q0..q1 over keys k0..k1. `mask` (queries, m) is added to the scores of the last m keys."""
+    """Queries q0..q1 over keys k0..k1. `mask` (queries, m) is added to the scores of the last m keys.
+
+    `q_end` and `k_end`: where the rounded tile ends. Keys from k1 on are masked, queries from q1 on count for nothing.
+    """
 
     q0: int
     q1: int
     k0: int
     k1: int
+    q_end: int
+    k_end: int
     alone: bool
     """Whether these queries see no other keys, so that nothing needs merging."""
     mask: Tensor | None = None
@@ -50,6 +75,8 @@ class Plan:
     batch: RaggedBatch
     calls: dict[int | None, list[Call]] = field(default_factory=dict)
     varlen: tuple[Tensor, Tensor, Tensor, int, int] | None = None
+    keep: Callable[[Tensor, Tensor], None] | None = None
+    """Gets every layer's keys and values, (heads, T, size), positions applied: how a sampler fills its cache."""
 
     def calls_for(self, window: int | None) -> list[Call]:
         """The calls that cover the batch, for one sliding window (None: none)."""
@@ -64,29 +91,52 @@ class Plan:
         return self.varlen
 
 
-@lru_cache(maxsize=1024)
-def _causal_mask(length: int) -> Tensor:
-    return torch.full((length, length), -torch.inf).triu_(1)
+@lru_cache(maxsize=4096)
+def _causal_mask(length: int, extra: int) -> Tensor:
+    """(length, length + extra): a query sees keys up to itself, and none of the extra ones behind."""
+    return torch.full((length, length + extra), -torch.inf).triu_(1)
+
+
+@lru_cache(maxsize=64)
+def _none_of(extra: int) -> Tensor:
+    return torch.full((1, extra), -torch.inf)
 
 
 def _calls(batch: RaggedBatch, window: int | None) -> list[Call]:
     """Every segment over itself in tiles of queries, and every parent's keys for its descendants' queries."""
     calls = []
-    position = batch.positions_T
+    position, limit = batch.positions_T, batch.total
+
+    def end_of(low: int, high: int) -> int:
+        return min(limit, low - (low - high) // ROUND * ROUND)
+
     for i, (start, end) in enumerate(zip(batch.starts, batch.ends, strict=True)):
         alone = batch.parents[i] < 0
         for q0 in range(start, end, TILE):
             q1 = min(q0 + TILE, end)
             k0 = start if window is None else max(start, q0 - window + 1)
+            k_end = end_of(k0, q1)
             hidden = None if window is None else _window_mask(position[q0:q1], position[k0:q1], window, causal=True)
-            calls.append(Call(q0, q1, k0, q1, alone, _causal_mask(q1 - q0) if hidden is None else hidden))
+            mask = _causal_mask(q1 - q0, k_end - q1) if hidden is None else _with_extra(hidden, k_end - q1)
+            calls.append(Call(q0, q1, k0, q1, end_of(q0, q1), k_end, alone, mask))
         for q0 in range(end, batch.subtree_ends[i], TILE):
             q1 = min(q0 + TILE, batch.subtree_ends[i])
             mask = None if window is None else _window_mask(position[q0:q1], position[start:end], window, causal=False)
             blind = None if mask is None else (mask == -torch.inf).all(1)
             if blind is None or not bool(blind.all()):
-                calls.append(Call(q0, q1, start, end, False, mask, blind))
+                k_end = end_of(start, end)
+                mask = _with_extra(mask, k_end - end)
+                calls.append(Call(q0, q1, start, end, end_of(q0, q1), k_end, False, mask, blind))
     return calls
+
+
+def _with_extra(mask: Tensor | None, extra: int) -> Tensor | None:
+    """The mask with `extra` keys behind it that nobody sees."""
+    if not extra:
+        return mask
+    if mask is None:
+        return _none_of(extra)
+    return torch.nn.functional.pad(mask, (0, extra), value=-torch.inf)
 
 
 def _window_mask(query: Tensor, key: Tensor, window: int, causal: bool) -> Tensor | None:
@@ -131,7 +181,8 @@ def _scores(c: Call, q: Tensor, k: Tensor) -> Tensor:
     s = torch.bmm(q, k.transpose(1, 2))
     if c.mask is not None:
         queries, masked = c.mask.shape
-        s.view(s.shape[0], -1, queries, s.shape[-1])[..., s.shape[-1] - masked :] += c.mask
+        rows = s.view(s.shape[0], -1, c.q_end - c.q0, s.shape[-1])
+        rows[:, :, : c.q1 - c.q0, s.shape[-1] - masked :] += c.mask if queries > 1 else c.mask[0]
     return s
 
 
@@ -148,14 +199,14 @@ class _TreeAttention(torch.autograd.Function):
         out = torch.zeros(heads, query.shape[1], value.shape[-1])
         lse = torch.full(query.shape[:2], -torch.inf)
         for c in calls:
-            p = _scores(c, _grouped(query[:, c.q0 : c.q1] * scale, kv), key[:, c.k0 : c.k1])
+            p = _scores(c, _grouped(query[:, c.q0 : c.q_end] * scale, kv), key[:, c.k0 : c.k_end])
             top = p.amax(-1, keepdim=True)
             if c.blind is not None:
                 top = top.clamp_min(-1e30)  # -inf minus -inf is not a number; a blind row's weights are 0 all the same
             total = p.sub_(top).exp_().sum(-1, keepdim=True)
-            part = torch.bmm(p, value[:, c.k0 : c.k1]).div_(total.clamp_min(1e-30))
-            shape = heads, c.q1 - c.q0
-            _merge(out, lse, c, part.view(*shape, -1), (total.log() + top).view(shape))
+            part = torch.bmm(p, value[:, c.k0 : c.k_end]).div_(total.clamp_min(1e-30))
+            shape, n = (heads, c.q_end - c.q0), c.q1 - c.q0
+            _merge(out, lse, c, part.view(*shape, -1)[:, :n], (total.log() + top).view(shape)[:, :n])
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.plan, ctx.window, ctx.scale = plan, window, scale
         return out
@@ -167,12 +218,14 @@ class _TreeAttention(torch.autograd.Function):
         d_query, d_key, d_value = (torch.zeros(x.shape) for x in (query, key, value))
         delta = (d_out * out).sum(-1)
         for c in ctx.plan.calls_for(ctx.window):
-            qs, ks = slice(c.q0, c.q1), slice(c.k0, c.k1)
+            qs, ks, n = slice(c.q0, c.q_end), slice(c.k0, c.k_end), c.q1 - c.q0
             q, k, do = _grouped(query[:, qs] * ctx.scale, kv), key[:, ks], _grouped(d_out[:, qs], kv)
             p = _scores(c, q, k).sub_(lse[:, qs].reshape(kv, -1, 1)).exp_()
+            p.view(len(query), -1, p.shape[-1])[:, n:] = 0.0
             d_value[:, ks] += torch.bmm(p.transpose(1, 2), do)
             ds = torch.bmm(do, value[:, ks].transpose(1, 2)).sub_(delta[:, qs].reshape(kv, -1, 1)).mul_(p)
-            d_query[:, qs].add_(torch.bmm(ds, k).view(len(query), c.q1 - c.q0, -1), alpha=ctx.scale)
+            dq = torch.bmm(ds, k).view(len(query), c.q_end - c.q0, -1)[:, :n]
+            d_query[:, c.q0 : c.q1].add_(dq, alpha=ctx.scale)
             d_key[:, ks] += torch.bmm(ds.transpose(1, 2), q)
         return d_query, d_key, d_value, None, None, None
 
@@ -249,7 +302,7 @@ def plain_attention(
     """softmax(scale q k^T) v a segment at a time, keys of all ancestors in front; any device, differentiable.
 
     softcap: scores become c tanh(score / c). sinks: one learnt score a head that takes part in the softmax and
-    carries no value. (1, heads, T, size) in, (1, T, heads, size) out.
+    carries no value. (1, heads, T, size) in, (1, T, heads, size) out; zeros for tokens behind the last segment.
     """
     batch, repeat = plan.batch, query.shape[1] // key.shape[1]
     outs = []
@@ -268,7 +321,8 @@ def plain_attention(
         else:
             probabilities = scores.softmax(-1)
         outs.append(torch.matmul(probabilities.to(v.dtype), v))
-    return torch.cat(outs, dim=2).transpose(1, 2)
+    out = torch.cat(outs, dim=2)
+    return torch.nn.functional.pad(out, (0, 0, 0, query.shape[2] - out.shape[2])).transpose(1, 2)
 
 
 @torch.compiler.disable  # the plan is Python; what lies between attention calls is what compiling helps
@@ -283,7 +337,7 @@ def ragged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    ragged: Plan | None = None,
+    ragged: Plan | Decoding | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls; see the module's text. Returns ((1, T, heads, size), None)."""
@@ -297,6 +351,10 @@ def ragged_attention(
     if attention_mask is not None:
         raise RuntimeError("the model made an attention mask of its own, which the ragged batch can't honour")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if not isinstance(ragged, Plan):
+        return ragged.attend(query, key, value, sliding_window, scale, softcap, s_aux), None
+    if ragged.keep is not None:
+        ragged.keep(key[0], value[0])
     if softcap is not None or s_aux is not None:
         return plain_attention(query, key, value, ragged, sliding_window, scale, softcap, s_aux), None
     if _can_varlen(query, value, sliding_window):

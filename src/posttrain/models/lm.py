@@ -24,6 +24,10 @@ def _base(hf: Any) -> Any:
     return hf.get_base_model() if hasattr(hf, "get_base_model") else hf
 
 
+ROUND = 32
+"""Tokens of a CPU batch are computed in multiples of this."""
+
+
 class LanguageModel(nn.Module):
     """Wraps a decoder-only model of transformers, with or without peft adapters in it.
 
@@ -67,11 +71,13 @@ class LanguageModel(nn.Module):
         """Final hidden states of every token of the batch, as the output head takes them."""
         decoder = self.base.get_decoder()
         if self.ragged:
-            plan = attention.Plan(batch)
-            out = decoder(
-                input_ids=batch.tokens_T[None], position_ids=batch.positions_T[None], use_cache=False, ragged=plan
+            # On a CPU, to a multiple of a few tokens that nothing sees: see attention.ROUND.
+            extra = -batch.total % ROUND if batch.tokens_T.device.type == "cpu" else 0
+            tokens, positions = (
+                torch.nn.functional.pad(x, (0, extra))[None] for x in (batch.tokens_T, batch.positions_T)
             )
-            return out.last_hidden_state[0]  # type: ignore[no-any-return]
+            out = decoder(input_ids=tokens, position_ids=positions, use_cache=False, ragged=attention.Plan(batch))
+            return out.last_hidden_state[0, : batch.total]  # type: ignore[no-any-return]
         # One sequence at a time: right for any model, whatever state runs through it.
         hidden: Tensor | None = None
         for row in batch.rows:
