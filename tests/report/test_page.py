@@ -205,14 +205,15 @@ def test_terminal_table(make_run):
     from rich.console import Console
 
     folder = make_run()
-    console = Console(width=120, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(summary_table(folder))
     shown = console.export_text()
     sentiment, language = json.loads((folder / "evaluations" / "comparison.json").read_text())
     for number in (sentiment["before"]["value"], sentiment["after"]["high"], sentiment["low"]):
         assert f"{number:.3f}" in shown
-    assert "400" in shown and "< 0.0001" in shown.replace("\N{NO-BREAK SPACE}", " ")
-    assert f"{language['before']['value']:.2f} [{language['before']['low']:.2f}, " in shown
+    assert "< 0.0001" in shown.replace("\N{NO-BREAK SPACE}", " ")
+    value, low = language["before"]["value"], language["before"]["low"]
+    assert f"{value:.2f} " in shown and f"[{low:.2f}, " in shown and "400 items" in shown
 
 
 def luminance(colour: str) -> float:
