@@ -96,6 +96,11 @@ def test_an_empty_value_switches_off() -> None:
     assert load_recipe("quickstart", ["stages.0.adapter="]).stages[0].adapter is None
 
 
+def test_settings_that_would_undo_each_other_are_refused() -> None:
+    with pytest.raises(RecipeError, match="compile nothing"):
+        load_recipe("sft", ["stages.0.systems.compile=true", "stages.0.systems.activation_checkpointing=true"])
+
+
 def test_all_problems_are_reported_at_once(write) -> None:
     path = write(
         "name: bad name\nmodel: {source: x, dtyp: auto}\nseed: -1\nseed: -2\n"

@@ -166,7 +166,16 @@ class SystemsConfig(Config):
         description="Keep only layer boundaries and recompute the rest in backward: less memory, about a third more time.",
     )
     share_prefixes: bool = Field(True, description="Compute a prefix that several samples of a micro-batch share once.")
-    compile: bool = Field(False, description="torch.compile the model (needs a C++ compiler on a CPU).")
+    compile: bool = Field(False, description="torch.compile the model's layers (needs a C++ compiler on a CPU).")
+
+    @model_validator(mode="after")
+    def _one(self) -> SystemsConfig:
+        if self.compile and self.activation_checkpointing:
+            raise ValueError(
+                "compile and activation_checkpointing together compile nothing: torch leaves recomputed layers that "
+                "call uncompiled attention as they are. Switch one of them off"
+            )
+        return self
 
 
 class SFTConfig(Config):

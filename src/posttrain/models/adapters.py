@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def attach(hf: Any, config: AdapterConfig, seed: int) -> Any:
             task_type="CAUSAL_LM",
         )
         try:
-            return get_peft_model(hf, settings)
+            with warnings.catch_warnings():  # peft asks transformers for an attribute that was renamed
+                warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+                return get_peft_model(hf, settings)
         except ValueError as error:
             names = sorted(
                 {n.rsplit(".", 1)[-1] for n, m in hf.named_modules() if hasattr(m, "weight") and m.weight.ndim == 2}
