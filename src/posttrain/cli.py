@@ -169,12 +169,12 @@ def inspect(
     from posttrain.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
-    named = [(s.name, s, s.data) for s in checked.stages] + [(t.name, None, t.data) for t in checked.evaluate]
-    if stage is not None and stage not in [n for n, _, _ in named]:
-        raise RecipeError(f"no stage or evaluation {stage!r}; there are: {', '.join(n for n, _, _ in named)}")
+    names = [part.name for part in (*checked.stages, *checked.evaluate)]
+    if stage is not None and stage not in names:
+        raise RecipeError(f"no stage or evaluation {stage!r}; there are: {', '.join(names)}")
     from posttrain import show
 
-    show.inspect(checked, [n for n in named if stage in (None, n[0])], rows, _console())
+    show.inspect(checked, stage, rows, _console())
 
 
 @app.command()
@@ -257,6 +257,18 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's fold
     from posttrain.report import build
 
     typer.echo(str(build(run)))
+
+
+@app.command()
+def lab(
+    output: Annotated[Path | None, typer.Option(help="Folder to make. [default: the cache's, for lab:SEED]")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=999_999_999, help="Another seed, another model of its kind.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Pretraining steps. [default: enough, in minutes]")] = None,
+) -> None:
+    """Make a small base model that reinforcement learning improves in minutes: to try, compare and debug methods."""
+    from posttrain.lab import make
+
+    make.command(_console(), output, seed, steps)
 
 
 @app.command()

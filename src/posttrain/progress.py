@@ -26,7 +26,7 @@ class Track:
     def __init__(
         self, what: str, total: int, done: int = 0, shown: bool = True, console: Console | None = None
     ) -> None:
-        self.what, self.total, self.first = what, total, done
+        self.what, self.total, self.first, self.done = what, total, done, done
         self.began = self.last_line = time.monotonic()
         self.console = console or Console(stderr=False)
         self.shown = shown
@@ -44,6 +44,7 @@ class Track:
 
     def update(self, done: int, **values: Any) -> None:
         """`done` units are finished; `values` are shown as name and value, in order."""
+        self.done = done
         now = time.monotonic()
         fresh = done - self.first
         left = (now - self.began) / fresh * (self.total - done) if fresh > 0 else 0.0
@@ -54,6 +55,15 @@ class Track:
         elif self.shown and (now - self.last_line >= QUIET_SECONDS or done >= self.total):
             self.last_line = now
             self.console.print(f"{self.what} {done}/{self.total}  {text}", highlight=False)
+            sys.stdout.flush()
+
+    def phase(self, text: str) -> None:
+        """What is being done within the unit at hand; a part of long ones shows that it moves."""
+        if self.bar is not None:
+            self.bar.update(self.task, text=text)
+        elif self.shown and time.monotonic() - self.last_line >= QUIET_SECONDS:
+            self.last_line = time.monotonic()
+            self.console.print(f"{self.what} {self.done}/{self.total}  {text}", highlight=False)
             sys.stdout.flush()
 
     def close(self) -> None:

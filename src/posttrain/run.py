@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,9 @@ from typing import Any
 from rich.console import Console
 
 import posttrain
-from posttrain.config import ModelConfig, Recipe
-from posttrain.data.prepare import Prepared, prepare
+from posttrain.config import ModelConfig, Recipe, RLConfig, SFTConfig
+from posttrain.data.prepare import prepare
+from posttrain.data.questions import Question, ask
 from posttrain.distributed import ranks
 from posttrain.errors import CheckpointError, DataError, PosttrainError
 from posttrain.evaluate.stats import compare
@@ -35,7 +36,7 @@ from posttrain.models.load import context_length, load_tokenizer, pick_device, r
 from posttrain.recipe import differences, dump_recipe, load_recipe
 from posttrain.report import build
 from posttrain.report.terminal import summary_table
-from posttrain.train.loop import Stopped, now
+from posttrain.train.loop import OnStep, Stopped, now
 from posttrain.train.sft import run_sft
 from posttrain.train.track import Trackers
 
@@ -64,7 +65,11 @@ class Manifest:
 
 
 def run(
-    recipe: Recipe | str, folder: Path | str | None = None, fresh: bool = False, console: Console | None = None
+    recipe: Recipe | str,
+    folder: Path | str | None = None,
+    fresh: bool = False,
+    console: Console | None = None,
+    rewards: dict[str, Callable[..., Any]] | None = None,
 ) -> RunResult:
     """Carry a recipe through to its report, or go on with the run that is in `folder` (default: output/name).
 
@@ -83,7 +88,7 @@ def run(
         manifest = Manifest(path)
         try:
             if manifest.values.get("status") != "done":
-                _work(recipe, path, manifest, console)
+                _work(recipe, path, manifest, console, rewards)
         except KeyboardInterrupt:
             manifest.update(status="stopped")
             _report(path)
@@ -130,7 +135,13 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def _work(recipe: Recipe, path: Path, manifest: Manifest, console: Console) -> None:
+def _work(
+    recipe: Recipe,
+    path: Path,
+    manifest: Manifest,
+    console: Console,
+    functions: dict[str, Callable[..., Any]] | None = None,
+) -> None:
     resumed = manifest.values.get("resumed", -1) + 1
     manifest.update(
         posttrain=posttrain.__version__,
@@ -147,12 +158,12 @@ def _work(recipe: Recipe, path: Path, manifest: Manifest, console: Console) -> N
     tokenizer = load_tokenizer(recipe.model)
     context = context_length(recipe.model)
     console.print("reading data")
-    stages = [prepare(stage.data, tokenizer, context=context) for stage in recipe.stages]
-    for stage, prepared in zip(recipe.stages, stages, strict=True):
-        if not prepared.samples:
-            raise DataError(f"stage {stage.name}: no row of {prepared.stats['source']} is left to train on")
-    tasks = [prepare(task.data, tokenizer, context=context) for task in recipe.evaluate]
-    manifest.update(data=_data_entries(recipe, stages, tasks))
+    stages = [_ready(stage, tokenizer, context, functions) for stage in recipe.stages]
+    tasks = [
+        {"stage": f"evaluate {task.name}", **prepare(task.data, tokenizer, context=context).stats}
+        for task in recipe.evaluate
+    ]
+    manifest.update(data=[entry for stage in stages for entry in stage.entries] + tasks)
     trackers = Trackers(recipe.track, path, recipe)
 
     model = recipe.model
@@ -160,14 +171,12 @@ def _work(recipe: Recipe, path: Path, manifest: Manifest, console: Console) -> N
         evaluate_model(model, recipe.evaluate, path / "evaluations" / "before", recipe.seed)
     ranks.barrier()
     records = manifest.values.get("stages", [])
-    for i, (stage, prepared) in enumerate(zip(recipe.stages, stages, strict=True)):
+    for i, (stage, ready) in enumerate(zip(recipe.stages, stages, strict=True)):
         folder = path / "stages" / f"{i}-{stage.name}"
         if not (folder / "model").is_dir():
             records = records[:i] + [{"name": stage.name, "method": stage.method, "status": "running"}]
             manifest.update(stages=records)
-            done = run_sft(
-                stage, model, prepared.samples, folder, seed=recipe.seed + i, on_step=trackers.on_step(stage.name)
-            )
+            done = ready.run(model, folder, recipe.seed + i, trackers.on_step(stage.name))
             entry = {
                 "name": stage.name,
                 "method": stage.method,
@@ -190,9 +199,53 @@ def _describe(model: ModelConfig, before: dict[str, Any]) -> dict[str, Any]:
     return {**before, "source": model.source, "sha256": found.sha256(), "dtype": model.dtype, "device": model.device}
 
 
-def _data_entries(recipe: Recipe, stages: list[Prepared], tasks: list[Prepared]) -> list[dict[str, Any]]:
-    entries = [{"stage": s.name, **p.stats} for s, p in zip(recipe.stages, stages, strict=True)]
-    return entries + [{"stage": f"evaluate {t.name}", **p.stats} for t, p in zip(recipe.evaluate, tasks, strict=True)]
+@dataclass(frozen=True)
+class _Ready:
+    """A stage with its data read. entries: what the manifest says of that; run: (model, folder, seed, on_step)."""
+
+    entries: list[dict[str, Any]]
+    run: Callable[[ModelConfig, Path, int, OnStep | None], dict[str, Any]]
+
+
+def _ready(
+    stage: SFTConfig | RLConfig, tokenizer: Any, context: int | None, functions: dict[str, Callable[..., Any]] | None
+) -> _Ready:
+    if isinstance(stage, RLConfig):
+        from posttrain.train.rl import run_rl
+
+        asked = ask(stage.problems, tokenizer, context=context)
+        entries, held_out = [{"stage": stage.name, **asked.stats}], list[Question]()
+        if stage.held_out is not None:
+            held = ask(stage.held_out.problems, tokenizer, context=context)
+            held_out = held.items
+            entries.append({"stage": f"{stage.name} held out", **held.stats})
+            _check_apart(stage.name, asked.items, held_out)
+        return _Ready(
+            entries,
+            lambda model, folder, seed, on_step: run_rl(
+                stage, model, asked.items, held_out, folder, seed=seed, on_step=on_step, functions=functions
+            ),
+        )
+    prepared = prepare(stage.data, tokenizer, context=context)
+    if not prepared.samples:
+        raise DataError(f"stage {stage.name}: no row of {prepared.stats['source']} is left to train on")
+    return _Ready(
+        [{"stage": stage.name, **prepared.stats}],
+        lambda model, folder, seed, on_step: run_sft(
+            stage, model, prepared.samples, folder, seed=seed, on_step=on_step
+        ),
+    )
+
+
+def _check_apart(name: str, asked: list[Question], held_out: list[Question]) -> None:
+    """Held-out problems that are trained on would measure memory."""
+    known = {q.text for q in asked}
+    same = [q for q in held_out if q.text in known]
+    if same:
+        raise DataError(
+            f"stage {name}: {len(same)} of {len(held_out)} held-out problems are trained on too, {same[0].text[:80]!r} "
+            "for one; give held_out.problems other rows, or another seed"
+        )
 
 
 def _finish(recipe: Recipe, path: Path, model: ModelConfig, manifest: Manifest) -> None:

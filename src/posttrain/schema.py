@@ -29,8 +29,12 @@ def settings(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[Sett
     for name, info in model.model_fields.items():
         key = f"{prefix}{name}"
         yield Setting(key, _type_text(info.annotation), _default_text(info), info.description or "")
+        told: set[str] = set()  # alternatives have settings in common: told once, as the first has them
         for inner, many in _inner_models(info.annotation):
-            yield from settings(inner, f"{key}.N." if many else f"{key}.")
+            for setting in settings(inner, f"{key}.N." if many else f"{key}."):
+                if setting.key not in told:
+                    told.add(setting.key)
+                    yield setting
 
 
 def _default_text(info: FieldInfo) -> str:
@@ -78,12 +82,19 @@ def _inner_models(tp: Any) -> Iterator[tuple[type[BaseModel], bool]]:
                     yield inner, True
 
 
+TAGS = ("method", "kind")
+"""Settings that say which of several classes the rest belongs to."""
+
+
 def model_for(tp: Any, value: Any) -> type[BaseModel] | None:
-    """The settings class that a value is checked by; of several, the one whose `method` it names."""
+    """The settings class that a value is checked by; of several, the one whose method or kind it names."""
     found = [o for o in options(tp) if isinstance(o, type) and issubclass(o, BaseModel)]
-    method = value.get("method") if isinstance(value, Mapping) else None
-    named = [m for m in found if "method" in m.model_fields and m.model_fields["method"].default == method]
-    return next(iter(named or found), None)
+    for tag in TAGS:
+        name = value.get(tag) if isinstance(value, Mapping) else None
+        for model in found:
+            if name is not None and tag in model.model_fields and name in get_args(model.model_fields[tag].annotation):
+                return model
+    return next(iter(found), None)
 
 
 def child(tp: Any, name: str | int, value: Any) -> Any:

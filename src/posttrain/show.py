@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from posttrain.config import DataConfig, ModelConfig, Recipe, SFTConfig
+from posttrain.config import ModelConfig, Recipe, RLConfig, SFTConfig
 from posttrain.data.pieces import render_terminal
-from posttrain.data.prepare import Prepared, prepare
+from posttrain.data.prepare import prepare
+from posttrain.data.questions import Questions, ask
 from posttrain.evaluate.stats import compare
 from posttrain.evaluate.tasks import evaluate_model
 from posttrain.files import read_lines
@@ -22,19 +23,24 @@ BAR = 40
 """Columns of the histogram's longest bar."""
 
 
-def inspect(recipe: Recipe, parts: Sequence[tuple[str, SFTConfig | None, DataConfig]], rows: int, out: Console) -> None:
-    """Prepare the data of the given stages and evaluations (those without a stage) and print what came of it."""
+def inspect(recipe: Recipe, only: str | None, rows: int, out: Console) -> None:
+    """Prepare the data of every stage and evaluation (or of the one named) and print what came of it."""
     tokenizer, context = load_tokenizer(recipe.model), context_length(recipe.model)
-    for name, stage, data in parts:
-        prepared = prepare(data, tokenizer, context=context)
-        out.rule(f"{name} ({stage.method if stage else 'evaluation'})")
-        for label, value in _facts(prepared):
-            out.print(f"{label:<10} {value}", markup=False, soft_wrap=True)
+    for part in (*recipe.stages, *recipe.evaluate):
+        if only not in (None, part.name):
+            continue
+        if isinstance(part, RLConfig):
+            out.rule(f"{part.name} ({part.method})")
+            _questions(ask(part.problems, tokenizer, context=context), rows, out)
+            if part.held_out is not None:
+                out.rule(f"{part.name}: held out, every {part.held_out.every} steps")
+                _questions(ask(part.held_out.problems, tokenizer, context=context), rows, out)
+            continue
+        stage = part if isinstance(part, SFTConfig) else None
+        out.rule(f"{part.name} ({stage.method if stage else 'evaluation'})")
+        prepared = prepare(part.data, tokenizer, context=context)
         lengths = [len(s) for s in prepared.samples]
-        if lengths:
-            out.print("lengths in tokens")
-            for line in histogram(lengths):
-                out.print(f"  {line}", markup=False, soft_wrap=True)
+        _numbers(prepared.stats, lengths, out)
         if stage is not None and lengths:
             out.print(f"plan       {plan(stage, lengths)}", markup=False, soft_wrap=True)
         for i, sample in enumerate(prepared.samples[:rows]):
@@ -44,16 +50,34 @@ def inspect(recipe: Recipe, parts: Sequence[tuple[str, SFTConfig | None, DataCon
         out.print()
 
 
-def _facts(prepared: Prepared) -> list[tuple[str, str]]:
+def _numbers(stats: dict[str, Any], lengths: Sequence[int], out: Console) -> None:
+    for label, value in _facts(stats):
+        out.print(f"{label:<10} {value}", markup=False, soft_wrap=True)
+    if lengths:
+        out.print("lengths in tokens")
+        for line in histogram(lengths):
+            out.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def _questions(asked: Questions, rows: int, out: Console) -> None:
+    """Problems of a reinforcement-learning stage, as the model is asked them."""
+    _numbers(asked.stats, [len(q.tokens) for q in asked.items], out)
+    for i, q in enumerate(asked.items[:rows]):
+        out.print(f"\n[bold]problem {i}[/] {len(q.tokens)} tokens  {q.problem['source']}")
+        out.print(q.text, markup=False, soft_wrap=True)
+        out.print(f"answer     {q.problem['answer']}", markup=False, soft_wrap=True)
+    out.print()
+
+
+def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
     """The manifest's entry of this data, in words."""
-    s = prepared.stats
     tokens, loss = s.get("tokens", 0), s.get("loss_tokens", 0)
     share = f" ({loss / tokens:.0%})" if tokens else ""
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in (s.get("dropped") or {}).items() if count)
     facts = [
         ("source", str(s.get("source", ""))),
         ("layout", str(s.get("layout", ""))),
-        ("rows", f"{s.get('rows', 0):,}, used {s.get('used', len(prepared.samples)):,}"),
+        ("rows", f"{s.get('rows', 0):,}, used {s.get('used', 0):,}"),
         ("dropped", dropped or "none"),
         ("truncated", f"{s.get('truncated', 0):,}"),
         (

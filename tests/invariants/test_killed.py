@@ -10,10 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from posttrain.rollout.store import read_rollouts
 
 RECIPE = """
 name: killed
@@ -49,10 +52,39 @@ evaluate:
     show: 2
 """
 
+RL = """
+name: killed
+model: {source: "tiny:llama"}
+stages:
+  - method: METHOD
+    name: rl
+    problems: {kind: rows, data: {source: problems.jsonl, rows: [0, 40], chat: false}}
+    held_out: {every: 10, problems: {kind: rows, data: {source: problems.jsonl, rows: [40, 50], chat: false}}}
+    rewards:
+      parts:
+        - {kind: length, unit: characters, target: 12, width: 30}
+        - {kind: function, name: slow, function: "tests.invariants.test_killed:vowels", weight: 0.5}
+    sampling: {max_tokens: 10}
+    prompts_per_step: 6
+    group_size: 4
+    steps: 40
+    updates: 2
+    kl: {coefficient: 0.05}
+    optimizer: {lr: 0.002}
+    checkpoint_every: 2
+"""
+"""Sampling, a reward in a worker process, learning and checkpoints take about as long, so that a kill hits each."""
+
+
+def vowels(text: str, example: dict[str, Any]) -> float:
+    """A reward that takes a moment."""
+    time.sleep(0.002)
+    return sum(c in "aeiou" for c in text) / 10
+
 
 def start(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "posttrain", "run", str(recipe), "--folder", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     log = (folder.parent / f"{folder.name}.log").open("ab")
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
@@ -61,23 +93,41 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], str, dict[str, str]]
     """Final weights, metrics, and evaluation items: everything that must not depend on how often it was killed."""
     weights = load_file(folder / "model" / "model.safetensors")
     items = {str(p.relative_to(folder)): p.read_text() for p in sorted((folder / "evaluations").rglob("*.jsonl"))}
-    return weights, (folder / "stages" / "0-sft" / "metrics.jsonl").read_text(), items
+    for p in sorted((folder / "stages").rglob("*.parquet")):
+        items[str(p.relative_to(folder))] = repr(read_rollouts(p))
+    (metrics,) = (folder / "stages").glob("0-*/metrics.jsonl")
+    return weights, metrics.read_text(), items
 
 
 def records(folder: Path) -> int:
     """How many steps the run has recorded so far."""
-    file = folder / "stages" / "0-sft" / "metrics.jsonl"
-    return len(file.read_bytes().splitlines()) if file.exists() else 0
+    files = list((folder / "stages").glob("0-*/metrics.jsonl"))
+    return len(files[0].read_bytes().splitlines()) if files else 0
 
 
 @pytest.mark.slow
 def test_killed_five_times_ends_bit_identical(tmp_path: Path) -> None:
     """SIGKILL five times in one run: once before or while it evaluates, then at four random steps."""
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE)
-    calm = start(recipe, tmp_path / "calm")
     rng = random.Random(time.time_ns())  # other moments every time: the outcome may not depend on them
-    targets = [0, *sorted(rng.sample(range(3, 145), 4))]
+    check_killed(tmp_path, RECIPE, [0, *sorted(rng.sample(range(3, 145), 4))], rng, (150, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_reinforcement_learning_killed_five_times_ends_bit_identical(tmp_path: Path, method: str) -> None:
+    """The same with rollouts, rewards from other processes, a reference and a critic: 40 steps and the one before."""
+    rows = [{"prompt": f"{i} + {i} =", "answer": str(2 * i)} for i in range(50)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rng = random.Random(time.time_ns())
+    targets = [0, *sorted(rng.sample(range(2, 39), 4))]
+    check_killed(tmp_path, RL.replace("METHOD", method), targets, rng, (41, 40 + 5))
+
+
+def check_killed(tmp_path: Path, text: str, targets: list[int], rng: random.Random, counts: tuple[int, int]) -> None:
+    """counts: records of metrics, and files of items, that there must be in the end."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    calm = start(recipe, tmp_path / "calm")
     folder, moments = tmp_path / "killed", []
     for target in targets:
         process = start(recipe, folder)
@@ -92,7 +142,7 @@ def test_killed_five_times_ends_bit_identical(tmp_path: Path) -> None:
     assert calm.wait() == 0, (tmp_path / "calm.log").read_text()[-3000:]
 
     weights, metrics, items = outcome(tmp_path / "calm")
-    assert len(metrics.splitlines()) == 150 and len(items) == 4
+    assert (len(metrics.splitlines()), len(items)) == counts
     again, metrics_again, items_again = outcome(folder)
     assert metrics_again == metrics, moments
     assert items_again == items, moments

@@ -48,6 +48,22 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     return (0.0 if successes == 0 else low), (1.0 if successes == n else high)
 
 
+def mean_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:
+    """Interval of a mean: Wilson's where all values are 0 or 1, else the percentile bootstrap's.
+
+    One value, or values that are all alike, say nothing of how they vary: the bootstrap then gives the value itself
+    twice. Raises ValueError for no values.
+    """
+    if not values:
+        raise ValueError("no values to take the mean of")
+    if all(v in (0, 1) for v in values):
+        return wilson(sum(v == 1 for v in values), len(values), level)
+    x = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = [float(x[rng.integers(0, len(x), len(x))].mean()) for _ in range(DRAWS // 5)]
+    return _percentiles(np.asarray(means), level)
+
+
 def mcnemar_exact(gained: int, lost: int) -> float:
     """Two-sided exact p-value that items changed in both directions equally often.
 

@@ -44,6 +44,7 @@ class LanguageModel(nn.Module):
             _base(hf).set_attn_implementation(attention.NAME)
         no_dropout(hf)
         fuse(hf)
+        self.value: nn.Linear | None = None
 
     @property
     def base(self) -> Any:
@@ -66,6 +67,13 @@ class LanguageModel(nn.Module):
         )
         softcap = getattr(config, "final_logit_softcapping", None)
         return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
+
+    def add_value_head(self) -> None:
+        """A critic: V = w h / sqrt(H) + b of a hidden state, float32, zero at first. Not saved with the model."""
+        head = self.base.get_output_embeddings().weight
+        self.value = nn.Linear(head.shape[1], 1, device=head.device)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
 
     def hidden_T_H(self, batch: RaggedBatch) -> Tensor:
         """Final hidden states of every token of the batch, as the output head takes them."""
@@ -90,16 +98,18 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         batch: RaggedBatch,
-        want: Literal["cross_entropy", "logprobs", "hidden"] = "logprobs",
+        want: Literal["cross_entropy", "logprobs", "values", "hidden"] = "logprobs",
         targets_N: Tensor | None = None,
         coefficients_N: Tensor | None = None,
         temperature: float = 1.0,
         entropy: bool = False,
+        probe: bool = True,
     ) -> Any:
         """What `want` names, at `targets_N` (T-indices of the tokens asked for; None: those that carry loss).
 
         cross_entropy: (loss, nll_N, hits_N) of `linear_cross_entropy` with `coefficients_N`.
-        logprobs: (logprobs_N, entropies_N) of `linear_logprobs`. hidden: hidden_T_H.
+        logprobs: (logprobs_N, entropies_N) of `linear_logprobs`. values: these and values_N, what the critic expects
+        before each token is there (probe: its gradient stays out of the model). hidden: hidden_T_H.
         Raises ValueError when a first token of a sequence is asked for: nothing predicts it.
         """
         hidden = self.hidden_T_H(batch)
@@ -114,7 +124,13 @@ class LanguageModel(nn.Module):
             if coefficients_N is None:
                 coefficients_N = batch.weights_T[targets]
             return linear_cross_entropy(hidden_N_H, self.head(), tokens_N, coefficients_N)
-        return linear_logprobs(hidden_N_H, self.head(), tokens_N, temperature, entropy)
+        logprobs = linear_logprobs(hidden_N_H, self.head(), tokens_N, temperature, entropy)
+        if want == "logprobs":
+            return logprobs
+        if self.value is None:
+            raise ValueError("this model has no critic: call add_value_head() first")
+        seen = (hidden_N_H.detach() if probe else hidden_N_H).float() * hidden_N_H.shape[-1] ** -0.5
+        return *logprobs, self.value(seen).squeeze(-1)
 
     def pack(self, samples: list[Sample], share_prefixes: bool = True) -> RaggedBatch:
         """`pack`, on the model's device, with shared prefixes where the model type allows them."""

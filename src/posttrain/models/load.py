@@ -7,7 +7,10 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +27,8 @@ from posttrain.models.tiny import tiny_model, tiny_tokenizer
 
 CONVERTER = "1"
 """Part of the cache key: raised when the conversion of GGUF files changes."""
+LAB_VERSION = "1"
+"""Part of the name of a laboratory's folder: raised when what `posttrain lab` makes changes."""
 log = logging.getLogger("posttrain")
 
 
@@ -63,6 +68,10 @@ def resolve(source: str) -> Resolved:
     """
     if source.startswith("tiny:"):
         return Resolved(source[5:], "tiny")
+    if source.startswith("lab:"):
+        if not re.fullmatch(r"[0-9]{0,9}", source[4:]):
+            raise ModelError(f"model source {source!r}: expected lab: or lab:SEED, such as lab:1")
+        return Resolved(str(_lab(int(source[4:] or 0))), "folder")
     if source.startswith("package:"):
         return _convert(_gguf_of_package(source[8:]))
     path = Path(source).expanduser()
@@ -80,6 +89,21 @@ def resolve(source: str) -> Resolved:
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ModelError(f"model source {source!r}: there is no such folder")
     return Resolved(source, "hub")
+
+
+def lab_folder(seed: int) -> Path:
+    """Where the laboratory of a seed is kept, made or not."""
+    return cache_folder() / "lab" / f"{seed}-{LAB_VERSION}"
+
+
+def _lab(seed: int) -> Path:
+    """The laboratory's folder; made, by a process of its own, where it is not there yet."""
+    folder = lab_folder(seed)
+    if not (folder / "lab.json").exists():
+        log.info("making the laboratory of seed %d (once; kept in %s)", seed, folder)
+        if subprocess.run([sys.executable, "-m", "posttrain", "lab", "--seed", str(seed)], check=False).returncode:
+            raise ModelError(f"model source 'lab:{seed}' could not be made; posttrain lab --seed {seed} says why")
+    return folder
 
 
 def _gguf_of_package(name: str) -> Path:

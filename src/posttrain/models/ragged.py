@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ class RaggedBatch:
     starts, ends, parents: per segment, half-open range of T and the parent's number (-1: none).
     subtree_ends: per segment, where its last descendant ends.
     rows: per sample, the T-indices of its tokens, in order.
+    samples: what was packed, in the order of `rows`: a loss finds in their `meta` what it needs to know of each.
     """
 
     tokens_T: Tensor
@@ -41,6 +43,7 @@ class RaggedBatch:
     parents: tuple[int, ...]
     subtree_ends: tuple[int, ...]
     rows: tuple[Tensor, ...]
+    samples: tuple[Sample, ...] = ()
 
     @property
     def total(self) -> int:
@@ -61,17 +64,9 @@ class RaggedBatch:
 
     def to(self, device: torch.device | str) -> RaggedBatch:
         """The same batch with its tensors on another device."""
-        return RaggedBatch(
-            self.tokens_T.to(device),
-            self.positions_T.to(device),
-            self.weights_T.to(device),
-            self.predictors_T.to(device),
-            self.starts,
-            self.ends,
-            self.parents,
-            self.subtree_ends,
-            tuple(row.to(device) for row in self.rows),
-        )
+        names = ("tokens_T", "positions_T", "weights_T", "predictors_T")
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, **moved, rows=tuple(row.to(device) for row in self.rows))
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
@@ -166,6 +161,7 @@ def pack(samples: Sequence[Sample], share_prefixes: bool = True, min_shared: int
         parents,
         tuple(builder.subtree_ends),
         tuple(torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in row])) for row in builder.rows),
+        tuple(samples),
     )
 
 

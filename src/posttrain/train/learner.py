@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ from posttrain.types import Sample
 LossFunction = Callable[[LanguageModel, RaggedBatch, float], tuple[Tensor, dict[str, Tensor]]]
 """(model, micro-batch, global denominator) -> (this micro-batch's share of the loss, sums for metrics).
 
-The loss is already divided by the denominator; metrics are sums, which the learner adds up over micro-batches and
-ranks and divides by the denominator."""
+The denominator is the sum of the global batch's weights. Loss and metrics come divided by it (or by another number of
+the whole batch, where a method has its own): the learner only adds them up over micro-batches and ranks."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class StepResult:
     tokens: int
     computed_tokens: int
     micro_batches: int
+    timing: dict[str, Any] = field(default_factory=dict)
+    """What else timings.jsonl gets."""
 
 
 class Learner:
@@ -48,7 +50,12 @@ class Learner:
     """Non-finite steps in a row before the run stops."""
 
     def __init__(
-        self, model: LanguageModel, optimizer: OptimizerConfig, systems: SystemsConfig, total_steps: int
+        self,
+        model: LanguageModel,
+        optimizer: OptimizerConfig,
+        systems: SystemsConfig,
+        total_steps: int,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         self.model, self.systems, self.total_steps = model, systems, total_steps
         self.device = model.device
@@ -67,7 +74,7 @@ class Learner:
         if ranks.world() > 1:
             dtype = next(model.parameters()).dtype
             ranks.shard(model.float(), layers, dtype, self.device)
-        self.optimizer = Optimizer(model.named_parameters(), optimizer)
+        self.optimizer = Optimizer(model.named_parameters(), optimizer, rates)
 
     def step(self, samples: Sequence[Sample], loss: LossFunction | None = None) -> StepResult:
         """One step on a global batch (the same list on every rank).
@@ -101,14 +108,19 @@ class Learner:
     def _split(self, samples: Sequence[Sample]) -> tuple[list[list[int]], int]:
         """This rank's micro-batches, and how many passes every rank makes."""
         world, budget = ranks.world(), self.systems.tokens_per_micro_batch
+        units = _units(samples, budget)
         shares: list[list[int]] = [[] for _ in range(world)]
         loads = [0] * world
-        for i in sorted(range(len(samples)), key=lambda i: (-len(samples[i]), i)):
+        for u in sorted(range(len(units)), key=lambda u: (-units[u][0], u)):
             lightest = loads.index(min(loads))
-            shares[lightest].append(i)
-            loads[lightest] += len(samples[i])
+            shares[lightest].append(u)
+            loads[lightest] += units[u][0]
         plans = [
-            [[share[k] for k in m] for m in micro_batches([len(samples[i]) for i in share], budget)] for share in shares
+            [
+                sorted(i for k in m for i in units[share[k]][1])
+                for m in micro_batches([units[u][0] for u in share], budget)
+            ]
+            for share in shares
         ]
         return plans[ranks.rank() if world > 1 else 0], max(len(p) for p in plans)
 
@@ -156,6 +168,27 @@ def cross_entropy(model: LanguageModel, batch: RaggedBatch, denominator: float) 
     weights = batch.weights_T[targets]
     loss, _, hits = model(batch, "cross_entropy", targets, weights / denominator)
     return loss, {"token_accuracy": (hits * weights).sum() / denominator}
+
+
+def _units(samples: Sequence[Sample], budget: int) -> list[tuple[int, list[int]]]:
+    """(tokens to compute, samples) of what stays together in a micro-batch.
+
+    Samples that name the same ``group`` in their meta share their first ``shared`` tokens, computed once: as many of
+    them stay together as the budget allows. Any other sample is by itself.
+    """
+    units: list[tuple[int, list[int]]] = []
+    newest: dict[Any, int] = {}
+    for i, sample in enumerate(samples):
+        group, size = sample.meta.get("group"), len(sample)
+        more = size - int(sample.meta.get("shared", 0))
+        at = newest.get(group) if group is not None else None
+        if at is not None and units[at][0] + more <= budget:
+            units[at] = (units[at][0] + more, [*units[at][1], i])
+            continue
+        if group is not None:
+            newest[group] = len(units)
+        units.append((size, [i]))
+    return units
 
 
 def decoder_layers(model: LanguageModel) -> list[torch.nn.Module]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from posttrain.errors import CheckpointError
 from posttrain.files import Lines
 from posttrain.progress import Track
 from posttrain.train import checkpoint
-from posttrain.train.learner import Learner, LossFunction
+from posttrain.train.learner import Learner, LossFunction, StepResult
 from posttrain.types import Sample
 
 BatchAt = Callable[[int], Sequence[Sample]]
@@ -74,80 +74,129 @@ def permutation_batches(
     return batch_at, steps
 
 
+class Work(Protocol):
+    """What a stage does, step by step; everything that the next step depends on is in the learner and in `numbers`."""
+
+    steps: int
+
+    def step(self, step: int, track: Track) -> StepResult:
+        """Do step number `step`, from 0."""
+
+    def before(self, track: Track) -> dict[str, Any] | None:
+        """A record for metrics.jsonl from before the first step; None: there is none, on any run of the recipe."""
+
+    def numbers(self) -> dict[str, Any]:
+        """State besides the learner's, for the checkpoint."""
+
+    def load(self, numbers: dict[str, Any]) -> None:
+        """Take it back."""
+
+
+class Batches:
+    """Work that is one optimizer step on a global batch, a pure function of the step's number."""
+
+    def __init__(self, learner: Learner, batch_at: BatchAt, loss: LossFunction | None = None) -> None:
+        self.learner, self.batch_at, self.loss = learner, batch_at, loss
+        self.steps = learner.total_steps
+
+    def step(self, step: int, track: Track) -> StepResult:
+        return self.learner.step(self.batch_at(step), self.loss)
+
+    def before(self, track: Track) -> None:
+        return None
+
+    def numbers(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, numbers: dict[str, Any]) -> None:
+        pass
+
+
 def train(
     learner: Learner,
-    batch_at: BatchAt,
+    work: Work,
     folder: Path,
     *,
     checkpoint_every: int,
     keep: int,
     title: str,
-    loss: LossFunction | None = None,
     on_step: OnStep | None = None,
     epoch_of: Callable[[int], float] | None = None,
+    shown: Sequence[str] = ("loss",),
 ) -> LoopResult:
-    """Run the learner to its last step from wherever the newest checkpoint in `folder` left it.
+    """Carry the work to its last step from wherever the newest checkpoint in `folder` left it.
 
-    metrics.jsonl gets one record a step, the same in every run of the same recipe; timings.jsonl what differs from
-    run to run. Records beyond the checkpoint that is gone on from are cut off, since their steps are made again.
+    metrics.jsonl gets one record a step (and one before the first, where the work has one), the same in every run of
+    the same recipe; timings.jsonl what differs from run to run. Records beyond the checkpoint that is gone on from are
+    cut off, since their steps are made again. shown: metrics that progress shows.
     """
     checkpoints = folder / "checkpoints"
     state = learner.state()
     numbers = checkpoint.load_newest(checkpoints, state["tensors"])
     if numbers is not None:
         learner.load(numbers)
+        work.load(numbers)
     totals = {"seconds": 0.0, "tokens": 0, "peak_memory_mb": 0.0, **(numbers or {}).get("totals", {})}
-    main, total = ranks.is_main(), learner.total_steps
-    files = _open(folder, learner.steps_done) if main else None
+    done = 0 if numbers is None else int(numbers["step"])
+    main, total = ranks.is_main(), work.steps
 
-    def save() -> None:
-        if files:
-            for f in files:
+    with Track(title, total, done, shown=main) as track, _stop_requests() as asked:
+        first = work.before(track) if numbers is None else None
+        before = int((numbers or {}).get("before", first is not None))
+        files = _open(folder, 0 if numbers is None else done + before, done) if main else None
+        if files and first is not None:
+            files[0].add({"step": 0, **first})
+
+        def save() -> None:
+            for f in files or ():
                 f.sync()
-        state = learner.state()
-        checkpoint.save(checkpoints, learner.steps_done, state["tensors"], {**state["numbers"], "totals": totals}, keep)
+            state = learner.state()
+            values = {**state["numbers"], **work.numbers(), "totals": totals, "before": before}
+            checkpoint.save(checkpoints, done, state["tensors"], values, keep)
 
-    with Track(title, total, learner.steps_done, shown=main) as track, _stop_requests() as asked:
-        saved = learner.steps_done if numbers is not None else -1
-        while learner.steps_done < total:
-            batch = batch_at(learner.steps_done)
-            result = learner.step(batch, loss)
-            step = learner.steps_done
-            memory = memory_mb(learner.device)
-            totals["seconds"] += result.seconds
-            totals["tokens"] += result.tokens
-            totals["peak_memory_mb"] = max(totals["peak_memory_mb"], memory)
-            record: dict[str, float] = {"step": step, **result.metrics}
+        saved = done if numbers is not None else -1
+        while done < total:
+            result = work.step(done, track)
+            done += 1
+            record, timing = _records(done, result, learner, totals)
             if epoch_of is not None:
-                record["epoch"] = round(epoch_of(step), 4)
-            rate = result.tokens / result.seconds
-            timing = {"step": step, "seconds": result.seconds, "tokens_per_second": rate, "memory_mb": memory}
-            timing.update(computed_tokens=result.computed_tokens, micro_batches=result.micro_batches)
+                record["epoch"] = round(epoch_of(done), 4)
             if files:
                 files[0].add(record)
                 files[1].add(timing)
                 if on_step is not None:
-                    on_step(step, record, timing)
-            track.update(step, loss=record.get("loss", 0.0), tokens_per_s=float(rate), lr=record["lr"])
+                    on_step(done, record, timing)
+            values = {name.replace("/", " "): record[name] for name in shown if name in record}
+            track.update(done, **values, tokens_per_s=float(timing["tokens_per_second"]), lr=record["lr"])
             stopping = bool(ranks.from_main(bool(asked)))
-            if step % checkpoint_every == 0 or step == total or stopping:
+            if done % checkpoint_every == 0 or done == total or stopping:
                 save()
-                saved = step
-            if stopping and step < total:
-                raise Stopped(f"stopped at step {step} of {total}, checkpoint written")
-        if saved != learner.steps_done:
+                saved = done
+            if stopping and done < total:
+                raise Stopped(f"stopped at step {done} of {total}, checkpoint written")
+        if saved != done:
             save()
-    if files:
-        for f in files:
-            f.close()
-    return LoopResult(
-        learner.steps_done, learner.skipped, totals["seconds"], int(totals["tokens"]), totals["peak_memory_mb"]
-    )
+    for f in files or ():
+        f.close()
+    return LoopResult(done, learner.skipped, totals["seconds"], int(totals["tokens"]), totals["peak_memory_mb"])
 
 
-def _open(folder: Path, steps: int) -> tuple[Lines, Lines]:
+def _records(
+    step: int, result: StepResult, learner: Learner, totals: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metrics, timings) of a step; the stage's totals grow."""
+    memory = memory_mb(learner.device)
+    totals["seconds"] += result.seconds
+    totals["tokens"] += result.tokens
+    totals["peak_memory_mb"] = max(totals["peak_memory_mb"], memory)
+    timing = {"step": step, "seconds": result.seconds, "tokens_per_second": result.tokens / result.seconds}
+    timing.update(memory_mb=memory, computed_tokens=result.computed_tokens, micro_batches=result.micro_batches)
+    return {"step": step, **result.metrics}, {**timing, **result.timing}
+
+
+def _open(folder: Path, metrics: int, timings: int) -> tuple[Lines, Lines]:
     try:
-        return Lines(folder / "metrics.jsonl", steps), Lines(folder / "timings.jsonl", steps)
+        return Lines(folder / "metrics.jsonl", metrics), Lines(folder / "timings.jsonl", timings)
     except OSError as error:
         raise CheckpointError(
             f"{error}: the checkpoint counts on records that are gone. Put the file back, or start over with --fresh"

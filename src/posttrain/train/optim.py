@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,12 @@ class Optimizer:
     it, so that neither accumulation nor update loses bits.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        config: OptimizerConfig,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
         self.config = config
         self.parameters = {name: p for name, p in named if p.requires_grad}
         if not self.parameters:
@@ -49,15 +54,19 @@ class Optimizer:
             master = p.detach().float().requires_grad_()
             self.masters[name] = master
             p.register_post_accumulate_grad_hook(_into(master))
-        decay = [m for n, m in self.masters.items() if m.ndim >= 2]
-        plain = [m for n, m in self.masters.items() if m.ndim < 2]
-        groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        factors = {"": 1.0, **(rates or {})}
+        self.sets: dict[str, list[str]] = {prefix: [] for prefix in factors}
+        for name in self.masters:
+            self.sets[max((p for p in factors if name.startswith(p)), key=len)].append(name)
+        groups = []
+        for prefix, names in self.sets.items():
+            for decays in (True, False):
+                chosen = [self.masters[n] for n in names if (self.masters[n].ndim >= 2) == decays]
+                decay = config.weight_decay if decays else 0.0
+                if chosen:
+                    groups.append({"params": chosen, "weight_decay": decay, "factor": factors[prefix]})
         self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=_can_fuse(self.masters.values()),
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=_can_fuse(self.masters.values())
         )
         # Made now rather than at the first step, so that a checkpoint always has tensors to be loaded into.
         for m in self.masters.values():
@@ -69,21 +78,25 @@ class Optimizer:
             }
 
     def clip(self) -> float:
-        """Scale the gradients to the configured global norm; return the norm before (2-norm over everything)."""
-        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
-        if not gradients:
-            return 0.0
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        value = float(norm)
-        if self.config.max_grad_norm and value > self.config.max_grad_norm and math.isfinite(value):
-            torch._foreach_mul_(gradients, self.config.max_grad_norm / (value + 1e-6))
-        return value
+        """Scale the gradients of each set to the configured global norm; return the main set's norm before."""
+        main = 0.0
+        for prefix, names in self.sets.items():
+            gradients = [g for n in names if (g := self.masters[n].grad) is not None]
+            if not gradients:
+                continue
+            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            value = float(norm)
+            if self.config.max_grad_norm and value > self.config.max_grad_norm and math.isfinite(value):
+                torch._foreach_mul_(gradients, self.config.max_grad_norm / (value + 1e-6))
+            if not prefix or not math.isfinite(value):
+                main = value
+        return main
 
     def step(self, lr: float) -> None:
         """One update at this learning rate; gradients are gone afterwards."""
         for group in self.adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         self.adamw.step()
         low = [(p, self.masters[n]) for n, p in self.parameters.items() if self.masters[n] is not p]
         if low:

@@ -15,7 +15,7 @@ from posttrain.models.lm import LanguageModel, verify
 from posttrain.models.load import load_model, pick_device, pick_dtype
 from posttrain.models.save import save_trained
 from posttrain.train.learner import Learner
-from posttrain.train.loop import OnStep, permutation_batches, train
+from posttrain.train.loop import Batches, OnStep, permutation_batches, train
 from posttrain.types import Sample
 
 
@@ -44,7 +44,7 @@ def run_sft(
     learner = Learner(policy, config.optimizer, config.systems, steps)
     result = train(
         learner,
-        batch_at,
+        Batches(learner, batch_at),
         folder,
         checkpoint_every=config.checkpoint_every,
         keep=config.keep_checkpoints,

@@ -1,0 +1,100 @@
+"""Questions with answers that can be checked, for reinforcement learning: rows of a file, GSM8K, or reasoning-gym.
+
+A problem is a mapping: ``messages`` (what is asked, as turns), ``prompt`` (the last user turn's text), ``answer``,
+``source``, and whatever else the row carried: the example that rewards see.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import numpy as np
+
+from posttrain.config.rl import ReasoningGymConfig, RowsConfig
+from posttrain.data.layouts import BadRow, Record, check_templates, recognise, to_record
+from posttrain.data.load import read_table
+from posttrain.data.prepare import _Bad, _complaint, _rename
+from posttrain.errors import DataError, MissingExtraError
+
+Problem = dict[str, Any]
+
+
+def load_problems(config: RowsConfig | ReasoningGymConfig) -> list[Problem]:
+    """All problems of the source, in order (rows: shuffled and cut as their settings say).
+
+    Raises DataError for sources and settings that can't be used, and for rows without a question or an answer unless
+    data.on_bad_row is skip; MissingExtraError where reasoning-gym is not installed.
+    """
+    return _from_rows(config) if isinstance(config, RowsConfig) else _from_gym(config)
+
+
+def _from_rows(config: RowsConfig) -> list[Problem]:
+    data = config.data
+    table = read_table(data)
+    _rename(table.rows, data)
+    check_templates(data, set().union(*table.rows))
+    layout = "template" if data.prompt is not None else recognise(table.rows[0], data.layout)
+    order = np.arange(len(table.rows))
+    if data.shuffle_seed is not None:
+        order = np.random.default_rng(data.shuffle_seed).permutation(len(order))
+    if data.rows is not None:
+        low, high = data.rows
+        if not 0 <= low < high <= len(order):
+            raise DataError(f"data.rows is [{low}, {high}], and {data.source} has rows 0 to {len(order)}")
+        order = order[low:high]
+    bad, problems = _Bad(), []
+    for i in order:
+        file, number = table.places[i]
+        try:
+            record = to_record(table.rows[i], layout, data)
+            problems.append(_problem(record, table.rows[i], f"{file}:{number}", config.instruction))
+        except BadRow as error:
+            bad.add(table.places[i], str(error))
+    if bad.counts and (data.on_bad_row == "stop" or not problems):
+        raise DataError(_complaint(bad, len(order)))
+    return problems
+
+
+def _problem(record: Record, row: dict[str, Any], source: str, instruction: str | None) -> Problem:
+    """The conversation before its last turn is asked; that turn is the answer where the layout has no other."""
+    if not record.messages or record.messages[-1]["role"] != "assistant":
+        raise BadRow("no question and answer: expected a layout with both, such as verifiable (prompt, answer)")
+    answer = (record.extra or {}).get("answer", record.messages[-1]["content"])
+    if not str(answer).strip():
+        raise BadRow("empty answer")
+    kept = {**row, **(record.extra or {}), "answer": answer, "source": source}
+    return {**kept, **_asked([dict(m) for m in record.messages[:-1]], instruction)}
+
+
+def _asked(messages: list[dict[str, Any]], instruction: str | None) -> Problem:
+    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise BadRow("empty question")
+    if instruction:
+        messages[-1]["content"] += "\n" + instruction
+    return {"messages": messages, "prompt": messages[-1]["content"]}
+
+
+def _from_gym(config: ReasoningGymConfig) -> list[Problem]:
+    try:
+        from reasoning_gym.factory import DATASETS, create_dataset
+    except ImportError as error:
+        raise MissingExtraError("reasoning-gym is not installed: pip install 'posttrain[reasoning]'") from error
+    if config.name not in DATASETS:
+        near = difflib.get_close_matches(config.name, sorted(DATASETS), 3)
+        hint = f"did you mean one of {near}?" if near else f"it has {len(DATASETS)}, such as {sorted(DATASETS)[:5]}"
+        raise DataError(f"reasoning-gym has no data set {config.name!r}: {hint}")
+    try:
+        made = create_dataset(config.name, size=config.size, seed=config.seed, **config.options)
+        entries = [made[i] for i in range(config.size)]
+    except Exception as error:  # its settings are checked by assertions and constructors of many kinds
+        raise DataError(
+            f"reasoning-gym {config.name}: {type(error).__name__}: {error} (options: {config.options})"
+        ) from error
+    system = [{"role": "system", "content": config.system}] if config.system else []
+    out = []
+    for i, entry in enumerate(entries):
+        asked = _asked([*system, {"role": "user", "content": entry["question"]}], config.instruction)
+        label = {"answer": entry["answer"], "task": config.name, "entry": entry}
+        out.append({**asked, **label, "source": f"reasoning-gym:{config.name}:{config.seed}:{i}"})
+    return out

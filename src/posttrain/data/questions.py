@@ -1,0 +1,114 @@
+"""Problems as the model is asked them: token ids, generation prompt included, and what the manifest says of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from posttrain.config.rl import ProblemsConfig, RowsConfig
+from posttrain.data import chat
+from posttrain.data.layouts import BadRow
+from posttrain.data.problems import Problem, load_problems
+from posttrain.errors import DataError
+
+SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """tokens: what the model goes on from. text: the same as rendered. problem: the example that rewards see."""
+
+    tokens: list[int]
+    text: str
+    problem: Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """All questions of a source, in order, and the manifest's entry about them."""
+
+    items: list[Question]
+    stats: dict[str, Any]
+
+
+def ask(config: ProblemsConfig, tokenizer: Any, *, context: int | None) -> Questions:
+    """Load problems and render them, by the chat template where there is one.
+
+    context: the model's length in tokens; a prompt that leaves no room for an answer is a bad row (so is one over
+    data.max_tokens). Raises DataError for sources that can't be read and for bad rows unless data.on_bad_row is skip.
+    """
+    problems = load_problems(config)
+    rows = isinstance(config, RowsConfig)
+    data = config.data if isinstance(config, RowsConfig) else None
+    chatty = data.chat if data is not None else bool(getattr(tokenizer, "chat_template", None))
+    if chatty and not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokenizer has no chat template, as base models have none. Give model.chat_template, or "
+            "data.chat=false to ask in plain text"
+        )
+    limit = min((data.max_tokens if data else None) or 2**62, (context or 2**62) - 1)
+    items: list[Question] = []
+    bad: list[str] = []
+    reasons: Counter[str] = Counter()
+    texts: list[tuple[Problem, str]] = []
+    for problem in problems:
+        try:
+            text = (
+                chat.render(tokenizer, problem["messages"], generation=True)
+                if chatty
+                else "".join(m["content"] for m in problem["messages"])
+            )
+            texts.append((problem, text))
+        except BadRow as error:
+            reasons[str(error).split(":")[0]] += 1
+            bad.append(f"  {problem['source']}: {error}")
+    encoded = chat.tokenize(tokenizer, [t for _, t in texts], special=not chatty)
+    for (problem, text), ids in zip(texts, encoded, strict=True):
+        if not chatty and ids and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        if not ids or len(ids) > limit:
+            reasons["too long" if ids else "empty prompt"] += 1
+            bad.append(f"  {problem['source']}: the prompt has {len(ids)} tokens, and the limit is {limit}")
+        else:
+            items.append(Question(list(ids), text, problem))
+    if bad and ((data is not None and data.on_bad_row == "stop") or not items):
+        raise DataError(
+            "\n".join(
+                [f"{len(bad):,} of {len(problems):,} problems can't be asked:", *bad[:SHOWN]]
+                + ["Mend them, or leave them out (they are counted) with data.on_bad_row=skip"]
+            )
+        )
+    return Questions(items, _stats(config, items, len(problems), dict(reasons), rows))
+
+
+def _stats(
+    config: ProblemsConfig, items: list[Question], count: int, dropped: dict[str, int], rows: bool
+) -> dict[str, Any]:
+    lengths = [len(q.tokens) for q in items]
+    if isinstance(config, RowsConfig):
+        source = config.data.source if isinstance(config.data.source, str) else ", ".join(config.data.source)
+    else:
+        source = f"reasoning-gym:{config.name} (seed {config.seed})"
+    repeats = Counter(tuple(q.tokens) for q in items)
+    return {
+        "source": source,
+        "sha256": {},
+        "layout": "problems" if rows else "reasoning-gym",
+        "rows": count,
+        "used": len(items),
+        "dropped": dropped,
+        "bad_rows": [],
+        "truncated": 0,
+        "tokens": sum(lengths),
+        "loss_tokens": 0,
+        "longest": max(lengths, default=0),
+        "median": int(np.median(lengths)) if lengths else 0,
+        "duplicates": sum(n - 1 for n in repeats.values()),
+        "examples": [
+            {"text": f"{q.problem['source']}, answer {q.problem['answer']}", "pieces": [[q.text, 0.0]]}
+            for q in items[:3]
+        ],
+    }

@@ -1,0 +1,184 @@
+r"""Finding the answer in a completion, and reading it: text, numbers, options.
+
+One place counts, never the best of several: a model paid for any of its guesses learns to guess often.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from posttrain.config.rewards import Extract
+
+LONGEST = 300
+"""Characters of a number that are read; a longer one is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """text: without its marks, stripped. how: tag, boxed, hashes, last_line or whole."""
+
+    text: str
+    how: str
+
+    @property
+    def marked(self) -> bool:
+        return self.how in ("tag", "boxed", "hashes")
+
+
+def find(text: str, how: Extract = "auto") -> Answer | None:
+    r"""The answer in a completion; None where there is none (an empty text, no such mark, an empty mark).
+
+    What stands before ``</think>`` is no answer, and a ``<think>`` that is never closed leaves none (``whole`` takes
+    the text as it is). Of several marks of a kind the last complete one counts: ``\boxed{1} \boxed{2}`` is 2,
+    ``\boxed{1} \boxed{2`` (cut off) is 1. ``tag``: <answer>…</answer>. ``boxed``: balanced braces, escaped ones not
+    counted. ``hashes``: the rest of the line after ####. ``last_line``: the last that is not blank. ``auto``: the first
+    of tag, boxed, hashes that is there at all, else the last line. In a tag or after hashes a box is opened.
+    """
+    if how == "whole":
+        return _answer(text, how)
+    if "</think>" in text:
+        text = text.rsplit("</think>", 1)[1]
+    elif "<think>" in text:
+        return None
+    if how == "last_line":
+        lines = [line for line in text.splitlines() if line.strip()]
+        return _answer(lines[-1], how) if lines else None
+    for kind, finder in FINDERS.items():
+        inner = finder(text) if how in ("auto", kind) else None
+        if inner is not None:
+            box = _boxed(inner) if kind != "boxed" else None
+            return _answer(inner if box is None else box, kind)
+    return find(text, "last_line") if how == "auto" else None
+
+
+def _answer(text: str, how: str) -> Answer | None:
+    return Answer(text.strip(), how) if text.strip() else None
+
+
+def _tag(text: str) -> str | None:
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    return text[start + len("<answer>") : end] if start >= 0 else None
+
+
+def _boxed(text: str) -> str | None:
+    r"""Content of the box that closes last: of \boxed{…} and \fbox{…}; of one inside another, the outer one."""
+    found: str | None = None
+    open_at: list[int | None] = []  # where each open brace's content starts, where it is a box's
+    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
+        if match.group() == "}":
+            start = open_at.pop() if open_at else None
+            found = found if start is None else text[start : match.start()]
+        elif match.group()[-1] == "{" and len(match.group()) != 2:  # \{ is no brace
+            open_at.append(match.end() if len(match.group()) > 1 else None)
+    return found
+
+
+def _hashes(text: str) -> str | None:
+    parts = re.split(r"(?<!#)####(?!#)", text)
+    return parts[-1].strip().split("\n", 1)[0] if len(parts) > 1 else None
+
+
+FINDERS = {"tag": _tag, "boxed": _boxed, "hashes": _hashes}
+"""In the order in which auto tries them."""
+
+
+def plain(text: str) -> str:
+    r"""Text without what typesets it: $…$, \(…\), \text{…}, Markdown's stars, quotes, a final full stop."""
+    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\[()\[\]]", "", text).strip()
+    before = None
+    while before != text:
+        before = text
+        text = text.strip().strip("$*`\"'“”").removesuffix(".")
+    return text
+
+
+def normal(text: str, ignore_case: bool = True) -> str:
+    """`plain` text with every run of spaces made one, for comparison."""
+    out = " ".join(plain(text).split())
+    return out.casefold() if ignore_case else out
+
+
+_UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
+# A sign counts where no digit or letter stands before it: 10-3 is two numbers. 1.2.3 is none, and nor is the 2 of x2.
+_NUMBER = re.compile(
+    r"(?<![\w.])(?P<sign>[-+−])?(?:[$€£]\s?)?"
+    rf"(?:(?P<whole>[0-9]+)\s+(?P<of>[0-9]+)/(?P<over>[0-9]+)|(?P<top>{_UNSIGNED})(?:\s?/\s?(?P<under>{_UNSIGNED}))?)"
+    r"(?!\.?[0-9]|[eE][-+]?[0-9])"
+)
+
+
+def numbers_in(text: str) -> list[Fraction]:
+    r"""Every number of a text, exactly.
+
+    1,234.5 and 1{,}234.5; 1e3; 3/4, \frac{3}{4} and 1 1/2; a sign, a currency sign before it, a unit or % after it.
+    The % is not applied: 50% is 50. Numbers in words are none, and nor is a fraction over 0, or what has over 300
+    characters.
+    """
+    text = re.sub(r"\\[,!;: ]|\{,\}", lambda m: "," if m.group() == "{,}" else "", text.replace("\\$", "$"))
+    text = re.sub(r"([0-9]?)\\[dt]?frac\s*\{([0-9.,]{1,99})\}\s*\{([0-9.,]{1,99})\}", _fraction_text, text)
+    return [n for n in map(_value, _NUMBER.finditer(text)) if n is not None]
+
+
+def _fraction_text(match: re.Match[str]) -> str:
+    return f"{match[1]}{' ' if match[1] else ''}{match[2]}/{match[3]} "
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    if len(match.group()) > LONGEST:
+        return None
+    try:
+        if match["whole"]:
+            size = int(match["whole"]) + Fraction(int(match["of"]), int(match["over"]))
+        else:
+            size = _fraction(match["top"]) / (_fraction(match["under"]) if match["under"] else 1)
+    except ZeroDivisionError:
+        return None
+    return -size if (match["sign"] or "+") in "-−" else size
+
+
+def _fraction(digits: str) -> Fraction:
+    return Fraction(digits.replace(",", ""))
+
+
+def number_of(answer: Answer) -> Fraction | None:
+    """The number that an answer gives: the last of a line or text; the only one in a tag, a box or after ####.
+
+    Two numbers in a mark are a hedge, and none. x = 5 is one number, 2 + 3 = 5 are three.
+    """
+    found = numbers_in(answer.text)
+    if not found or (answer.marked and len(found) > 1):
+        return None
+    return found[-1]
+
+
+def letter_of(text: str, options: Sequence[str], count: int) -> int | None:
+    """The option that an answer names, counted from 0; None where it names none, or several.
+
+    B, (b), B., "B) Paris", "The answer is (B)", the option's own text. A letter with the text of another option, or
+    two letters after "answer", name none. count: number of options.
+    """
+    text = normal(text, ignore_case=False)
+    low = [normal(option) for option in options]
+    if low.count(text.casefold()) == 1:
+        return low.index(text.casefold())
+    alone = re.fullmatch(r"\(?([A-Za-z])[).:]?\)?", text)
+    led = re.fullmatch(r"\(?([A-Z])(?:[).:]|\s-)\)?\s+(.+)", text, re.DOTALL)
+    if alone:
+        letters = {alone[1].upper()}
+    elif led:
+        letters = {led[1]}
+        said = normal(led[2])
+        if said in low and (low.count(said) > 1 or low.index(said) != ord(led[1]) - 65):
+            return None
+    else:
+        named = r"\b(?i:answer|option|choice)(?:\s+is)?\s*:?\s*[*$(]*([A-Z])\b(?!['’])"
+        letters = {m[1] for m in re.finditer(named, text)}
+    if len(letters) != 1:
+        return None
+    index = ord(letters.pop()) - 65
+    return index if index < count else None

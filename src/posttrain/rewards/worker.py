@@ -1,0 +1,101 @@
+"""A process that calls rewards: ``python -m posttrain.rewards.worker``, frames in, frames out.
+
+A plain child process rather than one of `multiprocessing`, which would run the user's main script again in the child.
+The limit on processor time ends the process by a signal that Python code can't catch or swallow, and does not depend on
+how busy the machine is.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import random
+import signal
+import struct
+import sys
+import threading
+from typing import IO, Any
+
+from pydantic import TypeAdapter
+
+from posttrain.config.rewards import RewardConfig
+from posttrain.rewards.base import attempt
+from posttrain.rewards.parts import build
+
+
+def write_frame(stream: IO[bytes], value: Any) -> None:
+    """Length (8 bytes), then the pickle."""
+    data = pickle.dumps(value)
+    stream.write(struct.pack("<Q", len(data)) + data)
+    stream.flush()
+
+
+def read_frame(stream: IO[bytes]) -> Any:
+    """The next frame. Raises EOFError where the other side is gone, also in the midst of one."""
+    head = stream.read(8)
+    size = struct.unpack("<Q", head)[0] if len(head) == 8 else 1
+    data = stream.read(size) if len(head) == 8 else b""
+    if len(data) != size:
+        raise EOFError("the other process closed its end")
+    return pickle.loads(data)
+
+
+def _read_all(stream: IO[bytes], into: queue.Queue[Any]) -> None:
+    try:
+        while True:
+            into.put(read_frame(stream))
+    except BaseException:
+        os._exit(0)  # the parent is gone: end now, even in the midst of a call that hangs
+
+
+def _limit_memory(gib: float) -> None:
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return
+    resource.setrlimit(resource.RLIMIT_DATA, (int(gib * 2**30), resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _timer(seconds: float) -> None:
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal's default action ends the process
+
+
+def main() -> None:
+    """Serve calls until the parent closes its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGPROF"):
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    # The pipes are kept from the rewards: what one prints goes to stderr, and nobody answers what it asks.
+    replies, requests = os.fdopen(os.dup(1), "wb"), os.fdopen(os.dup(0), "rb")
+    os.dup2(2, 1)
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    inbox: queue.Queue[Any] = queue.Queue()
+    threading.Thread(target=_read_all, args=(requests, inbox), daemon=True).start()
+
+    setup = inbox.get()
+    sys.path[:] = setup["path"]
+    functions = []
+    try:
+        for spec in setup["parts"]:
+            functions.append(build(TypeAdapter(RewardConfig).validate_python(spec), {}))
+    except Exception as error:
+        write_frame(replies, f"{type(error).__name__}: {error}")
+        return
+    _limit_memory(setup["memory_gib"])
+    write_frame(replies, None)
+    while True:
+        part, args, count, limit = inbox.get()
+        random.seed(0)  # what a reward draws must not depend on which calls this process had before
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(0)
+        _timer(limit)
+        outcomes = attempt(functions[part], args, count)
+        _timer(0)
+        write_frame(replies, outcomes)
+
+
+if __name__ == "__main__":
+    main()

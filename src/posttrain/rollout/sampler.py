@@ -1,0 +1,37 @@
+"""What samples: prompts in, rollouts out. One small protocol for the engine here and for servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from posttrain.config import SamplingConfig
+from posttrain.types import Rollout, RolloutGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt (token ids, generation prompt included), and how many completions of it are wanted.
+
+    seed: with a completion's number, all that its random stream depends on: not on what else is sampled.
+    example: what the row carried besides (an answer, an id); handed through to the group.
+    """
+
+    tokens: Sequence[int]
+    n: int = 1
+    seed: int = 0
+    example: Mapping[str, Any] = field(default_factory=dict)
+
+
+OnDone = Callable[[int, int, Rollout], None]
+"""Called as each completion ends: (request's index, completion's number, rollout)."""
+
+
+class Sampler(Protocol):
+    """Anything that completes prompts."""
+
+    def sample(
+        self, requests: Sequence[Request], params: SamplingConfig, on_done: OnDone | None = None
+    ) -> list[RolloutGroup]:
+        """One group a request, in their order, `n` rollouts each."""

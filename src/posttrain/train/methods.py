@@ -1,0 +1,242 @@
+"""The policy-gradient methods: what each is a choice of, and the loss that the learner is given.
+
+The formulas are in `posttrain.functional`; docs/policy-gradients.md says where they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from posttrain.config import RLConfig
+from posttrain.functional import advantages as adv
+from posttrain.functional import policy
+from posttrain.functional.kl import kl, penalised_rewards, token_rewards
+from posttrain.functional.reduce import Aggregation, denominator, reduce, sequence_index, token_weights
+from posttrain.models.lm import LanguageModel
+from posttrain.models.ragged import RaggedBatch
+from posttrain.train.learner import LossFunction
+from posttrain.types import Rollout, Sample
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table in `functional.policy`. low, high: the clip where the recipe gives none."""
+
+    advantages: Literal["group", "centred", "leave_one_out", "moving", "whitened", "greedy", "critic"]
+    loss: Literal["clipped", "reinforce", "cispo"]
+    ratio: Literal["token", "sequence_mean", "sequence"]
+    aggregation: Aggregation
+    low: float = 0.2
+    high: float = 0.2
+
+
+METHODS = {
+    "grpo": Method("group", "clipped", "token", "sequence"),
+    "dr_grpo": Method("centred", "clipped", "token", "constant"),
+    "dapo": Method("group", "clipped", "token", "token", 0.2, 0.28),
+    "gspo": Method("group", "clipped", "sequence_mean", "sequence", 3e-4, 4e-4),
+    "cispo": Method("group", "cispo", "token", "token", 1.0, 4.0),
+    "rloo": Method("leave_one_out", "reinforce", "sequence", "constant"),
+    "reinforce": Method("moving", "reinforce", "sequence", "constant"),
+    "remax": Method("greedy", "reinforce", "sequence", "constant"),
+    "reinforce_pp": Method("whitened", "clipped", "token", "token"),
+    "ppo": Method("critic", "clipped", "token", "token"),
+}
+"""CISPO's clips bound the weight itself: 1 - low (0: no lower bound) and 1 + high."""
+
+
+@dataclass
+class Rolled:
+    """A rollout on its way to the learner. Tensors have one number a completion token, on the CPU.
+
+    group: its prompt's number in the batch. old: log-probabilities before the batch's first update (None: they are
+    the learner's own, on the first and only update). reference: of the model that the stage began with. values: of the
+    critic. signal: whether there is anything to learn from it.
+    """
+
+    prompt: Sequence[int]
+    rollout: Rollout
+    group: int
+    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
+    old: Tensor | None = None
+    reference: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
+    signal: bool = True
+
+    @property
+    def length(self) -> int:
+        return len(self.rollout.tokens)
+
+    def sample(self, number: int) -> Sample:
+        """As the learner takes it; no weight where there is nothing to learn."""
+        weight = 1.0 if self.signal else 0.0
+        tokens = [*self.prompt, *self.rollout.tokens]
+        weights = [0.0] * len(self.prompt) + [weight] * self.length
+        return Sample(tokens, weights, meta={"rolled": number, "group": self.group, "shared": len(self.prompt)})
+
+
+def sampled_logprobs(rolled: Sequence[Rolled]) -> list[Tensor]:
+    return [torch.tensor(r.rollout.logprobs, dtype=torch.float32) for r in rolled]
+
+
+def give_advantages(
+    config: RLConfig, rolled: Sequence[Rolled], baseline: float | None = None, greedy: Sequence[float] = ()
+) -> None:
+    """Fill in advantages (and returns, for a critic) of a whole batch, and who has something to teach.
+
+    baseline: REINFORCE's moving average of rewards before this batch (None: the batch's own mean). greedy: ReMax's
+    reward of the greedy answer to each prompt, by group.
+    """
+    if not rolled:
+        return
+    method = METHODS[config.method]
+    lengths = torch.tensor([r.length for r in rolled])
+    sequence = sequence_index(lengths)
+    group = torch.tensor([r.group for r in rolled])
+    rewards = torch.tensor([r.rollout.reward for r in rolled], dtype=torch.float64)
+    penalty = None
+    if config.kl.coefficient and config.kl.where == "reward":
+        before = [r.old if r.old is not None else s for r, s in zip(rolled, sampled_logprobs(rolled), strict=True)]
+        reference = torch.cat([r.reference for r in rolled if r.reference is not None])
+        penalty = kl(torch.cat(before), reference, config.kl.estimator)
+    if method.advantages in ("whitened", "critic"):
+        nothing = torch.zeros(len(sequence))
+        tokens = token_rewards(rewards, nothing if penalty is None else penalty, config.kl.coefficient, sequence)
+        if method.advantages == "whitened":
+            flat = adv.reinforce_plus_plus(tokens, sequence, config.gamma)
+        else:
+            values = torch.cat([r.values for r in rolled if r.values is not None])
+            flat, returns = adv.gae(tokens, values, sequence, config.gamma, config.lam)
+            flat = adv.whiten(flat)
+            for r, part in zip(rolled, returns.split(lengths.tolist()), strict=True):
+                r.returns = part.float()
+    else:
+        if penalty is not None:
+            rewards = penalised_rewards(rewards, penalty, config.kl.coefficient, sequence)
+        flat = _of_sequences(method, rewards, group, baseline, greedy)[sequence]
+    always = bool(config.entropy or method.advantages == "critic")
+    always |= bool(config.kl.coefficient) and config.kl.where == "loss"
+    for r, part in zip(rolled, flat.float().split(lengths.tolist()), strict=True):
+        cut = config.mask_truncated and r.rollout.finish == "length"
+        r.advantages = part
+        r.signal = bool(r.length) and not cut and (always or bool(part.any()))
+
+
+def _of_sequences(
+    method: Method, rewards: Tensor, group: Tensor, baseline: float | None, greedy: Sequence[float]
+) -> Tensor:
+    if method.advantages == "group":
+        return adv.group_relative(rewards, group)
+    if method.advantages == "centred":
+        return adv.group_relative(rewards, group, "none")
+    if method.advantages == "leave_one_out":
+        return adv.leave_one_out(rewards, group)
+    if method.advantages == "greedy":
+        return adv.remax(rewards, torch.tensor(list(greedy), dtype=rewards.dtype), group)
+    return adv.reinforce(rewards, baseline)
+
+
+@dataclass
+class Extremes:
+    """What can't be summed over micro-batches."""
+
+    mismatch: float = 0.0
+    ratio: float = 1.0
+
+
+def policy_loss(
+    config: RLConfig, rolled: Sequence[Rolled], fresh: bool, comparable: bool, extremes: Extremes
+) -> LossFunction:
+    """The loss of one optimizer step on `rolled`, all of that step's rollouts, those without signal among them.
+
+    fresh: the weights are those that sampled (a batch's first update), so that the difference between sampler and
+    learner can be seen, where the two speak of the same distribution (`comparable`: nothing was cut off).
+    """
+    method = METHODS[config.method]
+    alone = config.updates * config.passes == 1
+    kind = config.aggregation or method.aggregation
+    if method.loss == "reinforce" and not alone and config.aggregation is None:
+        kind = "sequence"  # the ratio of a whole sequence, once for each
+    constant = float(config.sampling.max_tokens) if config.method == "dr_grpo" else 1.0
+    divisor = denominator(kind, torch.tensor([r.length for r in rolled]))
+    want = "values" if method.advantages == "critic" else "logprobs"
+    cap, beta = config.importance_cap, config.kl.coefficient if config.kl.where == "loss" else 0.0
+
+    def loss(model: LanguageModel, batch: RaggedBatch, count: float) -> tuple[Tensor, dict[str, Tensor]]:
+        mine = [rolled[s.meta["rolled"]] for s in batch.samples]
+        device = batch.tokens_T.device
+        lengths = torch.tensor([r.length for r in mine], device=device)
+        targets = torch.cat([row[len(r.prompt) :] for row, r in zip(batch.rows, mine, strict=True)])
+        out = model(
+            batch, want, targets, temperature=config.sampling.temperature, entropy=config.entropy != 0,
+            probe=config.value_trunk == "probe",
+        )  # fmt: skip
+        logprobs = out[0]
+        # A pass that only keeps ranks in step carries no weight, and its sums must count for nothing.
+        counts = torch.tensor([any(s.weights) for s in batch.samples], device=device)
+        sequence = sequence_index(lengths)
+        weights = token_weights(kind, sequence, lengths, constant) * counts[sequence]
+        sampled = torch.cat(sampled_logprobs(mine)).to(device)
+        old = logprobs.detach() if mine[0].old is None else _cat(mine, "old", device)
+        advantages = torch.cat([r.advantages for r in mine]).to(device)
+        values, metrics = _objective(method, config, alone, logprobs, old, advantages, sequence, lengths)
+        if cap is not None:
+            importance, more = policy.truncated_importance(old, sampled, cap)
+            values = values * importance
+            metrics |= {k: v for k, v in more.items() if k.startswith("importance")}
+        if beta:
+            divergence = kl(logprobs, _cat(mine, "reference", device), config.kl.estimator)
+            values = values + beta * divergence
+        if config.entropy:
+            values = values + policy.entropy_bonus(out[1], config.entropy)
+        if mine[0].reference is not None:
+            metrics["kl"] = kl(logprobs.detach(), _cat(mine, "reference", device), "k3").sum()
+        if fresh and comparable:
+            difference = (logprobs.detach() - sampled).abs()
+            metrics["mismatch"] = difference.sum()
+            extremes.mismatch = max(extremes.mismatch, float(difference.max()))
+        total = reduce(values, weights, divisor)
+        if want == "values":
+            error, more = policy.value_loss(out[2], _cat(mine, "values", device), _cat(mine, "returns", device), None)
+            total = total + config.value_coefficient * error.sum() / count
+            metrics |= {"value_loss": error.detach().sum(), **more}
+        if "ratio" in metrics:
+            extremes.ratio = max(extremes.ratio, float((logprobs.detach() - old).clamp(max=20).exp().max()))
+        return total, {name: value.double() / count for name, value in metrics.items()}
+
+    return loss
+
+
+def _cat(mine: Sequence[Rolled], name: str, device: torch.device) -> Tensor:
+    parts: list[Any] = [getattr(r, name) for r in mine]
+    return torch.cat(parts).to(device)
+
+
+def _objective(
+    method: Method,
+    config: RLConfig,
+    alone: bool,
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    sequence: Tensor,
+    lengths: Tensor,
+) -> tuple[Tensor, policy.Metrics]:
+    """Per-token losses of the method, and sums for metrics."""
+    low = method.low if config.clip_low is None else config.clip_low
+    high = method.high if config.clip_high is None else config.clip_high
+    if method.loss == "reinforce" and alone:
+        return policy.reinforce(logprobs, advantages), {}
+    if method.ratio == "token":
+        ratio = policy.token_ratio(logprobs, old)
+    else:
+        ratio = policy.sequence_ratio(logprobs, old, sequence, lengths, mean=method.ratio == "sequence_mean")
+    if method.loss == "cispo":
+        return policy.cispo(ratio, logprobs, advantages, 1 + high, max(0.0, 1 - low))
+    return policy.clipped(ratio, advantages, low, high)

@@ -1,0 +1,229 @@
+"""Reinforcement learning: batches of rollouts, what is learnt from each, held-out problems now and then."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.config import ModelConfig, RLConfig
+from posttrain.data.questions import Question
+from posttrain.distributed import ranks
+from posttrain.errors import ModelError
+from posttrain.evaluate.stats import mean_interval
+from posttrain.models.adapters import attach, count_parameters
+from posttrain.models.lm import LanguageModel, verify
+from posttrain.models.load import load_model, pick_device, pick_dtype
+from posttrain.models.save import save_trained
+from posttrain.progress import Track
+from posttrain.rewards.stack import RewardStack
+from posttrain.rollout.engine import LocalSampler
+from posttrain.rollout.store import write_rollouts
+from posttrain.train.collect import Batch, Collector, Phases, in_passes, with_failed
+from posttrain.train.learner import Learner, StepResult
+from posttrain.train.loop import OnStep, train
+from posttrain.train.methods import METHODS, Extremes, Rolled, policy_loss
+
+
+class Experience:
+    """A stage's work (`posttrain.train.loop.Work`): a step is a batch of rollouts and the updates made of it."""
+
+    def __init__(
+        self,
+        config: RLConfig,
+        learner: Learner,
+        collector: Collector,
+        folder: Path,
+        held_out: Sequence[Question] = (),
+        seed: int = 0,
+    ) -> None:
+        self.config, self.learner, self.collector = config, learner, collector
+        self.folder, self.held_out, self.seed = folder, held_out, seed
+        self.steps = config.steps
+
+    def step(self, step: int, track: Track) -> StepResult:
+        phases = Phases(track)
+        batch = self.collector.collect(step, phases)
+        with phases("learn"):
+            results, extremes = self._learn(batch)
+        metrics = _joined([r.metrics for r in results]) | batch.metrics
+        if extremes.mismatch:
+            metrics["mismatch_max"] = extremes.mismatch
+        metrics["ratio_max"] = extremes.ratio
+        asked = [self.collector.questions[i].text for i in batch.problems]
+        groups, advantages, failures = batch.everything()
+        write_rollouts(self.folder / "rollouts", step + 1, groups, advantages, asked, batch.problems, failures)
+        last = step + 1 == self.steps
+        every = self.config.held_out.every if self.config.held_out else 0
+        seconds = sum(phases.seconds.values())
+        if self.held_out and every and (last or (step + 1) % every == 0):
+            metrics |= self.measure(step + 1, phases)
+        sampled = sum(len(r.tokens) for g in batch.groups for r in g.rollouts)
+        timing = {
+            "phases": phases.seconds,
+            "sampled_tokens": sampled,
+            "learned_tokens": sum(r.tokens for r in results),
+        }
+        computed = sum(r.computed_tokens for r in results)
+        return StepResult(metrics, seconds, sampled, computed, sum(r.micro_batches for r in results), timing)
+
+    def _learn(self, batch: Batch) -> tuple[list[StepResult], Extremes]:
+        """`passes` times over the batch, each time in `updates` parts of whole groups."""
+        config, extremes, results = self.config, Extremes(), []
+        groups = len(batch.groups)
+        per_update = groups // config.updates
+        for round_ in range(config.passes):
+            for u in range(config.updates):
+                part = range(u * per_update, (u + 1) * per_update)
+                rolled = [r for r in batch.rolled if r.group in part]
+                fresh = round_ == 0 and u == 0
+                loss = policy_loss(config, rolled, fresh, self.collector.comparable, extremes)
+                samples = [r.sample(i) for i, r in enumerate(rolled)]
+                results.append(self.learner.step([s for s in samples if any(s.weights)], loss))
+        return results, extremes
+
+    def measure(self, step: int, phases: Phases) -> dict[str, float]:
+        """Mean reward of greedy answers to the held-out problems, with its 95% interval; they are kept."""
+        with phases("held_out"):
+            groups = self.collector.answer(self.held_out, Phases(phases.track))
+            scored = self.collector.rewards(groups)
+            asked, numbers = [q.text for q in self.held_out], list(range(len(self.held_out)))
+            kept, _, failures = with_failed(scored)
+            write_rollouts(self.folder / "held_out", step, kept, None, asked, numbers, failures)
+        rollouts = [r for g in scored.groups for r in g.rollouts]
+        if not rollouts:
+            return {}
+        rewards = [r.reward for r in rollouts]
+        low, high = mean_interval(rewards, seed=self.seed)
+        out = {"held_out": statistics.fmean(rewards), "held_out_low": low, "held_out_high": high}
+        out["held_out_length"] = statistics.fmean(len(r.tokens) for r in rollouts)
+        for name in sorted({n for r in rollouts for n in r.rewards}):
+            out[f"held_out/{name}"] = statistics.fmean(r.rewards[name] for r in rollouts if name in r.rewards)
+        return out
+
+    def before(self, track: Track) -> dict[str, Any] | None:
+        return self.measure(0, Phases(track)) if self.held_out else None
+
+    def numbers(self) -> dict[str, Any]:
+        return {"baseline": self.collector.baseline}
+
+    def load(self, numbers: dict[str, Any]) -> None:
+        self.collector.baseline = numbers["baseline"]
+
+
+def _joined(records: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One record of several updates: sums of what is counted, means of the rest, the last learning rate."""
+    names = [n for n in records[0] if all(n in r for r in records)]
+    # What a step without any signal lacks is averaged over those that have it.
+    names += sorted({n for r in records for n in r} - set(names))
+    out = {}
+    for name in names:
+        values = [r[name] for r in records if name in r]
+        counted = name in ("tokens", "loss_tokens", "skipped")
+        out[name] = values[-1] if name == "lr" else sum(values) if counted else statistics.fmean(values)
+    squared, error = out.pop("return_squared", None), out.pop("value_error_squared", None)
+    mean = out.pop("return", 0.0)
+    if squared is not None and error is not None:
+        spread = squared - mean**2
+        out["explained_variance"] = 1 - error / spread if spread > 1e-12 else 0.0
+    for ours, theirs in (("clipped_low", "clip_low"), ("clipped_high", "clip_high")):
+        if theirs in out:
+            out[ours] = out.pop(theirs)
+    out.pop("clip_fraction", None)
+    return out
+
+
+def run_rl(
+    config: RLConfig,
+    model: ModelConfig,
+    questions: Sequence[Question],
+    held_out: Sequence[Question],
+    folder: Path,
+    *,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+    functions: dict[str, Callable[..., Any]] | None = None,
+) -> dict[str, Any]:
+    """Train `model` on `questions` by rewards; the result is `folder`/model, an ordinary Hugging Face folder.
+
+    functions: rewards that the recipe names and that live in this program. Goes on from the newest checkpoint in
+    `folder` where there is one. Returns what the manifest says of the stage.
+    """
+    device = pick_device(model.device)
+    ranks.start(device)
+    if ranks.world() > 1:
+        raise ModelError(f"{config.method} runs in one process so far; start it without torchrun")
+    hf, tokenizer = load_model(model, pick_dtype(model.dtype, device))
+    if config.adapter is not None:
+        hf = attach(hf, config.adapter, seed)
+    policy = LanguageModel(hf)
+    verify(policy)
+    total, trainable = count_parameters(policy)
+    critic = METHODS[config.method].advantages == "critic"
+    if critic:
+        policy.add_value_head()
+    learner = Learner(
+        policy,
+        config.optimizer,
+        config.systems,
+        config.steps * config.updates * config.passes,
+        {"value.": config.value_lr / config.optimizer.lr} if critic else None,
+    )
+    reference = _reference(config, model, policy) if config.kl.coefficient else None
+    with RewardStack(config.rewards, functions) as rewards:
+        sampler = LocalSampler(policy, tokenizer, max_running=config.max_running, memory_mb=config.cache_mb)
+        collector = Collector(config, policy, sampler, rewards, questions, seed, reference)
+        work = Experience(config, learner, collector, folder, held_out, seed)
+        result = train(
+            learner,
+            work,
+            folder,
+            checkpoint_every=config.checkpoint_every,
+            keep=config.keep_checkpoints,
+            title=config.name,
+            on_step=on_step,
+            shown=("reward", "held_out", "length"),
+        )
+    out, writing = folder / "model", folder / ".model.writing"
+    shutil.rmtree(writing, ignore_errors=True)
+    policy.value = None
+    save_trained(policy, tokenizer, model, writing, config.adapter, config.merge, seed, None)
+    shutil.rmtree(out, ignore_errors=True)
+    writing.rename(out)
+    return {
+        "steps": result.steps,
+        "skipped_steps": result.skipped,
+        "seconds": round(result.seconds, 2),
+        "tokens": result.tokens,
+        "peak_memory_mb": round(result.peak_memory_mb, 1),
+        "parameters": total,
+        "trainable": trainable,
+    }
+
+
+def _reference(config: RLConfig, model: ModelConfig, policy: LanguageModel) -> Callable[[Sequence[Rolled]], None]:
+    """Fills in log-probabilities of the model before the stage: the policy without its adapters, or a frozen copy."""
+    frozen = policy
+    if config.adapter is None:
+        hf, _ = load_model(model, pick_dtype(model.dtype, policy.device))
+        frozen = LanguageModel(hf).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def score(rolled: Sequence[Rolled]) -> None:
+        for mine, batch, targets in in_passes(frozen, rolled, config.systems.tokens_per_micro_batch):
+            logprobs = frozen(batch, "logprobs", targets, temperature=config.sampling.temperature)[0].float().cpu()
+            for r, part in zip(mine, logprobs.split([r.length for r in mine]), strict=True):
+                r.reference = part
+
+    if config.adapter is None:
+        return score
+
+    def without_adapters(rolled: Sequence[Rolled]) -> None:
+        with policy.hf.disable_adapter():
+            score(rolled)
+
+    return without_adapters

@@ -1,0 +1,186 @@
+"""The local sampler against transformers' generate, against the learner, and against itself in other company."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from posttrain.config import AdapterConfig, SamplingConfig
+from posttrain.errors import DataError, ModelError
+from posttrain.models.adapters import attach
+from posttrain.models.lm import LanguageModel
+from posttrain.models.tiny import tiny_model, tiny_tokenizer
+from posttrain.rollout.engine import LocalSampler
+from posttrain.rollout.sampler import Request
+from posttrain.types import Rollout, RolloutGroup, Sample
+from tests.models.test_ragged import TYPES
+
+TOKENIZER = tiny_tokenizer()
+
+
+def spread(hf: Any) -> Any:
+    """A random model with more decided opinions, so that rounding does not decide between near equals."""
+    with torch.no_grad():
+        for p in hf.parameters():
+            if p.ndim > 1:
+                p.mul_(4)
+    return hf
+
+
+def sampler(kind: str = "llama", settings: dict[str, Any] | None = None, **options: Any) -> LocalSampler:
+    model = LanguageModel(spread(tiny_model(kind, **(settings or {}))))
+    return LocalSampler(model, TOKENIZER, **options)
+
+
+def prompts(count: int = 6, seed: int = 0, low: int = 1, high: int = 30) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, 250, int(rng.integers(low, high))).tolist() for _ in range(count)]
+
+
+def tokens(groups: list[RolloutGroup]) -> list[list[tuple[int, ...]]]:
+    return [[tuple(r.tokens) for r in g.rollouts] for g in groups]
+
+
+@pytest.mark.parametrize(("kind", "settings"), TYPES, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+def test_greedy_equals_generate_and_logprobs_equal_the_learner_s(kind: str, settings: dict[str, Any]) -> None:
+    """Every model type, windows and caps included, one completion a prompt and several that share it."""
+    s = sampler(kind, settings)
+    asked = prompts(5)
+    reference = spread(tiny_model(kind, **settings)).eval()
+    for n in (1, 2):
+        groups = s.sample([Request(p, n=n) for p in asked], SamplingConfig(temperature=0, max_tokens=12))
+        for prompt, group in zip(asked, groups, strict=True):
+            out = reference.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2)
+            for rollout in group.rollouts:
+                assert list(rollout.tokens) == out[0, len(prompt) :].tolist()
+        check_logprobs(s, groups, 1.0)
+        drawn = s.sample([Request(p, n=n, seed=i) for i, p in enumerate(asked)], SamplingConfig(temperature=1.7))
+        check_logprobs(s, drawn, 1.7)
+
+
+def check_logprobs(s: LocalSampler, groups: list[RolloutGroup], temperature: float) -> None:
+    for group in groups:
+        for r in group.rollouts:
+            sample = Sample([*group.prompt, *r.tokens], [0.0] * len(group.prompt) + [1.0] * len(r.tokens))
+            learner, _ = s.model(s.model.pack([sample]), temperature=temperature)
+            assert float((learner - torch.tensor(r.logprobs)).abs().max()) < 1e-4
+            assert len(r.logprobs) == len(r.tokens)
+
+
+def test_a_seed_gives_the_same_completion_whatever_else_is_sampled() -> None:
+    params = SamplingConfig(max_tokens=20, top_p=0.95)
+    asked = [Request(p, n=3, seed=i) for i, p in enumerate(prompts(9))]
+    crowd = sampler().sample(asked, params)
+    alone = [sampler().sample([r], params)[0] for r in asked]
+    assert tokens(crowd) == tokens(alone)
+    for options in ({"max_running": 1}, {"max_running": 4}, {"max_running": 7, "memory_mb": 0.2}):
+        assert tokens(sampler(**options).sample(asked, params)) == tokens(crowd)
+    assert tokens(sampler().sample(asked[::-1], params)) == tokens(crowd)[::-1]
+    one = [Request(r.tokens, n=1, seed=r.seed) for r in asked]
+    assert [g[0] for g in tokens(sampler().sample(one, params))] == [g[0] for g in tokens(crowd)]
+    assert len({g[j] for g in tokens(crowd) for j in range(3)}) == 27  # different seeds and numbers: different answers
+    twice = tokens(sampler().sample([asked[0], asked[0]], params))
+    assert twice[0] == twice[1]
+
+
+def test_frequencies_are_the_model_s() -> None:
+    """First tokens of 4,000 completions against the softmax of the model's own logits."""
+    s = sampler()
+    prompt = prompts(1)[0]
+    group = s.sample([Request(prompt, n=4000, seed=5)], SamplingConfig(max_tokens=1))[0]
+    share = torch.bincount(torch.tensor([r.tokens[0] for r in group.rollouts]), minlength=259) / 4000
+    s.model.base.set_attn_implementation("eager")
+    p = s.model.base(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    assert float((share - p).abs().max()) < 4 * float((p * (1 - p) / 4000).max().sqrt())
+
+
+def test_why_each_ends() -> None:
+    s = sampler()
+    free = s.sample([Request([5, 6, 7], n=40, seed=1)], SamplingConfig(max_tokens=60))[0]
+    ended = [r for r in free.rollouts if r.finish == "end"]
+    assert ended and all(r.tokens[-1] == 2 and 2 not in r.tokens[:-1] for r in ended)
+    assert all(len(r.tokens) == 60 for r in free.rollouts if r.finish == "length")
+    assert {r.finish for r in free.rollouts} == {"end", "length"}
+    held = s.sample([Request([5, 6, 7], n=40, seed=1)], SamplingConfig(max_tokens=60, min_tokens=30))[0]
+    assert all(len(r.tokens) > 30 for r in held.rollouts)
+    first = free.rollouts[0].tokens
+    stopped = s.sample([Request([5, 6, 7], n=1, seed=1)], SamplingConfig(max_tokens=60, stop_tokens=[first[4]]))[0]
+    (r,) = stopped.rollouts
+    assert r.finish == "stop" and r.tokens == first[: first.index(first[4]) + 1]
+
+
+def test_stop_strings_end_a_completion_and_stay_out_of_its_text() -> None:
+    s = sampler()
+    free = s.sample([Request([5, 6, 7], n=1, seed=1)], SamplingConfig(max_tokens=40))[0].rollouts[0]
+    text = TOKENIZER.decode(free.tokens[:20], skip_special_tokens=False)
+    stop = text[9:12]
+    params = SamplingConfig(max_tokens=40, stop=[stop, "never said"])
+    r = s.sample([Request([5, 6, 7], n=1, seed=1)], params)[0].rollouts[0]
+    assert r.finish == "stop" and r.tokens == free.tokens[: len(r.tokens)]
+    whole = TOKENIZER.decode(r.tokens, skip_special_tokens=False)
+    assert whole.endswith(stop) and r.text == whole[: whole.find(stop)]
+
+
+def test_an_empty_completion_is_one() -> None:
+    s = sampler()
+    params = SamplingConfig(temperature=0, max_tokens=3)
+    first = s.sample([Request([5, 6, 7])], params)[0].rollouts[0].tokens[0]
+    s.ends = frozenset({first})
+    (r,) = s.sample([Request([5, 6, 7])], params)[0].rollouts
+    assert (list(r.tokens), r.finish, r.text) == ([first], "end", "")
+
+
+def test_with_adapters_on_and_unmerged() -> None:
+    hf = attach(spread(tiny_model("llama")), AdapterConfig(r=4), seed=0)
+    with torch.no_grad():
+        for name, p in hf.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    s = LocalSampler(LanguageModel(hf), TOKENIZER)
+    asked = [Request(p, n=2, seed=3) for p in prompts(3)]
+    groups = s.sample(asked, SamplingConfig(max_tokens=10))
+    check_logprobs(s, groups, 1.0)
+    assert tokens(groups) != tokens(sampler().sample(asked, SamplingConfig(max_tokens=10)))
+
+
+def test_weights_are_the_learner_s_own() -> None:
+    """A change of the weights is seen by the next call, and the training mode is as it was."""
+    s = sampler()
+    s.model.train()
+    before = tokens(s.sample([Request([5, 6, 7], seed=1)], SamplingConfig(max_tokens=8)))
+    with torch.no_grad():
+        s.model.base.get_decoder().layers[0].mlp.down_proj.weight.mul_(-3)
+    after = s.sample([Request([5, 6, 7], seed=1)], SamplingConfig(max_tokens=8))
+    assert tokens(after) != before and s.model.training
+    check_logprobs(s, after, 1.0)
+
+
+def test_the_context_bounds_every_completion() -> None:
+    s = sampler(settings={"max_position_embeddings": 24})
+    groups = s.sample([Request([5] * 20, n=2), Request([5] * 23)], SamplingConfig(max_tokens=50, min_tokens=50))
+    assert [[len(r.tokens) for r in g.rollouts] for g in groups] == [[4, 4], [1]]
+    with pytest.raises(DataError, match=r"prompt 1 has 24 tokens, and the model's context of 24 leaves no room"):
+        s.sample([Request([5]), Request([5] * 24)], SamplingConfig())
+
+
+def test_what_cannot_be_asked() -> None:
+    s = sampler()
+    assert s.sample([], SamplingConfig()) == []
+    with pytest.raises(DataError, match="prompt 0 has no tokens"):
+        s.sample([Request([])], SamplingConfig())
+    with pytest.raises(DataError, match="n is 0"):
+        s.sample([Request([5], n=0)], SamplingConfig())
+    with pytest.raises(ModelError, match="raise memory_mb"):
+        sampler(memory_mb=0.01).sample([Request([5] * 50)], SamplingConfig(max_tokens=500))
+
+
+def test_done_is_told_as_it_happens_and_examples_go_along() -> None:
+    told: list[tuple[int, int, Rollout]] = []
+    asked = [Request(p, n=2, seed=i, example={"answer": i}) for i, p in enumerate(prompts(4))]
+    groups = sampler(max_running=3).sample(asked, SamplingConfig(max_tokens=9), lambda i, j, r: told.append((i, j, r)))
+    assert sorted((i, j) for i, j, _ in told) == [(i, j) for i in range(4) for j in range(2)]
+    assert all(groups[i].rollouts[j] is r for i, j, r in told)
+    assert [g.example["answer"] for g in groups] == [0, 1, 2, 3]
