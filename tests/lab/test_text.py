@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from posttrain.lab import text
+from posttrain.data import sums as text
 from posttrain.lab.make import build_tokenizer, corpus
 
 COUNT = 12_000

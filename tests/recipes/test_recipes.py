@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import posttrain
+from posttrain.config import RLConfig
 from posttrain.errors import CheckpointError, DataError
 from posttrain.files import read_lines
 from posttrain.models.lm import LanguageModel
@@ -34,6 +35,10 @@ def overrides(name: str, chats: Path) -> list[str]:
     recipe = posttrain.load_recipe(name)
     given = ["model.source=tiny:llama"]
     for i, stage in enumerate(recipe.stages):
+        if isinstance(stage, RLConfig):
+            given += [f"stages.{i}.{s}" for s in ("steps=2", "prompts_per_step=2", "group_size=2")]
+            given += [f"stages.{i}.{s}" for s in ("sampling.max_tokens=6", "held_out.problems.size=20")]
+            continue
         given += [f"stages.{i}.max_steps=2", f"stages.{i}.batch_size=2"]
         given += [f"stages.{i}.data.source={chats}"] if not str(stage.data.source).startswith("packaged:") else []
     for i, task in enumerate(recipe.evaluate):
@@ -48,6 +53,10 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
     result = posttrain.run(recipe, tmp_path / "run")
     for i, stage in enumerate(recipe.stages):
         metrics = read_lines(result.folder / "stages" / f"{i}-{stage.name}" / "metrics.jsonl")
+        if isinstance(stage, RLConfig):
+            assert [m["step"] for m in metrics] == [0, 1, 2] and all("reward" in m for m in metrics[1:])
+            assert "held_out" in metrics[0] and "held_out" in metrics[-1]
+            continue
         assert [m["step"] for m in metrics] == [1, 2] and all(m["loss"] > 0 for m in metrics)
     manifest = json.loads((result.folder / "manifest.json").read_text())
     assert manifest["status"] == "done" and "model/model.safetensors" in manifest["artifacts"]

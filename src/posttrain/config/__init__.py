@@ -23,7 +23,7 @@ from posttrain.config.base import (
     TaskConfig,
 )
 from posttrain.config.rewards import RewardConfig, RewardsConfig
-from posttrain.config.rl import HeldOutConfig, KLConfig, ReasoningGymConfig, RLConfig, RowsConfig
+from posttrain.config.rl import HeldOutConfig, KLConfig, LabConfig, ReasoningGymConfig, RLConfig, RowsConfig
 
 StageConfig = Annotated[SFTConfig | RLConfig, Field(discriminator="method")]
 
@@ -79,6 +79,7 @@ __all__ = [
     "DataConfig",
     "HeldOutConfig",
     "KLConfig",
+    "LabConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RLConfig",

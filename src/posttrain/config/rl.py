@@ -37,7 +37,18 @@ class ReasoningGymConfig(Config):
     instruction: str | None = Field(None, description="Put after the question, on a line of its own.")
 
 
-ProblemsConfig = Annotated[RowsConfig | ReasoningGymConfig, Field(discriminator="kind")]
+class LabConfig(Config):
+    """Sums for the laboratory's model (`posttrain lab`), made here."""
+
+    kind: Literal["lab"] = "lab"
+    held_out: bool = Field(
+        False, description="Sums that no laboratory's model has read, and that are never trained on."
+    )
+    size: int = Field(4000, ge=1, le=20000, description="How many different problems.")
+    seed: int = Field(0, ge=0, description="Which.")
+
+
+ProblemsConfig = Annotated[RowsConfig | ReasoningGymConfig | LabConfig, Field(discriminator="kind")]
 
 
 class KLConfig(Config):

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.config.rl import ReasoningGymConfig, RowsConfig
+from posttrain.config.rl import LabConfig, ProblemsConfig, ReasoningGymConfig, RowsConfig
+from posttrain.data import sums
 from posttrain.data.layouts import BadRow, Record, check_templates, recognise, to_record
 from posttrain.data.load import read_table
 from posttrain.data.prepare import _Bad, _complaint, _rename
@@ -20,13 +21,24 @@ from posttrain.errors import DataError, MissingExtraError
 Problem = dict[str, Any]
 
 
-def load_problems(config: RowsConfig | ReasoningGymConfig) -> list[Problem]:
+def load_problems(config: ProblemsConfig) -> list[Problem]:
     """All problems of the source, in order (rows: shuffled and cut as their settings say).
 
     Raises DataError for sources and settings that can't be used, and for rows without a question or an answer unless
     data.on_bad_row is skip; MissingExtraError where reasoning-gym is not installed.
     """
+    if isinstance(config, LabConfig):
+        return _from_lab(config)
     return _from_rows(config) if isinstance(config, RowsConfig) else _from_gym(config)
+
+
+def _from_lab(config: LabConfig) -> list[Problem]:
+    rows = sums.problems(config.seed, config.size, config.held_out)
+    side = "held out" if config.held_out else "train"
+    return [
+        {**row, **_asked([{"role": "user", "content": row["prompt"]}], None), "source": f"lab:{side}:{i}"}
+        for i, row in enumerate(rows)
+    ]
 
 
 def _from_rows(config: RowsConfig) -> list[Problem]:

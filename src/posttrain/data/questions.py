@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.config.rl import ProblemsConfig, RowsConfig
+from posttrain.config.rl import LabConfig, ProblemsConfig, RowsConfig
 from posttrain.data import chat
 from posttrain.data.layouts import BadRow
 from posttrain.data.problems import Problem, load_problems
@@ -41,9 +41,9 @@ def ask(config: ProblemsConfig, tokenizer: Any, *, context: int | None) -> Quest
     data.max_tokens). Raises DataError for sources that can't be read and for bad rows unless data.on_bad_row is skip.
     """
     problems = load_problems(config)
-    rows = isinstance(config, RowsConfig)
     data = config.data if isinstance(config, RowsConfig) else None
-    chatty = data.chat if data is not None else bool(getattr(tokenizer, "chat_template", None))
+    templated = bool(getattr(tokenizer, "chat_template", None)) and not isinstance(config, LabConfig)
+    chatty = data.chat if data is not None else templated
     if chatty and not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "the tokenizer has no chat template, as base models have none. Give model.chat_template, or "
@@ -81,22 +81,41 @@ def ask(config: ProblemsConfig, tokenizer: Any, *, context: int | None) -> Quest
                 + ["Mend them, or leave them out (they are counted) with data.on_bad_row=skip"]
             )
         )
-    return Questions(items, _stats(config, items, len(problems), dict(reasons), rows))
+    return Questions(items, _stats(config, items, len(problems), dict(reasons)))
 
 
-def _stats(
-    config: ProblemsConfig, items: list[Question], count: int, dropped: dict[str, int], rows: bool
-) -> dict[str, Any]:
+def apart(held_out: Questions, asked: Questions, stage: str) -> Questions:
+    """Held-out questions that are not trained on too, which would measure memory; the others are counted as dropped.
+
+    Raises DataError where that is nine in ten: then the two are the same problems by mistake.
+    """
+    known = {q.text for q in asked.items}
+    items = [q for q in held_out.items if q.text not in known]
+    same = len(held_out.items) - len(items)
+    if same > 0.9 * len(held_out.items):
+        example = next(q for q in held_out.items if q.text in known).problem["source"]
+        raise DataError(
+            f"stage {stage}: {same} of {len(held_out.items)} held-out problems are trained on too ({example}, for "
+            "one). Give held_out.problems other rows; or, for reasoning-gym, which makes item i from seed + i, a seed "
+            "farther away than the problems' size"
+        )
+    dropped = held_out.stats["dropped"] | ({"trained on too": same} if same else {})
+    return Questions(items, {**held_out.stats, "used": len(items), "dropped": dropped})
+
+
+def _stats(config: ProblemsConfig, items: list[Question], count: int, dropped: dict[str, int]) -> dict[str, Any]:
     lengths = [len(q.tokens) for q in items]
     if isinstance(config, RowsConfig):
         source = config.data.source if isinstance(config.data.source, str) else ", ".join(config.data.source)
+    elif isinstance(config, LabConfig):
+        source = f"lab sums, {'held out' if config.held_out else 'train'} (seed {config.seed})"
     else:
         source = f"reasoning-gym:{config.name} (seed {config.seed})"
     repeats = Counter(tuple(q.tokens) for q in items)
     return {
         "source": source,
         "sha256": {},
-        "layout": "problems" if rows else "reasoning-gym",
+        "layout": config.kind,
         "rows": count,
         "used": len(items),
         "dropped": dropped,

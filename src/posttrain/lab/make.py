@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from posttrain.config import ModelConfig, OptimizerConfig, SamplingConfig, SystemsConfig
+from posttrain.data import sums as text
 from posttrain.errors import ModelError
 from posttrain.files import write_json, write_text
-from posttrain.lab import text
 from posttrain.models import cpu
 from posttrain.models.lm import LanguageModel
 from posttrain.models.load import LAB_VERSION, lab_folder, pick_device, quiet
@@ -35,7 +35,7 @@ class Settings:
     """What is made. `steps` is fixed rather than the time, so that a seed means the same model on any machine."""
 
     seed: int = 0
-    steps: int = 600
+    steps: int = 800
     batch_size: int = 128
     lr: float = 3e-3
     width: int = 160

@@ -1,0 +1,63 @@
+"""Reinforcement learning learns: from a random model to what is rewarded, by every family of methods."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import posttrain
+from posttrain.files import read_lines
+from tests.invariants.test_parity import flat_loop
+
+
+def even(text: str, example: dict[str, Any]) -> float:
+    """1 where there are digits and all are even."""
+    digits = [int(d) for d in text if d.isdigit()]
+    return float(bool(digits) and all(d % 2 == 0 for d in digits))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model over ten digits, and problems for it."""
+    folder = tmp_path_factory.mktemp("digits")
+    torch.manual_seed(0)
+    model, tokenizer = flat_loop("grpo_loop").tiny()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": str(n), "answer": "-"} for n in range(100, 400)]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["grpo", "rloo", "ppo", "dapo", "gspo", "reinforce_pp"])
+def test_a_rare_reward_becomes_the_rule(method: str, digits: Path, tmp_path: Path) -> None:
+    """All of eight digits even: under a tenth of a random model's answers, nearly all after 60 steps."""
+    data = {"source": str(digits / "problems.jsonl"), "chat": False}
+    stage = {
+        "method": method,
+        "name": "rl",
+        "problems": {"kind": "rows", "data": {**data, "rows": [0, 250]}},
+        "held_out": {"problems": {"kind": "rows", "data": {**data, "rows": [250, 300]}}, "every": 30},
+        "rewards": {"parts": [{"kind": "function", "name": "even", "function": "even", "isolated": False}]},
+        "sampling": {"max_tokens": 8, "min_tokens": 4},
+        "prompts_per_step": 8,
+        "group_size": 8,
+        "steps": 60,
+        "optimizer": {"lr": 2e-3},
+        **({"updates": 2} if method in ("ppo", "gspo") else {}),
+    }
+    recipe = posttrain.Recipe.model_validate(
+        {"name": "digits", "model": {"source": str(digits / "model")}, "stages": [stage]}
+    )
+    result = posttrain.run(recipe, tmp_path / "run", rewards={"even": even})
+    metrics = read_lines(result.folder / "stages" / "0-rl" / "metrics.jsonl")
+    rewards = [m["reward"] for m in metrics if "reward" in m]
+    assert sum(rewards[:3]) / 3 < 0.15
+    assert sum(rewards[-5:]) / 5 > 0.85
+    assert metrics[-1]["held_out"] > 0.85
+    assert "held_out" in result.report.read_text() or "held out" in result.report.read_text().lower()
