@@ -27,7 +27,7 @@ LAYERS = [
     {"schema"},
     {"recipe"},
     {"run"},
-    {"show", "chat", "doctor"},
+    {"show", "chat", "doctor", "browse"},
     {"cli"},
     {"__main__"},
 ]

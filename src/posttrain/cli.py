@@ -160,12 +160,26 @@ def _recipe_text(name: str) -> str:
 
 @app.command()
 def inspect(
-    recipe: RecipeArgument,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or the folder of a run.")],
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(min=0, help="Samples to show.")] = 3,
+    rows: Annotated[int, typer.Option(min=0, help="Samples, problems or groups to show.")] = 3,
     stage: Annotated[str | None, typer.Option(help="Name of one stage or evaluation. [default: all]")] = None,
+    step: Annotated[int | None, typer.Option(help="Of a run: rollouts of this step. [default: the last]")] = None,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Of a run: answers to held-out problems.")] = False,
+    sort: Annotated[str, typer.Option(help="Of a run: order, best, worst, suspicious.")] = "order",
+    problem: Annotated[int | None, typer.Option(help="Of a run: only this problem.")] = None,
 ) -> None:
-    """What the model will see: tokens, which carry loss, what was truncated or dropped. Trains nothing."""
+    """What the model will see: tokens, which carry loss, what was dropped. Of a run that sampled: its rollouts."""
+    path = Path(recipe)
+    if path.is_dir() and not overrides:
+        from posttrain import browse
+
+        if browse.stages_with_rollouts(path):
+            options = {"stage": stage, "step": step, "held_out": held_out, "sort": sort, "problem": problem}
+            browse.browse(path, _console(), groups=rows, **options)  # type: ignore[arg-type]
+            return
+    if step is not None or held_out or problem is not None or sort != "order":
+        raise RecipeError(f"{recipe} is no run with rollouts: --step, --held-out, --sort and --problem have no meaning")
     from posttrain.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or ())

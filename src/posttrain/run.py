@@ -28,7 +28,7 @@ from posttrain.data.prepare import prepare
 from posttrain.data.questions import Question, apart, ask
 from posttrain.distributed import ranks
 from posttrain.errors import CheckpointError, DataError, PosttrainError
-from posttrain.evaluate.stats import compare
+from posttrain.evaluate.stats import compare, summarize
 from posttrain.evaluate.tasks import evaluate_model
 from posttrain.files import file_hash, read_lines, write_json, write_text
 from posttrain.machine import machine
@@ -36,6 +36,7 @@ from posttrain.models.load import context_length, load_tokenizer, pick_device, r
 from posttrain.recipe import differences, dump_recipe, load_recipe
 from posttrain.report import build
 from posttrain.report.terminal import summary_table
+from posttrain.rollout.store import path_of, read_rollouts, rollout_steps
 from posttrain.train.loop import OnStep, Stopped, now
 from posttrain.train.sft import run_sft
 from posttrain.train.track import Trackers
@@ -247,16 +248,58 @@ def _finish(recipe: Recipe, path: Path, model: ModelConfig, manifest: Manifest) 
         if recipe.evaluate:
             config = recipe.model.model_copy(update={"source": str(final)})
             evaluate_model(config, recipe.evaluate, path / "evaluations" / "after", recipe.seed)
-            comparison = []
-            for task in recipe.evaluate:
-                before, after = (
-                    read_lines(path / "evaluations" / w / f"{task.name}.jsonl") for w in ("before", "after")
-                )
-                comparison.append({"task": task.name, **compare(before, after, task.kind)})
-            write_json(path / "evaluations" / "comparison.json", comparison)
+    tasks = [(task.name, str(task.kind)) for task in recipe.evaluate if recipe.stages]
+    tasks += [(name, "generate") for name in _held_out(recipe, path)]
+    if tasks:
+        comparison = []
+        for name, kind in tasks:
+            before, after = (read_lines(path / "evaluations" / w / f"{name}.jsonl") for w in ("before", "after"))
+            comparison.append({"task": name, **compare(before, after, kind)})
+        write_json(path / "evaluations" / "comparison.json", comparison)
     skip = ("checkpoints", "report.html", "manifest.json", ".lock", "tensorboard")
     files = [p for p in sorted(path.rglob("*")) if p.is_file() and not any(s in p.parts or p.name == s for s in skip)]
     manifest.update(artifacts={str(p.relative_to(path)): file_hash(p) for p in files}, status="done", finished=now())
+
+
+def _held_out(recipe: Recipe, path: Path) -> list[str]:
+    """Held-out answers before and after each stage of reinforcement learning, as evaluations; their names.
+
+    Judged by the first reward that is either 0 or 1; where there is none, the curve of rewards has to do.
+    """
+    names = []
+    for i, stage in enumerate(recipe.stages):
+        folder = path / "stages" / f"{i}-{stage.name}" / "held_out"
+        steps = rollout_steps(folder)
+        if not isinstance(stage, RLConfig) or len(steps) < 2:
+            continue
+        sides = [[r for r in read_rollouts(path_of(folder, s)) if not r["failures"]] for s in (steps[0], steps[-1])]
+        both = {r["problem"] for r in sides[0]} & {r["problem"] for r in sides[1]}
+        for part in [p.title for p in stage.rewards.parts] if both else []:
+            if {r["parts"].get(part) for side in sides for r in side} <= {0.0, 1.0}:
+                name = f"{stage.name}-{part}"
+                names.append(name)
+                for where, side in zip(("before", "after"), sides, strict=True):
+                    _write_held_out(path / "evaluations" / where, name, part, [r for r in side if r["problem"] in both])
+                break
+    return names
+
+
+def _write_held_out(folder: Path, name: str, part: str, rows: list[dict[str, Any]]) -> None:
+    items = [
+        {
+            "id": r["problem"],
+            "prompt": r["prompt"],
+            "expected": r["answer"],
+            "output": r["completion"],
+            "correct": r["parts"][part] == 1.0,
+        }
+        for r in rows
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / f"{name}.jsonl", "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items))
+    write_json(
+        folder / f"{name}.json", {"task": name, "kind": "generate", **summarize(items, "generate"), "seconds": 0}
+    )
 
 
 def _link(source: str, target: str) -> None:

@@ -211,6 +211,7 @@ def test_every_method_takes_a_step_and_keeps_its_rollouts(method: str, tmp_path:
     assert m["reward"] == pytest.approx(sum(r["reward"] for r in rows) / 16)
     for row in rows:
         assert row["reward"] == pytest.approx(-min(1, abs(len(row["completion"]) - 12) / 30))
+    assert ("clip_fraction" in m) == ("ratio" in m)
     if METHODS[method].advantages in ("group", "centred", "leave_one_out"):
         for g in range(4):
             mine = [r for r in rows if r["group"] == g]

@@ -81,7 +81,19 @@ class HeldOutConfig(Config):
 class RLConfig(Config):
     """Policy gradients: completions are sampled, judged by rewards, and made likelier or less likely."""
 
-    method: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "reinforce_pp", "remax", "ppo"]
+    method: Literal[
+        "grpo",
+        "dr_grpo",
+        "dapo",
+        "gspo",
+        "cispo",
+        "rloo",
+        "reinforce",
+        "reinforce_pp",
+        "reinforce_pp_baseline",
+        "remax",
+        "ppo",
+    ]
     name: str = Field("rl", pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the stage's folder in the run.")
     problems: ProblemsConfig
     rewards: RewardsConfig
@@ -94,6 +106,9 @@ class RLConfig(Config):
     passes: int = Field(1, ge=1, description="Times that every rollout is learnt from (PPO's epochs).")
     clip_low: float | None = Field(None, ge=0, description="Lower clip of the ratio, 1 - this. None: the method's own.")
     clip_high: float | None = Field(None, ge=0, description="Upper clip, 1 + this (CISPO: of the weight itself).")
+    clip_dual: float | None = Field(
+        None, gt=1, description="Where the advantage is negative, bounds the loss at this times it. None: no bound."
+    )
     aggregation: Literal["token", "sequence", "constant"] | None = Field(
         None, description="Mean over tokens, over sequences' means, or sum over a constant. None: the method's own."
     )
@@ -132,7 +147,7 @@ class RLConfig(Config):
             raise ValueError(f"prompts_per_step ({self.prompts_per_step}) must divide into updates ({self.updates})")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: completions would all be the same, with nothing to compare")
-        grouped = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
+        grouped = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline")
         if self.method in grouped and self.group_size < 2:
             raise ValueError(f"{self.method} compares the completions of a prompt: group_size must be 2 or more")
         return self

@@ -17,8 +17,9 @@ import jinja2
 from markupsafe import Markup
 
 from posttrain.report import words
-from posttrain.report.curves import METRICS, TIMINGS, Chart, chart, ticks
+from posttrain.report.curves import Chart, chart, measures_for, ticks
 from posttrain.report.load import Evaluation, Record, Run, TaskRow, read
+from posttrain.report.rollouts import views
 
 SHOWN = {"gained": 3, "lost": 3, "wrong": 0, "right": 0}  # cards of a task, by what became of the item
 FOLDED = {"gained": 9, "lost": 9, "wrong": 4, "right": 4}  # up to these behind "more"
@@ -108,6 +109,7 @@ def render(run: Run) -> str:
         curves=[(s.name, *_charts(s.metrics, s.timings)) for s in run.stages],
         samples=[s for r in rows if (s := _samples(r, run)) is not None],
         changes=CHANGES,
+        rollouts=views(run),
         recipe=words.yaml_markup(run.recipe_text),
         lineage=_lineage(run),
         commands=[
@@ -142,7 +144,9 @@ def _what_was_done(run: Run) -> str:
 
 def _charts(metrics: list[Record], timings: list[Record]) -> tuple[list[Chart], list[int]]:
     skipped = [r["step"] for r in metrics if r.get("skipped")]
-    found = [chart(m, metrics, skipped) for m in METRICS] + [chart(m, timings) for m in TIMINGS]
+    of_metrics, of_timings = measures_for(metrics)
+    flat = [{**r, **{k.replace(" ", "_"): v for k, v in (r.get("phases") or {}).items()}} for r in timings]
+    found = [chart(m, metrics, skipped) for m in of_metrics] + [chart(m, flat) for m in of_timings]
     return [c for c in found if c is not None], skipped
 
 

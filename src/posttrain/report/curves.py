@@ -37,10 +37,50 @@ METRICS = [
     Measure("grad_norm", "Gradient norm"),
     Measure("lr", "Learning rate", smooth=False),
 ]
+RL_METRICS = [
+    Measure("reward", "Reward", "mean of the step's rollouts", from_zero=False),
+    Measure("held_out", "Held-out reward", "greedy answers", smooth=False),
+    Measure("no_signal", "Groups without signal", "share whose rewards are all alike"),
+    Measure("length", "Length", "tokens a completion"),
+    Measure("cut", "Cut off", "share that reached the longest length"),
+    Measure("entropy", "Entropy", "nats a token, of what was sampled"),
+    Measure("kl", "KL to the reference", "nats a token"),
+    Measure("clip_fraction", "Clipped", "share of tokens"),
+    Measure("approx_kl", "KL of the update", "nats a token, within the step"),
+    Measure("mismatch", "Sampler and learner", "mean difference of log-probabilities"),
+    Measure("value_loss", "Critic's loss"),
+    Measure("explained_variance", "Critic's explained variance", "1: all, 0: none", from_zero=False),
+    Measure("loss", "Loss", from_zero=False),
+    Measure("grad_norm", "Gradient norm"),
+    Measure("lr", "Learning rate", smooth=False),
+]
+"""Of reinforcement learning, in the order in which a person wants to see them; reward parts come behind `reward`."""
 TIMINGS = [
     Measure("tokens_per_second", "Speed", "tokens per second"),
     Measure("memory_mb", "Memory", "MB", smooth=False),
 ]
+RL_TIMINGS = [
+    Measure("seconds", "Time", "seconds a step"),
+    Measure("sample", "Time sampling", "seconds a step"),
+    Measure("learn", "Time learning", "seconds a step"),
+    Measure("sampled_tokens", "Tokens sampled", "a step"),
+    Measure("learned_tokens", "Tokens learnt from", "a step, prompts included"),
+]
+
+
+def measures_for(metrics: Sequence[dict[str, Any]]) -> tuple[list[Measure], list[Measure]]:
+    """(metrics, timings) to draw of a stage, by what its records hold."""
+    if not any("reward" in r or "held_out" in r for r in metrics):
+        return METRICS, TIMINGS
+    names = sorted({k for r in metrics for k in r if k.startswith(("reward/", "failed/"))})
+    if sum(n.startswith("reward/") for n in names) == 1:
+        names = [n for n in names if n.startswith("failed/")]  # the only part is the reward itself
+    parts = [
+        Measure(n, f"{'Reward part' if n.startswith('reward/') else 'Failures of'} {n.split('/', 1)[1]}", "mean"
+                if n.startswith("reward/") else "rollouts a step", from_zero=False)
+        for n in names
+    ]  # fmt: skip
+    return RL_METRICS[:1] + parts + RL_METRICS[1:], TIMINGS + RL_TIMINGS
 
 
 @dataclass(frozen=True)

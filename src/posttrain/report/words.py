@@ -12,7 +12,20 @@ from markupsafe import Markup, escape
 from posttrain.report.load import TaskRow
 
 _GAP = "\N{NO-BREAK SPACE}"
-METHODS = {"sft": "supervised fine-tuning"}
+METHODS = {
+    "sft": "supervised fine-tuning",
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "dapo": "DAPO",
+    "gspo": "GSPO",
+    "cispo": "CISPO",
+    "rloo": "RLOO",
+    "reinforce": "REINFORCE",
+    "reinforce_pp": "REINFORCE++",
+    "reinforce_pp_baseline": "REINFORCE++ with a baseline",
+    "remax": "ReMax",
+    "ppo": "PPO",
+}
 STATUS = {
     "done": "Finished.",
     "running": "Not finished: it is still running, or was killed. The page shows what there is so far; "
@@ -31,6 +44,7 @@ def number(value: Any, digits: int = 4) -> str:
         return {math.inf: "∞", -math.inf: "−∞"}.get(value, "not a number")
     if isinstance(value, int):
         return f"{value:,}".replace("-", "−")
+    value += 0.0  # no minus in front of nothing
     if value and abs(value) < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}".replace("-", "−")

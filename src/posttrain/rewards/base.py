@@ -55,7 +55,7 @@ def as_number(value: Any) -> float:
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"expected a finite number, and the reward returned {number}")
-    return number
+    return number + 0.0  # minus zero is zero
 
 
 def attempt(function: Callable[..., Any], args: Sequence[Any], count: int | None = None) -> list[Outcome]:

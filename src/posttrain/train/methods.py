@@ -27,7 +27,7 @@ from posttrain.types import Rollout, Sample
 class Method:
     """A row of the table in `functional.policy`. low, high: the clip where the recipe gives none."""
 
-    advantages: Literal["group", "centred", "leave_one_out", "moving", "whitened", "greedy", "critic"]
+    advantages: Literal["group", "centred", "leave_one_out", "moving", "whitened", "baseline", "greedy", "critic"]
     loss: Literal["clipped", "reinforce", "cispo"]
     ratio: Literal["token", "sequence_mean", "sequence"]
     aggregation: Aggregation
@@ -45,6 +45,7 @@ METHODS = {
     "reinforce": Method("moving", "reinforce", "sequence", "constant"),
     "remax": Method("greedy", "reinforce", "sequence", "constant"),
     "reinforce_pp": Method("whitened", "clipped", "token", "token"),
+    "reinforce_pp_baseline": Method("baseline", "clipped", "token", "token"),
     "ppo": Method("critic", "clipped", "token", "token"),
 }
 """CISPO's clips bound the weight itself: 1 - low (0: no lower bound) and 1 + high."""
@@ -119,7 +120,10 @@ def give_advantages(
     else:
         if penalty is not None:
             rewards = penalised_rewards(rewards, penalty, config.kl.coefficient, sequence)
-        flat = _of_sequences(method, rewards, group, baseline, greedy)[sequence]
+        if method.advantages == "baseline":
+            flat = adv.reinforce_plus_plus_baseline(rewards, group, sequence)
+        else:
+            flat = _of_sequences(method, rewards, group, baseline, greedy)[sequence]
     always = bool(config.entropy or method.advantages == "critic")
     always |= bool(config.kl.coefficient) and config.kl.where == "loss"
     for r, part in zip(rolled, flat.float().split(lengths.tolist()), strict=True):
@@ -239,4 +243,4 @@ def _objective(
         ratio = policy.sequence_ratio(logprobs, old, sequence, lengths, mean=method.ratio == "sequence_mean")
     if method.loss == "cispo":
         return policy.cispo(ratio, logprobs, advantages, 1 + high, max(0.0, 1 - low))
-    return policy.clipped(ratio, advantages, low, high)
+    return policy.clipped(ratio, advantages, low, high, config.clip_dual)

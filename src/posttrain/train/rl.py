@@ -130,10 +130,6 @@ def _joined(records: Sequence[dict[str, float]]) -> dict[str, float]:
     if squared is not None and error is not None:
         spread = squared - mean**2
         out["explained_variance"] = 1 - error / spread if spread > 1e-12 else 0.0
-    for ours, theirs in (("clipped_low", "clip_low"), ("clipped_high", "clip_high")):
-        if theirs in out:
-            out[ours] = out.pop(theirs)
-    out.pop("clip_fraction", None)
     return out
 
 

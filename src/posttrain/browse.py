@@ -1,0 +1,122 @@
+"""Rollouts of a run in the terminal: prompts, completions, reward parts, advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from posttrain.errors import DataError
+from posttrain.rewards.watch import repetition
+from posttrain.rollout.store import path_of, read_rollouts, rollout_steps
+
+SORTS = ("order", "best", "worst", "suspicious")
+
+
+def stages_with_rollouts(run: Path) -> list[Path]:
+    """Folders of the stages that kept rollouts, in their order."""
+    found = [p for p in (run / "stages").glob("*-*") if rollout_steps(p / "rollouts") or rollout_steps(p / "held_out")]
+    return sorted(found, key=lambda p: int(p.name.split("-")[0]) if p.name.split("-")[0].isdigit() else 0)
+
+
+def browse(
+    run: Path,
+    out: Console,
+    *,
+    stage: str | None = None,
+    step: int | None = None,
+    held_out: bool = False,
+    sort: str = "order",
+    groups: int = 3,
+    problem: int | None = None,
+) -> None:
+    """Print a step's rollouts, group by group; through a pager where there is a terminal.
+
+    step: None is the last. sort: of groups, and of rollouts in them: by reward, or by how suspicious they are (well
+    rewarded and repetitive). groups: how many to show. problem: only this one. Raises DataError for what is not there.
+    """
+    stages = stages_with_rollouts(run)
+    named = {p.name.split("-", 1)[1]: p for p in stages}
+    if not stages or (stage is not None and stage not in named):
+        have = f"there are: {', '.join(named)}" if named else "no stage of this run kept any"
+        raise DataError(f"no rollouts of stage {stage!r} in {run}; {have}" if stage else f"no rollouts in {run}")
+    if sort not in SORTS:
+        raise DataError(f"--sort {sort}: expected one of {', '.join(SORTS)}")
+    folder = (named[stage] if stage else stages[-1]) / ("held_out" if held_out else "rollouts")
+    steps = rollout_steps(folder)
+    if not steps:
+        raise DataError(f"{folder} holds no rollouts: {'the recipe has no held_out' if held_out else 'none yet'}")
+    chosen = steps[-1] if step is None else step
+    if chosen not in steps:
+        near = sorted(steps, key=lambda s: abs(s - chosen))[:3]
+        raise DataError(f"no rollouts of step {chosen}; there are {len(steps)}, the nearest at {sorted(near)}")
+    rows = read_rollouts(path_of(folder, chosen))
+    if problem is not None:
+        rows = [r for r in rows if r["problem"] == problem]
+        if not rows:
+            raise DataError(f"step {chosen} has no problem {problem}")
+    shown = _ordered(rows, sort)[:groups]
+    title = f"{folder.parent.name}, {'held out, ' if held_out else ''}step {chosen} of {steps[0]} to {steps[-1]}"
+    if out.is_terminal and sum(len(g) for g in shown) > 8:
+        with out.pager(styles=True):
+            _print(shown, rows, title, out)
+    else:
+        _print(shown, rows, title, out)
+
+
+def _suspicion(row: dict[str, Any]) -> float:
+    return (row["reward"] or 0.0) * repetition(row["tokens"])
+
+
+def _ordered(rows: Sequence[dict[str, Any]], sort: str) -> list[list[dict[str, Any]]]:
+    """Rows by group; groups and their rollouts in the order asked for, those without a reward last."""
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    if sort == "order":
+        return [g for _, g in sorted(groups.items())]
+    sign = 1 if sort == "worst" else -1
+
+    def key(row: dict[str, Any]) -> tuple[bool, float]:
+        value = _suspicion(row) if sort == "suspicious" else row["reward"]
+        return value is None, sign * (value or 0.0)
+
+    inside = [sorted(g, key=key) for g in groups.values()]
+    return sorted(inside, key=lambda g: key(g[0]))
+
+
+def _print(groups: Sequence[list[dict[str, Any]]], rows: Sequence[dict[str, Any]], title: str, out: Console) -> None:
+    rewards = [r["reward"] for r in rows if r["reward"] is not None]
+    count = len({r["group"] for r in rows})
+    mean = f", mean reward {sum(rewards) / len(rewards):.3f}" if rewards else ""
+    out.rule(title)
+    out.print(f"{count} groups, {len(rows)} rollouts{mean}; {len(groups)} groups shown", highlight=False)
+    for group in groups:
+        first = group[0]
+        head = f"problem {first['problem']}  {first['source']}  answer {first['answer']}"
+        out.print(Panel(Text(first["prompt"].strip() or "(empty)"), title=Text(head), title_align="left"))
+        best = max((r["reward"] for r in group if r["reward"] is not None), default=None)
+        for row in group:
+            out.print(_line(row, best))
+            out.print(Text(row["completion"].rstrip() or "(empty)"), style="default")
+            out.print()
+
+
+def _line(row: dict[str, Any], best: float | None) -> Text:
+    """Reward, advantage, parts, length, end: green where nothing in the group is better, red without a reward."""
+    style = "red" if row["reward"] is None else "green" if row["reward"] == best else "yellow"
+    parts = [f"#{row['rollout']}"]
+    parts.append("no reward" if row["reward"] is None else f"reward {row['reward']:.3g}")
+    if row["advantage"] is not None:
+        parts.append(f"advantage {row['advantage']:+.3f}")
+    parts += [f"{name} {value:.3g}" for name, value in row["parts"].items()]
+    parts.append(f"{len(row['tokens'])} tokens, {row['finish']}")
+    again = repetition(row["tokens"])
+    if again > 0.2:
+        parts.append(f"{again:.0%} repeated")
+    parts += [f"{name}: {message}" for name, message in row["failures"].items()]
+    return Text("  ".join(parts), style=f"bold {style}")

@@ -1,0 +1,144 @@
+"""Rollouts on the page and in the terminal: what is shown is what the run kept."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import posttrain
+from posttrain.browse import browse
+from posttrain.errors import DataError
+from posttrain.files import read_lines
+from posttrain.report import build
+from posttrain.report.load import read
+from posttrain.report.rollouts import views
+from posttrain.rollout.store import groups_of, path_of, read_rollouts, rollout_steps, write_rollouts
+from posttrain.types import Rollout, RolloutGroup
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three real steps of a tiny model, with a reward that fails now and then."""
+    folder = tmp_path_factory.mktemp("rl")
+    rows = [{"prompt": f"{i} <b>+</b> {i} =", "answer": str(2 * i)} for i in range(40)]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    def picky(text: str, example: dict[str, Any]) -> float:
+        if text.count("a") > 1:
+            raise RuntimeError("too many a")
+        return len(text) / 100
+
+    data = {"source": str(folder / "problems.jsonl"), "chat": False}
+    stage = {
+        "method": "grpo",
+        "name": "rl",
+        "problems": {"kind": "rows", "data": {**data, "rows": [0, 30]}},
+        "held_out": {"problems": {"kind": "rows", "data": {**data, "rows": [30, 40]}}, "every": 2},
+        "rewards": {
+            "parts": [
+                {"kind": "exact", "name": "right"},
+                {"kind": "function", "name": "picky", "function": "picky", "isolated": False},
+            ],
+            "on_error": "exclude",
+        },
+        "sampling": {"max_tokens": 20},
+        "prompts_per_step": 4,
+        "group_size": 4,
+        "steps": 3,
+        "optimizer": {"lr": 1e-3},
+    }
+    recipe = posttrain.Recipe.model_validate({"name": "seen", "model": {"source": "tiny:llama"}, "stages": [stage]})
+    posttrain.run(recipe, folder / "run", rewards={"picky": picky})
+    return folder / "run"
+
+
+def test_the_page_shows_what_was_kept(run: Path) -> None:
+    page = build(run).read_text()
+    stage = run / "stages" / "0-rl"
+    last = read_lines(stage / "metrics.jsonl")[-1]
+    for name in ("reward", "held_out", "length", "no_signal", "entropy", "reward/right", "reward/picky"):
+        found = re.search(rf'data-metric="stage.rl.{name}.last" data-value="([^"]+)"', page)
+        assert found and float(found[1]) == pytest.approx(last[name]), name
+    assert "&lt;b&gt;+&lt;/b&gt;" in page and "<b>+</b>" not in page
+    (view,) = views(read(run))
+    rows = {s: read_rollouts(path_of(stage / "rollouts", s)) for s in rollout_steps(stage / "rollouts")}
+    assert view.steps == 3 and set(rows) == {1, 2, 3}
+    best = max(r["reward"] for r in rows[3] if r["reward"] is not None)
+    worst = min(r["reward"] for r in rows[3] if r["reward"] is not None)
+    by_kind = {w: [s.reward for s in view.seen if s.why.startswith(w)] for w in ("best", "worst")}
+    assert by_kind["best"][0] == best and by_kind["worst"][0] == worst
+    failed = sum(bool(r["failures"]) for of_step in rows.values() for r in of_step)
+    assert failed and "too many a" in page
+    assert sum(m.get("failed/picky", 0) for m in read_lines(stage / "metrics.jsonl")) == failed
+
+
+def test_held_out_answers_become_a_comparison(run: Path) -> None:
+    """The first reward that is 0 or 1 judges; before and after on the same problems."""
+    comparison = json.loads((run / "evaluations" / "comparison.json").read_text())
+    assert [c["task"] for c in comparison] == ["rl-right"]
+    items = read_lines(run / "evaluations" / "after" / "rl-right.jsonl")
+    assert comparison[0]["after"]["n"] == len(items)
+    assert comparison[0]["after"]["value"] == pytest.approx(sum(i["correct"] for i in items) / len(items))
+
+
+def shown(run: Path, **options: Any) -> str:
+    out = Console(file=io.StringIO(), width=100)
+    browse(run, out, **options)
+    return out.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def test_the_terminal_pages_through_rollouts(run: Path) -> None:
+    rows = read_rollouts(path_of(run / "stages" / "0-rl" / "rollouts", 2))
+    text = shown(run, step=2, groups=4)
+    assert text.count("problem ") == 4 and text.count(" tokens, ") == 16
+    for row in rows:
+        if row["reward"] is None:
+            assert "no reward" in text
+        else:
+            assert f"#{row['rollout']}  reward {row['reward']:.3g}  advantage {row['advantage']:+.3f}" in text
+    best = max((r for r in rows if r["reward"] is not None), key=lambda r: r["reward"])
+    assert f"reward {best['reward']:.3g}" in shown(run, step=2, sort="best", groups=1).splitlines()[5]
+    assert shown(run, held_out=True, groups=99).count("#0") == 10
+    number = rows[0]["problem"]
+    assert f"problem {number} " in shown(run, step=2, problem=number, groups=9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": 9}, r"no rollouts of step 9; there are 3, the nearest at \[1, 2, 3\]"),
+        ({"stage": "sft"}, "no rollouts of stage 'sft'.*there are: rl"),
+        ({"sort": "big"}, "expected one of order, best"),
+        ({"problem": 99}, "no problem 99"),
+    ],
+)
+def test_what_is_not_there_is_said(run: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        browse(run, Console(file=io.StringIO()), **options)
+
+
+def test_rollouts_come_back_as_they_were(tmp_path: Path) -> None:
+    rollouts = [
+        Rollout((5, 6), (-0.5, -1.25), "end", "héllo 👋", {"a": 1.0}, 2.0),
+        Rollout((), (), "length", "", {}, float("nan")),
+    ]
+    group = RolloutGroup((1, 2, 3), {"answer": ["x", "y"], "source": "s:1", "prompt": "ask"}, rollouts)
+    path = write_rollouts(tmp_path, 7, [group], [[0.5, None]], ["ask"], [42], [[{}, {"a": "boom"}]])
+    assert rollout_steps(tmp_path) == [7]
+    rows = read_rollouts(path)
+    assert [(r["problem"], r["answer"], r["advantage"], r["failures"]) for r in rows] == [
+        (42, ["x", "y"], 0.5, {}),
+        (42, ["x", "y"], None, {"a": "boom"}),
+    ]
+    (back,) = groups_of(rows)
+    assert back.rollouts[0] == rollouts[0] and back.prompt == group.prompt
+    assert back.rollouts[1].reward != back.rollouts[1].reward
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match="can't be read as rollouts"):
+        read_rollouts(path)
