@@ -60,7 +60,8 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
         assert [m["step"] for m in metrics] == [1, 2] and all(m["loss"] > 0 for m in metrics)
     manifest = json.loads((result.folder / "manifest.json").read_text())
     assert manifest["status"] == "done" and "model/model.safetensors" in manifest["artifacts"]
-    assert len(result.comparison) == len(recipe.evaluate)
+    held_out = [s for s in recipe.stages if isinstance(s, RLConfig) and s.held_out is not None]
+    assert len(result.comparison) == len(recipe.evaluate) + len(held_out)
     assert "<html" in result.report.read_text()
     AutoModelForCausalLM.from_pretrained(result.model)
 

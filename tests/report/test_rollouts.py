@@ -30,8 +30,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "problems.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
     def picky(text: str, example: dict[str, Any]) -> float:
-        if text.count("a") > 1:
-            raise RuntimeError("too many a")
+        if len(text) % 3 == 0:
+            raise RuntimeError("a multiple of three")
         return len(text) / 100
 
     data = {"source": str(folder / "problems.jsonl"), "chat": False}
@@ -74,7 +74,7 @@ def test_the_page_shows_what_was_kept(run: Path) -> None:
     by_kind = {w: [s.reward for s in view.seen if s.why.startswith(w)] for w in ("best", "worst")}
     assert by_kind["best"][0] == best and by_kind["worst"][0] == worst
     failed = sum(bool(r["failures"]) for of_step in rows.values() for r in of_step)
-    assert failed and "too many a" in page
+    assert failed and "a multiple of three" in page
     assert sum(m.get("failed/picky", 0) for m in read_lines(stage / "metrics.jsonl")) == failed
 
 
