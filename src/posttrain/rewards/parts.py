@@ -123,7 +123,7 @@ def _equal(gold: str, answer: Answer) -> bool:
 
 def _tidy(text: str) -> str:
     """Thousands parted by spaces become one number (math-verify reads 1 234 as 1 + 234); mixed numbers become sums."""
-    text = plain(text)
+    text = re.sub(r"(?<=[0-9])\\[,;:! ](?=[0-9]{3})", "", plain(text))  # thin spaces of typesetting
     text = re.sub(
         r"(?<![0-9.])([0-9]{1,3})((?:[ ~][0-9]{3})+)(?![0-9])", lambda m: m[1] + re.sub("[ ~]", "", m[2]), text
     )

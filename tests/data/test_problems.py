@@ -1,0 +1,83 @@
+"""Questions with answers: rows of files, GSM8K's layout, reasoning-gym by name, the laboratory's sums."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.config import DataConfig, LabConfig, ReasoningGymConfig, RowsConfig
+from posttrain.data.problems import load_problems
+from posttrain.data.questions import apart, ask
+from posttrain.errors import DataError
+from posttrain.models.tiny import tiny_tokenizer
+
+
+def rows(path: Path, *records: dict[str, Any], **settings: Any) -> RowsConfig:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    instruction = settings.pop("instruction", None)
+    return RowsConfig(data=DataConfig(source=str(path), **settings), instruction=instruction)
+
+
+def test_prompt_and_answer(tmp_path: Path) -> None:
+    config = rows(tmp_path / "p.jsonl", {"prompt": "2+2?", "answer": 4, "level": 1}, instruction="Number only.")
+    (problem,) = load_problems(config)
+    assert problem["prompt"] == "2+2?\nNumber only." and str(problem["answer"]) == "4" and problem["level"] == 1
+    assert problem["messages"] == [{"role": "user", "content": "2+2?\nNumber only."}]
+    assert problem["source"].endswith("p.jsonl:1")
+
+
+def test_gsm8k(tmp_path: Path) -> None:
+    record = {"question": "Tom has 3 and finds 4. How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}
+    (problem,) = load_problems(rows(tmp_path / "g.jsonl", record))
+    assert problem["answer"] == "7" and problem["prompt"].startswith("Tom has")
+
+
+def test_bad_rows_stop_or_are_left_out(tmp_path: Path) -> None:
+    records = [{"prompt": "2+2?", "answer": "4"}, {"prompt": "", "answer": "4"}, {"prompt": "3+3?", "answer": ""}]
+    with pytest.raises(DataError, match=r"2 of 3 rows can't be used"):
+        load_problems(rows(tmp_path / "p.jsonl", *records))
+    assert len(load_problems(rows(tmp_path / "p.jsonl", *records, on_bad_row="skip"))) == 1
+
+
+def test_reasoning_gym_by_name() -> None:
+    first = load_problems(ReasoningGymConfig(name="gsm_symbolic", size=3, seed=1, system="Be brief."))
+    again = load_problems(ReasoningGymConfig(name="gsm_symbolic", size=3, seed=1, system="Be brief."))
+    assert [p["prompt"] for p in first] == [p["prompt"] for p in again] and len({p["prompt"] for p in first}) == 3
+    assert first[0]["messages"][0] == {"role": "system", "content": "Be brief."} and first[0]["task"] == "gsm_symbolic"
+    with pytest.raises(DataError, match="gsm_symbolic"):
+        load_problems(ReasoningGymConfig(name="gsm_symbolc"))
+    with pytest.raises(DataError, match="options"):
+        load_problems(ReasoningGymConfig(name="chain_sum", options={"min_terms": -4}))
+
+
+def test_the_laboratory_s_sums_are_right_and_apart() -> None:
+    train, held = (load_problems(LabConfig(held_out=h, size=300)) for h in (False, True))
+    for p in train + held:
+        assert sum(map(int, p["prompt"].rstrip("=").split("+"))) == int(p["answer"])
+    assert not {p["prompt"] for p in train} & {p["prompt"] for p in held}
+
+
+def test_a_prompt_that_leaves_no_room_is_a_bad_row(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    long = {"prompt": "why " * 40, "answer": "-"}
+    config = rows(tmp_path / "p.jsonl", {"prompt": "2+2?", "answer": "4"}, long, chat=False)
+    with pytest.raises(DataError, match=r"p.jsonl:2: the prompt has \d+ tokens, and the limit is 63"):
+        ask(config, tokenizer, context=64)
+    skipping = rows(tmp_path / "p.jsonl", {"prompt": "2+2?", "answer": "4"}, long, chat=False, on_bad_row="skip")
+    asked = ask(skipping, tokenizer, context=64)
+    assert len(asked.items) == 1 and asked.stats["dropped"] == {"too long": 1}
+    assert tokenizer.decode(asked.items[0].tokens) == "2+2?"
+
+
+def test_held_out_problems_that_are_trained_on_are_left_out(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    records = [{"prompt": f"{i}?", "answer": str(i)} for i in range(20)]
+    asked = ask(rows(tmp_path / "p.jsonl", *records, rows=[0, 12], chat=False), tokenizer, context=64)
+    held = ask(rows(tmp_path / "p.jsonl", *records, rows=[8, 20], chat=False), tokenizer, context=64)
+    left = apart(held, asked, "rl")
+    assert left.stats["used"] == 8 and left.stats["dropped"] == {"trained on too": 4}
+    with pytest.raises(DataError, match="12 of 12 held-out problems are trained on too"):
+        apart(asked, asked, "rl")

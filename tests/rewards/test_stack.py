@@ -1,0 +1,141 @@
+"""Stacks of rewards, and what becomes of those that hang, raise, die or return nonsense: in real worker processes."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.config.rewards import RewardsConfig
+from posttrain.rewards import RewardError, RewardStack
+from posttrain.types import Rollout, RolloutGroup
+
+STRANGE = "tests.rewards.strange:"
+
+
+def group(*texts: str, finish: str = "end", **example: Any) -> RolloutGroup:
+    rollouts = [Rollout(tuple(range(len(t))), (0.0,) * len(t), finish, t) for t in texts]
+    return RolloutGroup((1,), {"answer": "4", "prompt": "2+2", **example}, rollouts)
+
+
+def stack(*parts: dict[str, Any], functions: Any = None, **settings: Any) -> RewardStack:
+    return RewardStack(RewardsConfig.model_validate({"parts": list(parts), **settings}), functions)
+
+
+def strange(name: str, **settings: Any) -> dict[str, Any]:
+    return {"kind": "function", "name": name, "function": STRANGE + name, "timeout": 0.5, **settings}
+
+
+def test_the_sum_is_weighted_and_every_part_is_kept() -> None:
+    parts = [
+        {"kind": "exact", "name": "right"},
+        {"kind": "math", "weight": 0.5},
+        {"kind": "length", "unit": "characters", "target": 1, "width": 10, "weight": 0.1},
+        {"kind": "function", "name": "given", "function": "f", "weight": 0, "isolated": False},
+    ]
+    with stack(*parts, functions={"f": lambda text, example: 100.0}) as rewards:
+        scored = rewards([group("4", "8/2"), group("nothing")])
+    (a, b), (c,) = (g.rollouts for g in scored.groups)
+    assert dict(a.rewards) == {"right": 1, "math": 1, "length": 0, "given": 100}
+    assert dict(b.rewards) == {"right": 0, "math": 1, "length": -0.2, "given": 100}
+    assert [a.reward, b.reward, c.reward] == pytest.approx([1.5, 0.48, -0.06])
+    assert scored.metrics["reward/right/mean"] == pytest.approx(1 / 3)
+    assert scored.metrics["reward/mean"] == pytest.approx((1.5 + 0.48 - 0.06) / 3)
+    assert scored.metrics["reward/excluded"] == 0 and not scored.excluded
+
+
+def test_one_that_hangs_is_cut_off_and_the_others_go_on() -> None:
+    """A loop that catches everything, and a sleep: both end at the limit; what else was asked is answered."""
+    began = time.monotonic()
+    with stack(strange("strange"), on_timeout="exclude", workers=2) as rewards:
+        scored = rewards([group("fine", "spin", "fine"), group("sleep", "fine")])
+    assert time.monotonic() - began < 60
+    assert [[r.text for r in g.rollouts] for g in scored.groups] == [["fine", "fine"], ["fine"]]
+    assert [(e.group, e.index, e.failure) for e in scored.excluded] == [(0, 1, "timeout"), (1, 0, "timeout")]
+    assert "0.5 s of processor time" in scored.excluded[0].message
+    assert math.isnan(scored.excluded[0].rollout.reward)
+    assert scored.metrics["reward/strange/timeouts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("raise", "KeyError: 'this one raises'"),
+        ("exit", "SystemExit: 3"),
+        ("nan", "expected a finite number"),
+        ("inf", "expected a finite number"),
+        ("none", "expected a number, and the reward returned NoneType"),
+        ("text", "expected a number, and the reward returned str"),
+        ("big", "too large"),
+    ],
+)
+def test_nonsense_is_counted_and_shown(text: str, message: str) -> None:
+    with stack(strange("strange"), on_error="exclude") as rewards:
+        scored = rewards([group("fine", text)])
+        assert [r.text for r in scored.groups[0].rollouts] == ["fine"]
+        assert message in scored.excluded[0].message
+        assert scored.metrics["reward/strange/errors"] == 1
+        assert message.split(":")[0] in rewards.account_of("strange")
+
+
+def test_one_that_crashes_or_eats_memory_takes_nothing_with_it() -> None:
+    with stack(strange("strange"), on_timeout="exclude", on_error="exclude") as rewards:
+        scored = rewards([group("fine", "crash", "memory", "print", "fine")])
+    assert [r.text for r in scored.groups[0].rollouts] == ["fine", "print", "fine"]
+    assert [e.failure for e in scored.excluded] == ["died", "died"]
+
+
+def test_a_worker_killed_from_outside_is_replaced(tmp_path: Path) -> None:
+    with stack(strange("killed_once")) as rewards:
+        scored = rewards([group("x", mark=str(tmp_path / "mark"))])
+    assert scored.groups[0].rollouts[0].reward == 7
+
+
+def test_errors_stop_the_run_with_what_was_raised() -> None:
+    with stack(strange("strange"), max_errors=3) as rewards:
+        rewards([group("fine", "raise", "raise")])
+        with pytest.raises(RewardError, match=r"'strange' failed too often: 3 errors.*") as error:
+            rewards([group("raise")])
+    assert "this one raises" in str(error.value) and "on_error: exclude" in str(error.value)
+    with stack(strange("strange"), on_error="exclude") as rewards, pytest.raises(RewardError, match="not worked once"):
+        rewards([group("raise")])
+
+
+def test_a_reward_that_is_not_there_says_so_before_anything_runs() -> None:
+    with pytest.raises(RewardError, match="no_such_module"):
+        stack({"kind": "function", "function": "no_such_module:f"})
+    with pytest.raises(RewardError, match="nothing_here"):
+        stack({"kind": "function", "function": "tests.rewards.strange:nothing_here"})
+
+
+def test_results_do_not_depend_on_the_process_that_made_them() -> None:
+    """Random states and hash seeds are the same for every call, in every worker."""
+    results = []
+    for workers in (1, 3):
+        with stack(strange("draws"), workers=workers) as rewards:
+            scored = rewards([group(*"abcdefgh"), group(*"ij")])
+            results.append([[r.reward for r in g.rollouts] for g in scored.groups])
+    assert results[0] == results[1] and len({v for g in results[0] for v in g}) == 1
+
+
+def test_group_rewards_and_scorers() -> None:
+    def scorer(prompts: list[str], texts: list[str]) -> list[float]:
+        if any(t == "bad" for t in texts):
+            raise RuntimeError("can't score")
+        return [len(p) + len(t) for p, t in zip(prompts, texts, strict=True)]
+
+    parts = [strange("ranks", group=True), {"kind": "preference", "scorer": "s"}]
+    with stack(*parts, functions={"s": scorer}, on_error="exclude") as rewards:
+        scored = rewards([group("b", "a"), group("x", "bad", "none")])
+        assert [dict(r.rewards) for r in scored.groups[0].rollouts] == [
+            {"ranks": 1, "preference": 4},
+            {"ranks": 0, "preference": 4},
+        ]
+        # A batch that raises is asked again one by one: only the bad one is left out; so is the group reward's None.
+        assert [r.text for r in scored.groups[1].rollouts] == ["x"]
+        short = rewards([group("a", "b", short=True)])
+        assert "expected 2 numbers" in short.excluded[0].message
+        assert rewards([]).groups == []

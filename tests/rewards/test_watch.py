@@ -1,0 +1,70 @@
+"""What a run's rewards drift to, on numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from posttrain.rewards.watch import correlation, repetition, watch, within_variance
+from posttrain.types import Rollout, RolloutGroup
+
+
+def rollout(reward: float, tokens: int = 8, text: str = "x", same: bool = False, **parts: float) -> Rollout:
+    ids = (1,) * tokens if same else tuple(range(tokens))
+    return Rollout(ids, (0.0,) * tokens, "end", text, parts or {"right": reward}, reward)
+
+
+def group(*rollouts: Rollout) -> RolloutGroup:
+    return RolloutGroup((1,), {}, rollouts)
+
+
+def test_repetition_by_hand() -> None:
+    assert repetition([1, 2, 3]) == 0
+    assert repetition([1, 2, 3, 4, 5]) == 0
+    assert repetition([1] * 7) == pytest.approx(3 / 4)  # 4 four-grams, one different
+    assert repetition([1, 2, 1, 2, 1, 2]) == pytest.approx(1 / 3)
+
+
+def test_correlation_and_variance_by_hand() -> None:
+    assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1)
+    assert correlation([1, 2, 3], [1, 1, 1]) is None and correlation([], []) is None
+    # (0, 1): 1/4 over two; (1, 1, 1): 0 over three.
+    groups = [group(rollout(0), rollout(1)), group(rollout(1), rollout(1), rollout(1))]
+    assert within_variance(groups, lambda r: r.reward) == pytest.approx(0.25 * 2 / 5)
+
+
+def test_means_and_changes() -> None:
+    steps = [[group(rollout(0, 4), rollout(1, 6))], [group(rollout(1, 6), rollout(1, 8))], [group(rollout(1, 20))]]
+    found = watch(steps)
+    assert found["steps"] == 3 and found["rollouts"] == 5
+    assert found["parts"]["reward"]["mean"] == [0.5, 1, 1]
+    assert found["parts"]["reward"]["change"] == 0.5
+    assert found["length"]["mean"] == [5, 7, 20] and found["length"]["change"] == 15
+
+
+def test_reward_up_while_length_drifts_is_a_warning() -> None:
+    steps = [[group(rollout(0.1 * s, 8 + s), rollout(0.1 * s + 0.1, 9 + 2 * s))] for s in range(12)]
+    assert any("the reward rises while length rises" in w for w in watch(steps)["warnings"])
+    calm = [[group(rollout(0.1 * s, 8), rollout(0.1 * s + 0.1, 8))] for s in range(12)]
+    assert not [w for w in watch(calm)["warnings"] if "length" in w]
+
+
+def test_parts_that_move_apart_are_found() -> None:
+    steps = [
+        [group(rollout(1, right=s / 10, short=1 - s / 10), rollout(1, right=s / 10 + 0.1, short=0.9 - s / 10))]
+        for s in range(12)
+    ]
+    found = watch(steps)
+    assert [(p["a"], p["b"]) for p in found["apart"]] == [("right", "short")]
+    assert any("parts move apart" in w for w in found["warnings"])
+
+
+def test_the_suspicious_are_well_rewarded_and_repetitive() -> None:
+    hack = rollout(1, 40, same=True)
+    steps = [[group(rollout(0), rollout(0.2), rollout(0.1)), group(hack, rollout(0), rollout(0.2))]]
+    (first, *_) = watch(steps)["suspects"]
+    assert (first["step"], first["group"], first["rollout"]) == (0, 1, 0)
+    assert first["repetition"] == pytest.approx(36 / 37)
+
+
+def test_nothing_to_watch() -> None:
+    assert watch([])["rollouts"] == 0 and watch([[]])["warnings"] == []
