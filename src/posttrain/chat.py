@@ -73,7 +73,7 @@ class Chat:
         import torch
         from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-        from posttrain.rollout.greedy import stop_tokens
+        from posttrain.rollout.sampler import stop_tokens
 
         stop, failed = threading.Event(), list[BaseException]()
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from posttrain.config import DataConfig
-from posttrain.data.chat import render_with_loss, tokenize_rendered
+from posttrain.data.chat import render_with_loss, tokenize_rendered, turn_end
 from posttrain.data.layouts import BadRow
 from posttrain.data.pieces import pieces, render_terminal
 from posttrain.data.prepare import prepare, prompt_tokens, prompt_with_completion
@@ -124,6 +124,27 @@ def test_content_that_could_be_taken_for_something_else(name: str, content: str)
     assert learnt(tokenizer, turns) == [head + str(TRAPS[content]) + "<|im_end|>"]
     both = learnt(tokenizer, [*turns, *TURNS[2:]], "assistant")
     assert both[0] == (head if name == "ignores" else "") + str(TRAPS[content]) + "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("chatml", "<|im_end|>"),
+        ("llama3", "<|eot_id|>"),
+        ("llama2", "</s>"),
+        ("gemma", "<end_of_turn>"),
+        ("phi3", "<|end|>"),
+        ("qwen3", "<|im_end|>"),
+        ("no_end", None),
+    ],
+)
+def test_where_a_turn_ends(name: str, end: str | None) -> None:
+    """Sampling stops there, whatever the tokenizer's own end token is."""
+    tokenizer = byte_level(name)
+    found = turn_end(tokenizer)
+    assert (found if found is None else tokenizer.convert_ids_to_tokens(found)) == end
+    tokenizer.chat_template = None
+    assert turn_end(tokenizer) is None
 
 
 def test_short_content_inside_the_name_of_the_end_token() -> None:

@@ -54,7 +54,7 @@ def test_adapters_equal_peft_s_own(kind: str, linears: int) -> None:
         if "lora_B" in name:
             nn.init.normal_(p, std=0.1)  # zero at first
     fused = copy.deepcopy(own)
-    assert fuse(fused).get("Linear", 0) == linears
+    assert fuse(fused).get("LoRA", 0) == linears
     check(own, fused)
     with own.disable_adapter(), fused.disable_adapter():
         ids = torch.arange(3, 12)[None]

@@ -93,7 +93,7 @@ def test_transformers_reproduces_our_greedy_output(adapter: dict[str, int] | Non
     ours = LanguageModel(AutoModelForCausalLM.from_pretrained(result.model, dtype=torch.float32)).eval()
     asked = [c["messages"][:1] for c in CHATS[:6]]
     prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in asked]
-    answers = greedy(ours, tokenizer, prompts, 12, batch_size=4)
+    answers = greedy(ours, tokenizer, prompts, 12)
     for prompt, answer in zip(prompts, answers, strict=True):
         out = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
         ends = {tokenizer.eos_token_id}

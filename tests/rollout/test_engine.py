@@ -124,6 +124,17 @@ def test_stop_strings_end_a_completion_and_stay_out_of_its_text() -> None:
     assert whole.endswith(stop) and r.text == whole[: whole.find(stop)]
 
 
+def test_a_request_may_be_shorter_than_the_rest() -> None:
+    s = sampler()
+    params = SamplingConfig(max_tokens=12, min_tokens=12)
+    asked = [Request([5, 6, 7], n=2, seed=1, max_tokens=m) for m in (3, None, 40)]
+    groups = s.sample(asked, params)
+    assert [[len(r.tokens) for r in g.rollouts] for g in groups] == [[3, 3], [12, 12], [12, 12]]
+    assert groups[0].rollouts[0].tokens == groups[1].rollouts[0].tokens[:3]
+    with pytest.raises(DataError, match="max_tokens is 0"):
+        s.sample([Request([5], max_tokens=0)], params)
+
+
 def test_an_empty_completion_is_one() -> None:
     s = sampler()
     params = SamplingConfig(temperature=0, max_tokens=3)

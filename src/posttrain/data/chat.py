@@ -213,6 +213,24 @@ def tokenize_rendered(tokenizer: Any, conversations: Sequence[Rendered]) -> list
     return out
 
 
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token by which the chat template ends an assistant's turn; None without a template, or without one.
+
+    A model that answers in the template says it when it has finished, whether or not it is the tokenizer's end token.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        rendered = render_with_loss(
+            tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "completion"
+        )
+    except BadRow:  # a template for other roles: nothing is known of it
+        return None
+    behind = tokenize(tokenizer, [rendered.text[rendered.answer_end :]])[0]
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    return next((t for t in behind if t in special), None)
+
+
 def _plan(c: Rendered, marks: re.Pattern[str] | None) -> list[tuple[int, int, int, float]]:
     """Steps of (where the segment begins, from, to, weight): at `marks` a segment begins, at spans' edges it pauses."""
     stop = c.spans[-1][1]

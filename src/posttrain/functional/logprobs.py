@@ -12,9 +12,11 @@ Let z = cap(scale * (W h + b)) / temperature, with cap(z) = c tanh(z / c) where 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
@@ -38,7 +40,11 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, t: float) -> Tensor:
     """float32 logits of a chunk, temperature applied, in a fresh tensor that the caller may overwrite."""
-    z = torch.mm(h, weight.t()).float()
+    return _finished(torch.mm(h, weight.t()).float(), bias, scale, softcap, t)
+
+
+def _finished(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None, t: float) -> Tensor:
+    """What follows the product, in place."""
     if bias is not None:
         z += bias
     if scale != 1.0:
@@ -58,9 +64,15 @@ def _through_cap(d: Tensor, z: Tensor, scale: float, softcap: float | None, t: f
     return d.mul_(factor) if factor != 1.0 else d
 
 
-def head_logits(hidden_N_H: Tensor, head: Head, temperature: float = 1.0) -> Tensor:
-    """z of the module's text, (N, V) float32: for the few positions that are sampled from. Not for training."""
-    return _logits(hidden_N_H, head.weight_V_H, head.bias_V, head.scale, head.softcap, temperature)
+def head_logits(
+    hidden_N_H: Tensor, head: Head, temperature: float = 1.0, product: Callable[[Tensor, Tensor], Tensor] = F.linear
+) -> Tensor:
+    """z of the module's text, (N, V) float32: for the few positions that are sampled from. Not for training.
+
+    product: makes h W^T.
+    """
+    z = product(hidden_N_H, head.weight_V_H).float().contiguous()
+    return _finished(z, head.bias_V, head.scale, head.softcap, temperature)
 
 
 class _LinearLogprobs(torch.autograd.Function):

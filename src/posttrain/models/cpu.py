@@ -11,8 +11,15 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW_ROWS = 128
+"""Up to so many rows a product is quicker with the weights on the left (below)."""
 
 _state: dict[str, str] = {}
 
@@ -50,6 +57,44 @@ def _full_precision() -> bool:
             if float(((left @ right).double() - exact).abs().div(scale).max()) > 2e-6:
                 return False
     return True
+
+
+def few_rows(x: Tensor) -> bool:
+    """Whether `linear` turns a product round: few rows, no gradient wanted, float32 over oneDNN."""
+    return (
+        _state.get("route") == "onednn"
+        and not torch.is_grad_enabled()
+        and x.numel() <= FEW_ROWS * x.shape[-1]
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b. Few rows are computed as (W x^T)^T, which oneDNN does in two thirds of the time: it splits the many
+    rows of W over threads and registers, where x has too few. What comes out is then a transposed view."""
+    if not few_rows(x):
+        return F.linear(x, weight, bias)
+    flat = x.flatten(0, -2) if x.ndim > 1 else x[None]
+    y = torch.mm(weight, flat.t())
+    if bias is not None:
+        y += bias[:, None]
+    return y.t().unflatten(0, x.shape[:-1]) if x.ndim > 1 else y[:, 0]
+
+
+@contextmanager
+def small_products() -> Iterator[None]:
+    """Batches of small products, such as decoding's attention, through torch's default route: oneDNN sets up each of
+    them anew and copies what is no whole tensor, which takes longer than the product."""
+    if _state.get("route") != "onednn":
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = "bf16"
 
 
 def keep_memory() -> None:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from posttrain.models import cpu
+
 TOLERANCE = 2e-5
 """Largest difference, relative to the largest output, at which a fused forward counts as the module's own."""
 
@@ -67,7 +69,7 @@ class _GatedDown(torch.autograd.Function):
     def forward(ctx, gate, up, weight, kind):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(gate, up, weight)
         ctx.kind = kind
-        return F.linear(ACTIVATIONS[kind][0](gate).mul_(up), weight)
+        return cpu.linear(ACTIVATIONS[kind][0](gate).mul_(up), weight)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
@@ -146,9 +148,16 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for n in ("lora_A", "lora_B")
     )
     base = self.base_layer
-    if a is None or a.dtype != x.dtype or base.weight.requires_grad:
+    if a is None or b is None or a.dtype != x.dtype or base.weight.requires_grad:
         return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+    if cpu.few_rows(x):
+        low = cpu.linear(x, a)
+        return cpu.linear(x, base.weight, base.bias).add_(cpu.linear(low, b), alpha=self.scaling[names[0]])
     return _LoRALinear.apply(x, base.weight, base.bias, a, b, self.scaling[names[0]])  # type: ignore[no-any-return]
+
+
+def _linear_forward(self: Any, input: Tensor) -> Tensor:
+    return cpu.linear(input, self.weight, self.bias)
 
 
 @torch.no_grad()
@@ -172,6 +181,8 @@ def _candidates(module: Any) -> tuple[list[Callable[..., Tensor]], int]:
     parts = [getattr(module, n, None) for n in ("gate_proj", "up_proj", "down_proj")]
     if all(isinstance(p, nn.Module) and hasattr(p, "in_features") for p in parts) and len(list(module.children())) <= 4:
         return [_mlp_forward(kind) for kind in ACTIVATIONS], parts[0].in_features  # type: ignore[union-attr, return-value]
+    if type(module) is nn.Linear and weight is not None and weight.device.type == "cpu":
+        return [_linear_forward], module.in_features
     if name == "Linear" and type(module).__module__ == "peft.tuners.lora.layer":
         base = module.base_layer
         dropout = any(getattr(d, "p", 0) for d in module.lora_dropout.values())
@@ -182,7 +193,7 @@ def _candidates(module: Any) -> tuple[list[Callable[..., Tensor]], int]:
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
-    """Replace what can be replaced, in place; returns how many modules of each type were."""
+    """Replace what can be replaced, in place; returns how many modules of each type were (adapted ones as "LoRA")."""
     done: dict[str, int] = {}
     known: dict[tuple[type, int], Callable[..., Tensor] | None] = {}
     for module in model.modules():
@@ -197,5 +208,6 @@ def fuse(model: nn.Module) -> dict[str, int]:
         chosen = known[key]
         if chosen is not None:
             module.forward = MethodType(chosen, module)  # type: ignore[method-assign]
-            done[type(module).__name__] = done.get(type(module).__name__, 0) + 1
+            name = "LoRA" if chosen is _lora_forward else type(module).__name__
+            done[name] = done.get(name, 0) + 1
     return done

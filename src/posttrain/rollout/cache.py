@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from posttrain.models import cpu
+
 
 class Region:
     """Per layer, keys and values (slots, heads, columns, size); made at the first write, when their sizes are known."""
@@ -87,6 +89,19 @@ class Step:
         sinks: Tensor | None,
     ) -> Tensor:
         """See `posttrain.models.attention.Decoding`. softmax over prompt and own keys; soft caps and sinks as there."""
+        with cpu.small_products():
+            return self._attend(query, key, value, window, scale, softcap, sinks)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         layer, self.layer = self.layer, self.layer + 1
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         rows, heads, size = q.shape

@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.config import SamplingConfig
 from posttrain.errors import DataError, ModelError
 from posttrain.functional.logprobs import head_logits
-from posttrain.models import attention
+from posttrain.models import attention, cpu
 from posttrain.models.lm import LanguageModel
 from posttrain.models.ragged import pack
 from posttrain.rollout.cache import Filling, Region, Step
 from posttrain.rollout.draw import draw, stream
-from posttrain.rollout.greedy import stop_tokens
-from posttrain.rollout.sampler import OnDone, Request
+from posttrain.rollout.sampler import OnDone, Request, stop_tokens
 from posttrain.types import Rollout, RolloutGroup, Sample
 
 MAX_RUNNING = {"cpu": 128, "cuda": 512}
@@ -116,7 +116,9 @@ class LocalSampler:
                 f"prompt {i} has {length} tokens, and the model's context of {self.context} leaves no room for an "
                 "answer: shorten the prompt, or leave it out"
             )
-        return min(params.max_tokens, self.context - length)
+        if request.max_tokens is not None and request.max_tokens < 1:
+            raise DataError(f"prompt {i}: max_tokens is {request.max_tokens}, and must be 1 or more")
+        return min(params.max_tokens, self.context - length, request.max_tokens or params.max_tokens)
 
     def bytes_per_token(self) -> int:
         """What a token's keys and values take, found by computing one."""
@@ -239,7 +241,9 @@ class _Session:
         self.open += prompts
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return head_logits(hidden, self.head, self.params.temperature or 1.0)
+        # A transposed result must be copied, which costs more than it gains where rows are many.
+        product = cpu.linear if len(hidden) <= cpu.FEW_ROWS // 4 else F.linear
+        return head_logits(hidden, self.head, self.params.temperature or 1.0, product)
 
     def _step(self) -> None:
         """One more token for every row."""

@@ -1,4 +1,4 @@
-"""Greedy answers through transformers' own `generate`: for evaluation and for looking at what a model says."""
+"""Greedy answers, for evaluation and for looking at what a model says: by the sampler, else by `generate`."""
 
 from __future__ import annotations
 
@@ -7,37 +7,41 @@ from typing import Any
 
 import torch
 
-from posttrain.models import attention
+from posttrain.config import SamplingConfig
 from posttrain.models.lm import LanguageModel
+from posttrain.rollout.engine import LocalSampler
+from posttrain.rollout.sampler import Request, stop_tokens
 
 
-def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a turn: the model's and tokenizer's end tokens, and what the chat template puts behind a turn."""
-    ends = model.generation_config.eos_token_id
-    found = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if tokenizer.eos_token_id is not None:
-        found.append(tokenizer.eos_token_id)
-    return sorted(set(found))
-
-
-@torch.no_grad()
 def greedy(
-    model: LanguageModel, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 16
+    model: LanguageModel, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[list[int]]:
     """The likeliest token each time, until an end token (left out of the answer) or `max_new_tokens`.
 
-    prompts: token ids, generation prompt included. Prompts of like length run together, padded on the left, which
-    `generate` masks. Order is kept. No prompts: no answers.
+    prompts: token ids, generation prompt included. Order is kept. No prompts: no answers. Models whose attention the
+    sampler can't reach go through transformers' `generate`.
     """
+    if not model.ragged:
+        return _generated(model, tokenizer, prompts, max_new_tokens)
+    sampler = LocalSampler(model, tokenizer)
+    requests = [Request(list(p), 1, 0) for p in prompts]
+    groups = sampler.sample(requests, SamplingConfig(temperature=0.0, max_tokens=max_new_tokens))
+    rollouts = [g.rollouts[0] for g in groups]
+    return [list(r.tokens[:-1] if r.finish in ("end", "stop") else r.tokens) for r in rollouts]
+
+
+@torch.no_grad()
+def _generated(
+    model: LanguageModel, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 16
+) -> list[list[int]]:
+    """The same by `generate`: prompts of like length together, padded on the left, which it masks."""
     base = model.base
     ends = stop_tokens(base, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    before = base.config._attn_implementation
     training = model.training
     model.eval()
-    base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
     try:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
@@ -63,7 +67,5 @@ def greedy(
                 stop = next((k for k, t in enumerate(answer) if t in ends), len(answer))
                 answers[i] = answer[:stop]
     finally:
-        base.set_attn_implementation(before if model.ragged else base.config._attn_implementation)
         model.train(training)
-    assert not model.ragged or base.config._attn_implementation == attention.NAME
     return answers

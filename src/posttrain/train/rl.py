@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from posttrain.config import ModelConfig, RLConfig
+from posttrain.data.chat import turn_end
 from posttrain.data.questions import Question
 from posttrain.distributed import ranks
 from posttrain.errors import ModelError
@@ -187,7 +188,7 @@ def run_rl(
     out, writing = folder / "model", folder / ".model.writing"
     shutil.rmtree(writing, ignore_errors=True)
     policy.value = None
-    save_trained(policy, tokenizer, model, writing, config.adapter, config.merge, seed, None)
+    save_trained(policy, tokenizer, model, writing, config.adapter, config.merge, seed, turn_end(tokenizer))
     shutil.rmtree(out, ignore_errors=True)
     writing.rename(out)
     return {
