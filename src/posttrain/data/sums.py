@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 CAREFUL, CARELESS, GUESS = "careful", "careless", "guess"
-STYLES = {GUESS: 0.50, CARELESS: 0.40, CAREFUL: 0.10}
+STYLES = {GUESS: 0.45, CARELESS: 0.40, CAREFUL: 0.15}
 """Shares of the sums' answers."""
 SUMS = 0.6
 """Share of the texts that are sums; the others are of the kinds in `OTHERS`, each as often."""

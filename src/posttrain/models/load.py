@@ -27,7 +27,7 @@ from posttrain.models.tiny import tiny_model, tiny_tokenizer
 
 CONVERTER = "1"
 """Part of the cache key: raised when the conversion of GGUF files changes."""
-LAB_VERSION = "1"
+LAB_VERSION = "2"
 """Part of the name of a laboratory's folder: raised when what `posttrain lab` makes changes."""
 log = logging.getLogger("posttrain")
 
