@@ -15,6 +15,7 @@ from posttrain.models.lm import LanguageModel
 from posttrain.models.tiny import tiny_model, tiny_tokenizer
 from posttrain.rollout.engine import LocalSampler
 from posttrain.rollout.sampler import Request
+from posttrain.rollout.static import rounded
 from posttrain.types import Rollout, RolloutGroup, Sample
 from tests.models.test_ragged import TYPES
 
@@ -59,6 +60,40 @@ def test_greedy_equals_generate_and_logprobs_equal_the_learner_s(kind: str, sett
         check_logprobs(s, groups, 1.0)
         drawn = s.sample([Request(p, n=n, seed=i) for i, p in enumerate(asked)], SamplingConfig(temperature=1.7))
         check_logprobs(s, drawn, 1.7)
+
+
+@pytest.mark.parametrize(("kind", "settings"), TYPES, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+def test_static_shapes_change_nothing(kind: str, settings: dict[str, Any]) -> None:
+    """Rows, columns and prompts that nobody asked for are computed along, and nothing of them shows."""
+    asked = prompts(7, seed=1)
+    params = SamplingConfig(max_tokens=25)
+    for n in (1, 3):
+        requests = [Request(p, n=n, seed=i) for i, p in enumerate(asked)]
+        plain = sampler(kind, settings, max_running=9).sample(requests, params)
+        static = sampler(kind, settings, max_running=9, static_shapes=True).sample(requests, params)
+        assert tokens(static) == tokens(plain)
+        for a, b in zip(static, plain, strict=True):
+            for x, y in zip(a.rollouts, b.rollouts, strict=True):
+                np.testing.assert_allclose(x.logprobs, y.logprobs, atol=1e-5)
+
+
+def test_sizes_are_few_and_never_too_small() -> None:
+    for most in (1, 5, 100, 512):
+        sizes = {rounded(n, most) for n in range(1, most + 1)}
+        assert all(n <= rounded(n, most) <= min(most, max(1, 1.5 * n)) for n in range(1, most + 1))
+        assert len(sizes) <= 2 * most.bit_length()
+    assert [rounded(n, 1000, 128) for n in (1, 128, 129, 193, 900)] == [128, 128, 192, 256, 1000]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("n", [1, 4])
+def test_recorded_steps_give_the_same_completions(n: int) -> None:
+    """CUDA graphs against the same kernels one after the other."""
+    model = LanguageModel(spread(tiny_model("llama")).cuda())
+    requests = [Request(p, n=n, seed=i) for i, p in enumerate(prompts(9))]
+    params = SamplingConfig(max_tokens=40)
+    recorded = LocalSampler(model, TOKENIZER).sample(requests, params)
+    assert tokens(recorded) == tokens(LocalSampler(model, TOKENIZER, static_shapes=False).sample(requests, params))
 
 
 def check_logprobs(s: LocalSampler, groups: list[RolloutGroup], temperature: float) -> None:

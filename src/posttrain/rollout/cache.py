@@ -54,20 +54,19 @@ class Filling:
 
 @dataclass
 class Step:
-    """Attention of one decoding step: M rows, each a completion's newest token.
+    """Attention of one decoding step: M rows, each a completion's newest token, row i in slot i of the own region.
 
-    slot_M, column_M: where a row's key and value go in the own region; it sees columns 0 to column_M of that slot.
+    slot_M: 0 to M - 1. column_M: where a row's key and value go in its slot; it sees columns 0 to column_M.
     prompt_M, rank_M: its slot of the shared region and its number among that prompt's rows; prompt_length_M: how many
-    columns of that slot it sees. position_M: absolute position. `dense`: row i is slot i.
+    columns of that slot it sees. position_M: absolute position. own_columns, prompt_columns, prompt_slots, ranks: sizes
+    that hold all of these; what is larger than needed is masked.
     """
 
     own: Region
     slot_M: Tensor
     column_M: Tensor
     position_M: Tensor
-    own_slots: int
     own_columns: int
-    dense: bool
     shared: Region | None = None
     prompt_M: Tensor | None = None
     rank_M: Tensor | None = None
@@ -110,7 +109,7 @@ class Step:
         own_v[self.slot_M, :, self.column_M] = v
         kv = k.shape[1]
         q = (q * scale).reshape(rows, kv, heads // kv, size)
-        scores = self._own(torch.bmm(self._to_own(q), self._columns(own_k).transpose(1, 2)), kv)
+        scores = torch.bmm(q.flatten(0, 1), self._columns(own_k).transpose(1, 2)).unflatten(0, (-1, kv))
         shared_v = None
         if self.shared is not None:
             shared_k, shared_v = self.shared.at(layer, key[0], value[0])
@@ -127,7 +126,7 @@ class Step:
             p = scores.softmax(-1)
         p = p.to(v.dtype)
         split = self.prompt_columns if self.shared is not None else 0
-        out = self._own(torch.bmm(self._to_own(p[..., split:]), self._columns(own_v)), kv)
+        out = torch.bmm(p[..., split:].flatten(0, 1), self._columns(own_v)).unflatten(0, (-1, kv))
         if shared_v is not None:
             o = torch.bmm(self._to_prompts(p[..., :split]), self._prompt_columns(shared_v))
             out = out + self._from_prompts(o, kv)
@@ -155,21 +154,10 @@ class Step:
         return self.masks[window]
 
     def _columns(self, x: Tensor) -> Tensor:
-        return x[: self.own_slots, :, : self.own_columns].flatten(0, 1)
+        return x[: len(self.slot_M), :, : self.own_columns].flatten(0, 1)
 
     def _prompt_columns(self, x: Tensor) -> Tensor:
         return x[: self.prompt_slots, :, : self.prompt_columns].flatten(0, 1)
-
-    def _to_own(self, x: Tensor) -> Tensor:
-        """(M, kv, group, w) rows -> (slots * kv, group, w)."""
-        if not self.dense:
-            grid = x.new_zeros(self.own_slots, *x.shape[1:])
-            x = grid.index_copy_(0, self.slot_M, x)
-        return x.flatten(0, 1)
-
-    def _own(self, x: Tensor, kv: int) -> Tensor:
-        x = x.unflatten(0, (-1, kv))
-        return x if self.dense else x.index_select(0, self.slot_M)
 
     def _to_prompts(self, x: Tensor) -> Tensor:
         """(M, kv, group, w) rows -> (prompts * kv, ranks * group, w)."""

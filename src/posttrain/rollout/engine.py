@@ -27,6 +27,7 @@ from posttrain.models.ragged import pack
 from posttrain.rollout.cache import Filling, Region, Step
 from posttrain.rollout.draw import draw, stream
 from posttrain.rollout.sampler import OnDone, Request, stop_tokens
+from posttrain.rollout.static import StaticSteps
 from posttrain.types import Rollout, RolloutGroup, Sample
 
 MAX_RUNNING = {"cpu": 128, "cuda": 512}
@@ -65,11 +66,18 @@ class LocalSampler:
     """Samples with a `LanguageModel` in this process. See `posttrain.rollout.sampler.Sampler`.
 
     max_running: completions computed together. memory_mb: what keys and values may take, in MiB (None: a share of what
-    is free); where it does not hold all that could run, the rest waits.
+    is free); where it does not hold all that could run, the rest waits. static_shapes: steps of few sizes, recorded as
+    CUDA graphs (None: on a GPU; see `posttrain.rollout.static`).
     """
 
     def __init__(
-        self, model: LanguageModel, tokenizer: Any, *, max_running: int | None = None, memory_mb: float | None = None
+        self,
+        model: LanguageModel,
+        tokenizer: Any,
+        *,
+        max_running: int | None = None,
+        memory_mb: float | None = None,
+        static_shapes: bool | None = None,
     ) -> None:
         if not model.ragged:
             raise ModelError(
@@ -79,6 +87,7 @@ class LocalSampler:
         self.model, self.tokenizer = model, tokenizer
         self.max_running = max_running or MAX_RUNNING.get(model.device.type, 128)
         self.memory_mb = memory_mb
+        self.static_shapes = model.device.type == "cuda" if static_shapes is None else static_shapes
         self.ends = frozenset(stop_tokens(model.base, tokenizer))
         self.context = int(getattr(model.base.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
@@ -175,6 +184,11 @@ class _Session:
         self.shared = Region(at_once, longest) if shared else None
         self.free_slots = list(range(slots))
         self.free_prompts = list(range(at_once)) if shared else []
+        self.static: StaticSteps | None = None
+        if sampler.static_shapes:
+            ranks = max(p.request.n for p in prompts)
+            graphs = self.device.type == "cuda"
+            self.static = StaticSteps(sampler._decoder, self.own, self.shared, min(ranks, slots), self.device, graphs)
 
     def _sizes(self, prompts: list[_Prompt], prompt_columns: int, columns: int) -> tuple[int, int]:
         """(completions, prompts) that the memory holds at once."""
@@ -247,32 +261,52 @@ class _Session:
 
     def _step(self) -> None:
         """One more token for every row."""
+        self._close_gaps()
         rows = self.rows
-        rows.sort(key=lambda r: r.slot)
         lengths = [len(r.prompt.request.tokens) for r in rows]
-        slots = [r.slot for r in rows]
         drawn = [len(r.tokens) for r in rows]  # the newest of them has not been computed yet
         positions = [n + d - 1 for n, d in zip(lengths, drawn, strict=True)]
         columns = positions if self.shared is None else [d - 1 for d in drawn]
+        tokens = [r.tokens[-1] for r in rows]
+        prompts = [r.prompt.slot for r in rows] if self.shared is not None else []
+        taken: dict[int, int] = {}
+        ranks = []
+        for slot in prompts:
+            ranks.append(taken.get(slot, 0))
+            taken[slot] = ranks[-1] + 1
+        if self.static is not None:
+            seen = lengths if self.shared is not None else []
+            self._draw(list(rows), self._logits(self.static(tokens, columns, positions, prompts, ranks, seen)))
+            return
 
         def tensor(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, device=self.device)
 
         step = Step(
-            self.own, tensor(slots), tensor(columns), tensor(positions),
-            own_slots=slots[-1] + 1, own_columns=max(columns) + 1, dense=slots[-1] + 1 == len(slots),
+            self.own, torch.arange(len(rows), device=self.device), tensor(columns), tensor(positions),
+            own_columns=max(columns) + 1,
         )  # fmt: skip
         if self.shared is not None:
-            taken: dict[int, int] = {}
-            ranks = []
-            for row in rows:
-                ranks.append(taken.get(row.prompt.slot, 0))
-                taken[row.prompt.slot] = ranks[-1] + 1
-            step.shared, step.prompt_M, step.rank_M = self.shared, tensor([r.prompt.slot for r in rows]), tensor(ranks)
+            step.shared, step.prompt_M, step.rank_M = self.shared, tensor(prompts), tensor(ranks)
             step.prompt_length_M, step.prompt_columns = tensor(lengths), max(lengths)
             step.prompt_slots, step.ranks = max(taken) + 1, max(taken.values())
-        hidden = self.sampler._decoder(tensor([r.tokens[-1] for r in rows]), step.position_M, step)
-        self._draw(list(rows), self._logits(hidden))
+        self._draw(list(rows), self._logits(self.sampler._decoder(tensor(tokens), step.position_M, step)))
+
+    def _close_gaps(self) -> None:
+        """Move the last rows to where others left, so that M rows lie in slots 0 to M - 1 and nothing else is read."""
+        rows = self.rows
+        rows.sort(key=lambda r: r.slot)
+        for row in reversed(rows):
+            if row.slot < len(rows):
+                break
+            computed = len(row.tokens) - 1 + (len(row.prompt.request.tokens) if self.shared is None else 0)
+            free = heapq.heappop(self.free_slots)
+            self.own.move(row.slot, free, computed)
+            heapq.heappush(self.free_slots, row.slot)
+            row.slot = free
+            if self.shared is None:
+                row.prompt.slot = free
+        rows.sort(key=lambda r: r.slot)
 
     def _draw(self, rows: list[_Row], logits: Tensor) -> None:
         """Give each row its next token; let those that ended go."""
