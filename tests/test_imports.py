@@ -18,6 +18,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     {"errors", "types"},
     {"config", "functional", "files", "progress"},
+    {"sandbox"},
     {"distributed", "data", "rewards"},
     {"models"},
     {"machine", "rollout"},

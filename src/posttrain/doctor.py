@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 NEEDED = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "pydantic", "numpy")
 EXTRAS = {
     "gguf": {"gguf": "open .gguf models"},
+    "reasoning": {"math-verify": "mathematics as rewards", "reasoning-gym": "generated problems"},
     "track": {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "trackio"},
     "bench": {"trl": "side-by-side benchmarks"},
 }
@@ -168,8 +169,15 @@ def _cache(line: Line, problems: list[str]) -> None:
 
 
 def _extras(line: Line, problems: list[str]) -> None:
+    from posttrain import sandbox
+
+    try:
+        sandbox.require()
+        line("sandbox", "works (programs as rewards)")
+    except sandbox.SandboxError as error:
+        line("sandbox", f"{error} (programs as rewards)")  # not a problem: most runs need none
     for extra, packages in EXTRAS.items():
         for package, use in packages.items():
-            there = importlib.util.find_spec(package) is not None
+            there = importlib.util.find_spec(package.replace("-", "_")) is not None
             state = importlib.metadata.version(package) if there else f"not installed: pip install {package}"
             line(package, f"{state} ({use}; extra {extra})")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import Config
+from posttrain.config.sandbox import SandboxConfig
 
 Extract = Literal["auto", "tag", "boxed", "hashes", "last_line", "whole"]
 _EXTRACT = (
@@ -58,6 +59,7 @@ class NumericConfig(Labelled):
     kind: Literal["numeric"] = "numeric"
     tolerance: float = Field(0.0, ge=0, description="Largest absolute difference that counts as right.")
     relative: float = Field(0.0, ge=0, description="Largest difference as a share of the label; added to tolerance.")
+    partial: float = Field(0.0, description="For an answer that is a number, and not the right one (ReFT: 0.1).")
 
 
 class ChoiceConfig(Labelled):
@@ -162,6 +164,41 @@ class LengthConfig(Part):
         return self
 
 
+class Running(Part):
+    """Runs what the model wrote, in the sandbox; refuses where there is none (docs/sandbox.md)."""
+
+    limits: SandboxConfig = Field(default_factory=SandboxConfig, description="What a program may use.")
+
+    @model_validator(mode="after")
+    def _time(self) -> Running:
+        if self.limits.seconds > 4 * self.timeout:
+            raise ValueError(
+                f"limits.seconds is {self.limits.seconds:g}, and a call is cut off after 4 * timeout = "
+                f"{4 * self.timeout:g} s by the clock: raise timeout, or lower limits.seconds"
+            )
+        return self
+
+
+class ProgramConfig(Running):
+    """1 where the completion's program prints the right answer, else 0."""
+
+    kind: Literal["program"] = "program"
+    label: str = Field("answer", description="Column of the example that holds the right answer, or a list of them.")
+    tolerance: float = Field(1e-6, ge=0, description="Largest absolute difference that counts as right.")
+    partial: float = Field(0.0, description="For a program that prints a number, and not the right one (ReFT: 0.1).")
+
+
+class UnitTestsConfig(Running):
+    """1 where the completion's program passes the example's tests, else 0."""
+
+    kind: Literal["unit_tests"] = "unit_tests"
+    tests: str = Field("test", description="Column with the tests: source, or a list of lines (assert …).")
+    prefix: str | None = Field(
+        None, description="Column with source that goes before the program (its signature, say)."
+    )
+    entry_point: str = Field("entry_point", description="Column with the name that check() is called with, if any.")
+
+
 class FunctionConfig(Part):
     """Any function of yours: (text, example, **options) → number, or of a whole group."""
 
@@ -182,6 +219,8 @@ RewardConfig = Annotated[
     | ReasoningGymRewardConfig
     | SelfConsistencyConfig
     | PreferenceConfig
+    | ProgramConfig
+    | UnitTestsConfig
     | FormatConfig
     | LengthConfig
     | FunctionConfig,

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal
 
+from posttrain import sandbox
 from posttrain.config import rewards as c
 from posttrain.errors import MissingExtraError
+from posttrain.rewards import programs
 from posttrain.rewards.answer import Answer, find, letter_of, normal, number_of, numbers_in, plain
 from posttrain.rewards.base import Example, LabelError, RewardError, labels, load_function
 
@@ -47,7 +49,9 @@ def exact(text: str, example: Example, config: c.ExactConfig) -> float:
 
 
 def numeric(text: str, example: Example, config: c.NumericConfig) -> float:
-    """1 where |answer - label| <= tolerance + relative * |label|, in exact arithmetic. No number: 0.
+    """1 where |answer - label| <= tolerance + relative * |label|, in exact arithmetic; `partial` for another number.
+
+    No number: 0.
 
     Raises LabelError where a label is not one number (after #### where it has that).
     """
@@ -61,7 +65,8 @@ def numeric(text: str, example: Example, config: c.NumericConfig) -> float:
     value = None if answer is None else number_of(answer)
     if value is None:
         return 0.0
-    return float(any(abs(value - r) <= config.tolerance + config.relative * abs(r) for r in right))
+    close = any(abs(value - r) <= config.tolerance + config.relative * abs(r) for r in right)
+    return 1.0 if close else config.partial
 
 
 def choice(text: str, example: Example, config: c.ChoiceConfig) -> float:
@@ -253,6 +258,8 @@ LABELLED: dict[str, Callable[..., Any]] = {
     "choice": choice,
     "reasoning_gym": reasoning_gym,
     "self_consistency": self_consistency,
+    "program": programs.program,
+    "unit_tests": programs.unit_tests,
     "length": length,
 }
 
@@ -263,7 +270,9 @@ def is_isolated(config: c.RewardConfig, given: Mapping[str, Any]) -> bool:
         return config.isolated and config.function not in given
     if isinstance(config, c.SelfConsistencyConfig):
         return config.compare == "math"
-    return config.kind in ("math", "reasoning_gym") or (config.kind == "format" and config.pattern is not None)
+    return config.kind in ("math", "reasoning_gym", "program", "unit_tests") or (
+        config.kind == "format" and config.pattern is not None
+    )
 
 
 def build(config: c.RewardConfig, given: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -283,6 +292,8 @@ def build(config: c.RewardConfig, given: Mapping[str, Callable[..., Any]]) -> Ca
             raise RewardError("rewards of kind math need math-verify: pip install math-verify") from error
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limit is off
         _parsed("1", True)  # its grammar loads now, and not within the first call's time limit
+    if isinstance(config, c.Running):
+        sandbox.require()
     if isinstance(config, c.ReasoningGymRewardConfig):
         try:
             import reasoning_gym  # noqa: F401

