@@ -25,7 +25,7 @@ LAYERS = [
     {"evaluate"},
     {"train", "refine", "compress", "merge", "report"},
     {"lab"},
-    {"schema"},
+    {"schema", "stages"},
     {"recipe"},
     {"run"},
     {"show", "chat", "doctor", "browse"},

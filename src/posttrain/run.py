@@ -23,11 +23,11 @@ from typing import Any
 from rich.console import Console
 
 import posttrain
-from posttrain.config import ModelConfig, Recipe, RLConfig, SFTConfig
+from posttrain import stages
+from posttrain.config import ModelConfig, Recipe, RLConfig, StageConfig, references
 from posttrain.data.prepare import prepare
-from posttrain.data.questions import Question, apart, ask
 from posttrain.distributed import ranks
-from posttrain.errors import CheckpointError, DataError, PosttrainError
+from posttrain.errors import CheckpointError, PosttrainError
 from posttrain.evaluate.stats import compare, summarize
 from posttrain.evaluate.tasks import evaluate_model
 from posttrain.files import file_hash, read_lines, write_json, write_text
@@ -37,8 +37,8 @@ from posttrain.recipe import differences, dump_recipe, load_recipe
 from posttrain.report import build
 from posttrain.report.terminal import summary_table
 from posttrain.rollout.store import path_of, read_rollouts, rollout_steps
-from posttrain.train.loop import OnStep, Stopped, now
-from posttrain.train.sft import run_sft
+from posttrain.train.loop import Stopped, now
+from posttrain.train.stage import Ready, Setting
 from posttrain.train.track import Trackers
 
 
@@ -159,82 +159,72 @@ def _work(
     tokenizer = load_tokenizer(recipe.model)
     context = context_length(recipe.model)
     console.print("reading data")
-    stages = [_ready(stage, tokenizer, context, functions) for stage in recipe.stages]
+    setting = Setting(tokenizer, context, functions)
+    order = recipe.in_order()
+    # What asks for an earlier stage's result can only be read when that is there.
+    early = {name: stages.ready(stage, setting) for name, stage in order if not references(stage)}
     tasks = [
         {"stage": f"evaluate {task.name}", **prepare(task.data, tokenizer, context=context).stats}
         for task in recipe.evaluate
     ]
-    manifest.update(data=[entry for stage in stages for entry in stage.entries] + tasks)
+    manifest.update(data=[entry for ready in early.values() for entry in ready.entries] + tasks)
     trackers = Trackers(recipe.track, path, recipe)
 
     model = recipe.model
     if recipe.evaluate and ranks.is_main():
         evaluate_model(model, recipe.evaluate, path / "evaluations" / "before", recipe.seed)
     ranks.barrier()
-    records = manifest.values.get("stages", [])
-    for i, (stage, ready) in enumerate(zip(recipe.stages, stages, strict=True)):
-        folder = path / "stages" / f"{i}-{stage.name}"
-        if not (folder / "model").is_dir():
-            records = records[:i] + [{"name": stage.name, "method": stage.method, "status": "running"}]
-            manifest.update(stages=records)
-            done = ready.run(model, folder, recipe.seed + i, trackers.on_step(stage.name))
-            entry = {
-                "name": stage.name,
-                "method": stage.method,
-                "status": "done",
-                "from": model.source,
-                "to": str(folder / "model"),
-            }
-            sizes = {k: done.pop(k) for k in ("parameters", "trainable")}
-            manifest.update(stages=records[:i] + [{**entry, **done}], model={**manifest.values["model"], **sizes})
-            records = manifest.values["stages"]
-        model = model.model_copy(update={"source": str(folder / "model")})
+    made: dict[str, Path] = {}
+    for i, (name, stage) in enumerate(order):
+        folder = path / "stages" / name
+        result = folder / stage.makes
+        if not result.is_dir():
+            _carry_out(stage, early.get(name), setting, made, recipe, model, folder, i, manifest, trackers)
+        made[stage.name] = result
+        if stage.makes == "model":
+            model = model.model_copy(update={"source": str(result), "revision": None})
     trackers.close()
     if ranks.is_main():
         _finish(recipe, path, model, manifest)
     ranks.barrier()
 
 
+def _carry_out(
+    stage: StageConfig,
+    ready: Ready | None,
+    setting: Setting,
+    made: dict[str, Path],
+    recipe: Recipe,
+    model: ModelConfig,
+    folder: Path,
+    number: int,
+    manifest: Manifest,
+    trackers: Trackers,
+) -> None:
+    """One stage, from getting ready (where that had to wait) to its line in the manifest."""
+    stage = stages.resolved(stage, made)
+    if ready is None:
+        ready = stages.ready(stage, setting)
+        known = [e["stage"] for e in ready.entries]
+        manifest.update(data=[e for e in manifest.values["data"] if e["stage"] not in known] + ready.entries)
+    name = folder.name.split("-", 1)[1]
+    records = manifest.values.get("stages", [])[:number]
+    manifest.update(stages=[*records, {"name": name, "method": stage.method, "status": "running"}])
+    if stage.start is not None:
+        source = recipe.model.source if stage.start == "base" else stage.start
+        model = model.model_copy(update={"source": source, "revision": None})
+    done = ready.run(model, folder, recipe.seed + number, trackers.on_step(name))
+    entry = {"name": name, "method": stage.method, "status": "done"}
+    entry |= {"from": model.source, "to": str(folder / stage.makes)}
+    if stage.makes == "model":
+        sizes = {k: done.pop(k) for k in ("parameters", "trainable")}
+        manifest.update(model={**manifest.values["model"], **sizes})
+    manifest.update(stages=[*records, {**entry, **done}])
+
+
 def _describe(model: ModelConfig, before: dict[str, Any]) -> dict[str, Any]:
     found = resolve(model.source)
     return {**before, "source": model.source, "sha256": found.sha256(), "dtype": model.dtype, "device": model.device}
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A stage with its data read. entries: what the manifest says of that; run: (model, folder, seed, on_step)."""
-
-    entries: list[dict[str, Any]]
-    run: Callable[[ModelConfig, Path, int, OnStep | None], dict[str, Any]]
-
-
-def _ready(
-    stage: SFTConfig | RLConfig, tokenizer: Any, context: int | None, functions: dict[str, Callable[..., Any]] | None
-) -> _Ready:
-    if isinstance(stage, RLConfig):
-        from posttrain.train.rl import run_rl
-
-        asked = ask(stage.problems, tokenizer, context=context)
-        entries, held_out = [{"stage": stage.name, **asked.stats}], list[Question]()
-        if stage.held_out is not None:
-            held = apart(ask(stage.held_out.problems, tokenizer, context=context), asked, stage.name)
-            held_out = held.items
-            entries.append({"stage": f"{stage.name} held out", **held.stats})
-        return _Ready(
-            entries,
-            lambda model, folder, seed, on_step: run_rl(
-                stage, model, asked.items, held_out, folder, seed=seed, on_step=on_step, functions=functions
-            ),
-        )
-    prepared = prepare(stage.data, tokenizer, context=context)
-    if not prepared.samples:
-        raise DataError(f"stage {stage.name}: no row of {prepared.stats['source']} is left to train on")
-    return _Ready(
-        [{"stage": stage.name, **prepared.stats}],
-        lambda model, folder, seed, on_step: run_sft(
-            stage, model, prepared.samples, folder, seed=seed, on_step=on_step
-        ),
-    )
 
 
 def _finish(recipe: Recipe, path: Path, model: ModelConfig, manifest: Manifest) -> None:
@@ -267,8 +257,8 @@ def _held_out(recipe: Recipe, path: Path) -> list[str]:
     Judged by the first reward that is either 0 or 1; where there is none, the curve of rewards has to do.
     """
     names = []
-    for i, stage in enumerate(recipe.stages):
-        folder = path / "stages" / f"{i}-{stage.name}" / "held_out"
+    for folder_name, stage in recipe.in_order():
+        folder = path / "stages" / folder_name / "held_out"
         steps = rollout_steps(folder)
         if not isinstance(stage, RLConfig) or len(steps) < 2:
             continue
@@ -276,7 +266,7 @@ def _held_out(recipe: Recipe, path: Path) -> list[str]:
         both = {r["problem"] for r in sides[0]} & {r["problem"] for r in sides[1]}
         for part in [p.title for p in stage.rewards.parts] if both else []:
             if {r["parts"].get(part) for side in sides for r in side} <= {0.0, 1.0}:
-                name = f"{stage.name}-{part}"
+                name = f"{folder_name.split('-', 1)[1]}-{part}"
                 names.append(name)
                 for where, side in zip(("before", "after"), sides, strict=True):
                     _write_held_out(path / "evaluations" / where, name, part, [r for r in side if r["problem"] in both])

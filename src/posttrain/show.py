@@ -9,15 +9,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from posttrain.config import ModelConfig, Recipe, RLConfig, SFTConfig
+from posttrain.config import EpochsConfig, ModelConfig, Recipe, references
 from posttrain.data.pieces import render_terminal
 from posttrain.data.prepare import prepare
-from posttrain.data.questions import Questions, ask
+from posttrain.data.questions import Questions
 from posttrain.evaluate.stats import compare
 from posttrain.evaluate.tasks import evaluate_model
 from posttrain.files import read_lines
 from posttrain.models.load import context_length, load_tokenizer
 from posttrain.report.words import p_value, score
+from posttrain.stages import ready
+from posttrain.train.stage import Setting
 
 BAR = 40
 """Columns of the histogram's longest bar."""
@@ -26,28 +28,36 @@ BAR = 40
 def inspect(recipe: Recipe, only: str | None, rows: int, out: Console) -> None:
     """Prepare the data of every stage and evaluation (or of the one named) and print what came of it."""
     tokenizer, context = load_tokenizer(recipe.model), context_length(recipe.model)
-    for part in (*recipe.stages, *recipe.evaluate):
-        if only not in (None, part.name):
+    for stage in recipe.stages:
+        if only not in (None, stage.name):
             continue
-        if isinstance(part, RLConfig):
-            out.rule(f"{part.name} ({part.method})")
-            _questions(ask(part.problems, tokenizer, context=context), rows, out)
-            if part.held_out is not None:
-                out.rule(f"{part.name}: held out, every {part.held_out.every} steps")
-                _questions(ask(part.held_out.problems, tokenizer, context=context), rows, out)
+        asks = references(stage)
+        if asks:
+            out.rule(f"{stage.name} ({stage.method})")
+            out.print(f"reads what stage {', '.join(asks)} will make; posttrain inspect RUN shows it afterwards")
             continue
-        stage = part if isinstance(part, SFTConfig) else None
-        out.rule(f"{part.name} ({stage.method if stage else 'evaluation'})")
-        prepared = prepare(part.data, tokenizer, context=context)
-        lengths = [len(s) for s in prepared.samples]
-        _numbers(prepared.stats, lengths, out)
-        if stage is not None and lengths:
-            out.print(f"plan       {plan(stage, lengths)}", markup=False, soft_wrap=True)
-        for i, sample in enumerate(prepared.samples[:rows]):
-            loss = sum(w != 0 for w in sample.weights)
-            out.print(f"\n[bold]sample {i}[/] {len(sample)} tokens, {loss} carry loss (coloured)  {sample.source}")
-            out.print(render_terminal(sample, tokenizer), soft_wrap=True)
-        out.print()
+        for title, data in ready(stage, Setting(tokenizer, context)).data:
+            out.rule(f"{title} ({stage.method})")
+            if isinstance(data, Questions):
+                _questions(data, rows, out)
+            else:
+                _samples(data, stage if isinstance(stage, EpochsConfig) else None, tokenizer, rows, out)
+    for task in recipe.evaluate:
+        if only in (None, task.name):
+            out.rule(f"{task.name} (evaluation)")
+            _samples(prepare(task.data, tokenizer, context=context), None, tokenizer, rows, out)
+
+
+def _samples(prepared: Any, stage: EpochsConfig | None, tokenizer: Any, rows: int, out: Console) -> None:
+    lengths = [len(s) for s in prepared.samples]
+    _numbers(prepared.stats, lengths, out)
+    if stage is not None and lengths:
+        out.print(f"plan       {plan(stage, lengths)}", markup=False, soft_wrap=True)
+    for i, sample in enumerate(prepared.samples[:rows]):
+        loss = sum(w != 0 for w in sample.weights)
+        out.print(f"\n[bold]sample {i}[/] {len(sample)} tokens, {loss} carry loss (coloured)  {sample.source}")
+        out.print(render_terminal(sample, tokenizer), soft_wrap=True)
+    out.print()
 
 
 def _numbers(stats: dict[str, Any], lengths: Sequence[int], out: Console) -> None:
@@ -110,7 +120,7 @@ def histogram(lengths: Sequence[int], bins: int = 8) -> list[str]:
     ]
 
 
-def plan(stage: SFTConfig, lengths: Sequence[int]) -> str:
+def plan(stage: EpochsConfig, lengths: Sequence[int]) -> str:
     """Steps, and micro-batches a step as the token budget cuts them (before shared prefixes save any)."""
     from posttrain.models.ragged import micro_batches
     from posttrain.train.loop import steps_for

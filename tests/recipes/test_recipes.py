@@ -157,3 +157,27 @@ def test_bad_rows_stop_before_anything_is_trained(tmp_path: Path) -> None:
         posttrain.run(recipe_of(path), tmp_path / "run")
     assert not (tmp_path / "run" / "stages").exists()
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
+
+
+def test_a_stage_can_use_what_an_earlier_one_made_and_rounds_go_on_from_the_last(tmp_path: Path, chats: Path) -> None:
+    """start: stage:NAME opens that stage's model; rounds go through the list again."""
+    one = recipe_of(chats, max_steps=2)
+    first = one.stages[0].model_copy(update={"name": "first"})
+    again = one.stages[0].model_copy(update={"name": "again", "start": "base"})
+    last = one.stages[0].model_copy(update={"name": "last", "start": "stage:first"})
+    recipe = posttrain.Recipe.model_validate(
+        one.model_copy(update={"stages": [first, again, last], "rounds": 2}).model_dump()
+    )
+    result = posttrain.run(recipe, tmp_path / "run")
+    records = {r["name"]: r for r in json.loads((result.folder / "manifest.json").read_text())["stages"]}
+    assert list(records) == ["first", "again", "last", "first.2", "again.2", "last.2"]
+    assert records["again"]["from"] == "tiny:llama" and records["last"]["from"] == records["first"]["to"]
+    assert records["first.2"]["from"] == records["last"]["to"]
+    assert records["last.2"]["from"] == records["first.2"]["to"] and records["last.2"]["to"].endswith("5-last.2/model")
+
+
+def test_a_reference_to_a_stage_that_is_not_before_is_refused(chats: Path) -> None:
+    one = recipe_of(chats)
+    wrong = one.stages[0].model_copy(update={"start": "stage:later"})
+    with pytest.raises(ValueError, match=r"stage:later, and no stage before it is called that \(before it: none\)"):
+        posttrain.Recipe.model_validate(one.model_copy(update={"stages": [wrong]}).model_dump())

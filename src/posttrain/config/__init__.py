@@ -11,16 +11,20 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.config.base import (
+    NAME,
     AdapterConfig,
     ClassesConfig,
     Config,
     DataConfig,
+    EpochsConfig,
     ModelConfig,
     OptimizerConfig,
     SamplingConfig,
     SFTConfig,
+    StageBase,
     SystemsConfig,
     TaskConfig,
+    TrainConfig,
 )
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.rl import HeldOutConfig, KLConfig, LabConfig, ReasoningGymConfig, RLConfig, RowsConfig
@@ -39,11 +43,16 @@ class TrackConfig(Config):
 class Recipe(Config):
     """A model, a list of stages, and what to measure before the first and after the last."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the run's folder.")
+    name: str = Field(pattern=NAME, description="Name of the run's folder.")
     description: str = Field("", description="One line for `posttrain recipes list`.")
     model: ModelConfig
     seed: int = Field(0, ge=0, description="Seeds everything random.")
     stages: list[StageConfig] = Field(default_factory=list, description="Each starts from what the one before left.")
+    rounds: int = Field(
+        1,
+        ge=1,
+        description="Times that the list of stages is gone through, each time from where it ended; folders of later rounds are NAME.2, NAME.3.",
+    )
     evaluate: list[TaskConfig] = Field(
         default_factory=list, description="Measured before the first stage and after the last, on the same items."
     )
@@ -69,7 +78,36 @@ class Recipe(Config):
                 raise ValueError(f"two {what} are named {double[0]!r}; give each a name of its own")
         if not self.stages and not self.evaluate:
             raise ValueError("a recipe needs at least one stage or one evaluation")
+        earlier: list[str] = []
+        for stage in self.stages:
+            for name in references(stage):
+                if name not in earlier:
+                    raise ValueError(
+                        f"stage {stage.name!r} names stage:{name}, and no stage before it is called that "
+                        f"(before it: {', '.join(earlier) or 'none'})"
+                    )
+            earlier.append(stage.name)
         return self
+
+    def in_order(self) -> list[tuple[str, StageConfig]]:
+        """(folder name, stage) of every round, in the order they are carried out."""
+        rounds = [[(s.name if r == 1 else f"{s.name}.{r}", s) for s in self.stages] for r in range(1, self.rounds + 1)]
+        return [(f"{i}-{name}", stage) for i, (name, stage) in enumerate(s for r in rounds for s in r)]
+
+
+def references(stage: StageConfig) -> list[str]:
+    """Names of the stages whose results this one's settings ask for, as stage:NAME or stage:NAME/FILE."""
+    out: list[str] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, str) and value.startswith("stage:"):
+            out.append(value.removeprefix("stage:").split("/")[0])
+        elif isinstance(value, dict | list):
+            for inner in value.values() if isinstance(value, dict) else value:
+                walk(inner)
+
+    walk(stage.model_dump(mode="json"))
+    return list(dict.fromkeys(out))
 
 
 __all__ = [
@@ -77,6 +115,7 @@ __all__ = [
     "ClassesConfig",
     "Config",
     "DataConfig",
+    "EpochsConfig",
     "HeldOutConfig",
     "KLConfig",
     "LabConfig",
@@ -90,8 +129,11 @@ __all__ = [
     "RowsConfig",
     "SFTConfig",
     "SamplingConfig",
+    "StageBase",
     "StageConfig",
     "SystemsConfig",
     "TaskConfig",
     "TrackConfig",
+    "TrainConfig",
+    "references",
 ]

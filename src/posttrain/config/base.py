@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+NAME = r"^[A-Za-z0-9_.-]+$"
+"""What stages, tasks and runs may be called."""
 
 
 class Config(BaseModel):
@@ -59,7 +62,7 @@ class DataConfig(Config):
     """Rows from a file or the Hub, and how they become samples."""
 
     source: str | list[str] = Field(
-        description="Path(s) of .tsv .csv .json .jsonl .parquet files, a Hub data set's name, or packaged:NAME (ships with posttrain)."
+        description="Path(s) of .tsv .csv .json .jsonl .parquet files, a Hub data set's name, packaged:NAME (ships with posttrain), or stage:NAME (what an earlier stage made)."
     )
     split: str = Field("train", description="Split of a Hub data set.")
     subset: str | None = Field(None, description="Configuration name of a Hub data set.")
@@ -174,25 +177,47 @@ class SystemsConfig(Config):
         return self
 
 
-class SFTConfig(Config):
-    """Supervised fine-tuning: cross-entropy on the tokens asked for, divided by all loss tokens of the global batch."""
+class StageBase(Config):
+    """What every stage has, whatever it does. A value ``stage:NAME`` stands for what the stage of that name made."""
 
-    method: Literal["sft"] = "sft"
-    name: str = Field("sft", pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the stage's folder in the run.")
-    data: DataConfig
-    adapter: AdapterConfig | None = Field(None, description="Train adapters on a frozen model. None: full fine-tuning.")
+    makes: ClassVar[Literal["model", "data", "reward_model"]] = "model"
+    """What the stage leaves in its folder: only a model is handed on to the next stage; others are named to be used."""
+
+    start: str | None = Field(
+        None,
+        description="Model to start from instead of what the stage before left: stage:NAME, or any model source. base: the recipe's own model.",
+    )
+
+
+class TrainConfig(StageBase):
+    """What every stage that trains a model has."""
+
+    adapter: AdapterConfig | None = Field(None, description="Train adapters on a frozen model. None: every weight.")
     merge: bool = Field(
         True, description="Merge adapters into the final model's weights (the adapter is kept beside it)."
     )
-    batch_size: int = Field(16, ge=1, description="Samples a step, over all ranks.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the data.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after this many steps. None: as many as epochs need.")
-    optimizer: OptimizerConfig = OptimizerConfig()
     systems: SystemsConfig = SystemsConfig()
     checkpoint_every: int = Field(25, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(
         2, ge=2, description="How many to keep; two at least, so that a damaged one can be done without."
     )
+
+
+class EpochsConfig(TrainConfig):
+    """What every stage has that goes over rows of data, batch by batch."""
+
+    batch_size: int = Field(16, ge=1, description="Rows a step, over all ranks.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the data.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many steps. None: as many as epochs need.")
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class SFTConfig(EpochsConfig):
+    """Supervised fine-tuning: cross-entropy on the tokens asked for, divided by all loss tokens of the global batch."""
+
+    method: Literal["sft"] = "sft"
+    name: str = Field("sft", pattern=NAME, description="Name of the stage's folder in the run.")
+    data: DataConfig
 
 
 class SamplingConfig(Config):
@@ -225,7 +250,7 @@ class SamplingConfig(Config):
 class TaskConfig(Config):
     """One evaluation: what is asked, and how the answer is judged."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name in tables and files.")
+    name: str = Field(pattern=NAME, description="Name in tables and files.")
     kind: Literal["choice", "generate", "perplexity"] = Field(
         description="choice: compare the likelihoods of the choices; generate: greedy answer matched against the expected one; perplexity: of the loss tokens."
     )

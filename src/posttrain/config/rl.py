@@ -6,14 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import (
-    AdapterConfig,
-    Config,
-    DataConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    SystemsConfig,
-)
+from posttrain.config.base import NAME, Config, DataConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from posttrain.config.rewards import RewardsConfig
 
 
@@ -78,7 +71,7 @@ class HeldOutConfig(Config):
     every: int = Field(10, ge=1, description="Steps between; also before the first and after the last.")
 
 
-class RLConfig(Config):
+class RLConfig(TrainConfig):
     """Policy gradients: completions are sampled, judged by rewards, and made likelier or less likely."""
 
     method: Literal[
@@ -94,7 +87,7 @@ class RLConfig(Config):
         "remax",
         "ppo",
     ]
-    name: str = Field("rl", pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the stage's folder in the run.")
+    name: str = Field("rl", pattern=NAME, description="Name of the stage's folder in the run.")
     problems: ProblemsConfig
     rewards: RewardsConfig
     held_out: HeldOutConfig | None = None
@@ -134,12 +127,8 @@ class RLConfig(Config):
     cache_mb: float | None = Field(
         None, gt=0, description="MiB that keys and values may take while sampling. None: a fifth of the memory."
     )
-    adapter: AdapterConfig | None = Field(None, description="Train adapters on a frozen model. None: every weight.")
-    merge: bool = Field(True, description="Merge adapters into the final model's weights.")
     optimizer: RLOptimizerConfig = RLOptimizerConfig()
-    systems: SystemsConfig = SystemsConfig()
     checkpoint_every: int = Field(10, ge=1, description="Batches of rollouts between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=2, description="How many to keep.")
 
     @model_validator(mode="after")
     def _fits(self) -> RLConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,14 +11,12 @@ import torch
 
 from posttrain.config import ModelConfig, RLConfig
 from posttrain.data.chat import turn_end
-from posttrain.data.questions import Question
+from posttrain.data.questions import Question, apart, ask
 from posttrain.distributed import ranks
 from posttrain.errors import ModelError
 from posttrain.evaluate.stats import mean_interval
-from posttrain.models.adapters import attach, count_parameters
-from posttrain.models.lm import LanguageModel, verify
-from posttrain.models.load import load_model, pick_device, pick_dtype
-from posttrain.models.save import save_trained
+from posttrain.models.lm import LanguageModel
+from posttrain.models.load import load_model, pick_dtype
 from posttrain.progress import Track
 from posttrain.rewards.stack import RewardStack
 from posttrain.rollout.engine import LocalSampler
@@ -28,6 +25,7 @@ from posttrain.train.collect import Batch, Collector, Phases, in_passes, with_fa
 from posttrain.train.learner import Learner, StepResult
 from posttrain.train.loop import OnStep, train
 from posttrain.train.methods import METHODS, Extremes, Rolled, policy_loss
+from posttrain.train.stage import Functions, Ready, Setting, account, leave_model, open_policy
 
 
 class Experience:
@@ -134,6 +132,23 @@ def _joined(records: Sequence[dict[str, float]]) -> dict[str, float]:
     return out
 
 
+def ready(config: RLConfig, setting: Setting) -> Ready:
+    """The stage with its problems asked; held-out ones that are trained on too are left out of those."""
+    asked = ask(config.problems, setting.tokenizer, context=setting.context)
+    data, held_out = [(config.name, asked)], list[Question]()
+    if config.held_out is not None:
+        held = ask(config.held_out.problems, setting.tokenizer, context=setting.context)
+        held = apart(held, asked, config.name)
+        held_out = held.items
+        data.append((f"{config.name} held out", held))
+    return Ready(
+        data,
+        lambda model, folder, seed, on_step: run_rl(
+            config, model, asked.items, held_out, folder, seed=seed, on_step=on_step, functions=setting.functions
+        ),
+    )
+
+
 def run_rl(
     config: RLConfig,
     model: ModelConfig,
@@ -143,23 +158,17 @@ def run_rl(
     *,
     seed: int = 0,
     on_step: OnStep | None = None,
-    functions: dict[str, Callable[..., Any]] | None = None,
+    functions: Functions | None = None,
 ) -> dict[str, Any]:
     """Train `model` on `questions` by rewards; the result is `folder`/model, an ordinary Hugging Face folder.
 
     functions: rewards that the recipe names and that live in this program. Goes on from the newest checkpoint in
     `folder` where there is one. Returns what the manifest says of the stage.
     """
-    device = pick_device(model.device)
-    ranks.start(device)
     if ranks.world() > 1:
         raise ModelError(f"{config.method} runs in one process so far; start it without torchrun")
-    hf, tokenizer = load_model(model, pick_dtype(model.dtype, device))
-    if config.adapter is not None:
-        hf = attach(hf, config.adapter, seed)
-    policy = LanguageModel(hf)
-    verify(policy)
-    total, trainable = count_parameters(policy)
+    opened = open_policy(config, model, seed)
+    policy, tokenizer = opened.policy, opened.tokenizer
     critic = METHODS[config.method].advantages == "critic"
     if critic:
         policy.add_value_head()
@@ -185,21 +194,9 @@ def run_rl(
             on_step=on_step,
             shown=("reward", "held_out", "length"),
         )
-    out, writing = folder / "model", folder / ".model.writing"
-    shutil.rmtree(writing, ignore_errors=True)
     policy.value = None
-    save_trained(policy, tokenizer, model, writing, config.adapter, config.merge, seed, turn_end(tokenizer))
-    shutil.rmtree(out, ignore_errors=True)
-    writing.rename(out)
-    return {
-        "steps": result.steps,
-        "skipped_steps": result.skipped,
-        "seconds": round(result.seconds, 2),
-        "tokens": result.tokens,
-        "peak_memory_mb": round(result.peak_memory_mb, 1),
-        "parameters": total,
-        "trainable": trainable,
-    }
+    leave_model(opened, config, model, folder, seed, turn_end(tokenizer))
+    return account(result, opened)
 
 
 def _reference(config: RLConfig, model: ModelConfig, policy: LanguageModel) -> Callable[[Sequence[Rolled]], None]:

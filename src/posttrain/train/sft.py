@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from posttrain.config import ModelConfig, SFTConfig
-from posttrain.distributed import ranks
-from posttrain.models.adapters import attach, count_parameters
-from posttrain.models.lm import LanguageModel, verify
-from posttrain.models.load import load_model, pick_device, pick_dtype
-from posttrain.models.save import save_trained
+from posttrain.data.prepare import prepare
 from posttrain.train.learner import Learner
 from posttrain.train.loop import Batches, OnStep, permutation_batches, train
+from posttrain.train.stage import Ready, Setting, account, leave_model, open_policy
 from posttrain.types import Sample
+
+
+def ready(config: SFTConfig, setting: Setting) -> Ready:
+    """The stage with its rows read. Raises DataError where none can be used, or some can't and none may be left out."""
+    prepared = prepare(config.data, setting.tokenizer, context=setting.context)
+    return Ready(
+        [(config.name, prepared)],
+        lambda model, folder, seed, on_step: run_sft(
+            config, model, prepared.samples, folder, seed=seed, on_step=on_step
+        ),
+    )
 
 
 def run_sft(
@@ -32,16 +39,9 @@ def run_sft(
 
     Goes on from the newest checkpoint in `folder` where there is one. Returns what the manifest says of the stage.
     """
-    device = pick_device(model.device)
-    ranks.start(device)
-    hf, tokenizer = load_model(model, pick_dtype(model.dtype, device))
-    if config.adapter is not None:
-        hf = attach(hf, config.adapter, seed)
-    policy = LanguageModel(hf)
-    verify(policy)
-    total, trainable = count_parameters(policy)
+    opened = open_policy(config, model, seed)
     batch_at, steps = permutation_batches(samples, config.batch_size, config.epochs, seed, config.max_steps)
-    learner = Learner(policy, config.optimizer, config.systems, steps)
+    learner = Learner(opened.policy, config.optimizer, config.systems, steps)
     result = train(
         learner,
         Batches(learner, batch_at),
@@ -52,24 +52,8 @@ def run_sft(
         on_step=on_step,
         epoch_of=lambda step: step * config.batch_size / len(samples),
     )
-    out = folder / "model"
-    work = folder / ".model.writing"
-    if ranks.is_main():
-        shutil.rmtree(work, ignore_errors=True)
-    save_trained(policy, tokenizer, model, work, config.adapter, config.merge, seed, taught_end(samples))
-    if ranks.is_main():
-        shutil.rmtree(out, ignore_errors=True)
-        work.rename(out)
-    ranks.barrier()
-    return {
-        "steps": result.steps,
-        "skipped_steps": result.skipped,
-        "seconds": round(result.seconds, 2),
-        "tokens": result.tokens,
-        "peak_memory_mb": round(result.peak_memory_mb, 1),
-        "parameters": total,
-        "trainable": trainable,
-    }
+    leave_model(opened, config, model, folder, seed, taught_end(samples))
+    return account(result, opened)
 
 
 def taught_end(samples: Sequence[Sample]) -> int | None:

@@ -1,0 +1,44 @@
+"""The table of stages: which module carries out which method, and what a stage's settings refer to."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain.config import RLConfig, SFTConfig, StageConfig
+from posttrain.train.stage import Ready, Setting
+
+STAGES: dict[type, str] = {
+    SFTConfig: "posttrain.train.sft",
+    RLConfig: "posttrain.train.rl",
+}
+"""Settings → module; each module has `ready(settings, setting) -> Ready`. Loaded when first needed."""
+
+
+def ready(stage: StageConfig, setting: Setting) -> Ready:
+    """The stage with its data read. Raises what that is wrong with (DataError, ModelError, RewardError)."""
+    module = importlib.import_module(STAGES[type(stage)])
+    return module.ready(stage, setting)  # type: ignore[no-any-return]
+
+
+def resolved(stage: StageConfig, made: Mapping[str, Path]) -> StageConfig:
+    """The same settings with every stage:NAME replaced by the path of what that stage made.
+
+    made: by name, what the newest stage of that name left: a folder. stage:NAME is that folder (of a stage that makes
+    data: its rows.jsonl); stage:NAME/FILE is a file or folder beside it, stage:NAME/rollouts for instance.
+    """
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("stage:"):
+            name, _, rest = value.removeprefix("stage:").partition("/")
+            folder = made[name]
+            if rest:
+                return str(folder.parent / rest)
+            return str(folder / "rows.jsonl" if folder.name == "data" else folder)
+        if isinstance(value, dict):
+            return {k: walk(v) for k, v in value.items()}
+        return [walk(v) for v in value] if isinstance(value, list) else value
+
+    return type(stage).model_validate(walk(stage.model_dump(mode="json")))
