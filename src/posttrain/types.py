@@ -50,6 +50,10 @@ class Sample:
         return len(self.tokens)
 
 
+Step = tuple[int, int, float]
+"""A step of a completion and its score: its first token, one past its last, the number."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One sampled completion of a prompt.
@@ -59,6 +63,9 @@ class Rollout:
     finish: why it ended: ``end`` (a token that ends a turn or text), ``stop`` (a stop string or token), ``length``.
     text: decoded, without the end token or stop string.
     rewards: every reward's own number by name, before weights; reward: their weighted sum.
+    mask: for each token whether the model wrote it; None: it wrote all. What an environment wrote is context to the
+        model: it has log-probability 0 here, no loss, and no part in ratios, divergences, entropies and lengths.
+    steps: by the name of a reward that judges steps, those that it has a score for, before weights, in order.
     """
 
     tokens: Sequence[int]
@@ -67,6 +74,22 @@ class Rollout:
     text: str = ""
     rewards: Mapping[str, float] = field(default_factory=dict)
     reward: float = 0.0
+    mask: Sequence[bool] | None = None
+    steps: Mapping[str, Sequence[Step]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and len(self.mask) != len(self.tokens):
+            raise ValueError(f"a rollout of {len(self.tokens)} tokens has a mask of {len(self.mask)}")
+
+    @property
+    def length(self) -> int:
+        """How many tokens the model wrote."""
+        return len(self.tokens) if self.mask is None else sum(self.mask)
+
+    @property
+    def own(self) -> Sequence[int]:
+        """Places of the tokens that the model wrote, ascending."""
+        return range(len(self.tokens)) if self.mask is None else [i for i, mine in enumerate(self.mask) if mine]
 
 
 @dataclass(frozen=True, slots=True)

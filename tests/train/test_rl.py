@@ -45,8 +45,11 @@ def model(seed: int = 0) -> LanguageModel:
     return LanguageModel(tiny_model("llama"))
 
 
-def batch_of(seed: int = 0, groups: int = 3, size: int = 4) -> list[Rolled]:
-    """Random rollouts: prompts longer than what is worth sharing, one group without signal."""
+def batch_of(seed: int = 0, groups: int = 3, size: int = 4, replies: bool = False) -> list[Rolled]:
+    """Random rollouts: prompts longer than what is worth sharing, one group without signal.
+
+    replies: an environment wrote some of the tokens; their log-probabilities here are nonsense that must not count.
+    """
     g = torch.Generator().manual_seed(seed)
     out = []
     for group in range(groups):
@@ -56,7 +59,13 @@ def batch_of(seed: int = 0, groups: int = 3, size: int = 4) -> list[Rolled]:
             tokens = torch.randint(3, 250, (n,), generator=g).tolist()
             logprobs = (-5.6 + 0.3 * torch.randn(n, generator=g)).tolist()
             reward = 1.0 if group == 1 else float(i % 3) + 0.25 * group
-            out.append(Rolled(prompt, Rollout(tokens, logprobs, "end", reward=reward), group))
+            mask = None
+            if replies and i:
+                mask = [True] * n
+                for at in (1, n // 2 + 1):
+                    reply = torch.randint(3, 250, (i,), generator=g).tolist()
+                    tokens[at:at], logprobs[at:at], mask[at:at] = reply, [-77.0] * i, [False] * i
+            out.append(Rolled(prompt, Rollout(tokens, logprobs, "end", reward=reward, mask=mask), group))
     return out
 
 
@@ -67,8 +76,9 @@ def plain_logprobs(lm: LanguageModel, rolled: Rolled, temperature: float) -> tor
     logits = lm.base(ids, use_cache=False).logits[0] / temperature
     lm.base.set_attn_implementation("posttrain")
     start = len(rolled.prompt)
-    picked = logits.log_softmax(-1)[start - 1 : -1].gather(1, ids[0, start:, None])
-    return picked.squeeze(1)
+    picked = logits.log_softmax(-1)[start - 1 : -1].gather(1, ids[0, start:, None]).squeeze(1)
+    mask = rolled.rollout.mask
+    return picked if mask is None else torch.stack([p for p, mine in zip(picked, mask, strict=True) if mine])
 
 
 def slow(config: RLConfig, lm: LanguageModel, rolled: list[Rolled], alone: bool) -> torch.Tensor:
@@ -88,7 +98,9 @@ def slow(config: RLConfig, lm: LanguageModel, rolled: list[Rolled], alone: bool)
         else:
             a = rewards[i] - rewards.mean()
         logp = plain_logprobs(lm, r, config.sampling.temperature)
-        old = logp.detach() if alone else torch.tensor(r.rollout.logprobs)
+        wrote = r.rollout.mask or [True] * len(r.rollout.tokens)
+        sampled = torch.tensor([p for p, mine in zip(r.rollout.logprobs, wrote, strict=True) if mine])
+        old = logp.detach() if alone else sampled
         ratio = (logp - old).exp()
         if name in ("rloo", "reinforce") and alone:
             total = total - (a * logp).sum() / len(rolled)
@@ -124,14 +136,14 @@ def capture(learner: Learner) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("method", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce"])
-@pytest.mark.parametrize("alone", [True, False])
-def test_loss_and_gradient_equal_a_slow_loop(method: str, alone: bool) -> None:
+@pytest.mark.parametrize(("alone", "replies"), [(True, False), (False, False), (True, True), (False, True)])
+def test_loss_and_gradient_equal_a_slow_loop(method: str, alone: bool, replies: bool) -> None:
     config = settings(method, updates=1 if alone else 2, sampling={"max_tokens": MAX, "temperature": 0.8})
-    rolled, lm = batch_of(), model()
+    rolled, lm = batch_of(replies=replies), model()
     give_advantages(config, rolled)
     if not alone:
         for r in rolled:
-            r.old = torch.tensor(r.rollout.logprobs)
+            r.old = r.sampled()
     learner = Learner(lm, config.optimizer, SystemsConfig(), 1)
     captured = capture(learner)
     samples = [r.sample(i) for i, r in enumerate(rolled)]

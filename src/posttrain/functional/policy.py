@@ -51,13 +51,16 @@ def sequence_ratio(
     return log_ratio_R.clamp(-MAX_LOG, MAX_LOG).exp()[sequence_N]
 
 
-def sequence_token_ratio(logprobs_N: Tensor, old_logprobs_N: Tensor, sequence_N: Tensor, lengths_R: Tensor) -> Tensor:
+def sequence_token_ratio(
+    logprobs_N: Tensor, old_logprobs_N: Tensor, sequence_N: Tensor, lengths_R: Tensor, mean: bool = True
+) -> Tensor:
     """GSPO-token: sg[s_i] pi(y_t) / sg[pi(y_t)], of shape N; its value is the sequence's, its gradient the token's own.
 
     Source: arXiv 2507.18071 eq. 14. For advantages that differ within a sequence; where they don't, loss and gradient
-    under aggregation `sequence` are those of `sequence_ratio`.
+    under aggregation `sequence` are those of `sequence_ratio`. mean false: the ratio of the whole sequence, RLOO's; its
+    gradient under aggregation `constant` (1) is then that of `sequence_ratio` under `sequence`.
     """
-    ratio_N = sequence_ratio(logprobs_N.detach(), old_logprobs_N, sequence_N, lengths_R)
+    ratio_N = sequence_ratio(logprobs_N.detach(), old_logprobs_N, sequence_N, lengths_R, mean)
     return ratio_N * (logprobs_N - logprobs_N.detach()).exp()
 
 

@@ -235,4 +235,4 @@ def _arguments(part: Component, group: RolloutGroup, places: Sequence[int]) -> t
     if part.form == "group":
         return ([group.rollouts[i].text for i in places], dict(group.example)), len(places)
     rollout = group.rollouts[places[0]]
-    return (rollout.text, {**group.example, "completion_tokens": len(rollout.tokens), "finish": rollout.finish}), None
+    return (rollout.text, {**group.example, "completion_tokens": rollout.length, "finish": rollout.finish}), None

@@ -91,7 +91,7 @@ def watch(steps: Sequence[Sequence[RolloutGroup]], suspects: int = 5) -> dict[st
         among = {k: _between(a, b, rs) for k, rs in (("all", everything), ("early", early), ("late", late))}
         pairs.append({"a": a, "b": b, **among})
     shape: dict[str, dict[str, Any]] = {}
-    for name, measure in (("length", lambda r: float(len(r.tokens))), ("repetition", lambda r: repetition(r.tokens))):
+    for name, measure in (("length", lambda r: float(r.length)), ("repetition", lambda r: repetition(r.tokens))):
         shape[name] = _series(measure, flat, early, late)
         shape[name]["correlation"] = correlation([measure(r) for r in everything], [r.reward for r in everything])
     markers = {
@@ -151,18 +151,18 @@ def _moves_apart(pair: Mapping[str, Any], parts: Mapping[str, Any]) -> bool:
 def _suspects(steps: Sequence[Sequence[RolloutGroup]], count: int) -> list[dict[str, Any]]:
     found = []
     for s, groups in enumerate(steps):
-        lengths = [len(r.tokens) for g in groups for r in g.rollouts if math.isfinite(r.reward)]
+        lengths = [r.length for g in groups for r in g.rollouts if math.isfinite(r.reward)]
         mean, spread = (statistics.fmean(lengths), statistics.pstdev(lengths)) if lengths else (0.0, 0.0)
         for g, group in enumerate(groups):
             rewards = [r.reward for r in group.rollouts if math.isfinite(r.reward)]
             for i, r in enumerate(group.rollouts):
                 if not math.isfinite(r.reward) or r.reward <= statistics.fmean(rewards):
                     continue
-                z = (len(r.tokens) - mean) / spread if spread else 0.0
+                z = (r.length - mean) / spread if spread else 0.0
                 again = repetition(r.tokens)
                 entry = {"step": s, "group": g, "rollout": i, "reward": r.reward, "repetition": again}
                 score = again + max(0.0, abs(z) - 1) / 2  # a length within one deviation of the step's mean is usual
-                found.append({**entry, "tokens": len(r.tokens), "length_z": z, "score": score})
+                found.append({**entry, "tokens": r.length, "length_z": z, "score": score})
     worst = sorted(found, key=lambda f: (-f["score"], f["step"], f["group"], f["rollout"]))
     return [f for f in worst if f["score"] > 0][:count]
 

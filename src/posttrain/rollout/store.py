@@ -51,10 +51,12 @@ def write_rollouts(
                     "prompt_tokens": list(group.prompt),
                     "tokens": list(r.tokens),
                     "logprobs": list(r.logprobs),
+                    "mask": None if r.mask is None else [bool(m) for m in r.mask],
                     "reward": r.reward if math.isfinite(r.reward) else None,
                     "advantage": advantages[g][i] if advantages is not None else None,
                     "answer": json.dumps(group.example.get("answer"), ensure_ascii=False, default=str),
                     "parts": json.dumps(dict(r.rewards)),
+                    "steps": json.dumps({name: [list(s) for s in steps] for name, steps in r.steps.items()}),
                     "failures": json.dumps(dict(failures[g][i]) if failures is not None else {}, ensure_ascii=False),
                 }
             )
@@ -65,9 +67,10 @@ def write_rollouts(
             ("prompt_tokens", pa.list_(pa.int32())),
             ("tokens", pa.list_(pa.int32())),
             ("logprobs", pa.list_(pa.float32())),
+            ("mask", pa.list_(pa.bool_())),
             ("reward", pa.float64()),
             ("advantage", pa.float64()),
-            *((name, pa.string()) for name in ("answer", "parts", "failures")),
+            *((name, pa.string()) for name in ("answer", "parts", "steps", "failures")),
         ]
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +87,10 @@ def rollout_steps(folder: Path) -> list[int]:
 
 
 def read_rollouts(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, `answer`, `parts` and `failures` as values. Raises DataError where it can't be read."""
+    """The rows of a file, what is kept as JSON (`answer`, `parts`, `steps`, `failures`) as values.
+
+    Files of before there were `mask` and `steps` are read as rollouts without. Raises DataError where it can't be read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -93,7 +99,8 @@ def read_rollouts(path: Path) -> list[dict[str, Any]]:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} can't be read as rollouts: {error}") from error
     for row in rows:
-        row.update({name: json.loads(row[name]) for name in ("answer", "parts", "failures")})
+        row.update({name: json.loads(row.get(name) or "{}") for name in ("answer", "parts", "steps", "failures")})
+        row.setdefault("mask", None)
     return rows  # type: ignore[no-any-return]
 
 
@@ -112,6 +119,8 @@ def groups_of(rows: Sequence[Mapping[str, Any]]) -> list[RolloutGroup]:
                 r["completion"],
                 r["parts"],
                 math.nan if r["reward"] is None else r["reward"],
+                r["mask"],
+                {name: [(a, b, score) for a, b, score in steps] for name, steps in r["steps"].items()},
             )
             for r in members
         ]

@@ -23,7 +23,7 @@ from posttrain.models.ragged import micro_batches
 from posttrain.progress import Track
 from posttrain.rewards.stack import RewardStack, Scored
 from posttrain.rollout.sampler import Request, Sampler
-from posttrain.train.methods import METHODS, Rolled, give_advantages
+from posttrain.train.methods import METHODS, Rolled, give_advantages, mixed, outcome
 from posttrain.types import RolloutGroup
 
 Failures = list[list[dict[str, str]]]
@@ -117,13 +117,13 @@ class Collector:
         groups, scored = self._attempt(chosen, step, 0, phases)
         drawn = len(groups)
         for redraw in range(1, self.config.redraws + 1):
-            flat = [i for i, g in enumerate(scored.groups) if not _mixed(g)]
+            flat = [i for i, g in enumerate(scored.groups) if not mixed(g.rollouts)]
             if not flat:
                 break
             fresh = self._problems(step, redraw)[: len(flat)]
             _, more = self._attempt(fresh, step, redraw, phases)
             drawn += len(fresh)
-            for i, j in zip(flat, [j for j, g in enumerate(more.groups) if _mixed(g)], strict=False):
+            for i, j in zip(flat, [j for j, g in enumerate(more.groups) if mixed(g.rollouts)], strict=False):
                 chosen[i] = fresh[j]
                 _replace(scored, i, more, j)
         batch = self._batch(chosen, scored)
@@ -183,7 +183,7 @@ class Collector:
                 self._own(rolled)
             elif many or in_reward:
                 for r in rolled:
-                    r.old = torch.tensor(r.rollout.logprobs, dtype=torch.float32)
+                    r.old = r.sampled()
             if self.reference is not None:
                 self.reference(rolled)
         greedy: list[float] = []
@@ -193,7 +193,7 @@ class Collector:
         if not many and in_reward and exact:
             for r in rolled:  # served the penalty; on a single fresh update the learner's own are better
                 r.old = None
-        rewards = torch.tensor([r.rollout.reward for r in rolled], dtype=torch.float64)
+        rewards = torch.tensor([outcome(config, r.rollout) for r in rolled], dtype=torch.float64)
         self.baseline = moving_average(self.baseline, rewards)
         signal: dict[int, bool] = dict.fromkeys(range(len(batch.groups)), False)
         for r in rolled:
@@ -219,16 +219,13 @@ class Collector:
         """ReMax: the reward of the likeliest answer to each prompt; 0 where it can't be judged."""
         groups = self.answer([self.questions[i] for i in batch.problems], phases)
         with phases("reward"):
-            return [g.rollouts[0].reward if g.rollouts else 0.0 for g in self.rewards(groups).groups]
+            answered = self.rewards(groups).groups
+        return [outcome(self.config, g.rollouts[0]) if g.rollouts else 0.0 for g in answered]
 
     def answer(self, questions: Sequence[Question], phases: Phases) -> list[RolloutGroup]:
         """Greedy answers."""
         greedy = self.config.sampling.model_copy(update={"temperature": 0.0})
         return self._sample([Request(q.tokens, 1, 0, q.problem) for q in questions], greedy, phases)
-
-
-def _mixed(group: RolloutGroup) -> bool:
-    return len({r.reward for r in group.rollouts}) > 1
 
 
 def _replace(scored: Scored, i: int, other: Scored, j: int) -> None:
@@ -247,20 +244,20 @@ def _metrics(scored: Scored) -> dict[str, float]:
         out.update(reward=statistics.fmean(rewards), reward_std=statistics.pstdev(rewards))
         for name in sorted({n for r in rollouts for n in r.rewards}):
             out[f"reward/{name}"] = statistics.fmean(r.rewards[name] for r in rollouts if name in r.rewards)
-        tokens = sum(len(r.tokens) for r in rollouts)
+        tokens = sum(r.length for r in rollouts)
         out["length"] = tokens / len(rollouts)
         out["cut"] = sum(r.finish == "length" for r in rollouts) / len(rollouts)
-        out["entropy"] = -sum(sum(r.logprobs) for r in rollouts) / max(1, tokens)
+        out["entropy"] = -sum(r.logprobs[i] for r in rollouts for i in r.own) / max(1, tokens)
     for e in scored.excluded:
         out[f"failed/{e.reward}"] = out.get(f"failed/{e.reward}", 0.0) + 1
     return out
 
 
 def in_passes(model: LanguageModel, rolled: Sequence[Rolled], budget: int) -> Iterator[tuple[list[Rolled], Any, Any]]:
-    """(rollouts, ragged batch, T-indices of their completions' tokens), group by group within the token budget."""
+    """(rollouts, ragged batch, T-indices of the tokens they wrote), group by group within the token budget."""
     there = [r for r in rolled if r.length]
-    sizes = [len(r.prompt) + r.length for r in there]
+    sizes = [len(r.prompt) + len(r.rollout.tokens) for r in there]
     for chosen in micro_batches(sizes, budget):
         mine = [there[i] for i in chosen]
         batch = model.pack([r.sample(0) for r in mine])
-        yield mine, batch, torch.cat([row[len(r.prompt) :] for row, r in zip(batch.rows, mine, strict=True)])
+        yield mine, batch, torch.cat([r.targets(row) for row, r in zip(batch.rows, mine, strict=True)])

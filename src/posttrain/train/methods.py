@@ -5,6 +5,7 @@ The formulas are in `posttrain.functional`; docs/policy-gradients.md says where 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from posttrain.functional import advantages as adv
 from posttrain.functional import policy
 from posttrain.functional.kl import kl, penalised_rewards, token_rewards
 from posttrain.functional.reduce import Aggregation, denominator, reduce, sequence_index, token_weights
+from posttrain.functional.steps import Relative, at_last_tokens, from_steps_on, relative_steps
 from posttrain.models.lm import LanguageModel
 from posttrain.models.ragged import RaggedBatch
 from posttrain.train.learner import LossFunction
@@ -50,10 +52,21 @@ METHODS = {
 }
 """CISPO's clips bound the weight itself: 1 - low (0: no lower bound) and 1 + high."""
 
+STEPS: dict[str, Relative] = {
+    "group": "group",
+    "centred": "centred",
+    "baseline": "centred",
+    "leave_one_out": "leave_one_out",
+    "moving": "batch",
+    "greedy": "batch",
+}
+"""By kind of advantage, what a step's score is compared with. The others take it as a reward at its last token."""
+
 
 @dataclass
 class Rolled:
-    """A rollout on its way to the learner. Tensors have one number a completion token, on the CPU.
+    """A rollout on its way to the learner. Tensors have one number for each token that the model wrote, on the CPU:
+    what an environment put in between is context, and no part of any loss, ratio, mean or count.
 
     group: its prompt's number in the batch. old: log-probabilities before the batch's first update (None: they are
     the learner's own, on the first and only update). reference: of the model that the stage began with. values: of the
@@ -72,18 +85,68 @@ class Rolled:
 
     @property
     def length(self) -> int:
-        return len(self.rollout.tokens)
+        """Tokens that the model wrote."""
+        return self.rollout.length
 
     def sample(self, number: int) -> Sample:
         """As the learner takes it; no weight where there is nothing to learn."""
         weight = 1.0 if self.signal else 0.0
         tokens = [*self.prompt, *self.rollout.tokens]
-        weights = [0.0] * len(self.prompt) + [weight] * self.length
+        mask = self.rollout.mask or [True] * len(self.rollout.tokens)
+        weights = [0.0] * len(self.prompt) + [weight if mine else 0.0 for mine in mask]
         return Sample(tokens, weights, meta={"rolled": number, "group": self.group, "shared": len(self.prompt)})
+
+    def targets(self, row: Tensor) -> Tensor:
+        """T-indices of the tokens that the model wrote, of `row`: those of the whole sample."""
+        own = row[len(self.prompt) :]
+        mask = self.rollout.mask
+        return own if mask is None else own[torch.tensor(mask, dtype=torch.bool, device=row.device)]
+
+    def sampled(self) -> Tensor:
+        """The sampler's log-probabilities of the tokens that the model wrote."""
+        return torch.tensor([self.rollout.logprobs[i] for i in self.rollout.own], dtype=torch.float32)
 
 
 def sampled_logprobs(rolled: Sequence[Rolled]) -> list[Tensor]:
-    return [torch.tensor(r.rollout.logprobs, dtype=torch.float32) for r in rolled]
+    return [r.sampled() for r in rolled]
+
+
+def outcome(config: RLConfig, rollout: Rollout) -> float:
+    """The weighted sum of the rewards that judge the whole completion: without those that judge its steps."""
+    if not rollout.steps:
+        return rollout.reward
+    judged = (p for p in config.rewards.parts if p.title not in rollout.steps)
+    return sum((p.weight * rollout.rewards[p.title] for p in judged), 0.0)
+
+
+def mixed(rollouts: Sequence[Rollout]) -> bool:
+    """Whether a group has something to teach: rewards, or scores of steps, that differ."""
+    names = {name for r in rollouts for name in r.steps}
+    scores = [{score for r in rollouts for _, _, score in r.steps.get(name, ())} for name in names]
+    return any(len(different) > 1 for different in ({r.reward for r in rollouts}, *scores))
+
+
+def step_scores(config: RLConfig, rolled: Sequence[Rolled]) -> list[tuple[float, Tensor, Tensor, Tensor]]:
+    """By reward that judges steps: (weight, scores_K, last_K, completion_K), over all rollouts laid end to end.
+
+    A step counts if the model wrote some of it, and ends with the last token of it that the model wrote.
+    """
+    found = []
+    for part in config.rewards.parts:
+        scores, last, completion, start = [], [], [], 0
+        for i, r in enumerate(rolled):
+            own = r.rollout.own
+            for first, end, score in r.rollout.steps.get(part.title, ()):
+                at = bisect_left(own, end) - 1
+                if at >= bisect_left(own, first):
+                    scores.append(score)
+                    last.append(start + at)
+                    completion.append(i)
+            start += len(own)
+        if scores and part.weight:
+            whole = (torch.tensor(x, dtype=torch.long) for x in (last, completion))
+            found.append((part.weight, torch.tensor(scores, dtype=torch.float64), *whole))
+    return found
 
 
 def give_advantages(
@@ -100,7 +163,8 @@ def give_advantages(
     lengths = torch.tensor([r.length for r in rolled])
     sequence = sequence_index(lengths)
     group = torch.tensor([r.group for r in rolled])
-    rewards = torch.tensor([r.rollout.reward for r in rolled], dtype=torch.float64)
+    rewards = torch.tensor([outcome(config, r.rollout) for r in rolled], dtype=torch.float64)
+    steps = step_scores(config, rolled)
     penalty = None
     if config.kl.coefficient and config.kl.where == "reward":
         before = [r.old if r.old is not None else s for r, s in zip(rolled, sampled_logprobs(rolled), strict=True)]
@@ -109,6 +173,8 @@ def give_advantages(
     if method.advantages in ("whitened", "critic"):
         nothing = torch.zeros(len(sequence))
         tokens = token_rewards(rewards, nothing if penalty is None else penalty, config.kl.coefficient, sequence)
+        for weight, scores, last, _ in steps:
+            tokens = tokens + (weight * at_last_tokens(scores, last, sequence)).to(tokens.dtype)
         if method.advantages == "whitened":
             flat = adv.reinforce_plus_plus(tokens, sequence, config.gamma)
         else:
@@ -120,10 +186,12 @@ def give_advantages(
     else:
         if penalty is not None:
             rewards = penalised_rewards(rewards, penalty, config.kl.coefficient, sequence)
+        flat = _of_sequences(method, rewards, group, baseline, greedy)[sequence]
+        for weight, scores, last, completion in steps:
+            relative = relative_steps(scores, group[completion], completion, STEPS[method.advantages])
+            flat = flat + weight * from_steps_on(relative, last, sequence)
         if method.advantages == "baseline":
-            flat = adv.reinforce_plus_plus_baseline(rewards, group, sequence)
-        else:
-            flat = _of_sequences(method, rewards, group, baseline, greedy)[sequence]
+            flat = adv.whiten(flat)
     always = bool(config.entropy or method.advantages == "critic")
     always |= bool(config.kl.coefficient) and config.kl.where == "loss"
     for r, part in zip(rolled, flat.float().split(lengths.tolist()), strict=True):
@@ -137,7 +205,7 @@ def _of_sequences(
 ) -> Tensor:
     if method.advantages == "group":
         return adv.group_relative(rewards, group)
-    if method.advantages == "centred":
+    if method.advantages in ("centred", "baseline"):
         return adv.group_relative(rewards, group, "none")
     if method.advantages == "leave_one_out":
         return adv.leave_one_out(rewards, group)
@@ -165,7 +233,8 @@ def policy_loss(
     method = METHODS[config.method]
     alone = config.updates * config.passes == 1
     kind = config.aggregation or method.aggregation
-    if method.loss == "reinforce" and not alone and config.aggregation is None:
+    stepwise = any(r.rollout.steps for r in rolled)
+    if method.loss == "reinforce" and not alone and config.aggregation is None and not stepwise:
         kind = "sequence"  # the ratio of a whole sequence, once for each
     constant = float(config.sampling.max_tokens) if config.method == "dr_grpo" else 1.0
     divisor = denominator(kind, torch.tensor([r.length for r in rolled]))
@@ -176,7 +245,7 @@ def policy_loss(
         mine = [rolled[s.meta["rolled"]] for s in batch.samples]
         device = batch.tokens_T.device
         lengths = torch.tensor([r.length for r in mine], device=device)
-        targets = torch.cat([row[len(r.prompt) :] for row, r in zip(batch.rows, mine, strict=True)])
+        targets = torch.cat([r.targets(row) for row, r in zip(batch.rows, mine, strict=True)])
         out = model(
             batch, want, targets, temperature=config.sampling.temperature, entropy=config.entropy != 0,
             probe=config.value_trunk == "probe",
@@ -189,7 +258,7 @@ def policy_loss(
         sampled = torch.cat(sampled_logprobs(mine)).to(device)
         old = logprobs.detach() if mine[0].old is None else _cat(mine, "old", device)
         advantages = torch.cat([r.advantages for r in mine]).to(device)
-        values, metrics = _objective(method, config, alone, logprobs, old, advantages, sequence, lengths)
+        values, metrics = _objective(method, config, alone, stepwise, logprobs, old, advantages, sequence, lengths)
         if cap is not None:
             importance, more = policy.truncated_importance(old, sampled, cap)
             values = values * importance
@@ -226,13 +295,14 @@ def _objective(
     method: Method,
     config: RLConfig,
     alone: bool,
+    stepwise: bool,
     logprobs: Tensor,
     old: Tensor,
     advantages: Tensor,
     sequence: Tensor,
     lengths: Tensor,
 ) -> tuple[Tensor, policy.Metrics]:
-    """Per-token losses of the method, and sums for metrics."""
+    """Per-token losses of the method, and sums for metrics. stepwise: advantages differ within a sequence."""
     low = method.low if config.clip_low is None else config.clip_low
     high = method.high if config.clip_high is None else config.clip_high
     if method.loss == "reinforce" and alone:
@@ -240,7 +310,8 @@ def _objective(
     if method.ratio == "token":
         ratio = policy.token_ratio(logprobs, old)
     else:
-        ratio = policy.sequence_ratio(logprobs, old, sequence, lengths, mean=method.ratio == "sequence_mean")
+        whole = policy.sequence_token_ratio if stepwise else policy.sequence_ratio
+        ratio = whole(logprobs, old, sequence, lengths, mean=method.ratio == "sequence_mean")
     if method.loss == "cispo":
         return policy.cispo(ratio, logprobs, advantages, 1 + high, max(0.0, 1 - low))
     return policy.clipped(ratio, advantages, low, high, config.clip_dual)

@@ -61,7 +61,7 @@ class Experience:
         seconds = sum(phases.seconds.values())
         if self.held_out and every and (last or (step + 1) % every == 0):
             metrics |= self.measure(step + 1, phases)
-        sampled = sum(len(r.tokens) for g in batch.groups for r in g.rollouts)
+        sampled = sum(r.length for g in batch.groups for r in g.rollouts)
         timing = {
             "phases": phases.seconds,
             "sampled_tokens": sampled,
@@ -99,7 +99,7 @@ class Experience:
         rewards = [r.reward for r in rollouts]
         low, high = mean_interval(rewards, seed=self.seed)
         out = {"held_out": statistics.fmean(rewards), "held_out_low": low, "held_out_high": high}
-        out["held_out_length"] = statistics.fmean(len(r.tokens) for r in rollouts)
+        out["held_out_length"] = statistics.fmean(r.length for r in rollouts)
         for name in sorted({n for r in rollouts for n in r.rewards}):
             out[f"held_out/{name}"] = statistics.fmean(r.rewards[name] for r in rollouts if name in r.rewards)
         return out
