@@ -60,7 +60,8 @@ class Rollout:
 
     tokens: completion ids, the end or stop token included where one was sampled.
     logprobs: log-probability of each under the policy that sampled it, temperature and cut-offs applied.
-    finish: why it ended: ``end`` (a token that ends a turn or text), ``stop`` (a stop string or token), ``length``.
+    finish: why it ended: ``end`` (a token that ends a turn or text), ``stop`` (a stop string or token, or an
+        environment that is done), ``length``, ``turns`` (it asked its environment more often than it may).
     text: decoded, without the end token or stop string.
     rewards: every reward's own number by name, before weights; reward: their weighted sum.
     mask: for each token whether the model wrote it; None: it wrote all. What an environment wrote is context to the
@@ -85,6 +86,12 @@ class Rollout:
     def length(self) -> int:
         """How many tokens the model wrote."""
         return len(self.tokens) if self.mask is None else sum(self.mask)
+
+    @property
+    def replies(self) -> int:
+        """How many times an environment answered: runs of tokens that the model did not write."""
+        mask = self.mask or ()
+        return sum(not mine and (i == 0 or mask[i - 1]) for i, mine in enumerate(mask))
 
     @property
     def own(self) -> Sequence[int]:

@@ -26,6 +26,7 @@ from posttrain.config.base import (
     TaskConfig,
     TrainConfig,
 )
+from posttrain.config.environment import CalculatorConfig, EnvironmentConfig, FunctionEnvironmentConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.rl import HeldOutConfig, KLConfig, LabConfig, ReasoningGymConfig, RLConfig, RowsConfig
 
@@ -112,10 +113,13 @@ def references(stage: StageConfig) -> list[str]:
 
 __all__ = [
     "AdapterConfig",
+    "CalculatorConfig",
     "ClassesConfig",
     "Config",
     "DataConfig",
+    "EnvironmentConfig",
     "EpochsConfig",
+    "FunctionEnvironmentConfig",
     "HeldOutConfig",
     "KLConfig",
     "LabConfig",

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import NAME, Config, DataConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from posttrain.config.environment import EnvironmentConfig
 from posttrain.config.rewards import RewardsConfig
 
 
@@ -90,6 +91,9 @@ class RLConfig(TrainConfig):
     name: str = Field("rl", pattern=NAME, description="Name of the stage's folder in the run.")
     problems: ProblemsConfig
     rewards: RewardsConfig
+    environment: EnvironmentConfig | None = Field(
+        None, description="What answers the model within a completion. None: nothing does."
+    )
     held_out: HeldOutConfig | None = None
     sampling: SamplingConfig = SamplingConfig()
     prompts_per_step: int = Field(8, ge=1, description="Prompts that each batch of rollouts answers.")
@@ -106,7 +110,8 @@ class RLConfig(TrainConfig):
         None, description="Mean over tokens, over sequences' means, or sum over a constant. None: the method's own."
     )
     mask_truncated: bool = Field(
-        False, description="Learn nothing from completions that were cut at max_tokens (DAPO's overlong filtering)."
+        False,
+        description="Learn nothing from completions that were cut at max_tokens (DAPO's overlong filtering) or max_turns.",
     )
     kl: KLConfig = KLConfig()
     entropy: float = Field(0.0, description="Coefficient of an entropy bonus. 0: none.")
@@ -136,6 +141,8 @@ class RLConfig(TrainConfig):
             raise ValueError(f"prompts_per_step ({self.prompts_per_step}) must divide into updates ({self.updates})")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: completions would all be the same, with nothing to compare")
+        if self.environment is not None and self.sampling.min_tokens:
+            raise ValueError("sampling.min_tokens would hold in every turn anew: leave it out with an environment")
         grouped = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline")
         if self.method in grouped and self.group_size < 2:
             raise ValueError(f"{self.method} compares the completions of a prompt: group_size must be 2 or more")

@@ -246,7 +246,9 @@ def _metrics(scored: Scored) -> dict[str, float]:
             out[f"reward/{name}"] = statistics.fmean(r.rewards[name] for r in rollouts if name in r.rewards)
         tokens = sum(r.length for r in rollouts)
         out["length"] = tokens / len(rollouts)
-        out["cut"] = sum(r.finish == "length" for r in rollouts) / len(rollouts)
+        out["cut"] = sum(r.finish in ("length", "turns") for r in rollouts) / len(rollouts)
+        if any(r.mask is not None for r in rollouts):
+            out["replies"] = statistics.fmean(r.replies for r in rollouts)
         out["entropy"] = -sum(r.logprobs[i] for r in rollouts for i in r.own) / max(1, tokens)
     for e in scored.excluded:
         out[f"failed/{e.reward}"] = out.get(f"failed/{e.reward}", 0.0) + 1

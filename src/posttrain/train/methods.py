@@ -131,7 +131,7 @@ def step_scores(config: RLConfig, rolled: Sequence[Rolled]) -> list[tuple[float,
 
     A step counts if the model wrote some of it, and ends with the last token of it that the model wrote.
     """
-    found = []
+    found: list[tuple[float, Tensor, Tensor, Tensor]] = []
     for part in config.rewards.parts:
         scores, last, completion, start = [], [], [], 0
         for i, r in enumerate(rolled):
@@ -144,8 +144,8 @@ def step_scores(config: RLConfig, rolled: Sequence[Rolled]) -> list[tuple[float,
                     completion.append(i)
             start += len(own)
         if scores and part.weight:
-            whole = (torch.tensor(x, dtype=torch.long) for x in (last, completion))
-            found.append((part.weight, torch.tensor(scores, dtype=torch.float64), *whole))
+            places = torch.tensor(last), torch.tensor(completion)
+            found.append((part.weight, torch.tensor(scores, dtype=torch.float64), *places))
     return found
 
 
@@ -195,7 +195,7 @@ def give_advantages(
     always = bool(config.entropy or method.advantages == "critic")
     always |= bool(config.kl.coefficient) and config.kl.where == "loss"
     for r, part in zip(rolled, flat.float().split(lengths.tolist()), strict=True):
-        cut = config.mask_truncated and r.rollout.finish == "length"
+        cut = config.mask_truncated and r.rollout.finish in ("length", "turns")
         r.advantages = part
         r.signal = bool(r.length) and not cut and (always or bool(part.any()))
 

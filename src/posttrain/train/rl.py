@@ -20,7 +20,10 @@ from posttrain.models.load import load_model, pick_dtype
 from posttrain.progress import Track
 from posttrain.rewards.stack import RewardStack
 from posttrain.rollout.engine import LocalSampler
+from posttrain.rollout.environment import environment
+from posttrain.rollout.sampler import Sampler
 from posttrain.rollout.store import write_rollouts
+from posttrain.rollout.turns import TurnSampler, check
 from posttrain.train.collect import Batch, Collector, Phases, in_passes, with_failed
 from posttrain.train.learner import Learner, StepResult
 from posttrain.train.loop import OnStep, train
@@ -141,6 +144,9 @@ def ready(config: RLConfig, setting: Setting) -> Ready:
         held = apart(held, asked, config.name)
         held_out = held.items
         data.append((f"{config.name} held out", held))
+    if config.environment is not None:
+        environment(config.environment, setting.functions)
+        check(config.environment, setting.tokenizer)
     return Ready(
         data,
         lambda model, folder, seed, on_step: run_rl(
@@ -181,7 +187,11 @@ def run_rl(
     )
     reference = _reference(config, model, policy) if config.kl.coefficient else None
     with RewardStack(config.rewards, functions) as rewards:
-        sampler = LocalSampler(policy, tokenizer, max_running=config.max_running, memory_mb=config.cache_mb)
+        local = LocalSampler(policy, tokenizer, max_running=config.max_running, memory_mb=config.cache_mb)
+        sampler: Sampler = local
+        if config.environment is not None:
+            answering = environment(config.environment, functions)
+            sampler = TurnSampler(local, answering, config.environment, tokenizer, local.context)
         collector = Collector(config, policy, sampler, rewards, questions, seed, reference)
         work = Experience(config, learner, collector, folder, held_out, seed)
         result = train(
