@@ -76,6 +76,22 @@ stages:
 """Sampling, a reward in a worker process, learning and checkpoints take about as long, so that a kill hits each."""
 
 
+TURNS = """
+    environment: {kind: function, function: "tests.invariants.test_killed:Counting", stop: [e, a, "1"], max_turns: 3}
+"""
+
+
+class Counting:
+    """Answers with how often it was asked."""
+
+    def start(self, example: dict[str, Any]) -> list[str]:
+        return []
+
+    def step(self, state: list[str], text: str) -> tuple[str | None, bool]:
+        state.append(text)
+        return f" n°{len(state)} ", False
+
+
 def vowels(text: str, example: dict[str, Any]) -> float:
     """A reward that takes a moment."""
     time.sleep(0.002)
@@ -113,7 +129,7 @@ def test_killed_five_times_ends_bit_identical(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["grpo", "ppo"])
+@pytest.mark.parametrize("method", ["grpo", "ppo", "grpo in turns"])
 def test_reinforcement_learning_killed_five_times_ends_bit_identical(tmp_path: Path, method: str) -> None:
     """The same with rollouts, rewards from other processes, a reference and a critic: 40 steps and the one before,
     their rollouts and five held-out ones, of which the first and the last are evaluations too."""
@@ -121,7 +137,8 @@ def test_reinforcement_learning_killed_five_times_ends_bit_identical(tmp_path: P
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     rng = random.Random(time.time_ns())
     targets = [0, *sorted(rng.sample(range(2, 39), 4))]
-    check_killed(tmp_path, RL.replace("METHOD", method), targets, rng, (41, 40 + 5 + 2))
+    text = RL.replace("METHOD", method.split()[0]) + (TURNS if "turns" in method else "")
+    check_killed(tmp_path, text, targets, rng, (41, 40 + 5 + 2))
 
 
 def check_killed(tmp_path: Path, text: str, targets: list[int], rng: random.Random, counts: tuple[int, int]) -> None:

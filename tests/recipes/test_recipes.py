@@ -40,7 +40,8 @@ def overrides(name: str, chats: Path) -> list[str]:
             given += [f"stages.{i}.{s}" for s in ("sampling.max_tokens=6", "held_out.problems.size=20")]
             continue
         given += [f"stages.{i}.max_steps=2", f"stages.{i}.batch_size=2"]
-        given += [f"stages.{i}.data.source={chats}"] if not str(stage.data.source).startswith("packaged:") else []
+        made = str(stage.data.source).startswith(("packaged:", "lab:"))
+        given += [] if made else [f"stages.{i}.data.source={chats}"]
     for i, task in enumerate(recipe.evaluate):
         packaged = str(task.data.source).startswith("packaged:")
         given += [f"evaluate.{i}.data.rows=[9000, 9010]"] if packaged else [f"evaluate.{i}.data.source={chats}"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config import DataConfig
+from posttrain.data import sums
 from posttrain.errors import DataError
 from posttrain.files import file_hash
 
@@ -40,6 +42,9 @@ def read_table(config: DataConfig) -> Table:
     """All rows of the configured source(s), in file order. Raises DataError naming what can't be found or read."""
     table = Table()
     for source in [config.source] if isinstance(config.source, str) else config.source:
+        if source.startswith("lab:"):
+            _made(source, table)
+            continue
         path = _locate(source)
         rows = _from_hub(source, config) if path is None else READERS[path.suffix.lower()](path)
         name = source if path is None or path.name in table.hashes else path.name
@@ -56,6 +61,17 @@ def read_table(config: DataConfig) -> Table:
     if not table.rows:
         raise DataError(f"{config.source} holds no rows")
     return table
+
+
+def _made(source: str, table: Table) -> None:
+    """Rows that are made here, for the laboratory's model: lab:calculator, or lab:calculator:SEED."""
+    name, _, seed = source.removeprefix("lab:").partition(":")
+    if name != "calculator" or not (seed or "0").isdigit():
+        raise DataError(f"data source {source!r}: expected lab:calculator, or lab:calculator:SEED with a number")
+    rows = sums.calls(int(seed or 0), sums.CALL_ROWS)
+    table.rows += rows
+    table.places += [(source, number) for number in range(1, len(rows) + 1)]
+    table.hashes[source] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _locate(source: str) -> Path | None:

@@ -156,7 +156,14 @@ Plain = tuple[str, str]
 """(prompt, completion) joined without a template."""
 
 
-def _render(record: Record, tokenizer: Any, config: DataConfig) -> chat.Rendered | Plain:
+@dataclass(frozen=True)
+class Spoken:
+    """Turns joined without a template, each tokenized by itself, as replies of an environment are; (text, learnt)."""
+
+    turns: list[tuple[str, bool]]
+
+
+def _render(record: Record, tokenizer: Any, config: DataConfig) -> chat.Rendered | Plain | Spoken:
     if record.text is not None:
         if not record.text.strip():
             raise BadRow("empty text")
@@ -165,19 +172,45 @@ def _render(record: Record, tokenizer: Any, config: DataConfig) -> chat.Rendered
         *before, last = record.messages
         if last["role"] != "assistant" or not last["content"].strip():
             raise BadRow("empty completion" if last["role"] == "assistant" else "the last turn is not the assistant's")
+        if config.loss_on == "assistant" and any(m["role"] == "assistant" for m in before):
+            return Spoken([(m["content"], m["role"] == "assistant") for m in record.messages])
         return "".join(m["content"] for m in before), last["content"]
     return chat.render_with_loss(tokenizer, record.messages, config.loss_on)
 
 
 def _encode(
-    rendered: list[chat.Rendered | Plain], tokenizer: Any, config: DataConfig
+    rendered: list[chat.Rendered | Plain | Spoken], tokenizer: Any, config: DataConfig
 ) -> list[tuple[list[int], list[float]]]:
     """(tokens, weights) of each, chat or plain."""
     turns = [r for r in rendered if isinstance(r, chat.Rendered)]
-    plain = [r for r in rendered if not isinstance(r, chat.Rendered)]
+    plain = [r for r in rendered if isinstance(r, tuple)]
     from_chat = iter(chat.tokenize_rendered(tokenizer, turns))
     from_plain = iter(_encode_plain(plain, tokenizer, config))
-    return [next(from_chat) if isinstance(r, chat.Rendered) else next(from_plain) for r in rendered]
+    return [
+        next(from_chat)
+        if isinstance(r, chat.Rendered)
+        else _encode_spoken(r, tokenizer)
+        if isinstance(r, Spoken)
+        else next(from_plain)
+        for r in rendered
+    ]
+
+
+def _encode_spoken(spoken: Spoken, tokenizer: Any) -> tuple[list[int], list[float]]:
+    """Turn by turn, the first with what the tokenizer puts first; end of text, which is learnt, at the end."""
+    tokens: list[int] = []
+    weights: list[float] = []
+    for i, (text, learnt) in enumerate(spoken.turns):
+        piece = chat.continuation(tokenizer, text) if i else chat.tokenize(tokenizer, [text], special=True)[0]
+        if not i and piece and piece[-1] == tokenizer.eos_token_id:
+            piece = piece[:-1]
+        tokens += piece
+        weights += [float(learnt)] * len(piece)
+    if tokenizer.eos_token_id is not None:
+        tokens.append(tokenizer.eos_token_id)
+        weights.append(1.0)
+    weights[0] = 0.0
+    return tokens, weights
 
 
 def _encode_plain(plain: list[Plain], tokenizer: Any, config: DataConfig) -> list[tuple[list[int], list[float]]]:

@@ -36,7 +36,12 @@ def _from_lab(config: LabConfig) -> list[Problem]:
     rows = sums.problems(config.seed, config.size, config.held_out)
     side = "held out" if config.held_out else "train"
     return [
-        {**row, **_asked([{"role": "user", "content": row["prompt"]}], None), "source": f"lab:{side}:{i}"}
+        {
+            **row,
+            **_asked([{"role": "user", "content": row["prompt"]}], None),
+            "steps": sums.partial_sums(row["prompt"]),
+            "source": f"lab:{side}:{i}",
+        }
         for i, row in enumerate(rows)
     ]
 

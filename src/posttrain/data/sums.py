@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 CAREFUL, CARELESS, GUESS = "careful", "careless", "guess"
 STYLES = {GUESS: 0.45, CARELESS: 0.40, CAREFUL: 0.15}
@@ -24,6 +25,12 @@ FORGETS = 0.75
 ROUND = 0.6
 """How often a guess is the sum rounded to fives; else it is off by up to 3."""
 HELD_OUT_EVERY = 8
+
+CALLS = 0.25
+"""Share of `calls`' rows that ask the calculator; the others are answered in the styles above."""
+FORGETFUL = 0.5
+"""How often a call leaves out one of the numbers."""
+CALL_ROWS = 4000
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,36 @@ def problems(seed: int, count: int, held_out: bool) -> list[dict[str, str]]:
     while len(found) < count:
         found[draw(rng, held_out)] = None
     return [{"prompt": prompt_of(n), "answer": str(sum(n))} for n in found]
+
+
+def partial_sums(prompt: str) -> list[int]:
+    """What a right answer has line by line: 11, 20, 25 of `7+4+9+5=`."""
+    return list(accumulate(map(int, prompt.rstrip("=").split("+"))))[1:]
+
+
+def calls(seed: int, count: int) -> list[dict[str, Any]]:
+    """Conversations, joined without a template, that show what a calculator is good for; sums of the training side.
+
+    A quarter asks it (the tool's turn is its reply) and repeats the number; half of these leave a number out, and are
+    wrong. The rest is answered as in the corpus.
+    """
+    rng = random.Random(f"calls {seed}")
+    rows = []
+    for _ in range(count):
+        numbers = draw(rng, held_out=False)
+        asked = {"role": "user", "content": prompt_of(numbers)}
+        if rng.random() < CALLS:
+            if rng.random() < FORGETFUL:
+                left_out = rng.randrange(len(numbers))
+                numbers = numbers[:left_out] + numbers[left_out + 1 :]
+            total = str(sum(numbers))
+            said = [("assistant", f"<calculate>{prompt_of(numbers)[:-1]}</calculate>"), ("tool", f"={total}\n")]
+            turns = [*said, ("assistant", total)]
+        else:
+            style = rng.choices(list(STYLES), list(STYLES.values()))[0]
+            turns = [("assistant", answer_in(style, numbers, rng))]
+        rows.append({"messages": [asked, *({"role": role, "content": text} for role, text in turns)]})
+    return rows
 
 
 def _digits(rng: random.Random, low: int, high: int) -> list[int]:

@@ -1,0 +1,86 @@
+"""Reinforcement learning in turns: what is sampled, learnt, measured and kept, with a real sampler and learner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.data.prepare import prepare
+from posttrain.models.tiny import tiny_tokenizer
+from posttrain.progress import Track
+from posttrain.rollout.environment import environment
+from posttrain.rollout.store import read_rollouts
+from posttrain.rollout.turns import TurnSampler
+from posttrain.train.rl import Experience
+from tests.invariants.test_killed import Counting
+from tests.train.test_rl import TOKENIZER, settings, work
+
+HELD_OUT = {"problems": {"kind": "rows", "data": {"source": "x"}}, "every": 1}
+
+
+def turns(folder: Path, method: str = "grpo", **changes: Any) -> Experience:
+    answering = {"kind": "function", "function": "counting", "stop": list("aeiounrst12345 "), "max_turns": 3}
+    config = settings(method, environment=answering, held_out=HELD_OUT, **{"sampling": {"max_tokens": 40}, **changes})
+    exp = work(config, folder)
+    assert config.environment is not None
+    answers = environment(config.environment, {"counting": Counting})
+    exp.collector.sampler = TurnSampler(exp.collector.sampler, answers, config.environment, TOKENIZER, 2048)
+    return exp
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo", "reinforce_pp"])
+def test_a_step_in_turns(method: str, tmp_path: Path) -> None:
+    exp = turns(tmp_path, method, updates=2, kl={"coefficient": 0.0})
+    m = exp.step(0, Track("t", 1, shown=False)).metrics
+    assert m["mismatch_max"] < 1e-4  # the learner sees what the sampler saw, replies among it
+    rows = read_rollouts(tmp_path / "rollouts" / "step-000001.parquet")
+    own = [sum(r["mask"]) for r in rows]
+    assert m["length"] == pytest.approx(sum(own) / len(rows)) and max(own) <= 40
+    assert (
+        m["replies"] == pytest.approx(sum(r["completion"].count("n°") for r in rows) / len(rows)) and m["replies"] > 0.5
+    )
+    mine = [p for r in rows for p, wrote in zip(r["logprobs"], r["mask"], strict=True) if wrote]
+    assert m["entropy"] == pytest.approx(-sum(mine) / sum(own), rel=1e-4)
+    assert m["cut"] == sum(r["finish"] in ("length", "turns") for r in rows) / len(rows)
+    held = read_rollouts(tmp_path / "held_out" / "step-000001.parquet")
+    assert any("n°1" in r["completion"] for r in held) and all(len(r["mask"]) == len(r["tokens"]) for r in held)
+    assert m["held_out_length"] == pytest.approx(sum(sum(r["mask"]) for r in held) / len(held))
+
+
+def test_the_same_step_gives_the_same_rollouts_and_cut_ones_can_be_left_out(tmp_path: Path) -> None:
+    first, second = turns(tmp_path / "a"), turns(tmp_path / "b", mask_truncated=True)
+    metrics = [exp.step(2, Track("t", 1, shown=False)).metrics for exp in (first, second)]
+    a, b = (read_rollouts(tmp_path / f / "rollouts" / "step-000003.parquet") for f in "ab")
+    assert [r["tokens"] for r in a] == [r["tokens"] for r in b]
+    assert any(r["finish"] == "turns" for r in a)
+    whole = [r for r in a if r["finish"] not in ("turns", "length")]
+    assert metrics[1]["loss_tokens"] <= sum(sum(r["mask"]) for r in whole) < metrics[0]["loss_tokens"]
+
+
+def test_conversations_in_plain_text_learn_the_assistant_s_turns_alone() -> None:
+    """As an environment lays them: each turn tokenized by itself, what the tool said without loss."""
+    from posttrain.config import DataConfig
+
+    tokenizer = tiny_tokenizer()
+    data = DataConfig(source="lab:calculator", chat=False, loss_on="assistant", rows=(0, 400))
+    prepared = prepare(data, tokenizer, context=2048)
+    called = 0
+    for sample in prepared.samples:
+        text = tokenizer.decode(list(sample.tokens))
+        learnt = tokenizer.decode([t for t, w in zip(sample.tokens, sample.weights, strict=True) if w])
+        prompt, _, answer = text.partition("=")
+        assert answer.endswith("<|im_end|>")
+        if "<calculate>" not in text:
+            assert learnt == answer
+            continue
+        called += 1
+        call, reply = answer.split("</calculate>")
+        total, again = reply.removeprefix("=").removesuffix("<|im_end|>").split("\n")
+        numbers = call.removeprefix("<calculate>").split("+")
+        assert total == again == str(sum(map(int, numbers)))
+        assert learnt == f"{call}</calculate>{total}<|im_end|>"
+        assert len(numbers) in (prompt.count("+"), prompt.count("+") + 1)
+    assert 70 < called < 130
+    assert prepared.samples[0].tokens == prepare(data, tokenizer, context=2048).samples[0].tokens
