@@ -26,6 +26,7 @@ from posttrain.config.base import (
     TaskConfig,
     TrainConfig,
 )
+from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.rl import HeldOutConfig, KLConfig, LabConfig, ReasoningGymConfig, RLConfig, RowsConfig
 
@@ -112,8 +113,10 @@ def references(stage: StageConfig) -> list[str]:
 
 __all__ = [
     "AdapterConfig",
+    "AllocateConfig",
     "ClassesConfig",
     "Config",
+    "CurriculumConfig",
     "DataConfig",
     "EpochsConfig",
     "HeldOutConfig",
@@ -124,6 +127,7 @@ __all__ = [
     "RLConfig",
     "ReasoningGymConfig",
     "Recipe",
+    "ReplayConfig",
     "RewardConfig",
     "RewardsConfig",
     "RowsConfig",
@@ -131,6 +135,7 @@ __all__ = [
     "SamplingConfig",
     "StageBase",
     "StageConfig",
+    "SteerConfig",
     "SystemsConfig",
     "TaskConfig",
     "TrackConfig",
