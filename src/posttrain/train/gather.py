@@ -110,7 +110,7 @@ class Gatherer:
         self._grow(there, [0] * len(waiting) + [first] * len(begun), salt, now.sampling, phases)
         self._score(there, phases)
         if now.allocate is not None:
-            self._allocate(begun, salt, now, phases)
+            self._allocate(there, len(begun), salt, now, phases)
         ready = [g for g in there if g.whole and g.rollouts]
         self.carried += [g for g in there if not g.whole]
         for g in ready:
@@ -167,22 +167,30 @@ class Gatherer:
         for n, g in enumerate(todo):
             g.judge(outcome.groups[n], [e for e in outcome.excluded if e.group == n])
 
-    def _allocate(self, begun: Sequence[Gathering], salt: tuple[int, int], now: RLConfig, phases: Phases) -> None:
-        """The rest of the budget, in rounds; groups that are not whole get nothing: their outcome isn't known yet."""
+    def _allocate(
+        self, there: Sequence[Gathering], begun: int, salt: tuple[int, int], now: RLConfig, phases: Phases
+    ) -> None:
+        """The rest of the budget of the `begun` groups, in rounds, to them and to what was carried and has no success.
+
+        Groups that are not whole get nothing: their outcome isn't known yet.
+        """
         assert now.allocate is not None
         first, most = now.allocate.first, now.allocate.most or 4 * now.group_size
-        left, round_ = len(begun) * (now.group_size - first), 0
+        left, round_ = begun * (now.group_size - first), 0
         while left > 0:
             round_ += 1
-            counts = [len(g.rollouts) if g.whole else most for g in begun]
-            done = [g.successes(now.success) for g in begun]
+            done = [g.successes(now.success) for g in there]
+            closed = [
+                not g.whole or not g.rollouts or (g.born < salt[0] and s > 0) for g, s in zip(there, done, strict=True)
+            ]
+            counts = [most if shut else len(g.rollouts) for g, shut in zip(there, closed, strict=True)]
             more = allot(done, counts, left, first, most)
             if not any(more):
                 break
             if round_ == 1:
                 self.counted["hard"] += sum(not s and n > 0 for s, n in zip(done, more, strict=True))
-            self._grow(begun, more, (*salt, round_), now.sampling, phases)
-            self._score(begun, phases)
+            self._grow(there, more, (*salt, round_), now.sampling, phases)
+            self._score(there, phases)
             left -= sum(more)
 
     def _expected(self, chosen: Sequence[int]) -> dict[str, float]:
