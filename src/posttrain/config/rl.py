@@ -11,7 +11,22 @@ from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayCon
 from posttrain.config.rewards import RewardsConfig
 
 
-class RowsConfig(Config):
+class AskedConfig(Config):
+    """How problems are put to the model, wherever they come from."""
+
+    template: str | None = Field(
+        None,
+        description="Plain text with {question} in it, in place of the chat template: for a base model. None: by the chat template where there is one.",
+    )
+
+    @model_validator(mode="after")
+    def _holds_the_question(self) -> AskedConfig:
+        if self.template is not None and "{question}" not in self.template:
+            raise ValueError(f"problems.template needs {{question}} where the question goes, and is {self.template!r}")
+        return self
+
+
+class RowsConfig(AskedConfig):
     """Problems from rows: (prompt, answer), GSM8K's (question, answer with ####), or any layout with an answer."""
 
     kind: Literal["rows"] = "rows"
@@ -19,7 +34,7 @@ class RowsConfig(Config):
     instruction: str | None = Field(None, description="Put after the question, on a line of its own.")
 
 
-class ReasoningGymConfig(Config):
+class ReasoningGymConfig(AskedConfig):
     """Problems made by reasoning-gym (extra: reasoning)."""
 
     kind: Literal["reasoning-gym"] = "reasoning-gym"
@@ -31,7 +46,7 @@ class ReasoningGymConfig(Config):
     instruction: str | None = Field(None, description="Put after the question, on a line of its own.")
 
 
-class LabConfig(Config):
+class LabConfig(AskedConfig):
     """Sums for the laboratory's model (`posttrain lab`), made here."""
 
     kind: Literal["lab"] = "lab"
@@ -87,6 +102,13 @@ class HeldOutConfig(Config):
 
     problems: ProblemsConfig
     every: int = Field(10, ge=1, description="Steps between; also before the first and after the last.")
+
+
+def _of_groups(part: Any) -> bool:
+    """Whether a reward looks at all completions of a prompt together."""
+    if part.kind == "agreement":
+        return getattr(part, "label", None) is None
+    return part.kind == "self_consistency" or bool(getattr(part, "group", False))
 
 
 class RLConfig(TrainConfig):
@@ -190,7 +212,7 @@ class RLConfig(TrainConfig):
         if self.allocate is not None:
             if self.allocate.first >= self.group_size:
                 raise ValueError(f"allocate.first ({self.allocate.first}) must be below group_size ({self.group_size})")
-            whole = [p.title for p in self.rewards.parts if p.kind == "self_consistency" or getattr(p, "group", False)]
+            whole = [p.title for p in self.rewards.parts if _of_groups(p)]
             if whole:
                 raise ValueError(
                     f"allocate judges completions before their group is whole, and reward {whole[0]!r} needs all"
