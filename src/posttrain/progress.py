@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -82,3 +84,18 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) < 0.01 else f"{value:.3f}"
     return str(value)
+
+
+class Phases:
+    """Seconds by phase, and the phase on the screen."""
+
+    def __init__(self, track: Track) -> None:
+        self.track = track
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        self.track.phase(name)
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began

@@ -55,6 +55,15 @@ Step = tuple[int, int, float]
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of a rollout's tokens that were sampled together: how many, in which step (from 0), at what temperature."""
+
+    tokens: int
+    step: int
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """One sampled completion of a prompt.
 
@@ -67,6 +76,7 @@ class Rollout:
     mask: for each token whether the model wrote it; None: it wrote all. What an environment wrote is context to the
         model: it has log-probability 0 here, no loss, and no part in ratios, divergences, entropies and lengths.
     steps: by the name of a reward that judges steps, those that it has a score for, before weights, in order.
+    pieces: when and how its tokens were sampled, in order. Empty: in the step at hand, as the settings say.
     """
 
     tokens: Sequence[int]
@@ -77,6 +87,7 @@ class Rollout:
     reward: float = 0.0
     mask: Sequence[bool] | None = None
     steps: Mapping[str, Sequence[Step]] = field(default_factory=dict)
+    pieces: Sequence[Piece] = ()
 
     def __post_init__(self) -> None:
         if self.mask is not None and len(self.mask) != len(self.tokens):

@@ -84,6 +84,27 @@ def test_cross_entropy_equals_float64(bias: bool, scale: float, cap: float | Non
         torch.testing.assert_close(o, s.float(), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.5, 5.0)])
+def test_a_temperature_for_each_target(scale: float, cap: float | None) -> None:
+    """The same as each target by itself at its own temperature, gradients too."""
+    h, w, b, y = make(True)
+    t = torch.linspace(0.6, 1.7, 23)
+    lp, entropy = linear_logprobs(h, Head(w, b, scale, cap), y, t, entropy=True)
+    rows = [slow(h[i : i + 1], w, b, y[i : i + 1], scale, cap, float(t[i])) for i in range(23)]
+    slow_lp, slow_entropy = (torch.cat(x) for x in zip(*rows, strict=True))
+    assert float((lp - slow_lp).abs().max()) < 1e-5 and float((entropy - slow_entropy).abs().max()) < 5e-5
+    a = torch.randn(23, generator=torch.Generator().manual_seed(2))
+    leaves = [x for x in (h, w, b) if x is not None]
+    ours = torch.autograd.grad((a * lp + entropy).sum(), leaves)
+    theirs = torch.autograd.grad((a * slow_lp + slow_entropy).sum(), leaves)
+    for o, s in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(o, s.float(), atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="23 targets"):
+        linear_logprobs(h, Head(w), y, t[:5])
+    with pytest.raises(ValueError, match="must be positive"):
+        linear_logprobs(h, Head(w), y, t - 0.6)
+
+
 def test_extreme_logits_stay_finite() -> None:
     head = Head(torch.tensor([[1000.0], [-1000.0]]))
     lp, entropy = linear_logprobs(torch.ones(2, 1, requires_grad=True), head, torch.tensor([0, 1]), entropy=True)

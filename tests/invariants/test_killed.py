@@ -75,6 +75,18 @@ stages:
 """
 """Sampling, a reward in a worker process, learning and checkpoints take about as long, so that a kill hits each."""
 
+EXPLORING = """
+    redraws: 1
+    success: 0.9
+    steer: {target: 4.0}
+    allocate: {first: 2}
+    curriculum: {}
+    replay: {rare: 0.6}
+    carry: 6
+    max_staleness: 3
+"""
+"""All of adaptive exploration and of trajectory management, for a stage of RL."""
+
 
 TURNS = """
     environment: {kind: function, function: "tests.invariants.test_killed:Counting", stop: [e, a, "1"], max_turns: 3}
@@ -100,7 +112,8 @@ def vowels(text: str, example: dict[str, Any]) -> float:
 
 def start(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "posttrain", "run", str(recipe), "--folder", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}"}
     log = (folder.parent / f"{folder.name}.log").open("ab")
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
@@ -129,7 +142,7 @@ def test_killed_five_times_ends_bit_identical(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["grpo", "ppo", "grpo in turns"])
+@pytest.mark.parametrize("method", ["grpo", "ppo", "grpo, in turns", "grpo, exploring"])
 def test_reinforcement_learning_killed_five_times_ends_bit_identical(tmp_path: Path, method: str) -> None:
     """The same with rollouts, rewards from other processes, a reference and a critic: 40 steps and the one before,
     their rollouts and five held-out ones, of which the first and the last are evaluations too."""
@@ -137,7 +150,10 @@ def test_reinforcement_learning_killed_five_times_ends_bit_identical(tmp_path: P
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     rng = random.Random(time.time_ns())
     targets = [0, *sorted(rng.sample(range(2, 39), 4))]
-    text = RL.replace("METHOD", method.split()[0]) + (TURNS if "turns" in method else "")
+    name, _, more = method.partition(", ")
+    text = RL.replace("METHOD", name) + {"": "", "in turns": TURNS, "exploring": EXPLORING}[more]
+    if more == "exploring":
+        text = text.replace("kl: {coefficient: 0.05}", "kl: {coefficient: 0.05, target: 0.01}")
     check_killed(tmp_path, text, targets, rng, (41, 40 + 5 + 2))
 
 

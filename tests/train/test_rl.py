@@ -302,7 +302,7 @@ def test_a_batch_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
     assert tokens(0, b) != later
     assert tokens(1, b) == later
     # An epoch asks everything once.
-    seen = [p for s in range(2) for p in a.collector._problems(s, 0)]
+    seen = [p for s in range(2) for p in a.collector.gatherer.problems(s, 0)]
     assert sorted(seen) == list(range(8))
 
 

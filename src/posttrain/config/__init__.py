@@ -27,6 +27,7 @@ from posttrain.config.base import (
     TrainConfig,
 )
 from posttrain.config.environment import CalculatorConfig, EnvironmentConfig, FunctionEnvironmentConfig
+from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.rl import HeldOutConfig, KLConfig, LabConfig, ReasoningGymConfig, RLConfig, RowsConfig
 
@@ -114,8 +115,10 @@ def references(stage: StageConfig) -> list[str]:
 __all__ = [
     "AdapterConfig",
     "CalculatorConfig",
+    "AllocateConfig",
     "ClassesConfig",
     "Config",
+    "CurriculumConfig",
     "DataConfig",
     "EnvironmentConfig",
     "EpochsConfig",
@@ -128,6 +131,7 @@ __all__ = [
     "RLConfig",
     "ReasoningGymConfig",
     "Recipe",
+    "ReplayConfig",
     "RewardConfig",
     "RewardsConfig",
     "RowsConfig",
@@ -135,6 +139,7 @@ __all__ = [
     "SamplingConfig",
     "StageBase",
     "StageConfig",
+    "SteerConfig",
     "SystemsConfig",
     "TaskConfig",
     "TrackConfig",

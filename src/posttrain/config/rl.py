@@ -8,10 +8,26 @@ from pydantic import Field, model_validator
 
 from posttrain.config.base import NAME, Config, DataConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from posttrain.config.environment import EnvironmentConfig
+from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
 from posttrain.config.rewards import RewardsConfig
 
 
-class RowsConfig(Config):
+class AskedConfig(Config):
+    """How problems are put to the model, wherever they come from."""
+
+    template: str | None = Field(
+        None,
+        description="Plain text with {question} in it, in place of the chat template: for a base model. None: by the chat template where there is one.",
+    )
+
+    @model_validator(mode="after")
+    def _holds_the_question(self) -> AskedConfig:
+        if self.template is not None and "{question}" not in self.template:
+            raise ValueError(f"problems.template needs {{question}} where the question goes, and is {self.template!r}")
+        return self
+
+
+class RowsConfig(AskedConfig):
     """Problems from rows: (prompt, answer), GSM8K's (question, answer with ####), or any layout with an answer."""
 
     kind: Literal["rows"] = "rows"
@@ -19,7 +35,7 @@ class RowsConfig(Config):
     instruction: str | None = Field(None, description="Put after the question, on a line of its own.")
 
 
-class ReasoningGymConfig(Config):
+class ReasoningGymConfig(AskedConfig):
     """Problems made by reasoning-gym (extra: reasoning)."""
 
     kind: Literal["reasoning-gym"] = "reasoning-gym"
@@ -31,7 +47,7 @@ class ReasoningGymConfig(Config):
     instruction: str | None = Field(None, description="Put after the question, on a line of its own.")
 
 
-class LabConfig(Config):
+class LabConfig(AskedConfig):
     """Sums for the laboratory's model (`posttrain lab`), made here."""
 
     kind: Literal["lab"] = "lab"
@@ -53,6 +69,23 @@ class KLConfig(Config):
     estimator: Literal["k1", "k2", "k3"] = Field(
         "k3", description="See docs/policy-gradients.md; in the reward k1 is the one with the right gradient."
     )
+    target: float | None = Field(
+        None,
+        gt=0,
+        description="Nats a token, as the metric `kl` counts them: the coefficient follows, up where the KL is above. None: it stays.",
+    )
+    gain: float = Field(
+        0.1,
+        gt=0,
+        le=5,
+        description="K of the adaptive coefficient: times 1 + K e a step, e the relative error within ±0.2.",
+    )
+
+    @model_validator(mode="after")
+    def _starts(self) -> KLConfig:
+        if self.target is not None and not self.coefficient:
+            raise ValueError("kl.target needs a coefficient to start from: it is multiplied, and 0 stays 0")
+        return self
 
 
 class RLOptimizerConfig(OptimizerConfig):
@@ -70,6 +103,13 @@ class HeldOutConfig(Config):
 
     problems: ProblemsConfig
     every: int = Field(10, ge=1, description="Steps between; also before the first and after the last.")
+
+
+def _of_groups(part: Any) -> bool:
+    """Whether a reward looks at all completions of a prompt together."""
+    if part.kind == "agreement":
+        return getattr(part, "label", None) is None
+    return part.kind == "self_consistency" or bool(getattr(part, "group", False))
 
 
 class RLConfig(TrainConfig):
@@ -121,6 +161,25 @@ class RLConfig(TrainConfig):
     redraws: int = Field(
         0, ge=0, description="Times that prompts whose answers are all alike are replaced by others (DAPO's sampling)."
     )
+    success: float = Field(
+        1.0,
+        allow_inf_nan=False,
+        description="Reward from which a completion counts as a success (allocate, curriculum, replay).",
+    )
+    steer: SteerConfig | None = Field(None, description="Steer temperature or entropy bonus to a target. None: off.")
+    allocate: AllocateConfig | None = Field(None, description="More completions for hard prompts. None: all alike.")
+    curriculum: CurriculumConfig | None = Field(None, description="Draw problems by success. None: all, in turn.")
+    replay: ReplayConfig | None = Field(None, description="Keep rare successes and use them again. None: off.")
+    carry: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens that a completion grows by in one step; what is longer goes on in the next, its group with it. None: every completion ends in its step.",
+    )
+    max_staleness: int = Field(
+        8,
+        ge=1,
+        description="Steps that tokens may be older than the step that learns from them (replay, carry); older ones are dropped.",
+    )
     gamma: float = Field(1.0, gt=0, le=1, description="Discount a token (PPO, REINFORCE++).")
     lam: float = Field(1.0, ge=0, le=1, description="Lambda of generalised advantage estimation (PPO).")
     value_coefficient: float = Field(0.5, ge=0, description="Weight of the critic's loss (PPO).")
@@ -147,3 +206,40 @@ class RLConfig(TrainConfig):
         if self.method in grouped and self.group_size < 2:
             raise ValueError(f"{self.method} compares the completions of a prompt: group_size must be 2 or more")
         return self
+
+    @model_validator(mode="after")
+    def _explores(self) -> RLConfig:
+        sampling = self.sampling
+        if self.steer is not None and self.steer.by == "temperature":
+            low, high = self.steer.bounds
+            if not low <= sampling.temperature <= high:
+                raise ValueError(
+                    f"sampling.temperature ({sampling.temperature:g}) must be within steer's {low:g} to {high:g}"
+                )
+        if self.allocate is not None:
+            if self.allocate.first >= self.group_size:
+                raise ValueError(f"allocate.first ({self.allocate.first}) must be below group_size ({self.group_size})")
+            whole = [p.title for p in self.rewards.parts if _of_groups(p)]
+            if whole:
+                raise ValueError(
+                    f"allocate judges completions before their group is whole, and reward {whole[0]!r} needs all"
+                )
+        if self.off_policy:
+            cut = {"top_k": sampling.top_k, "top_p": sampling.top_p < 1, "min_p": sampling.min_p}
+            wrong = next((name for name, on in {**cut, "min_tokens": sampling.min_tokens}.items() if on), None)
+            if wrong is not None:
+                raise ValueError(
+                    f"replay and carry need log-probabilities of the whole distribution: leave out sampling.{wrong}"
+                )
+        if self.carry is not None and self.environment is not None:
+            raise ValueError(
+                "carry cuts completions in the middle of a turn, which an environment can't answer: one of them"
+            )
+        if self.carry is not None and self.carry >= sampling.max_tokens:
+            raise ValueError(f"carry ({self.carry}) must be below sampling.max_tokens ({sampling.max_tokens})")
+        return self
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether a batch may hold tokens that an earlier policy sampled."""
+        return self.replay is not None or self.carry is not None

@@ -35,7 +35,7 @@ class Questions:
 
 
 def ask(config: ProblemsConfig, tokenizer: Any, *, context: int | None) -> Questions:
-    """Load problems and render them, by the chat template where there is one.
+    """Load problems and render them, by the settings' template, or by the chat template where there is one.
 
     context: the model's length in tokens; a prompt that leaves no room for an answer is a bad row (so is one over
     data.max_tokens). Raises DataError for sources that can't be read and for bad rows unless data.on_bad_row is skip.
@@ -43,11 +43,11 @@ def ask(config: ProblemsConfig, tokenizer: Any, *, context: int | None) -> Quest
     problems = load_problems(config)
     data = config.data if isinstance(config, RowsConfig) else None
     templated = bool(getattr(tokenizer, "chat_template", None)) and not isinstance(config, LabConfig)
-    chatty = data.chat if data is not None else templated
+    chatty = (data.chat if data is not None else templated) and config.template is None
     if chatty and not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "the tokenizer has no chat template, as base models have none. Give model.chat_template, or "
-            "data.chat=false to ask in plain text"
+            "data.chat=false to ask in plain text, or problems.template"
         )
     limit = min((data.max_tokens if data else None) or 2**62, (context or 2**62) - 1)
     items: list[Question] = []
@@ -61,6 +61,8 @@ def ask(config: ProblemsConfig, tokenizer: Any, *, context: int | None) -> Quest
                 if chatty
                 else "".join(m["content"] for m in problem["messages"])
             )
+            if config.template is not None:
+                text = config.template.replace("{question}", text)
             texts.append((problem, text))
         except BadRow as error:
             reasons[str(error).split(":")[0]] += 1

@@ -8,6 +8,8 @@ Let z = cap(scale * (W h + b)) / temperature, with cap(z) = c tanh(z / c) where 
 
     log p(y) = z_y - logsumexp(z)          entropy = logsumexp(z) - sum_v p_v z_v
     d log p(y) / d z = onehot(y) - p       d entropy / d z_v = -p_v (log p_v + entropy)
+
+The temperature is one number, or one for each position.
 """
 
 from __future__ import annotations
@@ -38,12 +40,19 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
     return max(1, CHUNK_BYTES.get(device.type, 64 << 20) // (4 * vocabulary))
 
 
-def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, t: float) -> Tensor:
+def _of_rows(temperature: float | Tensor, s: slice) -> float | Tensor:
+    """The temperature of a chunk's positions, as it divides their logits."""
+    return temperature[s, None] if isinstance(temperature, Tensor) else temperature
+
+
+def _logits(
+    h: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, t: float | Tensor
+) -> Tensor:
     """float32 logits of a chunk, temperature applied, in a fresh tensor that the caller may overwrite."""
     return _finished(torch.mm(h, weight.t()).float(), bias, scale, softcap, t)
 
 
-def _finished(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None, t: float) -> Tensor:
+def _finished(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None, t: float | Tensor) -> Tensor:
     """What follows the product, in place."""
     if bias is not None:
         z += bias
@@ -51,17 +60,17 @@ def _finished(z: Tensor, bias: Tensor | None, scale: float, softcap: float | Non
         z *= scale
     if softcap is not None:
         z.div_(softcap).tanh_().mul_(softcap)
-    if t != 1.0:
+    if isinstance(t, Tensor) or t != 1.0:
         z /= t
     return z
 
 
-def _through_cap(d: Tensor, z: Tensor, scale: float, softcap: float | None, t: float) -> Tensor:
+def _through_cap(d: Tensor, z: Tensor, scale: float, softcap: float | None, t: float | Tensor) -> Tensor:
     """d loss / d z turned, in place, into d loss / d (W h + b)."""
     if softcap is not None:
         d *= 1.0 - (z * (t / softcap)).square_()
     factor = scale / t
-    return d.mul_(factor) if factor != 1.0 else d
+    return d.mul_(factor) if isinstance(factor, Tensor) or factor != 1.0 else d
 
 
 def head_logits(
@@ -86,7 +95,7 @@ class _LinearLogprobs(torch.autograd.Function):
         entropies = torch.zeros_like(logprobs)
         for i in range(0, len(hidden), rows):
             s = slice(i, i + rows)
-            z = _logits(hidden[s], weight, bias, scale, softcap, temperature)
+            z = _logits(hidden[s], weight, bias, scale, softcap, _of_rows(temperature, s))
             lse[s] = torch.logsumexp(z, -1)
             logprobs[s] = z.gather(1, targets[s, None]).squeeze(1) - lse[s]
             if entropy:
@@ -107,7 +116,7 @@ class _LinearLogprobs(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_b and bias is not None else None
         for i in range(0, len(hidden), rows):
             s = slice(i, i + rows)
-            z = _logits(hidden[s], weight, bias, scale, softcap, temperature)
+            z = _logits(hidden[s], weight, bias, scale, softcap, _of_rows(temperature, s))
             logp = z - lse[s, None]
             d = logp.exp()
             if entropy and d_entropies is not None:
@@ -116,7 +125,8 @@ class _LinearLogprobs(torch.autograd.Function):
             else:
                 d.mul_(-d_logprobs[s, None])
             d.scatter_add_(1, targets[s, None], d_logprobs[s, None].to(d.dtype))
-            _push(_through_cap(d, z, scale, softcap, temperature), hidden, weight, s, d_hidden, d_weight, d_bias)
+            d = _through_cap(d, z, scale, softcap, _of_rows(temperature, s))
+            _push(d, hidden, weight, s, d_hidden, d_weight, d_bias)
         return (
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -142,21 +152,28 @@ def _push(
 
 
 def linear_logprobs(
-    hidden_N_H: Tensor, head: Head, targets_N: Tensor, temperature: float = 1.0, entropy: bool = False
+    hidden_N_H: Tensor, head: Head, targets_N: Tensor, temperature: float | Tensor = 1.0, entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and on request the entropy of its distribution, in nats.
 
     hidden_N_H: the hidden states that predict the targets. targets_N: token ids, int64. temperature: as it was when
-    sampling. Returns (logprobs_N, entropies_N), float32; entropies are zeros where not asked for. Both are
-    differentiable in the hidden states, the head's weight and its bias. Peak memory beyond the arguments and their
-    gradients: one chunk of logits, whatever N is. N = 0 gives empty tensors.
+    sampling, one number or one for each target (shape N, a constant). Returns (logprobs_N, entropies_N), float32;
+    entropies are zeros where not asked for. Both are differentiable in the hidden states, the head's weight and its
+    bias. Peak memory beyond the arguments and their gradients: one chunk of logits, whatever N is. N = 0 gives empty
+    tensors.
 
-    Raises ValueError for a temperature that is not positive.
+    Raises ValueError for a temperature that is not positive, or not one for each target.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, and is {temperature}; for greedy decoding take 1")
+    if isinstance(temperature, Tensor):
+        if temperature.shape != targets_N.shape:
+            raise ValueError(f"{len(targets_N)} targets, but temperatures of shape {tuple(temperature.shape)}")
+        lowest, temperature = float(temperature.min()) if len(temperature) else 1.0, temperature.detach().float()
+    else:
+        lowest = temperature = float(temperature)
+    if not lowest > 0:
+        raise ValueError(f"temperature must be positive, and is {lowest}; for greedy decoding take 1")
     return _LinearLogprobs.apply(  # type: ignore[no-any-return]
-        hidden_N_H, head.weight_V_H, head.bias_V, targets_N, head.scale, head.softcap, float(temperature), entropy
+        hidden_N_H, head.weight_V_H, head.bias_V, targets_N, head.scale, head.softcap, temperature, entropy
     )
 
 

@@ -101,7 +101,7 @@ class LanguageModel(nn.Module):
         want: Literal["cross_entropy", "logprobs", "values", "hidden"] = "logprobs",
         targets_N: Tensor | None = None,
         coefficients_N: Tensor | None = None,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         entropy: bool = False,
         probe: bool = True,
     ) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import DataError
-from posttrain.types import Rollout, RolloutGroup
+from posttrain.types import Piece, Rollout, RolloutGroup
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -57,6 +57,7 @@ def write_rollouts(
                     "answer": json.dumps(group.example.get("answer"), ensure_ascii=False, default=str),
                     "parts": json.dumps(dict(r.rewards)),
                     "steps": json.dumps({name: [list(s) for s in steps] for name, steps in r.steps.items()}),
+                    "pieces": json.dumps([[p.tokens, p.step, p.temperature] for p in r.pieces]),
                     "failures": json.dumps(dict(failures[g][i]) if failures is not None else {}, ensure_ascii=False),
                 }
             )
@@ -70,7 +71,7 @@ def write_rollouts(
             ("mask", pa.list_(pa.bool_())),
             ("reward", pa.float64()),
             ("advantage", pa.float64()),
-            *((name, pa.string()) for name in ("answer", "parts", "steps", "failures")),
+            *((name, pa.string()) for name in ("answer", "parts", "steps", "pieces", "failures")),
         ]
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,9 +88,10 @@ def rollout_steps(folder: Path) -> list[int]:
 
 
 def read_rollouts(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, what is kept as JSON (`answer`, `parts`, `steps`, `failures`) as values.
+    """The rows of a file, what is kept as JSON (`answer`, `parts`, `steps`, `pieces`, `failures`) as values.
 
-    Files of before there were `mask` and `steps` are read as rollouts without. Raises DataError where it can't be read.
+    Files of before there were `mask`, `steps` and `pieces` are read as rollouts without. Raises DataError where it
+    can't be read.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -100,6 +102,7 @@ def read_rollouts(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path} can't be read as rollouts: {error}") from error
     for row in rows:
         row.update({name: json.loads(row.get(name) or "{}") for name in ("answer", "parts", "steps", "failures")})
+        row["pieces"] = json.loads(row.get("pieces") or "[]")
         row.setdefault("mask", None)
     return rows  # type: ignore[no-any-return]
 
@@ -121,6 +124,7 @@ def groups_of(rows: Sequence[Mapping[str, Any]]) -> list[RolloutGroup]:
                 math.nan if r["reward"] is None else r["reward"],
                 r["mask"],
                 {name: [(a, b, score) for a, b, score in steps] for name, steps in r["steps"].items()},
+                pieces=tuple(Piece(*p) for p in r["pieces"]),
             )
             for r in members
         ]

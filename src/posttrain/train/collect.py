@@ -1,29 +1,40 @@
 """One batch of experience: problems drawn, completions sampled, rewards, what the models say of them, advantages.
 
-Everything is a function of (seed, step) and the weights, so that a run that goes on makes the same batch again.
+Everything is a function of (seed, step), the weights, and what `Collector.numbers` puts into the checkpoint, so that a
+run that goes on makes the same batch again.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from posttrain.config import RLConfig, SamplingConfig
+from posttrain.config import RLConfig
 from posttrain.data.questions import Question
 from posttrain.functional.advantages import moving_average
+from posttrain.functional.kl import kl
 from posttrain.models.lm import LanguageModel
 from posttrain.models.ragged import micro_batches
-from posttrain.progress import Track
+from posttrain.progress import Phases
 from posttrain.rewards.stack import RewardStack, Scored
+from posttrain.rollout.buffer import oldest
 from posttrain.rollout.sampler import Request, Sampler
-from posttrain.train.methods import METHODS, Rolled, give_advantages, mixed, outcome
+from posttrain.train.explore import Controls
+from posttrain.train.gather import Gatherer, sample
+from posttrain.train.gathering import Gathering, scored
+from posttrain.train.methods import (
+    METHODS,
+    Rolled,
+    even_out,
+    give_advantages,
+    outcome,
+    sampled_logprobs,
+    temperatures,
+)
 from posttrain.types import RolloutGroup
 
 Failures = list[list[dict[str, str]]]
@@ -32,9 +43,10 @@ Failures = list[list[dict[str, str]]]
 
 @dataclass
 class Batch:
-    """What a step learns from. problems: the number of each group's problem. scored: every group with its rewards.
-    rolled: the same rollouts as the learner takes them."""
+    """What a step learns from. config: its settings, what is steered in place. problems: the number of each group's
+    problem. scored: every group with its rewards. rolled: the same rollouts as the learner takes them."""
 
+    config: RLConfig
     problems: list[int]
     scored: Scored
     rolled: list[Rolled]
@@ -73,23 +85,9 @@ def with_failed(scored: Scored) -> tuple[list[RolloutGroup], list[set[int]], Fai
     return out, places, failures
 
 
-class Phases:
-    """Seconds by phase, and the phase on the screen."""
-
-    def __init__(self, track: Track) -> None:
-        self.track = track
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        self.track.phase(name)
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-
-
 class Collector:
-    """Makes batches. reference: fills in log-probabilities of the model that the stage began with; None: not needed."""
+    """Makes batches. reference: fills in log-probabilities of the model that the stage began with; None: not needed.
+    tokenizer: for completions that are carried over from step to step."""
 
     def __init__(
         self,
@@ -100,11 +98,14 @@ class Collector:
         questions: Sequence[Question],
         seed: int,
         reference: Callable[[Sequence[Rolled]], None] | None = None,
+        tokenizer: Any = None,
     ) -> None:
         self.config, self.model, self.sampler, self.rewards = config, model, sampler, rewards
         self.questions, self.seed, self.reference = questions, seed, reference
         self.method = METHODS[config.method]
         self.baseline: float | None = None
+        self.controls = Controls.of(config)
+        self.gatherer = Gatherer(config, sampler, rewards, questions, seed, tokenizer)
         sampling = config.sampling
         self.comparable = (
             sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0 and not sampling.min_tokens
@@ -112,70 +113,42 @@ class Collector:
         """Whether the sampler's numbers are those of the whole distribution, as the learner's are."""
 
     def collect(self, step: int, phases: Phases) -> Batch:
-        """The batch of a step, whole, with its advantages."""
-        chosen = self._problems(step, 0)
-        groups, scored = self._attempt(chosen, step, 0, phases)
-        drawn = len(groups)
-        for redraw in range(1, self.config.redraws + 1):
-            flat = [i for i, g in enumerate(scored.groups) if not mixed(g.rollouts)]
-            if not flat:
-                break
-            fresh = self._problems(step, redraw)[: len(flat)]
-            _, more = self._attempt(fresh, step, redraw, phases)
-            drawn += len(fresh)
-            for i, j in zip(flat, [j for j, g in enumerate(more.groups) if mixed(g.rollouts)], strict=False):
-                chosen[i] = fresh[j]
-                _replace(scored, i, more, j)
-        batch = self._batch(chosen, scored)
+        """The batch of a step, whole, with its advantages. What is steered moves on to the next."""
+        now = self.controls.applied(self.config)
+        ready, accounts = self.gatherer.gather(step, now, phases)
+        batch = self._batch(ready, step, now)
         self._judge(batch, step, phases)
-        batch.metrics["drawn"] = float(drawn)
+        batch.metrics |= accounts | self.controls.metrics(self.config)
+        self.controls.follow(self.config, batch.metrics)
         return batch
 
-    def _problems(self, step: int, redraw: int) -> list[int]:
-        """Every epoch a fresh permutation; what is drawn again comes from a stream of its own."""
-        count, size = len(self.questions), self.config.prompts_per_step
-        if redraw:
-            rng = np.random.default_rng([self.seed, 1, step, redraw])
-            return [int(i) for i in rng.choice(count, size, replace=count < size)]
-        places = range(step * size, (step + 1) * size)
-        orders = {e: np.random.default_rng([self.seed, 0, e]).permutation(count) for e in {p // count for p in places}}
-        return [int(orders[p // count][p % count]) for p in places]
-
-    def _attempt(
-        self, chosen: Sequence[int], step: int, redraw: int, phases: Phases
-    ) -> tuple[list[RolloutGroup], Scored]:
-        """Sample and score. A problem that is there twice has streams of its own each time."""
-        streams = np.random.SeedSequence([self.seed, 2, step, redraw]).generate_state(len(chosen), np.uint64)
-        requests = [
-            Request(self.questions[i].tokens, self.config.group_size, int(s), self.questions[i].problem)
-            for i, s in zip(chosen, streams, strict=True)
+    def _batch(self, ready: Sequence[Gathering], step: int, now: RLConfig) -> Batch:
+        """Groups as a batch. What is replayed stands behind its group's own, and counts in no measure of the policy."""
+        judged = scored(ready, self.questions)
+        metrics, rolled = _metrics(judged), list[Rolled]()
+        for n, (gathering, group) in enumerate(zip(ready, judged.groups, strict=True)):
+            own, again = group.rollouts, gathering.replayed
+            rolled += [Rolled(group.prompt, r, n, age=step - oldest(r, step)) for r in own]
+            rolled += [Rolled(group.prompt, r, n, age=step - oldest(r, step), replayed=True) for r in again]
+        judged.groups[:] = [
+            replace(group, rollouts=[*group.rollouts, *g.replayed])
+            for g, group in zip(ready, judged.groups, strict=True)
         ]
-        groups = self._sample(requests, self.config.sampling, phases)
-        with phases("reward"):
-            return groups, self.rewards(groups)
+        return Batch(now, [g.problem for g in ready], judged, rolled, metrics)
 
-    def _sample(self, requests: list[Request], sampling: SamplingConfig, phases: Phases) -> list[RolloutGroup]:
-        total, done = sum(r.n for r in requests), 0
+    def numbers(self) -> dict[str, Any]:
+        """All state besides the weights, for a checkpoint."""
+        return {"baseline": self.baseline, "controls": self.controls.numbers(), "gatherer": self.gatherer.numbers()}
 
-        def count(*_: Any) -> None:
-            nonlocal done
-            done += 1
-            if done % 8 == 0:
-                phases.track.phase(f"sampling {done}/{total}")
-
-        with phases("sample"):
-            return self.sampler.sample(requests, sampling, count)
-
-    def _batch(self, chosen: list[int], scored: Scored) -> Batch:
-        rolled = [
-            Rolled(group.prompt, rollout, g) for g, group in enumerate(scored.groups) for rollout in group.rollouts
-        ]
-        return Batch(chosen, scored, rolled, _metrics(scored))
+    def load(self, numbers: dict[str, Any]) -> None:
+        """Take it back."""
+        self.baseline, self.controls = numbers["baseline"], Controls(**numbers["controls"])
+        self.gatherer.load(numbers["gatherer"])
 
     def _judge(self, batch: Batch, step: int, phases: Phases) -> None:
         """Log-probabilities before the update, of the reference, values of the critic; advantages from all of these."""
-        config, rolled = self.config, batch.rolled
-        many = config.updates * config.passes > 1
+        config, rolled = batch.config, batch.rolled
+        many = config.updates * config.passes > 1 or config.off_policy
         in_reward = bool(config.kl.coefficient) and config.kl.where == "reward"
         exact = self.comparable and next(self.model.parameters()).dtype == torch.float32
         with phases("score"):
@@ -184,16 +157,22 @@ class Collector:
             elif many or in_reward:
                 for r in rolled:
                     r.old = r.sampled()
+            for r in rolled:
+                if r.age:  # the policy that sampled it is gone: its own numbers are all there is
+                    r.old = r.sampled()
             if self.reference is not None:
                 self.reference(rolled)
+                batch.metrics |= _divergence(rolled)
         greedy: list[float] = []
         if self.method.advantages == "greedy":
             greedy = self._greedy(batch, phases)
         give_advantages(config, rolled, self.baseline, greedy)
+        if config.allocate is not None:
+            even_out(rolled)
         if not many and in_reward and exact:
             for r in rolled:  # served the penalty; on a single fresh update the learner's own are better
                 r.old = None
-        rewards = torch.tensor([outcome(config, r.rollout) for r in rolled], dtype=torch.float64)
+        rewards = torch.tensor([outcome(config, r.rollout) for r in rolled if not r.replayed], dtype=torch.float64)
         self.baseline = moving_average(self.baseline, rewards)
         signal: dict[int, bool] = dict.fromkeys(range(len(batch.groups)), False)
         for r in rolled:
@@ -205,9 +184,8 @@ class Collector:
         """The learner's log-probabilities (and the critic's values) before the first update."""
         critic = self.method.advantages == "critic"
         for mine, batch, targets in in_passes(self.model, rolled, self.config.systems.tokens_per_micro_batch):
-            out = self.model(
-                batch, "values" if critic else "logprobs", targets, temperature=self.config.sampling.temperature
-            )
+            temperature = temperatures(self.config, mine, targets.device)
+            out = self.model(batch, "values" if critic else "logprobs", targets, temperature=temperature)
             lengths = [r.length for r in mine]
             for r, part in zip(mine, out[0].float().cpu().split(lengths), strict=True):
                 r.old = part
@@ -225,14 +203,17 @@ class Collector:
     def answer(self, questions: Sequence[Question], phases: Phases) -> list[RolloutGroup]:
         """Greedy answers."""
         greedy = self.config.sampling.model_copy(update={"temperature": 0.0})
-        return self._sample([Request(q.tokens, 1, 0, q.problem) for q in questions], greedy, phases)
+        requests = [Request(q.tokens, 1, 0, q.problem) for q in questions]
+        return sample(self.sampler, requests, greedy, phases)
 
 
-def _replace(scored: Scored, i: int, other: Scored, j: int) -> None:
-    """Group j of another attempt in place of group i, and what was left out of it."""
-    scored.groups[i] = other.groups[j]
-    scored.excluded[:] = [e for e in scored.excluded if e.group != i]
-    scored.excluded.extend(replace(e, group=i) for e in other.excluded if e.group == j)
+def _divergence(rolled: Sequence[Rolled]) -> dict[str, float]:
+    """`kl`: from the reference, k3, mean over the tokens that were sampled for this batch, before its update."""
+    fresh = [r for r in rolled if not r.replayed and r.length and r.reference is not None]
+    if not fresh:
+        return {}
+    own = torch.cat([r.old if r.old is not None else s for r, s in zip(fresh, sampled_logprobs(fresh), strict=True)])
+    return {"kl": float(kl(own, torch.cat([r.reference for r in fresh if r.reference is not None])).double().mean())}
 
 
 def _metrics(scored: Scored) -> dict[str, float]:

@@ -6,6 +6,7 @@ The formulas are in `posttrain.functional`; docs/policy-gradients.md says where 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from posttrain.functional.steps import Relative, at_last_tokens, from_steps_on, 
 from posttrain.models.lm import LanguageModel
 from posttrain.models.ragged import RaggedBatch
 from posttrain.train.learner import LossFunction
-from posttrain.types import Rollout, Sample
+from posttrain.types import Piece, Rollout, Sample
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Rolled:
 
     group: its prompt's number in the batch. old: log-probabilities before the batch's first update (None: they are
     the learner's own, on the first and only update). reference: of the model that the stage began with. values: of the
-    critic. signal: whether there is anything to learn from it.
+    critic. signal: whether there is anything to learn from it. age: steps since its first token was sampled. replayed:
+    it is there a second time, in place of a success that its group lacks.
     """
 
     prompt: Sequence[int]
@@ -82,6 +84,8 @@ class Rolled:
     values: Tensor | None = None
     returns: Tensor | None = None
     signal: bool = True
+    age: int = 0
+    replayed: bool = False
 
     @property
     def length(self) -> int:
@@ -147,6 +151,27 @@ def step_scores(config: RLConfig, rolled: Sequence[Rolled]) -> list[tuple[float,
             places = torch.tensor(last), torch.tensor(completion)
             found.append((part.weight, torch.tensor(scores, dtype=torch.float64), *places))
     return found
+
+
+def temperatures(config: RLConfig, rolled: Sequence[Rolled], device: torch.device) -> float | Tensor:
+    """What divides the logits of the rollouts' tokens, as when sampled; one number where all have the same."""
+    pieces = [r.rollout.pieces or [Piece(len(r.rollout.tokens), 0, config.sampling.temperature)] for r in rolled]
+    different = {p.temperature for of in pieces for p in of}
+    if len(different) == 1:
+        return different.pop()
+    values = []
+    for r, of in zip(rolled, pieces, strict=True):
+        each = [p.temperature for p in of for _ in range(p.tokens)]
+        values += [each[i] for i in r.rollout.own]
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def even_out(rolled: Sequence[Rolled]) -> None:
+    """Groups of different sizes count the same: advantages times mean size / size of the group."""
+    sizes = Counter(r.group for r in rolled)
+    mean = len(rolled) / max(1, len(sizes))
+    for r in rolled:
+        r.advantages = r.advantages * (mean / sizes[r.group])
 
 
 def give_advantages(
@@ -231,7 +256,7 @@ def policy_loss(
     learner can be seen, where the two speak of the same distribution (`comparable`: nothing was cut off).
     """
     method = METHODS[config.method]
-    alone = config.updates * config.passes == 1
+    alone = config.updates * config.passes == 1 and not config.off_policy
     kind = config.aggregation or method.aggregation
     stepwise = any(r.rollout.steps for r in rolled)
     if method.loss == "reinforce" and not alone and config.aggregation is None and not stepwise:
@@ -247,7 +272,7 @@ def policy_loss(
         lengths = torch.tensor([r.length for r in mine], device=device)
         targets = torch.cat([r.targets(row) for row, r in zip(batch.rows, mine, strict=True)])
         out = model(
-            batch, want, targets, temperature=config.sampling.temperature, entropy=config.entropy != 0,
+            batch, want, targets, temperature=temperatures(config, mine, device), entropy=config.entropy != 0,
             probe=config.value_trunk == "probe",
         )  # fmt: skip
         logprobs = out[0]
@@ -268,10 +293,9 @@ def policy_loss(
             values = values + beta * divergence
         if config.entropy:
             values = values + policy.entropy_bonus(out[1], config.entropy)
-        if mine[0].reference is not None:
-            metrics["kl"] = kl(logprobs.detach(), _cat(mine, "reference", device), "k3").sum()
         if fresh and comparable:
-            difference = (logprobs.detach() - sampled).abs()
+            now = torch.tensor([r.age == 0 for r in mine], device=device)[sequence]
+            difference = (logprobs.detach() - sampled).abs() * now
             metrics["mismatch"] = difference.sum()
             extremes.mismatch = max(extremes.mismatch, float(difference.max()))
         total = reduce(values, weights, divisor)

@@ -17,17 +17,17 @@ from posttrain.errors import ModelError
 from posttrain.evaluate.stats import mean_interval
 from posttrain.models.lm import LanguageModel
 from posttrain.models.load import load_model, pick_dtype
-from posttrain.progress import Track
+from posttrain.progress import Phases, Track
 from posttrain.rewards.stack import RewardStack
 from posttrain.rollout.engine import LocalSampler
 from posttrain.rollout.environment import environment
 from posttrain.rollout.sampler import Sampler
 from posttrain.rollout.store import write_rollouts
 from posttrain.rollout.turns import TurnSampler, check
-from posttrain.train.collect import Batch, Collector, Phases, in_passes, with_failed
+from posttrain.train.collect import Batch, Collector, in_passes, with_failed
 from posttrain.train.learner import Learner, StepResult
 from posttrain.train.loop import OnStep, train
-from posttrain.train.methods import METHODS, Extremes, Rolled, policy_loss
+from posttrain.train.methods import METHODS, Extremes, Rolled, policy_loss, temperatures
 from posttrain.train.stage import Functions, Ready, Setting, account, leave_model, open_policy
 
 
@@ -75,12 +75,11 @@ class Experience:
 
     def _learn(self, batch: Batch) -> tuple[list[StepResult], Extremes]:
         """`passes` times over the batch, each time in `updates` parts of whole groups."""
-        config, extremes, results = self.config, Extremes(), []
+        config, extremes, results = batch.config, Extremes(), []
         groups = len(batch.groups)
-        per_update = groups // config.updates
         for round_ in range(config.passes):
             for u in range(config.updates):
-                part = range(u * per_update, (u + 1) * per_update)
+                part = range(u * groups // config.updates, (u + 1) * groups // config.updates)
                 rolled = [r for r in batch.rolled if r.group in part]
                 fresh = round_ == 0 and u == 0
                 loss = policy_loss(config, rolled, fresh, self.collector.comparable, extremes)
@@ -111,10 +110,10 @@ class Experience:
         return self.measure(0, Phases(track)) if self.held_out else None
 
     def numbers(self) -> dict[str, Any]:
-        return {"baseline": self.collector.baseline}
+        return self.collector.numbers()
 
     def load(self, numbers: dict[str, Any]) -> None:
-        self.collector.baseline = numbers["baseline"]
+        self.collector.load(numbers)
 
 
 def _joined(records: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -192,7 +191,7 @@ def run_rl(
         if config.environment is not None:
             answering = environment(config.environment, functions)
             sampler = TurnSampler(local, answering, config.environment, tokenizer, local.context)
-        collector = Collector(config, policy, sampler, rewards, questions, seed, reference)
+        collector = Collector(config, policy, sampler, rewards, questions, seed, reference, tokenizer)
         work = Experience(config, learner, collector, folder, held_out, seed)
         result = train(
             learner,
@@ -219,7 +218,8 @@ def _reference(config: RLConfig, model: ModelConfig, policy: LanguageModel) -> C
     @torch.no_grad()
     def score(rolled: Sequence[Rolled]) -> None:
         for mine, batch, targets in in_passes(frozen, rolled, config.systems.tokens_per_micro_batch):
-            logprobs = frozen(batch, "logprobs", targets, temperature=config.sampling.temperature)[0].float().cpu()
+            temperature = temperatures(config, mine, targets.device)
+            logprobs = frozen(batch, "logprobs", targets, temperature=temperature)[0].float().cpu()
             for r, part in zip(mine, logprobs.split([r.length for r in mine]), strict=True):
                 r.reference = part
 
