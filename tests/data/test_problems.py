@@ -81,3 +81,16 @@ def test_held_out_problems_that_are_trained_on_are_left_out(tmp_path: Path) -> N
     assert left.stats["used"] == 8 and left.stats["dropped"] == {"trained on too": 4}
     with pytest.raises(DataError, match="12 of 12 held-out problems are trained on too"):
         apart(asked, asked, "rl")
+
+
+def test_a_template_stands_in_for_the_chat_template(tmp_path: Path) -> None:
+    """Plain text around the question, whatever the tokenizer has; rewards see the question alone."""
+    source = rows(tmp_path / "p.jsonl", {"prompt": "2+2?", "answer": "4"})
+    (question,) = ask(
+        source.model_copy(update={"template": "Q: {question}\nA: <think>"}), tiny_tokenizer(), context=99
+    ).items
+    assert question.text == "Q: 2+2?\nA: <think>" and question.problem["prompt"] == "2+2?"
+    (lab,) = ask(LabConfig(size=1, template="sum {question}"), tiny_tokenizer(), context=99).items
+    assert lab.text == "sum " + lab.problem["prompt"]
+    with pytest.raises(ValueError, match="needs {question} where the question goes, and is 'Q:'"):
+        LabConfig(template="Q:")

@@ -128,6 +128,7 @@ def test_a_steered_bonus_starts_within_its_bounds() -> None:
         ({"allocate": {}, "rewards": {"parts": [{"kind": "self_consistency"}]}}, "'self_consistency' needs all"),
         ({"replay": {}, "sampling": {"top_p": 0.9}}, "leave out sampling.top_p"),
         ({"carry": 8, "sampling": {"min_tokens": 2}}, "leave out sampling.min_tokens"),
+        ({"carry": 8, "environment": {"kind": "calculator"}}, "middle of a turn"),
         ({"carry": 32}, "carry .32. must be below sampling.max_tokens .32."),
     ],
 )

@@ -189,6 +189,20 @@ def test_every_token_is_learnt_at_its_own_temperature() -> None:
         torch.testing.assert_close(captured[name], p.grad, atol=2e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("method", ["ppo", "remax", "reinforce", "reinforce_pp_baseline", "gspo", "cispo"])
+def test_every_kind_of_method_learns_from_old_and_uneven_groups(method: str, tmp_path: Path) -> None:
+    """Critic, greedy baseline, whitening, sequence ratios: with replay, carried completions, groups of many sizes."""
+    changes = {k: v for k, v in EVERYTHING.items() if k not in ("kl", "updates")} | {"carry": 7}
+    exp = work(settings(method, **changes), tmp_path, count=4)
+    if method == "ppo":
+        exp.learner.model.add_value_head()
+        exp.learner = Learner(exp.learner.model, exp.config.optimizer, exp.config.systems, 10)
+    metrics = [exp.step(s, QUIET).metrics for s in range(5)]
+    assert sum(m["carried"] for m in metrics) and max(m["staleness_max"] for m in metrics[1:]) >= 1
+    assert any(m.get("loss") for m in metrics) and all(torch.isfinite(p).all() for p in exp.learner.model.parameters())
+    assert any(m.get("approx_kl", 0) > 0 for m in metrics)  # ratios to the policies that sampled
+
+
 def test_methods_without_a_ratio_get_one_where_data_is_old() -> None:
     """RLOO with replay: the clipped ratio of the whole sequence, not the plain gradient."""
     values = []
@@ -226,7 +240,7 @@ def test_the_temperature_follows_its_target(tmp_path: Path) -> None:
 EVERYTHING = {
     "rewards": {"parts": [FUNCTION]},
     "sampling": {"max_tokens": 9},
-    "steps": 10,
+    "steps": 8,
     "updates": 2,
     "redraws": 1,
     "steer": {"target": 5.0},
@@ -273,7 +287,7 @@ def run(folder: Path, die: list[int]) -> dict[str, torch.Tensor]:
 
 def test_with_everything_on_a_stage_that_dies_ends_bit_identical(tmp_path: Path) -> None:
     calm = run(tmp_path / "calm", [])
-    killed = run(tmp_path / "killed", [1, 4, 5, 9])
+    killed = run(tmp_path / "killed", [1, 4, 7])
     assert all(torch.equal(killed[n], w) for n, w in calm.items())
     texts = [(tmp_path / f / "metrics.jsonl").read_text() for f in ("calm", "killed")]
     assert texts[0] == texts[1]
@@ -286,7 +300,7 @@ def test_with_everything_on_a_stage_that_dies_ends_bit_identical(tmp_path: Path)
     )
     assert len({m["kl_coefficient"] for m in metrics}) > 5 and len({m["temperature"] for m in metrics}) > 5
     assert max(m.get("staleness_max", 0) for m in metrics) == 3 and metrics[-1]["problems_asked"] == 6
-    assert sum(m["drawn"] for m in metrics) > 4 * 10
+    assert sum(m["drawn"] for m in metrics) > 4 * 8
 
 
 def test_oldest_of_a_rollout_that_does_not_say() -> None:

@@ -20,8 +20,8 @@ Array = NDArray[np.float64]
 def weight(success: Array, target: float) -> Array:
     """(p / t)^2t ((1 - p) / (1 - t))^2(1 - t): 1 at p = t, 0 at p = 0 and p = 1; for t = 1/2 it is 4 p (1 - p).
 
-    p (1 - p) is the variance of a right-or-wrong reward, and so what a group of the problem can teach
-    (arXiv 2504.05520, 2502.17416 for p at one half). success: p, from 0 to 1. target: t, between 0 and 1.
+    p (1 - p) is the variance of a right-or-wrong reward, and so what a group of the problem can teach (arXiv
+    2502.12272). success: p, from 0 to 1. target: t, between 0 and 1.
     """
     return (success / target) ** (2 * target) * ((1 - success) / (1 - target)) ** (2 * (1 - target))
 
