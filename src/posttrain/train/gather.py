@@ -151,9 +151,14 @@ class Gatherer:
             length = len(group.prompt)
             g.rollouts += [growth.grown(length, None, r, step, sampling.temperature) for r in group.rollouts]
         self.counted["samples"] += sum(new)
+        self.counted["tokens"] += sum(r.length for group in groups for r in group.rollouts)
         for g in there:
-            if step + 1 - g.born > self.config.max_staleness:
+            if self._last(g, step):
                 self.counted["carry_dropped"] += g.drop()
+
+    def _last(self, gathering: Gathering, step: int) -> bool:
+        """Whether the group can't go on in the next step: it would be too old."""
+        return step + 1 - gathering.born > self.config.max_staleness
 
     def _streams(self, kind: int, salt: tuple[int, ...], count: int) -> list[int]:
         """Seeds of that many random streams."""
@@ -180,9 +185,8 @@ class Gatherer:
         while left > 0:
             round_ += 1
             done = [g.successes(now.success) for g in there]
-            closed = [
-                not g.whole or not g.rollouts or (g.born < salt[0] and s > 0) for g, s in zip(there, done, strict=True)
-            ]
+            old = [g.born < salt[0] and (s > 0 or self._last(g, salt[0])) for g, s in zip(there, done, strict=True)]
+            closed = [not g.whole or not g.rollouts or o for g, o in zip(there, old, strict=True)]
             counts = [most if shut else len(g.rollouts) for g, shut in zip(there, closed, strict=True)]
             more = allot(done, counts, left, first, most)
             if not any(more):

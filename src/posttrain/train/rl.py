@@ -64,7 +64,7 @@ class Experience:
         seconds = sum(phases.seconds.values())
         if self.held_out and every and (last or (step + 1) % every == 0):
             metrics |= self.measure(step + 1, phases)
-        sampled = sum(r.length for g in batch.groups for r in g.rollouts)
+        sampled = self.collector.gatherer.counted["tokens"]
         timing = {
             "phases": phases.seconds,
             "sampled_tokens": sampled,
