@@ -8,9 +8,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from posttrain.errors import DataError
+from posttrain.report import rollouts
 from posttrain.rewards.watch import repetition
 from posttrain.rollout.store import path_of, read_rollouts, rollout_steps
 
@@ -68,8 +70,63 @@ def browse(
         _print(shown, rows, title, out)
 
 
+def watch(run: Path, out: Console, *, stage: str | None = None) -> None:
+    """Print what the rewards of each stage drifted to, as the report does. Raises DataError for what is not there."""
+    stages = [p for p in stages_with_rollouts(run) if stage is None or p.name.split("-", 1)[1] == stage]
+    seen = False
+    for folder in stages:
+        steps = rollout_steps(folder / "rollouts")
+        notes: list[str] = []
+        if steps:
+            seen = True
+            _print_view(rollouts.view(folder.name, folder / "rollouts", steps, notes), out)
+        for note in notes:
+            out.print(note, style="red")
+    if not seen:
+        raise DataError(f"no rollouts to watch in {run}" + (f" of stage {stage!r}" if stage else ""))
+
+
+def _print_view(view: rollouts.View, out: Console) -> None:
+    out.rule(f"{view.stage}, {view.steps} steps, {view.rollouts:,} rollouts looked at")
+    parts = [
+        (p.name, *map(_short, (p.early, p.late, p.within, p.between)), *map(_percent, p.signal)) for p in view.parts
+    ]
+    heads = ["part", "early", "late", "variance within", "between", "share within, early", "late"]
+    _table("Parts of the reward (means of the first and last third; variances of the last)", heads, parts, out)
+    pairs = [(f"{a}, {b}", *map(_signed, rs), "moved apart" if apart else "") for a, b, *rs, apart in view.pairs]
+    _table("Do they go together?", ["parts", "correlation", "early", "late", ""], pairs, out)
+    drift = [(n, _short(a), _short(b), _signed(r)) for n, a, b, r in view.drift]
+    _table("Shape", ["measure", "early", "late", "correlation with the reward"], drift, out)
+    for warning in view.warnings:
+        out.print(f"worth a look: {warning}", style="yellow", highlight=False)
+    if not view.warnings:
+        out.print("nothing drifted that would be worth a look", highlight=False)
+
+
+def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], out: Console) -> None:
+    if rows:
+        table = Table(title=title, title_justify="left", box=None)
+        for i, name in enumerate(titles):
+            table.add_column(name, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*row)
+        out.print(table)
+
+
+def _short(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}"
+
+
+def _signed(value: float | None) -> str:
+    return "none" if value is None else f"{value:+.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "none" if value is None else f"{value:.0%}"
+
+
 def _suspicion(row: dict[str, Any]) -> float:
-    return (row["reward"] or 0.0) * repetition(row["tokens"])
+    return (row["reward"] or 0.0) * repetition(rollouts.own(row))
 
 
 def _ordered(rows: Sequence[dict[str, Any]], sort: str) -> list[list[dict[str, Any]]]:
@@ -114,8 +171,9 @@ def _line(row: dict[str, Any], best: float | None) -> Text:
     if row["advantage"] is not None:
         parts.append(f"advantage {row['advantage']:+.3f}")
     parts += [f"{name} {value:.3g}" for name, value in row["parts"].items()]
-    parts.append(f"{len(row['tokens'])} tokens, {row['finish']}")
-    again = repetition(row["tokens"])
+    mine = rollouts.own(row)
+    parts.append(f"{len(mine)} tokens, {row['finish']}")
+    again = repetition(mine)
     if again > 0.2:
         parts.append(f"{again:.0%} repeated")
     parts += [f"{name}: {message}" for name, message in row["failures"].items()]

@@ -168,6 +168,9 @@ def inspect(
     held_out: Annotated[bool, typer.Option("--held-out", help="Of a run: answers to held-out problems.")] = False,
     sort: Annotated[str, typer.Option(help="Of a run: order, best, worst, suspicious.")] = "order",
     problem: Annotated[int | None, typer.Option(help="Of a run: only this problem.")] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Of a run: what the parts of its rewards drifted to, instead of rollouts.")
+    ] = False,
 ) -> None:
     """What the model will see: tokens, which carry loss, what was dropped. Of a run that sampled: its rollouts."""
     path = Path(recipe)
@@ -175,11 +178,16 @@ def inspect(
         from posttrain import browse
 
         if browse.stages_with_rollouts(path):
+            if watch:
+                browse.watch(path, _console(), stage=stage)
+                return
             options = {"stage": stage, "step": step, "held_out": held_out, "sort": sort, "problem": problem}
             browse.browse(path, _console(), groups=rows, **options)  # type: ignore[arg-type]
             return
-    if step is not None or held_out or problem is not None or sort != "order":
-        raise RecipeError(f"{recipe} is no run with rollouts: --step, --held-out, --sort and --problem have no meaning")
+    if step is not None or held_out or problem is not None or watch or sort != "order":
+        raise RecipeError(
+            f"{recipe} is no run with rollouts: --step, --held-out, --sort, --problem and --watch have no meaning"
+        )
     from posttrain.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or ())

@@ -13,11 +13,12 @@ from rich.console import Console
 
 import posttrain
 from posttrain.browse import browse
+from posttrain.browse import watch as watch_run
 from posttrain.errors import DataError
 from posttrain.files import read_lines
 from posttrain.report import build
 from posttrain.report.load import read
-from posttrain.report.rollouts import views
+from posttrain.report.rollouts import spark, views
 from posttrain.rollout.store import groups_of, path_of, read_rollouts, rollout_steps, write_rollouts
 from posttrain.types import Rollout, RolloutGroup
 
@@ -142,3 +143,39 @@ def test_rollouts_come_back_as_they_were(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match="can't be read as rollouts"):
         read_rollouts(path)
+
+
+def test_parts_of_the_reward_on_the_page_and_in_the_terminal(run: Path) -> None:
+    """Their means, their variances within and between problems, and how they go together, from the rollouts kept."""
+    folder = run / "stages" / "0-rl" / "rollouts"
+    (view,) = views(read(run))
+    assert [p.name for p in view.parts] == ["reward", "picky", "right"]
+    first = [r["parts"]["picky"] for r in read_rollouts(path_of(folder, 1)) if r["reward"] is not None]
+    picky = view.parts[1]
+    assert picky.early == pytest.approx(sum(first) / len(first))
+    last: dict[int, list[float]] = {}
+    for r in read_rollouts(path_of(folder, 3)):
+        if r["reward"] is not None:
+            last.setdefault(r["group"], []).append(r["parts"]["picky"])
+    every = [v for values in last.values() for v in values]
+    mean = sum(every) / len(every)
+    within = sum((v - sum(vs) / len(vs)) ** 2 for vs in last.values() for v in vs) / len(every)
+    total = sum((v - mean) ** 2 for v in every) / len(every)
+    assert picky.within == pytest.approx(within) and picky.signal[1] == pytest.approx(within / total)
+    assert picky.between == pytest.approx(total - within)
+    assert [p[:2] for p in view.pairs] == [("picky", "right")]
+    page = build(run).read_text()
+    section = page[page.index('id="rollouts"') :]
+    assert f">{100 * within / total:.0f}%<" in section and f'd="{picky.means}"' in section
+    out = Console(file=io.StringIO(), width=140)
+    watch_run(run, out, stage="rl")
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(rf"picky +{picky.early:.3g} +{picky.late:.3g} ", text) and "picky, right" in text
+    with pytest.raises(DataError, match="no rollouts to watch in .* of stage 'sft'"):
+        watch_run(run, out, stage="sft")
+
+
+def test_sparklines_by_hand() -> None:
+    assert spark([0.0, 1.0, 0.5]) == "M0.0,22.0L50.0,2.0L100.0,12.0"
+    assert spark([1.0, None, 1.0], (0.0, 1.0)) == "M0.0,2.0M100.0,2.0"
+    assert spark([3.0]) == "M0.0,12.0" and spark([None]) == ""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from posttrain.rewards.watch import correlation, repetition, watch, within_variance
+from posttrain.rewards.watch import between_variance, correlation, repetition, watch, within_variance
 from posttrain.types import Rollout, RolloutGroup
 
 
@@ -68,3 +70,43 @@ def test_the_suspicious_are_well_rewarded_and_repetitive() -> None:
 
 def test_nothing_to_watch() -> None:
     assert watch([])["rollouts"] == 0 and watch([[]])["warnings"] == []
+
+
+def test_variance_within_and_between_groups_by_hand() -> None:
+    # Means 1/2 and 1 of two and three rollouts: mean 4/5; between (0.09 * 2 + 0.04 * 3) / 5 = 0.06; within 0.1; all of
+    # them, 0 1 1 1 1, have variance 0.16.
+    groups = [group(rollout(0), rollout(1)), group(rollout(1), rollout(1), rollout(1))]
+    assert within_variance(groups, lambda r: r.reward) == pytest.approx(0.1)
+    assert between_variance(groups, lambda r: r.reward) == pytest.approx(0.06)
+    alike = [group(rollout(1), rollout(1))]
+    part = watch([groups, alike, []])["parts"]["right"]
+    assert part["within"] == [pytest.approx(0.1), 0, None] and part["between"] == [pytest.approx(0.06), 0, None]
+    assert part["signal"] == [pytest.approx(0.1 / 0.16), None, None]
+    assert part["early"] == pytest.approx(0.8)
+
+
+def test_a_part_that_varies_between_problems_alone_is_named() -> None:
+    steps = [[group(rollout(1, a=1, b=0), rollout(1, a=1, b=1)), group(rollout(0, a=0, b=1), rollout(0, a=0, b=0))]] * 6
+    found = watch(steps)
+    assert found["parts"]["a"]["signal"] == [0] * 6 and found["parts"]["b"]["signal"] == [1] * 6
+    assert [w for w in found["warnings"] if w.startswith("0% of a's variance")]
+    assert not [w for w in found["warnings"] if "b's variance" in w]
+    (pair,) = found["correlations"]
+    assert pair["all"] == pytest.approx(0) and pair["steps"] == [pytest.approx(0)] * 6
+
+
+def test_more_judged_steps_with_the_reward_are_a_sign() -> None:
+    def said(s: int, reward: float) -> Rollout:
+        return replace(rollout(reward), steps={"valid": [(i, i + 1, 1.0) for i in range(1 + s)]})
+
+    steps = [[group(said(s, 0.1 * s), said(s + 1, 0.1 * s + 0.1))] for s in range(12)]
+    found = watch(steps)
+    assert found["judged"]["mean"][:2] == [1.5, 2.5] and found["judged"]["correlation"] == pytest.approx(1)
+    assert any("the reward rises while the number of judged steps rises" in w for w in found["warnings"])
+
+
+def test_what_an_environment_wrote_is_no_length_and_no_repetition() -> None:
+    mask = (True,) * 8 + (False,) * 30
+    r = Rollout((*range(8), *(1,) * 30), (0.0,) * 38, "end", "x", {"right": 1.0}, 1.0, mask)
+    found = watch([[group(r, rollout(0))]])
+    assert found["length"]["mean"] == [8] and found["repetition"]["mean"] == [0]

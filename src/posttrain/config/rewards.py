@@ -105,6 +105,43 @@ class PreferenceConfig(Part):
     batch_size: int = Field(64, ge=1, description="Pairs a call.")
 
 
+class StepwisePart(Part):
+    """Judges the steps of a completion, each credited to the tokens that led to it (docs/rewards.md)."""
+
+
+class RuledSteps(StepwisePart):
+    """Steps that are told apart by a separator."""
+
+    separator: str = Field("\n", min_length=1, description="What stands between two steps.")
+
+
+class ValidStepsConfig(RuledSteps):
+    """1 for a step whose equations between numbers are true; steps without one are not judged."""
+
+    kind: Literal["valid_steps"] = "valid_steps"
+    wrong: float = Field(0.0, description="For a step with an equation that is false.")
+
+
+class AgreementConfig(RuledSteps):
+    """For a step that comes to a number: whether that is among the label's, or how many completions come to it too."""
+
+    kind: Literal["agreement"] = "agreement"
+    label: str | None = Field(
+        None,
+        description="Column with the right intermediate results: a list of numbers, or a worked solution. None: agreement with the other completions of the prompt.",
+    )
+
+
+class ProcessConfig(StepwisePart):
+    """A process reward model's scores, or any function's."""
+
+    kind: Literal["process"] = "process"
+    scorer: str = Field(
+        description="module:function, or the name of one given from Python: (prompt, completion) → [(first character, one past the last, score)]."
+    )
+    prompt: str = Field("prompt", description="Column of the example that holds the prompt.")
+
+
 class FormatConfig(Part):
     """1 where the completion has the layout asked for, else 0."""
 
@@ -219,6 +256,9 @@ RewardConfig = Annotated[
     | ReasoningGymRewardConfig
     | SelfConsistencyConfig
     | PreferenceConfig
+    | ValidStepsConfig
+    | AgreementConfig
+    | ProcessConfig
     | ProgramConfig
     | UnitTestsConfig
     | FormatConfig

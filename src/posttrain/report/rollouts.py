@@ -39,15 +39,45 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class PartRow:
+    """A part of the reward, or the sum. signal: within's share of the variance, in the first and last third.
+
+    means, signals: SVG paths of the steps' means and shares, in a box of 100 by 24.
+    """
+
+    name: str
+    early: float | None
+    late: float | None
+    within: float | None
+    between: float | None
+    signal: tuple[float | None, float | None]
+    means: str
+    signals: str
+
+
+@dataclass(frozen=True)
 class View:
-    """What a stage's rollouts come to. drift: (name, change from first to last third, correlation with the reward)."""
+    """What a stage's rollouts come to.
+
+    drift: (name, early mean, late mean, correlation with the reward) of length, repetition, steps judged, and of the
+    features of text that came or went. pairs: (part, part, correlation in the run, early, late, whether they moved
+    apart).
+    """
 
     stage: str
     steps: int
     rollouts: int
     warnings: list[str]
-    drift: list[tuple[str, float, float | None]]
+    parts: list[PartRow]
+    drift: list[tuple[str, float | None, float | None, float | None]]
+    pairs: list[tuple[str, str, float | None, float | None, float | None, bool]]
     seen: list[Seen]
+
+
+def own(row: dict[str, Any]) -> list[int]:
+    """The tokens of a stored rollout that the model wrote."""
+    tokens: list[int] = row["tokens"]
+    return tokens if row["mask"] is None else [t for t, mine in zip(tokens, row["mask"], strict=True) if mine]
 
 
 def views(run: Run) -> list[View]:
@@ -57,11 +87,12 @@ def views(run: Run) -> list[View]:
         for folder in sorted((run.folder / "stages").glob(f"*-{stage.name}")):
             steps = rollout_steps(folder / "rollouts")
             if steps:
-                out.append(_view(stage.name, folder / "rollouts", steps, run.notes))
+                out.append(view(stage.name, folder / "rollouts", steps, run.notes))
     return [v for v in out if v.rollouts]
 
 
-def _view(name: str, folder: Path, steps: Sequence[int], notes: list[str]) -> View:
+def view(name: str, folder: Path, steps: Sequence[int], notes: list[str]) -> View:
+    """What a stage's rollouts come to; files that can't be read are named in `notes`."""
     chosen = [
         steps[i * (len(steps) - 1) // max(1, min(WATCHED, len(steps)) - 1)] for i in range(min(WATCHED, len(steps)))
     ]
@@ -73,10 +104,6 @@ def _view(name: str, folder: Path, steps: Sequence[int], notes: list[str]) -> Vi
             notes.append(str(error))
     there = list(rows)
     found = watch([groups_of(rows[s]) for s in there], suspects=SHOWN)
-    drift = []
-    for series in ("length", "repetition"):
-        if found[series]["change"] is not None:
-            drift.append((series, found[series]["change"], found[series]["correlation"]))
     seen = []
     if there:
         last = [r for r in rows[there[-1]] if r["reward"] is not None]
@@ -88,7 +115,62 @@ def _view(name: str, folder: Path, steps: Sequence[int], notes: list[str]) -> Vi
         seen += [_seen("suspicious: well rewarded, and repetitive or of unusual length", r) for r in at]
     failed = [r for of_step in rows.values() for r in of_step if r["failures"]]
     seen += [_seen("got no reward", r) for r in failed[:SHOWN]]
-    return View(name, len(steps), found["rollouts"], found["warnings"], drift, seen)
+    return View(
+        name, len(steps), found["rollouts"], found["warnings"], _parts(found), _drift(found), _pairs(found), seen
+    )
+
+
+def _parts(found: dict[str, Any]) -> list[PartRow]:
+    """The sum first, then its parts; only the part where it is the sum itself."""
+    names = [n for n in found["parts"] if n != "reward"]
+    out = []
+    for name in (["reward"] if len(names) != 1 else []) + names:
+        series = found["parts"][name]
+        third = max(1, len(series["mean"]) // 3)
+        late = slice(-third, None)
+        signal = (_mean(series["signal"][:third]), _mean(series["signal"][late]))
+        variances = _mean(series["within"][late]), _mean(series["between"][late])
+        drawn = spark(series["mean"]), spark(series["signal"], (0.0, 1.0))
+        out.append(PartRow(name, series["early"], series["late"], *variances, signal, *drawn))
+    return out
+
+
+def _drift(found: dict[str, Any]) -> list[tuple[str, float | None, float | None, float | None]]:
+    """Shape first (steps where any are judged); of the features of text those whose share changed by 0.05 or more."""
+    shape = [(n, found[n]) for n in ("length", "repetition", "judged")]
+    shape = [(n, s) for n, s in shape if n != "judged" or s["early"] or s["late"]]
+    markers = [(f"share: {n}", s) for n, s in found["markers"].items() if abs(s["change"] or 0.0) >= 0.05]
+    there = [(n, s) for n, s in [*shape, *markers] if s["early"] is not None]
+    titles = {"judged": "judged steps"}
+    return [(titles.get(n, n), s["early"], s["late"], s["correlation"]) for n, s in there]
+
+
+def _pairs(found: dict[str, Any]) -> list[tuple[str, str, float | None, float | None, float | None, bool]]:
+    apart = {(p["a"], p["b"]) for p in found["apart"]}
+    return [(p["a"], p["b"], p["all"], p["early"], p["late"], (p["a"], p["b"]) in apart) for p in found["correlations"]]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    there = [v for v in values if v is not None]
+    return sum(there) / len(there) if there else None
+
+
+def spark(values: Sequence[float | None], domain: tuple[float, float] | None = None) -> str:
+    """An SVG path of values by step in a box of 100 by 24, lowest at the bottom; gaps where there is none."""
+    there = [v for v in values if v is not None]
+    if not there:
+        return ""
+    low, high = domain or (min(there), max(there))
+    path, pen = [], "M"
+    for i, v in enumerate(values):
+        if v is None:
+            pen = "M"
+            continue
+        x = 100 * i / max(1, len(values) - 1)
+        y = 22 - 20 * ((v - low) / (high - low) if high > low else 0.5)
+        path.append(f"{pen}{x:.1f},{y:.1f}")
+        pen = "L"
+    return "".join(path)
 
 
 def _one_a_group(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -112,7 +194,7 @@ def _seen(why: str, row: dict[str, Any]) -> Seen:
         advantage,
         row["parts"],
         row["failures"],
-        len(row["tokens"]),
+        len(own(row)),
         row["finish"],
-        repetition(row["tokens"]),
+        repetition(own(row)),
     )

@@ -36,6 +36,8 @@ class LabelError(PosttrainError, ValueError):
 class Outcome:
     """What one call gave for one rollout: a value, or a failure with its message and traceback.
 
+    steps: of a reward that judges steps, (first character, one past the last, score) in order; value is their mean.
+
     failure: ``error`` (it raised, or returned no finite number), ``timeout``, ``died`` (memory ran out, or the worker
     process ended twice during this call).
     """
@@ -44,6 +46,7 @@ class Outcome:
     failure: Literal["error", "timeout", "died"] | None = None
     message: str = ""
     trace: str = ""
+    steps: tuple[tuple[int, int, float], ...] | None = None
 
 
 def as_number(value: Any) -> float:
@@ -58,10 +61,13 @@ def as_number(value: Any) -> float:
     return number + 0.0  # minus zero is zero
 
 
-def attempt(function: Callable[..., Any], args: Sequence[Any], count: int | None = None) -> list[Outcome]:
+def attempt(
+    function: Callable[..., Any], args: Sequence[Any], count: int | None = None, steps: bool = False
+) -> list[Outcome]:
     """Call a reward and judge what it returns; whatever it raises becomes an outcome.
 
-    count: None where it returns one number; else the numbers it must return, of which each may fail on its own.
+    count: None where it returns one number; else the numbers it must return, of which each may fail on its own. steps:
+    instead of a number each is a list of (first character, one past the last, score).
     """
     try:
         value = function(*args)
@@ -73,14 +79,24 @@ def attempt(function: Callable[..., Any], args: Sequence[Any], count: int | None
     except (Exception, SystemExit) as error:
         message = f"{type(error).__name__}: {error}"[:TRACE]
         return [Outcome(failure="error", message=message, trace=_trace())] * (count or 1)
-    return [_checked(v) for v in values]
+    return [_checked(v, steps) for v in values]
 
 
-def _checked(value: Any) -> Outcome:
+def _checked(value: Any, steps: bool = False) -> Outcome:
     try:
+        if steps:
+            scored = tuple(sorted(_step(s) for s in value))
+            return Outcome(sum(s[2] for s in scored) / max(1, len(scored)), steps=scored)
         return Outcome(as_number(value))
     except Exception as error:
         return Outcome(failure="error", message=str(error)[:TRACE])
+
+
+def _step(value: Any) -> tuple[int, int, float]:
+    start, end, score = value
+    if not (isinstance(start, int) and isinstance(end, int) and 0 <= start < end):
+        raise ValueError(f"expected steps as (first character, one past the last, score), and got {value!r}")
+    return start, end, as_number(score)
 
 
 def _trace() -> str:

@@ -18,6 +18,7 @@ from posttrain import sandbox
 from posttrain.config import rewards as c
 from posttrain.errors import MissingExtraError
 from posttrain.rewards import programs
+from posttrain.rewards import steps as by_step
 from posttrain.rewards.answer import Answer, find, letter_of, normal, number_of, numbers_in, plain
 from posttrain.rewards.base import Example, LabelError, RewardError, labels, load_function
 
@@ -36,6 +37,11 @@ class Component:
     isolated: bool
     function: Callable[..., Any] | None
     config: c.RewardConfig
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether it returns steps in place of a number."""
+        return isinstance(self.config, c.StepwisePart)
 
 
 # --- right or wrong ---------------------------------------------------------------------------------------------------
@@ -250,7 +256,7 @@ def length(text: str, example: Example, config: c.LengthConfig) -> float:
 
 # --- settings into functions ------------------------------------------------------------------------------------------
 
-FORMS: dict[str, Form] = {"self_consistency": "group", "preference": "batch"}
+FORMS: dict[str, Form] = {"self_consistency": "group", "preference": "batch", "agreement": "group"}
 LABELLED: dict[str, Callable[..., Any]] = {
     "math": math,
     "exact": exact,
@@ -260,6 +266,8 @@ LABELLED: dict[str, Callable[..., Any]] = {
     "self_consistency": self_consistency,
     "program": programs.program,
     "unit_tests": programs.unit_tests,
+    "valid_steps": by_step.valid_steps,
+    "agreement": by_step.agreement,
     "length": length,
 }
 
@@ -281,6 +289,8 @@ def build(config: c.RewardConfig, given: Mapping[str, Callable[..., Any]]) -> Ca
         return partial(load_function(config.function, given), **config.options)
     if isinstance(config, c.PreferenceConfig):
         return partial(preference, scorer=load_function(config.scorer, given))
+    if isinstance(config, c.ProcessConfig):
+        return partial(by_step.process, config=config, scorer=load_function(config.scorer, given))
     if isinstance(config, c.FormatConfig):
         if config.pattern is not None:
             return partial(format_pattern, pattern=re.compile(config.pattern, re.DOTALL))

@@ -12,7 +12,8 @@ from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.rewards.base import LabelError, Outcome, RewardError, attempt
 from posttrain.rewards.parts import Component, component
 from posttrain.rewards.pool import Call, Pool
-from posttrain.types import Rollout, RolloutGroup
+from posttrain.rewards.spans import token_spans, tokens_of
+from posttrain.types import Rollout, RolloutGroup, Step
 
 SHOWN = 3
 """Failures of a reward that are kept with message and traceback."""
@@ -61,14 +62,17 @@ class RewardStack:
     """Rewards built from their settings; call it with groups.
 
     functions: callables by name, for parts that name one instead of an import path; they run in this process, without
-    a time limit. Raises RewardError at once where a part can't be built.
+    a time limit. tokenizer: finds the tokens of what judges steps; without it these give their means alone, and no
+    rollout's `steps`. Raises RewardError at once where a part can't be built.
     """
 
     def __init__(
         self,
         config: RewardsConfig | Sequence[RewardConfig],
         functions: Mapping[str, Callable[..., Any]] | None = None,
+        tokenizer: Any = None,
     ) -> None:
+        self.tokenizer = tokenizer
         self.config = config if isinstance(config, RewardsConfig) else RewardsConfig(parts=list(config))
         self.parts: list[Component] = [component(p, functions or {}) for p in self.config.parts]
         self.accounts = {p.name: Account() for p in self.parts}
@@ -110,7 +114,7 @@ class RewardStack:
                 bad = next((name for name, o in each.items() if o.failure), None)
                 if bad is None:
                     total = sum(p.weight * values[p.name] for p in self.parts)
-                    kept.append(replace(rollout, rewards=values, reward=total))
+                    kept.append(replace(rollout, rewards=values, reward=total, steps=self._steps(rollout, each)))
                 else:
                     marked = replace(rollout, rewards=values, reward=math.nan)
                     excluded.append(Excluded(g, i, marked, bad, each[bad].failure or "", each[bad].message))
@@ -119,6 +123,18 @@ class RewardStack:
         self._count(outcomes)
         self._judge()
         return Scored(scored, excluded, self._metrics(scored, excluded, outcomes, before))
+
+    def _steps(self, rollout: Rollout, each: Mapping[str, Outcome]) -> dict[str, list[Step]]:
+        """The tokens of the steps that were judged, by reward; a step without a token (behind the text) is left out."""
+        judged = {name: o.steps for name, o in each.items() if o.steps is not None}
+        if not judged or self.tokenizer is None:
+            return {}
+        spans = token_spans(self.tokenizer, rollout.tokens, rollout.text)
+        out: dict[str, list[Step]] = {}
+        for name, steps in judged.items():
+            found = [(*tokens_of(spans, start, end), score) for start, end, score in steps]
+            out[name] = [step for step in found if step[1] > step[0]]
+        return out
 
     def _outcomes(self, groups: Sequence[RolloutGroup]) -> dict[str, list[dict[int, Outcome]]]:
         """By part and group, the outcome of each rollout that was sampled, by its place."""
@@ -141,7 +157,8 @@ class RewardStack:
                         targets.append((part.name, g, places))
                     else:
                         assert part.function is not None
-                        results[part.name][g].update(zip(places, attempt(part.function, args, count), strict=True))
+                        got = attempt(part.function, args, count, part.stepwise)
+                        results[part.name][g].update(zip(places, got, strict=True))
         if self.pool is not None and calls:
             for (name, g, places), got in zip(targets, self.pool.run(calls), strict=True):
                 results[name][g].update(zip(places, got, strict=True))

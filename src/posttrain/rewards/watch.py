@@ -10,6 +10,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -20,6 +21,8 @@ DRIFT = 0.5
 """Change between a run's first and last third that is named, in standard deviations of the first third's rollouts."""
 APART = 0.3
 """Fall of a correlation between two parts that is named."""
+FAINT = 0.05
+"""Share of a part's variance that lies within groups, below which it is named."""
 CUT_SHORT = 0.2
 """Rise of a share (of rollouts cut at the longest length, of a marker) that is named."""
 
@@ -34,6 +37,13 @@ MARKERS: dict[str, Callable[[Rollout], bool]] = {
     "other scripts": lambda r: sum(c.isalpha() and ord(c) > 0x24F for c in r.text) > 0.05 * max(1, len(r.text)),
 }
 """Features of a text whose share is followed."""
+
+SHAPE: dict[str, Callable[[Rollout], float]] = {
+    "length": lambda r: float(r.length),
+    "repetition": lambda r: repetition([r.tokens[i] for i in r.own]),
+    "judged": lambda r: float(sum(len(steps) for steps in r.steps.values())),
+}
+"""Measures of a rollout that are followed, of what the model wrote."""
 
 
 def repetition(tokens: Sequence[int], gram: int = GRAM) -> float:
@@ -60,17 +70,42 @@ def within_variance(groups: Sequence[RolloutGroup], value: Callable[[Rollout], f
     return total / count if count else None
 
 
+def between_variance(groups: Sequence[RolloutGroup], value: Callable[[Rollout], float | None]) -> float | None:
+    """Variance of the groups' means, by size: with `within_variance` it adds up to the variance over all rollouts."""
+    means: list[tuple[float, int]] = []
+    for group in groups:
+        values = [v for r in group.rollouts if (v := value(r)) is not None]
+        if values:
+            means.append((statistics.fmean(values), len(values)))
+    count = sum(n for _, n in means)
+    if not count:
+        return None
+    mean = sum(m * n for m, n in means) / count
+    return sum((m - mean) ** 2 * n for m, n in means) / count
+
+
+def _variances(groups: Sequence[RolloutGroup], value: Callable[[Rollout], float | None]) -> tuple[Any, Any, Any]:
+    """(within, between, within's share of both) of a step."""
+    finite = [replace(g, rollouts=[r for r in g.rollouts if math.isfinite(r.reward)]) for g in groups]
+    within, between = within_variance(finite, value), between_variance(finite, value)
+    total = (within or 0.0) + (between or 0.0)
+    return within, between, within / total if within is not None and total > 1e-24 else None
+
+
 def watch(steps: Sequence[Sequence[RolloutGroup]], suspects: int = 5) -> dict[str, Any]:
     """Follow the rewards of a run over its steps (scored groups, in order; steps and groups may be empty).
 
     Returns plain data, lists one entry a step, None where there is nothing to say:
 
-    parts: by name (``reward`` is the sum): mean, within (variance inside groups), change (last third less first), drift
-    (that in standard deviations of the first third's rollouts).
-    correlations: [{a, b, all, early, late}] of parts over rollouts. Early and late: first and last third.
+    parts: by name (``reward`` is the sum): mean, within (variance inside groups, which is what teaches), between
+    (variance of the groups' means, which is how hard the problems are), signal (within's share of both; None where
+    nothing varies), early, late (means of the first and last third), change (late less early), drift (that in standard
+    deviations of the first third's rollouts).
+    correlations: [{a, b, all, early, late, steps}] of parts over rollouts, in the run, its thirds, and each step.
     apart: the pairs of these whose correlation fell by 0.3 or more, or of which one part rose and the other fell.
-    length, repetition: mean a step, change, and correlation with the reward. Repetition: see `repetition`.
-    markers: share of rollouts by feature (see MARKERS): shares a step, change.
+    length, repetition, judged: mean a step, change, and correlation with the reward. Repetition: see `repetition`;
+    judged: steps of a completion that a reward has scored, over all such rewards.
+    markers: share of rollouts by feature (see MARKERS): shares a step, change, correlation with the reward.
     suspects: rollouts rewarded above their group's mean that are the most repetitive or unusually long or short:
     [{step, group, rollout, reward, repetition, tokens, length_z, score}], worst first.
     warnings: sentences for what drifted.
@@ -84,20 +119,22 @@ def watch(steps: Sequence[Sequence[RolloutGroup]], suspects: int = 5) -> dict[st
     readers.update({n: lambda r, n=n: r.rewards.get(n) for n in names})  # type: ignore[misc]
     parts = {n: _series(read, flat, early, late) for n, read in readers.items()}
     for name, read in readers.items():
-        parts[name]["within"] = [within_variance(groups, read) for groups in steps]
+        found = [_variances(groups, read) for groups in steps]
+        for i, what in enumerate(("within", "between", "signal")):
+            parts[name][what] = [f[i] for f in found]
     everything = [r for step in flat for r in step]
     pairs = []
     for a, b in combinations(names, 2):
         among = {k: _between(a, b, rs) for k, rs in (("all", everything), ("early", early), ("late", late))}
-        pairs.append({"a": a, "b": b, **among})
+        pairs.append({"a": a, "b": b, **among, "steps": [_between(a, b, step) for step in flat]})
     shape: dict[str, dict[str, Any]] = {}
-    for name, measure in (("length", lambda r: float(r.length)), ("repetition", lambda r: repetition(r.tokens))):
+    for name, measure in SHAPE.items():
         shape[name] = _series(measure, flat, early, late)
         shape[name]["correlation"] = correlation([measure(r) for r in everything], [r.reward for r in everything])
-    markers = {
-        name: _series(lambda r, has=has: float(has(r)), flat, early, late)  # type: ignore[misc]
-        for name, has in MARKERS.items()
-    }
+    markers: dict[str, dict[str, Any]] = {}
+    for name, has in MARKERS.items():
+        markers[name] = _series(lambda r, has=has: float(has(r)), flat, early, late)  # type: ignore[misc]
+        markers[name]["correlation"] = correlation([float(has(r)) for r in everything], [r.reward for r in everything])
     apart = [p for p in pairs if _moves_apart(p, parts)]
     return {
         "steps": len(flat),
@@ -118,16 +155,18 @@ def _series(
     early: Sequence[Rollout],
     late: Sequence[Rollout],
 ) -> dict[str, Any]:
-    """mean a step; change between thirds; the same in standard deviations of the first (None where that is 0)."""
+    """mean a step and of the first and last third; their change; that in standard deviations of the first (None: 0)."""
 
     def values(rollouts: Sequence[Rollout]) -> list[float]:
         return [v for r in rollouts if (v := read(r)) is not None]
 
     means = [statistics.fmean(v) if (v := values(step)) else None for step in steps]
     first, last = values(early), values(late)
-    change = statistics.fmean(last) - statistics.fmean(first) if first and last else None
+    begins, ends = (statistics.fmean(v) if v else None for v in (first, last))
+    change = ends - begins if begins is not None and ends is not None else None
     spread = statistics.pstdev(first) if first else 0.0
-    return {"mean": means, "change": change, "drift": change / spread if change is not None and spread else None}
+    drift = change / spread if change is not None and spread else None
+    return {"mean": means, "early": begins, "late": ends, "change": change, "drift": drift}
 
 
 def _between(a: str, b: str, rollouts: Sequence[Rollout]) -> float | None:
@@ -159,7 +198,7 @@ def _suspects(steps: Sequence[Sequence[RolloutGroup]], count: int) -> list[dict[
                 if not math.isfinite(r.reward) or r.reward <= statistics.fmean(rewards):
                     continue
                 z = (r.length - mean) / spread if spread else 0.0
-                again = repetition(r.tokens)
+                again = repetition([r.tokens[i] for i in r.own])
                 entry = {"step": s, "group": g, "rollout": i, "reward": r.reward, "repetition": again}
                 score = again + max(0.0, abs(z) - 1) / 2  # a length within one deviation of the step's mean is usual
                 found.append({**entry, "tokens": r.length, "length_z": z, "score": score})
@@ -175,7 +214,8 @@ def _warnings(
     for name, series in shape.items():
         if rises and _drifted(series):
             way = "rises" if series["change"] > 0 else "falls"
-            out.append(f"the reward rises while {name} {way} (by {series['change']:+.3g} between first and last third)")
+            what = "the number of judged steps" if name == "judged" else name
+            out.append(f"the reward rises while {what} {way} (by {series['change']:+.3g} between first and last third)")
     for name, series in markers.items():
         if series["change"] is not None and abs(series["change"]) >= CUT_SHORT:
             out.append(f"share of rollouts with '{name}' changed by {series['change']:+.0%}")
@@ -189,6 +229,12 @@ def _warnings(
         last = [v for v in series["within"] if v is not None]
         if name != "reward" and last and last[-1] == 0 and any(last[:-1]):
             out.append(f"{name} no longer varies within groups: it teaches nothing there")
+        low = [v for v in series["signal"][-max(1, len(series["signal"]) // 3) :] if v is not None]
+        if name != "reward" and low and statistics.fmean(low) < FAINT:
+            out.append(
+                f"{statistics.fmean(low):.0%} of {name}'s variance is within groups (last third): nearly all of it is "
+                "between problems, where it teaches nothing"
+            )
     return out
 
 

@@ -185,7 +185,7 @@ def run_rl(
         {"value.": config.value_lr / config.optimizer.lr} if critic else None,
     )
     reference = _reference(config, model, policy) if config.kl.coefficient else None
-    with RewardStack(config.rewards, functions) as rewards:
+    with RewardStack(config.rewards, functions, tokenizer) as rewards:
         local = LocalSampler(policy, tokenizer, max_running=config.max_running, memory_mb=config.cache_mb)
         sampler: Sampler = local
         if config.environment is not None:
