@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config import DataConfig
-from posttrain.data import chains
-from posttrain.data import sums
+from posttrain.data import chains, sums
 from posttrain.errors import DataError
 from posttrain.files import file_hash
 
