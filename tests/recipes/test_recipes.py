@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import posttrain
-from posttrain.config import RLConfig
+from posttrain.config import RejectionConfig, RLConfig, SampleConfig
 from posttrain.errors import CheckpointError, DataError
 from posttrain.files import read_lines
 from posttrain.models.lm import LanguageModel
@@ -37,14 +37,23 @@ def overrides(name: str, chats: Path) -> list[str]:
     for i, stage in enumerate(recipe.stages):
         if isinstance(stage, RLConfig):
             given += [f"stages.{i}.{s}" for s in ("steps=2", "prompts_per_step=2", "group_size=2")]
-            given += [f"stages.{i}.{s}" for s in ("sampling.max_tokens=6", "held_out.problems.size=20")]
+            given += [f"stages.{i}.{s}" for s in ("sampling.max_tokens=6", "held_out.problems.size=8")]
             given += [f"stages.{i}.carry=5"] if stage.carry else []
             given += [f"stages.{i}.allocate.first=1"] if stage.allocate else []
             continue
+        if isinstance(stage, RejectionConfig):  # a random model is right about nothing: all that ends is kept
+            given += [
+                f"stages.{i}.{s}" for s in ("threshold=-1", "problems.data.rows=[0, 20]", "sampling.max_tokens=99")
+            ]
+            continue
         given += [f"stages.{i}.max_steps=2", f"stages.{i}.batch_size=2"]
-        made = str(stage.data.source).startswith(("packaged:", "lab:"))
-        given += [] if made else [f"stages.{i}.data.source={chats}"]
+        own = str(stage.data.source).startswith(("packaged:", "lab:", "stage:"))
+        given += [] if own else [f"stages.{i}.data.source={chats}"]
     for i, task in enumerate(recipe.evaluate):
+        if isinstance(task, SampleConfig):
+            few = {"lab": "size=6", "rows": "data.rows=[0, 6]", "human_eval": "rows=[0, 2]"}[task.problems.kind]
+            given += [f"evaluate.{i}.{s}" for s in ("n=2", "k=[]", "sampling.max_tokens=6", f"problems.{few}")]
+            continue
         packaged = str(task.data.source).startswith("packaged:")
         given += [f"evaluate.{i}.data.rows=[9000, 9010]"] if packaged else [f"evaluate.{i}.data.source={chats}"]
     return given
@@ -55,6 +64,9 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
     recipe = posttrain.load_recipe(name, overrides(name, chats))
     result = posttrain.run(recipe, tmp_path / "run")
     for i, stage in enumerate(recipe.stages):
+        if stage.makes == "data":
+            assert read_lines(result.folder / "stages" / f"{i}-{stage.name}" / "data" / "rows.jsonl")
+            continue
         metrics = read_lines(result.folder / "stages" / f"{i}-{stage.name}" / "metrics.jsonl")
         if isinstance(stage, RLConfig):
             assert [m["step"] for m in metrics] == [0, 1, 2]
@@ -63,7 +75,12 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
             continue
         assert [m["step"] for m in metrics] == [1, 2] and all(m["loss"] > 0 for m in metrics)
     manifest = json.loads((result.folder / "manifest.json").read_text())
-    assert manifest["status"] == "done" and "model/model.safetensors" in manifest["artifacts"]
+    assert manifest["status"] == "done"
+    if not recipe.stages:  # it measures, and that is all
+        assert all((result.folder / "evaluations" / "before" / f"{t.name}.json").exists() for t in recipe.evaluate)
+        assert "<html" in result.report.read_text() and not result.comparison
+        return
+    assert "model/model.safetensors" in manifest["artifacts"]
     held_out = [s for s in recipe.stages if isinstance(s, RLConfig) and s.held_out is not None]
     assert len(result.comparison) == len(recipe.evaluate) + len(held_out)
     assert "<html" in result.report.read_text()

@@ -188,6 +188,33 @@ def test_split_and_sharing_change_nothing(method: str) -> None:
             torch.testing.assert_close(moved[name], g, atol=1e-6 * float(g.abs().max() + 1), rtol=1e-4)
 
 
+def test_the_critic_s_clip_cuts_its_gradient() -> None:
+    """Old values -10, returns 5, and a new head's values 0: a clip of 0.2 holds them at -9.8, 14.8 from the return."""
+    gradients, losses = [], []
+    for clip in (None, 0.2):
+        config = settings("ppo", updates=2, clip_value=clip, value_coefficient=2.0)
+        rolled, lm = batch_of(), model()
+        lm.add_value_head()
+        with torch.no_grad():
+            for p in lm.value.parameters():  # type: ignore[union-attr]
+                p.zero_()
+        for r in rolled:
+            r.old = torch.tensor(r.rollout.logprobs)
+            r.values = torch.full((r.length,), -10.0)
+        give_advantages(config, rolled)
+        for r in rolled:
+            r.returns = torch.full((r.length,), 5.0)
+        learner = Learner(lm, config.optimizer, SystemsConfig(), 1)
+        captured = capture(learner)
+        samples = [r.sample(i) for i, r in enumerate(rolled)]
+        metrics = learner.step(samples, policy_loss(config, rolled, False, True, Extremes())).metrics
+        losses.append(metrics["value_loss"])
+        gradients.append(max(float(g.abs().max()) for n, g in captured.items() if n.startswith("value.")))
+        assert metrics.get("value_clip") == (None if clip is None else 1.0)
+    assert losses == pytest.approx([0.5 * 5**2, 0.5 * 14.8**2])
+    assert gradients[0] > 1 and gradients[1] == 0
+
+
 def questions(count: int = 8) -> list[Question]:
     out = []
     for i in range(count):

@@ -28,10 +28,20 @@ from posttrain.config.base import (
 )
 from posttrain.config.environment import CalculatorConfig, EnvironmentConfig, FunctionEnvironmentConfig
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
+from posttrain.config.inference import RejectionConfig, SampleConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
-from posttrain.config.rl import HeldOutConfig, KLConfig, LabConfig, ReasoningGymConfig, RLConfig, RowsConfig
+from posttrain.config.rl import (
+    HeldOutConfig,
+    HumanEvalConfig,
+    KLConfig,
+    LabConfig,
+    ReasoningGymConfig,
+    RLConfig,
+    RowsConfig,
+)
 
-StageConfig = Annotated[SFTConfig | RLConfig, Field(discriminator="method")]
+StageConfig = Annotated[SFTConfig | RLConfig | RejectionConfig, Field(discriminator="method")]
+EvaluationConfig = Annotated[TaskConfig | SampleConfig, Field(discriminator="kind")]
 
 
 class TrackConfig(Config):
@@ -55,8 +65,11 @@ class Recipe(Config):
         ge=1,
         description="Times that the list of stages is gone through, each time from where it ended; folders of later rounds are NAME.2, NAME.3.",
     )
-    evaluate: list[TaskConfig] = Field(
+    evaluate: list[EvaluationConfig] = Field(
         default_factory=list, description="Measured before the first stage and after the last, on the same items."
+    )
+    evaluate_stages: bool = Field(
+        False, description="Measure after every stage that makes a model too, not only after the last."
     )
     output: str = Field("runs", description="Folder that holds runs.")
     track: TrackConfig = TrackConfig()
@@ -89,6 +102,13 @@ class Recipe(Config):
                         f"(before it: {', '.join(earlier) or 'none'})"
                     )
             earlier.append(stage.name)
+        for task in self.evaluate:
+            for name in references(task):
+                if name not in earlier:
+                    raise ValueError(
+                        f"evaluation {task.name!r} names stage:{name}, and no stage is called that "
+                        f"(there are: {', '.join(earlier) or 'none'})"
+                    )
         return self
 
     def in_order(self) -> list[tuple[str, StageConfig]]:
@@ -97,8 +117,8 @@ class Recipe(Config):
         return [(f"{i}-{name}", stage) for i, (name, stage) in enumerate(s for r in rounds for s in r)]
 
 
-def references(stage: StageConfig) -> list[str]:
-    """Names of the stages whose results this one's settings ask for, as stage:NAME or stage:NAME/FILE."""
+def references(settings: Config) -> list[str]:
+    """Names of the stages whose results these settings ask for, as stage:NAME or stage:NAME/FILE."""
     out: list[str] = []
 
     def walk(value: Any) -> None:
@@ -108,7 +128,7 @@ def references(stage: StageConfig) -> list[str]:
             for inner in value.values() if isinstance(value, dict) else value:
                 walk(inner)
 
-    walk(stage.model_dump(mode="json"))
+    walk(settings.model_dump(mode="json"))
     return list(dict.fromkeys(out))
 
 
@@ -122,8 +142,10 @@ __all__ = [
     "DataConfig",
     "EnvironmentConfig",
     "EpochsConfig",
+    "EvaluationConfig",
     "FunctionEnvironmentConfig",
     "HeldOutConfig",
+    "HumanEvalConfig",
     "KLConfig",
     "LabConfig",
     "ModelConfig",
@@ -132,10 +154,12 @@ __all__ = [
     "ReasoningGymConfig",
     "Recipe",
     "ReplayConfig",
+    "RejectionConfig",
     "RewardConfig",
     "RewardsConfig",
     "RowsConfig",
     "SFTConfig",
+    "SampleConfig",
     "SamplingConfig",
     "StageBase",
     "StageConfig",

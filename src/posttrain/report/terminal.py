@@ -1,12 +1,14 @@
-"""The before/after table that a run ends with in the terminal."""
+"""The tables that a run ends with in the terminal: before and after, and what many samples are worth."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from posttrain.report.inference import words
 from posttrain.report.load import read
 from posttrain.report.words import p_value, score
 
@@ -34,3 +36,27 @@ def summary_table(run_folder: Path) -> Table:
             f"{row.task}\n{row.n:,} items", span(row.before), span(row.after), span(row.comparison, "difference"), p
         )
     return table
+
+
+def sampling_tables(folder: Path) -> list[Table]:
+    """One table a task of many samples among an evaluation's results: strategies by k, with intervals; tokens spent."""
+    tables = []
+    for path in sorted(Path(folder).glob("*.json")):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(summary, dict) or not summary.get("strategies"):
+            continue
+        last = len(summary["strategies"][0]["points"]) - 1
+        chosen = sorted({0, (last + 1) // 2, last})
+        table = Table(title=f"{summary['task']}: what k of {summary['samples']} samples are worth, {folder.name}")
+        table.add_column("strategy", overflow="fold")
+        for i in chosen:
+            point = summary["strategies"][0]["points"][i]
+            table.add_column(f"k = {point['k']}\n{point['tokens']:,.0f} tokens", justify="right", no_wrap=True)
+        for strategy in summary["strategies"]:
+            cells = []
+            for i in chosen:
+                value, low, high = (score(strategy["points"][i][key], "accuracy") for key in ("value", "low", "high"))
+                cells.append(f"{value}\n\\[{low}, {high}]")
+            table.add_row(words(strategy["name"]), *cells)
+        tables.append(table)
+    return tables

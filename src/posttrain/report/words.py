@@ -25,6 +25,7 @@ METHODS = {
     "reinforce_pp_baseline": "REINFORCE++ with a baseline",
     "remax": "ReMax",
     "ppo": "PPO",
+    "rejection_sampling": "rejection sampling",
 }
 STATUS = {
     "done": "Finished.",
@@ -109,7 +110,10 @@ def verdict(row: TaskRow) -> str:
     better = change != 0 and (change > 0) == accuracy
     scale, unit, digits = (100, " points", 1) if accuracy else (1, "", 2)
     size, low, high = (fixed(scale * float(c[k]), digits, sign=True) for k in ("difference", "low", "high"))
-    if accuracy:
+    if row.kind == "sample":
+        moved = f"Of {row.n:,} questions, {c['gained']:,} are answered right more often, {c['lost']:,} less often. "
+        what = "a change at least this large"
+    elif accuracy:
         moved = f"Of {row.n:,} items, {c['gained']:,} went from wrong to right and {c['lost']:,} from right to wrong. "
         what = "a split at least this uneven"
     else:

@@ -10,6 +10,7 @@ import secrets
 
 from posttrain import sandbox
 from posttrain.config import rewards as c
+from posttrain.config.sandbox import SandboxConfig
 from posttrain.rewards.answer import find, numbers_in
 from posttrain.rewards.base import Example, LabelError, labels
 
@@ -42,27 +43,33 @@ def code_in(text: str) -> str | None:
 
 def program(text: str, example: Example, config: c.ProgramConfig) -> float:
     """1 where the last line that the program prints holds the label's number (or, for a label that is none, is the
-    label); `partial` where it printed a number and another was right; else 0. A `solution()` that is defined and not
-    called is called, and what it returns is printed. No program, or one that fails: 0. Raises LabelError without a
-    label, SandboxError where nothing can be run.
+    label); `partial` where it printed a number and another was right; else 0. No program, or one that fails: 0.
+    Raises LabelError without a label, SandboxError where nothing can be run.
     """
     right = labels(example, config.label)
-    code = code_in(text)
-    if code is None:
+    said = printed(text, config.limits)
+    if said is None:
         return 0.0
-    if _DEFINED.search(code) and not _CALLED.search(code):
-        code += "\nprint(solution())\n"
-    done = sandbox.run(code, limits=config.limits)
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    if done.status != "ok" or not lines:
-        return 0.0
-    said = numbers_in(lines[-1])
+    numbers = numbers_in(said)
     for label in right:
         gold = find(label, "auto")
         value = numbers_in(gold.text if gold is not None and gold.marked else label)
-        if (len(value) == 1 and said and abs(said[-1] - value[0]) <= config.tolerance) or lines[-1] == label:
+        if (len(value) == 1 and numbers and abs(numbers[-1] - value[0]) <= config.tolerance) or said == label:
             return 1.0
-    return config.partial if said else 0.0
+    return config.partial if numbers else 0.0
+
+
+def printed(text: str, limits: SandboxConfig) -> str | None:
+    """The last line, not blank, that a completion's program prints. A `solution()` that is defined and not called is
+    called, and what it returns is printed. None: no program, it failed, or it printed nothing. Raises SandboxError."""
+    code = code_in(text)
+    if code is None:
+        return None
+    if _DEFINED.search(code) and not _CALLED.search(code):
+        code += "\nprint(solution())\n"
+    done = sandbox.run(code, limits=limits)
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    return lines[-1] if done.status == "ok" and lines else None
 
 
 def unit_tests(text: str, example: Example, config: c.UnitTestsConfig) -> float:

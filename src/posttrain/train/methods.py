@@ -300,7 +300,8 @@ def policy_loss(
             extremes.mismatch = max(extremes.mismatch, float(difference.max()))
         total = reduce(values, weights, divisor)
         if want == "values":
-            error, more = policy.value_loss(out[2], _cat(mine, "values", device), _cat(mine, "returns", device), None)
+            known = _cat(mine, "values", device), _cat(mine, "returns", device)
+            error, more = policy.value_loss(out[2], *known, config.clip_value)
             total = total + config.value_coefficient * error.sum() / count
             metrics |= {"value_loss": error.detach().sum(), **more}
         if "ratio" in metrics:

@@ -1,6 +1,6 @@
 "use strict";
 // Read-out of the curves: pointer or arrow keys pick the nearest drawn step.
-for (const plot of document.querySelectorAll(".plot")) {
+for (const plot of document.querySelectorAll(".plot[data-points]")) {
   const points = JSON.parse(plot.dataset.points);
   const [x0, x1, y0, y1] = JSON.parse(plot.dataset.domain);
   const cursor = plot.querySelector(".cursor"), dot = plot.querySelector(".dot");

@@ -1,0 +1,107 @@
+"""Settings of what is done with many completions of a question: measured as votes and choices, or kept as data."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.config.base import NAME, Config, SamplingConfig, StageBase
+from posttrain.config.rewards import Extract, NumericConfig, RewardConfig, RewardsConfig
+from posttrain.config.rl import ProblemsConfig
+
+
+class SampleConfig(Config):
+    """An evaluation of many completions a question: accuracy by pass@k, votes and choices, against tokens spent."""
+
+    kind: Literal["sample"] = "sample"
+    name: str = Field(pattern=NAME, description="Name in tables and files.")
+    problems: ProblemsConfig
+    n: int = Field(16, ge=1, le=512, description="Completions of each question; the likeliest one is made besides.")
+    k: list[int] = Field(
+        default_factory=list, description="Numbers of completions that the curves have points at. Empty: 1, 2, 4 … n."
+    )
+    sampling: SamplingConfig = SamplingConfig()
+    judge: RewardConfig = Field(
+        default_factory=NumericConfig, description="Says what is right; its weight is not used."
+    )
+    right_at: float = Field(1.0, description="The judge's number from which a completion is right.")
+    vote: Extract | Literal["program"] | None = Field(
+        "auto",
+        description="Where the answer that is voted for stands (program: what the completion's program prints, in the sandbox); equal numbers, or else equal texts, are one. None: no votes (functions to be written, say).",
+    )
+    rank_by: list[RewardConfig] = Field(
+        default_factory=list,
+        description="Scores that completions are chosen by: each gives a best-of-k and (where there are votes) a weighted vote. Their weights are not used.",
+    )
+    weights: Literal["score", "sigmoid"] = Field(
+        "score",
+        description="What a weighted vote sums: scores, or their sigmoid (a reward model's, which may be negative).",
+    )
+    headline: Literal["mean", "greedy", "vote", "best"] = Field(
+        "mean",
+        description="What tables compare: mean accuracy of a sample, the likeliest answer, the vote of all n, or the best of n by the first of rank_by.",
+    )
+    show: int = Field(8, ge=0, description="Questions whose likeliest answers are shown in the report. 0: none.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> SampleConfig:
+        bad = [k for k in self.k if not 1 <= k <= self.n]
+        if bad:
+            raise ValueError(f"k holds {bad[0]}, and a question has {self.n} completions (n): expected 1 to {self.n}")
+        if self.sampling.temperature == 0 and self.n > 1:
+            raise ValueError("sampling.temperature is 0: all n completions would be the same. Raise it, or set n to 1")
+        if self.headline == "vote" and self.vote is None:
+            raise ValueError("headline is vote, and there is none: say where the answer stands (vote: auto)")
+        if self.headline == "best" and not self.rank_by:
+            raise ValueError("headline is best, and nothing ranks: give rank_by a list of rewards")
+        names = [r.title for r in self.rank_by]
+        if len(set(names)) != len(names) or "judge" in names:
+            raise ValueError(f"rank_by needs different names, none of them judge, and has {names}: set `name` of each")
+        group = [
+            r.title for r in (self.judge, *self.rank_by) if r.kind == "self_consistency" or getattr(r, "group", False)
+        ]
+        if group:
+            raise ValueError(f"{group[0]} compares all n completions, not the k at hand: `vote` measures agreement")
+        return self
+
+    @property
+    def sizes(self) -> list[int]:
+        """The k of the curves, ascending, 1 and n among them."""
+        powers = [2**i for i in range(self.n.bit_length())]
+        return sorted({1, *(self.k or powers), self.n})
+
+
+class RejectionConfig(StageBase):
+    """Rejection sampling: completions of the model at hand that rewards hold for good, kept as rows to learn from."""
+
+    makes: ClassVar[Literal["model", "data", "reward_model"]] = "data"
+
+    method: Literal["rejection_sampling"] = "rejection_sampling"
+    name: str = Field("rejection", pattern=NAME, description="Name of the stage's folder in the run.")
+    problems: ProblemsConfig
+    rewards: RewardsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    n: int = Field(8, ge=1, description="Completions of each problem.")
+    threshold: float = Field(1.0, description="Reward from which a completion is kept.")
+    keep: int | None = Field(4, ge=1, description="At most so many rows a problem. None: all.")
+    rank_by: RewardConfig | None = Field(
+        None,
+        description="Where more than `keep` pass: those with the highest of this score. None: those sampled first.",
+    )
+    longest: int | None = Field(
+        None, ge=1, description="Longest completion that is kept, in tokens, its end included. None: all that ended."
+    )
+    max_running: int = Field(128, ge=1, description="Completions sampled at the same time.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> RejectionConfig:
+        if self.sampling.temperature == 0 and self.n > 1:
+            raise ValueError("sampling.temperature is 0: all n completions would be the same. Raise it, or set n to 1")
+        if self.rank_by is not None and self.keep is None:
+            raise ValueError(
+                "rank_by chooses among what passes, and keep is none: all of it is kept. Set keep, or drop rank_by"
+            )
+        if self.rank_by is not None and "rank" in [p.title for p in self.rewards.parts]:
+            raise ValueError("a reward is named 'rank', as the score of rank_by is; give it another name")
+        return self

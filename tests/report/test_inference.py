@@ -1,0 +1,105 @@
+"""The charts of accuracy against tokens: what is drawn is what was measured."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import posttrain
+from posttrain.report import build
+from posttrain.report.inference import panels
+from posttrain.report.load import read
+from posttrain.report.terminal import sampling_tables
+from tests.report.test_page import Page
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stages and an evaluation with a score, measured at every stage; and a stage that makes data."""
+    sampling = {"max_tokens": 24}
+    judge = {"kind": "function", "function": "short"}
+    recipe = posttrain.Recipe.model_validate(
+        {
+            "name": "many",
+            "model": {"source": "tiny:llama"},
+            "evaluate_stages": True,
+            "stages": [
+                {"name": "one", "data": {"source": "lab:words", "rows": [0, 8], "chat": False}, "max_steps": 2},
+                {"method": "rejection_sampling", "name": "mine", "problems": {"kind": "lab", "size": 4},
+                 "rewards": {"parts": [{"kind": "length", "max": 60}]}, "threshold": -9,
+                 "sampling": {"max_tokens": 90}},
+                {"name": "two", "data": {"source": "stage:mine", "chat": False}, "max_steps": 2},
+            ],
+            "evaluate": [
+                {"name": "sums", "kind": "sample", "problems": {"kind": "lab", "size": 6, "held_out": True}, "n": 4,
+                 "judge": judge, "sampling": sampling, "vote": "whole", "headline": "best",
+                 "rank_by": [{"kind": "length", "name": "brevity", "target": 0, "width": 24}]},
+            ],
+        }
+    )  # fmt: skip
+
+    def short(text: str, example: dict[str, Any]) -> float:
+        return float(len(text) % 3 == 0)
+
+    folder = tmp_path_factory.mktemp("many") / "run"
+    posttrain.run(recipe, folder, rewards={"short": short})
+    return folder
+
+
+def test_the_curves_are_the_summaries(run: Path) -> None:
+    found = read(run)
+    (panel,) = panels(found)
+    assert (panel.task, panel.samples, panel.sides) == ("sums", 4, ["before", "after"])
+    assert [p.title for p in panel.plots] == [
+        "one sample", "pass@k", "majority vote", "best of k by brevity", "vote weighted by brevity",
+    ]  # fmt: skip
+    for side in ("before", "after"):
+        summary = getattr(found, side)["sums"].summary
+        for strategy, plot in zip(summary["strategies"], panel.plots, strict=True):
+            (line,) = (x for x in plot.lines if x.name == side)
+            assert [(k, v) for k, _, v, _, _ in line.points] == [(p["k"], p["value"]) for p in strategy["points"]]
+            assert all(0 <= x <= 100 and 0 <= y <= 100 for x, y in line.dots)
+            assert [x for x, _ in line.dots] == sorted(x for x, _ in line.dots)
+            # Higher on the page is more accurate.
+            order = sorted(range(len(line.dots)), key=lambda i: line.points[i][2])
+            heights = [line.dots[i][1] for i in order]
+            assert heights == sorted(heights, reverse=True)
+
+
+def test_the_page_has_charts_points_and_stages(run: Path) -> None:
+    page = Page(build(run).read_text())
+    found = read(run)
+    before = {s["name"]: s["points"] for s in found.before["sums"].summary["strategies"]}
+    charts = [a["data-chart"] for t, a in page.elements if t == "figure" and "data-chart" in a]
+    assert charts[:6] == [f"sums.{n}" for n in ("all", "mean", "pass", "vote", "best:brevity", "weighted:brevity")]
+    assert float(page.values["sums.majority vote.4.before"]) == before["vote"][-1]["value"]
+    for column, name in (("before", "before"), ("after one", "0-one"), ("after two", "after")):
+        side = found.between["one"] if name == "0-one" else getattr(found, name)
+        assert float(page.values[f"sums.stage.{column}"]) == side["sums"].summary["value"]
+    assert page.values["stage.mine.made.samples"] == "32"
+    assert "rejection sampling" in page.text and "Of 6 questions" in page.text
+    comparison = found.comparison[0]
+    assert comparison["before"]["value"] == pytest.approx(before["best:brevity"][-1]["value"])  # the headline
+
+
+def test_a_page_without_such_an_evaluation_has_no_such_section(make_run: Any) -> None:
+    page = Page(build(make_run()).read_text())
+    assert "#sampling" not in [a.get("href") for _, a in page.elements]
+
+
+def test_the_terminal_s_table(run: Path) -> None:
+    out = Console(file=io.StringIO(), width=80)
+    (table,) = sampling_tables(run / "evaluations" / "after")
+    out.print(table)
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    points = {s["name"]: s["points"] for s in read(run).after["sums"].summary["strategies"]}
+    assert "what k of 4 samples are worth, after" in " ".join(text.split())
+    for k in (1, 2, 4):
+        assert f"k = {k}" in text
+    assert f"{points['pass'][2]['value']:.3f}" in text and "majority vote" in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert sampling_tables(run / "stages") == []
