@@ -5,8 +5,8 @@
 
 A DPOTrainer, KTOTrainer, CPOTrainer or ORPOTrainer is built by its own constructor around a tiny random model, one for
 each setting. Then its loss is computed by its own method on fixed tensors: DPO and KTO get a model that answers with
-the recorded per-token log-probabilities and reference sums that lie in the batch (as `precompute_ref_log_probs` puts them
-there); CPO and ORPO, whose methods take log-probabilities of whole answers, get those. Recorded are losses, their
+the recorded per-token log-probabilities and reference sums that lie in the batch (as `precompute_ref_log_probs` puts
+them there); CPO and ORPO, whose methods take log-probabilities of whole answers, get those. Recorded are losses, their
 gradients and the logged rewards. The tensors come from Python's random, rounded to four digits, and lie in the file.
 """
 

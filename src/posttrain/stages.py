@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import RLConfig, SFTConfig, StageConfig
+from posttrain.config import OnlineDPOConfig, PreferenceConfig, RLConfig, SFTConfig, StageConfig
 from posttrain.train.stage import Ready, Setting
 
 STAGES: dict[type, str] = {
     SFTConfig: "posttrain.train.sft",
     RLConfig: "posttrain.train.rl",
+    PreferenceConfig: "posttrain.train.preference",
+    OnlineDPOConfig: "posttrain.train.online",
 }
 """Settings → module; each module has `ready(settings, setting) -> Ready`. Loaded when first needed."""
 

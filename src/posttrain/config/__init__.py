@@ -28,10 +28,11 @@ from posttrain.config.base import (
 )
 from posttrain.config.environment import CalculatorConfig, EnvironmentConfig, FunctionEnvironmentConfig
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
+from posttrain.config.preference import HeldOutPairsConfig, OnlineDPOConfig, PreferenceConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.rl import HeldOutConfig, KLConfig, LabConfig, ReasoningGymConfig, RLConfig, RowsConfig
 
-StageConfig = Annotated[SFTConfig | RLConfig, Field(discriminator="method")]
+StageConfig = Annotated[SFTConfig | RLConfig | PreferenceConfig | OnlineDPOConfig, Field(discriminator="method")]
 
 
 class TrackConfig(Config):
@@ -124,10 +125,13 @@ __all__ = [
     "EpochsConfig",
     "FunctionEnvironmentConfig",
     "HeldOutConfig",
+    "HeldOutPairsConfig",
     "KLConfig",
     "LabConfig",
     "ModelConfig",
+    "OnlineDPOConfig",
     "OptimizerConfig",
+    "PreferenceConfig",
     "RLConfig",
     "ReasoningGymConfig",
     "Recipe",

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from posttrain.config import DataConfig
 from posttrain.data.layouts import BadRow, Record, Row, label, number, to_record
@@ -75,6 +75,15 @@ class PreparedPairs:
         """Chosen and rejected by turns."""
         return [s for p in self.pairs for s in (p.chosen, p.rejected)]
 
+    @property
+    def items(self) -> list[Pair]:
+        return self.pairs
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens to compute of each pair, its prompt once."""
+        return [len(p.chosen) + len(p.rejected) - p.prompt for p in self.pairs]
+
 
 @dataclass(frozen=True)
 class PreparedUnpaired:
@@ -86,6 +95,9 @@ class PreparedUnpaired:
     @property
     def samples(self) -> list[Sample]:
         return [u.sample for u in self.items]
+
+
+Prepared = TypeVar("Prepared", PreparedPairs, PreparedUnpaired)
 
 
 @dataclass(frozen=True)
@@ -202,6 +214,30 @@ def prepare_unpaired(config: DataConfig, tokenizer: Any, *, context: int | None 
     stats.update(_read(table, layout, len(order), bad, truncated), desirable=sum(u.desirable for u in items))
     stats["dropped"] |= {"filtered": filtered} if filtered else {}
     return PreparedUnpaired(items, stats)
+
+
+def apart(held_out: Prepared, trained: PreparedPairs | PreparedUnpaired, where: str) -> Prepared:
+    """Held-out rows that are not trained on too, which would measure memory; the others are counted as dropped.
+
+    Two pairs are the same whichever answer is the better one. Raises DataError where nine in ten are trained on: then
+    the two are the same rows by mistake.
+    """
+    known = {_content(item) for item in trained.items}
+    left: list[Any] = [item for item in held_out.items if _content(item) not in known]
+    same = len(held_out.items) - len(left)
+    if same > 0.9 * len(held_out.items):
+        example = next(item for item in held_out.items if _content(item) in known).source
+        raise DataError(
+            f"{where}: {same} of {len(held_out.items)} held-out rows are trained on too ({example}, for one). Give "
+            "held_out.data other rows: with data.rows [0, 2000], [2000, 2200] of the same shuffled file, for instance"
+        )
+    dropped = held_out.stats["dropped"] | ({"trained on too": same} if same else {})
+    return type(held_out)(left, {**held_out.stats, "used": len(left), "dropped": dropped})
+
+
+def _content(item: Pair | Unpaired) -> frozenset[tuple[int, ...]]:
+    samples = (item.chosen, item.rejected) if isinstance(item, Pair) else (item.sample,)
+    return frozenset(tuple(s.tokens) for s in samples)
 
 
 def _fits(config: DataConfig) -> None:

@@ -25,6 +25,16 @@ METHODS = {
     "reinforce_pp_baseline": "REINFORCE++ with a baseline",
     "remax": "ReMax",
     "ppo": "PPO",
+    "dpo": "DPO",
+    "ipo": "IPO",
+    "cdpo": "conservative DPO",
+    "robust_dpo": "robust DPO",
+    "dpo_norm": "length-normalised DPO",
+    "kto": "KTO",
+    "orpo": "ORPO",
+    "simpo": "SimPO",
+    "cpo": "CPO",
+    "online_dpo": "online DPO",
 }
 STATUS = {
     "done": "Finished.",
