@@ -1,4 +1,4 @@
-"""Preference stages: steps that don't depend on how they are split, the reference, held-out preferences, online pairs."""
+"""Preference stages: steps however they are split, the reference's numbers, held-out preferences, online pairs."""
 
 from __future__ import annotations
 
@@ -241,11 +241,11 @@ def test_held_out_by_hand() -> None:
     same = measure(objective(config), frozen, given, config)
     assert same["held_out_margin"] == pytest.approx(0, abs=1e-5)
     policy = tiny_model("llama", seed=2)
+    margins = []
     with torch.no_grad():
-        margins = [
-            0.1 * (float(slow_logprob(policy, p.chosen, p.prompt)) - c - float(slow_logprob(policy, p.rejected, p.prompt)) + r)
-            for p, (c, r) in zip(pairs, given.reference or [], strict=True)
-        ]  # fmt: skip
+        for p, (c, r) in zip(pairs, given.reference or [], strict=True):
+            better, worse = (float(slow_logprob(policy, s, p.prompt)) for s in (p.chosen, p.rejected))
+            margins.append(0.1 * ((better - c) - (worse - r)))
     found = measure(objective(config), LanguageModel(policy), given, config)
     assert found["held_out_accuracy"] == sum(m > 0 for m in margins) / 5
     assert found["held_out_margin"] == pytest.approx(sum(margins) / 5, abs=1e-5)
