@@ -155,7 +155,7 @@ def pair_loss(
             "logp_rejected": rejected_sums.detach().sum(),
             "nll": likelihood.detach().sum(),
         }
-        return losses.sum() / divisor, {name: value / there for name, value in metrics.items()}
+        return losses.sum() / divisor, {name: value.double() / there for name, value in metrics.items()}
 
     return loss
 
