@@ -167,7 +167,7 @@ def encoded(
     """
     starts: Iterable[int] = range(0, len(kept), BATCH)
     for start in track(starts, "tokenizing", transient=True, disable=len(kept) <= 5 * BATCH):
-        batch: list[tuple[int, list[chat.Rendered | Plain]]] = []
+        batch: list[tuple[int, list[chat.Rendered | Plain | Spoken]]] = []
         for i in range(start, min(start + BATCH, len(kept))):
             place, records = kept[i]
             try:

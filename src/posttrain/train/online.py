@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from posttrain.train.objectives import objective, pair_loss, pair_samples
 from posttrain.train.reference import sums_of, without_adapters
 from posttrain.train.rl import Experience
 from posttrain.train.stage import Functions, Ready, Setting, account, leave_model, open_policy
-from posttrain.types import Sample
 
 
 class OnlinePairs(Experience):
@@ -84,14 +84,9 @@ def pairs_of(rolled: Sequence[Rolled]) -> list[Pair]:
         worst = min(reversed(members), key=lambda r: r.rollout.reward)
         gap = best.rollout.reward - worst.rollout.reward
         if gap > 0 and list(best.rollout.tokens) != list(worst.rollout.tokens):
-            chosen, rejected = (_sample(r) for r in (best, worst))
+            chosen, rejected = (replace(r, signal=True).sample(0) for r in (best, worst))
             pairs.append(Pair(chosen, rejected, len(best.prompt), margin=gap, source=f"prompt {group}"))
     return pairs
-
-
-def _sample(rolled: Rolled) -> Sample:
-    prompt, answer = list(rolled.prompt), list(rolled.rollout.tokens)
-    return Sample([*prompt, *answer], [0.0] * len(prompt) + [1.0] * len(answer))
 
 
 def ready(config: OnlineDPOConfig, setting: Setting) -> Ready:

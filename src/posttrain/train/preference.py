@@ -128,7 +128,7 @@ def measure(what: Objective, model: LanguageModel, held_out: Preferences, config
         over = rewards[good][:, None] - rewards[~good][None]
         right = (over > 0).double() + 0.5 * (over == 0).double()
         return {"held_out_accuracy": float(right.mean()), "held_out_margin": float(over.mean())}
-    lengths = torch.tensor([[len(s) - s.meta["shared"] for s in unit] for unit in held_out.units])
+    lengths = torch.tensor([[sum(w != 0 for w in s.weights) for s in unit] for unit in held_out.units])
     both, given = torch.tensor(sums), None if held_out.reference is None else torch.tensor(held_out.reference)
     better, worse = (
         pair_scores(what, both[:, i], None if given is None else given[:, i], lengths[:, i]).double() for i in (0, 1)

@@ -35,16 +35,16 @@ LAYOUT = "1"
 """Part of the hash: raised when what is kept changes."""
 
 Unit = Sequence[Sample]
-"""Samples that share a prompt: a pair, or one answer. Their meta says how long it is (`shared`)."""
+"""Samples that share a prompt: a pair, or one answer. Their meta says how long it is (`shared`); weights are 1 or 0."""
 
 
 def answer_sums(model: LanguageModel, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
-    """(log-probability, tokens) of every sample's answer, what lies behind its first `shared` tokens; in nats.
+    """(log-probability, tokens) of every sample's answer, the tokens of it that carry weight; in nats.
 
-    A sample that does not say where its answer begins is there to keep ranks in step; its sum is 0 and has no gradient.
+    A sample without any is there to keep ranks in step; its sum is 0 and has no gradient.
     """
-    starts = [int(s.meta.get("shared", len(s))) for s in batch.samples]
-    rows = [row[start:] for row, start in zip(batch.rows, starts, strict=True)]
+    learnt = [torch.tensor(s.weights, device=batch.tokens_T.device) != 0 for s in batch.samples]
+    rows = [row[own] for row, own in zip(batch.rows, learnt, strict=True)]
     lengths = torch.tensor([len(row) for row in rows], device=batch.tokens_T.device)
     logprobs = model(batch, "logprobs", torch.cat(rows))[0]
     return sequence_sum(logprobs, sequence_index(lengths), len(rows)), lengths
@@ -135,8 +135,8 @@ def _hash_units(units: Sequence[Unit]) -> str:
     digest = hashlib.sha256()
     for unit in units:
         for sample in unit:
-            numbers = np.asarray([len(unit), len(sample), int(sample.meta["shared"]), *sample.tokens], dtype=np.int64)
-            digest.update(numbers.tobytes())
+            digest.update(np.asarray([len(unit), len(sample), *sample.tokens], dtype=np.int64).tobytes())
+            digest.update(np.asarray([w != 0 for w in sample.weights]).tobytes())
     return digest.hexdigest()
 
 
