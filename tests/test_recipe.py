@@ -187,7 +187,7 @@ def test_files_that_are_no_recipe(write, text: str, message: str) -> None:
 
 
 def test_a_recipe_that_is_not_there_gets_the_nearest_name() -> None:
-    with pytest.raises(RecipeError, match="Did you mean quickstart.*lora, quickstart, .*sft"):
+    with pytest.raises(RecipeError, match="Did you mean quickstart.*lora, .*quickstart, .*sft"):
         load_recipe("recipes/quikstart.yaml")
 
 

@@ -24,7 +24,7 @@ from rich.console import Console
 
 import posttrain
 from posttrain import stages
-from posttrain.config import ModelConfig, Recipe, RLConfig, SampleConfig, StageConfig, references
+from posttrain.config import ModelConfig, OnlineDPOConfig, Recipe, RLConfig, SampleConfig, StageConfig, references
 from posttrain.distributed import ranks
 from posttrain.errors import CheckpointError, PosttrainError
 from posttrain.evaluate.stats import compare, summarize
@@ -277,7 +277,7 @@ def _held_out(recipe: Recipe, path: Path) -> list[str]:
     for folder_name, stage in recipe.in_order():
         folder = path / "stages" / folder_name / "held_out"
         steps = rollout_steps(folder)
-        if not isinstance(stage, RLConfig) or len(steps) < 2:
+        if not isinstance(stage, RLConfig | OnlineDPOConfig) or len(steps) < 2:
             continue
         sides = [[r for r in read_rollouts(path_of(folder, s)) if not r["failures"]] for s in (steps[0], steps[-1])]
         both = {r["problem"] for r in sides[0]} & {r["problem"] for r in sides[1]}

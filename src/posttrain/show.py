@@ -56,7 +56,7 @@ def _samples(prepared: Any, stage: EpochsConfig | None, tokenizer: Any, rows: in
     lengths = [len(s) for s in prepared.samples]
     _numbers(prepared.stats, lengths, out)
     if stage is not None and lengths:
-        out.print(f"plan       {plan(stage, lengths)}", markup=False, soft_wrap=True)
+        out.print(f"plan       {plan(stage, getattr(prepared, 'sizes', lengths))}", markup=False, soft_wrap=True)
     for i, sample in enumerate(prepared.samples[:rows]):
         loss = sum(w != 0 for w in sample.weights)
         out.print(f"\n[bold]sample {i}[/] {len(sample)} tokens, {loss} carry loss (coloured)  {sample.source}")
@@ -101,6 +101,10 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if s.get("duplicates"):
         facts.append(("duplicates", f"{s['duplicates']:,} samples are there more than once"))
+    if s.get("swapped"):
+        facts.append(("swapped", f"{s['swapped']:,} pairs whose probability is below 0.5: answers changed places"))
+    if "desirable" in s:
+        facts.append(("labels", f"{s['desirable']:,} good, {s.get('used', 0) - s['desirable']:,} bad"))
     for bad in s.get("bad_rows") or []:
         facts.append(("bad row", f"{bad['file']}:{bad['row']}: {bad['reason']}"))
     return facts

@@ -7,13 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from posttrain.config import EvaluationConfig, Recipe, RejectionConfig, RLConfig, SFTConfig, StageConfig
+from posttrain.config import (
+    EvaluationConfig,
+    OnlineDPOConfig,
+    PreferenceConfig,
+    Recipe,
+    RejectionConfig,
+    RLConfig,
+    SFTConfig,
+    StageConfig,
+)
 from posttrain.train.stage import Ready, Setting
 
 STAGES: dict[type, str] = {
     SFTConfig: "posttrain.train.sft",
     RLConfig: "posttrain.train.rl",
     RejectionConfig: "posttrain.train.rejection",
+    PreferenceConfig: "posttrain.train.preference",
+    OnlineDPOConfig: "posttrain.train.online",
 }
 """Settings → module; each module has `ready(settings, setting) -> Ready`. Loaded when first needed."""
 

@@ -104,6 +104,23 @@ class Counting:
         return f" n°{len(state)} ", False
 
 
+PREFERENCE = """
+name: killed
+model: {source: "tiny:llama"}
+stages:
+  - method: kto
+    name: preference
+    data: &rows {source: preferences.jsonl, rows: [0, 60], shuffle_seed: 1}
+    held_out: {every: 8, data: {<<: *rows, rows: [60, 80]}}
+    adapter: {r: 4}
+    batch_size: 4
+    epochs: 2
+    optimizer: {lr: 0.003}
+    systems: {tokens_per_micro_batch: 150}
+    checkpoint_every: 3
+"""
+
+
 def vowels(text: str, example: dict[str, Any]) -> float:
     """A reward that takes a moment."""
     time.sleep(0.002)
@@ -114,6 +131,7 @@ def start(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "posttrain", "run", str(recipe), "--folder", str(folder)]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}"}
+    environment["POSTTRAIN_CACHE"] = str(folder.with_suffix(".cache"))  # what one run keeps there is no help to another
     log = (folder.parent / f"{folder.name}.log").open("ab")
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
@@ -155,6 +173,20 @@ def test_reinforcement_learning_killed_five_times_ends_bit_identical(tmp_path: P
     if more == "exploring":
         text = text.replace("kl: {coefficient: 0.05}", "kl: {coefficient: 0.05, target: 0.01}")
     check_killed(tmp_path, text, targets, rng, (41, 40 + 5 + 2))
+
+
+@pytest.mark.slow
+def test_preference_killed_three_times_ends_bit_identical(tmp_path: Path) -> None:
+    """Before or while the reference's numbers are made, then at two random steps; 30 steps and the one before.
+
+    KTO, which has all that the losses of pairs have, and a baseline from the whole batch."""
+    rows = [
+        {"prompt": f"Say {i} and a word or two", "completion": f"{i} or two" + "!" * (i % 5), "label": i % 3 > 0}
+        for i in range(80)
+    ]
+    (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rng = random.Random(time.time_ns())
+    check_killed(tmp_path, PREFERENCE, [0, *sorted(rng.sample(range(2, 27), 2))], rng, (31, 0))
 
 
 def check_killed(tmp_path: Path, text: str, targets: list[int], rng: random.Random, counts: tuple[int, int]) -> None:

@@ -10,12 +10,16 @@ from types import ModuleType
 import pytest
 import torch
 
-from posttrain.config import OptimizerConfig, RLConfig, SystemsConfig
+from posttrain.config import OptimizerConfig, PreferenceConfig, RLConfig, SystemsConfig
+from posttrain.data.pairs import Pair
 from posttrain.models.lm import LanguageModel
 from posttrain.models.tiny import tiny_model
 from posttrain.train.learner import Learner
 from posttrain.train.methods import Extremes, Rolled, give_advantages, policy_loss
-from posttrain.types import Rollout
+from posttrain.train.objectives import objective, pair_loss, pair_samples
+from posttrain.train.preference import judged, laid_out
+from posttrain.train.reference import Reference
+from posttrain.types import Rollout, Sample
 from tests.conftest import random_samples
 
 
@@ -102,3 +106,43 @@ def test_the_flat_grpo_loop_learns() -> None:
     options = {"steps": 15, "prompts": 4, "group": 8, "longest": 12, "lr": 3e-3}
     rewards = loop.train(model.eval(), tokenizer, problems, loop.even_digits, **options)
     assert rewards[0] < 0.6 and sum(rewards[-3:]) / 3 > 0.75
+
+
+def test_dpo_steps_equal_the_flat_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five steps with warm-up, cosine and clipping: losses, margins, weights; prompts shared, several passes."""
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path))
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(3, 250, (count,), generator=generator).tolist()  # type: ignore[no-any-return]
+
+    flat_batches = [[(draw(20 + s), draw(5 + i), draw(12 - i)) for i in range(3)] for s in range(5)]
+    flat = tiny_model("llama")
+    expected = flat_loop("dpo_loop").train(flat, flat_batches, lr=1e-3, beta=0.3, warmup=2, max_grad_norm=0.5)
+
+    def sample(prompt: list[int], answer: list[int]) -> Sample:
+        return Sample([*prompt, *answer], [0.0] * len(prompt) + [1.0] * len(answer))
+
+    pairs = [Pair(sample(x, w), sample(x, v), len(x)) for batch in flat_batches for x, w, v in batch]
+    systems = SystemsConfig(tokens_per_micro_batch=100)
+    hf = tiny_model("llama")
+    policy = LanguageModel(hf)
+    reference = judged(Reference(policy, systems), laid_out(pairs, 0, None), "reference").reference
+    assert reference is not None
+    config = OptimizerConfig(lr=1e-3, warmup=2, max_grad_norm=0.5, schedule="cosine")
+    learner = Learner(policy, config, systems, total_steps=5)
+    what = objective(PreferenceConfig.model_validate({"method": "dpo", "data": {"source": "unused"}, "beta": 0.3}))
+    for step, record in enumerate(expected):
+        part = slice(3 * step, 3 * step + 3)
+        samples = [s for n, pair in enumerate(pairs[part]) for s in pair_samples(pair, n)]
+        result = learner.step(samples, pair_loss(what, pairs[part], reference[part]))
+        assert result.micro_batches > 1
+        assert {k: result.metrics[k] for k in ("loss", "margin")} == pytest.approx(
+            {k: record[k] for k in ("loss", "margin")}, abs=1e-5
+        )
+        if step:  # before the first step both are the same model, and what is above 0 is rounding
+            assert result.metrics["accuracy"] == pytest.approx(record["accuracy"])
+    assert abs(expected[-1]["margin"]) > 0.01
+    mine = dict(hf.named_parameters())
+    for name, p in flat.named_parameters():
+        assert float((mine[name] - p).abs().mean()) < 1e-6, name

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import posttrain
-from posttrain.config import RejectionConfig, RLConfig, SampleConfig
+from posttrain.config import OnlineDPOConfig, PreferenceConfig, RejectionConfig, RLConfig, SampleConfig
 from posttrain.errors import CheckpointError, DataError
 from posttrain.files import read_lines
 from posttrain.models.lm import LanguageModel
@@ -23,10 +23,14 @@ CHATS = [
 ]
 
 
+PAIRS = [{"prompt": f"What is {i} plus {i}?", "chosen": str(2 * i), "rejected": str(2 * i + 1)} for i in range(40)]
+
+
 @pytest.fixture
 def chats(tmp_path: Path) -> Path:
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(c) + "\n" for c in CHATS))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PAIRS))
     return path
 
 
@@ -35,11 +39,12 @@ def overrides(name: str, chats: Path) -> list[str]:
     recipe = posttrain.load_recipe(name)
     given = ["model.source=tiny:llama"]
     for i, stage in enumerate(recipe.stages):
-        if isinstance(stage, RLConfig):
+        if isinstance(stage, RLConfig | OnlineDPOConfig):
             given += [f"stages.{i}.{s}" for s in ("steps=2", "prompts_per_step=2", "group_size=2")]
             given += [f"stages.{i}.{s}" for s in ("sampling.max_tokens=6", "held_out.problems.size=8")]
-            given += [f"stages.{i}.carry=5"] if stage.carry else []
-            given += [f"stages.{i}.allocate.first=1"] if stage.allocate else []
+            if isinstance(stage, RLConfig):
+                given += [f"stages.{i}.carry=5"] if stage.carry else []
+                given += [f"stages.{i}.allocate.first=1"] if stage.allocate else []
             continue
         if isinstance(stage, RejectionConfig):  # a random model is right about nothing: all that ends is kept
             given += [
@@ -47,6 +52,12 @@ def overrides(name: str, chats: Path) -> list[str]:
             ]
             continue
         given += [f"stages.{i}.max_steps=2", f"stages.{i}.batch_size=2"]
+        if isinstance(stage, PreferenceConfig):
+            packaged = str(stage.data.source).startswith("packaged:")
+            rows = f"data.source={chats.with_name('pairs.jsonl')}"
+            given += [f"stages.{i}.{'data.rows=[0, 40]' if packaged else rows}"]
+            given += [f"stages.{i}.held_out.data.rows=[9000, 9020]"] if stage.held_out else []
+            continue
         own = str(stage.data.source).startswith(("packaged:", "lab:", "stage:"))
         given += [] if own else [f"stages.{i}.data.source={chats}"]
     for i, task in enumerate(recipe.evaluate):
@@ -68,11 +79,17 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
             assert read_lines(result.folder / "stages" / f"{i}-{stage.name}" / "data" / "rows.jsonl")
             continue
         metrics = read_lines(result.folder / "stages" / f"{i}-{stage.name}" / "metrics.jsonl")
-        if isinstance(stage, RLConfig):
+        if isinstance(stage, RLConfig | OnlineDPOConfig):
             assert [m["step"] for m in metrics] == [0, 1, 2]
-            assert stage.carry or all("reward" in m for m in metrics[1:])  # what is carried is judged later
+            carried = isinstance(stage, RLConfig) and stage.carry  # what is carried is judged later
+            assert carried or all("reward" in m for m in metrics[1:])
             assert "held_out" in metrics[0] and "held_out" in metrics[-1]
             continue
+        if isinstance(stage, PreferenceConfig) and stage.held_out:
+            first = metrics.pop(0)
+            assert {"held_out_accuracy", "held_out_margin"} <= first.keys() & metrics[-1].keys()
+        if isinstance(stage, PreferenceConfig):
+            assert all("margin" in m for m in metrics)
         assert [m["step"] for m in metrics] == [1, 2] and all(m["loss"] > 0 for m in metrics)
     manifest = json.loads((result.folder / "manifest.json").read_text())
     assert manifest["status"] == "done"
@@ -81,7 +98,7 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
         assert "<html" in result.report.read_text() and not result.comparison
         return
     assert "model/model.safetensors" in manifest["artifacts"]
-    held_out = [s for s in recipe.stages if isinstance(s, RLConfig) and s.held_out is not None]
+    held_out = [s for s in recipe.stages if isinstance(s, RLConfig | OnlineDPOConfig) and s.held_out is not None]
     assert len(result.comparison) == len(recipe.evaluate) + len(held_out)
     assert "<html" in result.report.read_text()
     AutoModelForCausalLM.from_pretrained(result.model)

@@ -29,6 +29,7 @@ from posttrain.config.base import (
 from posttrain.config.environment import CalculatorConfig, EnvironmentConfig, FunctionEnvironmentConfig
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
 from posttrain.config.inference import RejectionConfig, SampleConfig
+from posttrain.config.preference import HeldOutPairsConfig, OnlineDPOConfig, PreferenceConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.rl import (
     HeldOutConfig,
@@ -40,7 +41,10 @@ from posttrain.config.rl import (
     RowsConfig,
 )
 
-StageConfig = Annotated[SFTConfig | RLConfig | RejectionConfig, Field(discriminator="method")]
+StageConfig = Annotated[
+    SFTConfig | RLConfig | RejectionConfig | PreferenceConfig | OnlineDPOConfig,
+    Field(discriminator="method"),
+]
 EvaluationConfig = Annotated[TaskConfig | SampleConfig, Field(discriminator="kind")]
 
 
@@ -146,10 +150,13 @@ __all__ = [
     "FunctionEnvironmentConfig",
     "HeldOutConfig",
     "HumanEvalConfig",
+    "HeldOutPairsConfig",
     "KLConfig",
     "LabConfig",
     "ModelConfig",
+    "OnlineDPOConfig",
     "OptimizerConfig",
+    "PreferenceConfig",
     "RLConfig",
     "ReasoningGymConfig",
     "Recipe",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.progress import track
 from posttrain.config import DataConfig
 from posttrain.data import chat
 from posttrain.data.layouts import BadRow, Record, check_templates, label, open_assistant, recognise, to_record
-from posttrain.data.load import read_table
+from posttrain.data.load import Table, read_table
 from posttrain.data.pieces import pieces
 from posttrain.errors import DataError
 from posttrain.types import Sample
@@ -54,6 +54,45 @@ def prepare(config: DataConfig, tokenizer: Any, *, context: int | None = None) -
     and layouts that can't be read, and for bad rows unless config.on_bad_row is skip: with file, row and reason of
     the first ten, and how many there are.
     """
+    table, layout, order = rows_of(config)
+    bad, filtered = _Bad(), 0
+    kept: list[tuple[tuple[str, int], Record]] = []
+    for i in order:
+        row = table.rows[i]
+        try:
+            if config.classes is not None:
+                name = label(row, config.classes)
+                if name is None:
+                    filtered += 1
+                    continue
+                row = {**row, "label": name}
+            kept.append((table.places[i], to_record(row, layout, config)))
+        except BadRow as error:
+            bad.add(table.places[i], str(error))
+    if any(r.messages for _, r in kept):
+        needs_template(config, tokenizer)
+    samples, rows, truncated = _samples(kept, tokenizer, config, longest(config, context), bad)
+    if bad.counts and config.on_bad_row == "stop":
+        raise DataError(_complaint(bad, len(order)))
+    if not samples:
+        raise DataError(
+            _complaint(bad, len(order))
+            if bad.counts
+            else f"all {filtered:,} rows lie within data.classes.margin of a cut"
+        )
+    dropped = dict(bad.counts) | ({"filtered": filtered} if filtered else {})
+    stats = _stats(samples, tokenizer, config)
+    stats.update(
+        sha256=table.hashes, layout=layout, rows=len(order), dropped=dropped, bad_rows=bad.shown, truncated=truncated
+    )
+    return Prepared(samples, stats, rows)
+
+
+def rows_of(config: DataConfig) -> tuple[Table, str, np.ndarray]:
+    """The source's rows with columns renamed, their layout, and which of them are taken, in which order.
+
+    Raises DataError for a source, columns or templates that can't be used.
+    """
     table = read_table(config)
     _rename(table.rows, config)
     columns = set().union(*table.rows)
@@ -71,42 +110,21 @@ def prepare(config: DataConfig, tokenizer: Any, *, context: int | None = None) -
         if not 0 <= low < high <= len(order):
             raise DataError(f"data.rows is [{low}, {high}], and {config.source} has rows 0 to {len(order)}")
         order = order[low:high]
+    return table, layout, order
 
-    bad, filtered = _Bad(), 0
-    kept: list[tuple[tuple[str, int], Record]] = []
-    for i in order:
-        row = table.rows[i]
-        try:
-            if config.classes is not None:
-                name = label(row, config.classes)
-                if name is None:
-                    filtered += 1
-                    continue
-                row = {**row, "label": name}
-            kept.append((table.places[i], to_record(row, layout, config)))
-        except BadRow as error:
-            bad.add(table.places[i], str(error))
-    if config.chat and not getattr(tokenizer, "chat_template", None) and any(r.messages for _, r in kept):
+
+def needs_template(config: DataConfig, tokenizer: Any) -> None:
+    """Raises DataError where conversations are to be rendered and the tokenizer has no chat template."""
+    if config.chat and not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "the tokenizer has no chat template, as base models have none. Give model.chat_template, or "
             "data.chat=false to join prompt and completion as plain text"
         )
-    limit = min(config.max_tokens or context or 2**62, context or 2**62)
-    samples, rows, truncated = _samples(kept, tokenizer, config, limit, bad)
-    if bad.counts and config.on_bad_row == "stop":
-        raise DataError(_complaint(bad, len(order)))
-    if not samples:
-        raise DataError(
-            _complaint(bad, len(order))
-            if bad.counts
-            else f"all {filtered:,} rows lie within data.classes.margin of a cut"
-        )
-    dropped = dict(bad.counts) | ({"filtered": filtered} if filtered else {})
-    stats = _stats(samples, tokenizer, config)
-    stats.update(
-        sha256=table.hashes, layout=layout, rows=len(order), dropped=dropped, bad_rows=bad.shown, truncated=truncated
-    )
-    return Prepared(samples, stats, rows)
+
+
+def longest(config: DataConfig, context: int | None) -> int:
+    """The most tokens that a sample may have."""
+    return min(config.max_tokens or context or 2**62, context or 2**62)
 
 
 def _rename(rows: list[dict[str, Any]], config: DataConfig) -> None:
@@ -127,29 +145,48 @@ def _samples(
     samples: list[Sample] = []
     rows: list[dict[str, Any]] = []
     truncated = 0
+    for i, [(tokens, weights)], cut in encoded([(place, (r,)) for place, r in kept], tokenizer, config, limit, bad):
+        (file, number), record = kept[i]
+        truncated += cut
+        source = f"{file}:{number}"
+        samples.append(Sample(tokens, weights, source, record.extra or {}))
+        rows.append(_question(record, source))
+    return samples, rows, truncated
+
+
+def encoded(
+    kept: Sequence[tuple[tuple[str, int], Sequence[Record]]],
+    tokenizer: Any,
+    config: DataConfig,
+    limit: int,
+    bad: _Bad,
+) -> Iterator[tuple[int, list[tuple[list[int], list[float]]], bool]]:
+    """(place in `kept`, (tokens, weights) of each of its records, whether any was cut at `limit`), bad rows left out.
+
+    A row is one record or several (the answers of a pair), as many for each; it is bad where one of them is.
+    """
     starts: Iterable[int] = range(0, len(kept), BATCH)
     for start in track(starts, "tokenizing", transient=True, disable=len(kept) <= 5 * BATCH):
-        batch = []
-        for place, record in kept[start : start + BATCH]:
+        batch: list[tuple[int, list[chat.Rendered | Plain | Spoken]]] = []
+        for i in range(start, min(start + BATCH, len(kept))):
+            place, records = kept[i]
             try:
-                batch.append((place, record, _render(record, tokenizer, config)))
+                batch.append((i, [_render(record, tokenizer, config) for record in records]))
             except BadRow as error:
                 bad.add(place, str(error))
-        encoded = _encode([b[2] for b in batch], tokenizer, config)
-        for ((file, number), record, _), (tokens, weights) in zip(batch, encoded, strict=True):
-            if len(tokens) > limit and config.on_long == "bad_row":
-                bad.add((file, number), f"too long ({len(tokens)} tokens, and the limit is {limit})")
+        flat = iter(_encode([r for _, rendered in batch for r in rendered], tokenizer, config))
+        for i, rendered in batch:
+            parts = [next(flat) for _ in rendered]
+            most = max(len(tokens) for tokens, _ in parts)
+            if most > limit and config.on_long == "bad_row":
+                bad.add(kept[i][0], f"too long ({most} tokens, and the limit is {limit})")
                 continue
-            cut = len(tokens) > limit
-            tokens, weights = tokens[:limit], weights[:limit]
-            if not any(weights):
-                bad.add((file, number), f"no loss token left (cut at {limit} tokens)" if cut else "no loss token left")
+            cut = most > limit
+            parts = [(tokens[:limit], weights[:limit]) for tokens, weights in parts]
+            if not all(any(weights) for _, weights in parts):
+                bad.add(kept[i][0], f"no loss token left (cut at {limit} tokens)" if cut else "no loss token left")
                 continue
-            truncated += cut
-            source = f"{file}:{number}"
-            samples.append(Sample(tokens, weights, source, record.extra or {}))
-            rows.append(_question(record, source))
-    return samples, rows, truncated
+            yield i, parts, cut
 
 
 Plain = tuple[str, str]

@@ -37,9 +37,30 @@ METRICS = [
     Measure("grad_norm", "Gradient norm"),
     Measure("lr", "Learning rate", smooth=False),
 ]
+PREFERENCE_METRICS = [
+    Measure("loss", "Loss", from_zero=False),
+    Measure("held_out_accuracy", "Held-out accuracy", "share of pairs told right", smooth=False, from_zero=False),
+    Measure("held_out_margin", "Held-out margin", "of implicit rewards", smooth=False, from_zero=False),
+    Measure("accuracy", "Accuracy", "share of the step's pairs told right", from_zero=False),
+    Measure("margin", "Margin", "better less worse implicit reward", from_zero=False),
+    Measure("reward_chosen", "Implicit reward, better answers", from_zero=False),
+    Measure("reward_rejected", "Implicit reward, worse answers", from_zero=False),
+    Measure("reward_desirable", "Implicit reward, good answers", from_zero=False),
+    Measure("reward_undesirable", "Implicit reward, bad answers", from_zero=False),
+    Measure("logp_chosen", "Log-probability, better answers", "nats an answer", from_zero=False),
+    Measure("logp_rejected", "Log-probability, worse answers", "nats an answer", from_zero=False),
+    Measure("nll", "Better answers", "nats a token", from_zero=False),
+    Measure("kl", "KTO's baseline", "nats an answer"),
+    Measure("grad_norm", "Gradient norm"),
+    Measure("lr", "Learning rate", smooth=False),
+]
+"""Of preference optimisation; those that a method logs are drawn."""
 RL_METRICS = [
     Measure("reward", "Reward", "mean of the step's rollouts", from_zero=False),
     Measure("held_out", "Held-out reward", "greedy answers", smooth=False),
+    Measure("accuracy", "Accuracy", "share of the step's pairs told right", from_zero=False),
+    Measure("margin", "Margin", "better less worse implicit reward", from_zero=False),
+    Measure("ties", "Ties", "prompts without a pair"),
     Measure("no_signal", "Groups without signal", "share whose rewards are all alike"),
     Measure("length", "Length", "tokens a completion"),
     Measure("cut", "Cut off", "share that reached the longest length, or the most turns"),
@@ -87,7 +108,7 @@ RL_TIMINGS = [
 def measures_for(metrics: Sequence[dict[str, Any]]) -> tuple[list[Measure], list[Measure]]:
     """(metrics, timings) to draw of a stage, by what its records hold."""
     if not any("reward" in r or "held_out" in r for r in metrics):
-        return METRICS, TIMINGS
+        return (PREFERENCE_METRICS if any("margin" in r for r in metrics) else METRICS), TIMINGS
     names = sorted({k for r in metrics for k in r if k.startswith(("reward/", "failed/"))})
     if sum(n.startswith("reward/") for n in names) == 1:
         names = [n for n in names if n.startswith("failed/")]  # the only part is the reward itself

@@ -26,6 +26,16 @@ METHODS = {
     "remax": "ReMax",
     "ppo": "PPO",
     "rejection_sampling": "rejection sampling",
+    "dpo": "DPO",
+    "ipo": "IPO",
+    "cdpo": "conservative DPO",
+    "robust_dpo": "robust DPO",
+    "dpo_norm": "length-normalised DPO",
+    "kto": "KTO",
+    "orpo": "ORPO",
+    "simpo": "SimPO",
+    "cpo": "CPO",
+    "online_dpo": "online DPO",
 }
 STATUS = {
     "done": "Finished.",

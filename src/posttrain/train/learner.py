@@ -174,7 +174,8 @@ def _units(samples: Sequence[Sample], budget: int) -> list[tuple[int, list[int]]
     """(tokens to compute, samples) of what stays together in a micro-batch.
 
     Samples that name the same ``group`` in their meta share their first ``shared`` tokens, computed once: as many of
-    them stay together as the budget allows. Any other sample is by itself.
+    them stay together as the budget allows; all of them, whatever it is, where they say that they are ``whole`` only
+    together (a pair of answers). Any other sample is by itself.
     """
     units: list[tuple[int, list[int]]] = []
     newest: dict[Any, int] = {}
@@ -182,7 +183,7 @@ def _units(samples: Sequence[Sample], budget: int) -> list[tuple[int, list[int]]
         group, size = sample.meta.get("group"), len(sample)
         more = size - int(sample.meta.get("shared", 0))
         at = newest.get(group) if group is not None else None
-        if at is not None and units[at][0] + more <= budget:
+        if at is not None and (units[at][0] + more <= budget or sample.meta.get("whole")):
             units[at] = (units[at][0] + more, [*units[at][1], i])
             continue
         if group is not None:

@@ -1,0 +1,152 @@
+"""Online DPO: the policy's own completions, judged by rewards; the best of each prompt is preferred to the worst."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from posttrain.config import ModelConfig, OnlineDPOConfig
+from posttrain.data.chat import turn_end
+from posttrain.data.pairs import Pair
+from posttrain.data.questions import Question, apart, ask
+from posttrain.distributed import ranks
+from posttrain.errors import ModelError
+from posttrain.models.lm import LanguageModel
+from posttrain.models.load import load_model, pick_dtype
+from posttrain.progress import Track
+from posttrain.rewards.stack import RewardStack
+from posttrain.rollout.engine import LocalSampler
+from posttrain.train.collect import Batch, Collector
+from posttrain.train.learner import Learner, StepResult
+from posttrain.train.loop import OnStep, train
+from posttrain.train.methods import Extremes, Rolled
+from posttrain.train.objectives import objective, pair_loss, pair_samples
+from posttrain.train.reference import sums_of, without_adapters
+from posttrain.train.rl import Experience
+from posttrain.train.stage import Functions, Ready, Setting, account, leave_model, open_policy
+
+
+class OnlinePairs(Experience):
+    """As reinforcement learning collects its rollouts; what is learnt from them is a pair of each prompt.
+
+    frozen: the model that the stage began with (the policy itself where adapters train); None: no reference is needed.
+    """
+
+    def __init__(
+        self,
+        online: OnlineDPOConfig,
+        learner: Learner,
+        collector: Collector,
+        folder: Path,
+        held_out: Sequence[Question],
+        seed: int,
+        frozen: LanguageModel | None,
+    ) -> None:
+        super().__init__(online.collecting(), learner, collector, folder, held_out, seed)
+        self.online, self.what, self.frozen = online, objective(online), frozen
+
+    def step(self, step: int, track: Track) -> StepResult:
+        result = super().step(step, track)
+        result.metrics.pop("ratio_max", None)  # there is no ratio here
+        return result
+
+    def _learn(self, batch: Batch) -> tuple[list[StepResult], Extremes]:
+        """One step on the pairs of the batch; prompts whose answers are all alike give none, and are counted."""
+        pairs = pairs_of(batch.rolled)
+        samples = [pair_samples(pair, n) for n, pair in enumerate(pairs)]
+        reference = None
+        if self.frozen is not None and pairs:
+            with without_adapters(self.frozen):
+                reference = sums_of(self.frozen, samples, self.online.systems)
+        loss = pair_loss(self.what, pairs, reference, count=len(batch.groups))
+        result = self.learner.step([s for both in samples for s in both], loss)
+        result.metrics["ties"] = float(len(batch.groups) - len(pairs))
+        if pairs:
+            result.metrics["reward_gap"] = statistics.fmean(p.margin for p in pairs)
+        return [result], Extremes()
+
+
+def pairs_of(rolled: Sequence[Rolled]) -> list[Pair]:
+    """The first of the best-rewarded completions of each prompt against the last of the worst; none where they tie.
+
+    Equal rewards tie, and so do equal completions, whatever a reward that isn't sure of itself says of them.
+    """
+    groups: dict[int, list[Rolled]] = {}
+    for r in rolled:
+        if r.length:
+            groups.setdefault(r.group, []).append(r)
+    pairs = []
+    for group, members in groups.items():
+        best = max(members, key=lambda r: r.rollout.reward)
+        worst = min(reversed(members), key=lambda r: r.rollout.reward)
+        gap = best.rollout.reward - worst.rollout.reward
+        if gap > 0 and list(best.rollout.tokens) != list(worst.rollout.tokens):
+            chosen, rejected = (replace(r, signal=True).sample(0) for r in (best, worst))
+            pairs.append(Pair(chosen, rejected, len(best.prompt), margin=gap, source=f"prompt {group}"))
+    return pairs
+
+
+def ready(config: OnlineDPOConfig, setting: Setting) -> Ready:
+    """The stage with its problems asked; held-out ones that are trained on too are left out of those."""
+    asked = ask(config.problems, setting.tokenizer, context=setting.context)
+    data, held_out = [(config.name, asked)], list[Question]()
+    if config.held_out is not None:
+        held = apart(ask(config.held_out.problems, setting.tokenizer, context=setting.context), asked, config.name)
+        held_out = held.items
+        data.append((f"{config.name} held out", held))
+    return Ready(
+        data,
+        lambda model, folder, seed, on_step: run_online(
+            config, model, asked.items, held_out, folder, seed=seed, on_step=on_step, functions=setting.functions
+        ),
+    )
+
+
+def run_online(
+    config: OnlineDPOConfig,
+    model: ModelConfig,
+    questions: Sequence[Question],
+    held_out: Sequence[Question],
+    folder: Path,
+    *,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+    functions: Functions | None = None,
+) -> dict[str, Any]:
+    """Train `model` on pairs of its own completions; the result is `folder`/model, an ordinary Hugging Face folder.
+
+    functions: rewards that the recipe names and that live in this program. Goes on from the newest checkpoint in
+    `folder` where there is one. Returns what the manifest says of the stage.
+    """
+    if ranks.world() > 1:
+        raise ModelError(f"{config.method} runs in one process so far; start it without torchrun")
+    opened = open_policy(config, model, seed)
+    policy, tokenizer = opened.policy, opened.tokenizer
+    frozen = None
+    if objective(config).needs_reference:
+        frozen = policy if config.adapter is not None else _copy(model, policy)
+    learner = Learner(policy, config.optimizer, config.systems, config.steps)
+    with RewardStack(config.rewards, functions) as rewards:
+        sampler = LocalSampler(policy, tokenizer, max_running=config.max_running, memory_mb=config.cache_mb)
+        collector = Collector(config.collecting(), policy, sampler, rewards, questions, seed)
+        result = train(
+            learner,
+            OnlinePairs(config, learner, collector, folder, held_out, seed, frozen),
+            folder,
+            checkpoint_every=config.checkpoint_every,
+            keep=config.keep_checkpoints,
+            title=config.name,
+            on_step=on_step,
+            shown=("reward", "held_out", "accuracy", "margin"),
+        )
+    leave_model(opened, config, model, folder, seed, turn_end(tokenizer))
+    return account(result, opened)
+
+
+def _copy(model: ModelConfig, policy: LanguageModel) -> LanguageModel:
+    """The model that the stage starts from, held beside the policy: its completions aren't known beforehand."""
+    hf, _ = load_model(model, pick_dtype(model.dtype, policy.device))
+    return LanguageModel(hf).eval().requires_grad_(False)
