@@ -179,7 +179,7 @@ def _work(
     tokenizer = load_tokenizer(recipe.model)
     context = context_length(recipe.model)
     console.print("reading data")
-    setting = Setting(tokenizer, context, functions)
+    setting = Setting(tokenizer, context, functions or {})
     order = recipe.in_order()
     # What asks for an earlier stage's result can only be read when that is there.
     early = {name: stages.ready(stage, setting) for name, stage in order if not references(stage)}
