@@ -183,6 +183,11 @@ class RLConfig(TrainConfig):
     gamma: float = Field(1.0, gt=0, le=1, description="Discount a token (PPO, REINFORCE++).")
     lam: float = Field(1.0, ge=0, le=1, description="Lambda of generalised advantage estimation (PPO).")
     value_coefficient: float = Field(0.5, ge=0, description="Weight of the critic's loss (PPO).")
+    value_clip: float | None = Field(
+        None,
+        gt=0,
+        description="How far the critic's value may move from the batch's first one before its gradient is cut, in units of the reward (PPO). None: any distance.",
+    )
     value_lr: float = Field(5e-3, gt=0, description="Peak learning rate of the critic's own weights (PPO).")
     value_trunk: Literal["probe", "shared"] = Field(
         "probe", description="The critic reads the policy's hidden states (probe), or also trains them (shared). PPO."
