@@ -33,11 +33,13 @@ def recipe() -> posttrain.Recipe:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A mount point; what a test mounts there is taken down."""
+    """A mount point; what a test mounts there is taken down, also while the failed run's files are still open here."""
     folder = tmp_path / "disk"
     folder.mkdir()
     yield folder
-    subprocess.run(["umount", str(folder)], capture_output=True)
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    assert not folder.is_mount()
 
 
 def resize(disk: Path, kib: int, *, again: bool = False) -> None:
