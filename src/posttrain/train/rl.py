@@ -140,7 +140,7 @@ def ready(config: RLConfig, setting: Setting) -> Ready:
     Raises RewardError for a reward that can't be built, before an earlier stage has trained for hours.
     """
     if setting.functions is not None:
-        RewardStack(config.rewards, setting.functions).close()
+        RewardStack(config.rewards, setting.functions, setting.tokenizer).close()
     asked = ask(config.problems, setting.tokenizer, context=setting.context)
     data, held_out = [(config.name, asked)], list[Question]()
     if config.held_out is not None:
