@@ -3,7 +3,8 @@
     python benchmarks/sampling.py --vllm-python PATH            # SmolLM2-135M-Instruct on a CPU, float32
     python benchmarks/sampling.py --gpu                         # CUDA: a Qwen2 of 0.5B with random weights, bf16
 
-README.md says what is measured and how. The script fails where the engines do not answer greedily with the same tokens.
+README.md says what is measured and how. The script fails where the engines do not answer greedily with the same tokens,
+or where what one drew at temperature 1 does not look drawn from the model.
 Its last line is `vllm= generate=`: our tokens per second over theirs, on requests of very different lengths.
 """
 
@@ -30,6 +31,8 @@ QUESTIONS = (
 PLACES = ("France", "Norway", "Peru", "Kenya", "Japan", "Canada", "Egypt", "Greece")
 CLOSE = 2e-3
 """Two tokens whose logits are closer than this may take each other's place by rounding."""
+FAR = 4.5
+"""Standard errors that the log-probability of what was drawn may be away from what the model expects."""
 
 
 # ------------------------------------------------------------------------------------------------------------- engines
@@ -169,6 +172,7 @@ def child(path: Path) -> None:
     for name, load in job["workloads"].items():
         if job["warm"]:
             engine.run(load["requests"], False, load["ends"])
+        out: Tokens = []
         seconds, tokens, lengths = [], [], []
         for _ in range(job["rounds"]):
             began = time.perf_counter()
@@ -177,6 +181,8 @@ def child(path: Path) -> None:
             lengths = [len(t) for t in out]
             tokens.append(sum(lengths))
         result["workloads"][name] = {"seconds": seconds, "tokens": tokens, "lengths": lengths}
+        if load["ends"]:
+            result["drawn"] = out
     result["peak_mib"] = peak_mib()
     Path(f"{path}.out").write_text(json.dumps(result))
 
@@ -244,6 +250,30 @@ def same_greedy(model: str, requests: list[dict[str, Any]], ours: Tokens, theirs
         if gap > CLOSE:
             wrong.append(f"request {i}, token {at}: logits {gap:.2g} apart")
     return alike, wrong
+
+
+def away(model: str, requests: list[dict[str, Any]], drawn: Tokens) -> float:
+    """How far what was drawn at temperature 1 is from the model's own distribution, in standard errors.
+
+        z = sum_t (log p(y_t) + H_t) / sqrt(sum_t Var_t)
+
+    with the entropy H_t and the variance Var_t of log p over the vocabulary at each place. Of tokens drawn from p the
+    sum has mean 0 and that variance; a cut-off (top-k, top-p) or a temperature that slipped in moves it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    total = variance = 0.0
+    for r, tokens in zip(requests, drawn, strict=True):
+        with torch.inference_mode():
+            logits = hf(torch.tensor([[*r["tokens"], *tokens]])).logits[0, len(r["tokens"]) - 1 : -1]
+        logp = logits.double().log_softmax(-1)
+        p = logp.exp()
+        entropy = -(p * logp).sum(-1)
+        total += float((logp.gather(1, torch.tensor(tokens)[:, None]).squeeze(1) + entropy).sum())
+        variance += float(((p * logp.square()).sum(-1) - entropy.square()).sum())
+    return total / variance**0.5 if variance else 0.0
 
 
 def median(values: list[float]) -> float:
@@ -317,7 +347,12 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         shown = "".join(f"{found[name]['rates'].get(w, float('nan')):>10.1f}" for w in job["workloads"])
         print(f"{name:<26}{shown}{result['peak_mib']:>11.0f}", flush=True)
     failed = []
+    natural = job["workloads"]["natural"]["requests"]
     for name, result in found.items():
+        if "drawn" in result:
+            z = result["away"] = away(model, natural, result["drawn"])
+            print(f"drawn: {name} is {z:+.1f} standard errors from the model's distribution")
+            failed += [f"{name}: what it drew is {z:+.1f} standard errors from the model's"] if abs(z) > FAR else []
         if name != "ours":
             alike, wrong = same_greedy(model, job["greedy"], found["ours"]["greedy"], result["greedy"])
             print(f"greedy: {alike} of {args.count} as {name} answers them; the others at near ties: {not wrong}")
@@ -329,11 +364,11 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         theirs = [r["rates"]["lengths"] for n, r in found.items() if n.startswith(names)]
         ratios[kind] = ours / max(theirs) if theirs else float("nan")
     if args.json:
-        kept = {n: {k: v for k, v in r.items() if k != "greedy"} for n, r in found.items()}
+        kept = {n: {k: v for k, v in r.items() if k not in ("greedy", "drawn")} for n, r in found.items()}
         write_json(args.json, {"machine": machine(), "settings": {"count": args.count, "longest": args.longest},
-                               "engines": kept, "greedy_wrong": failed, **ratios})  # fmt: skip
+                               "engines": kept, "wrong": failed, **ratios})  # fmt: skip
     if failed:
-        raise SystemExit("greedy answers differ where they must not:\n  " + "\n  ".join(failed))
+        raise SystemExit("the engines do not draw from the same distribution:\n  " + "\n  ".join(failed))
     print(" ".join(f"{k}={v:.2f}" for k, v in ratios.items()))
 
 

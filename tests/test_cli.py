@@ -114,8 +114,28 @@ def test_recipes_list_show_copy(tmp_path, monkeypatch) -> None:
     assert again.exit_code == 2 and "exists already" in again.output
     (tmp_path / "sub").mkdir()
     assert invoke("recipes", "copy", "sft", "sub").exit_code == 0 and (tmp_path / "sub" / "sft.yaml").is_file()
-    missing = invoke("recipes", "show", "nope")
-    assert missing.exit_code == 2 and "quickstart" in missing.output
+    missing = invoke("recipes", "show", "quikstart")
+    assert missing.exit_code == 2 and "Did you mean quickstart? There are: " in missing.output
+    (tmp_path / "old").mkdir()
+    assert "a folder without a recipe.yaml, so no run" in invoke("inspect", "old").output
+
+
+def test_messages_name_the_program_as_it_can_be_called(tmp_path, monkeypatch) -> None:
+    from posttrain.machine import program
+
+    here = tmp_path / "bin" / "posttrain"
+    here.parent.mkdir()
+    here.write_text("#!/bin/sh\n")
+    here.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [str(here)])
+    assert program() == str(here)  # make demo starts .venv/bin/posttrain, and no shell finds that
+    monkeypatch.setattr(sys, "argv", ["/x/posttrain/__main__.py"])
+    assert program() == f"{sys.executable} -m posttrain"
+    monkeypatch.setenv("PATH", str(here.parent))
+    for started in (str(here), "/x/posttrain/__main__.py", "notebook.py"):
+        monkeypatch.setattr(sys, "argv", [started])
+        assert program() == "posttrain"
 
 
 def test_recipes_show_fields_describes_every_setting() -> None:

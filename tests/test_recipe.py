@@ -118,6 +118,8 @@ def test_a_problem_names_file_and_line_or_the_override(write) -> None:
     path = write(SMALL.replace("lr: 1e-4", "lr: fast"))
     assert one(path).startswith(f"stages.0.optimizer.lr ({path}:6): expected a valid number")
     assert "(override stages.0.optimizer.lr=slow)" in one(write(SMALL), "stages.0.optimizer.lr=slow")
+    inside = one(write(SMALL), "stages.0.optimzer.lr=1e-4")  # the misspelt part holds the one that was given
+    assert inside.startswith("stages.0.optimzer (override stages.0.optimzer.lr=1e-4)")
 
 
 @pytest.mark.parametrize(

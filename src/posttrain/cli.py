@@ -146,7 +146,9 @@ def recipes_copy(
         raise RecipeError(f"{target} exists already; name another file") from None
     except OSError as error:
         raise RecipeError(f"can't write {target}: {error.strerror}") from error
-    typer.echo(f"wrote {target}; run it with: posttrain run {target}")
+    from posttrain.machine import program
+
+    typer.echo(f"wrote {target}; run it with: {program()} run {target}")
 
 
 def _recipe_text(name: str) -> str:
@@ -154,7 +156,11 @@ def _recipe_text(name: str) -> str:
 
     have = shipped()
     if name not in have:
-        raise RecipeError(f"no recipe {name!r} comes along; there are: {', '.join(have)}")
+        import difflib
+
+        near = difflib.get_close_matches(name, have, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise RecipeError(f"no recipe {name!r} comes along. {hint}There are: {', '.join(have)}")
     return have[name].read_text(encoding="utf-8")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,29 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind an exception, however it was wrapped; None where there is none."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, OSError):
+            return error
+        seen.append(error)
+        for inner in (getattr(error, "failures", None) or {}).values():  # distributed checkpoint's, by rank
+            found = os_error(inner[0] if isinstance(inner, tuple) else inner)
+            if found is not None:
+                return found
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a full disk (or quota) is what an exception comes from; safetensors has the system's words alone."""
+    reason = os_error(error)
+    if reason is not None:
+        return reason.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left on device" in str(error)
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy")
@@ -28,6 +32,16 @@ def machine() -> dict[str, Any]:
     }
     info.update({name: importlib.metadata.version(name) for name in PACKAGES})
     return info
+
+
+def program() -> str:
+    """How to call the command line again, for messages: `posttrain` where a shell finds it, else as it was started."""
+    started, found = Path(sys.argv[0]), shutil.which("posttrain")
+    if started.name == "posttrain" and (found is None or not started.exists() or not os.path.samefile(found, started)):
+        return shlex.quote(str(started))
+    if started.name == "__main__.py" and found is None:
+        return f"{shlex.quote(sys.executable)} -m posttrain"
+    return "posttrain"
 
 
 def cpu_name() -> str:

@@ -96,6 +96,6 @@ class Phases:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
-        self.track.phase(name)
+        self.track.phase(name.replace("_", " "))
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began

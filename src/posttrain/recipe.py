@@ -186,10 +186,11 @@ def _apply(doc: _Document, override: str) -> None:
     *parents, last = key
     at: Any = doc.data
     tp: Any = Recipe
-    for part in parents:
+    for depth, part in enumerate(parents, 1):
         tp = child(tp, part, at)
         if inside(at, part) is None:
             at[part] = {}
+            doc.where[key[:depth]] = f"override {override}"
         at = at[part]
         if not isinstance(at, dict | list):
             doc.problems.append(f"{override!r}: {part} is {at!r} and has no settings inside; replace it as a whole")
@@ -294,7 +295,8 @@ def _open(path_or_name: str | Path) -> tuple[str, str, Path | None]:
     if not path.is_file():
         close = difflib.get_close_matches(path.stem, have, n=1)
         hint = f"Did you mean {close[0]}? " if close else ""
-        raise RecipeError(f"no recipe {named!r}: no such file. {hint}Recipes that come along: {', '.join(have)}")
+        what = "a folder without a recipe.yaml, so no run" if path.is_dir() else "no such file"
+        raise RecipeError(f"no recipe {named!r}: {what}. {hint}Recipes that come along: {', '.join(have)}")
     try:
         return path.read_text(encoding="utf-8"), str(path_or_name), path.parent
     except (OSError, UnicodeDecodeError) as error:

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from posttrain.distributed import ranks
 from posttrain.errors import CheckpointError, PosttrainError
 from posttrain.evaluate.stats import compare, summarize
 from posttrain.evaluate.tasks import evaluate_model, task_data
-from posttrain.files import file_hash, read_lines, write_json, write_text
-from posttrain.machine import machine
+from posttrain.files import file_hash, is_full, read_lines, write_json, write_text
+from posttrain.machine import machine, program
 from posttrain.models.load import context_length, load_tokenizer, pick_device, resolve
 from posttrain.recipe import differences, dump_recipe, load_recipe
 from posttrain.report import build
@@ -81,6 +81,21 @@ def run(
     console = console or Console(quiet=not ranks.is_main())
     ranks.start(pick_device(recipe.model.device))
     path = Path(folder) if folder is not None else Path(recipe.output) / recipe.name
+    try:
+        return _carry_through(recipe, path, fresh, console, rewards)
+    except Exception as error:
+        if isinstance(error, PosttrainError) or not is_full(error):
+            raise
+        raise CheckpointError(
+            f"the disk is full, and {path} could not be written ({error}). What is finished there is intact: free some "
+            "space and run the same command again to go on"
+        ) from error
+
+
+def _carry_through(
+    recipe: Recipe, path: Path, fresh: bool, console: Console, rewards: dict[str, Callable[..., Any]] | None
+) -> RunResult:
+    """The folder opened and locked, what is not done yet done, and how it ended written down."""
     if ranks.is_main():
         _open(path, recipe, fresh)
     ranks.barrier()
@@ -90,15 +105,20 @@ def run(
             if manifest.values.get("status") != "done":
                 _work(recipe, path, manifest, console, rewards)
         except KeyboardInterrupt:
-            manifest.update(status="stopped")
-            _report(path)
-            console.print(f"stopped; go on with: posttrain run {path}")
+            _ended(manifest, path, status="stopped")
+            console.print(f"stopped; go on with: {program()} run {path}", highlight=False, soft_wrap=True)
             raise
-        except PosttrainError as error:
-            manifest.update(status="failed", error=str(error))
-            _report(path)
+        except Exception as error:
+            _ended(manifest, path, status="failed", error=str(error) or type(error).__name__)
             raise
         return _close(path, console)
+
+
+def _ended(manifest: Manifest, path: Path, **values: Any) -> None:
+    """How it ended, in manifest and report; what stopped the run is told first, also where the disk is full."""
+    with suppress(OSError):
+        manifest.update(**values)
+        _report(path)
 
 
 def _open(path: Path, recipe: Recipe, fresh: bool) -> None:
@@ -158,7 +178,7 @@ def _work(
     tokenizer = load_tokenizer(recipe.model)
     context = context_length(recipe.model)
     console.print("reading data")
-    setting = Setting(tokenizer, context, functions)
+    setting = Setting(tokenizer, context, functions or {})
     order = recipe.in_order()
     # What asks for an earlier stage's result can only be read when that is there.
     early = {name: stages.ready(stage, setting) for name, stage in order if not references(stage)}
@@ -334,7 +354,7 @@ def _close(path: Path, console: Console) -> RunResult:
             console.print(table)
     console.print(f"run     {path}\nreport  {report}", highlight=False, soft_wrap=True)
     if (path / "model").is_dir():
-        console.print(f"chat    posttrain chat {path}", highlight=False, soft_wrap=True)
+        console.print(f"chat    {program()} chat {path}", highlight=False, soft_wrap=True)
     return RunResult(path, path / "model", report, comparison)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from posttrain.config import EpochsConfig, ModelConfig, Recipe, references
-from posttrain.data.pieces import render_terminal
+from posttrain.data.pieces import BRACKETS, render_terminal
 from posttrain.data.questions import Questions
 from posttrain.evaluate.stats import compare
 from posttrain.evaluate.tasks import evaluate_model, task_data
@@ -57,10 +57,12 @@ def _samples(prepared: Any, stage: EpochsConfig | None, tokenizer: Any, rows: in
     _numbers(prepared.stats, lengths, out)
     if stage is not None and lengths:
         out.print(f"plan       {plan(stage, getattr(prepared, 'sizes', lengths))}", markup=False, soft_wrap=True)
+    colours = out.color_system is not None and not out.no_color
+    how = "coloured" if colours else "in {} {}".format(*BRACKETS)
     for i, sample in enumerate(prepared.samples[:rows]):
         loss = sum(w != 0 for w in sample.weights)
-        out.print(f"\n[bold]sample {i}[/] {len(sample)} tokens, {loss} carry loss (coloured)  {sample.source}")
-        out.print(render_terminal(sample, tokenizer), soft_wrap=True)
+        out.print(f"\n[bold]sample {i}[/] {len(sample)} tokens, {loss} carry loss ({how})  {sample.source}")
+        out.print(render_terminal(sample, tokenizer, colours), soft_wrap=True)
     out.print()
 
 
@@ -142,8 +144,9 @@ def plan(stage: EpochsConfig, lengths: Sequence[int]) -> str:
     mean = sum(sum(batch) for batch in shown) / len(shown)
     cut = f" (max_steps; {stage.epochs:g} epochs are {steps:,})" if capped < steps else ""
     return (
-        f"{capped:,} steps{cut} of {stage.batch_size} samples, about {mean:,.0f} tokens; {spread} micro-batches a step "
-        f"of at most {budget:,} tokens; {max(0, sum(n > budget for n in lengths))} samples are longer than that"
+        f"{capped:,} step{'s' * (capped != 1)}{cut} of {stage.batch_size} samples, about {mean:,.0f} tokens; {spread} "
+        f"micro-batch{'es' * (spread != '1')} a step of at most {budget:,} tokens; {sum(n > budget for n in lengths)} "
+        "samples are longer than that"
     )
 
 

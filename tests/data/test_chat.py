@@ -232,3 +232,7 @@ def test_pieces_join_to_the_text() -> None:
         (" end </s>", 1.0),
     ]
     assert render_terminal(sample, tokenizer).plain == rendered.text
+    learnt = [piece for piece, weight in pieces(sample, tokenizer) if weight]
+    plain = render_terminal(sample, tokenizer, colours=False).plain
+    assert learnt and all(f"\u27e6{piece}\u27e7" in plain for piece in learnt)
+    assert plain.replace("\u27e6", "").replace("\u27e7", "") == rendered.text

@@ -15,6 +15,7 @@ from posttrain.errors import CheckpointError, DataError
 from posttrain.files import read_lines
 from posttrain.models.lm import LanguageModel
 from posttrain.recipe import shipped
+from posttrain.rewards import RewardError
 from posttrain.rollout.greedy import greedy
 
 CHATS = [
@@ -195,6 +196,21 @@ def test_bad_rows_stop_before_anything_is_trained(tmp_path: Path) -> None:
         posttrain.run(recipe_of(path), tmp_path / "run")
     assert not (tmp_path / "run" / "stages").exists()
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
+
+
+def test_a_reward_that_can_not_be_built_stops_before_an_earlier_stage_trains(tmp_path: Path, chats: Path) -> None:
+    rows = tmp_path / "problems.jsonl"
+    rows.write_text('{"prompt": "2+2=", "answer": "4"}\n')
+    rl = {
+        "method": "grpo",
+        "problems": {"kind": "rows", "data": {"source": str(rows)}},
+        "rewards": {"parts": [{"kind": "function", "function": "no_such_module:f"}]},
+    }
+    one = recipe_of(chats, max_steps=2).model_dump()
+    recipe = posttrain.Recipe.model_validate({**one, "stages": [*one["stages"], rl]})
+    with pytest.raises(RewardError, match="no_such_module"):
+        posttrain.run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "stages").exists()
 
 
 def test_a_stage_can_use_what_an_earlier_one_made_and_rounds_go_on_from_the_last(tmp_path: Path, chats: Path) -> None:

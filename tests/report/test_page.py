@@ -181,6 +181,13 @@ def test_run_that_is_not_finished(make_run, tmp_path):
         build(tmp_path / "nowhere")
 
 
+def test_a_run_that_failed_says_why(make_run):
+    folder = make_run(status="failed")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"error": "the disk is full <b>"}))
+    assert Page(build(folder).read_text(encoding="utf-8")).metrics["run.error"] == "the disk is full <b>"
+
+
 @pytest.mark.parametrize(
     "gone", ["manifest.json", "recipe.yaml", "stages", "evaluations", "evaluations/before",
              "evaluations/comparison.json", "stages/1-sft/timings.jsonl", "stages/1-sft/metrics.jsonl"],

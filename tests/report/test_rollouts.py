@@ -18,6 +18,7 @@ from posttrain.errors import DataError
 from posttrain.files import read_lines
 from posttrain.report import build
 from posttrain.report.load import read
+from posttrain.report.phases import phases
 from posttrain.report.rollouts import spark, views
 from posttrain.rollout.store import groups_of, path_of, read_rollouts, rollout_steps, write_rollouts
 from posttrain.types import Rollout, RolloutGroup
@@ -77,6 +78,24 @@ def test_the_page_shows_what_was_kept(run: Path) -> None:
     failed = sum(bool(r["failures"]) for of_step in rows.values() for r in of_step)
     assert failed and "a multiple of three" in page
     assert sum(m.get("failed/picky", 0) for m in read_lines(stage / "metrics.jsonl")) == failed
+
+
+def test_the_page_says_where_the_time_went(run: Path) -> None:
+    """Every phase's seconds, summed over the steps, with the tokens sampled and learnt from."""
+    page = build(run).read_text()
+    timings = read_lines(run / "stages" / "0-rl" / "timings.jsonl")
+    (view,) = views(read(run))
+    assert [p.name for p in view.phases][:2] == ["sampling", "rewards"] and "held-out problems" in page
+    assert sum(p.share for p in view.phases) == pytest.approx(1)
+    assert sum(p.seconds for p in view.phases) == pytest.approx(sum(sum(t["phases"].values()) for t in timings))
+    for p in view.phases:
+        found = re.search(rf'data-metric="rollouts.rl.phases.{p.name}" data-value="([^"]+)"', page)
+        assert found and float(found[1]) == p.seconds
+    rows = [r for s in (1, 2, 3) for r in read_rollouts(path_of(run / "stages" / "0-rl" / "rollouts", s))]
+    sampled = sum(len(r["tokens"]) for r in rows if r["reward"] is not None)
+    assert {p.name: p.tokens for p in view.phases}["sampling"] == sampled
+    assert {p.name: p.tokens for p in view.phases}["learning"] == sum(t["learned_tokens"] for t in timings)
+    assert phases([{"seconds": 1.0}]) == []
 
 
 def test_held_out_answers_become_a_comparison(run: Path) -> None:

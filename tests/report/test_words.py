@@ -35,7 +35,14 @@ def test_chance(p, text):
 
 
 def test_seconds():
-    assert [seconds(s) for s in (5, 214.7, 1800, 9000, None)] == ["5 s", "3.6 min", "30 min", "2.5 h", "–"]
+    assert [seconds(s) for s in (0.26, 15, 214.7, 1800, 9000, None)] == [
+        "0.3 s",
+        "15 s",
+        "3.6 min",
+        "30 min",
+        "2.5 h",
+        "–",
+    ]
 
 
 def row(before, after, kind="choice"):

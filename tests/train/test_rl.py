@@ -361,6 +361,21 @@ def test_kl_to_the_reference_pulls_back(tmp_path: Path) -> None:
         assert sum(kls[-3:]) < 0.75 * sum(kls[:3]), (where, kls)
 
 
+def test_the_critic_s_clip_holds_it_back(tmp_path: Path) -> None:
+    """With many passes over a batch values run to the constant reward; clipped ones can't, and it is counted."""
+    part = {"kind": "function", "function": "f", "isolated": False}
+    steps = {}
+    for clip in (None, 0.01):
+        config = settings("ppo", rewards={"parts": [part]}, passes=8, clip_value=clip)
+        exp = work(config, tmp_path / str(clip), f=lambda text, example: 1.0)
+        first, *_, last = (exp.step(s, Track("t", 1, shown=False)).metrics for s in range(5))
+        assert ("value_clip" in first) == (clip is not None)
+        steps[clip] = last["value_loss"]
+        if clip is not None:
+            assert first["value_clip"] > 0.5
+    assert steps[None] < 0.5 * steps[0.01]
+
+
 def test_the_critic_learns_what_to_expect(tmp_path: Path) -> None:
     """PPO's value head, on a constant reward: values go to it, and what they leave unexplained shrinks."""
     part = {"kind": "function", "function": "f", "isolated": False}

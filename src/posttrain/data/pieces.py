@@ -29,9 +29,14 @@ def pieces(sample: Sample, tokenizer: Any) -> list[tuple[str, float]]:
     return out
 
 
-def render_terminal(sample: Sample, tokenizer: Any) -> Text:
-    """The sample's text, tokens that carry loss in green, the rest dimmed."""
-    text = Text()
+BRACKETS = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"
+"""Stand around what carries loss where colours can't be shown."""
+
+
+def render_terminal(sample: Sample, tokenizer: Any, colours: bool = True) -> Text:
+    """The sample's text, tokens that carry loss in green and the rest dimmed; without colours, within BRACKETS."""
+    text, (before, after) = Text(), BRACKETS
     for piece, weight in pieces(sample, tokenizer):
-        text.append(piece, style="bold green" if weight else "dim")
+        marked = weight and not colours
+        text.append(f"{before}{piece}{after}" if marked else piece, style="bold green" if weight else "dim")
     return text

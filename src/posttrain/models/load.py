@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -83,12 +84,34 @@ def resolve(source: str) -> Resolved:
         inside = path / "model"
         if (path / "manifest.json").exists() and inside.is_dir():
             path = inside  # a run's folder stands for the model that it made
+        if _is_run(path):
+            raise ModelError(
+                f"model source {source!r}: this run has not made its model yet. Go on with it first: "
+                f"posttrain run {source}"
+            )
         if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             raise ModelError(f"model source {source!r}: the folder holds neither config.json nor adapter_config.json")
         return Resolved(str(path), "folder")
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ModelError(f"model source {source!r}: there is no such folder")
+        raise ModelError(f"model source {source!r}: there is no such folder.{_near(source)[0]}")
+    hint, near = _near(source)
+    if near is not None and _is_run(near):  # a mistyped run: the Hub need not be asked
+        raise ModelError(f"model source {source!r}: there is no such run.{hint}")
     return Resolved(source, "hub")
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder is a run's."""
+    return (path / "recipe.yaml").is_file() and (path / "manifest.json").is_file()
+
+
+def _near(source: str) -> tuple[str, Path | None]:
+    """What is here that a mistyped path may have meant: as the end of a message, and its path; else nothing."""
+    path = Path(source).expanduser()
+    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    for name in difflib.get_close_matches(path.name, there, 1):
+        return f" Did you mean {path.with_name(name)}?", path.with_name(name)
+    return "", None
 
 
 def lab_folder(seed: int) -> Path:
@@ -289,5 +312,5 @@ class _explained:
             raise ModelError(
                 f"model source {self.source!r} can't be opened: {first}\n"
                 "Expected a Hub name (needs the network, or the model in the Hub's cache), a folder in the Hugging "
-                "Face layout, a .gguf file, package:NAME or tiny:TYPE."
+                f"Face layout, a .gguf file, package:NAME, lab:SEED or tiny:TYPE.{_near(self.source)[0]}"
             ) from error

@@ -10,6 +10,7 @@ from typing import Any
 
 from posttrain.errors import DataError
 from posttrain.report.load import Run
+from posttrain.report.phases import Phase, phases
 from posttrain.rewards.watch import repetition, watch
 from posttrain.rollout.store import groups_of, path_of, read_rollouts, rollout_steps
 
@@ -72,6 +73,7 @@ class View:
     drift: list[tuple[str, float | None, float | None, float | None]]
     pairs: list[tuple[str, str, float | None, float | None, float | None, bool]]
     seen: list[Seen]
+    phases: list[Phase]
 
 
 def own(row: dict[str, Any]) -> list[int]:
@@ -87,12 +89,14 @@ def views(run: Run) -> list[View]:
         for folder in sorted((run.folder / "stages").glob(f"*-{stage.name}")):
             steps = rollout_steps(folder / "rollouts")
             if steps:
-                out.append(view(stage.name, folder / "rollouts", steps, run.notes))
+                out.append(view(stage.name, folder / "rollouts", steps, run.notes, stage.timings))
     return [v for v in out if v.rollouts]
 
 
-def view(name: str, folder: Path, steps: Sequence[int], notes: list[str]) -> View:
-    """What a stage's rollouts come to; files that can't be read are named in `notes`."""
+def view(
+    name: str, folder: Path, steps: Sequence[int], notes: list[str], timings: Sequence[dict[str, Any]] = ()
+) -> View:
+    """What a stage's rollouts come to, and where its time went; files that can't be read are named in `notes`."""
     chosen = [
         steps[i * (len(steps) - 1) // max(1, min(WATCHED, len(steps)) - 1)] for i in range(min(WATCHED, len(steps)))
     ]
@@ -115,9 +119,8 @@ def view(name: str, folder: Path, steps: Sequence[int], notes: list[str]) -> Vie
         seen += [_seen("suspicious: well rewarded, and repetitive or of unusual length", r) for r in at]
     failed = [r for of_step in rows.values() for r in of_step if r["failures"]]
     seen += [_seen("got no reward", r) for r in failed[:SHOWN]]
-    return View(
-        name, len(steps), found["rollouts"], found["warnings"], _parts(found), _drift(found), _pairs(found), seen
-    )
+    told = _parts(found), _drift(found), _pairs(found)
+    return View(name, len(steps), found["rollouts"], found["warnings"], *told, seen, phases(timings))
 
 
 def _parts(found: dict[str, Any]) -> list[PartRow]:

@@ -90,7 +90,7 @@ def seconds(value: Any) -> str:
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "–"
     if value < 60:
-        return f"{value:.0f} s"
+        return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
     minutes = round(value / 60)
     return f"{value / 60:.1f} min" if value < 600 else f"{minutes} min" if minutes < 120 else f"{value / 3600:.1f} h"
 

@@ -65,9 +65,9 @@ class _Row:
 class LocalSampler:
     """Samples with a `LanguageModel` in this process. See `posttrain.rollout.sampler.Sampler`.
 
-    max_running: completions computed together. memory_mb: what keys and values may take, in MiB (None: a share of what
-    is free); where it does not hold all that could run, the rest waits. static_shapes: steps of few sizes, recorded as
-    CUDA graphs (None: on a GPU; see `posttrain.rollout.static`).
+    max_running: completions computed together. memory_mb: what keys and values may take, in MiB (None: a share of the
+    machine's memory); where it does not hold all that could run, the rest waits. static_shapes: steps of few sizes,
+    recorded as CUDA graphs (None: on a GPU; see `posttrain.rollout.static`).
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from posttrain.distributed import ranks
 from posttrain.errors import CheckpointError
-from posttrain.files import file_hash, sync_folder, write_json
+from posttrain.files import file_hash, os_error, sync_folder, write_json
 
 log = logging.getLogger("posttrain")
 
@@ -53,7 +53,7 @@ def save(folder: Path, step: int, tensors: dict[str, Any], numbers: dict[str, An
                 shutil.rmtree(folder / name_of(old), ignore_errors=True)
     except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
         shutil.rmtree(work, ignore_errors=True)
-        reason = _os_error(error)
+        reason = os_error(error)
         # torch's archive writer hides the operating system's word; what did not fit tells as well.
         needed = sum(t.numel() * t.element_size() for t in tensors.values()) / ranks.world()
         if reason is None and isinstance(error, RuntimeError | dcp.api.CheckpointException):
@@ -70,21 +70,6 @@ def save(folder: Path, step: int, tensors: dict[str, Any], numbers: dict[str, An
         ) from error
     ranks.barrier()
     return final
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error behind an exception (distributed checkpoint wraps it; torch's writer hides it)."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        if isinstance(error, OSError):
-            return error
-        seen.append(error)
-        for inner in (getattr(error, "failures", None) or {}).values():
-            found_inner = _os_error(inner[0] if isinstance(inner, tuple) else inner)
-            if found_inner is not None:
-                return found_inner
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def found(folder: Path) -> list[int]:

@@ -300,8 +300,8 @@ def policy_loss(
             extremes.mismatch = max(extremes.mismatch, float(difference.max()))
         total = reduce(values, weights, divisor)
         if want == "values":
-            known = _cat(mine, "values", device), _cat(mine, "returns", device)
-            error, more = policy.value_loss(out[2], *known, config.clip_value)
+            before, returns = (_cat(mine, name, device) for name in ("values", "returns"))
+            error, more = policy.value_loss(out[2], before, returns, config.clip_value)
             total = total + config.value_coefficient * error.sum() / count
             metrics |= {"value_loss": error.detach().sum(), **more}
         if "ratio" in metrics:

@@ -135,7 +135,12 @@ def _joined(records: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def ready(config: RLConfig, setting: Setting) -> Ready:
-    """The stage with its problems asked; held-out ones that are trained on too are left out of those."""
+    """The stage with its problems asked; held-out ones that are trained on too are left out of those.
+
+    Raises RewardError for a reward that can't be built, before an earlier stage has trained for hours.
+    """
+    if setting.functions is not None:
+        RewardStack(config.rewards, setting.functions, setting.tokenizer).close()
     asked = ask(config.problems, setting.tokenizer, context=setting.context)
     data, held_out = [(config.name, asked)], list[Question]()
     if config.held_out is not None:

@@ -21,7 +21,8 @@ Functions = Mapping[str, Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a stage may need to get ready. functions: rewards that the recipe names and that live in this program.
+    """What a stage may need to get ready. functions: rewards that the recipe names and that live in this program (None:
+    not known, since nothing is to be run; what names one is not checked then).
 
     context: the model's length in tokens (None: it names none).
     """
