@@ -207,10 +207,10 @@ class Gatherer:
     def _accounts(self, ready: Sequence[Gathering], step: int) -> dict[str, float]:
         """What was done in the step; nothing of what is off."""
         config, out = self.config, {}
-        names: list[str] = []
+        names = ["samples"]
         if config.allocate is not None:
             out["largest_group"] = float(max((len(g.rollouts) for g in ready), default=0))
-            names += ["samples", "hard"]
+            names += ["hard"]
         if self.replay is not None:
             out["replayed"] = float(sum(len(g.replayed) for g in ready))
             out["replay_kept"] = float(len(self.replay.kept))

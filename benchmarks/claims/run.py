@@ -1,0 +1,214 @@
+"""Claims about reinforcement learning of reasoning, tried in the laboratory: three seeds, intervals, curves.
+
+    pip install 'posttrain[bench]'
+    python benchmarks/claims/run.py --json figures.json --plots FOLDER     # all of them: under an hour on two cores
+    python benchmarks/claims/run.py --claims 3,5 --seeds 0                 # some, one seed: no verdict
+
+Every run is a shipped recipe with other settings, in a process of its own on one core, two at a time; runs are kept in
+--work, and an interrupted benchmark goes on where it was. A seed is a laboratory of its own (`lab:SEED`: another base
+model) and the seed of the run. A claim is «reproduced» where the 95% interval over seeds (Student's t, paired by
+seed) leaves out zero on the right side, «refuted» where it does on the wrong one, and otherwise not settled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from arms import Arm, Claim, Curve, difference, fewer, interval, plot, run_claim, verdict
+
+import posttrain
+from posttrain.files import write_json
+from posttrain.machine import machine
+
+Curves = dict[str, list[Curve]]
+
+EXACT = "{kind: exact, name: right, extract: last_line}"
+PLAIN = ("stages.rl.held_out.problems.size=256",)
+BINARY = Arm("right or wrong", "lab", PLAIN)
+
+
+def lasts(curves: list[Curve]) -> list[float]:
+    return [c.last for c in curves]
+
+
+def headline(curves: list[Curve], key: str = "value") -> list[float]:
+    return [float(c.more[key]) for c in curves]
+
+
+# ------------------------------------------------------------------------------------------------------------ 1: ReFT
+QUESTIONS = ("evaluate.sums.n=4", "evaluate.sums.k=[]", "evaluate.sums.problems.size=512")
+
+
+def reft(curves: Curves) -> dict[str, Any]:
+    """After ReFT against after SFT for as many epochs as reach the most, on held-out questions."""
+    reached = {name: interval(headline(of)) for name, of in curves.items()}
+    best = max((n for n in curves if n != "ReFT"), key=lambda n: reached[n][0])
+    return {"reached": reached, "against": best, **difference(headline(curves["ReFT"]), headline(curves[best]))}
+
+
+REFT = Claim(
+    1,
+    "ReFT beats SFT on the same questions, on held-out ones",
+    (
+        Arm("SFT, warm-up's epochs", "reft", QUESTIONS, ("warmup",), None, "sums"),
+        Arm("SFT, four times the epochs", "reft", (*QUESTIONS, "stages.warmup.epochs=32"), ("warmup",), None, "sums"),
+        Arm("ReFT", "reft", QUESTIONS, (), "reft", "sums"),
+    ),
+    reft,
+    "Accuracy of one completion sampled at temperature 1; ReFT is compared with the better of the two SFT arms.",
+)
+
+
+# ----------------------------------------------------------------------------------------------------- 2: base models
+def several_times(curves: Curves) -> dict[str, Any]:
+    """Last over first accuracy, and whether its interval lies above twice."""
+    (runs,) = curves.values()
+    ratios = [c.last / c.first for c in runs]
+    mean, low, high = interval(ratios)
+    return {
+        "before": interval([c.first for c in runs]),
+        "after": interval(lasts(runs)),
+        "ratio": [mean, low, high],
+        "by_seed": ratios,
+        "verdict": verdict(low - 2, high - 2, [r - 2 for r in ratios]),
+    }
+
+
+BASE = Claim(
+    2,
+    "RL on the base model with rule rewards alone raises held-out accuracy several times over",
+    (BINARY,),
+    several_times,
+    "Several times: the interval of the ratio lies above 2.",
+)
+
+
+# ----------------------------------------------------------------------------------------------------- 3: step rewards
+GOAL = 0.8
+
+
+def sooner(curves: Curves) -> dict[str, Any]:
+    """Completions until a held-out accuracy of 0.8, right-or-wrong over step-wise."""
+    return {
+        "goal": GOAL,
+        "completions": {n: [c.rollouts_to(GOAL) for c in of] for n, of in curves.items()},
+        **fewer(*([c.rollouts_to(GOAL) for c in curves[n]] for n in ("step-wise", BINARY.name))),
+        "mean_accuracy": difference(*([c.area() for c in curves[n]] for n in ("step-wise", BINARY.name))),
+    }
+
+
+STEPS = Claim(
+    3,
+    "Step-wise rewards reach a given accuracy with fewer rollouts than binary ones",
+    (
+        BINARY,
+        Arm(
+            "step-wise",
+            "lab",
+            (*PLAIN, f"stages.rl.rewards.parts=[{EXACT}, {{kind: valid_steps, name: steps, weight: 0.5}}]"),
+        ),
+    ),
+    sooner,
+    f"Ratio of the completions sampled until {GOAL:.0%}; also the mean accuracy over the whole run.",
+)
+
+
+# ------------------------------------------------------------------------------------------------- 4: self-consistency
+MEASURED = "{kind: exact, name: right, extract: last_line, weight: 0}"
+AGREE = f"stages.rl.rewards.parts=[{{kind: self_consistency, name: agree, extract: last_line}}, {MEASURED}]"
+
+
+def improves(curves: Curves) -> dict[str, Any]:
+    """After minus before, without a label; for the base model and for one that is mostly right."""
+    (base, warm) = curves.values()
+    ends = {
+        n: {"before": interval([c.first for c in of]), "after": interval(lasts(of))}
+        for n, of in zip(curves, (base, warm), strict=True)
+    }
+    started = {n: difference(lasts(of), [c.first for c in of]) for n, of in curves.items()}
+    return {"from": ends, "gain": started, "verdict": {n: g["verdict"] for n, g in started.items()}}
+
+
+CONSISTENT = Claim(
+    4,
+    "Self-consistency as reward improves without any label",
+    (
+        Arm("from the base model", "lab", (*PLAIN, AGREE)),
+        Arm("from a cold start", "r1", (*PLAIN, AGREE, "stages.rl.steps=60"), ("cold_start", "rl")),
+    ),
+    improves,
+    "The reward is the share of a prompt's other completions with the same answer; accuracy is measured and not learnt "
+    "from. From a cold start: after one epoch on 48 careful chains (recipe r1's first stage).",
+)
+
+
+# ------------------------------------------------------------------------------------------------------ 5: exploration
+OFF = tuple(f"stages.rl.{k}=null" for k in ("steer", "allocate", "curriculum", "replay", "carry"))
+ZERO = (*OFF, "stages.rl.redraws=0", "stages.rl.held_out.problems.size=256")
+
+
+def pays(curves: Curves) -> dict[str, Any]:
+    """Each part against none: mean held-out accuracy over equally many completions, and completions until 0.8."""
+    none = curves["none"]
+    out: dict[str, Any] = {"mean_accuracy": {n: interval(areas(of, none)) for n, of in curves.items()}, "against": {}}
+    for name, of in curves.items():
+        if name != "none":
+            gain = difference(areas(of, none), areas(none, none))
+            out["against"][name] = {**gain, "to_goal": fewer(*([c.rollouts_to(GOAL) for c in r] for r in (of, none)))}
+    return {**out, "verdict": {n: g["verdict"] for n, g in out["against"].items()}}
+
+
+def areas(of: list[Curve], beside: list[Curve]) -> list[float]:
+    """Mean accuracy over as many completions as both of a seed's runs sampled."""
+    return [c.area(min(c.points[-1][0], b.points[-1][0])) for c, b in zip(of, beside, strict=True)]
+
+
+EXPLORING = Claim(
+    5,
+    "Dynamic sampling and adaptive exploration each pay",
+    (
+        Arm("none", "r1_zero", ZERO),
+        Arm("dynamic sampling", "r1_zero", (*ZERO, "stages.rl.redraws=2")),
+        Arm("steered temperature", "r1_zero", (*ZERO, "stages.rl.steer={by: temperature, target: 0.35}")),
+        Arm("more for hard prompts", "r1_zero", (*ZERO, "stages.rl.allocate={first: 4}")),
+    ),
+    pays,
+    "Recipe r1_zero (one answer in twenty is right at first) without its exploration, and with one part of it. Redraws "
+    "sample more a step, so arms are compared over equally many completions.",
+)
+
+CLAIMS = {c.number: c for c in (REFT, BASE, STEPS, CONSISTENT, EXPLORING)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Claims, tried in the laboratory.")
+    parser.add_argument("--claims", default="1,2,3,4,5", help="comma between (1,2,3,4,5)")
+    parser.add_argument("--seeds", default="0,1,2", help="comma between (0,1,2)")
+    parser.add_argument("--at-once", type=int, default=2, help="runs at the same time, a core each (2)")
+    parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="folder of the runs (runs/claims)")
+    parser.add_argument("--plots", type=Path, help="folder for claim-N.svg")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    args = parser.parse_args()
+    seeds, numbers = ([int(n) for n in text.split(",")] for text in (args.seeds, args.claims))
+    args.work.mkdir(parents=True, exist_ok=True)
+    began, out = time.perf_counter(), {}
+    for number in numbers:
+        claim = CLAIMS[number]
+        print(f"{number}. {claim.statement}", flush=True)
+        out[str(number)] = result = run_claim(claim, seeds, args.work, args.at_once)
+        print(f"   {result['verdict']}", flush=True)
+        if args.plots:
+            plot(result, claim.statement, args.plots / f"claim-{number}.svg")
+        if args.json:
+            figures = {"posttrain": posttrain.__version__, "machine": machine(), "seeds": seeds, "claims": out}
+            write_json(args.json, {**figures, "seconds": round(time.perf_counter() - began)})
+    print(" ".join(f"claim_{n}={r['verdict']}" for n, r in out.items()))
+
+
+if __name__ == "__main__":
+    main()
