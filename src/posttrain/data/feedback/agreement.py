@@ -55,7 +55,7 @@ def krippendorff_alpha(units: Sequence[Sequence[float]], metric: Metric = "inter
         x = scale[at] - scale[at].mean()
         # sum_{i != j} (x_i - x_j)^2 = 2 m sum x^2 - 2 (sum x)^2: no matrix of pairs is made.
         sums, squares = (np.bincount(unit, w, len(kept)) for w in (x, x * x))
-        differ = 2 * sizes * squares - 2 * sums**2
+        differ = np.asarray(2 * sizes * squares - 2 * sums**2, dtype=np.float64)
         expected = 2 * n * float((x * x).sum()) - 2 * float(x.sum()) ** 2
     observed = float((differ / (sizes - 1)).sum()) / n
     return 1 - observed / (expected / (n * (n - 1)))
