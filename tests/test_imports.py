@@ -23,6 +23,7 @@ LAYERS = [
     {"models"},
     {"machine", "rollout"},
     {"evaluate"},
+    {"feedback"},
     {"train", "refine", "compress", "merge", "report"},
     {"lab"},
     {"schema", "stages"},

@@ -49,7 +49,15 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     metadata = email.message_from_bytes(archive.read(name))
     assert (metadata["Name"], metadata["Version"]) == ("posttrain", posttrain.__version__)
     assert metadata["Requires-Python"] == ">=3.11" and metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra") or []) == {"bench", "code", "dev", "gguf", "reasoning", "track"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {
+        "bench",
+        "code",
+        "dev",
+        "gguf",
+        "openai",
+        "reasoning",
+        "track",
+    }
 
 
 def test_the_wheel_runs_from_somewhere_else(wheel: Path, tmp_path: Path) -> None:

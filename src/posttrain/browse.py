@@ -13,10 +13,19 @@ from rich.text import Text
 
 from posttrain.errors import DataError
 from posttrain.report import rollouts
+from posttrain.report.feedback import lines
 from posttrain.rewards.watch import repetition
 from posttrain.rollout.store import path_of, read_rollouts, rollout_steps
 
 SORTS = ("order", "best", "worst", "suspicious")
+
+
+def feedback(run: Path, out: Console, rows: int) -> bool:
+    """Print what stages of feedback found out, with some disagreements; False where there is none."""
+    found = lines(run, rows)
+    for line in found:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    return bool(found)
 
 
 def stages_with_rollouts(run: Path) -> list[Path]:

@@ -183,12 +183,22 @@ def inspect(
     if path.is_dir() and not overrides:
         from posttrain import browse
 
+        labelled = browse.feedback(path, _console(), rows)
         if browse.stages_with_rollouts(path):
             if watch:
                 browse.watch(path, _console(), stage=stage)
                 return
             options = {"stage": stage, "step": step, "held_out": held_out, "sort": sort, "problem": problem}
             browse.browse(path, _console(), groups=rows, **options)  # type: ignore[arg-type]
+            return
+        if (
+            labelled
+            and stage is None
+            and step is None
+            and problem is None
+            and not (held_out or watch)
+            and sort == "order"
+        ):
             return
     if step is not None or held_out or problem is not None or watch or sort != "order":
         raise RecipeError(

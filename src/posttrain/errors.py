@@ -27,6 +27,10 @@ class CheckpointError(PosttrainError, OSError):
     """A checkpoint or run folder that is damaged, belongs to another recipe, or can't be written."""
 
 
+class ServerError(PosttrainError, ConnectionError):
+    """A server that can't be reached, refuses the key or the model, or keeps failing."""
+
+
 class NonFiniteError(PosttrainError, ArithmeticError):
     """Loss or gradient stayed infinite or not-a-number for several steps in a row."""
 

@@ -34,6 +34,7 @@ from posttrain.machine import machine, program
 from posttrain.models.load import context_length, load_tokenizer, pick_device, resolve
 from posttrain.recipe import differences, dump_recipe, load_recipe
 from posttrain.report import build
+from posttrain.report import feedback as feedback_report
 from posttrain.report.terminal import sampling_tables, summary_table
 from posttrain.rollout.store import path_of, read_rollouts, rollout_steps
 from posttrain.train.loop import Stopped, now
@@ -352,6 +353,8 @@ def _close(path: Path, console: Console) -> RunResult:
         newest = path / "evaluations" / ("after" if (path / "evaluations" / "after").is_dir() else "before")
         for table in sampling_tables(newest):
             console.print(table)
+    for line in feedback_report.lines(path):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"run     {path}\nreport  {report}", highlight=False, soft_wrap=True)
     if (path / "model").is_dir():
         console.print(f"chat    {program()} chat {path}", highlight=False, soft_wrap=True)

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from posttrain.config import EpochsConfig, ModelConfig, Recipe, references
+from posttrain.data.feedback import Answers
 from posttrain.data.pieces import BRACKETS, render_terminal
 from posttrain.data.questions import Questions
 from posttrain.evaluate.stats import compare
 from posttrain.evaluate.tasks import evaluate_model, task_data
 from posttrain.files import read_lines
 from posttrain.models.load import context_length, load_tokenizer
+from posttrain.report.feedback import agreement
 from posttrain.report.terminal import sampling_tables
 from posttrain.report.words import p_value, score
 from posttrain.stages import ready
@@ -40,6 +43,8 @@ def inspect(recipe: Recipe, only: str | None, rows: int, out: Console) -> None:
             out.rule(f"{title} ({stage.method})")
             if isinstance(data, Questions):
                 _questions(data, rows, out)
+            elif isinstance(data, Answers):
+                _answers(data, rows, out)
             else:
                 _samples(data, stage if isinstance(stage, EpochsConfig) else None, tokenizer, rows, out)
     for task in recipe.evaluate:
@@ -82,6 +87,21 @@ def _questions(asked: Questions, rows: int, out: Console) -> None:
         out.print(f"\n[bold]problem {i}[/] {len(q.tokens)} tokens  {q.problem['source']}")
         out.print(q.text, markup=False, soft_wrap=True)
         out.print(f"answer     {q.problem['answer']}", markup=False, soft_wrap=True)
+    out.print()
+
+
+def _answers(answers: Answers, rows: int, out: Console) -> None:
+    """Answers with what people said of them: the pairs to be judged, or the thumbs."""
+    _numbers(answers.stats, [], out)
+    out.print(f"pairs      {len(answers.pairs):,}", markup=False)
+    said = agreement(answers.raters)
+    if said:
+        out.print(said, markup=False, highlight=False, soft_wrap=True)
+    for i, p in enumerate(answers.pairs[:rows]):
+        people = "" if p.human is None else f"  people prefer the first: {p.human:.2f}, margin {p.margin or 0:+.2f}"
+        out.print(f"\n[bold]pair {i}[/]  {escape(p.source + people)}", highlight=False, soft_wrap=True)
+        for text in (str(p.prompt), p.a, p.b):
+            out.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
     out.print()
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from posttrain.config import (
     EvaluationConfig,
+    FeedbackConfig,
     OnlineDPOConfig,
     PreferenceConfig,
     Recipe,
@@ -25,6 +26,7 @@ STAGES: dict[type, str] = {
     RejectionConfig: "posttrain.train.rejection",
     PreferenceConfig: "posttrain.train.preference",
     OnlineDPOConfig: "posttrain.train.online",
+    FeedbackConfig: "posttrain.train.feedback",
 }
 """Settings → module; each module has `ready(settings, setting) -> Ready`. Loaded when first needed."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from posttrain.config import DataConfig, HumanEvalConfig, LabConfig, ReasoningGymConfig, RowsConfig
-from posttrain.data.problems import load_problems
+from posttrain.data.problems import NO_ANSWER, load_problems
 from posttrain.data.questions import apart, ask
 from posttrain.errors import DataError
 from posttrain.models.tiny import tiny_tokenizer
@@ -111,3 +111,15 @@ def test_human_eval_s_functions() -> None:
     assert chat.text != chat.problem["prompt"] and chat.problem["prompt"] in chat.text
     with pytest.raises(DataError, match="problems 0 to 164"):
         load_problems(HumanEvalConfig(rows=(160, 170)))
+
+
+def test_prompts_without_answers_for_judges_and_reward_models(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "b"}]
+    path.write_text("".join(json.dumps({"prompt": p, "topic": 1}) + "\n" for p in ("a", turns)))
+    one, two = load_problems(RowsConfig(data=DataConfig(source=str(path)), answers=False))
+    assert one["messages"] == [{"role": "user", "content": "a"}] and one["topic"] == 1
+    assert two["messages"] == turns and two["prompt"] == "b" and two["answer"] == NO_ANSWER
+    path.write_text(json.dumps({"question": "a"}) + "\n")
+    with pytest.raises(DataError, match="prompts.jsonl:1: missing field 'prompt'"):
+        load_problems(RowsConfig(data=DataConfig(source=str(path)), answers=False))

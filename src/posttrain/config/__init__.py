@@ -28,7 +28,9 @@ from posttrain.config.base import (
 )
 from posttrain.config.environment import CalculatorConfig, EnvironmentConfig, FunctionEnvironmentConfig
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
+from posttrain.config.feedback import FeedbackConfig
 from posttrain.config.inference import RejectionConfig, SampleConfig
+from posttrain.config.judge import JudgeConfig, ServerConfig
 from posttrain.config.preference import HeldOutPairsConfig, OnlineDPOConfig, PreferenceConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.rl import (
@@ -42,7 +44,7 @@ from posttrain.config.rl import (
 )
 
 StageConfig = Annotated[
-    SFTConfig | RLConfig | RejectionConfig | PreferenceConfig | OnlineDPOConfig,
+    SFTConfig | RLConfig | RejectionConfig | FeedbackConfig | PreferenceConfig | OnlineDPOConfig,
     Field(discriminator="method"),
 ]
 EvaluationConfig = Annotated[TaskConfig | SampleConfig, Field(discriminator="kind")]
@@ -148,9 +150,11 @@ __all__ = [
     "EpochsConfig",
     "EvaluationConfig",
     "FunctionEnvironmentConfig",
+    "FeedbackConfig",
     "HeldOutConfig",
     "HumanEvalConfig",
     "HeldOutPairsConfig",
+    "JudgeConfig",
     "KLConfig",
     "LabConfig",
     "ModelConfig",
@@ -168,6 +172,7 @@ __all__ = [
     "SFTConfig",
     "SampleConfig",
     "SamplingConfig",
+    "ServerConfig",
     "StageBase",
     "StageConfig",
     "SteerConfig",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import Config
+from posttrain.config.judge import JudgeConfig
 from posttrain.config.sandbox import SandboxConfig
 
 Extract = Literal["auto", "tag", "boxed", "hashes", "last_line", "whole"]
@@ -142,6 +143,21 @@ class ProcessConfig(StepwisePart):
     prompt: str = Field("prompt", description="Column of the example that holds the prompt.")
 
 
+class JudgeRewardConfig(Part):
+    """The judge's score of the completion, by expectation over its scale: reinforcement learning from AI feedback, directly."""
+
+    kind: Literal["judge"] = "judge"
+    judge: JudgeConfig = Field(description="The judge; its mode is score.")
+    prompt: str = Field("prompt", description="Column of the example that holds the prompt.")
+    batch_size: int = Field(64, ge=1, description="Completions handed to the judge together.")
+
+    @model_validator(mode="after")
+    def _scores(self) -> JudgeRewardConfig:
+        if self.judge.mode != "score":
+            raise ValueError("a judge as reward scores each completion: set judge.mode to score")
+        return self
+
+
 class FormatConfig(Part):
     """1 where the completion has the layout asked for, else 0."""
 
@@ -259,6 +275,7 @@ RewardConfig = Annotated[
     | ValidStepsConfig
     | AgreementConfig
     | ProcessConfig
+    | JudgeRewardConfig
     | ProgramConfig
     | UnitTestsConfig
     | FormatConfig

@@ -33,6 +33,10 @@ class RowsConfig(AskedConfig):
     kind: Literal["rows"] = "rows"
     data: DataConfig
     instruction: str | None = Field(None, description="Put after the question, on a line of its own.")
+    answers: bool = Field(
+        True,
+        description="Rows have a right answer; false: the column prompt alone is read, for rewards and judges that need none.",
+    )
 
 
 class ReasoningGymConfig(AskedConfig):

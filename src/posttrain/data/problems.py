@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.config import DataConfig
 from posttrain.config.rl import HumanEvalConfig, LabConfig, ProblemsConfig, ReasoningGymConfig, RowsConfig
 from posttrain.data import sums
-from posttrain.data.layouts import BadRow, Record, check_templates, recognise, to_record
+from posttrain.data.layouts import BadRow, Record, check_templates, field, recognise, to_record
 from posttrain.data.load import read_table
 from posttrain.data.prepare import _Bad, _complaint, _rename
 from posttrain.errors import DataError, MissingExtraError
 
 Problem = dict[str, Any]
+NO_ANSWER = "(no answer)"
+"""Stands for the answer of problems that have none; never a right one."""
 
 
 def load_problems(config: ProblemsConfig) -> list[Problem]:
@@ -54,7 +57,7 @@ def _from_rows(config: RowsConfig) -> list[Problem]:
     table = read_table(data)
     _rename(table.rows, data)
     check_templates(data, set().union(*table.rows))
-    layout = "template" if data.prompt is not None else recognise(table.rows[0], data.layout)
+    layout = "template" if data.prompt is not None or not config.answers else recognise(table.rows[0], data.layout)
     order = np.arange(len(table.rows))
     if data.shuffle_seed is not None:
         order = np.random.default_rng(data.shuffle_seed).permutation(len(order))
@@ -67,13 +70,21 @@ def _from_rows(config: RowsConfig) -> list[Problem]:
     for i in order:
         file, number = table.places[i]
         try:
-            record = to_record(table.rows[i], layout, data)
-            problems.append(_problem(record, table.rows[i], f"{file}:{number}", config.instruction))
+            row, source = table.rows[i], f"{file}:{number}"
+            record = to_record(row, layout, data) if config.answers else _prompt_alone(row, data)
+            problems.append(_problem(record, row, source, config.instruction))
         except BadRow as error:
             bad.add(table.places[i], str(error))
     if bad.counts and (data.on_bad_row == "stop" or not problems):
         raise DataError(_complaint(bad, len(order)))
     return problems
+
+
+def _prompt_alone(row: dict[str, Any], data: DataConfig) -> Record:
+    """The column prompt, text or turns (or data.prompt); the answer is a word that no reward is to look at."""
+    given = row if data.prompt is not None else {"prompt": field(row, "prompt"), "completion": NO_ANSWER}
+    made = to_record(given, "prompt_completion", data)
+    return Record(made.messages, extra={"answer": NO_ANSWER})
 
 
 def _problem(record: Record, row: dict[str, Any], source: str, instruction: str | None) -> Problem:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from posttrain.report import words
 from posttrain.report.curves import Chart, chart, measures_for, ticks
+from posttrain.report.feedback import read_feedback
 from posttrain.report.inference import by_stage, panels
 from posttrain.report.load import Evaluation, Record, Run, TaskRow, read
 from posttrain.report.rollouts import views
@@ -113,6 +114,7 @@ def render(run: Run) -> str:
         samples=[s for r in rows if (s := _samples(r, run)) is not None],
         changes=CHANGES,
         rollouts=views(run),
+        feedback=read_feedback(run.folder, run.notes),
         recipe=words.yaml_markup(run.recipe_text),
         lineage=_lineage(run),
         commands=[

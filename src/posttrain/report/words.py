@@ -36,6 +36,7 @@ METHODS = {
     "simpo": "SimPO",
     "cpo": "CPO",
     "online_dpo": "online DPO",
+    "feedback": "feedback",
 }
 STATUS = {
     "done": "Finished.",

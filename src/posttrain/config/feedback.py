@@ -1,0 +1,120 @@
+"""Settings of feedback: where answers come from, and who says which is better."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.config.base import NAME, Config, DataConfig, SamplingConfig, StageBase
+from posttrain.config.judge import JudgeConfig
+from posttrain.config.rl import ProblemsConfig
+
+
+class Pairing(Config):
+    """How answers to the same prompt become pairs."""
+
+    pairs_per_prompt: int = Field(
+        0, ge=0, description="Pairs of each prompt's answers, drawn so that every answer is used alike. 0: all pairs."
+    )
+    seed: int = Field(0, ge=0, description="Draws the pairs: two stages with the same one label the same pairs.")
+
+
+class RatingsConfig(Pairing):
+    """Answers that several people rated; prompt and completion are columns, or made by data.prompt and .completion."""
+
+    kind: Literal["ratings"] = "ratings"
+    data: DataConfig
+    ratings: str | None = Field(
+        None,
+        description="Column with the ratings: a list, numbers separated by commas, {rater: rating}, or one number a row (rows of the same answer are put together).",
+    )
+    rater: str | None = Field(None, description="Column that says who rated, where a row holds one rating.")
+    mean: str | None = Field(None, description="Column with the mean, where the single ratings are not there.")
+    spread: str | None = Field(None, description="Column with the ratings' standard deviation, beside mean.")
+    min_margin: float = Field(
+        0.0, ge=0, description="Pairs whose means differ by less are left out, and counted. 0: only equal ones."
+    )
+
+    @model_validator(mode="after")
+    def _columns(self) -> RatingsConfig:
+        if (self.ratings is None) == (self.mean is None):
+            raise ValueError("give either ratings (a column with them) or mean (and spread)")
+        if self.spread is not None and self.mean is None:
+            raise ValueError("spread goes with mean; from single ratings it is computed")
+        if self.rater is not None and self.ratings is None:
+            raise ValueError("rater goes with ratings")
+        return self
+
+
+class PairsConfig(Config):
+    """Pairs that people chose from: prompt, chosen, rejected, in any of the preference layouts.
+
+    Several rows of one pair are several people's; a column `probability` is taken as it is.
+    """
+
+    kind: Literal["pairs"] = "pairs"
+    data: DataConfig
+    rater: str | None = Field(None, description="Column that says who chose, for the agreement between raters.")
+
+
+class CandidatesConfig(Pairing):
+    """Several answers to a prompt in one row: texts, or objects with response (or text) and a score if there is one."""
+
+    kind: Literal["candidates"] = "candidates"
+    data: DataConfig
+    completions: str = Field("completions", description="Column with the list of answers.")
+
+
+class ThumbsConfig(Pairing):
+    """Up or down for single answers: prompt, completion, label. Several rows of one answer are several people's."""
+
+    kind: Literal["thumbs"] = "thumbs"
+    data: DataConfig
+    label: str = Field(
+        "label", description="Column with up or down: true, 1, up, good, yes; false, 0, -1, down, bad, no."
+    )
+    rater: str | None = Field(None, description="Column that says who it was, for the agreement between raters.")
+
+
+class SamplesConfig(Pairing):
+    """Answers sampled from the policy at hand."""
+
+    kind: Literal["samples"] = "samples"
+    problems: ProblemsConfig
+    n: int = Field(4, ge=2, description="Completions of each prompt.")
+    sampling: SamplingConfig = SamplingConfig()
+    prompts_at_once: int = Field(32, ge=1, description="Prompts sampled between two writes to the disk.")
+    max_running: int = Field(128, ge=1, description="Completions sampled at the same time.")
+
+
+AnswersConfig = Annotated[
+    RatingsConfig | PairsConfig | CandidatesConfig | ThumbsConfig | SamplesConfig, Field(discriminator="kind")
+]
+
+
+class FeedbackConfig(StageBase):
+    """Feedback: answers in, pairs with strengths out (data/rows.jsonl), labelled by people or by a judge."""
+
+    makes: ClassVar[Literal["model", "data", "reward_model"]] = "data"
+
+    method: Literal["feedback"]
+    name: str = Field("feedback", pattern=NAME, description="Name of the stage's folder in the run.")
+    labels: Literal["human", "judge"] = Field(
+        description="Whose labels the rows carry. judge: where people's are there too, the report compares the two."
+    )
+    answers: AnswersConfig
+    judge: JudgeConfig | None = Field(None, description="The judge (labels: judge).")
+    show: int = Field(10, ge=0, description="Disagreements with people (or between orders) kept in judge.json.")
+
+    @model_validator(mode="after")
+    def _labels(self) -> FeedbackConfig:
+        if self.labels == "human" and isinstance(self.answers, SamplesConfig):
+            raise ValueError(
+                "nobody has labelled sampled answers: take labels: judge, or answers from rows with ratings"
+            )
+        if self.labels == "judge" and self.judge is None:
+            raise ValueError("labels: judge needs a judge (judge.model.source, or judge.server.model)")
+        if self.labels == "human" and self.judge is not None:
+            raise ValueError("labels: human asks no judge; take it out, or take labels: judge")
+        return self

@@ -1,0 +1,137 @@
+"""What a stage of feedback found out, for the page and for the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain.report import words
+
+Fact = tuple[str, str, str, Any]
+"""(name, value in words, interval in words, the number itself)."""
+
+
+def read_feedback(run: Path, notes: list[str] | None = None) -> list[dict[str, Any]]:
+    """Of every stage that left judge.json or raters.json: its name and both, in the order of the stages."""
+    found = []
+    folders = [p for p in (run / "stages").glob("*-*") if p.name.split("-")[0].isdigit()]
+    for folder in sorted(folders, key=lambda p: int(p.name.split("-")[0])):
+        entry: dict[str, Any] = {"stage": folder.name.split("-", 1)[1]}
+        for part in ("judge", "raters"):
+            path = folder / f"{part}.json"
+            if path.exists():
+                try:
+                    entry[part] = json.loads(path.read_text(encoding="utf-8"))
+                except ValueError as error:
+                    if notes is not None:
+                        notes.append(f"{path.name} of stage {entry['stage']} can't be read: {error}")
+        if len(entry) > 1:
+            judge = entry.get("judge") or {}
+            entry["facts"] = facts(judge)
+            entry["who"] = who(judge) if judge else ""
+            entry["cost"] = cost(judge.get("cost") or {})
+            entry["agreement"] = agreement(entry.get("raters") or {})
+            found.append(entry)
+    return found
+
+
+def _share(name: str, value: Mapping[str, Any] | None) -> list[Fact]:
+    if not value or value.get("value") is None:
+        return []
+    low, high = (words.fixed(float(value[k]), 3) for k in ("low", "high"))
+    return [(name, words.fixed(float(value["value"]), 3), f"{low} to {high}, n = {value['n']:,}", value["value"])]
+
+
+def facts(judge: Mapping[str, Any]) -> list[Fact]:
+    """The judge's numbers, each with its interval."""
+    if not judge:
+        return []
+    people, length, position = (judge.get(k) or {} for k in ("people", "length", "position"))
+    out: list[Fact] = []
+    out += _share("agrees with people", people.get("agreement"))
+    out += _share("kappa", people.get("kappa"))
+    for name, value in (people.get("by_certainty") or {}).items():
+        out += _share(f"agrees where people are in the {name}", value)
+    out += _share("agrees, asked in one order alone", people.get("one_order"))
+    if people.get("one_person") is not None:
+        out.append(("one person agrees with people", words.fixed(people["one_person"], 3), "", people["one_person"]))
+    out += _share("same verdict in both orders", judge.get("consistency"))
+    out += _share("names the first answer", position.get("first"))
+    out += _share("probability of the first answer", position.get("mean_probability"))
+    out += _share("takes the longer answer", length.get("longer"))
+    out += _share("people take the longer answer", length.get("longer_by_people"))
+    if length.get("correlation") is not None:
+        r = length["correlation"]
+        out.append(("label against length, correlation", words.fixed(r, 3, True), "", r))
+    for key, name in (("mass", "probability on the labels"), ("strength", "mean probability of the chosen")):
+        if judge.get(key) is not None:
+            out.append((name, words.fixed(judge[key], 3), "", judge[key]))
+    if judge.get("scores"):
+        s = judge["scores"]
+        span = f"{words.fixed(s['least'], 2)} to {words.fixed(s['most'], 2)}"
+        out.append(("mean score", words.fixed(s["mean"], 2), span, s["mean"]))
+    return out
+
+
+def who(judge: Mapping[str, Any]) -> str:
+    """One sentence on who judged what."""
+    about = judge.get("judge") or {}
+    how = "compared in both orders" if about.get("mode") == "pairwise" else "scored one by one"
+    where = f" at {about['base_url']}" if about.get("base_url") else ""
+    reason = ", after a rationale" if about.get("rationale") else ""
+    return (
+        f"{about.get('model', 'The judge')}{where} {how}{reason}: {judge.get('judged', 0):,} of "
+        f"{judge.get('pairs', 0):,} pairs labelled, {judge.get('ties', 0):,} ties."
+    )
+
+
+def cost(spent: Mapping[str, Any]) -> str:
+    """Questions, tokens, time, and what went wrong on the way."""
+    if not spent:
+        return ""
+    parts = [
+        f"{spent['questions']:,} questions, {spent['from_store']:,} of them from the store",
+        f"{spent['prompt_tokens']:,} tokens asked and {spent['completion_tokens']:,} answered "
+        f"({spent['new_prompt_tokens']:,} and {spent['new_completion_tokens']:,} of them now)",
+        f"{words.seconds(spent['seconds'])} of the judge's time",
+    ]
+    if "requests" in spent:
+        again = ", ".join(f"{n:,} {why}" for why, n in (spent.get("retries") or {}).items())
+        parts.append(f"{spent['requests']:,} requests" + (f", made again after {again}" if again else ""))
+    return "; ".join(parts) + "."
+
+
+def agreement(raters: Mapping[str, Any]) -> str:
+    """How far people agree, in a sentence."""
+    alpha = raters.get("alpha")
+    if not alpha:
+        return ""
+    values = ", ".join(f"{words.fixed(a, 3)} ({name})" for name, a in alpha.items() if a is not None)
+    units = f"{raters['units']:,} answers with {raters['ratings_per_unit']:.1f} ratings each"
+    return f"Krippendorff's alpha between people is {values or 'not defined: all gave the same'}, over {units}."
+
+
+def lines(run: Path, disagreements: int = 0) -> list[str]:
+    """For the terminal: who judged, the numbers, warnings, and some disagreements."""
+    out: list[str] = []
+    for entry in read_feedback(run):
+        out.append(f"feedback of stage {entry['stage']}")
+        judge = entry.get("judge") or {}
+        out += [f"  {text}" for text in (entry["agreement"], entry["who"], entry["cost"]) if text]
+        out += [f"  {name:<48} {value:>7}  {span}".rstrip() for name, value, span, _ in entry["facts"]]
+        out += [f"  ! {w}" for w in judge.get("warnings") or []]
+        out += [
+            f"  no label: {u['source']}: {u['why']}" for u in (judge.get("unlabelled") or [])[: max(3, disagreements)]
+        ]
+        for d in (judge.get("disagreements") or [])[:disagreements]:
+            people = "" if d["people"] is None else f", people {d['people']:.2f}"
+            out += [
+                "",
+                f"  {d['source']}: judge {d['judge']:.2f}{people} for the first of",
+                f"    {d['a']}",
+                f"    {d['b']}",
+            ]
+            out += [f"    says: {r}" for r in d["rationales"]]
+    return out
