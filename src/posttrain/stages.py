@@ -11,8 +11,10 @@ from posttrain.config import (
     EvaluationConfig,
     OnlineDPOConfig,
     PreferenceConfig,
+    ProcessRewardConfig,
     Recipe,
     RejectionConfig,
+    RewardModelConfig,
     RLConfig,
     SFTConfig,
     StageConfig,
@@ -25,6 +27,8 @@ STAGES: dict[type, str] = {
     RejectionConfig: "posttrain.train.rejection",
     PreferenceConfig: "posttrain.train.preference",
     OnlineDPOConfig: "posttrain.train.online",
+    RewardModelConfig: "posttrain.train.reward_model",
+    ProcessRewardConfig: "posttrain.train.process_reward",
 }
 """Settings → module; each module has `ready(settings, setting) -> Ready`. Loaded when first needed."""
 

@@ -30,6 +30,7 @@ from posttrain.config.environment import CalculatorConfig, EnvironmentConfig, Fu
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
 from posttrain.config.inference import RejectionConfig, SampleConfig
 from posttrain.config.preference import HeldOutPairsConfig, OnlineDPOConfig, PreferenceConfig
+from posttrain.config.reward_model import ProcessRewardConfig, RewardModelConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.rl import (
     HeldOutConfig,
@@ -42,7 +43,13 @@ from posttrain.config.rl import (
 )
 
 StageConfig = Annotated[
-    SFTConfig | RLConfig | RejectionConfig | PreferenceConfig | OnlineDPOConfig,
+    SFTConfig
+    | RLConfig
+    | RejectionConfig
+    | PreferenceConfig
+    | OnlineDPOConfig
+    | RewardModelConfig
+    | ProcessRewardConfig,
     Field(discriminator="method"),
 ]
 EvaluationConfig = Annotated[TaskConfig | SampleConfig, Field(discriminator="kind")]
@@ -157,12 +164,14 @@ __all__ = [
     "OnlineDPOConfig",
     "OptimizerConfig",
     "PreferenceConfig",
+    "ProcessRewardConfig",
     "RLConfig",
     "ReasoningGymConfig",
     "Recipe",
     "ReplayConfig",
     "RejectionConfig",
     "RewardConfig",
+    "RewardModelConfig",
     "RewardsConfig",
     "RowsConfig",
     "SFTConfig",

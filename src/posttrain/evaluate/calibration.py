@@ -22,7 +22,7 @@ def reliability(
     """What was said to be so likely, against how often it was so: one entry a bin that holds anything.
 
     Bins are equally wide from `low` to 1, the last one closed. An entry has the bin's edges (from, to), n, the mean
-    probability said, the mean outcome, and that mean's 95% interval (low, high: Wilson's where all outcomes are 0 or 1).
+    probability `said`, the mean outcome `was`, and that mean's 95% interval (low, high), as `mean_interval` gives it.
     outcomes: 0 or 1, or shares where the truth itself is soft. Source: Niculescu-Mizil & Caruana 2005, ICML, figure 1.
     Raises ValueError where lengths differ, or a number lies outside [low, 1] or [0, 1].
     """

@@ -7,6 +7,9 @@ gives empty losses and sums of 0.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,6 +93,39 @@ def step_metrics(logits_N: Tensor, targets_N: Tensor) -> Metrics:
     _alike(logits_N, targets_N)
     scores_N = logits_N.detach().sigmoid()
     return {"accuracy": ((scores_N >= 0.5) == (targets_N >= 0.5)).to(scores_N.dtype).sum(), "score": scores_N.sum()}
+
+
+def combine_members(scores_K_N: Tensor, kind: str = "mean", spread: float = 1.0) -> Tensor:
+    """One reward of K members' rewards of N answers, of shape N.
+
+    mean; min: the lowest, K members' worst case; conservative: mean - spread * standard deviation over the members
+    (of the K, not an estimate from them). Source: Coste et al., arXiv 2310.02743, section 3.2 (worst-case and
+    uncertainty-weighted optimisation, there with the variance). K = 1 gives the member's own whatever the kind.
+    Raises ValueError for another kind, no members, or a shape that is not (K, N).
+    """
+    if scores_K_N.ndim != 2 or not len(scores_K_N):
+        raise ValueError(f"expected scores of shape (members, answers), got {tuple(scores_K_N.shape)}")
+    if kind == "min":
+        return scores_K_N.min(0).values
+    if kind == "conservative":
+        return scores_K_N.mean(0) - spread * scores_K_N.std(0, correction=0)
+    if kind != "mean":
+        raise ValueError(f"expected mean, min or conservative, got {kind!r}")
+    return scores_K_N.mean(0)
+
+
+def combine_steps(scores: Sequence[float], kind: str = "min") -> float:
+    """One number of the scores of a chain's steps: min (arXiv 2312.08935, section 3.4), product (arXiv 2305.20050,
+    section 2.4), last or mean. No steps: 0. Raises ValueError for another kind."""
+    if kind not in ("min", "product", "last", "mean"):
+        raise ValueError(f"expected min, product, last or mean, got {kind!r}")
+    if not scores:
+        return 0.0
+    if kind == "product":
+        return math.prod(scores)
+    if kind == "last":
+        return scores[-1]
+    return min(scores) if kind == "min" else sum(scores) / len(scores)
 
 
 def _alike(*tensors: Tensor) -> None:

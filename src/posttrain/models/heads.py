@@ -10,7 +10,7 @@ What the two have in common is a linear layer on hidden states, and that is all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,7 +158,7 @@ def scores_at(
 
 
 def _alike(sequences: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
-    """Indices in passes of at most `budget` tokens to compute (one sequence at least), neighbours in order of tokens."""
+    """Indices in passes of at most `budget` tokens to compute (or one sequence), neighbours in the order of tokens."""
     passes: list[list[int]] = []
     total, before = 0, tuple[int, ...]()
     for i in sorted(range(len(sequences)), key=lambda i: (tuple(sequences[i]), i)):
@@ -222,5 +222,3 @@ def save_head(
     hf.set_attn_implementation("sdpa" if hf._supports_sdpa else "eager")
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-

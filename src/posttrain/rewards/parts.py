@@ -256,7 +256,19 @@ def length(text: str, example: Example, config: c.LengthConfig) -> float:
 
 # --- settings into functions ------------------------------------------------------------------------------------------
 
-FORMS: dict[str, Form] = {"self_consistency": "group", "preference": "batch", "agreement": "group"}
+FORMS: dict[str, Form] = {
+    "self_consistency": "group",
+    "preference": "batch",
+    "agreement": "group",
+    "reward_model": "batch",
+    "process_reward": "batch",
+}
+MODELS = {
+    "reward_model": "posttrain.models.scorers:RewardModel.of",
+    "process_reward": "posttrain.models.scorers:ProcessReward.of",
+}
+"""Where the rewards that are models are made, of their settings. Models lie above rewards and are not imported here:
+named like a function of the user's, they are loaded when a stack is built that has such a part."""
 LABELLED: dict[str, Callable[..., Any]] = {
     "math": math,
     "exact": exact,
@@ -291,6 +303,8 @@ def build(config: c.RewardConfig, given: Mapping[str, Callable[..., Any]]) -> Ca
         return partial(preference, scorer=load_function(config.scorer, given))
     if isinstance(config, c.ProcessConfig):
         return partial(by_step.process, config=config, scorer=load_function(config.scorer, given))
+    if isinstance(config, c.Model):
+        return load_function(MODELS[config.kind])(config)  # type: ignore[no-any-return]
     if isinstance(config, c.FormatConfig):
         if config.pattern is not None:
             return partial(format_pattern, pattern=re.compile(config.pattern, re.DOTALL))
