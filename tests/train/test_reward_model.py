@@ -32,7 +32,7 @@ TOKENIZER = tiny_tokenizer()
 
 
 def rows(count: int, seed: int) -> list[dict[str, Any]]:
-    """Random letters; the better answer has q, r or s among its. Lengths differ, prompts are long enough to be shared."""
+    """Random letters; the better answer has q, r or s among its. Lengths differ; prompts are long enough to share."""
     rng = random.Random(seed)
 
     def letters(n: int) -> list[str]:

@@ -36,6 +36,8 @@ METHODS = {
     "simpo": "SimPO",
     "cpo": "CPO",
     "online_dpo": "online DPO",
+    "reward_model": "training of a reward model",
+    "process_reward": "training of a process reward model",
 }
 STATUS = {
     "done": "Finished.",
