@@ -316,7 +316,7 @@ def _resolve_paths(value: Any, folder: Path) -> None:
             _resolve_paths(item, folder)
     elif isinstance(value, dict):
         for name, inner in value.items():
-            if name in ("source", "chat_template", "path"):
+            if name in ("source", "chat_template"):
                 value[name] = [moved(i) for i in inner] if isinstance(inner, list) else moved(inner)
             else:
                 _resolve_paths(inner, folder)

@@ -196,8 +196,27 @@ def test_it_learns_where_chains_go_wrong_and_scores_as_it_was_trained(tmp_path: 
                          [Rollout([1], [0.0], "end", t) for t in (completion, " ")])  # fmt: skip
     kinds = {"min": min(scores), "product": scores[0] * scores[1] * scores[2], "last": scores[2],
              "mean": sum(scores) / 3}  # fmt: skip
-    parts = [ProcessRewardPart(name=k, path=str(folder), combine=k) for k in kinds]  # type: ignore[arg-type]
+    parts = [ProcessRewardPart(name=k, source=str(folder), combine=k) for k in kinds]  # type: ignore[arg-type]
     with RewardStack(parts) as stack:
         full, empty = stack([group]).groups[0].rollouts
     assert full.rewards == pytest.approx(kinds, abs=1e-5)
     assert set(empty.rewards.values()) == {0.0}
+
+
+@pytest.mark.parametrize("template", [None, "Q: {question}\nA:"])
+def test_prompts_are_asked_of_the_model_as_they_were_in_training(template: str | None, tmp_path: Path) -> None:
+    """By the chat template, or by the problems' own: the scores of the held-out chains come again from their texts."""
+    config = settings(tmp_path, max_steps=1)
+    labels = config.model_dump()["labels"]
+    for part in ("problems", "held_out"):
+        labels[part]["template"] = template
+    config = ProcessRewardConfig.model_validate({**config.model_dump(), "labels": labels})
+    carry_out(config, tmp_path / "out", Judge())
+    model = ProcessReward(str(tmp_path / "out" / "reward_model"))
+    rows = read_lines(tmp_path / "out" / "labels" / "held_out.jsonl")
+    items = read_lines(tmp_path / "out" / "held_out" / "after.jsonl")
+    texts = [(r["prompt"], "".join(c["steps"])) for r in rows for c in r["chains"]]
+    found = model.steps([p for p, _ in texts], [t for _, t in texts])
+    assert len(items) == len(texts) and ("Q: " in items[0]["prompt"]) == (template is not None)
+    for item, steps in zip(items, found, strict=True):
+        assert [p for _, _, p in steps] == pytest.approx(item["scores"], abs=1e-5)

@@ -184,7 +184,7 @@ def test_an_ensemble_and_its_use_as_a_reward(tmp_path: Path) -> None:
     for kind in ("min", "conservative"):
         made = RewardModel(str(folder / "reward_model"), combine=kind, spread=2.0)(prompts, answers)
         assert made == pytest.approx(combine_members(centred, kind, 2.0).tolist(), abs=1e-5)
-    part = RewardModelPart(path=str(folder / "reward_model"), normalise=True)
+    part = RewardModelPart(source=str(folder / "reward_model"), normalise=True)
     groups = [
         RolloutGroup([1], {"messages": [{"role": "user", "content": p}]}, [Rollout([1], [0.0], "end", a)])
         for p, a in zip(prompts, answers, strict=True)

@@ -260,7 +260,7 @@ class RewardModelPart(Model):
     """The number of a reward model, or of several together (docs/reward-models.md)."""
 
     kind: Literal["reward_model"] = "reward_model"
-    path: str | list[str] = Field(
+    source: str | list[str] = Field(
         description="stage:NAME, a folder, or a Hub name of a model for sequence classification; a list: an ensemble."
     )
     combine: Literal["mean", "min", "conservative"] = Field(
@@ -276,7 +276,7 @@ class ProcessRewardPart(Model):
     """What a process reward model's scores of the steps come to (docs/reward-models.md)."""
 
     kind: Literal["process_reward"] = "process_reward"
-    path: str = Field(description="stage:NAME, a folder, or a Hub name of a model for token classification.")
+    source: str = Field(description="stage:NAME, a folder, or a Hub name of a model for token classification.")
     combine: Literal["min", "product", "last", "mean"] = Field("min", description="How the steps' scores become one.")
     separator: str | None = Field(None, description="Text that ends a step. None: the model's own, or a line's end.")
 

@@ -43,6 +43,8 @@ class Member:
     mean: float | None = None
     std: float | None = None
     separator: str = "\n"
+    template: str | None = None
+    """Plain text with {question} in it, by which problems were asked in place of a chat template."""
 
     @property
     def data(self) -> DataConfig:
@@ -58,7 +60,11 @@ class Member:
 
     def prompt(self, prompt: Any) -> list[int]:
         """The prompt's tokens as the model sees it when it has to answer."""
-        return prompt_tokens({"messages": self.messages(prompt)}, self.tokenizer, self.data)
+        turns = self.messages(prompt)
+        if self.template is not None:
+            text = self.template.replace("{question}", "".join(m["content"] for m in turns))
+            turns = [{"role": "user", "content": text}]
+        return prompt_tokens({"messages": turns}, self.tokenizer, self.data)
 
     def answer(self, prompt: Any, completion: str) -> list[int]:
         """Prompt and completion as in training, the end of the turn included; an empty completion is the end alone."""
@@ -93,7 +99,7 @@ def open_members(path: str | Sequence[str], layout: Layout, device: str = "auto"
         model = LanguageModel(hf).eval().requires_grad_(False)
         verify_scores(model, layout)
         templated = bool(getattr(tokenizer, "chat_template", None))
-        rest = {k: index[k] for k in ("system", "separator") if k in index}
+        rest = {k: index[k] for k in ("system", "separator", "template") if k in index}
         out.append(
             Member(model, tokenizer, index.get("chat", templated), mean=entry.get("mean"), std=entry.get("std"), **rest)
         )
@@ -131,7 +137,7 @@ class RewardModel:
     @classmethod
     def of(cls, config: RewardModelPart) -> RewardModel:
         """The one that a recipe's reward names."""
-        return cls(config.path, config.combine, config.spread, config.normalise, config.device)
+        return cls(config.source, config.combine, config.spread, config.normalise, config.device)
 
     def scores(self, prompts: Sequence[Any], completions: Sequence[str]) -> torch.Tensor:
         """Each member's own rewards as the head gives them, (members, pairs)."""
@@ -176,7 +182,7 @@ class ProcessReward:
     @classmethod
     def of(cls, config: ProcessRewardPart) -> ProcessReward:
         """The one that a recipe's reward names."""
-        return cls(config.path, config.combine, config.separator, config.device)
+        return cls(config.source, config.combine, config.separator, config.device)
 
     def steps(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[list[StepScore]]:
         """The steps of each completion, in order, with their scores."""

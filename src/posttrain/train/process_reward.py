@@ -42,7 +42,7 @@ def ready(config: ProcessRewardConfig, setting: Setting) -> Ready:
         asked = ask(labels.problems, tokenizer, context=context)
         held = None if labels.held_out is None else ask(labels.held_out, tokenizer, context=context)
         held = None if held is None else apart(held, asked, config.name)
-        index["chat"] = asks_in_chat(labels.problems, tokenizer)
+        index |= {"chat": asks_in_chat(labels.problems, tokenizer), "template": labels.problems.template}
 
         def from_rollouts(model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None) -> dict[str, Any]:
             parts = label(config, model, asked.items, held.items if held else [], folder, seed, setting.functions)
