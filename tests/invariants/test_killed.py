@@ -128,8 +128,7 @@ stages:
   - method: reward_model
     name: rm
     data: {source: pairs.jsonl, rows: [0, 100]}
-    held_out: {source: pairs.jsonl, rows: [100, 120]}
-    measure_every: 16
+    held_out: {every: 16, data: {source: pairs.jsonl, rows: [100, 120]}}
     members: 2
     adapter: {r: 4}
     batch_size: 8

@@ -69,7 +69,7 @@ def overrides(name: str, chats: Path) -> list[str]:
         if isinstance(stage, RewardModelConfig):
             pairs = chats.with_name("pairs.jsonl")
             given += [f"stages.{i}.data.source={pairs}", f"stages.{i}.data.rows=[0, 30]"]
-            given += [f"stages.{i}.held_out.source={pairs}", f"stages.{i}.held_out.rows=[30, 40]"]
+            given += [f"stages.{i}.held_out.data.source={pairs}", f"stages.{i}.held_out.data.rows=[30, 40]"]
             continue
         if isinstance(stage, ProcessRewardConfig):
             small = ("problems.size=6", "held_out.size=20", "sampling.max_tokens=12", "chains=2", "completions=2")

@@ -196,6 +196,12 @@ def test_it_learns_where_chains_go_wrong_and_scores_as_it_was_trained(tmp_path: 
                          [Rollout([1], [0.0], "end", t) for t in (completion, " ")])  # fmt: skip
     kinds = {"min": min(scores), "product": scores[0] * scores[1] * scores[2], "last": scores[2],
              "mean": sum(scores) / 3}  # fmt: skip
+    by_step = RewardStack([ProcessRewardPart(source=str(folder), combine="steps")], tokenizer=TOKENIZER)
+    tokens = tuple(TOKENIZER(completion).input_ids)  # a byte each
+    rollout = Rollout(tokens, (0.0,) * len(tokens), "end", completion)
+    (credited,) = by_step([RolloutGroup([1], group.example, [rollout])]).groups[0].rollouts
+    assert credited.steps["process_reward"] == [(a, b, pytest.approx(p, abs=1e-5)) for a, b, p in found]
+    assert credited.rewards["process_reward"] == pytest.approx(sum(scores) / 3, abs=1e-5)
     parts = [ProcessRewardPart(name=k, source=str(folder), combine=k) for k in kinds]  # type: ignore[arg-type]
     with RewardStack(parts) as stack:
         full, empty = stack([group]).groups[0].rollouts

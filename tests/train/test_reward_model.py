@@ -59,7 +59,7 @@ def settings(path: Path, **changes: Any) -> RewardModelConfig:
     source = write(path / "pairs.jsonl", rows(260, 0))
     base: dict[str, Any] = {
         "data": {"source": source, "rows": [0, 200]},
-        "held_out": {"source": source, "rows": [200, 250]},
+        "held_out": {"every": 8, "data": {"source": source, "rows": [200, 250]}},
     }
     base |= {"batch_size": 8, "max_steps": 6, "optimizer": {"lr": 1e-3}, "checkpoint_every": 2}
     return RewardModelConfig.model_validate({**base, **changes})
@@ -67,7 +67,7 @@ def settings(path: Path, **changes: Any) -> RewardModelConfig:
 
 def read(config: RewardModelConfig) -> tuple[list[Pair], list[Pair]]:
     assert config.held_out is not None
-    return tuple(prepare_pairs(d, TOKENIZER, context=2048).pairs for d in (config.data, config.held_out))  # type: ignore[return-value]
+    return tuple(prepare_pairs(d, TOKENIZER, context=2048).pairs for d in (config.data, config.held_out.data))  # type: ignore[return-value]
 
 
 def gradients(config: RewardModelConfig, pairs: list[Pair], systems: SystemsConfig) -> tuple[dict[str, float], Any]:
@@ -133,7 +133,7 @@ class Killed(Exception):
 def test_it_learns_an_easy_preference_and_what_was_killed_ends_in_the_same_bits(
     adapter: dict[str, int] | None, tmp_path: Path
 ) -> None:
-    config = settings(tmp_path, adapter=adapter, max_steps=20, epochs=9, measure_every=8, checkpoint_every=5,
+    config = settings(tmp_path, adapter=adapter, max_steps=20, epochs=9, checkpoint_every=5,
                       batch_size=16, optimizer={"lr": 5e-2 if adapter else 1e-2})  # fmt: skip
     pairs, held_out = read(config)
     source = ModelConfig(source="tiny:llama")
@@ -216,13 +216,15 @@ def test_held_out_pairs_that_are_trained_on_are_left_out(tmp_path: Path) -> None
     source = write(tmp_path / "pairs.jsonl", rows(40, 0))
     stage = {"method": "reward_model", "data": {"source": source, "rows": [0, 30]}, "max_steps": 1, "batch_size": 4}
     recipe = {"name": "r", "model": {"source": "tiny:llama"}}
-    held = {"source": source, "rows": [20, 40]}
+    held = {"data": {"source": source, "rows": [20, 40]}}
     made = posttrain.Recipe.model_validate({**recipe, "stages": [{**stage, "held_out": held}]})
     result = posttrain.run(made, tmp_path / "run")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["data"][1]["dropped"] == {"trained on too": 10} and manifest["data"][1]["used"] == 10
     assert manifest["stages"][0]["held_out"]["after"]["pairs"] == 10
     assert not result.model.exists() and manifest["status"] == "done"  # a run that makes no policy
-    inside = posttrain.Recipe.model_validate({**recipe, "stages": [{**stage, "held_out": {**held, "rows": [0, 10]}}]})
-    with pytest.raises(DataError, match="all 10 held-out pairs are trained on too"):
+    inside = posttrain.Recipe.model_validate(
+        {**recipe, "stages": [{**stage, "held_out": {"data": {"source": source, "rows": [0, 10]}}}]}
+    )
+    with pytest.raises(DataError, match="10 of 10 held-out rows are trained on too"):
         posttrain.run(inside, tmp_path / "other")

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import NAME, Config, DataConfig, EpochsConfig, SamplingConfig
+from posttrain.config.preference import HeldOutPairsConfig
 from posttrain.config.rewards import RewardsConfig
 from posttrain.config.rl import ProblemsConfig
 
@@ -15,10 +16,6 @@ class ScorerConfig(EpochsConfig):
     """What both kinds have: the result is a model for classification that later stages name; the policy passes by."""
 
     makes: ClassVar[Literal["model", "data", "reward_model"]] = "reward_model"
-
-    measure_every: int = Field(
-        0, ge=0, description="Steps between measurements on held-out data. 0: before the first and after the last only."
-    )
 
     @model_validator(mode="after")
     def _merged(self) -> ScorerConfig:
@@ -33,7 +30,7 @@ class RewardModelConfig(ScorerConfig):
     method: Literal["reward_model"] = "reward_model"
     name: str = Field("reward_model", pattern=NAME, description="Name of the stage's folder in the run.")
     data: DataConfig = Field(description="Pairs: prompt, chosen, rejected; optionally probability and margin.")
-    held_out: DataConfig | None = Field(None, description="Pairs that are measured on and not trained on.")
+    held_out: HeldOutPairsConfig | None = None
     batch_size: int = Field(16, ge=1, description="Pairs a step, over all ranks.")
     margin_scale: float = Field(
         0.0, ge=0, description="Factor on the rows' margins (by how much the chosen answer is to be ahead). 0: unused."
@@ -97,4 +94,7 @@ class ProcessRewardConfig(ScorerConfig):
     name: str = Field("process_reward", pattern=NAME, description="Name of the stage's folder in the run.")
     labels: LabelsConfig
     separator: str = Field("\n", min_length=1, description="Text that ends a step.")
+    measure_every: int = Field(
+        50, ge=1, description="Steps between measurements on held-out chains; also before the first and after the last."
+    )
     batch_size: int = Field(16, ge=1, description="Chains a step, over all ranks.")

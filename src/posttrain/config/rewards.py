@@ -277,7 +277,10 @@ class ProcessRewardPart(Model):
 
     kind: Literal["process_reward"] = "process_reward"
     source: str = Field(description="stage:NAME, a folder, or a Hub name of a model for token classification.")
-    combine: Literal["min", "product", "last", "mean"] = Field("min", description="How the steps' scores become one.")
+    combine: Literal["min", "product", "last", "mean", "steps"] = Field(
+        "min",
+        description="How the steps' scores become one; steps: they don't, each is credited to the tokens that led to it.",
+    )
     separator: str | None = Field(None, description="Text that ends a step. None: the model's own, or a line's end.")
 
 

@@ -163,8 +163,8 @@ class RewardModel:
 class ProcessReward:
     """A process reward model. Call it with prompts and completions: a number for each, made of its steps' scores.
 
-    combine: see `functional.reward.combine_steps`. A completion without a step (nothing but white space) gets 0, the
-    lowest that a score can be. `step_scores` gives the steps themselves.
+    combine: see `functional.reward.combine_steps`; steps: the steps themselves in place of the number. A completion
+    without a step (nothing but white space) gets 0, the lowest that a score can be.
     """
 
     def __init__(
@@ -206,5 +206,6 @@ class ProcessReward:
         """(first character, one past the last, score in [0, 1]) of each step of a completion."""
         return self.steps([prompt], [completion])[0]
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
-        return [combine_steps([p for _, _, p in s], self.combine) for s in self.steps(prompts, completions)]
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float] | list[list[StepScore]]:
+        steps = self.steps(prompts, completions)
+        return steps if self.combine == "steps" else [combine_steps([p for _, _, p in s], self.combine) for s in steps]

@@ -41,7 +41,8 @@ class Component:
     @property
     def stepwise(self) -> bool:
         """Whether it returns steps in place of a number."""
-        return isinstance(self.config, c.StepwisePart)
+        one = isinstance(self.config, c.ProcessRewardPart) and self.config.combine == "steps"
+        return one or isinstance(self.config, c.StepwisePart)
 
 
 # --- right or wrong ---------------------------------------------------------------------------------------------------

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from posttrain.config import ModelConfig, RewardModelConfig
-from posttrain.data.pairs import Pair, PreparedPairs, prepare_pairs
+from posttrain.data.pairs import Pair, apart, prepare_pairs
 from posttrain.distributed import ranks
-from posttrain.errors import DataError
 from posttrain.evaluate.calibration import judged_pairs
 from posttrain.files import write_json, write_text
 from posttrain.functional.reward import bradley_terry, centring, combine_members, pair_metrics
@@ -42,7 +41,8 @@ def ready(config: RewardModelConfig, setting: Setting) -> Ready:
     pairs = prepare_pairs(config.data, setting.tokenizer, context=setting.context)
     data, held_out = [(config.name, pairs)], list[Pair]()
     if config.held_out is not None:
-        held = apart(prepare_pairs(config.held_out, setting.tokenizer, context=setting.context), pairs, config.name)
+        held = prepare_pairs(config.held_out.data, setting.tokenizer, context=setting.context)
+        held = apart(held, pairs, f"stage {config.name}")
         data.append((f"{config.name} held out", held))
         held_out = held.pairs
     return Ready(
@@ -51,21 +51,6 @@ def ready(config: RewardModelConfig, setting: Setting) -> Ready:
             config, model, pairs.pairs, held_out, folder, seed=seed, on_step=on_step
         ),
     )
-
-
-def apart(held_out: PreparedPairs, pairs: PreparedPairs, stage: str) -> PreparedPairs:
-    """Held-out pairs that are not trained on too; the others are counted as dropped. DataError where none is left."""
-
-    def key(p: Pair) -> frozenset[tuple[int, ...]]:
-        return frozenset((tuple(p.chosen.tokens), tuple(p.rejected.tokens)))
-
-    known = {key(p) for p in pairs.pairs}
-    kept = [p for p in held_out.pairs if key(p) not in known]
-    same = len(held_out.pairs) - len(kept)
-    if not kept:
-        raise DataError(f"stage {stage}: all {same} held-out pairs are trained on too. Give held_out other rows")
-    dropped = held_out.stats["dropped"] | ({"trained on too": same} if same else {})
-    return PreparedPairs(kept, {**held_out.stats, "used": len(kept), "dropped": dropped})
 
 
 def run_reward_model(
@@ -141,6 +126,7 @@ def _member(
     at, steps = permutation_batches(pairs, config.batch_size, config.epochs, seed, config.max_steps)  # type: ignore[arg-type]
     systems = whole(config.systems, [len(p.chosen) + len(p.rejected) - p.prompt for p in pairs])
     learner = Learner(policy, config.optimizer, systems, steps)
+    every = config.held_out.every if config.held_out is not None else 0
     before, after = folder / "members" / f"{k}.before.json", Scored()
 
     def measure(step: int, track: Track) -> dict[str, float]:
@@ -159,7 +145,7 @@ def _member(
 
     result = train(
         learner,
-        Measured(learner, batch_at, pair_loss(config), measure if held_out else None, config.measure_every),
+        Measured(learner, batch_at, pair_loss(config), measure if held_out else None, every),
         work,
         checkpoint_every=config.checkpoint_every,
         keep=config.keep_checkpoints,
