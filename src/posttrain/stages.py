@@ -12,8 +12,10 @@ from posttrain.config import (
     FeedbackConfig,
     OnlineDPOConfig,
     PreferenceConfig,
+    ProcessRewardConfig,
     Recipe,
     RejectionConfig,
+    RewardModelConfig,
     RLConfig,
     SFTConfig,
     StageConfig,
@@ -27,6 +29,8 @@ STAGES: dict[type, str] = {
     PreferenceConfig: "posttrain.train.preference",
     OnlineDPOConfig: "posttrain.train.online",
     FeedbackConfig: "posttrain.train.feedback",
+    RewardModelConfig: "posttrain.train.reward_model",
+    ProcessRewardConfig: "posttrain.train.process_reward",
 }
 """Settings → module; each module has `ready(settings, setting) -> Ready`. Loaded when first needed."""
 

@@ -121,6 +121,24 @@ stages:
 """
 
 
+REWARD_MODEL = """
+name: killed
+model: {source: "tiny:llama"}
+stages:
+  - method: reward_model
+    name: rm
+    data: {source: pairs.jsonl, rows: [0, 100]}
+    held_out: {every: 16, data: {source: pairs.jsonl, rows: [100, 120]}}
+    members: 2
+    adapter: {r: 4}
+    batch_size: 8
+    epochs: 9
+    max_steps: 42
+    optimizer: {lr: 0.003}
+    checkpoint_every: 4
+"""
+
+
 def vowels(text: str, example: dict[str, Any]) -> float:
     """A reward that takes a moment."""
     time.sleep(0.002)
@@ -138,8 +156,12 @@ def start(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
 
 def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], str, dict[str, str]]:
     """Final weights, metrics, and evaluation items: everything that must not depend on how often it was killed."""
-    weights = load_file(folder / "model" / "model.safetensors")
+    made = [folder / "model", *sorted((folder / "stages").glob("*/reward_model"))]
+    files = [p for m in made if m.is_dir() for p in sorted(m.rglob("model.safetensors"))]
+    weights = {f"{p.relative_to(folder)} {n}": w for p in files for n, w in load_file(p).items()}
     items = {str(p.relative_to(folder)): p.read_text() for p in sorted((folder / "evaluations").rglob("*.jsonl"))}
+    for pattern in ("*/held_out/*.jsonl", "*/member-*/metrics.jsonl", "*/reward_model/reward.json"):
+        items |= {str(p.relative_to(folder)): p.read_text() for p in sorted((folder / "stages").glob(pattern))}
     for p in sorted((folder / "stages").rglob("*.parquet")):
         items[str(p.relative_to(folder))] = repr(read_rollouts(p))
     (metrics,) = (folder / "stages").glob("0-*/metrics.jsonl")
@@ -148,8 +170,7 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], str, dict[str, str]]
 
 def records(folder: Path) -> int:
     """How many steps the run has recorded so far."""
-    files = list((folder / "stages").glob("0-*/metrics.jsonl"))
-    return len(files[0].read_bytes().splitlines()) if files else 0
+    return sum(len(p.read_bytes().splitlines()) for p in (folder / "stages").glob("0-*/**/metrics.jsonl"))
 
 
 @pytest.mark.slow
@@ -187,6 +208,17 @@ def test_preference_killed_three_times_ends_bit_identical(tmp_path: Path) -> Non
     (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     rng = random.Random(time.time_ns())
     check_killed(tmp_path, PREFERENCE, [0, *sorted(rng.sample(range(2, 27), 2))], rng, (31, 0))
+
+
+@pytest.mark.slow
+def test_an_ensemble_of_reward_models_killed_five_times_ends_bit_identical(tmp_path: Path) -> None:
+    """Before the first member's steps, twice within them, and twice within the second's."""
+    rng = random.Random(time.time_ns())
+    letters = ["".join(rng.choice("abcdefgh ") for _ in range(12)) for _ in range(120)]
+    rows = [{"prompt": f"about {i}", "chosen": f"{x} q{i}", "rejected": f"{x} j{i}"} for i, x in enumerate(letters)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    targets = [0, *sorted(rng.sample(range(3, 38), 2)), *sorted(rng.sample(range(45, 80), 2))]
+    check_killed(tmp_path, REWARD_MODEL, targets, rng, (43, 4))
 
 
 def check_killed(tmp_path: Path, text: str, targets: list[int], rng: random.Random, counts: tuple[int, int]) -> None:

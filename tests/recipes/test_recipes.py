@@ -7,10 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 import posttrain
-from posttrain.config import FeedbackConfig, OnlineDPOConfig, PreferenceConfig, RejectionConfig, RLConfig, SampleConfig
+from posttrain.config import (
+    FeedbackConfig,
+    OnlineDPOConfig,
+    PreferenceConfig,
+    ProcessRewardConfig,
+    RejectionConfig,
+    RewardModelConfig,
+    RLConfig,
+    SampleConfig,
+)
 from posttrain.errors import CheckpointError, DataError
 from posttrain.files import read_lines
 from posttrain.models.lm import LanguageModel
@@ -58,6 +72,15 @@ def overrides(name: str, chats: Path) -> list[str]:
             given += [f"stages.{i}.judge.store={chats.with_name('judge.sqlite3')}"]
             continue
         given += [f"stages.{i}.max_steps=2", f"stages.{i}.batch_size=2"]
+        if isinstance(stage, RewardModelConfig):
+            pairs = chats.with_name("pairs.jsonl")
+            given += [f"stages.{i}.data.source={pairs}", f"stages.{i}.data.rows=[0, 30]"]
+            given += [f"stages.{i}.held_out.data.source={pairs}", f"stages.{i}.held_out.data.rows=[30, 40]"]
+            continue
+        if isinstance(stage, ProcessRewardConfig):
+            small = ("problems.size=6", "held_out.size=20", "sampling.max_tokens=12", "chains=2", "completions=2")
+            given += [f"stages.{i}.labels.{s}" for s in small]
+            continue
         if isinstance(stage, PreferenceConfig):
             packaged = str(stage.data.source).startswith("packaged:")
             rows = f"data.source={chats.with_name('pairs.jsonl')}"
@@ -94,6 +117,9 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
             assert carried or all("reward" in m for m in metrics[1:])
             assert "held_out" in metrics[0] and "held_out" in metrics[-1]
             continue
+        if isinstance(stage, RewardModelConfig | ProcessRewardConfig):
+            assert [m["step"] for m in metrics] == [0, 1, 2] and "held_out_accuracy" in metrics[-1]
+            continue
         if isinstance(stage, PreferenceConfig) and stage.held_out:
             first = metrics.pop(0)
             assert {"held_out_accuracy", "held_out_margin"} <= first.keys() & metrics[-1].keys()
@@ -106,12 +132,19 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
         assert all((result.folder / "evaluations" / "before" / f"{t.name}.json").exists() for t in recipe.evaluate)
         assert "<html" in result.report.read_text() and not result.comparison
         return
-    trains = any(s.makes == "model" for s in recipe.stages)
-    assert ("model/model.safetensors" in manifest["artifacts"]) == trains
+    makes_model = any(s.makes == "model" for s in recipe.stages)
+    assert ("model/model.safetensors" in manifest["artifacts"]) == makes_model
     held_out = [s for s in recipe.stages if isinstance(s, RLConfig | OnlineDPOConfig) and s.held_out is not None]
     assert len(result.comparison) == len(recipe.evaluate) + len(held_out)
     assert "<html" in result.report.read_text()
-    if trains:
+    for opens, kind in (
+        (AutoModelForSequenceClassification, RewardModelConfig),
+        (AutoModelForTokenClassification, ProcessRewardConfig),
+    ):
+        for i, stage in enumerate(recipe.stages):
+            if isinstance(stage, kind):
+                opens.from_pretrained(result.folder / "stages" / f"{i}-{stage.name}" / "reward_model")
+    if makes_model:
         AutoModelForCausalLM.from_pretrained(result.model)
 
 

@@ -32,6 +32,7 @@ from posttrain.config.feedback import FeedbackConfig
 from posttrain.config.inference import RejectionConfig, SampleConfig
 from posttrain.config.judge import JudgeConfig, ServerConfig
 from posttrain.config.preference import HeldOutPairsConfig, OnlineDPOConfig, PreferenceConfig
+from posttrain.config.reward_model import ProcessRewardConfig, RewardModelConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.rl import (
     HeldOutConfig,
@@ -44,7 +45,14 @@ from posttrain.config.rl import (
 )
 
 StageConfig = Annotated[
-    SFTConfig | RLConfig | RejectionConfig | FeedbackConfig | PreferenceConfig | OnlineDPOConfig,
+    SFTConfig
+    | RLConfig
+    | RejectionConfig
+    | FeedbackConfig
+    | PreferenceConfig
+    | OnlineDPOConfig
+    | RewardModelConfig
+    | ProcessRewardConfig,
     Field(discriminator="method"),
 ]
 EvaluationConfig = Annotated[TaskConfig | SampleConfig, Field(discriminator="kind")]
@@ -161,12 +169,14 @@ __all__ = [
     "OnlineDPOConfig",
     "OptimizerConfig",
     "PreferenceConfig",
+    "ProcessRewardConfig",
     "RLConfig",
     "ReasoningGymConfig",
     "Recipe",
     "ReplayConfig",
     "RejectionConfig",
     "RewardConfig",
+    "RewardModelConfig",
     "RewardsConfig",
     "RowsConfig",
     "SFTConfig",

@@ -49,7 +49,7 @@ class PreferenceOptimizerConfig(OptimizerConfig):
 
 
 class HeldOutPairsConfig(Config):
-    """Preferences that are never trained on: how often, and by how much, the policy prefers the better answer."""
+    """Preferences that are never trained on: how often, and by how much, the model prefers the better answer."""
 
     data: DataConfig
     every: int = Field(50, ge=1, description="Steps between; also before the first and after the last.")

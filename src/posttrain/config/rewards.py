@@ -264,6 +264,42 @@ class FunctionConfig(Part):
     )
 
 
+class Model(Part):
+    """What the rewards have that are models: they stay in this process and score many completions a call."""
+
+    prompt: str = Field("messages", description="Column with the prompt: a list of turns, or a user's text.")
+    batch_size: int = Field(64, ge=1, description="Completions a call.")
+    device: str = Field("auto", description="Where the model lies: auto, cpu, cuda, cuda:1, mps.")
+
+
+class RewardModelPart(Model):
+    """The number of a reward model, or of several together (docs/reward-models.md)."""
+
+    kind: Literal["reward_model"] = "reward_model"
+    source: str | list[str] = Field(
+        description="stage:NAME, a folder, or a Hub name of a model for sequence classification; a list: an ensemble."
+    )
+    combine: Literal["mean", "min", "conservative"] = Field(
+        "mean", description="How an ensemble's numbers become one; conservative: mean - spread * standard deviation."
+    )
+    spread: float = Field(1.0, ge=0, description="Standard deviations taken off (combine: conservative).")
+    normalise: bool = Field(
+        False, description="Subtract the mean and divide by the standard deviation of held-out rewards, kept with it."
+    )
+
+
+class ProcessRewardPart(Model):
+    """What a process reward model's scores of the steps come to (docs/reward-models.md)."""
+
+    kind: Literal["process_reward"] = "process_reward"
+    source: str = Field(description="stage:NAME, a folder, or a Hub name of a model for token classification.")
+    combine: Literal["min", "product", "last", "mean", "steps"] = Field(
+        "min",
+        description="How the steps' scores become one; steps: they don't, each is credited to the tokens that led to it.",
+    )
+    separator: str | None = Field(None, description="Text that ends a step. None: the model's own, or a line's end.")
+
+
 RewardConfig = Annotated[
     MathConfig
     | ExactConfig
@@ -276,6 +312,8 @@ RewardConfig = Annotated[
     | AgreementConfig
     | ProcessConfig
     | JudgeRewardConfig
+    | RewardModelPart
+    | ProcessRewardPart
     | ProgramConfig
     | UnitTestsConfig
     | FormatConfig

@@ -261,6 +261,11 @@ def _marks(tokenizer: Any, text: str) -> re.Pattern[str] | None:
 
 def continuation(tokenizer: Any, piece: str) -> list[int]:
     """Tokens of a text that goes on another: without the space that some tokenizers put before a text's beginning."""
+    return continuations(tokenizer, [piece])[0]
+
+
+def continuations(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:
+    """`continuation` of each text."""
     named = (str(t) for t in tokenizer.all_special_tokens)
     anchor = next((t for t in named if t and _splits(tokenizer, t)), "")
-    return tokenize(tokenizer, [anchor + piece])[0][1 if anchor else 0 :]
+    return [ids[1 if anchor else 0 :] for ids in tokenize(tokenizer, [anchor + piece for piece in pieces])]

@@ -42,9 +42,7 @@ def ask(config: ProblemsConfig, tokenizer: Any, *, context: int | None) -> Quest
     """
     problems = load_problems(config)
     data = config.data if isinstance(config, RowsConfig) else None
-    templated = bool(getattr(tokenizer, "chat_template", None)) and not isinstance(config, LabConfig)
-    chatty = data.chat if data is not None else config.chat if isinstance(config, HumanEvalConfig) else templated
-    chatty = chatty and config.template is None
+    chatty = asks_in_chat(config, tokenizer)
     if chatty and not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "the tokenizer has no chat template, as base models have none. Give model.chat_template, or "
@@ -85,6 +83,17 @@ def ask(config: ProblemsConfig, tokenizer: Any, *, context: int | None) -> Quest
             )
         )
     return Questions(items, _stats(config, items, len(problems), dict(reasons)))
+
+
+def asks_in_chat(config: ProblemsConfig, tokenizer: Any) -> bool:
+    """Whether these problems go through the chat template."""
+    if config.template is not None:
+        return False
+    if isinstance(config, RowsConfig):
+        return config.data.chat
+    if isinstance(config, HumanEvalConfig):
+        return config.chat
+    return bool(getattr(tokenizer, "chat_template", None)) and not isinstance(config, LabConfig)
 
 
 def apart(held_out: Questions, asked: Questions, stage: str) -> Questions:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from posttrain.config import AdapterConfig
 from posttrain.errors import ModelError
 
 
-def attach(hf: Any, config: AdapterConfig, seed: int) -> Any:
+def attach(hf: Any, config: AdapterConfig, seed: int, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM") -> Any:
     """Wrap a transformers model so that only its new adapters train; the same seed gives the same adapters.
 
+    task: SEQ_CLS for models with a head for classification (of sequences or tokens), which then trains whole.
     lora: W + (alpha / r) B A (arXiv 2106.09685). rslora: alpha / sqrt(r) (arXiv 2312.03732). dora: magnitude and
     direction apart (arXiv 2402.09353). Raises ModelError where no module has a name asked for.
     """
@@ -29,7 +30,7 @@ def attach(hf: Any, config: AdapterConfig, seed: int) -> Any:
             use_rslora=config.kind == "rslora",
             use_dora=config.kind == "dora",
             fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in hf.modules()),
-            task_type="CAUSAL_LM",
+            task_type=task,
         )
         try:
             with warnings.catch_warnings():  # peft asks transformers for an attribute that was renamed

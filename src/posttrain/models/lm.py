@@ -75,6 +75,15 @@ class LanguageModel(nn.Module):
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
 
+    def scorer(self) -> nn.Linear:
+        """The head of a model for classification (transformers calls it score or classifier), trained copy first."""
+        head = getattr(self.base, "score", None) or getattr(self.base, "classifier", None)
+        copies = getattr(head, "modules_to_save", None)  # peft keeps what is trained beside what was there
+        head = copies["default"] if copies is not None else head
+        if not isinstance(head, nn.Linear):
+            raise ModelError(f"{type(self.base).__name__} has no linear head named score or classifier")
+        return head
+
     def hidden_T_H(self, batch: RaggedBatch) -> Tensor:
         """Final hidden states of every token of the batch, as the output head takes them."""
         decoder = self.base.get_decoder()
@@ -98,7 +107,7 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         batch: RaggedBatch,
-        want: Literal["cross_entropy", "logprobs", "values", "hidden"] = "logprobs",
+        want: Literal["cross_entropy", "logprobs", "values", "scores", "hidden"] = "logprobs",
         targets_N: Tensor | None = None,
         coefficients_N: Tensor | None = None,
         temperature: float | Tensor = 1.0,
@@ -109,13 +118,18 @@ class LanguageModel(nn.Module):
 
         cross_entropy: (loss, nll_N, hits_N) of `linear_cross_entropy` with `coefficients_N`.
         logprobs: (logprobs_N, entropies_N) of `linear_logprobs`. values: these and values_N, what the critic expects
-        before each token is there (probe: its gradient stays out of the model). hidden: hidden_T_H.
-        Raises ValueError when a first token of a sequence is asked for: nothing predicts it.
+        before each token is there (probe: its gradient stays out of the model). scores: float32 numbers of the head of
+        a model for classification, (N, labels), once each token has been read (`models.heads`). hidden: hidden_T_H.
+        Raises ValueError when a first token of a sequence is asked for: nothing predicts it (scores: it may be).
         """
         hidden = self.hidden_T_H(batch)
         if want == "hidden":
             return hidden
         targets = batch.targets_N() if targets_N is None else targets_N
+        if want == "scores":
+            head = self.scorer()
+            bias = None if head.bias is None else head.bias.float()
+            return torch.nn.functional.linear(hidden[targets].float(), head.weight.float(), bias)
         predictors = batch.predictors_T[targets]
         if bool((predictors < 0).any()):
             raise ValueError("the first token of a sequence was asked for; no hidden state predicts it")

@@ -237,7 +237,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if found.kind == "tiny":
         tokenizer = tiny_tokenizer()
     else:
-        with _explained(config.source):
+        with explained(config.source):
             tokenizer = AutoTokenizer.from_pretrained(
                 found.location, revision=config.revision, trust_remote_code=config.trust_remote_code
             )
@@ -255,7 +255,7 @@ def context_length(config: ModelConfig) -> int | None:
     found = resolve(config.source)
     if found.kind == "tiny":
         return 2048
-    with _explained(config.source):
+    with explained(config.source):
         settings = AutoConfig.from_pretrained(
             _base_location(found.location), revision=config.revision, trust_remote_code=config.trust_remote_code
         ).get_text_config()
@@ -286,7 +286,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None) -> tuple[A
     tokenizer = load_tokenizer(config)
     if found.kind == "tiny":
         return tiny_model(found.location, len(tokenizer)).to(device=device, dtype=dtype), tokenizer
-    with _explained(config.source):
+    with explained(config.source):
         model = AutoModelForCausalLM.from_pretrained(
             found.location,
             revision=config.revision,
@@ -297,7 +297,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None) -> tuple[A
     return model.to(device), tokenizer
 
 
-class _explained:
+class explained:
     """Turns transformers' errors on opening a model into one that says what to do."""
 
     def __init__(self, source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,14 @@ def save_trained(
     base). `end_token` is added to the tokens that end generation: a model taught to close its turn must stop there.
     The policy is used up.
     """
-    hf: Any = policy.hf
-    if ranks.world() > 1:
-        weights = {n: ranks.full(p.detach()).cpu() for n, p in policy.named_parameters() if p.requires_grad}
-        if not ranks.is_main():
-            return
+
+    def again() -> Any:
         hf, _ = load_model(source.model_copy(update={"device": "cpu"}), torch.float32)
-        if adapter is not None:
-            hf = attach(hf, adapter, seed)
-        missing = LanguageModel(hf).load_state_dict(weights, strict=False).unexpected_keys
-        assert not missing, f"trained weights that the model does not have: {missing}"
+        return hf if adapter is None else attach(hf, adapter, seed)
+
+    hf = gathered(policy, again)
+    if hf is None:
+        return
     if adapter is not None:
         save_adapter(hf, folder.parent / "adapter")
         tokenizer.save_pretrained(folder.parent / "adapter")
@@ -52,6 +51,22 @@ def save_trained(
     _end_at(hf.generation_config, end_token)
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def gathered(policy: LanguageModel, again: Callable[[], Any]) -> Any:
+    """The transformers model with its trained weights, whole; None on ranks that write nothing. Every rank must call.
+
+    again: opens what was trained once more, in float32 on the CPU, for weights that are spread over ranks.
+    """
+    if ranks.world() == 1:
+        return policy.hf
+    weights = {n: ranks.full(p.detach()).cpu() for n, p in policy.named_parameters() if p.requires_grad}
+    if not ranks.is_main():
+        return None
+    hf = again()
+    missing = LanguageModel(hf).load_state_dict(weights, strict=False).unexpected_keys
+    assert not missing, f"trained weights that the model does not have: {missing}"
+    return hf
 
 
 def _end_at(generation_config: Any, token: int | None) -> None:

@@ -22,6 +22,7 @@ from posttrain.report.feedback import read_feedback
 from posttrain.report.inference import by_stage, panels
 from posttrain.report.load import Evaluation, Record, Run, TaskRow, read
 from posttrain.report.rollouts import views
+from posttrain.report.scored import scored
 
 SHOWN = {"gained": 3, "lost": 3, "wrong": 0, "right": 0}  # cards of a task, by what became of the item
 FOLDED = {"gained": 9, "lost": 9, "wrong": 4, "right": 4}  # up to these behind "more"
@@ -115,10 +116,11 @@ def render(run: Run) -> str:
         changes=CHANGES,
         rollouts=views(run),
         feedback=read_feedback(run.folder, run.notes),
+        scored=scored(run),
         recipe=words.yaml_markup(run.recipe_text),
         lineage=_lineage(run),
         commands=[
-            ("Chat with the result", f"posttrain chat {place}/model"),
+            *([("Chat with the result", f"posttrain chat {place}/model")] if _has_model(run) else []),
             ("Run it again, to a folder of its own",
              f"posttrain run {place}/recipe.yaml name={shlex.quote(run.name + '-again')}"),
             ("Go on, if it was interrupted", f"posttrain run {place}"),
@@ -127,6 +129,12 @@ def render(run: Run) -> str:
         script=Markup(script),
         digest=digest,
     )  # fmt: skip
+
+
+def _has_model(run: Run) -> bool:
+    """Whether the run leaves a model, or may yet: one that is done without has made data, or a reward model."""
+    made_other = bool(run.manifest.get("stages")) and run.status == "done" and not (run.folder / "model").is_dir()
+    return not made_other or bool(run.manifest.get("artifacts", {}).get("model/config.json"))
 
 
 def _what_was_done(run: Run) -> str:
@@ -239,6 +247,6 @@ def _lineage(run: Run) -> list[tuple[str, str, str]]:
         )
         boxes.append(("stage", str(stage.get("name") or method), detail))
     ready = run.status == "done" or (run.folder / "model").is_dir()
-    if stages:
+    if stages and _has_model(run):
         boxes.append(("model" if ready else "pending", "model/", "the result" if ready else "not there yet"))
     return boxes

@@ -92,6 +92,19 @@ RL_METRICS = [
     Measure("lr", "Learning rate", smooth=False),
 ]
 """Of reinforcement learning, in the order in which a person wants to see them; reward parts come behind `reward`."""
+SCORER_METRICS = [
+    Measure("loss", "Loss", "nats a pair, or a step", from_zero=False),
+    Measure("held_out_accuracy", "Held-out accuracy", smooth=False, from_zero=False),
+    Measure("accuracy", "Accuracy", "of the batch", from_zero=False),
+    Measure("margin", "Margin", "reward of the better answer minus that of the other", from_zero=False),
+    Measure("score", "Mean score", "of the batch's answers, or steps", from_zero=False),
+    Measure("held_out_loss", "Held-out loss", "nats a pair", smooth=False, from_zero=False),
+    Measure("held_out_auc", "Held-out AUC", smooth=False, from_zero=False),
+    Measure("held_out_calibration_error", "Held-out calibration error", smooth=False),
+    Measure("grad_norm", "Gradient norm"),
+    Measure("lr", "Learning rate", smooth=False),
+]
+"""Of reward models and process reward models."""
 TIMINGS = [
     Measure("tokens_per_second", "Speed", "tokens per second"),
     Measure("memory_mb", "Memory", "MB", smooth=False),
@@ -107,6 +120,8 @@ RL_TIMINGS = [
 
 def measures_for(metrics: Sequence[dict[str, Any]]) -> tuple[list[Measure], list[Measure]]:
     """(metrics, timings) to draw of a stage, by what its records hold."""
+    if any("score" in r for r in metrics):
+        return SCORER_METRICS, TIMINGS
     if not any("reward" in r or "held_out" in r for r in metrics):
         return (PREFERENCE_METRICS if any("margin" in r for r in metrics) else METRICS), TIMINGS
     names = sorted({k for r in metrics for k in r if k.startswith(("reward/", "failed/"))})

@@ -37,6 +37,8 @@ METHODS = {
     "cpo": "CPO",
     "online_dpo": "online DPO",
     "feedback": "feedback",
+    "reward_model": "training of a reward model",
+    "process_reward": "training of a process reward model",
 }
 STATUS = {
     "done": "Finished.",

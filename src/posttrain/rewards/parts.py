@@ -41,7 +41,8 @@ class Component:
     @property
     def stepwise(self) -> bool:
         """Whether it returns steps in place of a number."""
-        return isinstance(self.config, c.StepwisePart)
+        one = isinstance(self.config, c.ProcessRewardPart) and self.config.combine == "steps"
+        return one or isinstance(self.config, c.StepwisePart)
 
 
 # --- right or wrong ---------------------------------------------------------------------------------------------------
@@ -256,8 +257,19 @@ def length(text: str, example: Example, config: c.LengthConfig) -> float:
 
 # --- settings into functions ------------------------------------------------------------------------------------------
 
-FORMS: dict[str, Form] = {"self_consistency": "group", "preference": "batch", "agreement": "group", "judge": "batch"}
-MODELS = {"judge": "posttrain.feedback.reward:judge"}
+FORMS: dict[str, Form] = {
+    "self_consistency": "group",
+    "preference": "batch",
+    "agreement": "group",
+    "judge": "batch",
+    "reward_model": "batch",
+    "process_reward": "batch",
+}
+MODELS = {
+    "judge": "posttrain.feedback.reward:judge",
+    "reward_model": "posttrain.models.scorers:RewardModel.of",
+    "process_reward": "posttrain.models.scorers:ProcessReward.of",
+}
 """Where the rewards that are models are made, of their settings. Models lie above rewards and are not imported here:
 named like a function of the user's, they are loaded when a stack is built that has such a part."""
 LABELLED: dict[str, Callable[..., Any]] = {

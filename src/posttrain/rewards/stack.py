@@ -181,9 +181,9 @@ class RewardStack:
         assert part.function is not None
         for start in range(0, len(pairs), size):
             batch = pairs[start : start + size]
-            got = attempt(part.function, ([p[2] for p in batch], [p[3] for p in batch]), len(batch))
+            got = attempt(part.function, ([p[2] for p in batch], [p[3] for p in batch]), len(batch), part.stepwise)
             if len(batch) > 1 and all(o.failure and o.trace for o in got):
-                got = [attempt(part.function, ([p[2]], [p[3]]), 1)[0] for p in batch]
+                got = [attempt(part.function, ([p[2]], [p[3]]), 1, part.stepwise)[0] for p in batch]
             for (g, i, _, _), outcome in zip(batch, got, strict=True):
                 into[g][i] = outcome
 
