@@ -74,7 +74,11 @@ def test_ends_of_turns_stops_and_broken_bytes() -> None:
     assert token_spans(BYTES, [ids[0], end, ids[1]], "ab") == [(0, 1), (1, 1), (1, 2)]
     assert token_spans(BYTES, BYTES("ab;c")["input_ids"], "ab") == [(0, 1), (1, 2), (2, 2), (2, 2)]  # cut at a stop
     half = BYTES("é")["input_ids"][:1]
-    assert token_spans(BYTES, [*half, ids[0]], "\ufffda") == [(0, 1), (0, 2)]
+    assert token_spans(BYTES, [*half, ids[0]], "\ufffda") == [(0, 1), (1, 2)]
+    three = BYTES("é")["input_ids"][:1] * 3  # three beginnings, of which nothing comes, and then a character
+    whole = [*three, *BYTES("🙂")["input_ids"], ids[0]]
+    expected = [(0, 1), (1, 2), (2, 3), *[(3, 4)] * 4, (4, 5)]
+    assert token_spans(BYTES, whole, "\ufffd\ufffd\ufffd🙂a") == expected
     assert token_spans(BYTES, [ids[0], *half], "a\ufffd") == [(0, 1), (1, 2)]
     assert token_spans(BYTES, [], "") == []
     with pytest.raises(ValueError, match="decode to 'ab', and the text is 'b'"):

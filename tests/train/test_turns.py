@@ -26,7 +26,8 @@ def turns(folder: Path, method: str = "grpo", **changes: Any) -> Experience:
     exp = work(config, folder)
     assert config.environment is not None
     answers = environment(config.environment, {"counting": Counting})
-    exp.collector.sampler = TurnSampler(exp.collector.sampler, answers, config.environment, TOKENIZER, 2048)
+    sampler = TurnSampler(exp.collector.sampler, answers, config.environment, TOKENIZER, 2048)
+    exp.collector.sampler = exp.collector.gatherer.sampler = sampler
     return exp
 
 
@@ -84,3 +85,39 @@ def test_conversations_in_plain_text_learn_the_assistant_s_turns_alone() -> None
         assert len(numbers) in (prompt.count("+"), prompt.count("+") + 1)
     assert 70 < called < 130
     assert prepared.samples[0].tokens == prepare(data, tokenizer, context=2048).samples[0].tokens
+
+
+def test_steps_of_what_was_sampled_are_credited_to_their_tokens(tmp_path: Path) -> None:
+    """From text to advantages and files: every third character judged, by a loop over the rollouts that were kept."""
+
+    def step_scores(prompt: str, completion: str) -> list[tuple[int, int, float]]:
+        return [(i, i + 1, float(ord(completion[i]) % 5)) for i in range(0, len(completion), 3)]
+
+    parts = [
+        {"kind": "length", "unit": "characters", "target": 12, "width": 30},
+        {"kind": "process", "name": "prm", "scorer": "step_scores", "weight": 0.5},
+    ]
+    exp = work(settings("dr_grpo", rewards={"parts": parts}), tmp_path, step_scores=step_scores)
+    exp.collector.rewards.tokenizer = TOKENIZER
+    metrics = exp.step(0, Track("t", 1, shown=False)).metrics
+    rows = read_rollouts(tmp_path / "rollouts" / "step-000001.parquet")
+    assert metrics["reward/prm"] == pytest.approx(sum(r["parts"]["prm"] for r in rows) / len(rows))
+    judged = 0
+    for g in range(4):
+        mine = [r for r in rows if r["group"] == g]
+        scores = [s for r in mine for _, _, s in r["steps"]["prm"]]
+        mean = sum(scores) / len(scores)
+        base = sum(r["parts"]["length"] for r in mine) / len(mine)
+        for r in mine:
+            text, n = r["completion"], len(r["tokens"])
+            assert len(r["steps"]["prm"]) == len(range(0, len(text), 3))
+            advantages = [r["parts"]["length"] - base] * n
+            for start, end, score in r["steps"]["prm"]:
+                seen = TOKENIZER.decode(r["tokens"][:end], skip_special_tokens=True)
+                assert ord(seen[-1]) % 5 == score and 0 <= start < end <= n
+                for t in range(end):
+                    advantages[t] += 0.5 * (score - mean)
+                judged += 1
+            assert r["advantage"] == pytest.approx(sum(advantages) / n, abs=1e-5)
+            assert r["reward"] == pytest.approx(r["parts"]["length"] + 0.5 * r["parts"]["prm"])
+    assert judged > 20

@@ -45,11 +45,17 @@ def _ends(tokenizer: Any, tokens: Sequence[int]) -> tuple[list[int | None], str]
     """
     ends: list[int | None] = []
     out, base, read = "", 0, 0  # tokens[base:read] are the context of those that are next
+    waiting: list[str] = []  # what ends in bytes that the next token may make a character of
     for i in range(len(tokens)):
         before, now = _decode(tokenizer, tokens[base:read]), _decode(tokenizer, tokens[base : i + 1])
         if now.endswith(UNFINISHED) and i < len(tokens) - 1:
             ends.append(None)
+            waiting.append(now)
             continue
+        for k, seen in enumerate(waiting, i - len(waiting)):
+            if now.startswith(seen):  # no character came of them: they stay what they are
+                ends[k] = len(out) + len(seen) - len(before)
+        waiting.clear()
         out += now[len(before) :] if now.startswith(before) else ""
         ends.append(len(out))
         base, read = read, i + 1

@@ -130,7 +130,8 @@ def agreement(texts: Sequence[str], example: Example, config: c.AgreementConfig)
     """Of every step that comes to a number: whether that is among the label's; without a label, how many agree.
 
     label: 1 or 0. Without: the share of the group's other completions that come to this number in some step of theirs.
-    Raises LabelError for a label that is missing or has no number, ValueError for a group of one without a label.
+    In a group of one, as held-out answers are, no step has a score then: nobody is there to agree. Raises LabelError
+    for a label that is missing or has no number.
     """
     found = [
         [(a, b, value) for a, b, step in split(text, config.separator) if (value := result(step)) is not None]
@@ -140,9 +141,7 @@ def agreement(texts: Sequence[str], example: Example, config: c.AgreementConfig)
         right = _intermediate(example, config.label)
         return [[(a, b, float(value in right)) for a, b, value in steps] for steps in found]
     if len(texts) < 2:
-        raise ValueError(
-            "agreement without a label compares the completions of a prompt: expected two or more, got one"
-        )
+        return [[] for _ in texts]
     sets = [{value for _, _, value in steps} for steps in found]
     others = len(texts) - 1
     return [[(a, b, (sum(value in s for s in sets) - 1) / others) for a, b, value in steps] for steps in found]
