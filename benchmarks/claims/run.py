@@ -28,7 +28,7 @@ from posttrain.machine import machine
 Curves = dict[str, list[Curve]]
 
 EXACT = "{kind: exact, name: right, extract: last_line}"
-PLAIN = ("stages.rl.held_out.problems.size=256",)
+PLAIN = ("stages.rl.held_out.problems.size=256", "stages.rl.held_out.every=3", "stages.rl.steps=30")
 BINARY = Arm("right or wrong", "lab", PLAIN)
 
 
@@ -139,7 +139,7 @@ CONSISTENT = Claim(
     "Self-consistency as reward improves without any label",
     (
         Arm("from the base model", "lab", (*PLAIN, AGREE)),
-        Arm("from a cold start", "r1", (*PLAIN, AGREE, "stages.rl.steps=60"), ("cold_start", "rl")),
+        Arm("from a cold start", "r1", (*PLAIN, AGREE), ("cold_start", "rl")),
     ),
     improves,
     "The reward is the share of a prompt's other completions with the same answer; accuracy is measured and not learnt "
@@ -149,7 +149,7 @@ CONSISTENT = Claim(
 
 # ------------------------------------------------------------------------------------------------------ 5: exploration
 OFF = tuple(f"stages.rl.{k}=null" for k in ("steer", "allocate", "curriculum", "replay", "carry"))
-ZERO = (*OFF, "stages.rl.redraws=0", "stages.rl.held_out.problems.size=256")
+ZERO = (*OFF, *PLAIN, "stages.rl.redraws=0", "stages.rl.steps=45", "stages.rl.held_out.every=5")
 
 
 def pays(curves: Curves) -> dict[str, Any]:
