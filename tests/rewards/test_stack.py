@@ -139,3 +139,18 @@ def test_group_rewards_and_scorers() -> None:
         short = rewards([group("a", "b", short=True)])
         assert "expected 2 numbers" in short.excluded[0].message
         assert rewards([]).groups == []
+
+
+def test_a_single_answer_agrees_with_none_and_that_is_no_fault() -> None:
+    """Held-out problems are answered once: self-consistency has no opinion of these, other parts have theirs."""
+    parts = [
+        {"kind": "self_consistency", "name": "agree", "extract": "last_line"},
+        {"kind": "exact", "name": "right", "weight": 0.5},
+    ]
+    with stack(*parts) as rewards:
+        scored = rewards([group("4"), group("4", "4", "5")])
+    (alone,), (a, b, c) = (g.rollouts for g in scored.groups)
+    assert dict(alone.rewards) == {"right": 1} and alone.reward == 0.5 and not scored.excluded
+    assert [dict(r.rewards)["agree"] for r in (a, b, c)] == [0.5, 0.5, 0]
+    assert [a.reward, b.reward, c.reward] == [1.0, 1.0, 0.0]
+    assert rewards.accounts["agree"].scored == 3 and rewards.accounts["agree"].errors == 0

@@ -113,7 +113,7 @@ class RewardStack:
                 values = {name: o.value for name, o in each.items() if o.value is not None}
                 bad = next((name for name, o in each.items() if o.failure), None)
                 if bad is None:
-                    total = sum(p.weight * values[p.name] for p in self.parts)
+                    total = sum(p.weight * values[p.name] for p in self.parts if p.name in values)
                     kept.append(replace(rollout, rewards=values, reward=total, steps=self._steps(rollout, each)))
                 else:
                     marked = replace(rollout, rewards=values, reward=math.nan)
@@ -149,6 +149,10 @@ class RewardStack:
             for g, group in enumerate(groups):
                 for places in [there[g]] if part.form == "group" else [[i] for i in there[g]]:
                     if not places:
+                        continue
+                    if part.config.kind == "self_consistency" and len(group.rollouts) == 1:
+                        # A single answer was asked for (a held-out problem's): nothing to agree with, and no fault.
+                        results[part.name][g][places[0]] = Outcome()
                         continue
                     args, count = _arguments(part, group, places)
                     if part.isolated:
@@ -192,7 +196,7 @@ class RewardStack:
             account = self.accounts[name]
             for g, of_rollouts in enumerate(of_groups):
                 for i, o in sorted(of_rollouts.items()):
-                    account.scored += o.failure is None
+                    account.scored += o.value is not None
                     account.errors += o.failure == "error"
                     account.timeouts += o.failure == "timeout"
                     account.died += o.failure == "died"
