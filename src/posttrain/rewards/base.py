@@ -34,7 +34,7 @@ class LabelError(PosttrainError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one call gave for one rollout: a value, or a failure with its message and traceback; neither where the reward
+    """What one call gave for one rollout: a value, or a failure with its message and traceback; neither where it
     has no opinion, which then counts nothing in the sum.
 
     steps: of a reward that judges steps, (first character, one past the last, score) in order; value is their mean.
