@@ -61,7 +61,8 @@ REFT = Claim(
         Arm("ReFT", "reft", QUESTIONS, (), "reft", "sums"),
     ),
     reft,
-    "Accuracy of one completion sampled at temperature 1; ReFT is compared with the best of the SFT arms; its own warm-up is one epoch.",
+    "Accuracy of one completion sampled at temperature 1; ReFT "
+    "is compared with the best of the SFT arms; its own warm-up is one epoch.",
 )
 
 
