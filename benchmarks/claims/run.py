@@ -152,14 +152,20 @@ CONSISTENT = Claim(
 # ------------------------------------------------------------------------------------------------------ 5: exploration
 OFF = tuple(f"stages.rl.{k}=null" for k in ("steer", "allocate", "curriculum", "replay", "carry"))
 ZERO = (*OFF, *PLAIN, "stages.rl.redraws=0", "stages.rl.steps=45", "stages.rl.held_out.every=5")
+PARTS = {
+    "dynamic sampling": "stages.rl.redraws=2",
+    "steered temperature": "stages.rl.steer={by: temperature, target: 0.35}",
+    "more for hard prompts": "stages.rl.allocate={first: 4}",
+}
 
 
 def pays(curves: Curves) -> dict[str, Any]:
     """Each part against none: mean held-out accuracy over equally many completions, and completions until 0.8."""
-    none = curves["none"]
+    first = next(iter(curves))
+    none = curves[first]
     out: dict[str, Any] = {"mean_accuracy": {n: interval(areas(of, none)) for n, of in curves.items()}, "against": {}}
     for name, of in curves.items():
-        if name != "none":
+        if name != first:
             gain = difference(areas(of, none), areas(none, none))
             out["against"][name] = {**gain, "to_goal": fewer(*([c.rollouts_to(GOAL) for c in r] for r in (of, none)))}
     return {**out, "verdict": {n: g["verdict"] for n, g in out["against"].items()}}
@@ -173,23 +179,25 @@ def areas(of: list[Curve], beside: list[Curve]) -> list[float]:
 EXPLORING = Claim(
     5,
     "Dynamic sampling and adaptive exploration each pay",
-    (
-        Arm("none", "r1_zero", ZERO),
-        Arm("dynamic sampling", "r1_zero", (*ZERO, "stages.rl.redraws=2")),
-        Arm("steered temperature", "r1_zero", (*ZERO, "stages.rl.steer={by: temperature, target: 0.35}")),
-        Arm("more for hard prompts", "r1_zero", (*ZERO, "stages.rl.allocate={first: 4}")),
-    ),
+    (BINARY, *(Arm(name, "lab", (*PLAIN, setting.replace("0.35", "0.12"))) for name, setting in PARTS.items())),
     pays,
-    "Recipe r1_zero (one answer in twenty is right at first) without its exploration, and with one part of it. Redraws "
-    "sample more a step, so arms are compared over equally many completions.",
+    "Redraws sample more a step, so arms are compared over equally many completions.",
+)
+HARD = Claim(
+    6,
+    "They pay where right answers are rare",
+    (Arm("none", "r1_zero", ZERO), *(Arm(name, "r1_zero", (*ZERO, setting)) for name, setting in PARTS.items())),
+    pays,
+    "Recipe r1_zero, whose template the model has never read: one answer in twenty is right at first. Without its "
+    "exploration, and with one part of it.",
 )
 
-CLAIMS = {c.number: c for c in (REFT, BASE, STEPS, CONSISTENT, EXPLORING)}
+CLAIMS = {c.number: c for c in (REFT, BASE, STEPS, CONSISTENT, EXPLORING, HARD)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Claims, tried in the laboratory.")
-    parser.add_argument("--claims", default="1,2,3,4,5", help="comma between (1,2,3,4,5)")
+    parser.add_argument("--claims", default="1,2,3,4,5,6", help="comma between (1,2,3,4,5,6)")
     parser.add_argument("--seeds", default="0,1,2", help="comma between (0,1,2)")
     parser.add_argument("--at-once", type=int, default=2, help="runs at the same time, a core each (2)")
     parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="folder of the runs (runs/claims)")
