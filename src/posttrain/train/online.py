@@ -11,11 +11,10 @@ from typing import Any
 from posttrain.config import ModelConfig, OnlineDPOConfig
 from posttrain.data.chat import turn_end
 from posttrain.data.pairs import Pair
-from posttrain.data.questions import Question, apart, ask
+from posttrain.data.questions import Question
 from posttrain.distributed import ranks
 from posttrain.errors import ModelError
 from posttrain.models.lm import LanguageModel
-from posttrain.models.load import load_model, pick_dtype
 from posttrain.progress import Track
 from posttrain.rewards.stack import RewardStack
 from posttrain.rollout.engine import LocalSampler
@@ -24,8 +23,8 @@ from posttrain.train.learner import Learner, StepResult
 from posttrain.train.loop import OnStep, train
 from posttrain.train.methods import Extremes, Rolled
 from posttrain.train.objectives import objective, pair_loss, pair_samples
-from posttrain.train.reference import sums_of, without_adapters
-from posttrain.train.rl import Experience
+from posttrain.train.reference import frozen_beside, sums_of, without_adapters
+from posttrain.train.rl import Experience, problems
 from posttrain.train.stage import Functions, Ready, Setting, account, leave_model, open_policy
 
 
@@ -90,17 +89,12 @@ def pairs_of(rolled: Sequence[Rolled]) -> list[Pair]:
 
 
 def ready(config: OnlineDPOConfig, setting: Setting) -> Ready:
-    """The stage with its problems asked; held-out ones that are trained on too are left out of those."""
-    asked = ask(config.problems, setting.tokenizer, context=setting.context)
-    data, held_out = [(config.name, asked)], list[Question]()
-    if config.held_out is not None:
-        held = apart(ask(config.held_out.problems, setting.tokenizer, context=setting.context), asked, config.name)
-        held_out = held.items
-        data.append((f"{config.name} held out", held))
+    """The stage with its problems asked."""
+    data, asked, held_out = problems(config, setting)
     return Ready(
         data,
         lambda model, folder, seed, on_step: run_online(
-            config, model, asked.items, held_out, folder, seed=seed, on_step=on_step, functions=setting.functions
+            config, model, asked, held_out, folder, seed=seed, on_step=on_step, functions=setting.functions
         ),
     )
 
@@ -127,7 +121,7 @@ def run_online(
     policy, tokenizer = opened.policy, opened.tokenizer
     frozen = None
     if objective(config).needs_reference:
-        frozen = policy if config.adapter is not None else _copy(model, policy)
+        frozen = frozen_beside(policy, model, config.adapter is not None)
     learner = Learner(policy, config.optimizer, config.systems, config.steps)
     with RewardStack(config.rewards, functions) as rewards:
         sampler = LocalSampler(policy, tokenizer, max_running=config.max_running, memory_mb=config.cache_mb)
@@ -144,9 +138,3 @@ def run_online(
         )
     leave_model(opened, config, model, folder, seed, turn_end(tokenizer))
     return account(result, opened)
-
-
-def _copy(model: ModelConfig, policy: LanguageModel) -> LanguageModel:
-    """The model that the stage starts from, held beside the policy: its completions aren't known beforehand."""
-    hf, _ = load_model(model, pick_dtype(model.dtype, policy.device))
-    return LanguageModel(hf).eval().requires_grad_(False)

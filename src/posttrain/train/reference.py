@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.config import SystemsConfig
+from posttrain.config import ModelConfig, SystemsConfig
 from posttrain.distributed import ranks
 from posttrain.files import sync_folder
 from posttrain.functional.reduce import sequence_index, sequence_sum
 from posttrain.models.lm import LanguageModel
-from posttrain.models.load import cache_folder
+from posttrain.models.load import cache_folder, load_model, pick_dtype
 from posttrain.models.ragged import RaggedBatch, micro_batches
 from posttrain.progress import Track
 from posttrain.types import Sample
@@ -101,6 +101,17 @@ class Reference:
                 made = sums_of(self.policy, chunks[i], self.systems)
                 _write(paths[i], [x for unit in made for x in unit])
                 track.update(done)
+
+
+def frozen_beside(policy: LanguageModel, model: ModelConfig, adapted: bool) -> LanguageModel:
+    """What gives the numbers of the model that a stage starts from, for completions that aren't known beforehand.
+
+    adapted: the policy itself, to be asked `without_adapters`; else a second, frozen model beside it.
+    """
+    if adapted:
+        return policy
+    hf, _ = load_model(model, pick_dtype(model.dtype, policy.device))
+    return LanguageModel(hf).eval().requires_grad_(False)
 
 
 @contextmanager

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from posttrain.config import ModelConfig, RLConfig
+from posttrain.config import ModelConfig, OnlineDPOConfig, RLConfig
 from posttrain.data.chat import turn_end
 from posttrain.data.questions import Question, apart, ask
 from posttrain.distributed import ranks
 from posttrain.errors import ModelError
 from posttrain.evaluate.stats import mean_interval
 from posttrain.models.lm import LanguageModel
-from posttrain.models.load import load_model, pick_dtype
 from posttrain.progress import Phases, Track
 from posttrain.rewards.stack import RewardStack
 from posttrain.rollout.engine import LocalSampler
@@ -28,6 +27,7 @@ from posttrain.train.collect import Batch, Collector, in_passes, with_failed
 from posttrain.train.learner import Learner, StepResult
 from posttrain.train.loop import OnStep, train
 from posttrain.train.methods import METHODS, Extremes, Rolled, policy_loss, temperatures
+from posttrain.train.reference import frozen_beside, without_adapters
 from posttrain.train.stage import Functions, Ready, Setting, account, leave_model, open_policy
 
 
@@ -134,27 +134,32 @@ def _joined(records: Sequence[dict[str, float]]) -> dict[str, float]:
     return out
 
 
-def ready(config: RLConfig, setting: Setting) -> Ready:
-    """The stage with its problems asked; held-out ones that are trained on too are left out of those.
+def problems(
+    config: RLConfig | OnlineDPOConfig, setting: Setting
+) -> tuple[list[tuple[str, Any]], list[Question], list[Question]]:
+    """(what was read, by title; problems to train on; held-out ones, without those that are trained on too).
 
     Raises RewardError for a reward that can't be built, before an earlier stage has trained for hours.
     """
     if setting.functions is not None:
         RewardStack(config.rewards, setting.functions, setting.tokenizer).close()
     asked = ask(config.problems, setting.tokenizer, context=setting.context)
-    data, held_out = [(config.name, asked)], list[Question]()
-    if config.held_out is not None:
-        held = ask(config.held_out.problems, setting.tokenizer, context=setting.context)
-        held = apart(held, asked, config.name)
-        held_out = held.items
-        data.append((f"{config.name} held out", held))
+    if config.held_out is None:
+        return [(config.name, asked)], asked.items, []
+    held = apart(ask(config.held_out.problems, setting.tokenizer, context=setting.context), asked, config.name)
+    return [(config.name, asked), (f"{config.name} held out", held)], asked.items, held.items
+
+
+def ready(config: RLConfig, setting: Setting) -> Ready:
+    """The stage with its problems asked."""
+    data, asked, held_out = problems(config, setting)
     if config.environment is not None:
         environment(config.environment, setting.functions)
         check(config.environment, setting.tokenizer)
     return Ready(
         data,
         lambda model, folder, seed, on_step: run_rl(
-            config, model, asked.items, held_out, folder, seed=seed, on_step=on_step, functions=setting.functions
+            config, model, asked, held_out, folder, seed=seed, on_step=on_step, functions=setting.functions
         ),
     )
 
@@ -215,24 +220,15 @@ def run_rl(
 
 def _reference(config: RLConfig, model: ModelConfig, policy: LanguageModel) -> Callable[[Sequence[Rolled]], None]:
     """Fills in log-probabilities of the model before the stage: the policy without its adapters, or a frozen copy."""
-    frozen = policy
-    if config.adapter is None:
-        hf, _ = load_model(model, pick_dtype(model.dtype, policy.device))
-        frozen = LanguageModel(hf).eval().requires_grad_(False)
+    frozen = frozen_beside(policy, model, config.adapter is not None)
 
     @torch.no_grad()
     def score(rolled: Sequence[Rolled]) -> None:
-        for mine, batch, targets in in_passes(frozen, rolled, config.systems.tokens_per_micro_batch):
-            temperature = temperatures(config, mine, targets.device)
-            logprobs = frozen(batch, "logprobs", targets, temperature=temperature)[0].float().cpu()
-            for r, part in zip(mine, logprobs.split([r.length for r in mine]), strict=True):
-                r.reference = part
+        with without_adapters(frozen):
+            for mine, batch, targets in in_passes(frozen, rolled, config.systems.tokens_per_micro_batch):
+                temperature = temperatures(config, mine, targets.device)
+                logprobs = frozen(batch, "logprobs", targets, temperature=temperature)[0].float().cpu()
+                for r, part in zip(mine, logprobs.split([r.length for r in mine]), strict=True):
+                    r.reference = part
 
-    if config.adapter is None:
-        return score
-
-    def without_adapters(rolled: Sequence[Rolled]) -> None:
-        with policy.hf.disable_adapter():
-            score(rolled)
-
-    return without_adapters
+    return score
