@@ -133,7 +133,7 @@ stages:
     adapter: {r: 4}
     batch_size: 8
     epochs: 9
-    max_steps: 42
+    max_steps: 32
     optimizer: {lr: 0.003}
     checkpoint_every: 4
 """
@@ -211,14 +211,13 @@ def test_preference_killed_three_times_ends_bit_identical(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_an_ensemble_of_reward_models_killed_five_times_ends_bit_identical(tmp_path: Path) -> None:
-    """Before the first member's steps, twice within them, and twice within the second's."""
+def test_an_ensemble_of_reward_models_killed_three_times_ends_bit_identical(tmp_path: Path) -> None:
+    """Before or while the first member is measured, within its steps, and within the second's."""
     rng = random.Random(time.time_ns())
     letters = ["".join(rng.choice("abcdefgh ") for _ in range(12)) for _ in range(120)]
     rows = [{"prompt": f"about {i}", "chosen": f"{x} q{i}", "rejected": f"{x} j{i}"} for i, x in enumerate(letters)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    targets = [0, *sorted(rng.sample(range(3, 38), 2)), *sorted(rng.sample(range(45, 80), 2))]
-    check_killed(tmp_path, REWARD_MODEL, targets, rng, (43, 4))
+    check_killed(tmp_path, REWARD_MODEL, [0, rng.randrange(3, 28), rng.randrange(36, 60)], rng, (33, 4))
 
 
 def check_killed(tmp_path: Path, text: str, targets: list[int], rng: random.Random, counts: tuple[int, int]) -> None:
