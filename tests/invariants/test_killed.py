@@ -78,7 +78,7 @@ stages:
 EXPLORING = """
     redraws: 1
     success: 0.9
-    steer: {target: 4.0}
+    steer: {target: 4.0, low: 0.3}
     allocate: {first: 2}
     curriculum: {}
     replay: {rare: 0.6}

@@ -101,6 +101,10 @@ def test_controls_move_what_is_steered_and_nothing_else() -> None:
     now = controls.applied(config)
     assert now.sampling.temperature == pytest.approx(1.1) and now.kl.coefficient == pytest.approx(0.102)
     assert controls.metrics(config) == {"temperature": now.sampling.temperature, "kl_coefficient": now.kl.coefficient}
+    for _ in range(3):
+        controls.follow(config, {"entropy": 50.0})
+    assert controls.temperature == 1.0  # no cooler than it began, unless low says so
+    controls.follow(config, {"entropy": 0.45})
     controls.follow(config, {})  # a step without any rollout
     assert controls.temperature == pytest.approx(1.1)
     again = Controls(**json.loads(json.dumps(controls.numbers())))
@@ -122,8 +126,9 @@ def test_a_steered_bonus_starts_within_its_bounds() -> None:
     ("changes", "message"),
     [
         ({"kl": {"target": 0.1}}, "needs a coefficient to start from"),
-        ({"steer": {"target": 0.5, "high": 0.9}}, "must be within steer's 0.5 to 0.9"),
-        ({"steer": {"target": 0.5, "low": 3.0}}, "low .* must not be above high"),
+        ({"steer": {"target": 0.5, "low": 0.5, "high": 0.9}}, "must be within steer's 0.5 to 0.9"),
+        ({"steer": {"target": 0.5, "high": 0.9}}, "low .1. must not be above steer.high .0.9."),
+        ({"steer": {"target": 0.5, "low": 3.0}}, "low .3. must not be above steer.high .1.5."),
         ({"allocate": {"first": 8}}, "allocate.first .8. must be below group_size .8."),
         ({"allocate": {}, "rewards": {"parts": [{"kind": "self_consistency"}]}}, "'self_consistency' needs all"),
         ({"replay": {}, "sampling": {"top_p": 0.9}}, "leave out sampling.top_p"),

@@ -243,7 +243,7 @@ EVERYTHING = {
     "steps": 8,
     "updates": 2,
     "redraws": 1,
-    "steer": {"target": 5.0},
+    "steer": {"target": 5.0, "low": 0.5},
     "kl": {"coefficient": 0.1, "target": 0.001},
     "allocate": {"first": 2, "most": 5},
     "curriculum": {},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from posttrain.config.base import Config
 
@@ -20,21 +20,17 @@ class SteerConfig(Config):
     gain: float = Field(
         0.2, gt=0, le=5, description="K: the value is multiplied by 1 + K e a step, e the relative error within ±0.2."
     )
-    low: float | None = Field(None, gt=0, description="Never below this. None: 0.5 (temperature), 0.001 (bonus).")
+    low: float | None = Field(
+        None,
+        gt=0,
+        description="Never below this. None: sampling.temperature, so that sampling gets no cooler than it began; 0.001 for the bonus.",
+    )
     high: float | None = Field(None, gt=0, description="Never above this. None: 1.5 (temperature), 0.1 (bonus).")
 
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """(low, high), defaults filled in."""
-        low, high = (0.5, 1.5) if self.by == "temperature" else (0.001, 0.1)
+    def bounds(self, temperature: float) -> tuple[float, float]:
+        """(low, high), defaults filled in. temperature: that of the sampling, as the stage begins."""
+        low, high = (temperature, 1.5) if self.by == "temperature" else (0.001, 0.1)
         return self.low or low, self.high or high
-
-    @model_validator(mode="after")
-    def _ordered(self) -> SteerConfig:
-        low, high = self.bounds
-        if low > high:
-            raise ValueError(f"low ({low:g}) must not be above high ({high:g})")
-        return self
 
 
 class AllocateConfig(Config):

@@ -232,9 +232,11 @@ class RLConfig(TrainConfig):
     @model_validator(mode="after")
     def _explores(self) -> RLConfig:
         sampling = self.sampling
-        if self.steer is not None and self.steer.by == "temperature":
-            low, high = self.steer.bounds
-            if not low <= sampling.temperature <= high:
+        if self.steer is not None:
+            low, high = self.steer.bounds(sampling.temperature)
+            if low > high:
+                raise ValueError(f"steer.low ({low:g}) must not be above steer.high ({high:g})")
+            if self.steer.by == "temperature" and not low <= sampling.temperature <= high:
                 raise ValueError(
                     f"sampling.temperature ({sampling.temperature:g}) must be within steer's {low:g} to {high:g}"
                 )

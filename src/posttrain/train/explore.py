@@ -26,7 +26,7 @@ class Controls:
         """As a stage begins."""
         bonus = config.entropy
         if config.steer is not None and config.steer.by == "bonus":
-            low, high = config.steer.bounds
+            low, high = config.steer.bounds(config.sampling.temperature)
             bonus = max(low, min(high, bonus))
         return cls(config.sampling.temperature, bonus, config.kl.coefficient)
 
@@ -53,7 +53,8 @@ class Controls:
         """After a step: `entropy` and `kl` as it measured them. Where it has none, nothing moves."""
         steer = config.steer
         if steer is not None and "entropy" in measured:
-            arguments = (measured["entropy"], steer.target, steer.gain, *steer.bounds)
+            bounds = steer.bounds(config.sampling.temperature)
+            arguments = (measured["entropy"], steer.target, steer.gain, *bounds)
             if steer.by == "temperature":
                 self.temperature = toward_entropy(self.temperature, *arguments)
             else:
