@@ -157,6 +157,7 @@ class VLLM:
             for i, r in enumerate(requests)
         ]  # fmt: skip
         prompts = [{"prompt_token_ids": r["tokens"]} for r in requests]
+        self.engine.reset_prefix_cache()  # the weights have changed since the last round, as they do between steps
         done = self.engine.generate(prompts, params, use_tqdm=False)
         return [list(o.token_ids) for d in done for o in d.outputs]
 

@@ -108,10 +108,12 @@ def _machine(line: Line, problems: list[str]) -> None:
         problems.append(f"torch can't be imported ({error}): reinstall it")
         return
     _devices(line, problems)
+    from posttrain.models import native
     from posttrain.models.cpu import matmul_route
 
     rate, threads = products_rate(), torch.get_num_threads()
     line("products", f"{rate:.0f} GFLOP/s in float32 with {threads} threads ({matmul_route()})")
+    line("sampling", f"through {native.why()}")
     if rate < SLOW_GFLOPS_A_CORE * min(threads, cores):
         problems.append(
             f"matrix products are slow ({rate:.1f} GFLOP/s): other processes may hold the cores, or OMP_NUM_THREADS "

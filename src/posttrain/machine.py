@@ -18,6 +18,7 @@ def machine() -> dict[str, Any]:
     """Processor, memory, device, and the versions of what computes."""
     import torch
 
+    from posttrain.models import native
     from posttrain.models.cpu import matmul_route
 
     info: dict[str, Any] = {
@@ -29,6 +30,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "float32_products": matmul_route(),
+        "decoding": native.why(),
     }
     info.update({name: importlib.metadata.version(name) for name in PACKAGES})
     return info

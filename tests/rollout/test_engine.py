@@ -10,6 +10,7 @@ import torch
 
 from posttrain.config import AdapterConfig, SamplingConfig
 from posttrain.errors import DataError, ModelError
+from posttrain.models import native
 from posttrain.models.adapters import attach
 from posttrain.models.lm import LanguageModel
 from posttrain.models.tiny import tiny_model, tiny_tokenizer
@@ -75,6 +76,20 @@ def test_static_shapes_change_nothing(kind: str, settings: dict[str, Any]) -> No
         for a, b in zip(static, plain, strict=True):
             for x, y in zip(a.rollouts, b.rollouts, strict=True):
                 np.testing.assert_allclose(x.logprobs, y.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_compiled_kernels_change_nothing(monkeypatch, n: int) -> None:
+    """The same completions through torch alone."""
+    requests = [Request(p, n=n, seed=i) for i, p in enumerate(prompts(7, seed=2))]
+    params = SamplingConfig(max_tokens=25)
+    found = sampler("llama", {}).sample(requests, params)
+    monkeypatch.setattr(native, "_state", {"kernels": None, "why": "a test"})
+    plain = sampler("llama", {}).sample(requests, params)
+    assert tokens(found) == tokens(plain)
+    for a, b in zip(found, plain, strict=True):
+        for x, y in zip(a.rollouts, b.rollouts, strict=True):
+            np.testing.assert_allclose(x.logprobs, y.logprobs, atol=1e-5)
 
 
 def test_sizes_are_few_and_never_too_small() -> None:

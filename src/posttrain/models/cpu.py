@@ -1,4 +1,4 @@
-"""What makes a CPU fast: the quicker of torch's two matrix-product routes, and memory that is not given back.
+"""What makes a CPU fast: the quicker route for matrix products, and memory that is not given back.
 
 torch's default float32 products on x86 go through MKL, which keeps to 256-bit instructions on processors that are
 not Intel's; oneDNN, which torch also carries, uses 512-bit ones: twice the rate on such a machine. torch takes
@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from posttrain.models import native
+
 FEW_ROWS = 128
-"""Up to so many rows a product is quicker with the weights on the left (below)."""
+"""Up to so many rows a product is quicker through kernels of our own, or with the weights on the left (below)."""
 
 _state: dict[str, str] = {}
 
@@ -60,20 +62,22 @@ def _full_precision() -> bool:
 
 
 def few_rows(x: Tensor) -> bool:
-    """Whether `linear` turns a product round: few rows, no gradient wanted, float32 over oneDNN."""
-    return (
-        _state.get("route") == "onednn"
-        and not torch.is_grad_enabled()
-        and x.numel() <= FEW_ROWS * x.shape[-1]
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
-    )
+    """Whether x (..., K) is decoding's kind of work on a CPU: few rows, no gradient wanted, float32."""
+    if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    return 0 < x.numel() <= FEW_ROWS * x.shape[-1]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. Few rows are computed as (W x^T)^T, which oneDNN does in two thirds of the time: it splits the many
-    rows of W over threads and registers, where x has too few. What comes out is then a transposed view."""
+    """x W^T + b. Few rows go through the compiled kernels; where there are none, over oneDNN, they are computed as
+    (W x^T)^T, which it does in two thirds of the time: it splits the many rows of W over threads and registers, where x
+    has too few. What comes out is then a transposed view."""
     if not few_rows(x):
+        return F.linear(x, weight, bias)
+    kernels = native.kernels()
+    if kernels is not None and native.fits(weight):
+        return kernels.linear(x, weight, bias)
+    if _state.get("route") != "onednn":
         return F.linear(x, weight, bias)
     flat = x.flatten(0, -2) if x.ndim > 1 else x[None]
     right = flat.t()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from posttrain.models import cpu
+from posttrain.models import cpu, native
 
 TOLERANCE = 2e-5
 """Largest difference, relative to the largest output, at which a fused forward counts as the module's own."""
@@ -69,7 +69,7 @@ class _GatedDown(torch.autograd.Function):
     def forward(ctx, gate, up, weight, kind):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(gate, up, weight)
         ctx.kind = kind
-        return cpu.linear(ACTIVATIONS[kind][0](gate).mul_(up), weight)
+        return F.linear(ACTIVATIONS[kind][0](gate).mul_(up), weight)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
@@ -124,15 +124,30 @@ class _LoRALinear(torch.autograd.Function):
 
 def _norm_forward(shift: float) -> Callable[..., Tensor]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        eps = getattr(self, "variance_epsilon", None) or getattr(self, "eps", None)
+        eps: Any = getattr(self, "variance_epsilon", None) or getattr(self, "eps", None)
+        if cpu.few_rows(hidden_states) and hidden_states.is_contiguous() and self.weight.dtype == torch.float32:
+            kernels = native.kernels()
+            if kernels is not None:
+                return kernels.rms_norm(hidden_states, self.weight, float(eps), shift)
         return _RMSNorm.apply(hidden_states, self.weight, eps, shift)  # type: ignore[no-any-return]
 
     return forward
 
 
+def _gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """act(gate) * up where no gradient is wanted; through the compiled kernel where it has this one."""
+    if kind == "silu" and cpu.few_rows(gate) and gate.is_contiguous() and up.is_contiguous():
+        kernels = native.kernels()
+        if kernels is not None:
+            return kernels.gated(gate, up)
+    return ACTIVATIONS[kind][0](gate).mul_(up)
+
+
 def _mlp_forward(kind: str) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor) -> Tensor:
         down = self.down_proj
+        if not torch.is_grad_enabled():
+            return down(_gated(self.gate_proj(x), self.up_proj(x), kind))  # type: ignore[no-any-return]
         if type(down) is not nn.Linear or down.bias is not None:  # an adapter sits on it
             return down(_Gated.apply(self.gate_proj(x), self.up_proj(x), kind))  # type: ignore[no-any-return]
         return _GatedDown.apply(self.gate_proj(x), self.up_proj(x), down.weight, kind)  # type: ignore[no-any-return]
@@ -160,15 +175,19 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     return cpu.linear(input, self.weight, self.bias)
 
 
-@torch.no_grad()
 def _same(module: Any, forward: Callable[..., Tensor], width: int) -> bool:
-    """Whether the fused forward gives what the module's own gives, on a few random rows."""
+    """Whether the fused forward gives what the module's own gives, on a few random rows, training and sampling."""
     weight = next(module.parameters())
     x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight)
-    own = type(module).forward(module, x)
-    fused = forward(module, x)
     tolerance = TOLERANCE if weight.dtype == torch.float32 else 2e-2
-    return fused.shape == own.shape and bool((fused - own).abs().max() <= tolerance * own.abs().max().clamp_min(1e-6))
+    with torch.no_grad():
+        own = type(module).forward(module, x)
+    for training in (False, True):
+        with torch.set_grad_enabled(training):
+            fused = forward(module, x).detach()
+        if fused.shape != own.shape or bool((fused - own).abs().max() > tolerance * own.abs().max().clamp_min(1e-6)):
+            return False
+    return True
 
 
 def _candidates(module: Any) -> tuple[list[Callable[..., Tensor]], int]:

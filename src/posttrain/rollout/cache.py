@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from posttrain.models import cpu
+from posttrain.models import cpu, native
 
 
 class Region:
@@ -88,8 +88,23 @@ class Step:
         sinks: Tensor | None,
     ) -> Tensor:
         """See `posttrain.models.attention.Decoding`. softmax over prompt and own keys; soft caps and sinks as there."""
+        plain = query.device.type == "cpu" and query.dtype == torch.float32 and softcap is None and sinks is None
+        kernels = native.kernels() if plain and query.shape[-1] == value.shape[-1] else None
+        if kernels is not None:
+            return self._compiled(kernels, query, key, value, window, scale)
         with cpu.small_products():
             return self._attend(query, key, value, window, scale, softcap, sinks)
+
+    def _compiled(
+        self, kernels: native.Kernels, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
+    ) -> Tensor:
+        layer, self.layer = self.layer, self.layer + 1
+        own, shared, prompts = self.own.at(layer, key[0], value[0]), None, None
+        if self.shared is not None:
+            assert self.prompt_M is not None and self.prompt_length_M is not None
+            shared, prompts = self.shared.at(layer, key[0], value[0]), (self.prompt_M, self.prompt_length_M)
+        q, k, v = (x[0] if x.stride(-1) == 1 else x[0].contiguous() for x in (query, key, value))
+        return kernels.attend(q, k, v, own, shared, self.column_M, prompts, window, scale)[None]
 
     def _attend(
         self,

@@ -21,7 +21,7 @@ from torch import Tensor
 from posttrain.config import SamplingConfig
 from posttrain.errors import DataError, ModelError
 from posttrain.functional.logprobs import head_logits
-from posttrain.models import attention, cpu
+from posttrain.models import attention, cpu, native
 from posttrain.models.lm import LanguageModel
 from posttrain.models.ragged import pack
 from posttrain.rollout.cache import Filling, Region, Step
@@ -255,8 +255,9 @@ class _Session:
         self.open += prompts
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        # A transposed result must be copied, which costs more than it gains where rows are many.
-        product = cpu.linear if len(hidden) <= cpu.FEW_ROWS // 4 else F.linear
+        # torch: what comes out turned round must be copied, which costs more than it gains where rows are many.
+        few = cpu.FEW_ROWS if native.kernels() is not None else cpu.FEW_ROWS // 4
+        product = cpu.linear if len(hidden) <= few else F.linear
         return head_logits(hidden, self.head, self.params.temperature or 1.0, product)
 
     def _step(self) -> None:

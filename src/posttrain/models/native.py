@@ -1,0 +1,222 @@
+"""Decoding steps on a CPU through kernels of our own, compiled once on the machine that runs them.
+
+torch's products reach half of the memory's bandwidth where rows are few, and what lies between two of them costs as
+much again in small operations. `decode.c` has what a decoding step needs. It is compiled by the C compiler that the
+system has, into the cache folder, in a second or two. Where there is none, where torch brings no GNU OpenMP (whose
+threads the kernels share), or where a result is not torch's own to rounding, everything goes through torch as before.
+`POSTTRAIN_NATIVE=0` switches the kernels off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("decode.c")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+LEAST_COLUMNS = 8
+"""What a tile needs; see `decode.c`."""
+
+_state: dict[str, Any] = {}
+
+
+class Kernels:
+    """The compiled library. Arguments are float32, on the CPU; nothing is checked here."""
+
+    def __init__(self, path: Path) -> None:
+        # PyDLL keeps Python's lock: the kernels' scratch memory is one, and a call takes milliseconds at most.
+        self.lib = ctypes.PyDLL(str(path))
+        pointer, long = ctypes.c_void_p, ctypes.c_long
+        self.lib.use_threads.argtypes = [pointer, pointer, ctypes.c_int]
+        self.lib.linear.argtypes = [pointer, pointer, pointer, pointer, long, long, long]
+        self.lib.gated.argtypes = [pointer, pointer, pointer, long]
+        self.lib.rms_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float, ctypes.c_float]
+        self.lib.attend.argtypes = [pointer] * 13 + [ctypes.c_float]
+        for name in ("use_threads", "gated", "rms_norm"):
+            getattr(self.lib, name).restype = None
+        self.openmp = _openmp()
+        self.entries = [ctypes.cast(f, pointer) for f in (self.openmp.GOMP_parallel, self.openmp.omp_get_thread_num)]
+        self.threads = 0
+
+    def _threads(self) -> None:
+        count = torch.get_num_threads()
+        if count != self.threads:
+            self.lib.use_threads(*self.entries, count)
+            self.threads = count
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + b; x (..., K), weight (N, K) contiguous with N >= LEAST_COLUMNS."""
+        if not x.is_contiguous():
+            x = x.contiguous()
+        *before, k = x.shape
+        n = weight.shape[0]
+        y = x.new_empty(*before, n)
+        self._threads()
+        bias_at = 0 if bias is None else bias.data_ptr()
+        if self.lib.linear(x.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr(), x.numel() // k, k, n):
+            raise MemoryError("no memory for a decoding step's rows")
+        return y
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up, both contiguous and of one shape."""
+        y = torch.empty_like(gate)
+        self._threads()
+        self.lib.gated(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
+        return y
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, shift: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) (weight + shift) over the last dimension; x contiguous."""
+        y = torch.empty_like(x)
+        self.lib.rms_norm(
+            x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1], x.shape[-1], eps, shift
+        )
+        return y
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        own: tuple[Tensor, Tensor],
+        shared: tuple[Tensor, Tensor] | None,
+        columns: Tensor,
+        prompts: tuple[Tensor, Tensor] | None,
+        window: int | None,
+        scale: float,
+    ) -> Tensor:
+        """(heads, M, size) queries, keys, values of the newest tokens -> (M, heads, size).
+
+        own, shared: (keys, values), (slots, kv heads, columns, size) contiguous; row i is in slot i of own. columns:
+        where each row's newest token goes. prompts: (slot in shared, length) of each row. window: how many of the last
+        positions are seen, the newest included (None: all).
+        """
+        heads, rows, size = query.shape
+        kv = key.shape[0]
+        out = query.new_empty(rows, heads, size)
+        self._threads()
+        strides = (ctypes.c_long * 6)(*(x.stride(i) for x in (query, key, value) for i in (0, 1)))
+        wide = 0 if shared is None else shared[0].shape[2]
+        sizes = (ctypes.c_long * 7)(rows, kv, heads // kv, size, own[0].shape[2], wide, window or 0)
+        shared_at = (0, 0) if shared is None else tuple(x.data_ptr() for x in shared)
+        prompts_at = (0, 0) if prompts is None else tuple(x.data_ptr() for x in prompts)
+        failed = self.lib.attend(
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), strides, own[0].data_ptr(), own[1].data_ptr(),
+            *shared_at, out.data_ptr(), columns.data_ptr(), *prompts_at, sizes, scale,
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for a decoding step's attention")
+        return out
+
+
+def kernels() -> Kernels | None:
+    """The compiled kernels, or None where they can't be had (`why` says so); found out once a process."""
+    if "kernels" not in _state:
+        _state["kernels"] = None
+        try:
+            _state["kernels"] = _open()
+        except _Unavailable as e:
+            _state["why"] = str(e)
+    return _state["kernels"]  # type: ignore[no-any-return]
+
+
+def fits(weight: Tensor) -> bool:
+    """Whether `Kernels.linear` can take this matrix."""
+    return weight.is_contiguous() and weight.dtype == torch.float32 and weight.shape[0] >= LEAST_COLUMNS
+
+
+def why() -> str:
+    """In words: that the kernels are in use, or why not."""
+    return "compiled kernels" if kernels() is not None else f"torch ({_state['why']})"
+
+
+class _Unavailable(Exception):
+    pass
+
+
+def _open() -> Kernels:
+    if os.environ.get("POSTTRAIN_NATIVE", "1") == "0":
+        raise _Unavailable("POSTTRAIN_NATIVE is 0")
+    if sys.maxsize < 2**32 or not sys.platform.startswith("linux"):
+        raise _Unavailable("kernels are for 64-bit Linux")
+    path = _compiled()
+    try:
+        found = Kernels(path)
+    except (OSError, AttributeError) as e:
+        raise _Unavailable(f"the compiled kernels can't be loaded: {e}") from e
+    if not _right(found):
+        raise _Unavailable("the compiled kernels are not exact on this processor")
+    return found
+
+
+def _openmp() -> ctypes.CDLL:
+    """The OpenMP library that torch itself uses, so that there is one pool of threads."""
+    for path in sorted(Path(torch.__file__).parent.joinpath("lib").glob("libgomp*")):
+        return ctypes.CDLL(str(path))
+    raise OSError("torch brings no GNU OpenMP library")
+
+
+def _compiled() -> Path:
+    """The shared library for this source, compiler and processor; compiled if it is not there yet."""
+    from posttrain.models.load import cache_folder
+
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise _Unavailable("no C compiler: cc, gcc and clang are not on the PATH")
+    try:
+        said = subprocess.run([compiler, "--version"], capture_output=True, timeout=30).stdout
+        parts = (SOURCE.read_bytes(), repr(FLAGS).encode(), said, _processor())
+        name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+        path = cache_folder() / "native" / f"decode-{name}.so"
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            fresh = Path(folder) / "decode.so"
+            done = subprocess.run(
+                [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)], capture_output=True, text=True, timeout=120
+            )
+            if done.returncode:
+                raise _Unavailable(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            os.replace(fresh, path)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise _Unavailable(f"compiling failed: {e}") from e
+    return path
+
+
+def _processor() -> bytes:
+    """What -march=native depends on: a cache folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return b""
+    kept = {line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features", "CPU part")}
+    return "\n".join(sorted(kept)).encode()
+
+
+@torch.no_grad()
+def _right(k: Kernels) -> bool:
+    """Whether products, norms and gates are torch's to rounding, on shapes that reach every tile."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, inner, columns in ((1, 33, 16), (8, 64, 50), (17, 100, 97), (24, 48, 64), (41, 32, 17), (130, 65, 49)):
+        x, w = (torch.randn(n, inner, generator=generator) for n in (rows, columns))
+        exact = x.double() @ w.double().t()
+        scale = x.double().abs() @ w.double().abs().t()
+        if float(((k.linear(x, w).double() - exact).abs() / scale).max()) > 2e-6:
+            return False
+    gate, up = (torch.randn(3, 37, generator=generator) * 8 for _ in range(2))
+    weight = torch.randn(37, generator=generator)
+    expected = F.rms_norm(gate, (37,), weight + 1, 1e-5)
+    return torch.allclose(k.gated(gate, up), F.silu(gate) * up, rtol=1e-5, atol=1e-6) and torch.allclose(
+        k.rms_norm(gate, weight, 1e-5, 1.0), expected, rtol=1e-5, atol=1e-6
+    )
