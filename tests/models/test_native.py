@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.models import cpu, native
+from posttrain.models.fused import fuse
+from posttrain.models.tiny import tiny_model
 
 compiled = pytest.mark.skipif(native.kernels() is None, reason=f"no compiled kernels here: {native.why()}")
 
@@ -107,6 +110,43 @@ def test_attention_of_one_step(window: int | None, with_prompts: bool, size: int
             ]
             expected = slow_attention(q[h, m], seen[0], seen[1], window, 0.3)
             torch.testing.assert_close(out[m, h].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@compiled
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "phi3"])
+def test_rotary_positions_are_transformers_own(name: str) -> None:
+    """What decoding gets from a patched function is what the function gives; training gets the function itself."""
+    model = tiny_model(name)
+    fuse(model)
+    home = sys.modules[next(type(m) for m in model.modules() if type(m).__name__.endswith("Attention")).__module__]
+    original = getattr(home.apply_rotary_pos_emb, "original", home.apply_rotary_pos_emb)
+    assert original is not home.apply_rotary_pos_emb
+    q, key = (randn(1, 5, h, 16, seed=h).transpose(1, 2) for h in (4, 2))
+    angle = torch.arange(5)[None, :, None] * torch.rand(8).repeat(2)
+    for training in (False, True):
+        with torch.set_grad_enabled(training):
+            found = home.apply_rotary_pos_emb(q, key, angle.cos(), angle.sin())
+        for a, b in zip(found, original(q, key, angle.cos(), angle.sin()), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+@compiled
+def test_draws_are_the_inverse_of_the_cumulative_distribution() -> None:
+    k = native.kernels()
+    assert k is not None
+    z = randn(6, 1000, seed=3) * 4
+    z[1] = -torch.inf
+    z[1, [3, 700]] = torch.tensor([0.0, 1.0])
+    z[2, 500:] = -torch.inf
+    p = z.double().softmax(-1)
+    for u in (0.0, 0.1, 0.5, 0.9, 1 - 2**-53):
+        tokens, logprobs = k.draw(z, torch.full((6,), u, dtype=torch.float64))
+        for row, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
+            assert p[row, token] > 0
+            assert p[row, :token].sum() <= u + 1e-6 and (p[row, : token + 1].sum() > u - 1e-6)
+            assert logprob == pytest.approx(float(p[row, token].log()), abs=1e-5)
+    assert k.draw(z, torch.zeros(6, dtype=torch.float64))[0][1] == 3
+    assert k.draw(z, torch.full((6,), 1 - 2**-53, dtype=torch.float64))[0][1] == 700
 
 
 def test_without_a_compiler_torch_does_it(monkeypatch, tmp_path) -> None:

@@ -185,6 +185,12 @@ static inline vec exponential(vec x) {
     return (p * x * x + x + 1.0f) * (vec)exponent;
 }
 
+/* e^(z - top), and exactly 0 where that is below e^-87: tokens that were cut off have no mass */
+static inline vec mass(vec z, float top) {
+    const vec x = z - top;
+    return (vec)((vec_int)exponential(x) & (x > -87.0f));
+}
+
 /* ------------------------------------------------------------------------------------- y = gate / (1 + e^-gate) * up */
 typedef struct {
     const float *gate, *up;
@@ -353,5 +359,89 @@ int attend(const float *q, const float *k, const float *v, const long *strides, 
                        own_k, own_v, shared_k, shared_v, out, scores, column, prompt, prompt_length,
                        sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], longest, scale};
     run(attend_part, &job);
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------------------ rotary positions
+ * y = x cos + (-second half of x, first half) sin; x and y (heads, m, size) with strides, cos and sin (m, size). */
+void rotate(const float *x, const long *x_strides, const float *cosine, const float *sine, float *y,
+            const long *y_strides, long heads, long m, long size) {
+    const long half_size = size / 2;
+    for (long row = 0; row < m; row++)
+        for (long h = 0; h < heads; h++) {
+            const float *c = cosine + row * size, *s = sine + row * size;
+            const float *from = x + h * x_strides[0] + row * x_strides[1];
+            float *to = y + h * y_strides[0] + row * y_strides[1];
+            for (long i = 0; i < half_size; i++) {
+                const float a = from[i], b = from[i + half_size];
+                to[i] = a * c[i] - b * s[i];
+                to[i + half_size] = b * c[i + half_size] + a * s[i + half_size];
+            }
+        }
+}
+
+/* ------------------------------------------------------------------------------------------------------------- drawing
+ * Of each row of logits z (m, v): the first token whose cumulative probability exceeds u[row], and its logarithm. Sums of
+ * BINS tokens at a time are kept in float64, so that the token is found among one bin's. */
+#define BINS 256
+typedef struct {
+    const float *z;
+    const double *u;
+    long *token;
+    float *logprob;
+    double *sums;
+    long m, v;
+} draw_t;
+
+static void draw_part(void *data) {
+    const draw_t *j = data;
+    const long t = me(), bins = (j->v + BINS - 1) / BINS;
+    double *sums = j->sums + t * bins;
+    for (long row = j->m * t / threads; row < j->m * (t + 1) / threads; row++) {
+        const float *z = j->z + row * j->v;
+        float top = z[0];
+        for (long i = 0; i < j->v; i++)
+            top = z[i] > top ? z[i] : top;
+        double total = 0;
+        for (long b = 0; b < bins; b++) {
+            const long end = (b + 1) * BINS < j->v ? (b + 1) * BINS : j->v;
+            vec sum = {0};
+            long i = b * BINS;
+            for (; i + WIDTH <= end; i += WIDTH)
+                sum += mass(*(const vec *)(z + i), top);
+            float rest = sum_of(sum);
+            for (; i < end; i++)
+                rest += mass(all(z[i]), top)[0];
+            total += sums[b] = rest;
+        }
+        const double target = j->u[row] * total;
+        double before = 0;
+        long b = 0, last = 0, found = -1;
+        for (; b < bins && before + sums[b] <= target; b++)
+            before += sums[b];
+        for (long i = b * BINS; b < bins && i < j->v && i < (b + 1) * BINS && found < 0; i++) {
+            const float p = mass(all(z[i]), top)[0];
+            before += p;
+            if (p > 0)
+                last = i;
+            if (before > target)
+                found = i;
+        }
+        if (found < 0 && b >= bins) /* rounding left none: the last with any mass */
+            for (long i = 0; i < j->v; i++)
+                if (mass(all(z[i]), top)[0] > 0)
+                    last = i;
+        j->token[row] = found < 0 ? last : found;
+        j->logprob[row] = z[j->token[row]] - top - (float)__builtin_log(total);
+    }
+}
+
+/* 0: done. */
+int draw(const float *z, const double *u, long *token, float *logprob, long m, long v) {
+    double *sums = (double *)room(2 * threads * ((v + BINS - 1) / BINS));
+    if (!sums)
+        return 1;
+    draw_t job = {z, u, token, logprob, sums, m, v};
+    run(draw_part, &job);
     return 0;
 }

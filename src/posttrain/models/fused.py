@@ -7,6 +7,7 @@ anything keeps its own forward. What comes out is the same up to the order of ro
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -211,11 +212,50 @@ def _candidates(module: Any) -> tuple[list[Callable[..., Tensor]], int]:
     return [], 0
 
 
+def _rotary(original: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' `apply_rotary_pos_emb` with the compiled kernel for a decoding step's few rows."""
+
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        plain = not args and not kwargs and cos.dtype == torch.float32 and q.shape[0] == cos.shape[0] == 1
+        if plain and q.ndim == 4 and cos.shape[1:] == (q.shape[2], q.shape[3]) and cpu.few_rows(cos):
+            kernels = native.kernels()
+            if kernels is not None and q.dtype == k.dtype == torch.float32 and q.stride(-1) == k.stride(-1) == 1:
+                c, s = cos[0].contiguous(), sin[0].contiguous()
+                return kernels.rotate(q[0], c, s)[None], kernels.rotate(k[0], c, s)[None]
+        return original(q, k, cos, sin, *args, **kwargs)
+
+    apply_rotary_pos_emb.original = original  # type: ignore[attr-defined]
+    return apply_rotary_pos_emb
+
+
+@torch.no_grad()
+def _fuse_rotary(attention: nn.Module) -> bool:
+    """Replace the function where the attention's own module of transformers looks it up, if it computes the same."""
+    home = sys.modules[type(attention).__module__]
+    original = getattr(home, "apply_rotary_pos_emb", None)
+    if original is None or hasattr(original, "original") or native.kernels() is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 3, heads, 8, generator=generator).transpose(1, 2) for heads in (4, 2))
+    cos, sin = (torch.randn(1, 3, 8, generator=generator) for _ in range(2))
+    try:
+        expected = original(q, k, cos, sin)
+        found = _rotary(original)(q, k, cos, sin)
+    except (TypeError, RuntimeError, ValueError):
+        return False  # another kind of rotation, with other arguments
+    if any(a.shape != b.shape or (a - b).abs().max() > TOLERANCE for a, b in zip(found, expected, strict=True)):
+        return False
+    home.apply_rotary_pos_emb = _rotary(original)  # type: ignore[attr-defined]
+    return True
+
+
 def fuse(model: nn.Module) -> dict[str, int]:
     """Replace what can be replaced, in place; returns how many modules of each type were (adapted ones as "LoRA")."""
     done: dict[str, int] = {}
     known: dict[tuple[type, int], Callable[..., Tensor] | None] = {}
     for module in model.modules():
+        if type(module).__name__.endswith("Attention") and _fuse_rotary(module):
+            done["apply_rotary_pos_emb"] = 1
         if "forward" in module.__dict__:
             continue
         options, width = _candidates(module)

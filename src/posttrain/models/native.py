@@ -43,7 +43,9 @@ class Kernels:
         self.lib.gated.argtypes = [pointer, pointer, pointer, long]
         self.lib.rms_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float, ctypes.c_float]
         self.lib.attend.argtypes = [pointer] * 13 + [ctypes.c_float]
-        for name in ("use_threads", "gated", "rms_norm"):
+        self.lib.rotate.argtypes = [pointer] * 6 + [long] * 3
+        self.lib.draw.argtypes = [pointer] * 4 + [long] * 2
+        for name in ("use_threads", "gated", "rms_norm", "rotate"):
             getattr(self.lib, name).restype = None
         self.openmp = _openmp()
         self.entries = [ctypes.cast(f, pointer) for f in (self.openmp.GOMP_parallel, self.openmp.omp_get_thread_num)]
@@ -82,6 +84,26 @@ class Kernels:
             x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1], x.shape[-1], eps, shift
         )
         return y
+
+    def rotate(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """x cos + (-x_2, x_1) sin; x (heads, M, size) with last stride 1, cosine and sine (M, size) contiguous."""
+        y = torch.empty_like(x)
+        strides = [(ctypes.c_long * 2)(t.stride(0), t.stride(1)) for t in (x, y)]
+        self.lib.rotate(
+            x.data_ptr(), strides[0], cosine.data_ptr(), sine.data_ptr(), y.data_ptr(), strides[1], *x.shape
+        )
+        return y
+
+    def draw(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens, log-probabilities), see `posttrain.rollout.draw.draw`; logits (M, V) contiguous, uniforms float64."""
+        rows, vocabulary = logits.shape
+        tokens, logprobs = torch.empty(rows, dtype=torch.long), logits.new_empty(rows)
+        self._threads()
+        if self.lib.draw(
+            logits.data_ptr(), uniforms.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), rows, vocabulary
+        ):
+            raise MemoryError("no memory for drawing tokens")
+        return tokens, logprobs
 
     def attend(
         self,
