@@ -95,7 +95,7 @@ class Kernels:
         return y
 
     def draw(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """(tokens, log-probabilities), see `posttrain.rollout.draw.draw`; logits (M, V) contiguous, uniforms float64."""
+        """(tokens, log-probabilities), as `posttrain.rollout.draw`; logits (M, V) contiguous, uniforms float64."""
         rows, vocabulary = logits.shape
         tokens, logprobs = torch.empty(rows, dtype=torch.long), logits.new_empty(rows)
         self._threads()
