@@ -20,6 +20,7 @@ from posttrain.config import (
     OnlineDPOConfig,
     PreferenceConfig,
     ProcessRewardConfig,
+    RefineConfig,
     RejectionConfig,
     RewardModelConfig,
     RLConfig,
@@ -72,8 +73,14 @@ def overrides(name: str, chats: Path) -> list[str]:
                 f"stages.{i}.{s}" for s in ("threshold=-1", "problems.data.rows=[0, 20]", "sampling.max_tokens=99")
             ]
             continue
+        if isinstance(stage, RefineConfig):  # its context has no room for examples
+            small = ("problems.data.rows=[0, 12]", "examples=null", "sampling.stop=[a, b, c, d, e, f, g, h]")
+            given += [f"stages.{i}.{s}" for s in small]
+            continue
         if isinstance(stage, FeedbackConfig):
-            if str(stage.answers.data.source).startswith("packaged:"):
+            if stage.answers.kind == "samples":
+                given += [f"stages.{i}.answers.{s}" for s in ("problems.data.rows=[0, 6]", "sampling.max_tokens=30")]
+            elif str(stage.answers.data.source).startswith("packaged:"):
                 given += [f"stages.{i}.answers.{s}" for s in ("data.rows=[0, 80]", "pairs_per_prompt=40")]
             else:
                 given += [f"stages.{i}.answers.data.source={chats.with_name('pairs.jsonl')}"]
@@ -84,7 +91,8 @@ def overrides(name: str, chats: Path) -> list[str]:
             pairs = chats.with_name("pairs.jsonl")
             if not str(stage.data.source).startswith("stage:"):
                 given += [f"stages.{i}.data.source={pairs}", f"stages.{i}.held_out.data.source={pairs}"]
-            given += [f"stages.{i}.data.rows=[0, 25]", f"stages.{i}.held_out.data.rows=[25, 35]"]
+            if stage.held_out is not None:
+                given += [f"stages.{i}.data.rows=[0, 25]", f"stages.{i}.held_out.data.rows=[25, 35]"]
             continue
         if isinstance(stage, ProcessRewardConfig):
             small = ("problems.size=6", "held_out.size=20", "sampling.max_tokens=12", "chains=2", "completions=2")
