@@ -58,7 +58,7 @@ REFT = Claim(
         Arm("SFT, warm-up's epochs", "reft", QUESTIONS, ("warmup",), None, "sums"),
         Arm("SFT, 8 epochs", "reft", (*QUESTIONS, "stages.warmup.epochs=8"), ("warmup",), None, "sums"),
         Arm("SFT, 32 epochs", "reft", (*QUESTIONS, "stages.warmup.epochs=32"), ("warmup",), None, "sums"),
-        Arm("ReFT", "reft", QUESTIONS, (), "reft", "sums"),
+        Arm("ReFT", "reft", QUESTIONS, ("warmup", "reft"), "reft", "sums"),
     ),
     reft,
     "Accuracy of one completion sampled at temperature 1; ReFT "

@@ -222,8 +222,19 @@ def _print(groups: Sequence[list[dict[str, Any]]], rows: Sequence[dict[str, Any]
         best = max((r["reward"] for r in group if r["reward"] is not None), default=None)
         for row in group:
             out.print(_line(row, best))
-            out.print(Text(row["completion"].rstrip() or "(empty)"), style="default")
+            out.print(_completion(row), style="default")
             out.print()
+
+
+def _completion(row: dict[str, Any]) -> Text:
+    """The text; what an environment replied in another colour."""
+    text = Text()
+    for mine, part in row["turns"]:
+        text.append(part, style="" if mine else "cyan")
+    if not row["turns"]:
+        text.append(row["completion"] or "(empty)")
+    text.rstrip()
+    return text
 
 
 def _line(row: dict[str, Any], best: float | None) -> Text:

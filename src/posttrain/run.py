@@ -246,13 +246,13 @@ def _carry_out(
         manifest.update(data=[e for e in manifest.values["data"] if e["stage"] not in known] + ready.entries)
     name = folder.name.split("-", 1)[1]
     records = manifest.values.get("stages", [])[:number]
-    manifest.update(stages=[*records, {"name": name, "method": stage.method, "status": "running"}])
+    about = {"name": name, "method": stage.method, "makes": stage.makes}
+    manifest.update(stages=[*records, {**about, "status": "running"}])
     if stage.start is not None:
         source = recipe.model.source if stage.start == "base" else stage.start
         model = model.model_copy(update={"source": source, "revision": None})
     done = ready.run(model, folder, recipe.seed + number, trackers.on_step(name))
-    entry = {"name": name, "method": stage.method, "status": "done"}
-    entry |= {"from": model.source, "to": str(folder / stage.makes)}
+    entry = {**about, "status": "done", "from": model.source, "to": str(folder / stage.makes)}
     if stage.makes == "model":
         sizes = {k: done.pop(k) for k in ("parameters", "trainable")}
         manifest.update(model={**manifest.values["model"], **sizes})

@@ -5,48 +5,51 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+import threading
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from posttrain.train import checkpoint, collect
+from tests.invariants import warm
 from tests.invariants.test_killed import RL, outcome, records
 
-DYING = """
-import os, signal, sys, threading
-from posttrain.cli import main
-from posttrain.train import checkpoint, collect
-where, left = sys.argv[1], int(sys.argv[2])
-def here(seconds):
-    global left
-    left -= 1
-    if left == 0:
-        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
-enter, write = collect.Phases.__call__, checkpoint.write_json
-def phase(self, name):
-    if name == where:
-        here(0.005)
-    return enter(self, name)
-def write_json(path, value):
-    if where == path.name:
-        here(0)
-        threading.Event().wait(60 if left == 0 else 0)
-    write(path, value)
-collect.Phases.__call__, checkpoint.write_json = phase, write_json
-sys.argv = ["posttrain", "run", sys.argv[3], "--folder", sys.argv[4]]
-main()
-"""
-"""posttrain run, killed 5 ms into a phase the given time it comes; or when a checkpoint is about to be called whole."""
+
+def die(where: str, left: int) -> None:
+    """From now on this process is killed 5 ms into a phase the given time it comes; or when a checkpoint is about to be
+    called whole."""
+    enter, write = collect.Phases.__call__, checkpoint.write_json
+
+    def here(seconds: float) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    def phase(self: Any, name: str) -> Any:
+        if name == where:
+            here(0.005)
+        return enter(self, name)
+
+    def write_json(path: Path, value: Any) -> None:
+        if where == path.name:
+            here(0)
+            threading.Event().wait(60 if left == 0 else 0)
+        write(path, value)
+
+    collect.Phases.__call__, checkpoint.write_json = phase, write_json  # type: ignore[method-assign, assignment]
 
 
-def run(recipe: Path, folder: Path, where: str = "never", count: int = 0) -> tuple[int, str]:
+def run(recipe: Path, folder: Path, where: str = "never", count: int = 0) -> tuple[int | None, str]:
     """(exit status, what was printed)."""
-    command = [sys.executable, "-c", DYING, where, str(count), str(recipe), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    return done.returncode, done.stdout + done.stderr
+    log = folder.parent / f"{folder.name}-{where}.log"
+    arguments = ["run", str(recipe), "--folder", str(folder)]
+    process = warm.posttrain(arguments, log, {}, partial(die, where, count))
+    process.join()
+    return process.exitcode, log.read_text()
 
 
 @pytest.mark.slow
@@ -55,7 +58,7 @@ def test_killed_inside_every_phase_ends_bit_identical(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i} + {i} =", "answer": str(2 * i)} for i in range(50)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     recipe, killed, calm = (tmp_path / name for name in ("recipe.yaml", "killed", "calm"))
-    recipe.write_text(RL.replace("METHOD", "ppo").replace("steps: 40", "steps: 10"))
+    recipe.write_text(RL.replace("METHOD", "ppo").replace("steps: 24", "steps: 10"))
     for where, count in (("sample", 4), ("reward", 2), ("score", 2), ("learn", 3), ("checksums.json", 2)):
         status, said = run(recipe, killed, where, count)
         assert status == -signal.SIGKILL, (where, said[-3000:])

@@ -89,9 +89,10 @@ def overrides(name: str, chats: Path) -> list[str]:
         given += [f"stages.{i}.max_steps=2", f"stages.{i}.batch_size=2"]
         if isinstance(stage, RewardModelConfig):
             pairs = chats.with_name("pairs.jsonl")
-            if not str(stage.data.source).startswith("stage:"):
+            own = str(stage.data.source).startswith("stage:")
+            if not own:
                 given += [f"stages.{i}.data.source={pairs}", f"stages.{i}.held_out.data.source={pairs}"]
-            if stage.held_out is not None:
+            if not own or stage.held_out is not None:
                 given += [f"stages.{i}.data.rows=[0, 25]", f"stages.{i}.held_out.data.rows=[25, 35]"]
             continue
         if isinstance(stage, ProcessRewardConfig):

@@ -70,6 +70,17 @@ def test_the_curves_are_the_summaries(run: Path) -> None:
             assert heights == sorted(heights, reverse=True)
 
 
+def test_stages_are_known_by_what_they_make(run: Path) -> None:
+    """As the run wrote it, and as runs were written before it did."""
+    found = read(run)
+    assert [found.makes(name) for name in ("one", "mine", "two")] == ["model", "data", "model"]
+    for record in found.manifest["stages"]:
+        assert record.pop("makes")
+    assert [found.makes(name) for name in ("one", "mine", "two", "unknown")] == ["model", "data", "model", "model"]
+    page = build(run).read_text()
+    assert "<h3>Stage 1: one</h3>" in page and "<h3>Stage 3: two</h3>" in page and "No step" not in page
+
+
 def test_the_page_has_charts_points_and_stages(run: Path) -> None:
     page = Page(build(run).read_text())
     found = read(run)

@@ -181,6 +181,28 @@ def test_run_that_is_not_finished(make_run, tmp_path):
         build(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("status", ["running", "done"])
+def test_a_stage_that_makes_data_has_no_curves_and_one_that_trains_waits_for_its_first_step(make_run, status):
+    folder = make_run()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    verdicts = {"name": "verdicts", "method": "feedback", "makes": "data", "status": status}
+    trained = {"name": "again", "method": "sft", "makes": "model", "status": "running"}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"stages": [*manifest["stages"], verdicts, trained]}))
+    for name in ("2-verdicts", "3-again"):
+        (folder / "stages" / name).mkdir()
+    page = build(folder).read_text(encoding="utf-8")
+    curves = page[page.index('id="curves"') :]
+    curves = curves[: curves.index("</section>")]
+    assert re.findall("<h3>(.*)</h3>", curves) == ["Stage 1: sft", "Stage 3: again"]
+    assert curves.count("No step has been written yet.") == 1 and "verdicts" not in curves
+    # A run that makes data alone has no such section, nor a link to it.
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"stages": [verdicts]}))
+    for name in ("1-sft", "3-again"):
+        shutil.rmtree(folder / "stages" / name)
+    page = build(folder).read_text(encoding="utf-8")
+    assert "Curves" not in page and "#curves" not in page and "No step" not in page
+
+
 def test_a_run_that_failed_says_why(make_run):
     folder = make_run(status="failed")
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,24 @@ def test_rollouts_come_back_as_they_were(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match="can't be read as rollouts"):
         read_rollouts(path)
+
+
+def test_replies_of_an_environment_are_marked(run: Path, tmp_path: Path) -> None:
+    """On the page and in the terminal; in rollouts without any, nothing is."""
+    assert 'class="reply"' not in build(run).read_text()
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    rollouts = folder / "stages" / "0-rl" / "rollouts"
+    (group, *_) = groups_of(read_rollouts(path_of(rollouts, 3)))
+    one = replace(group.rollouts[0], text="<7+4>=11 <b>", reward=1.0)
+    turns = [(True, "<7+4>"), (False, "=11 <b>")]
+    write_rollouts(rollouts, 3, [replace(group, rollouts=[one])], [[0.5]], ["ask"], [1], None, lambda _: turns)
+    assert read_rollouts(path_of(rollouts, 3))[0]["turns"] == [[True, "<7+4>"], [False, "=11 <b>"]]
+    page = build(folder).read_text()
+    assert '&lt;7+4&gt;<span class="reply">=11 &lt;b&gt;</span></p>' in page and "<dt>replies</dt><dd>1</dd>" in page
+    out = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard")
+    browse(folder, out, step=3)
+    assert "<7+4>\x1b[0m\x1b[36m=11 <b>\x1b[0m" in out.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_parts_of_the_reward_on_the_page_and_in_the_terminal(run: Path) -> None:

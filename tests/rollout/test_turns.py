@@ -18,7 +18,7 @@ from posttrain.rewards.base import RewardError
 from posttrain.rollout.engine import LocalSampler
 from posttrain.rollout.environment import environment
 from posttrain.rollout.sampler import OnDone, Request
-from posttrain.rollout.turns import TurnSampler
+from posttrain.rollout.turns import TurnSampler, in_turns
 from posttrain.types import Rollout, RolloutGroup, Sample
 
 TOKENIZER = tiny_tokenizer()
@@ -243,6 +243,23 @@ class Echo:
         return f" né{len(state)} ", False
 
 
+def test_a_text_in_turns() -> None:
+    """Bytes are tokens here. The last turn may be cut at a stop string; texts that don't add up say nothing."""
+
+    def rollout(parts: list[tuple[bool, str]], text: str) -> Rollout:
+        tokens = [t for _, said in parts for t in ids(said)]
+        mask = [mine for mine, said in parts for _ in ids(said)]
+        return Rollout(tokens, [0.0] * len(tokens), "stop", text, mask=mask)
+
+    parts = [(True, "7+4>"), (False, "=11"), (True, "so 11;")]
+    assert in_turns(rollout(parts, "7+4>=11so 11;"), TOKENIZER) == parts
+    assert in_turns(rollout(parts, "7+4>=11so 11"), TOKENIZER) == [*parts[:2], (True, "so 11")]
+    assert in_turns(rollout(parts, "7+4>=11"), TOKENIZER) == parts[:2]
+    assert in_turns(rollout(parts[:2], "7+4>=11"), TOKENIZER) == parts[:2]
+    assert in_turns(rollout(parts, "7+4> =11 so 11"), TOKENIZER) == []
+    assert in_turns(rollout(parts[:1], "7+4>"), TOKENIZER) == []
+
+
 @pytest.mark.parametrize("answers", ["inline", "turn"])
 def test_the_real_sampler(answers: str) -> None:
     """Log-probabilities are the learner's, of what the model wrote, given all before; the same again, and alone."""
@@ -273,6 +290,11 @@ def test_the_real_sampler(answers: str) -> None:
                 list(r.tokens[:-1]) if r.finish == "end" else list(r.tokens), skip_special_tokens=True
             )
             assert r.text == text and r.text.count("né") == r.replies
+            parts = in_turns(r, TOKENIZER)
+            assert "".join(said for _, said in parts) == (r.text if r.replies else "")
+            replied = [said for mine, said in parts if not mine]
+            assert len(replied) == r.replies and all(f"né{i}" in said for i, said in enumerate(replied, 1))
+            assert not any("né" in said for mine, said in parts if mine)
     assert replies > 8
     assert [r.tokens for r in alone[0].rollouts] == [r.tokens for r in groups[1].rollouts]
     assert len({r.tokens for g in groups for r in g.rollouts}) > 8  # turns of different completions differ

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,23 +68,28 @@ def test_conversations_in_plain_text_learn_the_assistant_s_turns_alone() -> None
     tokenizer = tiny_tokenizer()
     data = DataConfig(source="lab:calculator", chat=False, loss_on="assistant", rows=(0, 400))
     prepared = prepare(data, tokenizer, context=2048)
-    called = 0
+    called = short = 0
     for sample in prepared.samples:
         text = tokenizer.decode(list(sample.tokens))
         learnt = tokenizer.decode([t for t, w in zip(sample.tokens, sample.weights, strict=True) if w])
         prompt, _, answer = text.partition("=")
         assert answer.endswith("<|im_end|>")
-        if "<calculate>" not in text:
+        if "<" not in answer.removesuffix("<|im_end|>"):
             assert learnt == answer
             continue
         called += 1
-        call, reply = answer.split("</calculate>")
-        total, again = reply.removeprefix("=").removesuffix("<|im_end|>").split("\n")
-        numbers = call.removeprefix("<calculate>").split("+")
-        assert total == again == str(sum(map(int, numbers)))
-        assert learnt == f"{call}</calculate>{total}<|im_end|>"
-        assert len(numbers) in (prompt.count("+"), prompt.count("+") + 1)
-    assert 70 < called < 130
+        *lines, last = answer.removesuffix("<|im_end|>").split("\n")
+        numbers, said = [int(lines[0].split("+")[0][1:])], ""
+        for line in lines:
+            before, number, result = map(int, re.fullmatch(r"<(\d+)\+(\d+)>=(\d+)", line).groups())  # type: ignore[union-attr]
+            assert before == sum(numbers) and result == before + number
+            numbers.append(number)
+            said += f"<{before}+{number}>"
+        assert last == str(sum(numbers)) and learnt == f"{said}{last}<|im_end|>"
+        whole = list(map(int, prompt.split("+")))
+        assert len(numbers) in (len(whole), len(whole) - 1)
+        short += len(numbers) < len(whole)
+    assert 70 < called < 130 and 0.15 < short / called < 0.45
     assert prepared.samples[0].tokens == prepare(data, tokenizer, context=2048).samples[0].tokens
 
 

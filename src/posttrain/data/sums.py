@@ -28,9 +28,9 @@ HELD_OUT_EVERY = 8
 
 CALLS = 0.25
 """Share of `calls`' rows that ask the calculator; the others are answered in the styles above."""
-FORGETFUL = 0.5
-"""How often a call leaves out one of the numbers."""
-CALL_ROWS = 4000
+FORGETFUL = 0.3
+"""How often a conversation with calls leaves out one of the numbers."""
+CALL_ROWS = 8000
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,9 @@ def partial_sums(prompt: str) -> list[int]:
 def calls(seed: int, count: int) -> list[dict[str, Any]]:
     """Conversations, joined without a template, that show what a calculator is good for; sums of the training side.
 
-    A quarter asks it (the tool's turn is its reply) and repeats the number; half of these leave a number out, and are
-    wrong. The rest is answered as in the corpus.
+    A quarter asks it number by number (`<7+4>`, and the tool's turn `=11` is its reply) and says the last result; three
+    in ten of these leave a number out, and are wrong. The rest are guesses and careless answers as in the corpus, and
+    no careful ones, which would pay as well as calls.
     """
     rng = random.Random(f"calls {seed}")
     rows = []
@@ -113,13 +114,15 @@ def calls(seed: int, count: int) -> list[dict[str, Any]]:
         asked = {"role": "user", "content": prompt_of(numbers)}
         if rng.random() < CALLS:
             if rng.random() < FORGETFUL:
-                left_out = rng.randrange(len(numbers))
+                left_out = rng.randrange(1, len(numbers))
                 numbers = numbers[:left_out] + numbers[left_out + 1 :]
-            total = str(sum(numbers))
-            said = [("assistant", f"<calculate>{prompt_of(numbers)[:-1]}</calculate>"), ("tool", f"={total}\n")]
-            turns = [*said, ("assistant", total)]
+            before, turns = numbers[0], []
+            for number in numbers[1:]:
+                turns += [("assistant", f"<{before}+{number}>"), ("tool", f"={before + number}\n")]
+                before += number
+            turns.append(("assistant", str(before)))
         else:
-            style = rng.choices(list(STYLES), list(STYLES.values()))[0]
+            style = rng.choices((GUESS, CARELESS), (STYLES[GUESS], STYLES[CARELESS]))[0]
             turns = [("assistant", answer_in(style, numbers, rng))]
         rows.append({"messages": [asked, *({"role": role, "content": text} for role, text in turns)]})
     return rows

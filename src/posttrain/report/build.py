@@ -113,7 +113,11 @@ def render(run: Run) -> str:
         done=_what_was_done(run),
         by_stage=by_stage(run),
         panels=panels(run),
-        curves=[(s.name, *_charts(s.metrics, s.timings)) for s in run.stages if s.name not in _data_stages(run)],
+        curves=[
+            (number, s.name, *_charts(s.metrics, s.timings))
+            for number, s in enumerate(run.stages, 1)
+            if run.makes(s.name) != "data"  # which takes no steps
+        ],
         samples=[s for r in rows if (s := _samples(r, run)) is not None],
         changes=CHANGES,
         rollouts=views(run),
@@ -158,11 +162,6 @@ def _what_was_done(run: Run) -> str:
     if parts:
         return f"{source} went through {', then '.join(parts)}."
     return f"{source} was evaluated." if run.before or run.after else f"{source}; no stage has begun yet."
-
-
-def _data_stages(run: Run) -> set[str]:
-    """Stages that train nothing, and so have no curves."""
-    return {str(s.get("name")) for s in run.manifest.get("stages") or [] if s.get("made") is not None}
 
 
 def _charts(metrics: list[Record], timings: list[Record]) -> tuple[list[Chart], list[int]]:

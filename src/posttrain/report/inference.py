@@ -184,7 +184,8 @@ def by_stage(run: Run) -> tuple[list[str], list[tuple[str, str, list[dict[str, A
     """
     if not run.between:
         return [], []
-    stages = [str(s.get("name")) for s in run.manifest.get("stages") or [] if s.get("made") is None]
+    named = [str(s.get("name")) for s in run.manifest.get("stages") or []]
+    stages = [name for name in named if run.makes(name) == "model"]
     sides = {"before": run.before, **{f"after {n}": side for n, side in run.between.items()}}
     last = next((n for n in reversed(stages) if n not in run.between), "")
     sides[f"after {last}" if last else "after"] = run.after

@@ -75,6 +75,12 @@ class Run:
     def status(self) -> str:
         return str(self.manifest.get("status", "unknown"))
 
+    def makes(self, stage: str) -> str:
+        """What the stage of that name makes, begun or done: model (also where nothing says so), data, reward_model."""
+        records = self.manifest.get("stages") or []
+        found = next((s for s in records if isinstance(s, Mapping) and s.get("name") == stage), {})
+        return str(found.get("makes") or ("model" if found.get("made") is None else "data"))
+
     def rows(self) -> list[TaskRow]:
         """The before/after table: tasks in the order of the recipe, then whatever else was found."""
         compared = {str(c.get("task")): c for c in self.comparison}

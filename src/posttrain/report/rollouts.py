@@ -29,6 +29,7 @@ class Seen:
     problem: int
     prompt: str
     completion: str
+    turns: list[tuple[bool, str]]
     answer: str
     reward: float | None
     advantage: float | None
@@ -192,6 +193,7 @@ def _seen(why: str, row: dict[str, Any]) -> Seen:
         row["problem"],
         row["prompt"],
         row["completion"],
+        row["turns"],
         str(row["answer"]),
         reward if reward is not None and math.isfinite(reward) else None,
         advantage,

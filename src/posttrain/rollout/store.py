@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ def write_rollouts(
     prompts: Sequence[str],
     problems: Sequence[int],
     failures: Sequence[Sequence[Mapping[str, str]]] | None = None,
+    turns: Callable[[Rollout], Sequence[tuple[bool, str]]] | None = None,
 ) -> Path:
     """Write a step's rollouts, group by group.
 
     advantages: one a rollout (None: it took no part). prompts: each group's rendered prompt. problems: the number of
-    its problem. failures: of each rollout, what went wrong with a reward, by the reward's name.
+    its problem. failures: of each rollout, what went wrong with a reward, by the reward's name. turns: of a rollout,
+    the parts of its text, each with whether the model wrote it.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -57,6 +59,7 @@ def write_rollouts(
                     "answer": json.dumps(group.example.get("answer"), ensure_ascii=False, default=str),
                     "parts": json.dumps(dict(r.rewards)),
                     "steps": json.dumps({name: [list(s) for s in steps] for name, steps in r.steps.items()}),
+                    "turns": json.dumps(list(turns(r)) if turns is not None else [], ensure_ascii=False),
                     "pieces": json.dumps([[p.tokens, p.step, p.temperature] for p in r.pieces]),
                     "failures": json.dumps(dict(failures[g][i]) if failures is not None else {}, ensure_ascii=False),
                 }
@@ -71,7 +74,7 @@ def write_rollouts(
             ("mask", pa.list_(pa.bool_())),
             ("reward", pa.float64()),
             ("advantage", pa.float64()),
-            *((name, pa.string()) for name in ("answer", "parts", "steps", "pieces", "failures")),
+            *((name, pa.string()) for name in ("answer", "parts", "steps", "turns", "pieces", "failures")),
         ]
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,10 +91,10 @@ def rollout_steps(folder: Path) -> list[int]:
 
 
 def read_rollouts(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, what is kept as JSON (`answer`, `parts`, `steps`, `pieces`, `failures`) as values.
+    """The rows of a file, what is kept as JSON (`answer`, `parts`, `steps`, `turns`, `pieces`, `failures`) as values.
 
-    Files of before there were `mask`, `steps` and `pieces` are read as rollouts without. Raises DataError where it
-    can't be read.
+    Files of before there were `mask`, `steps`, `turns` and `pieces` are read as rollouts without. Raises DataError
+    where it can't be read.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -102,7 +105,7 @@ def read_rollouts(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path} can't be read as rollouts: {error}") from error
     for row in rows:
         row.update({name: json.loads(row.get(name) or "{}") for name in ("answer", "parts", "steps", "failures")})
-        row["pieces"] = json.loads(row.get("pieces") or "[]")
+        row.update({name: json.loads(row.get(name) or "[]") for name in ("turns", "pieces")})
         row.setdefault("mask", None)
     return rows  # type: ignore[no-any-return]
 

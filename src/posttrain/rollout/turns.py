@@ -217,6 +217,28 @@ class TurnSampler:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip))
 
 
+def in_turns(rollout: Rollout, tokenizer: Any) -> list[tuple[bool, str]]:
+    """(whether the model wrote it, text) of the turns and replies that together are the rollout's text, in order.
+
+    Empty where no environment answered, and where a tokenizer writes the parts otherwise than the whole.
+    """
+    if not rollout.replies or rollout.mask is None:
+        return []
+    out, at, start = [], 0, 0
+    for end in range(1, len(rollout.tokens) + 1):
+        if end < len(rollout.tokens) and rollout.mask[end] == rollout.mask[start]:
+            continue
+        piece = str(tokenizer.decode(list(rollout.tokens[start:end]), skip_special_tokens=True))
+        left = rollout.text[at:]
+        piece = left if end == len(rollout.tokens) and piece.startswith(left) else piece  # a stop string was cut off
+        if not left.startswith(piece):
+            return []
+        if piece:
+            out.append((rollout.mask[start], piece))
+        at, start = at + len(piece), end
+    return out if at == len(rollout.text) else []
+
+
 def check(config: EnvironmentConfig, tokenizer: Any) -> None:
     """Raises DataError where the chat template can't hold a reply as the settings want it."""
     if config.answers == "turn":

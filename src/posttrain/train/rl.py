@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from posttrain.rollout.engine import LocalSampler
 from posttrain.rollout.environment import environment
 from posttrain.rollout.sampler import Sampler
 from posttrain.rollout.store import write_rollouts
-from posttrain.rollout.turns import TurnSampler, check
+from posttrain.rollout.turns import TurnSampler, check, in_turns
 from posttrain.train.collect import Batch, Collector, in_passes, with_failed
 from posttrain.train.gold import Gold
 from posttrain.train.learner import Learner, StepResult
@@ -31,6 +32,7 @@ from posttrain.train.loop import OnStep, train
 from posttrain.train.methods import METHODS, Extremes, Rolled, policy_loss, temperatures
 from posttrain.train.reference import frozen_beside, without_adapters
 from posttrain.train.stage import Functions, Ready, Setting, account, leave_model, open_policy
+from posttrain.types import Rollout
 
 
 class Experience:
@@ -45,9 +47,10 @@ class Experience:
         held_out: Sequence[Question] = (),
         seed: int = 0,
         gold: Gold | None = None,
+        turns: Callable[[Rollout], list[tuple[bool, str]]] | None = None,
     ) -> None:
         self.config, self.learner, self.collector, self.gold = config, learner, collector, gold
-        self.folder, self.held_out, self.seed = folder, held_out, seed
+        self.folder, self.held_out, self.seed, self.turns = folder, held_out, seed, turns
         self.steps = config.steps
 
     def step(self, step: int, track: Track) -> StepResult:
@@ -61,7 +64,8 @@ class Experience:
         metrics["ratio_max"] = extremes.ratio
         asked = [self.collector.questions[i].text for i in batch.problems]
         groups, advantages, failures = batch.everything()
-        write_rollouts(self.folder / "rollouts", step + 1, groups, advantages, asked, batch.problems, failures)
+        where = self.folder / "rollouts"
+        write_rollouts(where, step + 1, groups, advantages, asked, batch.problems, failures, self.turns)
         last = step + 1 == self.steps
         every = self.config.held_out.every if self.config.held_out else 0
         seconds = sum(phases.seconds.values())
@@ -101,7 +105,7 @@ class Experience:
             scored = self.collector.rewards(groups)
             asked, numbers = [q.text for q in self.held_out], list(range(len(self.held_out)))
             kept, _, failures = with_failed(scored)
-            write_rollouts(self.folder / "held_out", step, kept, None, asked, numbers, failures)
+            write_rollouts(self.folder / "held_out", step, kept, None, asked, numbers, failures, self.turns)
         rollouts = [r for g in scored.groups for r in g.rollouts]
         if not rollouts:
             return {}
@@ -208,15 +212,17 @@ def run_rl(
     with RewardStack(config.rewards, functions, tokenizer) as rewards, ExitStack() as until:
         local = LocalSampler(policy, tokenizer, max_running=config.max_running, memory_mb=config.cache_mb)
         sampler: Sampler = local
+        turns = None
         if config.environment is not None:
             answering = environment(config.environment, functions)
             sampler = TurnSampler(local, answering, config.environment, tokenizer, local.context)
+            turns = partial(in_turns, tokenizer=tokenizer)
         penalty = reference if config.kl.coefficient else None
         collector = Collector(config, policy, sampler, rewards, questions, seed, penalty, tokenizer)
         meter = None
         if gold and reference is not None:
             meter = until.enter_context(closing(Gold(config, collector, held_out, reference, folder, seed, functions)))
-        work = Experience(config, learner, collector, folder, held_out, seed, meter)
+        work = Experience(config, learner, collector, folder, held_out, seed, meter, turns)
         result = train(
             learner,
             work,
