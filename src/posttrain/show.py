@@ -17,7 +17,7 @@ from posttrain.data.questions import Questions
 from posttrain.evaluate.stats import compare
 from posttrain.evaluate.tasks import evaluate_model, task_data
 from posttrain.files import read_lines
-from posttrain.models.load import context_length, load_tokenizer, pick_device
+from posttrain.models.load import context_length, load_tokenizer
 from posttrain.report.feedback import agreement
 from posttrain.report.terminal import sampling_tables
 from posttrain.report.words import p_value, score
@@ -31,8 +31,6 @@ BAR = 40
 def inspect(recipe: Recipe, only: str | None, rows: int, out: Console) -> None:
     """Prepare the data of every stage and evaluation (or of the one named) and print what came of it."""
     tokenizer, context = load_tokenizer(recipe.model), context_length(recipe.model)
-    named = recipe.model.device  # it need not be here: nothing runs on it
-    device = pick_device(named).type if named == "auto" else named.split(":")[0]
     for stage in recipe.stages:
         if only not in (None, stage.name):
             continue
@@ -48,7 +46,7 @@ def inspect(recipe: Recipe, only: str | None, rows: int, out: Console) -> None:
             elif isinstance(data, Answers):
                 _answers(data, rows, out)
             else:
-                _samples(data, stage if isinstance(stage, EpochsConfig) else None, device, tokenizer, rows, out)
+                _samples(data, stage if isinstance(stage, EpochsConfig) else None, tokenizer, rows, out)
     for task in recipe.evaluate:
         if only in (None, task.name):
             out.rule(f"{task.name} (evaluation)")
@@ -56,15 +54,14 @@ def inspect(recipe: Recipe, only: str | None, rows: int, out: Console) -> None:
             if isinstance(asked, Questions):
                 _questions(asked, rows, out)
             else:
-                _samples(asked, None, device, tokenizer, rows, out)
+                _samples(asked, None, tokenizer, rows, out)
 
 
-def _samples(prepared: Any, stage: EpochsConfig | None, device: str, tokenizer: Any, rows: int, out: Console) -> None:
+def _samples(prepared: Any, stage: EpochsConfig | None, tokenizer: Any, rows: int, out: Console) -> None:
     lengths = [len(s) for s in prepared.samples]
     _numbers(prepared.stats, lengths, out)
     if stage is not None and lengths:
-        text = plan(stage, getattr(prepared, "sizes", lengths), device)
-        out.print(f"plan       {text}", markup=False, soft_wrap=True)
+        out.print(f"plan       {plan(stage, getattr(prepared, 'sizes', lengths))}", markup=False, soft_wrap=True)
     colours = out.color_system is not None and not out.no_color
     how = "coloured" if colours else "in {} {}".format(*BRACKETS)
     for i, sample in enumerate(prepared.samples[:rows]):
@@ -153,12 +150,12 @@ def histogram(lengths: Sequence[int], bins: int = 8) -> list[str]:
     ]
 
 
-def plan(stage: EpochsConfig, lengths: Sequence[int], device: str) -> str:
+def plan(stage: EpochsConfig, lengths: Sequence[int]) -> str:
     """Steps, and micro-batches a step as the token budget cuts them (before shared prefixes save any)."""
     from posttrain.models.ragged import micro_batches
     from posttrain.train.loop import steps_for
 
-    count, budget = len(lengths), stage.systems.budget(device)
+    count, budget = len(lengths), stage.systems.tokens_per_micro_batch
     steps, _ = steps_for(count, stage.batch_size, stage.epochs)
     capped, _ = steps_for(count, stage.batch_size, stage.epochs, stage.max_steps)
     shown = [lengths[i : i + stage.batch_size] for i in range(0, count, stage.batch_size)][: min(capped, 200)]

@@ -72,12 +72,7 @@ def read(config: RewardModelConfig) -> tuple[list[Pair], list[Pair]]:
 
 def gradients(config: RewardModelConfig, pairs: list[Pair], systems: SystemsConfig) -> tuple[dict[str, float], Any]:
     model = LanguageModel(open_head(ModelConfig(source="tiny:llama"), "sequence", 1)[0])
-    one = Learner(
-        model,
-        OptimizerConfig(),
-        whole(systems, systems.budget("cpu"), [len(p.chosen) + len(p.rejected) for p in pairs]),
-        4,
-    )
+    one = Learner(model, OptimizerConfig(), whole(systems, [len(p.chosen) + len(p.rejected) for p in pairs]), 4)
     found: dict[str, torch.Tensor] = {}
 
     def keep() -> float:

@@ -124,15 +124,14 @@ def _member(
     opened = open_scorer(config, model, "sequence", seed)
     policy, pad = opened.policy, padding(opened.policy)
     at, steps = permutation_batches(pairs, config.batch_size, config.epochs, seed, config.max_steps)  # type: ignore[arg-type]
-    budget = config.systems.budget(policy.device.type)
-    systems = whole(config.systems, budget, [len(p.chosen) + len(p.rejected) - p.prompt for p in pairs])
+    systems = whole(config.systems, [len(p.chosen) + len(p.rejected) - p.prompt for p in pairs])
     learner = Learner(policy, config.optimizer, systems, steps)
     every = config.held_out.every if config.held_out is not None else 0
     before, after = folder / "members" / f"{k}.before.json", Scored()
 
     def measure(step: int, track: Track) -> dict[str, float]:
         track.phase("held-out pairs")
-        found = score_pairs(policy, held_out, pad, budget)
+        found = score_pairs(policy, held_out, pad, config.systems.tokens_per_micro_batch)
         if step == 0 and ranks.is_main():
             write_json(before, found)
         after[:] = found
@@ -156,8 +155,8 @@ def _member(
         shown=("loss", "accuracy", "held_out_accuracy"),
     )
     if held_out and not after:  # gone on with behind the last step
-        after[:] = score_pairs(policy, held_out, pad, budget)
-    rewards = after or score_pairs(policy, pairs[:SAMPLED], pad, budget)
+        after[:] = score_pairs(policy, held_out, pad, config.systems.tokens_per_micro_batch)
+    rewards = after or score_pairs(policy, pairs[:SAMPLED], pad, config.systems.tokens_per_micro_batch)
     flat = torch.tensor(rewards, dtype=torch.float64).flatten()
     kept = {"mean": float(flat.mean()), "std": float(flat.std(correction=0)), "account": account(result, opened)}
     if ranks.is_main():
