@@ -24,7 +24,16 @@ from rich.console import Console
 
 import posttrain
 from posttrain import stages
-from posttrain.config import ModelConfig, OnlineDPOConfig, Recipe, RLConfig, SampleConfig, StageConfig, references
+from posttrain.config import (
+    ModelConfig,
+    OnlineDPOConfig,
+    Recipe,
+    RLConfig,
+    SampleConfig,
+    ScoreConfig,
+    StageConfig,
+    references,
+)
 from posttrain.distributed import ranks
 from posttrain.errors import CheckpointError, PosttrainError
 from posttrain.evaluate.stats import compare, summarize
@@ -186,7 +195,7 @@ def _work(
     tasks = [
         {"stage": f"evaluate {task.name}", **task_data(task, tokenizer, context).stats}
         for task in recipe.evaluate
-        if not references(task.problems if isinstance(task, SampleConfig) else task)
+        if not references(task.problems if isinstance(task, SampleConfig | ScoreConfig) else task)
     ]
     manifest.update(data=[entry for ready in early.values() for entry in ready.entries] + tasks)
     trackers = Trackers(recipe.track, path, recipe)

@@ -29,7 +29,7 @@ from posttrain.config.base import (
 from posttrain.config.environment import CalculatorConfig, EnvironmentConfig, FunctionEnvironmentConfig
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
 from posttrain.config.feedback import FeedbackConfig
-from posttrain.config.inference import RejectionConfig, SampleConfig
+from posttrain.config.inference import RejectionConfig, SampleConfig, ScoreConfig
 from posttrain.config.judge import JudgeConfig, ServerConfig
 from posttrain.config.preference import HeldOutPairsConfig, OnlineDPOConfig, PreferenceConfig
 from posttrain.config.reward_model import ProcessRewardConfig, RewardModelConfig
@@ -55,7 +55,7 @@ StageConfig = Annotated[
     | ProcessRewardConfig,
     Field(discriminator="method"),
 ]
-EvaluationConfig = Annotated[TaskConfig | SampleConfig, Field(discriminator="kind")]
+EvaluationConfig = Annotated[TaskConfig | SampleConfig | ScoreConfig, Field(discriminator="kind")]
 
 
 class TrackConfig(Config):
@@ -182,6 +182,7 @@ __all__ = [
     "SFTConfig",
     "SampleConfig",
     "SamplingConfig",
+    "ScoreConfig",
     "ServerConfig",
     "StageBase",
     "StageConfig",

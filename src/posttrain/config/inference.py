@@ -1,4 +1,4 @@
-"""Settings of what is done with many completions of a question: measured as votes and choices, or kept as data."""
+"""Settings of what is done with completions of a question: measured as votes and choices, scored, or kept as data."""
 
 from __future__ import annotations
 
@@ -70,6 +70,27 @@ class SampleConfig(Config):
         """The k of the curves, ascending, 1 and n among them."""
         powers = [2**i for i in range(self.n.bit_length())]
         return sorted({1, *(self.k or powers), self.n})
+
+
+class ScoreConfig(Config):
+    """An evaluation by a scorer, a judge or a reward model: mean score of sampled answers, and how often the trained
+    model's answer to a prompt scores above the first model's."""
+
+    kind: Literal["score"] = "score"
+    name: str = Field(pattern=NAME, description="Name in tables and files.")
+    problems: ProblemsConfig
+    scorer: RewardConfig = Field(description="Scores every answer; its weight is not used.")
+    n: int = Field(1, ge=1, le=64, description="Answers sampled to each prompt.")
+    sampling: SamplingConfig = SamplingConfig()
+    show: int = Field(8, ge=0, description="Prompts whose first answers are shown in the report. 0: none.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> ScoreConfig:
+        if self.sampling.temperature == 0 and self.n > 1:
+            raise ValueError("sampling.temperature is 0: all n answers would be the same. Raise it, or set n to 1")
+        if self.scorer.kind == "self_consistency" or getattr(self.scorer, "group", False):
+            raise ValueError(f"{self.scorer.title} compares the answers of a prompt: a score is of one answer")
+        return self
 
 
 class RejectionConfig(StageBase):

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from posttrain.config.base import NAME, Config, DataConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
-from posttrain.config.rewards import RewardsConfig
+from posttrain.config.rewards import RewardConfig, RewardsConfig
 
 
 class AskedConfig(Config):
@@ -37,6 +37,21 @@ class RowsConfig(AskedConfig):
         True,
         description="Rows have a right answer; false: the column prompt alone is read, for rewards and judges that need none.",
     )
+    opening: int = Field(
+        0,
+        ge=0,
+        description="The answer's first so many words are put behind the prompt, to be gone on from, and the rest is the answer (plain text: data.chat false). 0: none.",
+    )
+
+    @model_validator(mode="after")
+    def _opens(self) -> RowsConfig:
+        if self.opening and not self.answers:
+            raise ValueError("opening takes the answer's first words, and answers is false: rows have none")
+        if self.opening and self.data.chat:
+            raise ValueError("opening: what is to be gone on from is plain text, without turns. Set data.chat to false")
+        if self.opening and self.instruction:
+            raise ValueError("opening and instruction both stand behind the prompt: leave the instruction out")
+        return self
 
 
 class ReasoningGymConfig(AskedConfig):
@@ -115,18 +130,39 @@ class RLOptimizerConfig(OptimizerConfig):
     warmup: float = Field(0.0, ge=0, description="Steps of linear warm-up; below 1: that fraction of all steps.")
 
 
-class HeldOutConfig(Config):
-    """Problems that are never trained on, answered greedily now and then."""
-
-    problems: ProblemsConfig
-    every: int = Field(10, ge=1, description="Steps between; also before the first and after the last.")
-
-
 def _of_groups(part: Any) -> bool:
     """Whether a reward looks at all completions of a prompt together."""
     if part.kind == "agreement":
         return getattr(part, "label", None) is None
     return part.kind == "self_consistency" or bool(getattr(part, "group", False))
+
+
+class HeldOutConfig(Config):
+    """Problems that are never trained on, answered greedily now and then; and sampled, where there is a gold scorer."""
+
+    problems: ProblemsConfig
+    every: int = Field(10, ge=1, description="Steps between; also before the first and after the last.")
+    gold: RewardConfig | None = Field(
+        None,
+        description="A scorer that nothing is trained by: it and the stage's own rewards judge the same samples, whose KL from the stage's first model is measured, so that over-optimisation shows. None: off.",
+    )
+    samples: int = Field(1, ge=1, description="Samples of each held-out problem for gold.")
+
+    @model_validator(mode="after")
+    def _sampled(self) -> HeldOutConfig:
+        if self.samples > 1 and self.gold is None:
+            raise ValueError("held_out.samples are drawn for held_out.gold, and there is none")
+        if self.gold is not None and _of_groups(self.gold):
+            raise ValueError(f"held_out.gold is {self.gold.title}, which compares the completions of a prompt")
+        return self
+
+
+def _whole(held_out: HeldOutConfig, sampling: SamplingConfig) -> None:
+    """A KL is between whole distributions."""
+    cut = {"top_k": sampling.top_k, "top_p": sampling.top_p < 1, "min_p": sampling.min_p}
+    wrong = next((name for name, on in {**cut, "min_tokens": sampling.min_tokens}.items() if on), None)
+    if held_out.gold is not None and wrong is not None:
+        raise ValueError(f"held_out.gold measures the KL of whole distributions: leave out sampling.{wrong}")
 
 
 class RLConfig(TrainConfig):
@@ -222,6 +258,8 @@ class RLConfig(TrainConfig):
             raise ValueError(f"prompts_per_step ({self.prompts_per_step}) must divide into updates ({self.updates})")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: completions would all be the same, with nothing to compare")
+        if self.held_out is not None:
+            _whole(self.held_out, self.sampling)
         if self.environment is not None and self.sampling.min_tokens:
             raise ValueError("sampling.min_tokens would hold in every turn anew: leave it out with an environment")
         grouped = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline")

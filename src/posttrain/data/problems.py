@@ -8,6 +8,7 @@ A problem is a mapping: ``messages`` (what is asked, as turns), ``prompt`` (the 
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def _from_rows(config: RowsConfig) -> list[Problem]:
         try:
             row, source = table.rows[i], f"{file}:{number}"
             record = to_record(row, layout, data) if config.answers else _prompt_alone(row, data)
-            problems.append(_problem(record, row, source, config.instruction))
+            problems.append(_problem(_opened(record, config.opening), row, source, config.instruction))
         except BadRow as error:
             bad.add(table.places[i], str(error))
     if bad.counts and (data.on_bad_row == "stop" or not problems):
@@ -85,6 +86,21 @@ def _prompt_alone(row: dict[str, Any], data: DataConfig) -> Record:
     given = row if data.prompt is not None else {"prompt": field(row, "prompt"), "completion": NO_ANSWER}
     made = to_record(given, "prompt_completion", data)
     return Record(made.messages, extra={"answer": NO_ANSWER})
+
+
+def _opened(record: Record, words: int) -> Record:
+    """The answer's first words moved behind the prompt, as they are written. Raises BadRow where nothing is left."""
+    if not words:
+        return record
+    *before, asked, answer = record.messages or ({"role": "", "content": ""},) * 2
+    if (asked["role"], answer["role"]) != ("user", "assistant"):
+        raise BadRow("no prompt and answer in it to take the first words of")
+    first = re.match(rf"(?:\s*\S+){{{words}}}", answer["content"])
+    rest = answer["content"][first.end() :] if first else ""
+    if first is None or not rest.strip():
+        raise BadRow(f"an answer of no more than {words} words: nothing is left to go on with")
+    asked = {**asked, "content": asked["content"] + first[0]}
+    return Record((*before, asked, {**answer, "content": rest}), extra={**(record.extra or {}), "answer": rest})
 
 
 def _problem(record: Record, row: dict[str, Any], source: str, instruction: str | None) -> Problem:

@@ -208,15 +208,19 @@ def summarize(items: Sequence[Item], kind: str, *, level: float = 0.95, seed: in
     """{"metric", "value", "low", "high", "n", "interval"} of one model on one task.
 
     items: for kind choice and generate each has ``correct``; for perplexity ``nll`` and ``tokens``; for sample
-    ``value``, an accuracy between 0 and 1. Raises DataError for no items or an unknown kind.
+    ``value``, an accuracy between 0 and 1; for score ``value``, any number, or None where no answer could be scored,
+    which counts in ``unscored`` alone. Raises DataError for no items or an unknown kind.
     """
+    missing = sum(i["value"] is None for i in items) if kind == "score" else 0
+    if missing:
+        items = [i for i in items if i["value"] is not None]
     if not items:
         raise DataError("expected at least one item to evaluate, got none; is the range `rows` of the task empty?")
     percent = f"{100 * level:g}%"
     if kind == "perplexity":
         value, low, high = perplexity_interval(_losses(items), level, seed=seed)
         how = f"{percent} bootstrap"
-    elif kind == "sample":
+    elif kind in ("sample", "score"):
         values = [float(i["value"]) for i in items]
         low, high = interval_of_means(np.array([values]).T, level, seed)[0]
         value, how = sum(values) / len(values), f"{percent} {'Wilson' if _sharp(values) else 'bootstrap'}"
@@ -224,9 +228,10 @@ def summarize(items: Sequence[Item], kind: str, *, level: float = 0.95, seed: in
         right = sum(bool(i["correct"]) for i in items)
         value, (low, high), how = right / len(items), wilson(right, len(items), level), f"{percent} Wilson"
     else:
-        raise DataError(f"expected a task of kind choice, generate, perplexity or sample, got {kind!r}")
-    metric = "perplexity" if kind == "perplexity" else "accuracy"
-    return {"metric": metric, "value": value, "low": low, "high": high, "n": len(items), "interval": how}
+        raise DataError(f"expected a task of kind choice, generate, perplexity, sample or score, got {kind!r}")
+    metric = kind if kind in ("perplexity", "score") else "accuracy"
+    out = {"metric": metric, "value": value, "low": low, "high": high, "n": len(items), "interval": how}
+    return out | ({"unscored": missing} if missing else {})
 
 
 def compare(
@@ -237,7 +242,8 @@ def compare(
     difference is after minus before, with its interval (low, high). Accuracy: method 10 of Newcombe and McNemar's
     exact test; perplexity, and accuracies of several samples: paired bootstrap. gained and lost count the items that
     went from wrong to right and back; for perplexity, those whose loss per token fell and rose; for samples, those
-    whose accuracy rose and fell. Without ``task`` the entry has no such key.
+    whose accuracy rose and fell; for scores, those whose mean rose and fell, and ``wins`` (see there). Without ``task``
+    the entry has no such key.
     Raises DataError where an id comes twice or is missing on one side, or there are no items.
     """
     old, new = _by_id(before, "before"), _by_id(after, "after")
@@ -248,14 +254,18 @@ def compare(
             "Evaluate both models on the same data and rows"
         )
     pairs = [(old[i], new[i]) for i in old]
+    if kind == "score":  # a prompt that one side has no score of can't be compared
+        pairs = [(a, b) for a, b in pairs if a["value"] is not None and b["value"] is not None]
     # Both sides in the same order, so that the bootstrap draws the same items for both.
-    sides = [summarize(list(side), kind, level=level, seed=seed) for side in (old.values(), [b for _, b in pairs])]
+    sides = [
+        summarize(list(side), kind, level=level, seed=seed) for side in ([a for a, _ in pairs], [b for _, b in pairs])
+    ]
     if kind == "perplexity":
         losses = _losses([a for a, _ in pairs]), _losses([b for _, b in pairs])
         difference, (low, high), p = perplexity_difference(*losses, level=level, seed=seed)
         rates = [(a["nll"] / max(a["tokens"], 1), b["nll"] / max(b["tokens"], 1)) for a, b in pairs]
         gained, lost, test = sum(b < a for a, b in rates), sum(b > a for a, b in rates), "paired bootstrap"
-    elif kind == "sample" and not _sharp([float(i["value"]) for pair in pairs for i in pair]):
+    elif kind == "score" or kind == "sample" and not _sharp([float(i["value"]) for pair in pairs for i in pair]):
         values = [float(a["value"]) for a, _ in pairs], [float(b["value"]) for _, b in pairs]
         difference, (low, high), p = mean_difference(*values, level=level, seed=seed)
         gained, lost = (sum(up(b, a) for a, b in zip(*values, strict=True)) for up in (gt, lt))
@@ -273,7 +283,28 @@ def compare(
         "after": {k: sides[1][k] for k in ("value", "low", "high", "n")},
         "difference": difference, "low": low, "high": high, "test": test, "p_value": p,
         "n": len(pairs), "gained": gained, "lost": lost,
+        **({"wins": wins(*zip(*pairs, strict=True), level=level, seed=seed)} if kind == "score" else {}),
     }  # fmt: skip
+
+
+def wins(before: Sequence[Item], after: Sequence[Item], *, level: float = 0.95, seed: int = 0) -> dict[str, float]:
+    """How often an answer after scores above one before, both to the same prompt; ties count half.
+
+        win rate = mean over prompts of the mean over x, y of [x > y] + [x = y] / 2
+
+    x: the prompt's scores after; y: those before. before, after: items of kind score, prompt by prompt in the same
+    order. Returns value, low, high: the interval is the bootstrap's over prompts (Wilson's where every prompt is won or
+    lost whole). 1/2: neither is better.
+    Raises DataError where the two are not as many, ValueError for none.
+    """
+    if len(before) != len(after):
+        raise DataError(f"expected the same prompts before and after, got {len(before)} and {len(after)}")
+    rates = []
+    for old, new in zip(before, after, strict=True):
+        x, y = (np.array([a["score"] for a in i["answers"] if a["score"] is not None]) for i in (new, old))
+        rates.append(float(((x[:, None] > y) + 0.5 * (x[:, None] == y)).mean()))
+    low, high = mean_interval(rates, level, seed)
+    return {"value": sum(rates) / len(rates), "low": low, "high": high}
 
 
 def _sharp(values: Sequence[float]) -> bool:

@@ -1,4 +1,4 @@
-"""Evaluation tasks: choices by likelihood, greedy answers by match, perplexity; many samples.
+"""Evaluation tasks: choices by likelihood, greedy answers by match, perplexity; many samples; scores.
 
 Every item and answer is kept.
 """
@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 
-from posttrain.config import EvaluationConfig, ModelConfig, SampleConfig, TaskConfig
+from posttrain.config import EvaluationConfig, ModelConfig, SampleConfig, ScoreConfig, TaskConfig
 from posttrain.data.prepare import Prepared, prepare, prompt_tokens, prompt_with_completion
 from posttrain.data.questions import Questions, ask
 from posttrain.errors import DataError
-from posttrain.evaluate import sampled
+from posttrain.evaluate import sampled, scored
 from posttrain.evaluate.stats import summarize
 from posttrain.files import Lines, read_lines, write_json
 from posttrain.models.lm import LanguageModel, verify
 from posttrain.models.load import context_length, load_model
 from posttrain.progress import Track
+from posttrain.rewards.stack import RewardStack
 from posttrain.rollout.greedy import greedy
 from posttrain.types import Sample
 
@@ -51,8 +52,9 @@ def evaluate_model(
         for task in pending:
             data = task_data(task, tokenizer, context_length(config))
             if isinstance(data, Questions):
-                assert isinstance(task, SampleConfig)
-                run_sampled(model, tokenizer, task, data, folder, seed, functions)
+                assert isinstance(task, SampleConfig | ScoreConfig)
+                run = run_sampled if isinstance(task, SampleConfig) else run_scored
+                run(model, tokenizer, task, data, folder, seed, functions)  # type: ignore[operator]
             else:
                 assert isinstance(task, TaskConfig)
                 run_task(model, tokenizer, task, data, folder, seed)
@@ -61,7 +63,7 @@ def evaluate_model(
 
 def task_data(task: EvaluationConfig, tokenizer: Any, context: int | None) -> Prepared | Questions:
     """What a task asks. Raises DataError where that can't be read."""
-    if isinstance(task, SampleConfig):
+    if isinstance(task, SampleConfig | ScoreConfig):
         return ask(task.problems, tokenizer, context=context)
     return prepare(task.data, tokenizer, context=context)
 
@@ -96,6 +98,24 @@ def run_sampled(
         items = _kept(folder, task.name, list(sampled.chunks(model, tokenizer, task, questions, seed, rewards)))
     about = sampled.summary_of(task, items, seed)
     summary = {"task": task.name, "kind": task.kind, **summarize(items, task.kind, seed=seed), **about}
+    shown = [{name: i[name] for name in ("prompt", "expected", "output")} for i in items[: task.show]]
+    return _leave(folder, summary, shown, began)
+
+
+def run_scored(
+    model: LanguageModel,
+    tokenizer: Any,
+    task: ScoreConfig,
+    questions: Questions,
+    folder: Path,
+    seed: int = 0,
+    functions: sampled.Functions | None = None,
+) -> dict[str, Any]:
+    """The same for a task whose answers a scorer judges. Raises RewardError where the scorer fails."""
+    began = time.perf_counter()
+    with RewardStack([task.scorer], functions) as rewards:
+        items = _kept(folder, task.name, scored.chunks(model, tokenizer, task, questions, seed, rewards))
+    summary = {"task": task.name, "kind": task.kind, **summarize(items, task.kind, seed=seed), **scored.about(items)}
     shown = [{name: i[name] for name in ("prompt", "expected", "output")} for i in items[: task.show]]
     return _leave(folder, summary, shown, began)
 

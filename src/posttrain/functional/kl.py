@@ -48,6 +48,19 @@ def kl(logprobs_N: Tensor, reference_logprobs_N: Tensor, estimator: Estimator = 
     raise ValueError(f"KL estimator must be k1, k2 or k3, and is {estimator!r}")
 
 
+def sequence_kl(logprobs_N: Tensor, reference_logprobs_N: Tensor, sequence_N: Tensor, sequences: int) -> Tensor:
+    """KL(pi || pi_ref) of whole completions, nats, estimated from each sampled one; of shape R = `sequences`.
+
+        KL_i = sum_t k3_t
+
+    The divergence of a sequence is the sum of its tokens' divergences, each given the tokens before it (the chain
+    rule), so that the mean over completions drawn from pi is unbiased; it is never negative, as a sum of k1 may be.
+    logprobs_N, reference_logprobs_N: as `kl` takes them; sequence_N: the completion of each token. One without tokens
+    gives 0.
+    """
+    return sequence_sum(kl(logprobs_N, reference_logprobs_N, "k3"), sequence_N, sequences)
+
+
 def token_rewards(rewards_R: Tensor, kl_N: Tensor, beta: float, sequence_N: Tensor) -> Tensor:
     """KL in the reward, a token at a time: r_t = -beta kl_t, plus the sequence's reward at its last token; shape N.
 

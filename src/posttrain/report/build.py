@@ -19,6 +19,7 @@ from markupsafe import Markup
 from posttrain.report import words
 from posttrain.report.curves import Chart, chart, measures_for, ticks
 from posttrain.report.feedback import read_feedback
+from posttrain.report.gold import measured
 from posttrain.report.inference import by_stage, panels
 from posttrain.report.load import Evaluation, Record, Run, TaskRow, read
 from posttrain.report.rollouts import views
@@ -49,7 +50,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Samples:
-    """The cards of a task, shown and folded; how many items there are of each change; greedy answers, if any."""
+    """The cards of a task, shown and folded; how many items there are of each change; answers alone, if any."""
 
     task: str
     counts: dict[str, int]
@@ -117,6 +118,7 @@ def render(run: Run) -> str:
         rollouts=views(run),
         feedback=read_feedback(run.folder, run.notes),
         scored=scored(run),
+        gold=measured(run),
         recipe=words.yaml_markup(run.recipe_text),
         lineage=_lineage(run),
         commands=[
@@ -169,17 +171,25 @@ def _charts(metrics: list[Record], timings: list[Record]) -> tuple[list[Chart], 
 
 
 def _forest(row: TaskRow) -> Forest:
-    """Accuracy on an axis from 0 to 1, perplexity from 0 to a little above the highest limit."""
+    """Accuracy on an axis from 0 to 1, perplexity from 0 to a little above the highest limit, scores around both."""
     sides = [(name, s) for name, s in (("before", row.before), ("after", row.after)) if s]
-    end = 1.0 if row.metric == "accuracy" else max((float(s.get("high") or 0) for _, s in sides), default=0) * 1.1
-    if not 0 < end < math.inf:
+    ends = [float(s.get(k) or 0) for _, s in sides for k in ("low", "high")]
+    start, end = 0.0, 1.0 if row.metric == "accuracy" else max(ends, default=0) * 1.1
+    if row.metric == "score" and ends:
+        pad = 0.1 * (max(ends) - min(ends)) or 0.5
+        start, end = min(ends) - pad, max(ends) + pad
+    if not -math.inf < start < end < math.inf:
         return Forest([], [])
+
+    def across(value: Any) -> float:
+        return 100 * (float(value or 0) - start) / (end - start)
+
     lanes = []
     for name, side in sides:
-        at, low, high = (100 * float(side.get(k) or 0) / end for k in ("value", "low", "high"))
+        at, low, high = (across(side.get(k)) for k in ("value", "low", "high"))
         lanes.append((name, at, low, high - low))
-    marks = [0, 0.25, 0.5, 0.75, 1] if row.metric == "accuracy" else ticks(0, end)
-    return Forest(lanes, [(100 * m / end, f"{m:.0%}" if row.metric == "accuracy" else words.number(m)) for m in marks])
+    marks = [0, 0.25, 0.5, 0.75, 1] if row.metric == "accuracy" else ticks(start, end)
+    return Forest(lanes, [(across(m), f"{m:.0%}" if row.metric == "accuracy" else words.number(m)) for m in marks])
 
 
 def _samples(row: TaskRow, run: Run) -> Samples | None:
@@ -193,7 +203,8 @@ def _samples(row: TaskRow, run: Run) -> Samples | None:
         groups[change].append(_card(change, old[item], new[item]))
     cards = [c for name, group in groups.items() for c in group[: SHOWN[name]]]
     more = [c for name, group in groups.items() for c in group[SHOWN[name] : FOLDED[name]]]
-    greedy = [] if row.kind in ("generate", "sample") and old else _greedy(before.samples, after.samples)
+    shown = "sampled" if row.kind == "score" else "greedy"
+    greedy = [] if row.kind in ("generate", "sample") and old else _answers(shown, before.samples, after.samples)
     if not cards and not more and not greedy:
         return None
     return Samples(row.task, {name: len(group) for name, group in groups.items()}, cards, more, greedy)
@@ -218,14 +229,14 @@ def _shares(scores: dict[str, Any]) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
-def _greedy(before: Sequence[Record], after: Sequence[Record]) -> list[Card]:
-    """Greedy answers to the same prompts; a side that has none for a prompt is left empty."""
+def _answers(how: str, before: Sequence[Record], after: Sequence[Record]) -> list[Card]:
+    """Answers to the same prompts, greedy or sampled; a side that has none for a prompt is left empty."""
     old, new = ({words.plain(s.get("prompt")): s for s in side} for side in (before, after))
     out = []
     for prompt in {**old, **new}:
         about = old.get(prompt) or new[prompt]
         was, now = (words.plain(side.get(prompt, {}).get("output")) for side in (old, new))
-        out.append(Card("greedy", "", prompt, words.plain(about.get("expected")), was, now, []))
+        out.append(Card(how, "", prompt, words.plain(about.get("expected")), was, now, []))
     return out
 
 

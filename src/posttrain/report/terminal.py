@@ -31,9 +31,15 @@ def summary_table(run_folder: Path) -> Table:
             value, low, high = (score(side.get(k), metric, sign) for k in (key, "low", "high"))
             return f"{value}\n\\[{low}, {high}]"  # escaped: brackets are rich's markup
 
+        won = (row.comparison or {}).get("wins")
+        beats = f"\nwins {won['value']:.3f}\n\\[{won['low']:.3f}, {won['high']:.3f}]" if won else ""
         p = p_value((row.comparison or {}).get("p_value"))
         table.add_row(
-            f"{row.task}\n{row.n:,} items", span(row.before), span(row.after), span(row.comparison, "difference"), p
+            f"{row.task}\n{row.n:,} items{beats}",
+            span(row.before),
+            span(row.after),
+            span(row.comparison, "difference"),
+            p,
         )
     return table
 

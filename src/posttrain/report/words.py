@@ -77,10 +77,10 @@ def fixed(value: float, digits: int, sign: bool = False) -> str:
 
 
 def score(value: Any, metric: str, sign: bool = False) -> str:
-    """A value of a metric as tables show it: three decimals of an accuracy, two of a perplexity."""
+    """A value of a metric as tables show it: three decimals of an accuracy or a score, two of a perplexity."""
     if not isinstance(value, int | float):
         return "–"
-    return fixed(value, 3 if metric == "accuracy" else 2, sign)
+    return fixed(value, 2 if metric == "perplexity" else 3, sign)
 
 
 def p_value(p: Any) -> str:
@@ -119,12 +119,20 @@ def verdict(row: TaskRow) -> str:
     change, accuracy = float(c["difference"]), row.metric == "accuracy"
     up = "did not change, at" if change == 0 else "rose from" if change > 0 else "fell from"
     to = "" if change == 0 else f" to {share(after, row)}"
-    note = "" if accuracy else " (lower is better)"
-    better = change != 0 and (change > 0) == accuracy
-    scale, unit, digits = (100, " points", 1) if accuracy else (1, "", 2)
+    higher = row.metric != "perplexity"
+    note = "" if higher else " (lower is better)"
+    better = change != 0 and (change > 0) == higher
+    scale, unit, digits = (100, " points", 1) if accuracy else (1, "", 3 if higher else 2)
     size, low, high = (fixed(scale * float(c[k]), digits, sign=True) for k in ("difference", "low", "high"))
     if row.kind == "sample":
         moved = f"Of {row.n:,} questions, {c['gained']:,} are answered right more often, {c['lost']:,} less often. "
+        what = "a change at least this large"
+    elif row.kind == "score":
+        won, least, most = (fixed(100 * float(c["wins"][k]), 1) for k in ("value", "low", "high"))
+        moved = (
+            f"{c['gained']:,} of {row.n:,} prompts got a higher score and {c['lost']:,} a lower one; an answer after "
+        )
+        moved += f"training beats one from before in {won}% (95% interval {least}% to {most}%). "
         what = "a change at least this large"
     elif accuracy:
         moved = f"Of {row.n:,} items, {c['gained']:,} went from wrong to right and {c['lost']:,} from right to wrong. "
@@ -148,7 +156,7 @@ def verdict(row: TaskRow) -> str:
 def share(side: dict[str, Any], row: TaskRow) -> str:
     """A value as sentences show it: accuracy in percent."""
     value = float(side.get("value", math.nan))
-    return f"{fixed(100 * value, 1)}%" if row.metric == "accuracy" else fixed(value, 2)
+    return f"{fixed(100 * value, 1)}%" if row.metric == "accuracy" else score(value, row.metric)
 
 
 _KEY = re.compile(r"^(\s*(?:- +)*)([\w.\-]+)(:)(\s.*)?$")

@@ -193,6 +193,13 @@ class Collector:
                 for r, part in zip(mine, out[2].float().cpu().split(lengths), strict=True):
                     r.values = part
 
+    def own_logprobs(self, rolled: Sequence[Rolled]) -> list[torch.Tensor]:
+        """The policy's log-probabilities of what it has just sampled: the sampler's where they are the learner's."""
+        if self.comparable and next(self.model.parameters()).dtype == torch.float32:
+            return sampled_logprobs(rolled)
+        self._own(rolled)
+        return [torch.zeros(0) if r.old is None else r.old for r in rolled]
+
     def _greedy(self, batch: Batch, phases: Phases) -> list[float]:
         """ReMax: the reward of the likeliest answer to each prompt; 0 where it can't be judged."""
         groups = self.answer([self.questions[i] for i in batch.problems], phases)

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.config import FeedbackConfig, JudgeConfig, ModelConfig
+from posttrain.config import FeedbackConfig, JudgeConfig, ModelConfig, RowsConfig
 from posttrain.config.feedback import SamplesConfig
 from posttrain.data.chat import tokenize
 from posttrain.data.feedback import Answers, Candidate, Pair, read_answers
 from posttrain.data.feedback.pairs import labelled, pair_up
-from posttrain.data.questions import Question, Questions, ask
+from posttrain.data.questions import Question, Questions, ask, asks_in_chat
 from posttrain.distributed import ranks
 from posttrain.errors import DataError
 from posttrain.feedback.judge import Judge, Judged, describe
@@ -158,6 +158,7 @@ def _sampled(
 ) -> list[Pair]:
     """Pairs of the policy's own completions. Each lot of prompts is kept as a step's rollouts when it is sampled."""
     sampler: LocalSampler | None = None
+    chatty = not isinstance(config.problems, RowsConfig) or asks_in_chat(config.problems, None)
     seeds = np.random.SeedSequence([seed, 3]).generate_state(len(questions), np.uint64)
     size = config.prompts_at_once
     pairs: list[Pair] = []
@@ -175,7 +176,9 @@ def _sampled(
                     folder / "rollouts", lot, groups, None, [questions[i].text for i in numbers], list(numbers)
                 )
             for i, group in zip(numbers, groups_of(read_rollouts(path)), strict=True):
-                answers = [(r.text.strip(), j) for j, r in enumerate(group.rollouts)]
+                # In plain text the space before an answer is part of it: it joins the answer to what it goes on from.
+                texts = [r.text.strip() if chatty else r.text.rstrip() for r in group.rollouts]
+                answers = [(text, j) for j, text in enumerate(texts)]
                 dropped["empty answer"] += sum(not text for text, _ in answers)
                 different = {text: j for text, j in reversed(answers) if text}
                 dropped["answer given twice"] += sum(bool(text) for text, _ in answers) - len(different)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from posttrain.progress import Track
 from posttrain.rewards.stack import RewardStack
 from posttrain.rollout.engine import LocalSampler
 from posttrain.train.collect import Batch, Collector
+from posttrain.train.gold import Gold
 from posttrain.train.learner import Learner, StepResult
 from posttrain.train.loop import OnStep, train
 from posttrain.train.methods import Extremes, Rolled
 from posttrain.train.objectives import objective, pair_loss, pair_samples
 from posttrain.train.reference import frozen_beside, sums_of, without_adapters
-from posttrain.train.rl import Experience, problems
+from posttrain.train.rl import Experience, problems, reference_of
 from posttrain.train.stage import Functions, Ready, Setting, account, leave_model, open_policy
 
 
@@ -43,8 +45,9 @@ class OnlinePairs(Experience):
         held_out: Sequence[Question],
         seed: int,
         frozen: LanguageModel | None,
+        gold: Gold | None = None,
     ) -> None:
-        super().__init__(online.collecting(), learner, collector, folder, held_out, seed)
+        super().__init__(online.collecting(), learner, collector, folder, held_out, seed, gold)
         self.online, self.what, self.frozen = online, objective(online), frozen
 
     def step(self, step: int, track: Track) -> StepResult:
@@ -123,12 +126,17 @@ def run_online(
     if objective(config).needs_reference:
         frozen = frozen_beside(policy, model, config.adapter is not None)
     learner = Learner(policy, config.optimizer, config.systems, config.steps)
-    with RewardStack(config.rewards, functions) as rewards:
+    collecting = config.collecting()
+    with RewardStack(config.rewards, functions) as rewards, ExitStack() as until:
         sampler = LocalSampler(policy, tokenizer, max_running=config.max_running, memory_mb=config.cache_mb)
-        collector = Collector(config.collecting(), policy, sampler, rewards, questions, seed)
+        collector = Collector(collecting, policy, sampler, rewards, questions, seed)
+        meter = None
+        if config.held_out is not None and config.held_out.gold is not None:
+            first = reference_of(collecting, model, policy, frozen)
+            meter = until.enter_context(closing(Gold(collecting, collector, held_out, first, folder, seed, functions)))
         result = train(
             learner,
-            OnlinePairs(config, learner, collector, folder, held_out, seed, frozen),
+            OnlinePairs(config, learner, collector, folder, held_out, seed, frozen, meter),
             folder,
             checkpoint_every=config.checkpoint_every,
             keep=config.keep_checkpoints,

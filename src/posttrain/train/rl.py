@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from posttrain.rollout.sampler import Sampler
 from posttrain.rollout.store import write_rollouts
 from posttrain.rollout.turns import TurnSampler, check
 from posttrain.train.collect import Batch, Collector, in_passes, with_failed
+from posttrain.train.gold import Gold
 from posttrain.train.learner import Learner, StepResult
 from posttrain.train.loop import OnStep, train
 from posttrain.train.methods import METHODS, Extremes, Rolled, policy_loss, temperatures
@@ -42,8 +44,9 @@ class Experience:
         folder: Path,
         held_out: Sequence[Question] = (),
         seed: int = 0,
+        gold: Gold | None = None,
     ) -> None:
-        self.config, self.learner, self.collector = config, learner, collector
+        self.config, self.learner, self.collector, self.gold = config, learner, collector, gold
         self.folder, self.held_out, self.seed = folder, held_out, seed
         self.steps = config.steps
 
@@ -88,6 +91,10 @@ class Experience:
         return results, extremes
 
     def measure(self, step: int, phases: Phases) -> dict[str, float]:
+        """What is measured on held-out problems: greedy answers, and where there is a gold scorer samples."""
+        return self._greedy(step, phases) | (self.gold.measure(step, phases) if self.gold is not None else {})
+
+    def _greedy(self, step: int, phases: Phases) -> dict[str, float]:
         """Mean reward of greedy answers to the held-out problems, with its 95% interval; they are kept."""
         with phases("held_out"):
             groups = self.collector.answer(self.held_out, Phases(phases.track))
@@ -143,6 +150,8 @@ def problems(
     """
     if setting.functions is not None:
         RewardStack(config.rewards, setting.functions, setting.tokenizer).close()
+        if config.held_out is not None and config.held_out.gold is not None:
+            RewardStack([config.held_out.gold], setting.functions, setting.tokenizer).close()
     asked = ask(config.problems, setting.tokenizer, context=setting.context)
     if config.held_out is None:
         return [(config.name, asked)], asked.items, []
@@ -194,15 +203,20 @@ def run_rl(
         config.steps * config.updates * config.passes,
         {"value.": config.value_lr / config.optimizer.lr} if critic else None,
     )
-    reference = _reference(config, model, policy) if config.kl.coefficient else None
-    with RewardStack(config.rewards, functions, tokenizer) as rewards:
+    gold = config.held_out is not None and config.held_out.gold is not None
+    reference = reference_of(config, model, policy) if config.kl.coefficient or gold else None
+    with RewardStack(config.rewards, functions, tokenizer) as rewards, ExitStack() as until:
         local = LocalSampler(policy, tokenizer, max_running=config.max_running, memory_mb=config.cache_mb)
         sampler: Sampler = local
         if config.environment is not None:
             answering = environment(config.environment, functions)
             sampler = TurnSampler(local, answering, config.environment, tokenizer, local.context)
-        collector = Collector(config, policy, sampler, rewards, questions, seed, reference, tokenizer)
-        work = Experience(config, learner, collector, folder, held_out, seed)
+        penalty = reference if config.kl.coefficient else None
+        collector = Collector(config, policy, sampler, rewards, questions, seed, penalty, tokenizer)
+        meter = None
+        if gold and reference is not None:
+            meter = until.enter_context(closing(Gold(config, collector, held_out, reference, folder, seed, functions)))
+        work = Experience(config, learner, collector, folder, held_out, seed, meter)
         result = train(
             learner,
             work,
@@ -218,9 +232,12 @@ def run_rl(
     return account(result, opened)
 
 
-def _reference(config: RLConfig, model: ModelConfig, policy: LanguageModel) -> Callable[[Sequence[Rolled]], None]:
-    """Fills in log-probabilities of the model before the stage: the policy without its adapters, or a frozen copy."""
-    frozen = frozen_beside(policy, model, config.adapter is not None)
+def reference_of(
+    config: RLConfig, model: ModelConfig, policy: LanguageModel, frozen: LanguageModel | None = None
+) -> Callable[[Sequence[Rolled]], None]:
+    """Fills in log-probabilities of the model before the stage: the policy without its adapters, or a frozen copy
+    (`frozen`, where there is one already)."""
+    frozen = frozen or frozen_beside(policy, model, config.adapter is not None)
 
     @torch.no_grad()
     def score(rolled: Sequence[Rolled]) -> None:

@@ -1,0 +1,118 @@
+"""What a policy's rewards are worth while it is trained by them: proxy and gold on the same samples, over the KL.
+
+The proxy is what a stage learns from; gold is a scorer that nothing learns from. Where the first goes on rising with
+the distance from the first model and the second falls, the policy has found the proxy's mistakes (arXiv 2210.10760).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from posttrain.config import RLConfig
+from posttrain.data.questions import Question
+from posttrain.evaluate.stats import interval_of_means
+from posttrain.functional.kl import sequence_kl
+from posttrain.functional.reduce import sequence_index
+from posttrain.progress import Phases
+from posttrain.rewards.stack import RewardStack
+from posttrain.rollout.sampler import Request
+from posttrain.rollout.store import write_rollouts
+from posttrain.train.collect import Collector
+from posttrain.train.gather import sample
+from posttrain.train.methods import Rolled
+from posttrain.train.stage import Functions
+from posttrain.types import RolloutGroup
+
+NAME = "gold"
+"""The scorer's name among a rollout's rewards, and the folder of the rollouts."""
+
+
+class Gold:
+    """Samples the held-out problems, from the same random streams each time, and judges them twice.
+
+    reference: fills in log-probabilities of the model that the stage began with.
+    """
+
+    def __init__(
+        self,
+        config: RLConfig,
+        collector: Collector,
+        questions: Sequence[Question],
+        reference: Callable[[Sequence[Rolled]], None],
+        folder: Path,
+        seed: int,
+        functions: Functions | None,
+    ) -> None:
+        assert config.held_out is not None and config.held_out.gold is not None
+        self.config, self.collector, self.questions = config, collector, questions
+        self.reference, self.folder = reference, folder
+        self.samples = config.held_out.samples
+        self.streams = np.random.SeedSequence([seed, 7]).generate_state(len(questions), np.uint64)
+        scorer = config.held_out.gold.model_copy(update={"name": NAME, "weight": 1.0})
+        self.scorer = RewardStack([scorer], functions)
+
+    def close(self) -> None:
+        """End what the scorer runs."""
+        self.scorer.close()
+
+    def measure(self, step: int, phases: Phases) -> dict[str, float]:
+        """Means with 95% intervals (bootstrap over problems) of proxy, gold and KL a sequence; the samples are kept.
+
+        A sample that the proxy or gold fails on counts in neither. Empty where none is left.
+        """
+        with phases("gold"):
+            asked = zip(self.questions, self.streams, strict=True)
+            requests = [Request(q.tokens, self.samples, int(stream), q.problem) for q, stream in asked]
+            groups = sample(self.collector.sampler, requests, self.config.sampling, Phases(phases.track))
+            proxy = self.collector.rewards(groups).groups
+            judged = [_both(a, b) for a, b in zip(proxy, self.scorer(proxy).groups, strict=True)]
+            texts, numbers = [q.text for q in self.questions], list(range(len(self.questions)))
+            write_rollouts(self.folder / NAME, step, judged, None, texts, numbers)
+            return self._numbers(judged)
+
+    def _numbers(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        rolled = [Rolled(g.prompt, r, n) for n, g in enumerate(groups) for r in g.rollouts]
+        if not rolled:
+            return {}
+        divergence = self._divergence(rolled)
+        rewards = [r.rollout.reward for r in rolled]
+        golds = [r.rollout.rewards[NAME] for r in rolled]
+        there = sorted({r.group for r in rolled})
+        columns = {"proxy": rewards, "gold": golds, "kl_sequence": divergence}
+        table = np.array(
+            [
+                [statistics.fmean(v for v, r in zip(c, rolled, strict=True) if r.group == g) for c in columns.values()]
+                for g in there
+            ]
+        )
+        out: dict[str, float] = {"proxy_std": statistics.pstdev(rewards), "gold_std": statistics.pstdev(golds)}
+        for name, column, (low, high) in zip(columns, table.T, interval_of_means(table), strict=True):
+            out |= {name: float(column.mean()), f"{name}_low": low, f"{name}_high": high}
+        return out
+
+    def _divergence(self, rolled: Sequence[Rolled]) -> list[float]:
+        """KL from the stage's first model of each completion, nats."""
+        self.reference(rolled)
+        own = self.collector.own_logprobs(rolled)
+        lengths = torch.tensor([r.length for r in rolled])
+        reference = torch.cat([torch.zeros(0) if r.reference is None else r.reference for r in rolled])
+        found = sequence_kl(torch.cat(own), reference, sequence_index(lengths), len(rolled))
+        return [float(x) for x in found.double()]
+
+
+def _both(proxy: RolloutGroup, gold: RolloutGroup) -> RolloutGroup:
+    """The rollouts that have both, with gold's number beside the proxy's parts; told by their tokens' identity."""
+    kept = iter(gold.rollouts)
+    following = next(kept, None)
+    out = []
+    for r in proxy.rollouts:
+        if following is not None and following.tokens is r.tokens:
+            out.append(replace(r, rewards={**r.rewards, NAME: following.rewards[NAME]}))
+            following = next(kept, None)
+    return replace(proxy, rollouts=out)
