@@ -131,9 +131,10 @@ def _verdict(points: Sequence[Mapping[str, Any]], values: Mapping[str, Sequence[
     if len(points) < 2:
         return "The first model alone has been measured so far."
     last, best = points[-1], max(range(len(points)), key=lambda i: values["gold"][i])
+    moved = {s: fixed(of[-1], 2, True) for s, of in values.items()}
     out = (
         f"At a KL of {number(float(last['kl_sequence']), 3)} nats a completion the reward that is learnt from has "
-        f"moved by {fixed(values['proxy'][-1], 2, True)} standard deviations, gold by {fixed(values['gold'][-1], 2, True)}."
+        f"moved by {moved['proxy']} standard deviations, gold by {moved['gold']}."
     )
     if best == len(points) - 1:
         return out + " Gold has not been higher before: no over-optimisation is seen."
