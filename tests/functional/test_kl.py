@@ -33,6 +33,29 @@ def test_by_hand() -> None:
     assert kl.kl(logprobs, logprobs, "k3").tolist() == [0.0, 0.0]
 
 
+def test_of_whole_completions() -> None:
+    """By hand: two tokens of twice the reference's probability, then one of half; an empty completion between."""
+    ln2 = math.log(2)
+    logprobs, reference = torch.tensor([0.0, 0.0, -ln2]), torch.tensor([-ln2, -ln2, 0.0])
+    found = kl.sequence_kl(logprobs, reference, torch.tensor([0, 0, 2]), 3)
+    assert found.tolist() == pytest.approx([2 * (ln2 - 0.5), 0.0, 1 - ln2])
+
+
+def test_the_mean_over_completions_is_the_divergence_of_completions() -> None:
+    """Two tokens, the second's distribution hanging on the first: the sum over all of them, weighted by probability."""
+    p1, q1 = torch.tensor([0.7, 0.3]).double(), torch.tensor([0.4, 0.6]).double()
+    p2 = torch.tensor([[0.9, 0.1], [0.2, 0.8]]).double()
+    q2 = torch.tensor([[0.5, 0.5], [0.3, 0.7]]).double()
+    expected = ours = 0.0
+    for i in range(2):
+        for j in range(2):
+            p, q = float(p1[i] * p2[i, j]), float(q1[i] * q2[i, j])
+            expected += p * math.log(p / q)
+            mine, other = torch.stack([p1[i], p2[i, j]]).log(), torch.stack([q1[i], q2[i, j]]).log()
+            ours += p * float(kl.sequence_kl(mine, other, torch.zeros(2, dtype=torch.long), 1))
+    assert ours == pytest.approx(expected)
+
+
 def test_expected_values() -> None:
     p = Z.softmax(0)
     for estimator in ("k1", "k3"):

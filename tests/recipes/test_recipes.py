@@ -24,6 +24,7 @@ from posttrain.config import (
     RewardModelConfig,
     RLConfig,
     SampleConfig,
+    ScoreConfig,
 )
 from posttrain.errors import CheckpointError, DataError
 from posttrain.files import read_lines
@@ -49,6 +50,10 @@ def chats(tmp_path: Path) -> Path:
     return path
 
 
+def tiny_judge(where: str, chats: Path) -> list[str]:
+    return [f"{where}.model.source=tiny:llama", f"{where}.store={chats.with_name('judge.sqlite3')}"]
+
+
 def overrides(name: str, chats: Path) -> list[str]:
     """A tiny model, two steps, small evaluations; everything else as shipped."""
     recipe = posttrain.load_recipe(name)
@@ -56,7 +61,8 @@ def overrides(name: str, chats: Path) -> list[str]:
     for i, stage in enumerate(recipe.stages):
         if isinstance(stage, RLConfig | OnlineDPOConfig):
             given += [f"stages.{i}.{s}" for s in ("steps=2", "prompts_per_step=2", "group_size=2")]
-            given += [f"stages.{i}.{s}" for s in ("sampling.max_tokens=6", "held_out.problems.size=8")]
+            few = "data.rows=[9000, 9008]" if stage.problems.kind == "rows" else "size=8"
+            given += [f"stages.{i}.{s}" for s in ("sampling.max_tokens=6", f"held_out.problems.{few}")]
             if isinstance(stage, RLConfig):
                 given += [f"stages.{i}.carry=5"] if stage.carry else []
                 given += [f"stages.{i}.allocate.first=1"] if stage.allocate else []
@@ -67,15 +73,18 @@ def overrides(name: str, chats: Path) -> list[str]:
             ]
             continue
         if isinstance(stage, FeedbackConfig):
-            given += [f"stages.{i}.answers.data.source={chats.with_name('pairs.jsonl')}"]
-            given += [f"stages.{i}.judge.model.source=tiny:llama"]
-            given += [f"stages.{i}.judge.store={chats.with_name('judge.sqlite3')}"]
+            if str(stage.answers.data.source).startswith("packaged:"):
+                given += [f"stages.{i}.answers.{s}" for s in ("data.rows=[0, 80]", "pairs_per_prompt=40")]
+            else:
+                given += [f"stages.{i}.answers.data.source={chats.with_name('pairs.jsonl')}"]
+            given += tiny_judge(f"stages.{i}.judge", chats) if stage.judge is not None else []
             continue
         given += [f"stages.{i}.max_steps=2", f"stages.{i}.batch_size=2"]
         if isinstance(stage, RewardModelConfig):
             pairs = chats.with_name("pairs.jsonl")
-            given += [f"stages.{i}.data.source={pairs}", f"stages.{i}.data.rows=[0, 30]"]
-            given += [f"stages.{i}.held_out.data.source={pairs}", f"stages.{i}.held_out.data.rows=[30, 40]"]
+            if not str(stage.data.source).startswith("stage:"):
+                given += [f"stages.{i}.data.source={pairs}", f"stages.{i}.held_out.data.source={pairs}"]
+            given += [f"stages.{i}.data.rows=[0, 25]", f"stages.{i}.held_out.data.rows=[25, 35]"]
             continue
         if isinstance(stage, ProcessRewardConfig):
             small = ("problems.size=6", "held_out.size=20", "sampling.max_tokens=12", "chains=2", "completions=2")
@@ -90,6 +99,10 @@ def overrides(name: str, chats: Path) -> list[str]:
         own = str(stage.data.source).startswith(("packaged:", "lab:", "stage:"))
         given += [] if own else [f"stages.{i}.data.source={chats}"]
     for i, task in enumerate(recipe.evaluate):
+        if isinstance(task, ScoreConfig):
+            given += [f"evaluate.{i}.{s}" for s in ("problems.data.rows=[9100, 9106]", "sampling.max_tokens=6")]
+            given += tiny_judge(f"evaluate.{i}.scorer.judge", chats) if task.scorer.kind == "judge" else []
+            continue
         if isinstance(task, SampleConfig):
             few = {"lab": "size=6", "rows": "data.rows=[0, 6]", "human_eval": "rows=[0, 2]"}[task.problems.kind]
             given += [f"evaluate.{i}.{s}" for s in ("n=2", "k=[]", "sampling.max_tokens=6", f"problems.{few}")]
@@ -116,6 +129,9 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
             carried = isinstance(stage, RLConfig) and stage.carry  # what is carried is judged later
             assert carried or all("reward" in m for m in metrics[1:])
             assert "held_out" in metrics[0] and "held_out" in metrics[-1]
+            if stage.held_out is not None and stage.held_out.gold is not None:
+                assert {"proxy", "gold", "kl_sequence"} <= metrics[0].keys() & metrics[-1].keys()
+                assert 'id="gold"' in result.report.read_text()
             continue
         if isinstance(stage, RewardModelConfig | ProcessRewardConfig):
             assert [m["step"] for m in metrics] == [0, 1, 2] and "held_out_accuracy" in metrics[-1]
@@ -135,7 +151,8 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
     makes_model = any(s.makes == "model" for s in recipe.stages)
     assert ("model/model.safetensors" in manifest["artifacts"]) == makes_model
     held_out = [s for s in recipe.stages if isinstance(s, RLConfig | OnlineDPOConfig) and s.held_out is not None]
-    assert len(result.comparison) == len(recipe.evaluate) + len(held_out)
+    judged = [s for s in held_out if s.rewards.parts[0].kind != "reward_model"]  # right or wrong, and so compared
+    assert len(result.comparison) == len(recipe.evaluate) + len(judged)
     assert "<html" in result.report.read_text()
     for opens, kind in (
         (AutoModelForSequenceClassification, RewardModelConfig),

@@ -157,11 +157,11 @@ class HeldOutConfig(Config):
         return self
 
 
-def _whole(held_out: HeldOutConfig, sampling: SamplingConfig) -> None:
+def _whole(sampling: SamplingConfig) -> None:
     """A KL is between whole distributions."""
     cut = {"top_k": sampling.top_k, "top_p": sampling.top_p < 1, "min_p": sampling.min_p}
     wrong = next((name for name, on in {**cut, "min_tokens": sampling.min_tokens}.items() if on), None)
-    if held_out.gold is not None and wrong is not None:
+    if wrong is not None:
         raise ValueError(f"held_out.gold measures the KL of whole distributions: leave out sampling.{wrong}")
 
 
@@ -258,8 +258,10 @@ class RLConfig(TrainConfig):
             raise ValueError(f"prompts_per_step ({self.prompts_per_step}) must divide into updates ({self.updates})")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: completions would all be the same, with nothing to compare")
-        if self.held_out is not None:
-            _whole(self.held_out, self.sampling)
+        if self.held_out is not None and self.held_out.gold is not None:
+            _whole(self.sampling)
+            if "gold" in [p.title for p in self.rewards.parts]:
+                raise ValueError("a reward is named 'gold', as held_out.gold is: give it another name")
         if self.environment is not None and self.sampling.min_tokens:
             raise ValueError("sampling.min_tokens would hold in every turn anew: leave it out with an environment")
         grouped = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline")

@@ -18,6 +18,7 @@ from posttrain.report.load import Run
 from posttrain.report.words import fixed, number
 
 SIDES = ("proxy", "gold")
+STYLES = {"proxy": "s2", "gold": "s5"}
 NEEDED = ("kl_sequence", "proxy", "gold", "proxy_std", "gold_std")
 LEAST = 4
 """Points away from the first model that two numbers are fitted to."""
@@ -97,14 +98,14 @@ def _view(stage: str, points: Sequence[Mapping[str, Any]]) -> View:
         return " ".join(f"{WIDTH * across(x):.1f},{HEIGHT * up(y):.1f}" for x, y in zip(xs, ys, strict=True))
 
     curves = []
-    for i, side in enumerate(SIDES):
+    for side in SIDES:
         mean, least, most = ([v[k] for v in values[side]] for k in range(3))
         dots = [
             (100 * across(x), 100 * up(y), f"{side}, step {p['step']}: {fixed(y, 2, True)} at a KL of {x * x:.2f} nats")
             for x, y, p in zip(d, mean, points, strict=True)
         ]
         band = f"M{path([*d, *d[::-1]], [*most, *least[::-1]])}Z" if len(d) > 1 else ""
-        curves.append(Curve(side, f"s{i}", "M" + path(d, mean), band, dots))
+        curves.append(Curve(side, STYLES[side], "M" + path(d, mean), band, dots))
     found, line, said = fit(d, [v[0] for v in values["gold"]]), "", ""
     if found is not None:
         alpha, beta = found
