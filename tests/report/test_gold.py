@@ -15,7 +15,9 @@ from posttrain.report.load import read
 
 
 def record(step: int, kl: float, proxy: float, gold: float) -> dict[str, Any]:
-    around = {f"{n}_{side}": v + d for n, v in (("proxy", proxy), ("gold", gold)) for side, d in (("low", -1), ("high", 1))}
+    around = {
+        f"{n}_{side}": v + d for n, v in (("proxy", proxy), ("gold", gold)) for side, d in (("low", -1), ("high", 1))
+    }
     return {"step": step, "reward": proxy, "kl_sequence": kl, "proxy": proxy, "gold": gold,
             "proxy_std": 2.0, "gold_std": 4.0, **around}  # fmt: skip
 
@@ -37,7 +39,9 @@ def test_the_fit_by_hand() -> None:
 
 def test_what_is_drawn_is_what_was_measured(tmp_path: Path) -> None:
     """Proxy 1 → 5 → 9 in units of 2, gold 0 → 8 → 2 in units of 4, at KLs of 0, 4 and 16: d = 0, 2, 4."""
-    run = read(folder(tmp_path, record(0, 0, 1, 0), {"step": 5, "reward": 3}, record(10, 4, 5, 8), record(20, 16, 9, 2)))
+    run = read(
+        folder(tmp_path, record(0, 0, 1, 0), {"step": 5, "reward": 3}, record(10, 4, 5, 8), record(20, 16, 9, 2))
+    )
     (view,) = measured(run)
     proxy, gold = view.curves
     assert (view.stage, proxy.name, gold.name, view.fit) == ("policy", "proxy", "gold", "")
