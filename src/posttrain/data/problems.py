@@ -16,7 +16,7 @@ import numpy as np
 from posttrain.config import DataConfig
 from posttrain.config.rl import HumanEvalConfig, LabConfig, ProblemsConfig, ReasoningGymConfig, RowsConfig
 from posttrain.data import sums
-from posttrain.data.layouts import BadRow, Record, check_templates, field, recognise, to_record
+from posttrain.data.layouts import BadRow, Record, check_templates, field, message, recognise, to_record
 from posttrain.data.load import read_table
 from posttrain.data.prepare import _Bad, _complaint, _rename
 from posttrain.errors import DataError, MissingExtraError
@@ -92,15 +92,15 @@ def _opened(record: Record, words: int) -> Record:
     """The answer's first words moved behind the prompt, as they are written. Raises BadRow where nothing is left."""
     if not words:
         return record
-    *before, asked, answer = record.messages or ({"role": "", "content": ""},) * 2
-    if (asked["role"], answer["role"]) != ("user", "assistant"):
+    if [m["role"] for m in record.messages[-2:]] != ["user", "assistant"]:
         raise BadRow("no prompt and answer in it to take the first words of")
+    *before, asked, answer = record.messages
     first = re.match(rf"(?:\s*\S+){{{words}}}", answer["content"])
     rest = answer["content"][first.end() :] if first else ""
     if first is None or not rest.strip():
         raise BadRow(f"an answer of no more than {words} words: nothing is left to go on with")
-    asked = {**asked, "content": asked["content"] + first[0]}
-    return Record((*before, asked, {**answer, "content": rest}), extra={**(record.extra or {}), "answer": rest})
+    turns = message("user", asked["content"] + first[0]), message("assistant", rest)
+    return Record((*before, *turns), extra={**(record.extra or {}), "answer": rest})
 
 
 def _problem(record: Record, row: dict[str, Any], source: str, instruction: str | None) -> Problem:

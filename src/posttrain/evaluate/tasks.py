@@ -53,8 +53,7 @@ def evaluate_model(
             data = task_data(task, tokenizer, context_length(config))
             if isinstance(data, Questions):
                 assert isinstance(task, SampleConfig | ScoreConfig)
-                run = run_sampled if isinstance(task, SampleConfig) else run_scored
-                run(model, tokenizer, task, data, folder, seed, functions)  # type: ignore[operator]
+                run_asked(model, tokenizer, task, data, folder, seed, functions)
             else:
                 assert isinstance(task, TaskConfig)
                 run_task(model, tokenizer, task, data, folder, seed)
@@ -83,39 +82,27 @@ def run_task(
     return _leave(folder, summary, _samples(model, tokenizer, task, prepared), began)
 
 
-def run_sampled(
+def run_asked(
     model: LanguageModel,
     tokenizer: Any,
-    task: SampleConfig,
+    task: SampleConfig | ScoreConfig,
     questions: Questions,
     folder: Path,
     seed: int = 0,
     functions: sampled.Functions | None = None,
 ) -> dict[str, Any]:
-    """The same for a task of many completions a question. Raises RewardError where what judges or ranks fails."""
+    """The same for a task of sampled answers, many a question or scored. Raises RewardError where what judges, ranks or
+    scores fails."""
     began = time.perf_counter()
-    with sampled.stack_of(task, functions) as rewards:
-        items = _kept(folder, task.name, list(sampled.chunks(model, tokenizer, task, questions, seed, rewards)))
-    about = sampled.summary_of(task, items, seed)
+    if isinstance(task, SampleConfig):
+        with sampled.stack_of(task, functions) as rewards:
+            items = _kept(folder, task.name, list(sampled.chunks(model, tokenizer, task, questions, seed, rewards)))
+        about = sampled.summary_of(task, items, seed)
+    else:
+        with RewardStack([task.scorer], functions) as rewards:
+            items = _kept(folder, task.name, scored.chunks(model, tokenizer, task, questions, seed, rewards))
+        about = scored.about(items)
     summary = {"task": task.name, "kind": task.kind, **summarize(items, task.kind, seed=seed), **about}
-    shown = [{name: i[name] for name in ("prompt", "expected", "output")} for i in items[: task.show]]
-    return _leave(folder, summary, shown, began)
-
-
-def run_scored(
-    model: LanguageModel,
-    tokenizer: Any,
-    task: ScoreConfig,
-    questions: Questions,
-    folder: Path,
-    seed: int = 0,
-    functions: sampled.Functions | None = None,
-) -> dict[str, Any]:
-    """The same for a task whose answers a scorer judges. Raises RewardError where the scorer fails."""
-    began = time.perf_counter()
-    with RewardStack([task.scorer], functions) as rewards:
-        items = _kept(folder, task.name, scored.chunks(model, tokenizer, task, questions, seed, rewards))
-    summary = {"task": task.name, "kind": task.kind, **summarize(items, task.kind, seed=seed), **scored.about(items)}
     shown = [{name: i[name] for name in ("prompt", "expected", "output")} for i in items[: task.show]]
     return _leave(folder, summary, shown, began)
 
