@@ -200,6 +200,8 @@ def comparison(recipe: Recipe, other: Path, folder: Path, metrics: Sequence[str]
         table.add_row(task.name, "other", _span(c["before"], metric))
         table.add_row(f"n = {c['n']:,}", "this", _span(c["after"], metric))
         table.add_row("", "difference", _span(c, metric, "difference"), f"{p_value(c['p_value'])} ({c['test']})")
+        if "wins" in c:
+            table.add_row("", "this beats other", _span(c["wins"], "accuracy"))
         table.add_row("", "better, worse", f"{c['gained']:,}, {c['lost']:,}", end_section=True)
     return table
 
