@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 import posttrain
 from posttrain.config import RLConfig
 from posttrain.files import read_lines
+from posttrain.progress import Phases
 from posttrain.rollout.store import path_of, read_rollouts, rollout_steps
+from posttrain.train.gold import Gold
 
 STAGE: dict[str, Any] = {
     "method": "rloo",
@@ -99,6 +101,26 @@ def test_a_run_without_gold_learns_the_same(tmp_path: Path) -> None:
     with_it, without = run(tmp_path / "a"), run(tmp_path / "b", held_out=held_out)
     a, b = ([(r.get("reward"), r.get("loss")) for r in read_lines(s / "metrics.jsonl")] for s in (with_it, without))
     assert a == b and not (without / "gold").exists()
+
+
+def test_broken_off_while_it_measures_it_goes_on_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(tmp_path / "whole", checkpoint_every=2)
+    measure, seen = Gold.measure, list[int]()
+
+    def breaks(self: Gold, step: int, phases: Phases) -> dict[str, float]:
+        seen.append(step)
+        if seen == [0, 2, 3]:
+            raise KeyboardInterrupt
+        return measure(self, step, phases)
+
+    monkeypatch.setattr(Gold, "measure", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", checkpoint_every=2)
+    again = run(tmp_path / "broken", checkpoint_every=2)
+    assert seen == [0, 2, 3, 3]
+    assert read_lines(again / "metrics.jsonl") == read_lines(whole / "metrics.jsonl")
+    for step in (0, 2, 3):
+        assert read_rollouts(path_of(again / "gold", step)) == read_rollouts(path_of(whole / "gold", step))
 
 
 def test_online_dpo_measures_gold_too(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ STYLES = {"proxy": "s2", "gold": "s5"}
 NEEDED = ("kl_sequence", "proxy", "gold", "proxy_std", "gold_std")
 LEAST = 4
 """Points away from the first model that two numbers are fitted to."""
+EDGE = 0.01
+"""Below this d is rounding: the first model's own is not exactly 0."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,12 @@ def measured(run: Run) -> list[View]:
 
 
 def fit(d: Sequence[float], rewards: Sequence[float]) -> tuple[float, float] | None:
-    """(alpha, beta) of R(d) = d (alpha - beta ln d), by least squares over the points with d > 0.
+    """(alpha, beta) of R(d) = d (alpha - beta ln d), by least squares over the points away from d = 0.
 
     Source: arXiv 2210.10760, the form for reinforcement learning. None where fewer than four points are away from 0,
     or all are at one place: two numbers can't be told from them.
     """
-    there = [(x, y) for x, y in zip(d, rewards, strict=True) if x > 0]
+    there = [(x, y) for x, y in zip(d, rewards, strict=True) if x > EDGE]
     if len(there) < LEAST or len({x for x, _ in there}) < 2:
         return None
     x, y = np.array(there).T
