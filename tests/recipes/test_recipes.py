@@ -62,7 +62,7 @@ def overrides(name: str, chats: Path) -> list[str]:
     for i, stage in enumerate(recipe.stages):
         if isinstance(stage, RLConfig | OnlineDPOConfig):
             given += [f"stages.{i}.{s}" for s in ("steps=2", "prompts_per_step=2", "group_size=2")]
-            few = "data.rows=[9000, 9008]" if stage.problems.kind == "rows" else "size=8"
+            few = "data.rows=[9000, 9008]" if stage.held_out.problems.kind == "rows" else "size=8"
             given += [f"stages.{i}.{s}" for s in ("sampling.max_tokens=6", f"held_out.problems.{few}")]
             if isinstance(stage, RLConfig):
                 given += [f"stages.{i}.carry=5"] if stage.carry else []
