@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=128, help="tokens of the longest answer (128)")
     parser.add_argument("--rounds", type=int, default=2, help="timed rounds a process (2)")
     parser.add_argument("--batches", default="32,8", help="rows of a `generate` batch that are tried (32,8)")
+    parser.add_argument("--engines", default="ours,generate,continuous,vllm", help="whom to run (all; ours always)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -332,6 +333,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     plans += [("generate", sys.executable, {"batch": int(b)}) for b in args.batches.split(",")]
     plans += [("continuous", sys.executable, {})]
     plans += [("vllm", args.vllm_python, {})] if args.vllm_python else []
+    plans = [p for p in plans if p[0] in ("ours", *args.engines.split(","))]
     total = sum(r["max_tokens"] for r in requests)
     print(f"{args.count} requests, {total} tokens wanted (lengths), up to {args.longest} each")
     print(f"{'':<26}{'lengths':>10}{'natural':>10}{'group':>10}   tokens/s, and peak MiB", flush=True)
