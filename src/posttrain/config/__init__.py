@@ -32,6 +32,7 @@ from posttrain.config.feedback import FeedbackConfig
 from posttrain.config.inference import RejectionConfig, SampleConfig
 from posttrain.config.judge import JudgeConfig, ServerConfig
 from posttrain.config.preference import HeldOutPairsConfig, OnlineDPOConfig, PreferenceConfig
+from posttrain.config.refine import RefineConfig
 from posttrain.config.reward_model import ProcessRewardConfig, RewardModelConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.rl import (
@@ -48,6 +49,7 @@ StageConfig = Annotated[
     SFTConfig
     | RLConfig
     | RejectionConfig
+    | RefineConfig
     | FeedbackConfig
     | PreferenceConfig
     | OnlineDPOConfig
@@ -174,6 +176,7 @@ __all__ = [
     "ReasoningGymConfig",
     "Recipe",
     "ReplayConfig",
+    "RefineConfig",
     "RejectionConfig",
     "RewardConfig",
     "RewardModelConfig",

@@ -65,7 +65,7 @@ class JudgeConfig(Config):
     )
     principles: str | None = Field(
         None,
-        description="File with principles, one a line; blank lines and lines with # first do not count. None: none.",
+        description="File with principles, one a line (packaged:NAME: ships with posttrain); blank lines and lines with # first do not count. None: none.",
     )
     principles_per_question: int = Field(
         0, ge=0, description="How many are drawn for each question, by its content and the seed. 0: all of them."

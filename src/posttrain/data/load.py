@@ -81,12 +81,7 @@ def _made(source: str, table: Table) -> None:
 def _locate(source: str) -> Path | None:
     """A file's path, or None for the name of a Hub data set."""
     if source.startswith("packaged:"):
-        folder = Path(str(resources.files("posttrain.data") / "packaged"))
-        path = folder / source[9:]
-        if not path.is_file():
-            have = sorted(p.name for p in folder.iterdir() if p.suffix in ENDINGS)
-            raise DataError(f"data source {source!r}: posttrain ships {have}, not this")
-        return path
+        return packaged_or_own(source)
     path = Path(source).expanduser()
     if path.suffix.lower() in ENDINGS:
         if not path.is_file():
@@ -97,6 +92,18 @@ def _locate(source: str) -> Path | None:
     if path.exists() or source.startswith(("/", ".", "~")):
         raise DataError(f"data source {source!r}: expected a file ending in one of {', '.join(ENDINGS)}")
     return None
+
+
+def packaged_or_own(source: str) -> Path:
+    """The path as given, or of a file that ships with posttrain (packaged:NAME; DataError where there is none)."""
+    if not source.startswith("packaged:"):
+        return Path(source).expanduser()
+    folder = Path(str(resources.files("posttrain.data") / "packaged"))
+    path = folder / source.removeprefix("packaged:")
+    if not path.is_file():
+        have = sorted(p.name for p in folder.iterdir() if not p.name.startswith(("README", "LICENSE")))
+        raise DataError(f"data source {source!r}: posttrain ships {have}, not this")
+    return path
 
 
 def _lines(path: Path) -> Iterator[str]:

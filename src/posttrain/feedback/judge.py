@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,16 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from posttrain.config import JudgeConfig
 from posttrain.data.feedback.pairs import Pair, Prompt
 from posttrain.errors import RecipeError
 from posttrain.feedback.ask import Answer, Ask, Asker, Backend
 from posttrain.feedback.local import LocalJudge
+from posttrain.feedback.principles import by_content, read_principles
 from posttrain.feedback.remote import RemoteJudge
 from posttrain.feedback.store import Store
-from posttrain.feedback.wording import messages, question, read_label, read_principles
+from posttrain.feedback.wording import messages, question, read_label
 from posttrain.models.load import cache_folder
 
 EDGE = 1e-6
@@ -175,8 +172,7 @@ class Judge:
         wanted = self.config.principles_per_question
         if not wanted:
             return tuple(range(len(self.principles)))
-        content = json.dumps([self.config.seed, prompt, list(answers)], sort_keys=True).encode()
-        rng = np.random.default_rng(int.from_bytes(hashlib.sha256(content).digest()[:8], "big"))
+        rng = by_content(self.config.seed, prompt, list(answers))
         return tuple(sorted(int(i) for i in rng.choice(len(self.principles), wanted, replace=False)))
 
     def _verdicts(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from posttrain.config.judge import JudgeConfig
 from posttrain.data.feedback.pairs import Prompt
-from posttrain.errors import DataError
 from posttrain.types import Message
 
 PAIRWISE = """{principles}Here are two answers to the same prompt.
@@ -39,18 +37,6 @@ def scale_in_words(config: JudgeConfig) -> str:
     if all(x.isdigit() for x in names):
         return f"a whole number from {names[0]} (worst) to {names[-1]} (best)"
     return ", ".join(names[:-1]) + f" or {names[-1]}"
-
-
-def read_principles(path: str) -> list[str]:
-    """One a line. Raises DataError where the file can't be read or holds none."""
-    try:
-        lines = [line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"principles {path!r} can't be read: {error}. Expected a text file with one a line") from error
-    found = [line for line in lines if line and not line.startswith("#")]
-    if not found:
-        raise DataError(f"principles {path!r} holds none: expected one a line")
-    return found
 
 
 def as_text(prompt: Prompt) -> str:

@@ -26,6 +26,7 @@ METHODS = {
     "remax": "ReMax",
     "ppo": "PPO",
     "rejection_sampling": "rejection sampling",
+    "refine": "critique and revision",
     "dpo": "DPO",
     "ipo": "IPO",
     "cdpo": "conservative DPO",

@@ -22,12 +22,11 @@ from posttrain.errors import DataError
 from posttrain.feedback.judge import Judge, Judged, describe
 from posttrain.feedback.summary import summarize
 from posttrain.files import write_json, write_text
-from posttrain.models.lm import LanguageModel, verify
-from posttrain.models.load import load_model
 from posttrain.progress import Track
 from posttrain.rollout.engine import LocalSampler
 from posttrain.rollout.sampler import Request
 from posttrain.rollout.store import groups_of, path_of, read_rollouts, write_rollouts
+from posttrain.train.making import open_sampler
 from posttrain.train.stage import Ready, Setting, leave
 
 AT_ONCE = 256
@@ -166,7 +165,7 @@ def _sampled(
             numbers = range(start, min(start + size, len(questions)))
             path = path_of(folder / "rollouts", lot)
             if not path.exists():
-                sampler = sampler or _sampler(config, model)
+                sampler = sampler or open_sampler(model, config.max_running)
                 requests = [
                     Request(questions[i].tokens, config.n, int(seeds[i]), questions[i].problem) for i in numbers
                 ]
@@ -193,13 +192,6 @@ def _sampled(
         )
     dropped += Counter()  # what is 0 goes
     return pairs
-
-
-def _sampler(config: SamplesConfig, model: ModelConfig) -> LocalSampler:
-    hf, tokenizer = load_model(model)
-    policy = LanguageModel(hf).eval().requires_grad_(False)
-    verify(policy)
-    return LocalSampler(policy, tokenizer, max_running=config.max_running)
 
 
 def _prompt(question: Question) -> Any:

@@ -7,7 +7,6 @@ or dropped for one reason.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
@@ -20,18 +19,14 @@ import numpy as np
 from posttrain.config import ModelConfig, RejectionConfig
 from posttrain.config.rewards import RewardsConfig
 from posttrain.data.questions import Question, ask
-from posttrain.distributed import ranks
-from posttrain.errors import DataError, ModelError
-from posttrain.files import write_json, write_text
-from posttrain.models.lm import LanguageModel, verify
-from posttrain.models.load import load_model, pick_device, pick_dtype
+from posttrain.errors import DataError
 from posttrain.progress import Track
 from posttrain.rewards.stack import RewardStack
-from posttrain.rollout.engine import LocalSampler
 from posttrain.rollout.sampler import Request
 from posttrain.rollout.store import path_of, read_rollouts, rollout_steps, write_rollouts
 from posttrain.train.collect import with_failed
-from posttrain.train.stage import Functions, Ready, Setting, leave
+from posttrain.train.making import alone, chunked, leave_data, open_sampler
+from posttrain.train.stage import Functions, Ready, Setting
 
 CHUNK = 256
 """Completions of one chunk, about: what is sampled together, kept in one file, and done again after a crash."""
@@ -62,11 +57,9 @@ def run_rejection(
     Goes on behind the last chunk that is there. Raises DataError where nothing is kept, RewardError where rewards can't
     be had or fail too often, ModelError under torchrun.
     """
-    if ranks.world() > 1:
-        raise ModelError("rejection_sampling runs in one process so far; start it without torchrun")
+    alone("rejection_sampling")
     began = time.perf_counter()
-    size = max(1, CHUNK // config.n)
-    chunks = [range(s, min(s + size, len(questions))) for s in range(0, len(questions), size)]
+    chunks = chunked(len(questions), max(1, CHUNK // config.n))
     there = set(rollout_steps(folder / "rollouts"))
     left = [c for c in range(len(chunks)) if c + 1 not in there]
     if left:
@@ -90,14 +83,7 @@ def run_rejection(
             "some problems right; posttrain inspect RUN shows what was sampled"
         )
 
-    def write(work: Path) -> None:
-        work.mkdir()
-        for name, lines in (("rows", rows), ("problems", problems)):
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            write_text(work / f"{name}.jsonl", text)
-        write_json(work / "stats.json", stats)
-
-    leave(folder / "data", write)
+    leave_data(folder, {"rows": rows, "problems": problems}, stats)
     counted = {"samples": stats["samples"], "rows kept": stats["kept"], "problems": stats["problems"]}
     counted["problems with a row"] = stats["solved"]
     counted |= {f"dropped: {why}": n for why, n in stats["dropped"].items()}
@@ -115,10 +101,7 @@ def _sample(
     functions: Functions | None,
 ) -> None:
     """Sample and judge the chunks that are not there yet. A problem's completions depend on (seed, its number)."""
-    hf, tokenizer = load_model(model, pick_dtype(model.dtype, pick_device(model.device)))
-    policy = LanguageModel(hf).eval()
-    verify(policy)
-    sampler = LocalSampler(policy, tokenizer, max_running=config.max_running)
+    sampler = open_sampler(model, config.max_running)
     streams = np.random.SeedSequence([seed, 4]).generate_state(len(questions), np.uint64)
     total, kept = len(questions) * config.n, 0
     before = sum(len(chunks[c]) for c in range(len(chunks)) if c not in left) * config.n

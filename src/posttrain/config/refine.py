@@ -1,0 +1,92 @@
+"""Settings of critique and revision: who writes, by which principles, what it is asked, and when a chain is at its end."""
+
+from __future__ import annotations
+
+import string
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.config.base import NAME, ModelConfig, SamplingConfig, StageBase
+from posttrain.config.judge import ServerConfig
+from posttrain.config.rewards import RewardsConfig
+from posttrain.config.rl import ProblemsConfig
+
+
+class RefineConfig(StageBase):
+    """Critique and revision: a model's own answers, criticised and rewritten by itself, kept as rows to learn from."""
+
+    makes: ClassVar[Literal["model", "data", "reward_model"]] = "data"
+
+    method: Literal["refine"] = "refine"
+    name: str = Field("refine", pattern=NAME, description="Name of the stage's folder in the run.")
+    problems: ProblemsConfig = Field(description="What is asked; in chat, since critiques are turns of it.")
+    model: ModelConfig | None = Field(None, description="A model that writes instead of the policy at hand.")
+    server: ServerConfig | None = Field(None, description="A model behind a server that writes instead.")
+    principles: str | None = Field(
+        None,
+        description="File with principles, one a line (packaged:NAME: ships with posttrain); one is drawn for each round. None: none, as in self-refine.",
+    )
+    revisions: int = Field(2, ge=1, description="Rounds of critique and revision.")
+    critique: str | None = Field(
+        None,
+        description="What asks for a critique, with the field {principle}. None: the words in docs/constitutional.md.",
+    )
+    revision: str | None = Field(
+        None,
+        description="What asks for the revision, with the field {principle}. None: the words in docs/constitutional.md.",
+    )
+    examples: str | None = Field(
+        None,
+        description="JSON Lines file with finished rounds that come before each request: prompt, answer, principle, critique, revision. packaged:NAME: ships with posttrain. None: none.",
+    )
+    sampling: SamplingConfig = Field(SamplingConfig(), description="How answers, critiques and revisions are drawn.")
+    critique_tokens: int = Field(128, ge=1, description="Longest critique in tokens.")
+    satisfied: str | None = Field(
+        None,
+        min_length=1,
+        description="Words of a critique (case does not count) that end its chain: its answer needs no change. None: every round is carried out.",
+    )
+    rewards: RewardsConfig | None = Field(
+        None, description="Numbers for every answer of a chain, for the account and for stop_at. None: none."
+    )
+    stop_at: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="Reward from which an answer that ended needs no (further) round. None: every round is carried out.",
+    )
+    keep: Literal["last", "all"] = Field(
+        "last", description="Rows of each chain: its last answer, or every revision that could be used."
+    )
+    seed: int = Field(0, ge=0, description="Draws the principles, with what was asked.")
+    prompts_at_once: int = Field(32, ge=1, description="Chains carried through between two writes to the disk.")
+    max_running: int = Field(128, ge=1, description="Texts sampled at the same time.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> RefineConfig:
+        if self.model is not None and self.server is not None:
+            raise ValueError(
+                "either a model writes (model.source) or one behind a server (server.model): leave one out"
+            )
+        if self.stop_at is not None and self.rewards is None:
+            raise ValueError("stop_at is a reward, and there is none: give rewards")
+        if self.critique_tokens < self.sampling.min_tokens:
+            raise ValueError(
+                f"critique_tokens ({self.critique_tokens}) is below sampling.min_tokens ({self.sampling.min_tokens}): no "
+                "critique could end"
+            )
+        named = False
+        for name in ("critique", "revision"):
+            template = getattr(self, name)
+            try:
+                fields = {f for _, f, _, _ in string.Formatter().parse(template or "") if f is not None}
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}; write {{{{ and }}}} for braces that are meant as such") from error
+            allowed = {"principle"} if self.principles else set()
+            if fields - allowed:
+                have = "{principle}" if allowed else "none without principles"
+                raise ValueError(f"{name} has the field {sorted(fields - allowed)[0]!r}, and there may be: {have}")
+            named = named or bool(fields) or template is None
+        if self.principles and not named:
+            raise ValueError("principles are drawn, and neither critique nor revision names {principle}")
+        return self
