@@ -12,7 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.errors import DataError
+from posttrain.refine.chain import Chain, outcome, read_chains
+from posttrain.refine.chain import Text as Written
 from posttrain.report import rollouts
+from posttrain.report.chains import amounts, stages_with_chains
 from posttrain.report.feedback import lines
 from posttrain.rewards.watch import repetition
 from posttrain.rollout.store import path_of, read_rollouts, rollout_steps
@@ -32,6 +35,57 @@ def stages_with_rollouts(run: Path) -> list[Path]:
     """Folders of the stages that kept rollouts, in their order."""
     found = [p for p in (run / "stages").glob("*-*") if rollout_steps(p / "rollouts") or rollout_steps(p / "held_out")]
     return sorted(found, key=lambda p: int(p.name.split("-")[0]) if p.name.split("-")[0].isdigit() else 0)
+
+
+def chains(run: Path, out: Console, *, stage: str | None = None, groups: int = 3, problem: int | None = None) -> bool:
+    """Print chains of critique and revision of the stage named, or of the last where no stage kept rollouts.
+
+    False where this is not what was asked for. Raises DataError for a problem that is not there.
+    """
+    named = {p.name.split("-", 1)[1]: p for p in stages_with_chains(run)}
+    if not named or (stage not in named if stage else bool(stages_with_rollouts(run))):
+        return False
+    folder = named[stage] if stage else list(named.values())[-1]
+    found = read_chains(folder / "chains")
+    shown = [c for c in found if problem is None or c.problem == problem]
+    if not shown:
+        raise DataError(f"stage {folder.name} has no chain of problem {problem}")
+    out.rule(f"{folder.name}, {len(found)} chains")
+    rounds = [r for c in found for r in c.rounds]
+    usable = sum(r.usable for r in rounds)
+    out.print(f"{usable} of {len(rounds)} rounds ended in a revision of use; {min(groups, len(shown))} chains shown")
+    if out.is_terminal and min(groups, len(shown)) > 2:
+        with out.pager(styles=True):
+            _print_chains(shown[:groups], out)
+    else:
+        _print_chains(shown[:groups], out)
+    return True
+
+
+def _print_chains(shown: Sequence[Chain], out: Console) -> None:
+    for c in shown:
+        prompt = "\n\n".join(m["content"] if len(c.prompt) == 1 else f"{m['role']}: {m['content']}" for m in c.prompt)
+        out.print(Panel(Text(prompt), title=Text(f"problem {c.problem}  {c.source}"), title_align="left"))
+        _print_text("first answer", c.initial, "yellow", out)
+        for i, r in enumerate(c.rounds, 1):
+            out.print(Text(f"round {i}" + (f"  {r.says}" if r.says else ""), style="bold"))
+            for name, text in (("critique", r.critique), ("revision", r.revision)):
+                if text is not None:
+                    _print_text(name, text, "green" if r.usable else "red" if r.why else "yellow", out)
+            if r.why:
+                out.print(Text(f"not used: {r.why}", style="red"))
+        why = outcome(c)
+        ended = f"ended early: {c.stopped}  " if c.stopped else ""
+        rewards = "  ".join(f"{name} {change}" for name, change in amounts(c))
+        out.print(Text(f"{ended}{f'no row: {why}' if why else 'gave a row'}  {rewards}".rstrip(), style="bold"))
+        out.print()
+
+
+def _print_text(name: str, text: Written, style: str, out: Console) -> None:
+    reward = "" if text.reward is None else f", reward {text.reward:.3g}"
+    failed = "".join(f", {part}: {message}" for part, message in text.failures.items())
+    out.print(Text(f"{name}  {text.tokens} tokens, {text.finish}{reward}{failed}", style=style))
+    out.print(Text(text.text or "(empty)"))
 
 
 def browse(

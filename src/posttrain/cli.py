@@ -178,12 +178,15 @@ def inspect(
         bool, typer.Option("--watch", help="Of a run: what the parts of its rewards drifted to, instead of rollouts.")
     ] = False,
 ) -> None:
-    """What the model will see: tokens, which carry loss, what was dropped. Of a run that sampled: its rollouts."""
+    """What the model will see: tokens, which carry loss, what was dropped. Of a run: its rollouts or chains."""
     path = Path(recipe)
     if path.is_dir() and not overrides:
         from posttrain import browse
 
         labelled = browse.feedback(path, _console(), rows)
+        plain = step is None and not (held_out or watch) and sort == "order"
+        if plain and browse.chains(path, _console(), stage=stage, groups=rows, problem=problem):
+            return
         if browse.stages_with_rollouts(path):
             if watch:
                 browse.watch(path, _console(), stage=stage)
@@ -191,14 +194,7 @@ def inspect(
             options = {"stage": stage, "step": step, "held_out": held_out, "sort": sort, "problem": problem}
             browse.browse(path, _console(), groups=rows, **options)  # type: ignore[arg-type]
             return
-        if (
-            labelled
-            and stage is None
-            and step is None
-            and problem is None
-            and not (held_out or watch)
-            and sort == "order"
-        ):
+        if labelled and plain and stage is None and problem is None:
             return
     if step is not None or held_out or problem is not None or watch or sort != "order":
         raise RecipeError(

@@ -38,7 +38,7 @@ class RefineConfig(StageBase):
     )
     examples: str | None = Field(
         None,
-        description="JSON Lines file with finished rounds that come before each request: prompt, answer, principle, critique, revision. packaged:NAME: ships with posttrain. None: none.",
+        description="JSON Lines file with finished rounds (prompt, answer, principle, critique, revision): those of the principle at hand, or all where it has none, come before each request. packaged:NAME: ships with posttrain. None: none.",
     )
     sampling: SamplingConfig = Field(SamplingConfig(), description="How answers, critiques and revisions are drawn.")
     critique_tokens: int = Field(128, ge=1, description="Longest critique in tokens.")

@@ -80,10 +80,10 @@ class Chain:
         return ([self.initial] + self.revisions)[-1]
 
 
-def fault(text: Text, **before: str) -> str:
-    """Why a text can't be used: refused, no room for it, empty, cut, or (but for spaces) one of those `before`, by name, again.
+def fault(text: Text, before: Sequence[tuple[str, str]] = ()) -> str:
+    """Why a text can't be used: refused, no room for it, empty, cut, or a text that is there already, but for spaces.
 
-    Empty: it can be used.
+    before: (name, text) of those. Empty: it can be used.
     """
     if text.finish == "error":
         return NO_ROOM if text.text == NO_ROOM else "refused"
@@ -91,7 +91,7 @@ def fault(text: Text, **before: str) -> str:
         return "empty"
     if text.finish == "length":
         return CUT
-    return next((f"the same as the {name}" for name, other in before.items() if text.text.split() == other.split()), "")
+    return next((f"the same as {name}" for name, other in before if text.text.split() == other.split()), "")
 
 
 def without_answer(chain: Chain) -> str:

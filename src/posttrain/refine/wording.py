@@ -63,17 +63,22 @@ def turns(
 ) -> list[Message]:
     """The conversation whose next turn is a critique (critique: None) or, where that is there, a revision.
 
-    A system message stays first, the examples' turns come behind it. A later round begins from the newest answer: what
-    came before it is not shown.
+    A system message stays first, behind it come the examples of this principle, or all where it has none. A later
+    round begins from the newest answer: what came before that is not shown.
     """
     head = [m for m in asked[:1] if m["role"] == "system"]
     out = list(head)
-    for e in examples:
+    for e in fitting(examples, principle):
         out.append({"role": "user", "content": e.prompt})
         out += _round(config, e.answer, e.principle if principle is not None else None, e.critique)
         out.append({"role": "assistant", "content": e.revision})
     out += asked[len(head) :]
     return [*out, *_round(config, answer, principle, critique)]
+
+
+def fitting(examples: Sequence[Example], principle: str | None) -> list[Example]:
+    """The examples that a round is shown: those of its principle, or all where it has none."""
+    return [e for e in examples if e.principle == principle] or list(examples)
 
 
 def _round(config: RefineConfig, answer: str, principle: str | None, critique: str | None) -> list[Message]:

@@ -17,6 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from posttrain.report import words
+from posttrain.report.chains import amounts, chain_views
 from posttrain.report.curves import Chart, chart, measures_for, ticks
 from posttrain.report.feedback import read_feedback
 from posttrain.report.inference import by_stage, panels
@@ -115,6 +116,8 @@ def render(run: Run) -> str:
         samples=[s for r in rows if (s := _samples(r, run)) is not None],
         changes=CHANGES,
         rollouts=views(run),
+        chains=chain_views(run.folder, run.notes),
+        amounts=amounts,
         feedback=read_feedback(run.folder, run.notes),
         scored=scored(run),
         recipe=words.yaml_markup(run.recipe_text),

@@ -24,7 +24,7 @@ from posttrain.feedback.principles import read_principles
 from posttrain.progress import Track
 from posttrain.refine import chain as chains
 from posttrain.refine.chain import Chain, Round, Text
-from posttrain.refine.wording import Example, draw, read_examples, turns
+from posttrain.refine.wording import Example, draw, fitting, read_examples, turns
 from posttrain.rewards.stack import RewardStack
 from posttrain.rollout.openai import OpenAISampler
 from posttrain.rollout.sampler import Request, Sampler
@@ -217,7 +217,8 @@ class Loop:
         ):
             done = c.rounds[-1]
             assert done.critique is not None
-            why = chains.fault(text, answer=c.answer.text, critique=done.critique.text)
+            shown = [("that of an example", e.revision) for e in fitting(self.examples, done.says or None)]
+            why = chains.fault(text, [("the answer", c.answer.text), ("the critique", done.critique.text), *shown])
             done.why = f"revision: {why}" if why else ""
             done.revision = text
 
