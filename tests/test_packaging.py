@@ -15,7 +15,7 @@ import pytest
 import posttrain
 
 ROOT = Path(__file__).parent.parent
-DATA = {".yaml", ".html", ".css", ".js", ".tsv", ".typed", ".jinja"}
+DATA = {".yaml", ".html", ".css", ".js", ".tsv", ".txt", ".jsonl", ".typed", ".jinja"}
 
 
 @pytest.fixture(scope="module")

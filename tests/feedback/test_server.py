@@ -16,12 +16,15 @@ from typing import Any
 
 import pytest
 
-from posttrain.config import JudgeConfig, ModelConfig, SamplingConfig, ServerConfig
-from posttrain.errors import ModelError, ServerError
+from posttrain.config import JudgeConfig, ModelConfig, RefineConfig, SamplingConfig, ServerConfig
+from posttrain.data.questions import Question
+from posttrain.errors import DataError, ModelError, ServerError
 from posttrain.feedback import Judge, Judged
 from posttrain.rollout.openai import OpenAISampler
 from posttrain.rollout.sampler import Request
+from posttrain.refine import read_chains
 from posttrain.rollout.server import retry_after
+from posttrain.train.refine import run_refine
 from tests.feedback.serving import PAIRS, Fault, Proxy, environment
 
 
@@ -211,6 +214,29 @@ def test_the_sampler_behind_a_server(server: str, judge_folder: Path) -> None:
         assert sorted(heard) == [(0, 0), (0, 1), (0, 2), (1, 0)] and proxy.asked == ["one"] * 4 + ["refuse"]
         with pytest.raises(ModelError, match=r"sampling.top_k is not in OpenAI's protocol"):
             sampler.sample(requests, SamplingConfig(top_k=5))
+
+
+def test_a_server_writes_answers_and_critiques(server: str, judge_folder: Path, tmp_path: Path) -> None:
+    """This one never ends a text, so that all are cut; one request an answer, one a critique, the turns in their order."""
+    with proxied(server, lambda n, q: "400" if q == "refuse" else "") as proxy:
+        behind = {"model": str(judge_folder), "base_url": proxy.url, "backoff": 0.02}
+        stage = {
+            "problems": {"kind": "lab"},
+            "server": behind,
+            "revisions": 1,
+            "critique": "Well?",
+            "revision": "Again.",
+        }
+        config = RefineConfig.model_validate({**stage, "sampling": {"max_tokens": 2}, "critique_tokens": 3})
+        asked = [Question([1], q, {"messages": [{"role": "user", "content": q}]}) for q in ("one", "refuse")]
+        with pytest.raises(DataError, match="made no row of 2 chains"):
+            run_refine(config, ModelConfig(source="tiny:llama"), asked, tmp_path)
+        one, refused = read_chains(tmp_path / "chains")
+        assert set(one.initial.text) <= {"A", "B"} and (len(one.initial.text), one.initial.finish) == (2, "length")
+        assert one.rounds[0].critique is not None and len(one.rounds[0].critique.text) == 3
+        assert one.rounds[0].why == "critique: cut at the longest length"
+        assert (refused.initial.finish, refused.initial.text, refused.rounds) == ("error", "400: no", [])
+        assert sorted(proxy.asked) == ["Well?", "one", "refuse"]
 
 
 def test_a_key_is_taken_from_the_variable_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from posttrain.config import (
     OnlineDPOConfig,
     PreferenceConfig,
     ProcessRewardConfig,
+    RefineConfig,
     RejectionConfig,
     RewardModelConfig,
     RLConfig,
@@ -56,7 +57,9 @@ def overrides(name: str, chats: Path) -> list[str]:
     for i, stage in enumerate(recipe.stages):
         if isinstance(stage, RLConfig | OnlineDPOConfig):
             given += [f"stages.{i}.{s}" for s in ("steps=2", "prompts_per_step=2", "group_size=2")]
-            given += [f"stages.{i}.{s}" for s in ("sampling.max_tokens=6", "held_out.problems.size=8")]
+            given += [f"stages.{i}.{s}" for s in ["sampling.max_tokens=6"]]
+            rows = stage.held_out is not None and stage.held_out.problems.kind == "rows"
+            given += [f"stages.{i}.held_out.problems.{'data.rows=[8000, 8008]' if rows else 'size=8'}"]
             if isinstance(stage, RLConfig):
                 given += [f"stages.{i}.carry=5"] if stage.carry else []
                 given += [f"stages.{i}.allocate.first=1"] if stage.allocate else []
@@ -66,8 +69,15 @@ def overrides(name: str, chats: Path) -> list[str]:
                 f"stages.{i}.{s}" for s in ("threshold=-1", "problems.data.rows=[0, 20]", "sampling.max_tokens=99")
             ]
             continue
+        if isinstance(stage, RefineConfig):  # its context has no room for examples
+            small = ("problems.data.rows=[0, 12]", "examples=null", "sampling.max_tokens=300", "critique_tokens=300")
+            given += [f"stages.{i}.{s}" for s in small]
+            continue
         if isinstance(stage, FeedbackConfig):
-            given += [f"stages.{i}.answers.data.source={chats.with_name('pairs.jsonl')}"]
+            if stage.answers.kind == "samples":
+                given += [f"stages.{i}.answers.{s}" for s in ("problems.data.rows=[0, 6]", "sampling.max_tokens=30")]
+            else:
+                given += [f"stages.{i}.answers.data.source={chats.with_name('pairs.jsonl')}"]
             given += [f"stages.{i}.judge.model.source=tiny:llama"]
             given += [f"stages.{i}.judge.store={chats.with_name('judge.sqlite3')}"]
             continue
