@@ -20,9 +20,9 @@ from posttrain.config import JudgeConfig, ModelConfig, RefineConfig, SamplingCon
 from posttrain.data.questions import Question
 from posttrain.errors import DataError, ModelError, ServerError
 from posttrain.feedback import Judge, Judged
+from posttrain.refine import read_chains
 from posttrain.rollout.openai import OpenAISampler
 from posttrain.rollout.sampler import Request
-from posttrain.refine import read_chains
 from posttrain.rollout.server import retry_after
 from posttrain.train.refine import run_refine
 from tests.feedback.serving import PAIRS, Fault, Proxy, environment
@@ -217,7 +217,7 @@ def test_the_sampler_behind_a_server(server: str, judge_folder: Path) -> None:
 
 
 def test_a_server_writes_answers_and_critiques(server: str, judge_folder: Path, tmp_path: Path) -> None:
-    """This one never ends a text, so that all are cut; one request an answer, one a critique, the turns in their order."""
+    """This one never ends a text, so that all are cut; one request an answer and a critique, turns in their order."""
     with proxied(server, lambda n, q: "400" if q == "refuse" else "") as proxy:
         behind = {"model": str(judge_folder), "base_url": proxy.url, "backoff": 0.02}
         stage = {

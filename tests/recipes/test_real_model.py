@@ -15,6 +15,7 @@ from posttrain.evaluate.tasks import score
 from posttrain.files import read_lines
 from posttrain.models.lm import LanguageModel
 from posttrain.models.load import load_model
+from posttrain.refine import read_chains
 from posttrain.rollout.greedy import greedy
 from posttrain.types import Sample
 
@@ -52,3 +53,17 @@ def test_it_learns_and_transformers_says_the_same(tmp_path: Path) -> None:
         sample = Sample(out.tolist(), [0.0] * len(prompt) + [1.0] * len(answer))
         other = Sample([*prompt, *prompt[-5:]], [0.0] * len(prompt) + [1.0] * 5)
         assert score(ours, [other, sample])[1][0] == pytest.approx(expected, abs=1e-3)
+
+
+def test_it_rewrites_its_answers_by_a_principle(tmp_path: Path) -> None:
+    """Shown how, by three examples: hardly any first answer to these twelve thanks the viewer, most revisions do."""
+    (tmp_path / "principles.txt").write_text("Thank the viewer.\n")
+    refine = posttrain.load_recipe("constitutional").stages[0].model_dump()
+    refine |= {"principles": str(tmp_path / "principles.txt"), "revisions": 1, "rewards": None}
+    refine["problems"]["data"]["rows"] = [0, 12]
+    refine["sampling"]["max_tokens"] = 48
+    recipe = posttrain.Recipe.model_validate({"name": "r", "model": {"source": SOURCE}, "stages": [refine]})
+    chains = read_chains(posttrain.run(recipe, tmp_path / "run").folder / "stages" / "0-revise" / "chains")
+    first = sum("thank" in c.initial.text.lower() for c in chains)
+    last = sum("thank" in r.revision.text.lower() for c in chains for r in c.rounds if r.revision is not None)
+    assert len(chains) == 12 and first <= 3 and last >= 6, (first, last)
