@@ -70,7 +70,7 @@ def overrides(name: str, chats: Path) -> list[str]:
             ]
             continue
         if isinstance(stage, RefineConfig):  # its context has no room for examples
-            small = ("problems.data.rows=[0, 12]", "examples=null", "sampling.max_tokens=300", "critique_tokens=300")
+            small = ("problems.data.rows=[0, 12]", "examples=null", "sampling.stop=[a, b, c, d, e, f, g, h]")
             given += [f"stages.{i}.{s}" for s in small]
             continue
         if isinstance(stage, FeedbackConfig):

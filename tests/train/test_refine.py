@@ -180,7 +180,8 @@ def test_chains_are_read_back_as_they_were_written(tmp_path: Path) -> None:
 
 MODEL = ModelConfig(source="tiny:llama")
 REAL = {
-    "revisions": 2, "sampling": {"max_tokens": 300}, "critique_tokens": 300, "prompts_at_once": 4,
+    "revisions": 2, "sampling": {"max_tokens": 90, "stop": list("abcdefgh")}, "critique_tokens": 90,
+    "prompts_at_once": 4,
     "rewards": {"parts": [{"kind": "function", "name": "even", "function": "even"}]},
 }  # fmt: skip
 
@@ -214,10 +215,8 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_rows(tmp_path: Path, monkey
         assert (tmp_path / "calm" / name).read_bytes() == (killed / name).read_bytes()
     rows, stats = read_lines(killed / "data" / "rows.jsonl"), json.loads((killed / "data" / "stats.json").read_text())
     assert 0 < len(rows) == stats["rows"] and stats["chains"] == 10 and stats["usable"] > 0
-    samples = prepare(
-        DataConfig(source=str(killed / "data" / "rows.jsonl")), TOKENIZER
-    ).samples  # as a later stage does
-    for sample_, row in zip(samples, rows, strict=True):
+    read_back = prepare(DataConfig(source=str(killed / "data" / "rows.jsonl")), TOKENIZER)  # as a later stage does
+    for sample_, row in zip(read_back.samples, rows, strict=True):
         question = questions[row["problem"]]
         assert list(sample_.tokens[: len(question.tokens)]) == question.tokens
         assert row["reward"] == even(row["messages"][-1]["content"], {})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +229,8 @@ class Loop:
         written = self._say(what, asked, self.config.sampling.max_tokens)
         if self.rewards is None or not written:
             return [_text(r) for r in written]
-        groups = [RolloutGroup(q.tokens, q.problem, [r]) for q, r in zip(questions, written, strict=True)]
+        stripped = [replace(r, text=r.text.strip()) for r in written]  # what is judged is what the row will say
+        groups = [RolloutGroup(q.tokens, q.problem, [r]) for q, r in zip(questions, stripped, strict=True)]
         scored, _, failures = with_failed(self.rewards(groups))
         out = []
         for group, failed in zip(scored, failures, strict=True):
