@@ -27,7 +27,7 @@ TOKENIZER = tiny_tokenizer()
 PROBLEMS = {
     "kind": "rows",
     "answers": False,
-    "data": {"source": "packaged:movie_reviews.tsv", "prompt": "{text}", "completion": "-", "rows": [0, 10]},
+    "data": {"source": "packaged:movie_reviews.tsv", "prompt": "{text}", "completion": "-", "rows": [0, 8]},
 }
 PRINCIPLES = ["Be short.", "Be kind."]
 
@@ -180,7 +180,7 @@ def test_chains_are_read_back_as_they_were_written(tmp_path: Path) -> None:
 
 MODEL = ModelConfig(source="tiny:llama")
 REAL = {
-    "revisions": 2, "sampling": {"max_tokens": 90, "stop": list("abcdefgh")}, "critique_tokens": 90,
+    "revisions": 2, "sampling": {"max_tokens": 50, "stop": list("abcdefgh")}, "critique_tokens": 50,
     "prompts_at_once": 4,
     "rewards": {"parts": [{"kind": "function", "name": "even", "function": "even"}]},
 }  # fmt: skip
@@ -200,7 +200,7 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_rows(tmp_path: Path, monkey
 
     def dies(self: Any, requests: Any, *rest: Any) -> Any:
         calls.append(len(requests))
-        if len(calls) == 8:  # in the second chunk of three
+        if len(calls) == 8:  # in the second chunk of two
             raise KeyboardInterrupt
         return sample(self, requests, *rest)
 
@@ -211,10 +211,10 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_rows(tmp_path: Path, monkey
     assert chunks_there(killed / "chains") == [1] and not (killed / "data").exists()
     again = run_refine(config, MODEL, questions, killed, **given)
     assert {**again, "seconds": 0} == {**calm, "seconds": 0}
-    for name in (*(f"chains/chunk-{c:06d}.jsonl" for c in (1, 2, 3)), "data/rows.jsonl", "data/stats.json"):
+    for name in (*(f"chains/chunk-{c:06d}.jsonl" for c in (1, 2)), "data/rows.jsonl", "data/stats.json"):
         assert (tmp_path / "calm" / name).read_bytes() == (killed / name).read_bytes()
     rows, stats = read_lines(killed / "data" / "rows.jsonl"), json.loads((killed / "data" / "stats.json").read_text())
-    assert 0 < len(rows) == stats["rows"] and stats["chains"] == 10 and stats["usable"] > 0
+    assert 0 < len(rows) == stats["rows"] and stats["chains"] == 8 and stats["usable"] > 0
     read_back = prepare(DataConfig(source=str(killed / "data" / "rows.jsonl")), TOKENIZER)  # as a later stage does
     for sample_, row in zip(read_back.samples, rows, strict=True):
         question = questions[row["problem"]]
@@ -242,7 +242,7 @@ def test_nothing_usable_and_problems_in_plain_text_are_errors_that_say_why(tmp_p
         stage = {**base, "sampling": {"max_tokens": 2}, **changes}
         return posttrain.Recipe.model_validate({"name": "r", "model": {"source": "tiny:llama"}, "stages": [stage]})
 
-    with pytest.raises(DataError, match=r"made no row of 10 chains \(10 no revision could be used, "):
+    with pytest.raises(DataError, match=r"made no row of 8 chains \(8 no revision could be used, "):
         posttrain.run(recipe(critique_tokens=2), tmp_path / "none")
     assert chunks_there(tmp_path / "none" / "stages" / "0-refine" / "chains") == [1]  # there to be looked at
     with pytest.raises(DataError, match="critiques are turns of a chat"):
