@@ -361,11 +361,12 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
             print(f"greedy: {alike} of {args.count} as {name} answers them; the others at near ties: {not wrong}")
             failed += [f"{name}: {w}" for w in wrong] if not args.gpu else []
     ours = found["ours"]["rates"]["lengths"]
-    ratios = {}
+    ratios: dict[str, float] = {}
     for kind in ("vllm", "generate"):
         names = ("generate", "continuous") if kind == "generate" else (kind,)
         theirs = [r["rates"]["lengths"] for n, r in found.items() if n.startswith(names)]
-        ratios[kind] = ours / max(theirs) if theirs else float("nan")
+        if theirs:
+            ratios[kind] = ours / max(theirs)
     if args.json:
         kept = {n: {k: v for k, v in r.items() if k not in ("greedy", "drawn")} for n, r in found.items()}
         write_json(args.json, {"machine": machine(), "settings": {"count": args.count, "longest": args.longest},
