@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,6 +62,17 @@ def test_threads_change_nothing() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0], strict=True))
+
+
+@compiled
+def test_a_team_that_is_smaller_than_asked_for_does_all_of_the_work(tmp_path) -> None:
+    code = (
+        "import torch; from posttrain.models import native; torch.set_num_threads(4); k = native.kernels()\n"
+        "x, w = torch.randn(20, 64), torch.randn(500, 64); y = x @ w.t(); k.linear(x, w).fill_(torch.nan)\n"
+        "assert torch.allclose(k.linear(x, w), y, atol=1e-4)"
+    )
+    limited = {**os.environ, "OMP_THREAD_LIMIT": "2"}
+    subprocess.run([sys.executable, "-c", code], env=limited, check=True, timeout=120)
 
 
 @compiled

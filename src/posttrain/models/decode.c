@@ -5,7 +5,7 @@
  * does not depend, to the last bit, on what else is in the batch.
  *
  * Compiled where posttrain runs, by posttrain.models.native, with the compiler's -march=native; threads are those of
- * the OpenMP library that torch brings, whose two entry points are handed in.
+ * the OpenMP library that torch brings, whose entry points are handed in.
  */
 #include <stddef.h>
 #include <stdlib.h>
@@ -31,12 +31,13 @@ typedef void (*parallel_t)(void (*)(void *), void *, unsigned, unsigned);
 typedef int (*number_t)(void);
 
 static parallel_t parallel;
-static number_t number;
-static int threads = 1;
+static number_t number, size;
+static int threads = 1; /* asked for; a team may be smaller */
 
-void use_threads(parallel_t p, number_t n, int count) {
+void use_threads(parallel_t p, number_t n, number_t s, int count) {
     parallel = p;
     number = n;
+    size = s;
     threads = count;
 }
 
@@ -48,6 +49,7 @@ static void run(void (*work)(void *), void *job) {
 }
 
 static int me(void) { return threads == 1 ? 0 : number(); }
+static int team(void) { return threads == 1 ? 1 : size(); }
 
 /* Memory that stays from call to call; calls come one at a time (Python's lock is held). NULL where there is none. */
 static float *room(size_t floats) {
@@ -129,8 +131,8 @@ TILE(tile_4, vec, WIDTH, 4, 3)
 
 static void product(void *data) {
     const product_t *j = data;
-    const long blocks = j->n / BLOCK > 0 ? j->n / BLOCK : 1, t = me();
-    for (long b = blocks * t / threads; b < blocks * (t + 1) / threads; b++) {
+    const long blocks = j->n / BLOCK > 0 ? j->n / BLOCK : 1, t = me(), all_of_us = team();
+    for (long b = blocks * t / all_of_us; b < blocks * (t + 1) / all_of_us; b++) {
         const long n0 = b * BLOCK, n1 = b == blocks - 1 ? j->n : n0 + BLOCK;
         for (long m0 = 0; m0 < j->wide; m0 += 4 * WIDTH) {
             switch ((j->wide - m0) / (WIDTH / 2)) {
@@ -200,12 +202,12 @@ typedef struct {
 
 static void gated_part(void *data) {
     const gated_t *j = data;
-    const long vectors = j->count / WIDTH, t = me();
-    for (long i = vectors * t / threads * WIDTH; i < vectors * (t + 1) / threads * WIDTH; i += WIDTH) {
+    const long vectors = j->count / WIDTH, t = me(), all_of_us = team();
+    for (long i = vectors * t / all_of_us * WIDTH; i < vectors * (t + 1) / all_of_us * WIDTH; i += WIDTH) {
         const vec g = *(const vec *)(j->gate + i);
         *(vec *)(j->y + i) = g / (1.0f + exponential(-g)) * *(const vec *)(j->up + i);
     }
-    if (t == threads - 1)
+    if (t == all_of_us - 1)
         for (long i = vectors * WIDTH; i < j->count; i++)
             j->y[i] = j->gate[i] / (1.0f + exponential(all(-j->gate[i]))[0]) * j->up[i];
 }
@@ -297,9 +299,9 @@ static void weigh(const float *p, const float *v, long count, long size, float *
 
 static void attend_part(void *data) {
     const attention_t *j = data;
-    const long t = me(), items = j->m * j->kv, size = j->size;
+    const long t = me(), all_of_us = team(), items = j->m * j->kv, size = j->size;
     float *p = j->scores + t * j->longest;
-    for (long item = items * t / threads; item < items * (t + 1) / threads; item++) {
+    for (long item = items * t / all_of_us; item < items * (t + 1) / all_of_us; item++) {
         const long m = item / j->kv, h = item % j->kv, column = j->column[m];
         float *own_k = j->own_k + (m * j->kv + h) * j->own_columns * size;
         float *own_v = j->own_v + (m * j->kv + h) * j->own_columns * size;
@@ -395,9 +397,9 @@ typedef struct {
 
 static void draw_part(void *data) {
     const draw_t *j = data;
-    const long t = me(), bins = (j->v + BINS - 1) / BINS;
+    const long t = me(), all_of_us = team(), bins = (j->v + BINS - 1) / BINS;
     double *sums = j->sums + t * bins;
-    for (long row = j->m * t / threads; row < j->m * (t + 1) / threads; row++) {
+    for (long row = j->m * t / all_of_us; row < j->m * (t + 1) / all_of_us; row++) {
         const float *z = j->z + row * j->v;
         float top = z[0];
         for (long i = 0; i < j->v; i++)

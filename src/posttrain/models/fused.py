@@ -126,7 +126,7 @@ class _LoRALinear(torch.autograd.Function):
 def _norm_forward(shift: float) -> Callable[..., Tensor]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         eps: Any = getattr(self, "variance_epsilon", None) or getattr(self, "eps", None)
-        if cpu.few_rows(hidden_states) and hidden_states.is_contiguous() and self.weight.dtype == torch.float32:
+        if cpu.few_rows(hidden_states) and hidden_states.is_contiguous() and native.plain(self.weight):
             kernels = native.kernels()
             if kernels is not None:
                 return kernels.rms_norm(hidden_states, self.weight, float(eps), shift)

@@ -38,7 +38,7 @@ class Kernels:
         # PyDLL keeps Python's lock: the kernels' scratch memory is one, and a call takes milliseconds at most.
         self.lib = ctypes.PyDLL(str(path))
         pointer, long = ctypes.c_void_p, ctypes.c_long
-        self.lib.use_threads.argtypes = [pointer, pointer, ctypes.c_int]
+        self.lib.use_threads.argtypes = [pointer, pointer, pointer, ctypes.c_int]
         self.lib.linear.argtypes = [pointer, pointer, pointer, pointer, long, long, long]
         self.lib.gated.argtypes = [pointer, pointer, pointer, long]
         self.lib.rms_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float, ctypes.c_float]
@@ -48,7 +48,8 @@ class Kernels:
         for name in ("use_threads", "gated", "rms_norm", "rotate"):
             getattr(self.lib, name).restype = None
         self.openmp = _openmp()
-        self.entries = [ctypes.cast(f, pointer) for f in (self.openmp.GOMP_parallel, self.openmp.omp_get_thread_num)]
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        self.entries = [ctypes.cast(getattr(self.openmp, name), pointer) for name in names]
         self.threads = 0
 
     def _threads(self) -> None:
@@ -152,9 +153,14 @@ def kernels() -> Kernels | None:
     return _state["kernels"]  # type: ignore[no-any-return]
 
 
+def plain(weight: Tensor) -> bool:
+    """Whether these are numbers in a row that a kernel can read: float32 without gaps, no tensor of another kind."""
+    return type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype == torch.float32 and weight.is_contiguous()
+
+
 def fits(weight: Tensor) -> bool:
     """Whether `Kernels.linear` can take this matrix."""
-    return weight.is_contiguous() and weight.dtype == torch.float32 and weight.shape[0] >= LEAST_COLUMNS
+    return plain(weight) and weight.shape[0] >= LEAST_COLUMNS
 
 
 def why() -> str:
