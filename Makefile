@@ -17,8 +17,8 @@ help:  ## this list
 demo: $(STAMPS)/demo  ## fine-tune a 135M model on movie reviews, measured before and after (under 10 minutes)
 	@$(BIN)/posttrain run quickstart
 
-test: lint  ## linters, type checker, tests
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+test: lint  ## linters, type checker, tests (in two processes)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMPS)/dev  ## ruff and mypy
 	@$(BIN)/ruff check --quiet .
