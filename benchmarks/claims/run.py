@@ -188,8 +188,8 @@ HARD = Claim(
     "They pay where right answers are rare",
     (Arm("none", "r1_zero", ZERO), *(Arm(name, "r1_zero", (*ZERO, setting)) for name, setting in PARTS.items())),
     pays,
-    "Recipe r1_zero, whose template the model has never read: one greedy answer in seven is right at first. Without "
-    "its exploration, and with one part of it.",
+    "Recipe r1_zero, whose template the model has never read: 6 to 13 greedy answers in a hundred are right at first. "
+    "Without its exploration, and with one part of it.",
 )
 
 CLAIMS = {c.number: c for c in (REFT, BASE, STEPS, CONSISTENT, EXPLORING, HARD)}
