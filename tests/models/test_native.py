@@ -158,6 +158,9 @@ def test_draws_are_the_inverse_of_the_cumulative_distribution() -> None:
             assert p[row, token] > 0
             assert p[row, :token].sum() <= u + 1e-6 and (p[row, : token + 1].sum() > u - 1e-6)
             assert logprob == pytest.approx(float(p[row, token].log()), abs=1e-5)
+    broken = z.clone()
+    broken[4, 999] = torch.nan
+    assert k.draw(broken, torch.full((6,), 0.5, dtype=torch.float64))[1].isnan().tolist() == [i == 4 for i in range(6)]
     assert k.draw(z, torch.zeros(6, dtype=torch.float64))[0][1] == 3
     assert k.draw(z, torch.full((6,), 1 - 2**-53, dtype=torch.float64))[0][1] == 700
 

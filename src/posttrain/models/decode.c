@@ -384,7 +384,8 @@ void rotate(const float *x, const long *x_strides, const float *cosine, const fl
 
 /* ------------------------------------------------------------------------------------------------------------- drawing
  * Of each row of logits z (m, v): the first token whose cumulative probability exceeds u[row], and its logarithm. Sums of
- * BINS tokens at a time are kept in float64, so that the token is found among one bin's. */
+ * BINS tokens at a time are kept in float64, so that the token is found among one bin's. Where a logit is not a number the
+ * logarithm is none either: a broken model must show. */
 #define BINS 256
 typedef struct {
     const float *z;
@@ -402,8 +403,11 @@ static void draw_part(void *data) {
     for (long row = j->m * t / all_of_us; row < j->m * (t + 1) / all_of_us; row++) {
         const float *z = j->z + row * j->v;
         float top = z[0];
-        for (long i = 0; i < j->v; i++)
+        int broken = 0;
+        for (long i = 0; i < j->v; i++) {
             top = z[i] > top ? z[i] : top;
+            broken |= z[i] != z[i];
+        }
         double total = 0;
         for (long b = 0; b < bins; b++) {
             const long end = (b + 1) * BINS < j->v ? (b + 1) * BINS : j->v;
@@ -434,7 +438,7 @@ static void draw_part(void *data) {
                 if (mass(all(z[i]), top)[0] > 0)
                     last = i;
         j->token[row] = found < 0 ? last : found;
-        j->logprob[row] = z[j->token[row]] - top - (float)__builtin_log(total);
+        j->logprob[row] = broken ? __builtin_nanf("") : z[j->token[row]] - top - (float)__builtin_log(total);
     }
 }
 
