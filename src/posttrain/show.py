@@ -17,7 +17,7 @@ from posttrain.data.questions import Questions
 from posttrain.evaluate.stats import compare
 from posttrain.evaluate.tasks import evaluate_model, task_data
 from posttrain.files import read_lines
-from posttrain.models.load import context_length, load_tokenizer
+from posttrain.models.load import context_length, load_tokenizer, pick_device
 from posttrain.report.feedback import agreement
 from posttrain.report.terminal import sampling_tables
 from posttrain.report.words import p_value, score
@@ -46,7 +46,8 @@ def inspect(recipe: Recipe, only: str | None, rows: int, out: Console) -> None:
             elif isinstance(data, Answers):
                 _answers(data, rows, out)
             else:
-                _samples(data, stage if isinstance(stage, EpochsConfig) else None, tokenizer, rows, out)
+                trained = stage if isinstance(stage, EpochsConfig) else None
+                _samples(data, trained, tokenizer, rows, out, recipe.model.device)
     for task in recipe.evaluate:
         if only in (None, task.name):
             out.rule(f"{task.name} (evaluation)")
@@ -57,11 +58,14 @@ def inspect(recipe: Recipe, only: str | None, rows: int, out: Console) -> None:
                 _samples(asked, None, tokenizer, rows, out)
 
 
-def _samples(prepared: Any, stage: EpochsConfig | None, tokenizer: Any, rows: int, out: Console) -> None:
+def _samples(
+    prepared: Any, stage: EpochsConfig | None, tokenizer: Any, rows: int, out: Console, device: str = "auto"
+) -> None:
     lengths = [len(s) for s in prepared.samples]
     _numbers(prepared.stats, lengths, out)
     if stage is not None and lengths:
-        out.print(f"plan       {plan(stage, getattr(prepared, 'sizes', lengths))}", markup=False, soft_wrap=True)
+        told = plan(stage, getattr(prepared, "sizes", lengths), pick_device(device).type)
+        out.print(f"plan       {told}", markup=False, soft_wrap=True)
     colours = out.color_system is not None and not out.no_color
     how = "coloured" if colours else "in {} {}".format(*BRACKETS)
     for i, sample in enumerate(prepared.samples[:rows]):
@@ -150,12 +154,12 @@ def histogram(lengths: Sequence[int], bins: int = 8) -> list[str]:
     ]
 
 
-def plan(stage: EpochsConfig, lengths: Sequence[int]) -> str:
+def plan(stage: EpochsConfig, lengths: Sequence[int], device: str) -> str:
     """Steps, and micro-batches a step as the token budget cuts them (before shared prefixes save any)."""
     from posttrain.models.ragged import micro_batches
     from posttrain.train.loop import steps_for
 
-    count, budget = len(lengths), stage.systems.tokens_per_micro_batch
+    count, budget = len(lengths), stage.systems.budget(device)
     steps, _ = steps_for(count, stage.batch_size, stage.epochs)
     capped, _ = steps_for(count, stage.batch_size, stage.epochs, stage.max_steps)
     shown = [lengths[i : i + stage.batch_size] for i in range(0, count, stage.batch_size)][: min(capped, 200)]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,3 +52,12 @@ def test_the_route_comes_back_after_small_products(monkeypatch) -> None:
         assert torch.backends.mkldnn.matmul.fp32_precision == ("ieee" if route == "onednn" else setting)
         raise ValueError
     assert torch.backends.mkldnn.matmul.fp32_precision == setting
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_few_compiled_kernels_are_kept_unless_somebody_said_how_many(own: str | None) -> None:
+    code = "from posttrain.models import cpu; import os; cpu.matmul_route(); print(os.environ['LRU_CACHE_CAPACITY'])"
+    environment = {k: v for k, v in os.environ.items() if k != "LRU_CACHE_CAPACITY"}
+    environment |= {} if own is None else {"LRU_CACHE_CAPACITY": own}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [own or str(cpu.KERNELS)]

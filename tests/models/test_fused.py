@@ -37,6 +37,7 @@ def check(own: Any, fused: Any) -> None:
 @pytest.mark.parametrize(("kind", "norms", "mlps"), KINDS)
 def test_equal_to_the_models_own(kind: str, norms: int, mlps: int) -> None:
     own = tiny_model(kind)
+    torch.manual_seed(0)
     for name, p in own.named_parameters():
         if "norm" in name:
             nn.init.normal_(p, mean=0.5, std=0.3)  # all ones, or zeros, would hide a weight that is left out
@@ -62,6 +63,27 @@ def test_adapters_equal_peft_s_own(kind: str, linears: int) -> None:
         torch.testing.assert_close(fused(ids).logits, own(ids).logits, atol=1e-5, rtol=0)
     merged = own.merge_and_unload()(ids).logits
     torch.testing.assert_close(fused.merge_and_unload()(ids).logits, merged, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [3, 300])  # few go through a compiled kernel where there is no gradient
+def test_rotation_equals_transformers_own_in_value_and_gradient(rows: int) -> None:
+    from transformers.models.llama import modeling_llama as home
+
+    fuse(tiny_model("llama"))
+    turn = home.apply_rotary_pos_emb
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, rows, heads, 8, generator=g).transpose(1, 2) for heads in (4, 2))
+    cos, sin = (torch.randn(1, rows, 8, generator=g) for _ in range(2))  # not of one angle: nothing relies on that
+    for training in (True, False):
+        found = []
+        for function in (turn, turn.original):  # type: ignore[attr-defined]
+            leaves = [x.clone().requires_grad_(training) for x in (q, k)]
+            with torch.set_grad_enabled(training):
+                turned = list(function(*leaves, cos, sin))
+            more = torch.autograd.grad([x.sin().sum() for x in turned], leaves) if training else []
+            found.append([*turned, *more])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 class OddRMSNorm(nn.Module):

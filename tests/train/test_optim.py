@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from posttrain.config import OptimizerConfig
 from posttrain.train.optim import Optimizer, lr_at
@@ -74,3 +75,16 @@ def test_bfloat16_parameters_keep_float32_masters() -> None:
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing to train"):
         Optimizer([("p", torch.nn.Parameter(torch.ones(1), requires_grad=False))], OptimizerConfig())
+
+
+def test_gradients_lie_in_one_block_and_add_up() -> None:
+    a, b, unused = (nn.Parameter(torch.arange(float(n)) + 1) for n in (3, 5, 2))
+    optimizer = Optimizer([("a", a), ("b", b), ("unused", unused)], OptimizerConfig())
+    for _ in range(2):
+        ((a * a).sum() + b.sum()).backward()
+    assert a.grad is not None and b.grad is not None and unused.grad is None
+    assert a.grad.tolist() == [4.0, 8.0, 12.0] and b.grad.tolist() == [2.0] * 5
+    assert a.grad.untyped_storage().data_ptr() == b.grad.untyped_storage().data_ptr()
+    optimizer.clear()
+    (a * 3).sum().backward()
+    assert a.grad is not None and a.grad.tolist() == [3.0] * 3 and b.grad is None

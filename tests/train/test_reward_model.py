@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def read(config: RewardModelConfig) -> tuple[list[Pair], list[Pair]]:
 
 def gradients(config: RewardModelConfig, pairs: list[Pair], systems: SystemsConfig) -> tuple[dict[str, float], Any]:
     model = LanguageModel(open_head(ModelConfig(source="tiny:llama"), "sequence", 1)[0])
-    one = Learner(model, OptimizerConfig(), whole(systems, [len(p.chosen) + len(p.rejected) for p in pairs]), 4)
+    one = Learner(model, OptimizerConfig(), whole(systems, model, [len(p.chosen) + len(p.rejected) for p in pairs]), 4)
     found: dict[str, torch.Tensor] = {}
 
     def keep() -> float:
@@ -82,6 +83,25 @@ def gradients(config: RewardModelConfig, pairs: list[Pair], systems: SystemsConf
     one.optimizer.clip = keep  # type: ignore[method-assign]
     samples = [s for i, p in enumerate(pairs) for s in pair_samples(p, i, 0)]
     return one.step(samples, pair_loss(config)).metrics, found
+
+
+def test_hard_labels_count_as_certain(tmp_path: Path) -> None:
+    pairs = [p for p in read(settings(tmp_path))[0] if p.probability == 0.9][:2]
+    soft, hard = (
+        [s.meta["p"] for i, p in enumerate(pairs) for s in pair_samples(p, i, 0, certain)] for certain in (False, True)
+    )
+    assert soft == [0.9] * 4 and hard == [1.0] * 4
+
+
+def test_a_stage_with_hard_labels_trains_as_on_rows_without_probabilities(tmp_path: Path) -> None:
+    config = settings(tmp_path, labels="hard", max_steps=2)
+    pairs, held_out = read(config)
+    certain = [replace(p, probability=1.0) for p in pairs]
+    model = ModelConfig(source="tiny:llama")
+    run_reward_model(config, model, pairs, held_out, tmp_path / "hard")
+    run_reward_model(config.model_copy(update={"labels": "soft"}), model, certain, held_out, tmp_path / "soft")
+    one, two = (json.loads((tmp_path / f / "held_out.json").read_text())["after"] for f in ("hard", "soft"))
+    assert one == two
 
 
 def test_loss_and_gradient_equal_a_slow_loop_through_transformers(tmp_path: Path) -> None:

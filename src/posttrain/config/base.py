@@ -155,10 +155,10 @@ class OptimizerConfig(Config):
 class SystemsConfig(Config):
     """How the step is computed. Nothing here changes what the step computes."""
 
-    tokens_per_micro_batch: int = Field(
-        4096,
+    tokens_per_micro_batch: int | None = Field(
+        None,
         ge=1,
-        description="Token budget of one forward and backward pass; lower it when memory runs out. The result is the same for any value.",
+        description="Token budget of one forward and backward pass; lower it when memory runs out. The result is the same for any value. None: 4096 on a GPU; 1024 on a CPU, which more tokens make no faster.",
     )
     activation_checkpointing: bool = Field(
         False,
@@ -166,6 +166,10 @@ class SystemsConfig(Config):
     )
     share_prefixes: bool = Field(True, description="Compute a prefix that several samples of a micro-batch share once.")
     compile: bool = Field(False, description="torch.compile the model's layers (needs a C++ compiler on a CPU).")
+
+    def budget(self, device: str) -> int:
+        """Tokens of a micro-batch on a device of this type (cpu, cuda)."""
+        return self.tokens_per_micro_batch or (1024 if device == "cpu" else 4096)
 
     @model_validator(mode="after")
     def _one(self) -> SystemsConfig:

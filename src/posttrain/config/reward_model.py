@@ -32,6 +32,10 @@ class RewardModelConfig(ScorerConfig):
     data: DataConfig = Field(description="Pairs: prompt, chosen, rejected; optionally probability and margin.")
     held_out: HeldOutPairsConfig | None = None
     batch_size: int = Field(16, ge=1, description="Pairs a step, over all ranks.")
+    labels: Literal["soft", "hard"] = Field(
+        "soft",
+        description="soft: a pair counts by its probability; hard: as if that were 1, for labels that are mild by the way they are made (a judge's scores).",
+    )
     margin_scale: float = Field(
         0.0, ge=0, description="Factor on the rows' margins (by how much the chosen answer is to be ahead). 0: unused."
     )

@@ -117,13 +117,13 @@ class _LinearLogprobs(torch.autograd.Function):
         for i in range(0, len(hidden), rows):
             s = slice(i, i + rows)
             z = _logits(hidden[s], weight, bias, scale, softcap, _of_rows(temperature, s))
-            logp = z - lse[s, None]
-            d = logp.exp()
+            # As few chunks of logits as what comes after needs: z itself only where there is a cap.
+            logp = z.sub(lse[s, None]) if softcap is not None else z.sub_(lse[s, None])
             if entropy and d_entropies is not None:
-                coefficient = -(logp + entropies[s, None]).mul_(d_entropies[s, None]) - d_logprobs[s, None]
-                d.mul_(coefficient)
+                d = logp.exp()
+                d.mul_(logp.add_(entropies[s, None]).mul_(-d_entropies[s, None]).sub_(d_logprobs[s, None]))
             else:
-                d.mul_(-d_logprobs[s, None])
+                d = logp.exp_().mul_(-d_logprobs[s, None])
             d.scatter_add_(1, targets[s, None], d_logprobs[s, None].to(d.dtype))
             d = _through_cap(d, z, scale, softcap, _of_rows(temperature, s))
             _push(d, hidden, weight, s, d_hidden, d_weight, d_bias)

@@ -91,10 +91,14 @@ class Plan:
         return self.varlen
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1)
+def _largest_mask() -> Tensor:
+    return torch.full((TILE, TILE + ROUND), -torch.inf).triu_(1)
+
+
 def _causal_mask(length: int, extra: int) -> Tensor:
     """(length, length + extra): a query sees keys up to itself, and none of the extra ones behind."""
-    return torch.full((length, length + extra), -torch.inf).triu_(1)
+    return _largest_mask()[:length, : length + extra]
 
 
 @lru_cache(maxsize=64)
@@ -196,7 +200,8 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, plan, window, scale):  # type: ignore[no-untyped-def]
         calls, heads, kv = plan.calls_for(window), len(query), len(key)
-        out = torch.zeros(heads, query.shape[1], value.shape[-1])
+        # In memory (T, heads, size): what comes after reads it so, and keeps it without a copy.
+        out = torch.zeros(query.shape[1], heads, value.shape[-1]).transpose(0, 1)
         lse = torch.full(query.shape[:2], -torch.inf)
         for c in calls:
             p = _scores(c, _grouped(query[:, c.q0 : c.q_end] * scale, kv), key[:, c.k0 : c.k_end])

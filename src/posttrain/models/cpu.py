@@ -10,6 +10,7 @@ measurement of the error, made each time, shows float32 accuracy; everywhere els
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +24,19 @@ from posttrain.models import native
 FEW_ROWS = 128
 """Up to so many rows a product is quicker through kernels of our own, or with the weights on the left (below)."""
 
+KERNELS = 256
+"""Compiled kernels that oneDNN, and torch on top of it, keep. One for each shape and layout of a product: a batch makes
+about a hundred. Either keeps 1,024 by itself, and every one takes half a megabyte: half a gigabyte before long."""
+
 _state: dict[str, str] = {}
 
 
 def matmul_route() -> str:
     """Throw the switch once for this process, and say which route float32 products take: 'onednn' or 'default'."""
     if "route" not in _state:
+        # Read when the first product goes that way; whoever has set them knows better.
+        for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(name, str(KERNELS))
         _state["route"] = "onednn" if _try_onednn() else "default"
     return _state["route"]
 

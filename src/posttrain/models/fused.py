@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from posttrain.models import cpu, native
+from posttrain.models import cpu, native, remake
 
 TOLERANCE = 2e-5
 """Largest difference, relative to the largest output, at which a fused forward counts as the module's own."""
@@ -29,10 +29,12 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps, shift):  # type: ignore[no-untyped-def]
         x32 = x.float()
         rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        scale = weight.float() + shift if shift else weight.float()
         ctx.save_for_backward(x, weight, rstd)
         ctx.shift = shift
-        return (x32 * rstd).mul_(scale).to(x.dtype)
+        y = _normed(x, weight, rstd, shift)
+        parts = x.detach(), weight.detach(), rstd
+        remake.made(y, lambda: _normed(*parts, shift))
+        return y
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
@@ -45,6 +47,12 @@ class _RMSNorm(torch.autograd.Function):
         g = dy32 * (weight.float() + ctx.shift if ctx.shift else weight.float())
         inner = torch.linalg.vecdot(g, normed).unsqueeze(-1).div_(-x.shape[-1])
         return g.addcmul_(normed, inner).mul_(rstd).to(x.dtype), d_weight, None, None
+
+
+def _normed(x: Tensor, weight: Tensor, rstd: Tensor, shift: float) -> Tensor:
+    x32 = x.float()
+    y = torch.mul(x32, rstd, out=remake.roomy(x32)) if x.device.type == "cpu" else x32 * rstd
+    return y.mul_(weight.float() + shift if shift else weight.float()).to(x.dtype)
 
 
 class _Gated(torch.autograd.Function):
@@ -212,40 +220,73 @@ def _candidates(module: Any) -> tuple[list[Callable[..., Tensor]], int]:
     return [], 0
 
 
+class _Rotation(torch.autograd.Function):
+    """x cos + rotate_half(x) sin (arXiv 2104.09864), (..., T, size); keeps cos and sin, and makes no rotated copy.
+    Backward turns the other way."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, *sin.chunk(2, -1), 1.0)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        return _turned(dy, cos, *reversed(sin.chunk(2, -1)), -1.0), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, first: Tensor, second: Tensor, sign: float) -> Tensor:
+    """(x1, x2) cos + sign (-x2 first, x1 second)."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.mul(x, cos, out=out)
+    (x1, x2), (y1, y2) = x.chunk(2, -1), out.chunk(2, -1)
+    y1.addcmul_(x2, first, value=-sign)
+    y2.addcmul_(x1, second, value=sign)
+    return out
+
+
 def _rotary(original: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' `apply_rotary_pos_emb` with the compiled kernel for a decoding step's few rows."""
+    """transformers' `apply_rotary_pos_emb` in one pass on a CPU; a decoding step's few rows by the compiled kernel."""
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        plain = not args and not kwargs and cos.dtype == torch.float32 and q.shape[0] == cos.shape[0] == 1
-        if plain and q.ndim == 4 and cos.shape[1:] == (q.shape[2], q.shape[3]) and cpu.few_rows(cos):
-            kernels = native.kernels()
-            if kernels is not None and q.dtype == k.dtype == torch.float32 and q.stride(-1) == k.stride(-1) == 1:
-                c, s = cos[0].contiguous(), sin[0].contiguous()
-                return kernels.rotate(q[0], c, s)[None], kernels.rotate(k[0], c, s)[None]
-        return original(q, k, cos, sin, *args, **kwargs)
+        plain = not args and not kwargs and q.ndim == k.ndim == 4 and q.shape[0] == cos.shape[0] == 1
+        plain = plain and q.dtype == k.dtype == cos.dtype == sin.dtype == torch.float32 and q.device.type == "cpu"
+        if not plain or cos.shape[1:] != (q.shape[2], q.shape[3]) or cos.requires_grad:
+            return original(q, k, cos, sin, *args, **kwargs)
+        kernels = native.kernels() if cpu.few_rows(cos) and q.stride(-1) == k.stride(-1) == 1 else None
+        if kernels is not None:
+            c, s = cos[0].contiguous(), sin[0].contiguous()
+            return kernels.rotate(q[0], c, s)[None], kernels.rotate(k[0], c, s)[None]
+        return tuple(_Rotation.apply(x, cos[:, None], sin[:, None]) for x in (q, k))
 
     apply_rotary_pos_emb.original = original  # type: ignore[attr-defined]
     return apply_rotary_pos_emb
 
 
-@torch.no_grad()
 def _fuse_rotary(attention: nn.Module) -> bool:
     """Replace the function where the attention's own module of transformers looks it up, if it computes the same."""
     home = sys.modules[type(attention).__module__]
     original = getattr(home, "apply_rotary_pos_emb", None)
-    if original is None or hasattr(original, "original") or native.kernels() is None:
+    if original is None or hasattr(original, "original"):
         return False
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 3, heads, 8, generator=generator).transpose(1, 2) for heads in (4, 2))
     cos, sin = (torch.randn(1, 3, 8, generator=generator) for _ in range(2))
+    fused = _rotary(original)
     try:
-        expected = original(q, k, cos, sin)
-        found = _rotary(original)(q, k, cos, sin)
+        for training in (False, True):
+            with torch.set_grad_enabled(training):
+                sides = []
+                for function in (original, fused):
+                    leaves = [x.clone().requires_grad_(training) for x in (q, k)]
+                    turned = list(function(*leaves, cos, sin))
+                    turned += torch.autograd.grad([(x * x).sum() for x in turned], leaves) if training else []
+                    sides.append([x.detach() for x in turned])
+            if any(a.shape != b.shape or (a - b).abs().max() > TOLERANCE for a, b in zip(*sides, strict=True)):
+                return False
     except (TypeError, RuntimeError, ValueError):
         return False  # another kind of rotation, with other arguments
-    if any(a.shape != b.shape or (a - b).abs().max() > TOLERANCE for a, b in zip(found, expected, strict=True)):
-        return False
-    home.apply_rotary_pos_emb = _rotary(original)  # type: ignore[attr-defined]
+    home.apply_rotary_pos_emb = fused  # type: ignore[attr-defined]
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from posttrain.functional.logprobs import Head, linear_cross_entropy, linear_log
 from posttrain.models import attention
 from posttrain.models.fused import fuse
 from posttrain.models.ragged import RaggedBatch, pack
+from posttrain.models.remake import cheap_results
 from posttrain.types import Sample
 
 STATEFUL = ("linear_attention", "mamba", "conv", "recurrent", "rwkv", "chunked_attention")
@@ -93,7 +95,8 @@ class LanguageModel(nn.Module):
             tokens, positions = (
                 torch.nn.functional.pad(x, (0, extra))[None] for x in (batch.tokens_T, batch.positions_T)
             )
-            out = decoder(input_ids=tokens, position_ids=positions, use_cache=False, ragged=attention.Plan(batch))
+            with self._lean():
+                out = decoder(input_ids=tokens, position_ids=positions, use_cache=False, ragged=attention.Plan(batch))
             return out.last_hidden_state[0, : batch.total]  # type: ignore[no-any-return]
         # One sequence at a time: right for any model, whatever state runs through it.
         hidden: Tensor | None = None
@@ -103,6 +106,14 @@ class LanguageModel(nn.Module):
             hidden = hidden.index_copy(0, row, h)
         assert hidden is not None
         return hidden
+
+    def _lean(self) -> AbstractContextManager[None]:
+        """On a CPU, where memory is short and copies are slow: see `models.remake`."""
+        training = torch.is_grad_enabled() and self.device.type == "cpu"
+        # Checkpointing has hooks of its own; its name has changed in transformers.
+        names = [n for n in ("is_activation_checkpointing", "is_gradient_checkpointing") if hasattr(self.base, n)]
+        recomputed = bool(names) and bool(getattr(self.base, names[0]))
+        return cheap_results() if training and not recomputed else nullcontext()
 
     def forward(
         self,

@@ -183,7 +183,7 @@ class Collector:
     def _own(self, rolled: Sequence[Rolled]) -> None:
         """The learner's log-probabilities (and the critic's values) before the first update."""
         critic = self.method.advantages == "critic"
-        for mine, batch, targets in in_passes(self.model, rolled, self.config.systems.tokens_per_micro_batch):
+        for mine, batch, targets in in_passes(self.model, rolled, self.config.systems.budget(self.model.device.type)):
             temperature = temperatures(self.config, mine, targets.device)
             out = self.model(batch, "values" if critic else "logprobs", targets, temperature=temperature)
             lengths = [r.length for r in mine]

@@ -107,7 +107,7 @@ class Learner:
 
     def _split(self, samples: Sequence[Sample]) -> tuple[list[list[int]], int]:
         """This rank's micro-batches, and how many passes every rank makes."""
-        world, budget = ranks.world(), self.systems.tokens_per_micro_batch
+        world, budget = ranks.world(), self.systems.budget(self.device.type)
         units = _units(samples, budget)
         shares: list[list[int]] = [[] for _ in range(world)]
         loads = [0] * world

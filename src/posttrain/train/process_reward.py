@@ -145,7 +145,7 @@ def run_process_reward(
     there is one. Returns what the manifest says of the stage.
     """
     opened = open_scorer(config, model, "token", seed)
-    policy, budget = opened.policy, config.systems.tokens_per_micro_batch
+    policy, budget = opened.policy, config.systems.budget(opened.policy.device.type)
     samples, rest = chains.samples, held_out.samples
     batch_at, steps = permutation_batches(samples, config.batch_size, config.epochs, seed, config.max_steps)
     learner = Learner(policy, config.optimizer, config.systems, steps)

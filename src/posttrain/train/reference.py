@@ -55,7 +55,7 @@ def sums_of(model: LanguageModel, units: Sequence[Unit], systems: SystemsConfig)
     """Log-probability of every sample of every unit; those of a unit are computed together, their prompt once."""
     sizes = [len(unit[0]) + sum(len(s) - int(s.meta["shared"]) for s in unit[1:]) for unit in units]
     out: list[list[float]] = [[] for _ in units]
-    for chosen in micro_batches(sizes, systems.tokens_per_micro_batch):
+    for chosen in micro_batches(sizes, systems.budget(model.device.type)):
         flat = [s for i in chosen for s in units[i]]
         sums, _ = answer_sums(model, model.pack(flat, systems.share_prefixes))
         left = iter(sums.float().tolist())

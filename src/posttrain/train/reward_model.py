@@ -124,14 +124,15 @@ def _member(
     opened = open_scorer(config, model, "sequence", seed)
     policy, pad = opened.policy, padding(opened.policy)
     at, steps = permutation_batches(pairs, config.batch_size, config.epochs, seed, config.max_steps)  # type: ignore[arg-type]
-    systems = whole(config.systems, [len(p.chosen) + len(p.rejected) - p.prompt for p in pairs])
+    budget = config.systems.budget(policy.device.type)
+    systems = whole(config.systems, policy, [len(p.chosen) + len(p.rejected) - p.prompt for p in pairs])
     learner = Learner(policy, config.optimizer, systems, steps)
     every = config.held_out.every if config.held_out is not None else 0
     before, after = folder / "members" / f"{k}.before.json", Scored()
 
     def measure(step: int, track: Track) -> dict[str, float]:
         track.phase("held-out pairs")
-        found = score_pairs(policy, held_out, pad, config.systems.tokens_per_micro_batch)
+        found = score_pairs(policy, held_out, pad, budget)
         if step == 0 and ranks.is_main():
             write_json(before, found)
         after[:] = found
@@ -141,7 +142,7 @@ def _member(
 
     def batch_at(step: int) -> list[Sample]:
         batch: Any = at(step)
-        return [s for i, pair in enumerate(batch) for s in pair_samples(pair, i, pad)]
+        return [s for i, pair in enumerate(batch) for s in pair_samples(pair, i, pad, config.labels == "hard")]
 
     result = train(
         learner,
@@ -155,8 +156,8 @@ def _member(
         shown=("loss", "accuracy", "held_out_accuracy"),
     )
     if held_out and not after:  # gone on with behind the last step
-        after[:] = score_pairs(policy, held_out, pad, config.systems.tokens_per_micro_batch)
-    rewards = after or score_pairs(policy, pairs[:SAMPLED], pad, config.systems.tokens_per_micro_batch)
+        after[:] = score_pairs(policy, held_out, pad, budget)
+    rewards = after or score_pairs(policy, pairs[:SAMPLED], pad, budget)
     flat = torch.tensor(rewards, dtype=torch.float64).flatten()
     kept = {"mean": float(flat.mean()), "std": float(flat.std(correction=0)), "account": account(result, opened)}
     if ranks.is_main():
@@ -168,17 +169,18 @@ def _member(
     leave_scorer(opened, config, model, "sequence", folder / "members" / str(k), seed, index)
 
 
-def pair_samples(pair: Pair, number: int, pad: int | None) -> list[Sample]:
+def pair_samples(pair: Pair, number: int, pad: int | None, hard: bool = False) -> list[Sample]:
     """Both answers of a pair as the learner takes them: half its weight each, on the token at which the head is read.
 
-    number: the pair's in its batch, by which the loss finds the two; a prompt of the pair is computed once.
+    number: the pair's in its batch, by which the loss finds the two; a prompt of the pair is computed once. hard: the
+    answer that is more likely the better one counts as better for certain.
     """
-    out = []
+    out, p = [], 1.0 if hard else pair.probability
     for side, sample in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         at = score_index(sample.tokens, pad)
         weights = [0.5 * (i == at) for i in range(len(sample))]
         meta = {"group": number, "shared": pair.prompt, "side": side, "at": at}
-        out.append(replace(sample, weights=weights, meta={**meta, "margin": pair.margin, "p": pair.probability}))
+        out.append(replace(sample, weights=weights, meta={**meta, "margin": pair.margin, "p": p}))
     return out
 
 

@@ -248,7 +248,7 @@ def reference_of(
     @torch.no_grad()
     def score(rolled: Sequence[Rolled]) -> None:
         with without_adapters(frozen):
-            for mine, batch, targets in in_passes(frozen, rolled, config.systems.tokens_per_micro_batch):
+            for mine, batch, targets in in_passes(frozen, rolled, config.systems.budget(frozen.device.type)):
                 temperature = temperatures(config, mine, targets.device)
                 logprobs = frozen(batch, "logprobs", targets, temperature=temperature)[0].float().cpu()
                 for r, part in zip(mine, logprobs.split([r.length for r in mine]), strict=True):

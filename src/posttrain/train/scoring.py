@@ -76,6 +76,6 @@ def leave_scorer(
     leave(out, write)
 
 
-def whole(systems: SystemsConfig, sizes: Sequence[int]) -> SystemsConfig:
+def whole(systems: SystemsConfig, model: LanguageModel, sizes: Sequence[int]) -> SystemsConfig:
     """The same settings with room in a micro-batch for each of these: what is compared can't be cut in two."""
-    return systems.model_copy(update={"tokens_per_micro_batch": max(systems.tokens_per_micro_batch, *sizes, 1)})
+    return systems.model_copy(update={"tokens_per_micro_batch": max(systems.budget(model.device.type), *sizes, 1)})
