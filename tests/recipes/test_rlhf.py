@@ -104,7 +104,7 @@ def test_the_page_s_direct_variant_runs(tmp_path: Path) -> None:
     given = yaml.safe_load(dump_recipe(posttrain.load_recipe("rlaif_sentiment", ["model.source=tiny:llama"])))
     (policy,) = (s for s in given["stages"] if s["name"] == "policy")
     policy |= small(block("direct.yaml"), tmp_path) | {"steps": 1, "prompts_per_step": 2, "group_size": 2}
-    policy |= {"held_out": None, "sampling": {"max_tokens": 5}}
+    policy |= {"start": None, "held_out": None, "sampling": {"max_tokens": 5}}
     policy["problems"]["data"]["rows"] = [6000, 6010]
     recipe = posttrain.Recipe.model_validate({**given, "stages": [policy], "evaluate": []})
     result = posttrain.run(recipe, tmp_path / "run")
