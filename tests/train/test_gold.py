@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -68,6 +69,9 @@ def test_both_are_measured_on_the_same_samples(tmp_path: Path, adapter: dict[str
         assert found["gold"] == pytest.approx(statistics.fmean(r["parts"]["gold"] for r in rows))
         assert found["proxy"] == pytest.approx(statistics.fmean(r["reward"] for r in rows))
         assert found["gold_std"] == pytest.approx(statistics.pstdev(r["parts"]["gold"] for r in rows))
+        proxies, golds = ([r["parts"][name] for r in rows] for name in ("proxy", "gold"))
+        expected = float(np.corrcoef(proxies, golds)[0, 1])
+        assert found["proxy_gold"] == pytest.approx(expected, abs=1e-6)
         assert found["gold_low"] <= found["gold"] <= found["gold_high"]
     assert records[0]["kl_sequence"] == pytest.approx(0, abs=1e-9) and records[3]["kl_sequence"] > 1e-4
 

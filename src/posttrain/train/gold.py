@@ -92,6 +92,8 @@ class Gold:
             ]
         )
         out: dict[str, float] = {"proxy_std": statistics.pstdev(rewards), "gold_std": statistics.pstdev(golds)}
+        if min(out.values()) > 0:  # of numbers that are all the same there is no correlation
+            out["proxy_gold"] = statistics.correlation(rewards, golds)
         for name, column, (low, high) in zip(columns, table.T, interval_of_means(table), strict=True):
             out |= {name: float(column.mean()), f"{name}_low": low, f"{name}_high": high}
         return out
