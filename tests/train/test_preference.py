@@ -76,10 +76,7 @@ def slow_logprob(model: Any, s: Sample, prompt: int) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------- the step
 @pytest.mark.parametrize("method", PAIRED)
 def test_a_step_does_not_depend_on_how_it_is_split(method: str) -> None:
-    """Loss, metrics and gradient norm from one pass to a pair a pass, prompts shared or not, in any order.
-
-    To 1e-5: log ratios are differences of sums of a hundred nats, of which float32 keeps that.
-    """
+    """Loss, metrics and gradient norm at 1e-6 from one pass to a pair a pass, prompts shared or not, in any order."""
     pairs = random_pairs(6, soft=True)
     frozen = LanguageModel(tiny_model("llama", seed=1))
     refs = sums_of(frozen, [pair_samples(p, i) for i, p in enumerate(pairs)], SystemsConfig())
@@ -93,7 +90,7 @@ def test_a_step_does_not_depend_on_how_it_is_split(method: str) -> None:
         result = learner.step([s for n, p in enumerate(mine) for s in pair_samples(p, n)], loss)
         found.append(result)
         for name, value in result.metrics.items():
-            assert value == pytest.approx(found[0].metrics[name], rel=2e-6, abs=1e-5), name
+            assert value == pytest.approx(found[0].metrics[name], rel=2e-6, abs=2e-6), name
     assert [f.micro_batches for f in found][0] == 1 and found[2].micro_batches == 6
     assert found[0].computed_tokens < found[3].computed_tokens  # prompts once
 

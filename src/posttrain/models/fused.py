@@ -32,8 +32,9 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, rstd)
         ctx.shift = shift
         y = _normed(x, weight, rstd, shift)
-        parts = x.detach(), weight.detach(), rstd
-        remake.made(y, lambda: _normed(*parts, shift))
+        if remake.asked():
+            parts = x.detach(), weight.detach(), rstd
+            remake.made(y, lambda: _normed(*parts, shift))
         return y
 
     @staticmethod
@@ -51,7 +52,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def _normed(x: Tensor, weight: Tensor, rstd: Tensor, shift: float) -> Tensor:
     x32 = x.float()
-    y = torch.mul(x32, rstd, out=remake.roomy(x32)) if x.device.type == "cpu" else x32 * rstd
+    y = torch.mul(x32, rstd, out=remake.roomy(x32)) if remake.asked() else x32 * rstd
     return y.mul_(weight.float() + shift if shift else weight.float()).to(x.dtype)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,14 +19,13 @@ SLACK = 64
 """Numbers more than needed; what aligning takes is at most 96 bytes."""
 
 
+@dataclass
 class _Way:
     """How one tensor is made, for as many as were promised it; made once for all of them."""
 
-    def __init__(self, make: Callable[[], Tensor]) -> None:
-        self.make, self.waiting, self.again = make, 0, None
-
     make: Callable[[], Tensor]
-    again: Tensor | None
+    waiting: int = 0
+    again: Tensor | None = None
 
     def take(self) -> Tensor:
         out = self.make() if self.again is None else self.again
@@ -36,6 +36,11 @@ class _Way:
 
 _known: dict[int, tuple[StorageWeakRef, torch.Size, _Way]] | None = None
 """Tensors of the forward pass that is on its way, by the address of their storage's record; None: nobody asks."""
+
+
+def asked() -> bool:
+    """Whether anybody wants to know how tensors are made. Not while layers are compiled: what there is then is none."""
+    return _known is not None and not torch.compiler.is_compiling()
 
 
 def made(out: Tensor, make: Callable[[], Tensor]) -> None:

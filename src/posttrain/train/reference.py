@@ -31,7 +31,7 @@ from posttrain.types import Sample
 
 CHUNK = 256
 """Units (a pair, an answer) that are computed and written together."""
-LAYOUT = "1"
+LAYOUT = "2"
 """Part of the hash: raised when what is kept changes."""
 
 Unit = Sequence[Sample]
@@ -41,12 +41,14 @@ Unit = Sequence[Sample]
 def answer_sums(model: LanguageModel, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
     """(log-probability, tokens) of every sample's answer, the tokens of it that carry weight; in nats.
 
-    A sample without any is there to keep ranks in step; its sum is 0 and has no gradient.
+    Sums are float64 (but on MPS, which has none): ratios are small differences of them, and of a thousand nats float32
+    keeps 1e-4. A sample without any is there to keep ranks in step; its sum is 0 and has no gradient.
     """
     learnt = [torch.tensor(s.weights, device=batch.tokens_T.device) != 0 for s in batch.samples]
     rows = [row[own] for row, own in zip(batch.rows, learnt, strict=True)]
     lengths = torch.tensor([len(row) for row in rows], device=batch.tokens_T.device)
     logprobs = model(batch, "logprobs", torch.cat(rows))[0]
+    logprobs = logprobs if logprobs.device.type == "mps" else logprobs.double()
     return sequence_sum(logprobs, sequence_index(lengths), len(rows)), lengths
 
 
@@ -58,7 +60,7 @@ def sums_of(model: LanguageModel, units: Sequence[Unit], systems: SystemsConfig)
     for chosen in micro_batches(sizes, systems.budget(model.device.type)):
         flat = [s for i in chosen for s in units[i]]
         sums, _ = answer_sums(model, model.pack(flat, systems.share_prefixes))
-        left = iter(sums.float().tolist())
+        left = iter(sums.tolist())
         for i in chosen:
             out[i] = [next(left) for _ in units[i]]
     return out
