@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from posttrain.functional import logprobs
+from posttrain.functional.gradients import added_in_place
 from posttrain.functional.logprobs import Head, linear_cross_entropy, linear_logprobs
 
 
@@ -127,6 +128,52 @@ def test_temperature_must_be_positive() -> None:
         linear_logprobs(h, Head(w), y, temperature=0.0)
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_or_made_again_is_the_same(monkeypatch: pytest.MonkeyPatch, entropy: bool, dtype: torch.dtype) -> None:
+    """Value and gradient where exponentials are kept, on a second pass over what they were, and where they are not."""
+    a = torch.randn(23, generator=torch.Generator().manual_seed(2))
+    found = []
+    for kept in (0, 4 * 23 * 50 - 1, 4 * 23 * 50):
+        monkeypatch.setattr(logprobs, "KEPT_BYTES", {"cpu": kept})
+        h, w, b, y = make(True, dtype)
+        assert b is not None
+        lp, entropies = linear_logprobs(h, Head(w, b, 0.5), y, torch.linspace(0.6, 1.7, 23), entropy)
+        assert (lp.grad_fn.kept is not None) == (kept == 4 * 23 * 50)  # type: ignore[union-attr]
+        for _ in range(2):
+            found.append([lp, entropies, *torch.autograd.grad((a * lp).sum(), [h, w, b], retain_graph=True)])
+    for other in found[1:]:
+        for o, s in zip(other, found[0], strict=True):
+            tolerance = 2e-6 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(o, s, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("what", ["logprobs", "cross_entropy"])
+def test_the_head_s_gradient_added_in_place(what: str) -> None:
+    """Two passes into one place equal autograd's sum; what is not in that place's hands is returned as ever."""
+
+    def loss(h: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if what == "logprobs":
+            return 3 * linear_logprobs(h, Head(w), y)[0].sum()
+        return -3 * linear_cross_entropy(h, Head(w), y, torch.ones(23))[0]
+
+    h, w, _, y = make(False)
+    for part in (y, y.flip(0)):
+        loss(h, w, part).backward()
+    mine = torch.nn.Parameter(w.detach().clone())
+    hidden = h.detach().clone().requires_grad_()
+    place = torch.full((50, 16), torch.nan)
+    for part in (y, y.flip(0)):
+        with added_in_place([(mine, place)]):
+            loss(hidden, mine, part).backward()
+    assert mine.grad is place and w.grad is not None and hidden.grad is not None and h.grad is not None
+    torch.testing.assert_close(place, w.grad, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(hidden.grad, h.grad, atol=1e-6, rtol=1e-5)
+    before = place.clone()
+    (returned,) = torch.autograd.grad(loss(hidden, mine, y), [mine])
+    assert torch.equal(place, before) and float(returned.abs().sum()) > 0
+
+
 def test_cross_entropy_gives_its_gradients_once() -> None:
     h, w, _, y = make(False)
     loss, _, _ = linear_cross_entropy(h, Head(w), y, torch.ones(23))
@@ -161,8 +208,12 @@ def peak(n: int, how: str) -> float:
 
 @pytest.mark.parametrize("how", ["ce", "lp"])
 def test_peak_memory_is_free_of_positions_times_vocabulary(how: str) -> None:
-    """8,000 positions more would be 977 MiB of logits; the hidden states and their gradients are 2 MiB."""
-    grown = peak(9_000, how) - peak(1_000, how)
+    """8,000 positions more would be 977 MiB of logits; the hidden states and their gradients are 2 MiB.
+
+    The fewer are too many to be kept for backward.
+    """
+    assert 4 * 2_200 * 32_000 > logprobs.KEPT_BYTES["cpu"]
+    grown = peak(10_200, how) - peak(2_200, how)
     assert grown < 120, f"{grown:.0f} MiB more for 8,000 more positions"
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from posttrain.config import AdapterConfig
+from posttrain.functional.gradients import added_in_place
 from posttrain.models.adapters import attach
 from posttrain.models.fused import fuse
 from posttrain.models.tiny import tiny_model
@@ -101,3 +102,27 @@ def test_what_differs_is_left_alone() -> None:
     odd = nn.Sequential(OddRMSNorm())
     assert fuse(odd) == {}
     assert "forward" not in odd[0].__dict__
+
+
+@pytest.mark.parametrize("padding", [None, 2])
+def test_an_embedding_s_gradient_in_its_place_equals_torch_s(padding: int | None) -> None:
+    """Repeated tokens add up, the padding token's row learns nothing, and tied weights add to what the head left."""
+    own = nn.Embedding(7, 3, padding_idx=padding)
+    fused = copy.deepcopy(own)
+    assert fuse(fused) == {"Embedding": 1}
+    tokens, weights = torch.tensor([[1, 2, 1, 6]]), torch.arange(12.0).view(1, 4, 3)
+    place = torch.full((7, 3), torch.nan)
+    for _ in range(2):
+        (own(tokens) * weights).sum().backward()
+        with added_in_place([(fused.weight, place)]):
+            (fused(tokens) * weights).sum().backward()
+    assert fused.weight.grad is place and own.weight.grad is not None
+    assert torch.equal(place, own.weight.grad) and float(place[1].sum()) == 2 * (0 + 1 + 2 + 6 + 7 + 8)
+    fused.weight.grad = None
+    (fused(tokens) * weights).sum().backward()
+    assert torch.equal(fused.weight.grad * 2, own.weight.grad)
+
+
+def test_embeddings_that_do_more_are_left_alone() -> None:
+    for module in (nn.Embedding(7, 3, max_norm=1.0), nn.Embedding(7, 3, sparse=True)):
+        assert fuse(module) == {}

@@ -1,7 +1,8 @@
 """Log-probabilities without logits: never a T by V matrix.
 
 Only the N positions asked for go through the output head, a chunk at a time. `linear_logprobs` serves losses whose
-derivative is known only afterwards (policy gradients, preferences) and recomputes a chunk in backward;
+derivative is known only afterwards (policy gradients, preferences): it keeps exponentials for backward where they are
+few, and makes a chunk again where they are many;
 `linear_cross_entropy` serves a weighted sum that is known beforehand (SFT) and so makes its gradients at once.
 
 Let z = cap(scale * (W h + b)) / temperature, with cap(z) = c tanh(z / c) where a soft cap c is given. Then
@@ -21,8 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from posttrain.functional.gradients import place_of
+
 CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 """Size of one chunk of logits: on a CPU what stays in its cache, on a GPU what keeps its units busy."""
+
+KEPT_BYTES = {"cpu": 256 << 20}
+"""Up to so much, exponentials of logits wait for backward: a quarter of the head's work less, for no more memory than
+the layers' activations of as many tokens take."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,16 @@ def _of_rows(temperature: float | Tensor, s: slice) -> float | Tensor:
 
 
 def _logits(
-    h: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, t: float | Tensor
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    t: float | Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """float32 logits of a chunk, temperature applied, in a fresh tensor that the caller may overwrite."""
-    return _finished(torch.mm(h, weight.t()).float(), bias, scale, softcap, t)
+    """float32 logits of a chunk, temperature applied, in `out` or a fresh tensor, that the caller may overwrite."""
+    return _finished(torch.mm(h, weight.t(), out=out).float(), bias, scale, softcap, t)
 
 
 def _finished(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None, t: float | Tensor) -> Tensor:
@@ -65,9 +78,9 @@ def _finished(z: Tensor, bias: Tensor | None, scale: float, softcap: float | Non
     return z
 
 
-def _through_cap(d: Tensor, z: Tensor, scale: float, softcap: float | None, t: float | Tensor) -> Tensor:
+def _through_cap(d: Tensor, z: Tensor | None, scale: float, softcap: float | None, t: float | Tensor) -> Tensor:
     """d loss / d z turned, in place, into d loss / d (W h + b)."""
-    if softcap is not None:
+    if softcap is not None and z is not None:
         d *= 1.0 - (z * (t / softcap)).square_()
     factor = scale / t
     return d.mul_(factor) if isinstance(factor, Tensor) or factor != 1.0 else d
@@ -85,54 +98,81 @@ def head_logits(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """(hidden, weight, bias, targets) -> (log-probabilities, entropies); backward recomputes each chunk."""
+    """(hidden, weight, bias, targets) -> (log-probabilities, entropies). Backward takes the exponentials that forward
+    kept, if they are few enough; else it makes each chunk again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, softcap, temperature, entropy):  # type: ignore[no-untyped-def]
         rows = chunk_rows(weight.shape[0], hidden.device)
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        lse = torch.empty_like(logprobs)
+        top, total = torch.empty_like(logprobs), torch.empty_like(logprobs)
         entropies = torch.zeros_like(logprobs)
+        wanted = any(ctx.needs_input_grad[:3]) and softcap is None
+        kept = _room(hidden, weight) if wanted else None
         for i in range(0, len(hidden), rows):
             s = slice(i, i + rows)
-            z = _logits(hidden[s], weight, bias, scale, softcap, _of_rows(temperature, s))
-            lse[s] = torch.logsumexp(z, -1)
-            logprobs[s] = z.gather(1, targets[s, None]).squeeze(1) - lse[s]
+            out = kept[s] if kept is not None and not entropy and kept.dtype == hidden.dtype else None
+            z = _logits(hidden[s], weight, bias, scale, softcap, _of_rows(temperature, s), out)
+            torch.amax(z, -1, out=top[s])
+            logprobs[s] = z.gather(1, targets[s, None]).squeeze(1)
             if entropy:
-                p = (z - lse[s, None]).exp_()
-                entropies[s] = lse[s] - p.mul_(z).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropies)
-        ctx.settings = scale, softcap, temperature, entropy
-        return logprobs, entropies
+                p = torch.sub(z, top[s, None], out=None if kept is None else kept[s]).exp_()
+            else:
+                p = z.sub_(top[s, None]).exp_()
+                if kept is not None and out is None:
+                    kept[s] = p
+            torch.sum(p, -1, out=total[s])
+            if entropy:
+                entropies[s] = top[s] + total[s].log() - z.mul_(p).sum(-1) / total[s]
+        lse = top + total.log()
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, total, entropies)
+        ctx.settings = scale, softcap, temperature
+        ctx.kept = kept
+        ctx.set_materialize_grads(False)
+        return logprobs.sub_(lse), entropies
 
     @staticmethod
     def backward(ctx, d_logprobs, d_entropies):  # type: ignore[no-untyped-def]
-        hidden, weight, bias, targets, lse, entropies = ctx.saved_tensors
-        scale, softcap, temperature, entropy = ctx.settings
+        hidden, weight, bias, targets, lse, total, entropies = ctx.saved_tensors
+        scale, softcap, temperature = ctx.settings
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
+        kept, ctx.kept = ctx.kept, None  # it is overwritten: a second backward pass makes it again
+        d_logprobs = torch.zeros_like(lse) if d_logprobs is None else d_logprobs
         rows = chunk_rows(weight.shape[0], hidden.device)
         d_hidden = torch.empty_like(hidden) if need_h else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
+        place = place_of(weight) if need_w else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_w and place is None else place
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_b and bias is not None else None
         for i in range(0, len(hidden), rows):
             s = slice(i, i + rows)
-            z = _logits(hidden[s], weight, bias, scale, softcap, _of_rows(temperature, s))
-            # As few chunks of logits as what comes after needs: z itself only where there is a cap.
-            logp = z.sub(lse[s, None]) if softcap is not None else z.sub_(lse[s, None])
-            if entropy and d_entropies is not None:
-                d = logp.exp()
-                d.mul_(logp.add_(entropies[s, None]).mul_(-d_entropies[s, None]).sub_(d_logprobs[s, None]))
+            if kept is not None and d_entropies is None:
+                z, d = None, kept[s].mul_((-d_logprobs[s] / total[s])[:, None])
             else:
-                d = logp.exp_().mul_(-d_logprobs[s, None])
+                z = _logits(hidden[s], weight, bias, scale, softcap, _of_rows(temperature, s))
+                # As few chunks of logits as what comes after needs: z itself only where there is a cap.
+                logp = z.sub(lse[s, None]) if softcap is not None else z.sub_(lse[s, None])
+                if d_entropies is not None:
+                    d = logp.exp()
+                    d.mul_(logp.add_(entropies[s, None]).mul_(-d_entropies[s, None]).sub_(d_logprobs[s, None]))
+                else:
+                    d = logp.exp_().mul_(-d_logprobs[s, None])
             d.scatter_add_(1, targets[s, None], d_logprobs[s, None].to(d.dtype))
             d = _through_cap(d, z, scale, softcap, _of_rows(temperature, s))
             _push(d, hidden, weight, s, d_hidden, d_weight, d_bias)
         return (
             d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_weight is None or place is not None else d_weight.to(weight.dtype),
             None if d_bias is None else d_bias.to(bias.dtype),
             *(None,) * 5,
         )
+
+
+def _room(hidden: Tensor, weight: Tensor) -> Tensor | None:
+    """Memory for the exponentials of all positions' logits, float32, where they may be kept; None where not."""
+    kept_bytes = 4 * len(hidden) * weight.shape[0]
+    if kept_bytes > KEPT_BYTES.get(hidden.device.type, 0):
+        return None
+    return torch.empty(len(hidden), weight.shape[0], dtype=torch.float32, device=hidden.device)
 
 
 def _push(
@@ -159,8 +199,8 @@ def linear_logprobs(
     hidden_N_H: the hidden states that predict the targets. targets_N: token ids, int64. temperature: as it was when
     sampling, one number or one for each target (shape N, a constant). Returns (logprobs_N, entropies_N), float32;
     entropies are zeros where not asked for. Both are differentiable in the hidden states, the head's weight and its
-    bias. Peak memory beyond the arguments and their gradients: one chunk of logits, whatever N is. N = 0 gives empty
-    tensors.
+    bias. Peak memory beyond the arguments and their gradients: one chunk of logits, whatever N is; where a gradient is
+    wanted, on a CPU, all logits if they take no more than `KEPT_BYTES`. N = 0 gives empty tensors.
 
     Raises ValueError for a temperature that is not positive, or not one for each target.
     """
@@ -205,7 +245,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 p.scatter_add_(1, targets[s, None], -c[:, None])
                 _push(_through_cap(p, raw, scale, softcap, 1.0), hidden, weight, s, d_hidden, d_weight, d_bias)
         ctx.gradients = d_hidden, d_weight, d_bias
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(nll, hits)
         return (nll.double() * coefficients.double()).sum().float(), nll, hits
 
@@ -214,14 +254,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass; call it again")
         d_hidden, d_weight, d_bias = ctx.gradients
-        ctx.gradients = None
+        weight, ctx.weight, ctx.gradients = ctx.weight, None, None
+        place = None if d_weight is None else place_of(weight)
+        if place is not None:
+            place.add_(d_weight, alpha=float(d_loss))
+            d_weight = None
         for d in (d_hidden, d_weight, d_bias):
             if d is not None:
                 d.mul_(d_loss)
         return (
             d_hidden,
-            None if d_weight is None else d_weight.to(ctx.dtypes[0]),
-            None if d_bias is None else d_bias.to(ctx.dtypes[1]),
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None else d_bias.to(ctx.bias_dtype),
             *(None,) * 4,
         )
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from posttrain.functional import gradients
 from posttrain.models import cpu, native, remake
 
 TOLERANCE = 2e-5
@@ -132,6 +133,31 @@ class _LoRALinear(torch.autograd.Function):
         return d_x, None, None, torch.mm(d_low.t(), flat), torch.mm(dy.t(), low).mul_(ctx.scale), None
 
 
+class _Embedding(torch.autograd.Function):
+    """weight[tokens]; its gradient goes row by row to where the weight's is kept, no matrix of zeros around it."""
+
+    @staticmethod
+    def forward(ctx, tokens, weight, padding):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(tokens, weight)
+        ctx.padding = padding
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        tokens, weight = ctx.saved_tensors
+        place = gradients.place_of(weight)
+        if place is None:
+            padding = -1 if ctx.padding is None else ctx.padding
+            d = torch.ops.aten.embedding_dense_backward(dy, tokens, len(weight), padding, False)
+            return None, d, None
+        tokens, rows = tokens.flatten(), dy.flatten(0, -2)
+        if ctx.padding is not None:
+            learnt = tokens != ctx.padding
+            tokens, rows = tokens[learnt], rows[learnt]
+        place.index_add_(0, tokens, rows)
+        return None, None, None
+
+
 def _norm_forward(shift: float) -> Callable[..., Tensor]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         eps: Any = getattr(self, "variance_epsilon", None) or getattr(self, "eps", None)
@@ -181,6 +207,12 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _LoRALinear.apply(x, base.weight, base.bias, a, b, self.scaling[names[0]])  # type: ignore[no-any-return]
 
 
+def _embedding_forward(self: Any, input: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and self.weight.requires_grad):
+        return F.embedding(input, self.weight)
+    return _Embedding.apply(input, self.weight, self.padding_idx)  # type: ignore[no-any-return]
+
+
 def _linear_forward(self: Any, input: Tensor) -> Tensor:
     return cpu.linear(input, self.weight, self.bias)
 
@@ -189,6 +221,8 @@ def _same(module: Any, forward: Callable[..., Tensor], width: int) -> bool:
     """Whether the fused forward gives what the module's own gives, on a few random rows, training and sampling."""
     weight = next(module.parameters())
     x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight)
+    if isinstance(module, nn.Embedding):
+        x = torch.arange(3)[None] % width
     tolerance = TOLERANCE if weight.dtype == torch.float32 else 2e-2
     with torch.no_grad():
         own = type(module).forward(module, x)
@@ -212,6 +246,9 @@ def _candidates(module: Any) -> tuple[list[Callable[..., Tensor]], int]:
         return [_mlp_forward(kind) for kind in ACTIVATIONS], parts[0].in_features  # type: ignore[union-attr, return-value]
     if type(module) is nn.Linear and weight is not None and weight.device.type == "cpu":
         return [_linear_forward], module.in_features
+    if type(module) is nn.Embedding and weight is not None and weight.device.type == "cpu":
+        plain = module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
+        return ([_embedding_forward] if plain else []), module.num_embeddings
     if name == "Linear" and type(module).__module__ == "peft.tuners.lora.layer":
         base = module.base_layer
         dropout = any(getattr(d, "p", 0) for d in module.lora_dropout.values())

@@ -18,6 +18,7 @@ from torch import Tensor
 from posttrain.config import OptimizerConfig, SystemsConfig
 from posttrain.distributed import ranks
 from posttrain.errors import NonFiniteError
+from posttrain.functional.gradients import added_in_place
 from posttrain.models.lm import LanguageModel
 from posttrain.models.ragged import RaggedBatch, micro_batches
 from posttrain.train.optim import Optimizer, lr_at
@@ -95,7 +96,8 @@ class Learner:
             batch = self.model.pack(mine, self.systems.share_prefixes)
             computed += batch.total
             value, metrics = loss(self.model, batch, denominator)
-            (value * ranks.world()).backward()  # FSDP averages over ranks; the loss's denominator is global already
+            with added_in_place(self.optimizer.places):
+                (value * ranks.world()).backward()  # FSDP averages over ranks; the loss's denominator is global already
             for name, number in {"loss": value, **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + float(number.detach())
         keys = sorted(sums)

@@ -161,7 +161,7 @@ def pair_loss(
 
 
 def _column(reference: Sequence[Sequence[float]], mine: Sequence[int], side: int, like: Tensor) -> Tensor:
-    return torch.tensor([reference[n][side] for n in mine]).to(like)
+    return torch.tensor([reference[n][side] for n in mine], dtype=torch.float64).to(like)
 
 
 def kto_loss(

@@ -48,6 +48,7 @@ class Optimizer:
             raise ValueError("nothing to train: no parameter requires a gradient")
         self.masters: dict[str, Tensor] = {}
         places = _places([p for p in self.parameters.values() if p.dtype == torch.float32])
+        self.places = [(p, places[id(p)]) for p in self.parameters.values() if id(p) in places]
         for name, p in self.parameters.items():
             if p.dtype == torch.float32:
                 self.masters[name] = p

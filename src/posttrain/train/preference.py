@@ -98,7 +98,7 @@ class Steps:
         units = [self.train_on.mismatched[i] for i in there]
         policy = sums_of(self.learner.model, units, self.config.systems)
         given = [self.train_on.mismatched_reference[i][0] for i in there]
-        return float(pref.kl_estimate(torch.tensor([p[0] for p in policy]) - torch.tensor(given)))
+        return float(pref.kl_estimate(_exact([p[0] for p in policy]) - _exact(given)))
 
     def measure(self, track: Track) -> dict[str, float]:
         """Of the held-out preferences: how often, and by how much, the better answer has the higher reward."""
@@ -123,18 +123,23 @@ def measure(what: Objective, model: LanguageModel, held_out: Preferences, config
     """
     sums = sums_of(model, held_out.units, config.systems)
     if config.method == "kto":
-        rewards = what.beta * (torch.tensor(sums)[:, 0] - torch.tensor(held_out.reference)[:, 0]).double()
+        rewards = what.beta * (_exact(sums)[:, 0] - _exact(held_out.reference)[:, 0])
         good = torch.tensor([u.desirable for u in held_out.items])  # type: ignore[union-attr]
         over = rewards[good][:, None] - rewards[~good][None]
         right = (over > 0).double() + 0.5 * (over == 0).double()
         return {"held_out_accuracy": float(right.mean()), "held_out_margin": float(over.mean())}
     lengths = torch.tensor([[sum(w != 0 for w in s.weights) for s in unit] for unit in held_out.units])
-    both, given = torch.tensor(sums), None if held_out.reference is None else torch.tensor(held_out.reference)
+    both, given = _exact(sums), None if held_out.reference is None else _exact(held_out.reference)
     better, worse = (
-        pair_scores(what, both[:, i], None if given is None else given[:, i], lengths[:, i]).double() for i in (0, 1)
+        pair_scores(what, both[:, i], None if given is None else given[:, i], lengths[:, i]) for i in (0, 1)
     )
     metrics = pref.pair_metrics(what.beta * better, what.beta * worse)
     return {f"held_out_{name}": float(metrics[name]) / len(sums) for name in ("accuracy", "margin")}
+
+
+def _exact(sums: Any) -> torch.Tensor:
+    """Log-probabilities of whole answers, of which differences are taken: float32 would keep 1e-4 of a thousand."""
+    return torch.tensor(sums, dtype=torch.float64)
 
 
 def laid_out(items: Items, seed: int, context: int | None, mismatch: bool = False) -> Preferences:

@@ -31,7 +31,7 @@ from posttrain.types import Sample
 
 CHUNK = 256
 """Units (a pair, an answer) that are computed and written together."""
-LAYOUT = "2"
+LAYOUT = "3"
 """Part of the hash: raised when what is kept changes."""
 
 Unit = Sequence[Sample]
@@ -164,7 +164,7 @@ def _write(path: Path, values: Sequence[float]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.{os.getpid()}.writing")
     with work.open("wb") as f:
-        np.save(f, np.asarray(values, dtype=np.float32))
+        np.save(f, np.asarray(values, dtype=np.float64))
         f.flush()
         os.fsync(f.fileno())
     os.replace(work, path)
