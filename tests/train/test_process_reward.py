@@ -149,8 +149,12 @@ def gradients(samples: list[Any], systems: SystemsConfig) -> tuple[dict[str, flo
 
 
 def test_loss_and_gradient_equal_a_slow_loop_and_no_split_changes_them() -> None:
-    """Two chains of a problem share its prompt; a step without a label carries nothing."""
-    made = chains(5)
+    """Two chains of a problem share its prompt; a step without a label carries nothing.
+
+    Of this seed, since its steps' gradients add up (1.5 times the sum in magnitudes): where they cancel (11 times, seed
+    0), what float32 loses in the terms is large beside the sum, whoever adds them, and differs from machine to machine.
+    """
+    made = chains(5, seed=6)
     made[1] = Chain(made[1].prompt, made[1].steps, [0.25, None, 1.0], made[1].group)
     samples = chain_samples(made, TOKENIZER)
     metrics, found = gradients(samples, SystemsConfig())
