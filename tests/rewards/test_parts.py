@@ -143,6 +143,13 @@ def test_length(tokens: int, settings: dict[str, Any], expected: float) -> None:
     assert characters == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("finish", "expected"), [("end", 0), ("stop", 0), ("length", -1), ("turns", -1)])
+def test_ended(finish: str, expected: float) -> None:
+    assert reward("ended", "Well,", {"finish": finish}) == expected
+    with pytest.raises(LabelError, match="RewardStack"):
+        reward("ended", "Well,", {})
+
+
 def test_self_consistency() -> None:
     """By hand: 4, 4.0 and "it is 4" agree, 5 is alone, an empty text has no answer and counts among the others."""
     texts = ["4", r"\boxed{4.0}", "it is 4", "5", ""]

@@ -217,6 +217,12 @@ class LengthConfig(Part):
         return self
 
 
+class EndedConfig(Part):
+    """0 where the completion came to an end of its own, -1 where a limit cut it off."""
+
+    kind: Literal["ended"] = "ended"
+
+
 class Running(Part):
     """Runs what the model wrote, in the sandbox; refuses where there is none (docs/sandbox.md)."""
 
@@ -318,6 +324,7 @@ RewardConfig = Annotated[
     | UnitTestsConfig
     | FormatConfig
     | LengthConfig
+    | EndedConfig
     | FunctionConfig,
     Field(discriminator="kind"),
 ]

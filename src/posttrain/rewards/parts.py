@@ -255,6 +255,18 @@ def length(text: str, example: Example, config: c.LengthConfig) -> float:
     return -min(1.0, by / config.cache if config.cache else float(by > 0))
 
 
+def ended(text: str, example: Example, config: c.EndedConfig) -> float:
+    """0 for an end of its own (an end token, a stop string, a finished environment), -1 where a limit cut it off.
+
+    Models that judge a text don't see that it is unfinished: a policy that learns from one alone finds out that it need
+    not end. Source: a fixed low reward without an end, arXiv 1909.08593 section 3.1, 2403.17031 section 7. Raises
+    LabelError where the example does not say how the completion ended.
+    """
+    if "finish" not in example:
+        raise LabelError("ended needs finish in the example, which a RewardStack puts there")
+    return 0.0 if example["finish"] in ("end", "stop") else -1.0
+
+
 # --- settings into functions ------------------------------------------------------------------------------------------
 
 FORMS: dict[str, Form] = {
@@ -284,6 +296,7 @@ LABELLED: dict[str, Callable[..., Any]] = {
     "valid_steps": by_step.valid_steps,
     "agreement": by_step.agreement,
     "length": length,
+    "ended": ended,
 }
 
 
