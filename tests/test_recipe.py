@@ -203,6 +203,40 @@ def test_merged_anchors(write) -> None:
     assert recipe.stages[0].data.rows == (0, 5)
 
 
+def test_a_recipe_that_extends_another_is_that_one_with_its_own_keys(write, tmp_path) -> None:
+    write(SMALL)
+    path = write(
+        "extends: small.yaml\nname: mine\nmodel: {dtype: float32}\nstages.sft.optimizer: {weight_decay: 0.5}\n"
+        "stages.second.round.data.rows: [0, 5]\nstages.1.data: {chat: false}\nevaluate: []\n",
+        "mine.yaml",
+    )
+    mine, small = load_recipe(path), load_recipe(tmp_path / "small.yaml")
+    assert (mine.name, mine.model.source, mine.model.dtype) == ("mine", "tiny:llama", "float32")
+    assert (mine.stages[0].optimizer.lr, mine.stages[0].optimizer.weight_decay) == (1e-4, 0.5)
+    assert mine.stages[1].data.rows == (0, 5) and not mine.stages[1].data.chat
+    assert mine.stages[0].data == small.stages[0].data and load_recipe(write(dump_recipe(mine), "x.yaml")) == mine
+    path = write(f"extends: {path}\nname: third\nstages: [{{data: {{source: other.jsonl}}}}]\n", "third.yaml")
+    third = load_recipe(path, ["model.source=tiny:gpt2"])  # overrides come last; a list is replaced as a whole
+    assert (len(third.stages), third.model.source, third.model.dtype) == (1, "tiny:gpt2", "float32")
+    assert load_recipe(write("extends: quickstart\nname: q\n", "q.yaml")).stages == load_recipe("quickstart").stages
+
+
+def test_what_is_wrong_in_a_recipe_that_extends_another_is_told_with_its_place(write) -> None:
+    write(SMALL.replace("lr: 1e-4", "lr: fast"))
+    path = write("extends: small.yaml\nname: mine\nstages.sft: {batchsize: 3}\nstages.nope.x: 1\n", "mine.yaml")
+    found = problems(path)
+    assert len(found) == 3 and "stages.nope.x" in found[0] and "there is: 0 (sft), 1 (second.round)" in found[0]
+    assert [p for p in found if p.startswith("stages.0.batchsize") and "mine.yaml:3" in p and "batch_size" in p]
+    assert [p for p in found if p.startswith("stages.0.optimizer.lr") and "small.yaml:6" in p]
+    for text, message in (
+        ("extends: [small.yaml]\nname: a\n", "name or path of one recipe"),
+        ("extends: a.yaml\nname: a\n", "extends itself: .*a.yaml extends .*a.yaml"),
+        ("extends: smal.yaml\nname: a\n", "no recipe 'smal.yaml': no such file"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(write(text, "a.yaml"))
+
+
 def test_data_beside_the_recipe_is_found_and_the_working_directory_wins(write, tmp_path, monkeypatch) -> None:
     path = write(SMALL)
     assert load_recipe(path).stages[0].data.source == "rows.jsonl"  # nowhere: left for the loader to complain about

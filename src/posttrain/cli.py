@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -316,13 +316,16 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's fold
 @app.command()
 def lab(
     output: Annotated[Path | None, typer.Option(help="Folder to make. [default: the cache's, for lab:SEED]")] = None,
+    kind: Annotated[
+        Literal["sums", "reviews"], typer.Option(help="Answers sums; or writes movie reviews, for RLHF.")
+    ] = "sums",
     seed: Annotated[int, typer.Option(min=0, max=999_999_999, help="Another seed, another model of its kind.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Pretraining steps. [default: enough, in minutes]")] = None,
 ) -> None:
     """Make a small base model that reinforcement learning improves in minutes: to try, compare and debug methods."""
     from posttrain.lab import make
 
-    make.command(_console(), output, seed, steps)
+    make.command(_console(), output, kind, seed, steps)
 
 
 @app.command()

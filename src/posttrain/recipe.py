@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -180,9 +180,14 @@ def _apply(doc: _Document, override: str) -> None:
     if not equals or not name.strip():
         doc.problems.append(f"{override!r}: expected key=value, for example stages.0.optimizer.lr=1e-4")
         return
-    key = _find(doc, name.strip(), override)
+    _put(doc, name.strip(), override, f"override {override}", lambda tp, there: _value(text, tp))
+
+
+def _put(doc: _Document, name: str, said: str, place: str, value: Callable[[Any, Any], Any]) -> Key | None:
+    """Set what a dotted name means to `value(its type, what is there)`; None, with a note, where it means nothing."""
+    key = _find(doc, name, said)
     if key is None:
-        return
+        return None
     *parents, last = key
     at: Any = doc.data
     tp: Any = Recipe
@@ -190,15 +195,33 @@ def _apply(doc: _Document, override: str) -> None:
         tp = child(tp, part, at)
         if inside(at, part) is None:
             at[part] = {}
-            doc.where[key[:depth]] = f"override {override}"
+            doc.where[key[:depth]] = place
         at = at[part]
         if not isinstance(at, dict | list):
-            doc.problems.append(f"{override!r}: {part} is {at!r} and has no settings inside; replace it as a whole")
-            return
-    at[last] = _value(text, child(tp, last, at))
-    doc.where[key] = f"override {override}"
-    for old in [k for k in doc.where if k[: len(key)] == key and k != key]:
-        del doc.where[old]
+            doc.problems.append(f"{said!r}: {part} is {at!r} and has no settings inside; replace it as a whole")
+            return None
+    there = inside(at, last)
+    at[last] = value(child(tp, last, at), there)
+    doc.where[key] = place
+    if not (isinstance(there, dict) and isinstance(at[last], dict)):
+        for old in [k for k in doc.where if k[: len(key)] == key and k != key]:
+            del doc.where[old]
+    return key
+
+
+def _extend(base: _Document, doc: _Document) -> None:
+    """Put a recipe's own keys, dotted or not, into what it extends: mappings are merged, all else is replaced."""
+
+    def merged(there: Any, own: Any) -> Any:
+        if not (isinstance(there, dict) and isinstance(own, dict)):
+            return own
+        return {**there, **{name: merged(there.get(name), value) for name, value in own.items()}}
+
+    for name, own in doc.data.items():
+        key = _put(base, name, name, doc.place((name,)), lambda _, there, own=own: merged(there, own))  # type: ignore[misc]
+        if key is not None:
+            base.where |= {(*key, *k[1:]): place for k, place in doc.where.items() if k[0] == name}
+    base.problems += doc.problems
 
 
 def _find(doc: _Document, name: str, override: str) -> Key | None:
@@ -258,15 +281,14 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     """Read a recipe, apply overrides, check the whole.
 
     path_or_name: path of a YAML file, a run's folder (its recipe.yaml), or the name of a shipped recipe.
+    A recipe with ``extends: NAME`` (or a path, beside its own file) is that recipe with its own keys put in; these may
+    be dotted, ``stages.labels: {labels: judge}``. Mappings are merged, all else is replaced.
     overrides: ``key=value`` with dotted keys; items of a list by index or name:
         ``stages.0.optimizer.lr=1e-4``, ``stages.sft.batch_size=8``, ``model.source=path``. ``key=`` sets null.
 
     Raises RecipeError that lists every problem: the full key, file and line, and the nearest right key.
     """
-    text, origin, folder = _open(path_or_name)
-    doc = _parse(text, origin)
-    if not isinstance(doc.data, dict):
-        raise RecipeError(f"{origin}: expected a mapping with name, model and stages, got {doc.data!r}")
+    doc, origin, folder = _read(path_or_name)
     for override in overrides:
         _apply(doc, override)
     if folder is not None:
@@ -281,6 +303,27 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         lines = "".join(f"\n  {p}" for p in doc.problems)
         raise RecipeError(f"{origin} has {count} problem{'s' * (count != 1)}:{lines}")
     return recipe
+
+
+def _read(path_or_name: str | Path, extending: tuple[str, ...] = ()) -> tuple[_Document, str, Path | None]:
+    """A recipe with what it extends below it, unchecked; what messages call it; its folder."""
+    text, origin, folder = _open(path_or_name)
+    if origin in extending:
+        raise RecipeError(f"{extending[0]} extends itself: {' extends '.join((*extending, origin))}")
+    doc = _parse(text, origin)
+    if not isinstance(doc.data, dict):
+        raise RecipeError(f"{origin}: expected a mapping with name, model and stages, got {doc.data!r}")
+    if "extends" not in doc.data:
+        return doc, origin, folder
+    named = doc.data.pop("extends")
+    if not isinstance(named, str):
+        raise RecipeError(f"{doc.place(('extends',))}: extends takes the name or path of one recipe, got {named!r}")
+    beside = folder / named if folder is not None and named not in shipped() else None
+    base, _, above = _read(str(beside) if beside is not None and beside.exists() else named, (*extending, origin))
+    if above is not None:
+        _resolve_paths(base.data, above)
+    _extend(base, doc)
+    return base, origin, folder
 
 
 def _open(path_or_name: str | Path) -> tuple[str, str, Path | None]:

@@ -13,7 +13,9 @@ from posttrain.config import DataConfig, ModelConfig
 from posttrain.config.rl import RowsConfig
 from posttrain.data.problems import load_problems
 from posttrain.errors import ModelError
-from posttrain.lab.make import Settings, answers, make
+from posttrain.lab.base import Settings
+from posttrain.lab.make import make
+from posttrain.lab.sums import answers
 from posttrain.models import load
 from posttrain.models.lm import LanguageModel
 

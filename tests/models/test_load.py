@@ -41,7 +41,9 @@ def test_a_mistyped_run_is_found_without_asking_the_hub(run: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("lab:one", "lab: or lab:SEED"),
+        ("lab:one", "lab:SEED"),
+        ("lab:reviews1", "lab:reviews:SEED"),
+        ("lab:reviews:one", "lab:reviews:SEED"),
         ("package:no_such_package", "install it with pip"),
         ("no/such/file.gguf", "no such file"),
         ("tests", "neither config.json nor adapter_config.json"),

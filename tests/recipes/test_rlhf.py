@@ -112,8 +112,9 @@ def test_the_page_s_direct_variant_runs(tmp_path: Path) -> None:
     assert 0 <= record["reward/judge"] <= 1 and record["reward"] == record["reward/judge"]
 
 
-def test_the_two_recipes_differ_in_who_labels_and_nothing_else() -> None:
-    one, two = (yaml.safe_load(dump_recipe(posttrain.load_recipe(n))) for n in ("rlhf_sentiment", "rlaif_sentiment"))
+@pytest.mark.parametrize("size", ["sentiment", "lab"])
+def test_the_two_recipes_differ_in_who_labels_and_nothing_else(size: str) -> None:
+    one, two = (yaml.safe_load(dump_recipe(posttrain.load_recipe(f"{n}_{size}"))) for n in ("rlhf", "rlaif"))
     labels = [next(s for s in r["stages"] if s["name"] == "labels") for r in (one, two)]
     assert (labels[0].pop("labels"), labels[1].pop("labels")) == ("human", "judge")
     assert labels[0].pop("judge", None) is None and labels[1].pop("judge")["mode"] == "score"

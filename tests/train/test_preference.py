@@ -25,7 +25,7 @@ from posttrain.train.methods import Rolled
 from posttrain.train.objectives import METHODS, answer_sample, kto_loss, objective, pair_loss, pair_samples
 from posttrain.train.online import pairs_of
 from posttrain.train.preference import judged, laid_out, measure
-from posttrain.train.reference import Reference, fingerprint, sums_of, without_adapters
+from posttrain.train.reference import Reference, answer_sums, fingerprint, sums_of, without_adapters
 from posttrain.train.stage import Setting
 from posttrain.types import Rollout, Sample
 
@@ -194,6 +194,24 @@ def test_reference_numbers_are_kept_by_content(tmp_path: Path, cache: Path, monk
     assert judged(Reference(other, SystemsConfig()), laid_out(pairs, 0, None), "r").reference != first.reference
     judged(Reference(policy, SystemsConfig()), laid_out(random_pairs(5, seed=9), 0, None), "r")
     assert len(calls) == 7  # another model, other rows: three chunks each
+
+
+def test_sums_of_long_answers_are_kept_to_the_last_token(cache: Path) -> None:
+    """Of a thousand nats float32 keeps 6e-5; the tokens' own numbers are added in float64 and stay so in the cache."""
+    policy = LanguageModel(tiny_model("llama"))
+    long, short = ([5 + i * step % 90 for i in range(100 + step)] for step in (20, 7))
+    unit = pair_samples(Pair(sample([1, 2, 3], long), sample([1, 2, 3], short), 3), 0)
+    with torch.no_grad():
+        batch = policy.pack(list(unit))
+        sums, lengths = answer_sums(policy, batch)
+        rows = [row[torch.tensor(s.weights) != 0] for row, s in zip(batch.rows, unit, strict=True)]
+        tokens = policy(batch, "logprobs", torch.cat(rows))[0].tolist()
+    first, second = tokens[: len(rows[0])], tokens[len(rows[0]) :]
+    assert sums.dtype == torch.float64 and lengths.tolist() == [len(first), len(second)]
+    assert sums.tolist() == pytest.approx([math.fsum(first), math.fsum(second)], abs=1e-10)
+    assert abs(math.fsum(first)) > 500
+    for _ in range(2):  # as it is made, and from the cache
+        assert Reference(policy, SystemsConfig()).sums([unit], "r") == [sums.tolist()]
 
 
 def test_the_reference_of_adapters_is_the_model_below_them() -> None:

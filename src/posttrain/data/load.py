@@ -16,6 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from posttrain.config import DataConfig
 from posttrain.data import chains, sums
 from posttrain.errors import DataError
@@ -61,6 +63,19 @@ def read_table(config: DataConfig) -> Table:
     if not table.rows:
         raise DataError(f"{config.source} holds no rows")
     return table
+
+
+def in_order(config: DataConfig, count: int) -> np.ndarray:
+    """Indices of the configured rows of `count`, shuffled, then cut. Raises DataError where there are fewer."""
+    order = np.arange(count)
+    if config.shuffle_seed is not None:
+        order = np.random.default_rng(config.shuffle_seed).permutation(count)
+    if config.rows is not None:
+        low, high = config.rows
+        if not 0 <= low < high <= count:
+            raise DataError(f"data.rows is [{low}, {high}], and {config.source} has rows 0 to {count}")
+        order = order[low:high]
+    return order
 
 
 def _made(source: str, table: Table) -> None:

@@ -13,7 +13,7 @@ from rich.progress import track
 from posttrain.config import DataConfig
 from posttrain.data import chat
 from posttrain.data.layouts import BadRow, Record, check_templates, label, open_assistant, recognise, to_record
-from posttrain.data.load import Table, read_table
+from posttrain.data.load import Table, in_order, read_table
 from posttrain.data.pieces import pieces
 from posttrain.errors import DataError
 from posttrain.types import Sample
@@ -102,14 +102,7 @@ def rows_of(config: DataConfig) -> tuple[Table, str, np.ndarray]:
     layout = "template" if config.prompt is not None else recognise(table.rows[0], config.layout)
     if layout == "openassistant":
         table = open_assistant(table)
-    order = np.arange(len(table.rows))
-    if config.shuffle_seed is not None:
-        order = np.random.default_rng(config.shuffle_seed).permutation(len(order))
-    if config.rows is not None:
-        low, high = config.rows
-        if not 0 <= low < high <= len(order):
-            raise DataError(f"data.rows is [{low}, {high}], and {config.source} has rows 0 to {len(order)}")
-        order = order[low:high]
+    order = in_order(config, len(table.rows))
     return table, layout, order
 
 

@@ -12,13 +12,11 @@ import re
 from collections import Counter
 from typing import Any
 
-import numpy as np
-
 from posttrain.config import DataConfig
 from posttrain.config.rl import HumanEvalConfig, LabConfig, ProblemsConfig, ReasoningGymConfig, RowsConfig
 from posttrain.data import sums
 from posttrain.data.layouts import BadRow, Record, check_templates, field, message, recognise, to_record
-from posttrain.data.load import read_table
+from posttrain.data.load import in_order, read_table
 from posttrain.data.prepare import _Bad, _complaint, _rename
 from posttrain.errors import DataError, MissingExtraError
 
@@ -67,14 +65,7 @@ def _from_rows(config: RowsConfig) -> tuple[list[Problem], Counter[str]]:
     _rename(table.rows, data)
     check_templates(data, set().union(*table.rows))
     layout = "template" if data.prompt is not None or not config.answers else recognise(table.rows[0], data.layout)
-    order = np.arange(len(table.rows))
-    if data.shuffle_seed is not None:
-        order = np.random.default_rng(data.shuffle_seed).permutation(len(order))
-    if data.rows is not None:
-        low, high = data.rows
-        if not 0 <= low < high <= len(order):
-            raise DataError(f"data.rows is [{low}, {high}], and {data.source} has rows 0 to {len(order)}")
-        order = order[low:high]
+    order = in_order(data, len(table.rows))
     bad, problems = _Bad(), []
     for i in order:
         file, number = table.places[i]

@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from posttrain.config import DataConfig
 from posttrain.data import chat
 from posttrain.data.layouts import BadRow, message, turns
 from posttrain.data.layouts import field as cell
-from posttrain.data.load import read_table
+from posttrain.data.load import in_order, read_table
 from posttrain.data.prepare import _Bad, _complaint, _rename, _stats, longest, needs_template, prompt_tokens
 from posttrain.errors import DataError
 from posttrain.types import Sample
@@ -103,14 +101,7 @@ def read_chains(config: DataConfig, tokenizer: Any, separator: str, *, context: 
     needs_template(config, tokenizer)
     table = read_table(config)
     _rename(table.rows, config)
-    order = np.arange(len(table.rows))
-    if config.shuffle_seed is not None:
-        order = np.random.default_rng(config.shuffle_seed).permutation(len(order))
-    if config.rows is not None:
-        low, high = config.rows
-        if not 0 <= low < high <= len(order):
-            raise DataError(f"data.rows is [{low}, {high}], and {config.source} has rows 0 to {len(order)}")
-        order = order[low:high]
+    order = in_order(config, len(table.rows))
     bad, chains, places = _Bad(), list[Chain](), []
     groups: dict[tuple[int, ...], int] = {}
     for i in order:

@@ -70,9 +70,10 @@ def resolve(source: str) -> Resolved:
     if source.startswith("tiny:"):
         return Resolved(source[5:], "tiny")
     if source.startswith("lab:"):
-        if not re.fullmatch(r"[0-9]{0,9}", source[4:]):
-            raise ModelError(f"model source {source!r}: expected lab: or lab:SEED, such as lab:1")
-        return Resolved(str(_lab(int(source[4:] or 0))), "folder")
+        found = re.fullmatch(r"(?:(reviews)(?::|$))?([0-9]{0,9})", source[4:])
+        if found is None:
+            raise ModelError(f"model source {source!r}: expected lab:, lab:SEED, lab:reviews, lab:reviews:SEED")
+        return Resolved(str(_lab(int(found[2] or 0), found[1] or "sums")), "folder")
     if source.startswith("package:"):
         return _convert(_gguf_of_package(source[8:]))
     path = Path(source).expanduser()
@@ -114,18 +115,18 @@ def _near(source: str) -> tuple[str, Path | None]:
     return "", None
 
 
-def lab_folder(seed: int) -> Path:
+def lab_folder(seed: int, kind: str = "sums") -> Path:
     """Where the laboratory of a seed is kept, made or not."""
-    return cache_folder() / "lab" / f"{seed}-{LAB_VERSION}"
+    return cache_folder() / "lab" / f"{'' if kind == 'sums' else f'{kind}-'}{seed}-{LAB_VERSION}"
 
 
-def _lab(seed: int) -> Path:
+def _lab(seed: int, kind: str) -> Path:
     """The laboratory's folder; made, by a process of its own, where it is not there yet."""
-    folder = lab_folder(seed)
+    folder, asked = lab_folder(seed, kind), f"lab --kind {kind} --seed {seed}"
     if not (folder / "lab.json").exists():
-        log.info("making the laboratory of seed %d (once; kept in %s)", seed, folder)
-        if subprocess.run([sys.executable, "-m", "posttrain", "lab", "--seed", str(seed)], check=False).returncode:
-            raise ModelError(f"model source 'lab:{seed}' could not be made; posttrain lab --seed {seed} says why")
+        log.info("making a laboratory (%s; once, kept in %s)", asked, folder)
+        if subprocess.run([sys.executable, "-m", "posttrain", *asked.split()], check=False).returncode:
+            raise ModelError(f"the laboratory could not be made; posttrain {asked} says why")
     return folder
 
 
@@ -312,5 +313,5 @@ class explained:
             raise ModelError(
                 f"model source {self.source!r} can't be opened: {first}\n"
                 "Expected a Hub name (needs the network, or the model in the Hub's cache), a folder in the Hugging "
-                f"Face layout, a .gguf file, package:NAME, lab:SEED or tiny:TYPE.{_near(self.source)[0]}"
+                f"Face layout, a .gguf file, package:NAME, lab:SEED, lab:reviews or tiny:TYPE.{_near(self.source)[0]}"
             ) from error

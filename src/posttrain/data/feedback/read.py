@@ -16,7 +16,7 @@ from posttrain.config.feedback import CandidatesConfig, PairsConfig, RatingsConf
 from posttrain.data.feedback.agreement import krippendorff_alpha
 from posttrain.data.feedback.pairs import Candidate, Pair, Prompt, pair_up
 from posttrain.data.layouts import LAYOUTS, BadRow, Row, check_templates, fill, number, recognise
-from posttrain.data.load import Table, read_table
+from posttrain.data.load import Table, in_order, read_table
 from posttrain.data.prepare import _Bad, _complaint, _rename
 from posttrain.errors import DataError
 
@@ -61,7 +61,7 @@ def read_answers(config: RowsConfig, count: Callable[[str], int] = len) -> Answe
     table = read_table(data)
     _rename(table.rows, data)
     check_templates(data, set().union(*table.rows))
-    order = _order(data, len(table.rows))
+    order = in_order(data, len(table.rows))
     reading = _Reading(config, table)
     pairs, thumbs = READERS[config.kind](reading, config, order)
     if reading.bad.counts and (data.on_bad_row == "stop" or not (pairs or thumbs)):
@@ -76,18 +76,6 @@ def read_answers(config: RowsConfig, count: Callable[[str], int] = len) -> Answe
     if told:
         raters["mean_probability"] = fmean(told)
     return Answers(pairs, _stats(reading, pairs, thumbs, len(order), count), raters, thumbs)
-
-
-def _order(data: DataConfig, count: int) -> np.ndarray:
-    order = np.arange(count)
-    if data.shuffle_seed is not None:
-        order = np.random.default_rng(data.shuffle_seed).permutation(count)
-    if data.rows is not None:
-        low, high = data.rows
-        if not 0 <= low < high <= count:
-            raise DataError(f"data.rows is [{low}, {high}], and {data.source} has rows 0 to {count}")
-        order = order[low:high]
-    return order
 
 
 def _rows(reading: _Reading, order: Iterable[int]) -> Iterable[tuple[Row, str, tuple[str, int]]]:
