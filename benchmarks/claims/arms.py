@@ -28,7 +28,8 @@ class Arm:
     """One way of training: a shipped recipe with other settings.
 
     keep: names of the stages that are kept (empty: all). curve: the stage whose held-out curve is drawn (None: there is
-    none, and `task` alone counts). task: an evaluation whose headline is taken after the last stage.
+    none, and `task` alone counts), by its metric `measure`. task: an evaluation whose figures are taken after the last
+    stage. lab: whose seeds the base models are of.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Arm:
     keep: tuple[str, ...] = ()
     curve: str | None = "rl"
     task: str | None = None
+    measure: str = "held_out"
+    lab: str = "lab:"
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,20 @@ class Claim:
     arms: tuple[Arm, ...]
     judge: Callable[[dict[str, list[Curve]]], dict[str, Any]]
     note: str = ""
+    axis: str = "held-out accuracy, greedy"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Held-out accuracy of one run: (rollouts sampled so far, accuracy) before the first step to after the last."""
+    """Held-out accuracy of one run: (rollouts sampled so far, accuracy) before the first step to after the last.
+
+    more: the task's figures after the last stage. last_record: the stage's last record with a measurement.
+    """
 
     points: list[tuple[int, float]]
     seconds: float
     more: dict[str, Any] = field(default_factory=dict)
+    last_record: dict[str, Any] = field(default_factory=dict)
 
     @property
     def first(self) -> float:
@@ -89,7 +97,7 @@ def run_arm(arm: Arm, seed: int, work: Path) -> Curve:
 
     Two claims that have an arm in common share its runs.
     """
-    recipe = load_recipe(arm.recipe, [f"model.source=lab:{seed}", f"seed={seed}", *arm.overrides])
+    recipe = load_recipe(arm.recipe, [f"model.source={arm.lab}{seed}", f"seed={seed}", *arm.overrides])
     stages = [s for s in recipe.stages if not arm.keep or s.name in arm.keep]
     tasks = [t for t in recipe.evaluate if t.name == arm.task]
     changed = {"stages": stages, "evaluate": tasks, "evaluate_stages": False, "name": "claim", "description": ""}
@@ -115,18 +123,19 @@ def run_arm(arm: Arm, seed: int, work: Path) -> Curve:
 def read_curve(folder: Path, arm: Arm, seconds: float) -> Curve:
     """What a run left: its held-out curve over the completions it sampled, and its evaluation's headline."""
     points: list[tuple[int, float]] = []
-    spent = 0
+    spent, last = 0, {}
     if arm.curve is not None:
         (found,) = (folder / "stages").glob(f"*-{arm.curve}")
         for record in read_lines(found / "metrics.jsonl"):
             spent += int(record.get("samples", 0))
-            if "held_out" in record:
-                name = "held_out/right" if "held_out/right" in record else "held_out"
-                points.append((spent, float(record[name])))
+            if arm.measure in record:
+                right = f"{arm.measure}/right"
+                points.append((spent, float(record[right if right in record else arm.measure])))
+                last = record
     more = {}
     if arm.task is not None:
         more = json.loads((folder / "evaluations" / "after" / f"{arm.task}.json").read_text())
-    return Curve(points, round(seconds, 1), more)
+    return Curve(points, round(seconds, 1), more, last)
 
 
 def run_claim(claim: Claim, seeds: Sequence[int], work: Path, at_once: int) -> dict[str, Any]:
@@ -145,7 +154,7 @@ def run_claim(claim: Claim, seeds: Sequence[int], work: Path, at_once: int) -> d
                 "recipe": arm.recipe,
                 "overrides": list(arm.overrides),
                 "runs": [
-                    {"seed": s, "seconds": c.seconds, "points": c.points, "evaluation": c.more}
+                    {"seed": s, "seconds": c.seconds, "points": c.points, "evaluation": c.more, "last": c.last_record}
                     for s, c in zip(seeds, curves[arm.name], strict=True)
                 ],
             }
@@ -199,8 +208,8 @@ def verdict(low: float, high: float, each: Sequence[float]) -> str:
     return f"not settled by {len(each)} seeds (the interval holds zero{', all of one sign' if same else ''})"
 
 
-def plot(result: dict[str, Any], title: str, path: Path) -> None:
-    """Held-out accuracy over rollouts: a thin line a seed, a thick one for the mean of each arm."""
+def plot(result: dict[str, Any], claim: Claim, path: Path) -> None:
+    """What was measured over rollouts: a thin line a seed, a thick one for the mean of each arm."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -218,11 +227,12 @@ def plot(result: dict[str, Any], title: str, path: Path) -> None:
         mean = np.mean([np.interp(grid, line[:, 0], line[:, 1]) for line in lines], axis=0)
         axes.plot(grid, mean, color=colour, linewidth=2.5, label=name)
     axes.set_xlabel("completions sampled")
-    axes.set_ylabel("held-out accuracy, greedy")
-    axes.set_ylim(0, 1.02)
+    axes.set_ylabel(claim.axis)
+    if claim.axis == Claim.axis:
+        axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    axes.set_title(title, fontsize=10, wrap=True)
+    axes.set_title(claim.statement, fontsize=10, wrap=True)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})

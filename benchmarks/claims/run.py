@@ -192,12 +192,52 @@ HARD = Claim(
     "Without its exploration, and with one part of it.",
 )
 
-CLAIMS = {c.number: c for c in (REFT, BASE, STEPS, CONSISTENT, EXPLORING, HARD)}
+
+# --------------------------------------------------------------------------------------------------------- 7: feedback
+SHARE = 0.8
+
+
+def as_good(curves: Curves) -> dict[str, Any]:
+    """What gold, the reward model of people's ratings that nothing learns from, gains on held-out openings."""
+    gains = {n: [c.last - c.first for c in of] for n, of in curves.items()}
+    of_last = {
+        name: {n: interval([float(c.last_record[name]) for c in of]) for n, of in curves.items()}
+        for name in ("kl_sequence", "proxy", "proxy_gold", "cut")
+    }
+    return {
+        "gain": {n: interval(g) for n, g in gains.items()},
+        "after": {n: interval(lasts(of)) for n, of in curves.items()},
+        "evaluation": {n: interval(headline(of)) for n, of in curves.items()},
+        **of_last,
+        "share": SHARE,
+        "judge_over_people": difference(gains["a judge's labels"], gains["people's labels"]),
+        "ended_over_not": difference(gains["people's labels"], gains["people's, no reward for ending"]),
+        **difference(gains["a judge's labels"], [SHARE * g for g in gains["people's labels"]]),
+    }
+
+
+ALONE = "stages.policy.rewards.parts=[{kind: reward_model, name: proxy, source: 'stage:proxy', normalise: true}]"
+FED = {"curve": "policy", "task": "gold", "measure": "gold", "lab": "lab:reviews:"}
+FEEDBACK = Claim(
+    7,
+    "AI feedback gains no less than four fifths of what people's does",
+    (
+        Arm("people's labels", "rlhf_lab", **FED),
+        Arm("a judge's labels", "rlaif_lab", **FED),
+        Arm("people's, no reward for ending", "rlhf_lab", (ALONE,), **FED),
+    ),
+    as_good,
+    "The same texts and pairs for both; the gain is in the score of a reward model of other people's ratings, of "
+    "samples from held-out openings.",
+    "gold: held-out reward model of people's ratings",
+)
+
+CLAIMS = {c.number: c for c in (REFT, BASE, STEPS, CONSISTENT, EXPLORING, HARD, FEEDBACK)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Claims, tried in the laboratory.")
-    parser.add_argument("--claims", default="1,2,3,4,5,6", help="comma between (1,2,3,4,5,6)")
+    parser.add_argument("--claims", default="1,2,3,4,5,6,7", help="comma between (1,2,3,4,5,6,7)")
     parser.add_argument("--seeds", default="0,1,2", help="comma between (0,1,2)")
     parser.add_argument("--at-once", type=int, default=2, help="runs at the same time, a core each (2)")
     parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="folder of the runs (runs/claims)")
@@ -213,7 +253,7 @@ def main() -> None:
         out[str(number)] = result = run_claim(claim, seeds, args.work, args.at_once)
         print(f"   {result['verdict']}", flush=True)
         if args.plots:
-            plot(result, claim.statement, args.plots / f"claim-{number}.svg")
+            plot(result, claim, args.plots / f"claim-{number}.svg")
         if args.json:
             figures = {"posttrain": posttrain.__version__, "machine": machine(), "seeds": seeds, "claims": out}
             write_json(args.json, {**figures, "seconds": round(time.perf_counter() - began)})
