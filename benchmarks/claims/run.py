@@ -217,14 +217,19 @@ def as_good(curves: Curves) -> dict[str, Any]:
 
 
 ALONE = "stages.policy.rewards.parts=[{kind: reward_model, name: proxy, source: 'stage:proxy', normalise: true}]"
-FED = {"curve": "policy", "task": "gold", "measure": "gold", "lab": "lab:reviews:"}
+
+
+def fed(name: str, recipe: str, *overrides: str) -> Arm:
+    return Arm(name, recipe, overrides, curve="policy", task="gold", measure="gold", lab="lab:reviews:")
+
+
 FEEDBACK = Claim(
     7,
     "AI feedback gains no less than four fifths of what people's does",
     (
-        Arm("people's labels", "rlhf_lab", **FED),
-        Arm("a judge's labels", "rlaif_lab", **FED),
-        Arm("people's, no reward for ending", "rlhf_lab", (ALONE,), **FED),
+        fed("people's labels", "rlhf_lab"),
+        fed("a judge's labels", "rlaif_lab"),
+        fed("people's, no reward for ending", "rlhf_lab", ALONE),
     ),
     as_good,
     "The same texts and pairs for both; the gain is in the score of a reward model of other people's ratings, of "
