@@ -50,7 +50,7 @@ SURFACE = {
     "chat": {"model", "prompt", "system", "max_new_tokens", "temperature", "device", "trust_remote_code"},
     "report": {"run"},
     "doctor": set(),
-    "lab": {"output", "seed", "steps"},
+    "lab": {"output", "seed", "steps", "kind"},
 }
 
 

@@ -301,7 +301,8 @@ def _finish(
 def _held_out(recipe: Recipe, path: Path) -> list[str]:
     """Held-out answers before and after each stage of reinforcement learning, as evaluations; their names.
 
-    Judged by the first reward that is 0 or 1, or partial credit; where there is none, the curve of rewards has to do.
+    Judged by the first reward that is 0 or 1, or partial credit, and says right or wrong; where there is none, the
+    curve of rewards has to do.
     """
     names = []
     for folder_name, stage in recipe.in_order():
@@ -313,7 +314,7 @@ def _held_out(recipe: Recipe, path: Path) -> list[str]:
         both = {r["problem"] for r in sides[0]} & {r["problem"] for r in sides[1]}
         for config in stage.rewards.parts if both else []:
             part, credit = config.title, getattr(config, "partial", 0.0)  # given for a wrong answer of the right kind
-            if {r["parts"].get(part) for side in sides for r in side} <= {0.0, credit, 1.0}:
+            if config.judges and {r["parts"].get(part) for side in sides for r in side} <= {0.0, credit, 1.0}:
                 name = f"{folder_name.split('-', 1)[1]}-{part}"
                 names.append(name)
                 for where, side in zip(("before", "after"), sides, strict=True):

@@ -162,7 +162,7 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
     makes_model = any(s.makes == "model" for s in recipe.stages)
     assert ("model/model.safetensors" in manifest["artifacts"]) == makes_model
     held_out = [s for s in recipe.stages if isinstance(s, RLConfig | OnlineDPOConfig) and s.held_out is not None]
-    judged = [s for s in held_out if "reward_model" not in {p.kind for p in s.rewards.parts}]  # compared
+    judged = [s for s in held_out if any(p.judges for p in s.rewards.parts)]  # right or wrong, and so compared
     assert len(result.comparison) == len(recipe.evaluate) + len(judged)
     assert "<html" in result.report.read_text()
     for opens, kind in (

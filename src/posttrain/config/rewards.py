@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,8 @@ _EXTRACT = (
 
 class Part(Config):
     """What every reward has."""
+
+    judges: ClassVar[bool] = True  # 1 says right: held-out answers before and after may be compared by it
 
     name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="Name in metrics and rollouts. Empty: the kind.")
     weight: float = Field(1.0, allow_inf_nan=False, description="Factor in the sum; 0: logged, not learnt from.")
@@ -192,6 +194,7 @@ class LengthConfig(Part):
     """0 where the length suits, falling linearly to -1."""
 
     kind: Literal["length"] = "length"
+    judges: ClassVar[bool] = False  # 0 is its best
     unit: Literal["tokens", "characters"] = Field("tokens", description="What is counted; tokens include the end.")
     max: int | None = Field(None, ge=1, description="From here on (longer than this) the reward is -1.")
     min: int | None = Field(None, ge=1, description="Below this the reward is -1.")
@@ -221,6 +224,7 @@ class EndedConfig(Part):
     """0 where the completion came to an end of its own, -1 where a limit cut it off."""
 
     kind: Literal["ended"] = "ended"
+    judges: ClassVar[bool] = False  # 0 is its best
 
 
 class Running(Part):
@@ -272,6 +276,8 @@ class FunctionConfig(Part):
 
 class Model(Part):
     """What the rewards have that are models: they stay in this process and score many completions a call."""
+
+    judges: ClassVar[bool] = False  # a number has no right or wrong
 
     prompt: str = Field("messages", description="Column with the prompt: a list of turns, or a user's text.")
     batch_size: int = Field(64, ge=1, description="Completions a call.")
