@@ -5,8 +5,10 @@ queries, keys and values, and hands on the extra keyword argument `ragged`, whic
 
 Three ways to the same numbers:
 
-- CPU: tiles of queries over their own segment, and over each ancestor's keys (the descendants of a segment are one
-  contiguous run of queries), merged by their log-sum-exps. No copy of a prefix and no T by T matrix is ever made.
+- CPU: the compiled kernels of `models.tree`, a tile of queries over the keys of its whole chain of segments. Where they
+  can't be had: batched products, tiles of queries over their own segment, and over each ancestor's keys (the
+  descendants of a segment are one contiguous run of queries), merged by their log-sum-exps. No copy of a prefix and no
+  T by T matrix is ever made.
 - CUDA: one `torch.nn.attention.varlen` call, keys and values gathered per segment behind those of its ancestors.
 - Anything else (soft caps, attention sinks, other devices): plain softmax, a segment at a time.
 """
@@ -22,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from posttrain.models import tree
 from posttrain.models.ragged import RaggedBatch
 
 NAME = "posttrain"
@@ -75,6 +78,7 @@ class Plan:
     batch: RaggedBatch
     calls: dict[int | None, list[Call]] = field(default_factory=dict)
     varlen: tuple[Tensor, Tensor, Tensor, int, int] | None = None
+    segments: Tensor | None = None
     keep: Callable[[Tensor, Tensor], None] | None = None
     """Gets every layer's keys and values, (heads, T, size), positions applied: how a sampler fills its cache."""
 
@@ -83,6 +87,12 @@ class Plan:
         if window not in self.calls:
             self.calls[window] = _calls(self.batch, window)
         return self.calls[window]
+
+    def segments_for(self) -> Tensor:
+        """The segments as the compiled kernels read them."""
+        if self.segments is None:
+            self.segments = tree.table(self.batch)
+        return self.segments
 
     def varlen_for(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """(gather_K, cu_q, cu_k, longest q, longest k) for a varlen kernel aligned to the bottom right."""
@@ -191,14 +201,21 @@ def _scores(c: Call, q: Tensor, k: Tensor) -> Tensor:
 
 
 class _TreeAttention(torch.autograd.Function):
-    """Tiles merged by log-sum-exp: float32 (heads, T, size) in, (heads, T, size) out.
+    """float32 (heads, T, size) in, (heads, T, size) out: the compiled kernels, or tiles merged by log-sum-exp.
 
     Backward gives each tile the merged output and log-sum-exp, so that its probabilities are the whole softmax's.
-    Plain batched products beat the fused CPU kernel here: they go through the fast route of `models.cpu`.
+    Without kernels of our own plain batched products beat torch's fused one: they go through the fast route of
+    `models.cpu`.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, plan, window, scale):  # type: ignore[no-untyped-def]
+        ctx.plan, ctx.window, ctx.scale = plan, window, scale
+        ctx.kernels = tree.kernels_for(query, key, value)
+        if ctx.kernels is not None:
+            out, lse = tree.forward(ctx.kernels, query, key, value, plan.segments_for(), window, scale)
+            ctx.save_for_backward(query, key, value, out, lse)
+            return out
         calls, heads, kv = plan.calls_for(window), len(query), len(key)
         # In memory (T, heads, size): what comes after reads it so, and keeps it without a copy.
         out = torch.zeros(query.shape[1], heads, value.shape[-1]).transpose(0, 1)
@@ -213,12 +230,14 @@ class _TreeAttention(torch.autograd.Function):
             shape, n = (heads, c.q_end - c.q0), c.q1 - c.q0
             _merge(out, lse, c, part.view(*shape, -1)[:, :n], (total.log() + top).view(shape)[:, :n])
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.plan, ctx.window, ctx.scale = plan, window, scale
         return out
 
     @staticmethod
     def backward(ctx, d_out):  # type: ignore[no-untyped-def]
         query, key, value, out, lse = ctx.saved_tensors
+        if ctx.kernels is not None:
+            given = query, key, value, ctx.plan.segments_for(), ctx.window, ctx.scale, out, lse, d_out
+            return *tree.backward(ctx.kernels, *given), None, None, None
         kv = len(key)
         d_query, d_key, d_value = (torch.zeros(x.shape) for x in (query, key, value))
         delta = (d_out * out).sum(-1)

@@ -7,52 +7,13 @@
  * Compiled where posttrain runs, by posttrain.models.native, with the compiler's -march=native; threads are those of
  * the OpenMP library that torch brings, whose entry points are handed in.
  */
-#include <stddef.h>
-#include <stdlib.h>
+#include "kernels.h"
 
-#if defined(__AVX512F__)
-#define WIDTH 16
-#elif defined(__AVX__)
-#define WIDTH 8
-#else
-#define WIDTH 4
-#endif
-#if defined(__AVX512F__) || defined(__aarch64__)
-#define REGISTERS 32
-#else
-#define REGISTERS 16
-#endif
+pool_t pool = {NULL, NULL, NULL, 1};
 
-typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-typedef float half __attribute__((vector_size(2 * WIDTH), aligned(4), may_alias));
-typedef int vec_int __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+void use_threads(parallel_t p, number_t n, number_t s, int count) { pool = (pool_t){p, n, s, count}; }
 
-typedef void (*parallel_t)(void (*)(void *), void *, unsigned, unsigned);
-typedef int (*number_t)(void);
-
-static parallel_t parallel;
-static number_t number, size;
-static int threads = 1; /* asked for; a team may be smaller */
-
-void use_threads(parallel_t p, number_t n, number_t s, int count) {
-    parallel = p;
-    number = n;
-    size = s;
-    threads = count;
-}
-
-static void run(void (*work)(void *), void *job) {
-    if (threads == 1)
-        work(job);
-    else
-        parallel(work, job, threads, 0);
-}
-
-static int me(void) { return threads == 1 ? 0 : number(); }
-static int team(void) { return threads == 1 ? 1 : size(); }
-
-/* Memory that stays from call to call; calls come one at a time (Python's lock is held). NULL where there is none. */
-static float *room(size_t floats) {
+float *room(size_t floats) {
     static float *kept;
     static size_t size;
     if (floats > size) {
@@ -64,8 +25,6 @@ static float *room(size_t floats) {
     }
     return kept;
 }
-
-static inline vec all(float x) { return (vec){0} + x; }
 
 /* ------------------------------------------------------------------------------------------------------- y = x W^T + b
  * Tiles of R rows of W by C vectors of rows of x, held in registers; x lies turned round, a column of a tile's rows
@@ -167,32 +126,6 @@ int linear(const float *x, const float *w, const float *bias, float *y, long m, 
     return 0;
 }
 
-/* ---------------------------------------------------------------------------------------------------- exp, to 2 ulp
- * 2^n times a polynomial of the rest, |rest| <= log(2) / 2 (Cephes' coefficients). */
-static inline vec exponential(vec x) {
-    const vec low = all(-87.0f), high = all(88.0f), magic = all(12582912.0f);
-    x = (vec)(((vec_int)x & (x > low)) | ((vec_int)low & ~(x > low)));
-    x = (vec)(((vec_int)x & (x < high)) | ((vec_int)high & ~(x < high)));
-    vec n = x * 1.44269504088896341f + magic;
-    const vec_int exponent = ((vec_int)n - (vec_int)magic + 127) << 23;
-    n -= magic;
-    x -= n * 0.693359375f;
-    x -= n * -2.12194440e-4f;
-    vec p = all(1.9875691500e-4f);
-    p = p * x + 1.3981999507e-3f;
-    p = p * x + 8.3334519073e-3f;
-    p = p * x + 4.1665795894e-2f;
-    p = p * x + 1.6666665459e-1f;
-    p = p * x + 5.0000001201e-1f;
-    return (p * x * x + x + 1.0f) * (vec)exponent;
-}
-
-/* e^(z - top), and exactly 0 where that is below e^-87: tokens that were cut off have no mass */
-static inline vec mass(vec z, float top) {
-    const vec x = z - top;
-    return (vec)((vec_int)exponential(x) & (x > -87.0f));
-}
-
 /* ------------------------------------------------------------------------------------- y = gate / (1 + e^-gate) * up */
 typedef struct {
     const float *gate, *up;
@@ -215,20 +148,6 @@ static void gated_part(void *data) {
 void gated(const float *gate, const float *up, float *y, long count) {
     gated_t job = {gate, up, y, count};
     run(gated_part, &job);
-}
-
-/* the upper half onto the lower, until one is left */
-static inline float sum_of(vec v) {
-    half h = ((const half *)&v)[0] + ((const half *)&v)[1];
-#if WIDTH == 16
-    typedef float quarter __attribute__((vector_size(WIDTH), may_alias));
-    const quarter q = ((const quarter *)&h)[0] + ((const quarter *)&h)[1];
-    return (q[0] + q[2]) + (q[1] + q[3]);
-#elif WIDTH == 8
-    return (h[0] + h[2]) + (h[1] + h[3]);
-#else
-    return h[0] + h[1];
-#endif
 }
 
 /* ------------------------------------------------------------------------- y = x / sqrt(mean(x^2) + eps) (weight + shift) */
@@ -354,7 +273,7 @@ int attend(const float *q, const float *k, const float *v, const long *strides, 
            float *shared_k, float *shared_v, float *out, const long *column, const long *prompt,
            const long *prompt_length, const long *sizes, float scale) {
     const long longest = sizes[4] + (shared_k ? sizes[5] : 0) + 2 * WIDTH;
-    float *scores = room(longest * threads);
+    float *scores = room(longest * pool.threads);
     if (!scores)
         return 1;
     attention_t job = {q, k, v, strides[0], strides[1], strides[2], strides[3], strides[4], strides[5],
@@ -444,7 +363,7 @@ static void draw_part(void *data) {
 
 /* 0: done. */
 int draw(const float *z, const double *u, long *token, float *logprob, long m, long v) {
-    double *sums = (double *)room(2 * threads * ((v + BINS - 1) / BINS));
+    double *sums = (double *)room(2 * pool.threads * ((v + BINS - 1) / BINS));
     if (!sums)
         return 1;
     draw_t job = {z, u, token, logprob, sums, m, v};

@@ -1,9 +1,10 @@
-"""Decoding steps on a CPU through kernels of our own, compiled once on the machine that runs them.
+"""Decoding steps and attention on a CPU through kernels of our own, compiled once on the machine that runs them.
 
 torch's products reach half of the memory's bandwidth where rows are few, and what lies between two of them costs as
-much again in small operations. `decode.c` has what a decoding step needs. It is compiled by the C compiler that the
-system has, into the cache folder, in a second or two. Where there is none, where torch brings no GNU OpenMP (whose
-threads the kernels share), or where a result is not torch's own to rounding, everything goes through torch as before.
+much again in small operations. `decode.c` has what a decoding step needs, `tree.c` the attention of everything else
+(see `models.tree`). They are compiled by the C compiler that the system has, into the cache folder, in a second or two.
+Where there is none, where torch brings no GNU OpenMP (whose threads the kernels share), or where a result is not
+torch's own to rounding, everything goes through torch as before.
 `POSTTRAIN_NATIVE=0` switches the kernels off.
 """
 
@@ -23,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("decode.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("decode.c", "tree.c")]
+HEADER = Path(__file__).with_name("kernels.h")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 LEAST_COLUMNS = 8
 """What a tile needs; see `decode.c`."""
@@ -45,6 +47,8 @@ class Kernels:
         self.lib.attend.argtypes = [pointer] * 13 + [ctypes.c_float]
         self.lib.rotate.argtypes = [pointer] * 6 + [long] * 3
         self.lib.draw.argtypes = [pointer] * 4 + [long] * 2
+        self.lib.tree_attention.argtypes = [pointer] * 8 + [ctypes.c_float] + [pointer] * 2
+        self.lib.tree_attention_back.argtypes = [pointer] * 8 + [ctypes.c_float] + [pointer] * 6
         for name in ("use_threads", "gated", "rms_norm", "rotate"):
             getattr(self.lib, name).restype = None
         self.openmp = _openmp()
@@ -52,7 +56,8 @@ class Kernels:
         self.entries = [ctypes.cast(getattr(self.openmp, name), pointer) for name in names]
         self.threads = 0
 
-    def _threads(self) -> None:
+    def use_threads(self) -> None:
+        """As many as torch uses now."""
         count = torch.get_num_threads()
         if count != self.threads:
             self.lib.use_threads(*self.entries, count)
@@ -65,7 +70,7 @@ class Kernels:
         *before, k = x.shape
         n = weight.shape[0]
         y = x.new_empty(*before, n)
-        self._threads()
+        self.use_threads()
         bias_at = 0 if bias is None else bias.data_ptr()
         if self.lib.linear(x.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr(), x.numel() // k, k, n):
             raise MemoryError("no memory for a decoding step's rows")
@@ -74,7 +79,7 @@ class Kernels:
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up, both contiguous and of one shape."""
         y = torch.empty_like(gate)
-        self._threads()
+        self.use_threads()
         self.lib.gated(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
         return y
 
@@ -99,7 +104,7 @@ class Kernels:
         """(tokens, log-probabilities), as `posttrain.rollout.draw`; logits (M, V) contiguous, uniforms float64."""
         rows, vocabulary = logits.shape
         tokens, logprobs = torch.empty(rows, dtype=torch.long), logits.new_empty(rows)
-        self._threads()
+        self.use_threads()
         if self.lib.draw(
             logits.data_ptr(), uniforms.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), rows, vocabulary
         ):
@@ -127,7 +132,7 @@ class Kernels:
         heads, rows, size = query.shape
         kv = key.shape[0]
         out = query.new_empty(rows, heads, size)
-        self._threads()
+        self.use_threads()
         strides = (ctypes.c_long * 6)(*(x.stride(i) for x in (query, key, value) for i in (0, 1)))
         wide = 0 if shared is None else shared[0].shape[2]
         sizes = (ctypes.c_long * 7)(rows, kv, heads // kv, size, own[0].shape[2], wide, window or 0)
@@ -203,16 +208,16 @@ def _compiled() -> Path:
         raise _Unavailable("no C compiler: cc, gcc and clang are not on the PATH")
     try:
         said = subprocess.run([compiler, "--version"], capture_output=True, timeout=30).stdout
-        parts = (SOURCE.read_bytes(), repr(FLAGS).encode(), said, _processor())
+        parts = (*(p.read_bytes() for p in (*SOURCES, HEADER)), repr(FLAGS).encode(), said, _processor())
         name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-        path = cache_folder() / "native" / f"decode-{name}.so"
+        path = cache_folder() / "native" / f"kernels-{name}.so"
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            fresh = Path(folder) / "decode.so"
+            fresh = Path(folder) / "kernels.so"
             done = subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)], capture_output=True, text=True, timeout=120
+                [compiler, *FLAGS, *map(str, SOURCES), "-o", str(fresh)], capture_output=True, text=True, timeout=120
             )
             if done.returncode:
                 raise _Unavailable(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")

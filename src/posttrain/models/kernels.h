@@ -1,0 +1,92 @@
+/* What the compiled kernels share: vectors, exp, torch's threads, memory that stays. */
+#ifndef POSTTRAIN_KERNELS_H
+#define POSTTRAIN_KERNELS_H
+
+#include <stddef.h>
+#include <stdlib.h>
+
+#if defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__AVX__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define REGISTERS 32
+#else
+#define REGISTERS 16
+#endif
+
+typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef float half __attribute__((vector_size(2 * WIDTH), aligned(4), may_alias));
+typedef int vec_int __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+typedef void (*parallel_t)(void (*)(void *), void *, unsigned, unsigned);
+typedef int (*number_t)(void);
+
+/* The threads of the OpenMP library that torch brings. threads: asked for; a team may be smaller. */
+typedef struct {
+    parallel_t parallel;
+    number_t number, size;
+    int threads;
+} pool_t;
+
+extern pool_t pool __attribute__((visibility("hidden")));
+
+static inline void run(void (*work)(void *), void *job) {
+    if (pool.threads == 1)
+        work(job);
+    else
+        pool.parallel(work, job, pool.threads, 0);
+}
+
+static inline int me(void) { return pool.threads == 1 ? 0 : pool.number(); }
+static inline int team(void) { return pool.threads == 1 ? 1 : pool.size(); }
+
+/* Memory that stays from call to call; calls come one at a time (Python's lock is held). NULL where there is none. */
+float *room(size_t floats) __attribute__((visibility("hidden")));
+
+static inline vec all(float x) { return (vec){0} + x; }
+
+/* ---------------------------------------------------------------------------------------------------- exp, to 2 ulp
+ * 2^n times a polynomial of the rest, |rest| <= log(2) / 2 (Cephes' coefficients). */
+static inline vec exponential(vec x) {
+    const vec low = all(-87.0f), high = all(88.0f), magic = all(12582912.0f);
+    x = (vec)(((vec_int)x & (x > low)) | ((vec_int)low & ~(x > low)));
+    x = (vec)(((vec_int)x & (x < high)) | ((vec_int)high & ~(x < high)));
+    vec n = x * 1.44269504088896341f + magic;
+    const vec_int exponent = ((vec_int)n - (vec_int)magic + 127) << 23;
+    n -= magic;
+    x -= n * 0.693359375f;
+    x -= n * -2.12194440e-4f;
+    vec p = all(1.9875691500e-4f);
+    p = p * x + 1.3981999507e-3f;
+    p = p * x + 8.3334519073e-3f;
+    p = p * x + 4.1665795894e-2f;
+    p = p * x + 1.6666665459e-1f;
+    p = p * x + 5.0000001201e-1f;
+    return (p * x * x + x + 1.0f) * (vec)exponent;
+}
+
+/* e^(z - top), and exactly 0 where that is below e^-87: tokens that were cut off have no mass */
+static inline vec mass(vec z, float top) {
+    const vec x = z - top;
+    return (vec)((vec_int)exponential(x) & (x > -87.0f));
+}
+
+/* the upper half onto the lower, until one is left */
+static inline float sum_of(vec v) {
+    half h = ((const half *)&v)[0] + ((const half *)&v)[1];
+#if WIDTH == 16
+    typedef float quarter __attribute__((vector_size(WIDTH), may_alias));
+    const quarter q = ((const quarter *)&h)[0] + ((const quarter *)&h)[1];
+    return (q[0] + q[2]) + (q[1] + q[3]);
+#elif WIDTH == 8
+    return (h[0] + h[2]) + (h[1] + h[3]);
+#else
+    return h[0] + h[1];
+#endif
+}
+
+#endif
