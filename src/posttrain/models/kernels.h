@@ -75,6 +75,26 @@ static inline vec mass(vec z, float top) {
     return (vec)((vec_int)exponential(x) & (x > -87.0f));
 }
 
+/* e^x for x <= 0, exactly 0 below -87; what is not a number stays so: a broken model must show */
+static inline vec weight_of(vec x) {
+    const vec low = all(-87.0f);
+    const vec_int less = x < low;
+    vec y = (vec)(((vec_int)x & ~less) | ((vec_int)low & less));
+    const vec n = y * 1.44269504088896341f + 12582912.0f;
+    const vec_int exponent = ((vec_int)n - (vec_int)all(12582912.0f) + 127) << 23;
+    y -= (n - 12582912.0f) * 0.693359375f;
+    y -= (n - 12582912.0f) * -2.12194440e-4f;
+    vec p = all(1.9875691500e-4f);
+    p = p * y + 1.3981999507e-3f;
+    p = p * y + 8.3334519073e-3f;
+    p = p * y + 4.1665795894e-2f;
+    p = p * y + 1.6666665459e-1f;
+    p = p * y + 5.0000001201e-1f;
+    return (vec)((vec_int)((p * y * y + y + 1.0f) * (vec)exponent) & ~less);
+}
+
+#define NOTHING (-1e30f) /* the largest number before there is one */
+
 /* the upper half onto the lower, until one is left */
 static inline float sum_of(vec v) {
     half h = ((const half *)&v)[0] + ((const half *)&v)[1];

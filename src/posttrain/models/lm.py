@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import ModelError
-from posttrain.functional.logprobs import Head, linear_cross_entropy, linear_logprobs
+from posttrain.functional.logprobs import Head
 from posttrain.models import attention
 from posttrain.models.fused import fuse
 from posttrain.models.ragged import RaggedBatch, pack
 from posttrain.models.remake import cheap_results
+from posttrain.models.vocabulary import head_cross_entropy, head_logprobs
 from posttrain.types import Sample
 
 STATEFUL = ("linear_attention", "mamba", "conv", "recurrent", "rwkv", "chunked_attention")
@@ -127,10 +128,11 @@ class LanguageModel(nn.Module):
     ) -> Any:
         """What `want` names, at `targets_N` (T-indices of the tokens asked for; None: those that carry loss).
 
-        cross_entropy: (loss, nll_N, hits_N) of `linear_cross_entropy` with `coefficients_N`.
-        logprobs: (logprobs_N, entropies_N) of `linear_logprobs`. values: these and values_N, what the critic expects
-        before each token is there (probe: its gradient stays out of the model). scores: float32 numbers of the head of
-        a model for classification, (N, labels), once each token has been read (`models.heads`). hidden: hidden_T_H.
+        cross_entropy: (loss, nll_N, hits_N) of `functional.linear_cross_entropy` with `coefficients_N`.
+        logprobs: (logprobs_N, entropies_N) of `functional.linear_logprobs`. values: these and values_N, what the critic
+        expects before each token is there (probe: its gradient stays out of the model). scores: float32 numbers of the
+        head of a model for classification, (N, labels), once each token has been read (`models.heads`). hidden:
+        hidden_T_H.
         Raises ValueError when a first token of a sequence is asked for: nothing predicts it (scores: it may be).
         """
         hidden = self.hidden_T_H(batch)
@@ -148,8 +150,8 @@ class LanguageModel(nn.Module):
         if want == "cross_entropy":
             if coefficients_N is None:
                 coefficients_N = batch.weights_T[targets]
-            return linear_cross_entropy(hidden_N_H, self.head(), tokens_N, coefficients_N)
-        logprobs = linear_logprobs(hidden_N_H, self.head(), tokens_N, temperature, entropy)
+            return head_cross_entropy(hidden_N_H, self.head(), tokens_N, coefficients_N)
+        logprobs = head_logprobs(hidden_N_H, self.head(), tokens_N, temperature, entropy)
         if want == "logprobs":
             return logprobs
         if self.value is None:

@@ -2,10 +2,10 @@
 
 torch's products reach half of the memory's bandwidth where rows are few, and what lies between two of them costs as
 much again in small operations. `decode.c` has what a decoding step needs, `tree.c` the attention of everything else
-(see `models.tree`). They are compiled by the C compiler that the system has, into the cache folder, in a second or two.
-Where there is none, where torch brings no GNU OpenMP (whose threads the kernels share), or where a result is not
-torch's own to rounding, everything goes through torch as before.
-`POSTTRAIN_NATIVE=0` switches the kernels off.
+(see `models.tree`), `vocabulary.c` softmaxes over a vocabulary (see `models.vocabulary`). They are compiled by the C
+compiler that the system has, into the cache folder, in a second or two. Where there is none, where torch brings no GNU
+OpenMP (whose threads the kernels share), or where a result is not torch's own to rounding, everything goes through
+torch as before. `POSTTRAIN_NATIVE=0` switches the kernels off.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SOURCES = [Path(__file__).with_name(name) for name in ("decode.c", "tree.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("decode.c", "tree.c", "vocabulary.c")]
 HEADER = Path(__file__).with_name("kernels.h")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 LEAST_COLUMNS = 8
@@ -47,9 +47,10 @@ class Kernels:
         self.lib.attend.argtypes = [pointer] * 13 + [ctypes.c_float]
         self.lib.rotate.argtypes = [pointer] * 6 + [long] * 3
         self.lib.draw.argtypes = [pointer] * 4 + [long] * 2
+        self.lib.absorb.argtypes = [pointer] * 4 + [long] * 2 + [ctypes.c_int]
         self.lib.tree_attention.argtypes = [pointer] * 8 + [ctypes.c_float] + [pointer] * 2
         self.lib.tree_attention_back.argtypes = [pointer] * 8 + [ctypes.c_float] + [pointer] * 6
-        for name in ("use_threads", "gated", "rms_norm", "rotate"):
+        for name in ("use_threads", "gated", "rms_norm", "rotate", "absorb"):
             getattr(self.lib, name).restype = None
         self.openmp = _openmp()
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
@@ -110,6 +111,13 @@ class Kernels:
         ):
             raise MemoryError("no memory for drawing tokens")
         return tokens, logprobs
+
+    def absorb(self, z: Tensor, top: Tensor, total: Tensor, weighted: Tensor | None, keep: bool) -> None:
+        """Add a tile of logits z (M, V) to each row's softmax, in place: top (the largest so far), total (sum of
+        e^(z - top)), weighted (that of e^(z - top) (z - top)). keep: z becomes e^(z - top). All contiguous."""
+        self.use_threads()
+        at = 0 if weighted is None else weighted.data_ptr()
+        self.lib.absorb(z.data_ptr(), top.data_ptr(), total.data_ptr(), at, *z.shape, keep)
 
     def attend(
         self,
@@ -250,6 +258,11 @@ def _right(k: Kernels) -> bool:
     gate, up = (torch.randn(3, 37, generator=generator) * 8 for _ in range(2))
     weight = torch.randn(37, generator=generator)
     expected = F.rms_norm(gate, (37,), weight + 1, 1e-5)
+    top, total = torch.full((3,), -1e30), torch.zeros(3)
+    for part in (gate, up):
+        k.absorb(part.clone(), top, total, None, False)
+    if not torch.allclose(top + total.log(), torch.cat([gate, up], 1).logsumexp(1), rtol=1e-5, atol=1e-5):
+        return False
     return torch.allclose(k.gated(gate, up), F.silu(gate) * up, rtol=1e-5, atol=1e-6) and torch.allclose(
         k.rms_norm(gate, weight, 1e-5, 1.0), expected, rtol=1e-5, atol=1e-6
     )
