@@ -117,6 +117,14 @@ def test_what_the_kernels_do_not_take_goes_another_way() -> None:
         assert tree.kernels_for(query, key, key) is None
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_they_can_be_asked_for_first_in_any_mode(mode: type) -> None:
+    x = torch.randn(2, 3, 16)
+    tree._right.cache_clear()
+    with mode():
+        assert tree.kernels_for(x, x, x) is not None
+
+
 def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     x, kernels = torch.randn(2, 3, 16), native.kernels()
     backward = tree.backward

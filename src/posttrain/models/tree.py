@@ -35,6 +35,7 @@ def kernels_for(query: Tensor, key: Tensor, value: Tensor) -> native.Kernels | N
 
 
 @lru_cache(maxsize=1)
+@torch.inference_mode(False)  # the first to ask may be a sampler
 @torch.no_grad()
 def _right(kernels: native.Kernels) -> bool:
     """Whether results and gradients are those of a softmax in float64, on a prompt of 70 tokens with two answers."""
