@@ -1,7 +1,7 @@
-"""Claims about reinforcement learning of reasoning, tried in the laboratory: three seeds, intervals, curves.
+"""Claims about reinforcement learning, tried in the laboratory: three seeds, intervals, curves.
 
     pip install 'posttrain[bench]'
-    python benchmarks/claims/run.py --json figures.json --plots FOLDER     # all of them: under an hour on two cores
+    python benchmarks/claims/run.py --json figures.json --plots FOLDER     # all of them: 1.5 hours on two cores
     python benchmarks/claims/run.py --claims 3,5 --seeds 0                 # some, one seed: no verdict
 
 Every run is a shipped recipe with other settings, in a process of its own on one core, two at a time; runs are kept in
