@@ -50,11 +50,9 @@ float *room(size_t floats) __attribute__((visibility("hidden")));
 static inline vec all(float x) { return (vec){0} + x; }
 
 /* ---------------------------------------------------------------------------------------------------- exp, to 2 ulp
- * 2^n times a polynomial of the rest, |rest| <= log(2) / 2 (Cephes' coefficients). */
-static inline vec exponential(vec x) {
-    const vec low = all(-87.0f), high = all(88.0f), magic = all(12582912.0f);
-    x = (vec)(((vec_int)x & (x > low)) | ((vec_int)low & ~(x > low)));
-    x = (vec)(((vec_int)x & (x < high)) | ((vec_int)high & ~(x < high)));
+ * 2^n times a polynomial of the rest, |rest| <= log(2) / 2 (Cephes' coefficients), for x from -87 to 88. */
+static inline vec power(vec x) {
+    const vec magic = all(12582912.0f);
     vec n = x * 1.44269504088896341f + magic;
     const vec_int exponent = ((vec_int)n - (vec_int)magic + 127) << 23;
     n -= magic;
@@ -69,6 +67,14 @@ static inline vec exponential(vec x) {
     return (p * x * x + x + 1.0f) * (vec)exponent;
 }
 
+/* what is beyond the range becomes its end; so does what is not a number */
+static inline vec exponential(vec x) {
+    const vec low = all(-87.0f), high = all(88.0f);
+    x = (vec)(((vec_int)x & (x > low)) | ((vec_int)low & ~(x > low)));
+    x = (vec)(((vec_int)x & (x < high)) | ((vec_int)high & ~(x < high)));
+    return power(x);
+}
+
 /* e^(z - top), and exactly 0 where that is below e^-87: tokens that were cut off have no mass */
 static inline vec mass(vec z, float top) {
     const vec x = z - top;
@@ -79,18 +85,7 @@ static inline vec mass(vec z, float top) {
 static inline vec weight_of(vec x) {
     const vec low = all(-87.0f);
     const vec_int less = x < low;
-    vec y = (vec)(((vec_int)x & ~less) | ((vec_int)low & less));
-    const vec n = y * 1.44269504088896341f + 12582912.0f;
-    const vec_int exponent = ((vec_int)n - (vec_int)all(12582912.0f) + 127) << 23;
-    y -= (n - 12582912.0f) * 0.693359375f;
-    y -= (n - 12582912.0f) * -2.12194440e-4f;
-    vec p = all(1.9875691500e-4f);
-    p = p * y + 1.3981999507e-3f;
-    p = p * y + 8.3334519073e-3f;
-    p = p * y + 4.1665795894e-2f;
-    p = p * y + 1.6666665459e-1f;
-    p = p * y + 5.0000001201e-1f;
-    return (vec)((vec_int)((p * y * y + y + 1.0f) * (vec)exponent) & ~less);
+    return (vec)((vec_int)power((vec)(((vec_int)x & ~less) | ((vec_int)low & less))) & ~less);
 }
 
 #define NOTHING (-1e30f) /* the largest number before there is one */
