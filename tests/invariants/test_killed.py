@@ -167,7 +167,11 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], str, dict[str, str]]
 
 def records(folder: Path) -> int:
     """How many steps the run has recorded so far."""
-    return sum(len(p.read_bytes().splitlines()) for p in (folder / "stages").glob("0-*/**/metrics.jsonl"))
+    while True:
+        try:
+            return sum(len(p.read_bytes().splitlines()) for p in (folder / "stages").glob("0-*/**/metrics.jsonl"))
+        except FileNotFoundError:  # a checkpoint got its name while its folder was being looked through
+            pass
 
 
 @pytest.mark.slow
