@@ -149,6 +149,14 @@ def test_odd_logits() -> None:
     assert head_logprobs(h, Head(w), torch.tensor([3, 1000]))[0].isnan().all()
 
 
+@pytest.mark.parametrize("wrong", [-1, V])
+def test_targets_outside_of_the_vocabulary_are_refused(wrong: int) -> None:
+    h, w, _, y = make(False)
+    y[4] = wrong
+    with pytest.raises(IndexError, match="must be 0 to 1129"):
+        head_logprobs(h, Head(w), y)
+
+
 def test_a_position_does_not_depend_on_the_others_and_threads_change_nothing() -> None:
     h, w, _, y = make(False)
     before, found = torch.get_num_threads(), []

@@ -1,6 +1,6 @@
 """Log-probabilities on a CPU, a tile of the vocabulary at a time: those of `functional.logprobs` in fewer passes.
 
-All N positions go over a few thousand tokens' weights, whose logits stay in the processor's cache; a compiled kernel
+All N positions go over a thousand or two tokens' weights, whose logits stay in the processor's cache; a compiled kernel
 adds a tile to each position's softmax in one pass, in terms of the largest logit so far. So the weights and their
 gradient, which are larger than any cache, are read and written once and not once for every few positions. The formulas
 are those of `functional.logprobs`.
@@ -79,6 +79,10 @@ class _Tiles:
         self.edges = [*range(0, vocabulary, wide), vocabulary]
         order = targets.argsort()
         cuts = torch.searchsorted(targets[order], torch.tensor(self.edges)).tolist()
+        if cuts[0] != 0 or cuts[-1] != len(targets):  # they would lie in no tile
+            raise IndexError(
+                f"targets are {int(targets.min())} to {int(targets.max())}, and must be 0 to {vocabulary - 1}"
+            )
         self.rows = [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
 
     def __iter__(self) -> Iterator[tuple[int, int, int, Tensor]]:
