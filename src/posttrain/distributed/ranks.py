@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+X = TypeVar("X")
+Y = TypeVar("Y")
 
 
 def start(device: torch.device) -> None:
@@ -59,6 +63,45 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks, on every rank (any picklable object; every rank must call)."""
+    if world() == 1:
+        return [value]
+    box = [None] * world()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def spread(items: Sequence[X], work: Callable[[list[X]], Sequence[Y]]) -> list[Y]:
+    """`work` on all items, an equal part of them on each rank: what it makes of each item, in order, on every rank.
+
+    work: a list of items -> as many results, picklable; it may be given none. Every rank must call.
+    """
+    n = world()
+    out: dict[int, Y] = {}
+    for r, part in enumerate(gathered(list(work(list(items[rank() % n :: n]))))):
+        out |= zip(range(r, len(items), n), part, strict=True)
+    return [out[i] for i in range(len(items))]
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """The weights of a model that is spread over ranks, whole on each, for as long as it takes: forward passes in there
+    are each rank's own affair, as many as it likes. Nothing is trained meanwhile. Every rank must enter and leave."""
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
 
 
 def shard(model: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, device: torch.device) -> None:

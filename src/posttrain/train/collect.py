@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from posttrain.config import RLConfig
 from posttrain.data.questions import Question
+from posttrain.distributed import ranks
 from posttrain.functional.advantages import moving_average
 from posttrain.functional.kl import kl
 from posttrain.models.lm import LanguageModel
@@ -24,7 +26,7 @@ from posttrain.rewards.stack import RewardStack, Scored
 from posttrain.rollout.buffer import oldest
 from posttrain.rollout.sampler import Request, Sampler
 from posttrain.train.explore import Controls
-from posttrain.train.gather import Gatherer, sample
+from posttrain.train.gather import Gatherer, judge, sample
 from posttrain.train.gathering import Gathering, scored
 from posttrain.train.methods import (
     METHODS,
@@ -183,15 +185,16 @@ class Collector:
     def _own(self, rolled: Sequence[Rolled]) -> None:
         """The learner's log-probabilities (and the critic's values) before the first update."""
         critic = self.method.advantages == "critic"
-        for mine, batch, targets in in_passes(self.model, rolled, self.config.systems.budget(self.model.device.type)):
-            temperature = temperatures(self.config, mine, targets.device)
-            out = self.model(batch, "values" if critic else "logprobs", targets, temperature=temperature)
-            lengths = [r.length for r in mine]
-            for r, part in zip(mine, out[0].float().cpu().split(lengths), strict=True):
-                r.old = part
-            if critic:
-                for r, part in zip(mine, out[2].float().cpu().split(lengths), strict=True):
-                    r.values = part
+        with filled(rolled, "old", "values") as here:
+            for mine, batch, targets in in_passes(self.model, here, self.config.systems.budget(self.model.device.type)):
+                temperature = temperatures(self.config, mine, targets.device)
+                out = self.model(batch, "values" if critic else "logprobs", targets, temperature=temperature)
+                lengths = [r.length for r in mine]
+                for r, part in zip(mine, out[0].float().cpu().split(lengths), strict=True):
+                    r.old = part
+                if critic:
+                    for r, part in zip(mine, out[2].float().cpu().split(lengths), strict=True):
+                        r.values = part
 
     def own_logprobs(self, rolled: Sequence[Rolled]) -> list[torch.Tensor]:
         """The policy's log-probabilities of what it has just sampled: the sampler's where they are the learner's."""
@@ -204,7 +207,7 @@ class Collector:
         """ReMax: the reward of the likeliest answer to each prompt; 0 where it can't be judged."""
         groups = self.answer([self.questions[i] for i in batch.problems], phases)
         with phases("reward"):
-            answered = self.rewards(groups).groups
+            answered = judge(self.rewards, groups).groups
         return [outcome(self.config, g.rollouts[0]) if g.rollouts else 0.0 for g in answered]
 
     def answer(self, questions: Sequence[Question], phases: Phases) -> list[RolloutGroup]:
@@ -241,6 +244,18 @@ def _metrics(scored: Scored) -> dict[str, float]:
     for e in scored.excluded:
         out[f"failed/{e.reward}"] = out.get(f"failed/{e.reward}", 0.0) + 1
     return out
+
+
+@contextmanager
+def filled(rolled: Sequence[Rolled], *names: str) -> Iterator[list[Rolled]]:
+    """This rank's part of the rollouts, whole groups, to give them attributes of these names; then all have them."""
+    n = ranks.world()
+    yield [r for r in rolled if r.group % n == ranks.rank()] if n > 1 else list(rolled)
+    if n > 1:
+        given = ranks.gathered([[getattr(r, name) for name in names] for r in rolled])
+        for i, r in enumerate(rolled):
+            for name, value in zip(names, given[r.group % n][i], strict=True):
+                setattr(r, name, value)
 
 
 def in_passes(model: LanguageModel, rolled: Sequence[Rolled], budget: int) -> Iterator[tuple[list[Rolled], Any, Any]]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from posttrain.config import RLConfig, SamplingConfig
 from posttrain.data.questions import Question
+from posttrain.distributed import ranks
 from posttrain.progress import Phases
-from posttrain.rewards.stack import RewardStack
+from posttrain.rewards.stack import Excluded, RewardStack, Scored
 from posttrain.rollout.buffer import PARTIAL, Growth, Replay, oldest
 from posttrain.rollout.sampler import Request, Sampler
 from posttrain.train.curriculum import Curriculum
@@ -168,7 +170,7 @@ class Gatherer:
         """Judge the groups that are whole, or what has come to them since."""
         todo = [g for g in there if g.whole and g.judged < len(g.rollouts)]
         with phases("reward"):
-            outcome = self.rewards([g.unjudged(self.questions[g.problem]) for g in todo])
+            outcome = judge(self.rewards, [g.unjudged(self.questions[g.problem]) for g in todo])
         for n, g in enumerate(todo):
             g.judge(outcome.groups[n], [e for e in outcome.excluded if e.group == n])
 
@@ -243,8 +245,8 @@ class Gatherer:
 def sample(
     sampler: Sampler, requests: Sequence[Request], sampling: SamplingConfig, phases: Phases
 ) -> list[RolloutGroup]:
-    """The sampler's groups, with progress."""
-    total, done = sum(r.n for r in requests), 0
+    """The sampler's groups, with progress (of this rank); ranks sample a part each."""
+    total, done = -(-sum(r.n for r in requests) // ranks.world()), 0
 
     def count(*_: Any) -> None:
         nonlocal done
@@ -253,4 +255,20 @@ def sample(
             phases.track.phase(f"sampling {done}/{total}")
 
     with phases("sample"):
-        return sampler.sample(requests, sampling, count)
+        return ranks.spread(requests, lambda mine: sampler.sample(mine, sampling, count))
+
+
+def judge(rewards: RewardStack, groups: Sequence[RolloutGroup]) -> Scored:
+    """The groups with their rewards; ranks judge a part each, and metrics are of this one's."""
+    if ranks.world() == 1:
+        return rewards(groups)
+    metrics: dict[str, float] = {}
+
+    def part(mine: list[RolloutGroup]) -> list[tuple[RolloutGroup, list[Excluded]]]:
+        scored = rewards(mine)
+        metrics.update(scored.metrics)
+        return [(g, [e for e in scored.excluded if e.group == i]) for i, g in enumerate(scored.groups)]
+
+    found = ranks.spread(groups, part)
+    excluded = [replace(e, group=g) for g, (_, failed) in enumerate(found) for e in failed]
+    return Scored([group for group, _ in found], excluded, metrics)

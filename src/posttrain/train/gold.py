@@ -16,6 +16,7 @@ import torch
 
 from posttrain.config import RLConfig
 from posttrain.data.questions import Question
+from posttrain.distributed import ranks
 from posttrain.evaluate.stats import interval_of_means
 from posttrain.functional.kl import sequence_kl
 from posttrain.functional.reduce import sequence_index
@@ -24,7 +25,7 @@ from posttrain.rewards.stack import RewardStack
 from posttrain.rollout.sampler import Request
 from posttrain.rollout.store import write_rollouts
 from posttrain.train.collect import Collector
-from posttrain.train.gather import sample
+from posttrain.train.gather import judge, sample
 from posttrain.train.methods import Rolled
 from posttrain.train.stage import Functions
 from posttrain.types import RolloutGroup
@@ -70,10 +71,13 @@ class Gold:
             asked = zip(self.questions, self.streams, strict=True)
             requests = [Request(q.tokens, self.samples, int(stream), q.problem) for q, stream in asked]
             groups = sample(self.collector.sampler, requests, self.config.sampling, Phases(phases.track))
-            proxy = self.collector.rewards(groups).groups
-            judged = [_both(a, b) for a, b in zip(proxy, self.scorer(proxy).groups, strict=True)]
+            proxy = judge(self.collector.rewards, groups).groups
+            gold = judge(self.scorer, proxy)
+            failed = {(e.group, e.index) for e in gold.excluded}
+            judged = [_both(g, *both, failed) for g, both in enumerate(zip(proxy, gold.groups, strict=True))]
             texts, numbers = [q.text for q in self.questions], list(range(len(self.questions)))
-            write_rollouts(self.folder / NAME, step, judged, None, texts, numbers)
+            if ranks.is_main():
+                write_rollouts(self.folder / NAME, step, judged, None, texts, numbers)
             return self._numbers(judged)
 
     def _numbers(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -108,13 +112,8 @@ class Gold:
         return [float(x) for x in found.double()]
 
 
-def _both(proxy: RolloutGroup, gold: RolloutGroup) -> RolloutGroup:
-    """The rollouts that have both, with gold's number beside the proxy's parts; told by their tokens' identity."""
-    kept = iter(gold.rollouts)
-    following = next(kept, None)
-    out = []
-    for r in proxy.rollouts:
-        if following is not None and following.tokens is r.tokens:
-            out.append(replace(r, rewards={**r.rewards, NAME: following.rewards[NAME]}))
-            following = next(kept, None)
-    return replace(proxy, rollouts=out)
+def _both(g: int, proxy: RolloutGroup, gold: RolloutGroup, failed: set[tuple[int, int]]) -> RolloutGroup:
+    """The rollouts that have both, gold's number beside the proxy's parts. failed: (group, place) without gold's."""
+    there = [r for i, r in enumerate(proxy.rollouts) if (g, i) not in failed]
+    pairs = zip(there, gold.rollouts, strict=True)
+    return replace(proxy, rollouts=[replace(r, rewards={**r.rewards, NAME: s.rewards[NAME]}) for r, s in pairs])

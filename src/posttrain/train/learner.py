@@ -75,6 +75,10 @@ class Learner:
         if ranks.world() > 1:
             dtype = next(model.parameters()).dtype
             ranks.shard(model.float(), layers, dtype, self.device)
+            # FSDP learns from its first pass which module is the root, and a sampler's goes through parts alone.
+            with ranks.whole(model), torch.no_grad():
+                batch = model.pack([Sample([0, 0], [0.0, 1.0])])
+                model(batch, "logprobs", batch.rows[0][-1:])
         self.optimizer = Optimizer(model.named_parameters(), optimizer, rates)
 
     def step(self, samples: Sequence[Sample], loss: LossFunction | None = None) -> StepResult:
@@ -100,8 +104,8 @@ class Learner:
                 (value * ranks.world()).backward()  # FSDP averages over ranks; the loss's denominator is global already
             for name, number in {"loss": value, **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + float(number.detach())
-        keys = sorted(sums)
-        totals = dict(zip(keys, ranks.total([sums[k] for k in keys], self.device), strict=True))
+        parts = ranks.gathered(sums)  # a rank that has nothing of its own may lack some
+        totals = {name: sum(p.get(name, 0.0) for p in parts) for name in sorted(set().union(*parts))}
         record = self._update(totals, bool(useful))
         tokens = sum(len(s) for s in samples)
         record.update(tokens=tokens, loss_tokens=denominator)

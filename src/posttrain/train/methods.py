@@ -267,6 +267,8 @@ def policy_loss(
     cap, beta = config.importance_cap, config.kl.coefficient if config.kl.where == "loss" else 0.0
 
     def loss(model: LanguageModel, batch: RaggedBatch, count: float) -> tuple[Tensor, dict[str, Tensor]]:
+        if "rolled" not in batch.samples[0].meta:
+            return _in_step(model, batch, want), {}
         mine = [rolled[s.meta["rolled"]] for s in batch.samples]
         device = batch.tokens_T.device
         lengths = torch.tensor([r.length for r in mine], device=device)
@@ -276,10 +278,8 @@ def policy_loss(
             probe=config.value_trunk == "probe",
         )  # fmt: skip
         logprobs = out[0]
-        # A pass that only keeps ranks in step carries no weight, and its sums must count for nothing.
-        counts = torch.tensor([any(s.weights) for s in batch.samples], device=device)
         sequence = sequence_index(lengths)
-        weights = token_weights(kind, sequence, lengths, constant) * counts[sequence]
+        weights = token_weights(kind, sequence, lengths, constant)
         sampled = torch.cat(sampled_logprobs(mine)).to(device)
         old = logprobs.detach() if mine[0].old is None else _cat(mine, "old", device)
         advantages = torch.cat([r.advantages for r in mine]).to(device)
@@ -309,6 +309,12 @@ def policy_loss(
         return total, {name: value.double() / count for name, value in metrics.items()}
 
     return loss
+
+
+def _in_step(model: LanguageModel, batch: RaggedBatch, want: str) -> Tensor:
+    """A pass that only keeps ranks in step: every weight takes part, and nothing is added."""
+    out = model(batch, want, batch.rows[0][-1:])
+    return 0.0 * (out[0].sum() + (out[2].sum() if want == "values" else 0.0))  # type: ignore[no-any-return]
 
 
 def _cat(mine: Sequence[Rolled], name: str, device: torch.device) -> Tensor:

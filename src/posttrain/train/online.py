@@ -14,7 +14,6 @@ from posttrain.data.chat import turn_end
 from posttrain.data.pairs import Pair
 from posttrain.data.questions import Question
 from posttrain.distributed import ranks
-from posttrain.errors import ModelError
 from posttrain.models.lm import LanguageModel
 from posttrain.progress import Track
 from posttrain.rewards.stack import RewardStack
@@ -61,8 +60,9 @@ class OnlinePairs(Experience):
         samples = [pair_samples(pair, n) for n, pair in enumerate(pairs)]
         reference = None
         if self.frozen is not None and pairs:
-            with without_adapters(self.frozen):
-                reference = sums_of(self.frozen, samples, self.online.systems)
+            frozen, systems = self.frozen, self.online.systems
+            with ranks.whole(frozen), without_adapters(frozen):
+                reference = ranks.spread(samples, lambda mine: sums_of(frozen, mine, systems))
         loss = pair_loss(self.what, pairs, reference, count=len(batch.groups))
         result = self.learner.step([s for both in samples for s in both], loss)
         result.metrics["ties"] = float(len(batch.groups) - len(pairs))
@@ -118,8 +118,6 @@ def run_online(
     functions: rewards that the recipe names and that live in this program. Goes on from the newest checkpoint in
     `folder` where there is one. Returns what the manifest says of the stage.
     """
-    if ranks.world() > 1:
-        raise ModelError(f"{config.method} runs in one process so far; start it without torchrun")
     opened = open_policy(config, model, seed)
     policy, tokenizer = opened.policy, opened.tokenizer
     frozen = None

@@ -15,7 +15,6 @@ from posttrain.config import ModelConfig, OnlineDPOConfig, RLConfig
 from posttrain.data.chat import turn_end
 from posttrain.data.questions import Question, apart, ask
 from posttrain.distributed import ranks
-from posttrain.errors import ModelError
 from posttrain.evaluate.stats import mean_interval
 from posttrain.models.lm import LanguageModel
 from posttrain.progress import Phases, Track
@@ -25,7 +24,8 @@ from posttrain.rollout.environment import environment
 from posttrain.rollout.sampler import Sampler
 from posttrain.rollout.store import write_rollouts
 from posttrain.rollout.turns import TurnSampler, check, in_turns
-from posttrain.train.collect import Batch, Collector, in_passes, with_failed
+from posttrain.train.collect import Batch, Collector, filled, in_passes, with_failed
+from posttrain.train.gather import judge
 from posttrain.train.gold import Gold
 from posttrain.train.learner import Learner, StepResult
 from posttrain.train.loop import OnStep, train
@@ -55,7 +55,8 @@ class Experience:
 
     def step(self, step: int, track: Track) -> StepResult:
         phases = Phases(track)
-        batch = self.collector.collect(step, phases)
+        with ranks.whole(self.learner.model):
+            batch = self.collector.collect(step, phases)
         with phases("learn"):
             results, extremes = self._learn(batch)
         metrics = _joined([r.metrics for r in results]) | batch.metrics
@@ -64,8 +65,9 @@ class Experience:
         metrics["ratio_max"] = extremes.ratio
         asked = [self.collector.questions[i].text for i in batch.problems]
         groups, advantages, failures = batch.everything()
-        where = self.folder / "rollouts"
-        write_rollouts(where, step + 1, groups, advantages, asked, batch.problems, failures, self.turns)
+        if ranks.is_main():
+            where = self.folder / "rollouts"
+            write_rollouts(where, step + 1, groups, advantages, asked, batch.problems, failures, self.turns)
         last = step + 1 == self.steps
         every = self.config.held_out.every if self.config.held_out else 0
         seconds = sum(phases.seconds.values())
@@ -92,20 +94,23 @@ class Experience:
                 loss = policy_loss(config, rolled, fresh, self.collector.comparable, extremes)
                 samples = [r.sample(i) for i, r in enumerate(rolled)]
                 results.append(self.learner.step([s for s in samples if any(s.weights)], loss))
-        return results, extremes
+        everywhere = ranks.gathered(extremes)
+        return results, Extremes(max(e.mismatch for e in everywhere), max(e.ratio for e in everywhere))
 
     def measure(self, step: int, phases: Phases) -> dict[str, float]:
         """What is measured on held-out problems: greedy answers, and where there is a gold scorer samples."""
-        return self._greedy(step, phases) | (self.gold.measure(step, phases) if self.gold is not None else {})
+        with ranks.whole(self.learner.model):
+            return self._greedy(step, phases) | (self.gold.measure(step, phases) if self.gold is not None else {})
 
     def _greedy(self, step: int, phases: Phases) -> dict[str, float]:
         """Mean reward of greedy answers to the held-out problems, with its 95% interval; they are kept."""
         with phases("held_out"):
             groups = self.collector.answer(self.held_out, Phases(phases.track))
-            scored = self.collector.rewards(groups)
+            scored = judge(self.collector.rewards, groups)
             asked, numbers = [q.text for q in self.held_out], list(range(len(self.held_out)))
             kept, _, failures = with_failed(scored)
-            write_rollouts(self.folder / "held_out", step, kept, None, asked, numbers, failures, self.turns)
+            if ranks.is_main():
+                write_rollouts(self.folder / "held_out", step, kept, None, asked, numbers, failures, self.turns)
         rollouts = [r for g in scored.groups for r in g.rollouts]
         if not rollouts:
             return {}
@@ -193,8 +198,6 @@ def run_rl(
     functions: rewards that the recipe names and that live in this program. Goes on from the newest checkpoint in
     `folder` where there is one. Returns what the manifest says of the stage.
     """
-    if ranks.world() > 1:
-        raise ModelError(f"{config.method} runs in one process so far; start it without torchrun")
     opened = open_policy(config, model, seed)
     policy, tokenizer = opened.policy, opened.tokenizer
     critic = METHODS[config.method].advantages == "critic"
@@ -247,8 +250,8 @@ def reference_of(
 
     @torch.no_grad()
     def score(rolled: Sequence[Rolled]) -> None:
-        with without_adapters(frozen):
-            for mine, batch, targets in in_passes(frozen, rolled, config.systems.budget(frozen.device.type)):
+        with without_adapters(frozen), filled(rolled, "reference") as here:
+            for mine, batch, targets in in_passes(frozen, here, config.systems.budget(frozen.device.type)):
                 temperature = temperatures(config, mine, targets.device)
                 logprobs = frozen(batch, "logprobs", targets, temperature=temperature)[0].float().cpu()
                 for r, part in zip(mine, logprobs.split([r.length for r in mine]), strict=True):
