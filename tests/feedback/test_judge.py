@@ -99,6 +99,25 @@ def test_numbers_by_hand() -> None:
     worth = {"6": 6.0, "7": 7.0}
     assert above({"6": 0.0, "7": 1.0}, {"6": 0.5, "7": 0.5}, worth) == 0.75
     assert above({"6": 0.5, "7": 0.5}, {"6": 0.5, "7": 0.5}, worth) == 0.5
+    # a judge that always says the same prefers neither, whatever rounding makes of it
+    assert (
+        combined((1.0, 0.0), "logits") == combined((0.7, 0.3), "logits") == combined((0.9, 0.1), "probabilities") == 0.5
+    )
+    thirds = {"6": 1 / 3, "7": 0.1 + 0.2, "8": 1 - 1 / 3 - (0.1 + 0.2)}
+    assert above(thirds, thirds, {**worth, "8": 8.0}) == 0.5
+
+
+def test_what_a_template_would_not_ask_is_refused(tmp_path: Path) -> None:
+    principles = tmp_path / "principles.txt"
+    principles.write_text("Be short.\n")
+    given = {"model": {"source": "tiny:llama"}, "template": "{first} or {second}?"}
+    for more, named in (
+        ({"principles": str(principles)}, "principles"),
+        ({"question": "Which is kinder?"}, "question"),
+    ):
+        with pytest.raises(ValueError, match=f"{named} would never be asked: template has no field"):
+            JudgeConfig.model_validate({**given, **more})
+        JudgeConfig.model_validate({**given, **more, "template": f"{{{named}}} {given['template']}"})
 
 
 def test_replies_are_read_only_where_they_say_one_thing() -> None:

@@ -116,6 +116,16 @@ class JudgeConfig(Config):
                     f"template ({self.mode}) needs the fields {wanted} and may have {sorted(allowed - set(wanted))}; "
                     f"it has {sorted(fields)}"
                 )
+            given = {
+                "principles": self.principles,
+                "question": self.question != type(self).model_fields["question"].default,
+            }
+            unasked = [name for name, value in given.items() if value and name not in fields]
+            if unasked:
+                raise ValueError(
+                    f"{' and '.join(unasked)} would never be asked: template has no field "
+                    f"{' or '.join('{' + name + '}' for name in unasked)}. Add it, or leave out {' and '.join(unasked)}"
+                )
         if self.principles_per_question and self.principles is None:
             raise ValueError("principles_per_question needs principles (a file with one a line)")
         return self

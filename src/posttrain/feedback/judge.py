@@ -22,6 +22,8 @@ from posttrain.models.load import cache_folder
 
 EDGE = 1e-6
 """Probabilities are kept this far from 0 and 1 where their logits are taken."""
+TIE = 1e-6
+"""Nearer to one half than this is one half: float32 probabilities are no better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,9 +239,14 @@ def combined(orders: tuple[float, float], how: str) -> float:
     second; by the first only its sign is right. Probabilities of 0 and 1 count as 1e-6 and 1 - 1e-6 for their logits.
     """
     if how == "probabilities":
-        return sum(orders) / 2
+        return _tied(sum(orders) / 2)
     p, q = (min(max(x, EDGE), 1 - EDGE) for x in orders)
-    return 1 / (1 + math.exp(-(math.log(p / (1 - p)) + math.log(q / (1 - q))) / 2))
+    return _tied(1 / (1 + math.exp(-(math.log(p / (1 - p)) + math.log(q / (1 - q))) / 2)))
+
+
+def _tied(p: float) -> float:
+    """One half where p is that but for rounding: a judge that says the same of both prefers neither."""
+    return 0.5 if abs(p - 0.5) < TIE else p
 
 
 def above(a: Mapping[str, float], b: Mapping[str, float], worth: Mapping[str, float]) -> float:
@@ -248,7 +255,7 @@ def above(a: Mapping[str, float], b: Mapping[str, float], worth: Mapping[str, fl
     Hand-worked: a all on 7, b half on 6 and half on 7: 1/2 + 1/4 = 0.75.
     """
     pairs = ((p * q, worth[x], worth[y]) for x, p in a.items() for y, q in b.items())
-    return sum(w if x > y else w / 2 if x == y else 0.0 for w, x, y in pairs)
+    return _tied(sum(w if x > y else w / 2 if x == y else 0.0 for w, x, y in pairs))
 
 
 def describe(config: JudgeConfig) -> dict[str, Any]:

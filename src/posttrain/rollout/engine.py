@@ -201,8 +201,9 @@ class _Session:
                 return slots, at_once
         needed = (columns + prompt_columns) * self.sampler.bytes_per_token() / 2**20
         raise ModelError(
-            f"the longest completion with its prompt takes {needed:.0f} MiB of keys and values, and "
-            f"{self.sampler.allowed_bytes() / 2**20:.0f} are allowed: raise memory_mb, or lower max_tokens"
+            f"the longest completion with its prompt takes {needed:.3g} MiB of keys and values, and "
+            f"{self.sampler.allowed_bytes() / 2**20:.3g} are allowed: raise memory_mb (in a recipe: cache_mb), or "
+            "lower max_tokens"
         )
 
     def work(self) -> None:

@@ -138,9 +138,13 @@ BAD = {
         ({"prompt": "p", "completion": "p", "r": [1]}, "the answer is the prompt again"),
         ({"prompt": "p", "completion": "x", "r": []}, "no rating in 'r'"),
         ({"prompt": "p", "completion": "x", "r": "1,good"}, "r is 'good', expected a number"),
+        ({"prompt": "p", "completion": "x", "r": "1,inf"}, "r is 'inf', expected a number"),
     ],
     "thumbs": [({"prompt": "p", "completion": "x", "label": "maybe"}, "label is 'maybe', expected up or down")],
-    "candidates": [({"prompt": "p", "completions": "x"}, "completions: expected a list of answers")],
+    "candidates": [
+        ({"prompt": "p", "completions": "x"}, "completions: expected a list of answers"),
+        ({"prompt": "p", "completions": ["x", "y", ""]}, "empty answer"),  # nor are the others of the row used
+    ],
 }  # fmt: skip
 GOOD: dict[str, list[dict[str, Any]]] = {
     "pairs": [{"prompt": "p", "chosen": "g", "rejected": "h"}],

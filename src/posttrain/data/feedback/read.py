@@ -285,9 +285,11 @@ def _candidates(
             listed = row.get(config.completions)
             if not isinstance(listed, list) or not listed:
                 raise BadRow(f"{config.completions}: expected a list of answers")
-            group = groups.setdefault(_key(prompt), [])
+            found = [
+                _one(value, prompt, f"{source}[{i}]") for i, value in enumerate(listed)
+            ]  # all, or none of a bad row
+            groups.setdefault(_key(prompt), []).extend(found)
             prompts.setdefault(_key(prompt), prompt)
-            group.extend(_one(value, prompt, f"{source}[{i}]") for i, value in enumerate(listed))
             reading.used += 1
         except BadRow as error:
             reading.bad.add(place, str(error))
