@@ -101,6 +101,12 @@ def test_settings_that_would_undo_each_other_are_refused() -> None:
         load_recipe("sft", ["stages.0.systems.compile=true", "stages.0.systems.activation_checkpointing=true"])
 
 
+def test_settings_of_a_critic_are_refused_without_one() -> None:
+    with pytest.raises(RecipeError, match="lam, value_lr: of a critic, and grpo has none"):
+        load_recipe("lab", ["stages.rl.lam=0.9", "stages.rl.value_lr=1e-4"])
+    load_recipe("lab", ["stages.rl.method=ppo", "stages.rl.lam=0.9", "stages.rl.value_lr=1e-4"])
+
+
 def test_all_problems_are_reported_at_once(write) -> None:
     path = write(
         "name: bad name\nmodel: {source: x, dtyp: auto}\nseed: -1\nseed: -2\n"

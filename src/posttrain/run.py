@@ -213,6 +213,8 @@ def _work(
         result = folder / stage.makes
         if not result.is_dir():
             _carry_out(stage, early.get(name), setting, made, recipe, model, folder, i, manifest, trackers)
+            for warning in feedback_report.warnings(folder):  # before anything is trained by such labels
+                console.print(f"! {name}: {warning}", highlight=False, markup=False, soft_wrap=True)
         made[stage.name] = result
         if stage.makes == "model":
             model = model.model_copy(update={"source": str(result), "revision": None})

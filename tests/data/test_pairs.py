@@ -97,6 +97,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
      "the prompts don't match (the column prompt is no turn of the chosen conversation)"),
     ({"prompt": [OTHER], "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
      "the prompts don't match (the column prompt ends otherwise than the chosen conversation's)"),
+    ({"prompt": [OTHER, GOOD, ASK], "chosen": [ASK, GOOD, ASK, GOOD], "rejected": [ASK, GOOD, ASK, BAD]},
+     "the prompts don't match (the column prompt has other earlier turns than the conversation)"),
     ({**PROMPT, "rejected": LONG}, "too long (84 tokens, and the limit is 60)"),
     (PROMPT, "missing field 'rejected'"),
     ({**PROMPT, "chosen": None, "rejected": "5"}, "missing field 'chosen'"),

@@ -95,6 +95,13 @@ def test_a_part_that_varies_between_problems_alone_is_named() -> None:
     assert pair["all"] == pytest.approx(0) and pair["steps"] == [pytest.approx(0)] * 6
 
 
+def test_a_part_that_never_varies_is_named() -> None:
+    """A judge that gives everything the same score, say."""
+    steps = [[group(rollout(1, a=1, b=7), rollout(0, a=0, b=7)), group(rollout(0, a=0, b=7), rollout(1, a=1, b=7))]] * 6
+    told = [w for w in watch(steps)["warnings"] if "the same for every completion" in w]
+    assert told == ["b was the same for every completion, from first to last: it taught nothing"]
+
+
 def test_more_judged_steps_with_the_reward_are_a_sign() -> None:
     def said(s: int, reward: float) -> Rollout:
         return replace(rollout(reward), steps={"valid": [(i, i + 1, 1.0) for i in range(1 + s)]})

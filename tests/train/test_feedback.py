@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import posttrain
 from posttrain.config import RLConfig
@@ -43,7 +45,8 @@ def test_people_and_a_judge_label_the_same_texts(tmp_path: Path) -> None:
     """Two stages side by side: the same pairs, two kinds of labels, a report on the judge against the people."""
     human = {"method": "feedback", "name": "human", "labels": "human", "answers": REVIEWS}
     ai = {"method": "feedback", "name": "ai", "labels": "judge", "answers": REVIEWS, "judge": judge(tmp_path)}
-    result = posttrain.run(recipe(tmp_path, human, ai), tmp_path / "run")
+    screen = io.StringIO()
+    result = posttrain.run(recipe(tmp_path, human, ai), tmp_path / "run", console=Console(file=screen, width=500))
     stages = result.folder / "stages"
     mine, theirs = (read_lines(stages / f / "data" / "rows.jsonl") for f in ("0-human", "1-ai"))
     assert 15 <= len(mine) <= 20 and len(mine) == len(theirs)
@@ -58,6 +61,9 @@ def test_people_and_a_judge_label_the_same_texts(tmp_path: Path) -> None:
     raters = json.loads((stages / "0-human" / "raters.json").read_text())
     assert raters["units"] == 60 and 0.5 < raters["alpha"]["interval"] < 0.95
     found = json.loads((stages / "1-ai" / "judge.json").read_text())
+    said = screen.getvalue()  # what is wrong with the judge is said when its stage ends, and once more with the report
+    assert found["warnings"] and all(f"! 1-ai: {w}" in said.replace("\n", " ") for w in found["warnings"])
+    assert said.index("! 1-ai") < said.index("feedback of stage")
     agree = sum(r["chosen"] == s["chosen"] for r, s in zip(mine, theirs, strict=True)) / len(mine)
     assert found["people"]["agreement"]["value"] == pytest.approx(agree) and found["cost"]["questions"] == 2 * len(mine)
     shown = "\n".join(report.lines(result.folder, 2))

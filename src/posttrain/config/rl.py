@@ -267,6 +267,10 @@ class RLConfig(TrainConfig):
         grouped = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline")
         if self.method in grouped and self.group_size < 2:
             raise ValueError(f"{self.method} compares the completions of a prompt: group_size must be 2 or more")
+        critics = ("lam", "clip_value", "value_coefficient", "value_lr", "value_trunk")
+        idle = [n for n in critics if getattr(self, n) != type(self).model_fields[n].default]
+        if idle and self.method != "ppo":
+            raise ValueError(f"{', '.join(idle)}: of a critic, and {self.method} has none. Leave out, or use ppo")
         return self
 
     @model_validator(mode="after")

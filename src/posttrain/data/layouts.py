@@ -90,13 +90,19 @@ def _text(value: Any, name: str) -> str:
 
 
 def number(value: Any, name: str) -> float:
-    """A cell as a number. Raises BadRow where it is none, "nan" and "inf" included."""
+    """A cell as a number. Raises BadRow where it is none, "nan" included."""
     try:
         out = float(value)
     except (TypeError, ValueError) as error:
         raise BadRow(f"{name} is {value!r}, expected a number") from error
     if out != out:
         raise BadRow(f"{name} is not a number")
+    return out
+
+
+def finite(value: Any, name: str) -> float:
+    """The same, and no infinity."""
+    out = number(value, name)
     if out in (float("inf"), float("-inf")):
         raise BadRow(f"{name} is {value!r}, expected a number that is finite")
     return out

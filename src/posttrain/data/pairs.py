@@ -309,21 +309,25 @@ def _given(row: Row, layout: str, config: DataConfig) -> tuple[Record, Record, f
     chosen, rejected = to_record(row, layout, config), to_record(other, layout, config)
     asked = row.get("prompt")
     if layout == "preference" and isinstance(row["chosen"], list) and asked is not None:
-        _same_prompt(asked, chosen)
+        same_prompt(asked, chosen.messages[:-1])
     return chosen, rejected, 0.0
 
 
-def _same_prompt(asked: Any, record: Record) -> None:
-    """A row that gives the prompt and whole conversations must mean the same prompt by both."""
+def same_prompt(asked: Any, before: Sequence[Mapping[str, Any]]) -> None:
+    """A row that gives the prompt and whole conversations must mean the same prompt by both: a text is one of the
+    user's turns, a list all turns but the system's. Raises BadRow."""
     if isinstance(asked, str):
-        said = [m["content"].strip() for m in record.messages[:-1] if m["role"] == "user"]
+        said = [m["content"].strip() for m in before if m["role"] == "user"]
         if asked.strip() not in said:
             raise BadRow("the prompts don't match (the column prompt is no turn of the chosen conversation)")
     elif isinstance(asked, list) and asked:
-        last = asked[-1].get("content", asked[-1].get("value")) if isinstance(asked[-1], dict) else None
-        before = [m["content"] for m in record.messages[:-1]]
-        if not before or before[-1] != last:
+        given = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in asked if isinstance(m, dict)]
+        turns = [content for role, content in given if role != "system"]
+        there = [m["content"] for m in before if m["role"] != "system"]
+        if turns[-1:] != there[-1:]:
             raise BadRow("the prompts don't match (the column prompt ends otherwise than the chosen conversation's)")
+        if turns != there:
+            raise BadRow("the prompts don't match (the column prompt has other earlier turns than the conversation)")
 
 
 def _scored(row: Row, config: DataConfig) -> tuple[Record, Record, float]:

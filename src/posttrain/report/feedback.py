@@ -113,6 +113,12 @@ def agreement(raters: Mapping[str, Any]) -> str:
     return f"Krippendorff's alpha between people is {values or 'not defined: all gave the same'}, over {units}."
 
 
+def warnings(stage: Path) -> list[str]:
+    """What must be known of a stage's judge before its labels are used; none where there was no judge."""
+    path = stage / "judge.json"
+    return list(json.loads(path.read_text()).get("warnings") or []) if path.exists() else []
+
+
 def lines(run: Path, disagreements: int = 0) -> list[str]:
     """For the terminal: who judged, the numbers, warnings, and some disagreements."""
     out: list[str] = []

@@ -229,6 +229,8 @@ def _warnings(
         last = [v for v in series["within"] if v is not None]
         if name != "reward" and last and last[-1] == 0 and any(last[:-1]):
             out.append(f"{name} no longer varies within groups: it teaches nothing there")
+        elif name != "reward" and last and not any(last) and all(v is None for v in series["signal"]):
+            out.append(f"{name} was the same for every completion, from first to last: it taught nothing")
         low = [v for v in series["signal"][-max(1, len(series["signal"]) // 3) :] if v is not None]
         if name != "reward" and low and statistics.fmean(low) < FAINT:
             out.append(

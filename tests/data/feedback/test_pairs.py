@@ -119,6 +119,7 @@ def test_candidates(tmp_path: Path) -> None:
     ]
 
 
+TURNS = [{"role": "user", "content": "p"}]
 BAD = {
     "pairs": [
         ({"prompt": "p", "chosen": "x", "rejected": " x"}, "two answers are the same"),
@@ -130,6 +131,18 @@ BAD = {
             {"chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "x"}],
              "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "y"}]},
             "the two answers have different prompts",
+        ),
+        ({"prompt": " ", "chosen": "x", "rejected": "y"}, "empty prompt"),
+        ({"prompt": "p", "chosen": "x", "rejected": [*TURNS, {"role": "assistant", "content": "y"}]}, "one answer is"),
+        (
+            {"prompt": "q", "chosen": [*TURNS, {"role": "assistant", "content": "x"}],
+             "rejected": [*TURNS, {"role": "assistant", "content": "y"}]},
+            "the prompts don't match",
+        ),
+        (
+            {"chosen": [*TURNS, {"role": "assistant", "content": "x"}, {"role": "user", "content": "so?"}],
+             "rejected": [*TURNS, {"role": "assistant", "content": "x"}, {"role": "user", "content": "and?"}]},
+            "a conversation must end with the assistant's answer",
         ),
     ],
     "ratings": [

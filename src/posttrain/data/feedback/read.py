@@ -15,8 +15,9 @@ from posttrain.config import DataConfig
 from posttrain.config.feedback import CandidatesConfig, PairsConfig, RatingsConfig, ThumbsConfig
 from posttrain.data.feedback.agreement import krippendorff_alpha
 from posttrain.data.feedback.pairs import Candidate, Pair, Prompt, pair_up
-from posttrain.data.layouts import LAYOUTS, BadRow, Row, check_templates, fill, number, recognise
+from posttrain.data.layouts import LAYOUTS, BadRow, Row, check_templates, fill, finite, number, recognise
 from posttrain.data.load import Table, in_order, read_table
+from posttrain.data.pairs import same_prompt
 from posttrain.data.prepare import _Bad, _complaint, _rename
 from posttrain.errors import DataError
 
@@ -121,7 +122,7 @@ def _checked(value: Any, prompt: Prompt) -> str:
 def _ratings(value: Any, name: str) -> tuple[dict[Any, float], bool]:
     """(ratings by rater, whether the raters are known) of a cell."""
     if isinstance(value, Mapping):
-        return {r: number(v, f"{name}.{r}") for r, v in value.items() if v is not None}, True
+        return {r: finite(v, f"{name}.{r}") for r, v in value.items() if v is not None}, True
     if isinstance(value, str):
         if value.strip().startswith("{"):
             try:
@@ -131,7 +132,7 @@ def _ratings(value: Any, name: str) -> tuple[dict[Any, float], bool]:
         value = [v for v in value.strip().strip("[]").replace(";", ",").split(",") if v.strip()]
     if not isinstance(value, list | tuple):
         value = [] if value is None else [value]
-    return {i: number(v, name) for i, v in enumerate(value) if v is not None}, False
+    return {i: finite(v, name) for i, v in enumerate(value) if v is not None}, False
 
 
 def _rated(reading: _Reading, config: RatingsConfig, order: np.ndarray) -> tuple[list[Pair], list[dict[str, Any]]]:
@@ -253,6 +254,8 @@ def _both(row: Row, layout: str, data: DataConfig) -> tuple[Prompt, str, str]:
     """(prompt, chosen, rejected) of a row in a preference layout: each answer read as that layout reads the chosen."""
     if row.get("rejected") is None or row.get("chosen") is None:
         raise BadRow("missing field 'chosen'" if row.get("chosen") is None else "missing field 'rejected'")
+    if layout == "preference" and isinstance(row["chosen"], list) != isinstance(row["rejected"], list):
+        raise BadRow("one answer is text and the other a list of turns")
     records = [
         LAYOUTS[layout].map({**row, "chosen": row[x], "rejected": row[y]})
         for x, y in (("chosen", "rejected"), ("rejected", "chosen"))
@@ -260,8 +263,12 @@ def _both(row: Row, layout: str, data: DataConfig) -> tuple[Prompt, str, str]:
     (*before, chosen), (*other, rejected) = (r.messages for r in records)
     if before != other:
         raise BadRow("the two answers have different prompts")
-    if not before:
+    if not any(str(m["content"]).strip() for m in before if m["role"] != "system"):
         raise BadRow("empty prompt")
+    if chosen["role"] != "assistant" or rejected["role"] != "assistant":
+        raise BadRow("a conversation must end with the assistant's answer")
+    if isinstance(row["chosen"], list) and row.get("prompt") is not None:
+        same_prompt(row["prompt"], before)
     asked = [dict(m) for m in before]
     if data.system and asked[0]["role"] != "system":
         asked = [{"role": "system", "content": data.system}, *asked]
