@@ -133,6 +133,8 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("labels", f"{s['desirable']:,} good, {s.get('used', 0) - s['desirable']:,} bad"))
     for bad in s.get("bad_rows") or []:
         facts.append(("bad row", f"{bad['file']}:{bad['row']}: {bad['reason']}"))
+    for out in s.get("left_out") or []:
+        facts.append(("left out", f"{out['source']}: {out['reason']}"))
     return facts
 
 

@@ -26,7 +26,8 @@ def summarize(judged: Sequence[Judged], show: int = 10) -> dict[str, Any]:
     ok = [j for j in judged if j.p_a is not None]
     reasons = Counter(j.why.split(":")[0].split(";")[0] for j in judged if j.p_a is None)
     out: dict[str, Any] = {"pairs": len(judged), "judged": len(ok), "left_out": dict(reasons)}
-    out["unlabelled"] = [{"source": j.pair.source, "why": j.why[:LONG]} for j in judged if j.p_a is None][:show]
+    without = [(j, j.why[:LONG] if j.p_a is None else "a tie") for j in judged if j.p_a in (None, 0.5)]
+    out["unlabelled"] = [{"source": j.pair.source, "why": why} for j, why in without[: max(show, 10)]]
     if ok:
         out["ties"] = sum(j.p_a == 0.5 for j in ok)
         out["strength"] = statistics.fmean(max(j.p_a, 1 - j.p_a) for j in ok if j.p_a is not None)

@@ -131,6 +131,10 @@ def lines(run: Path, disagreements: int = 0) -> list[str]:
         out += [
             f"  no label: {u['source']}: {u['why']}" for u in (judge.get("unlabelled") or [])[: max(3, disagreements)]
         ]
+        out += [
+            f"  left out: {u['source']}: {u['reason']}"
+            for u in (judge.get("answers_left_out_shown") or [])[: max(3, disagreements)]
+        ]
         for d in (judge.get("disagreements") or [])[:disagreements]:
             people = "" if d["people"] is None else f", people {d['people']:.2f}"
             out += [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from posttrain.config import FeedbackConfig, JudgeConfig, ModelConfig, RowsConfi
 from posttrain.config.feedback import SamplesConfig
 from posttrain.data.chat import tokenize
 from posttrain.data.feedback import Answers, Candidate, Pair, read_answers
-from posttrain.data.feedback.pairs import labelled, pair_up
+from posttrain.data.feedback.pairs import LeftOut, labelled, pair_up
 from posttrain.data.questions import Question, Questions, ask, asks_in_chat
 from posttrain.distributed import ranks
 from posttrain.errors import DataError
@@ -64,7 +63,7 @@ def run_feedback(
         leave(folder / "data", lambda work: None)
         return {"rows": 0, "seconds": 0.0}
     folder.mkdir(parents=True, exist_ok=True)
-    dropped: Counter[str] = Counter()
+    dropped = LeftOut()
     if isinstance(source, Questions):
         assert isinstance(config.answers, SamplesConfig)
         pairs = _sampled(config.answers, config.name, model, source.items, folder, seed, dropped)
@@ -83,6 +82,7 @@ def run_feedback(
         report = {"name": config.name, "judge": describe(config.judge), **summarize(judged, config.show)}
         report |= {
             "answers_left_out": dict(dropped),
+            "answers_left_out_shown": dropped.shown,
             "unread_answers": judge.counts["unreadable"],
             "cost": judge.asker.cost(),
         }
@@ -153,7 +153,7 @@ def _sampled(
     questions: Sequence[Question],
     folder: Path,
     seed: int,
-    dropped: Counter[str],
+    dropped: LeftOut,
 ) -> list[Pair]:
     """Pairs of the policy's own completions. Each lot of prompts is kept as a step's rollouts when it is sampled."""
     sampler: LocalSampler | None = None
@@ -178,13 +178,16 @@ def _sampled(
                 # In plain text the space before an answer is part of it: it joins the answer to what it goes on from.
                 texts = [r.text.strip() if chatty else r.text.rstrip() for r in group.rollouts]
                 answers = [(text, j) for j, text in enumerate(texts)]
-                dropped["empty answer"] += sum(not text for text, _ in answers)
                 different = {text: j for text, j in reversed(answers) if text}
-                dropped["answer given twice"] += sum(bool(text) for text, _ in answers) - len(different)
                 source = questions[i].problem["source"]
+                for text, j in answers:
+                    if not text:
+                        dropped.note("empty answer", f"{source}#{j}")
+                    elif different[text] != j:
+                        dropped.note("answer given twice", f"{source}#{j}")
                 candidates = [Candidate(t, f"{source}#{j}") for t, j in sorted(different.items(), key=lambda x: x[1])]
                 if len(candidates) < 2:
-                    dropped["prompts with fewer than two answers"] += 1
+                    dropped.note("prompts with fewer than two answers", source)
                     continue
                 rng = np.random.default_rng([config.seed, i])
                 pairs += pair_up(_prompt(questions[i]), candidates, config.pairs_per_prompt, rng, dropped)
@@ -193,7 +196,6 @@ def _sampled(
         raise DataError(
             f"stage {title}: no prompt got two different answers ({dict(dropped)}); raise sampling.temperature or n"
         )
-    dropped += Counter()  # what is 0 goes
     return pairs
 
 

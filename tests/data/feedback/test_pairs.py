@@ -194,6 +194,8 @@ def test_pairs_that_teach_nothing_are_counted(tmp_path: Path) -> None:
     ]  # fmt: skip
     answers = read(tmp_path, "ratings", rows, ratings="r", min_margin=0.2)
     assert [p.prompt for p in answers.pairs] == ["fine"]
+    assert {"source": "rows.jsonl:1 rows.jsonl:2", "reason": "tie"} in answers.stats["left_out"]
+    assert len(answers.stats["left_out"]) == 4
     assert answers.stats["dropped"] == {
         "tie": 1, "within min_margin": 1, "means and raters disagree": 1, "a prompt's only answer": 1,
     }  # fmt: skip

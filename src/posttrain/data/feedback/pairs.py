@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+SHOWN = 10
+"""Of what was left out, by name."""
 Prompt = str | list[dict[str, Any]]
 """A text, or the turns before the answer."""
 
@@ -104,15 +106,28 @@ def choose(count: int, wanted: int, rng: np.random.Generator) -> list[tuple[int,
     return list(out)
 
 
+class LeftOut(Counter[str]):
+    """What can teach nothing, counted by reason. shown: the first of them, by where they come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[dict[str, str]] = []
+
+    def note(self, reason: str, source: str) -> None:
+        self[reason] += 1
+        if len(self.shown) < SHOWN:
+            self.shown.append({"source": source, "reason": reason})
+
+
 def pair_up(
     prompt: Prompt,
     candidates: Sequence[Candidate],
     wanted: int,
     rng: np.random.Generator,
-    dropped: Counter[str],
+    dropped: LeftOut,
     min_margin: float = 0.0,
 ) -> list[Pair]:
-    """Pairs of a prompt's answers; those that can teach nothing are left out and counted in `dropped`.
+    """Pairs of a prompt's answers; those that can teach nothing are left out and noted in `dropped`.
 
     A pair is left out where its answers are the same, its means equal or within min_margin, or where the means say one
     thing and most pairs of ratings the other.
@@ -121,22 +136,23 @@ def pair_up(
     for i, j in choose(len(candidates), wanted, rng):
         a, b = candidates[i], candidates[j]
         human = margin = None
+        source = f"{a.source} {b.source}".strip()
         if a.text.strip() == b.text.strip():
-            dropped["two answers are the same"] += 1
+            dropped.note("two answers are the same", source)
             continue
         if a.score is not None and b.score is not None:
             margin = a.score - b.score
             human = preference_share(a, b)
             if margin == 0:
-                dropped["tie"] += 1
+                dropped.note("tie", source)
                 continue
             if abs(margin) < min_margin:
-                dropped["within min_margin"] += 1
+                dropped.note("within min_margin", source)
                 continue
             if human == 0.5 or (human > 0.5) != (margin > 0):
-                dropped["means and raters disagree"] += 1
+                dropped.note("means and raters disagree", source)
                 continue
-        out.append(Pair(prompt, a.text, b.text, f"{a.source} {b.source}".strip(), human, margin))
+        out.append(Pair(prompt, a.text, b.text, source, human, margin))
     return out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -14,7 +13,7 @@ import numpy as np
 from posttrain.config import DataConfig
 from posttrain.config.feedback import CandidatesConfig, PairsConfig, RatingsConfig, ThumbsConfig
 from posttrain.data.feedback.agreement import krippendorff_alpha
-from posttrain.data.feedback.pairs import Candidate, Pair, Prompt, pair_up
+from posttrain.data.feedback.pairs import Candidate, LeftOut, Pair, Prompt, pair_up
 from posttrain.data.layouts import LAYOUTS, BadRow, Row, check_templates, fill, finite, number, recognise
 from posttrain.data.load import Table, in_order, read_table
 from posttrain.data.pairs import same_prompt
@@ -47,7 +46,7 @@ class _Reading:
     config: RowsConfig
     table: Table
     bad: _Bad = field(default_factory=_Bad)
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: LeftOut = field(default_factory=LeftOut)
     units: list[list[float]] = field(default_factory=list)
     used: int = 0
 
@@ -206,7 +205,7 @@ def _paired(
     for g, (key, candidates) in enumerate(groups.items()):
         rng = np.random.default_rng([config.seed, g])
         if len(candidates) == 1:
-            reading.dropped["a prompt's only answer"] += 1
+            reading.dropped.note("a prompt's only answer", candidates[0].source)
         out += pair_up(prompts[key], candidates, config.pairs_per_prompt, rng, reading.dropped, margin)
     return out
 
@@ -242,10 +241,10 @@ def _chosen(reading: _Reading, config: PairsConfig, order: np.ndarray) -> tuple[
         reading.used += len(shares)
         reading.units.append([float(s > 0.5) for s in shares])
         human = fmean(shares)
-        if human == 0.5:
-            reading.dropped["tie"] += 1
-            continue
         prompt, source = first[key]
+        if human == 0.5:
+            reading.dropped.note("tie", source)
+            continue
         out.append(Pair(prompt, key[1], key[2], source, human, 2 * human - 1))
     return out, []
 
@@ -336,7 +335,7 @@ def _thumbs(reading: _Reading, config: ThumbsConfig, order: np.ndarray) -> tuple
             reading.used += 1
             share = fmean(c.ratings.values())
             if share == 0.5:
-                reading.dropped["as many up as down"] += 1
+                reading.dropped.note("as many up as down", c.source)
             else:
                 made = {"prompt": prompts[key], "completion": c.text, "label": share > 0.5, "probability": share}
                 rows.append({**made, "ratings": len(c.ratings), "source": c.source})
@@ -381,6 +380,7 @@ def _stats(
         "pairs": len(pairs),
         "dropped": dict(reading.bad.counts) | dict(reading.dropped),
         "bad_rows": reading.bad.shown,
+        "left_out": reading.dropped.shown,
         "truncated": 0,
         "tokens": sum(lengths),
         "loss_tokens": 0,
