@@ -47,15 +47,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def total(values: Sequence[float], device: torch.device) -> list[float]:
-    """Sums over ranks, in float64 where the device has it."""
-    if world() == 1:
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    return tensor.tolist()  # type: ignore[no-any-return]
-
-
 def from_main(value: Any) -> Any:
     """Rank 0's value, on every rank (any picklable object)."""
     if world() == 1:
