@@ -13,117 +13,156 @@ pool_t pool = {NULL, NULL, NULL, 1};
 
 void use_threads(parallel_t p, number_t n, number_t s, int count) { pool = (pool_t){p, n, s, count}; }
 
-float *room(size_t floats) {
-    static float *kept;
-    static size_t size;
-    if (floats > size) {
-        free(kept);
-        size = 0;
-        if (posix_memalign((void **)&kept, 64, floats * sizeof(float)))
-            return kept = NULL;
-        size = floats;
+float *room(int which, size_t floats) {
+    static float *kept[ROOMS];
+    static size_t size[ROOMS];
+    if (floats > size[which]) {
+        free(kept[which]);
+        size[which] = 0;
+        if (posix_memalign((void **)&kept[which], 64, floats * sizeof(float)))
+            return kept[which] = NULL;
+        size[which] = floats;
     }
-    return kept;
+    return kept[which];
 }
 
 /* ------------------------------------------------------------------------------------------------------- y = x W^T + b
- * Tiles of R rows of W by C vectors of rows of x, held in registers; x lies turned round, a column of a tile's rows
- * behind the other. W is read once for all tiles, R rows side by side, the next R being fetched meanwhile. */
-typedef struct {
+ * Tiles of R rows of W by C vectors and H half vectors of rows of x, held in registers; x lies turned round, a column of a
+ * tile's rows behind the other. W is read once for all tiles, R rows side by side, the next R being fetched meanwhile. */
+typedef struct product {
     const float *w, *bias, *columns;
     float *y;
     long m, k, n, wide;
+    const struct product *next; /* another with the same x: no thread waits for the others in between */
 } product_t;
 
-#define TILE(NAME, VEC, W, C, R)                                                                                       \
+#define FEW (WIDTH / 2)
+#define SPAN(C, H) (WIDTH * C + FEW * H) /* rows of x in a tile */
+#define MULTIPLY(U, C, H, R)                                                                                           \
+    for (int r = 0; r < R; r++) {                                                                                      \
+        for (int c = 0; c < C; c++)                                                                                    \
+            sum[r][c] += w[r][U] * *(const vec *)(x + WIDTH * c);                                                      \
+        for (int h = 0; h < H; h++)                                                                                    \
+            rest[r][h] += w[r][U] * *(const half *)(x + WIDTH * C);                                                    \
+    }
+
+#define TILE(NAME, C, H, R)                                                                                            \
     static void NAME(const product_t *j, long m0, long n0, long n1) {                                                  \
         const long k = j->k;                                                                                           \
         for (long start = n0; start < n1; start += R) {                                                                \
             const long n = start + R <= n1 ? start : n1 - R; /* the last tile overlaps the one before */               \
             const long ahead = n + 2 * R <= j->n ? R * k : 0;                                                          \
             const float *x = j->columns + m0 * k, *w[R];                                                               \
-            VEC sum[R][C];                                                                                             \
+            vec sum[R][C];                                                                                             \
+            half rest[R][H];                                                                                           \
+            float done[R][SPAN(C, H)];                                                                                 \
             for (int r = 0; r < R; r++) {                                                                              \
                 w[r] = j->w + (n + r) * k;                                                                             \
                 for (int c = 0; c < C; c++)                                                                            \
-                    sum[r][c] = (VEC){0};                                                                              \
+                    sum[r][c] = (vec){0};                                                                              \
+                for (int h = 0; h < H; h++)                                                                            \
+                    rest[r][h] = (half){0};                                                                            \
             }                                                                                                          \
             long i = 0;                                                                                                \
             for (; i + 16 <= k; i += 16) {                                                                             \
                 for (int r = 0; r < R; r++)                                                                            \
                     __builtin_prefetch(w[r] + i + ahead);                                                              \
-                for (int u = 0; u < 16; u++, x += W * C)                                                               \
-                    for (int r = 0; r < R; r++)                                                                        \
-                        for (int c = 0; c < C; c++)                                                                    \
-                            sum[r][c] += w[r][i + u] * *(const VEC *)(x + W * c);                                      \
+                for (int u = 0; u < 16; u++, x += SPAN(C, H))                                                          \
+                    MULTIPLY(i + u, C, H, R)                                                                           \
             }                                                                                                          \
-            for (; i < k; i++, x += W * C)                                                                             \
+            for (; i < k; i++, x += SPAN(C, H))                                                                        \
+                MULTIPLY(i, C, H, R)                                                                                   \
+            for (int r = 0; r < R; r++) {                                                                              \
+                const float shift = j->bias ? j->bias[n + r] : 0.0f;                                                   \
+                for (int c = 0; c < C; c++)                                                                            \
+                    *(vec *)(done[r] + WIDTH * c) = sum[r][c] + shift;                                                 \
+                for (int h = 0; h < H; h++)                                                                            \
+                    *(half *)(done[r] + WIDTH * C) = rest[r][h] + shift;                                               \
+            }                                                                                                          \
+            for (int e = 0; e < SPAN(C, H) && m0 + e < j->m; e++)                                                      \
                 for (int r = 0; r < R; r++)                                                                            \
-                    for (int c = 0; c < C; c++)                                                                        \
-                        sum[r][c] += w[r][i] * *(const VEC *)(x + W * c);                                              \
-            for (int c = 0; c < C; c++)                                                                                \
-                for (int e = 0; e < W && m0 + W * c + e < j->m; e++) {                                                 \
-                    float *y = j->y + (m0 + W * c + e) * j->n + n;                                                     \
-                    for (int r = 0; r < R; r++)                                                                        \
-                        y[r] = sum[r][c][e] + (j->bias ? j->bias[n + r] : 0.0f);                                       \
-                }                                                                                                      \
+                    j->y[(m0 + e) * j->n + n + r] = done[r][e];                                                        \
         }                                                                                                              \
     }
 
 #if REGISTERS == 32
-TILE(tile_half_1, half, WIDTH / 2, 1, 8)
-TILE(tile_half_3, half, WIDTH / 2, 3, 8)
-TILE(tile_1, vec, WIDTH, 1, 8)
-TILE(tile_2, vec, WIDTH, 2, 8)
-TILE(tile_3, vec, WIDTH, 3, 8)
-TILE(tile_4, vec, WIDTH, 4, 6)
+TILE(tile_1, 0, 1, 8)
+TILE(tile_2, 1, 0, 8)
+TILE(tile_3, 1, 1, 8)
+TILE(tile_4, 2, 0, 8)
+TILE(tile_5, 2, 1, 8)
+TILE(tile_6, 3, 0, 8)
+TILE(tile_8, 4, 0, 6)
 #else
-TILE(tile_half_1, half, WIDTH / 2, 1, 8)
-TILE(tile_half_3, half, WIDTH / 2, 3, 4)
-TILE(tile_1, vec, WIDTH, 1, 8)
-TILE(tile_2, vec, WIDTH, 2, 6)
-TILE(tile_3, vec, WIDTH, 3, 4)
-TILE(tile_4, vec, WIDTH, 4, 3)
+TILE(tile_1, 0, 1, 8)
+TILE(tile_2, 1, 0, 8)
+TILE(tile_3, 1, 1, 4)
+TILE(tile_4, 2, 0, 6)
+TILE(tile_5, 2, 1, 4)
+TILE(tile_6, 3, 0, 4)
+TILE(tile_8, 4, 0, 3)
 #endif
 #define LEAST 8 /* columns of y that a tile needs */
 #define BLOCK 48 /* rows of W that all tiles go over before the next: they stay in the cache; a multiple of every R */
 
 static void product(void *data) {
-    const product_t *j = data;
-    const long blocks = j->n / BLOCK > 0 ? j->n / BLOCK : 1, t = me(), all_of_us = team();
-    for (long b = blocks * t / all_of_us; b < blocks * (t + 1) / all_of_us; b++) {
-        const long n0 = b * BLOCK, n1 = b == blocks - 1 ? j->n : n0 + BLOCK;
-        for (long m0 = 0; m0 < j->wide; m0 += 4 * WIDTH) {
-            switch ((j->wide - m0) / (WIDTH / 2)) {
-            case 1: tile_half_1(j, m0, n0, n1); break;
-            case 2: tile_1(j, m0, n0, n1); break;
-            case 3: tile_half_3(j, m0, n0, n1); break;
-            case 4: tile_2(j, m0, n0, n1); break;
-            case 6: tile_3(j, m0, n0, n1); break;
-            default: tile_4(j, m0, n0, n1);
+    const long t = me(), all_of_us = team();
+    for (const product_t *j = data; j; j = j->next) {
+        const long blocks = j->n / BLOCK > 0 ? j->n / BLOCK : 1;
+        for (long b = blocks * t / all_of_us; b < blocks * (t + 1) / all_of_us; b++) {
+            const long n0 = b * BLOCK, n1 = b == blocks - 1 ? j->n : n0 + BLOCK;
+            for (long m0 = 0; m0 < j->wide; m0 += 4 * WIDTH) {
+                switch ((j->wide - m0) / FEW) {
+                case 1: tile_1(j, m0, n0, n1); break;
+                case 2: tile_2(j, m0, n0, n1); break;
+                case 3: tile_3(j, m0, n0, n1); break;
+                case 4: tile_4(j, m0, n0, n1); break;
+                case 5: tile_5(j, m0, n0, n1); break;
+                case 6: tile_6(j, m0, n0, n1); break;
+                default: tile_8(j, m0, n0, n1);
+                }
             }
         }
     }
 }
 
-/* x (m, k), w (n, k), y (m, n); n >= LEAST. 0: done. */
-int linear(const float *x, const float *w, const float *bias, float *y, long m, long k, long n) {
-    static const long halves[] = {0, 1, 2, 3, 4, 6, 6, 8, 8}; /* of vectors, that a last tile of so many rounds up to */
-    const long whole = m / (4 * WIDTH) * (4 * WIDTH), few = WIDTH / 2;
-    const long wide = whole + halves[(m - whole + few - 1) / few] * few;
-    float *columns = room(wide * k);
-    if (!columns || n < LEAST)
-        return 1;
-    for (long m0 = 0; m0 < wide; m0 += 4 * WIDTH) {
-        const long span = wide - m0 < 4 * WIDTH ? wide - m0 : 4 * WIDTH;
+/* Whether half a vector beside whole ones costs as much as a whole one: so it is where the processor multiplies whole
+ * vectors in one go, and half of that where it does so in two halves. The results are the same to the last bit. */
+static int whole_alone;
+void use_whole_vectors(int alone) { whole_alone = alone; }
+
+/* x (m, k), its rows those of tiles: as many as fill them, a column of a tile's behind the other. NULL: no memory. */
+static float *turned(const float *x, long m, long k, long *wide) {
+    *wide = (m + FEW - 1) / FEW * FEW;
+    if (*wide > WIDTH && (whole_alone || *wide % (4 * WIDTH) == 7 * FEW)) /* there is no tile of seven halves */
+        *wide = (m + WIDTH - 1) / WIDTH * WIDTH;
+    float *columns = room(0, *wide * k);
+    for (long m0 = 0; columns && m0 < *wide; m0 += 4 * WIDTH) {
+        const long span = *wide - m0 < 4 * WIDTH ? *wide - m0 : 4 * WIDTH;
         float *to = columns + m0 * k;
         for (long i = 0; i < k; i++)
             for (long e = 0; e < span; e++)
                 to[i * span + e] = m0 + e < m ? x[(m0 + e) * k + i] : 0.0f;
     }
-    product_t job = {w, bias, columns, y, m, k, n, wide};
-    run(product, &job);
+    return columns;
+}
+
+/* Products of x (m, k) with each matrix of the chain, w (n, k), y (m, n); n >= LEAST. 0: done. */
+static int products(const float *x, long m, long k, product_t *chain, int count) {
+    long wide;
+    const float *columns = turned(x, m, k, &wide);
+    for (int i = 0; i < count; i++) {
+        if (!columns || chain[i].n < LEAST)
+            return 1;
+        chain[i].columns = columns, chain[i].m = m, chain[i].k = k, chain[i].wide = wide;
+        chain[i].next = i + 1 < count ? chain + i + 1 : NULL;
+    }
+    run(product, chain);
     return 0;
+}
+
+int linear(const float *x, const float *w, const float *bias, float *y, long m, long k, long n) {
+    return products(x, m, k, &(product_t){.w = w, .bias = bias, .y = y, .n = n}, 1);
 }
 
 /* ------------------------------------------------------------------------------------- y = gate / (1 + e^-gate) * up */
@@ -192,6 +231,21 @@ static inline float dot(const float *a, const float *b, long size) {
     return s;
 }
 
+/* A row that is read next but one. Memory is slower than these loops, and does not guess where the next region begins. */
+static inline void fetch(const float *row, long size) {
+    for (long i = 0; i < size; i += 16)
+        __builtin_prefetch(row + i);
+}
+
+/* p[g, c] = scale q[g] k[c], for `count` keys and the queries that share them; meanwhile their values are fetched */
+static void compare(const attention_t *j, const float *q, const float *k, const float *v, long count, float *p) {
+    for (long c = 0; c < count; c++, k += j->size, v += j->size) {
+        fetch(v, j->size);
+        for (long g = 0; g < j->groups; g++)
+            p[g * j->longest + c] = dot(q + g * j->q_head, k, j->size) * j->scale;
+    }
+}
+
 /* sums += p * v over `count` values of one head, size wide; a block of vectors at a time stays in registers */
 static void weigh(const float *p, const float *v, long count, long size, float *sums) {
     long d = 0;
@@ -216,14 +270,39 @@ static void weigh(const float *p, const float *v, long count, long size, float *
             sums[d] += p[c] * v[c * size + d];
 }
 
+/* p becomes e^(p - its largest); returns their sum. p has room for whole vectors. */
+static float exponentials(float *p, long count) {
+    const long filled = (count + WIDTH - 1) / WIDTH * WIDTH;
+    for (long c = count; c < filled; c++)
+        p[c] = -__builtin_inff();
+    vec largest = *(const vec *)p, sums = {0};
+    for (long c = WIDTH; c < filled; c += WIDTH) {
+        const vec x = *(const vec *)(p + c);
+        const vec_int more = x > largest;
+        largest = (vec)(((vec_int)x & more) | ((vec_int)largest & ~more));
+    }
+    float top = largest[0];
+    for (long i = 1; i < WIDTH; i++)
+        top = largest[i] > top ? largest[i] : top;
+    for (long c = 0; c < filled; c += WIDTH) {
+        vec e = exponential(*(vec *)(p + c) - top);
+        if (c + WIDTH > count)
+            for (long i = count - c; i < WIDTH; i++)
+                e[i] = 0.0f;
+        *(vec *)(p + c) = e;
+        sums += e;
+    }
+    return sum_of(sums);
+}
+
 static void attend_part(void *data) {
     const attention_t *j = data;
     const long t = me(), all_of_us = team(), items = j->m * j->kv, size = j->size;
-    float *p = j->scores + t * j->longest;
+    float *p = j->scores + t * j->longest * j->groups;
     for (long item = items * t / all_of_us; item < items * (t + 1) / all_of_us; item++) {
         const long m = item / j->kv, h = item % j->kv, column = j->column[m];
-        float *own_k = j->own_k + (m * j->kv + h) * j->own_columns * size;
-        float *own_v = j->own_v + (m * j->kv + h) * j->own_columns * size;
+        float *own_k = j->own_k + item * j->own_columns * size;
+        float *own_v = j->own_v + item * j->own_columns * size;
         for (long i = 0; i < size; i++) {
             own_k[column * size + i] = j->k[h * j->k_head + m * j->k_row + i];
             own_v[column * size + i] = j->v[h * j->v_head + m * j->v_row + i];
@@ -231,37 +310,24 @@ static void attend_part(void *data) {
         const long length = j->shared_k ? j->prompt_length[m] : 0, total = length + column + 1;
         const long first = j->window && total > j->window ? total - j->window : 0;
         const long from = first < length ? first : length, own_from = first > length ? first - length : 0;
-        const long slot = j->shared_k ? (j->prompt[m] * j->kv + h) * j->shared_columns * size : 0;
+        const long slot = j->shared_k ? ((j->prompt[m] * j->kv + h) * j->shared_columns + from) * size : 0;
         const long seen = length - from, own_seen = column + 1 - own_from;
+        const float *q = j->q + h * j->groups * j->q_head + m * j->q_row;
+        if (seen)
+            compare(j, q, j->shared_k + slot, j->shared_v + slot, seen, p);
+        compare(j, q, own_k + own_from * size, own_v + own_from * size, own_seen, p + seen);
+        const float *next = own_k + j->own_columns * size;
+        const long next_seen = item + 1 < items ? j->column[(item + 1) / j->kv] : 0;
+        for (long c = 0; c < next_seen && c < own_seen; c++)
+            fetch(next + c * size, size);
         for (long g = 0; g < j->groups; g++) {
-            const float *q = j->q + (h * j->groups + g) * j->q_head + m * j->q_row;
-            float *out = j->out + ((m * j->kv + h) * j->groups + g) * size;
-            float top = -__builtin_inff();
-            for (long c = 0; c < seen; c++)
-                p[c] = dot(q, j->shared_k + slot + (from + c) * size, size) * j->scale;
-            for (long c = 0; c < own_seen; c++)
-                p[seen + c] = dot(q, own_k + (own_from + c) * size, size) * j->scale;
-            const long count = seen + own_seen;
-            for (long c = 0; c < count; c++)
-                top = p[c] > top ? p[c] : top;
-            long filled = (count + WIDTH - 1) / WIDTH * WIDTH;
-            for (long c = count; c < filled; c++)
-                p[c] = -__builtin_inff();
-            vec sums = {0};
-            for (long c = 0; c < filled; c += WIDTH) {
-                vec e = exponential(*(vec *)(p + c) - top);
-                if (c + WIDTH > count)
-                    for (long i = count - c; i < WIDTH; i++)
-                        e[i] = 0.0f;
-                *(vec *)(p + c) = e;
-                sums += e;
-            }
-            const float total_p = sum_of(sums);
+            float *out = j->out + (item * j->groups + g) * size;
+            const float total_p = exponentials(p + g * j->longest, seen + own_seen);
             for (long i = 0; i < size; i++)
                 out[i] = 0.0f;
             if (seen)
-                weigh(p, j->shared_v + slot + from * size, seen, size, out);
-            weigh(p + seen, own_v + own_from * size, own_seen, size, out);
+                weigh(p + g * j->longest, j->shared_v + slot, seen, size, out);
+            weigh(p + g * j->longest + seen, own_v + own_from * size, own_seen, size, out);
             for (long i = 0; i < size; i++)
                 out[i] /= total_p;
         }
@@ -273,7 +339,7 @@ int attend(const float *q, const float *k, const float *v, const long *strides, 
            float *shared_k, float *shared_v, float *out, const long *column, const long *prompt,
            const long *prompt_length, const long *sizes, float scale) {
     const long longest = sizes[4] + (shared_k ? sizes[5] : 0) + 2 * WIDTH;
-    float *scores = room(longest * pool.threads);
+    float *scores = room(0, longest * sizes[2] * pool.threads);
     if (!scores)
         return 1;
     attention_t job = {q, k, v, strides[0], strides[1], strides[2], strides[3], strides[4], strides[5],
@@ -284,89 +350,82 @@ int attend(const float *q, const float *k, const float *v, const long *strides, 
 }
 
 /* ------------------------------------------------------------------------------------------------------ rotary positions
- * y = x cos + (-second half of x, first half) sin; x and y (heads, m, size) with strides, cos and sin (m, size). */
+ * y = x cos + (-second half of x, first half) sin; x and y (heads, m, size) with strides, cos and sin (m, size). y may be
+ * x. */
 void rotate(const float *x, const long *x_strides, const float *cosine, const float *sine, float *y,
             const long *y_strides, long heads, long m, long size) {
-    const long half_size = size / 2;
+    const long n = size / 2;
     for (long row = 0; row < m; row++)
         for (long h = 0; h < heads; h++) {
             const float *c = cosine + row * size, *s = sine + row * size;
             const float *from = x + h * x_strides[0] + row * x_strides[1];
             float *to = y + h * y_strides[0] + row * y_strides[1];
-            for (long i = 0; i < half_size; i++) {
-                const float a = from[i], b = from[i + half_size];
+            long i = 0;
+            for (; i + WIDTH <= n; i += WIDTH) {
+                const vec a = *(const vec *)(from + i), b = *(const vec *)(from + i + n);
+                *(vec *)(to + i) = a * *(const vec *)(c + i) - b * *(const vec *)(s + i);
+                *(vec *)(to + i + n) = b * *(const vec *)(c + i + n) + a * *(const vec *)(s + i + n);
+            }
+            for (; i < n; i++) {
+                const float a = from[i], b = from[i + n];
                 to[i] = a * c[i] - b * s[i];
-                to[i + half_size] = b * c[i + half_size] + a * s[i + half_size];
+                to[i + n] = b * c[i + n] + a * s[i + n];
             }
         }
 }
 
-/* ------------------------------------------------------------------------------------------------------------- drawing
- * Of each row of logits z (m, v): the first token whose cumulative probability exceeds u[row], and its logarithm. Sums of
- * BINS tokens at a time are kept in float64, so that the token is found among one bin's. Where a logit is not a number the
- * logarithm is none either: a broken model must show. */
-#define BINS 256
+/* --------------------------------------------------------------------------------------------------- a whole layer at once
+ *     h = x + o(attend(rotate(q(norm x)), rotate(k(norm x)), v(norm x))),  y = h + down(silu(gate(norm h)) up(norm h))
+ * as the most usual decoders have it, by the functions above in the same order: what comes out is theirs to the bit. A
+ * step has some ten small operations between two products, and calling each from Python takes as long as it does. */
 typedef struct {
-    const float *z;
-    const double *u;
-    long *token;
-    float *logprob;
-    double *sums;
-    long m, v;
-} draw_t;
+    const float *norm, *q, *q_bias, *k, *k_bias, *v, *v_bias, *q_norm, *k_norm, *o, *o_bias;
+    const float *after, *gate, *gate_bias, *up, *up_bias, *down, *down_bias;
+    long hidden, heads, kv, size, inner;
+    float eps, head_eps, after_eps, scale;
+} layer_t;
 
-static void draw_part(void *data) {
-    const draw_t *j = data;
-    const long t = me(), all_of_us = team(), bins = (j->v + BINS - 1) / BINS;
-    double *sums = j->sums + t * bins;
-    for (long row = j->m * t / all_of_us; row < j->m * (t + 1) / all_of_us; row++) {
-        const float *z = j->z + row * j->v;
-        float top = z[0];
-        int broken = 0;
-        for (long i = 0; i < j->v; i++) {
-            top = z[i] > top ? z[i] : top;
-            broken |= z[i] != z[i];
-        }
-        double total = 0;
-        for (long b = 0; b < bins; b++) {
-            const long end = (b + 1) * BINS < j->v ? (b + 1) * BINS : j->v;
-            vec sum = {0};
-            long i = b * BINS;
-            for (; i + WIDTH <= end; i += WIDTH)
-                sum += mass(*(const vec *)(z + i), top);
-            float rest = sum_of(sum);
-            for (; i < end; i++)
-                rest += mass(all(z[i]), top)[0];
-            total += sums[b] = rest;
-        }
-        const double target = j->u[row] * total;
-        double before = 0;
-        long b = 0, last = 0, found = -1;
-        for (; b < bins && before + sums[b] <= target; b++)
-            before += sums[b];
-        for (long i = b * BINS; b < bins && i < j->v && i < (b + 1) * BINS && found < 0; i++) {
-            const float p = mass(all(z[i]), top)[0];
-            before += p;
-            if (p > 0)
-                last = i;
-            if (before > target)
-                found = i;
-        }
-        if (found < 0 && b >= bins) /* rounding left none: the last with any mass */
-            for (long i = 0; i < j->v; i++)
-                if (mass(all(z[i]), top)[0] > 0)
-                    last = i;
-        j->token[row] = found < 0 ? last : found;
-        j->logprob[row] = broken ? __builtin_nanf("") : z[j->token[row]] - top - (float)__builtin_log(total);
-    }
-}
-
-/* 0: done. */
-int draw(const float *z, const double *u, long *token, float *logprob, long m, long v) {
-    double *sums = (double *)room(2 * pool.threads * ((v + BINS - 1) / BINS));
-    if (!sums)
+/* x, y (m, hidden); sizes: m, own_columns, shared_columns; the rest as `attend` has it. 0: done. */
+int layer(const layer_t *l, const float *x, float *y, const float *cosine, const float *sine, float *own_k, float *own_v,
+          float *shared_k, float *shared_v, const long *column, const long *prompt, const long *prompt_length,
+          const long *sizes) {
+    const long m = sizes[0], wide = l->heads * l->size, narrow = l->kv * l->size;
+    const long widest = l->inner > wide ? l->inner : wide;
+    float *normed = room(1, m * (2 * l->hidden + 3 * widest + 2 * narrow));
+    if (!normed)
         return 1;
-    draw_t job = {z, u, token, logprob, sums, m, v};
-    run(draw_part, &job);
+    float *made = normed + m * l->hidden, *q = made + m * l->hidden, *heads = q + m * widest;
+    float *gates = heads + m * widest, *k = gates + m * widest, *v = k + m * narrow;
+    rms_norm(x, l->norm, normed, m, l->hidden, l->eps, 0.0f);
+    product_t qkv[] = {{.w = l->q, .bias = l->q_bias, .y = q, .n = wide},
+                       {.w = l->k, .bias = l->k_bias, .y = k, .n = narrow},
+                       {.w = l->v, .bias = l->v_bias, .y = v, .n = narrow}};
+    if (products(normed, m, l->hidden, qkv, 3))
+        return 1;
+    if (l->q_norm) {
+        rms_norm(q, l->q_norm, q, m * l->heads, l->size, l->head_eps, 0.0f);
+        rms_norm(k, l->k_norm, k, m * l->kv, l->size, l->head_eps, 0.0f);
+    }
+    const long of_q[] = {l->size, wide}, of_k[] = {l->size, narrow};
+    rotate(q, of_q, cosine, sine, q, of_q, l->heads, m, l->size);
+    rotate(k, of_k, cosine, sine, k, of_k, l->kv, m, l->size);
+    const long strides[] = {l->size, wide, l->size, narrow, l->size, narrow};
+    const long attended[] = {m, l->kv, l->heads / l->kv, l->size, sizes[1], sizes[2], 0};
+    if (attend(q, k, v, strides, own_k, own_v, shared_k, shared_v, heads, column, prompt, prompt_length, attended,
+               l->scale) ||
+        linear(heads, l->o, l->o_bias, made, m, wide, l->hidden))
+        return 1;
+    for (long i = 0; i < m * l->hidden; i++)
+        y[i] = x[i] + made[i];
+    rms_norm(y, l->after, normed, m, l->hidden, l->after_eps, 0.0f);
+    product_t both[] = {{.w = l->gate, .bias = l->gate_bias, .y = gates, .n = l->inner},
+                        {.w = l->up, .bias = l->up_bias, .y = q, .n = l->inner}};
+    if (products(normed, m, l->hidden, both, 2))
+        return 1;
+    gated(gates, q, heads, m * l->inner);
+    if (linear(heads, l->down, l->down_bias, made, m, l->inner, l->hidden))
+        return 1;
+    for (long i = 0; i < m * l->hidden; i++)
+        y[i] += made[i];
     return 0;
 }

@@ -45,7 +45,8 @@ static inline int me(void) { return pool.threads == 1 ? 0 : pool.number(); }
 static inline int team(void) { return pool.threads == 1 ? 1 : pool.size(); }
 
 /* Memory that stays from call to call; calls come one at a time (Python's lock is held). NULL where there is none. */
-float *room(size_t floats) __attribute__((visibility("hidden")));
+#define ROOMS 2 /* 0: for a single operation; 1: for what a layer hands from one to the next */
+float *room(int which, size_t floats) __attribute__((visibility("hidden")));
 
 static inline vec all(float x) { return (vec){0} + x; }
 

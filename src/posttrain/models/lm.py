@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from posttrain.errors import ModelError
 from posttrain.functional.logprobs import Head
-from posttrain.models import attention
+from posttrain.models import attention, layer
 from posttrain.models.fused import fuse
 from posttrain.models.ragged import RaggedBatch, pack
 from posttrain.models.remake import cheap_results
@@ -47,6 +47,7 @@ class LanguageModel(nn.Module):
             _base(hf).set_attn_implementation(attention.NAME)
         no_dropout(hf)
         fuse(hf)
+        layer.speed_up(hf)
         self.value: nn.Linear | None = None
 
     @property

@@ -1,11 +1,12 @@
 """Decoding steps and attention on a CPU through kernels of our own, compiled once on the machine that runs them.
 
 torch's products reach half of the memory's bandwidth where rows are few, and what lies between two of them costs as
-much again in small operations. `decode.c` has what a decoding step needs, `tree.c` the attention of everything else
-(see `models.tree`), `vocabulary.c` softmaxes over a vocabulary (see `models.vocabulary`). They are compiled by the C
-compiler that the system has, into the cache folder, in a second or two. Where there is none, where torch brings no GNU
-OpenMP (whose threads the kernels share), or where a result is not torch's own to rounding, everything goes through
-torch as before. `POSTTRAIN_NATIVE=0` switches the kernels off.
+much again in small operations. `decode.c` has what a decoding step needs, down to a whole layer in one call (see
+`models.layer`), `tree.c` the attention of everything else (see `models.tree`), `vocabulary.c` softmaxes over a
+vocabulary (see `models.vocabulary`) and draws from them. They are compiled by the C compiler that the system has, into
+the cache folder, in a second or two. Where there is none, where torch brings no GNU OpenMP (whose threads the kernels
+share), or where a result is not torch's own to rounding, everything goes through torch as before. `POSTTRAIN_NATIVE=0`
+switches the kernels off.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,22 @@ LEAST_COLUMNS = 8
 _state: dict[str, Any] = {}
 
 
+class Layer(ctypes.Structure):
+    """A decoder layer's weights and sizes, as `layer` in `decode.c` takes them. Biases, q_norm and k_norm may be 0."""
+
+    POINTERS = (
+        "norm", "q", "q_bias", "k", "k_bias", "v", "v_bias", "q_norm", "k_norm", "o", "o_bias",
+        "after", "gate", "gate_bias", "up", "up_bias", "down", "down_bias",
+    )  # fmt: skip
+    SIZES = ("hidden", "heads", "kv", "size", "inner")
+    NUMBERS = ("eps", "head_eps", "after_eps", "scale")
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in POINTERS),
+        *((n, ctypes.c_long) for n in SIZES),
+        *((n, ctypes.c_float) for n in NUMBERS),
+    )
+
+
 class Kernels:
     """The compiled library. Arguments are float32, on the CPU; nothing is checked here."""
 
@@ -47,15 +65,33 @@ class Kernels:
         self.lib.attend.argtypes = [pointer] * 13 + [ctypes.c_float]
         self.lib.rotate.argtypes = [pointer] * 6 + [long] * 3
         self.lib.draw.argtypes = [pointer] * 4 + [long] * 2
+        self.lib.layer.argtypes = [ctypes.POINTER(Layer)] + [pointer] * 12
+        self.lib.use_whole_vectors.argtypes = [ctypes.c_int]
         self.lib.absorb.argtypes = [pointer] * 4 + [long] * 2 + [ctypes.c_int]
         self.lib.tree_attention.argtypes = [pointer] * 8 + [ctypes.c_float] + [pointer] * 2
         self.lib.tree_attention_back.argtypes = [pointer] * 8 + [ctypes.c_float] + [pointer] * 6
-        for name in ("use_threads", "gated", "rms_norm", "rotate", "absorb"):
+        for name in ("use_threads", "gated", "rms_norm", "rotate", "absorb", "use_whole_vectors"):
             getattr(self.lib, name).restype = None
         self.openmp = _openmp()
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         self.entries = [ctypes.cast(getattr(self.openmp, name), pointer) for name in names]
         self.threads = 0
+        self.lib.use_whole_vectors(self._whole_vectors())
+
+    def _whole_vectors(self) -> bool:
+        """Whether 24 rows take as long as two vectors of 16: found out by timing both, since one processor multiplies a
+        vector in one go and another in two, and neither says so. The results are the same."""
+        x, weight = torch.ones(24, 512), torch.ones(480, 512)
+        times = []
+        for whole in (False, True):
+            self.lib.use_whole_vectors(whole)
+            taken = []
+            for _ in range(8):
+                began = time.perf_counter()
+                self.linear(x, weight)
+                taken.append(time.perf_counter() - began)
+            times.append(min(taken))
+        return times[1] < 1.1 * times[0]
 
     def use_threads(self) -> None:
         """As many as torch uses now."""
@@ -99,6 +135,27 @@ class Kernels:
         self.lib.rotate(
             x.data_ptr(), strides[0], cosine.data_ptr(), sine.data_ptr(), y.data_ptr(), strides[1], *x.shape
         )
+        return y
+
+    def layer(
+        self,
+        layer: Layer,
+        x: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        own: tuple[Tensor, Tensor],
+        shared: tuple[Tensor, Tensor] | None,
+        columns: Tensor,
+        prompts: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """A whole decoder layer for x (M, hidden), cosine and sine (M, size), all contiguous; the rest as `attend`."""
+        y = torch.empty_like(x)
+        self.use_threads()
+        sizes = (ctypes.c_long * 3)(len(x), own[0].shape[2], 0 if shared is None else shared[0].shape[2])
+        places = (*own, *(shared or (None, None)), columns, *(prompts or (None, None)))
+        at = (None if t is None else t.data_ptr() for t in places)
+        if self.lib.layer(layer, x.data_ptr(), y.data_ptr(), cosine.data_ptr(), sine.data_ptr(), *at, sizes):
+            raise MemoryError("no memory for a decoding step")
         return y
 
     def draw(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -293,7 +293,7 @@ static int prepare(tree_t *j, const long *strides, const long *sizes, int backwa
     j->each = backward ? 2 * TALL * PANEL + TALL + PANEL : TALL * (PANEL + j->size + 2) + PANEL;
     j->each = (j->each + 15) / 16 * 16; /* a cache line: threads keep out of each other's */
     const long tables = 3 * j->segments + 2 + 2 * tiles, wide = j->kv * panels * PANEL * j->size;
-    float *floats = room(2 * tables + 16 + wide * (backward ? 2 : 1) + j->each * pool.threads);
+    float *floats = room(0, 2 * tables + 16 + wide * (backward ? 2 : 1) + j->each * pool.threads);
     if (!floats)
         return 1;
     j->keys = floats;

@@ -69,3 +69,73 @@ void absorb(float *z, float *top, float *total, float *weighted, long m, long v,
     absorb_t job = {z, top, total, weighted, m, v, keep, 0};
     run(absorb_part, &job);
 }
+
+/* ------------------------------------------------------------------------------------------------------------- drawing
+ * Of each row of logits z (m, v): the first token whose cumulative probability exceeds u[row], and its logarithm. Sums of
+ * BINS tokens at a time are kept in float64, so that the token is found among one bin's. Where a logit is not a number the
+ * logarithm is none either: a broken model must show. */
+#define BINS 256
+typedef struct {
+    const float *z;
+    const double *u;
+    long *token;
+    float *logprob;
+    double *sums;
+    long m, v;
+} draw_t;
+
+static void draw_part(void *data) {
+    const draw_t *j = data;
+    const long t = me(), all_of_us = team(), bins = (j->v + BINS - 1) / BINS;
+    double *sums = j->sums + t * bins;
+    for (long row = j->m * t / all_of_us; row < j->m * (t + 1) / all_of_us; row++) {
+        const float *z = j->z + row * j->v;
+        float top = z[0];
+        int broken = 0;
+        for (long i = 0; i < j->v; i++) {
+            top = z[i] > top ? z[i] : top;
+            broken |= z[i] != z[i];
+        }
+        double total = 0;
+        for (long b = 0; b < bins; b++) {
+            const long end = (b + 1) * BINS < j->v ? (b + 1) * BINS : j->v;
+            vec sum = {0};
+            long i = b * BINS;
+            for (; i + WIDTH <= end; i += WIDTH)
+                sum += mass(*(const vec *)(z + i), top);
+            float rest = sum_of(sum);
+            for (; i < end; i++)
+                rest += mass(all(z[i]), top)[0];
+            total += sums[b] = rest;
+        }
+        const double target = j->u[row] * total;
+        double before = 0;
+        long b = 0, last = 0, found = -1;
+        for (; b < bins && before + sums[b] <= target; b++)
+            before += sums[b];
+        for (long i = b * BINS; b < bins && i < j->v && i < (b + 1) * BINS && found < 0; i++) {
+            const float p = mass(all(z[i]), top)[0];
+            before += p;
+            if (p > 0)
+                last = i;
+            if (before > target)
+                found = i;
+        }
+        if (found < 0 && b >= bins) /* rounding left none: the last with any mass */
+            for (long i = 0; i < j->v; i++)
+                if (mass(all(z[i]), top)[0] > 0)
+                    last = i;
+        j->token[row] = found < 0 ? last : found;
+        j->logprob[row] = broken ? __builtin_nanf("") : z[j->token[row]] - top - (float)__builtin_log(total);
+    }
+}
+
+/* 0: done. */
+int draw(const float *z, const double *u, long *token, float *logprob, long m, long v) {
+    double *sums = (double *)room(0, 2 * pool.threads * ((v + BINS - 1) / BINS));
+    if (!sums)
+        return 1;
+    draw_t job = {z, u, token, logprob, sums, m, v};
+    run(draw_part, &job);
+    return 0;
+}

@@ -15,14 +15,20 @@ from torch import Tensor
 
 from posttrain.models import cpu, native
 
+_KeysValues = tuple[Tensor, Tensor]
+
 
 class Region:
-    """Per layer, keys and values (slots, heads, columns, size); made at the first write, when their sizes are known."""
+    """Per layer, keys and values (slots, heads, columns, size); made at the first write, when their sizes are known.
+
+    layers: what `posttrain.models.layer` found out about each, for as long as this lives: no weight changes meanwhile.
+    """
 
     def __init__(self, slots: int, columns: int) -> None:
         self.slots, self.columns = slots, columns
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.layers: dict[int, native.Layer | None] = {}
 
     def at(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer; `key` and `value` (heads, any, size) say what they are like."""
@@ -95,16 +101,25 @@ class Step:
         with cpu.small_products():
             return self._attend(query, key, value, window, scale, softcap, sinks)
 
+    @property
+    def known(self) -> dict[int, native.Layer | None]:
+        """See `posttrain.models.layer.Places`."""
+        return self.own.layers
+
+    def places(self, key: Tensor, value: Tensor) -> tuple[_KeysValues, _KeysValues | None, Tensor, _KeysValues | None]:
+        """See `posttrain.models.layer.Places`; `key` and `value` as `Region.at` takes them."""
+        layer, self.layer = self.layer, self.layer + 1
+        own = self.own.at(layer, key, value)
+        if self.shared is None:
+            return own, None, self.column_M, None
+        assert self.prompt_M is not None and self.prompt_length_M is not None
+        return own, self.shared.at(layer, key, value), self.column_M, (self.prompt_M, self.prompt_length_M)
+
     def _compiled(
         self, kernels: native.Kernels, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
     ) -> Tensor:
-        layer, self.layer = self.layer, self.layer + 1
-        own, shared, prompts = self.own.at(layer, key[0], value[0]), None, None
-        if self.shared is not None:
-            assert self.prompt_M is not None and self.prompt_length_M is not None
-            shared, prompts = self.shared.at(layer, key[0], value[0]), (self.prompt_M, self.prompt_length_M)
         q, k, v = (x[0] if x.stride(-1) == 1 else x[0].contiguous() for x in (query, key, value))
-        return kernels.attend(q, k, v, own, shared, self.column_M, prompts, window, scale)[None]
+        return kernels.attend(q, k, v, *self.places(k, v), window, scale)[None]
 
     def _attend(
         self,

@@ -1,0 +1,147 @@
+"""A decoder layer of a decoding step in one call of the compiled kernels, where it is the layer of most model types.
+
+    h = x + o(attention(q(norm x), k(norm x), v(norm x)))
+    y = h + down(silu(gate(norm h)) up(norm h))
+
+with RMSNorms, rotary positions, biases where there are any, and norms of each query's and key's head or none (Llama,
+Mistral, Qwen 2 and 3, and their like). Such a layer has ten small operations beside its products, and calling each of
+them from Python takes a fifth of a step of few rows. A layer is taken for one of these if its parts are; at its first
+step both ways are computed, and if they differ it keeps its own for good. So does one with adapters, hooks, or weights
+that are quantised or sharded, while it has them.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from posttrain.models import cpu, native
+
+TOLERANCE = 1e-4
+"""Largest difference of an output, relative to the largest, that is rounding's."""
+PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+class Places(Protocol):
+    """What a layer needs to know of a decoding step, beside what it computes; see `posttrain.rollout.cache.Step`."""
+
+    layer: int
+    known: dict[int, native.Layer | None]
+    """By layer; for as long as no weight changes."""
+
+    def places(self, key: Tensor, value: Tensor) -> tuple[Any, Any, Tensor, Any]:
+        """(own, shared, columns, prompts) of the next layer, as `Kernels.attend` takes them."""
+
+
+def speed_up(model: nn.Module) -> int:
+    """Let every layer that may be such a one try; returns how many."""
+    layers = [m for m in model.modules() if _looks_right(m) and "forward" not in m.__dict__]
+    for layer in layers:
+        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
+        layer.in_one_call = None  # type: ignore[assignment]
+    return len(layers)
+
+
+def _looks_right(layer: nn.Module) -> bool:
+    children = dict(layer.named_children())
+    if set(children) != {*PROJECTIONS, *NORMS}:
+        return False
+    attention, mlp = children["self_attn"], children["mlp"]
+    inside = {n for n, _ in attention.named_children()}
+    config = getattr(attention, "config", None)
+    window = getattr(attention, "sliding_window", None) or getattr(config, "sliding_window", None)
+    return (
+        set(PROJECTIONS["self_attn"]) <= inside <= {*PROJECTIONS["self_attn"], "q_norm", "k_norm"}
+        and ("q_norm" in inside) == ("k_norm" in inside)
+        and set(PROJECTIONS["mlp"]) <= {n for n, _ in mlp.named_children()}
+        and window is None
+        and hasattr(attention, "head_dim")
+        and hasattr(attention, "scaling")
+    )
+
+
+def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    step: Places | None = kwargs.get("ragged")
+    positions = kwargs.get("position_embeddings")
+    kernels = native.kernels() if self.in_one_call is not False and positions and hasattr(step, "places") else None
+    if kernels is None or not cpu.few_rows(hidden_states) or not hidden_states.is_contiguous():
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    assert step is not None and positions is not None
+    if step.layer not in step.known:
+        step.known[step.layer] = _described(self)
+    layer = step.known[step.layer]
+    if layer is None:
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    cosine, sine = (x[0].contiguous() for x in positions)
+    if any(x.shape != (hidden_states.shape[1], layer.size) or not native.plain(x) for x in (cosine, sine)):
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    if self.in_one_call is None:
+        number, expected = step.layer, type(self).forward(self, hidden_states, *args, **kwargs)
+        step.layer = number
+        y = _computed(kernels, layer, step, hidden_states, cosine, sine)
+        self.in_one_call = isinstance(expected, Tensor) and expected.shape == y.shape and _close(y, expected)
+        if self.in_one_call:
+            return y
+        step.layer = number  # what went into the cache is written once more, by the layer itself
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    return _computed(kernels, layer, step, hidden_states, cosine, sine)
+
+
+def _computed(
+    kernels: native.Kernels, layer: native.Layer, step: Places, x: Tensor, cosine: Tensor, sine: Tensor
+) -> Tensor:
+    own, shared, columns, prompts = step.places(*(x.new_empty(layer.kv, 0, layer.size) for _ in range(2)))
+    return kernels.layer(layer, x[0], cosine, sine, own, shared, columns, prompts)[None]
+
+
+def _close(y: Tensor, expected: Tensor) -> bool:
+    return bool((y - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp_min(1e-6))
+
+
+def _described(layer: Any) -> native.Layer | None:
+    """Its weights for the kernel; None if a part is not what it was taken for."""
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [getattr(getattr(layer, home), name) for home, names in PROJECTIONS.items() for name in names]
+    norms = [getattr(layer, n) for n in NORMS]
+    heads = [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
+    parts = [attention, mlp, *linears, *norms, *(n for n in heads if n is not None)]
+    if any(p._forward_hooks or p._forward_pre_hooks for p in parts) or any(type(x) is not nn.Linear for x in linears):
+        return None
+    weights = [x.weight for x in linears]
+    vectors = [n.weight for n in (*norms, *heads) if n is not None] + [x.bias for x in linears if x.bias is not None]
+    if not all(map(native.fits, weights)) or not all(map(native.plain, vectors)):
+        return None
+    size, hidden, inner = int(attention.head_dim), linears[0].in_features, linears[4].out_features
+    wide, narrow = linears[0].out_features, linears[1].out_features
+    shapes = [
+        (wide, hidden),
+        (narrow, hidden),
+        (narrow, hidden),
+        (hidden, wide),
+        *[(inner, hidden)] * 2,
+        (hidden, inner),
+    ]
+    lengths = [hidden, hidden, size, size]
+    if wide % size or narrow % size or (wide // size) % (narrow // size) or [tuple(w.shape) for w in weights] != shapes:
+        return None
+    if any(n is not None and n.weight.shape != (length,) for n, length in zip((*norms, *heads), lengths, strict=True)):
+        return None
+    values: dict[str, Any] = {}
+    for name, linear in zip(("q", "k", "v", "o", "gate", "up", "down"), linears, strict=True):
+        values[name] = linear.weight.data_ptr()
+        values[f"{name}_bias"] = None if linear.bias is None else linear.bias.data_ptr()
+    for name, norm in zip(("norm", "after", "q_norm", "k_norm"), (*norms, *heads), strict=True):
+        values[name] = None if norm is None else norm.weight.data_ptr()
+    values |= {
+        "hidden": hidden, "heads": wide // size, "kv": narrow // size, "size": size, "inner": inner,
+        "scale": float(attention.scaling), "eps": _eps(norms[0]), "after_eps": _eps(norms[1]),
+        "head_eps": 0.0 if heads[0] is None else _eps(heads[0]),
+    }  # fmt: skip
+    return native.Layer(**values)
+
+
+def _eps(norm: Any) -> float:
+    return float(getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or 0.0)

@@ -1,0 +1,119 @@
+"""A layer of a decoding step in one call: what its own forward gives, to the bit; its own where it is another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from posttrain.config import SamplingConfig
+from posttrain.models import layer, native
+from posttrain.models.lm import LanguageModel
+from posttrain.models.tiny import tiny_model, tiny_tokenizer
+from posttrain.rollout.engine import LocalSampler
+from posttrain.rollout.sampler import Request
+from posttrain.types import Rollout
+
+pytestmark = pytest.mark.skipif(native.kernels() is None, reason=f"no compiled kernels here: {native.why()}")
+
+PARAMS = SamplingConfig(max_tokens=12, min_tokens=12)
+
+
+def layers_of(model: LanguageModel) -> list[Any]:
+    return [m for m in model.base.modules() if hasattr(m, "in_one_call")]
+
+
+def sampled(model: LanguageModel, monkeypatch: Any) -> tuple[list[Rollout], int]:
+    """Completions, two of each prompt and one, and how often a layer was computed in one call."""
+    calls = 0
+    computed = layer._computed
+
+    def counting(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return computed(*args)
+
+    monkeypatch.setattr(layer, "_computed", counting)
+    sampler = LocalSampler(model, tiny_tokenizer())
+    groups = []
+    for n in (1, 2):
+        groups += sampler.sample([Request(list(range(5, 9 + i)), n, i) for i in range(4)], PARAMS)
+    monkeypatch.setattr(layer, "_computed", computed)
+    return [r for g in groups for r in g.rollouts], calls
+
+
+def with_biases(model: Any) -> Any:
+    """Every bias, norm and weight something else than what a new model has, where it shows."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.add_(torch.randn(p.shape, generator=generator) * (0.2 if "norm" in name else 0.5))
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
+def test_what_comes_out_is_its_own_to_the_bit(name: str, monkeypatch) -> None:
+    model = LanguageModel(with_biases(tiny_model(name, **({"sliding_window": None} if name == "mistral" else {}))))
+    layers = layers_of(model)
+    assert len(layers) == model.base.config.num_hidden_layers
+    one_call, calls = sampled(model, monkeypatch)
+    if name == "smollm3":  # its last layer of four has no rotary positions; the tiny one's last does not either
+        assert [x.in_one_call for x in layers] == [bool(x.self_attn.use_rope) for x in layers]
+    else:
+        assert all(x.in_one_call for x in layers) and calls >= 22 * len(layers)
+    for x in layers:
+        x.in_one_call = False
+    assert sampled(model, monkeypatch) == (one_call, 0)
+
+
+@pytest.mark.parametrize("name", ["gemma", "granite"])
+def test_another_layer_of_the_same_parts_keeps_its_own(name: str, monkeypatch) -> None:
+    model = LanguageModel(tiny_model(name, **({"residual_multiplier": 0.5} if name == "granite" else {})))
+    layers = layers_of(model)
+    first, _ = sampled(model, monkeypatch)
+    assert layers and all(x.in_one_call is False for x in layers)
+    assert sampled(model, monkeypatch) == (first, 0)
+
+
+def test_windows_of_attention_are_left_to_the_layer() -> None:
+    assert layers_of(LanguageModel(tiny_model("mistral", sliding_window=4))) == []
+
+
+def _adapted(model: LanguageModel) -> None:
+    model.hf = get_peft_model(model.hf, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+
+
+def _hooked(model: LanguageModel) -> None:
+    for x in layers_of(model):
+        x.mlp.down_proj.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _with_gaps(model: LanguageModel) -> None:
+    for x in layers_of(model):
+        x.mlp.down_proj.weight.data = x.mlp.down_proj.weight.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize("change", [_adapted, _hooked, _with_gaps])
+def test_what_is_put_into_a_layer_takes_effect(change: Callable[[LanguageModel], None], monkeypatch) -> None:
+    model = LanguageModel(tiny_model("llama"))
+    before, calls = sampled(model, monkeypatch)
+    assert calls
+    change(model)
+    after, calls = sampled(model, monkeypatch)
+    assert not calls and (change is _with_gaps or after != before)
+
+
+def test_weights_that_change_between_two_calls_are_the_new_ones(monkeypatch) -> None:
+    model = LanguageModel(tiny_model("llama"))
+    before, _ = sampled(model, monkeypatch)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.data = p.data * 1.5  # elsewhere in memory
+    after, calls = sampled(model, monkeypatch)
+    for x in layers_of(model):
+        x.in_one_call = False
+    assert calls and after != before and sampled(model, monkeypatch)[0] == after
