@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 QUIET_SECONDS = 10.0
 """Seconds between lines where there is no terminal."""
+PHASE_SECONDS = 4.0
+"""Seconds after which a phase that begins gets a line there all the same: it may be a long one."""
 
 
 def clock(seconds: float) -> str:
@@ -32,6 +34,7 @@ class Track:
         self.began = self.last_line = time.monotonic()
         self.console = console or Console(stderr=False)
         self.shown = shown
+        self.last_phase = ""
         self.bar: Progress | None = None
         if shown and self.console.is_terminal:
             columns = (
@@ -63,8 +66,11 @@ class Track:
         """What is being done within the unit at hand; a part of long ones shows that it moves."""
         if self.bar is not None:
             self.bar.update(self.task, text=text)
-        elif self.shown and time.monotonic() - self.last_line >= QUIET_SECONDS:
-            self.last_line = time.monotonic()
+        elif self.shown:
+            new = text.split(" ")[0] != self.last_phase
+            if time.monotonic() - self.last_line < (PHASE_SECONDS if new else QUIET_SECONDS):
+                return
+            self.last_line, self.last_phase = time.monotonic(), text.split(" ")[0]
             self.console.print(f"{self.what} {self.done}/{self.total}  {text}", highlight=False)
             sys.stdout.flush()
 

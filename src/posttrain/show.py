@@ -129,6 +129,9 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("duplicates", f"{s['duplicates']:,} samples are there more than once"))
     if s.get("swapped"):
         facts.append(("swapped", f"{s['swapped']:,} pairs whose probability is below 0.5: answers changed places"))
+    if s.get("contradictory"):
+        facts.append(("opposites", f"{s['contradictory']:,} rows say the opposite of an earlier one; all are used"))
+        facts += [("opposites", which) for which in s["contradictions"]]
     if "desirable" in s:
         facts.append(("labels", f"{s['desirable']:,} good, {s.get('used', 0) - s['desirable']:,} bad"))
     for bad in s.get("bad_rows") or []:

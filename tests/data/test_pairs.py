@@ -11,6 +11,7 @@ import pytest
 from posttrain.config import DataConfig
 from posttrain.data.pairs import PreparedPairs, PreparedUnpaired, prepare_pairs, prepare_unpaired
 from posttrain.errors import DataError
+from posttrain.show import _facts
 from tests.data.tokenizers import byte_level
 
 TOKENIZER = byte_level("chatml")
@@ -172,6 +173,20 @@ def test_the_manifest_s_entry(tmp_path: Path) -> None:
     assert (stats["tokens"], stats["loss_tokens"], stats["longest"]) == (6 * (head + 2), 12, head + 2)
     names = ["rows.jsonl:1 chosen", "rows.jsonl:1 rejected", "rows.jsonl:2 chosen"]
     assert [e["text"] for e in stats["examples"]] == names
+
+
+def test_rows_that_say_the_opposite_of_each_other_are_named(tmp_path: Path) -> None:
+    """Used all the same, since two people may differ; a soft label below 1/2 is the pair the other way round."""
+    one, other = ({"prompt": "2+2?", "chosen": a, "rejected": b} for a, b in (("4", "5"), ("5", "4")))
+    rows = [one, {**one, "prompt": "1+3?"}, other, {**one, "probability": 0.2}, one]
+    made = pairs(tmp_path, rows)
+    at = "rows.jsonl:"
+    assert len(made.pairs) == 5 and made.stats["contradictory"] == 3
+    assert made.stats["contradictions"] == [f"{at}3 against {at}1", f"{at}4 against {at}1", f"{at}5 against {at}3"]
+    assert any(f"{at}3 against {at}1" in value for _, value in _facts(made.stats))
+    assert "contradictory" not in pairs(tmp_path, [one, one]).stats
+    answers = [{"prompt": "2+2?", "completion": "4", "label": good} for good in (True, False, True)]
+    assert unpaired(tmp_path, answers).stats["contradictions"] == [f"{at}2 against {at}1", f"{at}3 against {at}2"]
 
 
 def test_settings_that_do_not_fit(tmp_path: Path) -> None:

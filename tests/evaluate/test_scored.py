@@ -16,6 +16,7 @@ from posttrain.evaluate import scored
 from posttrain.evaluate.stats import compare, summarize, wins
 from posttrain.files import read_lines
 from posttrain.report import build
+from posttrain.report.terminal import summary_table
 from posttrain.types import Rollout
 
 LAB = {"kind": "lab", "size": 5, "held_out": True}
@@ -32,6 +33,8 @@ def test_an_item_by_hand() -> None:
     assert [a["score"] for a in one["answers"]] == [2.0, None, 5.0]
     assert item(0, None)["value"] is None
     assert scored.about([one, item(1, None)])["failed"] == {"scorer": 2}
+    assert "constant" not in scored.about([one]) and "constant" not in scored.about([item(0, 2.0)])
+    assert scored.about([item(0, 2.0, None), item(1, 2.0)])["constant"] == 2.0
 
 
 def test_win_rates_by_hand() -> None:
@@ -98,3 +101,18 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     ):
         with pytest.raises(ValidationError, match=why):
             ScoreConfig.model_validate({**base, **changes})
+
+
+def test_a_scorer_that_gives_all_the_same_is_named(tmp_path: Path) -> None:
+    recipe = posttrain.Recipe.model_validate(
+        {
+            "name": "s",
+            "model": {"source": "tiny:llama"},
+            "evaluate": [{"name": "t", "kind": "score", "problems": LAB, "sampling": {"max_tokens": 4},
+                          "scorer": {"kind": "function", "function": "flat"}}],
+        }
+    )  # fmt: skip
+    result = posttrain.run(recipe, tmp_path / "run", rewards={"flat": lambda text, example: 3.0})
+    said = "t, before: the scorer gave every answer 3"
+    assert said in build(result.folder).read_text()
+    assert said in str(summary_table(result.folder).caption)

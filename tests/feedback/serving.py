@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,21 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(model: Path, log: Path) -> Iterator[str]:
-    """`transformers serve` of a model's folder on this machine; its address, up to /v1."""
+def served(model: Path, log: Path, python: str = "") -> Iterator[str]:
+    """`transformers serve` of a model's folder on this machine; its address, up to /v1. python: one that has vLLM,
+    which serves it instead, in float32."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model)]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model), "--device", "cpu"]
+    if python:
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32"]
+        command += ["--enforce-eager", "--max-model-len", "1024", "--logprobs-mode", "raw_logprobs"]
     with log.open("w") as out:
         server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"], stdout=out, stderr=out
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=out,
+            stderr=out,
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+            start_new_session=True,
         )
     try:
         for _ in range(1200):
@@ -90,7 +98,8 @@ def served(model: Path, log: Path) -> Iterator[str]:
                 time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        server.send_signal(signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 

@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.config import JudgeConfig, ModelConfig, RewardsConfig
+from posttrain.config.rewards import RewardModelPart
+from posttrain.config.rl import KLConfig
 from posttrain.data.feedback import Pair
 from posttrain.errors import CheckpointError, DataError, RecipeError
 from posttrain.feedback import Answer, Ask, Asker, Judge, Judged, Store, summarize
@@ -120,6 +122,26 @@ def test_what_a_template_would_not_ask_is_refused(tmp_path: Path) -> None:
         JudgeConfig.model_validate({**given, **more, "template": f"{{{named}}} {given['template']}"})
 
 
+def test_settings_that_would_do_nothing_are_refused() -> None:
+    judge = {"model": {"source": "tiny:llama"}}
+    for more, named in (
+        ({"mode": "score", "labels": ("C", "D")}, "labels"),
+        ({"mode": "score", "labels": ("C", "D"), "combine": "logits"}, "labels and combine"),
+        ({"scale": {"bad": 0, "good": 1}}, "scale"),
+    ):
+        with pytest.raises(ValueError, match=f"{named} would do nothing: mode is"):
+            JudgeConfig.model_validate({**judge, **more})
+    JudgeConfig.model_validate({**judge, "mode": "score", "scale": {"bad": 0, "good": 1}})
+    worded = {"template": "{first} or {second}? They are {scale}.", "scale": {"bad": 0, "good": 1}}
+    JudgeConfig.model_validate({**judge, **worded})  # the template names them
+    with pytest.raises(ValueError, match="spread would do nothing: combine is mean"):
+        RewardModelPart.model_validate({"source": "x", "spread": 2})
+    with pytest.raises(ValueError, match=r"kl.gain would do nothing: .* unless kl.target"):
+        KLConfig.model_validate({"coefficient": 0.1, "gain": 0.2})
+    whole = KLConfig(coefficient=0.1).model_dump(), RewardModelPart(source="x").model_dump()
+    assert KLConfig.model_validate(whole[0]) and RewardModelPart.model_validate(whole[1])  # recipes hold all fields
+
+
 def test_replies_are_read_only_where_they_say_one_thing() -> None:
     letters, numbers = ("A", "B"), tuple(str(n) for n in range(1, 11))
     cases = {
@@ -175,7 +197,7 @@ class Counting:
             if len(self.asked) == self.fails_at:
                 raise RuntimeError("broke down")
             self.asked.append(ask.messages[0]["content"])
-            on_answer([(i, Answer("A", {"A": 0.9, "B": 0.1}, "label", 10, 1))])
+            on_answer([(i, Answer("A", {"A": 0.9, "B": 0.1}, "label", 10, 1, 0.5))])
 
 
 def ask(text: str, **changes: Any) -> Ask:
@@ -193,6 +215,7 @@ def test_nothing_is_asked_twice_and_what_was_answered_stays(tmp_path: Path) -> N
     asker = Asker(backend, again)
     assert [a.text for a in asker([ask("a"), ask("b"), ask("a"), ask("c")])] == ["A"] * 4
     assert backend.asked == ["c"] and asker.cost()["from_store"] == 2 and asker.cost()["prompt_tokens"] == 30
+    assert asker.cost()["answer_seconds"] == 1.5 and asker.cost()["seconds"] == 0.0
     # Everything that an answer may depend on makes another question of it; the seed only where something is drawn.
     for other in (ask("a", labels=("A", "B")), ask("a", max_tokens=9), ask("a", attempt=1), ask("a", opening="So")):
         asker([other])
@@ -322,4 +345,5 @@ def test_a_judge_as_reward(tmp_path: Path) -> None:
         direct = mine.score(["Say hi."] * 2, texts[:2])
         assert [s.expectation for s in direct] == rewards[:2] and mine.asker.counts["from the store"] == 2
     with pytest.raises(ValueError, match=r"set judge.mode to score"):
-        RewardsConfig.model_validate({"parts": [{"kind": "judge", "judge": {**judge, "mode": "pairwise"}}]})
+        pairwise = {"model": judge["model"], "store": judge["store"]}
+        RewardsConfig.model_validate({"parts": [{"kind": "judge", "judge": pairwise}]})

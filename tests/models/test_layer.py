@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 
 from posttrain.config import SamplingConfig
 from posttrain.models import layer, native
@@ -27,7 +27,7 @@ def layers_of(model: LanguageModel) -> list[Any]:
 
 
 def sampled(model: LanguageModel, monkeypatch: Any) -> tuple[list[Rollout], int]:
-    """Completions, two of each prompt and one, and how often a layer was computed in one call."""
+    """Completions, one, two and ten of each prompt, and how often a layer was computed in one call."""
     calls = 0
     computed = layer._computed
 
@@ -39,7 +39,7 @@ def sampled(model: LanguageModel, monkeypatch: Any) -> tuple[list[Rollout], int]
     monkeypatch.setattr(layer, "_computed", counting)
     sampler = LocalSampler(model, tiny_tokenizer())
     groups = []
-    for n in (1, 2):
+    for n in (1, 2, 10):  # 40 rows have more heads than a product may have rows
         groups += sampler.sample([Request(list(range(5, 9 + i)), n, i) for i in range(4)], PARAMS)
     monkeypatch.setattr(layer, "_computed", computed)
     return [r for g in groups for r in g.rollouts], calls
@@ -55,16 +55,22 @@ def with_biases(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
-def test_what_comes_out_is_its_own_to_the_bit(name: str, monkeypatch) -> None:
-    model = LanguageModel(with_biases(tiny_model(name, **({"sliding_window": None} if name == "mistral" else {}))))
+@pytest.mark.parametrize(
+    ("name", "changes", "tried"),
+    [
+        ("llama", {}, 2),
+        ("mistral", {"sliding_window": None}, 2),
+        ("qwen2", {}, 2),
+        ("qwen3", {}, 2),
+        ("smollm3", {"num_hidden_layers": 4}, 3),  # one in four has no rotary positions
+    ],
+)
+def test_what_comes_out_is_its_own_to_the_bit(name: str, changes: dict[str, Any], tried: int, monkeypatch) -> None:
+    model = LanguageModel(with_biases(tiny_model(name, **changes)))
     layers = layers_of(model)
-    assert len(layers) == model.base.config.num_hidden_layers
+    assert len(layers) == tried
     one_call, calls = sampled(model, monkeypatch)
-    if name == "smollm3":  # its last layer of four has no rotary positions; the tiny one's last does not either
-        assert [x.in_one_call for x in layers] == [bool(x.self_attn.use_rope) for x in layers]
-    else:
-        assert all(x.in_one_call for x in layers) and calls >= 22 * len(layers)
+    assert all(x.in_one_call for x in layers) and calls >= 22 * len(layers)
     for x in layers:
         x.in_one_call = False
     assert sampled(model, monkeypatch) == (one_call, 0)
@@ -79,8 +85,48 @@ def test_another_layer_of_the_same_parts_keeps_its_own(name: str, monkeypatch) -
     assert sampled(model, monkeypatch) == (first, 0)
 
 
+@pytest.mark.parametrize("name", ["olmo", "olmo2", "mixtral", "ministral3", "phi3", "gemma3_text"])
+def test_what_has_other_parts_or_takes_other_arguments_is_not_tried(name: str, monkeypatch) -> None:
+    """Norms without weights, norms elsewhere, experts, queries that positions scale, one matrix for three."""
+    model = LanguageModel(tiny_model(name))
+    assert sampled(model, monkeypatch)[1] == 0
+
+
 def test_windows_of_attention_are_left_to_the_layer() -> None:
     assert layers_of(LanguageModel(tiny_model("mistral", sliding_window=4))) == []
+
+
+def test_a_layer_that_does_nothing_yet_says_nothing_of_its_kind(monkeypatch) -> None:
+    """With zeros behind attention and gates every decoder layer is the identity; once they are something it shows."""
+    for name, same in (("llama", True), ("gemma", False)):
+        model = LanguageModel(tiny_model(name))
+        layers = layers_of(model)
+        kept = [[x.self_attn.o_proj.weight.clone(), x.mlp.down_proj.weight.clone()] for x in layers]
+        with torch.no_grad():
+            for x in layers:
+                x.self_attn.o_proj.weight.zero_()
+                x.mlp.down_proj.weight.zero_()
+        sampled(model, monkeypatch)
+        assert all(x.in_one_call is None for x in layers)
+        with torch.no_grad():
+            for x, (o, down) in zip(layers, kept, strict=True):
+                x.self_attn.o_proj.weight.copy_(o)
+                x.mlp.down_proj.weight.copy_(down)
+        sampled(model, monkeypatch)
+        assert all(x.in_one_call is same for x in layers)
+
+
+def test_norms_that_an_adapter_takes_over_are_its_own(monkeypatch) -> None:
+    """It begins as a copy, and keeps the model's weight beside the one that it trains."""
+    model = LanguageModel(tiny_model("llama"))
+    before, calls = sampled(model, monkeypatch)
+    model.hf = get_peft_model(model.hf, LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "ln_tuning" in name:
+                p.mul_(3)
+    after, more = sampled(model, monkeypatch)
+    assert calls and not more and after != before
 
 
 def _adapted(model: LanguageModel) -> None:

@@ -22,6 +22,7 @@ from posttrain.report import build
 from posttrain.report.load import read
 from posttrain.report.phases import phases
 from posttrain.report.rollouts import spark, views
+from posttrain.rollout import engine
 from posttrain.rollout.store import groups_of, path_of, read_rollouts, rollout_steps, write_rollouts
 from posttrain.types import Rollout, RolloutGroup
 
@@ -80,6 +81,35 @@ def test_the_page_shows_what_was_kept(run: Path) -> None:
     failed = sum(bool(r["failures"]) for of_step in rows.values() for r in of_step)
     assert failed and "a multiple of three" in page
     assert sum(m.get("failed/picky", 0) for m in read_lines(stage / "metrics.jsonl")) == failed
+
+
+def test_a_run_of_empty_completions_ends_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever token comes first ends the turn here: nothing is written, nothing can be told apart, nothing crashes."""
+    monkeypatch.setattr(engine, "stop_tokens", lambda model, tokenizer: range(259))
+    (tmp_path / "problems.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{i} =", "answer": "1"}) + "\n" for i in range(8))
+    )
+    stage = {
+        "method": "grpo",
+        "name": "rl",
+        "problems": {"kind": "rows", "data": {"source": str(tmp_path / "problems.jsonl"), "chat": False}},
+        "rewards": {"parts": [{"kind": "exact"}, {"kind": "length", "unit": "characters", "target": 9, "width": 9}]},
+        "sampling": {"max_tokens": 9},
+        "prompts_per_step": 4,
+        "group_size": 3,
+        "steps": 2,
+        "kl": {"coefficient": 0.1},
+        "updates": 2,
+    }
+    recipe = posttrain.Recipe.model_validate({"name": "e", "model": {"source": "tiny:llama"}, "stages": [stage]})
+    result = posttrain.run(recipe, tmp_path / "run")
+    last = read_lines(result.folder / "stages" / "0-rl" / "metrics.jsonl")[-1]
+    assert (last["step"], last["length"], last["no_signal"]) == (2, 1, 1)
+    page = build(result.folder).read_text()
+    assert "100% of completions are empty (last third)" in page
+    for name in ("kl", "clip_fraction", "mismatch"):
+        found = re.search(rf'data-metric="stage.rl.{name}.last" data-value="([^"]+)"', page)
+        assert found and float(found[1]) == pytest.approx(last[name]), name
 
 
 def test_the_page_says_where_the_time_went(run: Path) -> None:

@@ -68,6 +68,39 @@ def test_the_suspicious_are_well_rewarded_and_repetitive() -> None:
     assert first["repetition"] == pytest.approx(36 / 37)
 
 
+def test_a_form_that_few_others_have_is_suspicious() -> None:
+    """One in eight writes two boxed answers and is rewarded for it; where most do, none stands out."""
+    odd = rollout(1, text="\\boxed{1} or \\boxed{2}")
+    usual = [rollout(0.1 * i, text="\\boxed{3}") for i in range(3)]
+    (first, *_) = watch([[group(odd, *usual), group(*usual, rollout(0.3, text="\\boxed{3}"))]])["suspects"]
+    assert (first["group"], first["rollout"], first["markers"]) == (0, 0, ["several answers"])
+    same = [[group(odd, rollout(0, text=odd.text), odd, rollout(0, text=odd.text))]]
+    assert not [s for s in watch(same)["suspects"] if s["markers"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "marker"), [("\\boxed{4}", "boxed"), ("<think>so</think> 4", "think tag"), ("", "empty")]
+)
+def test_a_marker_that_comes_is_named_and_so_is_repetition(text: str, marker: str) -> None:
+    """The reward need not rise for a form to be new."""
+    before, after = rollout(0.5, 8, "4"), rollout(0.5, 8, text)
+    found = watch([[group(before, before)]] * 3 + [[group(before, after)]] * 3 + [[group(after, after)]] * 3)
+    assert f"share of rollouts with '{marker}' changed by +100%" in found["warnings"]
+    assert found["markers"][marker]["mean"] == [0] * 3 + [0.5] * 3 + [1] * 3
+    steps = [[group(rollout(0.1 * s, 8), rollout(0.1 * s, 8, same=s > 5))] for s in range(9)]
+    assert any("the reward rises while repetition rises" in w for w in watch(steps)["warnings"])
+
+
+def test_completions_that_are_empty_or_cut_from_the_beginning_are_named() -> None:
+    nothing = replace(rollout(0, 1, ""), finish="end")
+    told = watch([[group(nothing, nothing, rollout(1))]] * 4)["warnings"]
+    assert [w for w in told if w.startswith("67% of completions are empty")]
+    cut = replace(rollout(0), finish="length")
+    told = watch([[group(cut, rollout(1))]])["warnings"]
+    assert [w for w in told if w.startswith("50% of completions are cut") and "max_tokens" in w]
+    assert not [w for w in watch([[group(cut, rollout(1), rollout(0))]])["warnings"] if "cut at" in w]
+
+
 def test_nothing_to_watch() -> None:
     assert watch([])["rollouts"] == 0 and watch([[]])["warnings"] == []
 

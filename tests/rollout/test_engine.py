@@ -14,7 +14,7 @@ from posttrain.models import native
 from posttrain.models.adapters import attach
 from posttrain.models.lm import LanguageModel
 from posttrain.models.tiny import tiny_model, tiny_tokenizer
-from posttrain.rollout.engine import LocalSampler
+from posttrain.rollout.engine import LocalSampler, _Session
 from posttrain.rollout.sampler import Request
 from posttrain.rollout.static import rounded
 from posttrain.types import Rollout, RolloutGroup, Sample
@@ -134,6 +134,33 @@ def test_a_seed_gives_the_same_completion_whatever_else_is_sampled() -> None:
     assert len({g[j] for g in tokens(crowd) for j in range(3)}) == 27  # different seeds and numbers: different answers
     twice = tokens(sampler().sample([asked[0], asked[0]], params))
     assert twice[0] == twice[1]
+
+
+def test_prompts_are_computed_once_slots_do_not_idle_and_memory_holds(monkeypatch) -> None:
+    """27 completions of nine prompts where 51 KiB hold a few: each prompt goes through the model once, no slot is free
+    at a step for which a completion waits, and keys and values never take more."""
+    s = sampler(memory_mb=0.05)
+    asked = [Request(p, n=3, seed=i) for i, p in enumerate(prompts(9))]
+    computed: list[tuple[int, ...]] = []
+    running: list[int] = []
+    prefill, step = LocalSampler.prefill, _Session._step
+
+    def counting(self: LocalSampler, given: Any, keep: Any) -> Any:
+        computed.extend(tuple(p) for p in given if list(p) != [0])  # [0]: how a token's size is found
+        return prefill(self, given, keep)
+
+    def watching(self: _Session) -> None:
+        regions = [self.own, *([self.shared] if self.shared is not None else [])]
+        held = sum(x.numel() * x.element_size() for r in regions for x in (*r.keys, *r.values))
+        assert held <= 0.05 * 2**20 and not (self.open and self.free_slots)
+        running.append(len(self.rows))
+        step(self)
+
+    monkeypatch.setattr(LocalSampler, "prefill", counting)
+    monkeypatch.setattr(_Session, "_step", watching)
+    s.sample(asked, SamplingConfig(max_tokens=20))
+    assert sorted(computed) == sorted(tuple(r.tokens) for r in asked)
+    assert 2 <= max(running) < 27 and running.count(max(running)) > len(running) / 2
 
 
 def test_frequencies_are_the_model_s() -> None:

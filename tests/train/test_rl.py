@@ -24,6 +24,8 @@ from posttrain.types import Rollout
 
 TOKENIZER = tiny_tokenizer()
 MAX = 9
+GREEDY = [0.4, 1.0, 0.9]
+"""Rewards of ReMax's greedy answers, by group."""
 
 
 def settings(method: str, **changes: Any) -> RLConfig:
@@ -84,6 +86,9 @@ def plain_logprobs(lm: LanguageModel, rolled: Rolled, temperature: float) -> tor
 def slow(config: RLConfig, lm: LanguageModel, rolled: list[Rolled], alone: bool) -> torch.Tensor:
     """The same objective written out: a loop over rollouts, formulas as in the papers."""
     rewards = torch.tensor([r.rollout.reward for r in rolled])
+    by_token = torch.cat([r.rollout.reward * torch.ones(r.length) for r in rolled])
+    group_means = {r.group: rewards[[x.group == r.group for x in rolled]].mean() for r in rolled}
+    centred = torch.cat([(r.rollout.reward - group_means[r.group]) * torch.ones(r.length) for r in rolled])
     total = torch.zeros(())
     tokens = sum(r.length for r in rolled)
     for i, r in enumerate(rolled):
@@ -93,6 +98,12 @@ def slow(config: RLConfig, lm: LanguageModel, rolled: list[Rolled], alone: bool)
             a = (rewards[i] - mates.mean()) / (mates.std() + 1e-4)
         elif name == "dr_grpo":
             a = rewards[i] - mates.mean()
+        elif name == "remax":
+            a = rewards[i] - GREEDY[r.group]
+        elif name == "reinforce_pp":  # all of the reward still to come, whitened over the batch's tokens
+            a = (rewards[i] - by_token.mean()) / by_token.std()
+        elif name == "reinforce_pp_baseline":
+            a = (rewards[i] - group_means[r.group] - centred.mean()) / centred.std()
         elif name == "rloo":
             a = rewards[i] - (mates.sum() - rewards[i]) / (len(mates) - 1)
         else:
@@ -102,19 +113,19 @@ def slow(config: RLConfig, lm: LanguageModel, rolled: list[Rolled], alone: bool)
         sampled = torch.tensor([p for p, mine in zip(r.rollout.logprobs, wrote, strict=True) if mine])
         old = logp.detach() if alone else sampled
         ratio = (logp - old).exp()
-        if name in ("rloo", "reinforce") and alone:
+        if name in ("rloo", "reinforce", "remax") and alone:
             total = total - (a * logp).sum() / len(rolled)
             continue
         if name == "gspo":
             ratio = (logp - old).mean().exp().expand(r.length)
-        if name in ("rloo", "reinforce"):
+        if name in ("rloo", "reinforce", "remax"):
             ratio = (logp - old).sum().exp().expand(r.length)
         low, high = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}.get(name, (0.2, 0.2))
         if name == "cispo":
             per_token = -ratio.detach().clamp(0.0, 5.0) * a * logp
         else:
             per_token = -torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
-        if name in ("grpo", "gspo", "rloo", "reinforce"):
+        if name in ("grpo", "gspo", "rloo", "reinforce", "remax"):
             total = total + per_token.mean() / len(rolled)
         elif name == "dr_grpo":
             total = total + per_token.sum() / MAX / len(rolled)
@@ -135,12 +146,12 @@ def capture(learner: Learner) -> dict[str, torch.Tensor]:
     return captured
 
 
-@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "ppo"])
 @pytest.mark.parametrize(("alone", "replies"), [(True, False), (False, False), (True, True), (False, True)])
 def test_loss_and_gradient_equal_a_slow_loop(method: str, alone: bool, replies: bool) -> None:
     config = settings(method, updates=1 if alone else 2, sampling={"max_tokens": MAX, "temperature": 0.8})
     rolled, lm = batch_of(replies=replies), model()
-    give_advantages(config, rolled)
+    give_advantages(config, rolled, greedy=GREEDY)
     if not alone:
         for r in rolled:
             r.old = r.sampled()

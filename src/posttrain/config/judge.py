@@ -103,6 +103,16 @@ class JudgeConfig(Config):
             raise ValueError("a judge is either a model (judge.model.source) or behind a server (judge.server.model)")
         if self.server is not None and self.opening:
             raise ValueError("opening is for a model held here; say in question or template how a server's is to reply")
+        unused = {"pairwise": ("scale",), "score": ("labels", "combine")}[self.mode]
+        asked = {n for _, n, _, _ in string.Formatter().parse(self.template or "")}
+        unused = () if asked & ({"scale"} if self.mode == "pairwise" else {"a", "b"}) else unused
+        changed = [
+            n for n in unused if getattr(self, n) != type(self).model_fields[n].get_default(call_default_factory=True)
+        ]
+        if changed:
+            raise ValueError(
+                f"{' and '.join(changed)} would do nothing: mode is {self.mode}. Leave out, or change mode"
+            )
         if self.labels[0] == self.labels[1] or not all(label.strip() for label in self.labels):
             raise ValueError(f"labels must be two different names, got {self.labels}")
         if len(set(self.scale.values())) < 2 or not all(label.strip() for label in self.scale):

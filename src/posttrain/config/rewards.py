@@ -299,6 +299,12 @@ class RewardModelPart(Model):
         False, description="Subtract the mean and divide by the standard deviation of held-out rewards, kept with it."
     )
 
+    @model_validator(mode="after")
+    def _used(self) -> RewardModelPart:
+        if self.spread != type(self).model_fields["spread"].default and self.combine != "conservative":
+            raise ValueError(f"spread would do nothing: combine is {self.combine}, and only conservative takes it off")
+        return self
+
 
 class ProcessRewardPart(Model):
     """What a process reward model's scores of the steps come to (docs/reward-models.md)."""

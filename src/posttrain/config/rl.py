@@ -117,6 +117,8 @@ class KLConfig(Config):
     def _starts(self) -> KLConfig:
         if self.target is not None and not self.coefficient:
             raise ValueError("kl.target needs a coefficient to start from: it is multiplied, and 0 stays 0")
+        if self.target is None and self.gain != type(self).model_fields["gain"].default:
+            raise ValueError("kl.gain would do nothing: the coefficient stays as it is unless kl.target is given")
         return self
 
 

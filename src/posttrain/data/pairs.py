@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -154,9 +154,11 @@ def prepare_pairs(config: DataConfig, tokenizer: Any, *, context: int | None = N
         truncated += cut
     _complain(bad, config, len(order), bool(pairs))
     out = PreparedPairs(pairs, {})
-    repeats = Counter((tuple(p.chosen.tokens), tuple(p.rejected.tokens)) for p in pairs)
+    said = [(tuple(p.chosen.tokens), tuple(p.rejected.tokens)) for p in pairs]
+    repeats = Counter(said)
     out.stats.update(_stats(out.samples, tokenizer, config), used=len(pairs), swapped=swapped)
     out.stats.update(_read(table, layout, len(order), bad, truncated), duplicates=_more_than_once(repeats))
+    out.stats.update(_contradictions([(pair, pair[::-1], p.source) for p, pair in zip(pairs, said, strict=True)]))
     for shown, name in zip(out.stats["examples"], ("chosen", "rejected", "chosen"), strict=False):
         shown["text"] += f" {name}"
     return out
@@ -213,6 +215,9 @@ def prepare_unpaired(config: DataConfig, tokenizer: Any, *, context: int | None 
     stats = _stats([u.sample for u in items], tokenizer, config)
     stats.update(_read(table, layout, len(order), bad, truncated), desirable=sum(u.desirable for u in items))
     stats["dropped"] |= {"filtered": filtered} if filtered else {}
+    stats.update(
+        _contradictions([((t := tuple(u.sample.tokens), u.desirable), (t, not u.desirable), u.source) for u in items])
+    )
     return PreparedUnpaired(items, stats)
 
 
@@ -266,6 +271,18 @@ def _read(table: Any, layout: str, total: int, bad: _Bad, truncated: int) -> dic
 
 def _more_than_once(repeats: Counter[Any]) -> int:
     return sum(n - 1 for n in repeats.values())
+
+
+def _contradictions(rows: Sequence[tuple[Hashable, Hashable, str]]) -> dict[str, Any]:
+    """Rows, each (what it says, the opposite, where it is), that say the opposite of an earlier one: how many, the
+    first ten by name. They are learnt from all the same, and teach what both together say: neither."""
+    first: dict[Hashable, str] = {}
+    found = []
+    for said, opposite, source in rows:
+        if opposite in first:
+            found.append(f"{source} against {first[opposite]}")
+        first.setdefault(said, source)
+    return {"contradictory": len(found), "contradictions": found[:10]} if found else {}
 
 
 def _others(row: Row) -> Row:

@@ -81,9 +81,12 @@ def item_of(
 
 
 def about(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the summary says beside the mean: answers, those the scorer failed on, their length, how they ended."""
+    """What the summary says beside the mean: answers, those the scorer failed on, their length, how they ended; and
+    `constant`, the one score that all answers got, which measures nothing."""
     answers = [a for i in items for a in i["answers"]]
+    scores = [a["score"] for a in answers if a["score"] is not None]
     return {
+        **({"constant": scores[0]} if len(scores) > 1 and len(set(scores)) == 1 else {}),
         "samples": len(answers),
         "failed": {"scorer": n} if (n := sum(a["score"] is None for a in answers)) else {},
         "completion_tokens": statistics.fmean(a["tokens"] for a in answers),

@@ -75,6 +75,7 @@ class Asker:
         self.judge = {**backend.identity(), "reading": READING}
         self.counts: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
+        self.seconds = 0.0
         self.seen: set[str] = set()
 
     def __call__(self, asks: Sequence[Ask], on_done: Callable[[int], None] | None = None) -> list[Answer]:
@@ -110,11 +111,16 @@ class Asker:
         for k in set(keys) - self.seen:
             self.tokens["prompt"] += known[k]["prompt_tokens"]
             self.tokens["completion"] += known[k]["completion_tokens"]
+            self.seconds += known[k]["seconds"]
         self.seen |= set(keys)
         return [Answer(**known[k]) for k in keys]
 
     def cost(self) -> dict[str, Any]:
-        """Questions and tokens behind the labels, and what of it was paid for now; the backend's own account."""
+        """Questions, tokens and time behind the labels, and what of it was paid for now; the backend's own account.
+
+        answer_seconds: what the answers took, whichever run asked, each by itself: of a server that was asked several
+        things at once, more than went by.
+        """
         return {
             "questions": self.counts["asked"],
             "from_store": self.counts["from the store"],
@@ -122,5 +128,6 @@ class Asker:
             "completion_tokens": self.tokens["completion"],
             "new_prompt_tokens": self.tokens["new prompt"],
             "new_completion_tokens": self.tokens["new completion"],
+            "answer_seconds": round(self.seconds, 2),
             **self.backend.account(),
         }

@@ -161,7 +161,8 @@ class _Embedding(torch.autograd.Function):
 def _norm_forward(shift: float) -> Callable[..., Tensor]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         eps: Any = getattr(self, "variance_epsilon", None) or getattr(self, "eps", None)
-        if cpu.few_rows(hidden_states) and hidden_states.is_contiguous() and native.plain(self.weight):
+        tokens = hidden_states.flatten(-2) if hidden_states.ndim == 4 else hidden_states  # norms of heads: as many rows
+        if cpu.few_rows(tokens) and hidden_states.is_contiguous() and native.plain(self.weight):
             kernels = native.kernels()
             if kernels is not None:
                 return kernels.rms_norm(hidden_states, self.weight, float(eps), shift)

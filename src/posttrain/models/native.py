@@ -28,7 +28,7 @@ from torch import Tensor
 
 SOURCES = [Path(__file__).with_name(name) for name in ("decode.c", "tree.c", "vocabulary.c")]
 HEADER = Path(__file__).with_name("kernels.h")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-Wl,-Bsymbolic")
 LEAST_COLUMNS = 8
 """What a tile needs; see `decode.c`."""
 
@@ -36,7 +36,12 @@ _state: dict[str, Any] = {}
 
 
 class Layer(ctypes.Structure):
-    """A decoder layer's weights and sizes, as `layer` in `decode.c` takes them. Biases, q_norm and k_norm may be 0."""
+    """A decoder layer's weights and sizes, as `layer` in `decode.c` takes them. Biases, q_norm and k_norm may be 0.
+
+    kept: the tensors whose memory it points into.
+    """
+
+    kept: list[Tensor]
 
     POINTERS = (
         "norm", "q", "q_bias", "k", "k_bias", "v", "v_bias", "q_norm", "k_norm", "o", "o_bias",
@@ -81,7 +86,7 @@ class Kernels:
     def _whole_vectors(self) -> bool:
         """Whether 24 rows take as long as two vectors of 16: found out by timing both, since one processor multiplies a
         vector in one go and another in two, and neither says so. The results are the same."""
-        x, weight = torch.ones(24, 512), torch.ones(480, 512)
+        x, weight = (torch.ones(n, 512, dtype=torch.float32, device="cpu") for n in (24, 480))
         times = []
         for whole in (False, True):
             self.lib.use_whole_vectors(whole)
@@ -224,8 +229,10 @@ def kernels() -> Kernels | None:
 
 
 def plain(weight: Tensor) -> bool:
-    """Whether these are numbers in a row that a kernel can read: float32 without gaps, no tensor of another kind."""
-    return type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype == torch.float32 and weight.is_contiguous()
+    """Whether these are numbers in a row that a kernel can read: float32 without gaps on the CPU, no tensor of another
+    kind."""
+    known = type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu"
+    return known and weight.dtype == torch.float32 and weight.is_contiguous()
 
 
 def fits(weight: Tensor) -> bool:
@@ -306,16 +313,20 @@ def _processor() -> bytes:
 def _right(k: Kernels) -> bool:
     """Whether products, norms and gates are torch's to rounding, on shapes that reach every tile."""
     generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:  # whatever kind of number is usual elsewhere
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
     for rows, inner, columns in ((1, 33, 16), (8, 64, 50), (17, 100, 97), (24, 48, 64), (41, 32, 17), (130, 65, 49)):
-        x, w = (torch.randn(n, inner, generator=generator) for n in (rows, columns))
+        x, w = (randn(n, inner) for n in (rows, columns))
         exact = x.double() @ w.double().t()
         scale = x.double().abs() @ w.double().abs().t()
         if float(((k.linear(x, w).double() - exact).abs() / scale).max()) > 2e-6:
             return False
-    gate, up = (torch.randn(3, 37, generator=generator) * 8 for _ in range(2))
-    weight = torch.randn(37, generator=generator)
+    gate, up = (randn(3, 37) * 8 for _ in range(2))
+    weight = randn(37)
     expected = F.rms_norm(gate, (37,), weight + 1, 1e-5)
-    top, total = torch.full((3,), -1e30), torch.zeros(3)
+    top, total = torch.full((3,), -1e30, dtype=torch.float32, device="cpu"), gate.new_zeros(3)
     for part in (gate, up):
         k.absorb(part.clone(), top, total, None, False)
     if not torch.allclose(top + total.log(), torch.cat([gate, up], 1).logsumexp(1), rtol=1e-5, atol=1e-5):

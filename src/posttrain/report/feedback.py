@@ -95,7 +95,8 @@ def cost(spent: Mapping[str, Any]) -> str:
         f"{spent['questions']:,} questions, {spent['from_store']:,} of them from the store",
         f"{spent['prompt_tokens']:,} tokens asked and {spent['completion_tokens']:,} answered "
         f"({spent['new_prompt_tokens']:,} and {spent['new_completion_tokens']:,} of them now)",
-        f"{words.seconds(spent['seconds'])} of the judge's time",
+        f"answers that took {words.seconds(spent.get('answer_seconds', spent['seconds']))} together "
+        f"({words.seconds(spent['seconds'])} now)",
     ]
     if "requests" in spent:
         again = ", ".join(f"{n:,} {why}" for why, n in (spent.get("retries") or {}).items())

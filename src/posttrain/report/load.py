@@ -53,7 +53,8 @@ class TaskRow:
 class Run:
     """A run folder in memory. ``notes`` says what is missing or can't be read, for the reader of the report.
 
-    between: evaluations after stages before the last, by the stage's name, in order.
+    flat: those of the notes that name evaluations whose scorer gave every answer the same. between: evaluations after
+    stages before the last, by the stage's name, in order.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class Run:
     after: dict[str, Evaluation]
     comparison: list[Record]
     notes: list[str]
+    flat: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -123,18 +125,27 @@ def read(folder: Path) -> Run:
     else:
         notes.append("no recipe.yaml: the recipe can't be shown")
     comparison = _json(folder / "evaluations" / "comparison.json", notes)
+    before, after = (_evaluations(folder / "evaluations" / side, notes) for side in ("before", "after"))
+    flat = [*_constant(before, "before"), *_constant(after, "after")]
     return Run(
         folder=folder,
         manifest=manifest if isinstance(manifest, dict) else {},
         recipe_text=text,
         recipe=recipe if isinstance(recipe, dict) else {},
         stages=[_stage(path, notes) for path in _stage_folders(folder / "stages")],
-        before=_evaluations(folder / "evaluations" / "before", notes),
+        before=before,
         between={p.name.split("-", 1)[1]: _evaluations(p, notes) for p in _stage_folders(folder / "evaluations")},
-        after=_evaluations(folder / "evaluations" / "after", notes),
+        after=after,
         comparison=[c for c in comparison or [] if isinstance(c, dict)],
-        notes=notes,
+        notes=notes + flat,
+        flat=flat,
     )
+
+
+def _constant(evaluations: Mapping[str, Evaluation], side: str) -> list[str]:
+    """Of evaluations whose scorer gave every answer the same: then a difference says nothing of the model."""
+    found = {name: e.summary["constant"] for name, e in evaluations.items() if "constant" in e.summary}
+    return [f"{name}, {side}: the scorer gave every answer {score:g}" for name, score in found.items()]
 
 
 def _stage_folders(folder: Path) -> list[Path]:

@@ -117,7 +117,7 @@ def view(
         seen += [_seen("worst of the last step", r) for r in _one_a_group(ordered[::-1])[:SHOWN]]
     for s in found["suspects"]:
         at = [r for r in rows[there[s["step"]]] if (r["group"], r["rollout"]) == (s["group"], s["rollout"])]
-        seen += [_seen("suspicious: well rewarded, and repetitive or of unusual length", r) for r in at]
+        seen += [_seen("suspicious: well rewarded, and repetitive or of unusual length or form", r) for r in at]
     failed = [r for of_step in rows.values() for r in of_step if r["failures"]]
     seen += [_seen("got no reward", r) for r in failed[:SHOWN]]
     told = _parts(found), _drift(found), _pairs(found)

@@ -22,7 +22,9 @@ def summary_table(run_folder: Path) -> Table:
     table.add_column("task", overflow="fold")
     for name in ("before", "after", "difference", "p"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in read(Path(run_folder)).rows():
+    run = read(Path(run_folder))
+    table.caption = "\n".join(f"! {note}" for note in run.flat) or None
+    for row in run.rows():
 
         def span(side: dict[str, Any] | None, key: str = "value", metric: str = row.metric) -> str:
             if side is None:

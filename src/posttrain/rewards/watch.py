@@ -25,6 +25,13 @@ FAINT = 0.05
 """Share of a part's variance that lies within groups, below which it is named."""
 CUT_SHORT = 0.2
 """Rise of a share (of rollouts cut at the longest length, of a marker) that is named."""
+STANDING = {
+    "empty": "of completions are empty (last third): the end token comes first; look at the prompt and its template",
+    "cut at the longest": "of completions are cut at the longest length (last third): raise sampling.max_tokens",
+}
+"""Markers that are named wherever at least half of the rollouts have them, whether that is new or not."""
+RARE = 0.2
+"""Share of a step's rollouts, up to which a marker of one of them is unusual there."""
 
 MARKERS: dict[str, Callable[[Rollout], bool]] = {
     "empty": lambda r: not r.text.strip(),
@@ -106,8 +113,9 @@ def watch(steps: Sequence[Sequence[RolloutGroup]], suspects: int = 5) -> dict[st
     length, repetition, judged: mean a step, change, and correlation with the reward. Repetition: see `repetition`;
     judged: steps of a completion that a reward has scored, over all such rewards.
     markers: share of rollouts by feature (see MARKERS): shares a step, change, correlation with the reward.
-    suspects: rollouts rewarded above their group's mean that are the most repetitive or unusually long or short:
-    [{step, group, rollout, reward, repetition, tokens, length_z, score}], worst first.
+    suspects: rollouts rewarded above their group's mean that are the most repetitive, unusually long or short, or of a
+    form that few others of their step have: [{step, group, rollout, reward, repetition, tokens, length_z, markers,
+    score}], worst first.
     warnings: sentences for what drifted.
     """
     flat = [[r for g in groups for r in g.rollouts if math.isfinite(r.reward)] for groups in steps]
@@ -188,10 +196,12 @@ def _moves_apart(pair: Mapping[str, Any], parts: Mapping[str, Any]) -> bool:
 
 
 def _suspects(steps: Sequence[Sequence[RolloutGroup]], count: int) -> list[dict[str, Any]]:
-    found = []
+    found: list[dict[str, Any]] = []
     for s, groups in enumerate(steps):
         lengths = [r.length for g in groups for r in g.rollouts if math.isfinite(r.reward)]
         mean, spread = (statistics.fmean(lengths), statistics.pstdev(lengths)) if lengths else (0.0, 0.0)
+        there = [r for g in groups for r in g.rollouts]
+        rare = [n for n, has in MARKERS.items() if 0 < sum(map(has, there)) <= RARE * len(there)]
         for g, group in enumerate(groups):
             rewards = [r.reward for r in group.rollouts if math.isfinite(r.reward)]
             for i, r in enumerate(group.rollouts):
@@ -200,8 +210,10 @@ def _suspects(steps: Sequence[Sequence[RolloutGroup]], count: int) -> list[dict[
                 z = (r.length - mean) / spread if spread else 0.0
                 again = repetition([r.tokens[i] for i in r.own])
                 entry = {"step": s, "group": g, "rollout": i, "reward": r.reward, "repetition": again}
-                score = again + max(0.0, abs(z) - 1) / 2  # a length within one deviation of the step's mean is usual
-                found.append({**entry, "tokens": r.length, "length_z": z, "score": score})
+                odd = [n for n in rare if MARKERS[n](r)]
+                # A length within one deviation of the step's mean is usual.
+                score = again + max(0.0, abs(z) - 1) / 2 + len(odd) / 4
+                found.append({**entry, "tokens": r.length, "length_z": z, "markers": odd, "score": score})
     worst = sorted(found, key=lambda f: (-f["score"], f["step"], f["group"], f["rollout"]))
     return [f for f in worst if f["score"] > 0][:count]
 
@@ -219,6 +231,9 @@ def _warnings(
     for name, series in markers.items():
         if series["change"] is not None and abs(series["change"]) >= CUT_SHORT:
             out.append(f"share of rollouts with '{name}' changed by {series['change']:+.0%}")
+        share = series["late"] if series["late"] is not None else series["early"]
+        if name in STANDING and share is not None and share >= 0.5:
+            out.append(f"{share:.0%} {STANDING[name]}")
     for pair in apart:
         a, b = pair["a"], pair["b"]
         changes = f"{a} {parts[a]['change'] or 0:+.3g}, {b} {parts[b]['change'] or 0:+.3g}"
