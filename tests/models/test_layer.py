@@ -130,6 +130,7 @@ def test_norms_that_an_adapter_takes_over_are_its_own(monkeypatch) -> None:
 
 
 def _adapted(model: LanguageModel) -> None:
+    """Of a rank that is too low for the kernels."""
     model.hf = get_peft_model(model.hf, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
 
 
@@ -151,6 +152,27 @@ def test_what_is_put_into_a_layer_takes_effect(change: Callable[[LanguageModel],
     change(model)
     after, calls = sampled(model, monkeypatch)
     assert not calls and (change is _with_gaps or after != before)
+
+
+@pytest.mark.parametrize("where", ["all-linear", ["q_proj", "down_proj"], ["k_proj", "o_proj", "up_proj"]])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_low_rank_adapters_are_computed_along(name: str, where: Any, monkeypatch) -> None:
+    """To the bit what the parts give one by one; switched off, merged or of another kind they are left to the layer."""
+    config = LoraConfig(r=8, lora_alpha=20, target_modules=where, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = LanguageModel(get_peft_model(with_biases(tiny_model(name)), config))
+    layers = layers_of(model)
+    with_adapters, calls = sampled(model, monkeypatch)
+    assert all(x.in_one_call for x in layers) and calls >= 33 * len(layers)
+    for x in layers:
+        x.in_one_call = False
+    assert sampled(model, monkeypatch) == (with_adapters, 0)
+    for x in layers:
+        x.in_one_call = True
+    with model.hf.disable_adapter():
+        without, calls = sampled(model, monkeypatch)
+    assert not calls and without != with_adapters
+    model.hf.merge_adapter()
+    assert not sampled(model, monkeypatch)[1]
 
 
 def test_weights_that_change_between_two_calls_are_the_new_ones(monkeypatch) -> None:

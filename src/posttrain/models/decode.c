@@ -376,31 +376,60 @@ void rotate(const float *x, const long *x_strides, const float *cosine, const fl
 
 /* --------------------------------------------------------------------------------------------------- a whole layer at once
  *     h = x + o(attend(rotate(q(norm x)), rotate(k(norm x)), v(norm x))),  y = h + down(silu(gate(norm h)) up(norm h))
- * as the most usual decoders have it, by the functions above in the same order: what comes out is theirs to the bit. A
- * step has some ten small operations between two products, and calling each from Python takes as long as it does. */
+ * as the most usual decoders have it, with low-rank adapters or without, by the functions above in the same order: what
+ * comes out is theirs to the bit. A step has some ten small operations between two products, and calling each from Python takes as long as it does. */
 typedef struct {
-    const float *norm, *q, *q_bias, *k, *k_bias, *v, *v_bias, *q_norm, *k_norm, *o, *o_bias;
-    const float *after, *gate, *gate_bias, *up, *up_bias, *down, *down_bias;
-    long hidden, heads, kv, size, inner;
+    const float *w, *bias, *a, *b; /* w (n, k); a (rank, k), b (n, rank): an adapter, or NULL */
+    long n, rank;
+    float scale; /* of the adapter */
+} matrix_t;
+
+typedef struct {
+    const float *norm, *after, *q_norm, *k_norm;
+    matrix_t q, k, v, o, gate, up, down;
+    long hidden, heads, kv, size, inner, rank; /* rank: the largest */
     float eps, head_eps, after_eps, scale;
 } layer_t;
+
+/* y = x W^T + bias + scale (x A^T) B^T of each matrix; low: room for `count` times (m, rank) and once (m, n). 0: done. */
+static int project(const float *x, long m, long k, const matrix_t *const *matrices, float *const *ys, int count,
+                   long rank, float *low) {
+    product_t chain[6];
+    int length = 0;
+    for (int i = 0; i < count; i++)
+        chain[length++] = (product_t){.w = matrices[i]->w, .bias = matrices[i]->bias, .y = ys[i], .n = matrices[i]->n};
+    for (int i = 0; i < count; i++)
+        if (matrices[i]->a)
+            chain[length++] = (product_t){.w = matrices[i]->a, .y = low + i * m * rank, .n = matrices[i]->rank};
+    if (products(x, m, k, chain, length))
+        return 1;
+    float *more = low + count * m * rank;
+    for (int i = 0; i < count; i++) {
+        const matrix_t *w = matrices[i];
+        if (!w->a)
+            continue;
+        if (linear(low + i * m * rank, w->b, NULL, more, m, w->rank, w->n))
+            return 1;
+        for (long e = 0; e < m * w->n; e++)
+            ys[i][e] += w->scale * more[e];
+    }
+    return 0;
+}
 
 /* x, y (m, hidden); sizes: m, own_columns, shared_columns; the rest as `attend` has it. 0: done. */
 int layer(const layer_t *l, const float *x, float *y, const float *cosine, const float *sine, float *own_k, float *own_v,
           float *shared_k, float *shared_v, const long *column, const long *prompt, const long *prompt_length,
           const long *sizes) {
     const long m = sizes[0], wide = l->heads * l->size, narrow = l->kv * l->size;
-    const long widest = l->inner > wide ? l->inner : wide;
-    float *normed = room(1, m * (2 * l->hidden + 3 * widest + 2 * narrow));
+    const long inner = l->inner > wide ? l->inner : wide, widest = inner > l->hidden ? inner : l->hidden;
+    float *normed = room(1, m * (2 * l->hidden + 4 * widest + 2 * narrow + 3 * l->rank));
     if (!normed)
         return 1;
     float *made = normed + m * l->hidden, *q = made + m * l->hidden, *heads = q + m * widest;
-    float *gates = heads + m * widest, *k = gates + m * widest, *v = k + m * narrow;
+    float *gates = heads + m * widest, *k = gates + m * widest, *v = k + m * narrow, *low = v + m * narrow;
     rms_norm(x, l->norm, normed, m, l->hidden, l->eps, 0.0f);
-    product_t qkv[] = {{.w = l->q, .bias = l->q_bias, .y = q, .n = wide},
-                       {.w = l->k, .bias = l->k_bias, .y = k, .n = narrow},
-                       {.w = l->v, .bias = l->v_bias, .y = v, .n = narrow}};
-    if (products(normed, m, l->hidden, qkv, 3))
+    if (project(normed, m, l->hidden, (const matrix_t *const[]){&l->q, &l->k, &l->v}, (float *const[]){q, k, v}, 3,
+                l->rank, low))
         return 1;
     if (l->q_norm) {
         rms_norm(q, l->q_norm, q, m * l->heads, l->size, l->head_eps, 0.0f);
@@ -413,17 +442,16 @@ int layer(const layer_t *l, const float *x, float *y, const float *cosine, const
     const long attended[] = {m, l->kv, l->heads / l->kv, l->size, sizes[1], sizes[2], 0};
     if (attend(q, k, v, strides, own_k, own_v, shared_k, shared_v, heads, column, prompt, prompt_length, attended,
                l->scale) ||
-        linear(heads, l->o, l->o_bias, made, m, wide, l->hidden))
+        project(heads, m, wide, (const matrix_t *const[]){&l->o}, &made, 1, l->rank, low))
         return 1;
     for (long i = 0; i < m * l->hidden; i++)
         y[i] = x[i] + made[i];
     rms_norm(y, l->after, normed, m, l->hidden, l->after_eps, 0.0f);
-    product_t both[] = {{.w = l->gate, .bias = l->gate_bias, .y = gates, .n = l->inner},
-                        {.w = l->up, .bias = l->up_bias, .y = q, .n = l->inner}};
-    if (products(normed, m, l->hidden, both, 2))
+    if (project(normed, m, l->hidden, (const matrix_t *const[]){&l->gate, &l->up}, (float *const[]){gates, q}, 2,
+                l->rank, low))
         return 1;
     gated(gates, q, heads, m * l->inner);
-    if (linear(heads, l->down, l->down_bias, made, m, l->inner, l->hidden))
+    if (project(heads, m, l->inner, (const matrix_t *const[]){&l->down}, &made, 1, l->rank, low))
         return 1;
     for (long i = 0; i < m * l->hidden; i++)
         y[i] += made[i];

@@ -192,20 +192,31 @@ def _mlp_forward(kind: str) -> Callable[..., Tensor]:
     return forward
 
 
+def low_rank(module: Any) -> tuple[Any, Tensor, Tensor, float] | None:
+    """(linear, A, B, scale) of peft's linear module, where it is x W^T + b + scale (x A^T) B^T with W frozen; None
+    where its adapters are off, merged, several or of another kind."""
+    names = module.active_adapters
+    if len(names) != 1 or module.disable_adapters or module.merged or module.base_layer.weight.requires_grad:
+        return None
+    if names[0] not in module.lora_A or names[0] not in module.lora_B:
+        return None
+    a, b = module.lora_A[names[0]].weight, module.lora_B[names[0]].weight
+    return module.base_layer, a, b, module.scaling[names[0]]
+
+
 def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    names = self.active_adapters
-    plain = len(names) == 1 and not self.disable_adapters and not self.merged and not args and not kwargs
-    a, b = (
-        getattr(self, n)[names[0]].weight if plain and names[0] in getattr(self, n) else None
-        for n in ("lora_A", "lora_B")
-    )
-    base = self.base_layer
-    if a is None or b is None or a.dtype != x.dtype or base.weight.requires_grad:
+    found = None if args or kwargs else low_rank(self)
+    if found is None or found[1].dtype != x.dtype:
         return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+    base, a, b, scale = found
     if cpu.few_rows(x):
-        low = cpu.linear(x, a)
-        return cpu.linear(x, base.weight, base.bias).add_(cpu.linear(low, b), alpha=self.scaling[names[0]])
-    return _LoRALinear.apply(x, base.weight, base.bias, a, b, self.scaling[names[0]])  # type: ignore[no-any-return]
+        return cpu.linear(x, base.weight, base.bias).add_(cpu.linear(cpu.linear(x, a), b), alpha=scale)
+    return _LoRALinear.apply(x, base.weight, base.bias, a, b, scale)  # type: ignore[no-any-return]
+
+
+def adapted(module: Any) -> bool:
+    """Whether a module is peft's linear one with the forward of this file."""
+    return getattr(vars(module).get("forward"), "__func__", None) is _lora_forward
 
 
 def _embedding_forward(self: Any, input: Tensor) -> Tensor:

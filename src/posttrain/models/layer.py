@@ -6,8 +6,8 @@
 with RMSNorms, rotary positions, biases where there are any, and norms of each query's and key's head or none (Llama,
 Mistral, Qwen 2 and 3, and their like). Such a layer has ten small operations beside its products, and calling each of
 them from Python takes a fifth of a step of few rows. A layer is taken for one of these if its parts are; at its first
-step both ways are computed, and if they differ in a single bit it keeps its own for good. So does one with adapters,
-hooks, or weights that are quantised or sharded, while it has them.
+step both ways are computed, and if they differ in a single bit it keeps its own for good. LoRA's adapters are computed
+along; a layer with others, with hooks, or with weights that are quantised or sharded keeps its own while it has them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.models import cpu, native
+from posttrain.models.fused import adapted, low_rank
 
 PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -107,50 +108,68 @@ def _computed(
 def _described(layer: Any) -> native.Layer | None:
     """Its weights for the kernel, kept alive; None if a part is not, or no longer, what it was taken for."""
     attention, mlp = layer.self_attn, layer.mlp
-    linears: list[Any] = [
-        getattr(getattr(layer, home), name, None) for home, names in PROJECTIONS.items() for name in names
-    ]
-    norms = [getattr(layer, n) for n in NORMS]
-    heads = [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
-    # Parts with a fused forward (`models.fused`) are of a known kind; what an adapter puts in their place has none.
-    fused = [mlp, *linears, *norms, *(n for n in heads if n is not None)]
-    if any(type(x) is not nn.Linear for x in linears) or any("forward" not in vars(p) for p in fused):
+    homes = [(getattr(layer, home), name) for home, names in PROJECTIONS.items() for name in names]
+    linears: list[Any] = [getattr(home, name, None) for home, name in homes]
+    norms = [getattr(layer, n) for n in NORMS] + [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
+    # Parts with a fused forward (`models.fused`) are of a known kind; what else is put in their place has none.
+    parts = [mlp, *linears, *(n for n in norms if n is not None)]
+    if any(p is None or "forward" not in vars(p) for p in parts):
         return None
-    if any(p._forward_hooks or p._forward_pre_hooks for p in (layer, attention, *fused)):
+    if any(p._forward_hooks or p._forward_pre_hooks for p in (layer, attention, *parts)):
         return None
-    weights = [x.weight for x in linears]
-    vectors = [n.weight for n in (*norms, *heads) if n is not None] + [x.bias for x in linears if x.bias is not None]
-    if not all(map(native.fits, weights)) or not all(map(native.plain, vectors)):
+    matrices = [_matrix(x) for x in linears]
+    if any(m is None for m in matrices):
         return None
-    size, hidden, inner = int(attention.head_dim), linears[0].in_features, linears[4].out_features
-    wide, narrow = linears[0].out_features, linears[1].out_features
-    shapes = [
-        (wide, hidden),
-        (narrow, hidden),
-        (narrow, hidden),
-        (hidden, wide),
-        *[(inner, hidden)] * 2,
-        (hidden, inner),
-    ]
-    lengths = [hidden, hidden, size, size]
-    if wide % size or narrow % size or (wide // size) % (narrow // size) or [tuple(w.shape) for w in weights] != shapes:
+    tensors = [t for m in matrices if m is not None for t in m[1]] + [n.weight for n in norms if n is not None]
+    if not all(map(native.plain, tensors)):
         return None
-    if any(n is not None and n.weight.shape != (length,) for n, length in zip((*norms, *heads), lengths, strict=True)):
+    described = native.Layer(**dict(zip(native.Layer.MATRICES, (m[0] for m in matrices if m is not None), strict=True)))
+    size, hidden, inner = int(attention.head_dim), len(norms[0].weight), described.gate.n
+    wide, narrow = described.q.n, described.k.n
+    inputs = [m[1][0].shape[1] for m in matrices if m is not None]
+    if inputs != [hidden, hidden, hidden, wide, hidden, hidden, inner]:
         return None
-    values: dict[str, Any] = {}
-    for name, linear in zip(("q", "k", "v", "o", "gate", "up", "down"), linears, strict=True):
-        values[name] = linear.weight.data_ptr()
-        values[f"{name}_bias"] = None if linear.bias is None else linear.bias.data_ptr()
-    for name, norm in zip(("norm", "after", "q_norm", "k_norm"), (*norms, *heads), strict=True):
-        values[name] = None if norm is None else norm.weight.data_ptr()
-    values |= {
-        "hidden": hidden, "heads": wide // size, "kv": narrow // size, "size": size, "inner": inner,
-        "scale": float(attention.scaling), "eps": _eps(norms[0]), "after_eps": _eps(norms[1]),
-        "head_eps": 0.0 if heads[0] is None else _eps(heads[0]),
-    }  # fmt: skip
-    described = native.Layer(**values)
-    described.kept = [*weights, *vectors]
+    if (described.v.n, described.up.n, described.o.n, described.down.n) != (narrow, inner, hidden, hidden):
+        return None
+    if wide % size or narrow % size or (wide // size) % (narrow // size):
+        return None
+    lengths = (hidden, hidden, size, size)
+    if any(n is not None and n.weight.shape != (length,) for n, length in zip(norms, lengths, strict=True)):
+        return None
+    described.norm, described.after, described.q_norm, described.k_norm = (
+        None if n is None else n.weight.data_ptr() for n in norms
+    )
+    described.eps, described.after_eps = _eps(norms[0]), _eps(norms[1])
+    described.head_eps = 0.0 if norms[2] is None else _eps(norms[2])
+    described.hidden, described.heads, described.kv = hidden, wide // size, narrow // size
+    described.size, described.inner, described.scale = size, inner, float(attention.scaling)
+    described.rank = max(getattr(described, n).rank for n in native.Layer.MATRICES)
+    described.kept = tensors
     return described
+
+
+def _matrix(linear: Any) -> tuple[native.Matrix, list[Tensor]] | None:
+    """A projection for the kernel and its tensors, the weight first; None where it is of another kind."""
+    a = b = None
+    scale = 0.0
+    if adapted(linear):
+        found = low_rank(linear)
+        if found is None:
+            return None
+        linear, a, b, scale = found
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+        return None
+    low = [] if a is None or b is None else [a, b]
+    if not all(map(native.fits, [linear.weight, *low])):
+        return None
+    matrix = native.Matrix(
+        w=linear.weight.data_ptr(), n=len(linear.weight), rank=0 if a is None else len(a), scale=scale
+    )
+    if linear.bias is not None:
+        matrix.bias = linear.bias.data_ptr()
+    if a is not None and b is not None:
+        matrix.a, matrix.b = a.data_ptr(), b.data_ptr()
+    return matrix, [linear.weight, *low, *([] if linear.bias is None else [linear.bias])]
 
 
 def _eps(norm: Any) -> float:

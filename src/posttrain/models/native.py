@@ -35,24 +35,30 @@ LEAST_COLUMNS = 8
 _state: dict[str, Any] = {}
 
 
+class Matrix(ctypes.Structure):
+    """x W^T + bias + scale (x A^T) B^T: w (n, k); bias may be 0, and so may a (rank, k) and b (n, rank)."""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("w", "bias", "a", "b")),
+        *((n, ctypes.c_long) for n in ("n", "rank")),
+        ("scale", ctypes.c_float),
+    )
+
+
 class Layer(ctypes.Structure):
-    """A decoder layer's weights and sizes, as `layer` in `decode.c` takes them. Biases, q_norm and k_norm may be 0.
+    """A decoder layer's weights and sizes, as `layer` in `decode.c` takes them. q_norm and k_norm may be 0.
 
     kept: the tensors whose memory it points into.
     """
 
     kept: list[Tensor]
 
-    POINTERS = (
-        "norm", "q", "q_bias", "k", "k_bias", "v", "v_bias", "q_norm", "k_norm", "o", "o_bias",
-        "after", "gate", "gate_bias", "up", "up_bias", "down", "down_bias",
-    )  # fmt: skip
-    SIZES = ("hidden", "heads", "kv", "size", "inner")
-    NUMBERS = ("eps", "head_eps", "after_eps", "scale")
+    MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in POINTERS),
-        *((n, ctypes.c_long) for n in SIZES),
-        *((n, ctypes.c_float) for n in NUMBERS),
+        *((n, ctypes.c_void_p) for n in ("norm", "after", "q_norm", "k_norm")),
+        *((n, Matrix) for n in MATRICES),
+        *((n, ctypes.c_long) for n in ("hidden", "heads", "kv", "size", "inner", "rank")),
+        *((n, ctypes.c_float) for n in ("eps", "head_eps", "after_eps", "scale")),
     )
 
 
