@@ -115,6 +115,7 @@ class Proxy:
         self.asked: list[str] = []
         self.passed: list[str] = []
         self.times: list[float] = []
+        self.active = self.most = 0
         self.lock = threading.Lock()
         proxy = self
 
@@ -122,7 +123,11 @@ class Proxy:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                proxy.handle(self)
+                try:
+                    proxy.handle(self)
+                finally:
+                    with proxy.lock:
+                        proxy.active -= 1
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -136,6 +141,8 @@ class Proxy:
         body = h.rfile.read(int(h.headers["Content-Length"]))
         question = json.loads(body)["messages"][-1]["content"]
         with self.lock:
+            self.active += 1
+            self.most = max(self.most, self.active)
             number = len(self.asked)
             self.asked.append(question)
             self.times.append(time.monotonic())

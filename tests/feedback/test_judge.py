@@ -19,7 +19,7 @@ from posttrain.data.feedback import Pair
 from posttrain.errors import CheckpointError, DataError, RecipeError
 from posttrain.feedback import Answer, Ask, Asker, Judge, Judged, Store, summarize
 from posttrain.feedback.ask import OnAnswer
-from posttrain.feedback.judge import above, combined
+from posttrain.feedback.judge import OPPOSED, Score, Verdict, above, combined
 from posttrain.feedback.local import _alone
 from posttrain.feedback.remote import label_probabilities
 from posttrain.feedback.wording import question, read_label
@@ -259,6 +259,51 @@ def test_a_rationale_comes_first_and_is_part_of_the_question(tmp_path: Path) -> 
         database = judge.asker.store.database
         texts = [q for (q,) in database.execute("SELECT question FROM answers WHERE question LIKE '%assistant%'")]
         assert len(texts) == 4 and all("Now the verdict: reply with A or B only." in q for q in texts)
+
+
+def test_both_answers_of_a_pair_are_scored_by_the_same_principles(tmp_path: Path) -> None:
+    """Drawn once for both; without a number all of them are in every question."""
+    file = tmp_path / "principles.txt"
+    file.write_text("Be kind.\nBe brief.\nBe right.\n")
+    scale = {"bad": 0.0, "good": 1.0}
+    for wanted in (1, 0):
+        with opened(tmp_path, mode="score", scale=scale, principles=str(file), principles_per_question=wanted) as judge:
+            asked: list[str] = []
+            answer = judge.asker.backend.answer
+
+            def watched(asks: Sequence[Ask], on_answer: OnAnswer, asked: list[str] = asked, go: Any = answer) -> None:
+                asked += [a.messages[-1]["content"] for a in asks]
+                go(asks, on_answer)
+
+            judge.asker.backend.answer = watched  # type: ignore[method-assign]
+            judged = judge.compare(PAIRS)
+        lines = [[x for x in text.splitlines() if x.startswith("- Be ")] for text in asked]
+        assert lines[::2] == lines[1::2] and {len(x) for x in lines} == {wanted or 3}
+        for j, shown in zip(judged, lines[::2], strict=True):
+            assert [f"- {judge.principles[i]}" for i in j.principles] == shown
+        assert len({tuple(x) for x in lines}) == (3 if wanted else 1)
+
+
+def test_a_pair_whose_means_and_draws_say_the_opposite_gets_no_label(tmp_path: Path) -> None:
+    """a: 5 with 0.6, 1 with 0.4, so 3.4; b: 4 for sure. b has the higher mean, a the higher score in 0.6 of draws. A
+    row with a margin below 0 would be refused by what learns from it."""
+    with opened(tmp_path, mode="score", scale={"1": 1.0, "4": 4.0, "5": 5.0}) as judge:
+        said = {
+            "a": {"1": 0.4, "4": 0.0, "5": 0.6},
+            "b": {"1": 0.0, "4": 1.0, "5": 0.0},
+            "c": {"1": 0.9, "4": 0.1, "5": 0},
+        }
+
+        def scores(prompts: Any, answers: Sequence[str], *rest: Any) -> list[Score]:
+            worth = judge.config.scale
+            return [Score(sum(worth[x] * p for x, p in said[t].items()), Verdict(said[t], 1.0)) for t in answers]
+
+        judge._scores = scores  # type: ignore[method-assign]
+        one, other = judge.compare([Pair("p", "a", "b", "f:1"), Pair("p", "b", "c", "f:2")])
+    assert one.p_a is None and one.why == OPPOSED and one.scores == pytest.approx((3.4, 4.0))
+    assert other.p_a == pytest.approx(0.95) and other.margin == pytest.approx(4 - 1.3)
+    report = summarize([one, other])
+    assert report["left_out"] == {OPPOSED: 1} and report["unlabelled"] == [{"source": "f:1", "why": OPPOSED}]
 
 
 def test_a_question_beyond_the_context_is_left_out_and_said(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from posttrain.feedback import Judge, Judged
 from posttrain.refine import read_chains
 from posttrain.rollout.openai import OpenAISampler
 from posttrain.rollout.sampler import Request
-from posttrain.rollout.server import _Limits, retry_after
+from posttrain.rollout.server import Server, _Limits, retry_after
 from posttrain.train.refine import run_refine
 from tests.feedback.serving import PAIRS, Fault, Proxy, environment
 
@@ -142,6 +143,39 @@ def test_requests_are_spread_out(
         _, cost = compare(config(proxy.url, judge_folder, tmp_path / "other.sqlite3", server=limits))
         spent = cost["prompt_tokens"] + cost["completion_tokens"]
         assert len(times) == 24 and max(times) - min(times) >= 0.7 * spent / 2000
+
+
+def test_limits_go_on_from_call_to_call(server: str, judge_folder: Path, tmp_path: Path) -> None:
+    """300 a minute: one every 200 ms, though each is a call of its own."""
+    with proxied(server) as proxy:
+        behind = config(proxy.url, judge_folder, tmp_path / "s.sqlite3", server={"requests_per_minute": 300}).server
+        assert behind is not None
+        asked = Server(behind)
+        began = time.monotonic()
+        for i in range(4):
+            asked.ask([{"messages": [{"role": "user", "content": str(i)}], "max_tokens": 1}], lambda n, reply: None)
+        assert time.monotonic() - began >= 0.6 and len(proxy.passed) == 4
+
+
+def test_no_more_are_under_way_than_asked_for_and_waits_double(
+    server: str, judge_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The n-th retry waits backoff 2^n seconds, times a random 0.5 to 1, so that many who failed at once come apart."""
+    with proxied(server, delay=0.1) as proxy:
+        compare(config(proxy.url, judge_folder, tmp_path / "a.sqlite3", server={"concurrency": 3}))
+        assert proxy.most == 3
+    waits: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        waits.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr("posttrain.rollout.server.asyncio.sleep", noted)
+    with proxied(server, lambda n, q: "500" if n < 6 else "") as proxy:
+        compare(config(proxy.url, judge_folder, tmp_path / "b.sqlite3", server={"concurrency": 1, "backoff": 0.5}))
+    assert len(waits) == 6 and all(0.25 * 2**n <= w <= 0.5 * 2**n for n, w in enumerate(waits))
+    assert len({w / 2**n for n, w in enumerate(waits)}) == 6
 
 
 def test_a_server_that_keeps_failing_ends_the_run_and_what_it_said_stays(

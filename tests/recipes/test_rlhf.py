@@ -112,6 +112,46 @@ def test_the_page_s_direct_variant_runs(tmp_path: Path) -> None:
     assert 0 <= record["reward/judge"] <= 1 and record["reward"] == record["reward/judge"]
 
 
+@pytest.mark.parametrize("method", ["ppo", "grpo", "online_dpo"])
+def test_a_reward_model_teaches_by_other_methods_too(method: str, tmp_path: Path) -> None:
+    """What the policy is given is what the reward model that was trained before says of its answers; online DPO's
+    second part is a judge."""
+    rows = [{"prompt": f"p{i % 9}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    judge = {"model": {"source": "tiny:gpt2"}, "mode": "score", "scale": {"bad": 0, "good": 1},
+             "store": str(tmp_path / "judge.sqlite3")}  # fmt: skip
+    parts: list[Any] = [{"kind": "reward_model", "name": "proxy", "source": "stage:proxy"}]
+    parts += [{"kind": "judge", "judge": judge}] if method == "online_dpo" else []
+    policy = {
+        "method": method,
+        "name": "policy",
+        "start": "base",
+        "problems": {"kind": "rows", "answers": False,
+                     "data": {"source": str(tmp_path / "pairs.jsonl"), "completion": "-", "prompt": "{prompt}"}},
+        "rewards": {"parts": parts},
+        "sampling": {"max_tokens": 5},
+        "prompts_per_step": 3,
+        "group_size": 3,
+        "steps": 2,
+        **({} if method == "online_dpo" else {"kl": {"coefficient": 0.1, "where": "reward", "estimator": "k1"}}),
+    }  # fmt: skip
+    proxy = {"method": "reward_model", "name": "proxy", "data": {"source": str(tmp_path / "pairs.jsonl")}}
+    proxy |= {"max_steps": 2, "batch_size": 4}
+    recipe = posttrain.Recipe.model_validate(
+        {"name": "r", "model": {"source": "tiny:llama"}, "stages": [proxy, policy]}
+    )
+    folder = posttrain.run(recipe, tmp_path / "run").folder / "stages"
+    from posttrain.models.scorers import RewardModel
+
+    scorer = RewardModel(str(folder / "0-proxy" / "reward_model"))
+    kept = read_rollouts(path_of(folder / "1-policy" / "rollouts", 1))
+    asked = [rows[int(r["source"].split(":")[-1]) - 1]["prompt"] for r in kept]
+    scores = scorer([[{"role": "user", "content": a}] for a in asked], [r["completion"] for r in kept])
+    assert [r["parts"]["proxy"] for r in kept] == pytest.approx(scores, abs=1e-4)
+    if method == "online_dpo":
+        assert all(0 <= r["parts"]["judge"] <= 1 for r in kept) and len({r["parts"]["judge"] for r in kept}) > 1
+
+
 @pytest.mark.parametrize("size", ["sentiment", "lab"])
 def test_the_two_recipes_differ_in_who_labels_and_nothing_else(size: str) -> None:
     one, two = (yaml.safe_load(dump_recipe(posttrain.load_recipe(f"{n}_{size}"))) for n in ("rlhf", "rlaif"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,39 @@ def test_answers_of_the_policy_are_kept_and_sampled_once(tmp_path: Path, monkeyp
         {k: r[k] for k in ("prompt", "chosen", "rejected")} for r in rows
     ]
     assert [r["probability"] for r in found] == pytest.approx([r["probability"] for r in rows], abs=1e-4)
+
+
+def test_what_got_no_row_is_in_a_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifteen pairs of equal ratings, an answer that is its prompt again, and one that is empty: all by name."""
+    path = tmp_path / "ratings.jsonl"
+    rows = [{"prompt": f"p{i}", "completion": f"{j}", "ratings": [1]} for i in range(15) for j in range(2)]
+    rows += [{"prompt": "q", "completion": c, "ratings": [r]} for c, r in (("good", 2), ("bad", 1))]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    people = {"method": "feedback", "labels": "human",
+              "answers": {"kind": "ratings", "data": {"source": str(path)}, "ratings": "ratings"}}  # fmt: skip
+    result = posttrain.run(recipe(tmp_path, people), tmp_path / "people")
+    left = read_lines(result.folder / "stages" / "0-feedback" / "left_out.jsonl")
+    assert len(left) == 15 and {x["reason"] for x in left} == {"tie"} and len({x["source"] for x in left}) == 15
+    from posttrain.rollout.engine import LocalSampler
+
+    sample = LocalSampler.sample
+
+    def echoing(self: Any, requests: Any, *rest: Any) -> Any:
+        groups = sample(self, requests, *rest)
+        asked = str(requests[0].example["messages"][-1]["content"])
+        texts = [f" {asked}\n", "", groups[0].rollouts[2].text or "x"]
+        groups[0] = replace(
+            groups[0], rollouts=[replace(r, text=t) for r, t in zip(groups[0].rollouts, texts, strict=True)]
+        )
+        return groups
+
+    monkeypatch.setattr(LocalSampler, "sample", echoing)
+    result = posttrain.run(recipe(tmp_path, sampled(tmp_path, prompts_at_once=10)), tmp_path / "sampled")
+    left = read_lines(result.folder / "stages" / "0-feedback" / "left_out.jsonl")
+    found = {x["reason"] for x in left}
+    assert {"the answer is the prompt again", "empty answer", "prompts with fewer than two answers"} <= found
+    stored = json.loads((result.folder / "stages" / "0-feedback" / "judge.json").read_text())
+    assert stored["answers_left_out"]["the answer is the prompt again"] == 1
 
 
 def test_thumbs_stay_thumbs_and_what_can_not_be_labelled_is_refused(tmp_path: Path) -> None:

@@ -118,6 +118,43 @@ def test_the_loss_of_a_step_by_the_model_s_own_forward() -> None:
     assert result["margin"] == pytest.approx(result["reward_chosen"] - result["reward_rejected"], abs=1e-6)
 
 
+@pytest.mark.parametrize("method", PAIRED)
+def test_every_loss_of_a_step_by_the_model_s_own_forward(method: str) -> None:
+    """As the papers write them, soft labels q apart: sums or means over tokens, ratios or log-probabilities, the term
+    for the chosen answer. Default numbers of each method, docs/preference.md."""
+    pairs, policy, frozen = random_pairs(4), tiny_model("llama"), tiny_model("llama", seed=1)
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    total = 0.0
+    with torch.no_grad():
+        for p in pairs:
+            lengths = [len(s.tokens) - p.prompt for s in (p.chosen, p.rejected)]
+            c, r = (float(slow_logprob(policy, s, p.prompt)) for s in (p.chosen, p.rejected))
+            c_ref, r_ref = (float(slow_logprob(frozen, s, p.prompt)) for s in (p.chosen, p.rejected))
+            c_mean, r_mean = c / lengths[0], r / lengths[1]
+            h = (c - c_ref) - (r - r_ref)
+            h_mean = (c - c_ref) / lengths[0] - (r - r_ref) / lengths[1]
+            odds = (c_mean - math.log(1 - math.exp(c_mean))) - (r_mean - math.log(1 - math.exp(r_mean)))
+            total += {
+                "dpo": lambda h=h: -math.log(sigmoid(0.1 * h)),
+                "cdpo": lambda h=h: -0.9 * math.log(sigmoid(0.1 * h)) - 0.1 * math.log(sigmoid(-0.1 * h)),
+                "robust_dpo": lambda h=h: (-0.9 * math.log(sigmoid(0.1 * h)) + 0.1 * math.log(sigmoid(-0.1 * h))) / 0.8,
+                "dpo_norm": lambda h=h_mean: -math.log(sigmoid(5.0 * h)),
+                "ipo": lambda h=h_mean: (h - 1 / (2 * 0.1)) ** 2,
+                "cpo": lambda c=c, r=r, m=c_mean: -math.log(sigmoid(0.1 * (c - r))) - m,
+                "simpo": lambda c=c_mean, r=r_mean: -math.log(sigmoid(2.0 * (c - r) - 1.0)),
+                "orpo": lambda o=odds, m=c_mean: -0.1 * math.log(sigmoid(o)) - m,
+            }[method]()
+    units = [pair_samples(p, i) for i, p in enumerate(pairs)]
+    refs = sums_of(LanguageModel(frozen), units, SystemsConfig())
+    learner, what = Learner(LanguageModel(policy), OptimizerConfig(), SystemsConfig(), 1), objective(config_of(method))
+    given = refs if what.needs_reference else None
+    result = learner.step([s for u in units for s in u], pair_loss(what, pairs, given)).metrics
+    assert result["loss"] == pytest.approx(total / 4, rel=1e-5)
+
+
 def test_kto_does_not_depend_on_how_it_is_split() -> None:
     answers = random_answers(7)
     given = laid_out(answers, 0, None, mismatch=True)

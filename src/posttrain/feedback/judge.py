@@ -22,6 +22,8 @@ from posttrain.models.load import cache_folder
 
 EDGE = 1e-6
 """Probabilities are kept this far from 0 and 1 where their logits are taken."""
+OPPOSED = "means and most scores drawn say the opposite"
+"""Why a pair gets no label whose one answer has the higher expected score, and its other the likelier higher score."""
 TIE = 1e-6
 """Nearer to one half than this is one half: float32 probabilities are no better."""
 
@@ -140,10 +142,21 @@ class Judge:
         """
         if self.config.mode != "score":
             raise RecipeError("this judge compares pairs; to score single answers it needs judge.mode=score")
-        asked = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            listed = [self.principles[i] for i in self._draw(prompt, [answer])]
-            asked.append(question(self.config, prompt, [answer], listed))
+        drawn = [self._draw(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)]
+        return self._scores(prompts, answers, drawn, on_done)
+
+    def _scores(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        drawn: Sequence[Sequence[int]],
+        on_done: OnDone | None,
+    ) -> list[Score]:
+        """`score` by the principles with these numbers."""
+        asked = [
+            question(self.config, prompt, [answer], [self.principles[i] for i in numbers])
+            for prompt, answer, numbers in zip(prompts, answers, drawn, strict=True)
+        ]
         out = []
         for verdict, why in self._verdicts(asked, tuple(self.config.scale), on_done):
             if verdict is None:
@@ -154,7 +167,9 @@ class Judge:
 
     def _by_score(self, pairs: Sequence[Pair], on_done: OnDone | None) -> list[Judged]:
         both = [(p.prompt, t) for p in pairs for t in (p.a, p.b)]
-        scores = self.score([x for x, _ in both], [t for _, t in both], on_done)
+        drawn = [self._draw(p.prompt, sorted((p.a, p.b))) for p in pairs]  # both answers by the same principles
+        twice = [numbers for numbers in drawn for _ in range(2)]
+        scores = self._scores([x for x, _ in both], [t for _, t in both], twice, on_done)
         out = []
         for i, pair in enumerate(pairs):
             a, b = scores[2 * i], scores[2 * i + 1]
@@ -165,8 +180,11 @@ class Judge:
             masses = [v.mass for v in (a.verdict, b.verdict) if v.mass is not None]
             mass = sum(masses) / len(masses) if masses else None
             margin, said = a.expectation - b.expectation, (a.verdict.rationale, b.verdict.rationale)
-            rationales = said if any(said) else ()
-            out.append(Judged(pair, p_a, margin, None, (a.expectation, b.expectation), mass, (), rationales))
+            rationales, means = said if any(said) else (), (a.expectation, b.expectation)
+            if (p_a - 0.5) * margin < 0:  # as where people's means say one thing and most pairs of ratings the other
+                out.append(Judged(pair, None, margin, None, means, mass, drawn[i], rationales, OPPOSED))
+                continue
+            out.append(Judged(pair, p_a, margin, None, means, mass, drawn[i], rationales))
         return out
 
     def _draw(self, prompt: Prompt, answers: Sequence[str]) -> tuple[int, ...]:

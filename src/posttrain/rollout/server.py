@@ -71,6 +71,7 @@ class Server:
         self.counts: Counter[str] = Counter()
         self.seconds = 0.0
         self._random = random.Random()
+        self._limits = _Limits(config)  # for as long as this lives: one call goes on where the other ended
 
     def ask(self, requests: Sequence[Mapping[str, Any]], on_reply: Callable[[int, Reply], None]) -> None:
         """Make all requests (bodies without the model); on_reply(number, reply) as each is answered, one at a time.
@@ -85,7 +86,6 @@ class Server:
             self.seconds += time.perf_counter() - began
 
     async def _all(self, requests: Sequence[Mapping[str, Any]], on_reply: Callable[[int, Reply], None]) -> None:
-        limits = _Limits(self.config)
         waiting = iter(enumerate(requests))
         failed: list[BaseException] = []
         # Our own retries count against the limits, and know of broken answers; so the client's are switched off.
@@ -98,7 +98,7 @@ class Server:
                     if failed:
                         return
                     try:
-                        on_reply(number, await self._one(client, body, limits, failed))
+                        on_reply(number, await self._one(client, body, failed))
                     except Exception as error:
                         failed.append(error)
                         return
@@ -109,11 +109,9 @@ class Server:
         if failed:
             raise failed[0]
 
-    async def _one(
-        self, client: Any, body: Mapping[str, Any], limits: _Limits, failed: Sequence[BaseException]
-    ) -> Reply:
+    async def _one(self, client: Any, body: Mapping[str, Any], failed: Sequence[BaseException]) -> Reply:
         """One request, as often as it takes."""
-        reason = ""
+        reason, limits = "", self._limits
         for attempt in range(self.config.retries + 1):
             if failed:
                 raise ServerError(f"given up, since another request failed: {reason or failed[0]}")

@@ -54,7 +54,8 @@ def ready(config: FeedbackConfig, setting: Setting) -> Ready:
 def run_feedback(
     config: FeedbackConfig, model: ModelConfig, source: Answers | Questions, folder: Path, *, seed: int = 0
 ) -> dict[str, Any]:
-    """Label the answers; `folder`/data/rows.jsonl gets them, judge.json and raters.json what to think of them.
+    """Label the answers; `folder`/data/rows.jsonl gets them, judge.json and raters.json what to think of them,
+    left_out.jsonl what got no row: {source, reason} a line.
 
     Killed, it goes on: what was sampled and what the judge said is on the disk. Returns the manifest's entry.
     """
@@ -72,6 +73,7 @@ def run_feedback(
         pairs, raters = source.pairs, source.raters
     if raters:
         write_json(folder / "raters.json", {"name": config.name, **raters})
+    unlabelled: list[dict[str, str]] = []
     if config.labels == "human":
         rows = _by_people(source, pairs)
     else:
@@ -79,6 +81,7 @@ def run_feedback(
         with Judge.open(config.judge) as judge:
             judged = judge_pairs(judge, pairs, config.name)
         rows = [_row(j, config.judge) for j in judged if j.p_a is not None and j.p_a != 0.5]
+        unlabelled = [{"source": j.pair.source, "reason": j.why or "a tie"} for j in judged if j.p_a in (None, 0.5)]
         report = {"name": config.name, "judge": describe(config.judge), **summarize(judged, config.show)}
         report |= {
             "answers_left_out": dict(dropped),
@@ -92,6 +95,8 @@ def run_feedback(
             raise DataError(
                 f"stage {config.name}: no pair got a label. {' '.join(report['warnings'])} {shown}".rstrip()
             )
+    left_out = [*(source.left_out if isinstance(source, Answers) else dropped.all), *unlabelled]
+    write_text(folder / "left_out.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in left_out))
     leave(folder / "data", lambda work: _write(work, rows))
     return {"rows": len(rows), "seconds": round(time.perf_counter() - began, 2)}
 
@@ -178,11 +183,15 @@ def _sampled(
                 # In plain text the space before an answer is part of it: it joins the answer to what it goes on from.
                 texts = [r.text.strip() if chatty else r.text.rstrip() for r in group.rollouts]
                 answers = [(text, j) for j, text in enumerate(texts)]
-                different = {text: j for text, j in reversed(answers) if text}
+                turns = [str(m["content"]) for m in questions[i].problem["messages"]]
+                asked = turns[-1].strip(), "".join(turns).strip()
+                different = {text: j for text, j in reversed(answers) if text and text.strip() not in asked}
                 source = questions[i].problem["source"]
                 for text, j in answers:
                     if not text:
                         dropped.note("empty answer", f"{source}#{j}")
+                    elif text not in different:
+                        dropped.note("the answer is the prompt again", f"{source}#{j}")
                     elif different[text] != j:
                         dropped.note("answer given twice", f"{source}#{j}")
                 candidates = [Candidate(t, f"{source}#{j}") for t, j in sorted(different.items(), key=lambda x: x[1])]

@@ -107,16 +107,19 @@ def choose(count: int, wanted: int, rng: np.random.Generator) -> list[tuple[int,
 
 
 class LeftOut(Counter[str]):
-    """What can teach nothing, counted by reason. shown: the first of them, by where they come from."""
+    """What can teach nothing, counted by reason. all: by where it comes from; shown: the first of it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.shown: list[dict[str, str]] = []
+        self.all: list[dict[str, str]] = []
+
+    @property
+    def shown(self) -> list[dict[str, str]]:
+        return self.all[:SHOWN]
 
     def note(self, reason: str, source: str) -> None:
         self[reason] += 1
-        if len(self.shown) < SHOWN:
-            self.shown.append({"source": source, "reason": reason})
+        self.all.append({"source": source, "reason": reason})
 
 
 def pair_up(

@@ -29,14 +29,16 @@ DOWN = {"false", "0", "0.0", "-1", "-1.0", "down", "bad", "no", "👎", "thumbs_
 class Answers:
     """pairs: to be judged, or labelled by people already. thumbs: rows (prompt, completion, label), of thumbs alone.
 
-    raters: how far people agree. stats: what the manifest and the report say of the rows. settled: people's own
-    probability of what most of them prefer, a pair, which no judge can be expected to beat.
+    left_out: all pairs and answers that teach nothing, {source, reason}. raters: how far people agree. stats: what the
+    manifest and the report say of the rows. settled: people's own probability of what most of them prefer, a pair,
+    which no judge can be expected to beat.
     """
 
     pairs: list[Pair]
     stats: dict[str, Any]
     raters: dict[str, Any] = field(default_factory=dict)
     thumbs: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -75,7 +77,7 @@ def read_answers(config: RowsConfig, count: Callable[[str], int] = len) -> Answe
     told = [max(p.human, 1 - p.human) for p in pairs if p.human is not None]
     if told:
         raters["mean_probability"] = fmean(told)
-    return Answers(pairs, _stats(reading, pairs, thumbs, len(order), count), raters, thumbs)
+    return Answers(pairs, _stats(reading, pairs, thumbs, len(order), count), raters, thumbs, reading.dropped.all)
 
 
 def _rows(reading: _Reading, order: Iterable[int]) -> Iterable[tuple[Row, str, tuple[str, int]]]:
