@@ -137,8 +137,12 @@ class Proxy:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
+    def seen(self, body: dict[str, Any]) -> None:
+        """A request has come; a test may look at it."""
+
     def handle(self, h: BaseHTTPRequestHandler) -> None:
         body = h.rfile.read(int(h.headers["Content-Length"]))
+        self.seen(json.loads(body))
         question = json.loads(body)["messages"][-1]["content"]
         with self.lock:
             self.active += 1

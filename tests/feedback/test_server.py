@@ -196,6 +196,36 @@ def test_a_server_that_keeps_failing_ends_the_run_and_what_it_said_stays(
             compare(settings.model_copy(update={"question": "Which?"}))
 
 
+def test_what_can_not_be_read_at_first_is_asked_again_and_a_rationale_comes_first(
+    server: str, judge_folder: Path, tmp_path: Path
+) -> None:
+    """The first reply to each question names no label: its second does, and is drawn at temperature 1, from a seed."""
+    bodies: list[dict[str, Any]] = []
+    with proxied(server) as proxy:
+        passed = proxy.send
+
+        def unread(h: Any, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+            if len(bodies) <= 24:
+                body = body.replace(b'"content":"A"', b'"content":"so"').replace(b'"content":"B"', b'"content":"so"')
+            passed(h, status, body, headers)
+
+        proxy.send = unread  # type: ignore[method-assign]
+        proxy.seen = bodies.append  # type: ignore[method-assign]
+        judged, cost = compare(config(proxy.url, judge_folder, tmp_path / "a.sqlite3", server={"concurrency": 1}))
+    assert len(bodies) == 48 and all(j.p_a is not None for j in judged) and cost["questions"] == 48
+    assert [b["temperature"] for b in bodies] == [0.0] * 24 + [1.0] * 24
+    assert not any("seed" in b for b in bodies[:24]) and all(b["seed"] == 1 for b in bodies[24:])
+    bodies.clear()
+    with proxied(server) as proxy:
+        proxy.seen = bodies.append  # type: ignore[method-assign]
+        judged, _ = compare(config(proxy.url, judge_folder, tmp_path / "b.sqlite3", rationale=3))
+    first, then = ([b for b in bodies if len(b["messages"]) == n] for n in (1, 3))
+    assert len(first) == len(then) == 24 and {b["max_tokens"] for b in first} == {3}
+    said = {b["messages"][0]["content"]: b["messages"][1]["content"] for b in then}
+    assert set(said) == {b["messages"][0]["content"] for b in first}
+    assert all(r in said.values() for j in judged for r in j.rationales) and any(j.rationales for j in judged)
+
+
 def test_what_the_server_refuses_or_nobody_can_read_is_left_out_and_counted(
     server: str, judge_folder: Path, tmp_path: Path
 ) -> None:

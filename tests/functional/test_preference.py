@@ -80,6 +80,16 @@ def test_simpo_and_cpo_by_hand() -> None:
     close(pref.cpo(vector(2 * LN3), 0.5), 0.28768207245178085)
 
 
+def test_length_normalised_dpo_by_hand() -> None:
+    """Log ratios 6 of 3 tokens and -1 of 2: 2 - (-1/2) = 5/2 a token, times beta 2/5 ln 3 is ln 3: -log 3/4; in sum it
+    would be 7."""
+    h = pref.log_ratio(vector(-3.0), vector(-9.0), torch.tensor([3]))
+    h = h - pref.log_ratio(vector(-5.0), vector(-4.0), torch.tensor([2]))
+    close(h, 2.5)
+    close(pref.dpo(h, 0.4 * LN3), 0.28768207245178085)
+    close(pref.dpo(h, 0.4 * LN3, smoothing=0.1), 0.28768207245178085 + 0.1 * LN3)  # -log 1/4 is ln 3 above -log 3/4
+
+
 def test_orpo_by_hand() -> None:
     """P = 3/4 against 1/2: odds 3 and 1, log odds ln 3 and 0; loss beta ln 4/3."""
     odds = pref.log_odds(vector(math.log(0.75), math.log(0.5)))

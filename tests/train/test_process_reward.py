@@ -213,6 +213,28 @@ def test_it_learns_where_chains_go_wrong_and_scores_as_it_was_trained(tmp_path: 
     assert set(empty.rewards.values()) == {0.0}
 
 
+def test_labels_that_are_there_train_one_as_well(tmp_path: Path) -> None:
+    """A file of steps with people's labels, some of them missing; held-out rows measured before and after."""
+    rows = [
+        {
+            "prompt": f"{i} + 1 =",
+            "steps": [f"think {i}", "so", str(i + 1)],
+            "labels": [True, None if i % 3 else 0.5, i % 2],
+        }
+        for i in range(24)
+    ]
+    path = tmp_path / "steps.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    labels = {"kind": "rows", "data": {"source": str(path), "rows": [0, 16]}}
+    labels |= {"held_out": {"source": str(path), "rows": [16, 24]}}
+    config = ProcessRewardConfig.model_validate({"labels": labels, "batch_size": 4, "max_steps": 3})
+    told = ready(config, Setting(TOKENIZER, 2048, {})).run(SOURCE, tmp_path / "out", 0, None)
+    assert told["held_out"]["before"]["chains"] == 8 and told["held_out"]["after"]["steps"] == 8 * 2 + 3
+    assert len(read_lines(tmp_path / "out" / "metrics.jsonl")) == 3
+    scores = [p for _, _, p in ProcessReward(str(tmp_path / "out" / "reward_model")).step_scores("1 + 1 =", "a\nb\n2")]
+    assert len(scores) == 3 and all(0 < p < 1 for p in scores)
+
+
 @pytest.mark.parametrize("template", [None, "Q: {question}\nA:"])
 def test_prompts_are_asked_of_the_model_as_they_were_in_training(template: str | None, tmp_path: Path) -> None:
     """By the chat template, or by the problems' own: the scores of the held-out chains come again from their texts."""
