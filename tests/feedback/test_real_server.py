@@ -58,8 +58,8 @@ def scoring(folder: Path, url: str, store: Path, template: str, names: Sequence[
 
 
 def test_what_transformers_serves_is_what_the_model_says_here(folder: Path, tmp_path: Path) -> None:
-    """Every second request meets a fault, each kind once. Each review's score is the word in what our sampler says, word
-    for word."""
+    """Every second request meets a fault, each kind once. Each review's score is the word in what our sampler says,
+    word for word."""
     hf, tokenizer = load_model(ModelConfig(source=str(folder)))
     faults = ("429", "500", "drop after", "truncated", "wrong")
     with served(folder, tmp_path / "log.txt") as url:

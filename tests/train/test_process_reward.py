@@ -229,8 +229,8 @@ def test_labels_that_are_there_train_one_as_well(tmp_path: Path) -> None:
     labels |= {"held_out": {"source": str(path), "rows": [16, 24]}}
     config = ProcessRewardConfig.model_validate({"labels": labels, "batch_size": 4, "max_steps": 3})
     told = ready(config, Setting(TOKENIZER, 2048, {})).run(SOURCE, tmp_path / "out", 0, None)
-    assert told["held_out"]["before"]["chains"] == 8 and told["held_out"]["after"]["steps"] == 8 * 2 + 3
-    assert len(read_lines(tmp_path / "out" / "metrics.jsonl")) == 3
+    assert told["held_out"]["before"]["chains"] == 8 and told["held_out"]["after"]["steps"] == 8 * 2 + 2
+    assert [m["step"] for m in read_lines(tmp_path / "out" / "metrics.jsonl")] == [0, 1, 2, 3]  # 0: before
     scores = [p for _, _, p in ProcessReward(str(tmp_path / "out" / "reward_model")).step_scores("1 + 1 =", "a\nb\n2")]
     assert len(scores) == 3 and all(0 < p < 1 for p in scores)
 
