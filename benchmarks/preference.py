@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,8 @@ def child(path: str) -> None:
     seconds, cpu = ([t[k] + result["before"][k] / steps for t in took] for k in (0, 1))
     more: dict[str, Any] = {"seconds": seconds, "cpu_seconds": cpu, "rates": [job.batch / t for t in seconds]}
     more |= {"peak_mib": peak_memory_mib("cpu"), "threads": torch.get_num_threads()}
+    packages = ("torch", "transformers", *(() if job.who == "ours" else ("trl",)))
+    more["versions"] = {name: version(name) for name in packages}
     write_json(path + ".out", {**result, **more})
 
 
@@ -295,7 +298,8 @@ def launch(job: Job, python: str, folder: Path) -> dict[str, Any]:
     name = f"{job.who} ({told})" if told else job.who
     by_cpu = median([job.batch / t for t in result["cpu_seconds"][1:]])
     print(f"  {name:<34} {rate:8.3f} pairs/s  {by_cpu:8.3f} a CPU second  {result['peak_mib']:8.0f} MiB", flush=True)
-    return {**asdict(job), **result, "pairs_per_second": rate, "pairs_per_cpu_second": by_cpu}
+    asked = {k: v for k, v in asdict(job).items() if k not in ("model", "pairs")}  # paths
+    return {**asked, **result, "pairs_per_second": rate, "pairs_per_cpu_second": by_cpu}
 
 
 def agree(ours: dict[str, Any], peer: dict[str, Any], tolerance: float, name: str) -> dict[str, float]:
@@ -396,7 +400,11 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(location)
     if args.threads:
         torch.set_num_threads(args.threads)
-    figures: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}, "torch": torch.__version__}
+    from posttrain.machine import machine
+
+    paths = ("json", "peer_python", "model", "child")  # whose they are is nobody's business
+    settings = {k: v for k, v in vars(args).items() if k not in paths}
+    figures: dict[str, Any] = {"machine": machine(), "settings": settings}
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
