@@ -31,7 +31,7 @@ class Track:
         self, what: str, total: int, done: int = 0, shown: bool = True, console: Console | None = None
     ) -> None:
         self.what, self.total, self.first, self.done = what, total, done, done
-        self.began = self.last_line = time.monotonic()
+        self.began = self.last_line = self.last_update = time.monotonic()
         self.console = console or Console(stderr=False)
         self.shown = shown
         self.last_phase = ""
@@ -57,8 +57,8 @@ class Track:
         text = "  ".join([*parts, f"left {clock(left)}"])
         if self.bar is not None:
             self.bar.update(self.task, completed=done, text=text)
-        elif self.shown and (now - self.last_line >= QUIET_SECONDS or done >= self.total):
-            self.last_line = now
+        elif self.shown and (now - self.last_update >= QUIET_SECONDS or done >= self.total):  # phases hide no result
+            self.last_line = self.last_update = now
             self.console.print(f"{self.what} {done}/{self.total}  {text}", highlight=False)
             sys.stdout.flush()
 
