@@ -34,6 +34,7 @@ from posttrain.config import (
     StageConfig,
     references,
 )
+from posttrain.data.prepare import SHOWN
 from posttrain.distributed import ranks
 from posttrain.errors import CheckpointError, PosttrainError
 from posttrain.evaluate.stats import compare, summarize
@@ -197,7 +198,7 @@ def _work(
         for task in recipe.evaluate
         if not references(task.problems if isinstance(task, SampleConfig | ScoreConfig) else task)
     ]
-    manifest.update(data=[entry for ready in early.values() for entry in ready.entries] + tasks)
+    manifest.update(data=_noted([entry for ready in early.values() for entry in ready.entries] + tasks, path))
     trackers = Trackers(recipe.track, path, recipe)
 
     model = recipe.model
@@ -245,7 +246,10 @@ def _carry_out(
     if ready is None:
         ready = stages.ready(stage, setting)
         known = [e["stage"] for e in ready.entries]
-        manifest.update(data=[e for e in manifest.values["data"] if e["stage"] not in known] + ready.entries)
+        manifest.update(
+            data=[e for e in manifest.values["data"] if e["stage"] not in known]
+            + _noted(ready.entries, folder.parents[1])
+        )
     name = folder.name.split("-", 1)[1]
     records = manifest.values.get("stages", [])[:number]
     about = {"name": name, "method": stage.method, "makes": stage.makes}
@@ -259,6 +263,21 @@ def _carry_out(
         sizes = {k: done.pop(k) for k in ("parameters", "trainable")}
         manifest.update(model={**manifest.values["model"], **sizes})
     manifest.update(stages=[*records, {**entry, **done}])
+
+
+def _noted(entries: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """What the manifest says of data: the first bad rows; where there are more, all of them go into a file."""
+    out = []
+    for entry in entries:
+        bad = entry.get("bad_rows") or []
+        if len(bad) > SHOWN:
+            name = f"bad_rows/{entry['stage'].replace(' ', '-')}.jsonl"
+            if ranks.is_main():
+                (path / "bad_rows").mkdir(exist_ok=True)
+                write_text(path / name, "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad))
+            entry = {**entry, "bad_rows": bad[:SHOWN], "bad_rows_file": name}
+        out.append(entry)
+    return out
 
 
 def _describe(model: ModelConfig, before: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from posttrain.config import EpochsConfig, ModelConfig, Recipe, references
 from posttrain.data.feedback import Answers
 from posttrain.data.pieces import BRACKETS, render_terminal
+from posttrain.data.prepare import SHOWN
 from posttrain.data.questions import Questions
 from posttrain.evaluate.stats import compare
 from posttrain.evaluate.tasks import evaluate_model, task_data
@@ -134,8 +135,10 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
         facts += [("opposites", which) for which in s["contradictions"]]
     if "desirable" in s:
         facts.append(("labels", f"{s['desirable']:,} good, {s.get('used', 0) - s['desirable']:,} bad"))
-    for bad in s.get("bad_rows") or []:
-        facts.append(("bad row", f"{bad['file']}:{bad['row']}: {bad['reason']}"))
+    bad_rows = s.get("bad_rows") or []
+    facts += [("bad row", f"{bad['file']}:{bad['row']}: {bad['reason']}") for bad in bad_rows[:SHOWN]]
+    if len(bad_rows) > SHOWN:
+        facts.append(("bad row", f"and {len(bad_rows) - SHOWN:,} more; a run names all of them in bad_rows/"))
     for out in s.get("left_out") or []:
         facts.append(("left out", f"{out['source']}: {out['reason']}"))
     return facts

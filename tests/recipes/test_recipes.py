@@ -260,6 +260,20 @@ def test_two_stages_each_start_from_what_the_one_before_left(tmp_path: Path, cha
     assert records[1]["from"] == records[0]["to"]
 
 
+def test_bad_rows_that_are_left_out_are_in_a_file_whole(tmp_path: Path) -> None:
+    """Fifteen pairs of equal answers: ten in the manifest and on the page, all of them by row in a file."""
+    rows = [*PAIRS, *({"prompt": f"p{i}", "chosen": "same", "rejected": "same"} for i in range(15))]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    given = [f"stages.0.data.source={tmp_path / 'pairs.jsonl'}", "stages.0.data.rows=null", "stages.0.held_out=null"]
+    given += ["model.source=tiny:llama", "stages.0.max_steps=1", "stages.0.batch_size=2", "evaluate=[]"]
+    result = posttrain.run(posttrain.load_recipe("dpo", [*given, "stages.0.data.on_bad_row=skip"]), tmp_path / "run")
+    (entry,) = json.loads((result.folder / "manifest.json").read_text())["data"]
+    assert entry["dropped"] == {"the two answers are equal": 15} and len(entry["bad_rows"]) == 10
+    named = read_lines(result.folder / entry["bad_rows_file"])
+    assert sorted(b["row"] for b in named) == list(range(41, 56)) and named[:10] == entry["bad_rows"]
+    assert entry["bad_rows_file"] in result.report.read_text()
+
+
 def test_bad_rows_stop_before_anything_is_trained(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(CHATS[0]) + "\n" + json.dumps({"messages": [{"role": "user", "content": "?"}]}) + "\n")

@@ -264,7 +264,7 @@ def _read(table: Any, layout: str, total: int, bad: _Bad, truncated: int) -> dic
         "layout": layout,
         "rows": total,
         "dropped": dict(bad.counts),
-        "bad_rows": bad.shown,
+        "bad_rows": bad.all,
         "truncated": truncated,
     }
 

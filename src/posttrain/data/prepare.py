@@ -36,15 +36,14 @@ class Prepared:
 
 @dataclass
 class _Bad:
-    """Rows that can't be used."""
+    """Rows that can't be used, all of them by name."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    shown: list[dict[str, Any]] = field(default_factory=list)
+    all: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, place: tuple[str, int], reason: str) -> None:
         self.counts[reason.split(":")[0].split(" (")[0]] += 1
-        if len(self.shown) < SHOWN:
-            self.shown.append({"file": place[0], "row": place[1], "reason": reason})
+        self.all.append({"file": place[0], "row": place[1], "reason": reason})
 
 
 def prepare(config: DataConfig, tokenizer: Any, *, context: int | None = None) -> Prepared:
@@ -83,7 +82,7 @@ def prepare(config: DataConfig, tokenizer: Any, *, context: int | None = None) -
     dropped = dict(bad.counts) | ({"filtered": filtered} if filtered else {})
     stats = _stats(samples, tokenizer, config)
     stats.update(
-        sha256=table.hashes, layout=layout, rows=len(order), dropped=dropped, bad_rows=bad.shown, truncated=truncated
+        sha256=table.hashes, layout=layout, rows=len(order), dropped=dropped, bad_rows=bad.all, truncated=truncated
     )
     return Prepared(samples, stats, rows)
 
@@ -310,8 +309,8 @@ def prompt_with_completion(
 
 def _complaint(bad: _Bad, total: int) -> str:
     count = sum(bad.counts.values())
-    lines = [f"  {b['file']}:{b['row']}: {b['reason']}" for b in bad.shown]
-    more = [f"  and {count - len(bad.shown):,} more"] if count > len(bad.shown) else []
+    lines = [f"  {b['file']}:{b['row']}: {b['reason']}" for b in bad.all[:SHOWN]]
+    more = [f"  and {count - SHOWN:,} more"] if count > SHOWN else []
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in bad.counts.most_common())
     return "\n".join(
         [f"{count:,} of {total:,} rows can't be used ({reasons}):", *lines, *more]

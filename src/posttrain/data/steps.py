@@ -121,7 +121,7 @@ def read_chains(config: DataConfig, tokenizer: Any, separator: str, *, context: 
         raise DataError(_complaint(bad, len(order)))
     stats = _stats(samples, tokenizer, config)
     stats.update(
-        sha256=table.hashes, layout="steps", rows=len(order), dropped=dict(bad.counts), bad_rows=bad.shown, truncated=0
+        sha256=table.hashes, layout="steps", rows=len(order), dropped=dict(bad.counts), bad_rows=bad.all, truncated=0
     )
     return PreparedChains(samples, stats)
 

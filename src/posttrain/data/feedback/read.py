@@ -381,7 +381,7 @@ def _stats(
         "used": reading.used,
         "pairs": len(pairs),
         "dropped": dict(reading.bad.counts) | dict(reading.dropped),
-        "bad_rows": reading.bad.shown,
+        "bad_rows": reading.bad.all,
         "left_out": reading.dropped.shown,
         "truncated": 0,
         "tokens": sum(lengths),
