@@ -71,9 +71,9 @@ def _looks_right(layer: nn.Module) -> bool:
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     step: Places | None = kwargs.get("ragged")
     positions = kwargs.get("position_embeddings")
-    wanted = self.in_one_call is not False and positions and hasattr(step, "places")
+    wanted = self.in_one_call is not False and positions and hasattr(step, "places") and cpu.few_rows(hidden_states)
     kernels = native.kernels() if wanted and not torch.compiler.is_compiling() else None
-    if kernels is None or not cpu.few_rows(hidden_states) or not hidden_states.is_contiguous():
+    if kernels is None or not hidden_states.is_contiguous():
         return type(self).forward(self, hidden_states, *args, **kwargs)
     assert step is not None and positions is not None
     if step.layer not in step.known:
