@@ -472,7 +472,9 @@ def main() -> None:
         print(f"{platform.machine()}, {args.threads or torch.get_num_threads()} threads, torch {torch.__version__}")
         print(f"{args.steps} timed steps of {args.batch} conversations of {args.shortest} to {args.longest} tokens: "
               f"{tokens:.0f} tokens a step, {learnt:.0f} of them learnt", flush=True)  # fmt: skip
-        figures: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}, "batches": sizes}
+        paths = ("model", "data", "peer_python", "json", "child")
+        settings = {k: str(v) for k, v in vars(args).items() if k not in paths}
+        figures: dict[str, Any] = {"arguments": settings, "batches": sizes}
         for name, rank in (("full", 0),) if args.full_only else (("lora", RANK), ("full", 0)):
             needed = [operations(model, b, rank) / counts(b)["tokens"] for b in batches[1:]]
             figures[name] = {"operations_per_token": sum(needed) / len(needed)}
