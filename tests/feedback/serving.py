@@ -116,6 +116,7 @@ class Proxy:
         self.passed: list[str] = []
         self.times: list[float] = []
         self.active = self.most = 0
+        self.slow = 4.0  # seconds that an answer comes late
         self.lock = threading.Lock()
         proxy = self
 
@@ -170,7 +171,7 @@ class Proxy:
         except urllib.error.HTTPError as error:  # the server's own trouble is handed on as it is
             return self.send(h, error.code, error.read())
         if fault == "slow":
-            time.sleep(4)
+            time.sleep(self.slow)
         if fault == "drop after":  # the answer was made, and is lost on its way
             h.send_response(200)
             h.send_header("Content-Length", str(len(answer)))

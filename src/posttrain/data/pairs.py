@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from posttrain.config import DataConfig
 from posttrain.data.layouts import BadRow, Record, Row, label, number, to_record
 from posttrain.data.prepare import (
+    SHOWN,
     _Bad,
     _complaint,
     _question,
@@ -282,7 +283,7 @@ def _contradictions(rows: Sequence[tuple[Hashable, Hashable, str]]) -> dict[str,
         if opposite in first:
             found.append(f"{source} against {first[opposite]}")
         first.setdefault(said, source)
-    return {"contradictory": len(found), "contradictions": found[:10]} if found else {}
+    return {"contradictory": len(found), "contradictions": found[:SHOWN]} if found else {}
 
 
 def _others(row: Row) -> Row:
