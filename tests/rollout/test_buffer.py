@@ -58,6 +58,8 @@ def test_a_stop_string_across_the_seam_ends_it_there() -> None:
     inside = g.grown(5, first, replace(piece("xzz", "stop"), text="x"), 1, 1.0)
     assert inside.finish == "stop" and inside.text == "abcx" and len(inside.tokens) == 6
     assert g.grown(5, first, piece("xyx"), 1, 1.0).finish == PARTIAL
+    special = g.grown(5, g.grown(5, None, piece("a$c"), 0, 1.0), piece("$zz"), 1, 1.0)
+    assert special.finish == "stop" and special.text == "ac"  # as any other text, without special tokens
 
 
 def right(step: int, surprise: float, reward: float = 1.0) -> Rollout:

@@ -13,7 +13,8 @@ from posttrain.errors import DataError, ModelError
 from posttrain.models import native
 from posttrain.models.adapters import attach
 from posttrain.models.lm import LanguageModel
-from posttrain.models.tiny import tiny_model, tiny_tokenizer
+from posttrain.models.tiny import SPECIAL, tiny_model, tiny_tokenizer
+from posttrain.rollout import engine
 from posttrain.rollout.engine import LocalSampler, _Session
 from posttrain.rollout.sampler import Request
 from posttrain.rollout.static import rounded
@@ -138,7 +139,7 @@ def test_a_seed_gives_the_same_completion_whatever_else_is_sampled() -> None:
 
 def test_prompts_are_computed_once_slots_do_not_idle_and_memory_holds(monkeypatch) -> None:
     """27 completions of nine prompts where 51 KiB hold a few: each prompt goes through the model once, no slot is free
-    at a step for which a completion waits, and keys and values never take more."""
+    at a step for which a completion of a computed prompt waits, and keys and values never take more."""
     s = sampler(memory_mb=0.05)
     asked = [Request(p, n=3, seed=i) for i, p in enumerate(prompts(9))]
     computed: list[tuple[int, ...]] = []
@@ -161,6 +162,30 @@ def test_prompts_are_computed_once_slots_do_not_idle_and_memory_holds(monkeypatc
     s.sample(asked, SamplingConfig(max_tokens=20))
     assert sorted(computed) == sorted(tuple(r.tokens) for r in asked)
     assert 2 <= max(running) < 27 and running.count(max(running)) > len(running) / 2
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_while_prompts_wait_less_than_an_eighth_of_the_slots_is_free(n: int, monkeypatch) -> None:
+    """At every step, the first included; also where completions end with their first token, and where few prompts fit
+    into a prefill."""
+    monkeypatch.setitem(engine.PREFILL_TOKENS, "cpu", 40)
+    s = sampler(max_running=24)
+    s.ends = frozenset(range(0, 259, 16))  # lengths as good as exponential, 17 on average
+    steps, idle = 0, 0
+    step = _Session._step
+
+    def watching(self: _Session) -> None:
+        nonlocal steps, idle
+        free, slots = len(self.free_slots), len(self.free_slots) + len(self.rows)
+        assert slots == 24 and not (self.waiting and free >= 24 // 8)
+        steps, idle = steps + bool(self.waiting), idle + bool(self.waiting and free)
+        step(self)
+
+    monkeypatch.setattr(_Session, "_step", watching)
+    groups = s.sample([Request(p, n=n, seed=i) for i, p in enumerate(prompts(160 // n))], SamplingConfig(max_tokens=60))
+    lengths = [len(r.tokens) for g in groups for r in g.rollouts]
+    assert lengths.count(1) > 3 and max(lengths) > 40
+    assert idle and steps > 20  # it is a bound that is made use of
 
 
 def test_frequencies_are_the_model_s() -> None:
@@ -199,6 +224,57 @@ def test_stop_strings_end_a_completion_and_stay_out_of_its_text() -> None:
     assert r.finish == "stop" and r.tokens == free.tokens[: len(r.tokens)]
     whole = TOKENIZER.decode(r.tokens, skip_special_tokens=False)
     assert whole.endswith(stop) and r.text == whole[: whole.find(stop)]
+
+
+@pytest.mark.parametrize("at_least", [20, 1])
+def test_a_stop_string_before_the_minimum_is_text(at_least: int) -> None:
+    """What counts is completed by token number min_tokens or a later one: there the completion ends and is cut."""
+    s, found = sampler(), 0
+    for seed in range(12):
+        asked = [Request([5, 6, 7], seed=seed)]
+        free = s.sample(asked, SamplingConfig(max_tokens=60, min_tokens=at_least))[0].rollouts[0]
+        said = [TOKENIZER.decode([t]) for t in free.tokens]
+        for stop in {c for c in said if c.isascii() and c.isalnum() and c not in "".join(SPECIAL)}:
+            places = [i for i, c in enumerate(said) if c == stop]
+            counting = [i for i in places if i + 1 >= at_least]
+            if not counting or (at_least > 1 and places[0] == counting[0]):
+                continue
+            params = SamplingConfig(max_tokens=60, min_tokens=at_least, stop=[stop])
+            (r,) = s.sample(asked, params)[0].rollouts
+            assert r.finish == "stop" and r.tokens == free.tokens[: counting[0] + 1]
+            assert r.text == TOKENIZER.decode(free.tokens[: counting[0]], skip_special_tokens=True)
+            found += 1
+    assert found >= 5
+
+
+def test_special_tokens_are_not_shown_whatever_ends_a_completion() -> None:
+    """What a stop string ended is decoded like any other text; its tokens are kept as they were drawn."""
+    s, found = sampler(), 0
+    with torch.no_grad():
+        s.model.base.get_output_embeddings().weight[0] *= 3
+    for seed in range(40):
+        asked = [Request([5, 6, 7], seed=seed)]
+        free = s.sample(asked, SamplingConfig(max_tokens=40))[0].rollouts[0]
+        said = [TOKENIZER.decode([t]) for t in free.tokens]
+        special = [i for i, t in enumerate(free.tokens) if t == 0]
+        later = [i for i in range(special[0], len(said)) if said[i].isalnum()] if special else []
+        stop = next((said[i] for i in later if said.index(said[i]) == i and said[i] not in "".join(SPECIAL)), None)
+        if stop is None:
+            continue
+        (r,) = s.sample(asked, SamplingConfig(max_tokens=40, stop=[stop]))[0].rollouts
+        at = said.index(stop)
+        assert r.finish == "stop" and r.tokens == free.tokens[: at + 1] and r.logprobs == free.logprobs[: at + 1]
+        assert r.text == TOKENIZER.decode(free.tokens[:at], skip_special_tokens=True) and "<|" not in r.text
+        found += 1
+    assert found >= 5
+
+
+def test_memory_is_shared_by_the_ranks_of_a_machine(monkeypatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    whole = sampler().allowed_bytes()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert sampler().allowed_bytes() == whole / 4
+    assert sampler(memory_mb=3).allowed_bytes() == 3 * 2**20  # what is named is each rank's own
 
 
 def test_a_request_may_be_shorter_than_the_rest() -> None:

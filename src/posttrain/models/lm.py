@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from posttrain.errors import ModelError
 from posttrain.functional.logprobs import Head
 from posttrain.models import attention, layer
+from posttrain.models.context import check_length
 from posttrain.models.fused import fuse
 from posttrain.models.ragged import RaggedBatch, pack
 from posttrain.models.remake import cheap_results
@@ -89,7 +90,11 @@ class LanguageModel(nn.Module):
         return head
 
     def hidden_T_H(self, batch: RaggedBatch) -> Tensor:
-        """Final hidden states of every token of the batch, as the output head takes them."""
+        """Final hidden states of every token of the batch, as the output head takes them.
+
+        Raises ModelError for a sequence so long that it would change those beside it (`models.context`).
+        """
+        check_length(self.base.config, max(len(row) for row in batch.rows))
         decoder = self.base.get_decoder()
         if self.ragged:
             # On a CPU, to a multiple of a few tokens that nothing sees: see attention.ROUND.

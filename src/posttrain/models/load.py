@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from posttrain.config import ModelConfig
 from posttrain.errors import MissingExtraError, ModelError
 from posttrain.files import file_hash
 from posttrain.models import cpu
+from posttrain.models.context import context, why_short
 from posttrain.models.tiny import tiny_model, tiny_tokenizer
 
 CONVERTER = "1"
@@ -35,8 +37,6 @@ log = logging.getLogger("posttrain")
 
 def quiet() -> None:
     """transformers' bars for loading and saving, and its notes on renamed methods, drown what the user asked for."""
-    import warnings
-
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
@@ -250,7 +250,10 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def context_length(config: ModelConfig) -> int | None:
-    """The model's context length in tokens, from its configuration alone (None: it names none)."""
+    """How long a sequence may be in tokens, by the model's configuration alone (None: it names nothing).
+
+    Warns where that is less than the model is made for: see `models.context`.
+    """
     from transformers import AutoConfig
 
     found = resolve(config.source)
@@ -259,8 +262,11 @@ def context_length(config: ModelConfig) -> int | None:
     with explained(config.source):
         settings = AutoConfig.from_pretrained(
             _base_location(found.location), revision=config.revision, trust_remote_code=config.trust_remote_code
-        ).get_text_config()
-    return getattr(settings, "max_position_embeddings", None) or getattr(settings, "n_positions", None)
+        )
+    found_length, made_for = context(settings), getattr(settings.get_text_config(), "max_position_embeddings", None)
+    if found_length is not None and found_length < (made_for or 0):
+        warnings.warn(why_short(settings), stacklevel=2)
+    return found_length
 
 
 def _base_location(location: str) -> str:

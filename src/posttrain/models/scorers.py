@@ -22,6 +22,7 @@ from posttrain.data.prepare import prompt_tokens, prompt_with_completion
 from posttrain.data.steps import Chain, chain_samples, split_steps
 from posttrain.errors import DataError, ModelError
 from posttrain.functional.reward import combine_members, combine_steps, step_logits
+from posttrain.models.context import context
 from posttrain.models.heads import Layout, open_head, padding, score_index, scores_at, verify_scores
 from posttrain.models.lm import LanguageModel
 
@@ -77,10 +78,10 @@ class Member:
 
     def fits(self, tokens: Sequence[int]) -> None:
         """Raises DataError for what is longer than the model's context, or empty."""
-        context = getattr(self.model.base.config.get_text_config(), "max_position_embeddings", None)
-        if not tokens or (context and len(tokens) > context):
+        longest = context(self.model.base.config)
+        if not tokens or (longest and len(tokens) > longest):
             raise DataError(
-                f"prompt and completion have {len(tokens)} tokens, and the reward model reads 1 to {context}"
+                f"prompt and completion have {len(tokens)} tokens, and the reward model reads 1 to {longest}"
             )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from posttrain.config import ReplayConfig, SamplingConfig
+from posttrain.rollout.stops import Decode, before_stop
 from posttrain.types import Piece, Rollout
 
 PARTIAL = "partial"
@@ -41,7 +42,7 @@ class Growth:
     tokens: int | None
     sampling: SamplingConfig
     context: int
-    decode: Callable[[Sequence[int], bool], str]
+    decode: Decode
 
     def asked(self, before: Rollout | None = None) -> int | None:
         """Tokens to ask for next, of a new completion or of one that goes on; None: as many as the sampling allows."""
@@ -76,14 +77,12 @@ class Growth:
             seam = len(before.tokens)
             reach = seam + max(len(s.encode()) for s in self.sampling.stop)
             for n in range(seam + 1, min(reach, len(tokens)) + 1):
-                seen = self.decode(tokens[:n], False)
-                if any(s in seen for s in self.sampling.stop):
+                text = before_stop(tokens[:n], self.sampling.stop, self.decode)
+                if text is not None:
                     finish, kept = "stop", n
                     break
-            if finish == "stop":
-                seen = self.decode(tokens[:kept], False)
-                places = [seen.find(s) for s in self.sampling.stop if s in seen]
-                text = seen[: min(places)] if places else None
+            if text is None and finish == "stop":
+                text = before_stop(tokens, self.sampling.stop, self.decode)
         if text is None:
             shown = tokens[: kept - 1] if finish in ("end", "stop") else tokens[:kept]
             text = self.decode(shown, True)

@@ -1,14 +1,18 @@
 """The local sampler: continuous batching over the learner's own weights.
 
-A prompt is computed once, whatever number of completions it has. A completion that ends leaves at once and the next
-enters its slot. Every completion draws from a random stream of its own, so its tokens depend on nothing else in the
-batch (but for the last bits of rounding, which change with the number of rows in a product).
+A prompt is computed once, whatever number of completions it has. A completion that ends leaves at once, and the next of
+a prompt that has been computed enters its slot before the next step. A waiting prompt enters only once an eighth of the
+slots is free (rounded down, one at least) and there is a place for its keys: computing a prompt for each single slot
+that gets free costs more than it brings. So up to an eighth of the slots is idle while prompts wait; more only where
+few of the prompts that hold places have many completions still running (`PLACES`).
+
+Every completion draws from a random stream of its own, so its tokens depend on nothing else in the batch (but for the
+last bits of rounding, which change with the number of rows in a product).
 """
 
 from __future__ import annotations
 
 import heapq
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,18 +26,29 @@ from posttrain.config import SamplingConfig
 from posttrain.errors import DataError, ModelError
 from posttrain.functional.logprobs import head_logits
 from posttrain.models import attention, cpu, native
+from posttrain.models.context import alike_up_to, context, why_short
 from posttrain.models.lm import LanguageModel
 from posttrain.models.ragged import pack
 from posttrain.rollout.cache import Filling, Region, Step
 from posttrain.rollout.draw import draw, stream
+from posttrain.rollout.memory import memory_bytes
 from posttrain.rollout.sampler import OnDone, Request, stop_tokens
 from posttrain.rollout.static import StaticSteps
+from posttrain.rollout.stops import before_stop
 from posttrain.types import Rollout, RolloutGroup, Sample
 
 MAX_RUNNING = {"cpu": 128, "cuda": 512}
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
 MEMORY_SHARE = {"cpu": 0.2, "cuda": 0.3}
-"""Of the machine's memory, for keys and values."""
+"""Of the memory that there is for this process, for keys and values."""
+WAITING_FOR = 8
+"""Prompts enter once one slot in so many is free."""
+PLACES = 3
+"""Places for prompts' keys, as a multiple of the prompts that fill the slots with all of their completions. A prompt
+keeps its place until its last completion has ended, when the others have long left their slots: with no more places
+than fill the slots, 36% (lengths uniform) to 57% (exponential) of 128 slots would be idle with 8 completions a prompt;
+with three times as many, 5%. Where memory is short, slots and places are fewer together.
+"""
 
 
 @dataclass
@@ -66,8 +81,14 @@ class LocalSampler:
     """Samples with a `LanguageModel` in this process. See `posttrain.rollout.sampler.Sampler`.
 
     max_running: completions computed together. memory_mb: what keys and values may take, in MiB (None: a share of the
-    machine's memory); where it does not hold all that could run, the rest waits. static_shapes: steps of few sizes,
-    recorded as CUDA graphs (None: on a GPU; see `posttrain.rollout.static`).
+    GPU's memory, or of the main memory that falls to this process, see `posttrain.rollout.memory`); where it does not
+    hold all that could run, the rest waits. static_shapes: steps of few sizes, recorded as CUDA graphs (None: on a GPU;
+    see `posttrain.rollout.static`).
+
+    With a minimum length (min_tokens) end tokens and stop tokens can't be drawn before so many tokens are there. A stop
+    string may be written earlier, and then is text like any other: what counts is an occurrence that is complete only
+    with token number min_tokens or a later one. The first that counts ends the completion, whose text is what stands
+    before it, without special tokens. Tokens and log-probabilities are kept as drawn, the stop string's included.
     """
 
     def __init__(
@@ -89,7 +110,7 @@ class LocalSampler:
         self.memory_mb = memory_mb
         self.static_shapes = model.device.type == "cuda" if static_shapes is None else static_shapes
         self.ends = frozenset(stop_tokens(model.base, tokenizer))
-        self.context = int(getattr(model.base.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+        self.context = context(model.base.config) or 2**31
 
     @torch.inference_mode()
     def sample(
@@ -121,9 +142,11 @@ class LocalSampler:
         if request.n < 1:
             raise DataError(f"prompt {i}: n is {request.n}, and at least one completion must be asked for")
         if length >= self.context:
+            settings = self.model.base.config
+            why = f". {why_short(settings)}" if alike_up_to(settings) == self.context else ""
             raise DataError(
                 f"prompt {i} has {length} tokens, and the model's context of {self.context} leaves no room for an "
-                "answer: shorten the prompt, or leave it out"
+                f"answer: shorten the prompt, or leave it out{why}"
             )
         if request.max_tokens is not None and request.max_tokens < 1:
             raise DataError(f"prompt {i}: max_tokens is {request.max_tokens}, and must be 1 or more")
@@ -159,7 +182,11 @@ class LocalSampler:
         if self.model.device.type == "cuda":
             total = torch.cuda.mem_get_info(self.model.device)[1]
             return total * MEMORY_SHARE["cuda"]
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_SHARE["cpu"]
+        return memory_bytes() * MEMORY_SHARE["cpu"]
+
+    def decode(self, tokens: Sequence[int], plain: bool) -> str:
+        """Text of tokens; plain: special tokens are left out."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=plain))
 
 
 class _Session:
@@ -196,7 +223,8 @@ class _Session:
         total = sum(p.request.n for p in prompts)
         mean = total / len(prompts)
         for slots in range(min(self.sampler.max_running, total), 0, -1):
-            at_once = min(len(prompts), 1 + int(slots / mean))
+            # No more than slots: a prompt that has all of its completions started holds one at least.
+            at_once = min(len(prompts), slots, 1 + int(PLACES * slots / mean))
             if slots * columns + at_once * prompt_columns <= room:
                 return slots, at_once
         needed = (columns + prompt_columns) * self.sampler.bytes_per_token() / 2**20
@@ -209,14 +237,15 @@ class _Session:
     def work(self) -> None:
         """Until nobody waits and nobody runs."""
         while self.waiting or self.open or self.rows:
-            self._admit()
+            while self._admit():  # again: not all fit into one prefill, and a first token may have been the last
+                pass
             if self.rows:
                 self._step()
 
-    def _admit(self) -> None:
-        """Let waiting prompts in where there is room for a few, and start completions in free slots."""
-        few = max(1, len(self.free_slots) + len(self.rows)) // 8
-        if self.free_slots and self.waiting and (not self.rows or len(self.free_slots) >= max(1, few)):
+    def _admit(self) -> bool:
+        """Let waiting prompts in where there is room for a few, and start completions in free slots; False: neither."""
+        few = max(1, (len(self.free_slots) + len(self.rows)) // WAITING_FOR)
+        if self.free_slots and self.waiting and (not self.rows or len(self.free_slots) >= few):
             budget = PREFILL_TOKENS.get(self.device.type, 4096)
             room = len(self.free_slots) - sum(p.request.n - p.started for p in self.open)
             chosen: list[_Prompt] = []
@@ -245,6 +274,7 @@ class _Session:
                     row.prompt.logits_V = None
             self.rows += starting
             self._draw(starting, logits)
+        return bool(starting)
 
     def _prefill(self, prompts: list[_Prompt]) -> None:
         region = self.own if self.shared is None else self.shared
@@ -332,13 +362,9 @@ class _Session:
         if token in self.params.stop_tokens:
             return "stop", None
         if self.params.stop and len(row.tokens) >= self.params.min_tokens:
-            # A stop string that the newest token completes lies within as many tokens as it has bytes, and some.
-            longest = max(len(s.encode()) for s in self.params.stop) + 8
-            tail = self.sampler.tokenizer.decode(row.tokens[-longest:], skip_special_tokens=False)
-            if any(s in tail for s in self.params.stop):
-                text = self.sampler.tokenizer.decode(row.tokens, skip_special_tokens=False)
-                cut = min((text.find(s) for s in self.params.stop if s in text), default=-1)
-                return "stop", text[:cut] if cut >= 0 else None
+            text = before_stop(row.tokens, self.params.stop, self.sampler.decode)
+            if text is not None:
+                return "stop", text
         return ("length", None) if len(row.tokens) >= row.prompt.limit else ("", None)
 
     def _leave(self, row: _Row, finish: str, text: str | None) -> None:
@@ -350,7 +376,7 @@ class _Session:
             heapq.heappush(self.free_prompts, prompt.slot)
         if text is None:
             kept = row.tokens[:-1] if finish in ("end", "stop") else row.tokens
-            text = self.sampler.tokenizer.decode(kept, skip_special_tokens=True)
+            text = self.sampler.decode(kept, True)
         rollout = Rollout(tuple(row.tokens), tuple(row.logprobs), finish, text)
         prompt.done[row.number] = rollout
         if self.on_done is not None:

@@ -1,0 +1,48 @@
+"""How much memory there is for this process: the machine's, or what its control groups leave of it, shared by ranks."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def memory_bytes() -> float:
+    """Of main memory, what falls to this rank: never what happens to be free."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return part(physical, group_limit(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
+def part(physical: float, limit: float, ranks: int) -> float:
+    """min(physical, limit) / ranks, in bytes. ranks: processes on this machine (torchrun says how many)."""
+    return min(physical, limit) / max(1, ranks)
+
+
+def group_limit(groups: Path = GROUPS, membership: Path = MEMBERSHIP) -> float:
+    """The least memory in bytes that a control group of this process, or one above it, may use; inf: no limit.
+
+    groups: where control groups are mounted (version 2: memory.max; version 1: memory/…/memory.limit_in_bytes).
+    membership: the process's groups, a line each: number:controllers:path. In a container the path may be the host's,
+    and is not there; the container's own group is then at the top.
+    """
+    limits = [math.inf]
+    lines = membership.read_text().splitlines() if membership.is_file() else []
+    for line in ["0::/", "0:memory:/", *lines]:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, name = (groups / "memory", "memory.limit_in_bytes") if controllers else (groups, "memory.max")
+        own = top / path.lstrip("/")
+        limits += [_read(group / name) for group in (own, *own.parents) if group.is_relative_to(top)]
+    return min(limits)
+
+
+def _read(file: Path) -> float:
+    """What a file of a limit says: `max`, or a number of bytes. inf where it is not there or may not be read."""
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return math.inf
+    return float(text) if text.isdigit() else math.inf
