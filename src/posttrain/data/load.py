@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.config import DataConfig
-from posttrain.data import chains, sums
+from posttrain.data import chains, gym, sums
 from posttrain.errors import DataError
 from posttrain.files import file_hash
 
@@ -44,8 +44,8 @@ def read_table(config: DataConfig) -> Table:
     """All rows of the configured source(s), in file order. Raises DataError naming what can't be found or read."""
     table = Table()
     for source in [config.source] if isinstance(config.source, str) else config.source:
-        if source.startswith("lab:"):
-            _made(source, table)
+        if source.startswith(("lab:", gym.PREFIX)):
+            _made(source, config, table)
             continue
         path = _locate(source)
         rows = _from_hub(source, config) if path is None else READERS[path.suffix.lower()](path)
@@ -78,10 +78,13 @@ def in_order(config: DataConfig, count: int) -> np.ndarray:
     return order
 
 
-def _made(source: str, table: Table) -> None:
-    """Rows that are made here, for the laboratory's model: lab:calculator, lab:calculator:SEED, or chains' lab:KIND."""
+def _made(source: str, config: DataConfig, table: Table) -> None:
+    """Rows that are made here: reasoning-gym's, as many as data.rows reaches; for the laboratory's model
+    lab:calculator, lab:calculator:SEED, or chains' lab:KIND."""
     name, _, seed = source.removeprefix("lab:").partition(":")
-    if name == "calculator" and (seed or "0").isdigit():
+    if source.startswith(gym.PREFIX):
+        rows = gym.rows(source, config.rows[1] if config.rows else gym.ITEMS)
+    elif name == "calculator" and (seed or "0").isdigit():
         rows = sums.calls(int(seed or 0), sums.CALL_ROWS)
     elif name in chains.KINDS and not seed:
         rows = chains.rows(name)
@@ -90,7 +93,7 @@ def _made(source: str, table: Table) -> None:
         raise DataError(f"data source {source!r}: expected lab:calculator, lab:calculator:SEED with a number, {kinds}")
     table.rows += rows
     table.places += [(source, number) for number in range(1, len(rows) + 1)]
-    table.hashes[source] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    table.hashes[source] = hashlib.sha256(json.dumps(rows, default=repr).encode()).hexdigest()
 
 
 def _locate(source: str) -> Path | None:

@@ -7,14 +7,13 @@ A problem is a mapping: ``messages`` (what is asked, as turns), ``prompt`` (the 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from typing import Any
 
 from posttrain.config import DataConfig
 from posttrain.config.rl import HumanEvalConfig, LabConfig, ProblemsConfig, ReasoningGymConfig, RowsConfig
-from posttrain.data import sums
+from posttrain.data import gym, sums
 from posttrain.data.layouts import BadRow, Record, check_templates, field, message, recognise, to_record
 from posttrain.data.load import in_order, read_table
 from posttrain.data.prepare import _Bad, _complaint, _rename
@@ -122,24 +121,9 @@ def _asked(messages: list[dict[str, Any]], instruction: str | None) -> Problem:
 
 
 def _from_gym(config: ReasoningGymConfig) -> list[Problem]:
-    try:
-        from reasoning_gym.factory import DATASETS, create_dataset
-    except ImportError as error:
-        raise MissingExtraError("reasoning-gym is not installed: pip install 'posttrain[reasoning]'") from error
-    if config.name not in DATASETS:
-        near = difflib.get_close_matches(config.name, sorted(DATASETS), 3)
-        hint = f"did you mean one of {near}?" if near else f"it has {len(DATASETS)}, such as {sorted(DATASETS)[:5]}"
-        raise DataError(f"reasoning-gym has no data set {config.name!r}: {hint}")
-    try:
-        made = create_dataset(config.name, size=config.size, seed=config.seed, **config.options)
-        entries = [made[i] for i in range(config.size)]
-    except Exception as error:  # its settings are checked by assertions and constructors of many kinds
-        raise DataError(
-            f"reasoning-gym {config.name}: {type(error).__name__}: {error} (options: {config.options})"
-        ) from error
     system = [{"role": "system", "content": config.system}] if config.system else []
     out = []
-    for i, entry in enumerate(entries):
+    for i, entry in enumerate(gym.items(config.name, config.size, config.seed, config.options)):
         asked = _asked([*system, {"role": "user", "content": entry["question"]}], config.instruction)
         label = {"answer": entry["answer"], "task": config.name, "entry": entry}
         out.append({**asked, **label, "source": f"reasoning-gym:{config.name}:{config.seed}:{i}"})
