@@ -17,8 +17,8 @@ from posttrain.refine.chain import Text as Written
 from posttrain.report import rollouts
 from posttrain.report.chains import amounts, stages_with_chains
 from posttrain.report.feedback import lines
-from posttrain.rewards.watch import repetition
-from posttrain.rollout.store import path_of, read_rollouts, rollout_steps
+from posttrain.rewards.watch import repetition, suspicious
+from posttrain.rollout.store import groups_of, path_of, read_rollouts, rollout_steps
 
 SORTS = ("order", "best", "worst", "suspicious")
 
@@ -188,10 +188,6 @@ def _percent(value: float | None) -> str:
     return "none" if value is None else f"{value:.0%}"
 
 
-def _suspicion(row: dict[str, Any]) -> float:
-    return (row["reward"] or 0.0) * repetition(rollouts.own(row))
-
-
 def _ordered(rows: Sequence[dict[str, Any]], sort: str) -> list[list[dict[str, Any]]]:
     """Rows by group; groups and their rollouts in the order asked for, those without a reward last."""
     groups: dict[int, list[dict[str, Any]]] = {}
@@ -200,10 +196,13 @@ def _ordered(rows: Sequence[dict[str, Any]], sort: str) -> list[list[dict[str, A
     if sort == "order":
         return [g for _, g in sorted(groups.items())]
     sign = 1 if sort == "worst" else -1
+    there = [g for _, g in sorted(groups.items())]
+    found = suspicious([groups_of(rows)]) if sort == "suspicious" else []
+    odd = {id(there[s["group"]][s["rollout"]]): s["score"] for s in found}
 
     def key(row: dict[str, Any]) -> tuple[bool, float]:
-        value = _suspicion(row) if sort == "suspicious" else row["reward"]
-        return value is None, sign * (value or 0.0)
+        value = odd.get(id(row), 0.0) if sort == "suspicious" else row["reward"]
+        return row["reward"] is None, sign * (value or 0.0)
 
     inside = [sorted(g, key=key) for g in groups.values()]
     return sorted(inside, key=lambda g: key(g[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -19,7 +20,7 @@ from posttrain.browse import watch as watch_run
 from posttrain.errors import DataError
 from posttrain.files import read_lines
 from posttrain.report import build
-from posttrain.report.load import read
+from posttrain.report.load import read, stage_folders
 from posttrain.report.phases import phases
 from posttrain.report.rollouts import spark, views
 from posttrain.rollout import engine
@@ -159,6 +160,36 @@ def test_the_terminal_pages_through_rollouts(run: Path) -> None:
     assert shown(run, held_out=True, groups=99).count("#0") == 10
     number = rows[0]["problem"]
     assert f"problem {number} " in shown(run, step=2, problem=number, groups=9)
+
+
+def test_the_suspicious_come_in_the_order_of_the_report(tmp_path: Path) -> None:
+    """By the report's score, whatever the reward's sign; then those below their group's mean, then the unjudged."""
+
+    def rollout(text: str, tokens: list[int], reward: float) -> Rollout:
+        return Rollout(tokens, [-1.0] * len(tokens), "end", text, {"a": reward}, reward)
+
+    again, usual = [7] * 12, list(range(12))
+    rollouts = [
+        rollout("below the mean", usual, -0.9),
+        rollout("usual", usual, -0.1),
+        rollout("again and again", again, -0.1),
+        rollout("unjudged", usual, math.nan),
+        rollout("below and again", again, -0.9),
+    ]
+    where = tmp_path / "stages" / "0-rl" / "rollouts"
+    write_rollouts(
+        where, 1, [RolloutGroup((1, 2), {"answer": "4", "source": "s"}, rollouts)], None, ["q"], [0], [[{}] * 5]
+    )
+    text = shown(tmp_path, sort="suspicious")
+    places = [text.index(f"#{i} ") for i in (2, 0, 1, 4, 3)]
+    assert places == sorted(places)
+
+
+def test_stages_whose_names_end_alike_are_told_apart(tmp_path: Path) -> None:
+    for number, name in enumerate(("warm-rl", "rl")):
+        (tmp_path / "stages" / f"{number}-{name}").mkdir(parents=True)
+    assert [p.name for p in stage_folders(tmp_path, "rl")] == ["1-rl"]
+    assert [p.name for p in stage_folders(tmp_path, "warm-rl")] == ["0-warm-rl"]
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,31 @@ def test_loss_and_gradient_equal_a_slow_loop(method: str, alone: bool, replies: 
         torch.testing.assert_close(captured[name], p.grad, atol=2e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("method", ["rloo", "reinforce", "remax", "dr_grpo", "grpo"])
+def test_naming_the_constant_sum_is_the_method_s_own(method: str) -> None:
+    """With several updates REINFORCE's ratio is a sequence's, and counts once for it, however many tokens there are; of
+    the others a sum of tokens is divided by the limit, as in Dr. GRPO."""
+    losses = []
+    for changes in ({"aggregation": "constant"}, {} if method != "grpo" else {"aggregation": "sequence"}):
+        config = settings(method, updates=2, **changes)
+        rolled, lm = batch_of(), model()
+        give_advantages(config, rolled, greedy=GREEDY)
+        for r in rolled:
+            r.old = r.sampled()
+        learner = Learner(lm, config.optimizer, SystemsConfig(), 1)
+        capture(learner)
+        if method == "grpo":  # of advantage 1 and ratio 1: -1 a token
+            for r in rolled:
+                r.advantages, r.old, r.signal = torch.ones(r.length), None, True
+        samples = [r.sample(i) for i, r in enumerate(rolled)]
+        used = [s for s in samples if any(s.weights)]
+        losses.append(learner.step(used, policy_loss(config, rolled, False, True, Extremes())).metrics["loss"])
+    if method == "grpo":
+        assert losses == pytest.approx([-sum(r.length for r in rolled) / MAX / len(rolled), -1.0])
+    else:
+        assert losses[0] == pytest.approx(losses[1], abs=1e-9) and losses[0] != 0
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_split_and_sharing_change_nothing(method: str) -> None:
     """Token budgets that split groups, and prefixes computed once or each time."""

@@ -202,7 +202,8 @@ class RLConfig(TrainConfig):
         None, gt=1, description="Where the advantage is negative, bounds the loss at this times it. None: no bound."
     )
     aggregation: Literal["token", "sequence", "constant"] | None = Field(
-        None, description="Mean over tokens, over sequences' means, or sum over a constant. None: the method's own."
+        None,
+        description="Mean over tokens, over sequences' means, or sum over a constant (max_tokens; 1 for REINFORCE, RLOO, ReMax). None: the method's own.",
     )
     mask_truncated: bool = Field(
         False,
@@ -269,11 +270,33 @@ class RLConfig(TrainConfig):
         grouped = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline")
         if self.method in grouped and self.group_size < 2:
             raise ValueError(f"{self.method} compares the completions of a prompt: group_size must be 2 or more")
+        self._idle()
         critics = ("lam", "clip_value", "value_coefficient", "value_lr", "value_trunk")
         idle = [n for n in critics if getattr(self, n) != type(self).model_fields[n].default]
         if idle and self.method != "ppo":
             raise ValueError(f"{', '.join(idle)}: of a critic, and {self.method} has none. Leave out, or use ppo")
         return self
+
+    def _idle(self) -> None:
+        """Raise ValueError for a setting that would do nothing."""
+        fields = type(self).model_fields
+        given = {n for n in fields if getattr(self, n) != fields[n].default}
+        if "gamma" in given and self.method not in ("ppo", "reinforce_pp"):
+            raise ValueError(f"gamma discounts tokens in ppo and reinforce_pp; {self.method} would not look at it")
+        clips = sorted(given & {"clip_low", "clip_high", "clip_dual"})
+        if clips and self.updates * self.passes == 1 and not self.off_policy:
+            raise ValueError(
+                f"{', '.join(clips)}: with one update a batch the ratio is 1 and nothing is clipped. Leave out, or set "
+                "updates or passes above 1"
+            )
+        if "clip_dual" in given and self.method == "cispo":
+            raise ValueError("clip_dual bounds a ratio's loss, and cispo has its weight bounded already: leave it out")
+        if "success" in given and not (self.allocate or self.curriculum or self.replay):
+            raise ValueError("success is for allocate, curriculum and replay, and none of them is on")
+        if "max_staleness" in given and not self.off_policy:
+            raise ValueError("max_staleness is for replay and carry, and neither is on")
+        if self.redraws and self.group_size == 1:
+            raise ValueError("redraws replaces groups whose rewards are all alike, as a group of one always is")
 
     @model_validator(mode="after")
     def _explores(self) -> RLConfig:

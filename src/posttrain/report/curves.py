@@ -58,6 +58,7 @@ PREFERENCE_METRICS = [
 RL_METRICS = [
     Measure("reward", "Reward", "mean of the step's rollouts", from_zero=False),
     Measure("held_out", "Held-out reward", "greedy answers", smooth=False),
+    Measure("held_out_failed", "Held-out answers without a reward", "of the greedy answers; in no mean", smooth=False),
     Measure("accuracy", "Accuracy", "share of the step's pairs told right", from_zero=False),
     Measure("margin", "Margin", "better less worse implicit reward", from_zero=False),
     Measure("ties", "Ties", "prompts without a pair"),

@@ -24,6 +24,11 @@ class StageLog:
     timings: list[Record]
 
 
+def stage_folders(run: Path, stage: str) -> list[Path]:
+    """The folders of a stage: NUMBER-NAME."""
+    return [p for p in sorted((run / "stages").glob(f"*-{stage}")) if p.name.split("-", 1)[1] == stage]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One task of one model: its summary, items and greedy answers; each may be empty."""

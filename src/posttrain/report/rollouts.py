@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import DataError
-from posttrain.report.load import Run
+from posttrain.report.load import Run, stage_folders
 from posttrain.report.phases import Phase, phases
 from posttrain.rewards.watch import repetition, watch
 from posttrain.rollout.store import groups_of, path_of, read_rollouts, rollout_steps
@@ -87,7 +87,7 @@ def views(run: Run) -> list[View]:
     """One view a stage that kept rollouts; files that can't be read are named in the run's notes."""
     out = []
     for stage in run.stages:
-        for folder in sorted((run.folder / "stages").glob(f"*-{stage.name}")):
+        for folder in stage_folders(run.folder, stage.name):
             steps = rollout_steps(folder / "rollouts")
             if steps:
                 out.append(view(stage.name, folder / "rollouts", steps, run.notes, stage.timings))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.report.load import Run
+from posttrain.report.load import Run, stage_folders
 
 SIDES = ("before", "after")
 PAIRS = [
@@ -61,7 +61,7 @@ def scored(run: Run) -> list[View]:
     """One view a stage that left held_out.json; a file that can't be read is named in the run's notes."""
     out = []
     for stage in run.stages:
-        for folder in sorted((run.folder / "stages").glob(f"*-{stage.name}")):
+        for folder in stage_folders(run.folder, stage.name):
             found = _read(folder / "held_out.json", run.notes)
             if found is not None:
                 out.append(_view(stage.name, found))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from posttrain.config.rewards import RewardConfig, RewardsConfig
@@ -91,6 +91,14 @@ class RewardStack:
         """End the worker processes."""
         if self.pool is not None:
             self.pool.close()
+
+    def numbers(self) -> dict[str, Any]:
+        """What failed so far, for a checkpoint: limits hold over a run, however often it is stopped."""
+        return {name: asdict(account) for name, account in self.accounts.items()}
+
+    def load(self, numbers: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self.accounts = {p.name: Account(**numbers[p.name]) for p in self.parts}
 
     def __call__(self, groups: Sequence[RolloutGroup]) -> Scored:
         """Score every rollout by every part.

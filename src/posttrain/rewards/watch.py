@@ -152,7 +152,7 @@ def watch(steps: Sequence[Sequence[RolloutGroup]], suspects: int = 5) -> dict[st
         "apart": apart,
         **shape,
         "markers": markers,
-        "suspects": _suspects(steps, suspects),
+        "suspects": suspicious(steps, suspects),
         "warnings": _warnings(parts, shape, markers, apart),
     }
 
@@ -195,7 +195,8 @@ def _moves_apart(pair: Mapping[str, Any], parts: Mapping[str, Any]) -> bool:
     return fell or _drifted(parts[pair["a"]]) * _drifted(parts[pair["b"]]) < 0
 
 
-def _suspects(steps: Sequence[Sequence[RolloutGroup]], count: int) -> list[dict[str, Any]]:
+def suspicious(steps: Sequence[Sequence[RolloutGroup]], count: int | None = None) -> list[dict[str, Any]]:
+    """The `suspects` of `watch`, at most `count`."""
     found: list[dict[str, Any]] = []
     for s, groups in enumerate(steps):
         lengths = [r.length for g in groups for r in g.rollouts if math.isfinite(r.reward)]

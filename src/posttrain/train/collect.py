@@ -6,6 +6,7 @@ run that goes on makes the same batch again.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -140,12 +141,18 @@ class Collector:
 
     def numbers(self) -> dict[str, Any]:
         """All state besides the weights, for a checkpoint."""
-        return {"baseline": self.baseline, "controls": self.controls.numbers(), "gatherer": self.gatherer.numbers()}
+        return {
+            "baseline": self.baseline,
+            "controls": self.controls.numbers(),
+            "gatherer": self.gatherer.numbers(),
+            "rewards": self.rewards.numbers(),
+        }
 
     def load(self, numbers: dict[str, Any]) -> None:
         """Take it back."""
         self.baseline, self.controls = numbers["baseline"], Controls(**numbers["controls"])
         self.gatherer.load(numbers["gatherer"])
+        self.rewards.load(numbers["rewards"])
 
     def _judge(self, batch: Batch, step: int, phases: Phases) -> None:
         """Log-probabilities before the update, of the reference, values of the critic; advantages from all of these."""
@@ -204,11 +211,12 @@ class Collector:
         return [torch.zeros(0) if r.old is None else r.old for r in rolled]
 
     def _greedy(self, batch: Batch, phases: Phases) -> list[float]:
-        """ReMax: the reward of the likeliest answer to each prompt; 0 where it can't be judged."""
+        """ReMax: the reward of the likeliest answer to each prompt; NaN where it can't be judged, which is counted."""
         groups = self.answer([self.questions[i] for i in batch.problems], phases)
         with phases("reward"):
-            answered = judge(self.rewards, groups).groups
-        return [outcome(self.config, g.rollouts[0]) if g.rollouts else 0.0 for g in answered]
+            answered = judge(self.rewards, groups)
+        _count_failed(answered, batch.metrics)
+        return [outcome(self.config, g.rollouts[0]) if g.rollouts else math.nan for g in answered.groups]
 
     def answer(self, questions: Sequence[Question], phases: Phases) -> list[RolloutGroup]:
         """Greedy answers."""
@@ -241,9 +249,14 @@ def _metrics(scored: Scored) -> dict[str, float]:
         if any(r.mask is not None for r in rollouts):
             out["replies"] = statistics.fmean(r.replies for r in rollouts)
         out["entropy"] = -sum(r.logprobs[i] for r in rollouts for i in r.own) / max(1, tokens)
-    for e in scored.excluded:
-        out[f"failed/{e.reward}"] = out.get(f"failed/{e.reward}", 0.0) + 1
+    _count_failed(scored, out)
     return out
+
+
+def _count_failed(scored: Scored, metrics: dict[str, float]) -> None:
+    """`failed/PART`: completions that this reward gave no number."""
+    for e in scored.excluded:
+        metrics[f"failed/{e.reward}"] = metrics.get(f"failed/{e.reward}", 0.0) + 1
 
 
 @contextmanager

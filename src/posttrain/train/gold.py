@@ -65,7 +65,7 @@ class Gold:
     def measure(self, step: int, phases: Phases) -> dict[str, float]:
         """Means with 95% intervals (bootstrap over problems) of proxy, gold and KL a sequence; the samples are kept.
 
-        A sample that the proxy or gold fails on counts in neither. Empty where none is left.
+        A sample that the proxy or gold fails on counts in neither, and in `gold_failed`.
         """
         with phases("gold"):
             asked = zip(self.questions, self.streams, strict=True)
@@ -78,12 +78,14 @@ class Gold:
             texts, numbers = [q.text for q in self.questions], list(range(len(self.questions)))
             if ranks.is_main():
                 write_rollouts(self.folder / NAME, step, judged, None, texts, numbers)
-            return self._numbers(judged)
+            asked_for = self.samples * len(groups)
+            return self._numbers(judged, asked_for - sum(len(g.rollouts) for g in judged))
 
-    def _numbers(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    def _numbers(self, groups: Sequence[RolloutGroup], failed: int) -> dict[str, float]:
         rolled = [Rolled(g.prompt, r, n) for n, g in enumerate(groups) for r in g.rollouts]
+        counted = {"gold_failed": float(failed)} if failed else {}
         if not rolled:
-            return {}
+            return counted
         divergence = self._divergence(rolled)
         rewards = [r.rollout.reward for r in rolled]
         golds = [r.rollout.rewards[NAME] for r in rolled]
@@ -100,7 +102,7 @@ class Gold:
             out["proxy_gold"] = statistics.correlation(rewards, golds)
         for name, column, (low, high) in zip(columns, table.T, interval_of_means(table), strict=True):
             out |= {name: float(column.mean()), f"{name}_low": low, f"{name}_high": high}
-        return out
+        return out | counted
 
     def _divergence(self, rolled: Sequence[Rolled]) -> list[float]:
         """KL from the stage's first model of each completion, nats."""

@@ -180,7 +180,7 @@ def give_advantages(
     """Fill in advantages (and returns, for a critic) of a whole batch, and who has something to teach.
 
     baseline: REINFORCE's moving average of rewards before this batch (None: the batch's own mean). greedy: ReMax's
-    reward of the greedy answer to each prompt, by group.
+    reward of the greedy answer to each prompt, by group; NaN where there is none: then the group has nothing to teach.
     """
     if not rolled:
         return
@@ -235,7 +235,7 @@ def _of_sequences(
     if method.advantages == "leave_one_out":
         return adv.leave_one_out(rewards, group)
     if method.advantages == "greedy":
-        return adv.remax(rewards, torch.tensor(list(greedy), dtype=rewards.dtype), group)
+        return adv.remax(rewards, torch.tensor(list(greedy), dtype=rewards.dtype), group).nan_to_num(0.0)
     return adv.reinforce(rewards, baseline)
 
 
@@ -259,9 +259,9 @@ def policy_loss(
     alone = config.updates * config.passes == 1 and not config.off_policy
     kind = config.aggregation or method.aggregation
     stepwise = any(r.rollout.steps for r in rolled)
-    if method.loss == "reinforce" and not alone and config.aggregation is None and not stepwise:
+    if method.loss == "reinforce" and not alone and kind == "constant" and not stepwise:
         kind = "sequence"  # the ratio of a whole sequence, once for each
-    constant = float(config.sampling.max_tokens) if config.method == "dr_grpo" else 1.0
+    constant = 1.0 if method.loss == "reinforce" else float(config.sampling.max_tokens)
     divisor = denominator(kind, torch.tensor([r.length for r in rolled]))
     want = "values" if method.advantages == "critic" else "logprobs"
     cap, beta = config.importance_cap, config.kl.coefficient if config.kl.where == "loss" else 0.0
@@ -296,7 +296,8 @@ def policy_loss(
         if fresh and comparable:
             now = torch.tensor([r.age == 0 for r in mine], device=device)[sequence]
             difference = (logprobs.detach() - sampled).abs() * now
-            metrics["mismatch"] = difference.sum()
+            metrics["mismatch"], metrics["fresh"] = difference.sum(), now.sum()
+            metrics["mismatch_kl"] = (kl(sampled, logprobs.detach(), "k3") * now).sum()
             extremes.mismatch = max(extremes.mismatch, float(difference.max()))
         total = reduce(values, weights, divisor)
         if want == "values":

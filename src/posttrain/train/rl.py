@@ -112,11 +112,12 @@ class Experience:
             if ranks.is_main():
                 write_rollouts(self.folder / "held_out", step, kept, None, asked, numbers, failures, self.turns)
         rollouts = [r for g in scored.groups for r in g.rollouts]
+        failed = {"held_out_failed": float(len(scored.excluded))} if scored.excluded else {}
         if not rollouts:
-            return {}
+            return failed
         rewards = [r.reward for r in rollouts]
         low, high = mean_interval(rewards, seed=self.seed)
-        out = {"held_out": statistics.fmean(rewards), "held_out_low": low, "held_out_high": high}
+        out = {"held_out": statistics.fmean(rewards), "held_out_low": low, "held_out_high": high} | failed
         out["held_out_length"] = statistics.fmean(r.length for r in rollouts)
         for name in sorted({n for r in rollouts for n in r.rewards}):
             out[f"held_out/{name}"] = statistics.fmean(r.rewards[name] for r in rollouts if name in r.rewards)
@@ -126,10 +127,12 @@ class Experience:
         return self.measure(0, Phases(track)) if self.held_out else None
 
     def numbers(self) -> dict[str, Any]:
-        return self.collector.numbers()
+        return self.collector.numbers() | ({"gold": self.gold.scorer.numbers()} if self.gold is not None else {})
 
     def load(self, numbers: dict[str, Any]) -> None:
         self.collector.load(numbers)
+        if self.gold is not None:
+            self.gold.scorer.load(numbers["gold"])
 
 
 def _joined(records: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -142,6 +145,10 @@ def _joined(records: Sequence[dict[str, float]]) -> dict[str, float]:
         values = [r[name] for r in records if name in r]
         counted = name in ("tokens", "loss_tokens", "skipped")
         out[name] = values[-1] if name == "lr" else sum(values) if counted else statistics.fmean(values)
+    fresh = out.pop("fresh", 0.0)  # share of the tokens that the newest weights sampled: the others can't be compared
+    for name in ("mismatch", "mismatch_kl"):
+        if name in out:
+            out[name] = out[name] / fresh if fresh else 0.0
     squared, error = out.pop("return_squared", None), out.pop("value_error_squared", None)
     mean = out.pop("return", 0.0)
     if squared is not None and error is not None:
