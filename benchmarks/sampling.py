@@ -72,7 +72,11 @@ class Ours:
 
 
 class Generate:
-    """`generate` on batches padded on the left, requests of like length together; settings: batch, the rows of one."""
+    """`generate` on batches padded on the left, requests of like length together.
+
+    settings: batch, the rows of one; cache "static": keys and values in a cache of fixed size, the step compiled, which
+    transformers does by itself on a GPU alone.
+    """
 
     def __init__(self, model: str, gpu: bool, settings: dict[str, Any]) -> None:
         import torch
@@ -83,6 +87,13 @@ class Generate:
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(self.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.settings = settings
+        self.cache: dict[str, Any] = {}
+        if settings.get("cache") == "static":
+            from transformers import CompileConfig
+
+            compiled = CompileConfig(fullgraph=False)
+            compiled._compile_all_devices = True
+            self.cache = {"cache_implementation": "static", "compile_config": compiled}
 
     def run(self, requests: list[dict[str, Any]], greedy: bool, ends: bool) -> Tokens:
         import torch
@@ -107,6 +118,7 @@ class Generate:
                     ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=new,
                     min_new_tokens=None if ends else new, do_sample=not greedy, temperature=None if greedy else 1.0,
                     top_p=None, top_k=None if greedy else 0, pad_token_id=end, eos_token_id=end,
+                    **self.cache,
                 )  # fmt: skip
             for k, i in enumerate(chosen):
                 tokens = got[k, width:].tolist()[: rows[i]["max_tokens"]]
@@ -331,6 +343,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     }  # fmt: skip
     plans: list[tuple[str, str, dict[str, Any]]] = [("ours", sys.executable, {})]
     plans += [("generate", sys.executable, {"batch": int(b)}) for b in args.batches.split(",")]
+    plans += [("generate", sys.executable, {"batch": int(args.batches.split(",")[0]), "cache": "static"})]
     plans += [("continuous", sys.executable, {})]
     plans += [("vllm", args.vllm_python, {})] if args.vllm_python else []
     plans = [p for p in plans if p[0] in ("ours", *args.engines.split(","))]
