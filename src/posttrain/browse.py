@@ -101,8 +101,9 @@ def browse(
 ) -> None:
     """Print a step's rollouts, group by group; through a pager where there is a terminal.
 
-    step: None is the last. sort: of groups, and of rollouts in them: by reward, or by how suspicious they are (well
-    rewarded and repetitive). groups: how many to show. problem: only this one. Raises DataError for what is not there.
+    step: None is the last. sort: of groups, and of rollouts in them: by reward, or by how suspicious they are among all
+    of the step (`posttrain.rewards.watch`). groups: how many to show. problem: only this one. Raises DataError for what
+    is not there.
     """
     stages = stages_with_rollouts(run)
     named = {p.name.split("-", 1)[1]: p for p in stages}
@@ -120,11 +121,13 @@ def browse(
         near = sorted(steps, key=lambda s: abs(s - chosen))[:3]
         raise DataError(f"no rollouts of step {chosen}; there are {len(steps)}, the nearest at {sorted(near)}")
     rows = read_rollouts(path_of(folder, chosen))
+    ordered = _ordered(rows, sort)
     if problem is not None:
         rows = [r for r in rows if r["problem"] == problem]
         if not rows:
             raise DataError(f"step {chosen} has no problem {problem}")
-    shown = _ordered(rows, sort)[:groups]
+        ordered = [g for g in ordered if g[0]["problem"] == problem]
+    shown = ordered[:groups]
     title = f"{folder.parent.name}, {'held out, ' if held_out else ''}step {chosen} of {steps[0]} to {steps[-1]}"
     if out.is_terminal and sum(len(g) for g in shown) > 8:
         with out.pager(styles=True):

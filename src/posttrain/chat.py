@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain.config import ModelConfig
 from posttrain.errors import ModelError
+from posttrain.models.context import context
 from posttrain.types import Message
 
 HELP = "/reset starts over, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer"
@@ -53,13 +54,13 @@ class Chat:
         """
         self.messages.append({"role": "user", "content": text})
         ids = self.prompt_ids()
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context and len(ids) >= context:
+        longest = context(self.model.config)
+        if longest and len(ids) >= longest:
             self.messages.pop()
             raise ModelError(
-                f"the conversation is {len(ids)} tokens and the model's context {context}: /reset starts over"
+                f"the conversation is {len(ids)} tokens and the model's context {longest}: /reset starts over"
             )
-        room = min(self.max_new_tokens, context - len(ids)) if context else self.max_new_tokens
+        room = min(self.max_new_tokens, longest - len(ids)) if longest else self.max_new_tokens
         answer: list[str] = []
         try:
             for piece in self._stream(ids, room):

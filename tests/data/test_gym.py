@@ -28,7 +28,7 @@ def records(config: DataConfig) -> list[Record]:
 
 
 def test_a_row_is_an_item_with_what_is_told_of_it() -> None:
-    table = read_table(config("?seed=5", rows=(0, 4)))
+    table = read_table(config("?size=4&seed=5"))
     made = create_dataset("gsm_symbolic", seed=5, size=4)
     assert [r["question"] for r in table.rows] == [x["question"] for x in made]
     assert [r["answer"] for r in table.rows] == [x["answer"] for x in made]
@@ -39,7 +39,7 @@ def test_a_row_is_an_item_with_what_is_told_of_it() -> None:
 def test_the_rows_are_the_problems_that_a_later_stage_asks() -> None:
     """Same name, same seed: a cold start and reinforcement learning see the same questions in the same words."""
     template = {"prompt": "{question}", "completion": "{answer_cot}"}
-    trained = records(config(rows=(0, 20), **template))
+    trained = records(config("?size=30", rows=(0, 20), **template))
     problems = load_problems(ReasoningGymConfig(name="gsm_symbolic", size=30))
     assert [r.messages[0]["content"] for r in trained] == [p["prompt"] for p in problems[:20]]
     for record, problem in zip(trained, problems, strict=False):
@@ -47,13 +47,17 @@ def test_the_rows_are_the_problems_that_a_later_stage_asks() -> None:
         assert worked and float(worked[1].replace(",", "")) == float(problem["answer"].replace(",", ""))
 
 
-def test_a_shuffled_part() -> None:
-    whole = records(config(rows=(0, 40), shuffle_seed=1, prompt="{question}", completion="{answer}"))
-    assert len({r.messages[0]["content"] for r in whole}) == 40
+def test_parts_of_the_shuffled_rows_are_apart() -> None:
+    template = {"prompt": "{question}", "completion": "{answer}", "shuffle_seed": 1}
+    one, two = (
+        {r.messages[0]["content"] for r in records(config("?size=60", rows=rows, **template))}
+        for rows in ((0, 40), (40, 60))
+    )
+    assert (len(one), len(two)) == (40, 20) and not one & two
 
 
 def test_options_are_read_as_yaml() -> None:
-    rows = gym.rows("reasoning-gym:leg_counting?min_animals=1&max_animals=1&max_instances=2", 30)
+    rows = gym.rows("reasoning-gym:leg_counting?min_animals=1&max_animals=1&max_instances=2&size=30")
     assert all(len(r["animals"]) == 1 and max(r["animals"].values()) <= 2 for r in rows)
 
 
@@ -61,15 +65,15 @@ def test_options_are_read_as_yaml() -> None:
     ("source", "said"),
     [
         ("reasoning-gym:gsm_symbolik", "did you mean.*gsm_symbolic"),
-        ("reasoning-gym:gsm_symbolic?seed", "NAME\\?seed=1&OPTION=VALUE"),
+        ("reasoning-gym:gsm_symbolic?seed", "NAME\\?size=2000&seed=1&OPTION=VALUE"),
         ("reasoning-gym:gsm_symbolic?seed=-1", "seed is -1; expected a whole number"),
         ("reasoning-gym:gsm_symbolic?seed=one", "seed is 'one'"),
-        ("reasoning-gym:gsm_symbolic?size=9", "follows from data.rows"),
-        ("reasoning-gym:gsm_symbolic?colour=[", "NAME\\?seed=1&OPTION=VALUE"),
+        ("reasoning-gym:gsm_symbolic?size=0", "size is 0; expected a whole number from 1"),
+        ("reasoning-gym:gsm_symbolic?colour=[", "NAME\\?size=2000&seed=1&OPTION=VALUE"),
         ("reasoning-gym:gsm_symbolic?colour=red", "unexpected keyword argument 'colour'"),
         ("reasoning-gym:", "no data set ''"),
     ],
 )
 def test_what_is_refused_says_why(source: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        read_table(DataConfig(source=source, rows=(0, 2)))
+        read_table(DataConfig(source=source))

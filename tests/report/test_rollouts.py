@@ -183,6 +183,17 @@ def test_the_suspicious_come_in_the_order_of_the_report(tmp_path: Path) -> None:
     text = shown(tmp_path, sort="suspicious")
     places = [text.index(f"#{i} ") for i in (2, 0, 1, 4, 3)]
     assert places == sorted(places)
+    write_rollouts(
+        tmp_path / "stages" / "0-rl" / "held_out",
+        1,
+        [RolloutGroup((1, 2), {"answer": "4", "source": "s"}, [r]) for r in (rollouts[1], rollouts[2], rollouts[4])],
+        None,
+        ["q"] * 3,
+        [0, 1, 2],
+        [[{}]] * 3,
+    )
+    text = shown(tmp_path, sort="suspicious", held_out=True)  # one answer a problem: compared with the step's mean
+    assert text.index("problem 1 ") < text.index("problem 0 ")
 
 
 def test_stages_whose_names_end_alike_are_told_apart(tmp_path: Path) -> None:

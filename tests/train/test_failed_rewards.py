@@ -32,7 +32,7 @@ def test_a_greedy_answer_without_a_reward_teaches_nothing_and_is_counted(tmp_pat
     exp = work(settings("remax", rewards={"parts": [PART], "on_error": "exclude"}), tmp_path, f=f)
     before = [p.detach().clone() for p in exp.learner.model.parameters()]
     metrics = exp.step(0, QUIET).metrics
-    assert len(calls) == 20 and metrics["failed/function"] == 1
+    assert len(calls) == 20 and metrics["greedy_failed"] == 1 and "failed/function" not in metrics
     assert metrics["no_signal"] == 1 and metrics["grad_norm"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, exp.learner.model.parameters(), strict=True))
 
@@ -55,6 +55,8 @@ def test_held_out_answers_without_a_reward_are_counted(tmp_path: Path) -> None:
     config = settings("grpo", rewards={"parts": [PART], "on_error": "exclude"}, held_out=HELD_OUT)
     found = work(config, tmp_path, f=f).measure(0, Phases(QUIET))
     assert found["held_out"] == 1 and found["held_out_failed"] == 2  # of three
+    everything = work(config, tmp_path / "other", f=lambda text, example: 1.0).measure(0, Phases(QUIET))
+    assert everything["held_out_failed"] == 0
 
 
 def test_what_failed_before_a_kill_counts_after_it(tmp_path: Path) -> None:
@@ -86,13 +88,13 @@ def test_what_failed_before_a_kill_counts_after_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "changes", "said"),
     [
-        ("grpo", {"gamma": 0.5}, "gamma discounts tokens in ppo and reinforce_pp; grpo would not"),
+        ("grpo", {"gamma": 0.5}, "gamma discounts tokens in ppo and reinforce_pp; grpo has none: leave it out"),
         ("grpo", {"clip_high": 0.3}, "clip_high: with one update a batch the ratio is 1"),
         ("rloo", {"clip_low": 0.1, "clip_dual": 3.0}, "clip_dual, clip_low: with one update"),
         ("cispo", {"clip_dual": 3.0, "passes": 2}, "cispo has its weight bounded already"),
         ("grpo", {"success": 0.5}, "success is for allocate, curriculum and replay"),
         ("grpo", {"max_staleness": 4}, "max_staleness is for replay and carry"),
-        ("remax", {"group_size": 1, "redraws": 2}, "as a group of one always is"),
+        ("remax", {"group_size": 1, "redraws": 2}, "as one of one is: raise group_size"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(method: str, changes: dict[str, Any], said: str) -> None:
@@ -107,3 +109,4 @@ def test_the_same_settings_are_taken_where_they_do_something() -> None:
     settings("grpo", clip_high=0.3, carry=4, max_staleness=4)
     settings("grpo", success=0.5, curriculum={})
     settings("remax", group_size=2, redraws=1)
+    settings("remax", group_size=1, redraws=1, rewards={"parts": [{"kind": "valid_steps"}]})

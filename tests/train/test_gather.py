@@ -21,12 +21,13 @@ from posttrain.train.collect import Batch, Collector
 from posttrain.train.learner import Learner
 from posttrain.train.loop import train
 from posttrain.train.methods import Extremes, Rolled, even_out, give_advantages, policy_loss, temperatures
-from posttrain.train.rl import Experience
+from posttrain.train.rl import Experience, _joined
 from posttrain.types import Piece, Rollout
 from tests.train.test_rl import TOKENIZER, capture, model, plain_logprobs, questions, settings
 
 FUNCTION = {"kind": "function", "function": "f", "isolated": False}
 QUIET = Track("t", 1, shown=False)
+MISMATCH = ("mismatch", "mismatch_kl", "fresh")
 
 
 def seldom(text: str, example: Any) -> float:
@@ -46,6 +47,28 @@ def work(
 
 def collect(exp: Experience, step: int) -> Batch:
     return exp.collector.collect(step, Phases(QUIET))
+
+
+def test_the_mismatch_is_of_tokens_that_the_newest_weights_sampled() -> None:
+    """Two of three completions are older: theirs are other weights' numbers, whatever the learner's are now."""
+    lm, config = model(), settings("grpo", carry=4, updates=1, sampling={"max_tokens": 9})
+    differences = []
+    for ages in ((0, 2, 1), (3, 2, 1)):
+        rolled = []
+        for i, age in enumerate(ages):
+            tokens = [5 + i, 7, 9 + 2 * i, 11][: 2 + i]
+            r = Rolled([3, 4, 5, 6], Rollout(tokens, [-5.0] * len(tokens), "end", reward=float(i)), 0, age=age)
+            r.advantages, r.old = torch.full((r.length,), float(i - 1) or 0.5), r.sampled()
+            rolled.append(r)
+        learner = Learner(lm, config.optimizer, config.systems, 1)
+        capture(learner)
+        loss = policy_loss(config, rolled, True, True, Extremes())
+        record = learner.step([r.sample(i) for i, r in enumerate(rolled)], loss).metrics
+        differences.append(_joined([record, {k: v for k, v in record.items() if k not in MISMATCH}]))
+    d = plain_logprobs(lm, Rolled([3, 4, 5, 6], Rollout([5, 7], [-5.0] * 2, "end"), 0), 1.0).detach() + 5.0
+    assert differences[0]["mismatch"] == pytest.approx(float(d.abs().mean()), rel=1e-4)
+    assert differences[0]["mismatch_kl"] == pytest.approx(float((d.exp() - 1 - d).mean()), rel=1e-3)
+    assert not set(differences[1]) & set(MISMATCH)  # nothing there to compare: no number, rather than none of it
 
 
 def test_hard_prompts_get_more_of_a_fixed_budget(tmp_path: Path) -> None:

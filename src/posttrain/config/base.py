@@ -62,7 +62,7 @@ class DataConfig(Config):
     """Rows from a file or the Hub, and how they become samples."""
 
     source: str | list[str] = Field(
-        description="Path(s) of .tsv .csv .json .jsonl .parquet files, a Hub data set's name, packaged:NAME (ships with posttrain), lab:KIND (made here for the laboratory's model: calculator; chains of thought careful, words, program; sums, others, others_held_out without), reasoning-gym:NAME (made by reasoning-gym, as many as rows reaches; with ?seed=1&OPTION=VALUE), or stage:NAME (what an earlier stage made)."
+        description="Path(s) of .tsv .csv .json .jsonl .parquet files, a Hub data set's name, packaged:NAME (ships with posttrain), lab:KIND (made here for the laboratory's model: calculator; chains of thought careful, words, program; sums, others, others_held_out without), reasoning-gym:NAME (made by reasoning-gym; with ?size=2000&seed=1&OPTION=VALUE), or stage:NAME (what an earlier stage made)."
     )
     split: str = Field("train", description="Split of a Hub data set.")
     subset: str | None = Field(None, description="Configuration name of a Hub data set.")

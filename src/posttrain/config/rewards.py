@@ -342,6 +342,11 @@ RewardConfig = Annotated[
 ]
 
 
+def judges_steps(part: Any) -> bool:
+    """Whether a reward returns steps in place of a number."""
+    return isinstance(part, StepwisePart) or (isinstance(part, ProcessRewardPart) and part.combine == "steps")
+
+
 class RewardsConfig(Config):
     """A stack of rewards: their weighted sum is what is learnt, and each is logged."""
 
@@ -352,7 +357,9 @@ class RewardsConfig(Config):
         "While it goes on, the rollout is left out of its group, counted and shown.",
     )
     max_errors: int = Field(
-        3, ge=1, description="Errors of one reward, over the run, before it stops (on_error: stop)."
+        3,
+        ge=1,
+        description="Errors of one reward, over the run, before it stops (on_error: stop). With several processes: in one of them.",
     )
     on_timeout: Literal["stop", "exclude"] = Field(
         "exclude",

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from posttrain.config.base import NAME, Config, DataConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
-from posttrain.config.rewards import RewardConfig, RewardsConfig
+from posttrain.config.rewards import RewardConfig, RewardsConfig, judges_steps
 
 
 class AskedConfig(Config):
@@ -282,7 +282,7 @@ class RLConfig(TrainConfig):
         fields = type(self).model_fields
         given = {n for n in fields if getattr(self, n) != fields[n].default}
         if "gamma" in given and self.method not in ("ppo", "reinforce_pp"):
-            raise ValueError(f"gamma discounts tokens in ppo and reinforce_pp; {self.method} would not look at it")
+            raise ValueError(f"gamma discounts tokens in ppo and reinforce_pp; {self.method} has none: leave it out")
         clips = sorted(given & {"clip_low", "clip_high", "clip_dual"})
         if clips and self.updates * self.passes == 1 and not self.off_policy:
             raise ValueError(
@@ -292,11 +292,12 @@ class RLConfig(TrainConfig):
         if "clip_dual" in given and self.method == "cispo":
             raise ValueError("clip_dual bounds a ratio's loss, and cispo has its weight bounded already: leave it out")
         if "success" in given and not (self.allocate or self.curriculum or self.replay):
-            raise ValueError("success is for allocate, curriculum and replay, and none of them is on")
+            raise ValueError("success is for allocate, curriculum and replay: leave it out, or turn one of them on")
         if "max_staleness" in given and not self.off_policy:
-            raise ValueError("max_staleness is for replay and carry, and neither is on")
-        if self.redraws and self.group_size == 1:
-            raise ValueError("redraws replaces groups whose rewards are all alike, as a group of one always is")
+            raise ValueError("max_staleness is for replay and carry: leave it out, or turn one of them on")
+        steps = any(judges_steps(p) for p in self.rewards.parts)
+        if self.redraws and self.group_size == 1 and not steps and self.replay is None:
+            raise ValueError("redraws replaces groups whose rewards are all alike, as one of one is: raise group_size")
 
     @model_validator(mode="after")
     def _explores(self) -> RLConfig:

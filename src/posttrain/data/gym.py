@@ -13,7 +13,7 @@ from posttrain.errors import DataError, MissingExtraError
 
 PREFIX = "reasoning-gym:"
 ITEMS = 500
-"""How many are made where nothing says how many."""
+"""How many are made where nothing says how many, as for problems."""
 
 
 def items(name: str, size: int, seed: int, options: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -37,11 +37,11 @@ def items(name: str, size: int, seed: int, options: Mapping[str, Any]) -> list[d
         raise DataError(f"reasoning-gym {name}: {type(error).__name__}: {error} (options: {dict(options)})") from error
 
 
-def rows(source: str, size: int) -> list[dict[str, Any]]:
-    """Rows of the data source reasoning-gym:NAME or reasoning-gym:NAME?seed=1&OPTION=VALUE.
+def rows(source: str) -> list[dict[str, Any]]:
+    """Rows of the data source reasoning-gym:NAME or reasoning-gym:NAME?size=2000&seed=1&OPTION=VALUE.
 
     Columns: question, answer, and what else the set tells of an item (gsm_symbolic: answer_cot, the worked answer).
-    size: how many. Raises as `items`, and DataError for a source that can't be read.
+    Raises as `items`, and DataError for a source that can't be read.
     """
     name, mark, query = source.removeprefix(PREFIX).partition("?")
     try:
@@ -49,12 +49,11 @@ def rows(source: str, size: int) -> list[dict[str, Any]]:
         options = {key: yaml.safe_load(value) for key, value in pairs}
     except (ValueError, yaml.YAMLError) as error:
         raise DataError(
-            f"data source {source!r}: {error}; expected {PREFIX}NAME, or {PREFIX}NAME?seed=1&OPTION=VALUE"
+            f"data source {source!r}: {error}; expected {PREFIX}NAME, or {PREFIX}NAME?size=2000&seed=1&OPTION=VALUE"
         ) from error
-    if "size" in options:
-        raise DataError(f"data source {source!r}: how many are made follows from data.rows; leave size out")
-    seed = options.pop("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise DataError(f"data source {source!r}: seed is {seed!r}; expected a whole number from 0")
-    made = items(name, size, seed, options)
+    numbers = {"size": options.pop("size", ITEMS), "seed": options.pop("seed", 0)}
+    for (key, number), least in zip(numbers.items(), (1, 0), strict=True):
+        if not isinstance(number, int) or isinstance(number, bool) or number < least:
+            raise DataError(f"data source {source!r}: {key} is {number!r}; expected a whole number from {least}")
+    made = items(name, numbers["size"], numbers["seed"], options)
     return [{**item["metadata"], "question": item["question"], "answer": item["answer"]} for item in made]

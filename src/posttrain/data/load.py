@@ -45,7 +45,7 @@ def read_table(config: DataConfig) -> Table:
     table = Table()
     for source in [config.source] if isinstance(config.source, str) else config.source:
         if source.startswith(("lab:", gym.PREFIX)):
-            _made(source, config, table)
+            _made(source, table)
             continue
         path = _locate(source)
         rows = _from_hub(source, config) if path is None else READERS[path.suffix.lower()](path)
@@ -78,12 +78,12 @@ def in_order(config: DataConfig, count: int) -> np.ndarray:
     return order
 
 
-def _made(source: str, config: DataConfig, table: Table) -> None:
-    """Rows that are made here: reasoning-gym's, as many as data.rows reaches; for the laboratory's model
-    lab:calculator, lab:calculator:SEED, or chains' lab:KIND."""
+def _made(source: str, table: Table) -> None:
+    """Rows that are made here: reasoning-gym's; for the laboratory's model lab:calculator, lab:calculator:SEED, or
+    chains' lab:KIND."""
     name, _, seed = source.removeprefix("lab:").partition(":")
     if source.startswith(gym.PREFIX):
-        rows = gym.rows(source, config.rows[1] if config.rows else gym.ITEMS)
+        rows = gym.rows(source)
     elif name == "calculator" and (seed or "0").isdigit():
         rows = sums.calls(int(seed or 0), sums.CALL_ROWS)
     elif name in chains.KINDS and not seed:
@@ -93,7 +93,8 @@ def _made(source: str, config: DataConfig, table: Table) -> None:
         raise DataError(f"data source {source!r}: expected lab:calculator, lab:calculator:SEED with a number, {kinds}")
     table.rows += rows
     table.places += [(source, number) for number in range(1, len(rows) + 1)]
-    table.hashes[source] = hashlib.sha256(json.dumps(rows, default=repr).encode()).hexdigest()
+    told = [[r["question"], r["answer"]] for r in rows] if source.startswith(gym.PREFIX) else rows
+    table.hashes[source] = hashlib.sha256(json.dumps(told, default=repr).encode()).hexdigest()
 
 
 def _locate(source: str) -> Path | None:

@@ -59,6 +59,8 @@ RL_METRICS = [
     Measure("reward", "Reward", "mean of the step's rollouts", from_zero=False),
     Measure("held_out", "Held-out reward", "greedy answers", smooth=False),
     Measure("held_out_failed", "Held-out answers without a reward", "of the greedy answers; in no mean", smooth=False),
+    Measure("gold_failed", "Samples that gold or a reward failed on", "in no mean", smooth=False),
+    Measure("greedy_failed", "Greedy answers without a reward", "a step; their prompts teach nothing"),
     Measure("accuracy", "Accuracy", "share of the step's pairs told right", from_zero=False),
     Measure("margin", "Margin", "better less worse implicit reward", from_zero=False),
     Measure("ties", "Ties", "prompts without a pair"),
@@ -93,6 +95,8 @@ RL_METRICS = [
     Measure("lr", "Learning rate", smooth=False),
 ]
 """Of reinforcement learning, in the order in which a person wants to see them; reward parts come behind `reward`."""
+FAILURES = ("held_out_failed", "gold_failed", "greedy_failed")
+"""Drawn where there were any."""
 SCORER_METRICS = [
     Measure("loss", "Loss", "nats a pair, or a step", from_zero=False),
     Measure("held_out_accuracy", "Held-out accuracy", smooth=False, from_zero=False),
@@ -133,7 +137,8 @@ def measures_for(metrics: Sequence[dict[str, Any]]) -> tuple[list[Measure], list
                 if n.startswith("reward/") else "rollouts a step", from_zero=False)
         for n in names
     ]  # fmt: skip
-    return RL_METRICS[:1] + parts + RL_METRICS[1:], TIMINGS + RL_TIMINGS
+    never = {k for k in FAILURES if not any(r.get(k) for r in metrics)}
+    return RL_METRICS[:1] + parts + [m for m in RL_METRICS[1:] if m.key not in never], TIMINGS + RL_TIMINGS
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,7 @@ class Component:
     @property
     def stepwise(self) -> bool:
         """Whether it returns steps in place of a number."""
-        one = isinstance(self.config, c.ProcessRewardPart) and self.config.combine == "steps"
-        return one or isinstance(self.config, c.StepwisePart)
+        return c.judges_steps(self.config)
 
 
 # --- right or wrong ---------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from posttrain.config.rewards import RewardConfig, RewardsConfig
@@ -58,6 +58,9 @@ class Account:
         return self.timeouts + self.died
 
 
+COUNTS = ("scored", "errors", "timeouts", "died")
+
+
 class RewardStack:
     """Rewards built from their settings; call it with groups.
 
@@ -92,13 +95,16 @@ class RewardStack:
         if self.pool is not None:
             self.pool.close()
 
-    def numbers(self) -> dict[str, Any]:
-        """What failed so far, for a checkpoint: limits hold over a run, however often it is stopped."""
-        return {name: asdict(account) for name, account in self.accounts.items()}
+    def numbers(self) -> dict[str, dict[str, int]]:
+        """How much was scored and failed so far, for a checkpoint: limits hold over a run, however often it stops."""
+        return {name: {n: getattr(a, n) for n in COUNTS} for name, a in self.accounts.items()}
 
-    def load(self, numbers: Mapping[str, Any]) -> None:
-        """Take it back."""
-        self.accounts = {p.name: Account(**numbers[p.name]) for p in self.parts}
+    def load(self, numbers: Mapping[str, Mapping[str, int]]) -> None:
+        """Take it back; a part that isn't in it begins anew."""
+        self.accounts = {p.name: Account() for p in self.parts}
+        for name, counts in numbers.items():
+            if name in self.accounts:
+                self.accounts[name] = Account(first=[], **counts)
 
     def __call__(self, groups: Sequence[RolloutGroup]) -> Scored:
         """Score every rollout by every part.

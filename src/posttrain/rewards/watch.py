@@ -203,10 +203,12 @@ def suspicious(steps: Sequence[Sequence[RolloutGroup]], count: int | None = None
         mean, spread = (statistics.fmean(lengths), statistics.pstdev(lengths)) if lengths else (0.0, 0.0)
         there = [r for g in groups for r in g.rollouts]
         rare = [n for n, has in MARKERS.items() if 0 < sum(map(has, there)) <= RARE * len(there)]
+        judged = [r.reward for r in there if math.isfinite(r.reward)]
         for g, group in enumerate(groups):
             rewards = [r.reward for r in group.rollouts if math.isfinite(r.reward)]
+            others = rewards if len(rewards) > 1 else judged  # one alone is compared with all of its step
             for i, r in enumerate(group.rollouts):
-                if not math.isfinite(r.reward) or r.reward <= statistics.fmean(rewards):
+                if not math.isfinite(r.reward) or r.reward <= statistics.fmean(others):
                     continue
                 z = (r.length - mean) / spread if spread else 0.0
                 again = repetition([r.tokens[i] for i in r.own])

@@ -47,7 +47,7 @@ PLACES = 3
 """Places for prompts' keys, as a multiple of the prompts that fill the slots with all of their completions. A prompt
 keeps its place until its last completion has ended, when the others have long left their slots: with no more places
 than fill the slots, 36% (lengths uniform) to 57% (exponential) of 128 slots would be idle with 8 completions a prompt;
-with three times as many, 5%. Where memory is short, slots and places are fewer together.
+with three times as many, 5%. Where memory is short there are fewer places first, then fewer slots.
 """
 
 
@@ -223,10 +223,11 @@ class _Session:
         total = sum(p.request.n for p in prompts)
         mean = total / len(prompts)
         for slots in range(min(self.sampler.max_running, total), 0, -1):
-            # No more than slots: a prompt that has all of its completions started holds one at least.
-            at_once = min(len(prompts), slots, 1 + int(PLACES * slots / mean))
-            if slots * columns + at_once * prompt_columns <= room:
-                return slots, at_once
+            for places in range(PLACES, 0, -1):
+                # No more than slots: a prompt that has all of its completions started holds one at least.
+                at_once = min(len(prompts), slots, 1 + int(places * slots / mean))
+                if slots * columns + at_once * prompt_columns <= room:
+                    return slots, at_once
         needed = (columns + prompt_columns) * self.sampler.bytes_per_token() / 2**20
         raise ModelError(
             f"the longest completion with its prompt takes {needed:.3g} MiB of keys and values, and "

@@ -145,14 +145,14 @@ class Collector:
             "baseline": self.baseline,
             "controls": self.controls.numbers(),
             "gatherer": self.gatherer.numbers(),
-            "rewards": self.rewards.numbers(),
+            "rewards": ranks.gathered(self.rewards.numbers()),  # each rank judges a part
         }
 
     def load(self, numbers: dict[str, Any]) -> None:
         """Take it back."""
         self.baseline, self.controls = numbers["baseline"], Controls(**numbers["controls"])
         self.gatherer.load(numbers["gatherer"])
-        self.rewards.load(numbers["rewards"])
+        self.rewards.load(of_rank(numbers.get("rewards")))
 
     def _judge(self, batch: Batch, step: int, phases: Phases) -> None:
         """Log-probabilities before the update, of the reference, values of the critic; advantages from all of these."""
@@ -211,11 +211,11 @@ class Collector:
         return [torch.zeros(0) if r.old is None else r.old for r in rolled]
 
     def _greedy(self, batch: Batch, phases: Phases) -> list[float]:
-        """ReMax: the reward of the likeliest answer to each prompt; NaN where it can't be judged, which is counted."""
+        """ReMax: the reward of the likeliest answer to each prompt; NaN (and `greedy_failed`) where it got none."""
         groups = self.answer([self.questions[i] for i in batch.problems], phases)
         with phases("reward"):
             answered = judge(self.rewards, groups)
-        _count_failed(answered, batch.metrics)
+        batch.metrics["greedy_failed"] = float(len(answered.excluded))
         return [outcome(self.config, g.rollouts[0]) if g.rollouts else math.nan for g in answered.groups]
 
     def answer(self, questions: Sequence[Question], phases: Phases) -> list[RolloutGroup]:
@@ -223,6 +223,11 @@ class Collector:
         greedy = self.config.sampling.model_copy(update={"temperature": 0.0})
         requests = [Request(q.tokens, 1, 0, q.problem) for q in questions]
         return sample(self.sampler, requests, greedy, phases)
+
+
+def of_rank(numbers: Sequence[Any] | None) -> Any:
+    """This rank's part of what was gathered for a checkpoint; {} from one that has none."""
+    return numbers[ranks.rank() % len(numbers)] if numbers else {}
 
 
 def _divergence(rolled: Sequence[Rolled]) -> dict[str, float]:
@@ -249,14 +254,9 @@ def _metrics(scored: Scored) -> dict[str, float]:
         if any(r.mask is not None for r in rollouts):
             out["replies"] = statistics.fmean(r.replies for r in rollouts)
         out["entropy"] = -sum(r.logprobs[i] for r in rollouts for i in r.own) / max(1, tokens)
-    _count_failed(scored, out)
-    return out
-
-
-def _count_failed(scored: Scored, metrics: dict[str, float]) -> None:
-    """`failed/PART`: completions that this reward gave no number."""
     for e in scored.excluded:
-        metrics[f"failed/{e.reward}"] = metrics.get(f"failed/{e.reward}", 0.0) + 1
+        out[f"failed/{e.reward}"] = out.get(f"failed/{e.reward}", 0.0) + 1
+    return out
 
 
 @contextmanager

@@ -83,7 +83,7 @@ class Gold:
 
     def _numbers(self, groups: Sequence[RolloutGroup], failed: int) -> dict[str, float]:
         rolled = [Rolled(g.prompt, r, n) for n, g in enumerate(groups) for r in g.rollouts]
-        counted = {"gold_failed": float(failed)} if failed else {}
+        counted = {"gold_failed": float(failed)}
         if not rolled:
             return counted
         divergence = self._divergence(rolled)

@@ -180,7 +180,8 @@ def give_advantages(
     """Fill in advantages (and returns, for a critic) of a whole batch, and who has something to teach.
 
     baseline: REINFORCE's moving average of rewards before this batch (None: the batch's own mean). greedy: ReMax's
-    reward of the greedy answer to each prompt, by group; NaN where there is none: then the group has nothing to teach.
+    reward of the greedy answer to each prompt, by group; NaN where there is none: then the rewards of its completions
+    teach nothing.
     """
     if not rolled:
         return
@@ -235,7 +236,8 @@ def _of_sequences(
     if method.advantages == "leave_one_out":
         return adv.leave_one_out(rewards, group)
     if method.advantages == "greedy":
-        return adv.remax(rewards, torch.tensor(list(greedy), dtype=rewards.dtype), group).nan_to_num(0.0)
+        found = adv.remax(rewards, torch.tensor(list(greedy), dtype=rewards.dtype), group)
+        return torch.where(found.isnan(), 0.0, found)
     return adv.reinforce(rewards, baseline)
 
 
@@ -262,7 +264,8 @@ def policy_loss(
     if method.loss == "reinforce" and not alone and kind == "constant" and not stepwise:
         kind = "sequence"  # the ratio of a whole sequence, once for each
     constant = 1.0 if method.loss == "reinforce" else float(config.sampling.max_tokens)
-    divisor = denominator(kind, torch.tensor([r.length for r in rolled]))
+    written = torch.tensor([r.length for r in rolled])
+    divisor, everything = denominator(kind, written), denominator("token", written)
     want = "values" if method.advantages == "critic" else "logprobs"
     cap, beta = config.importance_cap, config.kl.coefficient if config.kl.where == "loss" else 0.0
 
@@ -283,7 +286,9 @@ def policy_loss(
         sampled = torch.cat(sampled_logprobs(mine)).to(device)
         old = logprobs.detach() if mine[0].old is None else _cat(mine, "old", device)
         advantages = torch.cat([r.advantages for r in mine]).to(device)
-        values, metrics = _objective(method, config, alone, stepwise, logprobs, old, advantages, sequence, lengths)
+        values, metrics, ratio = _objective(
+            method, config, alone, stepwise, logprobs, old, advantages, sequence, lengths
+        )
         if cap is not None:
             importance, more = policy.truncated_importance(old, sampled, cap)
             values = values * importance
@@ -303,10 +308,10 @@ def policy_loss(
         if want == "values":
             before, returns = (_cat(mine, name, device) for name in ("values", "returns"))
             error, more = policy.value_loss(out[2], before, returns, config.clip_value)
-            total = total + config.value_coefficient * error.sum() / count
+            total = total + config.value_coefficient * error.sum() / everything
             metrics |= {"value_loss": error.detach().sum(), **more}
-        if "ratio" in metrics:
-            extremes.ratio = max(extremes.ratio, float((logprobs.detach() - old).clamp(max=20).exp().max()))
+        if ratio is not None:
+            extremes.ratio = max(extremes.ratio, float(ratio.detach().max()))
         return total, {name: value.double() / count for name, value in metrics.items()}
 
     return loss
@@ -333,17 +338,17 @@ def _objective(
     advantages: Tensor,
     sequence: Tensor,
     lengths: Tensor,
-) -> tuple[Tensor, policy.Metrics]:
-    """Per-token losses of the method, and sums for metrics. stepwise: advantages differ within a sequence."""
+) -> tuple[Tensor, policy.Metrics, Tensor | None]:
+    """Losses by token, sums for metrics, and the ratio. stepwise: advantages differ within a sequence."""
     low = method.low if config.clip_low is None else config.clip_low
     high = method.high if config.clip_high is None else config.clip_high
     if method.loss == "reinforce" and alone:
-        return policy.reinforce(logprobs, advantages), {}
+        return policy.reinforce(logprobs, advantages), {}, None
     if method.ratio == "token":
         ratio = policy.token_ratio(logprobs, old)
     else:
         whole = policy.sequence_token_ratio if stepwise else policy.sequence_ratio
         ratio = whole(logprobs, old, sequence, lengths, mean=method.ratio == "sequence_mean")
     if method.loss == "cispo":
-        return policy.cispo(ratio, logprobs, advantages, 1 + high, max(0.0, 1 - low))
-    return policy.clipped(ratio, advantages, low, high, config.clip_dual)
+        return *policy.cispo(ratio, logprobs, advantages, 1 + high, max(0.0, 1 - low)), ratio
+    return *policy.clipped(ratio, advantages, low, high, config.clip_dual), ratio

@@ -24,7 +24,7 @@ from posttrain.rollout.environment import environment
 from posttrain.rollout.sampler import Sampler
 from posttrain.rollout.store import write_rollouts
 from posttrain.rollout.turns import TurnSampler, check, in_turns
-from posttrain.train.collect import Batch, Collector, filled, in_passes, with_failed
+from posttrain.train.collect import Batch, Collector, filled, in_passes, of_rank, with_failed
 from posttrain.train.gather import judge
 from posttrain.train.gold import Gold
 from posttrain.train.learner import Learner, StepResult
@@ -112,7 +112,7 @@ class Experience:
             if ranks.is_main():
                 write_rollouts(self.folder / "held_out", step, kept, None, asked, numbers, failures, self.turns)
         rollouts = [r for g in scored.groups for r in g.rollouts]
-        failed = {"held_out_failed": float(len(scored.excluded))} if scored.excluded else {}
+        failed = {"held_out_failed": float(len(scored.excluded))}
         if not rollouts:
             return failed
         rewards = [r.reward for r in rollouts]
@@ -127,12 +127,14 @@ class Experience:
         return self.measure(0, Phases(track)) if self.held_out else None
 
     def numbers(self) -> dict[str, Any]:
-        return self.collector.numbers() | ({"gold": self.gold.scorer.numbers()} if self.gold is not None else {})
+        return self.collector.numbers() | (
+            {"gold": ranks.gathered(self.gold.scorer.numbers())} if self.gold is not None else {}
+        )
 
     def load(self, numbers: dict[str, Any]) -> None:
         self.collector.load(numbers)
         if self.gold is not None:
-            self.gold.scorer.load(numbers["gold"])
+            self.gold.scorer.load(of_rank(numbers.get("gold")))
 
 
 def _joined(records: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -147,8 +149,9 @@ def _joined(records: Sequence[dict[str, float]]) -> dict[str, float]:
         out[name] = values[-1] if name == "lr" else sum(values) if counted else statistics.fmean(values)
     fresh = out.pop("fresh", 0.0)  # share of the tokens that the newest weights sampled: the others can't be compared
     for name in ("mismatch", "mismatch_kl"):
-        if name in out:
-            out[name] = out[name] / fresh if fresh else 0.0
+        total = out.pop(name, None)
+        if total is not None and fresh:
+            out[name] = total / fresh
     squared, error = out.pop("return_squared", None), out.pop("value_error_squared", None)
     mean = out.pop("return", 0.0)
     if squared is not None and error is not None:
