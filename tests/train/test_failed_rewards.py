@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from posttrain.progress import Phases, Track
 from posttrain.rewards import RewardError
+from posttrain.train.collect import counts_of
 from posttrain.train.methods import give_advantages
 from tests.train.test_rl import GREEDY, batch_of, settings, work
 
@@ -83,6 +84,13 @@ def test_what_failed_before_a_kill_counts_after_it(tmp_path: Path) -> None:
     stopping.load(later.numbers())
     with pytest.raises(RewardError, match=r"failed too often: 32 errors, .* 16 scored"):
         stopping.step(2, QUIET)
+
+
+def test_what_two_ranks_counted_is_added_up_for_one() -> None:
+    one, two = ({"r": {"scored": n, "errors": n - 1, "timeouts": 0, "died": 0}} for n in (3, 5))
+    assert counts_of([one]) == one
+    assert counts_of([one, two]) == {"r": {"scored": 8, "errors": 6, "timeouts": 0, "died": 0}}
+    assert counts_of([]) == {}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -152,7 +153,7 @@ class Collector:
         """Take it back."""
         self.baseline, self.controls = numbers["baseline"], Controls(**numbers["controls"])
         self.gatherer.load(numbers["gatherer"])
-        self.rewards.load(of_rank(numbers.get("rewards")))
+        self.rewards.load(counts_of(numbers.get("rewards", ())))
 
     def _judge(self, batch: Batch, step: int, phases: Phases) -> None:
         """Log-probabilities before the update, of the reference, values of the critic; advantages from all of these."""
@@ -225,9 +226,15 @@ class Collector:
         return sample(self.sampler, requests, greedy, phases)
 
 
-def of_rank(numbers: Sequence[Any] | None) -> Any:
-    """This rank's part of what was gathered for a checkpoint; {} from one that has none."""
-    return numbers[ranks.rank() % len(numbers)] if numbers else {}
+def counts_of(numbers: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """Of what every rank counted (`RewardStack.numbers`), this rank's; with another number of ranks the sums of all."""
+    if len(numbers) == ranks.world():
+        return numbers[ranks.rank()]
+    out: dict[str, Counter[str]] = {}
+    for of_rank in numbers:
+        for part, counts in of_rank.items():
+            out.setdefault(part, Counter()).update(counts)
+    return {part: dict(counts) for part, counts in out.items()}
 
 
 def _divergence(rolled: Sequence[Rolled]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from posttrain.rollout.environment import environment
 from posttrain.rollout.sampler import Sampler
 from posttrain.rollout.store import write_rollouts
 from posttrain.rollout.turns import TurnSampler, check, in_turns
-from posttrain.train.collect import Batch, Collector, filled, in_passes, of_rank, with_failed
+from posttrain.train.collect import Batch, Collector, counts_of, filled, in_passes, with_failed
 from posttrain.train.gather import judge
 from posttrain.train.gold import Gold
 from posttrain.train.learner import Learner, StepResult
@@ -134,7 +134,7 @@ class Experience:
     def load(self, numbers: dict[str, Any]) -> None:
         self.collector.load(numbers)
         if self.gold is not None:
-            self.gold.scorer.load(of_rank(numbers.get("gold")))
+            self.gold.scorer.load(counts_of(numbers.get("gold", ())))
 
 
 def _joined(records: Sequence[dict[str, float]]) -> dict[str, float]:
