@@ -196,10 +196,10 @@ def _ordered(rows: Sequence[dict[str, Any]], sort: str) -> list[list[dict[str, A
     groups: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
-    if sort == "order":
-        return [g for _, g in sorted(groups.items())]
-    sign = 1 if sort == "worst" else -1
     there = [g for _, g in sorted(groups.items())]
+    if sort == "order":
+        return there
+    sign = 1 if sort == "worst" else -1
     found = suspicious([groups_of(rows)]) if sort == "suspicious" else []
     odd = {id(there[s["group"]][s["rollout"]]): s["score"] for s in found}
 
@@ -207,7 +207,7 @@ def _ordered(rows: Sequence[dict[str, Any]], sort: str) -> list[list[dict[str, A
         value = odd.get(id(row), 0.0) if sort == "suspicious" else row["reward"]
         return row["reward"] is None, sign * (value or 0.0)
 
-    inside = [sorted(g, key=key) for g in groups.values()]
+    inside = [sorted(g, key=key) for g in there]
     return sorted(inside, key=lambda g: key(g[0]))
 
 

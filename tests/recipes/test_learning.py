@@ -68,14 +68,12 @@ def test_a_rare_reward_becomes_the_rule(method: str, digits: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_laboratory_is_learnt_from(tmp_path: Path) -> None:
-    """The recipe `lab` on a laboratory that has read five eighths of the usual: it knows how to answer, and mostly
-    doesn't; after 20 steps it far more often does. benchmarks/lab.py has three methods, whole, on three laboratories.
-    """
-    made = make(Settings(steps=500), tmp_path / "lab", shown=False)
-    assert made["greedy"] < 0.3 < 0.8 < made["greedy_by_style"]["careful"]
-    for method in ("grpo", "rloo"):
-        changes = [f"model.source={tmp_path / 'lab'}", f"stages.rl.method={method}", "stages.rl.steps=20"]
+    """The recipe `lab`: from under 30% of held-out sums to over 80%, in ten steps. benchmarks/lab.py has whole runs, on
+    three laboratories."""
+    make(Settings(), tmp_path / "lab", shown=False)
+    for method in ("grpo", "rloo", "ppo"):
+        changes = [f"model.source={tmp_path / 'lab'}", f"stages.rl.method={method}", "stages.rl.steps=10"]
         recipe = posttrain.load_recipe("lab", [*changes, "stages.rl.held_out.problems.size=256"])
         folder = posttrain.run(recipe, tmp_path / method).folder / "stages" / "0-rl"
         held_out = [m["held_out"] for m in read_lines(folder / "metrics.jsonl") if "held_out" in m]
-        assert held_out[0] < 0.3 and held_out[-1] > 0.4, (method, held_out)
+        assert held_out[0] < 0.3 and held_out[-1] > 0.8, (method, held_out)

@@ -17,6 +17,7 @@ import posttrain
 from posttrain.config import RLConfig
 from posttrain.files import read_lines
 from posttrain.progress import Phases
+from posttrain.rewards import RewardError
 from posttrain.rollout.store import path_of, read_rollouts, rollout_steps
 from posttrain.train.gold import Gold
 
@@ -125,6 +126,31 @@ def test_broken_off_while_it_measures_it_goes_on_to_the_same(tmp_path: Path, mon
     assert read_lines(again / "metrics.jsonl") == read_lines(whole / "metrics.jsonl")
     for step in (0, 2, 3):
         assert read_rollouts(path_of(again / "gold", step)) == read_rollouts(path_of(whole / "gold", step))
+
+
+def test_samples_that_gold_fails_on_are_counted_over_a_stop_too(tmp_path: Path) -> None:
+    """One of ten before, one at step 2; broken off at step 3, where going on meets the third, one too many."""
+    calls: list[str] = []
+
+    def picky(text: str, example: Any) -> float:
+        calls.append(text)
+        if len(calls) == 21:
+            raise KeyboardInterrupt
+        if len(calls) in (1, 11, 22):
+            raise RuntimeError("not this one")
+        return gold(text, example)
+
+    recipe = posttrain.Recipe.model_validate(
+        {"name": "g", "model": {"source": "tiny:llama"}, "stages": [{**STAGE, "checkpoint_every": 2}]}
+    )
+    functions = {"proxy": proxy, "gold": picky}
+    with pytest.raises(KeyboardInterrupt):
+        posttrain.run(recipe, tmp_path / "run", rewards=functions)
+    records = {r["step"]: r for r in read_lines(tmp_path / "run/stages/0-policy/metrics.jsonl")}
+    assert [records[s].get("gold_failed") for s in (0, 1, 2)] == [1, None, 1]
+    assert len(read_rollouts(path_of(tmp_path / "run/stages/0-policy/gold", 2))) == 9
+    with pytest.raises(RewardError, match="failed too often: 3 errors"):
+        posttrain.run(recipe, tmp_path / "run", rewards=functions)
 
 
 def test_online_dpo_measures_gold_too(tmp_path: Path) -> None:

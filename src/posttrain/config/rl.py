@@ -271,16 +271,15 @@ class RLConfig(TrainConfig):
         if self.method in grouped and self.group_size < 2:
             raise ValueError(f"{self.method} compares the completions of a prompt: group_size must be 2 or more")
         self._idle()
-        critics = ("lam", "clip_value", "value_coefficient", "value_lr", "value_trunk")
-        idle = [n for n in critics if getattr(self, n) != type(self).model_fields[n].default]
-        if idle and self.method != "ppo":
-            raise ValueError(f"{', '.join(idle)}: of a critic, and {self.method} has none. Leave out, or use ppo")
         return self
 
     def _idle(self) -> None:
         """Raise ValueError for a setting that would do nothing."""
         fields = type(self).model_fields
         given = {n for n in fields if getattr(self, n) != fields[n].default}
+        critics = [n for n in ("lam", "clip_value", "value_coefficient", "value_lr", "value_trunk") if n in given]
+        if critics and self.method != "ppo":
+            raise ValueError(f"{', '.join(critics)}: of a critic, and {self.method} has none. Leave out, or use ppo")
         if "gamma" in given and self.method not in ("ppo", "reinforce_pp"):
             raise ValueError(f"gamma discounts tokens in ppo and reinforce_pp; {self.method} has none: leave it out")
         clips = sorted(given & {"clip_low", "clip_high", "clip_dual"})

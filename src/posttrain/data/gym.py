@@ -9,11 +9,12 @@ from urllib.parse import parse_qsl
 
 import yaml
 
+from posttrain.config.rl import ReasoningGymConfig
 from posttrain.errors import DataError, MissingExtraError
 
 PREFIX = "reasoning-gym:"
-ITEMS = 500
-"""How many are made where nothing says how many, as for problems."""
+ITEMS = ReasoningGymConfig.model_fields["size"].default
+"""How many are made where nothing says how many: as for problems."""
 
 
 def items(name: str, size: int, seed: int, options: Mapping[str, Any]) -> list[dict[str, Any]]:
