@@ -1,6 +1,6 @@
 """A run: a folder that knows what was asked, what has been done, and how to go on.
 
-    recipe.yaml    the resolved recipe           stages/<i>-<name>/   metrics, timings, checkpoints, adapter, model
+    recipe.yaml    the resolved recipe           stages/<i>-<name>/   method, metrics, timings, checkpoints, model
     manifest.json  versions, data, lineage       evaluations/         before, after, comparison.json
     report.html    the page of the run           model/               the final model
 
@@ -257,6 +257,9 @@ def _carry_out(
     if stage.start is not None:
         source = recipe.model.source if stage.start == "base" else stage.start
         model = model.model_copy(update={"source": source, "revision": None})
+    if ranks.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "method.json", stages.method_info(stage))
     done = ready.run(model, folder, recipe.seed + number, trackers.on_step(name))
     entry = {**about, "status": "done", "from": model.source, "to": str(folder / stage.makes)}
     if stage.makes == "model":

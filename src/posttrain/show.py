@@ -12,6 +12,7 @@ from rich.table import Table
 
 from posttrain.config import EpochsConfig, ModelConfig, Recipe, references
 from posttrain.data.feedback import Answers
+from posttrain.data.pairs import PreparedPairs, PreparedUnpaired
 from posttrain.data.pieces import BRACKETS, render_terminal
 from posttrain.data.prepare import SHOWN
 from posttrain.data.questions import Questions
@@ -24,6 +25,7 @@ from posttrain.report.terminal import sampling_tables
 from posttrain.report.words import p_value, score
 from posttrain.stages import ready
 from posttrain.train.stage import Setting
+from posttrain.types import Sample
 
 BAR = 40
 """Columns of the histogram's longest bar."""
@@ -65,15 +67,28 @@ def _samples(
     lengths = [len(s) for s in prepared.samples]
     _numbers(prepared.stats, lengths, out)
     if stage is not None and lengths:
-        told = plan(stage, getattr(prepared, "sizes", lengths), pick_device(device).type)
+        unit = "pairs" if isinstance(prepared, PreparedPairs) else "samples"
+        told = plan(stage, getattr(prepared, "sizes", lengths), pick_device(device).type, unit)
         out.print(f"plan       {told}", markup=False, soft_wrap=True)
     colours = out.color_system is not None and not out.no_color
     how = "coloured" if colours else "in {} {}".format(*BRACKETS)
-    for i, sample in enumerate(prepared.samples[:rows]):
-        loss = sum(w != 0 for w in sample.weights)
-        out.print(f"\n[bold]sample {i}[/] {len(sample)} tokens, {loss} carry loss ({how})  {sample.source}")
+    for title, sample in _titled(prepared, rows):
+        marked = sum(w != 0 for w in sample.weights)
+        what = "of the answer" if title.startswith(("pair", "answer")) else "carry loss"
+        out.print(f"\n[bold]{title}[/]  {len(sample)} tokens, {marked} {what} ({how})  {sample.source}")
         out.print(render_terminal(sample, tokenizer, colours), soft_wrap=True)
     out.print()
+
+
+def _titled(prepared: Any, rows: int) -> list[tuple[str, Sample]]:
+    """Return the samples of the first `rows` rows, each with a title; answers of a pair stay together."""
+    if isinstance(prepared, PreparedPairs):
+        pairs = enumerate(prepared.labelled(rows))
+        return [(f"pair {i}, {label} answer", sample) for i, pair in pairs for label, sample in pair]
+    if isinstance(prepared, PreparedUnpaired):
+        answers = enumerate(prepared.labelled(rows))
+        return [(f"answer {i}, {label}", sample) for i, ((label, sample),) in answers]
+    return [(f"sample {i}", sample) for i, sample in enumerate(prepared.samples[:rows])]
 
 
 def _numbers(stats: dict[str, Any], lengths: Sequence[int], out: Console) -> None:
@@ -162,8 +177,15 @@ def histogram(lengths: Sequence[int], bins: int = 8) -> list[str]:
     ]
 
 
-def plan(stage: EpochsConfig, lengths: Sequence[int], device: str) -> str:
-    """Steps, and micro-batches a step as the token budget cuts them (before shared prefixes save any)."""
+def plan(stage: EpochsConfig, lengths: Sequence[int], device: str, unit: str = "samples") -> str:
+    """Return a sentence on the steps of a stage, and on the micro-batches that the token budget makes of each.
+
+    Args:
+        stage: Settings of the stage.
+        lengths: Tokens of each sample or pair, before shared prefixes save any.
+        device: Type of the device, which decides the default budget.
+        unit: What a batch consists of, `samples` or `pairs`.
+    """
     from posttrain.models.ragged import micro_batches
     from posttrain.train.loop import steps_for
 
@@ -176,9 +198,9 @@ def plan(stage: EpochsConfig, lengths: Sequence[int], device: str) -> str:
     mean = sum(sum(batch) for batch in shown) / len(shown)
     cut = f" (max_steps; {stage.epochs:g} epochs are {steps:,})" if capped < steps else ""
     return (
-        f"{capped:,} step{'s' * (capped != 1)}{cut} of {stage.batch_size} samples, about {mean:,.0f} tokens; {spread} "
+        f"{capped:,} step{'s' * (capped != 1)}{cut} of {stage.batch_size} {unit}, about {mean:,.0f} tokens; {spread} "
         f"micro-batch{'es' * (spread != '1')} a step of at most {budget:,} tokens; {sum(n > budget for n in lengths)} "
-        "samples are longer than that"
+        f"{unit} are longer than that"
     )
 
 

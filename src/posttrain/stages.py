@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +42,16 @@ def ready(stage: StageConfig, setting: Setting) -> Ready:
     """The stage with its data read. Raises what that is wrong with (DataError, ModelError, RewardError)."""
     module = importlib.import_module(STAGES[type(stage)])
     return module.ready(stage, setting)  # type: ignore[no-any-return]
+
+
+def method_info(stage: StageConfig) -> dict[str, Any]:
+    """Return the content of a stage's method.json: the method's name and title, and the metrics that it logs.
+
+    The report reads titles, units and groups from this file, so it needs no table of methods.
+    """
+    module = importlib.import_module(STAGES[type(stage)])
+    metrics = [asdict(metric) for metric in module.METRICS]
+    return {"method": stage.method, "title": module.TITLES[stage.method], "metrics": metrics}
 
 
 Settings = TypeVar("Settings", StageConfig, EvaluationConfig)

@@ -50,6 +50,26 @@ class Sample:
         return len(self.tokens)
 
 
+@dataclass(frozen=True)
+class Metric:
+    """Describe a number that a method logs, for the report.
+
+    Attributes:
+        name: Key in metrics.jsonl or timings.jsonl. A `*` at its end stands for a family, such as `reward/*`.
+        title: Title in plain words; a `*` in it becomes the rest of the key.
+        unit: Unit, or a few words on what is measured.
+        group: Heading under which the report draws it. Groups appear in the order of their first metric; those that
+            are named "Details" or have no name are folded away.
+        better: `higher`, `lower`, or empty if neither is better.
+    """
+
+    name: str
+    title: str
+    unit: str = ""
+    group: str = ""
+    better: str = ""
+
+
 Step = tuple[int, int, float]
 """A step of a completion and its score: its first token, one past its last, the number."""
 

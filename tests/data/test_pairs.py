@@ -171,8 +171,8 @@ def test_the_manifest_s_entry(tmp_path: Path) -> None:
     head = len(TOKENIZER(HEAD.format("2+2?"))["input_ids"])
     assert (stats["rows"], stats["used"], stats["duplicates"], stats["layout"]) == (3, 3, 1, "preference")
     assert (stats["tokens"], stats["loss_tokens"], stats["longest"]) == (6 * (head + 2), 12, head + 2)
-    names = ["rows.jsonl:1 chosen", "rows.jsonl:1 rejected", "rows.jsonl:2 chosen"]
-    assert [e["text"] for e in stats["examples"]] == names
+    names = [("rows.jsonl:1", "chosen"), ("rows.jsonl:1", "rejected"), ("rows.jsonl:2", "chosen")]
+    assert [(e["text"], e["label"]) for e in stats["examples"]] == [*names, ("rows.jsonl:2", "rejected")]
 
 
 def test_rows_that_say_the_opposite_of_each_other_are_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from posttrain.config import DataConfig
 from posttrain.data.layouts import BadRow, Record, Row, label, number, to_record
+from posttrain.data.pieces import pieces
 from posttrain.data.prepare import (
     SHOWN,
     _Bad,
@@ -76,6 +77,10 @@ class PreparedPairs:
         """Chosen and rejected by turns."""
         return [s for p in self.pairs for s in (p.chosen, p.rejected)]
 
+    def labelled(self, count: int) -> list[list[tuple[str, Sample]]]:
+        """Return the answers of the first `count` pairs, each with its label."""
+        return [[("chosen", p.chosen), ("rejected", p.rejected)] for p in self.pairs[:count]]
+
     @property
     def items(self) -> list[Pair]:
         return self.pairs
@@ -96,6 +101,10 @@ class PreparedUnpaired:
     @property
     def samples(self) -> list[Sample]:
         return [u.sample for u in self.items]
+
+    def labelled(self, count: int) -> list[list[tuple[str, Sample]]]:
+        """Return the first `count` answers, each alone with its label."""
+        return [[("desirable" if u.desirable else "undesirable", u.sample)] for u in self.items[:count]]
 
 
 Prepared = TypeVar("Prepared", PreparedPairs, PreparedUnpaired)
@@ -160,8 +169,7 @@ def prepare_pairs(config: DataConfig, tokenizer: Any, *, context: int | None = N
     out.stats.update(_stats(out.samples, tokenizer, config), used=len(pairs), swapped=swapped)
     out.stats.update(_read(table, layout, len(order), bad, truncated), duplicates=_more_than_once(repeats))
     out.stats.update(_contradictions([(pair, pair[::-1], p.source) for p, pair in zip(pairs, said, strict=True)]))
-    for shown, name in zip(out.stats["examples"], ("chosen", "rejected", "chosen"), strict=False):
-        shown["text"] += f" {name}"
+    out.stats["examples"] = _examples(out.labelled(2), tokenizer)
     return out
 
 
@@ -219,7 +227,17 @@ def prepare_unpaired(config: DataConfig, tokenizer: Any, *, context: int | None 
     stats.update(
         _contradictions([((t := tuple(u.sample.tokens), u.desirable), (t, not u.desirable), u.source) for u in items])
     )
-    return PreparedUnpaired(items, stats)
+    out = PreparedUnpaired(items, stats)
+    stats["examples"] = _examples(out.labelled(3), tokenizer)
+    return out
+
+
+def _examples(answers: Sequence[Sequence[tuple[str, Sample]]], tokenizer: Any) -> list[dict[str, Any]]:
+    return [
+        {"text": sample.source, "label": label, "pieces": pieces(sample, tokenizer)}
+        for item in answers
+        for label, sample in item
+    ]
 
 
 def apart(held_out: Prepared, trained: PreparedPairs | PreparedUnpaired, where: str) -> Prepared:

@@ -27,6 +27,10 @@ from posttrain.rollout.sampler import Request
 from posttrain.rollout.store import groups_of, path_of, read_rollouts, write_rollouts
 from posttrain.train.making import open_sampler
 from posttrain.train.stage import Ready, Setting, leave
+from posttrain.types import Metric
+
+TITLES = {"feedback": "Feedback"}
+METRICS: tuple[Metric, ...] = ()
 
 AT_ONCE = 256
 """Pairs handed to the judge together, between two lines of progress."""

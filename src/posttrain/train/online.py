@@ -24,9 +24,20 @@ from posttrain.train.learner import Learner, StepResult
 from posttrain.train.loop import OnStep, train
 from posttrain.train.methods import Extremes, Rolled
 from posttrain.train.objectives import objective, pair_loss, pair_samples
+from posttrain.train.preference import METRICS as PREFERENCE_METRICS
 from posttrain.train.reference import frozen_beside, sums_of, without_adapters
-from posttrain.train.rl import Experience, problems, reference_of
+from posttrain.train.rl import ROLLOUT_METRICS, Experience, problems, reference_of
 from posttrain.train.stage import Functions, Ready, Setting, account, leave_model, open_policy
+from posttrain.types import Metric
+
+TITLES = {"online_dpo": "Online DPO"}
+METRICS = (
+    *ROLLOUT_METRICS,
+    Metric("ties", "Ties", "prompts without a pair", "Reward", "lower"),
+    Metric("reward_gap", "Reward gap", "chosen − rejected", "Reward"),
+    *PREFERENCE_METRICS,
+    Metric("reward_std", "Spread of the reward", "standard deviation", "Details"),
+)
 
 
 class OnlinePairs(Experience):

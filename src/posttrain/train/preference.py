@@ -38,8 +38,37 @@ from posttrain.train.objectives import (
 from posttrain.train.reference import Reference, Unit, sums_of
 from posttrain.train.sft import taught_end
 from posttrain.train.stage import Ready, Setting, account, leave_model, open_policy
-from posttrain.types import Sample
+from posttrain.types import Metric, Sample
 
+TITLES = {
+    "dpo": "DPO",
+    "ipo": "IPO",
+    "cdpo": "Conservative DPO",
+    "robust_dpo": "Robust DPO",
+    "dpo_norm": "Length-normalised DPO",
+    "kto": "KTO",
+    "orpo": "ORPO",
+    "simpo": "SimPO",
+    "cpo": "CPO",
+}
+METRICS = (
+    Metric("loss", "Loss", "", "Preferences", "lower"),
+    Metric("accuracy", "Accuracy", "share of pairs ranked correctly", "Preferences", "higher"),
+    Metric("margin", "Margin", "implicit reward, chosen − rejected", "Preferences", "higher"),
+    Metric("held_out_accuracy", "Accuracy", "share of held-out pairs ranked correctly", "Held out", "higher"),
+    Metric("held_out_margin", "Margin", "implicit reward, chosen − rejected", "Held out", "higher"),
+    Metric("reward_chosen", "Chosen answers", "implicit reward", "Implicit rewards and likelihoods"),
+    Metric("reward_rejected", "Rejected answers", "implicit reward", "Implicit rewards and likelihoods"),
+    Metric("reward_desirable", "Desirable answers", "implicit reward", "Implicit rewards and likelihoods"),
+    Metric("reward_undesirable", "Undesirable answers", "implicit reward", "Implicit rewards and likelihoods"),
+    Metric("logp_chosen", "Chosen answers", "log-probability, nats/answer", "Implicit rewards and likelihoods"),
+    Metric("logp_rejected", "Rejected answers", "log-probability, nats/answer", "Implicit rewards and likelihoods"),
+    Metric(
+        "nll", "Negative log-likelihood", "nats/token, trained answers", "Implicit rewards and likelihoods", "lower"
+    ),
+    Metric("kl", "KL baseline", "nats/answer", "Implicit rewards and likelihoods"),
+    Metric("log_ratio", "Log-ratio difference", "nats, chosen − rejected", "Details"),
+)
 Items = Sequence[Pair | Unpaired]
 Sums = Sequence[Sequence[float]]
 

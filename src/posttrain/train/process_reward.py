@@ -31,7 +31,16 @@ from posttrain.train.loop import OnStep, permutation_batches, train
 from posttrain.train.monte_carlo import Labeller, labelled
 from posttrain.train.scoring import Measured, leave_scorer, open_scorer
 from posttrain.train.stage import Functions, Ready, Setting, account
-from posttrain.types import Sample
+from posttrain.types import Metric, Sample
+
+TITLES = {"process_reward": "Process reward model training"}
+METRICS = (
+    Metric("loss", "Loss", "nats/step", "Training", "lower"),
+    Metric("accuracy", "Accuracy", "share of steps on the right side of 1/2", "Training", "higher"),
+    Metric("score", "Mean score", "of the steps", "Training"),
+    Metric("held_out_accuracy", "Accuracy", "share of steps on the right side of 1/2", "Held out", "higher"),
+    Metric("held_out_auc", "AUC", "", "Held out", "higher"),
+)
 
 
 def ready(config: ProcessRewardConfig, setting: Setting) -> Ready:
@@ -154,7 +163,8 @@ def run_process_reward(
         track.phase("held-out chains")
         when = "before" if step == 0 else "after"
         judged = _measured(policy, rest, budget, opened.tokenizer, folder / "held_out" / f"{when}.jsonl")
-        return {f"held_out_{n}": judged[n] for n in ("accuracy", "low", "high", "auc") if judged[n] is not None}
+        names = {"accuracy": "accuracy", "low": "accuracy_low", "high": "accuracy_high", "auc": "auc"}
+        return {f"held_out_{names[n]}": judged[n] for n in names if judged[n] is not None}
 
     result = train(
         learner,

@@ -31,7 +31,10 @@ from posttrain.rollout.sampler import Request, Sampler
 from posttrain.train.collect import with_failed
 from posttrain.train.making import alone, chunked, leave_data, open_sampler
 from posttrain.train.stage import Functions, Ready, Setting
-from posttrain.types import Message, Rollout, RolloutGroup
+from posttrain.types import Message, Metric, Rollout, RolloutGroup
+
+TITLES = {"refine": "Critique and revision"}
+METRICS: tuple[Metric, ...] = ()
 
 
 def ready(config: RefineConfig, setting: Setting) -> Ready:

@@ -27,6 +27,10 @@ from posttrain.rollout.store import path_of, read_rollouts, rollout_steps, write
 from posttrain.train.collect import with_failed
 from posttrain.train.making import alone, chunked, leave_data, open_sampler
 from posttrain.train.stage import Functions, Ready, Setting
+from posttrain.types import Metric
+
+TITLES = {"rejection_sampling": "Rejection sampling"}
+METRICS: tuple[Metric, ...] = ()
 
 CHUNK = 256
 """Completions of one chunk, about: what is sampled together, kept in one file, and done again after a crash."""

@@ -28,7 +28,19 @@ from posttrain.train.learner import Learner, LossFunction
 from posttrain.train.loop import OnStep, permutation_batches, train
 from posttrain.train.scoring import Measured, leave_scorer, open_scorer, whole
 from posttrain.train.stage import Ready, Setting, account, leave
-from posttrain.types import Sample
+from posttrain.types import Metric, Sample
+
+TITLES = {"reward_model": "Reward model training"}
+METRICS = (
+    Metric("loss", "Loss", "nats/pair", "Training", "lower"),
+    Metric("accuracy", "Accuracy", "share of pairs ranked correctly", "Training", "higher"),
+    Metric("margin", "Margin", "reward, chosen − rejected", "Training", "higher"),
+    Metric("score", "Mean reward", "", "Training"),
+    Metric("held_out_accuracy", "Accuracy", "share of pairs ranked correctly", "Held out", "higher"),
+    Metric("held_out_loss", "Loss", "nats/pair", "Held out", "lower"),
+    Metric("held_out_margin", "Margin", "reward, chosen − rejected", "Held out", "higher"),
+    Metric("held_out_calibration_error", "Calibration error", "", "Held out", "lower"),
+)
 
 SAMPLED = 256
 """Training pairs that a reward's mean and standard deviation are taken of where nothing is held out."""
@@ -137,8 +149,9 @@ def _member(
             write_json(before, found)
         after[:] = found
         judged = judged_pairs(items_of(held_out, found))
-        numbers = {f"held_out_{n}": judged[n] for n in ("accuracy", "low", "high", "loss", "margin") if n in judged}
-        return numbers | {"held_out_calibration_error": judged["calibration"]["error"]}
+        numbers = {f"held_out_{n}": judged[n] for n in ("accuracy", "loss", "margin") if n in judged}
+        interval = {f"held_out_accuracy_{n}": judged[n] for n in ("low", "high") if n in judged}
+        return numbers | interval | {"held_out_calibration_error": judged["calibration"]["error"]}
 
     def batch_at(step: int) -> list[Sample]:
         batch: Any = at(step)

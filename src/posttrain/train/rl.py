@@ -32,7 +32,79 @@ from posttrain.train.loop import OnStep, train
 from posttrain.train.methods import METHODS, Extremes, Rolled, policy_loss, temperatures
 from posttrain.train.reference import frozen_beside, without_adapters
 from posttrain.train.stage import Functions, Ready, Setting, account, leave_model, open_policy
-from posttrain.types import Rollout
+from posttrain.types import Metric, Rollout
+
+TITLES = {
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "dapo": "DAPO",
+    "gspo": "GSPO",
+    "cispo": "CISPO",
+    "rloo": "RLOO",
+    "reinforce": "REINFORCE",
+    "reinforce_pp": "REINFORCE++",
+    "reinforce_pp_baseline": "REINFORCE++ with a baseline",
+    "remax": "ReMax",
+    "ppo": "PPO",
+}
+ROLLOUT_METRICS = (
+    Metric("reward", "Reward", "mean over rollouts", "Reward", "higher"),
+    Metric("reward/*", "Reward: *", "mean over rollouts", "Reward", "higher"),
+    Metric("failed/*", "Failures: *", "rollouts/step", "Reward", "lower"),
+    Metric("greedy_failed", "Greedy baseline failures", "answers/step", "Reward", "lower"),
+    Metric("no_signal", "Groups without signal", "share", "Reward", "lower"),
+    Metric("held_out", "Reward", "greedy answers", "Held out", "higher"),
+    Metric("held_out/*", "Reward: *", "greedy answers", "Held out", "higher"),
+    Metric("held_out_length", "Length", "tokens/answer", "Held out"),
+    Metric("held_out_failed", "Answers without a reward", "excluded from the means", "Held out", "lower"),
+    Metric("proxy", "Trained reward", "samples", "Held out", "higher"),
+    Metric("gold", "Gold reward", "same samples; not trained on", "Held out", "higher"),
+    Metric("kl_sequence", "KL from the first model", "nats/completion", "Held out"),
+    Metric("proxy_gold", "Trained reward and gold", "correlation", "Held out", "higher"),
+    Metric("gold_failed", "Samples without a reward or gold", "excluded from the means", "Held out", "lower"),
+    Metric("length", "Length", "tokens/completion", "Completions"),
+    Metric("cut", "Truncated", "share at the length or turn limit", "Completions", "lower"),
+    Metric("replies", "Replies of the environment", "per completion", "Completions"),
+    Metric("samples", "Sampled completions", "per step", "Completions"),
+    Metric("drawn", "Sampled prompts", "per step, redraws included", "Completions"),
+    Metric("carried", "Continued completions", "resume in the next step", "Completions"),
+    Metric("carry_dropped", "Dropped partial completions", "too old to continue", "Completions", "lower"),
+    Metric("staleness_mean", "Mean staleness", "steps since the first token", "Completions", "lower"),
+    Metric("staleness_max", "Largest staleness", "steps since the first token", "Completions", "lower"),
+    Metric("entropy", "Entropy", "nats/token, sampled", "Exploration"),
+    Metric("temperature", "Temperature", "controlled", "Exploration"),
+    Metric("entropy_coefficient", "Entropy coefficient", "controlled", "Exploration"),
+    Metric("kl", "KL to the reference", "nats/token", "Exploration"),
+    Metric("kl_coefficient", "KL coefficient", "controlled", "Exploration"),
+    Metric("expected_success", "Expected success", "share, sampled problems", "Exploration"),
+    Metric("problems_asked", "Problems used so far", "", "Exploration"),
+    Metric("hard", "Hard prompts", "per step, no success at first", "Exploration"),
+    Metric("largest_group", "Largest group", "completions of one prompt", "Exploration"),
+    Metric("replayed", "Replayed successes", "per step", "Exploration"),
+    Metric("replay_kept", "Stored successes", "", "Exploration"),
+    Metric("replay_dropped", "Expired successes", "per step", "Exploration"),
+)
+METRICS = (
+    *ROLLOUT_METRICS,
+    Metric("loss", "Loss", "", "Training"),
+    Metric("clip_fraction", "Clipped", "share of tokens", "Training"),
+    Metric("approx_kl", "KL of the update", "nats/token", "Training"),
+    Metric("mismatch", "Sampler and trainer", "mean |difference| of log-probabilities", "Training", "lower"),
+    Metric("value_loss", "Critic loss", "", "Training", "lower"),
+    Metric("explained_variance", "Explained variance of the critic", "1: all, 0: none", "Training", "higher"),
+    Metric("reward_std", "Spread of the reward", "standard deviation", "Details"),
+    Metric("mismatch_max", "Sampler and trainer, largest", "|difference| of log-probabilities", "Details", "lower"),
+    Metric("mismatch_kl", "Sampler and trainer, KL", "nats/token", "Details", "lower"),
+    Metric("clip_low", "Clipped below", "share of tokens", "Details"),
+    Metric("clip_high", "Clipped above", "share of tokens", "Details"),
+    Metric("clip_dual", "Clipped at the dual bound", "share of tokens", "Details"),
+    Metric("ratio", "Importance ratio", "mean", "Details"),
+    Metric("ratio_squared", "Importance ratio squared", "mean", "Details"),
+    Metric("ratio_max", "Importance ratio, largest", "", "Details"),
+    Metric("importance", "Importance weight", "mean", "Details"),
+    Metric("importance_truncated", "Truncated importance weights", "share of tokens", "Details"),
+    Metric("value_clip", "Clipped values", "share of tokens", "Details"),
+)
 
 
 class Experience:

@@ -12,7 +12,13 @@ from posttrain.data.prepare import prepare
 from posttrain.train.learner import Learner
 from posttrain.train.loop import Batches, OnStep, permutation_batches, train
 from posttrain.train.stage import Ready, Setting, account, leave_model, open_policy
-from posttrain.types import Sample
+from posttrain.types import Metric, Sample
+
+TITLES = {"sft": "Supervised fine-tuning"}
+METRICS = (
+    Metric("loss", "Loss", "nats/token", "Training", "lower"),
+    Metric("token_accuracy", "Token accuracy", "share of loss tokens predicted exactly", "Training", "higher"),
+)
 
 
 def ready(config: SFTConfig, setting: Setting) -> Ready:
