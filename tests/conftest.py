@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.types import Sample
+from posttrain.core.types import Sample
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

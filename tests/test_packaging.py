@@ -63,7 +63,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
 def test_the_wheel_runs_from_somewhere_else(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
-        "import posttrain, sys; from posttrain.recipe import load_recipe, shipped\n"
+        "import posttrain, sys; from posttrain.recipe.parsing import load_recipe, shipped\n"
         "print(posttrain.__file__, *shipped(), load_recipe('quickstart').name)"
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

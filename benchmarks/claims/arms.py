@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config import Recipe
-from posttrain.files import read_lines
-from posttrain.recipe import dump_recipe, load_recipe
+from posttrain.core.files import read_lines
+from posttrain.recipe.parsing import dump_recipe, load_recipe
 
 STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Two-sided 95% points of Student's t by degrees of freedom."""

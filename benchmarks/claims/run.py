@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from arms import Arm, Claim, Curve, difference, fewer, interval, plot, run_claim, verdict
 
 import posttrain
-from posttrain.files import write_json
-from posttrain.machine import machine
+from posttrain.core.files import write_json
+from posttrain.runs.machine import machine
 
 Curves = dict[str, list[Curve]]
 

@@ -11,8 +11,6 @@ Everything here is loaded when first used, so that importing posttrain costs not
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -30,14 +28,14 @@ if TYPE_CHECKING:
         TaskConfig,
         TrackConfig,
     )
-    from posttrain.data.prepare import prepare
-    from posttrain.errors import PosttrainError
-    from posttrain.models.lm import LanguageModel
-    from posttrain.models.load import load_model, load_tokenizer
-    from posttrain.recipe import dump_recipe, load_recipe
-    from posttrain.run import run
-    from posttrain.train.learner import Learner
-    from posttrain.types import Message, Sample
+    from posttrain.core.errors import PosttrainError
+    from posttrain.core.types import Message, Sample
+    from posttrain.data.sft_rows import prepare
+    from posttrain.models.language_model import LanguageModel
+    from posttrain.models.loading import load_model, load_tokenizer
+    from posttrain.recipe.parsing import dump_recipe, load_recipe
+    from posttrain.runs.runner import run
+    from posttrain.trainer.train_step import Learner
 
 __all__ = [
     "AdapterConfig",
@@ -65,31 +63,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "dump_recipe": "recipe",
-    "LanguageModel": "models.lm",
-    "Learner": "train.learner",
-    "load_model": "models.load",
-    "load_recipe": "recipe",
-    "load_tokenizer": "models.load",
-    "Message": "types",
-    "PosttrainError": "errors",
-    "prepare": "data.prepare",
-    "run": "run",
-    "Sample": "types",
+    "dump_recipe": "recipe.parsing",
+    "LanguageModel": "models.language_model",
+    "Learner": "trainer.train_step",
+    "load_model": "models.loading",
+    "load_recipe": "recipe.parsing",
+    "load_tokenizer": "models.loading",
+    "Message": "core.types",
+    "PosttrainError": "core.errors",
+    "prepare": "data.sft_rows",
+    "run": "runs.runner",
+    "Sample": "core.types",
 }
 """Module of each public name; those not listed are settings and live in config."""
-
-
-class _Face(ModuleType):
-    """Importing posttrain.run binds that *module* as our attribute `run`; people want the function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "run" and isinstance(value, ModuleType):
-            value = value.run
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Face
 
 
 def __getattr__(name: str) -> Any:

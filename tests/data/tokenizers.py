@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.models.tiny import CHATML, tiny_tokenizer
+from posttrain.models.tiny_model import CHATML, tiny_tokenizer
 
 LINES = ["the good end\n\nof the bad end: yes and no\n\n", "good day said the assistant\n\nuser: a b c\n\n"] * 20
 GENERATE = "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"

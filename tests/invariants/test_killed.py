@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from posttrain.rollout.store import read_rollouts
+from posttrain.sampling.rollout_store import read_rollouts
 from tests.invariants import warm
 
 RECIPE = """

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from posttrain.train import checkpoint, collect
+from posttrain.methods.rl import collect
+from posttrain.trainer import checkpoint
 from tests.invariants import warm
 from tests.invariants.test_killed import RL, outcome, records
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from posttrain.config import OptimizerConfig, PreferenceConfig, RLConfig, SystemsConfig
-from posttrain.data.pairs import Pair
-from posttrain.models.lm import LanguageModel
-from posttrain.models.tiny import tiny_model
-from posttrain.train.learner import Learner
-from posttrain.train.methods import Extremes, Rolled, give_advantages, policy_loss
-from posttrain.train.objectives import objective, pair_loss, pair_samples
-from posttrain.train.preference import judged, laid_out
-from posttrain.train.reference import Reference
-from posttrain.types import Rollout, Sample
+from posttrain.core.types import Rollout, Sample
+from posttrain.data.preference_rows import Pair
+from posttrain.methods.preference.objectives import objective, pair_loss, pair_samples
+from posttrain.methods.preference.offline import judged, laid_out
+from posttrain.methods.rl.policy_objectives import Extremes, Rolled, give_advantages, policy_loss
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.tiny_model import tiny_model
+from posttrain.trainer.reference_model import Reference
+from posttrain.trainer.train_step import Learner
 from tests.conftest import random_samples
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 MODULES = [
     "datasets", "peft", "pyarrow.parquet", "rich.progress", "torch", "transformers.models.llama.modeling_llama",
-    "posttrain.cli", "posttrain.run", "posttrain.report.build", "posttrain.evaluate.tasks", "posttrain.train.rl",
-    "posttrain.train.preference", "posttrain.train.reward_model", "tests.invariants.warm",
+    "posttrain.cli.main", "posttrain.runs.runner", "posttrain.report.build", "posttrain.eval.tasks",
+    "posttrain.methods.rl.policy_gradient",
+    "posttrain.methods.preference.offline", "posttrain.methods.reward_model.pairwise", "tests.invariants.warm",
 ]  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(MODULES)
@@ -41,7 +42,7 @@ def _main(arguments: list[str], log: Path, environment: dict[str, str], before: 
     sys.argv = ["posttrain", *arguments]
     if before is not None:
         before()
-    from posttrain.cli import main
+    from posttrain.cli.main import main
 
     main()
 

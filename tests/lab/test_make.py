@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.config import DataConfig, ModelConfig
 from posttrain.config.rl import RowsConfig
-from posttrain.data.problems import load_problems
-from posttrain.errors import ModelError
-from posttrain.lab.base import Settings
+from posttrain.core.errors import ModelError
+from posttrain.data.prompt_rows import load_problems
+from posttrain.lab.lab_settings import Settings
 from posttrain.lab.make import make
-from posttrain.lab.sums import answers
-from posttrain.models import load
-from posttrain.models.lm import LanguageModel
+from posttrain.lab.sums_lab import answers
+from posttrain.models import loading as load
+from posttrain.models.language_model import LanguageModel
 
 TINY = Settings(steps=3, batch_size=8, width=16, layers=1, heads=2, train_problems=20, held_out_problems=10, measured=8)
 

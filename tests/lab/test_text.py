@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from posttrain.data import sums as text
-from posttrain.lab.sums import build_tokenizer, corpus
+from posttrain.data.synthetic import sums as text
+from posttrain.lab.sums_lab import build_tokenizer, corpus
 
 COUNT = 12_000
 TEXTS = [text.text_at(3, i) for i in range(COUNT)]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import posttrain
-from posttrain.errors import CheckpointError
-from posttrain.files import is_full
+from posttrain.core.errors import CheckpointError
+from posttrain.core.files import is_full
 
 RATED = {
     "source": "packaged:movie_reviews.tsv",

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import posttrain
-from posttrain.files import read_lines
-from posttrain.lab.base import Settings
+from posttrain.core.files import read_lines
+from posttrain.lab.lab_settings import Settings
 from posttrain.lab.make import make
 from tests.invariants.test_parity import flat_loop
 

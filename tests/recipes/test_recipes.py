@@ -27,12 +27,11 @@ from posttrain.config import (
     SampleConfig,
     ScoreConfig,
 )
-from posttrain.errors import CheckpointError, DataError
-from posttrain.files import read_lines
-from posttrain.models.lm import LanguageModel
-from posttrain.recipe import shipped
-from posttrain.rewards import RewardError
-from posttrain.rollout.greedy import greedy
+from posttrain.core.errors import CheckpointError, DataError, RewardError
+from posttrain.core.files import read_lines
+from posttrain.models.language_model import LanguageModel
+from posttrain.recipe.parsing import shipped
+from posttrain.sampling.greedy import greedy
 
 CHATS = [
     {"messages": [{"role": "user", "content": f"What is {i} plus {i}?"}, {"role": "assistant", "content": str(2 * i)}]}
@@ -208,7 +207,7 @@ def test_transformers_reproduces_our_greedy_output(adapter: dict[str, int] | Non
         out = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
         ends = {tokenizer.eos_token_id}
         assert [t for t in out if t not in ends][: len(answer)] == answer
-        whole = posttrain.types.Sample([*prompt, *answer], [0.0] * len(prompt) + [1.0] * len(answer))
+        whole = posttrain.core.types.Sample([*prompt, *answer], [0.0] * len(prompt) + [1.0] * len(answer))
         if answer:
             batch = ours.pack([whole])
             hidden = ours(batch, "hidden")

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 import posttrain
-from posttrain.files import read_lines
-from posttrain.recipe import dump_recipe
-from posttrain.rollout.store import path_of, read_rollouts
+from posttrain.core.files import read_lines
+from posttrain.recipe.parsing import dump_recipe
+from posttrain.sampling.rollout_store import path_of, read_rollouts
 
 PAGE = Path(__file__).parents[2] / "docs" / "rlhf.md"
 
@@ -85,7 +85,7 @@ def test_the_answers_of_a_round_are_those_of_the_policy_that_it_starts_from(roun
 
 
 def test_the_reward_of_a_round_is_its_own_reward_model_s(rounds: Path) -> None:
-    from posttrain.models.scorers import RewardModel
+    from posttrain.rewards.reward_model_scorer import RewardModel
 
     row = read_rollouts(path_of(rounds / "stages" / "5-policy.2" / "rollouts", 1))[0]
     prompt = [{"role": "user", "content": row["prompt"]}]
@@ -141,7 +141,7 @@ def test_a_reward_model_teaches_by_other_methods_too(method: str, tmp_path: Path
         {"name": "r", "model": {"source": "tiny:llama"}, "stages": [proxy, policy]}
     )
     folder = posttrain.run(recipe, tmp_path / "run").folder / "stages"
-    from posttrain.models.scorers import RewardModel
+    from posttrain.rewards.reward_model_scorer import RewardModel
 
     scorer = RewardModel(str(folder / "0-proxy" / "reward_model"))
     kept = read_rollouts(path_of(folder / "1-policy" / "rollouts", 1))

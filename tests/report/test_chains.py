@@ -6,9 +6,9 @@ import json
 import pytest
 from rich.console import Console
 
-from posttrain import browse
-from posttrain.errors import DataError
-from posttrain.refine.chain import BY_VERDICT, Chain, Round, Text, stats_of, write_chains
+from posttrain.cli import inspect_rollouts as browse
+from posttrain.core.errors import DataError
+from posttrain.methods.data.revision_chain import BY_VERDICT, Chain, Round, Text, stats_of, write_chains
 from posttrain.report import build
 from posttrain.report.chains import EACH, KEPT, choose
 from tests.report.test_page import Page, check_offline

@@ -5,9 +5,10 @@ import json
 
 from rich.console import Console
 
-from posttrain import browse
-from posttrain.data.feedback import Pair
-from posttrain.feedback import Judged, summarize
+from posttrain.cli import inspect_rollouts as browse
+from posttrain.data.comparisons import Pair
+from posttrain.judge.judge_summary import summarize
+from posttrain.judge.labels import Judged
 from posttrain.report import build
 from tests.report.test_page import Page, check_offline
 

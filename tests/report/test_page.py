@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.errors import CheckpointError
+from posttrain.core.errors import CheckpointError
 from posttrain.report import build, summary_table
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")

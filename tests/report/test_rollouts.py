@@ -15,17 +15,17 @@ import pytest
 from rich.console import Console
 
 import posttrain
-from posttrain.browse import browse
-from posttrain.browse import watch as watch_run
-from posttrain.errors import DataError
-from posttrain.files import read_lines
+from posttrain.cli.inspect_rollouts import browse
+from posttrain.cli.inspect_rollouts import watch as watch_run
+from posttrain.core.errors import DataError
+from posttrain.core.files import read_lines
+from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.report import build
 from posttrain.report.load import read, stage_folders
 from posttrain.report.phases import phases
 from posttrain.report.rollouts import spark, views
-from posttrain.rollout import engine
-from posttrain.rollout.store import groups_of, path_of, read_rollouts, rollout_steps, write_rollouts
-from posttrain.types import Rollout, RolloutGroup
+from posttrain.sampling import engine
+from posttrain.sampling.rollout_store import groups_of, path_of, read_rollouts, rollout_steps, write_rollouts
 
 
 @pytest.fixture(scope="module")

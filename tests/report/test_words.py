@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from posttrain.evaluate.stats import compare
+from posttrain.core.statistics import compare
 from posttrain.report.load import TaskRow
 from posttrain.report.words import chance, fixed, number, seconds, verdict, yaml_markup
 

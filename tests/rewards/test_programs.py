@@ -7,9 +7,9 @@ from pydantic import ValidationError
 
 from posttrain.config.rewards import NumericConfig, ProgramConfig, RewardsConfig, UnitTestsConfig
 from posttrain.config.sandbox import SandboxConfig
-from posttrain.rewards.base import LabelError
-from posttrain.rewards.parts import numeric
+from posttrain.rewards.outcome import LabelError
 from posttrain.rewards.programs import code_in, program, unit_tests
+from posttrain.rewards.verifiers import numeric
 from posttrain.sandbox import SandboxError, require
 
 
@@ -100,8 +100,8 @@ def test_the_sandbox_s_time_fits_the_call_s() -> None:
 
 def test_programs_in_a_stack() -> None:
     """From the settings, through worker processes."""
+    from posttrain.core.types import Rollout, RolloutGroup
     from posttrain.rewards.stack import RewardStack
-    from posttrain.types import Rollout, RolloutGroup
 
     config = RewardsConfig.model_validate({"parts": [{"kind": "program", "partial": 0.1}]})
     texts = ["print(2 + 2)", "print(5)", "import socket; socket.socket(); print(4)"]

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from posttrain.config.rewards import RewardsConfig
-from posttrain.rewards import RewardError, RewardStack
-from posttrain.types import Rollout, RolloutGroup
+from posttrain.core.errors import RewardError
+from posttrain.core.types import Rollout, RolloutGroup
+from posttrain.rewards import RewardStack
 
 STRANGE = "tests.rewards.strange:"
 

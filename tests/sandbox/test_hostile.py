@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.config.sandbox import SandboxConfig
-from posttrain.sandbox import Outcome, SandboxError, require, run
+from posttrain.sandbox import Outcome, SandboxError, require
+from posttrain.sandbox import process as run
 
 LIMITS = SandboxConfig(seconds=3, memory_mb=128, processes=8, output_kb=16, files_mb=4)
 SECRET = "the quick brown secret"

@@ -10,22 +10,6 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from posttrain.config.base import (
-    NAME,
-    AdapterConfig,
-    ClassesConfig,
-    Config,
-    DataConfig,
-    EpochsConfig,
-    ModelConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    SFTConfig,
-    StageBase,
-    SystemsConfig,
-    TaskConfig,
-    TrainConfig,
-)
 from posttrain.config.environment import CalculatorConfig, EnvironmentConfig, FunctionEnvironmentConfig
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
 from posttrain.config.feedback import FeedbackConfig
@@ -43,6 +27,22 @@ from posttrain.config.rl import (
     ReasoningGymConfig,
     RLConfig,
     RowsConfig,
+)
+from posttrain.config.settings import (
+    NAME,
+    AdapterConfig,
+    ClassesConfig,
+    Config,
+    DataConfig,
+    EpochsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    SFTConfig,
+    StageBase,
+    SystemsConfig,
+    TaskConfig,
+    TrainConfig,
 )
 
 StageConfig = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import Config
+from posttrain.config.settings import Config
 
 
 class EnvironmentBase(Config):

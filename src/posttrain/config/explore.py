@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from posttrain.config.base import Config
+from posttrain.config.settings import Config
 
 
 class SteerConfig(Config):

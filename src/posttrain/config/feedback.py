@@ -6,9 +6,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import NAME, Config, DataConfig, SamplingConfig, StageBase
 from posttrain.config.judge import JudgeConfig
 from posttrain.config.rl import ProblemsConfig
+from posttrain.config.settings import NAME, Config, DataConfig, SamplingConfig, StageBase
 
 
 class Pairing(Config):

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import NAME, Config, SamplingConfig, StageBase
 from posttrain.config.rewards import Extract, NumericConfig, RewardConfig, RewardsConfig
 from posttrain.config.rl import ProblemsConfig
+from posttrain.config.settings import NAME, Config, SamplingConfig, StageBase
 
 
 class SampleConfig(Config):

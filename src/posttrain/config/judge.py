@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import Config, ModelConfig
+from posttrain.config.settings import Config, ModelConfig
 
 
 class ServerConfig(Config):

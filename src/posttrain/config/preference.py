@@ -6,9 +6,17 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import NAME, Config, DataConfig, EpochsConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from posttrain.config.rewards import RewardsConfig
 from posttrain.config.rl import HeldOutConfig, ProblemsConfig, RLConfig, RLOptimizerConfig
+from posttrain.config.settings import (
+    NAME,
+    Config,
+    DataConfig,
+    EpochsConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 
 PairLoss = Literal["dpo", "ipo", "cdpo", "robust_dpo", "dpo_norm", "orpo", "simpo", "cpo"]
 """Losses of a pair of answers."""

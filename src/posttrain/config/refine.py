@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import NAME, ModelConfig, SamplingConfig, StageBase
 from posttrain.config.judge import ServerConfig
 from posttrain.config.rewards import RewardsConfig
 from posttrain.config.rl import ProblemsConfig
+from posttrain.config.settings import NAME, ModelConfig, SamplingConfig, StageBase
 
 
 class RefineConfig(StageBase):

@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import NAME, Config, DataConfig, EpochsConfig, SamplingConfig
 from posttrain.config.preference import HeldOutPairsConfig
 from posttrain.config.rewards import RewardsConfig
 from posttrain.config.rl import ProblemsConfig
+from posttrain.config.settings import NAME, Config, DataConfig, EpochsConfig, SamplingConfig
 
 
 class ScorerConfig(EpochsConfig):

@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import Config
 from posttrain.config.judge import JudgeConfig
 from posttrain.config.sandbox import SandboxConfig
+from posttrain.config.settings import Config
 
 Extract = Literal["auto", "tag", "boxed", "hashes", "last_line", "whole"]
 _EXTRACT = (

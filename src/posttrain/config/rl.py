@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import NAME, Config, DataConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig, judges_steps
+from posttrain.config.settings import NAME, Config, DataConfig, OptimizerConfig, SamplingConfig, TrainConfig
 
 
 class AskedConfig(Config):

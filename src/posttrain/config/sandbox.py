@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from posttrain.config.base import Config
+from posttrain.config.settings import Config
 
 
 class SandboxConfig(Config):

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 
 from posttrain.config import ModelConfig, OptimizerConfig, SystemsConfig
-from posttrain.errors import ModelError
-from posttrain.files import write_json
-from posttrain.lab import reviews, sums
-from posttrain.lab.base import Kind, Settings
-from posttrain.models import cpu
-from posttrain.models.lm import LanguageModel
-from posttrain.models.load import LAB_VERSION, lab_folder, pick_device, quiet
-from posttrain.models.save import save_trained
-from posttrain.progress import Track
-from posttrain.train.learner import Learner
+from posttrain.core.errors import ModelError
+from posttrain.core.files import write_json
+from posttrain.core.progress import Track
+from posttrain.cpu import matmul as cpu
+from posttrain.lab import reviews_lab as reviews
+from posttrain.lab import sums_lab as sums
+from posttrain.lab.lab_settings import Kind, Settings
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.loading import LAB_VERSION, lab_folder, pick_device, quiet
+from posttrain.models.saving import save_trained
+from posttrain.trainer.train_step import Learner
 
 KINDS: dict[Kind, Any] = {"sums": sums, "reviews": reviews}
 """What each kind of laboratory is made of: build_tokenizer, reader, measure, write, said."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.config import AdapterConfig
-from posttrain.errors import ModelError
+from posttrain.core.errors import ModelError
 
 
 def attach(hf: Any, config: AdapterConfig, seed: int, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM") -> Any:

@@ -24,8 +24,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from posttrain.models import tree
-from posttrain.models.ragged import RaggedBatch
+from posttrain.core.ragged import RaggedBatch
+from posttrain.cpu import tree_attention as tree
 
 NAME = "posttrain"
 TILE = 256

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import DataError
-from posttrain.refine.chain import Chain, chunks_there, outcome, read_chains
+from posttrain.core.errors import DataError
+from posttrain.methods.data.revision_chain import Chain, chunks_there, outcome, read_chains
 from posttrain.report import words
 
 KEPT = 4

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from posttrain.errors import CheckpointError
+from posttrain.core.errors import CheckpointError
 
 Record = dict[str, Any]
 

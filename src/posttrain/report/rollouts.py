@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import DataError
+from posttrain.core.errors import DataError
 from posttrain.report.load import Run, stage_folders
 from posttrain.report.phases import Phase, phases
-from posttrain.rewards.watch import repetition, watch
-from posttrain.rollout.store import groups_of, path_of, read_rollouts, rollout_steps
+from posttrain.report.reward_hacking import repetition, watch
+from posttrain.sampling.rollout_store import groups_of, path_of, read_rollouts, rollout_steps
 
 WATCHED = 60
 """Steps that are looked through for drift, evenly spread where there are more."""

@@ -1,10 +1,10 @@
 """Rewards: a completion and its example in, a number out; stacked, weighted, each part kept. See docs/rewards.md."""
 
 from posttrain.config.rewards import RewardConfig, RewardsConfig
-from posttrain.rewards.answer import Answer, find
-from posttrain.rewards.base import GroupReward, LabelError, Reward, RewardError, Scorer
+from posttrain.core.errors import RewardError
+from posttrain.rewards.answer_extraction import Answer, find
+from posttrain.rewards.outcome import GroupReward, LabelError, Reward, Scorer
 from posttrain.rewards.stack import Excluded, RewardStack, Scored
-from posttrain.rewards.watch import watch
 
 __all__ = [
     "Answer",
@@ -19,5 +19,4 @@ __all__ = [
     "Scored",
     "Scorer",
     "find",
-    "watch",
 ]

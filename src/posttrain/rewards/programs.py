@@ -11,8 +11,8 @@ import secrets
 from posttrain import sandbox
 from posttrain.config import rewards as c
 from posttrain.config.sandbox import SandboxConfig
-from posttrain.rewards.answer import find, numbers_in
-from posttrain.rewards.base import Example, LabelError, labels
+from posttrain.rewards.answer_extraction import find, numbers_in
+from posttrain.rewards.outcome import Example, LabelError, labels
 
 _DEFINED = re.compile(r"^def solution\(\s*\)", re.MULTILINE)
 _CALLED = re.compile(r"^[^#\n]*(?<!def )solution\(", re.MULTILINE)

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from posttrain.config.rewards import RewardConfig, RewardsConfig
-from posttrain.rewards.base import LabelError, Outcome, RewardError, attempt
-from posttrain.rewards.parts import Component, component
-from posttrain.rewards.pool import Call, Pool
-from posttrain.rewards.spans import token_spans, tokens_of
-from posttrain.types import Rollout, RolloutGroup, Step
+from posttrain.core.errors import RewardError
+from posttrain.core.types import Rollout, RolloutGroup, Step
+from posttrain.rewards.outcome import LabelError, Outcome, attempt
+from posttrain.rewards.token_spans import token_spans, tokens_of
+from posttrain.rewards.verifiers import Component, component
+from posttrain.rewards.worker_pool import Call, Pool
 
 SHOWN = 3
 """Failures of a reward that are kept with message and traceback."""

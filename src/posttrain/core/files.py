@@ -1,0 +1,112 @@
+"""Files that survive: written whole or not at all, and flushed to the disk before anything relies on them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind an exception, however it was wrapped; None where there is none."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, OSError):
+            return error
+        seen.append(error)
+        for inner in (getattr(error, "failures", None) or {}).values():  # distributed checkpoint's, by rank
+            found = os_error(inner[0] if isinstance(inner, tuple) else inner)
+            if found is not None:
+                return found
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a full disk (or quota) is what an exception comes from; safetensors has the system's words alone."""
+    reason = os_error(error)
+    if reason is not None:
+        return reason.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left on device" in str(error)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries (renames, new files) to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content in one go: a reader, or a crash, sees the old text or the new one."""
+    work = path.with_name(f".{path.name}.writing")
+    with work.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(work, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of JSON, indented, keys as given."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON Lines file; a last line that was cut off by a crash is left out. No file: no records."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").split("\n"):  # text may hold other ends of lines, which JSON leaves
+        if not line:
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Lines:
+    """A JSON Lines file that goes on from a given number of records: what a crash left behind them is cut off."""
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = path.read_bytes().splitlines(keepends=True)[:keep] if path.exists() else []
+        if len(kept) < keep:
+            raise OSError(f"{path} should hold {keep} records and holds {len(kept)}")
+        size = sum(len(line) for line in kept)
+        self.file = path.open("ab")
+        if self.file.tell() != size:
+            self.file.truncate(size)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append one record; it has left the process when this returns."""
+        self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self.file.flush()
+
+    def sync(self) -> None:
+        """Flush to the disk (before a checkpoint that counts on these records)."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def cache_folder() -> Path:
+    """$POSTTRAIN_CACHE, else the user's cache folder."""
+    if os.environ.get("POSTTRAIN_CACHE"):
+        return Path(os.environ["POSTTRAIN_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain"

@@ -1,0 +1,195 @@
+"""The ragged, prefix-shared batch: T tokens end to end in one dimension, no padding, and a table of segments.
+
+A segment continues its parent; a token sees its own segment causally and all of its ancestors. Segments lie in
+depth-first order, so the descendants of a segment are one contiguous run of tokens right behind it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.core.types import Sample
+
+MIN_SHARED = 16
+"""Shortest prefix worth a segment of its own: a segment costs about as much as this many tokens."""
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    """T tokens and the S segments they form.
+
+    tokens_T: token ids. positions_T: place in its own sequence (a child goes on where its parent ends).
+    weights_T: what each token counts in the loss, summed over the samples that share it.
+    predictors_T: index of the token whose hidden state predicts this one; -1 for the first token of a sequence.
+    starts, ends, parents: per segment, half-open range of T and the parent's number (-1: none).
+    subtree_ends: per segment, where its last descendant ends.
+    rows: per sample, the T-indices of its tokens, in order.
+    samples: what was packed, in the order of `rows`: a loss finds in their `meta` what it needs to know of each.
+    """
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    weights_T: Tensor
+    predictors_T: Tensor
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    parents: tuple[int, ...]
+    subtree_ends: tuple[int, ...]
+    rows: tuple[Tensor, ...]
+    samples: tuple[Sample, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """T, the number of tokens that are computed."""
+        return int(self.tokens_T.numel())
+
+    def targets_N(self) -> Tensor:
+        """T-indices of the tokens that carry loss (non-zero weight), ascending."""
+        return self.weights_T.nonzero().squeeze(1)
+
+    def chain(self, segment: int) -> list[int]:
+        """The segment and its ancestors, root first."""
+        chain = []
+        while segment >= 0:
+            chain.append(segment)
+            segment = self.parents[segment]
+        return chain[::-1]
+
+    def to(self, device: torch.device | str) -> RaggedBatch:
+        """The same batch with its tensors on another device."""
+        names = ("tokens_T", "positions_T", "weights_T", "predictors_T")
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, **moved, rows=tuple(row.to(device) for row in self.rows))
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the longest common prefix."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
+
+
+class _Builder:
+    """Lays samples out depth first, a shared prefix once."""
+
+    def __init__(self, samples: Sequence[Sample], min_shared: int) -> None:
+        self.tokens = [np.asarray(s.tokens, dtype=np.int64) for s in samples]
+        self.weights = [np.asarray(s.weights, dtype=np.float64) for s in samples]
+        self.min_shared = min_shared
+        self.segments: list[tuple[int, int, int]] = []  # start, end, parent
+        self.pieces: list[tuple[np.ndarray, np.ndarray, int, int]] = []  # tokens, weights, position, predictor
+        self.rows: list[list[tuple[int, int]]] = [[] for _ in samples]
+        self.subtree_ends: list[int] = []
+        self.total = 0
+
+    def emit(self, members: list[int], low: int, high: int, parent: int) -> int:
+        """One segment: tokens low..high of its members, which all agree there."""
+        if high <= low:
+            return parent
+        start, end = self.total, self.total + high - low
+        weights = sum(self.weights[m][low:high] for m in members)
+        predictor = self.segments[parent][1] - 1 if parent >= 0 else -1
+        self.pieces.append((self.tokens[members[0]][low:high], np.asarray(weights), low, predictor))
+        self.segments.append((start, end, parent))
+        self.subtree_ends.append(end)
+        self.total = end
+        for m in members:
+            self.rows[m].append((start, end))
+        return len(self.segments) - 1
+
+    def lay(self, members: list[int], depth: int, parent: int) -> None:
+        """Members are sorted by tokens and share their first `depth` tokens, which are laid already."""
+        i = 0
+        while i < len(members):
+            j, shared = i + 1, len(self.tokens[members[i]])
+            while j < len(members):
+                common = _common(self.tokens[members[j - 1]], self.tokens[members[j]])
+                if common < depth + self.min_shared:
+                    break
+                shared, j = min(shared, common), j + 1
+            cluster = members[i:j]
+            segment = self.emit(cluster, depth, shared, parent)
+            if len(cluster) > 1:
+                rest = [m for m in cluster if len(self.tokens[m]) > shared]
+                self.lay(rest, shared, segment)
+                if segment >= 0:
+                    self.subtree_ends[segment] = self.total
+            i = j
+
+
+def pack(samples: Sequence[Sample], share_prefixes: bool = True, min_shared: int = MIN_SHARED) -> RaggedBatch:
+    """Lay samples end to end, computing a prefix that several of them share once.
+
+    Weights of a shared token are summed, so that any loss that is a weighted sum over tokens is the same with and
+    without sharing. ``share_prefixes=False`` gives every sample one segment of its own.
+
+    Raises ValueError for no samples or an empty one.
+    """
+    if not samples:
+        raise ValueError("pack() needs at least one sample, and got none")
+    for sample in samples:
+        if not len(sample):
+            raise ValueError(f"{sample.source or 'a sample'} has no tokens; drop empty rows before packing")
+    builder = _Builder(samples, min_shared)
+    if share_prefixes and len(samples) > 1:
+        order = sorted(range(len(samples)), key=lambda i: (tuple(samples[i].tokens), i))
+        builder.lay(order, 0, -1)
+    else:
+        for i, sample in enumerate(samples):
+            builder.emit([i], 0, len(sample), -1)
+    positions = [np.arange(low, low + len(t)) for t, _, low, _ in builder.pieces]
+    predictors = []
+    for (start, end, _), (_, _, _, predictor) in zip(builder.segments, builder.pieces, strict=True):
+        run = np.arange(start - 1, end - 1)
+        run[0] = predictor
+        predictors.append(run)
+    starts, ends, parents = zip(*builder.segments, strict=True)
+    return RaggedBatch(
+        torch.from_numpy(np.concatenate([t for t, _, _, _ in builder.pieces])),
+        torch.from_numpy(np.concatenate(positions)),
+        torch.from_numpy(np.concatenate([w for _, w, _, _ in builder.pieces]).astype(np.float32)),
+        torch.from_numpy(np.concatenate(predictors)),
+        starts,
+        ends,
+        parents,
+        tuple(builder.subtree_ends),
+        tuple(torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in row])) for row in builder.rows),
+        tuple(samples),
+    )
+
+
+def micro_batches(lengths: Sequence[int], budget: int, groups: Sequence[int] | None = None) -> list[list[int]]:
+    """Split items into as few balanced micro-batches as a token budget allows.
+
+    Longest first into the lightest bin (LPT), with ceil(total / budget) bins or, where that can't hold them, more.
+    An item longer than the budget gets a micro-batch of its own (it can't be split). `groups` keeps items with the
+    same number together (a prompt with its completions). Returns lists of indices; deterministic; no empty list.
+    """
+    if budget < 1:
+        raise ValueError(f"the token budget must be at least 1, and is {budget}")
+    members: dict[int, list[int]] = {}
+    for i in range(len(lengths)):
+        members.setdefault(i if groups is None else groups[i], []).append(i)
+    sized = sorted(((sum(lengths[i] for i in m), m) for m in members.values()), key=lambda x: (-x[0], x[1]))
+    if not sized:
+        return []
+    bins = max(1, -(-sum(size for size, _ in sized) // budget))
+    while True:
+        heap = [(0, b) for b in range(min(bins, len(sized)))]
+        filled: list[list[int]] = [[] for _ in heap]
+        over = False
+        for size, m in sized:
+            load, b = heapq.heappop(heap)
+            over |= load > 0 and load + size > budget
+            filled[b].extend(m)
+            heapq.heappush(heap, (load + size, b))
+        if not over or bins >= len(sized):
+            return [sorted(f) for f in filled if f]
+        bins += 1

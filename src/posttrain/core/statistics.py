@@ -1,0 +1,367 @@
+"""Intervals and paired comparisons for evaluation results: what a difference between two models is worth.
+
+Accuracies get closed forms that hold at 0, at 1 and for few items; perplexity, a ratio of sums, gets the bootstrap.
+Everything is a function of numbers, seeded where it draws, and imports numpy alone.
+
+Letters of a paired two-by-two table, used throughout: n items, of which ``gained`` went from wrong to right,
+``lost`` from right to wrong; the rest are right both times or wrong both times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from operator import gt, lt
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.core.errors import DataError
+
+Interval = tuple[float, float]
+Item = Mapping[str, Any]
+Loss = tuple[float, int]  # of an item: negative log-likelihood in nats, and how many tokens it is of
+Columns = tuple[NDArray[np.float64], NDArray[np.float64]]
+DRAWS = 5000  # bootstrap samples: the ends of a 95% interval then move by about 2% of its width from seed to seed
+_CHUNK = 4_000_000  # indices drawn at a time, so that memory stays near 100 MB for any number of items
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Score interval of a proportion.
+
+    (p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = successes / n, z the normal quantile of the level.
+    Source: Wilson 1927, JASA 22:209; method 3 of Newcombe 1998, Statistics in Medicine 17:857.
+
+    Degenerate: n = 0 knows nothing, (0, 1). successes = 0 starts at exactly 0, successes = n ends at exactly 1.
+    Raises ValueError unless 0 <= successes <= n and 0 < level < 1.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"expected 0 <= successes <= n, got {successes} of {n}")
+    z = _quantile(level)
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return (0.0 if successes == 0 else low), (1.0 if successes == n else high)
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:
+    """Interval of a mean: Wilson's where all values are 0 or 1, else the percentile bootstrap's.
+
+    One value, or values that are all alike, say nothing of how they vary: the bootstrap then gives the value itself
+    twice. Raises ValueError for no values.
+    """
+    if not values:
+        raise ValueError("no values to take the mean of")
+    if all(v in (0, 1) for v in values):
+        return wilson(sum(v == 1 for v in values), len(values), level)
+    x = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = [float(x[rng.integers(0, len(x), len(x))].mean()) for _ in range(DRAWS // 5)]
+    return _percentiles(np.asarray(means), level)
+
+
+def interval_of_means(table: NDArray[np.float64], level: float = 0.95, seed: int = 0) -> list[Interval]:
+    """The interval of each column's mean, rows being items: as `mean_interval`, with the same draws for all columns."""
+    if table.ndim != 2 or not len(table):
+        raise ValueError(f"expected a table with at least one row, got shape {table.shape}")
+    n = len(table)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), DRAWS)
+    ends = np.quantile(counts @ table / n, [(1 - level) / 2, (1 + level) / 2], axis=0).T
+    sure = ((table == 0) | (table == 1)).all(0)
+    return [
+        wilson(int(column.sum()), n, level) if closed else (float(low), float(high))
+        for column, closed, (low, high) in zip(table.T, sure, ends, strict=True)
+    ]
+
+
+def mean_difference(
+    before: Sequence[float], after: Sequence[float], level: float = 0.95, draws: int = DRAWS, seed: int = 0
+) -> tuple[float, Interval, float]:
+    """Mean after minus mean before on the same items, its interval and two-sided p-value, by paired bootstrap.
+
+    With x the mean of the items' differences in a draw, p as in :func:`perplexity_difference`. Source: Efron &
+    Tibshirani 1993, sections 13.3 and 15.4. Returns (difference, (low, high), p). Degenerate: equal values give
+    (0, no width, 1.0). Raises DataError where the two are not as many, ValueError for none.
+    """
+    if len(before) != len(after):
+        raise DataError(f"expected the same items before and after, got {len(before)} before and {len(after)} after")
+    if not before:
+        raise ValueError("no values to compare")
+    change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    n = len(change)
+    means = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws) @ change / n
+    crossing = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    return float(change.mean()), _percentiles(means, level), min(1.0, 2 * (1 + crossing) / (draws + 1))
+
+
+def mcnemar_exact(gained: int, lost: int) -> float:
+    """Two-sided exact p-value that items changed in both directions equally often.
+
+    p = min(1, 2 sum_{k=0}^{min(gained, lost)} C(m, k) / 2^m), m = gained + lost: only items that changed count.
+    Source: McNemar 1947, Psychometrika 12:153, with the binomial in place of chi-squared.
+
+    Degenerate: nothing changed (m = 0) gives 1.0. Raises ValueError for negative counts.
+    """
+    if gained < 0 or lost < 0:
+        raise ValueError(f"expected counts of items, got gained={gained}, lost={lost}")
+    m, tail, term = gained + lost, 0, 1
+    for k in range(min(gained, lost) + 1):
+        tail += term
+        term = term * (m - k) // (k + 1)  # C(m, k+1) from C(m, k), exactly
+    # Integers until the last step: 2^m overflows a float from m = 1024 on, and a ratio of integers does not.
+    return min(1.0, 2 * tail / 2**m)
+
+
+def paired_difference(both: int, gained: int, lost: int, neither: int, level: float = 0.95) -> tuple[float, Interval]:
+    """Accuracy after minus accuracy before on the same items, and its interval.
+
+    With d = p_after - p_before, Wilson limits (l, h) of each, and phi the correlation of the paired table:
+        low  = d - sqrt((p_a - l_a)^2 - 2 phi (p_a - l_a)(h_b - p_b) + (h_b - p_b)^2)
+        high = d + sqrt((h_a - p_a)^2 - 2 phi (h_a - p_a)(p_b - l_b) + (p_b - l_b)^2)
+    phi = (both neither - gained lost) / sqrt(product of the four margins), its numerator reduced by n/2 where it is
+    positive, to no less than 0.
+    Source: method 10 of Newcombe 1998, Statistics in Medicine 17:2635; its properties are reviewed in Fagerland,
+    Lydersen & Laake 2014, Statistics in Medicine 33:2850. Chosen over the interval of Agresti & Min 2005 because it
+    is built from the very Wilson intervals printed beside it, stays within [-1, 1], and keeps a width when no
+    item changed (theirs adds pseudo-counts).
+
+    both, neither: items right, or wrong, both times. Degenerate: a margin of zero makes phi 0. The interval is not
+    the inverse of the exact test: near p = 0.05 one may exclude zero where the other does not.
+    Raises ValueError for negative counts or no items.
+    """
+    n = both + gained + lost + neither
+    if min(both, gained, lost, neither) < 0 or n == 0:
+        raise ValueError(f"expected counts of items, at least one, got {both=}, {gained=}, {lost=}, {neither=}")
+    after, before = both + gained, both + lost
+    p_a, p_b = after / n, before / n
+    (l_a, h_a), (l_b, h_b) = wilson(after, n, level), wilson(before, n, level)
+    margins = after * (n - after) * before * (n - before)
+    numerator = float(both * neither - gained * lost)
+    if numerator > 0:
+        numerator = max(numerator - n / 2, 0.0)
+    phi = numerator / math.sqrt(margins) if margins else 0.0
+
+    def reach(x: float, y: float) -> float:
+        return math.sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
+
+    d = (gained - lost) / n
+    return d, (max(d - reach(p_a - l_a, h_b - p_b), -1.0), min(d + reach(h_a - p_a, p_b - l_b), 1.0))
+
+
+def perplexity(items: Sequence[Loss]) -> float:
+    """exp(sum of negative log-likelihoods / number of tokens); items are (nats, tokens).
+
+    Raises DataError where there is no token at all; infinite beyond the range of a float.
+    """
+    nll, count = _columns(items)
+    return float(_ratio(nll.sum(), count.sum()))
+
+
+def perplexity_interval(
+    items: Sequence[Loss], level: float = 0.95, draws: int = DRAWS, seed: int = 0
+) -> tuple[float, float, float]:
+    """(value, low, high): :func:`perplexity` and its percentile bootstrap interval. Items are drawn with
+    replacement, not tokens, since the tokens of an item depend on each other.
+
+    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
+    Degenerate: one item, or equal items, give an interval of no width.
+    """
+    low, high = _percentiles(_resample(_columns(items), draws=draws, seed=seed)[0], level)
+    return perplexity(items), low, high
+
+
+def perplexity_difference(
+    before: Sequence[Loss],
+    after: Sequence[Loss],
+    *,
+    ratio: bool = False,
+    level: float = 0.95,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> tuple[float, Interval, float]:
+    """Perplexity after minus before (or after / before), its interval and two-sided p-value, on the same items.
+
+    Paired bootstrap: the same items are drawn for both models, so what makes an item hard for both cancels. With x
+    the difference in a draw, p = min(1, 2 (1 + min(#{x <= 0}, #{x >= 0})) / (draws + 1)), at least 2 / (draws + 1).
+    Source: Efron & Tibshirani 1993, sections 13.3 and 15.4 (counting the sample itself, hence the ones);
+    the pairing as in Koehn 2004, EMNLP, section 5.
+
+    before, after: (nats, tokens) of each item, in the same order; token counts differ where tokenizers do.
+    Returns (difference, (low, high), p). Degenerate: identical models give (0 or 1, no width, 1.0).
+    """
+    if len(before) != len(after):
+        raise DataError(f"expected the same items before and after, got {len(before)} before and {len(after)} after")
+    draws_b, draws_a = _resample(_columns(before), _columns(after), draws=draws, seed=seed)
+    crossing = min(int((draws_a <= draws_b).sum()), int((draws_a >= draws_b).sum()))
+    p = min(1.0, 2 * (1 + crossing) / (draws + 1))
+    if ratio:
+        return perplexity(after) / perplexity(before), _percentiles(draws_a / draws_b, level), p
+    return perplexity(after) - perplexity(before), _percentiles(draws_a - draws_b, level), p
+
+
+def summarize(items: Sequence[Item], kind: str, *, level: float = 0.95, seed: int = 0) -> dict[str, Any]:
+    """{"metric", "value", "low", "high", "n", "interval"} of one model on one task.
+
+    items: for kind choice and generate each has ``correct``; for perplexity ``nll`` and ``tokens``; for sample
+    ``value``, an accuracy between 0 and 1; for score ``value``, any number, or None where no answer could be scored,
+    which counts in ``unscored`` alone. Raises DataError for no items or an unknown kind.
+    """
+    missing = sum(i["value"] is None for i in items) if kind == "score" else 0
+    if missing:
+        items = [i for i in items if i["value"] is not None]
+    if not items:
+        raise DataError("expected at least one item to evaluate, got none; is the range `rows` of the task empty?")
+    percent = f"{100 * level:g}%"
+    if kind == "perplexity":
+        value, low, high = perplexity_interval(_losses(items), level, seed=seed)
+        how = f"{percent} bootstrap"
+    elif kind in ("sample", "score"):
+        values = [float(i["value"]) for i in items]
+        low, high = interval_of_means(np.array([values]).T, level, seed)[0]
+        value, how = sum(values) / len(values), f"{percent} {'Wilson' if _sharp(values) else 'bootstrap'}"
+    elif kind in ("choice", "generate"):
+        right = sum(bool(i["correct"]) for i in items)
+        value, (low, high), how = right / len(items), wilson(right, len(items), level), f"{percent} Wilson"
+    else:
+        raise DataError(f"expected a task of kind choice, generate, perplexity, sample or score, got {kind!r}")
+    metric = kind if kind in ("perplexity", "score") else "accuracy"
+    out = {"metric": metric, "value": value, "low": low, "high": high, "n": len(items), "interval": how}
+    return out | ({"unscored": missing} if missing else {})
+
+
+def compare(
+    before: Sequence[Item], after: Sequence[Item], kind: str, *, task: str = "", level: float = 0.95, seed: int = 0
+) -> dict[str, Any]:
+    """One entry of ``comparison.json``: two models on the same items, matched by ``id``, in any order.
+
+    difference is after minus before, with its interval (low, high). Accuracy: method 10 of Newcombe and McNemar's
+    exact test; perplexity, and accuracies of several samples: paired bootstrap. gained and lost count the items that
+    went from wrong to right and back; for perplexity, those whose loss per token fell and rose; for samples, those
+    whose accuracy rose and fell; for scores, those whose mean rose and fell, and ``wins`` (see there). Without ``task``
+    the entry has no such key.
+    Raises DataError where an id comes twice or is missing on one side, or there are no items.
+    """
+    old, new = _by_id(before, "before"), _by_id(after, "after")
+    if old.keys() != new.keys():
+        raise DataError(
+            f"expected the same items before and after, got {len(old)} and {len(new)}; "
+            f"only before: {_some(old.keys() - new.keys())}; only after: {_some(new.keys() - old.keys())}. "
+            "Evaluate both models on the same data and rows"
+        )
+    pairs = [(old[i], new[i]) for i in old]
+    if kind == "score":  # a prompt that one side has no score of can't be compared
+        pairs = [(a, b) for a, b in pairs if a["value"] is not None and b["value"] is not None]
+    # Both sides in the same order, so that the bootstrap draws the same items for both.
+    sides = [
+        summarize(list(side), kind, level=level, seed=seed) for side in ([a for a, _ in pairs], [b for _, b in pairs])
+    ]
+    if kind == "perplexity":
+        losses = _losses([a for a, _ in pairs]), _losses([b for _, b in pairs])
+        difference, (low, high), p = perplexity_difference(*losses, level=level, seed=seed)
+        rates = [(a["nll"] / max(a["tokens"], 1), b["nll"] / max(b["tokens"], 1)) for a, b in pairs]
+        gained, lost, test = sum(b < a for a, b in rates), sum(b > a for a, b in rates), "paired bootstrap"
+    elif kind == "score" or kind == "sample" and not _sharp([float(i["value"]) for pair in pairs for i in pair]):
+        values = [float(a["value"]) for a, _ in pairs], [float(b["value"]) for _, b in pairs]
+        difference, (low, high), p = mean_difference(*values, level=level, seed=seed)
+        gained, lost = (sum(up(b, a) for a, b in zip(*values, strict=True)) for up in (gt, lt))
+        test = "paired bootstrap of means"
+    else:
+        name = "value" if kind == "sample" else "correct"
+        right = [(bool(a[name]), bool(b[name])) for a, b in pairs]
+        gained, lost = right.count((False, True)), right.count((True, False))
+        both, neither = right.count((True, True)), right.count((False, False))
+        difference, (low, high) = paired_difference(both, gained, lost, neither, level)
+        p, test = mcnemar_exact(gained, lost), "McNemar exact"
+    return {
+        **({"task": task} if task else {}),
+        "before": {k: sides[0][k] for k in ("value", "low", "high", "n")},
+        "after": {k: sides[1][k] for k in ("value", "low", "high", "n")},
+        "difference": difference, "low": low, "high": high, "test": test, "p_value": p,
+        "n": len(pairs), "gained": gained, "lost": lost,
+        **({"wins": wins(*zip(*pairs, strict=True), level=level, seed=seed)} if kind == "score" else {}),
+    }  # fmt: skip
+
+
+def wins(before: Sequence[Item], after: Sequence[Item], *, level: float = 0.95, seed: int = 0) -> dict[str, float]:
+    """How often an answer after scores above one before, both to the same prompt; ties count half.
+
+        win rate = mean over prompts of the mean over x, y of [x > y] + [x = y] / 2
+
+    x: the prompt's scores after; y: those before. before, after: items of kind score, prompt by prompt in the same
+    order. Returns value, low, high: the interval is the bootstrap's over prompts (Wilson's where every prompt is won or
+    lost whole). 1/2: neither is better.
+    Raises DataError where the two are not as many, ValueError for none.
+    """
+    if len(before) != len(after):
+        raise DataError(f"expected the same prompts before and after, got {len(before)} and {len(after)}")
+    rates = []
+    for old, new in zip(before, after, strict=True):
+        x, y = (np.array([a["score"] for a in i["answers"] if a["score"] is not None]) for i in (new, old))
+        rates.append(float(((x[:, None] > y) + 0.5 * (x[:, None] == y)).mean()))
+    low, high = mean_interval(rates, level, seed)
+    return {"value": sum(rates) / len(rates), "low": low, "high": high}
+
+
+def _sharp(values: Sequence[float]) -> bool:
+    """Whether every item is right or wrong, and none in between."""
+    return all(v in (0.0, 1.0) for v in values)
+
+
+def _quantile(level: float) -> float:
+    if not 0 < level < 1:
+        raise ValueError(f"expected a level between 0 and 1, such as 0.95, got {level}")
+    return NormalDist().inv_cdf(0.5 + level / 2)
+
+
+def _losses(items: Sequence[Item]) -> list[Loss]:
+    return [(float(i["nll"]), int(i["tokens"])) for i in items]
+
+
+def _columns(items: Sequence[Loss]) -> Columns:
+    table = np.array(items, dtype=np.float64).reshape(-1, 2)
+    if not (table[:, 1] > 0).any():
+        raise DataError("expected items with at least one token that carries loss, got none; see `posttrain inspect`")
+    return table[:, 0], table[:, 1]
+
+
+def _ratio(nll: Any, count: Any) -> Any:
+    with np.errstate(over="ignore"):
+        return np.exp(nll / count)
+
+
+def _resample(*models: Columns, draws: int, seed: int) -> list[NDArray[np.float64]]:
+    """Perplexities of each model in ``draws`` resamples of the items, the same items for all."""
+    rng, n = np.random.default_rng(seed), len(models[0][0])
+    out = [np.empty(draws) for _ in models]
+    step = max(1, _CHUNK // n)
+    for start in range(0, draws, step):
+        index = rng.integers(n, size=(min(step, draws - start), n))
+        for perplexities, (nll, count) in zip(out, models, strict=True):
+            total = np.maximum(count[index].sum(1), 1.0)  # a draw of nothing but items without tokens
+            perplexities[start : start + len(index)] = _ratio(nll[index].sum(1), total)
+    return out
+
+
+def _percentiles(values: NDArray[np.float64], level: float) -> Interval:
+    _quantile(level)  # checks the level
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _by_id(items: Sequence[Item], side: str) -> dict[Any, Item]:
+    table: dict[Any, Item] = {}
+    for item in items:
+        if item["id"] in table:
+            raise DataError(f"expected every item once, got id {item['id']!r} twice among the items {side}")
+        table[item["id"]] = item
+    return table
+
+
+def _some(ids: set[Any]) -> str:
+    names = sorted(map(repr, ids))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

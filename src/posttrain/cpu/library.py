@@ -1,0 +1,342 @@
+"""Decoding steps and attention on a CPU through kernels of our own, compiled once on the machine that runs them.
+
+torch's products reach half of the memory's bandwidth where rows are few, and what lies between two of them costs as
+much again in small operations. `decode.c` has what a decoding step needs, down to a whole layer in one call (see
+`models.layer`), `tree.c` the attention of everything else (see `models.tree`), `vocabulary.c` softmaxes over a
+vocabulary (see `models.vocabulary`) and draws from them. They are compiled by the C compiler that the system has, into
+the cache folder, in a second or two. Where there is none, where torch brings no GNU OpenMP (whose threads the kernels
+share), or where a result is not torch's own to rounding, everything goes through torch as before. `POSTTRAIN_NATIVE=0`
+switches the kernels off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SOURCES = [Path(__file__).parent.joinpath("csrc", name) for name in ("decode.c", "tree.c", "vocabulary.c")]
+HEADER = Path(__file__).parent / "csrc" / "kernels.h"
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-Wl,-Bsymbolic")
+LEAST_COLUMNS = 8
+"""What a tile needs; see `decode.c`."""
+
+_state: dict[str, Any] = {}
+
+
+class Matrix(ctypes.Structure):
+    """x W^T + bias + scale (x A^T) B^T: w (n, k); bias may be 0, and so may a (rank, k) and b (n, rank)."""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("w", "bias", "a", "b")),
+        *((n, ctypes.c_long) for n in ("n", "rank")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class Layer(ctypes.Structure):
+    """A decoder layer's weights and sizes, as `layer` in `decode.c` takes them. q_norm and k_norm may be 0.
+
+    kept: the tensors whose memory it points into.
+    """
+
+    kept: list[Tensor]
+
+    MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("norm", "after", "q_norm", "k_norm")),
+        *((n, Matrix) for n in MATRICES),
+        *((n, ctypes.c_long) for n in ("hidden", "heads", "kv", "size", "inner", "rank")),
+        *((n, ctypes.c_float) for n in ("eps", "head_eps", "after_eps", "scale")),
+    )
+
+
+class Kernels:
+    """The compiled library. Arguments are float32, on the CPU; nothing is checked here."""
+
+    def __init__(self, path: Path) -> None:
+        # PyDLL keeps Python's lock: the kernels' scratch memory is one, and a call takes milliseconds at most.
+        self.lib = ctypes.PyDLL(str(path))
+        pointer, long = ctypes.c_void_p, ctypes.c_long
+        self.lib.use_threads.argtypes = [pointer, pointer, pointer, ctypes.c_int]
+        self.lib.linear.argtypes = [pointer, pointer, pointer, pointer, long, long, long]
+        self.lib.gated.argtypes = [pointer, pointer, pointer, long]
+        self.lib.rms_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float, ctypes.c_float]
+        self.lib.attend.argtypes = [pointer] * 13 + [ctypes.c_float]
+        self.lib.rotate.argtypes = [pointer] * 6 + [long] * 3
+        self.lib.draw.argtypes = [pointer] * 4 + [long] * 2
+        self.lib.layer.argtypes = [ctypes.POINTER(Layer)] + [pointer] * 12
+        self.lib.use_whole_vectors.argtypes = [ctypes.c_int]
+        self.lib.absorb.argtypes = [pointer] * 4 + [long] * 2 + [ctypes.c_int]
+        self.lib.tree_attention.argtypes = [pointer] * 8 + [ctypes.c_float] + [pointer] * 2
+        self.lib.tree_attention_back.argtypes = [pointer] * 8 + [ctypes.c_float] + [pointer] * 6
+        for name in ("use_threads", "gated", "rms_norm", "rotate", "absorb", "use_whole_vectors"):
+            getattr(self.lib, name).restype = None
+        self.openmp = _openmp()
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        self.entries = [ctypes.cast(getattr(self.openmp, name), pointer) for name in names]
+        self.threads = 0
+        self.lib.use_whole_vectors(self._whole_vectors())
+
+    def _whole_vectors(self) -> bool:
+        """Whether 24 rows take as long as two vectors of 16: found out by timing both, since one processor multiplies a
+        vector in one go and another in two, and neither says so. The results are the same."""
+        x, weight = (torch.ones(n, 512, dtype=torch.float32, device="cpu") for n in (24, 480))
+        times = []
+        for whole in (False, True):
+            self.lib.use_whole_vectors(whole)
+            taken = []
+            for _ in range(8):
+                began = time.perf_counter()
+                self.linear(x, weight)
+                taken.append(time.perf_counter() - began)
+            times.append(min(taken))
+        return times[1] < 1.1 * times[0]
+
+    def use_threads(self) -> None:
+        """As many as torch uses now."""
+        count = torch.get_num_threads()
+        if count != self.threads:
+            self.lib.use_threads(*self.entries, count)
+            self.threads = count
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + b; x (..., K), weight (N, K) contiguous with N >= LEAST_COLUMNS."""
+        if not x.is_contiguous():
+            x = x.contiguous()
+        *before, k = x.shape
+        n = weight.shape[0]
+        y = x.new_empty(*before, n)
+        self.use_threads()
+        bias_at = 0 if bias is None else bias.data_ptr()
+        if self.lib.linear(x.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr(), x.numel() // k, k, n):
+            raise MemoryError("no memory for a decoding step's rows")
+        return y
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up, both contiguous and of one shape."""
+        y = torch.empty_like(gate)
+        self.use_threads()
+        self.lib.gated(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
+        return y
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, shift: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) (weight + shift) over the last dimension; x contiguous."""
+        y = torch.empty_like(x)
+        self.lib.rms_norm(
+            x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1], x.shape[-1], eps, shift
+        )
+        return y
+
+    def rotate(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """x cos + (-x_2, x_1) sin; x (heads, M, size) with last stride 1, cosine and sine (M, size) contiguous."""
+        y = torch.empty_like(x)
+        strides = [(ctypes.c_long * 2)(t.stride(0), t.stride(1)) for t in (x, y)]
+        self.lib.rotate(
+            x.data_ptr(), strides[0], cosine.data_ptr(), sine.data_ptr(), y.data_ptr(), strides[1], *x.shape
+        )
+        return y
+
+    def layer(
+        self,
+        layer: Layer,
+        x: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        own: tuple[Tensor, Tensor],
+        shared: tuple[Tensor, Tensor] | None,
+        columns: Tensor,
+        prompts: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """A whole decoder layer for x (M, hidden), cosine and sine (M, size), all contiguous; the rest as `attend`."""
+        y = torch.empty_like(x)
+        self.use_threads()
+        sizes = (ctypes.c_long * 3)(len(x), own[0].shape[2], 0 if shared is None else shared[0].shape[2])
+        places = (*own, *(shared or (None, None)), columns, *(prompts or (None, None)))
+        at = (None if t is None else t.data_ptr() for t in places)
+        if self.lib.layer(layer, x.data_ptr(), y.data_ptr(), cosine.data_ptr(), sine.data_ptr(), *at, sizes):
+            raise MemoryError("no memory for a decoding step")
+        return y
+
+    def draw(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens, log-probabilities), as `sampling.token_sampling`; logits (M, V) contiguous, uniforms float64."""
+        rows, vocabulary = logits.shape
+        tokens, logprobs = torch.empty(rows, dtype=torch.long), logits.new_empty(rows)
+        self.use_threads()
+        if self.lib.draw(
+            logits.data_ptr(), uniforms.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), rows, vocabulary
+        ):
+            raise MemoryError("no memory for drawing tokens")
+        return tokens, logprobs
+
+    def absorb(self, z: Tensor, top: Tensor, total: Tensor, weighted: Tensor | None, keep: bool) -> None:
+        """Add a tile of logits z (M, V) to each row's softmax, in place: top (the largest so far), total (sum of
+        e^(z - top)), weighted (that of e^(z - top) (z - top)). keep: z becomes e^(z - top). All contiguous."""
+        self.use_threads()
+        at = 0 if weighted is None else weighted.data_ptr()
+        self.lib.absorb(z.data_ptr(), top.data_ptr(), total.data_ptr(), at, *z.shape, keep)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        own: tuple[Tensor, Tensor],
+        shared: tuple[Tensor, Tensor] | None,
+        columns: Tensor,
+        prompts: tuple[Tensor, Tensor] | None,
+        window: int | None,
+        scale: float,
+    ) -> Tensor:
+        """(heads, M, size) queries, keys, values of the newest tokens -> (M, heads, size).
+
+        own, shared: (keys, values), (slots, kv heads, columns, size) contiguous; row i is in slot i of own. columns:
+        where each row's newest token goes. prompts: (slot in shared, length) of each row. window: how many of the last
+        positions are seen, the newest included (None: all).
+        """
+        heads, rows, size = query.shape
+        kv = key.shape[0]
+        out = query.new_empty(rows, heads, size)
+        self.use_threads()
+        strides = (ctypes.c_long * 6)(*(x.stride(i) for x in (query, key, value) for i in (0, 1)))
+        wide = 0 if shared is None else shared[0].shape[2]
+        sizes = (ctypes.c_long * 7)(rows, kv, heads // kv, size, own[0].shape[2], wide, window or 0)
+        shared_at = (0, 0) if shared is None else tuple(x.data_ptr() for x in shared)
+        prompts_at = (0, 0) if prompts is None else tuple(x.data_ptr() for x in prompts)
+        failed = self.lib.attend(
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), strides, own[0].data_ptr(), own[1].data_ptr(),
+            *shared_at, out.data_ptr(), columns.data_ptr(), *prompts_at, sizes, scale,
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for a decoding step's attention")
+        return out
+
+
+def kernels() -> Kernels | None:
+    """The compiled kernels, or None where they can't be had (`why` says so); found out once a process."""
+    if "kernels" not in _state:
+        _state["kernels"] = None
+        try:
+            _state["kernels"] = _open()
+        except _Unavailable as e:
+            _state["why"] = str(e)
+    return _state["kernels"]  # type: ignore[no-any-return]
+
+
+def plain(weight: Tensor) -> bool:
+    """Whether these are numbers in a row that a kernel can read: float32 without gaps on the CPU, no tensor of another
+    kind."""
+    known = type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu"
+    return known and weight.dtype == torch.float32 and weight.is_contiguous()
+
+
+def fits(weight: Tensor) -> bool:
+    """Whether `Kernels.linear` can take this matrix."""
+    return plain(weight) and weight.shape[0] >= LEAST_COLUMNS
+
+
+def why() -> str:
+    """In words: that the kernels are in use, or why not."""
+    return "compiled kernels" if kernels() is not None else f"torch ({_state['why']})"
+
+
+class _Unavailable(Exception):
+    pass
+
+
+def _open() -> Kernels:
+    if os.environ.get("POSTTRAIN_NATIVE", "1") == "0":
+        raise _Unavailable("POSTTRAIN_NATIVE is 0")
+    if sys.maxsize < 2**32 or not sys.platform.startswith("linux"):
+        raise _Unavailable("kernels are for 64-bit Linux")
+    path = _compiled()
+    try:
+        found = Kernels(path)
+    except (OSError, AttributeError) as e:
+        raise _Unavailable(f"the compiled kernels can't be loaded: {e}") from e
+    if not _right(found):
+        raise _Unavailable("the compiled kernels are not exact on this processor")
+    return found
+
+
+def _openmp() -> ctypes.CDLL:
+    """The OpenMP library that torch itself uses, so that there is one pool of threads."""
+    for path in sorted(Path(torch.__file__).parent.joinpath("lib").glob("libgomp*")):
+        return ctypes.CDLL(str(path))
+    raise OSError("torch brings no GNU OpenMP library")
+
+
+def _compiled() -> Path:
+    """The shared library for this source, compiler and processor; compiled if it is not there yet."""
+    from posttrain.core.files import cache_folder
+
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise _Unavailable("no C compiler: cc, gcc and clang are not on the PATH")
+    try:
+        said = subprocess.run([compiler, "--version"], capture_output=True, timeout=30).stdout
+        parts = (*(p.read_bytes() for p in (*SOURCES, HEADER)), repr(FLAGS).encode(), said, _processor())
+        name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+        path = cache_folder() / "native" / f"kernels-{name}.so"
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            fresh = Path(folder) / "kernels.so"
+            done = subprocess.run(
+                [compiler, *FLAGS, *map(str, SOURCES), "-o", str(fresh)], capture_output=True, text=True, timeout=120
+            )
+            if done.returncode:
+                raise _Unavailable(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            os.replace(fresh, path)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise _Unavailable(f"compiling failed: {e}") from e
+    return path
+
+
+def _processor() -> bytes:
+    """What -march=native depends on: a cache folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return b""
+    kept = {line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features", "CPU part")}
+    return "\n".join(sorted(kept)).encode()
+
+
+@torch.no_grad()
+def _right(k: Kernels) -> bool:
+    """Whether products, norms and gates are torch's to rounding, on shapes that reach every tile."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:  # whatever kind of number is usual elsewhere
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    for rows, inner, columns in ((1, 33, 16), (8, 64, 50), (17, 100, 97), (24, 48, 64), (41, 32, 17), (130, 65, 49)):
+        x, w = (randn(n, inner) for n in (rows, columns))
+        exact = x.double() @ w.double().t()
+        scale = x.double().abs() @ w.double().abs().t()
+        if float(((k.linear(x, w).double() - exact).abs() / scale).max()) > 2e-6:
+            return False
+    gate, up = (randn(3, 37) * 8 for _ in range(2))
+    weight = randn(37)
+    expected = F.rms_norm(gate, (37,), weight + 1, 1e-5)
+    top, total = torch.full((3,), -1e30, dtype=torch.float32, device="cpu"), gate.new_zeros(3)
+    for part in (gate, up):
+        k.absorb(part.clone(), top, total, None, False)
+    if not torch.allclose(top + total.log(), torch.cat([gate, up], 1).logsumexp(1), rtol=1e-5, atol=1e-5):
+        return False
+    return torch.allclose(k.gated(gate, up), F.silu(gate) * up, rtol=1e-5, atol=1e-6) and torch.allclose(
+        k.rms_norm(gate, weight, 1e-5, 1.0), expected, rtol=1e-5, atol=1e-6
+    )

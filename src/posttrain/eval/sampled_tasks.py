@@ -1,0 +1,228 @@
+"""Evaluation by many completions a question: what votes and choices among k of them are worth, and what they cost.
+
+One set of N samples gives the whole curve: each point is the mean over all subsets of size k of a question's N
+(`posttrain.eval.pass_at_k`), so nothing depends on which completions happened to come first.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain import sandbox
+from posttrain.config import SampleConfig
+from posttrain.config.rewards import RewardsConfig
+from posttrain.config.sandbox import SandboxConfig
+from posttrain.core.progress import Track
+from posttrain.core.statistics import interval_of_means
+from posttrain.core.types import Rollout
+from posttrain.data.prompts import Question, Questions
+from posttrain.eval import pass_at_k as inference
+from posttrain.models.language_model import LanguageModel
+from posttrain.rewards import programs
+from posttrain.rewards.answer_extraction import find, normal, number_of
+from posttrain.rewards.stack import RewardStack, Scored
+from posttrain.sampling.engine import LocalSampler
+from posttrain.sampling.protocol import Request, Sampler
+
+Items = list[dict[str, Any]]
+Functions = Mapping[str, Callable[..., Any]]
+CHUNK = 256
+"""Completions of one chunk, about: also how much is done again after a crash."""
+
+
+def stack_of(task: SampleConfig, functions: Functions | None = None) -> RewardStack:
+    """Judge and scores as one stack of rewards, the judge under the name ``judge``."""
+    if task.vote == "program":
+        sandbox.require()
+    parts = [task.judge.model_copy(update={"name": "judge"}), *task.rank_by]
+    return RewardStack(RewardsConfig(parts=parts), functions)
+
+
+def chunks(
+    model: LanguageModel, tokenizer: Any, task: SampleConfig, questions: Questions, seed: int, rewards: RewardStack
+) -> Iterator[tuple[int, Callable[[Track], Items]]]:
+    """(number of questions, what makes their items) of each chunk, the same however often an evaluation is started."""
+    sampler, asked = LocalSampler(model, tokenizer), questions.items
+    size = max(1, CHUNK // (task.n + 1))
+    streams = np.random.SeedSequence([seed, 3]).generate_state(len(asked), np.uint64)
+
+    def compute(run: range) -> Callable[[Track], Items]:
+        return lambda track: _items(sampler, task, {i: asked[i] for i in run}, streams, rewards, track)
+
+    for start in range(0, len(asked), size):
+        run = range(start, min(start + size, len(asked)))
+        yield len(run), compute(run)
+
+
+def _items(
+    sampler: Sampler,
+    task: SampleConfig,
+    asked: Mapping[int, Question],
+    streams: np.ndarray,
+    rewards: RewardStack,
+    track: Track,
+) -> Items:
+    """Sample, judge, and work out every question of a chunk."""
+    total, done = len(asked) * (task.n + 1), 0
+
+    def count(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        if done % 16 == 0:
+            track.phase(f"sampling {done}/{total}")
+
+    many = [Request(q.tokens, task.n, int(streams[i]), q.problem) for i, q in asked.items()]
+    once = [Request(q.tokens, 1, 0, q.problem) for q in asked.values()]
+    likeliest = task.sampling.model_copy(update={"temperature": 0.0})
+    groups = sampler.sample(many, task.sampling, count)
+    greedy = sampler.sample(once, likeliest, count)
+    track.phase("judging")
+    judged = iter(_judged(rewards([*groups, *greedy])))
+    sampled, single = [[next(judged) for _ in group] for group in (groups, greedy)]
+    return [
+        item_of(task, i, q, of_question, first[0])
+        for (i, q), of_question, first in zip(asked.items(), sampled, single, strict=True)
+    ]
+
+
+def _judged(scored: Scored) -> Iterator[list[Rollout]]:
+    """Every group with its rollouts in their places; one that a reward failed on has what the others gave."""
+    failed = {(e.group, e.index): e.rollout for e in scored.excluded}
+    for g, group in enumerate(scored.groups):
+        kept = iter(group.rollouts)
+        count = len(group.rollouts) + sum(of == g for of, _ in failed)
+        yield [failed[g, i] if (g, i) in failed else next(kept) for i in range(count)]
+
+
+def item_of(
+    task: SampleConfig, number: int, question: Question, sampled: Sequence[Rollout], greedy: Rollout
+) -> dict[str, Any]:
+    """One question: every completion with what it was given, the likeliest answer, and the curves' values."""
+    with ThreadPoolExecutor(2) as threads:  # programs run in processes of their own
+        *completions, first = threads.map(lambda r: _completion(task, r), [*sampled, greedy])
+    item = {
+        "id": number,
+        "source": str(question.problem.get("source", "")),
+        "prompt": question.text,
+        "expected": question.problem.get("answer"),
+        "output": greedy.text,
+        "correct": first["right"],
+        "prompt_tokens": len(question.tokens),
+        "greedy": first,
+        "completions": completions,
+        "curves": curves_of(task, completions),
+    }
+    return {**item, "value": headline_of(task, item)}
+
+
+def _completion(task: SampleConfig, rollout: Rollout) -> dict[str, Any]:
+    """judge: its number (None: it failed, which counts as wrong). scores: those that rank; None where one failed."""
+    judge = rollout.rewards.get("judge")
+    out: dict[str, Any] = {
+        "text": rollout.text,
+        "tokens": len(rollout.tokens),
+        "finish": rollout.finish,
+        "judge": judge,
+        "right": judge is not None and judge >= task.right_at,
+    }
+    if task.vote is not None:
+        out["answer"] = answer_of(rollout.text, task)
+    if task.rank_by:
+        out["scores"] = {r.title: rollout.rewards.get(r.title) for r in task.rank_by}
+    return out
+
+
+def answer_of(text: str, task: SampleConfig) -> str | None:
+    """What a completion votes for: numbers in one way of writing, other text without spaces, case and typesetting.
+
+    None where there is no answer, or nothing is left of it.
+    """
+    assert task.vote is not None
+    if task.vote == "program":
+        said = _printed(text, getattr(task.judge, "limits", SandboxConfig()))
+        answer = find(said, "whole") if said is not None else None
+    else:
+        answer = find(text, task.vote)
+    if answer is None:
+        return None
+    number = number_of(answer)
+    return normal(answer.text) or None if number is None else str(number)
+
+
+@lru_cache(maxsize=4096)
+def _printed(text: str, limits: SandboxConfig) -> str | None:
+    """What the program prints; samples of a question are often the same program."""
+    return programs.printed(text, limits)
+
+
+def curves_of(task: SampleConfig, completions: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The question's value at each k, by strategy: ``mean``, ``pass``, ``vote``, ``best:NAME``, ``weighted:NAME``."""
+    ks = [k for k in task.sizes if k <= len(completions)]
+    right = torch.tensor([c["right"] for c in completions], dtype=torch.float64)
+    out = {"mean": torch.full((len(ks),), float(right.mean())), "pass": inference.pass_at_k(right, ks)}
+    votes = torch.zeros(0)
+    if task.vote is not None:
+        known = {a: i for i, a in enumerate(dict.fromkeys(c["answer"] for c in completions if c["answer"] is not None))}
+        votes = torch.tensor([known.get(c["answer"], -1) for c in completions])
+        out["vote"] = inference.majority_of_k(votes, right, ks)
+    for part in task.rank_by:
+        raw = [c["scores"][part.title] for c in completions]
+        scores = torch.tensor([-math.inf if s is None else s for s in raw], dtype=torch.float64)
+        out[f"best:{part.title}"] = inference.best_of_k(scores, right, ks)
+        if task.vote is not None:
+            weights = scores.sigmoid() if task.weights == "sigmoid" else scores
+            weights = torch.where(scores.isinf(), torch.zeros_like(scores), weights)
+            out[f"weighted:{part.title}"] = inference.weighted_vote_of_k(votes, weights, right, ks)
+    return {name: [round(float(v), 12) for v in values] for name, values in out.items()}
+
+
+def headline_of(task: SampleConfig, item: Mapping[str, Any]) -> float:
+    """The number that tables compare, of one question."""
+    if task.headline == "greedy":
+        return float(item["greedy"]["right"])
+    name = f"best:{task.rank_by[0].title}" if task.headline == "best" else task.headline
+    return float(item["curves"][name][-1])
+
+
+def summary_of(task: SampleConfig, items: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+    """What the report draws beside the headline: the curves with their intervals, tokens, greedy accuracy, failures.
+
+    strategies: [{name, points: [{k, tokens, value, low, high}]}], tokens a question being the prompt's, computed once,
+    and k completions'. Intervals: 95%, by bootstrap over questions (Wilson's where every question is 0 or 1).
+    """
+    prompt = statistics.fmean(i["prompt_tokens"] for i in items)
+    completion = statistics.fmean(c["tokens"] for i in items for c in i["completions"])
+    names = list(items[0]["curves"])
+    table = np.array([[v for n in names for v in i["curves"][n]] for i in items], dtype=np.float64)
+    intervals = iter(interval_of_means(table, seed=seed))
+    means = iter(table.mean(0).tolist())
+    strategies = []
+    for name in names:
+        points = []
+        for k in task.sizes:
+            low, high = next(intervals)
+            points.append({"k": k, "tokens": prompt + k * completion, "value": next(means), "low": low, "high": high})
+        strategies.append({"name": name, "points": points})
+    greedy = np.array([[float(i["greedy"]["right"])] for i in items])
+    (low, high), spent = interval_of_means(greedy, seed=seed)[0], statistics.fmean(i["greedy"]["tokens"] for i in items)
+    everything = [c for i in items for c in (*i["completions"], i["greedy"])]
+    failed = {"judge": sum(c["judge"] is None for c in everything)}
+    failed |= {r.title: sum(c["scores"][r.title] is None for c in everything) for r in task.rank_by}
+    return {
+        "headline": task.headline,
+        "samples": task.n,
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "cut": statistics.fmean(c["finish"] == "length" for i in items for c in i["completions"]),
+        "failed": {name: count for name, count in failed.items() if count},
+        "greedy": {"value": float(greedy.mean()), "low": low, "high": high, "tokens": prompt + spent},
+        "strategies": strategies,
+    }

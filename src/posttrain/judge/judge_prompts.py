@@ -1,0 +1,96 @@
+"""What a judge is asked, word for word, and how its words are read where it gives no probabilities."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from posttrain.config.judge import JudgeConfig
+from posttrain.core.types import Message
+from posttrain.data.comparisons import Prompt
+
+PAIRWISE = """{principles}Here are two answers to the same prompt.
+
+Prompt: {prompt}
+
+Answer {a}: {first}
+
+Answer {b}: {second}
+
+{question} Reply with {a} or {b} only."""
+SCORE = """{principles}Prompt: {prompt}
+
+Answer: {answer}
+
+{question} Reply with {scale} only."""
+QUESTIONS = {"pairwise": "Which answer is better?", "score": "How good is this answer?"}
+EXPLAIN = "\n\nDo not give the verdict yet. First explain, in a few sentences, what speaks for and against."
+VERDICT = {
+    "pairwise": "Now the verdict: reply with {a} or {b} only.",
+    "score": "Now the verdict: reply with {scale} only.",
+}
+
+
+def scale_in_words(config: JudgeConfig) -> str:
+    """What a score's reply may be: from the worst to the best."""
+    names = sorted(config.scale, key=lambda x: config.scale[x])
+    if all(x.isdigit() for x in names):
+        return f"a whole number from {names[0]} (worst) to {names[-1]} (best)"
+    return ", ".join(names[:-1]) + f" or {names[-1]}"
+
+
+def as_text(prompt: Prompt) -> str:
+    """The prompt in a question: its text, or its turns with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
+    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in prompt)
+
+
+def question(config: JudgeConfig, prompt: Prompt, answers: Sequence[str], principles: Sequence[str]) -> str:
+    """The question about one answer (score) or two, in this order (pairwise)."""
+    template = config.template or (PAIRWISE if config.mode == "pairwise" else SCORE)
+    listed = "Judge by these principles:\n" + "".join(f"- {p}\n" for p in principles) + "\n" if principles else ""
+    fields = {"principles": listed, "prompt": as_text(prompt), "question": config.question or QUESTIONS[config.mode]}
+    fields |= {"a": config.labels[0], "b": config.labels[1], "scale": scale_in_words(config)}
+    if config.mode == "pairwise":
+        fields |= {"first": answers[0], "second": answers[1]}
+    else:
+        fields |= {"answer": answers[0]}
+    return template.format_map(fields)
+
+
+def messages(config: JudgeConfig, asked: str, rationale: str | None = None) -> tuple[Message, ...]:
+    """The turns of a question; with a rationale, the turn that asks for the verdict after it."""
+    if rationale is None:
+        return ({"role": "user", "content": asked},)
+    verdict = VERDICT[config.mode].format(a=config.labels[0], b=config.labels[1], scale=scale_in_words(config))
+    return (
+        {"role": "user", "content": asked + EXPLAIN},
+        {"role": "assistant", "content": rationale},
+        {"role": "user", "content": verdict},
+    )
+
+
+def read_label(text: str, labels: Sequence[str]) -> str | None:
+    """The one label that a reply names, standing by itself; None where it names none, or several.
+
+    A reply that begins with a label and goes on ("B, because A is longer") is read by its beginning. Of numbers, "8/10"
+    and "8 out of 10" are 8; "7.5" is none.
+    """
+    by_length = sorted(labels, key=len, reverse=True)
+    names = "|".join(re.escape(x) for x in by_length)
+    numeric = all(x.isdigit() for x in labels)
+    plain = re.sub(r"\b([0-9]+) ?(?:/|out of) ?[0-9]+\b", r"\1", text) if numeric else text
+    edge, after = r"(?<![\w.])", r"(?![\w])(?!\.[0-9])"
+    begins = re.match(rf"\W*(?:(?:answer|score|rating|verdict)\W+)?({names}){after}", plain, re.IGNORECASE)
+    if begins:
+        found = {begins[1]}
+    else:
+        # Labels of one letter count in their own case alone: "a" is also a word.
+        flags = 0 if any(len(x) == 1 for x in labels) else re.IGNORECASE
+        found = {m[1] for m in re.finditer(rf"{edge}({names}){after}", plain, flags)}
+    by_name: Mapping[str, str] = {x.lower(): x for x in labels}
+    read = {by_name[x.lower()] for x in found}
+    return read.pop() if len(read) == 1 else None

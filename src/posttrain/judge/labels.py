@@ -1,0 +1,286 @@
+"""The judge: pairs in both orders, or answers one by one, into soft labels."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from posttrain.config import JudgeConfig
+from posttrain.core.errors import RecipeError
+from posttrain.core.files import cache_folder
+from posttrain.data.comparisons import Pair, Prompt
+from posttrain.judge.answer_store import Store
+from posttrain.judge.asker import Answer, Ask, Asker, Backend
+from posttrain.judge.judge_prompts import messages, question, read_label
+from posttrain.judge.local_judge import LocalJudge
+from posttrain.judge.principles import by_content, read_principles
+from posttrain.judge.server_judge import RemoteJudge
+
+EDGE = 1e-6
+"""Probabilities are kept this far from 0 and 1 where their logits are taken."""
+OPPOSED = "means and most scores drawn say the opposite"
+"""Why a pair gets no label whose one answer has the higher expected score, and its other the likelier higher score."""
+TIE = 1e-6
+"""Nearer to one half than this is one half: float32 probabilities are no better."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One answer of the judge. probabilities: of its labels, summing to 1. mass: what they summed to before; None
+    where they were read from its text."""
+
+    probabilities: dict[str, float]
+    mass: float | None
+    rationale: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """expectation: of the score; None where there is no verdict, and why says why."""
+
+    expectation: float | None
+    verdict: Verdict | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A pair with its label. p_a: the probability that a is better; margin: a over b, in points of the score, or
+    2 p_a - 1. orders: p_a where a stood first, and where b did (pairwise). scores: of a and b. p_a is None where there
+    is no label, and why says why."""
+
+    pair: Pair
+    p_a: float | None
+    margin: float = 0.0
+    orders: tuple[float, float] | None = None
+    scores: tuple[float, float] | None = None
+    mass: float | None = None
+    principles: tuple[int, ...] = ()
+    rationales: tuple[str, ...] = ()
+    why: str = ""
+
+
+OnDone = Callable[[int, int], None]
+"""Called with (questions answered, questions in this turn)."""
+
+
+@dataclass
+class Judge:
+    """A judge with its store open. counts: answers that could not be read, questions refused."""
+
+    config: JudgeConfig
+    asker: Asker
+    principles: Sequence[str] = ()
+    counts: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def open(cls, config: JudgeConfig) -> Judge:
+        """Raises what the settings are wrong with: no such file of principles, no key, a store that is none."""
+        principles = read_principles(config.principles) if config.principles is not None else []
+        if config.principles_per_question > len(principles):
+            raise RecipeError(
+                f"principles_per_question is {config.principles_per_question}, and {config.principles} holds "
+                f"{len(principles)}"
+            )
+        backend: Backend
+        if config.server is not None:
+            backend = RemoteJudge(config.server)
+        else:
+            assert config.model is not None
+            backend = LocalJudge(config.model)
+        path = Path(config.store).expanduser() if config.store else cache_folder() / "judge.sqlite3"
+        return cls(config, Asker(backend, Store(path)), principles)
+
+    def close(self) -> None:
+        """Close the store."""
+        self.asker.store.close()
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def compare(self, pairs: Sequence[Pair], on_done: OnDone | None = None) -> list[Judged]:
+        """A label for every pair, in order; p_a is None, and why says why, where the judge gave none.
+
+        pairwise: P(a) is the mean of what both orders say (or of their logits, `combine`). score: the probability that
+        a score drawn for a is higher than one drawn for b, half of the ties counted on each side.
+        """
+        if self.config.mode == "score":
+            return self._by_score(pairs, on_done)
+        asked, drawn = [], []
+        for p in pairs:
+            chosen = self._draw(p.prompt, sorted((p.a, p.b)))
+            drawn.append(chosen)
+            listed = [self.principles[i] for i in chosen]
+            asked += [question(self.config, p.prompt, order, listed) for order in ((p.a, p.b), (p.b, p.a))]
+        verdicts = self._verdicts(asked, self.config.labels, on_done)
+        out = []
+        for i, pair in enumerate(pairs):
+            (one, why), (two, also) = verdicts[2 * i], verdicts[2 * i + 1]
+            if one is None or two is None:
+                out.append(Judged(pair, None, why=why or also))
+                continue
+            first, second = self.config.labels
+            orders = one.probabilities[first], two.probabilities[second]
+            p_a = combined(orders, self.config.combine)
+            masses = [v.mass for v in (one, two) if v.mass is not None]
+            mass = sum(masses) / len(masses) if masses else None
+            said = tuple(v.rationale for v in (one, two) if v.rationale)
+            out.append(Judged(pair, p_a, 2 * p_a - 1, orders, None, mass, drawn[i], said))
+        return out
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[str], on_done: OnDone | None = None) -> list[Score]:
+        """The expectation of each answer's score over the probabilities of the scale (text alone: what it says).
+
+        Raises RecipeError for a pairwise judge.
+        """
+        if self.config.mode != "score":
+            raise RecipeError("this judge compares pairs; to score single answers it needs judge.mode=score")
+        drawn = [self._draw(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)]
+        return self._scores(prompts, answers, drawn, on_done)
+
+    def _scores(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        drawn: Sequence[Sequence[int]],
+        on_done: OnDone | None,
+    ) -> list[Score]:
+        """`score` by the principles with these numbers."""
+        asked = [
+            question(self.config, prompt, [answer], [self.principles[i] for i in numbers])
+            for prompt, answer, numbers in zip(prompts, answers, drawn, strict=True)
+        ]
+        out = []
+        for verdict, why in self._verdicts(asked, tuple(self.config.scale), on_done):
+            if verdict is None:
+                out.append(Score(None, None, why))
+            else:
+                out.append(Score(sum(self.config.scale[s] * p for s, p in verdict.probabilities.items()), verdict))
+        return out
+
+    def _by_score(self, pairs: Sequence[Pair], on_done: OnDone | None) -> list[Judged]:
+        both = [(p.prompt, t) for p in pairs for t in (p.a, p.b)]
+        drawn = [self._draw(p.prompt, sorted((p.a, p.b))) for p in pairs]  # both answers by the same principles
+        twice = [numbers for numbers in drawn for _ in range(2)]
+        scores = self._scores([x for x, _ in both], [t for _, t in both], twice, on_done)
+        out = []
+        for i, pair in enumerate(pairs):
+            a, b = scores[2 * i], scores[2 * i + 1]
+            if a.verdict is None or b.verdict is None or a.expectation is None or b.expectation is None:
+                out.append(Judged(pair, None, why=a.why or b.why))
+                continue
+            p_a = above(a.verdict.probabilities, b.verdict.probabilities, self.config.scale)
+            masses = [v.mass for v in (a.verdict, b.verdict) if v.mass is not None]
+            mass = sum(masses) / len(masses) if masses else None
+            margin, said = a.expectation - b.expectation, (a.verdict.rationale, b.verdict.rationale)
+            rationales, means = said if any(said) else (), (a.expectation, b.expectation)
+            if (p_a - 0.5) * margin < 0:  # as where people's means say one thing and most pairs of ratings the other
+                out.append(Judged(pair, None, margin, None, means, mass, drawn[i], rationales, OPPOSED))
+                continue
+            out.append(Judged(pair, p_a, margin, None, means, mass, drawn[i], rationales))
+        return out
+
+    def _draw(self, prompt: Prompt, answers: Sequence[str]) -> tuple[int, ...]:
+        """Numbers of the principles of a question: by its content and the seed, whatever else is asked."""
+        wanted = self.config.principles_per_question
+        if not wanted:
+            return tuple(range(len(self.principles)))
+        rng = by_content(self.config.seed, prompt, list(answers))
+        return tuple(sorted(int(i) for i in rng.choice(len(self.principles), wanted, replace=False)))
+
+    def _verdicts(
+        self, asked: Sequence[str], labels: Sequence[str], on_done: OnDone | None
+    ) -> list[tuple[Verdict | None, str]]:
+        """(verdict, "") of each question, or (None, why not)."""
+        config = self.config
+        rationales: list[Answer | None] = [None] * len(asked)
+        if config.rationale:
+            first = [Ask(messages(config, q, "")[:1], (), config.rationale) for q in asked]
+            rationales = list(self.asker(first, _counter(on_done, len(first))))
+        out: list[tuple[Verdict | None, str]] = [(None, "")] * len(asked)
+        left = []
+        asks: dict[int, Ask] = {}
+        for i, q in enumerate(asked):
+            r = rationales[i]
+            if r is not None and r.refused:
+                self.counts["refused"] += 1
+                out[i] = (None, f"refused: {r.refused}")
+                continue
+            turns = messages(config, q, None if r is None else r.text)
+            asks[i] = Ask(turns, tuple(labels), config.answer_tokens, 0, config.opening, config.seed)
+            left.append(i)
+        for attempt in range(config.attempts):
+            if not left:
+                break
+            answers = self.asker([replace(asks[i], attempt=attempt) for i in left], _counter(on_done, len(left)))
+            unread = []
+            for i, answer in zip(left, answers, strict=True):
+                said = rationales[i]
+                verdict = _verdict(answer, labels, "" if said is None else said.text)
+                if answer.refused:
+                    self.counts["refused"] += 1
+                    out[i] = (None, f"refused: {answer.refused}")
+                elif verdict is None:
+                    self.counts["unreadable"] += 1
+                    out[i] = (None, f"no verdict in {config.attempts} answers; the last: {answer.text[:200]!r}")
+                    unread.append(i)
+                else:
+                    out[i] = (verdict, "")
+            left = unread
+        return out
+
+
+def _counter(on_done: OnDone | None, total: int) -> Callable[[int], None] | None:
+    return None if on_done is None else lambda done: on_done(done, total)
+
+
+def _verdict(answer: Answer, labels: Sequence[str], rationale: str) -> Verdict | None:
+    if answer.probabilities is not None:
+        mass = sum(answer.probabilities.values())
+        if mass > 0:
+            return Verdict({x: answer.probabilities[x] / mass for x in labels}, mass, rationale)
+    label = read_label(answer.text, labels)
+    return None if label is None else Verdict({x: float(x == label) for x in labels}, None, rationale)
+
+
+def combined(orders: tuple[float, float], how: str) -> float:
+    """One probability of two orders'. probabilities: (p + q) / 2. logits: sigma((logit p + logit q) / 2).
+
+    A judge whose logit is what it thinks of the answers plus a constant for the first place loses the constant by the
+    second; by the first only its sign is right. Probabilities of 0 and 1 count as 1e-6 and 1 - 1e-6 for their logits.
+    """
+    if how == "probabilities":
+        return _tied(sum(orders) / 2)
+    p, q = (min(max(x, EDGE), 1 - EDGE) for x in orders)
+    return _tied(1 / (1 + math.exp(-(math.log(p / (1 - p)) + math.log(q / (1 - q))) / 2)))
+
+
+def _tied(p: float) -> float:
+    """One half where p is that but for rounding: a judge that says the same of both prefers neither."""
+    return 0.5 if abs(p - 0.5) < TIE else p
+
+
+def above(a: Mapping[str, float], b: Mapping[str, float], worth: Mapping[str, float]) -> float:
+    """P(score of a > score of b) + P(equal) / 2, for two independent distributions over a scale.
+
+    Hand-worked: a all on 7, b half on 6 and half on 7: 1/2 + 1/4 = 0.75.
+    """
+    pairs = ((p * q, worth[x], worth[y]) for x, p in a.items() for y, q in b.items())
+    return _tied(sum(w if x > y else w / 2 if x == y else 0.0 for w, x, y in pairs))
+
+
+def describe(config: JudgeConfig) -> dict[str, Any]:
+    """The judge in the report."""
+    if config.server is not None:
+        named = {"kind": "server", "model": config.server.model, "base_url": config.server.base_url}
+    else:
+        assert config.model is not None
+        named = {"kind": "local", "model": config.model.source}
+    return {**named, "mode": config.mode, "rationale": bool(config.rationale), "combine": config.combine}

@@ -1,0 +1,33 @@
+"""Principles: the file that holds them, and drawing some for a question so that nothing else has a part in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from posttrain.core.errors import DataError
+from posttrain.data.readers import packaged_or_own
+
+
+def read_principles(path: str) -> list[str]:
+    """One a line; blank lines and those with # first do not count. packaged:NAME is a file that ships with posttrain.
+
+    Raises DataError where the file can't be read or holds none.
+    """
+    try:
+        text = packaged_or_own(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"principles {path!r} can't be read: {error}. Expected a text file with one a line") from error
+    found = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+    if not found:
+        raise DataError(f"principles {path!r} holds none: expected one a line")
+    return found
+
+
+def by_content(*content: Any) -> np.random.Generator:
+    """A random generator of what is given alone (values of JSON): the same wherever and whenever it is asked for."""
+    text = json.dumps(list(content), sort_keys=True).encode()
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(text).digest()[:8], "big"))

@@ -1,0 +1,111 @@
+"""A judge behind a server: labels from its answer tokens' probabilities where it gives them, else from its text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from posttrain.config import ServerConfig
+from posttrain.judge.asker import Answer, Ask, OnAnswer
+from posttrain.sampling.openai_client import Reply, Server
+
+TOP = 20
+"""Alternatives asked for of each token: as many as the protocol allows."""
+
+
+class RemoteJudge:
+    """A `Backend`. Rationales and verdicts are drawn at temperature 0; a verdict that can't be read, again at 1."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config, self.server = config, Server(config)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "kind": "server",
+            "base_url": self.server.base_url,
+            "model": self.config.model,
+            "logprobs": self.config.logprobs,
+            "options": self.config.options,
+        }
+
+    def account(self) -> dict[str, Any]:
+        counts = self.server.counts
+        retries = {k.removeprefix("retries: "): n for k, n in sorted(counts.items()) if k.startswith("retries: ") and n}
+        return {
+            "seconds": round(self.server.seconds, 2),
+            "requests": counts["requests"],
+            "retries": retries,
+            "waited_seconds": round(counts["waited ms"] / 1000, 2),
+        }
+
+    def answer(self, asks: Sequence[Ask], on_answer: OnAnswer) -> None:
+        bodies = [self._body(a) for a in asks]
+        self.server.ask(bodies, lambda i, reply: on_answer([(i, _answer(asks[i], reply))]))
+
+    def _body(self, ask: Ask) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "messages": [dict(m) for m in ask.messages],
+            "max_tokens": ask.max_tokens,
+            "temperature": 1.0 if ask.attempt else 0.0,
+        }
+        if ask.attempt:
+            body["seed"] = ask.seed + ask.attempt
+        if ask.labels and self.config.logprobs:
+            body |= {"logprobs": True, "top_logprobs": TOP}
+        return body
+
+
+def _answer(ask: Ask, reply: Reply) -> Answer:
+    if reply.refused:
+        return Answer(refused=reply.refused, seconds=reply.seconds)
+    probabilities = label_probabilities(reply.tops, ask.labels) if ask.labels and reply.tops else None
+    return Answer(
+        reply.text.strip(), probabilities, reply.finish, reply.prompt_tokens, reply.completion_tokens, reply.seconds
+    )
+
+
+def label_probabilities(
+    tops: Sequence[tuple[str, Mapping[str, float]]], labels: Sequence[str]
+) -> dict[str, float] | None:
+    """The probability of each label, at the reply's first token that is a label or begins one.
+
+    A token that is the beginning of one label alone ("neg") counts for it. "1", which is a label and begins another, is
+    told from "10" by the token behind it where the reply has gone that way; else "1" gets what both share. None where
+    no label begins there, or several do and none is said yet: then the text has to be read.
+    """
+    at = next((i for i, (token, _) in enumerate(tops) if token.strip()), None)
+    if at is None:
+        return None
+    token, alternatives = tops[at]
+    said = _spelt(token.strip(), labels)
+    if not _owner(said, labels):
+        return None
+    out = dict.fromkeys(labels, 0.0)
+    for text, logprob in alternatives.items():
+        owner = _owner(_spelt(text.strip(), labels), labels)
+        if owner:
+            out[owner] += math.exp(logprob)
+    longer = [x for x in labels if x != said and x.startswith(said)]
+    if said in out and longer and at + 1 < len(tops):
+        here = math.exp(alternatives[token])
+        for x in longer:
+            share = here * sum(math.exp(p) for t, p in tops[at + 1][1].items() if t and said + t == x)
+            out[x] += share
+            out[said] = max(0.0, out[said] - share)
+    return out if any(out.values()) else None
+
+
+def _owner(text: str, labels: Sequence[str]) -> str:
+    """The label that a token stands for: itself, or the only one that it begins (two characters at least)."""
+    if text in labels:
+        return text
+    found = [x for x in labels if len(text) > 1 and x.startswith(text)]
+    return found[0] if len(found) == 1 else ""
+
+
+def _spelt(text: str, labels: Sequence[str]) -> str:
+    """The text as the labels spell it: "Positive" is positive; letters are as they are, since "a" is also a word."""
+    small = text[:1].lower() + text[1:]
+    same = any(len(x) > 1 and x.startswith(small) for x in labels) and not any(x.startswith(text) for x in labels)
+    return small if len(text) > 1 and same else text

@@ -1,0 +1,68 @@
+"""Process supervision: scores of a completion's steps become advantages of its tokens.
+
+Shapes: K steps of the whole global batch that have a score, in any order, none where a step has none; scores_K;
+group_K and completion_K the group (prompt) and the completion that each belongs to; last_K the place of its last
+token among the N tokens. N tokens and sequence_N as in `reduce`. A step is credited to the tokens that led to it: its
+own, and those before it in the same completion.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from posttrain.losses.advantages import group_relative, mixed_groups, reinforce, returns
+
+Relative = Literal["group", "centred", "leave_one_out", "batch"]
+
+
+def relative_steps(scores_K: Tensor, group_K: Tensor, completion_K: Tensor, kind: Relative) -> Tensor:
+    """What each step did better than was to be expected of a step of that prompt; shape K, dtype of the scores.
+
+        group          (s - mean) / (deviation + 1e-4), over all steps of the group
+        centred        s - mean over all steps of the group
+        leave_one_out  s - mean over the steps of the group's other completions
+        batch          s - mean over all steps of the batch
+
+    Source: group, arXiv 2402.03300 section 4.1.3 (deviation with n - 1, as in `group_relative`); the others are the
+    same with the baseline of Dr. GRPO, RLOO and REINFORCE. A long completion has more steps and weighs more in the
+    mean. Equal scores give exactly 0 (batch: to rounding, unless all of the batch are equal), and so does a completion
+    whose group has no other with steps (leave_one_out), or a step alone. K = 0 gives an empty tensor.
+    """
+    if scores_K.dim() != 1 or not len(scores_K) == len(group_K) == len(completion_K):
+        raise ValueError(
+            f"one score, group and completion a step: {scores_K.shape}, {group_K.shape}, {completion_K.shape}"
+        )
+    if kind == "batch":
+        return reinforce(scores_K)
+    if kind != "leave_one_out":
+        return group_relative(scores_K, group_K, "group" if kind == "group" else "none")
+    if not len(scores_K):
+        return scores_K
+    exact_K, one_K = scores_K.double(), torch.ones(len(scores_K), dtype=torch.float64, device=scores_K.device)
+
+    def total(values_K: Tensor, index_K: Tensor) -> Tensor:
+        size = int(index_K.max()) + 1
+        return torch.zeros(size, dtype=torch.float64, device=index_K.device).index_add(0, index_K, values_K)[index_K]
+
+    others_K = total(one_K, group_K) - total(one_K, completion_K)
+    mean_K = (total(exact_K, group_K) - total(exact_K, completion_K)) / others_K.clamp(min=1)
+    known_K = (others_K > 0) & mixed_groups(scores_K, group_K)[group_K]
+    return torch.where(known_K, exact_K - mean_K, 0.0).to(scores_K.dtype)
+
+
+def at_last_tokens(values_K: Tensor, last_K: Tensor, sequence_N: Tensor) -> Tensor:
+    """Token rewards: each step's value at its last token, 0 elsewhere; shape N. Steps that end together add up."""
+    if len(last_K) and not 0 <= int(last_K.min()) <= int(last_K.max()) < len(sequence_N):
+        raise ValueError(f"last tokens must be from 0 to {len(sequence_N) - 1}, and are up to {int(last_K.max())}")
+    return values_K.new_zeros(len(sequence_N)).index_add(0, last_K, values_K)
+
+
+def from_steps_on(values_K: Tensor, last_K: Tensor, sequence_N: Tensor) -> Tensor:
+    """A_t = sum of the values of the steps of t's completion that end at t or later; shape N.
+
+    Source: arXiv 2402.03300 section 4.1.3. Tokens behind the last step with a score, and completions without one: 0.
+    """
+    return returns(at_last_tokens(values_K, last_K, sequence_N), sequence_N)

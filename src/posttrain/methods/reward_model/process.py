@@ -1,0 +1,224 @@
+"""Process reward models: at the end of each step of a chain, how likely it is to end right (arXiv 2312.08935)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.config import ModelConfig, ProcessRewardConfig
+from posttrain.config.reward_model import RolloutLabelsConfig
+from posttrain.core import distributed
+from posttrain.core.errors import DataError, ModelError
+from posttrain.core.files import read_lines, write_json, write_text
+from posttrain.core.progress import Track
+from posttrain.core.ragged import RaggedBatch
+from posttrain.core.types import Metric, Sample
+from posttrain.data.process_rows import PreparedChains, read_chains
+from posttrain.data.prompts import Question, apart, ask, asks_in_chat
+from posttrain.eval.calibration import judged_steps
+from posttrain.losses.reward_loss import step_logits, step_loss, step_metrics
+from posttrain.methods.reward_model.monte_carlo import Labeller, labelled
+from posttrain.methods.reward_model.scorer_training import Measured, leave_scorer, open_scorer
+from posttrain.models.classification_head import has_head, scores_at
+from posttrain.models.language_model import LanguageModel, verify
+from posttrain.models.loading import load_model, load_tokenizer
+from posttrain.rewards.stack import RewardStack
+from posttrain.sampling.engine import LocalSampler
+from posttrain.trainer.loop import OnStep, permutation_batches, train
+from posttrain.trainer.stage import Functions, Ready, Setting, account
+from posttrain.trainer.train_step import Learner
+
+TITLES = {"process_reward": "Process reward model training"}
+METRICS = (
+    Metric("loss", "Loss", "nats/step", "Training", "lower"),
+    Metric("accuracy", "Accuracy", "share of steps on the right side of 1/2", "Training", "higher"),
+    Metric("score", "Mean score", "of the steps", "Training"),
+    Metric("held_out_accuracy", "Accuracy", "share of steps on the right side of 1/2", "Held out", "higher"),
+    Metric("held_out_auc", "AUC", "", "Held out", "higher"),
+)
+
+
+def ready(config: ProcessRewardConfig, setting: Setting) -> Ready:
+    """The stage with its problems asked, or its labelled rows read; what is trained on too is left out of the rest."""
+    labels, tokenizer, context = config.labels, setting.tokenizer, setting.context
+    index: dict[str, Any] = {"kind": "process_reward", "separator": config.separator}
+    if isinstance(labels, RolloutLabelsConfig):
+        asked = ask(labels.problems, tokenizer, context=context)
+        held = None if labels.held_out is None else ask(labels.held_out, tokenizer, context=context)
+        held = None if held is None else apart(held, asked, config.name)
+        index |= {"chat": asks_in_chat(labels.problems, tokenizer), "template": labels.problems.template}
+
+        def from_rollouts(model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None) -> dict[str, Any]:
+            parts = label(config, model, asked.items, held.items if held else [], folder, seed, setting.functions)
+            return run_process_reward(config, model, *parts, folder, seed=seed, on_step=on_step, index=index)
+
+        data: list[tuple[str, Any]] = [(config.name, asked)]
+        return Ready(data + ([(f"{config.name} held out", held)] if held else []), from_rollouts)
+    read = read_chains(labels.data, tokenizer, config.separator, context=context)
+    index |= {"chat": labels.data.chat, "system": labels.data.system}
+    rest = PreparedChains([])
+    if labels.held_out is not None:
+        rest = _apart(read_chains(labels.held_out, tokenizer, config.separator, context=context), read, config.name)
+
+    def from_rows(model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None) -> dict[str, Any]:
+        return run_process_reward(config, model, read, rest, folder, seed=seed, on_step=on_step, index=index)
+
+    return Ready([(config.name, read), *([(f"{config.name} held out", rest)] if rest.samples else [])], from_rows)
+
+
+def _apart(held_out: PreparedChains, read: PreparedChains, stage: str) -> PreparedChains:
+    """Held-out chains that are not trained on too; the others are counted. DataError where none is left."""
+    known = {tuple(s.tokens) for s in read.samples}
+    kept = [s for s in held_out.samples if tuple(s.tokens) not in known]
+    same = len(held_out.samples) - len(kept)
+    if not kept:
+        raise DataError(f"stage {stage}: all {same} held-out chains are trained on too: give held_out other rows")
+    dropped = held_out.stats["dropped"] | ({"trained on too": same} if same else {})
+    return PreparedChains(kept, {**held_out.stats, "used": len(kept), "dropped": dropped})
+
+
+def label(
+    config: ProcessRewardConfig,
+    model: ModelConfig,
+    questions: Sequence[Question],
+    held_out: Sequence[Question],
+    folder: Path,
+    seed: int,
+    functions: Functions | None = None,
+) -> tuple[PreparedChains, PreparedChains]:
+    """Chains of the questions and of the held-out ones, labelled by Monte Carlo, kept in `folder`/labels.
+
+    The model is both what writes the chains and what the process reward model is made of; as a policy it is opened
+    only where something is left to label.
+    """
+    labels = config.labels
+    assert isinstance(labels, RolloutLabelsConfig)
+    if distributed.world() > 1:
+        raise ModelError("chains are labelled in one process so far; start it without torchrun")
+    if has_head(model, "token"):
+        raise ModelError(f"{model.source} is a process reward model, which writes no chains: start from a policy")
+    parts = {"train": questions, "held_out": held_out}
+    files = {name: folder / "labels" / f"{name}.jsonl" for name in parts}
+    if any(len(read_lines(files[name])) < len(part) for name, part in parts.items()):
+        _label_all(config, labels, model, parts, files, seed, functions)
+    tokenizer = load_tokenizer(model)
+    train, rest = (
+        labelled(read_lines(files[name]), part, tokenizer) if part else PreparedChains([])
+        for name, part in parts.items()
+    )
+    return train, rest
+
+
+def _label_all(
+    config: ProcessRewardConfig,
+    labels: RolloutLabelsConfig,
+    model: ModelConfig,
+    parts: dict[str, Sequence[Question]],
+    files: dict[str, Path],
+    seed: int,
+    functions: Functions | None,
+) -> None:
+    """The policy and the judge, opened for as long as they are needed."""
+    hf, tokenizer = load_model(model)
+    policy = LanguageModel(hf).eval().requires_grad_(False)
+    verify(policy)
+    sampler = LocalSampler(policy, tokenizer, max_running=labels.max_running, memory_mb=labels.cache_mb)
+    with RewardStack(labels.rewards, functions) as rewards:
+        for i, (name, part) in enumerate(parts.items()):
+            # Held-out problems come from a stream of their own, whatever the number of those before.
+            labeller = Labeller(labels, config.separator, sampler, tokenizer, rewards, seed + 500_009 * i)
+            if part:
+                labeller.label(part, files[name], f"{config.name}, labels" + (", held out" if i else ""))
+
+
+def run_process_reward(
+    config: ProcessRewardConfig,
+    model: ModelConfig,
+    chains: PreparedChains,
+    held_out: PreparedChains,
+    folder: Path,
+    *,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+    index: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train on `chains`; the result is `folder`/reward_model, a folder that transformers opens, with what is measured
+    on `held_out` in `folder`/held_out.json and held_out/.
+
+    index: what is kept beside the model to score as in training. Goes on from the newest checkpoint in `folder` where
+    there is one. Returns what the manifest says of the stage.
+    """
+    opened = open_scorer(config, model, "token", seed)
+    policy, budget = opened.policy, config.systems.budget(opened.policy.device.type)
+    samples, rest = chains.samples, held_out.samples
+    batch_at, steps = permutation_batches(samples, config.batch_size, config.epochs, seed, config.max_steps)
+    learner = Learner(policy, config.optimizer, config.systems, steps)
+
+    def measure(step: int, track: Track) -> dict[str, float]:
+        track.phase("held-out chains")
+        when = "before" if step == 0 else "after"
+        judged = _measured(policy, rest, budget, opened.tokenizer, folder / "held_out" / f"{when}.jsonl")
+        names = {"accuracy": "accuracy", "low": "accuracy_low", "high": "accuracy_high", "auc": "auc"}
+        return {f"held_out_{names[n]}": judged[n] for n in names if judged[n] is not None}
+
+    result = train(
+        learner,
+        Measured(learner, batch_at, chain_loss, measure if rest else None, config.measure_every),
+        folder,
+        checkpoint_every=config.checkpoint_every,
+        keep=config.keep_checkpoints,
+        title=config.name,
+        on_step=on_step,
+        epoch_of=lambda step: step * config.batch_size / len(samples),
+        shown=("loss", "accuracy", "held_out_accuracy"),
+    )
+    out = account(result, opened) | {"labels": chains.stats}
+    if rest:
+        summary: dict[str, Any] = {"kind": "process_reward"}
+        for when in ("before", "after"):
+            summary[when] = judged_steps(read_lines(folder / "held_out" / f"{when}.jsonl"))
+        if distributed.is_main():
+            write_json(folder / "held_out.json", summary)
+        short = ("chains", "steps", "accuracy", "low", "high", "auc", "first_error")
+        out["held_out"] = {when: {n: summary[when][n] for n in short} for when in ("before", "after")}
+    members = [{"folder": "."}]
+    kept = {"kind": "process_reward", "members": members, "chat": True, "separator": config.separator, **(index or {})}
+    leave_scorer(opened, config, model, "token", folder / "reward_model", seed, kept)
+    return out
+
+
+def _measured(
+    policy: LanguageModel, samples: Sequence[Sample], budget: int, tokenizer: Any, path: Path
+) -> dict[str, Any]:
+    """Scores of the held-out steps, written chain by chain, and what they come to."""
+    found = scores_at(policy, [s.tokens for s in samples], [s.meta["ends"] for s in samples], budget)
+    items = []
+    for i, (s, numbers) in enumerate(zip(samples, found, strict=True)):
+        scores = step_logits(numbers).sigmoid().tolist()
+        edges = [int(s.meta["shared"]), *(e + 1 for e in s.meta["ends"])]
+        texts = [tokenizer.decode(list(s.tokens[a:b])) for a, b in zip(edges, edges[1:], strict=False)]
+        prompt = tokenizer.decode(list(s.tokens[: edges[0]]))
+        judged = {"scores": scores, "targets": s.meta["targets"]}
+        items.append({"id": i, "source": s.source, **judged, "prompt": prompt, "steps": texts})
+    if distributed.is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items))
+    return judged_steps(items)
+
+
+def chain_loss(model: LanguageModel, batch: RaggedBatch, steps: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean over the batch's labelled steps (the denominator is their number) of cross-entropy at their ends."""
+    device = batch.tokens_T.device
+    where, targets = list[Tensor](), list[float]()
+    for row, s in zip(batch.rows, batch.samples, strict=True):
+        where.append(row[torch.tensor(s.meta.get("ends", []), dtype=torch.long, device=device)])
+        targets += s.meta.get("targets", [])
+    logits = step_logits(model(batch, "scores", torch.cat(where)))
+    wanted = torch.tensor(targets, dtype=logits.dtype, device=device)
+    losses = step_loss(logits, wanted)
+    return losses.sum() / steps, {n: v.double() / steps for n, v in step_metrics(logits, wanted).items()}

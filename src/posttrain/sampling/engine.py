@@ -1,0 +1,386 @@
+"""The local sampler: continuous batching over the learner's own weights.
+
+A prompt is computed once, whatever number of completions it has. A completion that ends leaves at once, and the next of
+a prompt that has been computed enters its slot before the next step. A waiting prompt enters only once an eighth of the
+slots is free (rounded down, one at least) and there is a place for its keys: computing a prompt for each single slot
+that gets free costs more than it brings. So up to an eighth of the slots is idle while prompts wait; more only where
+few of the prompts that hold places have many completions still running (`PLACES`).
+
+Every completion draws from a random stream of its own, so its tokens depend on nothing else in the batch (but for the
+last bits of rounding, which change with the number of rows in a product).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from posttrain.config import SamplingConfig
+from posttrain.core.errors import DataError, ModelError
+from posttrain.core.ragged import pack
+from posttrain.core.types import Rollout, RolloutGroup, Sample
+from posttrain.cpu import library as native
+from posttrain.cpu import matmul as cpu
+from posttrain.losses.linear_logprobs import head_logits
+from posttrain.models import attention
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.max_length import alike_up_to, context, why_short
+from posttrain.sampling.cuda_graphs import StaticSteps
+from posttrain.sampling.kv_cache import Filling, Region, Step
+from posttrain.sampling.memory import memory_bytes
+from posttrain.sampling.protocol import OnDone, Request, stop_tokens
+from posttrain.sampling.stop_strings import before_stop
+from posttrain.sampling.token_sampling import draw, stream
+
+MAX_RUNNING = {"cpu": 128, "cuda": 512}
+PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
+MEMORY_SHARE = {"cpu": 0.2, "cuda": 0.3}
+"""Of the memory that there is for this process, for keys and values."""
+WAITING_FOR = 8
+"""Prompts enter once one slot in so many is free."""
+PLACES = 3
+"""Places for prompts' keys, as a multiple of the prompts that fill the slots with all of their completions. A prompt
+keeps its place until its last completion has ended, when the others have long left their slots: with no more places
+than fill the slots, 36% (lengths uniform) to 57% (exponential) of 128 slots would be idle with 8 completions a prompt;
+with three times as many, 5%. Where memory is short there are fewer places first, then fewer slots.
+"""
+
+
+@dataclass
+class _Prompt:
+    """A request being worked on."""
+
+    index: int
+    request: Request
+    limit: int
+    slot: int = -1
+    logits_V: Tensor | None = None
+    started: int = 0
+    running: int = 0
+    done: dict[int, Rollout] = field(default_factory=dict)
+
+
+@dataclass
+class _Row:
+    """A running completion."""
+
+    prompt: _Prompt
+    number: int
+    slot: int
+    uniforms: np.ndarray
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class LocalSampler:
+    """Samples with a `LanguageModel` in this process. See `posttrain.sampling.protocol.Sampler`.
+
+    max_running: completions computed together. memory_mb: what keys and values may take, in MiB (None: a share of the
+    GPU's memory, or of the main memory that falls to this process, see `posttrain.sampling.memory`); where it does not
+    hold all that could run, the rest waits. static_shapes: steps of few sizes, recorded as CUDA graphs (None: on a GPU;
+    see `posttrain.sampling.cuda_graphs`).
+
+    With a minimum length (min_tokens) end tokens and stop tokens can't be drawn before so many tokens are there. A stop
+    string may be written earlier, and then is text like any other: what counts is an occurrence that is complete only
+    with token number min_tokens or a later one. The first that counts ends the completion, whose text is what stands
+    before it, without special tokens. Tokens and log-probabilities are kept as drawn, the stop string's included.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Any,
+        *,
+        max_running: int | None = None,
+        memory_mb: float | None = None,
+        static_shapes: bool | None = None,
+    ) -> None:
+        if not model.ragged:
+            raise ModelError(
+                f"{model.base.config.model_type}: the local sampler needs attention that goes through transformers' "
+                "interface, and this type's does not"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.max_running = max_running or MAX_RUNNING.get(model.device.type, 128)
+        self.memory_mb = memory_mb
+        self.static_shapes = model.device.type == "cuda" if static_shapes is None else static_shapes
+        self.ends = frozenset(stop_tokens(model.base, tokenizer))
+        self.context = context(model.base.config) or 2**31
+
+    @torch.inference_mode()
+    def sample(
+        self, requests: Sequence[Request], params: SamplingConfig, on_done: OnDone | None = None
+    ) -> list[RolloutGroup]:
+        """Complete every request; order is kept. No requests: no groups. The model's training mode is kept.
+
+        Raises DataError for a prompt that is empty or leaves no room in the model's context, and for n below 1, before
+        anything is computed; ModelError where the memory can't hold a single completion.
+        """
+        prompts = [_Prompt(i, r, self._limit(i, r, params)) for i, r in enumerate(requests)]
+        if not prompts:
+            return []
+        training = self.model.training
+        self.model.eval()
+        try:
+            _Session(self, prompts, params, on_done).work()
+        finally:
+            self.model.train(training)
+        return [
+            RolloutGroup(p.request.tokens, p.request.example, [p.done[j] for j in range(p.request.n)]) for p in prompts
+        ]
+
+    def _limit(self, i: int, request: Request, params: SamplingConfig) -> int:
+        """How many tokens a completion of this prompt may have."""
+        length = len(request.tokens)
+        if not length:
+            raise DataError(f"prompt {i} has no tokens; give at least one (the beginning-of-text token, say)")
+        if request.n < 1:
+            raise DataError(f"prompt {i}: n is {request.n}, and at least one completion must be asked for")
+        if length >= self.context:
+            settings = self.model.base.config
+            why = f". {why_short(settings)}" if alike_up_to(settings) == self.context else ""
+            raise DataError(
+                f"prompt {i} has {length} tokens, and the model's context of {self.context} leaves no room for an "
+                f"answer: shorten the prompt, or leave it out{why}"
+            )
+        if request.max_tokens is not None and request.max_tokens < 1:
+            raise DataError(f"prompt {i}: max_tokens is {request.max_tokens}, and must be 1 or more")
+        return min(params.max_tokens, self.context - length, request.max_tokens or params.max_tokens)
+
+    def bytes_per_token(self) -> int:
+        """What a token's keys and values take, found by computing one."""
+        sizes: list[int] = []
+
+        def keep(key: Tensor, value: Tensor) -> None:
+            sizes.append(key.element_size() * (key[:, 0].numel() + value[:, 0].numel()))
+
+        self.prefill([[0]], keep)
+        return sum(sizes)
+
+    def prefill(self, prompts: Sequence[Sequence[int]], keep: Any) -> tuple[list[Tensor], Tensor]:
+        """(rows of the ragged batch, hidden states that predict each prompt's first new token)."""
+        batch = pack([Sample(list(t), [0.0] * len(t)) for t in prompts]).to(self.model.device)
+        if isinstance(keep, Filling):
+            keep.rows = list(batch.rows)
+        hidden = self._decoder(batch.tokens_T, batch.positions_T, attention.Plan(batch, keep=keep))
+        return list(batch.rows), hidden[torch.stack([row[-1] for row in batch.rows])]
+
+    def _decoder(self, tokens: Tensor, positions: Tensor, ragged: Any) -> Tensor:
+        decoder = self.model.base.get_decoder()
+        out = decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, ragged=ragged)
+        return out.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    def allowed_bytes(self) -> float:
+        """What keys and values may take: never what happens to be free, since completions must not depend on it."""
+        if self.memory_mb is not None:
+            return self.memory_mb * 2**20
+        if self.model.device.type == "cuda":
+            total = torch.cuda.mem_get_info(self.model.device)[1]
+            return total * MEMORY_SHARE["cuda"]
+        return memory_bytes() * MEMORY_SHARE["cpu"]
+
+    def decode(self, tokens: Sequence[int], plain: bool) -> str:
+        """Text of tokens; plain: special tokens are left out."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=plain))
+
+
+class _Session:
+    """One call of `sample`: the slots, who is in them, and who waits."""
+
+    def __init__(
+        self, sampler: LocalSampler, prompts: list[_Prompt], params: SamplingConfig, on_done: OnDone | None
+    ) -> None:
+        self.sampler, self.params, self.on_done = sampler, params, on_done
+        self.head = sampler.model.head()
+        self.device = sampler.model.device
+        # Longest prompts first: what comes later fits where they were, and the longest work does not start last.
+        self.waiting = sorted(prompts, key=lambda p: (len(p.request.tokens), -p.index))
+        self.open: list[_Prompt] = []
+        self.rows: list[_Row] = []
+        self.banned = sorted({*sampler.ends, *params.stop_tokens})
+        shared = any(p.request.n > 1 for p in prompts)
+        longest = max(len(p.request.tokens) for p in prompts)
+        columns = max(p.limit + (0 if shared else len(p.request.tokens)) for p in prompts)
+        slots, at_once = self._sizes(prompts, longest if shared else 0, columns)
+        self.own = Region(slots, columns)
+        self.shared = Region(at_once, longest) if shared else None
+        self.free_slots = list(range(slots))
+        self.free_prompts = list(range(at_once)) if shared else []
+        self.static: StaticSteps | None = None
+        if sampler.static_shapes:
+            ranks = max(p.request.n for p in prompts)
+            graphs = self.device.type == "cuda"
+            self.static = StaticSteps(sampler._decoder, self.own, self.shared, min(ranks, slots), self.device, graphs)
+
+    def _sizes(self, prompts: list[_Prompt], prompt_columns: int, columns: int) -> tuple[int, int]:
+        """(completions, prompts) that the memory holds at once."""
+        room = self.sampler.allowed_bytes() / self.sampler.bytes_per_token()
+        total = sum(p.request.n for p in prompts)
+        mean = total / len(prompts)
+        for slots in range(min(self.sampler.max_running, total), 0, -1):
+            for places in range(PLACES, 0, -1):
+                # No more than slots: a prompt that has all of its completions started holds one at least.
+                at_once = min(len(prompts), slots, 1 + int(places * slots / mean))
+                if slots * columns + at_once * prompt_columns <= room:
+                    return slots, at_once
+        needed = (columns + prompt_columns) * self.sampler.bytes_per_token() / 2**20
+        raise ModelError(
+            f"the longest completion with its prompt takes {needed:.3g} MiB of keys and values, and "
+            f"{self.sampler.allowed_bytes() / 2**20:.3g} are allowed: raise memory_mb (in a recipe: cache_mb), or "
+            "lower max_tokens"
+        )
+
+    def work(self) -> None:
+        """Until nobody waits and nobody runs."""
+        while self.waiting or self.open or self.rows:
+            while self._admit():  # again: not all fit into one prefill, and a first token may have been the last
+                pass
+            if self.rows:
+                self._step()
+
+    def _admit(self) -> bool:
+        """Let waiting prompts in where there is room for a few, and start completions in free slots; False: neither."""
+        few = max(1, (len(self.free_slots) + len(self.rows)) // WAITING_FOR)
+        if self.free_slots and self.waiting and (not self.rows or len(self.free_slots) >= few):
+            budget = PREFILL_TOKENS.get(self.device.type, 4096)
+            room = len(self.free_slots) - sum(p.request.n - p.started for p in self.open)
+            chosen: list[_Prompt] = []
+            while self.waiting and room > 0 and (self.shared is None or self.free_prompts):
+                budget -= len(self.waiting[-1].request.tokens)
+                if chosen and budget < 0:
+                    break
+                chosen.append(self.waiting.pop())
+                room -= chosen[-1].request.n
+                region = self.free_slots if self.shared is None else self.free_prompts
+                chosen[-1].slot = heapq.heappop(region)
+            if chosen:
+                self._prefill(chosen)
+        starting: list[_Row] = []
+        for p in self.open:
+            while p.started < p.request.n and (self.shared is None or self.free_slots):
+                slot = p.slot if self.shared is None else heapq.heappop(self.free_slots)
+                starting.append(_Row(p, p.started, slot, stream(p.request.seed, p.started, p.limit)))
+                p.started += 1
+                p.running += 1
+        self.open = [p for p in self.open if p.started < p.request.n]
+        if starting:
+            logits = torch.stack([row.prompt.logits_V for row in starting])  # type: ignore[misc]
+            for row in starting:
+                if row.prompt.started == row.prompt.request.n:
+                    row.prompt.logits_V = None
+            self.rows += starting
+            self._draw(starting, logits)
+        return bool(starting)
+
+    def _prefill(self, prompts: list[_Prompt]) -> None:
+        region = self.own if self.shared is None else self.shared
+        keep = Filling(region, [], [p.slot for p in prompts])
+        _, hidden = self.sampler.prefill([p.request.tokens for p in prompts], keep)
+        logits = self._logits(hidden)
+        for p, row in zip(prompts, logits, strict=True):
+            p.logits_V = row
+        self.open += prompts
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        # torch: what comes out turned round must be copied, which costs more than it gains where rows are many.
+        few = cpu.FEW_ROWS if native.kernels() is not None else cpu.FEW_ROWS // 4
+        product = cpu.linear if len(hidden) <= few else F.linear
+        return head_logits(hidden, self.head, self.params.temperature or 1.0, product)
+
+    def _step(self) -> None:
+        """One more token for every row."""
+        self._close_gaps()
+        rows = self.rows
+        lengths = [len(r.prompt.request.tokens) for r in rows]
+        drawn = [len(r.tokens) for r in rows]  # the newest of them has not been computed yet
+        positions = [n + d - 1 for n, d in zip(lengths, drawn, strict=True)]
+        columns = positions if self.shared is None else [d - 1 for d in drawn]
+        tokens = [r.tokens[-1] for r in rows]
+        prompts = [r.prompt.slot for r in rows] if self.shared is not None else []
+        taken: dict[int, int] = {}
+        ranks = []
+        for slot in prompts:
+            ranks.append(taken.get(slot, 0))
+            taken[slot] = ranks[-1] + 1
+        if self.static is not None:
+            seen = lengths if self.shared is not None else []
+            self._draw(list(rows), self._logits(self.static(tokens, columns, positions, prompts, ranks, seen)))
+            return
+
+        def tensor(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, device=self.device)
+
+        step = Step(
+            self.own, torch.arange(len(rows), device=self.device), tensor(columns), tensor(positions),
+            own_columns=max(columns) + 1,
+        )  # fmt: skip
+        if self.shared is not None:
+            step.shared, step.prompt_M, step.rank_M = self.shared, tensor(prompts), tensor(ranks)
+            step.prompt_length_M, step.prompt_columns = tensor(lengths), max(lengths)
+            step.prompt_slots, step.ranks = max(taken) + 1, max(taken.values())
+        self._draw(list(rows), self._logits(self.sampler._decoder(tensor(tokens), step.position_M, step)))
+
+    def _close_gaps(self) -> None:
+        """Move the last rows to where others left, so that M rows lie in slots 0 to M - 1 and nothing else is read."""
+        rows = self.rows
+        rows.sort(key=lambda r: r.slot)
+        for row in reversed(rows):
+            if row.slot < len(rows):
+                break
+            computed = len(row.tokens) - 1 + (len(row.prompt.request.tokens) if self.shared is None else 0)
+            free = heapq.heappop(self.free_slots)
+            self.own.move(row.slot, free, computed)
+            heapq.heappush(self.free_slots, row.slot)
+            row.slot = free
+            if self.shared is None:
+                row.prompt.slot = free
+        rows.sort(key=lambda r: r.slot)
+
+    def _draw(self, rows: list[_Row], logits: Tensor) -> None:
+        """Give each row its next token; let those that ended go."""
+        at = [len(r.tokens) for r in rows]
+        uniforms = torch.tensor([r.uniforms[t] for r, t in zip(rows, at, strict=True)], dtype=torch.float64)
+        short = torch.tensor([t < self.params.min_tokens for t in at], device=self.device)
+        banned = self.banned if self.params.min_tokens and bool(short.any()) else ()
+        tokens, logprobs = draw(logits, uniforms, self.params, banned, short if banned else None)
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            finish, text = self._finish(row)
+            if finish:
+                self._leave(row, finish, text)
+
+    def _finish(self, row: _Row) -> tuple[str, str | None]:
+        """Why a row ends with its newest token ("": it goes on), and its text where that was needed to know."""
+        token = row.tokens[-1]
+        if token in self.sampler.ends:
+            return "end", None
+        if token in self.params.stop_tokens:
+            return "stop", None
+        if self.params.stop and len(row.tokens) >= self.params.min_tokens:
+            text = before_stop(row.tokens, self.params.stop, self.sampler.decode)
+            if text is not None:
+                return "stop", text
+        return ("length", None) if len(row.tokens) >= row.prompt.limit else ("", None)
+
+    def _leave(self, row: _Row, finish: str, text: str | None) -> None:
+        self.rows = [r for r in self.rows if r is not row]
+        prompt = row.prompt
+        prompt.running -= 1
+        heapq.heappush(self.free_slots, row.slot)
+        if self.shared is not None and not prompt.running and prompt.started == prompt.request.n:
+            heapq.heappush(self.free_prompts, prompt.slot)
+        if text is None:
+            kept = row.tokens[:-1] if finish in ("end", "stop") else row.tokens
+            text = self.sampler.decode(kept, True)
+        rollout = Rollout(tuple(row.tokens), tuple(row.logprobs), finish, text)
+        prompt.done[row.number] = rollout
+        if self.on_done is not None:
+            self.on_done(prompt.index, row.number, rollout)

@@ -1,0 +1,71 @@
+"""Greedy answers, for evaluation and for looking at what a model says: by the sampler, else by `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from posttrain.config import SamplingConfig
+from posttrain.models.language_model import LanguageModel
+from posttrain.sampling.engine import LocalSampler
+from posttrain.sampling.protocol import Request, stop_tokens
+
+
+def greedy(
+    model: LanguageModel, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """The likeliest token each time, until an end token (left out of the answer) or `max_new_tokens`.
+
+    prompts: token ids, generation prompt included. Order is kept. No prompts: no answers. Models whose attention the
+    sampler can't reach go through transformers' `generate`.
+    """
+    if not model.ragged:
+        return _generated(model, tokenizer, prompts, max_new_tokens)
+    sampler = LocalSampler(model, tokenizer)
+    requests = [Request(list(p), 1, 0) for p in prompts]
+    groups = sampler.sample(requests, SamplingConfig(temperature=0.0, max_tokens=max_new_tokens))
+    rollouts = [g.rollouts[0] for g in groups]
+    return [list(r.tokens[:-1] if r.finish in ("end", "stop") else r.tokens) for r in rollouts]
+
+
+@torch.no_grad()
+def _generated(
+    model: LanguageModel, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 16
+) -> list[list[int]]:
+    """The same by `generate`: prompts of like length together, padded on the left, which it masks."""
+    base = model.base
+    ends = stop_tokens(base, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
+    answers: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            width = max(len(prompts[i]) for i in chosen)
+            ids = torch.full((len(chosen), width), pad, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(chosen):
+                ids[row, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
+                mask[row, width - len(prompts[i]) :] = 1
+            out = base.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=ends or None,
+                pad_token_id=pad,
+            )
+            for row, i in enumerate(chosen):
+                answer = out[row, width:].tolist()
+                stop = next((k for k, t in enumerate(answer) if t in ends), len(answer))
+                answers[i] = answer[:stop]
+    finally:
+        model.train(training)
+    return answers

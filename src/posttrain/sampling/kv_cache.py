@@ -1,0 +1,204 @@
+"""Keys and values of running completions, and attention of one new token each over them.
+
+Two regions. A prompt's keys and values lie in the *shared* region once, whatever number of completions it has; what a
+completion has drawn lies in its slot of the *own* region. A row's scores over both make one softmax. All rows of a
+prompt are one product with its keys: read once, not once a completion. Where no prompt has more than one completion,
+prompts lie in the own region too, and there is one product less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from posttrain.cpu import library as native
+from posttrain.cpu import matmul as cpu
+
+_KeysValues = tuple[Tensor, Tensor]
+
+
+class Region:
+    """Per layer, keys and values (slots, heads, columns, size); made at the first write, when their sizes are known.
+
+    layers: what `posttrain.cpu.decoder_layer` found out about each, while this lives: no weight changes meanwhile.
+    """
+
+    def __init__(self, slots: int, columns: int) -> None:
+        self.slots, self.columns = slots, columns
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.layers: dict[int, native.Layer | None] = {}
+
+    def at(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer; `key` and `value` (heads, any, size) say what they are like."""
+        while len(self.keys) <= layer:
+            # Zeros: what is masked out is multiplied by zero, and must be a number.
+            self.keys.append(key.new_zeros(self.slots, key.shape[0], self.columns, key.shape[-1]))
+            self.values.append(value.new_zeros(self.slots, value.shape[0], self.columns, value.shape[-1]))
+        return self.keys[layer], self.values[layer]
+
+    def move(self, source: int, target: int, columns: int) -> None:
+        """Copy a slot's first columns to another slot."""
+        for x in (*self.keys, *self.values):
+            x[target, :, :columns] = x[source, :, :columns]
+
+
+class Filling:
+    """Takes a prefill's keys and values, layer after layer, to the slots of its prompts."""
+
+    def __init__(self, region: Region, rows: list[Tensor], slots: list[int]) -> None:
+        self.region, self.rows, self.slots, self.layer = region, rows, slots, 0
+
+    def __call__(self, key: Tensor, value: Tensor) -> None:
+        keys, values = self.region.at(self.layer, key, value)
+        self.layer += 1
+        for row, slot in zip(self.rows, self.slots, strict=True):
+            keys[slot, :, : len(row)] = key[:, row]
+            values[slot, :, : len(row)] = value[:, row]
+
+
+@dataclass
+class Step:
+    """Attention of one decoding step: M rows, each a completion's newest token, row i in slot i of the own region.
+
+    slot_M: 0 to M - 1. column_M: where a row's key and value go in its slot; it sees columns 0 to column_M.
+    prompt_M, rank_M: its slot of the shared region and its number among that prompt's rows; prompt_length_M: how many
+    columns of that slot it sees. position_M: absolute position. own_columns, prompt_columns, prompt_slots, ranks: sizes
+    that hold all of these; what is larger than needed is masked.
+    """
+
+    own: Region
+    slot_M: Tensor
+    column_M: Tensor
+    position_M: Tensor
+    own_columns: int
+    shared: Region | None = None
+    prompt_M: Tensor | None = None
+    rank_M: Tensor | None = None
+    prompt_length_M: Tensor | None = None
+    prompt_slots: int = 0
+    prompt_columns: int = 0
+    ranks: int = 0
+    layer: int = 0
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """See `posttrain.models.attention.Decoding`. softmax over prompt and own keys; soft caps and sinks as there."""
+        plain = query.device.type == "cpu" and query.dtype == torch.float32 and softcap is None and sinks is None
+        kernels = native.kernels() if plain and query.shape[-1] == value.shape[-1] else None
+        if kernels is not None:
+            return self._compiled(kernels, query, key, value, window, scale)
+        with cpu.small_products():
+            return self._attend(query, key, value, window, scale, softcap, sinks)
+
+    @property
+    def known(self) -> dict[int, native.Layer | None]:
+        """See `posttrain.cpu.decoder_layer.Places`."""
+        return self.own.layers
+
+    def places(self, key: Tensor, value: Tensor) -> tuple[_KeysValues, _KeysValues | None, Tensor, _KeysValues | None]:
+        """See `posttrain.cpu.decoder_layer.Places`; `key` and `value` as `Region.at` takes them."""
+        layer, self.layer = self.layer, self.layer + 1
+        own = self.own.at(layer, key, value)
+        if self.shared is None:
+            return own, None, self.column_M, None
+        assert self.prompt_M is not None and self.prompt_length_M is not None
+        return own, self.shared.at(layer, key, value), self.column_M, (self.prompt_M, self.prompt_length_M)
+
+    def _compiled(
+        self, kernels: native.Kernels, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
+    ) -> Tensor:
+        q, k, v = (x[0] if x.stride(-1) == 1 else x[0].contiguous() for x in (query, key, value))
+        return kernels.attend(q, k, v, *self.places(k, v), window, scale)[None]
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        layer, self.layer = self.layer, self.layer + 1
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        rows, heads, size = q.shape
+        own_k, own_v = self.own.at(layer, key[0], value[0])
+        own_k[self.slot_M, :, self.column_M] = k
+        own_v[self.slot_M, :, self.column_M] = v
+        kv = k.shape[1]
+        q = (q * scale).reshape(rows, kv, heads // kv, size)
+        scores = torch.bmm(q.flatten(0, 1), self._columns(own_k).transpose(1, 2)).unflatten(0, (-1, kv))
+        shared_v = None
+        if self.shared is not None:
+            shared_k, shared_v = self.shared.at(layer, key[0], value[0])
+            s = torch.bmm(self._to_prompts(q), self._prompt_columns(shared_k).transpose(1, 2))
+            scores = torch.cat([self._from_prompts(s, kv), scores], -1)
+        scores = scores.float()
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores + self.mask(window)
+        if sinks is not None:
+            sink = sinks.float().reshape(1, kv, -1, 1).expand(rows, -1, -1, 1)
+            p = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+        else:
+            p = scores.softmax(-1)
+        p = p.to(v.dtype)
+        split = self.prompt_columns if self.shared is not None else 0
+        out = torch.bmm(p[..., split:].flatten(0, 1), self._columns(own_v)).unflatten(0, (-1, kv))
+        if shared_v is not None:
+            o = torch.bmm(self._to_prompts(p[..., :split]), self._prompt_columns(shared_v))
+            out = out + self._from_prompts(o, kv)
+        return out.reshape(1, rows, heads, -1)
+
+    def mask(self, window: int | None) -> Tensor:
+        """(M, 1, 1, columns): 0 where a row sees a key, -inf elsewhere."""
+        if window not in self.masks:
+            device = self.column_M.device
+            at = torch.arange(self.own_columns, device=device)[None]
+            # A key's position: own column c of a row whose newest token, at column_M, has position_M.
+            distance = self.column_M[:, None] - at
+            hidden = distance < 0
+            if window is not None:
+                hidden |= distance >= window
+            if self.shared is not None:
+                assert self.prompt_length_M is not None
+                at = torch.arange(self.prompt_columns, device=device)[None]
+                outside = at >= self.prompt_length_M[:, None]
+                if window is not None:
+                    outside |= self.position_M[:, None] - at >= window
+                hidden = torch.cat([outside, hidden], 1)
+            mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)
+            self.masks[window] = mask[:, None, None]
+        return self.masks[window]
+
+    def _columns(self, x: Tensor) -> Tensor:
+        return x[: len(self.slot_M), :, : self.own_columns].flatten(0, 1)
+
+    def _prompt_columns(self, x: Tensor) -> Tensor:
+        return x[: self.prompt_slots, :, : self.prompt_columns].flatten(0, 1)
+
+    def _to_prompts(self, x: Tensor) -> Tensor:
+        """(M, kv, group, w) rows -> (prompts * kv, ranks * group, w)."""
+        assert self.prompt_M is not None and self.rank_M is not None
+        rows, kv, group, width = x.shape
+        grid = x.new_zeros(self.prompt_slots, kv, self.ranks, group, width)
+        grid[self.prompt_M, :, self.rank_M] = x
+        return grid.view(self.prompt_slots * kv, self.ranks * group, width)
+
+    def _from_prompts(self, x: Tensor, kv: int) -> Tensor:
+        assert self.prompt_M is not None and self.rank_M is not None
+        x = x.view(self.prompt_slots, kv, self.ranks, -1, x.shape[-1])
+        return x[self.prompt_M, :, self.rank_M]

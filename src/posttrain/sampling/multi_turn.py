@@ -1,0 +1,269 @@
+"""Completions in turns: the model writes, an environment answers, the model goes on; itself a sampler.
+
+All completions of a call are taken a turn at a time: those that go on are the next call's prompts, with what was
+written and answered so far as part of them. What the model wrote is never tokenized again; a reply is tokenized by
+itself and put behind it. Everything is a function of the request's seed, the completion's number and the turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from posttrain.config import SamplingConfig
+from posttrain.config.environment import EnvironmentConfig
+from posttrain.core.errors import DataError, PosttrainError, RecipeError
+from posttrain.core.types import Message, Rollout, RolloutGroup
+from posttrain.data import chat_template as chat
+from posttrain.data.formats import BadRow
+from posttrain.sampling.environments import Environment, stops
+from posttrain.sampling.protocol import OnDone, Request, Sampler
+
+CUT = " [cut]"
+"""Behind a reply that was longer than it may be."""
+MARK = "Qz7f0Xw"
+"""Stands for an assistant's text, to find what a template writes behind it."""
+
+
+@dataclass
+class _Dialogue:
+    """A completion in the making. limit: tokens that the model may write. finish: why it ended ("": it goes on)."""
+
+    index: int
+    number: int
+    request: Request
+    state: Any
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    written: int = 0
+    turns: int = 0
+    finish: str = ""
+    text: str | None = None
+
+    def wrote(self, rollout: Rollout) -> None:
+        self.tokens += rollout.tokens
+        self.logprobs += rollout.logprobs
+        self.mask += [True] * len(rollout.tokens)
+        self.written += len(rollout.tokens)
+
+    def answered(self, tokens: Sequence[int]) -> None:
+        self.tokens += tokens
+        self.logprobs += [0.0] * len(tokens)
+        self.mask += [False] * len(tokens)
+
+    def next_request(self) -> Request:
+        seed = np.random.SeedSequence([self.request.seed % 2**64, self.number, self.turns]).generate_state(1, np.uint64)
+        tokens = [*self.request.tokens, *self.tokens]
+        return Request(tokens, 1, int(seed[0]), self.request.example, self.limit - self.written)
+
+    def rollout(self) -> Rollout:
+        return Rollout(tuple(self.tokens), tuple(self.logprobs), self.finish, self.text or "", mask=tuple(self.mask))
+
+
+class TurnSampler:
+    """A `Sampler` whose completions an environment answers. sampler: what samples each turn.
+
+    context: the model's length in tokens. max_tokens, of the settings or a request, bounds what the model writes in all
+    turns together. Besides `end`, `stop` and `length` (also: no room for the reply and a token more) a rollout may end
+    as `turns`: it asked once more than max_turns; and as `stop` where the environment is done. Raises DataError where
+    the chat template can't hold a reply.
+    """
+
+    def __init__(
+        self, sampler: Sampler, environment: Environment, config: EnvironmentConfig, tokenizer: Any, context: int
+    ) -> None:
+        self.sampler, self.environment, self.config = sampler, environment, config
+        self.tokenizer, self.context = tokenizer, context
+        self.stops = stops(config)
+        check(config, tokenizer)
+
+    def sample(
+        self, requests: Sequence[Request], params: SamplingConfig, on_done: OnDone | None = None
+    ) -> list[RolloutGroup]:
+        """Complete every request, `n` times each; order is kept."""
+        if params.min_tokens:
+            raise RecipeError("sampling.min_tokens would hold in every turn anew: leave it out with an environment")
+        asked = params.model_copy(update={"stop": [*params.stop, *self.stops]})
+        out: list[list[_Dialogue]] = [[] for _ in requests]
+        live: list[_Dialogue] = []
+        for i, request in enumerate(requests):
+            limit = min(params.max_tokens, request.max_tokens or params.max_tokens)
+            for j in range(request.n):
+                state = self._ask(request, "start", request.example)
+                out[i].append(_Dialogue(i, j, request, state, limit))
+            live += out[i]
+        todo, members = list(requests), out
+        while live:
+            self._round(todo, members, params, asked, on_done)
+            live = [d for d in live if not d.finish]
+            todo, members = [d.next_request() for d in live], [[d] for d in live]
+        return [
+            RolloutGroup(request.tokens, request.example, [d.rollout() for d in dialogues])
+            for request, dialogues in zip(requests, out, strict=True)
+        ]
+
+    def _round(
+        self,
+        todo: Sequence[Request],
+        members: Sequence[Sequence[_Dialogue]],
+        params: SamplingConfig,
+        asked: SamplingConfig,
+        on_done: OnDone | None,
+    ) -> None:
+        """One turn of every completion in `members` (by request), and its answer."""
+
+        def tell(dialogue: _Dialogue) -> None:
+            if dialogue.finish and on_done is not None:
+                on_done(dialogue.index, dialogue.number, dialogue.rollout())
+
+        taken: set[tuple[int, int]] = set()
+
+        def ended(i: int, j: int, rollout: Rollout) -> None:
+            """What needs no answer is done as it ends, so that progress shows."""
+            taken.add((i, j))
+            self._turn(members[i][j], rollout, params)
+            tell(members[i][j])
+
+        for i, group in enumerate(self.sampler.sample(todo, asked, ended)):
+            for j, (rollout, dialogue) in enumerate(zip(group.rollouts, members[i], strict=True)):
+                if (i, j) not in taken:
+                    ended(i, j, rollout)
+                if not dialogue.finish:
+                    self._answer(dialogue, rollout)
+                    tell(dialogue)
+
+    def _turn(self, dialogue: _Dialogue, rollout: Rollout, params: SamplingConfig) -> None:
+        """Take a turn in. Unless the environment is to be asked, the completion has ended with it."""
+        before = list(dialogue.tokens)
+        dialogue.wrote(rollout)
+        if rollout.finish == "error":
+            dialogue.finish, dialogue.text = "error", rollout.text
+            return
+        text = self._decode(rollout.tokens)
+        first = min(((at, s) for s in [*self.stops, *params.stop] if (at := text.find(s)) >= 0), default=(0, ""))[1]
+        if rollout.finish == "stop" and first in self.stops:
+            return
+        if rollout.finish == "end" and self.config.answers == "turn":
+            return
+        dialogue.finish = rollout.finish
+        if rollout.finish == "stop" and first:  # a stop string of the recipe's own, which the text is cut at
+            dialogue.text = self._decode(before, skip=True) + rollout.text
+        else:
+            kept = dialogue.tokens[:-1] if rollout.finish in ("end", "stop") else dialogue.tokens
+            dialogue.text = self._decode(kept, skip=True)
+
+    def _answer(self, dialogue: _Dialogue, turn: Rollout) -> None:
+        """Ask the environment and put its reply behind the turn, or end the completion."""
+        if dialogue.turns >= self.config.max_turns:
+            self._close(dialogue, "turns", turn)
+            return
+        reply, done = self._ask(dialogue.request, "step", dialogue.state, self._decode(turn.tokens))
+        dialogue.turns += 1
+        tokens = [] if reply is None else self._tokens(reply, turn)
+        room = self.context - len(dialogue.request.tokens) - len(dialogue.tokens) - len(tokens)
+        if done:
+            if room >= 0 and tokens:
+                dialogue.answered(tokens)
+            self._close(dialogue, "stop", None if tokens else turn)
+        elif reply is None and turn.finish == "end":
+            self._close(dialogue, "end", turn)
+        elif room < 1 or dialogue.written >= dialogue.limit:
+            self._close(dialogue, "length", turn)
+        else:
+            dialogue.answered(tokens)
+
+    def _close(self, dialogue: _Dialogue, finish: str, turn: Rollout | None) -> None:
+        """turn: the last, where nothing was put behind it: its end token is no text."""
+        ended = turn is not None and turn.finish == "end"
+        dialogue.finish = finish
+        dialogue.text = self._decode(dialogue.tokens[:-1] if ended else dialogue.tokens, skip=True)
+
+    def _ask(self, request: Request, what: str, *args: Any) -> Any:
+        """Call the environment; what it raises says where."""
+        try:
+            found = getattr(self.environment, what)(*args)
+            if what == "step":
+                reply, done = found
+                if not (reply is None or isinstance(reply, str)) or not isinstance(done, bool):
+                    raise TypeError(f"expected (text or None, True or False), and got {found!r}")
+            return found
+        except Exception as error:
+            name = getattr(self.config, "function", self.config.kind)
+            source = request.example.get("source", "an example")
+            raise PosttrainError(
+                f"environment {name}: {what} failed for {source}: {type(error).__name__}: {error}. What a model writes "
+                "may be anything: answer it with an error in words instead"
+            ) from error
+
+    def _tokens(self, reply: str, turn: Rollout) -> list[int]:
+        """Tokens of a reply, and of what the template has around it; cut where it is too long."""
+        ids = chat.continuation(self.tokenizer, reply)
+        if len(ids) > self.config.max_reply:
+            reply = self._decode(ids[: self.config.max_reply]) + CUT
+            ids = chat.continuation(self.tokenizer, reply)
+        if self.config.answers == "inline":
+            return ids
+        behind = reply_turn(self.config, self.tokenizer, reply)
+        if turn.finish == "end":  # the model has closed its turn itself
+            behind = behind.removeprefix(self._decode(turn.tokens[-1:]))
+        return chat.continuation(self.tokenizer, behind)
+
+    def _decode(self, tokens: Sequence[int], skip: bool = False) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip))
+
+
+def in_turns(rollout: Rollout, tokenizer: Any) -> list[tuple[bool, str]]:
+    """(whether the model wrote it, text) of the turns and replies that together are the rollout's text, in order.
+
+    Empty where no environment answered, and where a tokenizer writes the parts otherwise than the whole.
+    """
+    if not rollout.replies or rollout.mask is None:
+        return []
+    out, at, start = [], 0, 0
+    for end in range(1, len(rollout.tokens) + 1):
+        if end < len(rollout.tokens) and rollout.mask[end] == rollout.mask[start]:
+            continue
+        piece = str(tokenizer.decode(list(rollout.tokens[start:end]), skip_special_tokens=True))
+        left = rollout.text[at:]
+        piece = left if end == len(rollout.tokens) and piece.startswith(left) else piece  # a stop string was cut off
+        if not left.startswith(piece):
+            return []
+        if piece:
+            out.append((rollout.mask[start], piece))
+        at, start = at + len(piece), end
+    return out if at == len(rollout.text) else []
+
+
+def check(config: EnvironmentConfig, tokenizer: Any) -> None:
+    """Raises DataError where the chat template can't hold a reply as the settings want it."""
+    if config.answers == "turn":
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                "environment.answers is turn, and the tokenizer has no chat template: give model.chat_template, or "
+                "answers: inline"
+            )
+        reply_turn(config, tokenizer, "7")
+
+
+def reply_turn(config: EnvironmentConfig, tokenizer: Any, reply: str) -> str:
+    """What the chat template writes behind an assistant's text that a reply follows, up to the next turn's text."""
+    turns: list[Message] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": MARK},
+        {"role": config.role, "content": reply},
+    ]
+    try:
+        parts = chat.render(tokenizer, turns, generation=True).split(MARK)
+    except BadRow as error:
+        raise DataError(f"environment.answers: turn, role: {config.role}: {error}") from error
+    if len(parts) != 2 or reply.strip() not in parts[1]:
+        raise DataError(
+            f"environment.answers is turn, and the chat template leaves out a {config.role} turn behind an "
+            "assistant's: try another role, or answers: inline"
+        )
+    return parts[1]

@@ -1,0 +1,263 @@
+"""Requests to an OpenAI-compatible server: some at a time, within its limits, again where they fail, none lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+from posttrain.config import ServerConfig
+from posttrain.core.errors import MissingExtraError, ServerError
+
+AGAIN = {408, 409, 425, 429}
+"""Statuses that may go away; so may every 5xx."""
+REFUSED = {400, 413, 422}
+"""Statuses that are this question's own fault."""
+LONGEST_WAIT = 60.0
+"""Seconds between two attempts at most, unless the server names more."""
+PATIENCE = 900.0
+"""Seconds that a server may ask to wait for; one that names more ends the run, which can go on later."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A server's answer. tops: for each token the likeliest ones there, text → log-probability; None without them.
+    refused: why the server would not answer this request (then nothing else is set)."""
+
+    text: str = ""
+    finish: str = ""
+    tops: Sequence[tuple[str, Mapping[str, float]]] | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    refused: str = ""
+
+
+class Broken(Exception):
+    """An answer that can't be used: no JSON, cut off, or something else in it."""
+
+
+class Server:
+    """A client of one server. counts: requests made, retries by reason, seconds waited for its limits.
+
+    Raises MissingExtraError without the openai package, ServerError where the key's variable is not set.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise MissingExtraError(
+                "a server is asked through the package openai: pip install 'posttrain[openai]'"
+            ) from error
+        self.openai, self.config = openai, config
+        self.base_url = config.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        name = config.api_key_env or ("OPENAI_API_KEY" if config.base_url is None else None)
+        if name is not None and not os.environ.get(name):
+            raise ServerError(
+                f"the environment variable {name} holds no key for {self.base_url}: set it, or name another "
+                "(server.api_key_env)"
+            )
+        self.key = os.environ[name] if name is not None else "none"
+        self.counts: Counter[str] = Counter()
+        self.seconds = 0.0
+        self._random = random.Random()
+        self._limits = _Limits(config)  # for as long as this lives: one call goes on where the other ended
+
+    def ask(self, requests: Sequence[Mapping[str, Any]], on_reply: Callable[[int, Reply], None]) -> None:
+        """Make all requests (bodies without the model); on_reply(number, reply) as each is answered, one at a time.
+
+        Where a request fails for good, no new one begins, those under way are waited for and handed on, and ServerError
+        says what happened.
+        """
+        began = time.perf_counter()
+        try:
+            _run(self._all(requests, on_reply))
+        finally:
+            self.seconds += time.perf_counter() - began
+
+    async def _all(self, requests: Sequence[Mapping[str, Any]], on_reply: Callable[[int, Reply], None]) -> None:
+        waiting = iter(enumerate(requests))
+        failed: list[BaseException] = []
+        # Our own retries count against the limits, and know of broken answers; so the client's are switched off.
+        async with self.openai.AsyncOpenAI(
+            base_url=self.base_url, api_key=self.key, max_retries=0, timeout=self.config.timeout
+        ) as client:
+
+            async def work() -> None:
+                for number, body in waiting:
+                    if failed:
+                        return
+                    try:
+                        on_reply(number, await self._one(client, body, failed))
+                    except Exception as error:
+                        failed.append(error)
+                        return
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self.config.concurrency, len(requests))):
+                    group.create_task(work())
+        if failed:
+            raise failed[0]
+
+    async def _one(self, client: Any, body: Mapping[str, Any], failed: Sequence[BaseException]) -> Reply:
+        """One request, as often as it takes."""
+        reason, limits = "", self._limits
+        for attempt in range(self.config.retries + 1):
+            if failed:
+                raise ServerError(f"given up, since another request failed: {reason or failed[0]}")
+            cost = await limits.wait(body)
+            self.counts["requests"] += 1
+            began = time.perf_counter()
+            try:
+                async with asyncio.timeout(self.config.timeout):
+                    raw = await client.chat.completions.with_raw_response.create(**self._arguments(body))
+                reply = _read(raw.http_response.content, time.perf_counter() - began)
+                limits.settle(cost, reply.prompt_tokens + reply.completion_tokens)
+                return reply
+            except self.openai.APIStatusError as error:
+                kind, reason, wait = self._status(error)
+                if kind == "refused":
+                    self.counts["refused"] += 1
+                    return Reply(refused=reason, seconds=time.perf_counter() - began)
+            except (TimeoutError, self.openai.APITimeoutError):
+                kind, reason, wait = "timed out", f"no answer within {self.config.timeout:g} s", None
+            except self.openai.APIConnectionError as error:
+                kind, reason, wait = "connection", f"connection failed: {error.__cause__ or error}", None
+            except Broken as error:
+                kind, reason, wait = "broken answer", str(error), None
+            self.counts[f"retries: {kind}"] += attempt < self.config.retries
+            if attempt < self.config.retries:
+                step = min(LONGEST_WAIT, self.config.backoff * 2**attempt) * self._random.uniform(0.5, 1)
+                if wait is not None:
+                    limits.hold(wait)
+                    step = wait + self.config.backoff * self._random.random() / 2
+                self.counts["waited ms"] += round(1000 * step)
+                await asyncio.sleep(step)
+        raise ServerError(
+            f"{self.base_url} failed {self.config.retries + 1} times in a row on one request, the last time with: "
+            f"{reason}. "
+            "What was answered is kept; run again to go on, or raise server.retries"
+        )
+
+    def _arguments(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        merged = {"model": self.config.model, **body, **self.config.options}
+        merged = {k: v for k, v in merged.items() if v is not None}
+        named = {k: merged.pop(k) for k in ("model", "messages")}
+        return {**named, "extra_body": merged}
+
+    def _status(self, error: Any) -> tuple[str, str, float | None]:
+        """(what kind, in words, seconds to wait as the server says). Raises ServerError for what no retry mends."""
+        status, code = error.status_code, str(getattr(error, "code", "") or "")
+        body = error.body if isinstance(error.body, dict) else {}
+        said = str(body.get("message") or body.get("detail") or error.message)[:500]
+        if status in REFUSED:
+            return "refused", f"{status}: {said}", None
+        if code == "insufficient_quota" or (status not in AGAIN and status < 500):
+            hints = {
+                401: "is the key right?",
+                403: "may this key use the model?",
+                404: "are server.base_url (with /v1) and server.model right?",
+            }
+            hint = hints.get(status, "is there credit left?" if code else "")
+            raise ServerError(f"{self.base_url} answered {status}: {said} ({hint})".replace(" ()", ""))
+        wait = retry_after(error.response.headers)
+        if wait is not None and wait > PATIENCE:
+            raise ServerError(
+                f"{self.base_url} answered {status} and asks to wait {wait:,.0f} s. "
+                "What was answered is kept; run again then"
+            )
+        return str(status), f"{status}: {said}", wait
+
+
+def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
+    """Seconds to wait: of retry-after-ms, or of Retry-After as seconds or as a date; None without, or unreadable."""
+    try:
+        if headers.get("retry-after-ms"):
+            return max(0.0, float(headers["retry-after-ms"]) / 1000)
+        value = headers.get("retry-after")
+        if not value:
+            return None
+        try:
+            return max(0.0, float(value))
+        except ValueError:
+            return max(0.0, parsedate_to_datetime(value).timestamp() - (time.time() if now is None else now))
+    except ValueError:
+        return None
+
+
+class _Limits:
+    """Requests and tokens spread out evenly over time, and a halt for all when the server says so."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.request = 60 / config.requests_per_minute if config.requests_per_minute else 0.0
+        self.token = 60 / config.tokens_per_minute if config.tokens_per_minute else 0.0
+        self.next = self.next_by_tokens = self.held = 0.0
+
+    async def wait(self, body: Mapping[str, Any]) -> int:
+        """Until this request may begin. Returns the tokens that it was counted for."""
+        # Four characters a token is the usual rule; the true count corrects it when it comes.
+        cost = len(json.dumps(body.get("messages"), ensure_ascii=False)) // 4 + int(body.get("max_tokens") or 0)
+        begin = max(time.monotonic(), self.next, self.next_by_tokens)
+        self.next = begin + self.request
+        self.next_by_tokens = max(self.next_by_tokens, begin) + cost * self.token if self.token else 0.0
+        while (left := max(begin, self.held) - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+        return cost
+
+    def settle(self, counted: int, used: int) -> None:
+        """The true number of tokens is known."""
+        if self.token and used:
+            self.next_by_tokens += (used - counted) * self.token
+
+    def hold(self, seconds: float) -> None:
+        """Nobody begins before so many seconds have passed."""
+        self.held = max(self.held, time.monotonic() + seconds)
+
+
+def _read(content: bytes, seconds: float) -> Reply:
+    """A body of the protocol. Raises Broken where it is something else."""
+    try:
+        body = json.loads(content)
+        choice = body["choices"][0]
+        text = choice["message"]["content"]
+        finish = choice.get("finish_reason")
+        usage = body.get("usage") or {}
+        prompt, completion = (int(usage.get(k) or 0) for k in ("prompt_tokens", "completion_tokens"))
+        tops = _tops((choice.get("logprobs") or {}).get("content"))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        shown = content[:120].decode(errors="replace")
+        raise Broken(f"not a chat completion ({type(error).__name__}: {error}): {shown!r}") from error
+    if text is None and finish in ("content_filter", "length"):
+        text = ""
+    if not isinstance(text, str):
+        raise Broken(f"expected text in the answer, got {type(text).__name__}")
+    return Reply(text, str(finish or ""), tops, prompt, completion, seconds)
+
+
+def _tops(content: Any) -> list[tuple[str, dict[str, float]]] | None:
+    if not content:
+        return None
+    return [
+        (str(t["token"]), {str(o["token"]): float(o["logprob"]) for o in [*(t.get("top_logprobs") or []), t]})
+        for t in content
+    ]
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """To its end, also from where an event loop runs already (a notebook): then in a thread of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()

@@ -1,0 +1,133 @@
+"""Rollouts that outlive their step: rare successes that are kept, and completions that are not done yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from posttrain.config import ReplayConfig, SamplingConfig
+from posttrain.core.types import Piece, Rollout
+from posttrain.sampling.stop_strings import Decode, before_stop
+
+PARTIAL = "partial"
+"""Why a completion ended that is to go on in the next step."""
+
+
+def plain(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as JSON keeps it, to the bit."""
+    return asdict(rollout)
+
+
+def rollout_of(values: Mapping[str, Any]) -> Rollout:
+    """What `plain` was made from."""
+    given = {f.name: values[f.name] for f in fields(Rollout)}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return Rollout(**{**given, "pieces": tuple(Piece(**p) for p in values["pieces"])})
+
+
+def oldest(rollout: Rollout, step: int) -> int:
+    """The step that its first token was sampled in; `step` where it does not say."""
+    return rollout.pieces[0].step if rollout.pieces else step
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How completions grow piece by piece.
+
+    tokens: of a piece, at most (None: a completion ends in its step). sampling: as the settings have it. context: of
+    the model, in tokens. decode: (tokens, leave out special ones) -> text.
+    """
+
+    tokens: int | None
+    sampling: SamplingConfig
+    context: int
+    decode: Decode
+
+    def asked(self, before: Rollout | None = None) -> int | None:
+        """Tokens to ask for next, of a new completion or of one that goes on; None: as many as the sampling allows."""
+        if self.tokens is None:
+            return None
+        return min(self.tokens, self.sampling.max_tokens - (len(before.tokens) if before else 0))
+
+    def grown(self, prompt: int, before: Rollout | None, piece: Rollout, step: int, temperature: float) -> Rollout:
+        """The completion with its newest piece, marked PARTIAL where only the piece's length ended it.
+
+        prompt: its length in tokens. before: what there was (None: nothing). Each token keeps the log-probability that
+        it was sampled with. A stop string across the seam ends the completion where the sampler would have.
+        """
+        marked = replace(piece, pieces=(Piece(len(piece.tokens), step, temperature),))
+        asked = self.asked(before)
+        if asked is None:
+            return marked
+        whole = marked if before is None else self._joined(before, marked)
+        short = len(piece.tokens) < asked  # what ended it was the context
+        room = min(self.sampling.max_tokens, self.context - prompt) - len(whole.tokens)
+        if whole.finish == "length" and not short and room > 0:
+            return replace(whole, finish=PARTIAL)
+        return whole
+
+    def _joined(self, before: Rollout, piece: Rollout) -> Rollout:
+        """Two pieces as one completion; its text is decoded as the sampler does."""
+        tokens = (*before.tokens, *piece.tokens)
+        logprobs = (*before.logprobs, *piece.logprobs)
+        pieces, finish, kept = (*before.pieces, *piece.pieces), piece.finish, len(tokens)
+        text: str | None = None
+        if self.sampling.stop:
+            seam = len(before.tokens)
+            reach = seam + max(len(s.encode()) for s in self.sampling.stop)
+            for n in range(seam + 1, min(reach, len(tokens)) + 1):
+                text = before_stop(tokens[:n], self.sampling.stop, self.decode)
+                if text is not None:
+                    finish, kept = "stop", n
+                    break
+            if text is None and finish == "stop":
+                text = before_stop(tokens, self.sampling.stop, self.decode)
+        if text is None:
+            shown = tokens[: kept - 1] if finish in ("end", "stop") else tokens[:kept]
+            text = self.decode(shown, True)
+        last = pieces[-1]
+        if kept < len(tokens):
+            pieces = (*pieces[:-1], replace(last, tokens=last.tokens - (len(tokens) - kept)))
+        return Rollout(tokens[:kept], logprobs[:kept], finish, text, pieces=pieces)
+
+
+class Replay:
+    """One rare success a problem, the newest; the least surprising of its group (arXiv 2510.02245 finds those to serve
+    best). Its state goes in and out of a checkpoint.
+
+    bound: steps that a kept one's oldest token may be old.
+    """
+
+    def __init__(self, config: ReplayConfig, bound: int) -> None:
+        self.config, self.bound = config, bound
+        self.kept: dict[int, Rollout] = {}
+        """By problem, the newest last."""
+
+    def expire(self, step: int) -> int:
+        """Drop what is too old to be learnt from in this step; how many that was."""
+        old = [p for p, r in self.kept.items() if step - oldest(r, step) > self.bound]
+        for problem in old:
+            del self.kept[problem]
+        return len(old)
+
+    def visit(self, problem: int, rollouts: Sequence[Rollout], success: float) -> Rollout | None:
+        """A group of fresh rollouts: what is kept of it; and for one without success, the kept one that stands in.
+
+        success: the reward from which a rollout is one. A problem that is no longer rarely answered is kept no longer.
+        """
+        right = [r for r in rollouts if r.reward >= success]
+        if not right:
+            return self.kept.get(problem) if rollouts else None
+        self.kept.pop(problem, None)
+        if len(right) <= self.config.rare * len(rollouts):
+            self.kept[problem] = max(right, key=lambda r: sum(r.logprobs) / max(1, len(r.tokens)))
+            while len(self.kept) > self.config.size:
+                del self.kept[next(iter(self.kept))]
+        return None
+
+    def numbers(self) -> list[Any]:
+        return [[problem, plain(r)] for problem, r in self.kept.items()]
+
+    def load(self, numbers: Sequence[Any]) -> None:
+        self.kept = {int(problem): rollout_of(r) for problem, r in numbers}

@@ -1,0 +1,137 @@
+"""Rollouts on the disk: one Parquet file a step, written whole or not at all, a row for every rollout."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.core.errors import DataError
+from posttrain.core.types import Piece, Rollout, RolloutGroup
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where a step's rollouts lie."""
+    return folder / f"step-{step:06d}.parquet"
+
+
+def write_rollouts(
+    folder: Path,
+    step: int,
+    groups: Sequence[RolloutGroup],
+    advantages: Sequence[Sequence[float | None]] | None,
+    prompts: Sequence[str],
+    problems: Sequence[int],
+    failures: Sequence[Sequence[Mapping[str, str]]] | None = None,
+    turns: Callable[[Rollout], Sequence[tuple[bool, str]]] | None = None,
+) -> Path:
+    """Write a step's rollouts, group by group.
+
+    advantages: one a rollout (None: it took no part). prompts: each group's rendered prompt. problems: the number of
+    its problem. failures: of each rollout, what went wrong with a reward, by the reward's name. turns: of a rollout,
+    the parts of its text, each with whether the model wrote it.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = []
+    for g, group in enumerate(groups):
+        for i, r in enumerate(group.rollouts):
+            rows.append(
+                {
+                    "step": step,
+                    "group": g,
+                    "rollout": i,
+                    "problem": problems[g],
+                    "source": str(group.example.get("source", "")),
+                    "prompt": prompts[g],
+                    "completion": r.text,
+                    "finish": r.finish,
+                    "prompt_tokens": list(group.prompt),
+                    "tokens": list(r.tokens),
+                    "logprobs": list(r.logprobs),
+                    "mask": None if r.mask is None else [bool(m) for m in r.mask],
+                    "reward": r.reward if math.isfinite(r.reward) else None,
+                    "advantage": advantages[g][i] if advantages is not None else None,
+                    "answer": json.dumps(group.example.get("answer"), ensure_ascii=False, default=str),
+                    "parts": json.dumps(dict(r.rewards)),
+                    "steps": json.dumps({name: [list(s) for s in steps] for name, steps in r.steps.items()}),
+                    "turns": json.dumps(list(turns(r)) if turns is not None else [], ensure_ascii=False),
+                    "pieces": json.dumps([[p.tokens, p.step, p.temperature] for p in r.pieces]),
+                    "failures": json.dumps(dict(failures[g][i]) if failures is not None else {}, ensure_ascii=False),
+                }
+            )
+    schema = pa.schema(
+        [
+            *((name, pa.int64()) for name in ("step", "group", "rollout", "problem")),
+            *((name, pa.string()) for name in ("source", "prompt", "completion", "finish")),
+            ("prompt_tokens", pa.list_(pa.int32())),
+            ("tokens", pa.list_(pa.int32())),
+            ("logprobs", pa.list_(pa.float32())),
+            ("mask", pa.list_(pa.bool_())),
+            ("reward", pa.float64()),
+            ("advantage", pa.float64()),
+            *((name, pa.string()) for name in ("answer", "parts", "steps", "turns", "pieces", "failures")),
+        ]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = path_of(folder, step)
+    work = path.with_name(f".{path.name}.writing")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), work, compression="zstd")
+    os.replace(work, path)
+    return path
+
+
+def rollout_steps(folder: Path) -> list[int]:
+    """Steps whose rollouts lie in a folder, ascending."""
+    return sorted(int(p.stem[5:]) for p in folder.glob("step-*.parquet") if p.stem[5:].isdigit())
+
+
+def read_rollouts(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, what is kept as JSON (`answer`, `parts`, `steps`, `turns`, `pieces`, `failures`) as values.
+
+    Files of before there were `mask`, `steps`, `turns` and `pieces` are read as rollouts without. Raises DataError
+    where it can't be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} can't be read as rollouts: {error}") from error
+    for row in rows:
+        row.update({name: json.loads(row.get(name) or "{}") for name in ("answer", "parts", "steps", "failures")})
+        row.update({name: json.loads(row.get(name) or "[]") for name in ("turns", "pieces")})
+        row.setdefault("mask", None)
+    return rows  # type: ignore[no-any-return]
+
+
+def groups_of(rows: Sequence[Mapping[str, Any]]) -> list[RolloutGroup]:
+    """Rows of one step as the groups they came from; a rollout without a reward has NaN."""
+    by_group: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_group.setdefault(row["group"], []).append(row)
+    out = []
+    for _, members in sorted(by_group.items()):
+        rollouts = [
+            Rollout(
+                tuple(r["tokens"]),
+                tuple(r["logprobs"]),
+                r["finish"],
+                r["completion"],
+                r["parts"],
+                math.nan if r["reward"] is None else r["reward"],
+                r["mask"],
+                {name: [(a, b, score) for a, b, score in steps] for name, steps in r["steps"].items()},
+                pieces=tuple(Piece(*p) for p in r["pieces"]),
+            )
+            for r in members
+        ]
+        first = members[0]
+        example = {"answer": first["answer"], "source": first["source"], "prompt": first["prompt"]}
+        out.append(RolloutGroup(tuple(first["prompt_tokens"]), example, rollouts))
+    return out

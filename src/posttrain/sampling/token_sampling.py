@@ -1,0 +1,91 @@
+"""Drawing tokens: cut-offs, and the inverse of the cumulative distribution at one random number a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.config import SamplingConfig
+from posttrain.cpu import library as native
+
+BLOCK = 256
+"""Tokens summed at a time: first the block is found, then the token in it."""
+CANDIDATES = 1024
+"""Likeliest tokens looked at for top-p before the whole vocabulary is sorted."""
+
+
+def stream(seed: int, completion: int, count: int) -> np.ndarray:
+    """Random numbers in [0, 1) for the tokens of one completion, from (seed, completion) alone (Philox, keyed)."""
+    key = np.array([seed % 2**64, completion], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random(count)
+
+
+def cut(z_M_V: Tensor, params: SamplingConfig) -> Tensor:
+    """Logits with what top_k, top_p and min_p leave out at -inf, in place. The likeliest token always stays.
+
+    top_p keeps the fewest likeliest tokens whose probabilities sum to at least top_p (arXiv 1904.09751); min_p those at
+    least min_p times as likely as the likeliest (arXiv 2407.01082). Of equally likely tokens at top_k's edge those stay
+    that torch.topk names.
+    """
+    vocabulary = z_M_V.shape[-1]
+    if 0 < params.top_k < vocabulary:
+        kept = z_M_V.topk(params.top_k, dim=-1)
+        z_M_V.fill_(-torch.inf).scatter_(-1, kept.indices, kept.values)
+    if params.top_p < 1:
+        probabilities = z_M_V.softmax(-1)
+        for count in (min(CANDIDATES, vocabulary), vocabulary):
+            top, index = probabilities.topk(count, dim=-1)
+            before = top.double().cumsum(-1).sub_(top)
+            if count == vocabulary or bool((before[:, -1] >= params.top_p).all()):
+                break
+        # Whatever did not make the candidates stays out too: those before it sum to top_p already.
+        values = z_M_V.gather(-1, index).masked_fill_(before >= params.top_p, -torch.inf)
+        z_M_V.fill_(-torch.inf).scatter_(-1, index, values)
+    if params.min_p > 0:
+        top_M_1 = z_M_V.amax(-1, keepdim=True)
+        z_M_V.masked_fill_(z_M_V < top_M_1 + float(np.log(params.min_p)), -torch.inf)
+    return z_M_V
+
+
+def draw(
+    z_M_V: Tensor, uniforms_M: Tensor, params: SamplingConfig, banned: Sequence[int] = (), short_M: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token a row, and its log-probability under the distribution it was drawn from.
+
+    z_M_V: logits, temperature applied (not for temperature 0), float32; overwritten. uniforms_M: one number in [0, 1)
+    a row, float64. banned: tokens that rows marked in `short_M` can't have. The token is the first whose cumulative
+    probability exceeds the number. Temperature 0 takes the likeliest (the first of equals); its log-probability is that
+    at temperature 1.
+    """
+    if short_M is not None and len(banned):
+        rows = short_M.nonzero()
+        z_M_V[rows, torch.as_tensor(list(banned), device=z_M_V.device)] = -torch.inf
+    if params.temperature == 0:
+        lse, tokens = z_M_V.logsumexp(-1), z_M_V.argmax(-1)
+        return tokens, z_M_V.gather(-1, tokens[:, None]).squeeze(-1) - lse
+    cut(z_M_V, params)
+    kernels = native.kernels() if z_M_V.device.type == "cpu" and z_M_V.is_contiguous() else None
+    if kernels is not None:
+        return kernels.draw(z_M_V, uniforms_M)
+    lse = z_M_V.logsumexp(-1, keepdim=True)
+    p = (z_M_V - lse).exp_()
+    count, vocabulary = p.shape
+    if vocabulary % BLOCK:
+        p = torch.nn.functional.pad(p, (0, BLOCK - vocabulary % BLOCK))
+    p = p.view(count, -1, BLOCK)
+    blocks = p.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = uniforms_M.to(blocks.device)[:, None] * blocks[:, -1:]
+    block = _pick(blocks, target)
+    before = torch.where(block > 0, blocks.gather(-1, (block - 1).clamp_min(0)), 0.0)
+    inner = p[torch.arange(count, device=p.device), block[:, 0]].double().cumsum(-1)
+    tokens = (block * BLOCK + _pick(inner, target - before)).squeeze(-1)
+    return tokens, (z_M_V.gather(-1, tokens[:, None]) - lse).squeeze(-1)
+
+
+def _pick(cumulative: Tensor, target: Tensor) -> Tensor:
+    """First place whose cumulative sum exceeds the target; where rounding leaves none, the last with any mass."""
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.minimum(torch.searchsorted(cumulative, target, right=True), last)

@@ -1,0 +1,253 @@
+"""One program, one sandbox: see the package's text."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.config.sandbox import SandboxConfig
+from posttrain.core.errors import PosttrainError
+from posttrain.sandbox import seccomp
+
+Status = Literal["ok", "error", "timeout", "memory", "processes", "output"]
+TICK = 0.02
+"""Seconds between two looks at memory and processes."""
+BASE_MB = 64
+"""Address space that an interpreter takes before it has done anything."""
+OWN = 3
+"""Processes of bubblewrap itself, and the program's first."""
+
+
+class SandboxError(PosttrainError, RuntimeError):
+    """There is no sandbox to be had on this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a program ended.
+
+    status: ok (exit code 0), error (another, or a signal), or the limit that ended it. stdout, stderr: what it wrote,
+    until then. code: exit code, 128 + signal where one ended it, -1 where a limit did. seconds: by the clock.
+    """
+
+    status: Status
+    stdout: str
+    stderr: str
+    code: int
+    seconds: float
+
+
+def run(program: str, stdin: str = "", limits: SandboxConfig | None = None) -> Outcome:
+    """Run Python source under `limits`. Raises SandboxError where no sandbox can be had; never runs without one.
+
+    The program sees Python's standard library, an empty folder of its own (/work, also its /tmp), `stdin`, and nothing
+    else; the order of its sets and its environment are the same every time. Source that does not compile is an error
+    like any other.
+    """
+    require()
+    return _run(program, stdin, limits or SandboxConfig())
+
+
+@lru_cache(maxsize=1)
+def require() -> None:
+    """Raises SandboxError, saying what is missing, where the sandbox does not work or does not hold."""
+    if sys.platform != "linux" or not seccomp.known():
+        raise SandboxError(
+            "programs run only in a sandbox, and there is one for Linux on x86-64 and ARM64 only; this is "
+            f"{sys.platform} on {os.uname().machine if hasattr(os, 'uname') else 'an unknown machine'}"
+        )
+    if shutil.which("bwrap") is None:
+        raise SandboxError(
+            "programs run only in a sandbox, and bubblewrap (bwrap) is not installed: apt install bubblewrap, dnf "
+            "install bubblewrap, or the like"
+        )
+    probe = "import os, socket\nprint(sorted(os.listdir('/work')), os.getpid() < 10)\ntry: socket.socket()\n"
+    probe += "except PermissionError: print('alone')"
+    found = _run(probe, "", SandboxConfig(seconds=20))
+    if found.stdout != "[] True\nalone\n":
+        raise SandboxError(
+            "programs run only in a sandbox, and bubblewrap's does not work here: "
+            f"{(found.stderr or found.stdout).strip()[-400:] or found.status}. User namespaces must be allowed "
+            "(Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0; in a container: see its seccomp profile)"
+        )
+
+
+@lru_cache(maxsize=1)
+def _interpreter() -> Path:
+    """The interpreter that the environment at hand was made from; the system's where nobody else may enter that one's
+    folder and root asks."""
+    own = Path(os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable))
+    if os.geteuid() == 0 and not all(p.stat().st_mode & stat.S_IXOTH for p in own.parents):
+        system = Path("/usr/bin/python3")
+        if not system.exists():
+            raise SandboxError(
+                f"programs run in a sandbox as nobody in particular, who may not enter {own.parent}: run posttrain as "
+                "an ordinary user, or install Python as /usr/bin/python3"
+            )
+        return system.resolve()
+    return own
+
+
+def _sealed(data: bytes) -> int:
+    """A file descriptor with these bytes, in memory, that nobody can change."""
+    import fcntl
+
+    fd = os.memfd_create("posttrain", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+    return fd
+
+
+def _command(limits: SandboxConfig, fds: dict[str, int]) -> list[str]:
+    """bubblewrap's command line."""
+    python = _interpreter()
+    prefix = python.parent.parent
+    files = str(limits.files_mb << 20)
+    out = [
+        "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
+        "--cap-drop", "ALL", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox", "--clearenv",
+        "--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache",
+    ]  # fmt: skip
+    for name in ("lib", "lib64", "lib32", "bin"):
+        path = Path("/", name)
+        if path.is_symlink():
+            out += ["--symlink", os.readlink(path), str(path)]
+        elif path.is_dir():
+            out += ["--ro-bind", str(path), str(path)]
+    if not prefix.is_relative_to("/usr"):
+        out += ["--ro-bind", str(prefix), str(prefix)]
+    out += [
+        "--proc", "/proc", "--dev", "/dev", "--size", "65536", "--tmpfs", "/dev/shm", "--remount-ro", "/dev/shm",
+        "--remount-ro", "/dev", "--size", files, "--tmpfs", "/work", "--symlink", "work", "/tmp", "--chdir", "/work",
+        "--ro-bind-data", str(fds["inside"]), "/inside.py", "--ro-bind-data", str(fds["program"]), "/main.py",
+        "--remount-ro", "/", "--seccomp", str(fds["filter"]),
+    ]  # fmt: skip
+    for name, value in {
+        "PATH": "/usr/bin:/bin", "HOME": "/work", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
+        "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1",
+    }.items():  # fmt: skip
+        out += ["--setenv", name, value]
+    settings = {
+        "CORE": 0, "CPU": int(limits.seconds) + 1, "FSIZE": limits.files_mb << 20, "NOFILE": 64,
+        "NPROC": limits.processes + 1, "AS": (limits.memory_mb + BASE_MB) << 20,
+    }  # fmt: skip
+    inside = [str(x) for pair in settings.items() for x in pair]
+    return [*out, "--", str(python), "-s", "/inside.py", "/main.py", *inside]
+
+
+def _run(program: str, stdin: str, limits: SandboxConfig) -> Outcome:
+    with contextlib.ExitStack() as stack:
+
+        def keep(fd: int) -> int:
+            stack.callback(os.close, fd)
+            return fd
+
+        fds = {
+            "inside": keep(_sealed((Path(__file__).parent / "inside.py").read_bytes())),
+            "program": keep(_sealed(program.encode("utf-8", "replace"))),
+            "filter": keep(_sealed(seccomp.program())),
+        }
+        who: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            # The kernel does not count root's processes, so nobody in particular runs it: a number for each caller.
+            number = 30000 + os.getpid() % 30000
+            who = {"user": number, "group": number, "extra_groups": []}
+        given = keep(_sealed(stdin.encode("utf-8", "replace")))
+        began = time.monotonic()
+        process = subprocess.Popen(
+            _command(limits, fds), stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, cwd="/",
+            env={"PATH": "/usr/bin"}, pass_fds=list(fds.values()), start_new_session=True, **who,
+        )  # fmt: skip
+        try:
+            ended, out, err = _watch(process, limits, began + limits.seconds)
+        finally:
+            _end(process)
+        code = process.wait()
+        status: Status = ended or ("ok" if code == 0 else "error")
+        text = [b.decode("utf-8", "replace") for b in (out, err)]
+        return Outcome(status, text[0], text[1], -1 if ended else code, time.monotonic() - began)
+
+
+def _watch(process: subprocess.Popen[bytes], limits: SandboxConfig, until: float) -> tuple[Status | None, bytes, bytes]:
+    """Read until the program ends or breaks a limit: (that limit, output, errors)."""
+    assert process.stdout and process.stderr
+    got = {process.stdout: bytearray(), process.stderr: bytearray()}
+    ended: Status | None = None
+    with selectors.DefaultSelector() as selector:
+        for stream in got:
+            selector.register(stream, selectors.EVENT_READ)
+        looked = 0.0
+        while selector.get_map() and ended is None:
+            for key, _ in selector.select(TICK):
+                stream = key.fileobj  # type: ignore[assignment]
+                data = os.read(stream.fileno(), 65536)
+                got[stream] += data
+                if not data:
+                    selector.unregister(stream)
+            now = time.monotonic()
+            if sum(map(len, got.values())) > limits.output_kb << 10:
+                ended = "output"
+            elif now > until:
+                ended = "timeout"
+            elif now - looked >= TICK:
+                looked = now
+                ended = _excess(process.pid, limits)
+    room = limits.output_kb << 10
+    out = bytes(got[process.stdout][:room])
+    if ended is None:  # both closed: what is left is to end, or to hang without a voice
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            ended = "timeout"
+    return ended, out, bytes(got[process.stderr][: room - len(out)])
+
+
+def _excess(pid: int, limits: SandboxConfig) -> Status | None:
+    """The limit that the processes under `pid` exceed together."""
+    page, size, count = os.sysconf("SC_PAGE_SIZE"), 0, 0
+    for one in _family(pid):
+        count += 1
+        with contextlib.suppress(OSError, IndexError):
+            size += int(Path(f"/proc/{one}/statm").read_text().split()[1]) * page
+    if size > (limits.memory_mb + BASE_MB) << 20:
+        return "memory"
+    return "processes" if count > limits.processes + OWN else None
+
+
+def _family(pid: int) -> Iterator[int]:
+    """A process and all that descend from it."""
+    todo = [pid]
+    while todo:
+        one = todo.pop()
+        yield one
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{one}/task"):
+                todo += map(int, Path(f"/proc/{one}/task/{task}/children").read_text().split())
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left: the namespace's first process, with which the kernel ends all others in it."""
+    for pid in reversed(list(_family(process.pid))) if process.poll() is None else []:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(OSError):
+        process.kill()
+    process.wait()
+    for stream in (process.stdout, process.stderr):
+        if stream:
+            stream.close()

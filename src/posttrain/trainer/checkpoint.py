@@ -1,0 +1,130 @@
+"""Checkpoints, written whole or not at all, with checksums; a damaged one is noticed and the one before it used."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+
+from posttrain.core import distributed
+from posttrain.core.errors import CheckpointError
+from posttrain.core.files import file_hash, os_error, sync_folder, write_json
+
+log = logging.getLogger("posttrain")
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def save(folder: Path, step: int, tensors: dict[str, Any], numbers: dict[str, Any], keep: int) -> Path:
+    """Write step's checkpoint under `folder` and delete all but the newest `keep`.
+
+    The files are written into a folder of another name, hashed, flushed to disk and only then renamed, so that a
+    folder called step-NNNNNN is complete. Sharded tensors are written by the ranks that hold them (every rank must
+    call). Raises CheckpointError when the disk is full or can't be written; what was there before stays.
+    """
+    final, work = folder / name_of(step), folder / f".{name_of(step)}.writing"
+    if distributed.is_main():
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+    distributed.barrier()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed.*")  # one process: nothing to distribute
+            dcp.save({"tensors": tensors}, storage_writer=FileSystemWriter(work, sync_files=True))
+        distributed.barrier()
+        if distributed.is_main():
+            write_json(work / "numbers.json", {"step": step, **numbers})
+            write_json(work / "checksums.json", {p.name: file_hash(p) for p in sorted(work.iterdir())})
+            sync_folder(work)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(work, final)
+            sync_folder(folder)
+            for old in found(folder)[:-keep]:
+                shutil.rmtree(folder / name_of(old), ignore_errors=True)
+    except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
+        shutil.rmtree(work, ignore_errors=True)
+        reason = os_error(error)
+        # torch's archive writer hides the operating system's word; what did not fit tells as well.
+        needed = sum(t.numel() * t.element_size() for t in tensors.values()) / distributed.world()
+        if reason is None and isinstance(error, RuntimeError | dcp.api.CheckpointException):
+            short = shutil.disk_usage(folder).free < 1.1 * needed
+            reason = OSError(errno.ENOSPC, "No space left on device") if short else None
+        if reason is None:
+            raise
+        full = reason.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "the disk is full" if full else str(reason)
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {folder}: {what}. Everything before it is intact; "
+            f"{'free some space' if full else 'mend that'} and run the same command again to go on from "
+            f"{'step ' + str(found(folder)[-1]) if found(folder) else 'the beginning of the stage'}"
+        ) from error
+    distributed.barrier()
+    return final
+
+
+def found(folder: Path) -> list[int]:
+    """Steps whose checkpoints lie in a folder, ascending (complete by name; not yet verified)."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name[5:]) for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit())
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None: each must be there with the checksum it was written with."""
+    try:
+        sums = json.loads((path / "checksums.json").read_text())
+        for name, expected in sums.items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if file_hash(path / name) != expected:
+                return f"{name} is not what was written (checksum differs)"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def load_newest(folder: Path, tensors: dict[str, Any]) -> dict[str, Any] | None:
+    """Load the newest undamaged checkpoint into `tensors`, in place; return its numbers, or None if there is none.
+
+    A damaged one is set aside under another name, with a warning, and the one before it is used. A checkpoint of
+    tensors of other names or shapes raises CheckpointError: it belongs to another recipe or model.
+    """
+    for step in reversed(found(folder)):
+        path = folder / name_of(step)
+        wrong = distributed.from_main(damage(path) if distributed.is_main() else None)
+        if wrong is not None:
+            log.warning("checkpoint %s is damaged (%s); using the one before it", path, wrong)
+            if distributed.is_main():
+                shutil.rmtree(path.with_name(f"damaged-{path.name}"), ignore_errors=True)
+                os.rename(path, path.with_name(f"damaged-{path.name}"))
+            distributed.barrier()
+            continue
+        _check(path, tensors)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed.*")
+            dcp.load({"tensors": tensors}, storage_reader=FileSystemReader(path))
+        return json.loads((path / "numbers.json").read_text())  # type: ignore[no-any-return]
+    return None
+
+
+def _check(path: Path, tensors: dict[str, Any]) -> None:
+    """Names and shapes must be those of this model: distributed checkpoint would load a part and be silent."""
+    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = {k.removeprefix("tensors."): tuple(getattr(v, "size", ())) for k, v in metadata.items()}
+    wanted = {k: tuple(v.shape) for k, v in tensors.items()}
+    if stored != wanted:
+        odd = sorted(set(stored.items()) ^ set(wanted.items()))[:3]
+        raise CheckpointError(
+            f"{path} holds other tensors than this model trains (first differences: {odd}). It belongs to another "
+            "model or recipe; take another run folder (name=...), or start this one over with --fresh"
+        )

@@ -1,0 +1,240 @@
+"""The loop around the learner: batches by step number, metrics, checkpoints, progress, stopping on request."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from posttrain.core import distributed
+from posttrain.core.errors import CheckpointError
+from posttrain.core.files import Lines
+from posttrain.core.progress import Track
+from posttrain.core.types import Sample
+from posttrain.trainer import checkpoint
+from posttrain.trainer.train_step import Learner, LossFunction, StepResult
+
+BatchAt = Callable[[int], Sequence[Sample]]
+"""The global batch of a step: a pure function of its number, so that the data position is the step."""
+OnStep = Callable[[int, dict[str, float], dict[str, float]], None]
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, has written a checkpoint, and can go on."""
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """What a finished loop did in all (over every process that worked on it)."""
+
+    steps: int
+    skipped: int
+    seconds: float
+    tokens: int
+    peak_memory_mb: float
+
+
+def steps_for(count: int, batch_size: int, epochs: float, max_steps: int | None = None) -> tuple[int, int]:
+    """(steps, samples drawn in all): as many as `epochs` passes over `count` samples need, capped by `max_steps`."""
+    drawn = max(1, round(count * epochs))
+    steps = -(-drawn // batch_size)
+    return min(steps, max_steps or steps), drawn
+
+
+def permutation_batches(
+    samples: Sequence[Sample], batch_size: int, epochs: float, seed: int, max_steps: int | None = None
+) -> tuple[BatchAt, int]:
+    """(batch_at, total steps): every epoch a fresh permutation, drawn from (seed, epoch) alone.
+
+    Batches run over the seam between epochs; the last one is smaller where the samples don't fill it.
+    """
+    count = len(samples)
+    steps, wanted = steps_for(count, batch_size, epochs, max_steps)
+    orders: dict[int, np.ndarray] = {}
+
+    def order(epoch: int) -> np.ndarray:
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(count)
+        return orders[epoch]
+
+    def batch_at(step: int) -> Sequence[Sample]:
+        places = range(step * batch_size, min((step + 1) * batch_size, wanted))
+        return [samples[int(order(p // count)[p % count])] for p in places]
+
+    return batch_at, steps
+
+
+class Work(Protocol):
+    """What a stage does, step by step; everything that the next step depends on is in the learner and in `numbers`."""
+
+    steps: int
+
+    def step(self, step: int, track: Track) -> StepResult:
+        """Do step number `step`, from 0."""
+
+    def before(self, track: Track) -> dict[str, Any] | None:
+        """A record for metrics.jsonl from before the first step; None: there is none, on any run of the recipe."""
+
+    def numbers(self) -> dict[str, Any]:
+        """State besides the learner's, for the checkpoint."""
+
+    def load(self, numbers: dict[str, Any]) -> None:
+        """Take it back."""
+
+
+class Batches:
+    """Work that is one optimizer step on a global batch, a pure function of the step's number."""
+
+    def __init__(self, learner: Learner, batch_at: BatchAt, loss: LossFunction | None = None) -> None:
+        self.learner, self.batch_at, self.loss = learner, batch_at, loss
+        self.steps = learner.total_steps
+
+    def step(self, step: int, track: Track) -> StepResult:
+        return self.learner.step(self.batch_at(step), self.loss)
+
+    def before(self, track: Track) -> None:
+        return None
+
+    def numbers(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, numbers: dict[str, Any]) -> None:
+        pass
+
+
+def train(
+    learner: Learner,
+    work: Work,
+    folder: Path,
+    *,
+    checkpoint_every: int,
+    keep: int,
+    title: str,
+    on_step: OnStep | None = None,
+    epoch_of: Callable[[int], float] | None = None,
+    shown: Sequence[str] = ("loss",),
+) -> LoopResult:
+    """Carry the work to its last step from wherever the newest checkpoint in `folder` left it.
+
+    metrics.jsonl gets one record a step (and one before the first, where the work has one), the same in every run of
+    the same recipe; timings.jsonl what differs from run to run. Records beyond the checkpoint that is gone on from are
+    cut off, since their steps are made again. shown: metrics that progress shows.
+    """
+    checkpoints = folder / "checkpoints"
+    state = learner.state()
+    numbers = checkpoint.load_newest(checkpoints, state["tensors"])
+    if numbers is not None:
+        learner.load(numbers)
+        work.load(numbers)
+    totals = {"seconds": 0.0, "tokens": 0, "peak_memory_mb": 0.0, **(numbers or {}).get("totals", {})}
+    done = 0 if numbers is None else int(numbers["step"])
+    main, total = distributed.is_main(), work.steps
+
+    with Track(title, total, done, shown=main) as track, _stop_requests() as asked:
+        first = work.before(track) if numbers is None else None
+        before = int((numbers or {}).get("before", first is not None))
+        files = _open(folder, 0 if numbers is None else done + before, done) if main else None
+        if files and first is not None:
+            files[0].add({"step": 0, **first})
+
+        def save() -> None:
+            for f in files or ():
+                f.sync()
+            state = learner.state()
+            values = {**state["numbers"], **work.numbers(), "totals": totals, "before": before}
+            checkpoint.save(checkpoints, done, state["tensors"], values, keep)
+
+        saved = done if numbers is not None else -1
+        while done < total:
+            result = work.step(done, track)
+            done += 1
+            record, timing = _records(done, result, learner, totals)
+            if epoch_of is not None:
+                record["epoch"] = round(epoch_of(done), 4)
+            if files:
+                files[0].add(record)
+                files[1].add(timing)
+                if on_step is not None:
+                    on_step(done, record, timing)
+            values = {name.replace("/", " "): record[name] for name in shown if name in record}
+            track.update(done, **values, tokens_per_s=float(timing["tokens_per_second"]), lr=record["lr"])
+            stopping = bool(distributed.from_main(bool(asked)))
+            if done % checkpoint_every == 0 or done == total or stopping:
+                save()
+                saved = done
+            if stopping and done < total:
+                raise Stopped(f"stopped at step {done} of {total}, checkpoint written")
+        if saved != done:
+            save()
+    for f in files or ():
+        f.close()
+    return LoopResult(done, learner.skipped, totals["seconds"], int(totals["tokens"]), totals["peak_memory_mb"])
+
+
+def _records(
+    step: int, result: StepResult, learner: Learner, totals: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metrics, timings) of a step; the stage's totals grow."""
+    memory = memory_mb(learner.device)
+    totals["seconds"] += result.seconds
+    totals["tokens"] += result.tokens
+    totals["peak_memory_mb"] = max(totals["peak_memory_mb"], memory)
+    timing = {"step": step, "seconds": result.seconds, "tokens_per_second": result.tokens / result.seconds}
+    timing.update(memory_mb=memory, computed_tokens=result.computed_tokens, micro_batches=result.micro_batches)
+    return {"step": step, **result.metrics}, {**timing, **result.timing}
+
+
+def _open(folder: Path, metrics: int, timings: int) -> tuple[Lines, Lines]:
+    try:
+        return Lines(folder / "metrics.jsonl", metrics), Lines(folder / "timings.jsonl", timings)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error}: the checkpoint counts on records that are gone. Put the file back, or start over with --fresh"
+        ) from error
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM ask for a stop after this step; a second one stops at once."""
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+
+    def handle(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nstopping after this step, with a checkpoint (once more: at once)", file=sys.stderr, flush=True)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
+    except ValueError:  # not in the main thread: signals are the caller's affair
+        pass
+    try:
+        yield asked
+    finally:
+        for restored, old in before.items():
+            signal.signal(restored, old)
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def now() -> str:
+    """The time, for manifests."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,171 @@
+"""What a fixed model says of given answers: log-probabilities of whole answers, computed once and kept.
+
+A preference method compares the policy with the model that it starts from. That model is open before the first step,
+and the answers are known: so its numbers are made then, a chunk at a time, and no second model is held. Chunks lie in
+the user's cache under a hash of the weights and of the tokens; each is whole or not there, so that a run that was
+killed here goes on with the next one, and another run on the same model and rows computes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.config import ModelConfig, SystemsConfig
+from posttrain.core import distributed
+from posttrain.core.files import cache_folder, sync_folder
+from posttrain.core.progress import Track
+from posttrain.core.ragged import RaggedBatch, micro_batches
+from posttrain.core.types import Sample
+from posttrain.losses.aggregation import sequence_index, sequence_sum
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.loading import load_model, pick_dtype
+
+CHUNK = 256
+"""Units (a pair, an answer) that are computed and written together."""
+LAYOUT = "3"
+"""Part of the hash: raised when what is kept changes."""
+
+Unit = Sequence[Sample]
+"""Samples that share a prompt: a pair, or one answer. Their meta says how long it is (`shared`); weights are 1 or 0."""
+
+
+def answer_sums(model: LanguageModel, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+    """(log-probability, tokens) of every sample's answer, the tokens of it that carry weight; in nats.
+
+    Sums are float64 (but on MPS, which has none): ratios are small differences of them, and of a thousand nats float32
+    keeps 1e-4. A sample without any is there to keep ranks in step; its sum is 0 and has no gradient.
+    """
+    learnt = [torch.tensor(s.weights, device=batch.tokens_T.device) != 0 for s in batch.samples]
+    rows = [row[own] for row, own in zip(batch.rows, learnt, strict=True)]
+    lengths = torch.tensor([len(row) for row in rows], device=batch.tokens_T.device)
+    logprobs = model(batch, "logprobs", torch.cat(rows))[0]
+    logprobs = logprobs if logprobs.device.type == "mps" else logprobs.double()
+    return sequence_sum(logprobs, sequence_index(lengths), len(rows)), lengths
+
+
+@torch.no_grad()
+def sums_of(model: LanguageModel, units: Sequence[Unit], systems: SystemsConfig) -> list[list[float]]:
+    """Log-probability of every sample of every unit; those of a unit are computed together, their prompt once."""
+    sizes = [len(unit[0]) + sum(len(s) - int(s.meta["shared"]) for s in unit[1:]) for unit in units]
+    out: list[list[float]] = [[] for _ in units]
+    for chosen in micro_batches(sizes, systems.budget(model.device.type)):
+        flat = [s for i in chosen for s in units[i]]
+        sums, _ = answer_sums(model, model.pack(flat, systems.share_prefixes))
+        left = iter(sums.tolist())
+        for i in chosen:
+            out[i] = [next(left) for _ in units[i]]
+    return out
+
+
+class Reference:
+    """The model that a stage starts from, as the judge of answers: the policy itself, without its adapters.
+
+    To be made, and asked, before anything is trained.
+    """
+
+    def __init__(self, policy: LanguageModel, systems: SystemsConfig) -> None:
+        self.policy, self.systems = policy, systems
+        self.model_hash = fingerprint(policy)
+        self.folder = cache_folder() / "reference" / self.model_hash[:32]
+
+    def sums(self, units: Sequence[Unit], title: str) -> list[list[float]]:
+        """Log-probability of every sample of every unit, from the cache where it is there."""
+        chunks = [units[i : i + CHUNK] for i in range(0, len(units), CHUNK)]
+        paths = [self.folder / f"{_hash_units(chunk)}.npy" for chunk in chunks]
+        missing = [i for i, path in enumerate(paths) if _read(path) is None]
+        mine = missing[distributed.rank() :: distributed.world()]
+        if mine:
+            self._fill(chunks, paths, mine, title)
+        distributed.barrier()
+        out: list[list[float]] = []
+        for chunk, path in zip(chunks, paths, strict=True):
+            kept = _read(path)
+            if kept is None or len(kept) != sum(map(len, chunk)):  # another machine's cache, or one that was cleared
+                with without_adapters(self.policy):
+                    out += sums_of(self.policy, chunk, self.systems)
+                continue
+            left = iter(kept)
+            out += [[next(left) for _ in unit] for unit in chunk]
+        return out
+
+    def _fill(self, chunks: Sequence[Sequence[Unit]], paths: Sequence[Path], which: Sequence[int], title: str) -> None:
+        with Track(title, len(which), shown=distributed.is_main()) as track, without_adapters(self.policy):
+            for done, i in enumerate(which, 1):
+                made = sums_of(self.policy, chunks[i], self.systems)
+                _write(paths[i], [x for unit in made for x in unit])
+                track.update(done)
+
+
+def frozen_beside(policy: LanguageModel, model: ModelConfig, adapted: bool) -> LanguageModel:
+    """What gives the numbers of the model that a stage starts from, for completions that aren't known beforehand.
+
+    adapted: the policy itself, to be asked `without_adapters`; else a second, frozen model beside it.
+    """
+    if adapted:
+        return policy
+    hf, _ = load_model(model, pick_dtype(model.dtype, policy.device))
+    return LanguageModel(hf).eval().requires_grad_(False)
+
+
+@contextmanager
+def without_adapters(policy: LanguageModel) -> Iterator[None]:
+    """The model below its adapters; the model itself where there are none."""
+    if hasattr(policy.hf, "disable_adapter"):
+        with policy.hf.disable_adapter():
+            yield
+    else:
+        yield
+
+
+def fingerprint(model: LanguageModel) -> str:
+    """A hash of what decides a model's numbers: weights without adapters, configuration, dtype, kind of device."""
+    config = model.base.config.to_dict()
+    for beside in ("_name_or_path", "transformers_version"):
+        config.pop(beside, None)
+    digest = hashlib.sha256(json.dumps([LAYOUT, config, model.device.type], sort_keys=True, default=str).encode())
+    weights = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): p
+        for name, p in model.hf.named_parameters()
+        if ".lora_" not in name
+    }
+    for name in sorted(weights):
+        tensor = weights[name].detach().contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _hash_units(units: Sequence[Unit]) -> str:
+    digest = hashlib.sha256()
+    for unit in units:
+        for sample in unit:
+            digest.update(np.asarray([len(unit), len(sample), *sample.tokens], dtype=np.int64).tobytes())
+            digest.update(np.asarray([w != 0 for w in sample.weights]).tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> list[float] | None:
+    try:
+        return [float(x) for x in np.load(path)]
+    except (OSError, ValueError, EOFError):  # not there, or not whole, whatever cut it
+        return None
+
+
+def _write(path: Path, values: Sequence[float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    with work.open("wb") as f:
+        np.save(f, np.asarray(values, dtype=np.float64))
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(work, path)
+    sync_folder(path.parent)

@@ -1,0 +1,211 @@
+"""The learner: one optimizer step from one global batch, the same however it is split.
+
+Micro-batches by token budget, ranks and shared prefixes change the order of floating-point sums and nothing else:
+the denominator is the global batch's, known before the first forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.config import OptimizerConfig, SystemsConfig
+from posttrain.core import distributed
+from posttrain.core.errors import NonFiniteError
+from posttrain.core.ragged import RaggedBatch, micro_batches
+from posttrain.core.types import Sample
+from posttrain.losses.gradient_accumulation import added_in_place
+from posttrain.models.language_model import LanguageModel
+from posttrain.trainer.optimizer import Optimizer, lr_at
+
+LossFunction = Callable[[LanguageModel, RaggedBatch, float], tuple[Tensor, dict[str, Tensor]]]
+"""(model, micro-batch, global denominator) -> (this micro-batch's share of the loss, sums for metrics).
+
+The denominator is the sum of the global batch's weights. Loss and metrics come divided by it (or by another number of
+the whole batch, where a method has its own): the learner only adds them up over micro-batches and ranks."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. `metrics` holds only what is the same in every run of the same recipe."""
+
+    metrics: dict[str, float]
+    seconds: float
+    tokens: int
+    computed_tokens: int
+    micro_batches: int
+    timing: dict[str, Any] = field(default_factory=dict)
+    """What else timings.jsonl gets."""
+
+
+class Learner:
+    """Model, optimizer and schedule; `step` is all there is to it. Its whole state goes in and out of a checkpoint."""
+
+    max_skipped = 5
+    """Non-finite steps in a row before the run stops."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        optimizer: OptimizerConfig,
+        systems: SystemsConfig,
+        total_steps: int,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        self.model, self.systems, self.total_steps = model, systems, total_steps
+        self.device = model.device
+        self.steps_done = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        model.train()
+        if systems.activation_checkpointing:
+            base = model.base  # transformers renamed this; the old name warns in newer releases
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        layers = decoder_layers(model)
+        if systems.compile:
+            for layer in layers:
+                layer.compile(dynamic=True)
+        if distributed.world() > 1:
+            dtype = next(model.parameters()).dtype
+            distributed.shard(model.float(), layers, dtype, self.device)
+            # FSDP learns from its first pass which module is the root, and a sampler's goes through parts alone.
+            with distributed.whole(model), torch.no_grad():
+                batch = model.pack([Sample([0, 0], [0.0, 1.0])])
+                model(batch, "logprobs", batch.rows[0][-1:])
+        self.optimizer = Optimizer(model.named_parameters(), optimizer, rates)
+
+    def step(self, samples: Sequence[Sample], loss: LossFunction | None = None) -> StepResult:
+        """One step on a global batch (the same list on every rank).
+
+        Samples without any weight cost nothing. A non-finite loss or gradient leaves the weights as they are, and is
+        counted; after `max_skipped` in a row NonFiniteError is raised. A batch without any weight makes no step.
+        """
+        began = time.perf_counter()
+        loss = cross_entropy if loss is None else loss
+        useful = [s for s in samples if any(s.weights)]
+        denominator = float(sum(math.fsum(s.weights) for s in useful))
+        split, rounds = self._split(useful)
+        sums: dict[str, float] = {}
+        computed = 0
+        for i in range(rounds):
+            # Every rank makes as many passes (FSDP gathers in step); a spare one repeats a sample at weight 0.
+            mine = [useful[j] for j in split[i]] if i < len(split) else [_weightless(useful[0])]
+            batch = self.model.pack(mine, self.systems.share_prefixes)
+            computed += batch.total
+            value, metrics = loss(self.model, batch, denominator)
+            with added_in_place(self.optimizer.places):
+                (
+                    value * distributed.world()
+                ).backward()  # FSDP averages over ranks; the loss's denominator is global already
+            for name, number in {"loss": value, **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(number.detach())
+        parts = distributed.gathered(sums)  # a rank that has nothing of its own may lack some
+        totals = {name: sum(p.get(name, 0.0) for p in parts) for name in sorted(set().union(*parts))}
+        record = self._update(totals, bool(useful))
+        tokens = sum(len(s) for s in samples)
+        record.update(tokens=tokens, loss_tokens=denominator)
+        return StepResult(record, time.perf_counter() - began, tokens, computed, rounds)
+
+    def _split(self, samples: Sequence[Sample]) -> tuple[list[list[int]], int]:
+        """This rank's micro-batches, and how many passes every rank makes."""
+        world, budget = distributed.world(), self.systems.budget(self.device.type)
+        units = _units(samples, budget)
+        shares: list[list[int]] = [[] for _ in range(world)]
+        loads = [0] * world
+        for u in sorted(range(len(units)), key=lambda u: (-units[u][0], u)):
+            lightest = loads.index(min(loads))
+            shares[lightest].append(u)
+            loads[lightest] += units[u][0]
+        plans = [
+            [
+                sorted(i for k in m for i in units[share[k]][1])
+                for m in micro_batches([units[u][0] for u in share], budget)
+            ]
+            for share in shares
+        ]
+        return plans[distributed.rank() if world > 1 else 0], max(len(p) for p in plans)
+
+    def _update(self, totals: dict[str, float], any_useful: bool) -> dict[str, float]:
+        """Clip and step, or skip what is not finite."""
+        lr = lr_at(self.steps_done, self.total_steps, self.optimizer.config)
+        norm = self.optimizer.clip()
+        finite = math.isfinite(norm) and math.isfinite(totals.get("loss", 0.0))
+        if finite and any_useful:
+            self.optimizer.step(lr)
+            self.skipped_in_a_row = 0
+        else:
+            self.optimizer.clear()
+        if not finite:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        self.steps_done += 1
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise NonFiniteError(
+                f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row (last: loss "
+                f"{totals.get('loss')}, gradient norm {norm}), up to step {self.steps_done}. The weights are those "
+                "before them. Try a lower optimizer.lr, longer optimizer.warmup, a smaller optimizer.max_grad_norm, or "
+                "model.dtype=float32; posttrain inspect shows what the rows of these steps look like"
+            )
+        record = {k: v for k, v in totals.items() if k == "loss"}
+        record.update(grad_norm=norm, lr=lr, skipped=0 if finite else 1)
+        record.update({k: v for k, v in totals.items() if k != "loss"})
+        return record
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on: tensors (loaded in place) and, under 'numbers', plain values."""
+        numbers = {"steps_done": self.steps_done, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return {"tensors": self.optimizer.state(), "numbers": numbers}
+
+    def load(self, numbers: dict[str, Any]) -> None:
+        """After the tensors of `state()` were overwritten in place: take the numbers, refresh the working weights."""
+        self.steps_done, self.skipped = int(numbers["steps_done"]), int(numbers["skipped"])
+        self.skipped_in_a_row = int(numbers["skipped_in_a_row"])
+        self.optimizer.loaded()
+
+
+def cross_entropy(model: LanguageModel, batch: RaggedBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Supervised fine-tuning's loss: sum of w_t * -log p(y_t | before) / denominator, with the accuracy's sum."""
+    targets = batch.targets_N()
+    weights = batch.weights_T[targets]
+    loss, _, hits = model(batch, "cross_entropy", targets, weights / denominator)
+    return loss, {"token_accuracy": (hits * weights).sum() / denominator}
+
+
+def _units(samples: Sequence[Sample], budget: int) -> list[tuple[int, list[int]]]:
+    """(tokens to compute, samples) of what stays together in a micro-batch.
+
+    Samples that name the same ``group`` in their meta share their first ``shared`` tokens, computed once: as many of
+    them stay together as the budget allows; all of them, whatever it is, where they say that they are ``whole`` only
+    together (a pair of answers). Any other sample is by itself.
+    """
+    units: list[tuple[int, list[int]]] = []
+    newest: dict[Any, int] = {}
+    for i, sample in enumerate(samples):
+        group, size = sample.meta.get("group"), len(sample)
+        more = size - int(sample.meta.get("shared", 0))
+        at = newest.get(group) if group is not None else None
+        if at is not None and (units[at][0] + more <= budget or sample.meta.get("whole")):
+            units[at] = (units[at][0] + more, [*units[at][1], i])
+            continue
+        if group is not None:
+            newest[group] = len(units)
+        units.append((size, [i]))
+    return units
+
+
+def decoder_layers(model: LanguageModel) -> list[torch.nn.Module]:
+    """The repeated layers of the decoder, as its model type lists them in `_no_split_modules`."""
+    names = set(getattr(model.base, "_no_split_modules", None) or ())
+    return [m for m in model.base.modules() if type(m).__name__ in names]
+
+
+def _weightless(sample: Sample) -> Sample:
+    """The same tokens carrying no loss: a pass that keeps ranks in step and adds nothing."""
+    return Sample(sample.tokens, [0.0] * len(sample), sample.source)

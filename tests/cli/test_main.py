@@ -1,0 +1,251 @@
+"""The command line: quick help, messages without tracebacks, exit codes, what each light command prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from posttrain import __version__
+from posttrain.cli.main import app
+from posttrain.core.errors import ModelError
+from posttrain.recipe.parsing import dump_recipe, load_recipe, shipped
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+
+
+def invoke(*args: str, stdin: str = ""):
+    return CliRunner().invoke(app, list(args), input=stdin, env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def posttrain(*args: str, **settings) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "posttrain.cli.main", *args]
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=120, **settings)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom posttrain.cli.main import app\n"
+        "try: app(['--help'])\nexcept SystemExit as e: assert not e.code\n"
+        "print('LOADED', *sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True)
+    loaded = set(done.stdout.rsplit("LOADED", 1)[1].split())
+    heavy = {"torch", "transformers", "datasets", "peft", "numpy", "pandas", "pyarrow", "pydantic", "yaml"}
+    assert not loaded & heavy
+    assert "Usage" in done.stdout
+
+
+# The commands and their options are a promise to people's scripts: change this table on purpose only.
+SURFACE = {
+    "run": {"recipe", "overrides", "folder", "fresh"},
+    "inspect": {"recipe", "overrides", "rows", "stage", "step", "held_out", "sort", "problem", "watch"},
+    "evaluate": {"model", "recipe", "overrides", "folder", "against"},
+    "chat": {"model", "prompt", "system", "max_new_tokens", "temperature", "device", "trust_remote_code"},
+    "report": {"run"},
+    "doctor": set(),
+    "lab": {"output", "seed", "steps", "kind"},
+}
+
+
+def test_the_commands_and_their_options_are_frozen() -> None:
+    import typer
+
+    group = typer.main.get_command(app)
+    found = {n: {p.name for p in c.params} for n, c in group.commands.items() if n != "recipes"}  # type: ignore[attr-defined]
+    assert found == SURFACE
+    assert set(group.commands["recipes"].commands) == {"list", "show", "copy"}  # type: ignore[attr-defined]
+
+
+def test_version() -> None:
+    assert invoke("--version").output.strip() == f"posttrain {__version__}"
+
+
+def test_a_wrong_recipe_is_one_message_and_exit_code_2() -> None:
+    done = posttrain("run", "quickstart", "stages.0.learning_rate=1e-4", "sed=1")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: quickstart.yaml has 2 problems:")
+    assert "Did you mean stages.0.optimizer.lr?" in done.stderr and "Did you mean seed?" in done.stderr
+
+
+def test_wrong_usage_is_exit_code_2() -> None:
+    assert invoke("run").exit_code == 2
+    assert invoke("run", "quickstart", "--nonsense").exit_code == 2
+
+
+def test_other_errors_of_ours_are_exit_code_1_and_strange_ones_keep_their_traceback(monkeypatch) -> None:
+    import posttrain.cli.chat
+
+    def fails(error):
+        def open_(*_, **__):
+            raise error
+
+        monkeypatch.setattr(posttrain.cli.chat.Chat, "open", open_)
+        return invoke("chat", "x")
+
+    done = fails(ModelError("no such model; try another"))
+    assert done.exit_code == 1 and done.output == "error: no such model; try another\n"
+    assert fails(KeyboardInterrupt()).exit_code == 130
+    strange = fails(ZeroDivisionError("what"))
+    assert isinstance(strange.exception, ZeroDivisionError)
+
+
+def test_a_run_folder_refuses_other_settings(tmp_path) -> None:
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(load_recipe("quickstart")))
+    done = invoke("run", str(tmp_path), "seed=3")
+    assert done.exit_code == 2 and "goes on with its own settings" in done.output
+
+
+def test_recipes_list_show_copy(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = invoke("recipes", "list").output
+    assert all(name in listed for name in shipped())
+    text = shipped()["quickstart"].read_text(encoding="utf-8")
+    assert invoke("recipes", "show", "quickstart").output == text
+    assert invoke("recipes", "copy", "quickstart").exit_code == 0
+    assert Path("quickstart.yaml").read_text() == text
+    again = invoke("recipes", "copy", "quickstart")
+    assert again.exit_code == 2 and "exists already" in again.output
+    (tmp_path / "sub").mkdir()
+    assert invoke("recipes", "copy", "sft", "sub").exit_code == 0 and (tmp_path / "sub" / "sft.yaml").is_file()
+    missing = invoke("recipes", "show", "quikstart")
+    assert missing.exit_code == 2 and "Did you mean quickstart? There are: " in missing.output
+    (tmp_path / "old").mkdir()
+    assert "a folder without a recipe.yaml, so no run" in invoke("inspect", "old").output
+
+
+def test_messages_name_the_program_as_it_can_be_called(tmp_path, monkeypatch) -> None:
+    from posttrain.runs.machine import program
+
+    here = tmp_path / "bin" / "posttrain"
+    here.parent.mkdir()
+    here.write_text("#!/bin/sh\n")
+    here.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [str(here)])
+    assert program() == str(here)  # make demo starts .venv/bin/posttrain, and no shell finds that
+    monkeypatch.setattr(sys, "argv", ["/x/posttrain/__main__.py"])
+    assert program() == f"{sys.executable} -m posttrain"
+    monkeypatch.setenv("PATH", str(here.parent))
+    for started in (str(here), "/x/posttrain/__main__.py", "notebook.py"):
+        monkeypatch.setattr(sys, "argv", [started])
+        assert program() == "posttrain"
+
+
+def test_recipes_show_fields_describes_every_setting() -> None:
+    output = invoke("recipes", "show", "quickstart", "--fields").output
+    assert "stages.N.optimizer.lr = 2e-05    (number)\n    Peak learning rate.\n" in output
+    assert "model.source = required    (text)" in output
+
+
+def test_inspect_and_evaluate_check_names_before_anything_loads(tmp_path) -> None:
+    done = invoke("inspect", "quickstart", "--stage", "nope")
+    assert done.exit_code == 2 and "there are: sft, sentiment" in done.output
+    done = invoke("evaluate", "tiny:llama", "--recipe", "sft")
+    assert done.exit_code == 2 and "no evaluations" in done.output
+    done = invoke("evaluate", "tiny:llama", "--recipe", "quickstart", "--against", str(tmp_path))
+    assert done.exit_code == 2 and "sentiment.jsonl" in done.output
+
+
+def test_report_of_what_is_no_run(tmp_path) -> None:
+    done = invoke("report", str(tmp_path))
+    assert done.exit_code == 2 and "not a run's folder" in done.output
+
+
+def test_evaluations_of_other_models_and_tasks_get_other_folders() -> None:
+    from posttrain.cli.main import _evaluation_folder
+
+    recipe, other = load_recipe("quickstart"), load_recipe("quickstart", ["evaluate.0.data.rows=[0, 9]"])
+    folders = {_evaluation_folder(r, m) for r in (recipe, other) for m in ("a/b", "a-b")}
+    assert len(folders) == 4 and folders == {_evaluation_folder(r, m) for r in (recipe, other) for m in ("a/b", "a-b")}
+    assert all(f.parent == Path("runs/evaluations") for f in folders)
+
+
+def test_chat_answers_once_and_streams_what_generate_gives() -> None:
+    import torch
+
+    from posttrain.cli.chat import Chat
+    from posttrain.config import ModelConfig
+
+    chat = Chat.open(ModelConfig(source="tiny:llama", device="cpu"), max_new_tokens=12)
+    pieces = list(chat.ask("hello"))
+    question = [{"role": "user", "content": "hello"}]
+    text = chat.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    ids = torch.tensor([chat.tokenizer(text, add_special_tokens=False)["input_ids"]])
+    out = chat.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert "".join(pieces) == chat.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"]
+    assert chat.messages[1]["content"] == "".join(pieces)
+
+
+def test_chat_commands_context_and_errors() -> None:
+    from posttrain.cli.chat import HELP, Chat
+    from posttrain.config import ModelConfig
+
+    chat = Chat.open(ModelConfig(source="tiny:llama", device="cpu"), max_new_tokens=2)
+    list(chat.ask("hello"))
+    assert chat.command("/system Be brief.") is not None and chat.system == "Be brief." and chat.messages == []
+    assert "Be brief." in chat.tokenizer.decode(chat.prompt_ids())
+    assert chat.command("/what") == HELP and chat.command("/quit") is None
+    with pytest.raises(ModelError, match="/reset"):
+        list(chat.ask("x" * 5000))
+    assert chat.messages == []
+    chat.model.generate = lambda **_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        list(chat.ask("hello"))
+
+
+def test_chat_over_a_pipe_and_stopped_by_ctrl_c() -> None:
+    done = posttrain("chat", "tiny:llama", "--max-new-tokens", "2", input="hello\n/reset\n/quit\n")
+    assert done.returncode == 0 and "a new conversation" in done.stdout, done.stderr
+    command = [sys.executable, "-m", "posttrain.cli.main", "chat", "tiny:llama", "-p", "x", "--max-new-tokens", "1900"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV)
+    assert process.stdout is not None
+    assert process.stdout.read(1)  # the answer has begun
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (0, 130) and b"Traceback" not in err
+
+
+def test_doctor_finds_no_problem_here_and_names_those_it_finds(monkeypatch) -> None:
+    import posttrain.cli.doctor as doctor
+
+    monkeypatch.setattr(doctor, "products_rate", lambda: 1000.0)  # others may be using the cores
+    done = invoke("doctor")
+    assert done.exit_code == 0, done.output
+    assert "torch" in done.output and "GFLOP/s" in done.output and "gguf" in done.output
+    monkeypatch.setattr(doctor, "products_rate", lambda: 0.5)
+    slow = invoke("doctor")
+    assert slow.exit_code == 1 and "matrix products are slow" in slow.output
+
+
+def test_doctor_measures_products_and_checks_versions() -> None:
+    from posttrain.cli.doctor import _meets, _requirements, products_rate
+
+    assert products_rate(0.05) > 0
+    assert _requirements()["torch"].replace(" ", "") in (">=2.11,<2.14", "<2.14,>=2.11")
+    assert _meets("2.13.0+cpu", ">=2.11,<2.14") and not _meets("2.14.0", ">=2.11,<2.14")
+
+
+def test_the_public_face_gives_the_function_run_however_it_was_imported() -> None:
+    for first in ("import posttrain.runs.runner", "import posttrain", "from posttrain.runs.runner import RunResult"):
+        code = f"{first}\nimport posttrain\nassert callable(posttrain.run), posttrain.run"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_there_and_importing_the_package_is_light() -> None:
+    code = (
+        "import posttrain, sys, json\nlight = 'torch' not in sys.modules and 'pydantic' not in sys.modules\n"
+        "missing = [n for n in posttrain.__all__ if getattr(posttrain, n, None) is None]\n"
+        "print(json.dumps([light, missing, dir(posttrain) == sorted(posttrain.__all__)]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [True, [], True]

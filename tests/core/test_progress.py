@@ -1,0 +1,73 @@
+"""Progress for a person: a bar with the phase in a terminal, lines elsewhere, few but none of a long phase missing."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from posttrain.core import progress
+from posttrain.core.progress import Phases, Track, clock
+
+
+class Clock:
+    """Seconds that pass when told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+
+def test_lines_come_seldom_and_with_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten seconds apart; the last always. Three of ten in 12 s: 4 s each, 28 s left."""
+    time, out = Clock(monkeypatch), io.StringIO()
+    track = Track("job", 10, console=Console(file=out, width=200))
+    for done, now in ((1, 4.0), (2, 8.0), (3, 12.0), (4, 15.0), (10, 16.0)):
+        time.now = now
+        track.update(done, loss=0.5, tokens_per_s=1234.5)
+    assert out.getvalue().splitlines() == [
+        "job 3/10  loss 0.500  tokens per s 1,234  left 0:28",
+        "job 10/10  loss 0.500  tokens per s 1,234  left 0:00",
+    ]
+    assert (clock(3667), clock(187.4)) == ("1:01:07", "3:07")
+
+
+def test_a_long_phase_is_named_soon_and_its_parts_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    time, out = Clock(monkeypatch), io.StringIO()
+    track = Track("rl", 9, console=Console(file=out, width=200))
+    phases = Phases(track)
+    said = []
+    for now, name in ((1, "sample"), (5, "sampling 2/8"), (9, "sampling 3/8"), (15.5, "sampling 6/8"), (17, "score")):
+        time.now = now
+        track.phase(name)
+        said.append(out.getvalue().count("\n"))
+    assert said == [0, 1, 1, 2, 2]  # too soon; the phase begins; the same; ten seconds later; too soon again
+    time.now = 20
+    with phases("learn"):
+        pass
+    time.now = 21
+    track.update(1)  # a step's result is not hidden by what was said of its phases
+    assert out.getvalue().splitlines() == [
+        "rl 0/9  sampling 2/8", "rl 0/9  sampling 6/8", "rl 0/9  learn", "rl 1/9  left 2:48",
+    ]  # fmt: skip
+    assert list(phases.seconds) == ["learn"]
+
+
+def test_a_terminal_shows_every_phase() -> None:
+    out = io.StringIO()
+    with Track("rl", 9, console=Console(file=out, width=100, force_terminal=True, force_interactive=True)) as track:
+        for name in ("sampling 2/8", "learn"):
+            track.phase(name)
+            assert track.bar is not None
+            track.bar.refresh()
+    assert "sampling 2/8" in out.getvalue() and "learn" in out.getvalue() and "0/9" in out.getvalue()
+
+
+def test_nothing_is_shown_where_nothing_is_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    time, out = Clock(monkeypatch), io.StringIO()
+    track = Track("rl", 2, shown=False, console=Console(file=out))
+    time.now = 100
+    track.phase("learn")
+    track.update(2)
+    assert out.getvalue() == ""

@@ -1,0 +1,88 @@
+"""The laboratory's rows with chains: what they say by hand, and that they are about the questions that RL asks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import pytest
+
+from posttrain.config import DataConfig, LabConfig
+from posttrain.core.errors import DataError
+from posttrain.data.prompt_rows import load_problems
+from posttrain.data.readers import read_table
+from posttrain.data.sft_rows import prepare
+from posttrain.data.synthetic import sum_chains as chains
+from posttrain.models.tiny_model import tiny_tokenizer
+
+
+def test_chains_by_hand() -> None:
+    assert chains.careful((7, 4, 9)) == "slowly\n7+4=11\n11+9=20\n20"
+    assert chains.words((7, 4, 9)) == "7 and 4 is 11.\n11 and 9 is 20.\nSo 20"
+    assert chains.program((7, 4, 9)) == "a=7\na=a+4\na=a+9\nprint(a)"
+
+
+@pytest.mark.parametrize("kind", ["careful", "words", "program"])
+def test_rows_are_about_the_lab_s_own_problems_and_right(kind: str) -> None:
+    rows = chains.rows(kind)[:200]
+    problems = load_problems(LabConfig(size=200))
+    assert [(r["prompt"], r["answer"]) for r in rows] == [(p["prompt"], p["answer"]) for p in problems]
+    for row in rows:
+        if kind == "program":
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(row["completion"], {})  # written by us, two lines above
+            assert out.getvalue().strip() == row["answer"]
+        else:
+            assert row["completion"].split()[-1] == row["answer"]
+            assert chains.valid_steps(row["completion"], row) == 1.0
+
+
+def test_other_tasks_are_right_and_held_out_ones_apart() -> None:
+    rows = chains.rows("others")
+    held = chains.rows("others_held_out")
+    assert (len(rows), len(held)) == (4000, 500)
+    assert not {r["prompt"] for r in rows} & {r["prompt"] for r in held}
+    right = {
+        "copy": lambda d: d,
+        "reverse": lambda d: d[::-1],
+        "sort": lambda d: "".join(sorted(d)),
+    }
+    seen = set()
+    for row in rows + held:
+        kind, _, rest = row["prompt"].rstrip(":").partition(" ")
+        seen.add(kind)
+        if kind == "running":
+            numbers = [int(n) for n in rest.removeprefix("total of ").split(",")]
+            assert row["answer"] == ",".join(str(sum(numbers[: i + 1])) for i in range(len(numbers)))
+        else:
+            assert row["answer"] == right[kind](rest)
+    assert seen == {"copy", "reverse", "sort", "running"}
+
+
+def test_they_are_a_data_source() -> None:
+    config = DataConfig(source="lab:words", rows=(3, 5), chat=False)
+    prepared = prepare(config, tiny_tokenizer())
+    assert [s.source for s in prepared.samples] == ["lab:words:4", "lab:words:5"]
+    assert prepared.stats["layout"] == "prompt_completion"
+    assert prepared.samples[0].tokens[-1] == tiny_tokenizer().eos_token_id
+    both = read_table(DataConfig(source=["lab:sums", "lab:others"]))
+    assert len(both.rows) == 8000 and both.places[4000] == ("lab:others", 1)
+    with pytest.raises(DataError, match=r"'lab:wrods': expected lab:calculator, .* lab:careful, lab:words"):
+        read_table(DataConfig(source="lab:wrods"))
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("7 and 4 is 11.\n11 and 9 is 20.\nSo 20", 1.0),
+        ("slowly\n7+4=11\n11+9=20\n20", 1.0),
+        ("7+4=11\n11+9=21\n21", 0.5),  # the second is wrong
+        ("7+4=12\n12+9=21\n21", 0.0),  # what follows from a wrong step is no credit
+        ("4+7=11\n11+9=20\n20", 0.0),  # another question's
+        ("20", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_steps_are_checked_without_knowing_the_answer(text: str, share: float) -> None:
+    assert chains.valid_steps(text, {"prompt": "7+4+9="}) == share

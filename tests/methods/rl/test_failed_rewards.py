@@ -1,0 +1,120 @@
+"""Rewards that fail, in training: never in silence, never as a zero; and settings that would do nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from posttrain.core.errors import RewardError
+from posttrain.core.progress import Phases, Track
+from posttrain.methods.rl.collect import counts_of
+from posttrain.methods.rl.policy_objectives import give_advantages
+from tests.methods.rl.test_policy_gradient import GREEDY, batch_of, settings, work
+
+PART = {"kind": "function", "function": "f", "isolated": False}
+QUIET = Track("t", 1, shown=False)
+HELD_OUT = {"problems": {"kind": "rows", "data": {"source": "x"}}, "every": 1}
+
+
+def test_a_greedy_answer_without_a_reward_teaches_nothing_and_is_counted(tmp_path: Path) -> None:
+    """ReMax: every reward is 5, so that every advantage is 0; a failed baseline taken for 0 would make them 5."""
+    calls: list[str] = []
+
+    def f(text: str, example: Any) -> float:
+        calls.append(text)
+        if len(calls) == 18:  # 16 samples, then a greedy answer to each of 4 prompts
+            raise RuntimeError("the second greedy answer")
+        return 5.0
+
+    exp = work(settings("remax", rewards={"parts": [PART], "on_error": "exclude"}), tmp_path, f=f)
+    before = [p.detach().clone() for p in exp.learner.model.parameters()]
+    metrics = exp.step(0, QUIET).metrics
+    assert len(calls) == 20 and metrics["greedy_failed"] == 1 and "failed/function" not in metrics
+    assert metrics["no_signal"] == 1 and metrics["grad_norm"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, exp.learner.model.parameters(), strict=True))
+
+
+def test_only_the_group_of_the_failed_greedy_answer_is_left_out() -> None:
+    rolled = batch_of()
+    give_advantages(settings("remax"), rolled, greedy=[GREEDY[0], float("nan"), GREEDY[2]])
+    for r in rolled:
+        expected = 0.0 if r.group == 1 else r.rollout.reward - GREEDY[r.group]
+        assert r.advantages.tolist() == pytest.approx([expected] * r.length)
+        assert r.signal == (r.group != 1 and expected != 0)
+
+
+def test_held_out_answers_without_a_reward_are_counted(tmp_path: Path) -> None:
+    def f(text: str, example: Any) -> float:
+        if example["answer"] != "0":
+            raise RuntimeError("not that one")
+        return 1.0
+
+    config = settings("grpo", rewards={"parts": [PART], "on_error": "exclude"}, held_out=HELD_OUT)
+    found = work(config, tmp_path, f=f).measure(0, Phases(QUIET))
+    assert found["held_out"] == 1 and found["held_out_failed"] == 2  # of three
+    everything = work(config, tmp_path / "other", f=lambda text, example: 1.0).measure(0, Phases(QUIET))
+    assert everything["held_out_failed"] == 0
+
+
+def test_what_failed_before_a_kill_counts_after_it(tmp_path: Path) -> None:
+    """A reward that worked once has worked; 16 errors before the kill and 16 behind it are over a limit of 20."""
+
+    def stack(fails: bool, limit: int = 100, **how: Any) -> Any:
+        def f(text: str, example: Any) -> float:
+            if fails:
+                raise RuntimeError("down")
+            return float(len(text))
+
+        rewards = {"parts": [PART], "max_errors": limit, **how}
+        return work(settings("grpo", rewards=rewards), tmp_path, f=f)
+
+    first = stack(False, on_error="exclude")
+    first.step(0, QUIET)
+    later = stack(True, on_error="exclude")
+    later.load(first.numbers())
+    assert later.step(1, QUIET).metrics["failed/function"] == 16  # not: "has not worked once"
+    with pytest.raises(RewardError, match="has not worked once"):
+        stack(True, on_error="exclude").step(1, QUIET)
+
+    stopping = stack(True, limit=20)
+    stopping.load(later.numbers())
+    with pytest.raises(RewardError, match=r"failed too often: 32 errors, .* 16 scored"):
+        stopping.step(2, QUIET)
+
+
+def test_what_two_ranks_counted_is_added_up_for_one() -> None:
+    one, two = ({"r": {"scored": n, "errors": n - 1, "timeouts": 0, "died": 0}} for n in (3, 5))
+    assert counts_of([one]) == one
+    assert counts_of([one, two]) == {"r": {"scored": 8, "errors": 6, "timeouts": 0, "died": 0}}
+    assert counts_of([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "said"),
+    [
+        ("grpo", {"gamma": 0.5}, "gamma discounts tokens in ppo and reinforce_pp; grpo has none: leave it out"),
+        ("grpo", {"clip_high": 0.3}, "clip_high: with one update a batch the ratio is 1"),
+        ("rloo", {"clip_low": 0.1, "clip_dual": 3.0}, "clip_dual, clip_low: with one update"),
+        ("cispo", {"clip_dual": 3.0, "passes": 2}, "cispo has its weight bounded already"),
+        ("grpo", {"success": 0.5}, "success is for allocate, curriculum and replay"),
+        ("grpo", {"max_staleness": 4}, "max_staleness is for replay and carry"),
+        ("remax", {"group_size": 1, "redraws": 2}, "as one of one is: raise group_size"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(method: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        settings(method, **changes)
+
+
+def test_the_same_settings_are_taken_where_they_do_something() -> None:
+    settings("ppo", gamma=0.9)
+    settings("reinforce_pp", gamma=0.9)
+    settings("grpo", clip_high=0.3, updates=2)
+    settings("grpo", clip_high=0.3, carry=4, max_staleness=4)
+    settings("grpo", success=0.5, curriculum={})
+    settings("remax", group_size=2, redraws=1)
+    settings("remax", group_size=1, redraws=1, rewards={"parts": [{"kind": "valid_steps"}]})

@@ -1,0 +1,421 @@
+"""Reinforcement learning's glue: losses against a slow loop, splits that change nothing, what a batch is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posttrain.config import RLConfig, SystemsConfig
+from posttrain.core.progress import Track
+from posttrain.core.types import Rollout
+from posttrain.data.prompts import Question
+from posttrain.methods.rl.collect import Collector, Phases
+from posttrain.methods.rl.policy_gradient import Experience
+from posttrain.methods.rl.policy_objectives import METHODS, Extremes, Rolled, give_advantages, policy_loss
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+from posttrain.rewards.stack import RewardStack
+from posttrain.sampling.engine import LocalSampler
+from posttrain.sampling.rollout_store import groups_of, read_rollouts
+from posttrain.trainer.train_step import Learner
+
+TOKENIZER = tiny_tokenizer()
+MAX = 9
+GREEDY = [0.4, 1.0, 0.9]
+"""Rewards of ReMax's greedy answers, by group."""
+
+
+def settings(method: str, **changes: Any) -> RLConfig:
+    base = {
+        "method": method,
+        "problems": {"kind": "rows", "data": {"source": "unused.jsonl"}},
+        "rewards": {"parts": [{"kind": "length", "unit": "characters", "target": 12, "width": 30}]},
+        "sampling": {"max_tokens": MAX},
+        "prompts_per_step": 4,
+        "group_size": 4,
+        "steps": 3,
+        "optimizer": {"lr": 1e-3},
+    }
+    return RLConfig.model_validate({**base, **changes})
+
+
+def model(seed: int = 0) -> LanguageModel:
+    torch.manual_seed(seed)
+    return LanguageModel(tiny_model("llama"))
+
+
+def batch_of(seed: int = 0, groups: int = 3, size: int = 4, replies: bool = False) -> list[Rolled]:
+    """Random rollouts: prompts longer than what is worth sharing, one group without signal.
+
+    replies: an environment wrote some of the tokens; their log-probabilities here are nonsense that must not count.
+    """
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for group in range(groups):
+        prompt = torch.randint(3, 250, (18,), generator=g).tolist()
+        for i in range(size):
+            n = int(torch.randint(1, MAX + 1, (1,), generator=g))
+            tokens = torch.randint(3, 250, (n,), generator=g).tolist()
+            logprobs = (-5.6 + 0.3 * torch.randn(n, generator=g)).tolist()
+            reward = 1.0 if group == 1 else float(i % 3) + 0.25 * group
+            mask = None
+            if replies and i:
+                mask = [True] * n
+                for at in (1, n // 2 + 1):
+                    reply = torch.randint(3, 250, (i,), generator=g).tolist()
+                    tokens[at:at], logprobs[at:at], mask[at:at] = reply, [-77.0] * i, [False] * i
+            out.append(Rolled(prompt, Rollout(tokens, logprobs, "end", reward=reward, mask=mask), group))
+    return out
+
+
+def plain_logprobs(lm: LanguageModel, rolled: Rolled, temperature: float) -> torch.Tensor:
+    """transformers' own logits, one sequence at a time."""
+    lm.base.set_attn_implementation("eager")
+    ids = torch.tensor([[*rolled.prompt, *rolled.rollout.tokens]])
+    logits = lm.base(ids, use_cache=False).logits[0] / temperature
+    lm.base.set_attn_implementation("posttrain")
+    start = len(rolled.prompt)
+    picked = logits.log_softmax(-1)[start - 1 : -1].gather(1, ids[0, start:, None]).squeeze(1)
+    mask = rolled.rollout.mask
+    return picked if mask is None else torch.stack([p for p, mine in zip(picked, mask, strict=True) if mine])
+
+
+def slow(config: RLConfig, lm: LanguageModel, rolled: list[Rolled], alone: bool) -> torch.Tensor:
+    """The same objective written out: a loop over rollouts, formulas as in the papers."""
+    rewards = torch.tensor([r.rollout.reward for r in rolled])
+    by_token = torch.cat([r.rollout.reward * torch.ones(r.length) for r in rolled])
+    group_means = {r.group: rewards[[x.group == r.group for x in rolled]].mean() for r in rolled}
+    centred = torch.cat([(r.rollout.reward - group_means[r.group]) * torch.ones(r.length) for r in rolled])
+    total = torch.zeros(())
+    tokens = sum(r.length for r in rolled)
+    for i, r in enumerate(rolled):
+        mates = torch.stack([x for x, y in zip(rewards, rolled, strict=True) if y.group == r.group])
+        name = config.method
+        if name in ("grpo", "dapo", "gspo", "cispo"):
+            a = (rewards[i] - mates.mean()) / (mates.std() + 1e-4)
+        elif name == "dr_grpo":
+            a = rewards[i] - mates.mean()
+        elif name == "remax":
+            a = rewards[i] - GREEDY[r.group]
+        elif name == "reinforce_pp":  # all of the reward still to come, whitened over the batch's tokens
+            a = (rewards[i] - by_token.mean()) / by_token.std()
+        elif name == "reinforce_pp_baseline":
+            a = (rewards[i] - group_means[r.group] - centred.mean()) / centred.std()
+        elif name == "rloo":
+            a = rewards[i] - (mates.sum() - rewards[i]) / (len(mates) - 1)
+        else:
+            a = rewards[i] - rewards.mean()
+        logp = plain_logprobs(lm, r, config.sampling.temperature)
+        wrote = r.rollout.mask or [True] * len(r.rollout.tokens)
+        sampled = torch.tensor([p for p, mine in zip(r.rollout.logprobs, wrote, strict=True) if mine])
+        old = logp.detach() if alone else sampled
+        ratio = (logp - old).exp()
+        if name in ("rloo", "reinforce", "remax") and alone:
+            total = total - (a * logp).sum() / len(rolled)
+            continue
+        if name == "gspo":
+            ratio = (logp - old).mean().exp().expand(r.length)
+        if name in ("rloo", "reinforce", "remax"):
+            ratio = (logp - old).sum().exp().expand(r.length)
+        low, high = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}.get(name, (0.2, 0.2))
+        if name == "cispo":
+            per_token = -ratio.detach().clamp(0.0, 5.0) * a * logp
+        else:
+            per_token = -torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
+        if name in ("grpo", "gspo", "rloo", "reinforce", "remax"):
+            total = total + per_token.mean() / len(rolled)
+        elif name == "dr_grpo":
+            total = total + per_token.sum() / MAX / len(rolled)
+        else:
+            total = total + per_token.sum() / tokens
+    return total
+
+
+def capture(learner: Learner) -> dict[str, torch.Tensor]:
+    """Takes the place of the update: the unclipped gradients, which Adam would turn into signs."""
+    captured: dict[str, torch.Tensor] = {}
+
+    def take(lr: float) -> None:
+        captured.update({n: p.grad.clone() for n, p in learner.model.named_parameters() if p.grad is not None})
+
+    learner.optimizer.step = take  # type: ignore[method-assign]
+    learner.optimizer.clip = lambda: 1.0  # type: ignore[method-assign]
+    return captured
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "ppo"])
+@pytest.mark.parametrize(("alone", "replies"), [(True, False), (False, False), (True, True), (False, True)])
+def test_loss_and_gradient_equal_a_slow_loop(method: str, alone: bool, replies: bool) -> None:
+    config = settings(method, updates=1 if alone else 2, sampling={"max_tokens": MAX, "temperature": 0.8})
+    rolled, lm = batch_of(replies=replies), model()
+    give_advantages(config, rolled, greedy=GREEDY)
+    if not alone:
+        for r in rolled:
+            r.old = r.sampled()
+    learner = Learner(lm, config.optimizer, SystemsConfig(), 1)
+    captured = capture(learner)
+    samples = [r.sample(i) for i, r in enumerate(rolled)]
+    result = learner.step([s for s in samples if any(s.weights)], policy_loss(config, rolled, alone, True, Extremes()))
+    lm.zero_grad()
+    expected = slow(config, lm, rolled, alone)
+    expected.backward()
+    assert result.metrics["loss"] == pytest.approx(float(expected.detach()), abs=1e-6)
+    for name, p in lm.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(captured[name], p.grad, atol=2e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("method", ["rloo", "reinforce", "remax", "dr_grpo", "grpo"])
+def test_naming_the_constant_sum_is_the_method_s_own(method: str) -> None:
+    """With several updates REINFORCE's ratio is a sequence's, and counts once for it, however many tokens there are; of
+    the others a sum of tokens is divided by the limit, as in Dr. GRPO."""
+    losses = []
+    for changes in ({"aggregation": "constant"}, {} if method != "grpo" else {"aggregation": "sequence"}):
+        config = settings(method, updates=2, **changes)
+        rolled, lm = batch_of(), model()
+        give_advantages(config, rolled, greedy=GREEDY)
+        for r in rolled:
+            r.old = r.sampled()
+        learner = Learner(lm, config.optimizer, SystemsConfig(), 1)
+        capture(learner)
+        if method == "grpo":  # of advantage 1 and ratio 1: -1 a token
+            for r in rolled:
+                r.advantages, r.old, r.signal = torch.ones(r.length), None, True
+        samples = [r.sample(i) for i, r in enumerate(rolled)]
+        used = [s for s in samples if any(s.weights)]
+        losses.append(learner.step(used, policy_loss(config, rolled, False, True, Extremes())).metrics["loss"])
+    if method == "grpo":
+        assert losses == pytest.approx([-sum(r.length for r in rolled) / MAX / len(rolled), -1.0])
+    else:
+        assert losses[0] == pytest.approx(losses[1], abs=1e-9) and losses[0] != 0
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_split_and_sharing_change_nothing(method: str) -> None:
+    """Token budgets that split groups, and prefixes computed once or each time."""
+    results = []
+    for budget, share in ((4096, True), (30, True), (4096, False), (100, False)):
+        config = settings(method, updates=2, kl={"coefficient": 0.1}, entropy=0.01)
+        rolled, lm = batch_of(), model()
+        if METHODS[method].advantages == "critic":
+            lm.add_value_head()
+        for r in rolled:
+            r.old = torch.tensor(r.rollout.logprobs)
+            r.reference = r.old - 0.1
+            r.values = torch.linspace(0, 1, r.length)
+        give_advantages(config, rolled, greedy=[0.5, 1.0, 0.0])
+        systems = SystemsConfig(tokens_per_micro_batch=budget, share_prefixes=share)
+        learner = Learner(lm, config.optimizer, systems, 1)
+        gradients = capture(learner)
+        samples = [r.sample(i) for i, r in enumerate(rolled)]
+        result = learner.step(samples, policy_loss(config, rolled, True, True, Extremes()))
+        results.append((result, gradients))
+    (first, gradients), *others = results
+    assert first.computed_tokens < others[1][0].computed_tokens  # sharing saves something
+    assert others[0][0].micro_batches > 3
+    for other, moved in others:
+        assert other.metrics.keys() == first.metrics.keys()
+        for name, value in first.metrics.items():
+            assert other.metrics[name] == pytest.approx(value, rel=2e-5, abs=2e-6), name
+        for name, g in gradients.items():
+            torch.testing.assert_close(moved[name], g, atol=1e-6 * float(g.abs().max() + 1), rtol=1e-4)
+
+
+def test_the_critic_s_clip_cuts_its_gradient() -> None:
+    """Old values -10, returns 5, and a new head's values 0: a clip of 0.2 holds them at -9.8, 14.8 from the return."""
+    gradients, losses = [], []
+    for clip in (None, 0.2):
+        config = settings("ppo", updates=2, clip_value=clip, value_coefficient=2.0)
+        rolled, lm = batch_of(), model()
+        lm.add_value_head()
+        with torch.no_grad():
+            for p in lm.value.parameters():  # type: ignore[union-attr]
+                p.zero_()
+        for r in rolled:
+            r.old = torch.tensor(r.rollout.logprobs)
+            r.values = torch.full((r.length,), -10.0)
+        give_advantages(config, rolled)
+        for r in rolled:
+            r.returns = torch.full((r.length,), 5.0)
+        learner = Learner(lm, config.optimizer, SystemsConfig(), 1)
+        captured = capture(learner)
+        samples = [r.sample(i) for i, r in enumerate(rolled)]
+        metrics = learner.step(samples, policy_loss(config, rolled, False, True, Extremes())).metrics
+        losses.append(metrics["value_loss"])
+        gradients.append(max(float(g.abs().max()) for n, g in captured.items() if n.startswith("value.")))
+        assert metrics.get("value_clip") == (None if clip is None else 1.0)
+    assert losses == pytest.approx([0.5 * 5**2, 0.5 * 14.8**2])
+    assert gradients[0] > 1 and gradients[1] == 0
+
+
+def questions(count: int = 8) -> list[Question]:
+    out = []
+    for i in range(count):
+        text = f"{i} + {i} ="
+        out.append(Question(TOKENIZER(text)["input_ids"], text, {"answer": str(2 * i), "prompt": text, "source": "q"}))
+    return out
+
+
+def work(config: RLConfig, folder: Path, **functions: Any) -> Experience:
+    lm = model()
+    critic = METHODS[config.method].advantages == "critic"
+    if critic:
+        lm.add_value_head()
+    learner = Learner(lm, config.optimizer, config.systems, 100, {"value.": 10.0} if critic else None)
+    stack = RewardStack(config.rewards, functions)
+    collector = Collector(config, lm, LocalSampler(lm, TOKENIZER), stack, questions(), 0)
+    return Experience(config, learner, collector, folder, questions(3))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_takes_a_step_and_keeps_its_rollouts(method: str, tmp_path: Path) -> None:
+    held_out = {"problems": {"kind": "rows", "data": {"source": "x"}}, "every": 1}
+    exp = work(settings(method, updates=2, passes=2, held_out=held_out), tmp_path)
+    before = [p.detach().clone() for p in exp.learner.model.parameters()]
+    result = exp.step(0, Track("t", 1, shown=False))
+    assert exp.learner.steps_done == 4
+    assert any(not torch.equal(a, b) for a, b in zip(before, exp.learner.model.parameters(), strict=True))
+    m = result.metrics
+    assert m["mismatch_max"] < 1e-4 and 0 <= m["no_signal"] < 1 and "held_out" in m
+    assert m["ratio_max"] >= 1
+    rows = read_rollouts(tmp_path / "rollouts" / "step-000001.parquet")
+    assert len(rows) == 16
+    assert m["reward"] == pytest.approx(sum(r["reward"] for r in rows) / 16)
+    for row in rows:
+        assert row["reward"] == pytest.approx(-min(1, abs(len(row["completion"]) - 12) / 30))
+    assert ("clip_fraction" in m) == ("ratio" in m)
+    if METHODS[method].advantages in ("group", "centred", "leave_one_out"):
+        for g in range(4):
+            mine = [r for r in rows if r["group"] == g]
+            assert sum(r["advantage"] for r in mine) == pytest.approx(0, abs=1e-5)
+            order = sorted(mine, key=lambda r: r["reward"])
+            assert [r["advantage"] for r in order] == sorted(r["advantage"] for r in mine)
+    groups = groups_of(rows)
+    assert [len(g.rollouts) for g in groups] == [4] * 4
+
+
+def test_groups_without_signal_cost_no_learning(tmp_path: Path) -> None:
+    """Rewards all alike: nothing is computed, the weights stay. Half of the groups alike: half is computed."""
+    config = settings("grpo", rewards={"parts": [{"kind": "function", "function": "f", "isolated": False}]})
+    exp = work(config, tmp_path / "a", f=lambda text, example: 1.0)
+    before = [p.detach().clone() for p in exp.learner.model.parameters()]
+    result = exp.step(0, Track("t", 1, shown=False))
+    assert result.computed_tokens == 0 and result.metrics["no_signal"] == 1 and result.metrics["grad_norm"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, exp.learner.model.parameters(), strict=True))
+
+    def some(text: str, example: Any) -> float:
+        return float(len(text)) if int(example["answer"]) % 4 == 0 else 1.0
+
+    exp = work(config, tmp_path / "b", f=some)
+    batch = exp.collector.collect(0, Phases(Track("t", 1, shown=False)))
+    signal = {r.group for r in batch.rolled if r.signal}
+    odd = {g for g, p in enumerate(batch.problems) if int(questions()[p].problem["answer"]) % 4}
+    assert odd and not odd & signal
+    results, _ = exp._learn(batch)
+    tokens = sum(len(r.prompt) + r.length for r in batch.rolled if r.signal)
+    assert sum(r.tokens for r in results) == tokens < sum(len(r.prompt) + r.length for r in batch.rolled)
+
+
+def test_a_rollout_whose_reward_failed_is_left_out_and_shown(tmp_path: Path) -> None:
+    def picky(text: str, example: Any) -> float:
+        if len(text) % 2:
+            raise RuntimeError("odd text")
+        return float(len(text))
+
+    part = {"kind": "function", "function": "picky", "isolated": False}
+    config = settings("grpo", rewards={"parts": [part], "on_error": "exclude"})
+    exp = work(config, tmp_path, picky=picky)
+    result = exp.step(0, Track("t", 1, shown=False))
+    rows = read_rollouts(tmp_path / "rollouts" / "step-000001.parquet")
+    failed = [r for r in rows if r["reward"] is None]
+    assert len(rows) == 16 and failed and result.metrics["failed/function"] == len(failed)
+    for row in rows:
+        assert (row["reward"] is None) == (len(row["completion"]) % 2 == 1) == (row["advantage"] is None)
+    assert "odd text" in failed[0]["failures"]["function"]
+
+
+def test_redraws_replace_groups_without_signal(tmp_path: Path) -> None:
+    """DAPO's sampling: with a reward that only varies for some problems, redraws find more of those."""
+    part = {"kind": "function", "function": "f", "isolated": False}
+
+    def some(text: str, example: Any) -> float:
+        return float(len(text)) if int(example["answer"]) % 4 == 0 else 1.0
+
+    shares = []
+    for redraws in (0, 6):
+        exp = work(settings("dapo", rewards={"parts": [part]}, redraws=redraws), tmp_path / str(redraws), f=some)
+        metrics = exp.step(0, Track("t", 1, shown=False)).metrics
+        shares.append(metrics["no_signal"])
+        assert metrics["drawn"] == 4 if not redraws else metrics["drawn"] > 4
+    assert shares[0] > 0 and shares[1] == 0
+
+
+def test_a_batch_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
+    def tokens(step: int, exp: Experience) -> list[Any]:
+        batch = exp.collector.collect(step, Phases(Track("t", 1, shown=False)))
+        return [
+            (p, g.prompt, [r.tokens for r in g.rollouts]) for p, g in zip(batch.problems, batch.groups, strict=True)
+        ]
+
+    a, b = work(settings("grpo"), tmp_path), work(settings("grpo"), tmp_path)
+    later = tokens(1, a)
+    assert tokens(0, b) != later
+    assert tokens(1, b) == later
+    # An epoch asks everything once.
+    seen = [p for s in range(2) for p in a.collector.gatherer.problems(s, 0)]
+    assert sorted(seen) == list(range(8))
+
+
+def test_kl_to_the_reference_pulls_back(tmp_path: Path) -> None:
+    """With a large beta and no reward to speak of, the policy returns to its reference."""
+    part = {"kind": "function", "function": "f", "isolated": False}
+    for where in ("loss", "reward"):
+        estimator = "k3" if where == "loss" else "k1"
+        config = settings(
+            "reinforce_pp" if where == "reward" else "grpo",
+            rewards={"parts": [part]},
+            kl={"coefficient": 5.0, "where": where, "estimator": estimator},
+            group_size=16,
+            optimizer={"lr": 2e-3},
+        )
+        exp = work(config, tmp_path / where, f=lambda text, example: 0.0)
+        frozen = model()
+        with torch.no_grad():
+            for p in exp.learner.model.parameters():
+                p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+
+        @torch.no_grad()
+        def reference(rolled: Any, frozen: LanguageModel = frozen) -> None:
+            for r in rolled:
+                r.reference = plain_logprobs(frozen, r, 1.0)
+
+        exp.collector.reference = reference
+        kls = [exp.step(s, Track("t", 1, shown=False)).metrics["kl"] for s in range(30)]
+        assert sum(kls[-3:]) < 0.75 * sum(kls[:3]), (where, kls)
+
+
+def test_the_critic_s_clip_holds_it_back(tmp_path: Path) -> None:
+    """With many passes over a batch values run to the constant reward; clipped ones can't, and it is counted."""
+    part = {"kind": "function", "function": "f", "isolated": False}
+    steps = {}
+    for clip in (None, 0.01):
+        config = settings("ppo", rewards={"parts": [part]}, passes=8, clip_value=clip)
+        exp = work(config, tmp_path / str(clip), f=lambda text, example: 1.0)
+        first, *_, last = (exp.step(s, Track("t", 1, shown=False)).metrics for s in range(5))
+        assert ("value_clip" in first) == (clip is not None)
+        steps[clip] = last["value_loss"]
+        if clip is not None:
+            assert first["value_clip"] > 0.5
+    assert steps[None] < 0.5 * steps[0.01]
+
+
+def test_the_critic_learns_what_to_expect(tmp_path: Path) -> None:
+    """PPO's value head, on a constant reward: values go to it, and what they leave unexplained shrinks."""
+    part = {"kind": "function", "function": "f", "isolated": False}
+    config = settings("ppo", rewards={"parts": [part]}, passes=4)
+    exp = work(config, tmp_path, f=lambda text, example: 1.0)
+    losses = [exp.step(s, Track("t", 1, shown=False)).metrics["value_loss"] for s in range(12)]
+    assert losses[0] > 0.2 and losses[-1] < losses[0] / 3

@@ -1,0 +1,96 @@
+"""Reinforcement learning by two ranks is that by one: whole recipes through the command, each way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from posttrain.sampling.rollout_store import groups_of, read_rollouts
+
+LENGTH = {"kind": "length", "unit": "characters", "target": 12, "width": 30}
+COMMON = {
+    "problems": {"kind": "rows", "data": {"source": "prompts.jsonl"}, "answers": False},
+    "held_out": {
+        "problems": {"kind": "rows", "data": {"source": "others.jsonl"}, "answers": False},
+        "every": 2,
+        "gold": {"kind": "length", "unit": "characters", "target": 40, "width": 40},
+        "samples": 2,
+    },
+    "rewards": {"parts": [LENGTH]},
+    "sampling": {"max_tokens": 9},
+    "prompts_per_step": 3,  # an odd number: ranks have different numbers of groups, and of passes
+    "steps": 3,
+    "optimizer": {"lr": 1e-3},
+    "systems": {"tokens_per_micro_batch": 64},
+    "checkpoint_every": 2,
+}
+STAGES = {
+    "grpo": {"group_size": 4, "adapter": {"r": 4}, "kl": {"coefficient": 0.05}, "curriculum": {}, "redraws": 1},
+    "ppo": {"group_size": 2, "passes": 2, "kl": {"coefficient": 0.05, "where": "reward", "estimator": "k1"}},
+    "remax": {},
+    "online_dpo": {"group_size": 2},
+}
+
+
+SCRIPT = """
+import sys
+import posttrain
+for path in sys.argv[1:]:
+    posttrain.run(path)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every recipe carried through by one process, and by two: folders METHOD-1 and METHOD-2."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, start in (("prompts", 0), ("others", 50)):
+        rows = [{"prompt": f"Tell of {'many ' * (i % 5)}things, number {i}."} for i in range(start, start + 7)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    for processes in (1, 2):
+        paths = []
+        for method, own in STAGES.items():
+            stage = {**COMMON, **own, "method": method, "name": "rl"}
+            recipe = {"name": f"{method}-{processes}", "model": {"source": "tiny:llama"}, "stages": [stage]}
+            paths.append(folder / f"{recipe['name']}.yaml")
+            paths[-1].write_text(yaml.safe_dump(recipe))
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes > 1 else []
+        command = [sys.executable, *launcher, str(script), *map(str, paths)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        out = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+        assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-4000:]
+    return folder / "runs"
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "stages" / "0-rl" / "metrics.jsonl").read_text().splitlines()]
+
+
+def written(folder: Path) -> list[list[list[tuple[tuple[int, ...], float]]]]:
+    """(tokens, reward) by step, group and rollout."""
+    steps = [groups_of(read_rollouts(path)) for path in sorted(folder.glob("*.parquet"))]
+    return [[[(tuple(r.tokens), r.reward) for r in g.rollouts] for g in groups] for groups in steps]
+
+
+@pytest.mark.parametrize("method", STAGES)
+def test_two_ranks_equal_one(runs: Path, method: str) -> None:
+    """The same completions with the same rewards, the same metrics to rounding, the same weights at the end."""
+    one, two = (runs / f"{method}-{n}" for n in (1, 2))
+    for kind in ("rollouts", "held_out", "gold"):
+        first, second = (written(r / "stages" / "0-rl" / kind) for r in (one, two))
+        assert len(first) == 3 and first == second, kind
+    for a, b in zip(records(one), records(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-4)
+    weights, others = (load_file(r / "model" / "model.safetensors") for r in (one, two))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert float((weight - others[name]).abs().max()) < 1e-4, name

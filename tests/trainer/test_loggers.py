@@ -1,0 +1,54 @@
+"""Metrics sent to trackers are the run's own, also after a run has gone on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.config import DataConfig, ModelConfig, Recipe, SFTConfig, TrackConfig
+from posttrain.core.errors import MissingExtraError
+from posttrain.trainer.loggers import Trackers
+
+RECIPE = Recipe(
+    name="r", model=ModelConfig(source="tiny:llama"), stages=[SFTConfig(data=DataConfig(source="rows.jsonl"))]
+)
+
+
+def steps(first: int, last: int, factor: float = 1.0) -> list[tuple[int, dict[str, float], dict[str, float]]]:
+    return [(i, {"step": i, "loss": factor / i}, {"step": i, "seconds": 0.5 * i}) for i in range(first, last + 1)]
+
+
+def log(config: TrackConfig, folder: Path, records: list[Any]) -> None:
+    trackers = Trackers(config, folder, RECIPE)
+    on_step = trackers.on_step("sft")
+    assert on_step is not None
+    for record in records:
+        on_step(*record)
+    trackers.close()
+
+
+def test_tensorboard_has_every_step_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = TrackConfig(tensorboard=True)
+    log(config, tmp_path, steps(1, 7, factor=9.0))  # killed after step 7, its checkpoint was of step 4
+    log(config, tmp_path, steps(5, 9))
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "sft"), purge_orphaned_data=True).Reload()
+    loss = [(e.step, round(e.value, 5)) for e in events.Scalars("loss")]
+    assert loss == [(i, round((9.0 if i < 5 else 1.0) / i, 5)) for i in range(1, 10)]
+    assert [e.value for e in events.Scalars("seconds")] == [0.5 * i for i in range(1, 10)]
+
+
+def test_nothing_is_on_by_default(tmp_path: Path) -> None:
+    assert Trackers(TrackConfig(), tmp_path, RECIPE).on_step("sft") is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_tracker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingExtraError, match=r"wandb.*posttrain\[track\]"):
+        Trackers(TrackConfig(wandb="project"), tmp_path, RECIPE)
