@@ -93,5 +93,5 @@ def test_state_comes_back_to_the_bit() -> None:
     replay = Replay(ReplayConfig(), 3)
     replay.visit(7, [right(0, 0.5), *[right(0, 0.1, 0.0)] * 5], 1.0)
     other = Replay(ReplayConfig(), 3)
-    other.load(json.loads(json.dumps(replay.numbers())))
+    other.load_state_dict(json.loads(json.dumps(replay.state_dict())))
     assert other.kept == replay.kept

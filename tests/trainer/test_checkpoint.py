@@ -123,15 +123,16 @@ folder, first, last, adapter = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv
 hf = tiny_model("llama")
 hf = attach(hf, AdapterConfig(r=4), 0) if adapter else hf
 learner = Learner(LanguageModel(hf), OptimizerConfig(lr=1e-4), SystemsConfig(tokens_per_micro_batch=80), 6)
-state = learner.state()
+state = learner.state_dict()
 numbers = checkpoint.load_newest(folder, state["tensors"])
 assert (numbers is None) == (first == 0)
 if numbers:
-    learner.load(numbers)
+    learner.load_state_dict(numbers)
 losses = [learner.step(random_samples(7, seed=s)).metrics["loss"] for s in range(first, last)]
-state = learner.state()
+state = learner.state_dict()
 checkpoint.save(folder, last, state["tensors"], state["numbers"], keep=2)
-weights = {n: distributed.full(p.detach()).tolist() for n, p in learner.model.named_parameters() if p.requires_grad}
+trained = [(n, p.detach()) for n, p in learner.model.named_parameters() if p.requires_grad]
+weights = {n: distributed.full_tensor(p).tolist() for n, p in trained}
 if distributed.is_main():
     print(json.dumps([distributed.world(), losses, weights]))
 distributed.stop()

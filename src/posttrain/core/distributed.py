@@ -56,7 +56,7 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def gathered(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """Every rank's value, in the order of ranks, on every rank (any picklable object; every rank must call)."""
     if world() == 1:
         return [value]
@@ -65,20 +65,20 @@ def gathered(value: Any) -> list[Any]:
     return box
 
 
-def spread(items: Sequence[X], work: Callable[[list[X]], Sequence[Y]]) -> list[Y]:
+def map_over_ranks(items: Sequence[X], work: Callable[[list[X]], Sequence[Y]]) -> list[Y]:
     """`work` on all items, an equal part of them on each rank: what it makes of each item, in order, on every rank.
 
     work: a list of items -> as many results, picklable; it may be given none. Every rank must call.
     """
     n = world()
     out: dict[int, Y] = {}
-    for r, part in enumerate(gathered(list(work(list(items[rank() % n :: n]))))):
+    for r, part in enumerate(all_gather_object(list(work(list(items[rank() % n :: n]))))):
         out |= zip(range(r, len(items), n), part, strict=True)
     return [out[i] for i in range(len(items))]
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def summon_full_params(model: nn.Module) -> Iterator[None]:
     """The weights of a model that is spread over ranks, whole on each, for as long as it takes: forward passes in there
     are each rank's own affair, as many as it likes. Nothing is trained meanwhile. Every rank must enter and leave."""
     from torch.distributed.fsdp import FSDPModule
@@ -113,7 +113,7 @@ def shard(model: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, dev
     fully_shard(model, reshard_after_forward=False, **options)
 
 
-def full(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be spread over ranks (every rank must call)."""
     gather = getattr(tensor, "full_tensor", None)
     return gather() if gather is not None else tensor

@@ -10,7 +10,7 @@ from typing import Any
 from posttrain.config import ModelConfig, SFTConfig
 from posttrain.core.types import Metric, Sample
 from posttrain.data.sft_rows import prepare
-from posttrain.trainer.loop import Batches, OnStep, permutation_batches, train
+from posttrain.trainer.loop import BatchTrainer, OnStep, permutation_batches, train
 from posttrain.trainer.stage import Ready, Setting, account, leave_model, open_policy
 from posttrain.trainer.train_step import Learner
 
@@ -50,7 +50,7 @@ def run_sft(
     learner = Learner(opened.policy, config.optimizer, config.systems, steps)
     result = train(
         learner,
-        Batches(learner, batch_at),
+        BatchTrainer(learner, batch_at),
         folder,
         checkpoint_every=config.checkpoint_every,
         keep=config.keep_checkpoints,

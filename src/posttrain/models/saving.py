@@ -60,7 +60,7 @@ def gathered(policy: LanguageModel, again: Callable[[], Any]) -> Any:
     """
     if distributed.world() == 1:
         return policy.hf
-    weights = {n: distributed.full(p.detach()).cpu() for n, p in policy.named_parameters() if p.requires_grad}
+    weights = {n: distributed.full_tensor(p.detach()).cpu() for n, p in policy.named_parameters() if p.requires_grad}
     if not distributed.is_main():
         return None
     hf = again()

@@ -96,11 +96,11 @@ class RewardStack:
         if self.pool is not None:
             self.pool.close()
 
-    def numbers(self) -> dict[str, dict[str, int]]:
+    def state_dict(self) -> dict[str, dict[str, int]]:
         """How much was scored and failed so far, for a checkpoint: limits hold over a run, however often it stops."""
         return {name: {n: getattr(a, n) for n in COUNTS} for name, a in self.accounts.items()}
 
-    def load(self, numbers: Mapping[str, Mapping[str, int]]) -> None:
+    def load_state_dict(self, numbers: Mapping[str, Mapping[str, int]]) -> None:
         """Take it back; a part that isn't in it begins anew."""
         self.accounts = {p.name: Account() for p in self.parts}
         for name, counts in numbers.items():

@@ -126,8 +126,8 @@ class Replay:
                 del self.kept[next(iter(self.kept))]
         return None
 
-    def numbers(self) -> list[Any]:
+    def state_dict(self) -> list[Any]:
         return [[problem, plain(r)] for problem, r in self.kept.items()]
 
-    def load(self, numbers: Sequence[Any]) -> None:
+    def load_state_dict(self, numbers: Sequence[Any]) -> None:
         self.kept = {int(problem): rollout_of(r) for problem, r in numbers}

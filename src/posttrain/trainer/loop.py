@@ -74,26 +74,35 @@ def permutation_batches(
     return batch_at, steps
 
 
-class Work(Protocol):
-    """What a stage does, step by step; everything that the next step depends on is in the learner and in `numbers`."""
+class Trainer(Protocol):
+    """Take the optimizer steps of a stage. All state that the next step depends on is in the learner and `state_dict`.
+
+    Subclass it to inherit the defaults: no initial record, no state besides the learner's.
+
+    Attributes:
+        steps: Number of steps in total.
+    """
 
     steps: int
 
     def step(self, step: int, track: Track) -> StepResult:
-        """Do step number `step`, from 0."""
+        """Take step number `step`, counted from 0."""
 
-    def before(self, track: Track) -> dict[str, Any] | None:
-        """A record for metrics.jsonl from before the first step; None: there is none, on any run of the recipe."""
+    def initial_record(self, track: Track) -> dict[str, Any] | None:
+        """Return a record for metrics.jsonl from before the first step; None for every run of a recipe without one."""
+        return None
 
-    def numbers(self) -> dict[str, Any]:
-        """State besides the learner's, for the checkpoint."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state besides the learner's, as plain values for the checkpoint."""
+        return {}
 
-    def load(self, numbers: dict[str, Any]) -> None:
-        """Take it back."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        return None
 
 
-class Batches:
-    """Work that is one optimizer step on a global batch, a pure function of the step's number."""
+class BatchTrainer(Trainer):
+    """Take one optimizer step on each global batch, a pure function of the step's number."""
 
     def __init__(self, learner: Learner, batch_at: BatchAt, loss: LossFunction | None = None) -> None:
         self.learner, self.batch_at, self.loss = learner, batch_at, loss
@@ -102,19 +111,10 @@ class Batches:
     def step(self, step: int, track: Track) -> StepResult:
         return self.learner.step(self.batch_at(step), self.loss)
 
-    def before(self, track: Track) -> None:
-        return None
-
-    def numbers(self) -> dict[str, Any]:
-        return {}
-
-    def load(self, numbers: dict[str, Any]) -> None:
-        pass
-
 
 def train(
     learner: Learner,
-    work: Work,
+    trainer: Trainer,
     folder: Path,
     *,
     checkpoint_every: int,
@@ -124,24 +124,24 @@ def train(
     epoch_of: Callable[[int], float] | None = None,
     shown: Sequence[str] = ("loss",),
 ) -> LoopResult:
-    """Carry the work to its last step from wherever the newest checkpoint in `folder` left it.
+    """Run the trainer to its last step from wherever the newest checkpoint in `folder` left it.
 
-    metrics.jsonl gets one record a step (and one before the first, where the work has one), the same in every run of
+    metrics.jsonl gets one record a step (and one before the first, where the trainer has one), the same in every run of
     the same recipe; timings.jsonl what differs from run to run. Records beyond the checkpoint that is gone on from are
     cut off, since their steps are made again. shown: metrics that progress shows.
     """
     checkpoints = folder / "checkpoints"
-    state = learner.state()
+    state = learner.state_dict()
     numbers = checkpoint.load_newest(checkpoints, state["tensors"])
     if numbers is not None:
-        learner.load(numbers)
-        work.load(numbers)
+        learner.load_state_dict(numbers)
+        trainer.load_state_dict(numbers)
     totals = {"seconds": 0.0, "tokens": 0, "peak_memory_mb": 0.0, **(numbers or {}).get("totals", {})}
     done = 0 if numbers is None else int(numbers["step"])
-    main, total = distributed.is_main(), work.steps
+    main, total = distributed.is_main(), trainer.steps
 
     with Track(title, total, done, shown=main) as track, _stop_requests() as asked:
-        first = work.before(track) if numbers is None else None
+        first = trainer.initial_record(track) if numbers is None else None
         before = int((numbers or {}).get("before", first is not None))
         files = _open(folder, 0 if numbers is None else done + before, done) if main else None
         if files and first is not None:
@@ -150,13 +150,13 @@ def train(
         def save() -> None:
             for f in files or ():
                 f.sync()
-            state = learner.state()
-            values = {**state["numbers"], **work.numbers(), "totals": totals, "before": before}
+            state = learner.state_dict()
+            values = {**state["numbers"], **trainer.state_dict(), "totals": totals, "before": before}
             checkpoint.save(checkpoints, done, state["tensors"], values, keep)
 
         saved = done if numbers is not None else -1
         while done < total:
-            result = work.step(done, track)
+            result = trainer.step(done, track)
             done += 1
             record, timing = _records(done, result, learner, totals)
             if epoch_of is not None:

@@ -114,7 +114,7 @@ class Optimizer:
             p.grad = None
             self.masters[name].grad = None
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Master weights and moments by name; the tensors themselves, so that loading into them loads the optimizer."""
         out: dict[str, Tensor] = {}
         for name, m in self.masters.items():
@@ -123,8 +123,8 @@ class Optimizer:
                 out[f"{key}.{name}"] = value
         return out
 
-    def loaded(self) -> None:
-        """Bring the working weights in line after `state()`'s tensors were overwritten."""
+    def update_parameters(self) -> None:
+        """Bring the working weights in line after `state_dict()`'s tensors were overwritten."""
         with torch.no_grad():
             for name, p in self.parameters.items():
                 if self.masters[name] is not p:

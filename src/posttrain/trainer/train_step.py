@@ -76,7 +76,7 @@ class Learner:
             dtype = next(model.parameters()).dtype
             distributed.shard(model.float(), layers, dtype, self.device)
             # FSDP learns from its first pass which module is the root, and a sampler's goes through parts alone.
-            with distributed.whole(model), torch.no_grad():
+            with distributed.summon_full_params(model), torch.no_grad():
                 batch = model.pack([Sample([0, 0], [0.0, 1.0])])
                 model(batch, "logprobs", batch.rows[0][-1:])
         self.optimizer = Optimizer(model.named_parameters(), optimizer, rates)
@@ -106,7 +106,7 @@ class Learner:
                 ).backward()  # FSDP averages over ranks; the loss's denominator is global already
             for name, number in {"loss": value, **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + float(number.detach())
-        parts = distributed.gathered(sums)  # a rank that has nothing of its own may lack some
+        parts = distributed.all_gather_object(sums)  # a rank that has nothing of its own may lack some
         totals = {name: sum(p.get(name, 0.0) for p in parts) for name in sorted(set().union(*parts))}
         record = self._update(totals, bool(useful))
         tokens = sum(len(s) for s in samples)
@@ -158,16 +158,16 @@ class Learner:
         record.update({k: v for k, v in totals.items() if k != "loss"})
         return record
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on: tensors (loaded in place) and, under 'numbers', plain values."""
         numbers = {"steps_done": self.steps_done, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
-        return {"tensors": self.optimizer.state(), "numbers": numbers}
+        return {"tensors": self.optimizer.state_dict(), "numbers": numbers}
 
-    def load(self, numbers: dict[str, Any]) -> None:
-        """After the tensors of `state()` were overwritten in place: take the numbers, refresh the working weights."""
+    def load_state_dict(self, numbers: dict[str, Any]) -> None:
+        """Restore the plain values, after the tensors of `state_dict()` were overwritten in place."""
         self.steps_done, self.skipped = int(numbers["steps_done"]), int(numbers["skipped"])
         self.skipped_in_a_row = int(numbers["skipped_in_a_row"])
-        self.optimizer.loaded()
+        self.optimizer.update_parameters()
 
 
 def cross_entropy(model: LanguageModel, batch: RaggedBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -77,7 +77,7 @@ def test_draws_follow_success_and_come_again() -> None:
     assert counts[2] > counts[1] > counts[0] and counts[2] > counts[3] > counts[4]
     assert counts[5] > counts[0]  # never asked: the floor's
     other = Curriculum(CurriculumConfig(floor=0.1), 6)
-    other.load(json.loads(json.dumps(c.numbers())))
+    other.load_state_dict(json.loads(json.dumps(c.state_dict())))
     for step in range(5):
         assert other.draw(np.random.default_rng([0, 3, step]), 3) == c.draw(np.random.default_rng([0, 3, step]), 3)
 
@@ -107,7 +107,7 @@ def test_controls_move_what_is_steered_and_nothing_else() -> None:
     controls.follow(config, {"entropy": 0.45})
     controls.follow(config, {})  # a step without any rollout
     assert controls.temperature == pytest.approx(1.1)
-    again = Controls(**json.loads(json.dumps(controls.numbers())))
+    again = Controls(**json.loads(json.dumps(controls.state_dict())))
     assert again == controls
     plain = settings()
     assert Controls.of(plain).applied(plain) is plain and Controls.of(plain).metrics(plain) == {}

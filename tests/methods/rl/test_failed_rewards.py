@@ -75,13 +75,13 @@ def test_what_failed_before_a_kill_counts_after_it(tmp_path: Path) -> None:
     first = stack(False, on_error="exclude")
     first.step(0, QUIET)
     later = stack(True, on_error="exclude")
-    later.load(first.numbers())
+    later.load_state_dict(first.state_dict())
     assert later.step(1, QUIET).metrics["failed/function"] == 16  # not: "has not worked once"
     with pytest.raises(RewardError, match="has not worked once"):
         stack(True, on_error="exclude").step(1, QUIET)
 
     stopping = stack(True, limit=20)
-    stopping.load(later.numbers())
+    stopping.load_state_dict(later.state_dict())
     with pytest.raises(RewardError, match=r"failed too often: 32 errors, .* 16 scored"):
         stopping.step(2, QUIET)
 

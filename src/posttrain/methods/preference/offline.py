@@ -89,7 +89,7 @@ class Preferences:
 
 
 class Steps:
-    """A stage's work (`posttrain.trainer.loop.Work`): a step is one optimizer step on a batch of pairs or answers."""
+    """Trainer of a stage: a step is one optimizer step on a batch of pairs or answers."""
 
     def __init__(
         self,
@@ -135,13 +135,13 @@ class Steps:
         track.phase("held-out preferences")
         return measure(self.what, self.learner.model, self.held_out, self.config)
 
-    def before(self, track: Track) -> dict[str, Any] | None:
+    def initial_record(self, track: Track) -> dict[str, Any] | None:
         return self.measure(track) if self.held_out is not None else None
 
-    def numbers(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load(self, numbers: dict[str, Any]) -> None:
+    def load_state_dict(self, numbers: dict[str, Any]) -> None:
         pass
 
 

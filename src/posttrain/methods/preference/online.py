@@ -72,8 +72,8 @@ class OnlinePairs(Experience):
         reference = None
         if self.frozen is not None and pairs:
             frozen, systems = self.frozen, self.online.systems
-            with distributed.whole(frozen), without_adapters(frozen):
-                reference = distributed.spread(samples, lambda mine: sums_of(frozen, mine, systems))
+            with distributed.summon_full_params(frozen), without_adapters(frozen):
+                reference = distributed.map_over_ranks(samples, lambda mine: sums_of(frozen, mine, systems))
         loss = pair_loss(self.what, pairs, reference, count=len(batch.groups))
         result = self.learner.step([s for both in samples for s in both], loss)
         result.metrics["ties"] = float(len(batch.groups) - len(pairs))

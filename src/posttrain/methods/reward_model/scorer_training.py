@@ -25,7 +25,7 @@ Measure = Callable[[int, Track], dict[str, float]]
 
 
 class Measured:
-    """A stage's work (`posttrain.trainer.loop.Work`): optimizer steps on batches of rows, and measurements between."""
+    """Trainer of a stage: optimizer steps on batches of rows, and measurements between."""
 
     def __init__(
         self, learner: Learner, batch_at: BatchAt, loss: LossFunction, measure: Measure | None, every: int
@@ -41,13 +41,13 @@ class Measured:
             result.metrics.update(self.measure(step + 1, track))
         return result
 
-    def before(self, track: Track) -> dict[str, Any] | None:
+    def initial_record(self, track: Track) -> dict[str, Any] | None:
         return self.measure(0, track) if self.measure is not None else None
 
-    def numbers(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load(self, numbers: dict[str, Any]) -> None:
+    def load_state_dict(self, numbers: dict[str, Any]) -> None:
         pass
 
 

@@ -140,20 +140,20 @@ class Collector:
         ]
         return Batch(now, [g.problem for g in ready], judged, rolled, metrics)
 
-    def numbers(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All state besides the weights, for a checkpoint."""
         return {
             "baseline": self.baseline,
-            "controls": self.controls.numbers(),
-            "gatherer": self.gatherer.numbers(),
-            "rewards": distributed.gathered(self.rewards.numbers()),  # each rank judges a part
+            "controls": self.controls.state_dict(),
+            "gatherer": self.gatherer.state_dict(),
+            "rewards": distributed.all_gather_object(self.rewards.state_dict()),  # each rank judges a part
         }
 
-    def load(self, numbers: dict[str, Any]) -> None:
+    def load_state_dict(self, numbers: dict[str, Any]) -> None:
         """Take it back."""
         self.baseline, self.controls = numbers["baseline"], Controls(**numbers["controls"])
-        self.gatherer.load(numbers["gatherer"])
-        self.rewards.load(counts_of(numbers.get("rewards", ())))
+        self.gatherer.load_state_dict(numbers["gatherer"])
+        self.rewards.load_state_dict(counts_of(numbers.get("rewards", ())))
 
     def _judge(self, batch: Batch, step: int, phases: Phases) -> None:
         """Log-probabilities before the update, of the reference, values of the critic; advantages from all of these."""
@@ -272,7 +272,7 @@ def filled(rolled: Sequence[Rolled], *names: str) -> Iterator[list[Rolled]]:
     n = distributed.world()
     yield [r for r in rolled if r.group % n == distributed.rank()] if n > 1 else list(rolled)
     if n > 1:
-        given = distributed.gathered([[getattr(r, name) for name in names] for r in rolled])
+        given = distributed.all_gather_object([[getattr(r, name) for name in names] for r in rolled])
         for i, r in enumerate(rolled):
             for name, value in zip(names, given[r.group % n][i], strict=True):
                 setattr(r, name, value)

@@ -72,12 +72,12 @@ class Curriculum:
             p = 0.5 * p + 0.5 / count
         return [int(i) for i in rng.choice(count, size, replace=False, p=p)]
 
-    def numbers(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         asked = np.flatnonzero(self.answers).tolist()
         kept = [[i, float(self.successes[i]), float(self.answers[i])] for i in asked]
         return {"problems": kept, "overall": self.overall}
 
-    def load(self, numbers: dict[str, Any]) -> None:
+    def load_state_dict(self, numbers: dict[str, Any]) -> None:
         self.successes[:], self.answers[:] = 0.0, 0.0
         for i, successes, answers in numbers["problems"]:
             self.successes[i], self.answers[i] = successes, answers

@@ -62,7 +62,7 @@ class Controls:
         if config.kl.target is not None and "kl" in measured:
             self.beta = adaptive_kl(self.beta, measured["kl"], config.kl.target, config.kl.gain)
 
-    def numbers(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         return asdict(self)
 
 

@@ -225,20 +225,20 @@ class Gatherer:
             out.update(staleness_mean=statistics.fmean(ages), staleness_max=float(max(ages)))
         return out | {name: float(self.counted[name]) for name in names}
 
-    def numbers(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What the next step depends on, for a checkpoint."""
         return {
-            "curriculum": self.curriculum.numbers() if self.curriculum is not None else None,
-            "replay": self.replay.numbers() if self.replay is not None else None,
-            "carried": [g.numbers() for g in self.carried],
+            "curriculum": self.curriculum.state_dict() if self.curriculum is not None else None,
+            "replay": self.replay.state_dict() if self.replay is not None else None,
+            "carried": [g.state_dict() for g in self.carried],
         }
 
-    def load(self, numbers: dict[str, Any]) -> None:
+    def load_state_dict(self, numbers: dict[str, Any]) -> None:
         """Take it back."""
         if self.curriculum is not None:
-            self.curriculum.load(numbers["curriculum"])
+            self.curriculum.load_state_dict(numbers["curriculum"])
         if self.replay is not None:
-            self.replay.load(numbers["replay"])
+            self.replay.load_state_dict(numbers["replay"])
         self.carried = [Gathering.of(g) for g in numbers["carried"]]
 
 
@@ -255,7 +255,7 @@ def sample(
             phases.track.phase(f"sampling {done}/{total}")
 
     with phases("sample"):
-        return distributed.spread(requests, lambda mine: sampler.sample(mine, sampling, count))
+        return distributed.map_over_ranks(requests, lambda mine: sampler.sample(mine, sampling, count))
 
 
 def judge(rewards: RewardStack, groups: Sequence[RolloutGroup]) -> Scored:
@@ -269,6 +269,6 @@ def judge(rewards: RewardStack, groups: Sequence[RolloutGroup]) -> Scored:
         metrics.update(scored.metrics)
         return [(g, [e for e in scored.excluded if e.group == i]) for i, g in enumerate(scored.groups)]
 
-    found = distributed.spread(groups, part)
+    found = distributed.map_over_ranks(groups, part)
     excluded = [replace(e, group=g) for g, (_, failed) in enumerate(found) for e in failed]
     return Scored([group for group, _ in found], excluded, metrics)

@@ -68,7 +68,7 @@ class Gathering:
                 self.rollouts[start + i] = next(there)
         self.judged = len(self.rollouts)
 
-    def numbers(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         out = {"problem": self.problem, "born": self.born, "judged": self.judged}
         excluded = [[i, {**asdict(e), "rollout": plain(e.rollout)}] for i, e in sorted(self.excluded.items())]

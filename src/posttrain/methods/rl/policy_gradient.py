@@ -108,7 +108,7 @@ METRICS = (
 
 
 class Experience:
-    """A stage's work (`posttrain.trainer.loop.Work`): a step is a batch of rollouts and the updates made of it."""
+    """Trainer of a stage: a step is a batch of rollouts and the updates made of it."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class Experience:
 
     def step(self, step: int, track: Track) -> StepResult:
         phases = Phases(track)
-        with distributed.whole(self.learner.model):
+        with distributed.summon_full_params(self.learner.model):
             batch = self.collector.collect(step, phases)
         with phases("learn"):
             results, extremes = self._learn(batch)
@@ -166,12 +166,12 @@ class Experience:
                 loss = policy_loss(config, rolled, fresh, self.collector.comparable, extremes)
                 samples = [r.sample(i) for i, r in enumerate(rolled)]
                 results.append(self.learner.step([s for s in samples if any(s.weights)], loss))
-        everywhere = distributed.gathered(extremes)
+        everywhere = distributed.all_gather_object(extremes)
         return results, Extremes(max(e.mismatch for e in everywhere), max(e.ratio for e in everywhere))
 
     def measure(self, step: int, phases: Phases) -> dict[str, float]:
         """What is measured on held-out problems: greedy answers, and where there is a gold scorer samples."""
-        with distributed.whole(self.learner.model):
+        with distributed.summon_full_params(self.learner.model):
             return self._greedy(step, phases) | (self.gold.measure(step, phases) if self.gold is not None else {})
 
     def _greedy(self, step: int, phases: Phases) -> dict[str, float]:
@@ -195,18 +195,18 @@ class Experience:
             out[f"held_out/{name}"] = statistics.fmean(r.rewards[name] for r in rollouts if name in r.rewards)
         return out
 
-    def before(self, track: Track) -> dict[str, Any] | None:
+    def initial_record(self, track: Track) -> dict[str, Any] | None:
         return self.measure(0, Phases(track)) if self.held_out else None
 
-    def numbers(self) -> dict[str, Any]:
-        return self.collector.numbers() | (
-            {"gold": distributed.gathered(self.gold.scorer.numbers())} if self.gold is not None else {}
+    def state_dict(self) -> dict[str, Any]:
+        return self.collector.state_dict() | (
+            {"gold": distributed.all_gather_object(self.gold.scorer.state_dict())} if self.gold is not None else {}
         )
 
-    def load(self, numbers: dict[str, Any]) -> None:
-        self.collector.load(numbers)
+    def load_state_dict(self, numbers: dict[str, Any]) -> None:
+        self.collector.load_state_dict(numbers)
         if self.gold is not None:
-            self.gold.scorer.load(counts_of(numbers.get("gold", ())))
+            self.gold.scorer.load_state_dict(counts_of(numbers.get("gold", ())))
 
 
 def _joined(records: Sequence[dict[str, float]]) -> dict[str, float]:
