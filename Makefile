@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test lint format size clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -27,6 +27,9 @@ lint: $(STAMPS)/dev  ## ruff and mypy
 
 format: $(STAMPS)/dev  ## put the code in its standard format
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+
+size:  ## code, docstring, comment and test lines of each folder
+	@$(or $(PYTHON),python3) tools/size.py
 
 clean:  ## remove the environment and what tools leave behind (runs stay)
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache src/*.egg-info

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from posttrain.config import Recipe
+from posttrain.config.names import RENAMED
 from posttrain.core.errors import RecipeError
 from posttrain.recipe.parsing import differences, dump_recipe, load_recipe, shipped
-from posttrain.recipe.schema import ALIASES, settings
+from posttrain.recipe.schema import settings
 
 SMALL = """\
 name: small
@@ -154,9 +155,9 @@ def test_an_unknown_key_gets_the_right_one(write, key: str, hint: str) -> None:
 
 def test_every_alias_leads_to_a_setting_that_exists() -> None:
     names = {s.key.rsplit(".", 1)[-1] for s in settings()}
-    assert set(ALIASES.values()) <= names
+    assert {ours.rsplit(".", 1)[-1] for ours in RENAMED.values()} <= names
     # A name of another tool that is a setting of ours too would be shadowed.
-    assert not set(ALIASES) & names
+    assert not set(RENAMED) & names
 
 
 def test_overrides_of_list_items_that_are_not_there(write) -> None:

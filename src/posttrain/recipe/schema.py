@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from posttrain.config import Recipe
+from posttrain.config.names import NO_SUCH_SETTING, RENAMED
 
 
 @dataclass(frozen=True)
@@ -117,79 +118,21 @@ def inside(value: Any, name: str | int) -> Any:
     return value[name] if isinstance(value, list) and isinstance(name, int) and -1 < name < len(value) else None
 
 
-ALIASES = {
-    "learning_rate": "lr",
-    "per_device_train_batch_size": "batch_size",
-    "train_batch_size": "batch_size",
-    "global_batch_size": "batch_size",
-    "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "model_name_or_path": "source",
-    "model_name": "source",
-    "pretrained_model_name_or_path": "source",
-    "dataset_name": "source",
-    "dataset": "data",
-    "path": "source",
-    "max_length": "max_tokens",
-    "max_seq_length": "max_tokens",
-    "cutoff_len": "max_tokens",
-    "lr_scheduler_type": "schedule",
-    "lr_scheduler": "schedule",
-    "warmup_ratio": "warmup",
-    "warmup_steps": "warmup",
-    "clip_grad_norm": "max_grad_norm",
-    "gradient_checkpointing": "activation_checkpointing",
-    "torch_compile": "compile",
-    "torch_dtype": "dtype",
-    "save_steps": "checkpoint_every",
-    "save_total_limit": "keep_checkpoints",
-    "output_dir": "output",
-    "lora": "adapter",
-    "lora_r": "r",
-    "lora_rank": "r",
-    "rank": "r",
-    "lora_alpha": "alpha",
-    "target_modules": "target",
-    "use_dora": "kind",
-    "use_rslora": "kind",
-    "dataset_split": "split",
-    "seed_data": "shuffle_seed",
-    "data_seed": "shuffle_seed",
-    "tasks": "evaluate",
-    "eval": "evaluate",
-}
-"""Names that people bring from other tools, and ours."""
-
-NOTES = {
-    "gradient_accumulation_steps": "batch_size is the samples of one step, over all ranks; each step is cut into "
-    "micro-batches by systems.tokens_per_micro_batch, and the result is the same for any value",
-    "packing": "batches are always packed, without padding; systems.tokens_per_micro_batch is the budget",
-    "bf16": "model.dtype chooses the compute dtype (bfloat16 on a GPU by default)",
-    "fp16": "model.dtype chooses the compute dtype (bfloat16 on a GPU by default)",
-    "assistant_only_loss": "data.loss_on chooses which tokens are learnt: completion, assistant or all",
-    "completion_only_loss": "data.loss_on chooses which tokens are learnt: completion, assistant or all",
-    "train_on_inputs": "data.loss_on chooses which tokens are learnt: completion, assistant or all",
-    "report_to": "track holds tensorboard, wandb and trackio",
-    "logging_steps": "every step is logged",
-}
-"""Names that have no setting of their own here, and what takes their place."""
-
-
 def unknown_key(key: tuple[str | int, ...], model: type[BaseModel]) -> str:
     """What to say of a key that `model` does not have: the note, the right key here, or where it lives."""
     name, here = str(key[-1]), list(model.model_fields)
-    if name in NOTES:
-        return f"no such setting; {NOTES[name]}"
-    near = difflib.get_close_matches(name, [*here, *(a for a in ALIASES if ALIASES[a] in here)], n=1)
-    for meant in (ALIASES.get(name, name), *(ALIASES.get(n, n) for n in near)):
+    if name in NO_SUCH_SETTING:
+        return f"no such setting; {NO_SUCH_SETTING[name]}"
+    near = difflib.get_close_matches(name, [*here, *(a for a in RENAMED if RENAMED[a] in here)], n=1)
+    for meant in (RENAMED.get(name, name), *(RENAMED.get(n, n) for n in near)):
         if meant in here:
             return f"no such setting. Did you mean {meant}?"
         found = _elsewhere(meant, key, model)
         if found:
             return f"no such setting here. Did you mean {found}?"
     anywhere = {s.key.rsplit(".", 1)[-1] for s in settings()}
-    close = difflib.get_close_matches(name, [*anywhere, *ALIASES], n=1)
-    found = _elsewhere(ALIASES.get(close[0], close[0]), key, model) if close else ""
+    close = difflib.get_close_matches(name, [*anywhere, *RENAMED], n=1)
+    found = _elsewhere(RENAMED.get(close[0], close[0]), key, model) if close else ""
     return f"no such setting here. Did you mean {found}?" if found else f"no such setting; there are: {', '.join(here)}"
 
 

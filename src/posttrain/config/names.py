@@ -1,0 +1,66 @@
+"""Names that people bring from other tools or from older recipes, and what posttrain calls these settings.
+
+A recipe that uses one of them is refused with our name, in files and in ``key=value`` overrides.
+"""
+
+from __future__ import annotations
+
+RENAMED = {
+    "learning_rate": "lr",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "global_batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "model_name_or_path": "source",
+    "model_name": "source",
+    "pretrained_model_name_or_path": "source",
+    "dataset_name": "source",
+    "dataset": "data",
+    "path": "source",
+    "max_length": "max_tokens",
+    "max_seq_length": "max_tokens",
+    "cutoff_len": "max_tokens",
+    "lr_scheduler_type": "schedule",
+    "lr_scheduler": "schedule",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "clip_grad_norm": "max_grad_norm",
+    "gradient_checkpointing": "activation_checkpointing",
+    "torch_compile": "compile",
+    "torch_dtype": "dtype",
+    "save_steps": "checkpoint_every",
+    "save_total_limit": "keep_checkpoints",
+    "output_dir": "output",
+    "lora": "adapter",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "rank": "r",
+    "lora_alpha": "alpha",
+    "target_modules": "target",
+    "use_dora": "kind",
+    "use_rslora": "kind",
+    "dataset_split": "split",
+    "seed_data": "shuffle_seed",
+    "data_seed": "shuffle_seed",
+    "tasks": "evaluate",
+    "eval": "evaluate",
+}
+"""Old name, or the name that TRL, verl, transformers or another tool uses -> our name.
+
+A name on the right may be dotted (``clip.low``): its last part is a setting of the block before it.
+"""
+
+NO_SUCH_SETTING = {
+    "gradient_accumulation_steps": "batch_size is the number of samples of one step over all ranks; a step is split "
+    "into micro-batches by systems.tokens_per_micro_batch, and the result is the same for any value",
+    "packing": "batches are always packed, without padding; systems.tokens_per_micro_batch is the budget",
+    "bf16": "model.dtype selects the compute dtype (bfloat16 on a GPU by default)",
+    "fp16": "model.dtype selects the compute dtype (bfloat16 on a GPU by default)",
+    "assistant_only_loss": "data.loss_on selects the tokens with a loss: completion, assistant or all",
+    "completion_only_loss": "data.loss_on selects the tokens with a loss: completion, assistant or all",
+    "train_on_inputs": "data.loss_on selects the tokens with a loss: completion, assistant or all",
+    "report_to": "track has tensorboard, wandb and trackio",
+    "logging_steps": "every step is logged",
+}
+"""Settings of other tools that have no counterpart here, and what to use instead."""
