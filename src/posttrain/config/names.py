@@ -1,9 +1,18 @@
-"""Names that people bring from other tools or from older recipes, and what posttrain calls these settings.
+"""Names in recipes: the parts of the package by name, and names of other tools with ours.
 
-A recipe that uses one of them is refused with our name, in files and in ``key=value`` overrides.
+A part's name stands for the import path of its object, which is imported when a recipe names it. Wherever such a name
+is accepted, ``package.module:name`` of a part from outside the package is accepted too.
 """
 
 from __future__ import annotations
+
+PROMPT_SOURCES: dict[str, str] = {
+    "rows": "posttrain.config.rl:RowsConfig",
+    "reasoning-gym": "posttrain.config.rl:ReasoningGymConfig",
+    "lab": "posttrain.config.rl:LabConfig",
+    "human_eval": "posttrain.config.rl:HumanEvalConfig",
+}
+"""Sources of prompts for RL and for data that a model makes."""
 
 RENAMED = {
     "learning_rate": "lr",

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
+from posttrain.config.names import PROMPT_SOURCES
+from posttrain.config.open_kinds import open_kind
 from posttrain.config.rewards import RewardConfig, RewardsConfig, judges_steps
 from posttrain.config.settings import NAME, Config, DataConfig, OptimizerConfig, SamplingConfig, TrainConfig
 
@@ -90,7 +92,7 @@ class HumanEvalConfig(AskedConfig):
     chat: bool = Field(True, description="Through the model's chat template; false: as plain text.")
 
 
-ProblemsConfig = Annotated[RowsConfig | ReasoningGymConfig | LabConfig | HumanEvalConfig, Field(discriminator="kind")]
+ProblemsConfig = Annotated[Any, open_kind(PROMPT_SOURCES, "source of prompts")]
 
 
 class KLConfig(Config):

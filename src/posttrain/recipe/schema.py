@@ -13,6 +13,8 @@ from pydantic.fields import FieldInfo
 
 from posttrain.config import Recipe
 from posttrain.config.names import NO_SUCH_SETTING, RENAMED
+from posttrain.config.open_kinds import OpenKind
+from posttrain.core.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,10 @@ def settings(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[Sett
     """Every setting at any depth, in the order of config.py. N stands for the index or name of a list's item."""
     for name, info in model.model_fields.items():
         key = f"{prefix}{name}"
-        yield Setting(key, _type_text(info.annotation), _default_text(info), info.description or "")
+        annotation = info.rebuild_annotation()
+        yield Setting(key, _type_text(annotation), _default_text(info), info.description or "")
         told: set[str] = set()  # alternatives have settings in common: told once, as the first has them
-        for inner, many in _inner_models(info.annotation):
+        for inner, many in _inner_models(annotation):
             for setting in settings(inner, f"{key}.N." if many else f"{key}."):
                 if setting.key not in told:
                     told.add(setting.key)
@@ -50,7 +53,7 @@ def _default_text(info: FieldInfo) -> str:
 def _type_text(tp: Any) -> str:
     origin, args = get_origin(tp), get_args(tp)
     if origin is Annotated:
-        return _type_text(args[0])
+        return "settings" if open_kind_of(tp) else _type_text(args[0])
     if origin is Literal:
         return " | ".join(str(a) for a in args)
     if origin in (Union, types.UnionType):
@@ -64,13 +67,22 @@ def _type_text(tp: Any) -> str:
 
 
 def options(tp: Any) -> list[Any]:
-    """The alternatives of an annotation, unions and Annotated taken apart."""
+    """The alternatives of an annotation, unions and Annotated taken apart; an open kind's are the built-in ones."""
     origin, args = get_origin(tp), get_args(tp)
     if origin is Annotated:
-        return options(args[0])
+        kinds = open_kind_of(tp)
+        return list(kinds.settings_classes) if kinds else options(args[0])
     if origin in (Union, types.UnionType):
         return [o for a in args for o in options(a)]
     return [tp]
+
+
+def open_kind_of(tp: Any) -> OpenKind | None:
+    """Return the metadata by which an annotation (or one alternative of it) has an open kind; None if it has none."""
+    if get_origin(tp) is Annotated:
+        return next((m for m in get_args(tp)[1:] if isinstance(m, OpenKind)), None) or open_kind_of(get_args(tp)[0])
+    alternatives = get_args(tp) if get_origin(tp) in (Union, types.UnionType) else ()
+    return next((found for a in alternatives if (found := open_kind_of(a))), None)
 
 
 def _inner_models(tp: Any) -> Iterator[tuple[type[BaseModel], bool]]:
@@ -89,6 +101,12 @@ TAGS = ("method", "kind")
 
 def model_for(tp: Any, value: Any) -> type[BaseModel] | None:
     """The settings class that a value is checked by; of several, the one whose method or kind it names."""
+    kinds = open_kind_of(tp)
+    if kinds is not None and isinstance(value, Mapping):
+        try:
+            return kinds.settings_class(str(value.get(kinds.tag, kinds.default)))
+        except RecipeError:  # reported where the recipe is checked
+            pass
     found = [o for o in options(tp) if isinstance(o, type) and issubclass(o, BaseModel)]
     for tag in TAGS:
         name = value.get(tag) if isinstance(value, Mapping) else None
@@ -102,7 +120,7 @@ def child(tp: Any, name: str | int, value: Any) -> Any:
     """The annotation one key further down; None where the schema has no such key."""
     model = model_for(tp, value)
     if model is not None and name in model.model_fields:
-        return model.model_fields[str(name)].annotation
+        return model.model_fields[str(name)].rebuild_annotation()
     for option in options(tp):
         if get_origin(option) in (list, tuple) and isinstance(name, int):
             return get_args(option)[0]

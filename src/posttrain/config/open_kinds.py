@@ -1,0 +1,129 @@
+"""Settings whose ``kind:`` is a name of the package or the import path of a class from outside (imports no torch).
+
+    ProblemsConfig = Annotated[Any, open_kind(PROMPT_SOURCES, "source of prompts")]
+
+A field of this type reads a mapping with the key ``kind`` and checks it with the settings class of that kind: the class
+itself if it is a pydantic model, or else its nested class ``Config``. The module of a kind is imported when a recipe
+names it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from functools import cache, cached_property
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+
+from posttrain.core.errors import RecipeError
+from posttrain.core.imports import is_import_path, load_object
+
+
+class OpenKind:
+    """Check a value by the settings class that its ``kind`` names.
+
+    Attributes:
+        names: Import path of the object of each built-in kind.
+        what: The kind of thing in words, for messages, such as "source of prompts".
+        tag: Key that holds the name.
+        default: Name that a mapping without the key gets. None: the key is required.
+    """
+
+    def __init__(self, names: Mapping[str, str], what: str, tag: str = "kind", default: str | None = None) -> None:
+        self.names, self.what, self.tag, self.default = names, what, tag, default
+
+    @cached_property
+    def settings_classes(self) -> list[type[BaseModel]]:
+        """Return the settings class of each built-in kind, for the reference and for the nearest right key."""
+        return [self.settings_class(name) for name in self.names]
+
+    def settings_class(self, name: str) -> type[BaseModel]:
+        """Return the settings class of a kind; the field `tag` of its instances is `name`.
+
+        Raises:
+            RecipeError: The name is unknown, can't be imported, or is no class with settings.
+        """
+        return _settings_class(self.load(name), name, self.tag)
+
+    def load(self, name: str) -> Any:
+        """Return the object of a kind.
+
+        Raises:
+            RecipeError: The name is unknown, with the nearest ones, or it can't be imported.
+        """
+        if name in self.names:
+            return load_object(self.names[name])
+        if not is_import_path(name):
+            raise RecipeError(unknown_name(name, self.names, self.what))
+        return load_object(name)
+
+    def validate(self, value: Any) -> Any:
+        """Return the checked settings of `value`, a mapping or settings that were checked before."""
+        if isinstance(value, BaseModel) and self.tag in type(value).model_fields:
+            if isinstance(value, self.settings_class(getattr(value, self.tag))):
+                return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"expected a mapping with the key {self.tag}, and this is {value!r}")
+        name = value.get(self.tag, self.default)
+        if name is None:
+            raise self._error(f"required: the name of a {self.what} ({', '.join(self.names)})", value)
+        try:
+            model = self.settings_class(str(name))
+        except RecipeError as error:
+            raise self._error(str(error), name) from error
+        return model.model_validate({**value, self.tag: name})
+
+    def _error(self, message: str, value: Any) -> ValidationError:
+        # A ValidationError keeps its location: the message is then about the key `tag`, with its line in the recipe.
+        custom = PydanticCustomError("value_error", "{message}", {"message": message})
+        return ValidationError.from_exception_data(
+            self.what, [InitErrorDetails(type=custom, loc=(self.tag,), input=value)]
+        )
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.validate)
+
+
+def open_kind(names: Mapping[str, str], what: str, tag: str = "kind", default: str | None = None) -> OpenKind:
+    """Return the metadata that makes ``Annotated[Any, open_kind(...)]`` a field with an open ``kind``.
+
+    Args:
+        names: Import path of the object of each built-in kind.
+        what: The kind of thing in words, for messages, such as "source of prompts".
+        tag: Key that holds the name.
+        default: Name that a mapping without the key gets. None: the key is required.
+    """
+    return OpenKind(names, what, tag, default)
+
+
+def unknown_name(name: str, names: Iterable[str], what: str) -> str:
+    """Return the message for a name that is not among `names`, with the nearest ones."""
+    names = list(names)
+    folded = {n.lower().replace("-", "_"): n for n in names}
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), folded, n=3)
+    hint = f" Did you mean {' or '.join(folded[n] for n in near)}?" if near else ""
+    return f"no {what} is called {name!r}.{hint} There are {', '.join(names)}, and package.module:name for one of yours"
+
+
+@cache
+def _settings_class(found: Any, name: str, tag: str) -> type[BaseModel]:
+    model = found if isinstance(found, type) and issubclass(found, BaseModel) else getattr(found, "Config", None)
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        raise RecipeError(
+            f"{name} has no settings: expected a class with a nested class Config (a subclass of posttrain's "
+            "config.Config, or another pydantic model)"
+        )
+    if tag in model.model_fields and model.model_config.get("extra") == "forbid":
+        return model
+    # A class from outside knows nothing of `tag`, and may let misspelt settings pass.
+    body = {
+        "__module__": model.__module__,
+        "__qualname__": model.__qualname__,
+        "__doc__": model.__doc__,
+        "__annotations__": {tag: Literal[name]},
+        tag: name,
+        "model_config": ConfigDict(extra="forbid", frozen=True),
+    }
+    return type(model.__name__, (model,), body)
