@@ -45,7 +45,7 @@ REWARDS = {"mixed": mixed, "no_signal": no_signal}
 # -------------------------------------------------------------------------------------------------------- the two sides
 def run_ours(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The stage as `posttrain run` runs it, rollouts kept and metrics written, on prompts that are tokens already."""
-    from posttrain.config import ModelConfig, RLConfig, SamplingConfig
+    from posttrain.config import ModelConfig, RLConfig
     from posttrain.data.prompts import Question
     from posttrain.methods.rl.policy_gradient import run_rl
     from posttrain.models.loading import load_tokenizer
@@ -55,6 +55,10 @@ def run_ours(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         Question(tokenizer(p)["input_ids"], p, {"messages": [], "answer": "", "source": str(i)})
         for i, p in enumerate(job["prompts"])
     ]
+    longest = job["longest"]
+    sampler = {"max_tokens": longest, "max_running": job["per_step"] * job["group"]}
+    if job["fixed"]:
+        sampler["min_tokens"] = longest
     config = RLConfig.model_validate(
         {
             "method": "grpo",
@@ -63,15 +67,12 @@ def run_ours(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             "prompts_per_step": job["per_step"],
             "group_size": job["group"],
             "steps": job["steps"],
+            "sampler": sampler,
             "optimizer": {"lr": LR, "weight_decay": 0.0},
             "checkpoint_every": job["steps"],
-            "max_running": job["per_step"] * job["group"],
             **job["settings"],
         }
     )
-    longest = job["longest"]
-    sampling = SamplingConfig(max_tokens=longest, min_tokens=longest if job["fixed"] else 0)
-    config = config.model_copy(update={"sampling": sampling})
     marks, lengths, phases = [], [], []
 
     def on_step(step: int, metrics: dict[str, float], timing: dict[str, Any]) -> None:

@@ -108,7 +108,7 @@ def digits(text: str, example: dict[str, Any]) -> float:
 RANDOM = {
     "judge": {"kind": "function", "function": "digits"},
     "rank_by": [{"kind": "length", "unit": "characters", "target": 20, "width": 40}],
-    "sampling": {"max_tokens": 8},
+    "sampler": {"max_tokens": 8},
     "vote": "whole",
 }
 MODEL = ModelConfig(source="tiny:llama")
@@ -167,7 +167,7 @@ def test_it_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.Monk
         ({"k": [8]}, "k holds 8, and a question has 4"),
         ({"headline": "best"}, "give rank_by a list"),
         ({"headline": "vote", "vote": None}, "headline is vote, and there is none"),
-        ({"sampling": {"temperature": 0}}, "would be the same"),
+        ({"sampler": {"temperature": 0}}, "would be the same"),
         ({"rank_by": [{"kind": "math"}, {"kind": "math"}]}, "different names"),
         ({"rank_by": [{"kind": "self_consistency"}]}, "`vote` measures agreement"),
     ],

@@ -70,7 +70,7 @@ def test_before_and_after_by_a_scorer(tmp_path: Path) -> None:
             "model": {"source": "tiny:llama"},
             "stages": [{"data": {"source": "lab:words", "rows": [0, 8], "chat": False}, "max_steps": 2,
                         "optimizer": {"lr": 3e-3}}],
-            "evaluate": [{"name": "t", "kind": "score", "problems": LAB, "n": 3, "sampling": {"max_tokens": 8},
+            "evaluate": [{"name": "t", "kind": "score", "problems": LAB, "n": 3, "sampler": {"max_tokens": 8},
                           "scorer": {"kind": "function", "function": "digits"}}],
         }
     )  # fmt: skip
@@ -96,7 +96,7 @@ def test_before_and_after_by_a_scorer(tmp_path: Path) -> None:
 def test_settings_that_make_no_sense_are_refused() -> None:
     base = {"name": "t", "problems": LAB, "scorer": {"kind": "numeric"}}
     for changes, why in (
-        ({"n": 2, "sampling": {"temperature": 0}}, "all n answers would be the same"),
+        ({"n": 2, "sampler": {"temperature": 0}}, "all n answers would be the same"),
         ({"scorer": {"kind": "self_consistency"}}, "compares the answers of a prompt"),
     ):
         with pytest.raises(ValidationError, match=why):
@@ -108,7 +108,7 @@ def test_a_scorer_that_gives_all_the_same_is_named(tmp_path: Path) -> None:
         {
             "name": "s",
             "model": {"source": "tiny:llama"},
-            "evaluate": [{"name": "t", "kind": "score", "problems": LAB, "sampling": {"max_tokens": 4},
+            "evaluate": [{"name": "t", "kind": "score", "problems": LAB, "sampler": {"max_tokens": 4},
                           "scorer": {"kind": "function", "function": "flat"}}],
         }
     )  # fmt: skip

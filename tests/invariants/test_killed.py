@@ -63,7 +63,7 @@ stages:
       parts:
         - {kind: length, unit: characters, target: 12, width: 30}
         - {kind: function, name: slow, function: "tests.invariants.test_killed:vowels", weight: 0.5}
-    sampling: {max_tokens: 10}
+    sampler: {max_tokens: 10}
     prompts_per_step: 6
     group_size: 4
     steps: 24

@@ -289,7 +289,7 @@ def test_the_sampler_behind_a_server(server: str, judge_folder: Path) -> None:
         assert {r.finish for r in groups[0].rollouts} == {"length"} and list(groups[0].prompt) == [1, 2]
         assert (groups[1].rollouts[0].finish, groups[1].rollouts[0].text) == ("error", "400: no")
         assert sorted(heard) == [(0, 0), (0, 1), (0, 2), (1, 0)] and proxy.asked == ["one"] * 4 + ["refuse"]
-        with pytest.raises(ModelError, match=r"sampling.top_k is not in OpenAI's protocol"):
+        with pytest.raises(ModelError, match=r"sampler.top_k is not in OpenAI's protocol"):
             sampler.sample(requests, SamplingConfig(top_k=5))
 
 
@@ -304,7 +304,7 @@ def test_a_server_writes_answers_and_critiques(server: str, judge_folder: Path, 
             "critique": "Well?",
             "revision": "Again.",
         }
-        config = RefineConfig.model_validate({**stage, "sampling": {"max_tokens": 2}, "critique_tokens": 3})
+        config = RefineConfig.model_validate({**stage, "sampler": {"max_tokens": 2}, "critique_tokens": 3})
         asked = [Question([1], q, {"messages": [{"role": "user", "content": q}]}) for q in ("one", "refuse")]
         with pytest.raises(DataError, match="made no row of 2 chains"):
             run_refine(config, ModelConfig(source="tiny:llama"), asked, tmp_path)

@@ -88,7 +88,7 @@ def test_it_rewrites_its_answers_by_a_principle(tmp_path: Path) -> None:
     refine = posttrain.load_recipe("constitutional").stages[0].model_dump()
     refine |= {"principles": str(tmp_path / "principles.txt"), "revisions": 1, "rewards": None}
     refine["problems"]["data"]["rows"] = [0, 12]
-    refine["sampling"]["max_tokens"] = 48
+    refine["sampler"]["max_tokens"] = 48
     recipe = posttrain.Recipe.model_validate({"name": "r", "model": {"source": SOURCE}, "stages": [refine]})
     chains = read_chains(posttrain.run(recipe, tmp_path / "run").folder / "stages" / "0-revise" / "chains")
     first = sum("thank" in c.initial.text.lower() for c in chains)

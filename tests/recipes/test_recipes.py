@@ -62,23 +62,23 @@ def overrides(name: str, chats: Path) -> list[str]:
         if isinstance(stage, RLConfig | OnlineDPOConfig):
             given += [f"stages.{i}.{s}" for s in ("steps=2", "prompts_per_step=2", "group_size=2")]
             few = "data.rows=[9000, 9008]" if stage.held_out.problems.kind == "rows" else "size=8"
-            given += [f"stages.{i}.{s}" for s in ("sampling.max_tokens=6", f"held_out.problems.{few}")]
+            given += [f"stages.{i}.{s}" for s in ("sampler.max_tokens=6", f"held_out.problems.{few}")]
             if isinstance(stage, RLConfig):
                 given += [f"stages.{i}.carry=5"] if stage.carry else []
                 given += [f"stages.{i}.allocate.first=1"] if stage.allocate else []
             continue
         if isinstance(stage, RejectionConfig):  # a random model is right about nothing: all that ends is kept
             given += [
-                f"stages.{i}.{s}" for s in ("threshold=-1", "problems.data.rows=[0, 20]", "sampling.max_tokens=99")
+                f"stages.{i}.{s}" for s in ("threshold=-1", "problems.data.rows=[0, 20]", "sampler.max_tokens=99")
             ]
             continue
         if isinstance(stage, RefineConfig):  # its context has no room for examples
-            small = ("problems.data.rows=[0, 12]", "examples=null", "sampling.stop=[a, b, c, d, e, f, g, h]")
+            small = ("problems.data.rows=[0, 12]", "examples=null", "sampler.stop=[a, b, c, d, e, f, g, h]")
             given += [f"stages.{i}.{s}" for s in small]
             continue
         if isinstance(stage, FeedbackConfig):
             if stage.answers.kind == "samples":
-                given += [f"stages.{i}.answers.{s}" for s in ("problems.data.rows=[0, 6]", "sampling.max_tokens=30")]
+                given += [f"stages.{i}.answers.{s}" for s in ("problems.data.rows=[0, 6]", "sampler.max_tokens=30")]
             elif str(stage.answers.data.source).startswith("packaged:"):
                 given += [f"stages.{i}.answers.{s}" for s in ("data.rows=[0, 80]", "pairs_per_prompt=40")]
             else:
@@ -95,7 +95,7 @@ def overrides(name: str, chats: Path) -> list[str]:
                 given += [f"stages.{i}.data.rows=[0, 25]", f"stages.{i}.held_out.data.rows=[25, 35]"]
             continue
         if isinstance(stage, ProcessRewardConfig):
-            small = ("problems.size=6", "held_out.size=20", "sampling.max_tokens=12", "chains=2", "completions=2")
+            small = ("problems.size=6", "held_out.size=20", "sampler.max_tokens=12", "chains=2", "completions=2")
             given += [f"stages.{i}.labels.{s}" for s in small]
             continue
         if isinstance(stage, PreferenceConfig):
@@ -108,12 +108,12 @@ def overrides(name: str, chats: Path) -> list[str]:
         given += [] if own else [f"stages.{i}.data.source={chats}"]
     for i, task in enumerate(recipe.evaluate):
         if isinstance(task, ScoreConfig):
-            given += [f"evaluate.{i}.{s}" for s in ("problems.data.rows=[9100, 9106]", "sampling.max_tokens=6")]
+            given += [f"evaluate.{i}.{s}" for s in ("problems.data.rows=[9100, 9106]", "sampler.max_tokens=6")]
             given += tiny_judge(f"evaluate.{i}.scorer.judge", chats) if task.scorer.kind == "judge" else []
             continue
         if isinstance(task, SampleConfig):
             few = {"lab": "size=6", "rows": "data.rows=[0, 6]", "human_eval": "rows=[0, 2]"}[task.problems.kind]
-            given += [f"evaluate.{i}.{s}" for s in ("n=2", "k=[]", "sampling.max_tokens=6", f"problems.{few}")]
+            given += [f"evaluate.{i}.{s}" for s in ("n=2", "k=[]", "sampler.max_tokens=6", f"problems.{few}")]
             continue
         packaged = str(task.data.source).startswith("packaged:")
         given += [f"evaluate.{i}.data.rows=[9000, 9010]"] if packaged else [f"evaluate.{i}.data.source={chats}"]

@@ -41,7 +41,7 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = small(block("rounds.yaml"), tmp_path) | {"model": {"source": "tiny:llama"}}
     labels, proxy, policy = given["stages"]
     labels["answers"]["problems"]["data"]["rows"] = policy["problems"]["data"]["rows"] = [6000, 6008]
-    labels["answers"]["sampling"]["max_tokens"] = policy["sampling"]["max_tokens"] = 5
+    labels["answers"]["sampler"]["max_tokens"] = policy["sampler"]["max_tokens"] = 5
     proxy |= {"max_steps": 3, "batch_size": 4}
     policy |= {"steps": 2, "prompts_per_step": 2, "group_size": 3, "optimizer": {"lr": 0.05}}
     given["evaluate"][0]["problems"]["data"]["rows"] = [9100, 9106]
@@ -104,7 +104,7 @@ def test_the_page_s_direct_variant_runs(tmp_path: Path) -> None:
     given = yaml.safe_load(dump_recipe(posttrain.load_recipe("rlaif_sentiment", ["model.source=tiny:llama"])))
     (policy,) = (s for s in given["stages"] if s["name"] == "policy")
     policy |= small(block("direct.yaml"), tmp_path) | {"steps": 1, "prompts_per_step": 2, "group_size": 2}
-    policy |= {"start": None, "held_out": None, "sampling": {"max_tokens": 5}}
+    policy |= {"start": None, "held_out": None, "sampler": {"max_tokens": 5}}
     policy["problems"]["data"]["rows"] = [6000, 6010]
     recipe = posttrain.Recipe.model_validate({**given, "stages": [policy], "evaluate": []})
     result = posttrain.run(recipe, tmp_path / "run")
@@ -129,7 +129,7 @@ def test_a_reward_model_teaches_by_other_methods_too(method: str, tmp_path: Path
         "problems": {"kind": "rows", "answers": False,
                      "data": {"source": str(tmp_path / "pairs.jsonl"), "completion": "-", "prompt": "{prompt}"}},
         "rewards": {"parts": parts},
-        "sampling": {"max_tokens": 5},
+        "sampler": {"max_tokens": 5},
         "prompts_per_step": 3,
         "group_size": 3,
         "steps": 2,

@@ -31,12 +31,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 {"name": "one", "data": {"source": "lab:words", "rows": [0, 8], "chat": False}, "max_steps": 2},
                 {"method": "rejection_sampling", "name": "mine", "problems": {"kind": "lab", "size": 4},
                  "rewards": {"parts": [{"kind": "length", "max": 60}]}, "threshold": -9,
-                 "sampling": {"max_tokens": 90}},
+                 "sampler": {"max_tokens": 90}},
                 {"name": "two", "data": {"source": "stage:mine", "chat": False}, "max_steps": 2},
             ],
             "evaluate": [
                 {"name": "sums", "kind": "sample", "problems": {"kind": "lab", "size": 6, "held_out": True}, "n": 4,
-                 "judge": judge, "sampling": sampling, "vote": "whole", "headline": "best",
+                 "judge": judge, "sampler": sampling, "vote": "whole", "headline": "best",
                  "rank_by": [{"kind": "length", "name": "brevity", "target": 0, "width": 24}]},
             ],
         }

@@ -14,7 +14,7 @@ class SteerConfig(Config):
 
     by: Literal["temperature", "bonus"] = Field(
         "temperature",
-        description="What is steered: the sampling temperature, from sampling.temperature, or the coefficient of the entropy bonus, from entropy.",
+        description="What is steered: the sampling temperature, from sampler.temperature, or the coefficient of the entropy bonus, from entropy.",
     )
     target: float = Field(gt=0, description="Nats a token, as the metric `entropy` counts them.")
     gain: float = Field(
@@ -23,7 +23,7 @@ class SteerConfig(Config):
     low: float | None = Field(
         None,
         gt=0,
-        description="Never below this. None: sampling.temperature, so that sampling gets no cooler than it began; 0.001 for the bonus.",
+        description="Never below this. None: sampler.temperature, so that sampling gets no cooler than it began; 0.001 for the bonus.",
     )
     high: float | None = Field(None, gt=0, description="Never above this. None: 1.5 (temperature), 0.1 (bonus).")
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from posttrain.config.judge import JudgeConfig
 from posttrain.config.rl import ProblemsConfig
-from posttrain.config.settings import NAME, Config, DataConfig, SamplingConfig, StageBase
+from posttrain.config.settings import NAME, Config, DataConfig, SamplerConfig, StageBase
 
 
 class Pairing(Config):
@@ -83,9 +83,8 @@ class SamplesConfig(Pairing):
     kind: Literal["samples"] = "samples"
     problems: ProblemsConfig
     n: int = Field(4, ge=2, description="Completions of each prompt.")
-    sampling: SamplingConfig = SamplingConfig()
+    sampler: SamplerConfig = SamplerConfig()
     prompts_at_once: int = Field(32, ge=1, description="Prompts sampled between two writes to the disk.")
-    max_running: int = Field(128, ge=1, description="Completions sampled at the same time.")
 
 
 AnswersConfig = Annotated[

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from posttrain.config.rewards import Extract, NumericConfig, RewardConfig, RewardsConfig
 from posttrain.config.rl import ProblemsConfig
-from posttrain.config.settings import NAME, Config, SamplingConfig, StageBase
+from posttrain.config.settings import NAME, Config, SamplerConfig, StageBase
 
 
 class SampleConfig(Config):
@@ -21,7 +21,7 @@ class SampleConfig(Config):
     k: list[int] = Field(
         default_factory=list, description="Numbers of completions that the curves have points at. Empty: 1, 2, 4 … n."
     )
-    sampling: SamplingConfig = SamplingConfig()
+    sampler: SamplerConfig = SamplerConfig()
     judge: RewardConfig = Field(
         default_factory=NumericConfig, description="Says what is right; its weight is not used."
     )
@@ -49,8 +49,8 @@ class SampleConfig(Config):
         bad = [k for k in self.k if not 1 <= k <= self.n]
         if bad:
             raise ValueError(f"k holds {bad[0]}, and a question has {self.n} completions (n): expected 1 to {self.n}")
-        if self.sampling.temperature == 0 and self.n > 1:
-            raise ValueError("sampling.temperature is 0: all n completions would be the same. Raise it, or set n to 1")
+        if self.sampler.temperature == 0 and self.n > 1:
+            raise ValueError("sampler.temperature is 0: all n completions would be the same. Raise it, or set n to 1")
         if self.headline == "vote" and self.vote is None:
             raise ValueError("headline is vote, and there is none: say where the answer stands (vote: auto)")
         if self.headline == "best" and not self.rank_by:
@@ -81,13 +81,13 @@ class ScoreConfig(Config):
     problems: ProblemsConfig
     scorer: RewardConfig = Field(description="Scores every answer; its weight is not used.")
     n: int = Field(1, ge=1, le=64, description="Answers sampled to each prompt.")
-    sampling: SamplingConfig = SamplingConfig()
+    sampler: SamplerConfig = SamplerConfig()
     show: int = Field(8, ge=0, description="Prompts whose first answers are shown in the report. 0: none.")
 
     @model_validator(mode="after")
     def _fits(self) -> ScoreConfig:
-        if self.sampling.temperature == 0 and self.n > 1:
-            raise ValueError("sampling.temperature is 0: all n answers would be the same. Raise it, or set n to 1")
+        if self.sampler.temperature == 0 and self.n > 1:
+            raise ValueError("sampler.temperature is 0: all n answers would be the same. Raise it, or set n to 1")
         if self.scorer.kind == "self_consistency" or getattr(self.scorer, "group", False):
             raise ValueError(f"{self.scorer.title} compares the answers of a prompt: a score is of one answer")
         return self
@@ -102,7 +102,7 @@ class RejectionConfig(StageBase):
     name: str = Field("rejection", pattern=NAME, description="Name of the stage's folder in the run.")
     problems: ProblemsConfig
     rewards: RewardsConfig
-    sampling: SamplingConfig = SamplingConfig()
+    sampler: SamplerConfig = SamplerConfig()
     n: int = Field(8, ge=1, description="Completions of each problem.")
     threshold: float = Field(1.0, description="Reward from which a completion is kept.")
     keep: int | None = Field(4, ge=1, description="At most so many rows a problem. None: all.")
@@ -113,12 +113,11 @@ class RejectionConfig(StageBase):
     longest: int | None = Field(
         None, ge=1, description="Longest completion that is kept, in tokens, its end included. None: all that ended."
     )
-    max_running: int = Field(128, ge=1, description="Completions sampled at the same time.")
 
     @model_validator(mode="after")
     def _fits(self) -> RejectionConfig:
-        if self.sampling.temperature == 0 and self.n > 1:
-            raise ValueError("sampling.temperature is 0: all n completions would be the same. Raise it, or set n to 1")
+        if self.sampler.temperature == 0 and self.n > 1:
+            raise ValueError("sampler.temperature is 0: all n completions would be the same. Raise it, or set n to 1")
         if self.rank_by is not None and self.keep is None:
             raise ValueError(
                 "rank_by chooses among what passes, and keep is none: all of it is kept. Set keep, or drop rank_by"

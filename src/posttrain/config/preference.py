@@ -14,7 +14,7 @@ from posttrain.config.settings import (
     DataConfig,
     EpochsConfig,
     OptimizerConfig,
-    SamplingConfig,
+    SamplerConfig,
     TrainConfig,
 )
 
@@ -98,7 +98,7 @@ class OnlineDPOConfig(TrainConfig):
     problems: ProblemsConfig
     rewards: RewardsConfig
     held_out: HeldOutConfig | None = None
-    sampling: SamplingConfig = SamplingConfig()
+    sampler: SamplerConfig = SamplerConfig()
     prompts_per_step: int = Field(8, ge=1, description="Prompts a step, of which each gives one pair at most.")
     group_size: int = Field(8, ge=2, description="Completions of each prompt (G), best and worst of which make a pair.")
     steps: int = Field(100, ge=1, description="Optimizer steps, each on fresh completions.")
@@ -107,10 +107,6 @@ class OnlineDPOConfig(TrainConfig):
     label_smoothing: float | None = SMOOTHING
     gamma: float | None = GAMMA
     nll_weight: float | None = NLL
-    max_running: int = Field(128, ge=1, description="Completions sampled at the same time.")
-    cache_mb: float | None = Field(
-        None, gt=0, description="MiB that keys and values may take while sampling. None: a fifth of the memory."
-    )
     optimizer: RLOptimizerConfig = RLOptimizerConfig()
     checkpoint_every: int = Field(10, ge=1, description="Steps between checkpoints.")
 
@@ -122,10 +118,8 @@ class OnlineDPOConfig(TrainConfig):
 
     def collecting(self) -> RLConfig:
         """The settings by which reinforcement learning collects its rollouts, which are the same here."""
-        shared = ("name", "problems", "rewards", "held_out", "sampling", "prompts_per_step", "group_size", "steps")
+        shared = ("name", "problems", "rewards", "held_out", "sampler", "prompts_per_step", "group_size", "steps")
         more = (
-            "max_running",
-            "cache_mb",
             "adapter",
             "systems",
             "checkpoint_every",

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from posttrain.config.judge import ServerConfig
 from posttrain.config.rewards import RewardsConfig
 from posttrain.config.rl import ProblemsConfig
-from posttrain.config.settings import NAME, ModelConfig, SamplingConfig, StageBase
+from posttrain.config.settings import NAME, ModelConfig, SamplerConfig, StageBase
 
 
 class RefineConfig(StageBase):
@@ -40,7 +40,7 @@ class RefineConfig(StageBase):
         None,
         description="JSON Lines file with finished rounds (prompt, answer, principle, critique, revision): those of the principle at hand, or all where it has none, come before each request. packaged:NAME: ships with posttrain. None: none.",
     )
-    sampling: SamplingConfig = Field(SamplingConfig(), description="How answers, critiques and revisions are drawn.")
+    sampler: SamplerConfig = Field(SamplerConfig(), description="How answers, critiques and revisions are drawn.")
     critique_tokens: int = Field(128, ge=1, description="Longest critique in tokens.")
     satisfied: str | None = Field(
         None,
@@ -60,7 +60,6 @@ class RefineConfig(StageBase):
     )
     seed: int = Field(0, ge=0, description="Draws the principles, with what was asked.")
     prompts_at_once: int = Field(32, ge=1, description="Chains carried through between two writes to the disk.")
-    max_running: int = Field(128, ge=1, description="Texts sampled at the same time.")
 
     @model_validator(mode="after")
     def _fits(self) -> RefineConfig:
@@ -70,9 +69,9 @@ class RefineConfig(StageBase):
             )
         if self.stop_at is not None and self.rewards is None:
             raise ValueError("stop_at is a reward, and there is none: give rewards")
-        if self.critique_tokens < self.sampling.min_tokens:
+        if self.critique_tokens < self.sampler.min_tokens:
             raise ValueError(
-                f"critique_tokens ({self.critique_tokens}) is below sampling.min_tokens ({self.sampling.min_tokens}): no "
+                f"critique_tokens ({self.critique_tokens}) is below sampler.min_tokens ({self.sampler.min_tokens}): no "
                 "critique could end"
             )
         named = False

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from posttrain.config.preference import HeldOutPairsConfig
 from posttrain.config.rewards import RewardsConfig
 from posttrain.config.rl import ProblemsConfig
-from posttrain.config.settings import NAME, Config, DataConfig, EpochsConfig, SamplingConfig
+from posttrain.config.settings import NAME, Config, DataConfig, EpochsConfig, SamplerConfig
 
 
 class ScorerConfig(EpochsConfig):
@@ -59,7 +59,7 @@ class RolloutLabelsConfig(Config):
     held_out: ProblemsConfig | None = Field(None, description="Problems whose chains are measured on, labelled alike.")
     rewards: RewardsConfig = Field(description="What says whether a chain ends right.")
     right: float = Field(1.0, description="A chain is right where its reward is at least this.")
-    sampling: SamplingConfig = SamplingConfig()
+    sampler: SamplerConfig = SamplerConfig()
     chains: int = Field(4, ge=1, description="Chains sampled for each problem.")
     completions: int = Field(8, ge=1, description="Completions from the end of each step (N).")
     targets: Literal["soft", "hard"] = Field(
@@ -68,15 +68,11 @@ class RolloutLabelsConfig(Config):
     problems_per_batch: int = Field(
         16, ge=1, description="Problems labelled at a time; what a killed run had labelled is kept by whole batches."
     )
-    max_running: int = Field(128, ge=1, description="Completions sampled at the same time.")
-    cache_mb: float | None = Field(
-        None, gt=0, description="MiB that keys and values may take while sampling. None: a fifth of the memory."
-    )
 
     @model_validator(mode="after")
     def _draws(self) -> RolloutLabelsConfig:
-        if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature is 0: completions would all be the same, and a share says nothing")
+        if self.sampler.temperature == 0:
+            raise ValueError("sampler.temperature is 0: completions would all be the same, and a share says nothing")
         return self
 
 

@@ -11,7 +11,15 @@ from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayCon
 from posttrain.config.names import PROMPT_SOURCES
 from posttrain.config.open_kinds import open_kind
 from posttrain.config.rewards import RewardConfig, RewardsConfig, judges_steps
-from posttrain.config.settings import NAME, Config, DataConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from posttrain.config.settings import (
+    NAME,
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 
 
 class AskedConfig(Config):
@@ -166,7 +174,7 @@ def _whole(sampling: SamplingConfig) -> None:
     cut = {"top_k": sampling.top_k, "top_p": sampling.top_p < 1, "min_p": sampling.min_p}
     wrong = next((name for name, on in {**cut, "min_tokens": sampling.min_tokens}.items() if on), None)
     if wrong is not None:
-        raise ValueError(f"held_out.gold measures the KL of whole distributions: leave out sampling.{wrong}")
+        raise ValueError(f"held_out.gold measures the KL of whole distributions: leave out sampler.{wrong}")
 
 
 class RLConfig(TrainConfig):
@@ -192,7 +200,7 @@ class RLConfig(TrainConfig):
         None, description="What answers the model within a completion. None: nothing does."
     )
     held_out: HeldOutConfig | None = None
-    sampling: SamplingConfig = SamplingConfig()
+    sampler: SamplerConfig = SamplerConfig()
     prompts_per_step: int = Field(8, ge=1, description="Prompts that each batch of rollouts answers.")
     group_size: int = Field(8, ge=1, description="Completions of each prompt (G).")
     steps: int = Field(100, ge=1, description="Batches of rollouts.")
@@ -250,10 +258,6 @@ class RLConfig(TrainConfig):
     value_trunk: Literal["probe", "shared"] = Field(
         "probe", description="The critic reads the policy's hidden states (probe), or also trains them (shared). PPO."
     )
-    max_running: int = Field(128, ge=1, description="Completions sampled at the same time.")
-    cache_mb: float | None = Field(
-        None, gt=0, description="MiB that keys and values may take while sampling. None: a fifth of the memory."
-    )
     optimizer: RLOptimizerConfig = RLOptimizerConfig()
     checkpoint_every: int = Field(10, ge=1, description="Batches of rollouts between checkpoints.")
 
@@ -261,14 +265,14 @@ class RLConfig(TrainConfig):
     def _fits(self) -> RLConfig:
         if self.prompts_per_step % self.updates:
             raise ValueError(f"prompts_per_step ({self.prompts_per_step}) must divide into updates ({self.updates})")
-        if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature is 0: completions would all be the same, with nothing to compare")
+        if self.sampler.temperature == 0:
+            raise ValueError("sampler.temperature is 0: completions would all be the same, with nothing to compare")
         if self.held_out is not None and self.held_out.gold is not None:
-            _whole(self.sampling)
+            _whole(self.sampler)
             if "gold" in [p.title for p in self.rewards.parts]:
                 raise ValueError("a reward is named 'gold', as held_out.gold is: give it another name")
-        if self.environment is not None and self.sampling.min_tokens:
-            raise ValueError("sampling.min_tokens would hold in every turn anew: leave it out with an environment")
+        if self.environment is not None and self.sampler.min_tokens:
+            raise ValueError("sampler.min_tokens would hold in every turn anew: leave it out with an environment")
         grouped = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline")
         if self.method in grouped and self.group_size < 2:
             raise ValueError(f"{self.method} compares the completions of a prompt: group_size must be 2 or more")
@@ -302,14 +306,14 @@ class RLConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _explores(self) -> RLConfig:
-        sampling = self.sampling
+        sampling = self.sampler
         if self.steer is not None:
             low, high = self.steer.bounds(sampling.temperature)
             if low > high:
                 raise ValueError(f"steer.low ({low:g}) must not be above steer.high ({high:g})")
             if self.steer.by == "temperature" and not low <= sampling.temperature <= high:
                 raise ValueError(
-                    f"sampling.temperature ({sampling.temperature:g}) must be within steer's {low:g} to {high:g}"
+                    f"sampler.temperature ({sampling.temperature:g}) must be within steer's {low:g} to {high:g}"
                 )
         if self.allocate is not None:
             if self.allocate.first >= self.group_size:
@@ -324,14 +328,14 @@ class RLConfig(TrainConfig):
             wrong = next((name for name, on in {**cut, "min_tokens": sampling.min_tokens}.items() if on), None)
             if wrong is not None:
                 raise ValueError(
-                    f"replay and carry need log-probabilities of the whole distribution: leave out sampling.{wrong}"
+                    f"replay and carry need log-probabilities of the whole distribution: leave out sampler.{wrong}"
                 )
         if self.carry is not None and self.environment is not None:
             raise ValueError(
                 "carry cuts completions in the middle of a turn, which an environment can't answer: one of them"
             )
         if self.carry is not None and self.carry >= sampling.max_tokens:
-            raise ValueError(f"carry ({self.carry}) must be below sampling.max_tokens ({sampling.max_tokens})")
+            raise ValueError(f"carry ({self.carry}) must be below sampler.max_tokens ({sampling.max_tokens})")
         return self
 
     @property

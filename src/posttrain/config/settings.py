@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -249,6 +249,21 @@ class SamplingConfig(Config):
         if any(not s for s in self.stop):
             raise ValueError("stop holds an empty string, which would end every completion at once")
         return self
+
+
+class SamplerConfig(SamplingConfig):
+    """Settings of a stage's sampler: how completions are drawn, and how many at a time."""
+
+    max_running: int | None = Field(
+        None, ge=1, description="Completions sampled at the same time. None: what suits the device (128 on a CPU)."
+    )
+    cache_mb: float | None = Field(
+        None, gt=0, description="MiB that keys and values may take while sampling. None: a fifth of the memory."
+    )
+
+    def limits(self) -> dict[str, Any]:
+        """Return the arguments of a local sampler: how many completions run, and the memory that they may take."""
+        return {"max_running": self.max_running, "memory_mb": self.cache_mb}
 
 
 class TaskConfig(Config):

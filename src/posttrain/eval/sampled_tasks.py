@@ -50,7 +50,7 @@ def chunks(
     model: LanguageModel, tokenizer: Any, task: SampleConfig, questions: Questions, seed: int, rewards: RewardStack
 ) -> Iterator[tuple[int, Callable[[Track], Items]]]:
     """(number of questions, what makes their items) of each chunk, the same however often an evaluation is started."""
-    sampler, asked = LocalSampler(model, tokenizer), questions.items
+    sampler, asked = LocalSampler(model, tokenizer, **task.sampler.limits()), questions.items
     size = max(1, CHUNK // (task.n + 1))
     streams = np.random.SeedSequence([seed, 3]).generate_state(len(asked), np.uint64)
 
@@ -81,8 +81,8 @@ def _items(
 
     many = [Request(q.tokens, task.n, int(streams[i]), q.problem) for i, q in asked.items()]
     once = [Request(q.tokens, 1, 0, q.problem) for q in asked.values()]
-    likeliest = task.sampling.model_copy(update={"temperature": 0.0})
-    groups = sampler.sample(many, task.sampling, count)
+    likeliest = task.sampler.model_copy(update={"temperature": 0.0})
+    groups = sampler.sample(many, task.sampler, count)
     greedy = sampler.sample(once, likeliest, count)
     track.phase("judging")
     judged = iter(_judged(rewards([*groups, *greedy])))

@@ -27,7 +27,7 @@ def chunks(
     model: LanguageModel, tokenizer: Any, task: ScoreConfig, questions: Questions, seed: int, rewards: RewardStack
 ) -> list[tuple[int, Callable[[Track], Items]]]:
     """(number of prompts, what makes their items) of each chunk, the same however often an evaluation is started."""
-    sampler, asked = LocalSampler(model, tokenizer), questions.items
+    sampler, asked = LocalSampler(model, tokenizer, **task.sampler.limits()), questions.items
     size = max(1, CHUNK // task.n)
     streams = np.random.SeedSequence([seed, 5]).generate_state(len(asked), np.uint64)
 
@@ -48,7 +48,7 @@ def _items(
 ) -> Items:
     track.phase("sampling")
     groups = sampler.sample(
-        [Request(q.tokens, task.n, int(streams[i]), q.problem) for i, q in asked.items()], task.sampling
+        [Request(q.tokens, task.n, int(streams[i]), q.problem) for i, q in asked.items()], task.sampler
     )
     track.phase("scoring")
     judged = rewards(groups)

@@ -27,7 +27,7 @@ CUT_SHORT = 0.2
 """Rise of a share (of rollouts cut at the longest length, of a marker) that is named."""
 STANDING = {
     "empty": "of completions are empty (last third): the end token comes first; look at the prompt and its template",
-    "cut at the longest": "of completions are cut at the longest length (last third): raise sampling.max_tokens",
+    "cut at the longest": "of completions are cut at the longest length (last third): raise sampler.max_tokens",
 }
 """Markers that are named wherever at least half of the rollouts have them, whether that is new or not."""
 RARE = 0.2

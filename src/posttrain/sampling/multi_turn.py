@@ -87,7 +87,7 @@ class TurnSampler:
     ) -> list[RolloutGroup]:
         """Complete every request, `n` times each; order is kept."""
         if params.min_tokens:
-            raise RecipeError("sampling.min_tokens would hold in every turn anew: leave it out with an environment")
+            raise RecipeError("sampler.min_tokens would hold in every turn anew: leave it out with an environment")
         asked = params.model_copy(update={"stop": [*params.stop, *self.stops]})
         out: list[list[_Dialogue]] = [[] for _ in requests]
         live: list[_Dialogue] = []

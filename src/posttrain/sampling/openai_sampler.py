@@ -36,7 +36,7 @@ class OpenAISampler:
         for name, off in (("top_k", 0), ("min_p", 0.0), ("min_tokens", 0), ("stop_tokens", [])):
             if getattr(params, name) != off:
                 raise ModelError(
-                    f"sampling.{name} is not in OpenAI's protocol: leave it out, or give the server's own in "
+                    f"sampler.{name} is not in OpenAI's protocol: leave it out, or give the server's own in "
                     "server.options"
                 )
         bodies: list[dict[str, Any]] = []

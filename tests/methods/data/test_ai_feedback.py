@@ -80,7 +80,7 @@ def sampled(tmp_path: Path, **changes: Any) -> dict[str, Any]:
         "kind": "samples",
         "problems": {"kind": "lab", "size": 10},
         "n": 3,
-        "sampling": {"max_tokens": 5},
+        "sampler": {"max_tokens": 5},
         "prompts_at_once": 4,
         "pairs_per_prompt": 2,
     }
@@ -191,7 +191,7 @@ def test_a_later_stage_reads_the_labels_and_a_judge_rewards_directly(tmp_path: P
         "method": "rloo",
         "problems": {"kind": "lab", "size": 8},
         "rewards": {"parts": [{"kind": "judge", "judge": score}]},
-        "sampling": {"max_tokens": 4},
+        "sampler": {"max_tokens": 4},
         "prompts_per_step": 2,
         "group_size": 2,
         "steps": 2,

@@ -104,7 +104,7 @@ def test_every_outcome_is_counted_under_its_reason() -> None:
 
 def test_a_later_round_begins_from_the_newest_answer_that_could_be_used() -> None:
     script = {"p": ["one", "c1", "two", "c2", "two", "c3", "four"]}  # the second revision is the answer again
-    (chain,), heard = carried(script, revisions=3, critique_tokens=40, sampling={"max_tokens": 70})
+    (chain,), heard = carried(script, revisions=3, critique_tokens=40, sampler={"max_tokens": 70})
     assert [longest for _, longest in heard] == [70, 40, 70, 40, 70, 40, 70]
     assert [m[1] for m in [h for h, _ in heard][1::2]] == [("assistant", x) for x in ("one", "two", "two")]
     assert heard[5][0][:2] == [("user", "p"), ("assistant", "two")] and len(heard[5][0]) == 3
@@ -180,7 +180,7 @@ def test_chains_are_read_back_as_they_were_written(tmp_path: Path) -> None:
 
 MODEL = ModelConfig(source="tiny:llama")
 REAL = {
-    "revisions": 2, "sampling": {"max_tokens": 50, "stop": list("abcdefgh")}, "critique_tokens": 50,
+    "revisions": 2, "sampler": {"max_tokens": 50, "stop": list("abcdefgh")}, "critique_tokens": 50,
     "prompts_at_once": 4,
     "rewards": {"parts": [{"kind": "function", "name": "even", "function": "even"}]},
 }  # fmt: skip
@@ -225,10 +225,10 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_rows(tmp_path: Path, monkey
 
 
 def test_what_leaves_no_room_is_counted_and_not_asked() -> None:
-    config = settings(sampling={"max_tokens": 8})
+    config = settings(sampler={"max_tokens": 8})
     write = _writer(config, MODEL)
     long, short = ([{"role": "user", "content": "x" * n}] for n in (3000, 5))
-    one, two = write([(long, 1), (short, 1)], config.sampling, 8, lambda *_: None)
+    one, two = write([(long, 1), (short, 1)], config.sampler, 8, lambda *_: None)
     assert (one.finish, one.text) == ("error", "no room in the context") and 0 < len(two.tokens) <= 8
     (chain,), _ = carried({"p": ["a", (one.text, one.finish)]})
     assert chain.rounds[0].why == "critique: no room in the context"
@@ -239,7 +239,7 @@ def test_nothing_usable_and_problems_in_plain_text_are_errors_that_say_why(tmp_p
     base = {"method": "refine", "problems": PROBLEMS, "principles": str(tmp_path / "p.txt")}
 
     def recipe(**changes: Any) -> posttrain.Recipe:
-        stage = {**base, "sampling": {"max_tokens": 2}, **changes}
+        stage = {**base, "sampler": {"max_tokens": 2}, **changes}
         return posttrain.Recipe.model_validate({"name": "r", "model": {"source": "tiny:llama"}, "stages": [stage]})
 
     with pytest.raises(DataError, match=r"made no row of 8 chains \(8 no revision could be used, "):

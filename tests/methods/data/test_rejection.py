@@ -27,7 +27,7 @@ def settings(**changes: Any) -> RejectionConfig:
     base = {
         "problems": {"kind": "lab", "size": 9},
         "rewards": {"parts": [{"kind": "function", "name": "even", "function": "even"}]},
-        "sampling": {"max_tokens": 60},
+        "sampler": {"max_tokens": 60},
         "n": 4,
     }
     return RejectionConfig.model_validate({**base, **changes})
@@ -152,7 +152,7 @@ def test_it_goes_on_where_it_was_killed_and_accounts_for_everything(
 
 
 def test_nothing_kept_is_an_error_that_says_why(tmp_path: Path) -> None:
-    config = settings(problems={"kind": "lab", "size": 2}, n=2, threshold=2.0, sampling={"max_tokens": 4})
+    config = settings(problems={"kind": "lab", "size": 2}, n=2, threshold=2.0, sampler={"max_tokens": 4})
     with pytest.raises(DataError, match=r"kept none of 4 completions \(4 below the threshold\)"):
         run_rejection(config, MODEL, questions(config), tmp_path, functions={"even": even})
     assert rollout_steps(tmp_path / "rollouts") == [1]  # what was sampled is there to be looked at
@@ -160,6 +160,6 @@ def test_nothing_kept_is_an_error_that_says_why(tmp_path: Path) -> None:
 
 def test_settings_that_contradict_each_other() -> None:
     with pytest.raises(ValidationError, match="would be the same"):
-        settings(sampling={"temperature": 0})
+        settings(sampler={"temperature": 0})
     with pytest.raises(ValidationError, match="keep is none"):
         settings(keep=None, rank_by={"kind": "length", "max": 9})

@@ -127,7 +127,7 @@ def test_a_bad_example_is_named_by_its_line(tmp_path: Path) -> None:
         ({"critique": "{principle}", "principles": None}, "none without principles"),
         ({"critique": "Better?", "revision": "Again."}, "neither critique nor revision names {principle}"),
         ({"stop_at": 1}, "stop_at is a reward, and there is none"),
-        ({"sampling": {"min_tokens": 200}}, "no critique could end"),
+        ({"sampler": {"min_tokens": 200}}, "no critique could end"),
         ({"model": {"source": "m"}, "server": {"model": "s"}}, "leave one out"),
     ],
 )

@@ -394,7 +394,7 @@ def test_online_settings() -> None:
     assert config.collecting().group_size == 4 and config.collecting().kl.coefficient == 0
     for changes, message in (
         ({"gamma": 1}, "gamma belongs to simpo"),
-        ({"sampling": {"temperature": 0}}, "temperature"),
+        ({"sampler": {"temperature": 0}}, "temperature"),
     ):
         with pytest.raises(ValueError, match=message):
             OnlineDPOConfig.model_validate({**given, **changes})

@@ -52,7 +52,7 @@ def settings(path: Path, **changes: Any) -> ProcessRewardConfig:
         "problems": {"kind": "rows", "data": {"source": str(file), "rows": [0, 10]}},
         "held_out": {"kind": "rows", "data": {"source": str(file), "rows": [10, 14]}},
         "rewards": {"parts": [{"kind": "function", "name": "judge", "function": "judge"}]},
-        "sampling": {"max_tokens": 60},
+        "sampler": {"max_tokens": 60},
         "chains": 5,
         "completions": 5,
         "problems_per_batch": 4,

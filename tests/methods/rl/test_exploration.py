@@ -19,7 +19,7 @@ def settings(**changes: Any) -> RLConfig:
         "method": "grpo",
         "problems": {"kind": "rows", "data": {"source": "unused.jsonl"}},
         "rewards": {"parts": [{"kind": "exact"}]},
-        "sampling": {"max_tokens": 32},
+        "sampler": {"max_tokens": 32},
     }
     return RLConfig.model_validate({**base, **changes})
 
@@ -99,8 +99,8 @@ def test_controls_move_what_is_steered_and_nothing_else() -> None:
     assert controls.temperature == pytest.approx(1.1) and controls.beta == pytest.approx(0.1 * 1.02)
     assert controls.bonus == 0.03
     now = controls.applied(config)
-    assert now.sampling.temperature == pytest.approx(1.1) and now.kl.coefficient == pytest.approx(0.102)
-    assert controls.metrics(config) == {"temperature": now.sampling.temperature, "kl_coefficient": now.kl.coefficient}
+    assert now.sampler.temperature == pytest.approx(1.1) and now.kl.coefficient == pytest.approx(0.102)
+    assert controls.metrics(config) == {"temperature": now.sampler.temperature, "kl_coefficient": now.kl.coefficient}
     for _ in range(3):
         controls.follow(config, {"entropy": 50.0})
     assert controls.temperature == 1.0  # no cooler than it began, unless low says so
@@ -131,10 +131,10 @@ def test_a_steered_bonus_starts_within_its_bounds() -> None:
         ({"steer": {"target": 0.5, "low": 3.0}}, "low .3. must not be above steer.high .1.5."),
         ({"allocate": {"first": 8}}, "allocate.first .8. must be below group_size .8."),
         ({"allocate": {}, "rewards": {"parts": [{"kind": "self_consistency"}]}}, "'self_consistency' needs all"),
-        ({"replay": {}, "sampling": {"top_p": 0.9}}, "leave out sampling.top_p"),
-        ({"carry": 8, "sampling": {"min_tokens": 2}}, "leave out sampling.min_tokens"),
+        ({"replay": {}, "sampler": {"top_p": 0.9}}, "leave out sampler.top_p"),
+        ({"carry": 8, "sampler": {"min_tokens": 2}}, "leave out sampler.min_tokens"),
         ({"carry": 8, "environment": {"kind": "calculator"}}, "middle of a turn"),
-        ({"carry": 32}, "carry .32. must be below sampling.max_tokens .32."),
+        ({"carry": 32}, "carry .32. must be below sampler.max_tokens .32."),
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -58,7 +58,7 @@ def collect(exp: Experience, step: int) -> Batch:
 
 def test_the_mismatch_is_of_tokens_that_the_newest_weights_sampled() -> None:
     """Two of three completions are older: theirs are other weights' numbers, whatever the learner's are now."""
-    lm, config = model(), settings("grpo", carry=4, updates=1, sampling={"max_tokens": 9})
+    lm, config = model(), settings("grpo", carry=4, updates=1, sampler={"max_tokens": 9})
     differences = []
     for ages in ((0, 2, 1), (3, 2, 1)):
         rolled = []
@@ -269,7 +269,7 @@ def test_the_temperature_follows_its_target(tmp_path: Path) -> None:
 
 EVERYTHING = {
     "rewards": {"parts": [FUNCTION]},
-    "sampling": {"max_tokens": 9},
+    "sampler": {"max_tokens": 9},
     "steps": 8,
     "updates": 2,
     "redraws": 1,

@@ -32,7 +32,7 @@ STAGE: dict[str, Any] = {
         "gold": {"kind": "function", "function": "gold"},
     },
     "rewards": {"parts": [{"kind": "function", "function": "proxy", "name": "proxy", "weight": 2.0}]},
-    "sampling": {"max_tokens": 6, "temperature": 0.7},
+    "sampler": {"max_tokens": 6, "temperature": 0.7},
     "prompts_per_step": 2,
     "group_size": 2,
     "steps": 3,
@@ -166,7 +166,7 @@ def test_online_dpo_measures_gold_too(tmp_path: Path) -> None:
 def test_settings_that_measure_nothing_are_refused() -> None:
     held_out = STAGE["held_out"]
     for changes, why in (
-        ({"sampling": {"top_k": 5}}, "leave out sampling.top_k"),
+        ({"sampler": {"top_k": 5}}, "leave out sampler.top_k"),
         ({"held_out": {**held_out, "gold": None}}, "drawn for held_out.gold, and there is none"),
         ({"rewards": {"parts": [{"kind": "math", "name": "gold"}]}}, "a reward is named 'gold'"),
         ({"held_out": {**held_out, "gold": {"kind": "self_consistency"}}}, "compares the completions of a prompt"),

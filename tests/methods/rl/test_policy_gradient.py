@@ -33,7 +33,7 @@ def settings(method: str, **changes: Any) -> RLConfig:
         "method": method,
         "problems": {"kind": "rows", "data": {"source": "unused.jsonl"}},
         "rewards": {"parts": [{"kind": "length", "unit": "characters", "target": 12, "width": 30}]},
-        "sampling": {"max_tokens": MAX},
+        "sampler": {"max_tokens": MAX},
         "prompts_per_step": 4,
         "group_size": 4,
         "steps": 3,
@@ -108,7 +108,7 @@ def slow(config: RLConfig, lm: LanguageModel, rolled: list[Rolled], alone: bool)
             a = rewards[i] - (mates.sum() - rewards[i]) / (len(mates) - 1)
         else:
             a = rewards[i] - rewards.mean()
-        logp = plain_logprobs(lm, r, config.sampling.temperature)
+        logp = plain_logprobs(lm, r, config.sampler.temperature)
         wrote = r.rollout.mask or [True] * len(r.rollout.tokens)
         sampled = torch.tensor([p for p, mine in zip(r.rollout.logprobs, wrote, strict=True) if mine])
         old = logp.detach() if alone else sampled
@@ -149,7 +149,7 @@ def capture(learner: Learner) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "ppo"])
 @pytest.mark.parametrize(("alone", "replies"), [(True, False), (False, False), (True, True), (False, True)])
 def test_loss_and_gradient_equal_a_slow_loop(method: str, alone: bool, replies: bool) -> None:
-    config = settings(method, updates=1 if alone else 2, sampling={"max_tokens": MAX, "temperature": 0.8})
+    config = settings(method, updates=1 if alone else 2, sampler={"max_tokens": MAX, "temperature": 0.8})
     rolled, lm = batch_of(replies=replies), model()
     give_advantages(config, rolled, greedy=GREEDY)
     if not alone:

@@ -171,7 +171,7 @@ def slow(config: RLConfig, lm: LanguageModel, rolled: Sequence[Rolled]) -> Any:
 def setup(method: str, replies: bool = False, **changes: Any) -> tuple[RLConfig, LanguageModel, list[Rolled]]:
     """Two updates unless said otherwise. Older policy, sampler, reference and critic all differ from the model."""
     sampling = {"max_tokens": MAX, "temperature": TEMPERATURE}
-    config, lm = settings(method, **{"updates": 2, "sampling": sampling, **changes}), model()
+    config, lm = settings(method, **{"updates": 2, "sampler": sampling, **changes}), model()
     if method == "ppo":
         lm.add_value_head()
         with torch.no_grad():

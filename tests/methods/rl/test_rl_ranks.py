@@ -24,7 +24,7 @@ COMMON = {
         "samples": 2,
     },
     "rewards": {"parts": [LENGTH]},
-    "sampling": {"max_tokens": 9},
+    "sampler": {"max_tokens": 9},
     "prompts_per_step": 3,  # an odd number: ranks have different numbers of groups, and of passes
     "steps": 3,
     "optimizer": {"lr": 1e-3},

@@ -23,7 +23,7 @@ HELD_OUT = {"problems": {"kind": "rows", "data": {"source": "x"}}, "every": 1}
 
 def turns(folder: Path, method: str = "grpo", **changes: Any) -> Experience:
     answering = {"kind": "function", "function": "counting", "stop": list("aeiounrst12345 "), "max_turns": 3}
-    config = settings(method, environment=answering, held_out=HELD_OUT, **{"sampling": {"max_tokens": 40}, **changes})
+    config = settings(method, environment=answering, held_out=HELD_OUT, **{"sampler": {"max_tokens": 40}, **changes})
     exp = work(config, folder)
     assert config.environment is not None
     answers = environment(config.environment, {"counting": Counting})

@@ -175,11 +175,11 @@ def _sampled(
             numbers = range(start, min(start + size, len(questions)))
             path = path_of(folder / "rollouts", lot)
             if not path.exists():
-                sampler = sampler or open_sampler(model, config.max_running)
+                sampler = sampler or open_sampler(model, config.sampler)
                 requests = [
                     Request(questions[i].tokens, config.n, int(seeds[i]), questions[i].problem) for i in numbers
                 ]
-                groups = sampler.sample(requests, config.sampling)
+                groups = sampler.sample(requests, config.sampler)
                 write_rollouts(
                     folder / "rollouts", lot, groups, None, [questions[i].text for i in numbers], list(numbers)
                 )
@@ -207,7 +207,7 @@ def _sampled(
             track.update(numbers[-1] + 1, pairs=len(pairs))
     if not pairs:
         raise DataError(
-            f"stage {title}: no prompt got two different answers ({dict(dropped)}); raise sampling.temperature or n"
+            f"stage {title}: no prompt got two different answers ({dict(dropped)}); raise sampler.temperature or n"
         )
     return pairs
 

@@ -103,7 +103,7 @@ def run_refine(
     if not rows:
         why = ", ".join(f"{n:,} {reason}" for reason, n in {**stats["dropped"], **stats["unusable"]}.items())
         raise DataError(
-            f"stage {config.name} made no row of {len(found):,} chains ({why}). Raise sampling.max_tokens or "
+            f"stage {config.name} made no row of {len(found):,} chains ({why}). Raise sampler.max_tokens or "
             "critique_tokens, give examples, or take a larger model; posttrain inspect RUN shows what was written"
         )
     leave_data(folder, {"rows": rows}, stats)
@@ -129,7 +129,7 @@ def _writer(config: RefineConfig, model: ModelConfig) -> Writer:
     if config.server is not None:
         sampler, tokenizer, context = OpenAISampler(config.server), None, 2**31
     else:
-        local = open_sampler(config.model or model, config.max_running)
+        local = open_sampler(config.model or model, config.sampler)
         sampler, tokenizer, context = local, local.tokenizer, local.context
 
     def write(
@@ -229,7 +229,7 @@ class Loop:
         self, what: str, asked: Sequence[tuple[Sequence[Message], int]], questions: Sequence[Question]
     ) -> list[Text]:
         """First answers or revisions, with their rewards where there are any."""
-        written = self._say(what, asked, self.config.sampling.max_tokens)
+        written = self._say(what, asked, self.config.sampler.max_tokens)
         if self.rewards is None or not written:
             return [_text(r) for r in written]
         stripped = [replace(r, text=r.text.strip()) for r in written]  # what is judged is what the row will say
@@ -250,7 +250,7 @@ class Loop:
             done += 1
             self.shown(f"{what}, {done}/{len(asked)}")
 
-        return self.write(asked, self.config.sampling, longest, count) if asked else []
+        return self.write(asked, self.config.sampler, longest, count) if asked else []
 
     def _reached(self, answer: Text) -> bool:
         at = self.config.stop_at

@@ -83,7 +83,7 @@ def run_rejection(
         why = ", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common())
         raise DataError(
             f"stage {config.name} kept none of {stats['samples']:,} completions ({why}). Lower threshold "
-            f"({config.threshold:g}), raise n ({config.n}) or sampling.max_tokens, or start from a model that gets "
+            f"({config.threshold:g}), raise n ({config.n}) or sampler.max_tokens, or start from a model that gets "
             "some problems right; posttrain inspect RUN shows what was sampled"
         )
 
@@ -105,7 +105,7 @@ def _sample(
     functions: Functions | None,
 ) -> None:
     """Sample and judge the chunks that are not there yet. A problem's completions depend on (seed, its number)."""
-    sampler = open_sampler(model, config.max_running)
+    sampler = open_sampler(model, config.sampler)
     streams = np.random.SeedSequence([seed, 4]).generate_state(len(questions), np.uint64)
     total, kept = len(questions) * config.n, 0
     before = sum(len(chunks[c]) for c in range(len(chunks)) if c not in left) * config.n
@@ -121,7 +121,7 @@ def _sample(
                     track.phase(f"sampling, {done + at}/{total}")  # noqa: B023  called within this turn of the loop
 
             requests = [Request(questions[i].tokens, config.n, int(streams[i]), questions[i].problem) for i in part]
-            scored = rewards(sampler.sample(requests, config.sampling, count))
+            scored = rewards(sampler.sample(requests, config.sampler, count))
             groups, _, failures = with_failed(scored)
             texts = [questions[i].text for i in part]
             write_rollouts(folder / "rollouts", c + 1, groups, None, texts, list(part), failures)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import ModelConfig
+from posttrain.config import ModelConfig, SamplerConfig
 from posttrain.core import distributed
 from posttrain.core.errors import ModelError
 from posttrain.core.files import write_json, write_text
@@ -28,12 +28,12 @@ def chunked(count: int, size: int) -> list[range]:
     return [range(s, min(s + size, count)) for s in range(0, count, size)]
 
 
-def open_sampler(model: ModelConfig, max_running: int) -> LocalSampler:
+def open_sampler(model: ModelConfig, config: SamplerConfig) -> LocalSampler:
     """A model that samples and is not trained, checked against its own forward."""
     hf, tokenizer = load_model(model, pick_dtype(model.dtype, pick_device(model.device)))
     policy = LanguageModel(hf).eval()
     verify(policy)
-    return LocalSampler(policy, tokenizer, max_running=max_running)
+    return LocalSampler(policy, tokenizer, **config.limits())
 
 
 def leave_data(folder: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]], stats: Mapping[str, Any]) -> None:

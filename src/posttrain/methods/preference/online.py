@@ -137,7 +137,7 @@ def run_online(
     learner = Learner(policy, config.optimizer, config.systems, config.steps)
     collecting = config.collecting()
     with RewardStack(config.rewards, functions) as rewards, ExitStack() as until:
-        sampler = LocalSampler(policy, tokenizer, max_running=config.max_running, memory_mb=config.cache_mb)
+        sampler = LocalSampler(policy, tokenizer, **config.sampler.limits())
         collector = Collector(collecting, policy, sampler, rewards, questions, seed)
         meter = None
         if config.held_out is not None and config.held_out.gold is not None:

@@ -64,7 +64,7 @@ class Labeller:
         asked = [
             Request(q.tokens, config.chains, int(s), q.problem) for q, s in zip(questions, streams[::2], strict=True)
         ]
-        groups = self.sampler.sample(asked, config.sampling)
+        groups = self.sampler.sample(asked, config.sampler)
         ends = self._judged(groups)
         requests: list[Request] = []
         where: list[tuple[int, int, int]] = []  # question, chain, step
@@ -76,7 +76,7 @@ class Labeller:
                 # The last step ends where the chain does, whose outcome is known.
                 for k, (_, end) in enumerate(spans[g][c][:-1]):
                     cut = self._tokens_of(rollout, end)
-                    left = config.sampling.max_tokens - cut
+                    left = config.sampler.max_tokens - cut
                     stream = int(rng.integers(2**63))
                     if left < 1:
                         continue
@@ -106,7 +106,7 @@ class Labeller:
     ) -> dict[tuple[int, int, int], list[bool | None]]:
         """By step, whether each completion from there ends right (None: it could not be judged)."""
         whole = []
-        for (g, c, _), going_on in zip(where, self.sampler.sample(requests, self.config.sampling), strict=True):
+        for (g, c, _), going_on in zip(where, self.sampler.sample(requests, self.config.sampler), strict=True):
             group = groups[g]
             cut = len(going_on.prompt) - len(group.prompt)
             before = list(group.rollouts[c].tokens[:cut])
@@ -189,7 +189,7 @@ def labelled(rows: Sequence[Row], questions: Sequence[Question], tokenizer: Any)
     if not chains:
         raise DataError(
             f"none of {without} sampled chains has a step that could be labelled: look at what the policy writes "
-            "(labels/*.jsonl), at sampling.max_tokens and at the rewards"
+            "(labels/*.jsonl), at sampler.max_tokens and at the rewards"
         )
     targets = [t for c in chains for t in c.targets if t is not None]
     outcomes = [c["outcome"] for r in rows for c in r["chains"] if c["outcome"] is not None]

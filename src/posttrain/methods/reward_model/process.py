@@ -127,7 +127,7 @@ def _label_all(
     hf, tokenizer = load_model(model)
     policy = LanguageModel(hf).eval().requires_grad_(False)
     verify(policy)
-    sampler = LocalSampler(policy, tokenizer, max_running=labels.max_running, memory_mb=labels.cache_mb)
+    sampler = LocalSampler(policy, tokenizer, **labels.sampler.limits())
     with RewardStack(labels.rewards, functions) as rewards:
         for i, (name, part) in enumerate(parts.items()):
             # Held-out problems come from a stream of their own, whatever the number of those before.

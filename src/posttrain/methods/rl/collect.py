@@ -110,7 +110,7 @@ class Collector:
         self.baseline: float | None = None
         self.controls = Controls.of(config)
         self.gatherer = Gatherer(config, sampler, rewards, questions, seed, tokenizer)
-        sampling = config.sampling
+        sampling = config.sampler
         self.comparable = (
             sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0 and not sampling.min_tokens
         )
@@ -221,7 +221,7 @@ class Collector:
 
     def answer(self, questions: Sequence[Question], phases: Phases) -> list[RolloutGroup]:
         """Greedy answers."""
-        greedy = self.config.sampling.model_copy(update={"temperature": 0.0})
+        greedy = self.config.sampler.model_copy(update={"temperature": 0.0})
         requests = [Request(q.tokens, 1, 0, q.problem) for q in questions]
         return sample(self.sampler, requests, greedy, phases)
 

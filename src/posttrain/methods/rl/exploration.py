@@ -26,17 +26,17 @@ class Controls:
         """As a stage begins."""
         bonus = config.entropy
         if config.steer is not None and config.steer.by == "bonus":
-            low, high = config.steer.bounds(config.sampling.temperature)
+            low, high = config.steer.bounds(config.sampler.temperature)
             bonus = max(low, min(high, bonus))
-        return cls(config.sampling.temperature, bonus, config.kl.coefficient)
+        return cls(config.sampler.temperature, bonus, config.kl.coefficient)
 
     def applied(self, config: RLConfig) -> RLConfig:
         """The settings of a step, with these numbers in their places."""
         if config.steer is None and config.kl.target is None:
             return config
-        sampling = config.sampling.model_copy(update={"temperature": self.temperature})
+        sampling = config.sampler.model_copy(update={"temperature": self.temperature})
         kl = config.kl.model_copy(update={"coefficient": self.beta})
-        return config.model_copy(update={"sampling": sampling, "kl": kl, "entropy": self.bonus})
+        return config.model_copy(update={"sampler": sampling, "kl": kl, "entropy": self.bonus})
 
     def metrics(self, config: RLConfig) -> dict[str, float]:
         """Those that are steered, as they served in a step."""
@@ -53,7 +53,7 @@ class Controls:
         """After a step: `entropy` and `kl` as it measured them. Where it has none, nothing moves."""
         steer = config.steer
         if steer is not None and "entropy" in measured:
-            bounds = steer.bounds(config.sampling.temperature)
+            bounds = steer.bounds(config.sampler.temperature)
             arguments = (measured["entropy"], steer.target, steer.gain, *bounds)
             if steer.by == "temperature":
                 self.temperature = toward_entropy(self.temperature, *arguments)

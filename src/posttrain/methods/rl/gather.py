@@ -50,7 +50,7 @@ class Gatherer:
         """Of the step at hand."""
         context = int(getattr(sampler, "context", 2**31))
         self.growth = Growth(
-            config.carry, config.sampling, context, lambda t, plain: tokenizer.decode(t, skip_special_tokens=plain)
+            config.carry, config.sampler, context, lambda t, plain: tokenizer.decode(t, skip_special_tokens=plain)
         )
 
     def gather(self, step: int, now: RLConfig, phases: Phases) -> tuple[list[Gathering], dict[str, float]]:
@@ -109,7 +109,7 @@ class Gatherer:
         begun = [Gathering(i, salt[0]) for i in chosen]
         there = [*waiting, *begun]
         first = now.allocate.first if now.allocate is not None else now.group_size
-        self._grow(there, [0] * len(waiting) + [first] * len(begun), salt, now.sampling, phases)
+        self._grow(there, [0] * len(waiting) + [first] * len(begun), salt, now.sampler, phases)
         self._score(there, phases)
         if now.allocate is not None:
             self._allocate(there, len(begun), salt, now, phases)
@@ -195,7 +195,7 @@ class Gatherer:
                 break
             if round_ == 1:
                 self.counted["hard"] += sum(not s and n > 0 for s, n in zip(done, more, strict=True))
-            self._grow(there, more, (*salt, round_), now.sampling, phases)
+            self._grow(there, more, (*salt, round_), now.sampler, phases)
             self._score(there, phases)
             left -= sum(more)
 

@@ -70,7 +70,7 @@ class Gold:
         with phases("gold"):
             asked = zip(self.questions, self.streams, strict=True)
             requests = [Request(q.tokens, self.samples, int(stream), q.problem) for q, stream in asked]
-            groups = sample(self.collector.sampler, requests, self.config.sampling, Phases(phases.track))
+            groups = sample(self.collector.sampler, requests, self.config.sampler, Phases(phases.track))
             proxy = judge(self.collector.rewards, groups).groups
             gold = judge(self.scorer, proxy)
             failed = {(e.group, e.index) for e in gold.excluded}

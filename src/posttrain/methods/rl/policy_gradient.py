@@ -295,7 +295,7 @@ def run_rl(
     gold = config.held_out is not None and config.held_out.gold is not None
     reference = reference_of(config, model, policy) if config.kl.coefficient or gold else None
     with RewardStack(config.rewards, functions, tokenizer) as rewards, ExitStack() as until:
-        local = LocalSampler(policy, tokenizer, max_running=config.max_running, memory_mb=config.cache_mb)
+        local = LocalSampler(policy, tokenizer, **config.sampler.limits())
         sampler: Sampler = local
         turns = None
         if config.environment is not None:

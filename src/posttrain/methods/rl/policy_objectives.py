@@ -155,7 +155,7 @@ def step_scores(config: RLConfig, rolled: Sequence[Rolled]) -> list[tuple[float,
 
 def temperatures(config: RLConfig, rolled: Sequence[Rolled], device: torch.device) -> float | Tensor:
     """What divides the logits of the rollouts' tokens, as when sampled; one number where all have the same."""
-    pieces = [r.rollout.pieces or [Piece(len(r.rollout.tokens), 0, config.sampling.temperature)] for r in rolled]
+    pieces = [r.rollout.pieces or [Piece(len(r.rollout.tokens), 0, config.sampler.temperature)] for r in rolled]
     different = {p.temperature for of in pieces for p in of}
     if len(different) == 1:
         return different.pop()
@@ -263,7 +263,7 @@ def policy_loss(
     stepwise = any(r.rollout.steps for r in rolled)
     if method.loss == "reinforce" and not alone and kind == "constant" and not stepwise:
         kind = "sequence"  # the ratio of a whole sequence, once for each
-    constant = 1.0 if method.loss == "reinforce" else float(config.sampling.max_tokens)
+    constant = 1.0 if method.loss == "reinforce" else float(config.sampler.max_tokens)
     written = torch.tensor([r.length for r in rolled])
     divisor, everything = denominator(kind, written), denominator("token", written)
     want = "values" if method.advantages == "critic" else "logprobs"
