@@ -296,7 +296,8 @@ def _varlen_attention(
     gather, cu_q, cu_k, longest_q, longest_k = plan.varlen_for()
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if any(p >= 0 for p in plan.batch.parents):
-        k, v = k.index_select(0, gather), v.index_select(0, gather)
+        # Gradients of a key that many see are added up in float32, and in the same order every time.
+        k, v = (torch.nn.functional.embedding(gather, x.flatten(1)).view(-1, *x.shape[1:]) for x in (k, v))
     options: dict[str, Any] = {"scale": scale}
     parameters = _varlen_parameters()
     if q.shape[1] != k.shape[1]:
