@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test lint format size clean help
+.PHONY: demo test lint format clean gpu size help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -30,6 +30,10 @@ format: $(STAMPS)/dev  ## put the code in its standard format
 
 size:  ## code, docstring, comment and test lines of each folder
 	@$(or $(PYTHON),python3) tools/size.py
+gpu:  ## checks and short benchmarks on a GPU (ARGS=--dry: tiny, on the CPU); benchmarks/gpu/README.md
+	@python=python3; $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { \
+		$(MAKE) --no-print-directory $(STAMPS)/dev && python=$(BIN)/python; } || exit 1; \
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $$python benchmarks/gpu/run.py $(ARGS)
 
 clean:  ## remove the environment and what tools leave behind (runs stay)
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache src/*.egg-info

@@ -1,0 +1,201 @@
+"""Everything that needs a GPU to be known: checks first, then short benchmarks. Run by `make gpu`.
+
+    make gpu                             # about five minutes on one large GPU
+    make gpu ARGS="--json figures.json"  # all figures, as JSON
+    make gpu ARGS=--dry                  # the same code with tiny sizes on a CPU
+    make gpu ARGS="--only sampler,sft"   # some items, by the beginning of their names
+
+Every item runs in a process of its own: one that fails, hangs or breaks the GPU's state leaves the others alone. The
+exit code is 1 where one failed. Items for which no time is left are skipped. README.md beside this file says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+sys.path.insert(0, str(HERE.parents[1]))
+# Whether there is a GPU is asked of its driver, so that this process never starts CUDA: children are forked from it.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+PRELOADED = [
+    "peft", "datasets", "transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2",
+    "posttrain.run", "posttrain.train.rl", "posttrain.train.preference", "posttrain.rollout.engine",
+]  # fmt: skip
+SHOWN = 9000
+"""Characters of the closing report at most."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """name; where its function is, in this folder; seconds that it takes on a large GPU, more or less."""
+
+    name: str
+    home: str
+    seconds: float
+
+
+ITEMS = [
+    Item("device", "run:device", 8),
+    Item("attention", "attention:check", 20),
+    Item("varlen", "attention:probe", 8),
+    Item("models", "models:check", 25),
+    Item("masters", "models:masters", 8),
+    Item("sampler", "sampler:check", 40),
+    Item("sft", "recipes:sft", 30),
+    Item("dpo", "recipes:dpo", 25),
+    Item("grpo", "recipes:grpo", 50),
+    Item("killed", "recipes:killed", 50),
+    Item("syncs", "syncs:check", 10),
+    Item("speed sft 135M", "speed:sft_smol", 15),
+    Item("speed sampling", "speed:sampling", 30),
+    Item("speed sft 0.5B", "speed:sft_qwen", 20),
+    Item("profile", "speed:profile", 15),
+    Item("speed trl 135M", "speed:trl", 25),
+]
+
+
+def device(where: Any) -> Any:
+    """What all of this runs on."""
+    import torch
+    import transformers
+
+    from gpu.base import Account
+
+    numbers = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0],
+               "device": "cpu", "cuda": torch.version.cuda}  # fmt: skip
+    if where.cuda:
+        properties = torch.cuda.get_device_properties(0)
+        numbers |= {"device": properties.name, "GiB": round(properties.total_memory / 2**30, 1),
+                    "capability": list(torch.cuda.get_device_capability())}  # fmt: skip
+    return Account(numbers=numbers, note=f"{numbers['device']}, torch {numbers['torch']}")
+
+
+def work(item: Item, folder: Path, dry: bool) -> None:
+    """One item, in a process of its own: its result goes to a file, and all that it prints to another."""
+    out, log = folder / f"{item.name}.json", folder / f"{item.name}.log"
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    result: dict[str, Any] = {"status": "failed"}
+    try:
+        import torch
+
+        from gpu.base import Where
+
+        module, _, function = item.home.partition(":")
+        found = getattr(importlib.import_module(f"gpu.{module}"), function)(
+            Where(torch.device("cpu" if dry else "cuda"), folder, dry)
+        )
+        result = {"status": "failed" if found.failed else "ok", "note": found.note, "numbers": found.numbers}
+        if found.failed:
+            result["failed"] = found.failed
+    except BaseException as error:
+        result |= {"failed": [f"{type(error).__name__}: {error}"[:1500]], "traceback": traceback.format_exc()[-6000:]}
+    out.write_text(json.dumps(result, default=str))
+
+
+def started(item: Item, folder: Path, dry: bool) -> None:
+    """The forked child. Where the parent has touched CUDA after all, a child can't: the program is started anew."""
+    import torch
+
+    if not dry and getattr(torch._C, "_cuda_isInBadFork", bool)():
+        os.execv(sys.executable, [sys.executable, str(HERE), "--item", item.name, "--folder", str(folder)])
+    work(item, folder, dry)
+
+
+def carried_out(item: Item, folder: Path, dry: bool, left: float) -> dict[str, Any]:
+    """The item's result; one that hangs is killed, one that dies is told by how it died."""
+    began = time.perf_counter()
+    process = multiprocessing.get_context("fork").Process(target=started, args=(item, folder, dry))
+    process.start()
+    process.join(max(20.0, left if dry else min(left, 30 + 4 * item.seconds)))
+    result: dict[str, Any] = {"status": "failed"}
+    out, log = folder / f"{item.name}.json", folder / f"{item.name}.log"
+    if process.is_alive():
+        process.kill()
+        process.join()
+        result["failed"] = ["it was stopped: it took much longer than it should"]
+    elif out.exists():
+        result = json.loads(out.read_text())
+    else:
+        result["failed"] = [f"the process ended with status {process.exitcode} and left no result"]
+    if result["status"] == "failed" and log.exists():
+        result["printed"] = log.read_text(errors="replace")[-3000:]
+    return {**result, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def told(results: dict[str, dict[str, Any]], seconds: float) -> str:
+    """The table, with what failed below it; short enough to be read in a log's end."""
+    lines = [f"{'item':<18}{'':<9}{'seconds':>8}"]
+    for name, r in results.items():
+        lines.append(f"{name:<18}{r['status']:<9}{r.get('seconds', 0):>8.1f}  {r.get('note', '')[:150]}")
+    bad = {n: r for n, r in results.items() if r["status"] == "failed"}
+    room = (SHOWN - sum(map(len, lines))) // max(1, len(bad))
+    for name, r in bad.items():
+        more = r.get("traceback", "") or "\n".join(r.get("printed", "").splitlines()[-8:])
+        said = [f"--- {name}", *(f"  {line}" for line in r.get("failed", [])[:12])]
+        lines.append("\n".join([*said, more[-max(200, room - sum(map(len, said))) :]])[:room])
+    count = {s: sum(r["status"] == s for r in results.values()) for s in ("ok", "failed", "skipped")}
+    return "\n".join([*lines, ", ".join(f"{n} {s}" for s, n in count.items()) + f", {seconds:.0f} s"])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="What needs a GPU: checks, then short benchmarks.")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--minutes", type=float, default=6.0, help="time limit; what does not fit is skipped (6)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file, after every item")
+    parser.add_argument("--only", default="", help="items to run, by the beginning of their names, with commas")
+    parser.add_argument("--item", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    began = time.perf_counter()
+    if args.item:
+        work(next(i for i in ITEMS if i.name == args.item), args.folder, args.dry)
+        return 0
+    for module in PRELOADED:
+        importlib.import_module(module)
+    results: dict[str, dict[str, Any]] = {}
+    folder = Path(tempfile.mkdtemp(prefix="posttrain-gpu-"))
+    os.environ["POSTTRAIN_CACHE"] = str(folder / "cache")
+    try:
+        for item in ITEMS:
+            if args.only and not item.name.startswith(tuple(args.only.split(","))):
+                continue
+            left = 60 * args.minutes - (time.perf_counter() - began)
+            if left < (1 if args.dry else item.seconds):
+                results[item.name] = {"status": "skipped", "note": "out of time"}
+            else:
+                results[item.name] = carried_out(item, folder, args.dry, left)
+            print(f"{item.name}: {results[item.name]['status']}", file=sys.stderr, flush=True)
+            seconds = time.perf_counter() - began
+            if args.json:
+                text = json.dumps({"dry": args.dry, "seconds": round(seconds, 1), "items": results}, indent=1)
+                args.json.write_text(text, encoding="utf-8")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(told(results, time.perf_counter() - began), flush=True)
+    return int(any(r["status"] == "failed" for r in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

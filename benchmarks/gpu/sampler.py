@@ -1,0 +1,155 @@
+"""The sampler on this device: CUDA graphs against plain steps, and what it says of its tokens against the learner."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gpu.base import DRY, SMALL, Account, Where, build, byte_tokenizer
+from posttrain.config import SamplingConfig
+from posttrain.models.lm import LanguageModel
+from posttrain.rollout.engine import LocalSampler
+from posttrain.rollout.sampler import Request
+from posttrain.rollout.static import StaticSteps
+from posttrain.types import Rollout, Sample
+
+
+@dataclass
+class Graphs:
+    """What became of shapes while graphs were watched."""
+
+    recorded: int = 0
+    replayed: int = 0
+    refused: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def watched(record: bool = True) -> Iterator[Graphs]:
+    """Counts graphs that are recorded and replayed; record=False: none is, the same shapes run a kernel at a time."""
+    found, kept = Graphs(), (StaticSteps._record, StaticSteps._run)
+
+    def _record(self: Any, shape: Any) -> None:
+        if record:
+            kept[0](self, shape)
+            found.recorded += shape in self.recorded
+
+    def _run(self: Any, shape: Any) -> Any:
+        hidden = kept[1](self, shape)
+        found.replayed += shape in self.recorded
+        return hidden
+
+    StaticSteps._record, StaticSteps._run = _record, _run  # type: ignore[method-assign]
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            yield found
+        found.refused = [str(w.message) for w in said if "CUDA graph" in str(w.message)]
+    finally:
+        StaticSteps._record, StaticSteps._run = kept  # type: ignore[method-assign]
+
+
+def asked(where: Where, n: int, vocabulary: int) -> list[Request]:
+    """Prompts of different lengths, each with `n` completions."""
+    generator = torch.Generator().manual_seed(1)
+    requests = []
+    for i in range(where.pick(12, 3)):
+        length = int(torch.randint(3, where.pick(100, 20), (1,), generator=generator))
+        prompt = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+        requests.append(Request(prompt, n, i, max_tokens=None if i % 2 else where.pick(90, 6)))
+    return requests
+
+
+def drawn(sampler: LocalSampler, requests: Sequence[Request], temperature: float, longest: int) -> list[Rollout]:
+    params = SamplingConfig(temperature=temperature, max_tokens=longest)
+    return [r for g in sampler.sample(requests, params) for r in g.rollouts]
+
+
+def same(a: Sequence[Rollout], b: Sequence[Rollout]) -> float:
+    """Share of completions with the same tokens."""
+    return sum(x.tokens == y.tokens for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def logprob_difference(a: Sequence[Rollout], b: Sequence[Rollout]) -> float:
+    """Largest difference of log-probabilities, up to where tokens part."""
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        for t, u, p, q in zip(x.tokens, y.tokens, x.logprobs, y.logprobs, strict=False):
+            worst = max(worst, abs(p - q))
+            if t != u:
+                break
+    return worst
+
+
+def learner_difference(
+    model: LanguageModel, requests: Sequence[Request], rollouts: Sequence[Rollout]
+) -> tuple[float, float]:
+    """(largest, mean) difference of the sampler's log-probabilities from the learner's of the same tokens."""
+    prompts = [r.tokens for r in requests for _ in range(r.n)]
+    samples = [
+        Sample([*p, *r.tokens], [0.0] * len(p) + [1.0] * len(r.tokens)) for p, r in zip(prompts, rollouts, strict=True)
+    ]
+    batch = model.pack(samples)
+    targets = torch.cat([row[len(p) :] for row, p in zip(batch.rows, prompts, strict=True)])
+    with torch.no_grad():
+        mine = model(batch, targets_N=targets)[0].float().cpu()
+    difference = (mine - torch.tensor([x for r in rollouts for x in r.logprobs])).abs()
+    return float(difference.max()), float(difference.mean())
+
+
+def check(where: Where) -> Account:
+    """Llama with many completions a prompt and with one; windows and soft caps (Gemma 2); float32 and bfloat16."""
+    account = Account()
+    cases = [("llama", 8, torch.float32), ("llama", 8, torch.bfloat16), ("llama", 1, torch.float32),
+             ("gemma2", 4, torch.float32), ("gemma2", 4, torch.bfloat16), ("qwen3", 8, torch.bfloat16)]  # fmt: skip
+    for kind, n, dtype in [c for c in cases if c[2] == torch.float32 and c[0] == "llama"] if where.dry else cases:
+        name = f"{kind}, {n} a prompt, {str(dtype).removeprefix('torch.')}"
+        try:
+            one(name, kind, n, dtype, where, account)
+        except Exception as error:
+            account.attempt(name, error)
+    for key in ("graphs recorded", "graphs replayed"):
+        account.numbers[key] = sum(v for k, v in account.numbers.items() if k.endswith(f": {key}"))
+    account.note = f"{account.numbers['graphs recorded']} graphs, {account.numbers['graphs replayed']} replays"
+    return account
+
+
+def one(name: str, kind: str, n: int, dtype: torch.dtype, where: Where, account: Account) -> None:
+    shape = where.pick(SMALL, DRY)
+    more: dict[str, Any] = {"sliding_window": 48} if kind == "gemma2" else {}
+    model = LanguageModel(build(shape, dtype, where.device, kind, head_dim=64, **more))
+    tokenizer = byte_tokenizer(shape["vocab_size"])
+    requests, longest = asked(where, n, shape["vocab_size"]), where.pick(180, 12)
+    plain = LocalSampler(model, tokenizer, static_shapes=False, max_running=64)
+    static = LocalSampler(model, tokenizer, static_shapes=True, max_running=64)
+    tight = dtype == torch.float32
+    for temperature in (0.0, 1.0):
+        label = f"{name}, temperature {temperature:g}"
+        expected = drawn(plain, requests, temperature, longest)
+        with watched(record=False):
+            stepwise = drawn(static, requests, temperature, longest)
+        with watched() as graphs:
+            replayed = drawn(static, requests, temperature, longest)
+        for key in ("recorded", "replayed"):
+            account.numbers[f"{label}: graphs {key}"] = getattr(graphs, key)
+        if where.cuda:
+            account.true(
+                f"{label}: recorded", graphs.recorded > 0 and not graphs.refused, " ".join(graphs.refused)[:300]
+            )
+            account.true(f"{label}: replayed", graphs.replayed > graphs.recorded)
+        account.at_most(f"{label}: other completions with graphs than without", 1 - same(replayed, stepwise), 0.0)
+        account.at_most(f"{label}: log-probabilities with graphs", logprob_difference(replayed, stepwise), 1e-6)
+        # In bfloat16 logits come in coarse steps, and another number of rows rounds otherwise: ties are drawn apart.
+        account.at_most(
+            f"{label}: other completions than plain steps", 1 - same(replayed, expected), 0.02 if tight else 1
+        )
+        bound = 1e-3 if tight else 0.15
+        account.at_most(f"{label}: log-probabilities of plain steps", logprob_difference(replayed, expected), bound)
+        if temperature:
+            largest, mean = learner_difference(model, requests, replayed)
+            account.at_most(f"{label}: log-probabilities, learner's, largest", largest, bound)
+            account.at_most(f"{label}: log-probabilities, learner's, mean", mean, 1e-4 if tight else 0.02)

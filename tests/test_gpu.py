@@ -1,0 +1,47 @@
+"""What `make gpu` runs on a GPU, run with tiny sizes on this machine's CPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_all_that_make_gpu_runs_runs_dry(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "run.py"), "--dry", "--json", str(figures)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    items = json.loads(figures.read_text())["items"]
+    assert len(items) > 10 and all(item["status"] == "ok" for item in items.values())
+
+
+def test_what_fails_is_told_and_what_there_is_no_time_for_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    run = importlib.import_module("gpu.run")
+    items = [
+        run.Item("broken", "base:nothing", 1),
+        run.Item("dead", "run:os._exit", 1),
+        run.Item("device", "run:device", 1),
+    ]
+    monkeypatch.setattr(run, "ITEMS", items)
+    figures = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["run.py", "--dry", "--json", str(figures)])
+    assert run.main() == 1
+    assert "1 ok, 2 failed, 0 skipped" in capsys.readouterr().out
+    found = json.loads(figures.read_text())["items"]
+    assert "has no attribute 'nothing'" in found["broken"]["failed"][0] and found["device"]["status"] == "ok"
+    monkeypatch.setattr(sys, "argv", ["run.py", "--dry", "--minutes", "0"])
+    assert run.main() == 0
+    assert "0 ok, 0 failed, 3 skipped" in capsys.readouterr().out
