@@ -30,18 +30,16 @@ def test_what_fails_is_told_and_what_there_is_no_time_for_is_skipped(
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     run = importlib.import_module("gpu.run")
-    items = [
-        run.Item("broken", "base:nothing", 1),
-        run.Item("dead", "run:os._exit", 1),
-        run.Item("device", "run:device", 1),
-    ]
-    monkeypatch.setattr(run, "ITEMS", items)
+    monkeypatch.setattr(importlib.import_module("gpu.base"), "die", lambda where: os._exit(3), raising=False)
+    items = {"broken": "base:nothing", "dead": "base:die", "device": "run:device"}
+    monkeypatch.setattr(run, "ITEMS", [run.Item(name, home, 1) for name, home in items.items()])
     figures = tmp_path / "figures.json"
     monkeypatch.setattr(sys, "argv", ["run.py", "--dry", "--json", str(figures)])
     assert run.main() == 1
     assert "1 ok, 2 failed, 0 skipped" in capsys.readouterr().out
     found = json.loads(figures.read_text())["items"]
     assert "has no attribute 'nothing'" in found["broken"]["failed"][0] and found["device"]["status"] == "ok"
+    assert "ended with status 3" in found["dead"]["failed"][0]
     monkeypatch.setattr(sys, "argv", ["run.py", "--dry", "--minutes", "0"])
     assert run.main() == 0
     assert "0 ok, 0 failed, 3 skipped" in capsys.readouterr().out

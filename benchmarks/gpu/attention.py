@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gpu.base import Account, Where, apart, family
+from posttrain.core.ragged import RaggedBatch, pack
 from posttrain.models import attention
-from posttrain.models.ragged import RaggedBatch, pack
 
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest difference, as a part of the largest value. bfloat16 has eight bits: rounding once is 4e-3."""

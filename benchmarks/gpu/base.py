@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.models.tiny import CHATML, SPECIAL
-from posttrain.types import Sample
+from posttrain.core.types import Sample
+from posttrain.models.tiny_model import CHATML, SPECIAL
 
 SMOL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "vocab_size": 49152}  # fmt: skip

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gpu.base import DRY, SMALL, Account, Where, build, family, random_samples
 from posttrain.config import OptimizerConfig, SystemsConfig
-from posttrain.models.lm import LanguageModel
-from posttrain.train.learner import Learner, cross_entropy
-from posttrain.types import Sample
+from posttrain.core.types import Sample
+from posttrain.models.language_model import LanguageModel
+from posttrain.trainer.train_step import Learner, cross_entropy
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},

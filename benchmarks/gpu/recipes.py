@@ -17,7 +17,7 @@ import yaml
 
 import posttrain
 from gpu.base import DRY, SMALL, Account, Where, saved, smol, write_rows
-from posttrain.files import read_lines
+from posttrain.core.files import read_lines
 
 SFT = {
     "method": "sft",

@@ -35,7 +35,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 PRELOADED = [
     "peft", "datasets", "transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2",
-    "posttrain.run", "posttrain.train.rl", "posttrain.train.preference", "posttrain.rollout.engine",
+    "posttrain.runs.runner", "posttrain.methods.rl.policy_gradient", "posttrain.methods.preference.offline",
+    "posttrain.sampling.engine",
 ]  # fmt: skip
 SHOWN = 9000
 """Characters of the closing report at most."""

@@ -12,11 +12,11 @@ import torch
 
 from gpu.base import DRY, SMALL, Account, Where, build, byte_tokenizer
 from posttrain.config import SamplingConfig
-from posttrain.models.lm import LanguageModel
-from posttrain.rollout.engine import LocalSampler
-from posttrain.rollout.sampler import Request
-from posttrain.rollout.static import StaticSteps
-from posttrain.types import Rollout, Sample
+from posttrain.core.types import Rollout, Sample
+from posttrain.models.language_model import LanguageModel
+from posttrain.sampling.cuda_graphs import StaticSteps
+from posttrain.sampling.engine import LocalSampler
+from posttrain.sampling.protocol import Request
 
 
 @dataclass

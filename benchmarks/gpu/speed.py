@@ -12,11 +12,11 @@ from common import Batch, counts, make_batches, matrix_rates, median, operations
 from gpu.base import DRY, SMOL, Account, Where, build, byte_tokenizer, smol
 from gpu.sampler import watched
 from posttrain.config import OptimizerConfig, SamplingConfig, SystemsConfig
-from posttrain.models.lm import LanguageModel
-from posttrain.rollout.engine import LocalSampler
-from posttrain.rollout.sampler import Request
-from posttrain.train.learner import Learner
-from posttrain.types import Sample
+from posttrain.core.types import Sample
+from posttrain.models.language_model import LanguageModel
+from posttrain.sampling.engine import LocalSampler
+from posttrain.sampling.protocol import Request
+from posttrain.trainer.train_step import Learner
 
 QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
         "num_key_value_heads": 2, "vocab_size": 151936}  # fmt: skip

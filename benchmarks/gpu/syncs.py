@@ -16,9 +16,9 @@ import posttrain
 from gpu.base import DRY, SMALL, Account, Where, build, byte_tokenizer, random_samples
 from gpu.sampler import asked, drawn
 from posttrain.config import OptimizerConfig, SystemsConfig
-from posttrain.models.lm import LanguageModel
-from posttrain.rollout.engine import LocalSampler
-from posttrain.train.learner import Learner
+from posttrain.models.language_model import LanguageModel
+from posttrain.sampling.engine import LocalSampler
+from posttrain.trainer.train_step import Learner
 
 SOURCE = Path(posttrain.__file__).parent
 
