@@ -105,7 +105,7 @@ def masters(where: Where) -> Account:
         result = learner.step(batch)
         step_by_hand(hand, copies, adamw, batch)
         account.true(f"step {i + 1}: in several passes", result.micro_batches > 1)
-    state = learner.optimizer.state()
+    state = learner.optimizer.state_dict()
     apart_by_name = {n: (state[f"weight.{n}"] - c).detach().abs().mean() for n, c in copies.items()}
     # Adam divides by the root of the second moment: where a gradient is next to nothing, rounding shows in full.
     account.at_most("masters against by hand, mean, of the learning rate",
