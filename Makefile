@@ -30,6 +30,7 @@ format: $(STAMPS)/dev  ## put the code in its standard format
 
 size:  ## code, docstring, comment and test lines of each folder
 	@$(or $(PYTHON),python3) tools/size.py
+
 gpu:  ## checks and short benchmarks on a GPU (ARGS=--dry: tiny, on the CPU); benchmarks/gpu/README.md
 	@python=python3; $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { \
 		$(MAKE) --no-print-directory $(STAMPS)/dev && python=$(BIN)/python; } || exit 1; \

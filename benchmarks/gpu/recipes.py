@@ -178,7 +178,7 @@ def grpo(where: Where) -> Account:
     account = Account()
     data = rows(where.folder / "problems.jsonl", 200, "problems")
     stage = {**GRPO, "problems": {"kind": "rows", "data": {"source": str(data)}}, "steps": where.pick(20, 3),
-             "sampling": {"max_tokens": where.pick(128, 8)}, "prompts_per_step": where.pick(16, 2),
+             "sampler": {"max_tokens": where.pick(128, 8)}, "prompts_per_step": where.pick(16, 2),
              "group_size": where.pick(8, 4)}  # fmt: skip
     folder = carried(where, account, "grpo", [sft_stage(where), stage])
     records = metrics(folder, "rl")
