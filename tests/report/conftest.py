@@ -103,6 +103,8 @@ def write_stage(folder: Path, steps: int, skipped=(40, 41)):
         timings.append(
             {"step": step, "seconds": 1.6, "tokens_per_second": rng.gauss(1100, 60), "memory_mb": 2100 + step / 9}
         )
+    described = [{"name": "loss", "title": "Loss", "unit": "nats/token", "group": "Training", "better": "lower"}]
+    dump(folder / "method.json", {"method": "sft", "title": "Supervised fine-tuning", "metrics": described})
     dump(folder / "metrics.jsonl", metrics, lines=True)
     dump(folder / "timings.jsonl", timings, lines=True)
 

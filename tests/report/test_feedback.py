@@ -52,9 +52,10 @@ def test_on_the_page_and_in_the_terminal(make_run, evil, tmp_path):
     for text in (
         "interval 0.798".replace("interval ", "") + " (interval)",
         "at http://x/v1 compared in both orders, after a rationale: 4 of 5 pairs labelled",
-        "10 questions, 4 of them from the store; 1,200 tokens asked and 10 answered (700 and 6 of them now)",
+        "10 questions, 4 of them from the store; 1,200 prompt tokens and 10 completion tokens",
+        "(700 and 6 of them in this run)",
         "refused: 400",
-        "9 requests, made again after 2 429, 1 timed out",
+        "9 requests, repeated after 2 429, 1 timed out",
         "1 of 5 pairs got no label and are left out: 1 refused.",
         "judge and people disagree",
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 
 import posttrain
 from posttrain.report import build
-from posttrain.report.inference import panels
+from posttrain.report.evaluations import panels
 from posttrain.report.load import read
 from posttrain.report.terminal import sampling_tables
 from tests.report.test_page import Page
@@ -54,20 +55,22 @@ def test_the_curves_are_the_summaries(run: Path) -> None:
     found = read(run)
     (panel,) = panels(found)
     assert (panel.task, panel.samples, panel.sides) == ("sums", 4, ["before", "after"])
-    assert [p.title for p in panel.plots] == [
+    together, *charts = panel.charts
+    assert [c.title for c in charts] == [
         "one sample", "pass@k", "majority vote", "best of k by brevity", "vote weighted by brevity",
     ]  # fmt: skip
+    assert [s.name for s in together.series] == [c.title for c in charts]
     for side in ("before", "after"):
         summary = getattr(found, side)["sums"].summary
-        for strategy, plot in zip(summary["strategies"], panel.plots, strict=True):
-            (line,) = (x for x in plot.lines if x.name == side)
-            assert [(k, v) for k, _, v, _, _ in line.points] == [(p["k"], p["value"]) for p in strategy["points"]]
-            assert all(0 <= x <= 100 and 0 <= y <= 100 for x, y in line.dots)
-            assert [x for x, _ in line.dots] == sorted(x for x, _ in line.dots)
-            # Higher on the page is more accurate.
-            order = sorted(range(len(line.dots)), key=lambda i: line.points[i][2])
-            heights = [line.dots[i][1] for i in order]
-            assert heights == sorted(heights, reverse=True)
+        for strategy, chart in zip(summary["strategies"], charts, strict=True):
+            (line,) = (s for s in chart.series if s.name == side)
+            points = strategy["points"]
+            for drawn, key in ((line.x, "tokens"), (line.y, "value"), (line.low, "low"), (line.high, "high")):
+                assert drawn == [p[key] for p in points]
+            assert line.x == sorted(line.x) and chart.y_range[0] <= min(line.low) <= max(line.high) <= chart.y_range[1]
+            assert [f"k = {p['k']}, " in label for p, label in zip(points, line.labels, strict=True)]
+            drawn = json.loads(chart.data)
+            assert drawn["x_log"] and drawn["percent"] and len(drawn["series"]) == 2
 
 
 def test_stages_are_known_by_what_they_make(run: Path) -> None:
@@ -92,7 +95,7 @@ def test_the_page_has_charts_points_and_stages(run: Path) -> None:
         side = found.between["one"] if name == "0-one" else getattr(found, name)
         assert float(page.values[f"sums.stage.{column}"]) == side["sums"].summary["value"]
     assert page.values["stage.mine.made.samples"] == "32"
-    assert "rejection sampling" in page.text and "Of 6 questions" in page.text
+    assert "Rejection sampling" in page.text and "Of 6 questions" in page.text
     comparison = found.comparison[0]
     assert comparison["before"]["value"] == pytest.approx(before["best:brevity"][-1]["value"])  # the headline
 

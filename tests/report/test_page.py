@@ -123,7 +123,7 @@ def test_complete_run(make_run, evil):
     check_numbers(page, folder)
     check_offline(page, evil)
     said = page.text
-    for words in ("supervised fine-tuning on 2,000 rows for 125 steps", "wrong → right", "too long: 3,012 tokens",
+    for words in ("Supervised fine-tuning on 2,000 rows for 125 steps", "wrong → right", "too long: 3,012 tokens",
                   "posttrain chat runs/quickstart/model", "posttrain run runs/quickstart/recipe.yaml", "Example CPU",
                   "cd" * 32, "lr: 5.0e-04   # peak", "2 steps skipped"):  # fmt: skip
         assert words in said, words
@@ -138,7 +138,11 @@ def test_complete_run(make_run, evil):
     plots = [a for t, a in page.elements if a.get("class") == "plot"]
     assert len(plots) == 5 and all(a["role"] == "img" and "over 12" in a["aria-label"] for a in plots)
     # Two skipped steps, marked on the three curves of what a step computes.
-    assert page.count("path", class_="skipped") == 6
+    assert [json.loads(a["data-plot"]).get("marks") for a in plots] == [[40, 41]] * 3 + [None] * 2
+    # What never changes is one line, with its value.
+    assert page.values["stage.sft.tokens.last"] == "1800.0" and "Constant: Time 1.6, Tokens 1,800, " in said
+    # The charting library comes with the page, its licence too.
+    assert "uPlot 1.6.32" in text and "Permission is hereby granted, free of charge" in text
 
 
 def test_curve_points_are_the_metrics(make_run):
@@ -147,7 +151,9 @@ def test_curve_points_are_the_metrics(make_run):
     lines = map(json.loads, (folder / "stages" / "1-sft" / "metrics.jsonl").read_text().splitlines())
     expected = [(r["step"], r["loss"]) for r in lines if not r["skipped"]]
     plot = next(a for t, a in page.elements if a.get("class") == "plot")
-    drawn = [(s, y) for s, y, _ in json.loads(plot["data-points"])]
+    (series,) = json.loads(plot["data-plot"])["series"]
+    drawn = list(zip(series["x"], series["y"], strict=True))
+    assert series["smooth"]
     assert [s for s, _ in drawn] == [s for s, _ in expected] and len(drawn) == 123
     assert [y for _, y in drawn] == pytest.approx([y for _, y in expected], rel=1e-4)
 
@@ -157,7 +163,37 @@ def test_long_run_is_thinned_and_says_so(make_run):
     path = build(folder)
     assert path.stat().st_size < 600_000
     text = Page(path.read_text(encoding="utf-8")).text
-    assert re.search(r"\d{3} of 19,998 steps drawn; lowest and highest are kept", text)
+    assert "Each point is the mean of 40 steps; the band spans their lowest and highest value." in text
+
+
+def test_a_finished_run_without_evaluations_says_how_to_get_them(make_run):
+    folder = make_run()
+    shutil.rmtree(folder / "evaluations")
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(text[: text.index("evaluate:")])
+    page = Page(build(folder).read_text(encoding="utf-8"))
+    for words in ("This run's recipe has no evaluations", "add tasks under evaluate: to the recipe",
+                  "posttrain evaluate runs/quickstart -r RECIPE"):  # fmt: skip
+        assert words in page.text, words
+    assert "yet" not in page.text[page.text.index("Before and after") : page.text.index("Curves", 300)]
+
+
+def test_answers_of_pairs_are_labelled(make_run):
+    """What a preference method compares is no text that the model learns to write."""
+    folder = make_run()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (data,) = manifest["data"]
+    for labels, legend in (
+        (("chosen", "rejected"), "training makes the chosen one more likely"),
+        (("undesirable", "desirable"), "training makes desirable ones more likely"),
+    ):
+        for example, label in zip(data["examples"], labels, strict=True):
+            example["label"] = label
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        page = Page(build(folder).read_text(encoding="utf-8"))
+        assert legend in page.text and "trained to produce them" not in page.text
+        for label in labels:
+            assert f"{label.capitalize()} answer" in page.text and page.count("p", class_=label) == 1
 
 
 def test_run_that_is_not_finished(make_run, tmp_path):
@@ -175,7 +211,12 @@ def test_run_that_is_not_finished(make_run, tmp_path):
     empty.mkdir()
     page = Page(build(empty).read_text(encoding="utf-8"))
     assert page.metrics["run.status"] == "unknown"
-    for words in ("no manifest.json", "no recipe.yaml", "Nothing has been evaluated yet", "no stage has begun"):
+    for words in (
+        "no manifest.json",
+        "no recipe.yaml",
+        "There are no evaluations in this folder",
+        "no stage has started",
+    ):
         assert words in page.text, words
     with pytest.raises(CheckpointError, match="expected a run folder"):
         build(tmp_path / "nowhere")
@@ -276,30 +317,68 @@ def test_in_chromium(make_run, evil, tmp_path):
     page = Page(dom)
     check_numbers(page, folder)
     check_offline(page, evil)
-    # Five curves; those that are noisy have a smoothed line too. The copy buttons show that the script ran.
-    assert page.count("svg") == 5 and page.count("path", class_="raw") == 5 and page.count("path", class_="smooth") == 3
-    buttons = [a for t, a in page.elements if t == "button"]
+    # Five curves, drawn. The copy buttons show that the script ran.
+    assert page.count("canvas") == 5
+    buttons = [a for t, a in page.elements if t == "button" and a["class"] == "copy"]
     assert len(buttons) == 4 and not any("hidden" in a for a in buttons)
     assert shot.stat().st_size > 10_000
 
 
 PROBE = """<script>
-const plot = document.querySelector(".plot"), box = plot.getBoundingClientRect();
-const out = plot.closest("figure").querySelector("output"), seen = [out.textContent];
-plot.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width * 59 / 124}));
-seen.push(out.textContent);
-plot.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
-seen.push(out.textContent);
-plot.dispatchEvent(new PointerEvent("pointerleave"));
-seen.push(out.textContent);
-document.body.dataset.seen = JSON.stringify(seen);
-document.body.dataset.spill = document.documentElement.scrollWidth - innerWidth;
-throw new Error("probe");
+const loss = document.querySelector("[data-chart='sft.loss'] .plot");
+const out = loss.closest("figure").querySelector("output");
+const over = () => loss.querySelector(".u-over"), values = () => loss.chart.u.data.map(c => Array.from(c));
+const point = (type, step) => {
+  const box = over().getBoundingClientRect(), at = { bubbles: true, cancelable: true, button: 0, movementX: 9 };
+  const clientX = box.left + loss.chart.u.valToPos(step, "x"), clientY = box.top + box.height / 2;
+  (type === "mouseup" ? document : over()).dispatchEvent(new MouseEvent(type, { ...at, clientX, clientY }));
+};
+const range = chart => [chart.u.scales.x.min, chart.u.scales.x.max], wait = ms => new Promise(r => setTimeout(r, ms));
+(async () => {
+  const seen = { rest: out.textContent };
+  await wait(200);
+  point("mouseenter", 60); point("mousemove", 60); await wait(50);
+  seen.hover = out.textContent;
+  seen.other = document.querySelector("[data-chart='sft.lr'] output").textContent;
+  loss.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" })); await wait(50);
+  seen.key = out.textContent;
+  loss.dispatchEvent(new FocusEvent("blur")); await wait(50);
+  seen.left = out.textContent;
+  seen.smoothed = values()[2];
+  const slider = document.querySelector("#smoothing");
+  slider.value = 0; slider.dispatchEvent(new Event("input")); await wait(50);
+  seen.columns = values().length;
+  slider.value = 0.9; slider.dispatchEvent(new Event("input")); await wait(50);
+  seen.strong = values()[2];
+  const log = document.querySelector("[data-chart='sft.loss'] button.log");
+  log.click(); await wait(50);
+  seen.log = [loss.chart.u.scales.y.distr, log.getAttribute("aria-pressed")];
+  log.click(); await wait(50);
+  seen.linear = loss.chart.u.scales.y.distr;
+  point("mouseenter", 20); point("mousemove", 20); point("mousedown", 20); point("mousemove", 60); point("mouseup", 60);
+  await wait(100);
+  const lr = document.querySelector("[data-chart='sft.lr'] .plot").chart;
+  seen.zoom = [range(loss.chart), range(lr)];
+  over().dispatchEvent(new MouseEvent("dblclick", { bubbles: true, button: 0 })); await wait(100);
+  seen.reset = [range(loss.chart), range(lr)];
+  document.body.dataset.seen = JSON.stringify(seen);
+  document.body.dataset.spill = document.documentElement.scrollWidth - innerWidth;
+  throw new Error("probe");
+})();
 </script></body>"""
 
 
+def ema(values, weight):
+    """The moving average without a bias towards its first value, by a slow sum over all values before."""
+    out = []
+    for i in range(len(values)):
+        shares = [weight ** (i - j) for j in range(i + 1)]
+        out.append(sum(s * v for s, v in zip(shares, values, strict=False)) / sum(shares))
+    return out
+
+
 @needs_browser
-def test_read_out_narrow_screen_and_that_console_errors_are_seen(make_run, tmp_path):
+def test_charts_answer_narrow_screen_and_that_console_errors_are_seen(make_run, tmp_path):
     """A copy of the page with a script of our own: its policy forbids that script until it is taken out."""
     folder = make_run()
     text = build(folder).read_text(encoding="utf-8").replace("</body>", PROBE)
@@ -308,13 +387,23 @@ def test_read_out_narrow_screen_and_that_console_errors_are_seen(make_run, tmp_p
     dom, console = browse(copy, tmp_path / "a")
     assert "data-seen" not in dom and any("Content Security Policy" in line for line in console)
     copy.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", text), encoding="utf-8")
-    dom, console = browse(copy, tmp_path / "b", size="500,900")
+    dom, console = browse(copy, tmp_path / "b", "--virtual-time-budget=5000", size="500,900")
     assert any("probe" in line for line in console)
     body = next(a for t, a in Page(dom).elements if t == "body")
-    rest, hover, key, left = json.loads(body["data-seen"])
+    seen = json.loads(body["data-seen"])
     lines = [json.loads(x) for x in (folder / "stages" / "1-sft" / "metrics.jsonl").read_text().splitlines()]
-    for said, step in ((hover, 60), (key, 61)):
-        found = re.fullmatch(rf"step {step}: (\S+), smoothed \S+", said)
+    kept = [r["step"] for r in lines if not r["skipped"]]
+    values = [r["loss"] for r in lines if not r["skipped"]]
+    for said, step in ((seen["hover"], 60), (seen["key"], 61)):
+        found = re.fullmatch(rf"step {step}: (\S+), smoothed (\S+)", said)
         assert found and float(found[1]) == pytest.approx(lines[step - 1]["loss"], rel=1e-3)
-    assert left == rest and float(rest) == pytest.approx(lines[-1]["loss"], rel=1e-3)
+        assert float(found[2]) == pytest.approx(ema(values, 0.6)[kept.index(step)], rel=1e-3)
+    assert seen["other"].startswith("step 60: ")  # all charts of a stage are read at one step
+    assert seen["left"] == seen["rest"] and float(seen["rest"]) == pytest.approx(lines[-1]["loss"], rel=1e-3)
+    assert seen["smoothed"] == pytest.approx(ema(values, 0.6), rel=1e-4)
+    assert seen["columns"] == 2 and seen["strong"] == pytest.approx(ema(values, 0.9), rel=1e-4)
+    assert seen["log"] == [3, "true"] and seen["linear"] != 3
+    for low, high in seen["zoom"]:
+        assert (low, high) == pytest.approx((20, 60), abs=1.5)
+    assert seen["reset"] == [[1, 125], [1, 125]]
     assert int(body["data-spill"]) <= 0  # no sideways scrolling

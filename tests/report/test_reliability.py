@@ -10,11 +10,12 @@ import pytest
 import posttrain
 from posttrain.report import build
 from posttrain.report.load import read
-from posttrain.report.scored import scored
+from posttrain.report.reward_models import held_out
+from tests.report.test_page import Page
 
 
 def test_bins_lie_where_their_numbers_say(tmp_path: Path) -> None:
-    """By hand: what is said runs from 1/2 to 1 over the width, what was from the lowest interval's end to 1 upwards."""
+    """Predicted from 1/2 to 1 across, observed up to 1 upwards, with intervals."""
     rows = [{"prompt": f"p{i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(24)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     data = {"source": str(tmp_path / "pairs.jsonl")}
@@ -32,15 +33,15 @@ def test_bins_lie_where_their_numbers_say(tmp_path: Path) -> None:
         {"said": 0.95, "was": 1.0, "low": 0.8, "high": 1.0, "n": 1},
     ]
     path.write_text(json.dumps(found))
-    (view,) = scored(read(folder))
-    (one,), (two, three) = view.points["before"], view.points["after"]
-    # The plot's bottom is 0.4: 0.6 lies two thirds of the way down, its interval from one third to the bottom.
-    assert (one.x, one.y, one.high, one.low) == pytest.approx((0, 200 / 3, 100 / 3, 100))
-    assert (two.x, two.y, two.high, two.low) == pytest.approx((50, 50, 100 / 6, 500 / 6))
-    assert (three.x, three.y, three.size) == pytest.approx((90, 0, 7 + 13 / 2))
-    assert "said 0.75, was 0.70 (0.50 to 0.90), 3 items" in two.label
-    # Right about itself: from 1/2, a sixth above the bottom, to 1 in the corner.
-    assert view.diagonal == f"M0,{400 * 0.5 / 0.6:.1f}L1000,0"
-    page = build(folder).read_text()
-    assert page.count('class="ball after"') == 2 and page.count('class="ball before"') == 1
-    assert 'style="left:50.00%;top:50.00%' in page and f'd="{view.diagonal}"' in page
+    (view,) = held_out(read(folder))
+    ideal, before, after = view.chart.series
+    assert (before.x, before.y, before.low, before.high) == ([0.5], [0.6], [0.4], [0.8])
+    assert (after.x, after.y, after.low, after.high) == ([0.75, 0.95], [0.7, 1.0], [0.5, 0.8], [0.9, 1.0])
+    assert after.sizes == pytest.approx([7 + 13 * 0.75**0.5, 7 + 13 / 2])  # three of four items, and one
+    assert "predicted 0.75, observed 0.70 (0.50 to 0.90), 3 items" in after.labels[0]
+    # What it predicts of the answer it prefers is 1/2 or more; the axis below ends at the lowest interval.
+    assert (view.chart.x_range, view.chart.y_range) == ((0.5, 1.0), (0.4, 1.0))
+    assert (ideal.x, ideal.y, ideal.line) == ([0.5, 1.0], [0.5, 1.0], "dashed")  # calibrated predictions
+    page = Page(build(folder).read_text())
+    figure = next(a for t, a in page.elements if a.get("data-plot") and "Reliability" in a["aria-label"])
+    assert json.loads(figure["data-plot"])["series"][2]["y"] == [0.7, 1]

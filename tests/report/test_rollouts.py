@@ -21,9 +21,8 @@ from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.report import build
-from posttrain.report.load import read, stage_folders
-from posttrain.report.phases import phases
-from posttrain.report.rollouts import spark, views
+from posttrain.report.load import read
+from posttrain.report.rollouts import phases, spark, views
 from posttrain.sampling import engine
 from posttrain.sampling.rollout_store import groups_of, path_of, read_rollouts, rollout_steps, write_rollouts
 
@@ -77,7 +76,7 @@ def test_the_page_shows_what_was_kept(run: Path) -> None:
     assert view.steps == 3 and set(rows) == {1, 2, 3}
     best = max(r["reward"] for r in rows[3] if r["reward"] is not None)
     worst = min(r["reward"] for r in rows[3] if r["reward"] is not None)
-    by_kind = {w: [s.reward for s in view.seen if s.why.startswith(w)] for w in ("best", "worst")}
+    by_kind = {w: [s.reward for s in view.seen if s.kind == w] for w in ("best", "worst")}
     assert by_kind["best"][0] == best and by_kind["worst"][0] == worst
     failed = sum(bool(r["failures"]) for of_step in rows.values() for r in of_step)
     assert failed and "a multiple of three" in page
@@ -127,7 +126,7 @@ def test_the_page_says_where_the_time_went(run: Path) -> None:
     rows = [r for s in (1, 2, 3) for r in read_rollouts(path_of(run / "stages" / "0-rl" / "rollouts", s))]
     sampled = sum(len(r["tokens"]) for r in rows)  # those without a reward were sampled too
     assert {p.name: p.tokens for p in view.phases}["sampling"] == sampled
-    assert {p.name: p.tokens for p in view.phases}["learning"] == sum(t["learned_tokens"] for t in timings)
+    assert {p.name: p.tokens for p in view.phases}["training"] == sum(t["learned_tokens"] for t in timings)
     assert phases([{"seconds": 1.0}]) == []
 
 
@@ -199,8 +198,8 @@ def test_the_suspicious_come_in_the_order_of_the_report(tmp_path: Path) -> None:
 def test_stages_whose_names_end_alike_are_told_apart(tmp_path: Path) -> None:
     for number, name in enumerate(("warm-rl", "rl")):
         (tmp_path / "stages" / f"{number}-{name}").mkdir(parents=True)
-    assert [p.name for p in stage_folders(tmp_path, "rl")] == ["1-rl"]
-    assert [p.name for p in stage_folders(tmp_path, "warm-rl")] == ["0-warm-rl"]
+    found = [(s.name, s.folder.name) for s in read(tmp_path).stages]
+    assert found == [("warm-rl", "0-warm-rl"), ("rl", "1-rl")]
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def _print_view(view: rollouts.View, out: Console) -> None:
     ]
     heads = ["part", "early", "late", "variance within", "between", "share within, early", "late"]
     _table("Parts of the reward (means of the first and last third; variances of the last)", heads, parts, out)
-    pairs = [(f"{a}, {b}", *map(_signed, rs), "moved apart" if apart else "") for a, b, *rs, apart in view.pairs]
+    pairs = [(f"{a}, {b}", *map(_signed, rs), "moved apart" if apart else "") for a, b, rs, apart in view.pairs]
     _table("Do they go together?", ["parts", "correlation", "early", "late", ""], pairs, out)
     drift = [(n, _short(a), _short(b), _signed(r)) for n, a, b, r in view.drift]
     _table("Shape", ["measure", "early", "late", "correlation with the reward"], drift, out)

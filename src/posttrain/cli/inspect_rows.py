@@ -22,8 +22,8 @@ from posttrain.data.sft_rows import SHOWN
 from posttrain.eval.tasks import evaluate_model, task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device
 from posttrain.report.feedback import agreement
+from posttrain.report.formatting import p_value, score
 from posttrain.report.terminal import sampling_tables
-from posttrain.report.words import p_value, score
 from posttrain.runs.registry import ready
 from posttrain.trainer.stage import Setting
 

@@ -17,7 +17,7 @@ from posttrain.trainer.train_step import Learner
 TITLES = {"sft": "Supervised fine-tuning"}
 METRICS = (
     Metric("loss", "Loss", "nats/token", "Training", "lower"),
-    Metric("token_accuracy", "Token accuracy", "share of loss tokens predicted exactly", "Training", "higher"),
+    Metric("token_accuracy", "Token accuracy", "share of loss tokens", "Training", "higher"),
 )
 
 

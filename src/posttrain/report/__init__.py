@@ -1,4 +1,4 @@
-"""The page of a run, and the table at its end, made from the files of the run folder alone."""
+"""Make the page of a run, and the table at its end, from the files of the run folder alone."""
 
 from posttrain.report.build import build
 from posttrain.report.terminal import summary_table

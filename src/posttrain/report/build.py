@@ -1,14 +1,12 @@
-"""Run folder to ``report.html``: one file that opens offline and may be sent to anyone."""
+"""Build `report.html` of a run folder: one file that opens offline and may be sent to anyone."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import os
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,62 +14,39 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from posttrain.report import words
+from posttrain.report import evaluations, formatting
 from posttrain.report.chains import amounts, chain_views
-from posttrain.report.curves import Chart, chart, measures_for, ticks
+from posttrain.report.charts import stage_charts
 from posttrain.report.feedback import read_feedback
-from posttrain.report.gold import measured
-from posttrain.report.inference import by_stage, panels
-from posttrain.report.load import Evaluation, Record, Run, TaskRow, read
+from posttrain.report.load import Run, read
+from posttrain.report.reward_models import gold, held_out
 from posttrain.report.rollouts import views
-from posttrain.report.scored import scored
 
-SHOWN = {"gained": 3, "lost": 3, "wrong": 0, "right": 0}  # cards of a task, by what became of the item
-FOLDED = {"gained": 9, "lost": 9, "wrong": 4, "right": 4}  # up to these behind "more"
-CHANGES = {
-    "gained": "wrong → right",
-    "lost": "right → wrong",
-    "wrong": "wrong both times",
-    "right": "right both times",
+VENDOR = ("uPlot.iife.min.js", "uPlot.min.css", "LICENSE-uPlot.txt")
+FILTERS = {
+    "number": formatting.number,
+    "score": formatting.score,
+    "p": formatting.p_value,
+    "seconds": formatting.seconds,
+    "verdict": formatting.verdict,
+    "share": formatting.share,
+    "fixed": formatting.fixed,
 }
-
-
-@dataclass(frozen=True)
-class Card:
-    """One item before and after; ``scores`` are (choice, share before, share after, log-likelihoods of both)."""
-
-    change: str
-    item: str
-    prompt: str
-    expected: str
-    before: str
-    after: str
-    scores: list[tuple[str, float, float, float, float]]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The cards of a task, shown and folded; how many items there are of each change; answers alone, if any."""
-
-    task: str
-    counts: dict[str, int]
-    cards: list[Card]
-    more: list[Card]
-    greedy: list[Card]
-
-
-@dataclass(frozen=True)
-class Forest:
-    """Intervals side by side, in percent of the axis: (side, value, low, width), and the marks of the axis."""
-
-    lanes: list[tuple[str, float, float, float]]
-    marks: list[tuple[float, str]]
+LEGENDS = {
+    "pairs": "are the answers: training makes the chosen one more likely, or scores it higher, than the rejected one.",
+    "answers": "are the answers: training makes desirable ones more likely, and undesirable ones less likely.",
+    "steps": "end a step: there the model predicts whether the step is correct.",
+    "held out": "are scored, not trained on. The rest is context.",
+    "rows": "carry loss: the model is trained to produce them. The rest is context.",
+}
+"""What marked tokens are, by kind of data."""
 
 
 def build(run_folder: Path) -> Path:
-    """Writes ``report.html`` into the run folder from whatever files are there, and returns its path.
+    """Write `report.html` into the run folder from the files that are there, whole or not at all; return its path.
 
-    The page is written whole or not at all. Raises CheckpointError where there is no such folder.
+    Raises:
+        CheckpointError: There is no such folder.
     """
     run = read(Path(run_folder))
     target = run.folder / "report.html"
@@ -85,10 +60,14 @@ def build(run_folder: Path) -> Path:
 
 
 def render(run: Run) -> str:
-    """The page as text. Text of the run is escaped by the template engine; scripts in it are also forbidden by the
-    page's own content security policy, which allows our one script by its hash and no connection at all."""
-    files = resources.files("posttrain.report").joinpath("page").iterdir()
-    page = {f.name: f.read_text(encoding="utf-8") for f in files if f.is_file()}
+    """Return the page as text.
+
+    The template engine escapes every text of the run. The page's content security policy also forbids scripts in it:
+    it allows the page's one script by its hash, and no connection.
+    """
+    folder = resources.files("posttrain.report").joinpath("page")
+    page = {f.name: f.read_text(encoding="utf-8") for f in folder.iterdir() if f.is_file()}
+    plot, plot_style, licence = (folder.joinpath("vendor", name).read_text(encoding="utf-8") for name in VENDOR)
     environment = jinja2.Environment(
         loader=jinja2.DictLoader(page),
         autoescape=True,
@@ -96,169 +75,117 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "number": words.number, "score": words.score, "p": words.p_value, "seconds": words.seconds,
-        "verdict": words.verdict, "plain": words.plain, "share": words.share, "fixed": words.fixed,
-    }  # fmt: skip
-    script = page["script.js"]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.filters |= FILTERS
+    script = f"/* uPlot 1.6.32\n{licence.strip()} */\n{plot.strip()}\n{page['script.js']}"
     rows = run.rows()
-    place = shlex.quote(str(Path(str(run.recipe.get("output") or "runs")) / run.name))
     return environment.get_template("page.html.j2").render(
         run=run,
         manifest=run.manifest,
-        rows=rows,
-        plots=[(r, _forest(r)) for r in rows],
-        status_words=words.STATUS.get(run.status, words.STATUS["unknown"]),
-        done=_what_was_done(run),
-        by_stage=by_stage(run),
-        panels=panels(run),
+        rows=[(r, evaluations.forest(r)) for r in rows],
+        status=formatting.STATUS.get(run.status, formatting.STATUS["unknown"]),
+        summary=_summary(run),
+        not_evaluated=_not_evaluated(run),
+        by_stage=evaluations.by_stage(run),
+        panels=evaluations.panels(run),
         curves=[
-            (number, s.name, *_charts(s.metrics, s.timings))
-            for number, s in enumerate(run.stages, 1)
-            if run.makes(s.name) != "data"  # which takes no steps
+            (number, stage.name, stage_charts(stage))
+            for number, stage in enumerate(run.stages, 1)
+            if run.makes(stage.name) != "data"  # which takes no steps
         ],
-        samples=[s for r in rows if (s := _samples(r, run)) is not None],
-        changes=CHANGES,
+        samples=[s for r in rows if (s := evaluations.samples(r, run)) is not None],
+        changes=evaluations.CHANGES,
         rollouts=views(run),
         chains=chain_views(run.folder, run.notes),
         amounts=amounts,
         feedback=read_feedback(run.folder, run.notes),
-        scored=scored(run),
-        gold=measured(run),
-        recipe=words.yaml_markup(run.recipe_text),
+        held_out=held_out(run),
+        gold=gold(run),
+        legend=_legend,
+        recipe=formatting.yaml_markup(run.recipe_text),
         lineage=_lineage(run),
-        commands=[
-            *([("Chat with the result", f"posttrain chat {place}/model")] if _has_model(run) else []),
-            ("Run it again, to a folder of its own",
-             f"posttrain run {place}/recipe.yaml name={shlex.quote(run.name + '-again')}"),
-            ("Go on, if it was interrupted", f"posttrain run {place}"),
-        ],
-        style=Markup(page["style.css"]),
+        commands=_commands(run),
+        style=Markup(f"/* uPlot 1.6.32, MIT licence */\n{plot_style}\n{page['style.css']}"),
         script=Markup(script),
-        digest=digest,
-    )  # fmt: skip
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _commands(run: Run) -> list[tuple[str, str]]:
+    place, out = _place(run), []
+    if _has_model(run):
+        out.append(("Chat with the result", f"posttrain chat {place}/model"))
+        if not run.recipe.get("evaluate"):
+            out.append(("Evaluate it with the tasks of another recipe", f"posttrain evaluate {place} -r RECIPE"))
+    again = f"posttrain run {place}/recipe.yaml name={shlex.quote(run.name + '-again')}"
+    out.append(("Run it again, to a folder of its own", again))
+    return [*out, ("Resume it, if it was interrupted", f"posttrain run {place}")]
+
+
+def _place(run: Run) -> str:
+    return shlex.quote(str(Path(str(run.recipe.get("output") or "runs")) / run.name))
 
 
 def _has_model(run: Run) -> bool:
-    """Whether the run leaves a model, or may yet: one that is done without has made data, or a reward model."""
+    """Return whether the run leaves a model, or may yet: one that ends without has made data, or a reward model."""
     made_other = bool(run.manifest.get("stages")) and run.status == "done" and not (run.folder / "model").is_dir()
     return not made_other or bool(run.manifest.get("artifacts", {}).get("model/config.json"))
 
 
-def _what_was_done(run: Run) -> str:
-    source = str((run.manifest.get("model") or run.recipe.get("model") or {}).get("source") or "A model")
-    entries = run.manifest.get("data") or []
-    parts = []
+def _source(run: Run) -> str:
+    return str((run.manifest.get("model") or run.recipe.get("model") or {}).get("source") or "A model")
+
+
+def _summary(run: Run) -> str:
+    entries, parts = run.manifest.get("data") or [], []
     for stage in run.manifest.get("stages") or []:
-        method = words.METHODS.get(str(stage.get("method")), str(stage.get("method") or "a stage"))
         rows = sum(int(d.get("used") or 0) for d in entries if d.get("stage") == stage.get("name"))
         steps = stage.get("steps")
-        parts.append(
-            method
-            + (f" on {rows:,} rows" if rows else "")
-            + (f" for {steps:,} steps" if isinstance(steps, int) else "")
-        )
+        part = run.title(stage) + (f" on {rows:,} rows" if rows else "")
+        parts.append(part + (f" for {steps:,} steps" if isinstance(steps, int) else ""))
     if parts:
-        return f"{source} went through {', then '.join(parts)}."
-    return f"{source} was evaluated." if run.before or run.after else f"{source}; no stage has begun yet."
+        return f"{_source(run)}: {', then '.join(parts)}."
+    return f"{_source(run)} was evaluated." if run.before or run.after else f"{_source(run)}; no stage has started yet."
 
 
-def _charts(metrics: list[Record], timings: list[Record]) -> tuple[list[Chart], list[int]]:
-    skipped = [r["step"] for r in metrics if r.get("skipped")]
-    of_metrics, of_timings = measures_for(metrics)
-    flat = [{**r, **{k.replace(" ", "_"): v for k, v in (r.get("phases") or {}).items()}} for r in timings]
-    found = [chart(m, metrics, skipped) for m in of_metrics] + [chart(m, flat) for m in of_timings]
-    return [c for c in found if c is not None], skipped
+def _not_evaluated(run: Run) -> str:
+    """Explain why the page shows no evaluation, and how to get one."""
+    if run.recipe.get("evaluate"):
+        return "The recipe's evaluations have not been made yet."
+    if run.status == "unknown":
+        return "There are no evaluations in this folder."
+    measured = any(k.startswith("held_out") for s in run.stages for r in s.metrics for k in r)
+    also = " Its stages were measured on held-out rows, which the curves show." if measured else ""
+    how = (
+        "To compare the model before and after training, add tasks under evaluate: to the recipe and run it again "
+        "under another name."
+    )
+    if _has_model(run):
+        how += " To evaluate this result alone, use a recipe with such tasks (Commands, below)."
+    return f"This run's recipe has no evaluations (no evaluate: section).{also} {how}"
 
 
-def _forest(row: TaskRow) -> Forest:
-    """Accuracy on an axis from 0 to 1, perplexity from 0 to a little above the highest limit, scores around both."""
-    sides = [(name, s) for name, s in (("before", row.before), ("after", row.after)) if s]
-    ends = [float(s.get(k) or 0) for _, s in sides for k in ("low", "high")]
-    start, end = 0.0, 1.0 if row.metric == "accuracy" else max(ends, default=0) * 1.1
-    if row.metric == "score" and ends:
-        pad = 0.1 * (max(ends) - min(ends)) or 0.5
-        start, end = min(ends) - pad, max(ends) + pad
-    if not -math.inf < start < end < math.inf:
-        return Forest([], [])
-
-    def across(value: Any) -> float:
-        return 100 * (float(value or 0) - start) / (end - start)
-
-    lanes = []
-    for name, side in sides:
-        at, low, high = (across(side.get(k)) for k in ("value", "low", "high"))
-        lanes.append((name, at, low, high - low))
-    marks = [0, 0.25, 0.5, 0.75, 1] if row.metric == "accuracy" else ticks(start, end)
-    return Forest(lanes, [(across(m), f"{m:.0%}" if row.metric == "accuracy" else words.number(m)) for m in marks])
-
-
-def _samples(row: TaskRow, run: Run) -> Samples | None:
-    before, after = (side.get(row.task, Evaluation()) for side in (run.before, run.after))
-    old = {i.get("id"): i for i in before.items if "correct" in i}
-    new = {i.get("id"): i for i in after.items if "correct" in i}
-    groups: dict[str, list[Card]] = {name: [] for name in CHANGES}
-    for item in [i for i in old if i in new]:
-        was, now = bool(old[item]["correct"]), bool(new[item]["correct"])
-        change = {(False, True): "gained", (True, False): "lost", (False, False): "wrong"}.get((was, now), "right")
-        groups[change].append(_card(change, old[item], new[item]))
-    cards = [c for name, group in groups.items() for c in group[: SHOWN[name]]]
-    more = [c for name, group in groups.items() for c in group[SHOWN[name] : FOLDED[name]]]
-    shown = "sampled" if row.kind == "score" else "greedy"
-    greedy = [] if row.kind in ("generate", "sample") and old else _answers(shown, before.samples, after.samples)
-    if not cards and not more and not greedy:
-        return None
-    return Samples(row.task, {name: len(group) for name, group in groups.items()}, cards, more, greedy)
-
-
-def _card(change: str, old: Record, new: Record) -> Card:
-    def answer(item: Record) -> str:
-        return words.plain(item["output"] if "output" in item else item.get("prediction"))
-
-    a, b = old.get("scores"), new.get("scores")
-    scores = []
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        scores = [(str(k), p, q, float(a[k]), float(b[k])) for k, p, q in zip(a, _shares(a), _shares(b), strict=True)]
-    return Card(change, str(old.get("id", "")), words.plain(old.get("prompt")), words.plain(old.get("expected")),
-                answer(old), answer(new), scores)  # fmt: skip
-
-
-def _shares(scores: dict[str, Any]) -> list[float]:
-    """Softmax of the scores: how the model divides its belief among the choices."""
-    top = max(float(v) for v in scores.values())
-    weights = [math.exp(float(v) - top) for v in scores.values()]
-    return [w / sum(weights) for w in weights]
-
-
-def _answers(how: str, before: Sequence[Record], after: Sequence[Record]) -> list[Card]:
-    """Answers to the same prompts, greedy or sampled; a side that has none for a prompt is left empty."""
-    old, new = ({words.plain(s.get("prompt")): s for s in side} for side in (before, after))
-    out = []
-    for prompt in {**old, **new}:
-        about = old.get(prompt) or new[prompt]
-        was, now = (words.plain(side.get(prompt, {}).get("output")) for side in (old, new))
-        out.append(Card(how, "", prompt, words.plain(about.get("expected")), was, now, []))
-    return out
+def _legend(entry: Mapping[str, Any]) -> str:
+    """Explain what the marked tokens in the examples of a data entry are."""
+    labels = {str(e.get("label") or "") for e in entry.get("examples") or []}
+    stage = str(entry.get("stage") or "")
+    if stage.endswith(" held out") or stage.startswith("evaluate "):
+        return LEGENDS["held out"]
+    if labels & {"chosen", "rejected"}:
+        return LEGENDS["pairs"]
+    if labels & {"desirable", "undesirable"}:
+        return LEGENDS["answers"]
+    return LEGENDS["steps" if entry.get("layout") == "steps" else "rows"]
 
 
 def _lineage(run: Run) -> list[tuple[str, str, str]]:
-    """(kind, title, detail) of each box from the model that came in to the one that goes out."""
+    """Return (kind, title, detail) of each box from the model that came in to the result."""
     model = run.manifest.get("model") or run.recipe.get("model") or {}
     boxes = [("model", str(model.get("source") or "model"), str(model.get("type") or "start"))]
     stages = run.manifest.get("stages") or run.recipe.get("stages") or []
     for stage in stages:
-        method = str(stage.get("method") or "")
-        detail = " · ".join(
-            part
-            for part in (
-                words.METHODS.get(method, method),
-                f"{stage['steps']:,} steps" if isinstance(stage.get("steps"), int) else "",
-                str(stage.get("status") or "not begun"),
-            )
-            if part
-        )
-        boxes.append(("stage", str(stage.get("name") or method), detail))
+        steps = f"{stage['steps']:,} steps" if isinstance(stage.get("steps"), int) else ""
+        detail = [run.title(stage) if stage.get("method") else "", steps, str(stage.get("status") or "not started")]
+        boxes.append(("stage", str(stage.get("name") or stage.get("method") or ""), " · ".join(filter(None, detail))))
     ready = run.status == "done" or (run.folder / "model").is_dir()
     if stages and _has_model(run):
         boxes.append(("model" if ready else "pending", "model/", "the result" if ready else "not there yet"))

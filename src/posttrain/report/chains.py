@@ -1,8 +1,7 @@
-"""Chains of critique and revision, for the page and for the terminal."""
+"""Choose chains of critique and revision for the page and the terminal."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,18 @@ from typing import Any
 
 from posttrain.core.errors import DataError
 from posttrain.methods.data.revision_chain import Chain, chunks_there, outcome, read_chains
-from posttrain.report import words
+from posttrain.report.formatting import number
+from posttrain.report.load import numbered_folders, read_json
 
 KEPT = 4
 """Chains on the page that gave rows."""
 EACH = 2
-"""Chains for each reason why a round or a chain came to nothing."""
+"""Chains for each reason why a round or a chain gave nothing."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A stage's chains. stats: its account, empty while it is not finished. shown: (why it is shown, chain)."""
+    """Hold a stage's chains: its statistics (empty until it is finished), and (why it is shown, chain)."""
 
     stage: str
     stats: dict[str, Any]
@@ -29,29 +29,26 @@ class View:
 
 
 def stages_with_chains(run: Path) -> list[Path]:
-    """Folders of the stages that kept chains, in their order."""
-    found = [p for p in (run / "stages").glob("*-*") if p.name.split("-")[0].isdigit() and chunks_there(p / "chains")]
-    return sorted(found, key=lambda p: int(p.name.split("-")[0]))
+    """Return the folders of the stages that kept chains, in order."""
+    return [p for p in numbered_folders(run / "stages") if chunks_there(p / "chains")]
 
 
 def chain_views(run: Path, notes: list[str]) -> list[View]:
-    """What the page shows of every stage with chains; what can't be read goes into the notes."""
+    """Return a view of every stage with chains; what can't be read is added to `notes`."""
     out = []
     for folder in stages_with_chains(run):
         stage = folder.name.split("-", 1)[1]
         try:
             chains = read_chains(folder / "chains")
-            path = folder / "data" / "stats.json"
-            stats = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except (DataError, ValueError) as error:
+        except DataError as error:
             notes.append(f"chains of stage {stage} can't be read: {error}")
             continue
-        out.append(View(stage, stats, len(chains), choose(chains)))
+        out.append(View(stage, read_json(folder / "data" / "stats.json", notes) or {}, len(chains), choose(chains)))
     return out
 
 
 def choose(chains: Sequence[Chain]) -> list[tuple[str, Chain]]:
-    """Chains to look at, each once, with why: some that gave rows, then some for each thing that went otherwise."""
+    """Return chains to look at, each once, with the reason: some that gave rows, some of each way not to."""
     found: dict[str, list[tuple[str, Chain]]] = {"": []}
     for c in chains:
         ended = f"ended early: {c.stopped}" if c.stopped else ""
@@ -64,10 +61,10 @@ def choose(chains: Sequence[Chain]) -> list[tuple[str, Chain]]:
 
 
 def amounts(chain: Chain) -> list[tuple[str, str]]:
-    """Of a chain's first and last answer: each reward, as "0 → 1"."""
+    """Return each reward of a chain's first and last answer, as "0 → 1"."""
     first, last = chain.initial, chain.answer
     if first.reward is None or last.reward is None:
         return []
     both = {"reward": (first.reward, last.reward)}
     both |= {name: (first.parts[name], last.parts[name]) for name in first.parts if name in last.parts}
-    return [(name, f"{words.number(a, 3)} → {words.number(b, 3)}") for name, (a, b) in both.items()]
+    return [(name, f"{number(a, 3)} → {number(b, 3)}") for name, (a, b) in both.items()]

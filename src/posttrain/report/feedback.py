@@ -1,4 +1,4 @@
-"""What a stage of feedback found out, for the page and for the terminal."""
+"""Show what stages of feedback found, on the page and in the terminal."""
 
 from __future__ import annotations
 
@@ -7,32 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.report import words
+from posttrain.report.formatting import fixed, seconds
+from posttrain.report.load import numbered_folders, read_json
 
 Fact = tuple[str, str, str, Any]
-"""(name, value in words, interval in words, the number itself)."""
+"""(name, value as text, interval as text, the number)."""
 
 
 def read_feedback(run: Path, notes: list[str] | None = None) -> list[dict[str, Any]]:
-    """Of every stage that left judge.json or raters.json: its name and both, in the order of the stages."""
-    found = []
-    folders = [p for p in (run / "stages").glob("*-*") if p.name.split("-")[0].isdigit()]
-    for folder in sorted(folders, key=lambda p: int(p.name.split("-")[0])):
-        entry: dict[str, Any] = {"stage": folder.name.split("-", 1)[1]}
-        for part in ("judge", "raters"):
-            path = folder / f"{part}.json"
-            if path.exists():
-                try:
-                    entry[part] = json.loads(path.read_text(encoding="utf-8"))
-                except ValueError as error:
-                    if notes is not None:
-                        notes.append(f"{path.name} of stage {entry['stage']} can't be read: {error}")
-        if len(entry) > 1:
+    """Return name, judge and raters of every stage that left judge.json or raters.json, in order."""
+    found, unread = [], [] if notes is None else notes
+    for folder in numbered_folders(run / "stages"):
+        files = {part: read_json(folder / f"{part}.json", unread) for part in ("judge", "raters")}
+        entry = {part: content for part, content in files.items() if content is not None}
+        if entry:
             judge = entry.get("judge") or {}
-            entry["facts"] = facts(judge)
-            entry["who"] = who(judge) if judge else ""
-            entry["cost"] = cost(judge.get("cost") or {})
-            entry["agreement"] = agreement(entry.get("raters") or {})
+            entry |= {"stage": folder.name.split("-", 1)[1], "facts": facts(judge), "who": who(judge)}
+            entry |= {"cost": cost(judge.get("cost") or {}), "agreement": agreement(entry.get("raters") or {})}
             found.append(entry)
     return found
 
@@ -40,12 +31,12 @@ def read_feedback(run: Path, notes: list[str] | None = None) -> list[dict[str, A
 def _share(name: str, value: Mapping[str, Any] | None) -> list[Fact]:
     if not value or value.get("value") is None:
         return []
-    low, high = (words.fixed(float(value[k]), 3) for k in ("low", "high"))
-    return [(name, words.fixed(float(value["value"]), 3), f"{low} to {high}, n = {value['n']:,}", value["value"])]
+    low, high = (fixed(float(value[k]), 3) for k in ("low", "high"))
+    return [(name, fixed(float(value["value"]), 3), f"{low} to {high}, n = {value['n']:,}", value["value"])]
 
 
 def facts(judge: Mapping[str, Any]) -> list[Fact]:
-    """The judge's numbers, each with its interval."""
+    """Return the judge's numbers, each with its interval."""
     if not judge:
         return []
     people, length, position = (judge.get(k) or {} for k in ("people", "length", "position"))
@@ -54,29 +45,31 @@ def facts(judge: Mapping[str, Any]) -> list[Fact]:
     out += _share("kappa", people.get("kappa"))
     for name, value in (people.get("by_certainty") or {}).items():
         out += _share(f"agrees where people are in the {name}", value)
-    out += _share("agrees, asked in one order alone", people.get("one_order"))
+    out += _share("agrees, prompted in one order only", people.get("one_order"))
     if people.get("one_person") is not None:
-        out.append(("one person agrees with people", words.fixed(people["one_person"], 3), "", people["one_person"]))
+        out.append(("one person agrees with people", fixed(people["one_person"], 3), "", people["one_person"]))
     out += _share("same verdict in both orders", judge.get("consistency"))
-    out += _share("names the first answer", position.get("first"))
+    out += _share("prefers the first answer", position.get("first"))
     out += _share("probability of the first answer", position.get("mean_probability"))
-    out += _share("takes the longer answer", length.get("longer"))
-    out += _share("people take the longer answer", length.get("longer_by_people"))
+    out += _share("prefers the longer answer", length.get("longer"))
+    out += _share("people prefer the longer answer", length.get("longer_by_people"))
     if length.get("correlation") is not None:
         r = length["correlation"]
-        out.append(("label against length, correlation", words.fixed(r, 3, True), "", r))
+        out.append(("correlation of label and length", fixed(r, 3, True), "", r))
     for key, name in (("mass", "probability on the labels"), ("strength", "mean probability of the chosen")):
         if judge.get(key) is not None:
-            out.append((name, words.fixed(judge[key], 3), "", judge[key]))
+            out.append((name, fixed(judge[key], 3), "", judge[key]))
     if judge.get("scores"):
         s = judge["scores"]
-        span = f"{words.fixed(s['least'], 2)} to {words.fixed(s['most'], 2)}"
-        out.append(("mean score", words.fixed(s["mean"], 2), span, s["mean"]))
+        span = f"{fixed(s['least'], 2)} to {fixed(s['most'], 2)}"
+        out.append(("mean score", fixed(s["mean"], 2), span, s["mean"]))
     return out
 
 
 def who(judge: Mapping[str, Any]) -> str:
-    """One sentence on who judged what."""
+    """Return a sentence on who judged what."""
+    if not judge:
+        return ""
     about = judge.get("judge") or {}
     how = "compared in both orders" if about.get("mode") == "pairwise" else "scored one by one"
     where = f" at {about['base_url']}" if about.get("base_url") else ""
@@ -88,40 +81,40 @@ def who(judge: Mapping[str, Any]) -> str:
 
 
 def cost(spent: Mapping[str, Any]) -> str:
-    """Questions, tokens, time, and what went wrong on the way."""
+    """Return a sentence on questions, tokens, time, and retries."""
     if not spent:
         return ""
     parts = [
         f"{spent['questions']:,} questions, {spent['from_store']:,} of them from the store",
-        f"{spent['prompt_tokens']:,} tokens asked and {spent['completion_tokens']:,} answered "
-        f"({spent['new_prompt_tokens']:,} and {spent['new_completion_tokens']:,} of them now)",
-        f"answers that took {words.seconds(spent.get('answer_seconds', spent['seconds']))} together "
-        f"({words.seconds(spent['seconds'])} now)",
+        f"{spent['prompt_tokens']:,} prompt tokens and {spent['completion_tokens']:,} completion tokens "
+        f"({spent['new_prompt_tokens']:,} and {spent['new_completion_tokens']:,} of them in this run)",
+        f"{seconds(spent.get('answer_seconds', spent['seconds']))} to answer in total "
+        f"({seconds(spent['seconds'])} in this run)",
     ]
     if "requests" in spent:
         again = ", ".join(f"{n:,} {why}" for why, n in (spent.get("retries") or {}).items())
-        parts.append(f"{spent['requests']:,} requests" + (f", made again after {again}" if again else ""))
+        parts.append(f"{spent['requests']:,} requests" + (f", repeated after {again}" if again else ""))
     return "; ".join(parts) + "."
 
 
 def agreement(raters: Mapping[str, Any]) -> str:
-    """How far people agree, in a sentence."""
+    """Return a sentence on how far people agree."""
     alpha = raters.get("alpha")
     if not alpha:
         return ""
-    values = ", ".join(f"{words.fixed(a, 3)} ({name})" for name, a in alpha.items() if a is not None)
+    values = ", ".join(f"{fixed(a, 3)} ({name})" for name, a in alpha.items() if a is not None)
     units = f"{raters['units']:,} answers with {raters['ratings_per_unit']:.1f} ratings each"
-    return f"Krippendorff's alpha between people is {values or 'not defined: all gave the same'}, over {units}."
+    return f"Krippendorff's alpha between people is {values or 'not defined: all ratings are equal'}, over {units}."
 
 
 def warnings(stage: Path) -> list[str]:
-    """What must be known of a stage's judge before its labels are used; none where there was no judge."""
+    """Return warnings about a stage's judge, to be read before its labels are used."""
     path = stage / "judge.json"
     return list(json.loads(path.read_text()).get("warnings") or []) if path.exists() else []
 
 
 def lines(run: Path, disagreements: int = 0) -> list[str]:
-    """For the terminal: who judged, the numbers, warnings, and some disagreements."""
+    """Return lines for the terminal: who judged, the numbers, warnings, and some disagreements."""
     out: list[str] = []
     for entry in read_feedback(run):
         out.append(f"feedback of stage {entry['stage']}")
@@ -133,16 +126,11 @@ def lines(run: Path, disagreements: int = 0) -> list[str]:
             f"  no label: {u['source']}: {u['why']}" for u in (judge.get("unlabelled") or [])[: max(3, disagreements)]
         ]
         out += [
-            f"  left out: {u['source']}: {u['reason']}"
+            f"  skipped: {u['source']}: {u['reason']}"
             for u in (judge.get("answers_left_out_shown") or [])[: max(3, disagreements)]
         ]
         for d in (judge.get("disagreements") or [])[:disagreements]:
             people = "" if d["people"] is None else f", people {d['people']:.2f}"
-            out += [
-                "",
-                f"  {d['source']}: judge {d['judge']:.2f}{people} for the first of",
-                f"    {d['a']}",
-                f"    {d['b']}",
-            ]
-            out += [f"    says: {r}" for r in d["rationales"]]
+            out += ["", f"  {d['source']}: judge {d['judge']:.2f}{people} for the first of"]
+            out += [f"    {d['a']}", f"    {d['b']}", *(f"    rationale: {r}" for r in d["rationales"])]
     return out

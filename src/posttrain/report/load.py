@@ -1,4 +1,4 @@
-"""Reads a run folder, whatever part of it there is: a run that still goes on or that failed gets a report too."""
+"""Read a run folder, complete or not: a run that is still running or has failed gets a report too."""
 
 from __future__ import annotations
 
@@ -17,21 +17,26 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class StageLog:
-    """What a stage wrote while it ran; one record a step, ascending, the last one where a step was run twice."""
+    """Hold what a stage wrote while it ran.
+
+    Attributes:
+        name: The stage's name in the recipe.
+        folder: Its folder, NUMBER-NAME.
+        method: Content of method.json: name, title and metrics of the method. Empty in runs from before that file.
+        metrics: One record a step, ascending; the last record if a step was run twice.
+        timings: The same of what differs from run to run.
+    """
 
     name: str
+    folder: Path
+    method: Record
     metrics: list[Record]
     timings: list[Record]
 
 
-def stage_folders(run: Path, stage: str) -> list[Path]:
-    """The folders of a stage: NUMBER-NAME."""
-    return [p for p in sorted((run / "stages").glob(f"*-{stage}")) if p.name.split("-", 1)[1] == stage]
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """One task of one model: its summary, items and greedy answers; each may be empty."""
+    """Hold one task of one model: its summary, items and greedy answers; each may be empty."""
 
     summary: Record = field(default_factory=dict)
     items: list[Record] = field(default_factory=list)
@@ -40,7 +45,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TaskRow:
-    """A line of the before/after table; a side that was not measured is None, as is an absent comparison."""
+    """Hold a line of the before/after table; a side that was not measured is None, as is a missing comparison."""
 
     task: str
     metric: str
@@ -56,10 +61,12 @@ class TaskRow:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder in memory. ``notes`` says what is missing or can't be read, for the reader of the report.
+    """Hold a run folder in memory.
 
-    flat: those of the notes that name evaluations whose scorer gave every answer the same. between: evaluations after
-    stages before the last, by the stage's name, in order.
+    Attributes:
+        between: Evaluations after stages before the last, by the stage's name, in order.
+        notes: What is missing or can't be read, for the reader of the report.
+        flat: Those notes that name evaluations whose scorer gave every answer the same score.
     """
 
     folder: Path
@@ -83,13 +90,23 @@ class Run:
         return str(self.manifest.get("status", "unknown"))
 
     def makes(self, stage: str) -> str:
-        """What the stage of that name makes, begun or done: model (also where nothing says so), data, reward_model."""
+        """Return what a stage makes: model (also if nothing says so), data or reward_model."""
         records = self.manifest.get("stages") or []
         found = next((s for s in records if isinstance(s, Mapping) and s.get("name") == stage), {})
         return str(found.get("makes") or ("model" if found.get("made") is None else "data"))
 
+    def title(self, stage: Mapping[str, Any]) -> str:
+        """Return the title of a stage's method: its own, or its name in the recipe if the stage has not started."""
+        log = next((s for s in self.stages if s.name == stage.get("name")), None)
+        return str((log.method.get("title") if log else None) or stage.get("method") or "a stage")
+
+    def sides(self, task: str) -> list[tuple[str, Evaluation]]:
+        """Return a task's evaluations before and after training, those that were made."""
+        both = (("before", self.before), ("after", self.after))
+        return [(name, side[task]) for name, side in both if task in side]
+
     def rows(self) -> list[TaskRow]:
-        """The before/after table: tasks in the order of the recipe, then whatever else was found."""
+        """Return the before/after table: tasks in the order of the recipe, then the others."""
         compared = {str(c.get("task")): c for c in self.comparison}
         named = [str(t.get("name")) for t in self.recipe.get("evaluate") or [] if isinstance(t, Mapping)]
         found = {**compared, **self.before, **self.after}
@@ -110,36 +127,31 @@ class Run:
 
 
 def read(folder: Path) -> Run:
-    """Reads a run folder. Files that are missing or damaged are named in ``notes``; raises CheckpointError only
-    where there is no folder at all."""
+    """Read a run folder; files that are missing or damaged are named in `notes`.
+
+    Raises:
+        CheckpointError: There is no such folder.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(
             f"expected a run folder, found none at {folder}; runs are in the recipe's `output`, runs/"
         )
     notes: list[str] = []
-    manifest = _json(folder / "manifest.json", notes, missing="no manifest.json: the run stopped before it began")
-    path = folder / "recipe.yaml"
-    text, recipe = "", None
-    if path.exists():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        try:
-            recipe = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            notes.append(f"recipe.yaml can't be read: {str(error).splitlines()[0]}")
-    else:
-        notes.append("no recipe.yaml: the recipe can't be shown")
-    comparison = _json(folder / "evaluations" / "comparison.json", notes)
+    manifest = read_json(folder / "manifest.json", notes, missing="no manifest.json: the run stopped before it began")
+    text, recipe = _recipe(folder / "recipe.yaml", notes)
+    comparison = read_json(folder / "evaluations" / "comparison.json", notes)
     before, after = (_evaluations(folder / "evaluations" / side, notes) for side in ("before", "after"))
     flat = [*_constant(before, "before"), *_constant(after, "after")]
+    between = numbered_folders(folder / "evaluations")
     return Run(
         folder=folder,
         manifest=manifest if isinstance(manifest, dict) else {},
         recipe_text=text,
-        recipe=recipe if isinstance(recipe, dict) else {},
-        stages=[_stage(path, notes) for path in _stage_folders(folder / "stages")],
+        recipe=recipe,
+        stages=[_stage(path, notes) for path in numbered_folders(folder / "stages")],
         before=before,
-        between={p.name.split("-", 1)[1]: _evaluations(p, notes) for p in _stage_folders(folder / "evaluations")},
+        between={p.name.split("-", 1)[1]: _evaluations(p, notes) for p in between},
         after=after,
         comparison=[c for c in comparison or [] if isinstance(c, dict)],
         notes=notes + flat,
@@ -147,24 +159,59 @@ def read(folder: Path) -> Run:
     )
 
 
-def _constant(evaluations: Mapping[str, Evaluation], side: str) -> list[str]:
-    """Of evaluations whose scorer gave every answer the same: then a difference says nothing of the model."""
-    found = {name: e.summary["constant"] for name, e in evaluations.items() if "constant" in e.summary}
-    return [f"{name}, {side}: the scorer gave every answer {score:g}" for name, score in found.items()]
-
-
-def _stage_folders(folder: Path) -> list[Path]:
+def numbered_folders(folder: Path) -> list[Path]:
+    """Return the folders NUMBER-NAME in a folder, by number."""
     found = [p for p in folder.glob("*-*") if p.is_dir() and p.name.split("-")[0].isdigit()]
     return sorted(found, key=lambda p: int(p.name.split("-")[0]))
 
 
+def read_json(path: Path, notes: list[str], missing: str = "") -> Any:
+    """Return the content of a JSON file; None if it is missing or damaged, which is added to `notes`.
+
+    Args:
+        path: The file.
+        notes: Messages for the reader of the report.
+        missing: Message if there is no such file; empty if it may be missing.
+    """
+    if not path.exists():
+        notes += [missing] if missing else []
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        stage = path.parent.name.split("-", 1)
+        where = f" of stage {stage[1]}" if stage[0].isdigit() and len(stage) > 1 else ""
+        notes.append(f"{path.name}{where} can't be read: {error}")
+        return None
+
+
+def _recipe(path: Path, notes: list[str]) -> tuple[str, Record]:
+    if not path.exists():
+        notes.append("no recipe.yaml: the recipe can't be shown")
+        return "", {}
+    text, recipe = path.read_text(encoding="utf-8", errors="replace"), None
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        notes.append(f"recipe.yaml can't be read: {str(error).splitlines()[0]}")
+    return text, recipe if isinstance(recipe, dict) else {}
+
+
+def _constant(evaluations: Mapping[str, Evaluation], side: str) -> list[str]:
+    """Name evaluations whose scorer gave every answer the same: then a difference tells nothing about the model."""
+    found = {name: e.summary["constant"] for name, e in evaluations.items() if "constant" in e.summary}
+    return [f"{name}, {side}: the scorer gave every answer {score:g}" for name, score in found.items()]
+
+
 def _stage(folder: Path, notes: list[str]) -> StageLog:
     def steps(name: str) -> list[Record]:
-        # A run that was killed and went on may have written a step twice; the later line is the one that counts.
+        # A run that was killed and resumed may have written a step twice; the later line counts.
         by_step = {r["step"]: r for r in _lines(folder / name, notes) if isinstance(r.get("step"), int)}
         return [by_step[s] for s in sorted(by_step)]
 
-    return StageLog(folder.name.split("-", 1)[1], steps("metrics.jsonl"), steps("timings.jsonl"))
+    method = read_json(folder / "method.json", notes)
+    metrics, timings = steps("metrics.jsonl"), steps("timings.jsonl")
+    return StageLog(folder.name.split("-", 1)[1], folder, method if isinstance(method, dict) else {}, metrics, timings)
 
 
 def _evaluations(folder: Path, notes: list[str]) -> dict[str, Evaluation]:
@@ -174,26 +221,14 @@ def _evaluations(folder: Path, notes: list[str]) -> dict[str, Evaluation]:
     }
     out = {}
     for name in sorted(names):
-        summary = _json(folder / f"{name}.json", notes)
-        samples = _json(folder / f"{name}.samples.json", notes)
+        summary = read_json(folder / f"{name}.json", notes)
+        samples = read_json(folder / f"{name}.samples.json", notes)
         out[name] = Evaluation(
             summary if isinstance(summary, dict) else {},
             list(_lines(folder / f"{name}.jsonl", notes)),
             [s for s in samples or [] if isinstance(s, dict)],
         )
     return out
-
-
-def _json(path: Path, notes: list[str], missing: str = "") -> Any:
-    if not path.exists():
-        if missing:
-            notes.append(missing)
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        notes.append(f"{path.name} can't be read: {error}")
-        return None
 
 
 def _lines(path: Path, notes: list[str]) -> Iterator[Record]:
@@ -209,6 +244,4 @@ def _lines(path: Path, notes: list[str]) -> Iterator[Record]:
         if isinstance(record, dict):
             yield record
     if broken:
-        notes.append(
-            f"{path.name}: {broken} line(s) can't be read and are left out; the run may have been killed there"
-        )
+        notes.append(f"{path.name}: {broken} line(s) can't be read and are skipped; the run may have been killed there")

@@ -1,4 +1,4 @@
-"""Rollouts that a reader of the report wants to see: the best, the worst, and those that look too good."""
+"""Choose the rollouts that a reader wants to see: the best, the worst, and those that look too good."""
 
 from __future__ import annotations
 
@@ -9,22 +9,36 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.core.errors import DataError
-from posttrain.report.load import Run, stage_folders
-from posttrain.report.phases import Phase, phases
+from posttrain.report.load import Run
 from posttrain.report.reward_hacking import repetition, watch
 from posttrain.sampling.rollout_store import groups_of, path_of, read_rollouts, rollout_steps
 
 WATCHED = 60
-"""Steps that are looked through for drift, evenly spread where there are more."""
+"""Steps that are searched for drift; if there are more, evenly spread ones."""
 SHOWN = 3
 """Rollouts of each kind."""
+PHASES = {
+    "sample": "sampling",
+    "reward": "rewards",
+    "score": "log-probabilities before training",
+    "learn": "training",
+    "held_out": "held-out problems",
+}
+Correlations = tuple[float | None, float | None, float | None]
+"""In the run, early, late."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One rollout on the page."""
+    """Hold one rollout on the page.
 
-    why: str
+    Attributes:
+        kind: best, worst, suspicious, or failed.
+        turns: (whether the model wrote it, text), if an environment replied.
+        parts: Each reward before its weight.
+    """
+
+    kind: str
     step: int
     problem: int
     prompt: str
@@ -42,9 +56,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class PartRow:
-    """A part of the reward, or the sum. signal: within's share of the variance, in the first and last third.
+    """Hold a part of the reward, or the sum.
 
-    means, signals: SVG paths of the steps' means and shares, in a box of 100 by 24.
+    Attributes:
+        within, between: Variance within and between the groups of the last third of the steps.
+        signal: Share of the variance within groups, in the first and last third.
+        means, signals: SVG paths of the steps' means and shares, in a box of 100 by 24.
     """
 
     name: str
@@ -58,12 +75,23 @@ class PartRow:
 
 
 @dataclass(frozen=True)
-class View:
-    """What a stage's rollouts come to.
+class Phase:
+    """Hold a phase's seconds over all steps and their share; tokens: sampled or trained on, None in other phases."""
 
-    drift: (name, early mean, late mean, correlation with the reward) of length, repetition, steps judged, and of the
-    features of text that came or went. pairs: (part, part, correlation in the run, early, late, whether they moved
-    apart).
+    name: str
+    seconds: float
+    share: float
+    tokens: int | None
+
+
+@dataclass(frozen=True)
+class View:
+    """Hold what a stage's rollouts amount to.
+
+    Attributes:
+        drift: (name, early mean, late mean, correlation with the reward) of length, repetition, judged steps, and of
+            the features of text that became more or less frequent.
+        pairs: (part, part, correlations, whether they moved apart).
     """
 
     stage: str
@@ -72,99 +100,96 @@ class View:
     warnings: list[str]
     parts: list[PartRow]
     drift: list[tuple[str, float | None, float | None, float | None]]
-    pairs: list[tuple[str, str, float | None, float | None, float | None, bool]]
+    pairs: list[tuple[str, str, Correlations, bool]]
     seen: list[Seen]
     phases: list[Phase]
 
+    @property
+    def first(self) -> list[Seen]:
+        """The first rollout of each kind."""
+        return [s for i, s in enumerate(self.seen) if all(s.kind != t.kind for t in self.seen[:i])]
+
+    @property
+    def more(self) -> list[Seen]:
+        """The other rollouts."""
+        return [s for i, s in enumerate(self.seen) if any(s.kind == t.kind for t in self.seen[:i])]
+
 
 def own(row: dict[str, Any]) -> list[int]:
-    """The tokens of a stored rollout that the model wrote."""
+    """Return the tokens of a stored rollout that the model wrote."""
     tokens: list[int] = row["tokens"]
     return tokens if row["mask"] is None else [t for t, mine in zip(tokens, row["mask"], strict=True) if mine]
 
 
 def views(run: Run) -> list[View]:
-    """One view a stage that kept rollouts; files that can't be read are named in the run's notes."""
+    """Return a view of each stage that kept rollouts; files that can't be read are added to the run's notes."""
     out = []
     for stage in run.stages:
-        for folder in stage_folders(run.folder, stage.name):
-            steps = rollout_steps(folder / "rollouts")
-            if steps:
-                out.append(view(stage.name, folder / "rollouts", steps, run.notes, stage.timings))
+        steps = rollout_steps(stage.folder / "rollouts")
+        if steps:
+            out.append(view(stage.name, stage.folder / "rollouts", steps, run.notes, stage.timings))
     return [v for v in out if v.rollouts]
 
 
 def view(
     name: str, folder: Path, steps: Sequence[int], notes: list[str], timings: Sequence[dict[str, Any]] = ()
 ) -> View:
-    """What a stage's rollouts come to, and where its time went; files that can't be read are named in `notes`."""
-    chosen = [
-        steps[i * (len(steps) - 1) // max(1, min(WATCHED, len(steps)) - 1)] for i in range(min(WATCHED, len(steps)))
-    ]
+    """Return what a stage's rollouts amount to.
+
+    Args:
+        name: The stage.
+        folder: Its rollouts/.
+        steps: Steps whose rollouts are there.
+        notes: Gets a message for each file that can't be read.
+        timings: Records of timings.jsonl.
+    """
+    count = min(WATCHED, len(steps))
     rows: dict[int, list[dict[str, Any]]] = {}
-    for step in dict.fromkeys(chosen):
+    for step in dict.fromkeys(steps[i * (len(steps) - 1) // max(1, count - 1)] for i in range(count)):
         try:
             rows[step] = read_rollouts(path_of(folder, step))
         except DataError as error:
             notes.append(str(error))
-    there = list(rows)
-    found = watch([groups_of(rows[s]) for s in there], suspects=SHOWN)
+    readable = list(rows)
+    found = watch([groups_of(rows[s]) for s in readable], suspects=SHOWN)
     seen = []
-    if there:
-        last = [r for r in rows[there[-1]] if r["reward"] is not None]
+    if readable:
+        last = [r for r in rows[readable[-1]] if r["reward"] is not None]
         ordered = sorted(last, key=lambda r: (-r["reward"], r["group"], r["rollout"]))
-        seen += [_seen("best of the last step", r) for r in _one_a_group(ordered)[:SHOWN]]
-        seen += [_seen("worst of the last step", r) for r in _one_a_group(ordered[::-1])[:SHOWN]]
+        seen += [_seen("best", r) for r in _one_per_group(ordered)[:SHOWN]]
+        seen += [_seen("worst", r) for r in _one_per_group(ordered[::-1])[:SHOWN]]
     for s in found["suspects"]:
-        at = [r for r in rows[there[s["step"]]] if (r["group"], r["rollout"]) == (s["group"], s["rollout"])]
-        seen += [_seen("suspicious: well rewarded, and repetitive or of unusual length or form", r) for r in at]
+        at = [r for r in rows[readable[s["step"]]] if (r["group"], r["rollout"]) == (s["group"], s["rollout"])]
+        seen += [_seen("suspicious", r) for r in at]
     failed = [r for of_step in rows.values() for r in of_step if r["failures"]]
-    seen += [_seen("got no reward", r) for r in failed[:SHOWN]]
-    told = _parts(found), _drift(found), _pairs(found)
-    return View(name, len(steps), found["rollouts"], found["warnings"], *told, seen, phases(timings))
+    seen += [_seen("failed", r) for r in failed[:SHOWN]]
+    tables = _parts(found), _drift(found), _pairs(found)
+    return View(name, len(steps), found["rollouts"], found["warnings"], *tables, seen, phases(timings))
 
 
-def _parts(found: dict[str, Any]) -> list[PartRow]:
-    """The sum first, then its parts; only the part where it is the sum itself."""
-    names = [n for n in found["parts"] if n != "reward"]
-    out = []
-    for name in (["reward"] if len(names) != 1 else []) + names:
-        series = found["parts"][name]
-        third = max(1, len(series["mean"]) // 3)
-        late = slice(-third, None)
-        signal = (_mean(series["signal"][:third]), _mean(series["signal"][late]))
-        variances = _mean(series["within"][late]), _mean(series["between"][late])
-        drawn = spark(series["mean"]), spark(series["signal"], (0.0, 1.0))
-        out.append(PartRow(name, series["early"], series["late"], *variances, signal, *drawn))
-    return out
-
-
-def _drift(found: dict[str, Any]) -> list[tuple[str, float | None, float | None, float | None]]:
-    """Shape first (steps where any are judged); of the features of text those whose share changed by 0.05 or more."""
-    shape = [(n, found[n]) for n in ("length", "repetition", "judged")]
-    shape = [(n, s) for n, s in shape if n != "judged" or s["early"] or s["late"]]
-    markers = [(f"share: {n}", s) for n, s in found["markers"].items() if abs(s["change"] or 0.0) >= 0.05]
-    there = [(n, s) for n, s in [*shape, *markers] if s["early"] is not None]
-    titles = {"judged": "judged steps"}
-    return [(titles.get(n, n), s["early"], s["late"], s["correlation"]) for n, s in there]
-
-
-def _pairs(found: dict[str, Any]) -> list[tuple[str, str, float | None, float | None, float | None, bool]]:
-    apart = {(p["a"], p["b"]) for p in found["apart"]}
-    return [(p["a"], p["b"], p["all"], p["early"], p["late"], (p["a"], p["b"]) in apart) for p in found["correlations"]]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    there = [v for v in values if v is not None]
-    return sum(there) / len(there) if there else None
+def phases(timings: Sequence[dict[str, Any]]) -> list[Phase]:
+    """Sum the phases of all steps, in the order of a step; an empty list if the records name no phases."""
+    seconds: dict[str, float] = {}
+    for record in timings:
+        for name, took in (record.get("phases") or {}).items():
+            seconds[name] = seconds.get(name, 0.0) + float(took)
+    total = sum(seconds.values())
+    tokens = {
+        name: sum(int(r.get(key) or 0) for r in timings)
+        for name, key in (("sample", "sampled_tokens"), ("learn", "learned_tokens"))
+    }
+    order = [*(n for n in PHASES if n in seconds), *(n for n in seconds if n not in PHASES)]
+    return [
+        Phase(PHASES.get(n, n.replace("_", " ")), seconds[n], seconds[n] / total, tokens.get(n)) for n in order if total
+    ]
 
 
 def spark(values: Sequence[float | None], domain: tuple[float, float] | None = None) -> str:
-    """An SVG path of values by step in a box of 100 by 24, lowest at the bottom; gaps where there is none."""
-    there = [v for v in values if v is not None]
-    if not there:
+    """Return an SVG path of values by step in a box of 100 by 24, with gaps where values are missing."""
+    finite = [v for v in values if v is not None]
+    if not finite:
         return ""
-    low, high = domain or (min(there), max(there))
+    low, high = domain or (min(finite), max(finite))
     path, pen = [], "M"
     for i, v in enumerate(values):
         if v is None:
@@ -177,29 +202,54 @@ def spark(values: Sequence[float | None], domain: tuple[float, float] | None = N
     return "".join(path)
 
 
-def _one_a_group(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first of every group, in the order given."""
+def _parts(found: dict[str, Any]) -> list[PartRow]:
+    """Return the sum and its parts; if there is one part, which is the sum, that part alone."""
+    names = [n for n in found["parts"] if n != "reward"]
+    out = []
+    for name in (["reward"] if len(names) != 1 else []) + names:
+        series = found["parts"][name]
+        third = max(1, len(series["mean"]) // 3)
+        signal = _mean(series["signal"][:third]), _mean(series["signal"][-third:])
+        variances = _mean(series["within"][-third:]), _mean(series["between"][-third:])
+        drawn = spark(series["mean"]), spark(series["signal"], (0.0, 1.0))
+        out.append(PartRow(name, series["early"], series["late"], *variances, signal, *drawn))
+    return out
+
+
+def _drift(found: dict[str, Any]) -> list[tuple[str, float | None, float | None, float | None]]:
+    """Return length and repetition (judged steps if there are any), then features whose share changed by 0.05."""
+    shape = [("length", found["length"]), ("repetition", found["repetition"])]
+    if found["judged"]["early"] or found["judged"]["late"]:
+        shape.append(("judged steps", found["judged"]))
+    markers = [(f"share: {n}", s) for n, s in found["markers"].items() if abs(s["change"] or 0.0) >= 0.05]
+    return [(n, s["early"], s["late"], s["correlation"]) for n, s in [*shape, *markers] if s["early"] is not None]
+
+
+def _pairs(found: dict[str, Any]) -> list[tuple[str, str, Correlations, bool]]:
+    apart = {(p["a"], p["b"]) for p in found["apart"]}
+    return [
+        (p["a"], p["b"], (p["all"], p["early"], p["late"]), (p["a"], p["b"]) in apart) for p in found["correlations"]
+    ]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    finite = [v for v in values if v is not None]
+    return sum(finite) / len(finite) if finite else None
+
+
+def _one_per_group(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first row of every group, in the given order."""
     first: dict[int, dict[str, Any]] = {}
     for row in rows:
         first.setdefault(row["group"], row)
     return list(first.values())
 
 
-def _seen(why: str, row: dict[str, Any]) -> Seen:
-    reward, advantage = row["reward"], row["advantage"]
+def _seen(kind: str, row: dict[str, Any]) -> Seen:
+    tokens, reward = own(row), row["reward"]
+    same = {name: row[name] for name in ("step", "problem", "prompt", "completion", "turns", "advantage")}
+    same |= {name: row[name] for name in ("parts", "failures", "finish")}
+    reward = reward if reward is not None and math.isfinite(reward) else None
     return Seen(
-        why,
-        row["step"],
-        row["problem"],
-        row["prompt"],
-        row["completion"],
-        row["turns"],
-        str(row["answer"]),
-        reward if reward is not None and math.isfinite(reward) else None,
-        advantage,
-        row["parts"],
-        row["failures"],
-        len(own(row)),
-        row["finish"],
-        repetition(own(row)),
+        kind, answer=str(row["answer"]), reward=reward, tokens=len(tokens), repetition=repetition(tokens), **same
     )

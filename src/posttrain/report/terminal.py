@@ -1,4 +1,4 @@
-"""The tables that a run ends with in the terminal: before and after, and what many samples are worth."""
+"""Make the tables that a run ends with in the terminal: before and after, and what many samples are worth."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 from rich.table import Table
 
-from posttrain.report.inference import words
+from posttrain.report.evaluations import strategy
+from posttrain.report.formatting import p_value, score
 from posttrain.report.load import read
-from posttrain.report.words import p_value, score
 
 
 def summary_table(run_folder: Path) -> Table:
-    """Task with its number of items, before, after, difference, p and intervals; "–" for what was not measured.
+    """Return a table of tasks: items, before, after, difference, p and intervals; "–" for what was not measured.
 
-    Raises CheckpointError where there is no such folder.
+    Raises:
+        CheckpointError: There is no such folder.
     """
     table = Table(title="Before and after, with 95% intervals")
     table.add_column("task", overflow="fold")
@@ -47,7 +48,7 @@ def summary_table(run_folder: Path) -> Table:
 
 
 def sampling_tables(folder: Path) -> list[Table]:
-    """One table a task of many samples among an evaluation's results: strategies by k, with intervals; tokens spent."""
+    """Return a table for each task of many samples in a folder: strategies by k with intervals, and tokens spent."""
     tables = []
     for path in sorted(Path(folder).glob("*.json")):
         summary = json.loads(path.read_text(encoding="utf-8"))
@@ -60,11 +61,11 @@ def sampling_tables(folder: Path) -> list[Table]:
         for i in chosen:
             point = summary["strategies"][0]["points"][i]
             table.add_column(f"k = {point['k']}\n{point['tokens']:,.0f} tokens", justify="right", no_wrap=True)
-        for strategy in summary["strategies"]:
+        for entry in summary["strategies"]:
             cells = []
             for i in chosen:
-                value, low, high = (score(strategy["points"][i][key], "accuracy") for key in ("value", "low", "high"))
+                value, low, high = (score(entry["points"][i][key], "accuracy") for key in ("value", "low", "high"))
                 cells.append(f"{value}\n\\[{low}, {high}]")
-            table.add_row(words(strategy["name"]), *cells)
+            table.add_row(strategy(entry["name"]), *cells)
         tables.append(table)
     return tables

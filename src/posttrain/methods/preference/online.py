@@ -20,7 +20,7 @@ from posttrain.methods.preference.objectives import objective, pair_loss, pair_s
 from posttrain.methods.preference.offline import METRICS as PREFERENCE_METRICS
 from posttrain.methods.rl.collect import Batch, Collector
 from posttrain.methods.rl.gold_scorer import Gold
-from posttrain.methods.rl.policy_gradient import ROLLOUT_METRICS, Experience, problems, reference_of
+from posttrain.methods.rl.policy_gradient import DETAILS, ROLLOUT_METRICS, Experience, problems, reference_of
 from posttrain.methods.rl.policy_objectives import Extremes, Rolled
 from posttrain.models.language_model import LanguageModel
 from posttrain.rewards.stack import RewardStack
@@ -36,7 +36,7 @@ METRICS = (
     Metric("ties", "Ties", "prompts without a pair", "Reward", "lower"),
     Metric("reward_gap", "Reward gap", "chosen − rejected", "Reward"),
     *PREFERENCE_METRICS,
-    Metric("reward_std", "Spread of the reward", "standard deviation", "Details"),
+    *DETAILS,
 )
 
 

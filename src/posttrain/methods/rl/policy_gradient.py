@@ -84,6 +84,11 @@ ROLLOUT_METRICS = (
     Metric("replay_kept", "Stored successes", "", "Exploration"),
     Metric("replay_dropped", "Expired successes", "per step", "Exploration"),
 )
+DETAILS = (
+    Metric("reward_std", "Spread of the reward", "standard deviation", "Details"),
+    Metric("proxy_std", "Spread of the trained reward", "standard deviation, held out", "Details"),
+    Metric("gold_std", "Spread of the gold reward", "standard deviation, held out", "Details"),
+)
 METRICS = (
     *ROLLOUT_METRICS,
     Metric("loss", "Loss", "", "Training"),
@@ -92,7 +97,7 @@ METRICS = (
     Metric("mismatch", "Sampler and trainer", "mean |difference| of log-probabilities", "Training", "lower"),
     Metric("value_loss", "Critic loss", "", "Training", "lower"),
     Metric("explained_variance", "Explained variance of the critic", "1: all, 0: none", "Training", "higher"),
-    Metric("reward_std", "Spread of the reward", "standard deviation", "Details"),
+    *DETAILS,
     Metric("mismatch_max", "Sampler and trainer, largest", "|difference| of log-probabilities", "Details", "lower"),
     Metric("mismatch_kl", "Sampler and trainer, KL", "nats/token", "Details", "lower"),
     Metric("clip_low", "Clipped below", "share of tokens", "Details"),

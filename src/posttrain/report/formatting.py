@@ -1,4 +1,4 @@
-"""Numbers in words, for a reader who has not met a p-value before."""
+"""Write numbers and results as text, for a reader who has not met a p-value before."""
 
 from __future__ import annotations
 
@@ -12,54 +12,25 @@ from markupsafe import Markup, escape
 from posttrain.report.load import TaskRow
 
 _GAP = "\N{NO-BREAK SPACE}"
-METHODS = {
-    "sft": "supervised fine-tuning",
-    "grpo": "GRPO",
-    "dr_grpo": "Dr. GRPO",
-    "dapo": "DAPO",
-    "gspo": "GSPO",
-    "cispo": "CISPO",
-    "rloo": "RLOO",
-    "reinforce": "REINFORCE",
-    "reinforce_pp": "REINFORCE++",
-    "reinforce_pp_baseline": "REINFORCE++ with a baseline",
-    "remax": "ReMax",
-    "ppo": "PPO",
-    "rejection_sampling": "rejection sampling",
-    "refine": "critique and revision",
-    "dpo": "DPO",
-    "ipo": "IPO",
-    "cdpo": "conservative DPO",
-    "robust_dpo": "robust DPO",
-    "dpo_norm": "length-normalised DPO",
-    "kto": "KTO",
-    "orpo": "ORPO",
-    "simpo": "SimPO",
-    "cpo": "CPO",
-    "online_dpo": "online DPO",
-    "feedback": "feedback",
-    "reward_model": "training of a reward model",
-    "process_reward": "training of a process reward model",
-}
 STATUS = {
     "done": "Finished.",
-    "running": "Not finished: it is still running, or was killed. The page shows what there is so far; "
-    "the same command goes on from the last checkpoint.",
-    "stopped": "Stopped before its end, on request. The same command goes on from the last checkpoint.",
-    "failed": "Failed before its end. The page shows what there is; the log of the command names the reason.",
-    "unknown": "How the run ended is not known: its manifest is missing or can't be read.",
+    "running": "Not finished: it is still running, or was killed. The page shows the results so far; "
+    "the same command resumes from the last checkpoint.",
+    "stopped": "Stopped before its end, on request. The same command resumes from the last checkpoint.",
+    "failed": "Failed before its end. The page shows the results so far; the log of the command names the reason.",
+    "unknown": "It is not known how the run ended: its manifest is missing or can't be read.",
 }
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """Four significant digits, thousands separated, small numbers as 2e-05; "–" for what is no number."""
+    """Write a number with four significant digits, small ones as 2e−5; "–" for what is no number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–"
     if not math.isfinite(value):
         return {math.inf: "∞", -math.inf: "−∞"}.get(value, "not a number")
     if isinstance(value, int):
         return f"{value:,}".replace("-", "−")
-    value += 0.0  # no minus in front of nothing
+    value += 0.0  # turns -0.0 into 0.0
     if value and abs(value) < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}".replace("-", "−")
@@ -69,8 +40,11 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def fixed(value: float, digits: int, sign: bool = False) -> str:
-    """So many decimals, halves away from zero: 0.9025 is 0.903 and 90.3%, where binary rounding would tell the two
-    apart, and halves are common among shares of 400 items."""
+    """Write a number with `digits` decimals, halves rounded away from zero.
+
+    0.9025 becomes 0.903 and 90.3%. Binary rounding would make these differ, and halves are common among shares of 400
+    items.
+    """
     if not math.isfinite(value):
         return number(value)
     exact = Decimal(f"{value:.12g}").quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
@@ -78,19 +52,21 @@ def fixed(value: float, digits: int, sign: bool = False) -> str:
 
 
 def score(value: Any, metric: str, sign: bool = False) -> str:
-    """A value of a metric as tables show it: three decimals of an accuracy or a score, two of a perplexity."""
+    """Write a value as tables show it: three decimals of an accuracy or a score, two of a perplexity."""
     if not isinstance(value, int | float):
         return "–"
     return fixed(value, 2 if metric == "perplexity" else 3, sign)
 
 
 def p_value(p: Any) -> str:
+    """Write a p-value."""
     if not isinstance(p, int | float):
         return "–"
     return f"<{_GAP}0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
 
 
 def seconds(value: Any) -> str:
+    """Write a duration in seconds, minutes or hours."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "–"
     if value < 60:
@@ -100,7 +76,7 @@ def seconds(value: Any) -> str:
 
 
 def chance(p: float) -> str:
-    """How often, in a whole number of times, something of probability p turns up."""
+    """Write a probability as "about N times in 100", 1,000 or 10,000."""
     if p < 1e-4:
         return "less than once in 10,000 times"
     if p > 0.995:
@@ -111,12 +87,12 @@ def chance(p: float) -> str:
 
 
 def verdict(row: TaskRow) -> str:
-    """One task, before to after, in sentences: how much, how sure, and whether it could be chance."""
+    """Describe a task before and after in sentences: the change, its interval, and whether it may be chance."""
     c, before, after = row.comparison, row.before, row.after
     if c is None or before is None or after is None:
         side, name = (before, "Before training") if before is not None else (after, "After training")
         when = f"{name}, {row.metric} is {share(side or {}, row)}. " if side else ""
-        return f"{when}The other side has not been measured, so nothing can be said about the change yet."
+        return f"{when}The other side has not been measured, so the change is not known yet."
     change, accuracy = float(c["difference"]), row.metric == "accuracy"
     up = "did not change, at" if change == 0 else "rose from" if change > 0 else "fell from"
     to = "" if change == 0 else f" to {share(after, row)}"
@@ -144,18 +120,18 @@ def verdict(row: TaskRow) -> str:
     p = float(c["p_value"])
     equals = _GAP if p < 1e-4 else f"{_GAP}={_GAP}"
     if p < 0.05:
-        end = f". That is hard to put down to chance: the model got {'better' if better else 'worse'} at this task."
+        end = f". Chance is an unlikely explanation: the model got {'better' if better else 'worse'} at this task."
     else:
-        end = ", so this could well be chance; more items would tell."
+        end = ", so this may well be chance; more items would tell."
     return (
         f"{row.metric.capitalize()}{note} {up} {share(before, row)}{to} "
         f"({size}{unit}, 95% interval {low} to {high}). {moved}"
-        f"If training had made no difference, {what} would turn up {chance(p)} (p{equals}{p_value(p)}){end}"
+        f"If training had made no difference, {what} would occur {chance(p)} (p{equals}{p_value(p)}){end}"
     )
 
 
 def share(side: dict[str, Any], row: TaskRow) -> str:
-    """A value as sentences show it: accuracy in percent."""
+    """Write a value as sentences show it: accuracy in percent."""
     value = float(side.get("value", math.nan))
     return f"{fixed(100 * value, 1)}%" if row.metric == "accuracy" else score(value, row.metric)
 
@@ -165,7 +141,7 @@ _LITERAL = re.compile(r"^(true|false|null|~|[-+]?(\d[\d_]*\.?\d*|\.\d+)(e[-+]?\d
 
 
 def yaml_markup(text: str) -> Markup:
-    """YAML with its keys, literals and comments in spans; every character of the text is escaped."""
+    """Return YAML as HTML with keys, literals and comments in spans; every character of the text is escaped."""
 
     def value(part: str) -> Markup:
         if not part.lstrip().startswith(("#", "'", '"')) and " #" in part:
@@ -189,7 +165,7 @@ def yaml_markup(text: str) -> Markup:
 
 
 def plain(value: Any) -> str:
-    """A prompt or answer as text; a list of messages as one paragraph a turn."""
+    """Return a prompt or answer as text; a list of messages becomes one paragraph a turn."""
     if isinstance(value, list):
         return "\n\n".join(f"{m.get('role', '')}: {m.get('content', '')}" for m in value if isinstance(m, dict))
     return "" if value is None else str(value)

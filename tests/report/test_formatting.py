@@ -7,8 +7,8 @@ import re
 import pytest
 
 from posttrain.core.statistics import compare
+from posttrain.report.formatting import chance, fixed, number, seconds, verdict, yaml_markup
 from posttrain.report.load import TaskRow
-from posttrain.report.words import chance, fixed, number, seconds, verdict, yaml_markup
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_verdict():
     assert "rose from 50.0% to 100.0% (+50.0 points" in said and "10 went from wrong to right and 0 from" in said
     assert "about 2 times in 1,000" in said and said.endswith("the model got better at this task.")
     assert verdict(row("1" * 20, "0" * 20)).endswith("the model got worse at this task.")
-    assert "could well be chance" in verdict(row("0011", "0111"))
+    assert "may well be chance" in verdict(row("0011", "0111"))
     assert "did not change, at 50.0% (" in verdict(row("01", "01"))
     said = verdict(row([2.0, 2.2, 2.4], [1.0, 1.1, 1.2], "perplexity"))  # exp 2.2 to exp 1.1
     assert "(lower is better) fell from 9.03 to 3.00" in said and said.endswith("got better at this task.")
