@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -90,6 +91,7 @@ def device(where: Any) -> Any:
 def work(item: Item, folder: Path, dry: bool) -> None:
     """One item, in a process of its own: its result goes to a file, and all that it prints to another."""
     out, log = folder / f"{item.name}.json", folder / f"{item.name}.log"
+    os.setpgid(0, 0)  # so that it can be stopped together with what it has started
     with log.open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -129,7 +131,7 @@ def carried_out(item: Item, folder: Path, dry: bool, left: float) -> dict[str, A
     result: dict[str, Any] = {"status": "failed"}
     out, log = folder / f"{item.name}.json", folder / f"{item.name}.log"
     if process.is_alive():
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.join()
         result["failed"] = ["it was stopped: it took much longer than it should"]
     elif out.exists():

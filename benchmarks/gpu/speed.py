@@ -68,10 +68,10 @@ def trained(where: Where, kind: str, shape: dict[str, int], account: Account, st
         seconds = time.perf_counter() - began
         rates.append(counts(batch)["tokens"] / seconds)
         done.append(operations(hf, batch) / seconds)
-    rate = card(where)
+    peak, rate = where.peak_mib(), card(where)
     own = matrix_rates(hf, work[0], low(where), str(where.device), 3)["rate"]
     account.numbers.update({
-        "tokens per second": round(median(rates[2:]), 1), "peak MiB": where.peak_mib(),
+        "tokens per second": round(median(rates[2:]), 1), "peak MiB": peak,
         "of the card's rate": round(median(done[2:]) / rate, 4), "card's TFLOP/s": round(rate / 1e12, 2),
         "of its own products' rate": round(median(done[2:]) / own, 4), "own products' TFLOP/s": round(own / 1e12, 2),
         "tokens a step": counts(work[0])["tokens"],
