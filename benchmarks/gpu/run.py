@@ -131,6 +131,7 @@ def carried_out(item: Item, folder: Path, dry: bool, left: float) -> dict[str, A
     result: dict[str, Any] = {"status": "failed"}
     out, log = folder / f"{item.name}.json", folder / f"{item.name}.log"
     if process.is_alive():
+        assert process.pid is not None
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
         result["failed"] = ["it was stopped: it took much longer than it should"]
