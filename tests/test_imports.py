@@ -84,6 +84,16 @@ def test_imports_run_one_way(path: Path) -> None:
         assert PLACE[other] < PLACE[part], f"{name_of(path)} imports {name}: {part} must not know {other}"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_the_cpu_wing_has_one_door(path: Path) -> None:
+    """On a GPU nothing of `posttrain.cpu` may run: only `models.backends` imports it, inside of a function."""
+    if name_of(path).split(".")[0] == "cpu":
+        return
+    inside = {n for n in imported(path, inside_functions=True) if n.startswith("posttrain.cpu")}
+    assert not inside or name_of(path) == "models.backends", f"{name_of(path)} imports {inside}"
+    assert not any(n.startswith("posttrain.cpu") for n in imported(path, inside_functions=False))
+
+
 @pytest.mark.parametrize("name", sorted(LIGHT))
 def test_light_modules_import_nothing_heavy(name: str) -> None:
     """At module level, and through what they import at module level."""

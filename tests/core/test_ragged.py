@@ -9,6 +9,7 @@ import torch
 
 from posttrain.core.ragged import micro_batches, pack
 from posttrain.core.types import Sample
+from posttrain.cpu import tiled_attention
 from posttrain.models import attention
 from posttrain.models.language_model import LanguageModel, verify
 from posttrain.models.tiny_model import tiny_model
@@ -51,7 +52,7 @@ def test_layout_by_hand() -> None:
     assert (batch.starts, batch.ends, batch.parents) == ((0, 3, 5), (3, 5, 6), (-1, 0, 0))
     assert batch.subtree_ends == (6, 5, 6)
     assert [r.tolist() for r in batch.rows] == [[0, 1, 2, 3, 4], [0, 1, 2, 5], [0, 1, 2]]
-    assert batch.targets_N().tolist() == [2, 3, 4, 5]
+    assert batch.targets_N.tolist() == [2, 3, 4, 5]
 
 
 def test_short_prefixes_are_not_shared() -> None:
@@ -122,7 +123,7 @@ def test_equal_to_one_at_a_time(kind: str, changes: dict[str, object]) -> None:
         hf.zero_grad()
         batch = pack(samples, share)
         assert (max(batch.parents) >= 0) == share
-        targets = batch.targets_N()
+        targets = batch.targets_N
         logprobs, _ = model(batch)
         (-(logprobs * batch.weights_T[targets]).sum()).backward()
         found = torch.zeros(batch.total)
@@ -147,7 +148,7 @@ def test_models_that_can_not_share_fall_back(kind: str) -> None:
     batch = model.pack(samples)
     assert max(batch.parents) == -1
     logprobs, _ = model(batch)
-    found = torch.zeros(batch.total).index_copy(0, batch.targets_N(), logprobs)
+    found = torch.zeros(batch.total).index_copy(0, batch.targets_N, logprobs)
     for s, row in zip(samples, batch.rows, strict=True):
         tokens = torch.tensor(s.tokens)
         own = hf(tokens[None], use_cache=False).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1)
@@ -157,7 +158,7 @@ def test_models_that_can_not_share_fall_back(kind: str) -> None:
 @pytest.mark.parametrize("window", [None, 5])
 def test_tiles_and_tree_equal_plain_attention(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, so that segments are cut into several; values and gradients of queries, keys and values."""
-    monkeypatch.setattr(attention, "TILE", 4)
+    monkeypatch.setattr(tiled_attention, "TILE", 4)
     batch = pack(family(3), min_shared=4)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, batch.total, 8, requires_grad=True) for heads in (6, 2, 2))
@@ -165,7 +166,7 @@ def test_tiles_and_tree_equal_plain_attention(window: int | None, monkeypatch: p
     plan = attention.Plan(batch)
     plain = attention.plain_attention(q, k, v, plan, window, 0.3)
     expected = torch.autograd.grad((plain * cotangent).sum(), (q, k, v))
-    tiled = attention._TreeAttention.apply(q[0], k[0], v[0], plan, window, 0.3).transpose(0, 1)[None]
+    tiled = tiled_attention.TreeAttention.apply(q[0], k[0], v[0], plan, window, 0.3).transpose(0, 1)[None]
     torch.testing.assert_close(tiled, plain, atol=1e-5, rtol=0)
     for a, b in zip(torch.autograd.grad((tiled * cotangent).sum(), (q, k, v)), expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
@@ -177,7 +178,7 @@ def test_varlen_plan_lists_ancestors_first() -> None:
         [Sample([1, 2, 3, 4, 5], [0, 0, 0, 1, 1]), Sample([1, 2, 3, 9], [0, 0, 0, 1]), Sample([7, 8], [0, 1])],
         min_shared=2,
     )
-    gather, cu_q, cu_k, longest_q, longest_k = attention.Plan(batch).varlen_for()
+    gather, cu_q, cu_k, longest_q, longest_k = attention.Plan(batch).varlen()
     assert batch.tokens_T[gather].tolist() == [1, 2, 3, 1, 2, 3, 4, 5, 1, 2, 3, 9, 7, 8]
     assert cu_q.tolist() == [0, 3, 5, 6, 8]
     assert cu_k.tolist() == [0, 3, 8, 12, 14]

@@ -61,7 +61,7 @@ def test_a_tensor_in_the_freed_memory_is_not_taken_for_the_one_before() -> None:
 def test_a_model_s_gradients_are_the_same_to_the_bit(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     model = LanguageModel(tiny_model("llama"))
     batch = model.pack([Sample(list(range(3, 50)), [0.0] + [1.0] * 46), Sample(list(range(9, 30)), [0.0] + [1.0] * 20)])
-    targets = batch.targets_N()
+    targets = batch.targets_N
 
     def gradients() -> list[torch.Tensor]:
         model.zero_grad()

@@ -9,6 +9,7 @@ from torch import Tensor
 from posttrain.core.ragged import RaggedBatch, pack
 from posttrain.core.types import Sample
 from posttrain.cpu import library as native
+from posttrain.cpu import tiled_attention
 from posttrain.cpu import tree_attention as tree
 from posttrain.models import attention
 
@@ -39,7 +40,7 @@ def ours(batch: RaggedBatch, q: Tensor, k: Tensor, v: Tensor, d: Tensor, window:
     kernels = tree.kernels_for(q, k, v)
     assert kernels is not None
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = attention._TreeAttention.apply(*leaves, attention.Plan(batch), window, q.shape[-1] ** -0.5)
+    out = tiled_attention.TreeAttention.apply(*leaves, attention.Plan(batch), window, q.shape[-1] ** -0.5)
     return [out.detach(), *torch.autograd.grad(out, leaves, d)]
 
 

@@ -44,7 +44,7 @@ def logprobs(model: LanguageModel, samples: list[Sample]) -> list[torch.Tensor]:
     """Of each sample's tokens, computed together."""
     batch = model.pack(samples)
     with torch.no_grad():
-        found = torch.zeros(batch.total).index_copy(0, batch.targets_N(), model(batch)[0])
+        found = torch.zeros(batch.total).index_copy(0, batch.targets_N, model(batch)[0])
     return [found[row[1:]] for row in batch.rows]
 
 

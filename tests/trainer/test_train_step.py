@@ -29,7 +29,7 @@ def gradients(samples: list[Sample], systems: SystemsConfig) -> tuple[float, dic
     one = learner(systems)
     found: dict[str, torch.Tensor] = {}
 
-    def keep() -> float:
+    def keep(norms: object) -> float:
         found.update({n: m.grad.clone() for n, m in one.optimizer.masters.items() if m.grad is not None})
         return 1.0
 

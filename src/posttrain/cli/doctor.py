@@ -108,12 +108,12 @@ def _machine(line: Line, problems: list[str]) -> None:
         problems.append(f"torch can't be imported ({error}): reinstall it")
         return
     _devices(line, problems)
-    from posttrain.cpu import library as native
-    from posttrain.cpu.matmul import matmul_route
+    from posttrain.models.backends import backend_for
 
+    computes = backend_for(torch.device("cpu")).describe()
     rate, threads = products_rate(), torch.get_num_threads()
-    line("products", f"{rate:.0f} GFLOP/s in float32 with {threads} threads ({matmul_route()})")
-    line("sampling", f"through {native.why()}")
+    line("products", f"{rate:.0f} GFLOP/s in float32 with {threads} threads ({computes['float32_products']})")
+    line("sampling", f"through {computes['decoding']}")
     if rate < SLOW_GFLOPS_A_CORE * min(threads, cores):
         problems.append(
             f"matrix products are slow ({rate:.1f} GFLOP/s): other processes may hold the cores, or OMP_NUM_THREADS "
@@ -145,9 +145,9 @@ def products_rate(seconds: float = 0.5) -> float:
     training takes."""
     import torch
 
-    from posttrain.cpu.matmul import matmul_route
+    from posttrain.models.backends import backend_for
 
-    matmul_route()  # throws the switch that training throws
+    backend_for(torch.device("cpu")).describe()  # sets up products as for training
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):

@@ -30,7 +30,9 @@ class RaggedBatch:
     predictors_T: index of the token whose hidden state predicts this one; -1 for the first token of a sequence.
     starts, ends, parents: per segment, half-open range of T and the parent's number (-1: none).
     subtree_ends: per segment, where its last descendant ends.
+    targets_N: T-indices of the tokens that carry loss (non-zero weight), ascending.
     rows: per sample, the T-indices of its tokens, in order.
+    weighted_rows: per sample, the T-indices of its tokens of non-zero weight.
     samples: what was packed, in the order of `rows`: a loss finds in their `meta` what it needs to know of each.
     """
 
@@ -42,17 +44,15 @@ class RaggedBatch:
     ends: tuple[int, ...]
     parents: tuple[int, ...]
     subtree_ends: tuple[int, ...]
+    targets_N: Tensor
     rows: tuple[Tensor, ...]
+    weighted_rows: tuple[Tensor, ...]
     samples: tuple[Sample, ...] = ()
 
     @property
     def total(self) -> int:
         """T, the number of tokens that are computed."""
         return int(self.tokens_T.numel())
-
-    def targets_N(self) -> Tensor:
-        """T-indices of the tokens that carry loss (non-zero weight), ascending."""
-        return self.weights_T.nonzero().squeeze(1)
 
     def chain(self, segment: int) -> list[int]:
         """The segment and its ancestors, root first."""
@@ -64,9 +64,11 @@ class RaggedBatch:
 
     def to(self, device: torch.device | str) -> RaggedBatch:
         """The same batch with its tensors on another device."""
-        names = ("tokens_T", "positions_T", "weights_T", "predictors_T")
+        names = ("tokens_T", "positions_T", "weights_T", "predictors_T", "targets_N")
         moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, **moved, rows=tuple(row.to(device) for row in self.rows))
+        for name in ("rows", "weighted_rows"):
+            moved[name] = tuple(row.to(device) for row in getattr(self, name))
+        return replace(self, **moved)
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
@@ -151,16 +153,22 @@ def pack(samples: Sequence[Sample], share_prefixes: bool = True, min_shared: int
         run[0] = predictor
         predictors.append(run)
     starts, ends, parents = zip(*builder.segments, strict=True)
+    weights = np.concatenate([w for _, w, _, _ in builder.pieces]).astype(np.float32)
+    rows = [np.concatenate([np.arange(a, b) for a, b in row]) for row in builder.rows]
+    # What depends on values is found here, on the host: on a GPU `nonzero` would wait for the device.
+    weighted = [row[own != 0] for row, own in zip(rows, builder.weights, strict=True)]
     return RaggedBatch(
         torch.from_numpy(np.concatenate([t for t, _, _, _ in builder.pieces])),
         torch.from_numpy(np.concatenate(positions)),
-        torch.from_numpy(np.concatenate([w for _, w, _, _ in builder.pieces]).astype(np.float32)),
+        torch.from_numpy(weights),
         torch.from_numpy(np.concatenate(predictors)),
         starts,
         ends,
         parents,
         tuple(builder.subtree_ends),
-        tuple(torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in row])) for row in builder.rows),
+        torch.from_numpy(np.flatnonzero(weights)),
+        tuple(map(torch.from_numpy, rows)),
+        tuple(map(torch.from_numpy, weighted)),
         tuple(samples),
     )
 

@@ -16,10 +16,10 @@ from posttrain.config import ModelConfig, OptimizerConfig, SystemsConfig
 from posttrain.core.errors import ModelError
 from posttrain.core.files import write_json
 from posttrain.core.progress import Track
-from posttrain.cpu import matmul as cpu
 from posttrain.lab import reviews_lab as reviews
 from posttrain.lab import sums_lab as sums
 from posttrain.lab.lab_settings import Kind, Settings
+from posttrain.models.backends import backend_for
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import LAB_VERSION, lab_folder, pick_device, quiet
 from posttrain.models.saving import save_trained
@@ -41,8 +41,7 @@ def make(settings: Settings, folder: Path, shown: bool = True) -> dict[str, Any]
     began, replaced = time.monotonic(), folder.exists()
     quiet()
     device = pick_device("auto")
-    if device.type == "cpu":
-        cpu.tune()
+    backend_for(device).tune()
     kind = KINDS[settings.kind]
     tokenizer = kind.build_tokenizer()
     policy = LanguageModel(build_model(settings, len(tokenizer), tokenizer.eos_token_id).to(device))

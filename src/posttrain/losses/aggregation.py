@@ -58,9 +58,13 @@ def reduce(values_N: Tensor, weights_N: Tensor, denominator: float) -> Tensor:
     return (values_N * weights_N).sum() / denominator
 
 
-def sequence_index(lengths_R: Tensor) -> Tensor:
-    """sequence_N of sequences that lie end to end in order: lengths 2, 0, 1 give 0, 0, 2."""
-    return torch.repeat_interleave(torch.arange(len(lengths_R), device=lengths_R.device), lengths_R)
+def sequence_index(lengths_R: Tensor, tokens: int | None = None) -> Tensor:
+    """Return sequence_N of sequences that lie end to end in order: lengths 2, 0, 1 give 0, 0, 2.
+
+    tokens: sum of the lengths, if known; a GPU has to be waited for otherwise.
+    """
+    places = torch.arange(len(lengths_R), device=lengths_R.device)
+    return torch.repeat_interleave(places, lengths_R, output_size=tokens)
 
 
 def sequence_sum(values_N: Tensor, sequence_N: Tensor, sequences: int) -> Tensor:

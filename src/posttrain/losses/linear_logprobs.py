@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from posttrain.losses.checks import require
 from posttrain.losses.gradient_accumulation import place_of
 
 CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
@@ -207,14 +208,17 @@ def linear_logprobs(
     if isinstance(temperature, Tensor):
         if temperature.shape != targets_N.shape:
             raise ValueError(f"{len(targets_N)} targets, but temperatures of shape {tuple(temperature.shape)}")
-        lowest, temperature = float(temperature.min()) if len(temperature) else 1.0, temperature.detach().float()
-    else:
-        lowest = temperature = float(temperature)
-    if not lowest > 0:
-        raise ValueError(f"temperature must be positive, and is {lowest}; for greedy decoding take 1")
+        given, temperature = temperature, temperature.detach().float()
+        require(given > 0, lambda: _not_positive(float(given.min())))
+    elif not temperature > 0:
+        raise ValueError(_not_positive(temperature))
     return _LinearLogprobs.apply(  # type: ignore[no-any-return]
         hidden_N_H, head.weight_V_H, head.bias_V, targets_N, head.scale, head.softcap, temperature, entropy
     )
+
+
+def _not_positive(temperature: float) -> str:
+    return f"temperature must be positive, and is {temperature}; for greedy decoding take 1"
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -257,7 +261,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight, ctx.weight, ctx.gradients = ctx.weight, None, None
         place = None if d_weight is None else place_of(weight)
         if place is not None:
-            place.add_(d_weight, alpha=float(d_loss))
+            place.addcmul_(d_weight, d_loss)  # `alpha=float(d_loss)` would read a tensor
             d_weight = None
         for d in (d_hidden, d_weight, d_bias):
             if d is not None:

@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from posttrain.losses.checks import require_probabilities, require_vectors
+
 Metrics = dict[str, Tensor]
 LOG_HALF = -0.6931471805599453
 
@@ -44,10 +46,7 @@ def expected(loss: Callable[[Tensor], Tensor], h_P: Tensor, probability_P: Tenso
         return loss(h_P)
     if probability_P.shape != h_P.shape:
         raise ValueError(f"{tuple(probability_P.shape)} probabilities for {tuple(h_P.shape)} pairs")
-    if bool(((probability_P < 0) | (probability_P > 1)).any()):
-        raise ValueError(
-            f"a probability is from 0 to 1, and these go from {probability_P.min()} to {probability_P.max()}"
-        )
+    require_probabilities(probability_P, "probability_P")
     return probability_P * loss(h_P) + (1 - probability_P) * loss(-h_P)
 
 
@@ -56,14 +55,14 @@ def log_ratio(logprobs: Tensor, reference: Tensor, lengths: Tensor | None = None
 
     Where policy and reference are the same, 0. Raises ValueError for shapes that differ.
     """
-    _alike(logprobs, reference)
+    require_vectors(logprobs, reference)
     difference = logprobs - reference.detach()
     return difference if lengths is None else per_token(difference, lengths)
 
 
 def per_token(values: Tensor, lengths: Tensor) -> Tensor:
     """Sums over answers' tokens, divided by how many those are; an answer without tokens keeps its 0."""
-    _alike(values, lengths)
+    require_vectors(values, lengths)
     return values / lengths.clamp(min=1)
 
 
@@ -198,7 +197,7 @@ def pair_metrics(rewards_chosen_P: Tensor, rewards_rejected_P: Tensor) -> Metric
     rewards: beta times an answer's side of h: beta log pi/pi_ref for DPO (arXiv 2305.18290 eq. 5, less a number of the
     prompt's own), beta log pi (/ n) where there is no reference. Equal rewards count as half right.
     """
-    _alike(rewards_chosen_P, rewards_rejected_P)
+    require_vectors(rewards_chosen_P, rewards_rejected_P)
     better, worse = rewards_chosen_P.detach(), rewards_rejected_P.detach()
     right = (better > worse).to(better.dtype) + 0.5 * (better == worse).to(better.dtype)
     return {
@@ -207,11 +206,6 @@ def pair_metrics(rewards_chosen_P: Tensor, rewards_rejected_P: Tensor) -> Metric
         "margin": (better - worse).sum(),
         "accuracy": right.sum(),
     }
-
-
-def _alike(one: Tensor, other: Tensor) -> None:
-    if one.shape != other.shape or one.ndim != 1:
-        raise ValueError(f"expected two vectors of one length, got shapes {tuple(one.shape)} and {tuple(other.shape)}")
 
 
 def _positive(beta: float) -> None:

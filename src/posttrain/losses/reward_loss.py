@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from posttrain.losses.checks import require_probabilities, require_vectors
 
 Metrics = dict[str, Tensor]
 
@@ -32,13 +33,13 @@ def bradley_terry(
     Degenerate: equal rewards, no margin: log 2 whatever p is. p = 1/2 and no margin pulls the two rewards together.
     Raises ValueError where shapes differ or a probability lies outside [0, 1].
     """
-    _alike(chosen_P, rejected_P, *(t for t in (margins_P, probabilities_P) if t is not None))
+    require_vectors(chosen_P, rejected_P, *(t for t in (margins_P, probabilities_P) if t is not None))
     d_P = chosen_P - rejected_P
     if margins_P is not None:
         d_P = d_P - margins_P
     if probabilities_P is None:
         return -F.logsigmoid(d_P)
-    _within(probabilities_P, "probabilities_P")
+    require_probabilities(probabilities_P, "probabilities_P")
     return -(probabilities_P * F.logsigmoid(d_P) + (1 - probabilities_P) * F.logsigmoid(-d_P))
 
 
@@ -48,7 +49,7 @@ def centring(chosen_P: Tensor, rejected_P: Tensor, coefficient: float) -> Tensor
     Source: Eisenstein et al., arXiv 2312.09244 (0.01 is usual). Degenerate: a coefficient of 0 gives zeros.
     Raises ValueError where shapes differ or the coefficient is negative.
     """
-    _alike(chosen_P, rejected_P)
+    require_vectors(chosen_P, rejected_P)
     if coefficient < 0:
         raise ValueError(f"expected a coefficient of 0 or more, got {coefficient}")
     return coefficient * (chosen_P + rejected_P) ** 2
@@ -57,7 +58,7 @@ def centring(chosen_P: Tensor, rejected_P: Tensor, coefficient: float) -> Tensor
 def pair_metrics(chosen_P: Tensor, rejected_P: Tensor) -> Metrics:
     """Sums over pairs: accuracy (chosen above rejected; a tie counts 1/2), margin r_chosen - r_rejected, and reward,
     the mean of the two. Raises ValueError where shapes differ."""
-    _alike(chosen_P, rejected_P)
+    require_vectors(chosen_P, rejected_P)
     d_P = (chosen_P - rejected_P).detach()
     right_P = (d_P > 0).to(d_P.dtype) + 0.5 * (d_P == 0).to(d_P.dtype)
     return {"accuracy": right_P.sum(), "margin": d_P.sum(), "reward": (chosen_P + rejected_P).detach().sum() / 2}
@@ -72,8 +73,8 @@ def step_loss(logits_N: Tensor, targets_N: Tensor) -> Tensor:
     Degenerate: l = 0 gives log 2 whatever the target. Raises ValueError where shapes differ or a target lies outside
     [0, 1].
     """
-    _alike(logits_N, targets_N)
-    _within(targets_N, "targets_N")
+    require_vectors(logits_N, targets_N)
+    require_probabilities(targets_N, "targets_N")
     return F.binary_cross_entropy_with_logits(logits_N, targets_N.to(logits_N.dtype), reduction="none")
 
 
@@ -90,7 +91,7 @@ def step_logits(scores_N_L: Tensor) -> Tensor:
 def step_metrics(logits_N: Tensor, targets_N: Tensor) -> Metrics:
     """Sums over steps: accuracy (sigma(l) and the target on the same side of 1/2; a target of 1/2 counts as right) and
     score, sigma(l). Raises ValueError where shapes differ."""
-    _alike(logits_N, targets_N)
+    require_vectors(logits_N, targets_N)
     scores_N = logits_N.detach().sigmoid()
     return {"accuracy": ((scores_N >= 0.5) == (targets_N >= 0.5)).to(scores_N.dtype).sum(), "score": scores_N.sum()}
 
@@ -126,14 +127,3 @@ def combine_steps(scores: Sequence[float], kind: str = "min") -> float:
     if kind == "last":
         return scores[-1]
     return min(scores) if kind == "min" else sum(scores) / len(scores)
-
-
-def _alike(*tensors: Tensor) -> None:
-    shapes = [tuple(t.shape) for t in tensors]
-    if any(t.ndim != 1 for t in tensors) or len(set(shapes)) != 1:
-        raise ValueError(f"expected vectors of one length, got shapes {shapes}")
-
-
-def _within(values: Tensor, name: str) -> None:
-    if bool(((values < 0) | (values > 1)).any()) or bool(torch.isnan(values).any()):
-        raise ValueError(f"{name} must lie in [0, 1], and go from {float(values.min())} to {float(values.max())}")

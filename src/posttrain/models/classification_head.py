@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from posttrain.config import AdapterConfig, ModelConfig
 from posttrain.core.errors import ModelError
 from posttrain.core.types import Sample
-from posttrain.cpu import matmul as cpu
 from posttrain.models import attention
 from posttrain.models.adapters import attach, merge
+from posttrain.models.backends import backend_for
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import explained, load_model, load_tokenizer, pick_device, pick_dtype, quiet, resolve
 from posttrain.models.saving import gathered
@@ -75,8 +75,7 @@ def has_head(config: ModelConfig, layout: Layout) -> bool:
 def _opened(config: ModelConfig, layout: Layout, dtype: torch.dtype | None) -> tuple[Any, Any]:
     quiet()
     device = pick_device(config.device)
-    if device.type == "cpu":
-        cpu.tune()
+    backend_for(device).tune()
     with explained(config.source):
         hf = _auto(layout).from_pretrained(
             resolve(config.source).location,

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from posttrain.core.errors import ModelError
 from posttrain.core.ragged import RaggedBatch, pack
 from posttrain.core.types import Sample
-from posttrain.cpu import decoder_layer as layer
-from posttrain.cpu.fused_modules import fuse
-from posttrain.cpu.lm_head import head_cross_entropy, head_logprobs
-from posttrain.cpu.recompute import cheap_results
+from posttrain.losses.checks import require
 from posttrain.losses.linear_logprobs import Head
 from posttrain.models import attention
+from posttrain.models.backends import Backend, backend_for
 from posttrain.models.max_length import check_length
 
 STATEFUL = ("linear_attention", "mamba", "conv", "recurrent", "rwkv", "chunked_attention")
@@ -27,10 +25,6 @@ STATEFUL = ("linear_attention", "mamba", "conv", "recurrent", "rwkv", "chunked_a
 def _base(hf: Any) -> Any:
     """transformers' own model inside a peft wrapper, or the model itself."""
     return hf.get_base_model() if hasattr(hf, "get_base_model") else hf
-
-
-ROUND = 32
-"""Tokens of a CPU batch are computed in multiples of this."""
 
 
 class LanguageModel(nn.Module):
@@ -48,8 +42,7 @@ class LanguageModel(nn.Module):
         if self.ragged:
             _base(hf).set_attn_implementation(attention.NAME)
         no_dropout(hf)
-        fuse(hf)
-        layer.speed_up(hf)
+        self.backend.replace_forwards(hf)
         self.value: nn.Linear | None = None
 
     @property
@@ -61,6 +54,11 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.hf.parameters()).device
+
+    @property
+    def backend(self) -> Backend:
+        """How the device computes."""
+        return backend_for(self.device)
 
     def head(self) -> Head:
         """The output head with the transforms that the model type applies to its logits."""
@@ -98,8 +96,7 @@ class LanguageModel(nn.Module):
         check_length(self.base.config, max(len(row) for row in batch.rows))
         decoder = self.base.get_decoder()
         if self.ragged:
-            # On a CPU, to a multiple of a few tokens that nothing sees: see attention.ROUND.
-            extra = -batch.total % ROUND if batch.tokens_T.device.type == "cpu" else 0
+            extra = -batch.total % self.backend.tile  # tokens that no other sees
             tokens, positions = (
                 torch.nn.functional.pad(x, (0, extra))[None] for x in (batch.tokens_T, batch.positions_T)
             )
@@ -116,12 +113,11 @@ class LanguageModel(nn.Module):
         return hidden
 
     def _lean(self) -> AbstractContextManager[None]:
-        """On a CPU, where memory is short and copies are slow: see `models.remake`."""
-        training = torch.is_grad_enabled() and self.device.type == "cpu"
+        """Return the context of a forward pass: without activations that are cheap to recompute, if it trains."""
         # Checkpointing has hooks of its own; its name has changed in transformers.
         names = [n for n in ("is_activation_checkpointing", "is_gradient_checkpointing") if hasattr(self.base, n)]
         recomputed = bool(names) and bool(getattr(self.base, names[0]))
-        return cheap_results() if training and not recomputed else nullcontext()
+        return self.backend.lean() if torch.is_grad_enabled() and not recomputed else nullcontext()
 
     def forward(
         self,
@@ -145,20 +141,19 @@ class LanguageModel(nn.Module):
         hidden = self.hidden_T_H(batch)
         if want == "hidden":
             return hidden
-        targets = batch.targets_N() if targets_N is None else targets_N
+        targets = batch.targets_N if targets_N is None else targets_N
         if want == "scores":
             head = self.scorer()
             bias = None if head.bias is None else head.bias.float()
             return torch.nn.functional.linear(hidden[targets].float(), head.weight.float(), bias)
         predictors = batch.predictors_T[targets]
-        if bool((predictors < 0).any()):
-            raise ValueError("the first token of a sequence was asked for; no hidden state predicts it")
+        require(predictors >= 0, lambda: "the first token of a sequence was asked for; no hidden state predicts it")
         hidden_N_H, tokens_N = hidden[predictors], batch.tokens_T[targets]
         if want == "cross_entropy":
             if coefficients_N is None:
                 coefficients_N = batch.weights_T[targets]
-            return head_cross_entropy(hidden_N_H, self.head(), tokens_N, coefficients_N)
-        logprobs = head_logprobs(hidden_N_H, self.head(), tokens_N, temperature, entropy)
+            return self.backend.cross_entropy(hidden_N_H, self.head(), tokens_N, coefficients_N)
+        logprobs = self.backend.logprobs(hidden_N_H, self.head(), tokens_N, temperature, entropy)
         if want == "logprobs":
             return logprobs
         if self.value is None:

@@ -24,7 +24,7 @@ import torch
 from posttrain.config import ModelConfig
 from posttrain.core.errors import MissingExtraError, ModelError
 from posttrain.core.files import cache_folder, file_hash
-from posttrain.cpu import matmul as cpu
+from posttrain.models.backends import backend_for
 from posttrain.models.max_length import context, why_short
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 
@@ -280,8 +280,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None) -> tuple[A
     quiet()
     device = pick_device(config.device)
     dtype = dtype or pick_dtype(config.dtype, device)
-    if device.type == "cpu":
-        cpu.tune()
+    backend_for(device).tune()
     found = resolve(config.source)
     tokenizer = load_tokenizer(config)
     if found.kind == "tiny":

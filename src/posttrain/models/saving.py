@@ -64,7 +64,8 @@ def gathered(policy: LanguageModel, again: Callable[[], Any]) -> Any:
     if not distributed.is_main():
         return None
     hf = again()
-    missing = LanguageModel(hf).load_state_dict(weights, strict=False).unexpected_keys
+    hf_weights = {name.removeprefix("hf."): w for name, w in weights.items()}
+    missing = hf.load_state_dict(hf_weights, strict=False).unexpected_keys
     assert not missing, f"trained weights that the model does not have: {missing}"
     return hf
 

@@ -18,9 +18,9 @@ def machine() -> dict[str, Any]:
     """Processor, memory, device, and the versions of what computes."""
     import torch
 
-    from posttrain.cpu import library as native
-    from posttrain.cpu.matmul import matmul_route
+    from posttrain.models.backends import backend_for
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     info: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -28,9 +28,8 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "float32_products": matmul_route(),
-        "decoding": native.why(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        **backend_for(device).describe(),
     }
     info.update({name: importlib.metadata.version(name) for name in PACKAGES})
     return info

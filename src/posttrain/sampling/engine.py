@@ -19,15 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.config import SamplingConfig
 from posttrain.core.errors import DataError, ModelError
 from posttrain.core.ragged import pack
 from posttrain.core.types import Rollout, RolloutGroup, Sample
-from posttrain.cpu import library as native
-from posttrain.cpu import matmul as cpu
 from posttrain.losses.linear_logprobs import head_logits
 from posttrain.models import attention
 from posttrain.models.language_model import LanguageModel
@@ -289,9 +286,7 @@ class _Session:
         self.open += prompts
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        # torch: what comes out turned round must be copied, which costs more than it gains where rows are many.
-        few = cpu.FEW_ROWS if native.kernels() is not None else cpu.FEW_ROWS // 4
-        product = cpu.linear if len(hidden) <= few else F.linear
+        product = self.sampler.model.backend.linear(len(hidden))
         return head_logits(hidden, self.head, self.params.temperature or 1.0, product)
 
     def _step(self) -> None:

@@ -9,12 +9,12 @@ prompts lie in the own region too, and there is one product less.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from posttrain.cpu import library as native
-from posttrain.cpu import matmul as cpu
+from posttrain.models.backends import backend_for
 
 _KeysValues = tuple[Tensor, Tensor]
 
@@ -29,7 +29,7 @@ class Region:
         self.slots, self.columns = slots, columns
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.layers: dict[int, native.Layer | None] = {}
+        self.layers: dict[int, Any] = {}
 
     def at(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer; `key` and `value` (heads, any, size) say what they are like."""
@@ -95,15 +95,16 @@ class Step:
         sinks: Tensor | None,
     ) -> Tensor:
         """See `posttrain.models.attention.Decoding`. softmax over prompt and own keys; soft caps and sinks as there."""
-        plain = query.device.type == "cpu" and query.dtype == torch.float32 and softcap is None and sinks is None
-        kernels = native.kernels() if plain and query.shape[-1] == value.shape[-1] else None
-        if kernels is not None:
-            return self._compiled(kernels, query, key, value, window, scale)
-        with cpu.small_products():
+        backend = backend_for(query.device)
+        if softcap is None and sinks is None:
+            out = backend.decode_attention(self, query, key, value, window, scale)
+            if out is not None:
+                return out
+        with backend.small_products():
             return self._attend(query, key, value, window, scale, softcap, sinks)
 
     @property
-    def known(self) -> dict[int, native.Layer | None]:
+    def known(self) -> dict[int, Any]:
         """See `posttrain.cpu.decoder_layer.Places`."""
         return self.own.layers
 
@@ -115,12 +116,6 @@ class Step:
             return own, None, self.column_M, None
         assert self.prompt_M is not None and self.prompt_length_M is not None
         return own, self.shared.at(layer, key, value), self.column_M, (self.prompt_M, self.prompt_length_M)
-
-    def _compiled(
-        self, kernels: native.Kernels, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
-    ) -> Tensor:
-        q, k, v = (x[0] if x.stride(-1) == 1 else x[0].contiguous() for x in (query, key, value))
-        return kernels.attend(q, k, v, *self.places(k, v), window, scale)[None]
 
     def _attend(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from posttrain.config import SamplingConfig
-from posttrain.cpu import library as native
+from posttrain.models.backends import backend_for
 
 BLOCK = 256
 """Tokens summed at a time: first the block is found, then the token in it."""
@@ -67,9 +67,9 @@ def draw(
         lse, tokens = z_M_V.logsumexp(-1), z_M_V.argmax(-1)
         return tokens, z_M_V.gather(-1, tokens[:, None]).squeeze(-1) - lse
     cut(z_M_V, params)
-    kernels = native.kernels() if z_M_V.device.type == "cpu" and z_M_V.is_contiguous() else None
-    if kernels is not None:
-        return kernels.draw(z_M_V, uniforms_M)
+    drawn = backend_for(z_M_V.device).draw(z_M_V, uniforms_M)
+    if drawn is not None:
+        return drawn
     lse = z_M_V.logsumexp(-1, keepdim=True)
     p = (z_M_V - lse).exp_()
     count, vocabulary = p.shape

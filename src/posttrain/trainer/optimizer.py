@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.config import OptimizerConfig
+from posttrain.core.distributed import full_tensor
 
 
 def lr_at(step: int, total: int, config: OptimizerConfig) -> float:
@@ -81,21 +82,26 @@ class Optimizer:
                 "exp_avg_sq": torch.zeros_like(m, requires_grad=False),
             }
 
-    def clip(self) -> float:
-        """Scale the gradients of each set to the configured global norm; return the main set's norm before."""
-        main = 0.0
-        for prefix, names in self.sets.items():
-            gradients = [g for n in names if (g := self.masters[n].grad) is not None]
-            if not gradients:
-                continue
-            norm = torch.nn.utils.get_total_norm(gradients)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            value = float(norm)
-            if self.config.max_grad_norm and value > self.config.max_grad_norm and math.isfinite(value):
-                torch._foreach_mul_(gradients, self.config.max_grad_norm / (value + 1e-6))
-            if not prefix or not math.isfinite(value):
-                main = value
-        return main
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """Return the global norm of each set's gradients, on the device, by the set's prefix (every rank must call)."""
+        gradients = {prefix: self._gradients(prefix) for prefix in self.sets}
+        return {p: full_tensor(torch.nn.utils.get_total_norm(g)) for p, g in gradients.items() if g}
+
+    def clip(self, norms: Mapping[str, float]) -> float:
+        """Scale the gradients of each set to the configured global norm, given the norms that they have.
+
+        Returns:
+            The main set's norm before clipping, or one that is not finite.
+        """
+        largest = self.config.max_grad_norm
+        for prefix, norm in norms.items():
+            if largest and largest < norm < math.inf:
+                torch._foreach_mul_(self._gradients(prefix), largest / (norm + 1e-6))
+        infinite = [norm for norm in norms.values() if not math.isfinite(norm)]
+        return infinite[-1] if infinite else norms.get("", 0.0)
+
+    def _gradients(self, prefix: str) -> list[Tensor]:
+        return [g for n in self.sets[prefix] if (g := self.masters[n].grad) is not None]
 
     def step(self, lr: float) -> None:
         """One update at this learning rate; gradients are gone afterwards."""

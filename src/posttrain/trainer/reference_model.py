@@ -44,12 +44,11 @@ def answer_sums(model: LanguageModel, batch: RaggedBatch) -> tuple[Tensor, Tenso
     Sums are float64 (but on MPS, which has none): ratios are small differences of them, and of a thousand nats float32
     keeps 1e-4. A sample without any is there to keep ranks in step; its sum is 0 and has no gradient.
     """
-    learnt = [torch.tensor(s.weights, device=batch.tokens_T.device) != 0 for s in batch.samples]
-    rows = [row[own] for row, own in zip(batch.rows, learnt, strict=True)]
+    rows = batch.weighted_rows
     lengths = torch.tensor([len(row) for row in rows], device=batch.tokens_T.device)
     logprobs = model(batch, "logprobs", torch.cat(rows))[0]
     logprobs = logprobs if logprobs.device.type == "mps" else logprobs.double()
-    return sequence_sum(logprobs, sequence_index(lengths), len(rows)), lengths
+    return sequence_sum(logprobs, sequence_index(lengths, len(logprobs)), len(rows)), lengths
 
 
 @torch.no_grad()

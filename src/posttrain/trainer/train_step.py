@@ -25,10 +25,12 @@ from posttrain.models.language_model import LanguageModel
 from posttrain.trainer.optimizer import Optimizer, lr_at
 
 LossFunction = Callable[[LanguageModel, RaggedBatch, float], tuple[Tensor, dict[str, Tensor]]]
-"""(model, micro-batch, global denominator) -> (this micro-batch's share of the loss, sums for metrics).
+"""(model, micro-batch, global denominator) -> (this micro-batch's share of the loss, scalar tensors for metrics).
 
 The denominator is the sum of the global batch's weights. Loss and metrics come divided by it (or by another number of
-the whole batch, where a method has its own): the learner only adds them up over micro-batches and ranks."""
+the whole batch, where a method has its own): the learner only adds them up over micro-batches and ranks. Of a metric
+whose name ends with `_max` the largest is taken instead. A loss must not read a tensor's value (`.item()`, `float`,
+`bool`): on a GPU that waits for the device; the learner reads all of a step's numbers at once, at its end."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Learner:
         useful = [s for s in samples if any(s.weights)]
         denominator = float(sum(math.fsum(s.weights) for s in useful))
         split, rounds = self._split(useful)
-        sums: dict[str, float] = {}
+        made: list[tuple[str, Tensor]] = []
         computed = 0
         for i in range(rounds):
             # Every rank makes as many passes (FSDP gathers in step); a spare one repeats a sample at weight 0.
@@ -101,14 +103,14 @@ class Learner:
             computed += batch.total
             value, metrics = loss(self.model, batch, denominator)
             with added_in_place(self.optimizer.places):
-                (
-                    value * distributed.world()
-                ).backward()  # FSDP averages over ranks; the loss's denominator is global already
-            for name, number in {"loss": value, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(number.detach())
-        parts = distributed.all_gather_object(sums)  # a rank that has nothing of its own may lack some
-        totals = {name: sum(p.get(name, 0.0) for p in parts) for name in sorted(set().union(*parts))}
-        record = self._update(totals, bool(useful))
+                # FSDP averages over ranks; the loss's denominator is global already.
+                (value * distributed.world()).backward()
+            made += [(name, number.detach()) for name, number in {"loss": value, **metrics}.items()]
+        norms = self.optimizer.gradient_norms()
+        # The only place where a step waits for the device.
+        numbers = _to_host([number for _, number in made] + list(norms.values()))
+        totals = _reduced([name for name, _ in made], numbers[: len(made)])
+        record = self._update(totals, dict(zip(norms, numbers[len(made) :], strict=True)), bool(useful))
         tokens = sum(len(s) for s in samples)
         record.update(tokens=tokens, loss_tokens=denominator)
         return StepResult(record, time.perf_counter() - began, tokens, computed, rounds)
@@ -132,10 +134,10 @@ class Learner:
         ]
         return plans[distributed.rank() if world > 1 else 0], max(len(p) for p in plans)
 
-    def _update(self, totals: dict[str, float], any_useful: bool) -> dict[str, float]:
+    def _update(self, totals: dict[str, float], norms: dict[str, float], any_useful: bool) -> dict[str, float]:
         """Clip and step, or skip what is not finite."""
         lr = lr_at(self.steps_done, self.total_steps, self.optimizer.config)
-        norm = self.optimizer.clip()
+        norm = self.optimizer.clip(norms)
         finite = math.isfinite(norm) and math.isfinite(totals.get("loss", 0.0))
         if finite and any_useful:
             self.optimizer.step(lr)
@@ -170,9 +172,33 @@ class Learner:
         self.optimizer.update_parameters()
 
 
+def _to_host(numbers: Sequence[Tensor]) -> list[float]:
+    """Return scalars as Python floats, fetched from the device at once."""
+    if not numbers:
+        return []
+    exact = torch.float32 if numbers[0].device.type == "mps" else torch.float64  # MPS has no float64
+    return torch.stack([number.to(exact) for number in numbers]).tolist()  # type: ignore[no-any-return]
+
+
+def _reduced(names: Sequence[str], numbers: Sequence[float]) -> dict[str, float]:
+    """Reduce metrics over micro-batches and ranks: sums, or the largest where the name ends with `_max`."""
+    own: dict[str, float] = {}
+    for name, number in zip(names, numbers, strict=True):
+        own[name] = number if name not in own else _joined(name, own[name], number)
+    totals: dict[str, float] = {}
+    for part in distributed.all_gather_object(own):  # a rank that has no sample with loss may lack some
+        for name, number in part.items():
+            totals[name] = number if name not in totals else _joined(name, totals[name], number)
+    return dict(sorted(totals.items()))
+
+
+def _joined(name: str, one: float, other: float) -> float:
+    return max(one, other) if name.endswith("_max") else one + other
+
+
 def cross_entropy(model: LanguageModel, batch: RaggedBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Supervised fine-tuning's loss: sum of w_t * -log p(y_t | before) / denominator, with the accuracy's sum."""
-    targets = batch.targets_N()
+    targets = batch.targets_N
     weights = batch.weights_T[targets]
     loss, _, hits = model(batch, "cross_entropy", targets, weights / denominator)
     return loss, {"token_accuracy": (hits * weights).sum() / denominator}

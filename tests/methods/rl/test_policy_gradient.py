@@ -142,7 +142,7 @@ def capture(learner: Learner) -> dict[str, torch.Tensor]:
         captured.update({n: p.grad.clone() for n, p in learner.model.named_parameters() if p.grad is not None})
 
     learner.optimizer.step = take  # type: ignore[method-assign]
-    learner.optimizer.clip = lambda: 1.0  # type: ignore[method-assign]
+    learner.optimizer.clip = lambda norms: 1.0  # type: ignore[method-assign]
     return captured
 
 

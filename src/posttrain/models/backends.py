@@ -1,0 +1,145 @@
+"""Choose how a device computes: plain PyTorch everywhere, compiled kernels and fused modules on a CPU.
+
+This is the only module that imports `posttrain.cpu`, and it does so the first time that a model on a CPU is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from posttrain.losses.linear_logprobs import Head, linear_cross_entropy, linear_logprobs
+
+if TYPE_CHECKING:
+    from posttrain.models.attention import Plan
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""(x, weight) -> x weight^T."""
+
+
+class Backend:
+    """Compute with plain PyTorch operations, on any device. Methods that return None leave the work to the caller."""
+
+    tile = 1
+    """A batch is computed in multiples of this many tokens."""
+
+    def tune(self) -> None:
+        """Set up the process for models on this device."""
+
+    def replace_forwards(self, model: nn.Module) -> None:
+        """Give modules faster forwards of the same results, in place."""
+
+    def lean(self) -> AbstractContextManager[None]:
+        """Return a context for forward passes with gradients in which cheap activations are recomputed."""
+        return nullcontext()
+
+    def logprobs(
+        self, hidden_N_H: Tensor, head: Head, targets_N: Tensor, temperature: float | Tensor, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Compute `linear_logprobs`."""
+        return linear_logprobs(hidden_N_H, head, targets_N, temperature, entropy)
+
+    def cross_entropy(
+        self, hidden_N_H: Tensor, head: Head, targets_N: Tensor, coefficients_N: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute `linear_cross_entropy`."""
+        return linear_cross_entropy(hidden_N_H, head, targets_N, coefficients_N)
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: int | None, scale: float
+    ) -> Tensor | None:
+        """Compute attention over a ragged batch: (1, heads, T, size) in, (1, T, heads, size) out."""
+        return None
+
+    def linear(self, rows: int) -> Product:
+        """Return the function for products of this many rows where no gradient is needed."""
+        return F.linear
+
+    def decode_attention(
+        self, step: Any, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
+    ) -> Tensor | None:
+        """Compute attention of one new token of each sequence (`posttrain.sampling.kv_cache.Step`)."""
+        return None
+
+    def small_products(self) -> AbstractContextManager[None]:
+        """Return a context for batches of small matrix products."""
+        return nullcontext()
+
+    def draw(self, logits_M_V: Tensor, uniforms_M: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Draw one token a row, by the inverse of the cumulative distribution; with its log-probability."""
+        return None
+
+    def describe(self) -> dict[str, str]:
+        """Return what computes, for manifests and `posttrain doctor`."""
+        return {"float32_products": "default", "decoding": "torch"}
+
+
+class CPUBackend(Backend):
+    """Compute on a CPU, with `posttrain.cpu`."""
+
+    tile = 32
+
+    def __init__(self) -> None:
+        from posttrain.cpu import decoder_layer, fused_modules, library, lm_head, matmul, recompute, tiled_attention
+
+        self.decoder_layer, self.fused_modules, self.library = decoder_layer, fused_modules, library
+        self.matmul, self.recompute, self.tiled_attention = matmul, recompute, tiled_attention
+        self.logprobs, self.cross_entropy = lm_head.head_logprobs, lm_head.head_cross_entropy  # type: ignore[method-assign]
+        self.small_products = matmul.small_products  # type: ignore[method-assign]
+
+    def tune(self) -> None:
+        self.matmul.tune()
+
+    def replace_forwards(self, model: nn.Module) -> None:
+        self.fused_modules.fuse(model)
+        self.decoder_layer.speed_up(model)
+
+    def lean(self) -> AbstractContextManager[None]:
+        return self.recompute.cheap_results()
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: int | None, scale: float
+    ) -> Tensor | None:
+        if query.shape[-1] != value.shape[-1]:
+            return None
+        arguments = *(x[0].float() for x in (query, key, value)), plan, window, scale
+        return self.tiled_attention.TreeAttention.apply(*arguments).transpose(0, 1)[None].to(query.dtype)  # type: ignore[no-any-return]
+
+    def linear(self, rows: int) -> Product:
+        # Without kernels the result is a transposed view, whose copy costs more than is gained where rows are many.
+        few = self.matmul.FEW_ROWS if self.library.kernels() is not None else self.matmul.FEW_ROWS // 4
+        return self.matmul.linear if rows <= few else F.linear
+
+    def decode_attention(
+        self, step: Any, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
+    ) -> Tensor | None:
+        plain = query.dtype == torch.float32 and query.shape[-1] == value.shape[-1]
+        kernels = self.library.kernels() if plain else None
+        if kernels is None:
+            return None
+        q, k, v = (x[0] if x.stride(-1) == 1 else x[0].contiguous() for x in (query, key, value))
+        own, shared, columns, prompts = step.places(k, v)
+        return kernels.attend(q, k, v, own, shared, columns, prompts, window, scale)[None]
+
+    def draw(self, logits_M_V: Tensor, uniforms_M: Tensor) -> tuple[Tensor, Tensor] | None:
+        kernels = self.library.kernels() if logits_M_V.is_contiguous() else None
+        return None if kernels is None else kernels.draw(logits_M_V, uniforms_M)
+
+    def describe(self) -> dict[str, str]:
+        return {"float32_products": self.matmul.matmul_route(), "decoding": self.library.why()}
+
+
+@lru_cache
+def _backend(device_type: str) -> Backend:
+    return CPUBackend() if device_type == "cpu" else Backend()
+
+
+def backend_for(device: torch.device) -> Backend:
+    """Return the backend of a device; one object for each kind of device."""
+    return _backend(device.type)

@@ -1,0 +1,144 @@
+"""A device without kernels of its own: nothing of `posttrain.cpu` runs, and the host waits once a step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from posttrain.config import OptimizerConfig, SystemsConfig
+from posttrain.core.ragged import RaggedBatch
+from posttrain.core.types import Sample
+from posttrain.losses import policy_loss, preference_loss
+from posttrain.losses.aggregation import reduce, sequence_index, token_weights
+from posttrain.losses.kl import kl
+from posttrain.models import backends
+from posttrain.models.language_model import LanguageModel, verify
+from posttrain.models.tiny_model import tiny_model
+from posttrain.trainer.reference_model import answer_sums
+from posttrain.trainer.train_step import Learner
+
+WAITING = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "cpu")
+"""Methods of a tensor that wait for a GPU to finish."""
+WAITING_OPS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "bincount")
+
+
+class Waits(TorchDispatchMode):
+    """Count what would make the host wait for a GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        for name in WAITING:
+            monkeypatch.setattr(Tensor, name, self._counting(name, getattr(Tensor, name)))
+
+    def _counting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def method(*args: Any, **kwargs: Any) -> Any:
+            self.counts[name] += 1
+            return original(*args, **kwargs)
+
+        return method
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name.removeprefix("aten::")
+        masks = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name in WAITING_OPS or masks or unsized:
+            self.counts[f"{name} {'of a mask' if masks else ''}".strip()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def generic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on a GPU, on a CPU."""
+    monkeypatch.setattr(backends, "backend_for", lambda device: backends.Backend())
+    for module in ("models.attention", "models.language_model", "models.loading", "sampling.kv_cache"):
+        __import__(f"posttrain.{module}")
+        monkeypatch.setattr(f"posttrain.{module}.backend_for", lambda device: backends.Backend())
+
+
+def preference(model: LanguageModel, batch: RaggedBatch, count: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """DPO, with labels that are probabilities."""
+    sums, _ = answer_sums(model, batch)
+    h = sums[0::2] - sums[1::2]
+    losses = preference_loss.dpo(h, 0.1, torch.full_like(h, 0.9))
+    return losses.sum() / count, {k: v / count for k, v in preference_loss.pair_metrics(sums[0::2], sums[1::2]).items()}
+
+
+def policy(model: LanguageModel, batch: RaggedBatch, count: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """GRPO with a KL penalty, an entropy bonus and temperatures that differ."""
+    targets = torch.cat(batch.weighted_rows)
+    lengths = torch.tensor([len(row) for row in batch.weighted_rows])
+    sequence = sequence_index(lengths, len(targets))
+    temperature = torch.full((len(targets),), 0.7)
+    logprobs, entropies = model(batch, "logprobs", targets, temperature=temperature, entropy=True)
+    old, advantages = logprobs.detach() - 0.1, sequence.float() - 0.5
+    ratio = policy_loss.token_ratio(logprobs, old)
+    values, metrics = policy_loss.clipped(ratio, advantages)
+    values = values + 0.1 * kl(logprobs, old) + policy_loss.entropy_bonus(entropies, 0.01)
+    metrics["ratio_max"] = ratio.detach().max()
+    return reduce(values, token_weights("sequence", sequence, lengths), count), metrics
+
+
+@pytest.mark.parametrize("loss", [None, preference, policy], ids=["sft", "preference", "policy"])
+def test_a_training_step_waits_for_the_device_once(loss: Any, generic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two micro-batches and the update: one `tolist` of everything that the step reports."""
+    model = LanguageModel(tiny_model("llama"))
+    learner = Learner(model, OptimizerConfig(lr=1e-3), SystemsConfig(tokens_per_micro_batch=24), 2)
+    prompts = [[5, 6, 7, 8, *range(20, 20 + i), 30 + a] for i in range(2, 6) for a in (0, 1)]
+    samples = [
+        Sample(p, [0.0] * 4 + [1.0] * (len(p) - 4), meta={"group": i // 2, "shared": 4, "whole": True})
+        for i, p in enumerate(prompts)
+    ]
+    learner.step(samples, loss)
+    with Waits(monkeypatch) as waits:
+        result = learner.step(samples, loss)
+    assert result.micro_batches > 1 and result.metrics["grad_norm"] > 0
+    assert waits.counts == {"tolist": 1}
+
+
+def test_a_forward_never_waits(generic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel(tiny_model("qwen3"))
+    model.add_value_head()
+    batch = model.pack([Sample([5, 6, 7, 8], [0, 0, 1, 1]), Sample([5, 6, 9], [0, 0, 1])])
+    with Waits(monkeypatch) as waits:
+        model(batch, "values", entropy=True)
+        model(batch, "cross_entropy")
+    assert not waits.counts
+
+
+def test_a_device_without_kernels_keeps_the_models_own_forwards(generic: None) -> None:
+    model = LanguageModel(tiny_model("llama"))
+    assert not [m for m in model.modules() if "forward" in vars(m)]
+    assert verify(model) < 1e-5
+
+
+def test_a_process_without_a_model_on_a_cpu_imports_nothing_of_the_cpu_wing() -> None:
+    code = (
+        "import sys, torch; import posttrain.trainer.loop, posttrain.sampling.engine, posttrain.methods.sft\n"
+        "from posttrain.models.backends import backend_for\n"
+        "backend_for(torch.device('cuda')).describe()\n"
+        "print([m for m in sys.modules if m.startswith('posttrain.cpu')])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_largest_of_a_metric_is_taken_where_its_name_says_so() -> None:
+    """Over micro-batches; other metrics are summed."""
+
+    def loss(model: LanguageModel, batch: RaggedBatch, count: float) -> tuple[Tensor, dict[str, Tensor]]:
+        total = model(batch, "cross_entropy")[0] / count
+        return total, {"length_max": torch.tensor(batch.total), "length": torch.tensor(batch.total)}
+
+    learner = Learner(
+        LanguageModel(tiny_model("llama")), OptimizerConfig(lr=1e-3), SystemsConfig(tokens_per_micro_batch=8), 1
+    )
+    metrics = learner.step([Sample(range(5, 5 + n), [0.0] + [1.0] * (n - 1)) for n in (8, 5)], loss).metrics
+    assert (metrics["length_max"], metrics["length"]) == (8, 13)
