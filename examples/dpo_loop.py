@@ -1,14 +1,14 @@
-"""Direct preference optimisation in one flat file: torch and transformers alone, to read and to check against.
+"""Train a model by direct preference optimisation, in one flat file with only torch and transformers.
 
     python examples/dpo_loop.py --tiny                        # a tiny random model, a few built-in pairs
-    python examples/dpo_loop.py MODEL_FOLDER pairs.jsonl      # one {"prompt", "chosen", "rejected"} a line, all texts
+    python examples/dpo_loop.py MODEL_FOLDER pairs.jsonl      # one {"prompt", "chosen", "rejected"} per line, all texts
 
-Of two answers y_w (the better one) and y_l to a prompt x, the loss of a batch is (arXiv 2305.18290, eq. 7)
+For two answers y_w (the better one) and y_l to a prompt x, the loss of a batch is (arXiv 2305.18290, eq. 7)
 
     L = - mean_b log sigmoid(beta h_b)        h = log pi(y_w|x) / ref(y_w|x) - log pi(y_l|x) / ref(y_l|x)
 
 with log pi(y|x) summed over the answer's tokens, its end-of-turn token included, and ref the model before the first
-step. Its numbers are taken once, before training, so that one model is held and not two.
+step. The log-probabilities of ref are computed once, before training, so only one model is in memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BUILT_IN = [
 
 
 def tiny() -> tuple[Any, Any]:
-    """A random two-layer Llama, and a tokenizer whose tokens are bytes, so that nothing need be fetched."""
+    """Make a random two-layer Llama and a tokenizer whose tokens are bytes, so that nothing is downloaded."""
     bos, eos = "<|im_start|>", "<|im_end|>"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_ = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([bos, eos, *alphabet])}, merges=[]))
@@ -53,10 +53,10 @@ def tiny() -> tuple[Any, Any]:
 
 
 def encode(tokenizer: Any, row: dict[str, str]) -> Pair:
-    """Prompt as the model is asked it, and both answers through their end-of-turn token.
+    """Tokenize the prompt as at inference, and both answers with their end-of-turn token.
 
-    Prompt and answers are tokenized apart, as they are when the model answers: no token lies across the border.
-    Raises ValueError for two equal answers, which say nothing, and for a template that doesn't put answers behind
+    Prompt and answers are tokenized separately, as when the model answers: no token crosses the border. Raises
+    ValueError for two equal answers, which have no preference, and for a template that does not render the answer after
     the generation prompt.
     """
     if row["chosen"].strip() == row["rejected"].strip():
@@ -67,21 +67,21 @@ def encode(tokenizer: Any, row: dict[str, str]) -> Pair:
     for answer in (row["chosen"], row["rejected"]):
         whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": answer}], tokenize=False)
         if not whole.startswith(before):
-            raise ValueError("the chat template puts the answer somewhere else than behind the generation prompt")
+            raise ValueError("the chat template does not render the answer after the generation prompt")
         parts.append(whole[len(before) :].rstrip())
     prompt, chosen, rejected = (tokenizer(p, add_special_tokens=False)["input_ids"] for p in parts)
     return prompt, chosen, rejected
 
 
 def log_probability(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
-    """log pi(answer | prompt), a scalar: the sum over the answer's tokens."""
+    """Return log pi(answer | prompt), a scalar: the sum over the answer's tokens."""
     ids = torch.tensor(prompt + answer)
     logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]  # t predicts token t + 1
     return -F.cross_entropy(logits.float(), ids[len(prompt) :], reduction="sum")
 
 
 def rate(step: int, steps: int, warmup: int) -> float:
-    """Part of the peak learning rate at a step counted from 0: a line up to 1, then half a cosine down towards 0."""
+    """Return the share of the peak learning rate at a step (from 0): linear up to 1, then half a cosine towards 0."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -97,11 +97,22 @@ def train(
     max_grad_norm: float = 1.0,
     verbose: bool = False,
 ) -> list[dict[str, float]]:
-    """Train the model in place, one optimizer step a batch; of every step (before its update) loss, margin, accuracy.
+    """Train the model in place, one optimizer step per batch.
 
-    margin: beta h, the difference of the implicit rewards, a mean over the batch. accuracy: how often it is above 0.
+    Args:
+        model: Causal language model, which is also the reference before the first step.
+        batches: Pairs of each step.
+        lr: Peak learning rate.
+        beta: Factor of the log ratios.
+        warmup: Steps of linear warm-up.
+        max_grad_norm: Norm to which gradients are clipped. 0: no clipping.
+        verbose: Print one line per step.
+
+    Returns:
+        For every step, before its update: `loss`; `margin`, the batch's mean of beta h, the difference of the implicit
+        rewards; `accuracy`, the share of pairs with a margin above 0.
     """
-    model.eval()  # no dropout: the reference and the policy are to differ by what was learnt alone
+    model.eval()  # no dropout: reference and policy may differ only by training
     reference = {}
     with torch.no_grad():
         for prompt, chosen, rejected in (pair for batch in batches for pair in batch):
@@ -142,8 +153,8 @@ def main() -> None:
     parser.add_argument("data", nargs="?", help="JSONL of pairs; default: a few built-in ones")
     parser.add_argument("--tiny", action="store_true", help="a tiny random Llama instead of a model")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=2, help="pairs a step")
-    parser.add_argument("--beta", type=float, default=0.1, help="how strongly a log ratio counts")
+    parser.add_argument("--batch", type=int, default=2, help="pairs per step")
+    parser.add_argument("--beta", type=float, default=0.1, help="factor of the log ratios")
     parser.add_argument("--lr", type=float, default=None, help="peak learning rate (default 1e-6, or 1e-3 with --tiny)")
     args = parser.parse_args()
     if args.tiny == bool(args.model):
@@ -157,7 +168,7 @@ def main() -> None:
     lines = Path(args.data).read_text(encoding="utf-8").splitlines() if args.data else []
     rows = [json.loads(line) for line in lines if line.strip()] if args.data else BUILT_IN
     pairs, shuffle = [encode(tokenizer, row) for row in rows], random.Random(0)
-    passes = math.ceil(args.steps * args.batch / len(pairs))  # over the data, each in an order of its own
+    passes = math.ceil(args.steps * args.batch / len(pairs))  # over the data, each in another order
     order = [pair for _ in range(passes) for pair in shuffle.sample(pairs, len(pairs))]
     batches = [order[i * args.batch : (i + 1) * args.batch] for i in range(args.steps)]
     lr = args.lr or (1e-3 if args.tiny else 1e-6)

@@ -1,14 +1,15 @@
-"""Supervised fine-tuning in one flat file: nothing but torch and transformers, to read and to check against.
+"""Fine-tune a model on conversations, in one flat file with only torch and transformers: to read, and as a check.
 
     python examples/sft_loop.py --tiny                        # a tiny random model, a few built-in conversations
-    python examples/sft_loop.py MODEL_FOLDER chats.jsonl      # one {"messages": [{"role", "content"}, ...]} a line
+    python examples/sft_loop.py MODEL_FOLDER chats.jsonl      # one {"messages": [{"role", "content"}, ...]} per line
 
 The loss of a step is the cross-entropy of the assistant's tokens, summed over the whole batch and divided by their
 number in the whole batch:
 
-    L = - sum_b sum_t m[b,t] log p(x[b,t] | x[b,<t]) / sum_b sum_t m[b,t]        m = 1 on tokens to learn, else 0
+    L = - sum_b sum_t m[b,t] log p(x[b,t] | x[b,<t]) / sum_b sum_t m[b,t]        m = 1 on tokens to train on, else 0
 
-so every token counts alike. (A mean of the conversations' means would let a token of a short answer count for more.)
+so every token has the same weight. (A mean of the conversations' means would give tokens of short answers a larger
+weight.)
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-Example = tuple[list[int], list[int]]  # token ids, and for each 1 if it is to be learnt
+Example = tuple[list[int], list[int]]  # token ids, and for each 1 if it carries loss
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -39,7 +40,7 @@ QUESTIONS = {
 
 
 def tiny() -> tuple[Any, Any]:
-    """A random two-layer Llama, and a tokenizer whose tokens are bytes, so that nothing need be fetched."""
+    """Make a random two-layer Llama and a tokenizer whose tokens are bytes, so that nothing is downloaded."""
     bos, eos = "<|im_start|>", "<|im_end|>"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_ = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([bos, eos, *alphabet])}, merges=[]))
@@ -52,11 +53,21 @@ def tiny() -> tuple[Any, Any]:
 
 
 def encode(tokenizer: Any, messages: list[dict[str, str]]) -> Example:
-    """Render a conversation through the chat template, and find what the model itself will have to say.
+    """Render a conversation with the chat template, and find the tokens that the model has to write.
 
-    An assistant turn begins where the generation prompt ends and goes on through its end-of-turn token: a model that is
-    never taught that token never stops. White space that the template puts after it is not learnt. Templates that
-    rewrite earlier turns as the conversation grows (some drop old reasoning) can't be read this way, and are refused.
+    An assistant turn begins where the generation prompt ends and includes its end-of-turn token: a model that is not
+    trained on that token does not stop. White space after it carries no loss. Templates that rewrite earlier turns as
+    the conversation grows (some remove old reasoning) cannot be read in this way and are rejected.
+
+    Args:
+        tokenizer: Tokenizer with a chat template.
+        messages: Turns with `role` and `content`.
+
+    Returns:
+        Token ids, and a mask with 1 on the tokens that carry loss.
+
+    Raises:
+        ValueError: The template rewrites an earlier turn.
     """
     render = partial(tokenizer.apply_chat_template, tokenize=False)
     text = render(messages)
@@ -65,7 +76,7 @@ def encode(tokenizer: Any, messages: list[dict[str, str]]) -> Example:
         if message["role"] == "assistant":
             before, after = render(messages[:i], add_generation_prompt=True), render(messages[: i + 1])
             if not (text.startswith(after) and after.startswith(before)):
-                raise ValueError(f"the chat template rewrites turn {i}, so where it begins can't be told from its text")
+                raise ValueError(f"the chat template rewrites turn {i}, so its position in the text is unknown")
             spans.append((len(before), len(after.rstrip())))
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = [int(any(first <= a < last for first, last in spans)) for a, _ in coded["offset_mapping"]]
@@ -73,7 +84,7 @@ def encode(tokenizer: Any, messages: list[dict[str, str]]) -> Example:
 
 
 def rate(step: int, steps: int, warmup: int) -> float:
-    """Part of the peak learning rate at a step counted from 0: a line up to 1, then half a cosine down towards 0."""
+    """Return the share of the peak learning rate at a step (from 0): linear up to 1, then half a cosine towards 0."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -81,14 +92,29 @@ def rate(step: int, steps: int, warmup: int) -> float:
 
 def train(model: Any, batches: list[list[Example]], lr: float, *, warmup: int = 0, weight_decay: float = 0.0,
           max_grad_norm: float = 1.0, cosine: bool = True, verbose: bool = False) -> list[float]:  # fmt: skip
-    """Train the model in place, one optimizer step a batch, and return the loss of every step (before its update).
+    """Train the model in place, one optimizer step per batch.
 
-    A mask's first entry is ignored: nothing comes before the first token to predict it from. `max_grad_norm` 0 clips
-    nothing; `cosine` false stays at the peak after warm-up. Raises ValueError on a batch without any token to learn.
+    The first entry of a mask is ignored: no token precedes the first token, so nothing can predict it.
+
+    Args:
+        model: Causal language model.
+        batches: Examples of each step.
+        lr: Peak learning rate.
+        warmup: Steps of linear warm-up.
+        weight_decay: Decay of matrices.
+        max_grad_norm: Norm to which gradients are clipped. 0: no clipping.
+        cosine: Decrease to 0 along half a cosine; false: stay at the peak after warm-up.
+        verbose: Print one line per step.
+
+    Returns:
+        The loss of every step, before its update.
+
+    Raises:
+        ValueError: A batch has no token that carries loss.
     """
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [  # decay pulls weights to 0, which suits matrices and not the scales of norms or biases
+    groups = [  # decay moves weights to 0: right for matrices, wrong for the scales of norms and for biases
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
@@ -99,7 +125,7 @@ def train(model: Any, batches: list[list[Example]], lr: float, *, warmup: int = 
             group["lr"] = lr * (rate(step, len(batches), warmup) if cosine or step < warmup else 1.0)
         count = sum(sum(mask[1:]) for _, mask in batch)
         if count == 0:
-            raise ValueError(f"batch {step} has no token to learn")
+            raise ValueError(f"batch {step} has no token that carries loss")
         total = 0.0
         for tokens, mask in batch:  # one conversation at a time: no padding, and gradients add up
             ids, wanted = torch.tensor(tokens), torch.tensor(mask[1:], dtype=torch.bool)
@@ -122,7 +148,7 @@ def main() -> None:
     parser.add_argument("data", nargs="?", help="JSONL of conversations; default: a few built-in ones")
     parser.add_argument("--tiny", action="store_true", help="a tiny random Llama instead of a model")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=2, help="conversations a step")
+    parser.add_argument("--batch", type=int, default=2, help="conversations per step")
     parser.add_argument("--lr", type=float, default=None, help="peak learning rate (default 2e-5, or 3e-3 with --tiny)")
     args = parser.parse_args()
     if args.tiny == bool(args.model):
@@ -138,7 +164,7 @@ def main() -> None:
     for question, answer in ({} if args.data else QUESTIONS).items():
         conversations.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
     examples, shuffle = [encode(tokenizer, c) for c in conversations], random.Random(0)
-    passes = math.ceil(args.steps * args.batch / len(examples))  # over the data, each in an order of its own
+    passes = math.ceil(args.steps * args.batch / len(examples))  # over the data, each in another order
     order = [example for _ in range(passes) for example in shuffle.sample(examples, len(examples))]
     batches = [order[i * args.batch : (i + 1) * args.batch] for i in range(args.steps)]
     lr = args.lr or (3e-3 if args.tiny else 2e-5)

@@ -63,7 +63,7 @@ def test_grpo_steps_equal_the_flat_loop() -> None:
     for group in groups:
         for c in group:
             c.reward = float(sum(c.tokens) % 5)
-        loop.give_advantages(group)
+        loop.compute_advantages(group)
     flat_batch = [c for group in groups for c in group]
     optimizer = torch.optim.AdamW(flat.parameters(), lr=3e-3, weight_decay=0.0)
     expected = [loop.learn(flat, optimizer, flat_batch, 0.9) for _ in range(3)]
