@@ -34,7 +34,6 @@ ALLOWED = {
     "methods",
     "models",
     "recipe",
-    "report",
     "rewards",
     "runs",
     "sampling",

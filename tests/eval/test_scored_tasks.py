@@ -16,7 +16,7 @@ from posttrain.core.statistics import compare, summarize, wins
 from posttrain.core.types import Rollout
 from posttrain.data.prompts import Question
 from posttrain.eval import scored_tasks as scored
-from posttrain.report import build
+from posttrain.report import build_report
 from posttrain.report.terminal import summary_table
 
 LAB = {"kind": "lab", "size": 5, "held_out": True}
@@ -89,7 +89,7 @@ def test_before_and_after_by_a_scorer(tmp_path: Path) -> None:
         for b in one["answers"]
     ]
     assert entry["wins"]["value"] == pytest.approx(sum(slow) / len(slow)) and len(slow) == 45
-    page = build(result.folder).read_text()
+    page = build_report(result.folder).read_text()
     assert f'data-metric="t.wins" data-value="{entry["wins"]["value"]}"' in page and "beats one from before" in page
 
 
@@ -114,5 +114,5 @@ def test_a_scorer_that_gives_all_the_same_is_named(tmp_path: Path) -> None:
     )  # fmt: skip
     result = posttrain.run(recipe, tmp_path / "run", rewards={"flat": lambda text, example: 3.0})
     said = "t, before: the scorer gave every answer 3"
-    assert said in build(result.folder).read_text()
+    assert said in build_report(result.folder).read_text()
     assert said in str(summary_table(result.folder).caption)

@@ -9,8 +9,8 @@ from rich.console import Console
 from posttrain.cli import inspect_rollouts as browse
 from posttrain.core.errors import DataError
 from posttrain.methods.data.revision_chain import BY_VERDICT, Chain, Round, Text, stats_of, write_chains
-from posttrain.report import build
-from posttrain.report.chains import EACH, KEPT, choose
+from posttrain.report import build_report
+from posttrain.report.chains import EACH, KEPT, choose_chains
 from tests.report.test_page import Page, check_offline
 
 PRINCIPLES = ["Be short.", "Be kind."]
@@ -46,11 +46,11 @@ def write(folder, evil):
 def test_on_the_page(make_run, evil):
     folder = make_run()
     stage, stats = write(folder, evil)
-    page = Page(build(folder).read_text(encoding="utf-8"))
+    page = Page(build_report(folder).read_text(encoding="utf-8"))
     assert "10 chains so far; the stage is not finished." in page.text
     (stage / "data").mkdir()
     (stage / "data" / "stats.json").write_text(json.dumps(stats))
-    page = Page(build(folder).read_text(encoding="utf-8"))
+    page = Page(build_report(folder).read_text(encoding="utf-8"))
     shown = {k.removeprefix("chains.revise."): v for k, v in page.metrics.items() if k.startswith("chains.revise.")}
     assert shown == {
         "chains": "10", "rows": "7", "usable": "6", "rounds": "16",
@@ -68,7 +68,7 @@ def test_on_the_page(make_run, evil):
 def test_a_few_of_each_kind_are_chosen_and_none_twice():
     many = [chain(i, good()) for i in range(9)] + [chain(10 + i, good(), bad()) for i in range(5)]
     many += [chain(20 + i, bad()) for i in range(5)]
-    found = choose(many)
+    found = choose_chains(many)
     assert [(why, c.problem) for why, c in found] == [
         ("gave a row", 0), ("gave a row", 1), ("gave a row", 2), ("gave a row", 3),
         ("revision: the same as the critique", 10), ("revision: the same as the critique", 11),
@@ -102,5 +102,5 @@ def test_a_damaged_file_is_named_and_the_page_is_written(make_run):
     folder = make_run()
     stage, _ = write(folder, "")
     (stage / "chains" / "chunk-000003.jsonl").write_text('{"problem": 1}\n')
-    page = Page(build(folder).read_text(encoding="utf-8"))
+    page = Page(build_report(folder).read_text(encoding="utf-8"))
     assert "chains of stage revise can't be read" in page.text and 'id="chains"' not in page.text

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from posttrain.core.types import Metric
-from posttrain.report.charts import COMMON, POINTS, Series, describe, smoothable, stage_charts, thin
+from posttrain.report.charts import COMMON, POINTS, Series, describe_metric, smoothable, stage_charts, thin
 from posttrain.report.load import StageLog
 
 
@@ -78,7 +78,7 @@ def test_groups_titles_and_units_come_from_the_method():
         ("Other", ["strange"]),
     ]
     assert charts_of(found)["reward"].better == "higher"
-    assert describe("lr", COMMON).title == "Learning rate" and describe("x", COMMON) == Metric("x", "x")
+    assert describe_metric("lr", COMMON).title == "Learning rate" and describe_metric("x", COMMON) == Metric("x", "x")
 
 
 def test_what_never_changes_is_folded_away():

@@ -9,7 +9,7 @@ from posttrain.cli import inspect_rollouts as browse
 from posttrain.data.comparisons import Pair
 from posttrain.judge.judge_summary import summarize
 from posttrain.judge.labels import Judged
-from posttrain.report import build
+from posttrain.report import build_report
 from tests.report.test_page import Page, check_offline
 
 
@@ -42,7 +42,7 @@ def write_feedback(folder, evil):
 def test_on_the_page_and_in_the_terminal(make_run, evil, tmp_path):
     folder = make_run()
     write_feedback(folder, evil)
-    page = Page(build(folder).read_text(encoding="utf-8"))
+    page = Page(build_report(folder).read_text(encoding="utf-8"))
     shown = {k.removeprefix("feedback.ai."): v for k, v in page.values.items() if k.startswith("feedback.ai.")}
     assert shown["agrees with people"] == "0.75" and page.metrics["feedback.ai.agrees with people"] == "0.750"
     assert (
@@ -72,5 +72,5 @@ def test_a_damaged_file_is_named_and_the_page_is_written(make_run):
     folder = make_run()
     (folder / "stages" / "2-ai").mkdir(parents=True)
     (folder / "stages" / "2-ai" / "judge.json").write_text("{")
-    page = Page(build(folder).read_text(encoding="utf-8"))
+    page = Page(build_report(folder).read_text(encoding="utf-8"))
     assert "judge.json of stage ai can't be read" in page.text and 'id="feedback"' not in page.text

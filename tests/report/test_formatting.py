@@ -7,7 +7,14 @@ import re
 import pytest
 
 from posttrain.core.statistics import compare
-from posttrain.report.formatting import chance, fixed, number, seconds, verdict, yaml_markup
+from posttrain.report.formatting import (
+    chance_in_words,
+    format_fixed,
+    format_number,
+    format_seconds,
+    verdict,
+    yaml_markup,
+)
 from posttrain.report.load import TaskRow
 
 
@@ -17,12 +24,12 @@ from posttrain.report.load import TaskRow
      (math.nan, "not a number"), (None, "–"), (True, "–"), (1200.0, "1,200")],
 )  # fmt: skip
 def test_number(value, text):
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 def test_halves_agree_between_table_and_sentence():
-    assert fixed(361 / 400, 3) == "0.903" and fixed(100 * 361 / 400, 1) == "90.3"  # 0.9025
-    assert fixed(-0.5, 0, sign=True) == "−1" and fixed(0.1325, 3, sign=True) == "+0.133"
+    assert format_fixed(361 / 400, 3) == "0.903" and format_fixed(100 * 361 / 400, 1) == "90.3"  # 0.9025
+    assert format_fixed(-0.5, 0, sign=True) == "−1" and format_fixed(0.1325, 3, sign=True) == "+0.133"
 
 
 @pytest.mark.parametrize(
@@ -31,11 +38,11 @@ def test_halves_agree_between_table_and_sentence():
      (0.34, "about 34 times in 100"), (0.0096, "about once in 100"), (1.0, "nearly always")],
 )  # fmt: skip
 def test_chance(p, text):
-    assert chance(p) == text
+    assert chance_in_words(p) == text
 
 
 def test_seconds():
-    assert [seconds(s) for s in (0.26, 15, 214.7, 1800, 9000, None)] == [
+    assert [format_seconds(s) for s in (0.26, 15, 214.7, 1800, 9000, None)] == [
         "0.3 s",
         "15 s",
         "3.6 min",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.report import build
+from posttrain.report import build_report
 from posttrain.report.load import read
 from posttrain.report.reward_models import fit, gold
 
@@ -57,7 +57,7 @@ def test_what_is_drawn_is_what_was_gold(tmp_path: Path) -> None:
     assert view.rows[1] == (10, 4.0, {"proxy": (5.0, 4.0, 6.0), "gold": (8.0, 7.0, 9.0)})
     assert "moved by +4.00 standard deviations, gold by +0.50" in view.verdict
     assert "highest at step 10 (+2.00). Their intervals do not overlap" in view.verdict  # 2 + 1 < 8 - 1
-    page = build(run.folder).read_text()
+    page = build_report(run.folder).read_text()
     assert 'data-metric="gold.policy.20.gold" data-value="2.0"' in page and 'href="#gold"' in page
 
 
@@ -73,4 +73,4 @@ def test_a_drop_within_the_intervals_may_be_chance(tmp_path: Path) -> None:
 
 def test_absent_where_there_is_no_gold(tmp_path: Path) -> None:
     run = read(folder(tmp_path, {"step": 1, "reward": 0.5, "loss": 1.0}))
-    assert gold(run) == [] and 'id="gold"' not in build(run.folder).read_text()
+    assert gold(run) == [] and 'id="gold"' not in build_report(run.folder).read_text()

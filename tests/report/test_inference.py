@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import posttrain
-from posttrain.report import build
+from posttrain.report import build_report
 from posttrain.report.evaluations import panels
 from posttrain.report.load import read
 from posttrain.report.terminal import sampling_tables
@@ -80,12 +80,12 @@ def test_stages_are_known_by_what_they_make(run: Path) -> None:
     for record in found.manifest["stages"]:
         assert record.pop("makes")
     assert [found.makes(name) for name in ("one", "mine", "two", "unknown")] == ["model", "data", "model", "model"]
-    page = build(run).read_text()
+    page = build_report(run).read_text()
     assert "<h3>Stage 1: one</h3>" in page and "<h3>Stage 3: two</h3>" in page and "No step" not in page
 
 
 def test_the_page_has_charts_points_and_stages(run: Path) -> None:
-    page = Page(build(run).read_text())
+    page = Page(build_report(run).read_text())
     found = read(run)
     before = {s["name"]: s["points"] for s in found.before["sums"].summary["strategies"]}
     charts = [a["data-chart"] for t, a in page.elements if t == "figure" and "data-chart" in a]
@@ -101,7 +101,7 @@ def test_the_page_has_charts_points_and_stages(run: Path) -> None:
 
 
 def test_a_page_without_such_an_evaluation_has_no_such_section(make_run: Any) -> None:
-    page = Page(build(make_run()).read_text())
+    page = Page(build_report(make_run()).read_text())
     assert "#sampling" not in [a.get("href") for _, a in page.elements]
 
 

@@ -6,8 +6,8 @@ import pytest
 
 import posttrain
 from posttrain.core.types import Metric
-from posttrain.report import build
-from posttrain.report.charts import COMMON, HIDDEN, describe
+from posttrain.report import build_report
+from posttrain.report.charts import COMMON, HIDDEN, describe_metric
 from posttrain.report.load import read
 
 PAIRS = [{"prompt": f"p{i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(24)]
@@ -65,9 +65,9 @@ def test_every_metric_has_a_title(method, tmp_path):
     known = [*(Metric(**m) for m in log.method["metrics"]), *COMMON]
     keys = {k for r in [*log.metrics, *log.timings] for k in r} - {"phases", *HIDDEN}
     limits = {f"{k}_{side}" for k in keys for side in ("low", "high")}
-    assert [k for k in sorted(keys - limits) if describe(k, known).title == k] == []
+    assert [k for k in sorted(keys - limits) if describe_metric(k, known).title == k] == []
     assert len(log.metrics) >= 2 and "token_accuracy" in keys or method != "sft"
-    page = build(folder).read_text()
+    page = build_report(folder).read_text()
     assert f"{log.method['title']} on " in page and "Other: " not in page
 
 
@@ -76,9 +76,9 @@ def test_a_method_from_outside_is_titled_by_its_method_json(make_run):
     stage = folder / "stages" / "1-sft"
     described = {"name": "loss", "title": "Hinge loss", "unit": "points", "group": "Margins", "better": "lower"}
     (stage / "method.json").write_text(json.dumps({"method": "m:Hinge", "title": "Hinge", "metrics": [described]}))
-    page = build(folder).read_text()
+    page = build_report(folder).read_text()
     for text in ("Hinge on 2,000 rows", "<strong>Hinge loss</strong>", "<h4>Margins</h4>", "points</span>"):
         assert text in page, text
     (stage / "method.json").write_text("{]")
-    page = build(folder).read_text()
+    page = build_report(folder).read_text()
     assert "method.json of stage sft can&#39;t be read" in page and "<strong>Loss</strong>" in page

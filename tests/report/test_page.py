@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.core.errors import CheckpointError
-from posttrain.report import build, summary_table
+from posttrain.report import build_report, summary_table
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
@@ -115,7 +115,7 @@ def check_offline(page: Page, evil: str):
 
 def test_complete_run(make_run, evil):
     folder = make_run()
-    path = build(folder)
+    path = build_report(folder)
     assert path == folder / "report.html" and not list(folder.glob("*.tmp"))
     text = path.read_text(encoding="utf-8")
     assert "url(" not in re.search(r"<style>(.*?)</style>", text, re.S)[1] and "@import" not in text
@@ -147,7 +147,7 @@ def test_complete_run(make_run, evil):
 
 def test_curve_points_are_the_metrics(make_run):
     folder = make_run()
-    page = Page(build(folder).read_text(encoding="utf-8"))
+    page = Page(build_report(folder).read_text(encoding="utf-8"))
     lines = map(json.loads, (folder / "stages" / "1-sft" / "metrics.jsonl").read_text().splitlines())
     expected = [(r["step"], r["loss"]) for r in lines if not r["skipped"]]
     plot = next(a for t, a in page.elements if a.get("class") == "plot")
@@ -160,7 +160,7 @@ def test_curve_points_are_the_metrics(make_run):
 
 def test_long_run_is_thinned_and_says_so(make_run):
     folder = make_run(steps=20_000)
-    path = build(folder)
+    path = build_report(folder)
     assert path.stat().st_size < 600_000
     text = Page(path.read_text(encoding="utf-8")).text
     assert "Each point is the mean of 40 steps; the band spans their lowest and highest value." in text
@@ -171,7 +171,7 @@ def test_a_finished_run_without_evaluations_says_how_to_get_them(make_run):
     shutil.rmtree(folder / "evaluations")
     text = (folder / "recipe.yaml").read_text()
     (folder / "recipe.yaml").write_text(text[: text.index("evaluate:")])
-    page = Page(build(folder).read_text(encoding="utf-8"))
+    page = Page(build_report(folder).read_text(encoding="utf-8"))
     for words in ("This run's recipe has no evaluations", "add tasks under evaluate: to the recipe",
                   "posttrain evaluate runs/quickstart -r RECIPE"):  # fmt: skip
         assert words in page.text, words
@@ -190,7 +190,7 @@ def test_answers_of_pairs_are_labelled(make_run):
         for example, label in zip(data["examples"], labels, strict=True):
             example["label"] = label
         (folder / "manifest.json").write_text(json.dumps(manifest))
-        page = Page(build(folder).read_text(encoding="utf-8"))
+        page = Page(build_report(folder).read_text(encoding="utf-8"))
         assert legend in page.text and "trained to produce them" not in page.text
         for label in labels:
             assert f"{label.capitalize()} answer" in page.text and page.count("p", class_=label) == 1
@@ -203,13 +203,13 @@ def test_run_that_is_not_finished(make_run, tmp_path):
     shutil.rmtree(folder / "model")
     with (folder / "stages" / "1-sft" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 126, "lo')  # killed while writing
-    page = Page(build(folder).read_text(encoding="utf-8"))
+    page = Page(build_report(folder).read_text(encoding="utf-8"))
     assert page.metrics["sentiment.before.value"] == "0.770" and "sentiment.after.value" not in page.metrics
     for words in ("still running, or was killed", "has not been measured", "1 line(s) can't be read", "not there yet"):
         assert words in page.text, words
     empty = tmp_path / "empty"
     empty.mkdir()
-    page = Page(build(empty).read_text(encoding="utf-8"))
+    page = Page(build_report(empty).read_text(encoding="utf-8"))
     assert page.metrics["run.status"] == "unknown"
     for words in (
         "no manifest.json",
@@ -219,7 +219,7 @@ def test_run_that_is_not_finished(make_run, tmp_path):
     ):
         assert words in page.text, words
     with pytest.raises(CheckpointError, match="expected a run folder"):
-        build(tmp_path / "nowhere")
+        build_report(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("status", ["running", "done"])
@@ -231,7 +231,7 @@ def test_a_stage_that_makes_data_has_no_curves_and_one_that_trains_waits_for_its
     (folder / "manifest.json").write_text(json.dumps(manifest | {"stages": [*manifest["stages"], verdicts, trained]}))
     for name in ("2-verdicts", "3-again"):
         (folder / "stages" / name).mkdir()
-    page = build(folder).read_text(encoding="utf-8")
+    page = build_report(folder).read_text(encoding="utf-8")
     curves = page[page.index('id="curves"') :]
     curves = curves[: curves.index("</section>")]
     assert re.findall("<h3>(.*)</h3>", curves) == ["Stage 1: sft", "Stage 3: again"]
@@ -240,7 +240,7 @@ def test_a_stage_that_makes_data_has_no_curves_and_one_that_trains_waits_for_its
     (folder / "manifest.json").write_text(json.dumps(manifest | {"stages": [verdicts]}))
     for name in ("1-sft", "3-again"):
         shutil.rmtree(folder / "stages" / name)
-    page = build(folder).read_text(encoding="utf-8")
+    page = build_report(folder).read_text(encoding="utf-8")
     assert "Curves" not in page and "#curves" not in page and "No step" not in page
 
 
@@ -248,7 +248,7 @@ def test_a_run_that_failed_says_why(make_run):
     folder = make_run(status="failed")
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"error": "the disk is full <b>"}))
-    assert Page(build(folder).read_text(encoding="utf-8")).metrics["run.error"] == "the disk is full <b>"
+    assert Page(build_report(folder).read_text(encoding="utf-8")).metrics["run.error"] == "the disk is full <b>"
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_run_that_failed_says_why(make_run):
 def test_any_part_may_be_missing(make_run, gone):
     folder = make_run()
     (shutil.rmtree if (folder / gone).is_dir() else Path.unlink)(folder / gone)
-    assert "</html>" in build(folder).read_text(encoding="utf-8")
+    assert "</html>" in build_report(folder).read_text(encoding="utf-8")
     assert summary_table(folder).columns
 
 
@@ -268,7 +268,7 @@ def test_any_part_may_be_missing(make_run, gone):
 def test_any_file_may_be_damaged(make_run, name):
     folder = make_run()
     (folder / name).write_text("{]")
-    assert f"{Path(name).name} can't be read" in Page(build(folder).read_text(encoding="utf-8")).text
+    assert f"{Path(name).name} can't be read" in Page(build_report(folder).read_text(encoding="utf-8")).text
 
 
 def test_terminal_table(make_run):
@@ -312,7 +312,7 @@ def test_contrast(palette):
 def test_in_chromium(make_run, evil, tmp_path):
     folder = make_run()
     shot = tmp_path / "report.png"
-    dom, console = browse(build(folder), tmp_path / "profile", f"--screenshot={shot}")
+    dom, console = browse(build_report(folder), tmp_path / "profile", f"--screenshot={shot}")
     assert console == []
     page = Page(dom)
     check_numbers(page, folder)
@@ -381,7 +381,7 @@ def ema(values, weight):
 def test_charts_answer_narrow_screen_and_that_console_errors_are_seen(make_run, tmp_path):
     """A copy of the page with a script of our own: its policy forbids that script until it is taken out."""
     folder = make_run()
-    text = build(folder).read_text(encoding="utf-8").replace("</body>", PROBE)
+    text = build_report(folder).read_text(encoding="utf-8").replace("</body>", PROBE)
     copy = tmp_path / "copy.html"
     copy.write_text(text, encoding="utf-8")
     dom, console = browse(copy, tmp_path / "a")

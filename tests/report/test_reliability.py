@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import posttrain
-from posttrain.report import build
+from posttrain.report import build_report
 from posttrain.report.load import read
 from posttrain.report.reward_models import held_out
 from tests.report.test_page import Page
@@ -42,6 +42,6 @@ def test_bins_lie_where_their_numbers_say(tmp_path: Path) -> None:
     # What it predicts of the answer it prefers is 1/2 or more; the axis below ends at the lowest interval.
     assert (view.chart.x_range, view.chart.y_range) == ((0.5, 1.0), (0.4, 1.0))
     assert (ideal.x, ideal.y, ideal.line) == ([0.5, 1.0], [0.5, 1.0], "dashed")  # calibrated predictions
-    page = Page(build(folder).read_text())
+    page = Page(build_report(folder).read_text())
     figure = next(a for t, a in page.elements if a.get("data-plot") and "Reliability" in a["aria-label"])
     assert json.loads(figure["data-plot"])["series"][2]["y"] == [0.7, 1]

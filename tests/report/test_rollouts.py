@@ -20,7 +20,7 @@ from posttrain.cli.inspect_rollouts import watch as watch_run
 from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
 from posttrain.core.types import Rollout, RolloutGroup
-from posttrain.report import build
+from posttrain.report import build_report
 from posttrain.report.load import read
 from posttrain.report.rollouts import phases, spark, views
 from posttrain.sampling import engine
@@ -64,7 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_shows_what_was_kept(run: Path) -> None:
-    page = build(run).read_text()
+    page = build_report(run).read_text()
     stage = run / "stages" / "0-rl"
     last = read_lines(stage / "metrics.jsonl")[-1]
     for name in ("reward", "held_out", "length", "no_signal", "entropy", "reward/right", "reward/picky"):
@@ -76,7 +76,7 @@ def test_the_page_shows_what_was_kept(run: Path) -> None:
     assert view.steps == 3 and set(rows) == {1, 2, 3}
     best = max(r["reward"] for r in rows[3] if r["reward"] is not None)
     worst = min(r["reward"] for r in rows[3] if r["reward"] is not None)
-    by_kind = {w: [s.reward for s in view.seen if s.kind == w] for w in ("best", "worst")}
+    by_kind = {w: [s["reward"] for s in (*view.first, *view.more) if s["kind"] == w] for w in ("best", "worst")}
     assert by_kind["best"][0] == best and by_kind["worst"][0] == worst
     failed = sum(bool(r["failures"]) for of_step in rows.values() for r in of_step)
     assert failed and "a multiple of three" in page
@@ -105,7 +105,7 @@ def test_a_run_of_empty_completions_ends_and_says_so(tmp_path: Path, monkeypatch
     result = posttrain.run(recipe, tmp_path / "run")
     last = read_lines(result.folder / "stages" / "0-rl" / "metrics.jsonl")[-1]
     assert (last["step"], last["length"], last["no_signal"]) == (2, 1, 1)
-    page = build(result.folder).read_text()
+    page = build_report(result.folder).read_text()
     assert "100% of completions are empty (last third)" in page
     for name in ("kl", "clip_fraction", "mismatch"):
         found = re.search(rf'data-metric="stage.rl.{name}.last" data-value="([^"]+)"', page)
@@ -114,7 +114,7 @@ def test_a_run_of_empty_completions_ends_and_says_so(tmp_path: Path, monkeypatch
 
 def test_the_page_says_where_the_time_went(run: Path) -> None:
     """Every phase's seconds, summed over the steps, with the tokens sampled and learnt from."""
-    page = build(run).read_text()
+    page = build_report(run).read_text()
     timings = read_lines(run / "stages" / "0-rl" / "timings.jsonl")
     (view,) = views(read(run))
     assert [p.name for p in view.phases][:2] == ["sampling", "rewards"] and "held-out problems" in page
@@ -239,7 +239,7 @@ def test_rollouts_come_back_as_they_were(tmp_path: Path) -> None:
 
 def test_replies_of_an_environment_are_marked(run: Path, tmp_path: Path) -> None:
     """On the page and in the terminal; in rollouts without any, nothing is."""
-    assert 'class="reply"' not in build(run).read_text()
+    assert 'class="reply"' not in build_report(run).read_text()
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     rollouts = folder / "stages" / "0-rl" / "rollouts"
@@ -248,7 +248,7 @@ def test_replies_of_an_environment_are_marked(run: Path, tmp_path: Path) -> None
     turns = [(True, "<7+4>"), (False, "=11 <b>")]
     write_rollouts(rollouts, 3, [replace(group, rollouts=[one])], [[0.5]], ["ask"], [1], None, lambda _: turns)
     assert read_rollouts(path_of(rollouts, 3))[0]["turns"] == [[True, "<7+4>"], [False, "=11 <b>"]]
-    page = build(folder).read_text()
+    page = build_report(folder).read_text()
     assert '&lt;7+4&gt;<span class="reply">=11 &lt;b&gt;</span></p>' in page and "<dt>replies</dt><dd>1</dd>" in page
     out = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard")
     browse(folder, out, step=3)
@@ -274,7 +274,7 @@ def test_parts_of_the_reward_on_the_page_and_in_the_terminal(run: Path) -> None:
     assert picky.within == pytest.approx(within) and picky.signal[1] == pytest.approx(within / total)
     assert picky.between == pytest.approx(total - within)
     assert [p[:2] for p in view.pairs] == [("picky", "right")]
-    page = build(run).read_text()
+    page = build_report(run).read_text()
     section = page[page.index('id="rollouts"') :]
     assert f">{100 * within / total:.0f}%<" in section and f'd="{picky.means}"' in section
     out = Console(file=io.StringIO(), width=140)

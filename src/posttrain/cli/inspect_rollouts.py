@@ -16,7 +16,7 @@ from posttrain.methods.data.revision_chain import Chain, outcome, read_chains
 from posttrain.methods.data.revision_chain import Text as Written
 from posttrain.report import rollouts
 from posttrain.report.chains import amounts, stages_with_chains
-from posttrain.report.feedback import lines
+from posttrain.report.judge_figures import feedback_lines
 from posttrain.report.reward_hacking import repetition, suspicious
 from posttrain.sampling.rollout_store import groups_of, path_of, read_rollouts, rollout_steps
 
@@ -25,7 +25,7 @@ SORTS = ("order", "best", "worst", "suspicious")
 
 def feedback(run: Path, out: Console, rows: int) -> bool:
     """Print what stages of feedback found out, with some disagreements; False where there is none."""
-    found = lines(run, rows)
+    found = feedback_lines(run, rows)
     for line in found:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     return bool(found)
@@ -152,7 +152,7 @@ def watch(run: Path, out: Console, *, stage: str | None = None) -> None:
         raise DataError(f"no rollouts to watch in {run}" + (f" of stage {stage!r}" if stage else ""))
 
 
-def _print_view(view: rollouts.View, out: Console) -> None:
+def _print_view(view: rollouts.RolloutsView, out: Console) -> None:
     out.rule(f"{view.stage}, {view.steps} steps, {view.rollouts:,} rollouts looked at")
     parts = [
         (p.name, *map(_short, (p.early, p.late, p.within, p.between)), *map(_percent, p.signal)) for p in view.parts

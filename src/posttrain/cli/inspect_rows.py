@@ -21,8 +21,8 @@ from posttrain.data.prompts import Questions
 from posttrain.data.sft_rows import SHOWN
 from posttrain.eval.tasks import evaluate_model, task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device
-from posttrain.report.feedback import agreement
-from posttrain.report.formatting import p_value, score
+from posttrain.report.formatting import format_p, format_score
+from posttrain.report.judge_figures import describe_agreement
 from posttrain.report.terminal import sampling_tables
 from posttrain.runs.registry import ready
 from posttrain.trainer.stage import Setting
@@ -114,7 +114,7 @@ def _answers(answers: Answers, rows: int, out: Console) -> None:
     """Answers with what people said of them: the pairs to be judged, or the thumbs."""
     _numbers(answers.stats, [], out)
     out.print(f"pairs      {len(answers.pairs):,}", markup=False)
-    said = agreement(answers.raters)
+    said = describe_agreement(answers.raters)
     if said:
         out.print(said, markup=False, highlight=False, soft_wrap=True)
     for i, p in enumerate(answers.pairs[:rows]):
@@ -233,7 +233,7 @@ def comparison(recipe: Recipe, other: Path, folder: Path, metrics: Sequence[str]
         c = compare(old, new, task.kind, task=task.name, seed=recipe.seed)
         table.add_row(task.name, "other", _span(c["before"], metric))
         table.add_row(f"n = {c['n']:,}", "this", _span(c["after"], metric))
-        table.add_row("", "difference", _span(c, metric, "difference"), f"{p_value(c['p_value'])} ({c['test']})")
+        table.add_row("", "difference", _span(c, metric, "difference"), f"{format_p(c['p_value'])} ({c['test']})")
         if "wins" in c:
             table.add_row("", "this beats other", _span(c["wins"], "accuracy"))
         table.add_row("", "better, worse", f"{c['gained']:,}, {c['lost']:,}", end_section=True)
@@ -241,5 +241,5 @@ def comparison(recipe: Recipe, other: Path, folder: Path, metrics: Sequence[str]
 
 
 def _span(side: dict[str, Any], metric: str, key: str = "value") -> str:
-    value, low, high = (score(side.get(k), metric, key == "difference") for k in (key, "low", "high"))
+    value, low, high = (format_score(side.get(k), metric, key == "difference") for k in (key, "low", "high"))
     return f"{value} \\[{low}, {high}]"  # escaped: brackets are rich's markup

@@ -308,9 +308,9 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's fold
     """Write a run's page again and print its path."""
     if not (run / "manifest.json").is_file():
         raise RecipeError(f"{run} is not a run's folder (no manifest.json in it)")
-    from posttrain.report import build
+    from posttrain.report import build_report
 
-    typer.echo(str(build(run)))
+    typer.echo(str(build_report(run)))
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain.core.errors import DataError
 from posttrain.methods.data.revision_chain import Chain, chunks_there, outcome, read_chains
-from posttrain.report.formatting import number
+from posttrain.report.formatting import format_number
 from posttrain.report.load import numbered_folders, read_json
 
 KEPT = 4
@@ -19,7 +19,7 @@ EACH = 2
 
 
 @dataclass(frozen=True)
-class View:
+class ChainsView:
     """Hold a stage's chains: its statistics (empty until it is finished), and (why it is shown, chain)."""
 
     stage: str
@@ -33,7 +33,7 @@ def stages_with_chains(run: Path) -> list[Path]:
     return [p for p in numbered_folders(run / "stages") if chunks_there(p / "chains")]
 
 
-def chain_views(run: Path, notes: list[str]) -> list[View]:
+def chain_views(run: Path, notes: list[str]) -> list[ChainsView]:
     """Return a view of every stage with chains; what can't be read is added to `notes`."""
     out = []
     for folder in stages_with_chains(run):
@@ -43,11 +43,15 @@ def chain_views(run: Path, notes: list[str]) -> list[View]:
         except DataError as error:
             notes.append(f"chains of stage {stage} can't be read: {error}")
             continue
-        out.append(View(stage, read_json(folder / "data" / "stats.json", notes) or {}, len(chains), choose(chains)))
+        out.append(
+            ChainsView(
+                stage, read_json(folder / "data" / "stats.json", notes) or {}, len(chains), choose_chains(chains)
+            )
+        )
     return out
 
 
-def choose(chains: Sequence[Chain]) -> list[tuple[str, Chain]]:
+def choose_chains(chains: Sequence[Chain]) -> list[tuple[str, Chain]]:
     """Return chains to look at, each once, with the reason: some that gave rows, some of each way not to."""
     found: dict[str, list[tuple[str, Chain]]] = {"": []}
     for c in chains:
@@ -67,4 +71,4 @@ def amounts(chain: Chain) -> list[tuple[str, str]]:
         return []
     both = {"reward": (first.reward, last.reward)}
     both |= {name: (first.parts[name], last.parts[name]) for name in first.parts if name in last.parts}
-    return [(name, f"{number(a, 3)} → {number(b, 3)}") for name, (a, b) in both.items()]
+    return [(name, f"{format_number(a, 3)} → {format_number(b, 3)}") for name, (a, b) in both.items()]

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from posttrain.core.types import Metric
-from posttrain.report.formatting import number
-from posttrain.report.load import Record, StageLog
+from posttrain.report.formatting import format_number
+from posttrain.report.load import JsonDict, StageLog
 
 POINTS = 1000
 """Steps drawn one by one; of more, means over equal runs of them are drawn."""
 ROUNDING = 1e-6
 """Values of both signs that are all smaller are rounding errors around 0."""
-FOLDED = ("Details", "Other")
+FOLDED_GROUPS = ("Details", "Other")
 
 COMMON = (
     Metric("loss", "Loss", "", "Training", "lower"),
@@ -142,7 +142,7 @@ def stage_charts(stage: StageLog) -> StageCharts:
     constant, equal, drawn = [], [], dict[tuple[Any, ...], str]()
     longest = max((len(x) for x, _ in columns.values()), default=0)
     for key in _in_order(columns, known):
-        metric, (x, y) = describe(key, known), columns[key]
+        metric, (x, y) = describe_metric(key, known), columns[key]
         values, low, high = (*x, *y), *(columns.get(f"{key}_{side}", ((), ()))[1] for side in ("low", "high"))
         if len(set(y)) == 1 or (max(map(abs, y)) < ROUNDING and min(y) < 0 < max(y)):
             constant.append((key, _titled(metric), 0.0 if len(set(y)) > 1 else y[-1]))
@@ -154,11 +154,11 @@ def stage_charts(stage: StageLog) -> StageCharts:
             chart = _chart(metric, f"{stage.name}.{key}", series, longest)
             marks = skipped if any(key in r for r in stage.metrics) else ()
             groups.setdefault(metric.group or "Other", []).append(replace(chart, marks=marks))
-    shown = [(title, charts) for title, charts in groups.items() if title not in FOLDED]
-    return StageCharts(shown, [(t, c) for t, c in groups.items() if t in FOLDED], constant, equal, skipped)
+    shown = [(title, charts) for title, charts in groups.items() if title not in FOLDED_GROUPS]
+    return StageCharts(shown, [(t, c) for t, c in groups.items() if t in FOLDED_GROUPS], constant, equal, skipped)
 
 
-def describe(key: str, known: Sequence[Metric]) -> Metric:
+def describe_metric(key: str, known: Sequence[Metric]) -> Metric:
     """Return the metric that describes a key: of its own name, else of its family, else one with the bare name."""
     metric = next((m for m in known if m.name == key), None)
     if metric is None:
@@ -198,7 +198,7 @@ def _chart(metric: Metric, key: str, series: Series, longest: int) -> Chart:
     series = replace(series, points=sparse, smooth=not sparse and smoothable(series.y))
     series, every = thin(series)
     band = "lowest and highest" if every > 1 else "95% interval" if series.low else ""
-    spoken = f"{metric.title} over {count:,} steps, from {number(first)} to {number(last)}"
+    spoken = f"{metric.title} over {count:,} steps, from {format_number(first)} to {format_number(last)}"
     return Chart(key, metric.title, metric.unit, [series], spoken, every=every, band=band, better=metric.better,
                  last=last, log=log)  # fmt: skip
 
@@ -212,7 +212,7 @@ def _titled(metric: Metric) -> str:
     return f"{inside}{metric.title}"
 
 
-def _columns(records: Iterable[Record]) -> dict[str, tuple[list[float], list[float]]]:
+def _columns(records: Iterable[JsonDict]) -> dict[str, tuple[list[float], list[float]]]:
     """Return (steps, values) of every key, without what is no finite number."""
     out: dict[str, tuple[list[float], list[float]]] = {}
     for record in records:
@@ -224,7 +224,7 @@ def _columns(records: Iterable[Record]) -> dict[str, tuple[list[float], list[flo
     return out
 
 
-def _flat(record: Record) -> Record:
+def _flat(record: JsonDict) -> JsonDict:
     phases = {f"phases/{k.replace(' ', '_')}": v for k, v in (record.get("phases") or {}).items()}
     return {k: v for k, v in record.items() if k != "phases"} | phases
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.report.charts import Chart, Series
-from posttrain.report.formatting import fixed, number, plain
-from posttrain.report.load import Evaluation, Record, Run, TaskRow
+from posttrain.report.formatting import format_fixed, plain_text
+from posttrain.report.load import Evaluation, JsonDict, Run, TaskRow
 
-SHOWN = {"gained": 3, "lost": 3, "wrong": 0, "right": 0}
+CARDS_SHOWN = {"gained": 3, "lost": 3, "wrong": 0, "right": 0}
 """Cards of a task, by what became of the item."""
-FOLDED = {"gained": 9, "lost": 9, "wrong": 4, "right": 4}
+CARDS_FOLDED = {"gained": 9, "lost": 9, "wrong": 4, "right": 4}
 """Cards up to this number are shown on demand."""
 CHANGES = {
     "gained": "wrong → right",
@@ -60,14 +60,6 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Forest:
-    """Hold intervals side by side in percent of the axis: (side, value, low, width), and the marks of the axis."""
-
-    lanes: list[tuple[str, float, float, float]]
-    marks: list[tuple[float, str]]
-
-
-@dataclass(frozen=True)
 class Panel:
     """Hold a task of many samples.
 
@@ -88,22 +80,14 @@ class Panel:
     failed: dict[str, dict[str, int]]
 
 
-def forest(row: TaskRow) -> Forest:
-    """Place a task's intervals: accuracy from 0 to 1, perplexity from 0, scores around both sides."""
-    sides = [(name, s) for name, s in (("before", row.before), ("after", row.after)) if s]
-    ends = [float(s.get(k) or 0) for _, s in sides for k in ("low", "high")]
+def interval_axis(row: TaskRow) -> tuple[float, float] | None:
+    """Return the ends of the axis for a task's intervals: accuracy 0 to 1, perplexity from 0, scores around both."""
+    ends = [float(s.get(k) or 0) for s in (row.before, row.after) if s for k in ("low", "high")]
     start, end = 0.0, 1.0 if row.metric == "accuracy" else max(ends, default=0) * 1.1
     if row.metric == "score" and ends:
         pad = 0.1 * (max(ends) - min(ends)) or 0.5
         start, end = min(ends) - pad, max(ends) + pad
-    if not -math.inf < start < end < math.inf:
-        return Forest([], [])
-    lanes = []
-    for name, side in sides:
-        at, low, high = (100 * (float(side.get(k) or 0) - start) / (end - start) for k in ("value", "low", "high"))
-        lanes.append((name, at, low, high - low))
-    marks = [(start + (end - start) * i / 4, 25.0 * i) for i in range(5)]
-    return Forest(lanes, [(at, f"{m:.0%}" if row.metric == "accuracy" else number(m, 3)) for m, at in marks])
+    return (start, end) if -math.inf < start < end < math.inf else None
 
 
 def samples(row: TaskRow, run: Run) -> Samples | None:
@@ -116,8 +100,8 @@ def samples(row: TaskRow, run: Run) -> Samples | None:
         was, now = bool(old[item]["correct"]), bool(new[item]["correct"])
         change = {(False, True): "gained", (True, False): "lost", (False, False): "wrong"}.get((was, now), "right")
         groups[change].append(_card(change, old[item], new[item]))
-    cards = [c for name, group in groups.items() for c in group[: SHOWN[name]]]
-    more = [c for name, group in groups.items() for c in group[SHOWN[name] : FOLDED[name]]]
+    cards = [c for name, group in groups.items() for c in group[: CARDS_SHOWN[name]]]
+    more = [c for name, group in groups.items() for c in group[CARDS_SHOWN[name] : CARDS_FOLDED[name]]]
     shown = "sampled" if row.kind == "score" else "greedy"
     greedy = [] if row.kind in ("generate", "sample") and old else _answers(shown, before.samples, after.samples)
     if not cards and not more and not greedy:
@@ -125,13 +109,15 @@ def samples(row: TaskRow, run: Run) -> Samples | None:
     return Samples(row.task, {name: len(group) for name, group in groups.items()}, cards, more, greedy)
 
 
-def _card(change: str, old: Record, new: Record) -> Card:
-    was, now = (plain(item["output"] if "output" in item else item.get("prediction")) for item in (old, new))
+def _card(change: str, old: JsonDict, new: JsonDict) -> Card:
+    was, now = (plain_text(item["output"] if "output" in item else item.get("prediction")) for item in (old, new))
     a, b = old.get("scores"), new.get("scores")
     scores = []
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         scores = [(str(k), p, q, float(a[k]), float(b[k])) for k, p, q in zip(a, _shares(a), _shares(b), strict=True)]
-    return Card(change, str(old.get("id", "")), plain(old.get("prompt")), plain(old.get("expected")), was, now, scores)
+    return Card(
+        change, str(old.get("id", "")), plain_text(old.get("prompt")), plain_text(old.get("expected")), was, now, scores
+    )
 
 
 def _shares(scores: dict[str, Any]) -> list[float]:
@@ -141,13 +127,13 @@ def _shares(scores: dict[str, Any]) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
-def _answers(kind: str, before: Sequence[Record], after: Sequence[Record]) -> list[Card]:
+def _answers(kind: str, before: Sequence[JsonDict], after: Sequence[JsonDict]) -> list[Card]:
     """Return answers to the same prompts, greedy or sampled; a side without an answer is left empty."""
-    old, new = ({plain(s.get("prompt")): s for s in side} for side in (before, after))
+    old, new = ({plain_text(s.get("prompt")): s for s in side} for side in (before, after))
     out = []
     for prompt in {**old, **new}:
-        expected = plain((old.get(prompt) or new[prompt]).get("expected"))
-        was, now = (plain(side.get(prompt, {}).get("output")) for side in (old, new))
+        expected = plain_text((old.get(prompt) or new[prompt]).get("expected"))
+        was, now = (plain_text(side.get(prompt, {}).get("output")) for side in (old, new))
         out.append(Card(kind, "", prompt, expected, was, now, []))
     return out
 
@@ -238,7 +224,8 @@ def _curve(name: str, style: str, points: Sequence[Mapping[str, Any]], band: boo
     value, low, high = ([float(p[k]) for p in points] for k in ("value", "low", "high"))
     tokens = [float(p["tokens"]) for p in points]
     labels = [
-        f"{name}, k = {p['k']}, {fixed(t, 0)} tokens: {fixed(v, 3)} ({fixed(a, 3)} to {fixed(b, 3)})"
+        f"{name}, k = {p['k']}, {format_fixed(t, 0)} tokens: {format_fixed(v, 3)} "
+        f"({format_fixed(a, 3)} to {format_fixed(b, 3)})"
         for p, t, v, a, b in zip(points, tokens, value, low, high, strict=True)
     ]
     low, high = (low, high) if band and len(points) > 1 else ([], [])

@@ -12,17 +12,9 @@ from markupsafe import Markup, escape
 from posttrain.report.load import TaskRow
 
 _GAP = "\N{NO-BREAK SPACE}"
-STATUS = {
-    "done": "Finished.",
-    "running": "Not finished: it is still running, or was killed. The page shows the results so far; "
-    "the same command resumes from the last checkpoint.",
-    "stopped": "Stopped before its end, on request. The same command resumes from the last checkpoint.",
-    "failed": "Failed before its end. The page shows the results so far; the log of the command names the reason.",
-    "unknown": "It is not known how the run ended: its manifest is missing or can't be read.",
-}
 
 
-def number(value: Any, digits: int = 4) -> str:
+def format_number(value: Any, digits: int = 4) -> str:
     """Write a number with four significant digits, small ones as 2e−5; "–" for what is no number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–"
@@ -39,33 +31,44 @@ def number(value: Any, digits: int = 4) -> str:
     return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
 
 
-def fixed(value: float, digits: int, sign: bool = False) -> str:
+def format_fixed(value: float, digits: int, sign: bool = False) -> str:
     """Write a number with `digits` decimals, halves rounded away from zero.
 
     0.9025 becomes 0.903 and 90.3%. Binary rounding would make these differ, and halves are common among shares of 400
     items.
+
+    Args:
+        value: The number.
+        digits: Decimals to keep.
+        sign: Whether a positive number gets a plus sign.
     """
     if not math.isfinite(value):
-        return number(value)
+        return format_number(value)
     exact = Decimal(f"{value:.12g}").quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
     return f"{exact:{'+' if sign else ''},}".replace("-", "−")
 
 
-def score(value: Any, metric: str, sign: bool = False) -> str:
-    """Write a value as tables show it: three decimals of an accuracy or a score, two of a perplexity."""
+def format_score(value: Any, metric: str, sign: bool = False) -> str:
+    """Write a value as tables show it: three decimals of an accuracy or a score, two of a perplexity.
+
+    Args:
+        value: The value; what is no number becomes "–".
+        metric: accuracy, score or perplexity.
+        sign: Whether a positive number gets a plus sign.
+    """
     if not isinstance(value, int | float):
         return "–"
-    return fixed(value, 2 if metric == "perplexity" else 3, sign)
+    return format_fixed(value, 2 if metric == "perplexity" else 3, sign)
 
 
-def p_value(p: Any) -> str:
+def format_p(p: Any) -> str:
     """Write a p-value."""
     if not isinstance(p, int | float):
         return "–"
     return f"<{_GAP}0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
 
 
-def seconds(value: Any) -> str:
+def format_seconds(value: Any) -> str:
     """Write a duration in seconds, minutes or hours."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "–"
@@ -75,7 +78,7 @@ def seconds(value: Any) -> str:
     return f"{value / 60:.1f} min" if value < 600 else f"{minutes} min" if minutes < 120 else f"{value / 3600:.1f} h"
 
 
-def chance(p: float) -> str:
+def chance_in_words(p: float) -> str:
     """Write a probability as "about N times in 100", 1,000 or 10,000."""
     if p < 1e-4:
         return "less than once in 10,000 times"
@@ -91,21 +94,21 @@ def verdict(row: TaskRow) -> str:
     c, before, after = row.comparison, row.before, row.after
     if c is None or before is None or after is None:
         side, name = (before, "Before training") if before is not None else (after, "After training")
-        when = f"{name}, {row.metric} is {share(side or {}, row)}. " if side else ""
+        when = f"{name}, {row.metric} is {format_share(side or {}, row)}. " if side else ""
         return f"{when}The other side has not been measured, so the change is not known yet."
     change, accuracy = float(c["difference"]), row.metric == "accuracy"
     up = "did not change, at" if change == 0 else "rose from" if change > 0 else "fell from"
-    to = "" if change == 0 else f" to {share(after, row)}"
+    to = "" if change == 0 else f" to {format_share(after, row)}"
     higher = row.metric != "perplexity"
     note = "" if higher else " (lower is better)"
     better = change != 0 and (change > 0) == higher
     scale, unit, digits = (100, " points", 1) if accuracy else (1, "", 3 if higher else 2)
-    size, low, high = (fixed(scale * float(c[k]), digits, sign=True) for k in ("difference", "low", "high"))
+    size, low, high = (format_fixed(scale * float(c[k]), digits, sign=True) for k in ("difference", "low", "high"))
     if row.kind == "sample":
         moved = f"Of {row.n:,} questions, {c['gained']:,} are answered right more often, {c['lost']:,} less often. "
         what = "a change at least this large"
     elif row.kind == "score":
-        won, least, most = (fixed(100 * float(c["wins"][k]), 1) for k in ("value", "low", "high"))
+        won, least, most = (format_fixed(100 * float(c["wins"][k]), 1) for k in ("value", "low", "high"))
         moved = (
             f"{c['gained']:,} of {row.n:,} prompts got a higher score and {c['lost']:,} a lower one; an answer after "
         )
@@ -124,16 +127,16 @@ def verdict(row: TaskRow) -> str:
     else:
         end = ", so this may well be chance; more items would tell."
     return (
-        f"{row.metric.capitalize()}{note} {up} {share(before, row)}{to} "
+        f"{row.metric.capitalize()}{note} {up} {format_share(before, row)}{to} "
         f"({size}{unit}, 95% interval {low} to {high}). {moved}"
-        f"If training had made no difference, {what} would occur {chance(p)} (p{equals}{p_value(p)}){end}"
+        f"If training had made no difference, {what} would occur {chance_in_words(p)} (p{equals}{format_p(p)}){end}"
     )
 
 
-def share(side: dict[str, Any], row: TaskRow) -> str:
+def format_share(side: dict[str, Any], row: TaskRow) -> str:
     """Write a value as sentences show it: accuracy in percent."""
     value = float(side.get("value", math.nan))
-    return f"{fixed(100 * value, 1)}%" if row.metric == "accuracy" else score(value, row.metric)
+    return f"{format_fixed(100 * value, 1)}%" if row.metric == "accuracy" else format_score(value, row.metric)
 
 
 _KEY = re.compile(r"^(\s*(?:- +)*)([\w.\-]+)(:)(\s.*)?$")
@@ -164,7 +167,7 @@ def yaml_markup(text: str) -> Markup:
     return Markup("\n").join(lines)
 
 
-def plain(value: Any) -> str:
+def plain_text(value: Any) -> str:
     """Return a prompt or answer as text; a list of messages becomes one paragraph a turn."""
     if isinstance(value, list):
         return "\n\n".join(f"{m.get('role', '')}: {m.get('content', '')}" for m in value if isinstance(m, dict))

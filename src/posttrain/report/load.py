@@ -12,7 +12,7 @@ import yaml
 
 from posttrain.core.errors import CheckpointError
 
-Record = dict[str, Any]
+JsonDict = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,18 @@ class StageLog:
 
     name: str
     folder: Path
-    method: Record
-    metrics: list[Record]
-    timings: list[Record]
+    method: JsonDict
+    metrics: list[JsonDict]
+    timings: list[JsonDict]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Hold one task of one model: its summary, items and greedy answers; each may be empty."""
 
-    summary: Record = field(default_factory=dict)
-    items: list[Record] = field(default_factory=list)
-    samples: list[Record] = field(default_factory=list)
+    summary: JsonDict = field(default_factory=dict)
+    items: list[JsonDict] = field(default_factory=list)
+    samples: list[JsonDict] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class TaskRow:
     task: str
     metric: str
     kind: str
-    before: Record | None
-    after: Record | None
-    comparison: Record | None
+    before: JsonDict | None
+    after: JsonDict | None
+    comparison: JsonDict | None
 
     @property
     def n(self) -> int:
@@ -70,14 +70,14 @@ class Run:
     """
 
     folder: Path
-    manifest: Record
+    manifest: JsonDict
     recipe_text: str
-    recipe: Record
+    recipe: JsonDict
     stages: list[StageLog]
     before: dict[str, Evaluation]
     between: dict[str, dict[str, Evaluation]]
     after: dict[str, Evaluation]
-    comparison: list[Record]
+    comparison: list[JsonDict]
     notes: list[str]
     flat: list[str] = field(default_factory=list)
 
@@ -88,6 +88,26 @@ class Run:
     @property
     def status(self) -> str:
         return str(self.manifest.get("status", "unknown"))
+
+    @property
+    def source(self) -> str:
+        return str((self.manifest.get("model") or self.recipe.get("model") or {}).get("source") or "A model")
+
+    @property
+    def place(self) -> str:
+        """Return the folder as commands name it."""
+        return str(Path(str(self.recipe.get("output") or "runs")) / self.name)
+
+    @property
+    def has_model(self) -> bool:
+        """Return whether the run leaves a model, or may yet: one that ends without has made data or a reward model."""
+        ended_without = self.status == "done" and not (self.folder / "model").is_dir() and self.manifest.get("stages")
+        return not ended_without or bool(self.manifest.get("artifacts", {}).get("model/config.json"))
+
+    @property
+    def measured_held_out(self) -> bool:
+        """Return whether a stage logged numbers of held-out rows."""
+        return any(key.startswith("held_out") for s in self.stages for record in s.metrics for key in record)
 
     def makes(self, stage: str) -> str:
         """Return what a stage makes: model (also if nothing says so), data or reward_model."""
@@ -112,7 +132,7 @@ class Run:
         found = {**compared, **self.before, **self.after}
         return [self._row(t, compared.get(t)) for t in dict.fromkeys([n for n in named if n in found] + sorted(found))]
 
-    def _row(self, task: str, comparison: Record | None) -> TaskRow:
+    def _row(self, task: str, comparison: JsonDict | None) -> TaskRow:
         before, after = (side.get(task, Evaluation()).summary for side in (self.before, self.after))
         about = {**before, **after}
         bootstrap = str((comparison or {}).get("test")) == "paired bootstrap"
@@ -185,7 +205,7 @@ def read_json(path: Path, notes: list[str], missing: str = "") -> Any:
         return None
 
 
-def _recipe(path: Path, notes: list[str]) -> tuple[str, Record]:
+def _recipe(path: Path, notes: list[str]) -> tuple[str, JsonDict]:
     if not path.exists():
         notes.append("no recipe.yaml: the recipe can't be shown")
         return "", {}
@@ -204,7 +224,7 @@ def _constant(evaluations: Mapping[str, Evaluation], side: str) -> list[str]:
 
 
 def _stage(folder: Path, notes: list[str]) -> StageLog:
-    def steps(name: str) -> list[Record]:
+    def steps(name: str) -> list[JsonDict]:
         # A run that was killed and resumed may have written a step twice; the later line counts.
         by_step = {r["step"]: r for r in _lines(folder / name, notes) if isinstance(r.get("step"), int)}
         return [by_step[s] for s in sorted(by_step)]
@@ -231,7 +251,7 @@ def _evaluations(folder: Path, notes: list[str]) -> dict[str, Evaluation]:
     return out
 
 
-def _lines(path: Path, notes: list[str]) -> Iterator[Record]:
+def _lines(path: Path, notes: list[str]) -> Iterator[JsonDict]:
     if not path.exists():
         return
     broken = 0

@@ -1,4 +1,4 @@
-r"""Signs that a policy learns the reward instead of the task: what each part does over a run's rollouts.
+r"""Look for signs that a policy learns the reward instead of the task, in each part over a run's rollouts.
 
 Nothing here proves hacking. A reward that rises while length, repetition or format drift, or while another part falls,
 is a reason to read the rollouts named under ``suspects``.
@@ -30,8 +30,13 @@ STANDING = {
     "cut at the longest": "of completions are cut at the longest length (last third): raise sampler.max_tokens",
 }
 """Markers that are named wherever at least half of the rollouts have them, whether that is new or not."""
+FAILING = 0.05
+"""Share of rollouts without a reward that is named."""
 RARE = 0.2
 """Share of a step's rollouts, up to which a marker of one of them is unusual there."""
+
+Reader = Callable[[Rollout], float | None]
+"""What is read from a rollout; None if it has no such number."""
 
 MARKERS: dict[str, Callable[[Rollout], bool]] = {
     "empty": lambda r: not r.text.strip(),
@@ -54,96 +59,89 @@ SHAPE: dict[str, Callable[[Rollout], float]] = {
 
 
 def repetition(tokens: Sequence[int], gram: int = GRAM) -> float:
-    """Share of 4-grams that were there before: 1 - different / all. Fewer than 4 tokens: 0."""
+    """Return the share of 4-grams that occurred before: 1 - different / all. Fewer than 4 tokens give 0."""
     count = len(tokens) - gram + 1
     return 1 - len({tuple(tokens[i : i + gram]) for i in range(count)}) / count if count > 0 else 0.0
 
 
-def correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Pearson's r; None where either does not vary, or there are fewer than two."""
+def pearson(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Return Pearson's r; None if either is constant, or there are fewer than two values."""
     if len(a) < 2 or max(a) == min(a) or max(b) == min(b):
         return None
     return max(-1.0, min(1.0, statistics.correlation(a, b)))
 
 
-def within_variance(groups: Sequence[RolloutGroup], value: Callable[[Rollout], float | None]) -> float | None:
-    """Mean over groups of the population variance inside each, by size: what a group's advantages are made of."""
-    total = count = 0.0
-    for group in groups:
-        values = [v for r in group.rollouts if (v := value(r)) is not None]
-        if values:
-            total += statistics.pvariance(values) * len(values)
-            count += len(values)
-    return total / count if count else None
+def within_variance(groups: Sequence[RolloutGroup], read: Reader) -> float | None:
+    """Return the mean of the groups' population variances, weighted by size: the source of a group's advantages."""
+    found = [(statistics.pvariance(v), len(v)) for g in groups if (v := _values(g.rollouts, read))]
+    return sum(v * n for v, n in found) / sum(n for _, n in found) if found else None
 
 
-def between_variance(groups: Sequence[RolloutGroup], value: Callable[[Rollout], float | None]) -> float | None:
-    """Variance of the groups' means, by size: with `within_variance` it adds up to the variance over all rollouts."""
-    means: list[tuple[float, int]] = []
-    for group in groups:
-        values = [v for r in group.rollouts if (v := value(r)) is not None]
-        if values:
-            means.append((statistics.fmean(values), len(values)))
-    count = sum(n for _, n in means)
-    if not count:
-        return None
-    mean = sum(m * n for m, n in means) / count
-    return sum((m - mean) ** 2 * n for m, n in means) / count
+def between_variance(groups: Sequence[RolloutGroup], read: Reader) -> float | None:
+    """Return the variance of the groups' means, weighted by size.
+
+    With `within_variance` it adds up to the variance over all rollouts.
+    """
+    found = [(statistics.fmean(v), len(v)) for g in groups if (v := _values(g.rollouts, read))]
+    count = sum(n for _, n in found)
+    mean = sum(m * n for m, n in found) / count if count else 0.0
+    return sum((m - mean) ** 2 * n for m, n in found) / count if count else None
 
 
-def _variances(groups: Sequence[RolloutGroup], value: Callable[[Rollout], float | None]) -> tuple[Any, Any, Any]:
-    """(within, between, within's share of both) of a step."""
-    finite = [replace(g, rollouts=[r for r in g.rollouts if math.isfinite(r.reward)]) for g in groups]
-    within, between = within_variance(finite, value), between_variance(finite, value)
-    total = (within or 0.0) + (between or 0.0)
-    return within, between, within / total if within is not None and total > 1e-24 else None
+def follow_rewards(steps: Sequence[Sequence[RolloutGroup]], suspects: int = 5) -> dict[str, Any]:
+    """Follow the rewards of a run over its steps.
 
+    Args:
+        steps: Scored groups of each step, in order; steps and groups may be empty.
+        suspects: Suspicious rollouts to return at most.
 
-def watch(steps: Sequence[Sequence[RolloutGroup]], suspects: int = 5) -> dict[str, Any]:
-    """Follow the rewards of a run over its steps (scored groups, in order; steps and groups may be empty).
+    Returns:
+        Plain data; lists have one entry for each step, and None means that there is nothing to tell.
 
-    Returns plain data, lists one entry a step, None where there is nothing to say:
-
-    parts: by name (``reward`` is the sum): mean, within (variance inside groups, which is what teaches), between
-    (variance of the groups' means, which is how hard the problems are), signal (within's share of both; None where
-    nothing varies), early, late (means of the first and last third), change (late less early), drift (that in standard
-    deviations of the first third's rollouts).
-    correlations: [{a, b, all, early, late, steps}] of parts over rollouts, in the run, its thirds, and each step.
-    apart: the pairs of these whose correlation fell by 0.3 or more, or of which one part rose and the other fell.
-    length, repetition, judged: mean a step, change, and correlation with the reward. Repetition: see `repetition`;
-    judged: steps of a completion that a reward has scored, over all such rewards.
-    markers: share of rollouts by feature (see MARKERS): shares a step, change, correlation with the reward.
-    suspects: rollouts rewarded above their group's mean that are the most repetitive, unusually long or short, or of a
-    form that few others of their step have: [{step, group, rollout, reward, repetition, tokens, length_z, markers,
-    score}], worst first.
-    warnings: sentences for what drifted.
+        parts: By name (`reward` is the sum): mean, within (variance inside groups, the training signal), between
+            (variance of the groups' means: how much problems differ in difficulty), signal (share of within in both;
+            None if nothing varies), early, late (means of the first and last third), change (late minus early), drift
+            (change in standard deviations of the first third's rollouts).
+        correlations: [{a, b, all, early, late, steps}] of parts over rollouts: in the run, its thirds, each step.
+        apart: Those pairs whose correlation fell by 0.3 or more, or of which one part rose and the other fell.
+        length, repetition, judged: Mean of each step, change, and correlation with the reward. judged: steps of a
+            completion that a reward has scored, over all such rewards.
+        markers: Share of rollouts by feature (see MARKERS): the same numbers.
+        suspects: Rollouts rewarded above their group's mean that are the most repetitive, unusually long or short, or
+            of a form that few others of their step have: [{step, group, rollout, reward, repetition, tokens, length_z,
+            markers, score}], most suspicious first.
+        warnings: Sentences on what drifted.
     """
     flat = [[r for g in groups for r in g.rollouts if math.isfinite(r.reward)] for groups in steps]
     third = max(1, len(flat) // 3)
     early = [r for step in flat[:third] for r in step]
     late = [r for step in flat[-third:] for r in step] if len(flat) > 1 else []
-    names = sorted({name for step in flat for r in step for name in r.rewards})
-    readers: dict[str, Callable[[Rollout], float | None]] = {"reward": lambda r: r.reward}
+    everything = [r for step in flat for r in step]
+    names = sorted({name for r in everything for name in r.rewards})
+    readers: dict[str, Reader] = {"reward": lambda r: r.reward}
     readers.update({n: lambda r, n=n: r.rewards.get(n) for n in names})  # type: ignore[misc]
-    parts = {n: _series(read, flat, early, late) for n, read in readers.items()}
+    parts = {}
     for name, read in readers.items():
         found = [_variances(groups, read) for groups in steps]
-        for i, what in enumerate(("within", "between", "signal")):
-            parts[name][what] = [f[i] for f in found]
-    everything = [r for step in flat for r in step]
+        columns = {key: [f[i] for f in found] for i, key in enumerate(("within", "between", "signal"))}
+        parts[name] = _series(read, flat, early, late) | columns
     pairs = []
     for a, b in combinations(names, 2):
-        among = {k: _between(a, b, rs) for k, rs in (("all", everything), ("early", early), ("late", late))}
-        pairs.append({"a": a, "b": b, **among, "steps": [_between(a, b, step) for step in flat]})
-    shape: dict[str, dict[str, Any]] = {}
-    for name, measure in SHAPE.items():
-        shape[name] = _series(measure, flat, early, late)
-        shape[name]["correlation"] = correlation([measure(r) for r in everything], [r.reward for r in everything])
-    markers: dict[str, dict[str, Any]] = {}
-    for name, has in MARKERS.items():
-        markers[name] = _series(lambda r, has=has: float(has(r)), flat, early, late)  # type: ignore[misc]
-        markers[name]["correlation"] = correlation([float(has(r)) for r in everything], [r.reward for r in everything])
+        among = {k: _correlation(a, b, rs) for k, rs in (("all", everything), ("early", early), ("late", late))}
+        pairs.append({"a": a, "b": b, **among, "steps": [_correlation(a, b, step) for step in flat]})
+    rewards = [r.reward for r in everything]
+
+    def followed(measures: Mapping[str, Callable[[Rollout], float]]) -> dict[str, dict[str, Any]]:
+        return {
+            name: _series(measure, flat, early, late)
+            | {"correlation": pearson([float(measure(r)) for r in everything], rewards)}
+            for name, measure in measures.items()
+        }
+
+    shape, markers = followed(SHAPE), followed(MARKERS)
     apart = [p for p in pairs if _moves_apart(p, parts)]
+    unrewarded = [not math.isfinite(r.reward) for groups in steps[-third:] for g in groups for r in g.rollouts]
+    warnings = _failures(unrewarded) + _drifts(shape, markers, _drifted(parts["reward"]) > 0)
     return {
         "steps": len(flat),
         "rollouts": len(everything),
@@ -153,23 +151,28 @@ def watch(steps: Sequence[Sequence[RolloutGroup]], suspects: int = 5) -> dict[st
         **shape,
         "markers": markers,
         "suspects": suspicious(steps, suspects),
-        "warnings": _warnings(parts, shape, markers, apart),
+        "warnings": warnings + _part_warnings(parts, apart),
     }
 
 
+def _values(rollouts: Sequence[Rollout], read: Reader) -> list[float]:
+    return [float(v) for r in rollouts if (v := read(r)) is not None]
+
+
+def _variances(groups: Sequence[RolloutGroup], read: Reader) -> tuple[float | None, float | None, float | None]:
+    """Return (within, between, share of within in both) of a step."""
+    finite = [replace(g, rollouts=[r for r in g.rollouts if math.isfinite(r.reward)]) for g in groups]
+    within, between = within_variance(finite, read), between_variance(finite, read)
+    total = (within or 0.0) + (between or 0.0)
+    return within, between, within / total if within is not None and total > 1e-24 else None
+
+
 def _series(
-    read: Callable[[Rollout], float | None],
-    steps: Sequence[Sequence[Rollout]],
-    early: Sequence[Rollout],
-    late: Sequence[Rollout],
+    read: Reader, steps: Sequence[Sequence[Rollout]], early: Sequence[Rollout], late: Sequence[Rollout]
 ) -> dict[str, Any]:
-    """mean a step and of the first and last third; their change; that in standard deviations of the first (None: 0)."""
-
-    def values(rollouts: Sequence[Rollout]) -> list[float]:
-        return [v for r in rollouts if (v := read(r)) is not None]
-
-    means = [statistics.fmean(v) if (v := values(step)) else None for step in steps]
-    first, last = values(early), values(late)
+    """Return means (each step, first third, last third), the change, and it in standard deviations of the first."""
+    means = [statistics.fmean(v) if (v := _values(step, read)) else None for step in steps]
+    first, last = _values(early, read), _values(late, read)
     begins, ends = (statistics.fmean(v) if v else None for v in (first, last))
     change = ends - begins if begins is not None and ends is not None else None
     spread = statistics.pstdev(first) if first else 0.0
@@ -177,13 +180,13 @@ def _series(
     return {"mean": means, "early": begins, "late": ends, "change": change, "drift": drift}
 
 
-def _between(a: str, b: str, rollouts: Sequence[Rollout]) -> float | None:
+def _correlation(a: str, b: str, rollouts: Sequence[Rollout]) -> float | None:
     both = [(r.rewards[a], r.rewards[b]) for r in rollouts if a in r.rewards and b in r.rewards]
-    return correlation([x for x, _ in both], [y for _, y in both])
+    return pearson([x for x, _ in both], [y for _, y in both])
 
 
 def _drifted(series: Mapping[str, Any]) -> int:
-    """1 up, -1 down, 0 neither; what did not vary at first has drifted when it changes at all."""
+    """Return 1 for up, -1 for down, 0 for neither; what was constant at first has drifted if it changes at all."""
     change, drift = series["change"], series["drift"]
     if not change or (drift is not None and abs(drift) < DRIFT):
         return 0
@@ -196,7 +199,7 @@ def _moves_apart(pair: Mapping[str, Any], parts: Mapping[str, Any]) -> bool:
 
 
 def suspicious(steps: Sequence[Sequence[RolloutGroup]], count: int | None = None) -> list[dict[str, Any]]:
-    """The `suspects` of `watch`, at most `count`."""
+    """Return the `suspects` of `follow_rewards`, at most `count`."""
     found: list[dict[str, Any]] = []
     for s, groups in enumerate(steps):
         lengths = [r.length for g in groups for r in g.rollouts if math.isfinite(r.reward)]
@@ -221,42 +224,47 @@ def suspicious(steps: Sequence[Sequence[RolloutGroup]], count: int | None = None
     return [f for f in worst if f["score"] > 0][:count]
 
 
-def _warnings(
-    parts: Mapping[str, Any], shape: Mapping[str, Any], markers: Mapping[str, Any], apart: Sequence[Mapping[str, Any]]
-) -> list[str]:
+def _failures(unrewarded: Sequence[bool]) -> list[str]:
+    share = statistics.fmean(unrewarded) if unrewarded else 0.0
+    return [f"{share:.0%} of rollouts got no reward (last third): a reward fails on them"] if share >= FAILING else []
+
+
+def _drifts(shape: Mapping[str, Any], markers: Mapping[str, Any], rises: bool) -> list[str]:
     out = []
-    rises = _drifted(parts["reward"]) > 0
     for name, series in shape.items():
         if rises and _drifted(series):
             way = "rises" if series["change"] > 0 else "falls"
-            what = "the number of judged steps" if name == "judged" else name
-            out.append(f"the reward rises while {what} {way} (by {series['change']:+.3g} between first and last third)")
+            measure = "the number of judged steps" if name == "judged" else name
+            change = f"{series['change']:+.3g} between first and last third"
+            out.append(f"the reward rises while {measure} {way} (by {change})")
     for name, series in markers.items():
         if series["change"] is not None and abs(series["change"]) >= CUT_SHORT:
             out.append(f"share of rollouts with '{name}' changed by {series['change']:+.0%}")
         share = series["late"] if series["late"] is not None else series["early"]
         if name in STANDING and share is not None and share >= 0.5:
             out.append(f"{share:.0%} {STANDING[name]}")
-    for pair in apart:
-        a, b = pair["a"], pair["b"]
-        changes = f"{a} {parts[a]['change'] or 0:+.3g}, {b} {parts[b]['change'] or 0:+.3g}"
-        out.append(
-            f"parts move apart: {changes}; correlation {_round(pair['early'])} early, {_round(pair['late'])} late"
-        )
-    for name, series in parts.items():
-        last = [v for v in series["within"] if v is not None]
-        if name != "reward" and last and last[-1] == 0 and any(last[:-1]):
-            out.append(f"{name} no longer varies within groups: it teaches nothing there")
-        elif name != "reward" and last and not any(last) and all(v is None for v in series["signal"]):
-            out.append(f"{name} was the same for every completion, from first to last: it taught nothing")
-        low = [v for v in series["signal"][-max(1, len(series["signal"]) // 3) :] if v is not None]
-        if name != "reward" and low and statistics.fmean(low) < FAINT:
-            out.append(
-                f"{statistics.fmean(low):.0%} of {name}'s variance is within groups (last third): nearly all of it is "
-                "between problems, where it teaches nothing"
-            )
     return out
 
 
-def _round(value: float | None) -> str:
-    return "none" if value is None else f"{value:+.2f}"
+def _part_warnings(parts: Mapping[str, Any], apart: Sequence[Mapping[str, Any]]) -> list[str]:
+    out = []
+    for pair in apart:
+        a, b = pair["a"], pair["b"]
+        changes = f"{a} {parts[a]['change'] or 0:+.3g}, {b} {parts[b]['change'] or 0:+.3g}"
+        early, late = ("none" if (r := pair[k]) is None else f"{r:+.2f}" for k in ("early", "late"))
+        out.append(f"parts move apart: {changes}; correlation {early} early, {late} late")
+    for name, series in parts.items():
+        last = [v for v in series["within"] if v is not None]
+        low = [v for v in series["signal"][-max(1, len(series["signal"]) // 3) :] if v is not None]
+        if name == "reward" or not last:
+            continue
+        if last[-1] == 0 and any(last[:-1]):
+            out.append(f"{name} no longer varies within groups: it gives no training signal")
+        elif not any(last) and all(v is None for v in series["signal"]):
+            out.append(f"{name} was the same for every completion of the run: it gave no training signal")
+        if low and statistics.fmean(low) < FAINT:
+            out.append(
+                f"{statistics.fmean(low):.0%} of {name}'s variance is within groups (last third): nearly all of it is "
+                "between problems, where it gives no training signal"
+            )
+    return out

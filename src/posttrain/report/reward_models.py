@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from posttrain.report.charts import Chart, Series
-from posttrain.report.formatting import fixed, number
+from posttrain.report.formatting import format_fixed, format_number
 from posttrain.report.load import Run, StageLog, read_json
 
 SIDES = ("before", "after")
-PAIRS = (
+PAIR_FIGURES = (
     ("accuracy", "Accuracy", "pairs in which it prefers the answer that people prefer"),
     ("loss", "Loss", "nats/pair"),
     ("margin", "Mean margin", "reward, chosen − rejected"),
@@ -29,7 +29,7 @@ PAIRS = (
     ("length.people_prefer_longer", "People prefer the longer", "share of pairs"),
     ("spread", "Spread of the members", "mean standard deviation of their rewards"),
 )
-STEPS = (
+STEP_FIGURES = (
     ("accuracy", "Accuracy", "steps on the right side of 1/2"),
     ("auc", "AUC", "probability that a correct step scores above a wrong one"),
     ("first_error", "First wrong step", "chains in which it is found, or correctly none"),
@@ -39,15 +39,15 @@ INTERVALS = {"accuracy": ("low", "high"), "first_error": ("first_error_low", "fi
 Figure = tuple[float, float | None, float | None]
 
 SCORERS = ("proxy", "gold")
-NEEDED = ("kl_sequence", "proxy", "gold", "proxy_std", "gold_std")
-LEAST = 4
+GOLD_METRICS = ("kl_sequence", "proxy", "gold", "proxy_std", "gold_std")
+FIT_POINTS = 4
 """Points away from the first model that the two parameters of the fit need."""
-EDGE = 0.01
+ROUNDING_D = 0.01
 """A smaller d is a rounding error: that of the first model is not exactly 0."""
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutView:
     """Hold what a reward model was measured to be worth.
 
     Attributes:
@@ -65,7 +65,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Gold:
+class GoldView:
     """Hold a stage's trained reward against gold.
 
     Attributes:
@@ -81,7 +81,7 @@ class Gold:
     verdict: str
 
 
-def held_out(run: Run) -> list[HeldOut]:
+def held_out(run: Run) -> list[HeldOutView]:
     """Return what each stage with a usable held_out.json was measured to be worth."""
     out = []
     for stage in run.stages:
@@ -92,10 +92,10 @@ def held_out(run: Run) -> list[HeldOut]:
     return out
 
 
-def _held_out(stage: StageLog, found: Mapping[str, Any]) -> HeldOut:
+def _held_out(stage: StageLog, found: Mapping[str, Any]) -> HeldOutView:
     steps, last = found["kind"] == "process_reward", found["after"]
     rows = []
-    for key, title, unit in STEPS if steps else PAIRS:
+    for key, title, unit in STEP_FIGURES if steps else PAIR_FIGURES:
         before, after = (_figure(found[side], key) for side in SIDES)
         if before is not None or after is not None:
             rows.append((title, unit, key, before, after))
@@ -109,7 +109,7 @@ def _held_out(stage: StageLog, found: Mapping[str, Any]) -> HeldOut:
     chart = Chart(f"reliability.{stage.name}", "Reliability", "observed frequency over predicted probability",
                   [ideal, *(s for s in series if s.x)], f"Reliability plot of {stage.name}", x="probability",
                   x_range=(left, 1.0), y_range=(bottom, 1.0))  # fmt: skip
-    return HeldOut(stage.name, of, int(found.get("members", 1)), rows, chart)
+    return HeldOutView(stage.name, of, int(found.get("members", 1)), rows, chart)
 
 
 def _figure(side: Mapping[str, Any], key: str) -> Figure | None:
@@ -135,11 +135,11 @@ def _reliability(side: str, bins: Sequence[Mapping[str, Any]]) -> Series:
     return Series(side, predicted, observed, low, high, style, "none", labels=labels, sizes=sizes)
 
 
-def gold(run: Run) -> list[Gold]:
+def gold(run: Run) -> list[GoldView]:
     """Return the trained reward against gold of each stage that measured both."""
     out = []
     for stage in run.stages:
-        points = [r for r in stage.metrics if all(isinstance(r.get(name), int | float) for name in NEEDED)]
+        points = [r for r in stage.metrics if all(isinstance(r.get(name), int | float) for name in GOLD_METRICS)]
         if points:
             out.append(_gold(stage.name, points))
     return out
@@ -153,15 +153,15 @@ def fit(d: Sequence[float], rewards: Sequence[float]) -> tuple[float, float] | N
     Returns:
         (alpha, beta); None if fewer than four points are away from 0, or if all have the same d.
     """
-    away = [(x, y) for x, y in zip(d, rewards, strict=True) if x > EDGE]
-    if len(away) < LEAST or len({x for x, _ in away}) < 2:
+    away = [(x, y) for x, y in zip(d, rewards, strict=True) if x > ROUNDING_D]
+    if len(away) < FIT_POINTS or len({x for x, _ in away}) < 2:
         return None
     x, y = np.array(away).T
     (alpha, beta), *_ = np.linalg.lstsq(np.stack([x, -x * np.log(x)], 1), y, rcond=None)
     return float(alpha), float(beta)
 
 
-def _gold(stage: str, points: Sequence[Mapping[str, Any]]) -> Gold:
+def _gold(stage: str, points: Sequence[Mapping[str, Any]]) -> GoldView:
     d = [math.sqrt(max(0.0, float(p["kl_sequence"]))) for p in points]
     values: dict[str, list[float]] = {}
     series = []
@@ -169,7 +169,7 @@ def _gold(stage: str, points: Sequence[Mapping[str, Any]]) -> Gold:
         zero, unit = float(points[0][side]), float(points[0][f"{side}_std"]) or 1.0
         mean, low, high = ([(float(p[k]) - zero) / unit for p in points] for k in (side, f"{side}_low", f"{side}_high"))
         labels = [
-            f"{side}, step {p['step']}: {fixed(v, 2, True)} at a KL of {x * x:.2f} nats"
+            f"{side}, step {p['step']}: {format_fixed(v, 2, True)} at a KL of {x * x:.2f} nats"
             for x, v, p in zip(d, mean, points, strict=True)
         ]
         values[side] = mean
@@ -180,9 +180,9 @@ def _gold(stage: str, points: Sequence[Mapping[str, Any]]) -> Gold:
         alpha, beta = found
         xs = [max(d) * k / 60 for k in range(1, 61)]
         series.append(Series("", xs, [x * (alpha - beta * math.log(x)) for x in xs], style="muted", line="dashed"))
-        fitted = f"gold by least squares: d ({number(alpha, 3)} − {number(beta, 3)} ln d)"
+        fitted = f"gold by least squares: d ({format_number(alpha, 3)} − {format_number(beta, 3)} ln d)"
         if beta > 0 and alpha / beta < 20:
-            fitted += f", highest at d = {number(math.exp(alpha / beta - 1), 3)}"
+            fitted += f", highest at d = {format_number(math.exp(alpha / beta - 1), 3)}"
     verdict = _verdict(points, values)
     chart = Chart(f"gold.{stage}", "Rewards over the distance from the first model", "standard deviations, over √KL",
                   series, f"Proxy and gold over the square root of the KL. {verdict}", x="distance")  # fmt: skip
@@ -191,7 +191,7 @@ def _gold(stage: str, points: Sequence[Mapping[str, Any]]) -> Gold:
          {s: (float(p[s]), float(p[f"{s}_low"]), float(p[f"{s}_high"])) for s in SCORERS})
         for p in points
     ]  # fmt: skip
-    return Gold(stage, chart, fitted, rows, verdict)
+    return GoldView(stage, chart, fitted, rows, verdict)
 
 
 def _verdict(points: Sequence[Mapping[str, Any]], values: Mapping[str, Sequence[float]]) -> str:
@@ -199,10 +199,10 @@ def _verdict(points: Sequence[Mapping[str, Any]], values: Mapping[str, Sequence[
     if len(points) < 2:
         return "Only the first model has been measured so far."
     last, best = points[-1], max(range(len(points)), key=lambda i: values["gold"][i])
-    moved = {s: fixed(of[-1], 2, True) for s, of in values.items()}
+    moved = {s: format_fixed(of[-1], 2, True) for s, of in values.items()}
     out = (
-        f"At a KL of {number(float(last['kl_sequence']), 3)} nats per completion the trained reward has moved by "
-        f"{moved['proxy']} standard deviations, gold by {moved['gold']}."
+        f"At a KL of {format_number(float(last['kl_sequence']), 3)} nats per completion the trained reward has moved "
+        f"by {moved['proxy']} standard deviations, gold by {moved['gold']}."
     )
     if best == len(points) - 1:
         return out + " Gold has not been higher before: there is no sign of over-optimisation."
@@ -211,4 +211,4 @@ def _verdict(points: Sequence[Mapping[str, Any]], values: Mapping[str, Sequence[
         end = "Their intervals do not overlap: since then the policy has learned the proxy's mistakes."
     else:
         end = "Their intervals overlap, so this may be chance."
-    return out + f" Gold was highest at step {top['step']} ({fixed(values['gold'][best], 2, True)}). {end}"
+    return out + f" Gold was highest at step {top['step']} ({format_fixed(values['gold'][best], 2, True)}). {end}"

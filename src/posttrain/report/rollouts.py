@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain.core.errors import DataError
-from posttrain.report.load import Run
-from posttrain.report.reward_hacking import repetition, watch
+from posttrain.report.load import JsonDict, Run
+from posttrain.report.reward_hacking import follow_rewards, repetition
 from posttrain.sampling.rollout_store import groups_of, path_of, read_rollouts, rollout_steps
 
 WATCHED = 60
 """Steps that are searched for drift; if there are more, evenly spread ones."""
-SHOWN = 3
+EACH_KIND = 3
 """Rollouts of each kind."""
 PHASES = {
     "sample": "sampling",
@@ -26,32 +25,6 @@ PHASES = {
 }
 Correlations = tuple[float | None, float | None, float | None]
 """In the run, early, late."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Hold one rollout on the page.
-
-    Attributes:
-        kind: best, worst, suspicious, or failed.
-        turns: (whether the model wrote it, text), if an environment replied.
-        parts: Each reward before its weight.
-    """
-
-    kind: str
-    step: int
-    problem: int
-    prompt: str
-    completion: str
-    turns: list[tuple[bool, str]]
-    answer: str
-    reward: float | None
-    advantage: float | None
-    parts: dict[str, float]
-    failures: dict[str, str]
-    tokens: int
-    finish: str
-    repetition: float
 
 
 @dataclass(frozen=True)
@@ -85,12 +58,15 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class View:
+class RolloutsView:
     """Hold what a stage's rollouts amount to.
 
     Attributes:
         drift: (name, early mean, late mean, correlation with the reward) of length, repetition, judged steps, and of
             the features of text that became more or less frequent.
+        first, more: Stored rollouts with `kind` (best, worst, suspicious, failed), `count` of the model's tokens and
+            `repetition`; one of each
+            kind, and the others.
         pairs: (part, part, correlations, whether they moved apart).
     """
 
@@ -101,18 +77,9 @@ class View:
     parts: list[PartRow]
     drift: list[tuple[str, float | None, float | None, float | None]]
     pairs: list[tuple[str, str, Correlations, bool]]
-    seen: list[Seen]
+    first: list[JsonDict]
+    more: list[JsonDict]
     phases: list[Phase]
-
-    @property
-    def first(self) -> list[Seen]:
-        """The first rollout of each kind."""
-        return [s for i, s in enumerate(self.seen) if all(s.kind != t.kind for t in self.seen[:i])]
-
-    @property
-    def more(self) -> list[Seen]:
-        """The other rollouts."""
-        return [s for i, s in enumerate(self.seen) if any(s.kind == t.kind for t in self.seen[:i])]
 
 
 def own(row: dict[str, Any]) -> list[int]:
@@ -121,7 +88,7 @@ def own(row: dict[str, Any]) -> list[int]:
     return tokens if row["mask"] is None else [t for t, mine in zip(tokens, row["mask"], strict=True) if mine]
 
 
-def views(run: Run) -> list[View]:
+def views(run: Run) -> list[RolloutsView]:
     """Return a view of each stage that kept rollouts; files that can't be read are added to the run's notes."""
     out = []
     for stage in run.stages:
@@ -133,7 +100,7 @@ def views(run: Run) -> list[View]:
 
 def view(
     name: str, folder: Path, steps: Sequence[int], notes: list[str], timings: Sequence[dict[str, Any]] = ()
-) -> View:
+) -> RolloutsView:
     """Return what a stage's rollouts amount to.
 
     Args:
@@ -151,20 +118,20 @@ def view(
         except DataError as error:
             notes.append(str(error))
     readable = list(rows)
-    found = watch([groups_of(rows[s]) for s in readable], suspects=SHOWN)
-    seen = []
+    found = follow_rewards([groups_of(rows[s]) for s in readable], suspects=EACH_KIND)
+    seen = [_seen("failed", r) for of_step in rows.values() for r in of_step if r["failures"]][:EACH_KIND]
+    for s in reversed(found["suspects"]):
+        at = [r for r in rows[readable[s["step"]]] if (r["group"], r["rollout"]) == (s["group"], s["rollout"])]
+        seen = [_seen("suspicious", r) for r in at] + seen
     if readable:
         last = [r for r in rows[readable[-1]] if r["reward"] is not None]
         ordered = sorted(last, key=lambda r: (-r["reward"], r["group"], r["rollout"]))
-        seen += [_seen("best", r) for r in _one_per_group(ordered)[:SHOWN]]
-        seen += [_seen("worst", r) for r in _one_per_group(ordered[::-1])[:SHOWN]]
-    for s in found["suspects"]:
-        at = [r for r in rows[readable[s["step"]]] if (r["group"], r["rollout"]) == (s["group"], s["rollout"])]
-        seen += [_seen("suspicious", r) for r in at]
-    failed = [r for of_step in rows.values() for r in of_step if r["failures"]]
-    seen += [_seen("failed", r) for r in failed[:SHOWN]]
+        ends = (("best", ordered), ("worst", ordered[::-1]))
+        seen = [_seen(kind, r) for kind, of in ends for r in _one_per_group(of)[:EACH_KIND]] + seen
+    first = [s for i, s in enumerate(seen) if all(s["kind"] != t["kind"] for t in seen[:i])]
+    more = [s for s in seen if all(s is not f for f in first)]
     tables = _parts(found), _drift(found), _pairs(found)
-    return View(name, len(steps), found["rollouts"], found["warnings"], *tables, seen, phases(timings))
+    return RolloutsView(name, len(steps), found["rollouts"], found["warnings"], *tables, first, more, phases(timings))
 
 
 def phases(timings: Sequence[dict[str, Any]]) -> list[Phase]:
@@ -245,11 +212,6 @@ def _one_per_group(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(first.values())
 
 
-def _seen(kind: str, row: dict[str, Any]) -> Seen:
-    tokens, reward = own(row), row["reward"]
-    same = {name: row[name] for name in ("step", "problem", "prompt", "completion", "turns", "advantage")}
-    same |= {name: row[name] for name in ("parts", "failures", "finish")}
-    reward = reward if reward is not None and math.isfinite(reward) else None
-    return Seen(
-        kind, answer=str(row["answer"]), reward=reward, tokens=len(tokens), repetition=repetition(tokens), **same
-    )
+def _seen(kind: str, row: JsonDict) -> JsonDict:
+    tokens = own(row)
+    return {**row, "kind": kind, "count": len(tokens), "repetition": repetition(tokens)}

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from posttrain.report.evaluations import strategy
-from posttrain.report.formatting import p_value, score
+from posttrain.report.formatting import format_p, format_score
 from posttrain.report.load import read
 
 
@@ -31,12 +31,12 @@ def summary_table(run_folder: Path) -> Table:
             if side is None:
                 return "–"
             sign = key == "difference"
-            value, low, high = (score(side.get(k), metric, sign) for k in (key, "low", "high"))
+            value, low, high = (format_score(side.get(k), metric, sign) for k in (key, "low", "high"))
             return f"{value}\n\\[{low}, {high}]"  # escaped: brackets are rich's markup
 
         won = (row.comparison or {}).get("wins")
         beats = f"\nwins {won['value']:.3f}\n\\[{won['low']:.3f}, {won['high']:.3f}]" if won else ""
-        p = p_value((row.comparison or {}).get("p_value"))
+        p = format_p((row.comparison or {}).get("p_value"))
         table.add_row(
             f"{row.task}\n{row.n:,} items{beats}",
             span(row.before),
@@ -64,7 +64,9 @@ def sampling_tables(folder: Path) -> list[Table]:
         for entry in summary["strategies"]:
             cells = []
             for i in chosen:
-                value, low, high = (score(entry["points"][i][key], "accuracy") for key in ("value", "low", "high"))
+                value, low, high = (
+                    format_score(entry["points"][i][key], "accuracy") for key in ("value", "low", "high")
+                )
                 cells.append(f"{value}\n\\[{low}, {high}]")
             table.add_row(strategy(entry["name"]), *cells)
         tables.append(table)

@@ -41,8 +41,7 @@ from posttrain.data.sft_rows import SHOWN
 from posttrain.eval.tasks import evaluate_model, task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device, resolve
 from posttrain.recipe.parsing import differences, dump_recipe, load_recipe
-from posttrain.report import build
-from posttrain.report import feedback as feedback_report
+from posttrain.report import build_report, judge_figures
 from posttrain.report.terminal import sampling_tables, summary_table
 from posttrain.runs import registry
 from posttrain.runs.machine import machine, program
@@ -214,7 +213,7 @@ def _work(
         result = folder / stage.makes
         if not result.is_dir():
             _carry_out(stage, early.get(name), setting, made, recipe, model, folder, i, manifest, trackers)
-            for warning in feedback_report.warnings(folder):  # before anything is trained by such labels
+            for warning in judge_figures.judge_warnings(folder):  # before anything is trained by such labels
                 console.print(f"! {name}: {warning}", highlight=False, markup=False, soft_wrap=True)
         made[stage.name] = result
         if stage.makes == "model":
@@ -374,7 +373,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _report(path: Path) -> Path:
-    return build(path) if distributed.is_main() else path / "report.html"
+    return build_report(path) if distributed.is_main() else path / "report.html"
 
 
 def _close(path: Path, console: Console) -> RunResult:
@@ -387,7 +386,7 @@ def _close(path: Path, console: Console) -> RunResult:
         newest = path / "evaluations" / ("after" if (path / "evaluations" / "after").is_dir() else "before")
         for table in sampling_tables(newest):
             console.print(table)
-    for line in feedback_report.lines(path):
+    for line in judge_figures.feedback_lines(path):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"run     {path}\nreport  {report}", highlight=False, soft_wrap=True)
     if (path / "model").is_dir():

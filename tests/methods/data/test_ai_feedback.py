@@ -15,7 +15,7 @@ import posttrain
 from posttrain.config import RLConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
-from posttrain.report import feedback as report
+from posttrain.report import judge_figures as report
 from posttrain.sampling.rollout_store import rollout_steps
 
 REVIEWS = {
@@ -67,7 +67,7 @@ def test_people_and_a_judge_label_the_same_texts(tmp_path: Path) -> None:
     assert said.index("! 1-ai") < said.index("feedback of stage")
     agree = sum(r["chosen"] == s["chosen"] for r, s in zip(mine, theirs, strict=True)) / len(mine)
     assert found["people"]["agreement"]["value"] == pytest.approx(agree) and found["cost"]["questions"] == 2 * len(mine)
-    shown = "\n".join(report.lines(result.folder, 2))
+    shown = "\n".join(report.feedback_lines(result.folder, 2))
     assert "Krippendorff's alpha" in shown and "agrees with people" in shown and f"{agree:.3f}" in shown
     page = result.report.read_text()
     assert 'id="feedback"' in page and "Disagreements to look at" in page

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.report.formatting import fixed, seconds
+from posttrain.report.formatting import format_fixed, format_seconds
 from posttrain.report.load import numbered_folders, read_json
 
 Fact = tuple[str, str, str, Any]
@@ -22,51 +22,50 @@ def read_feedback(run: Path, notes: list[str] | None = None) -> list[dict[str, A
         entry = {part: content for part, content in files.items() if content is not None}
         if entry:
             judge = entry.get("judge") or {}
-            entry |= {"stage": folder.name.split("-", 1)[1], "facts": facts(judge), "who": who(judge)}
-            entry |= {"cost": cost(judge.get("cost") or {}), "agreement": agreement(entry.get("raters") or {})}
+            entry |= {"stage": folder.name.split("-", 1)[1], "facts": judge_facts(judge), "who": who_judged(judge)}
+            entry |= {
+                "cost": describe_cost(judge.get("cost") or {}),
+                "agreement": describe_agreement(entry.get("raters") or {}),
+            }
             found.append(entry)
     return found
 
 
-def _share(name: str, value: Mapping[str, Any] | None) -> list[Fact]:
-    if not value or value.get("value") is None:
-        return []
-    low, high = (fixed(float(value[k]), 3) for k in ("low", "high"))
-    return [(name, fixed(float(value["value"]), 3), f"{low} to {high}, n = {value['n']:,}", value["value"])]
-
-
-def facts(judge: Mapping[str, Any]) -> list[Fact]:
+def judge_facts(judge: Mapping[str, Any]) -> list[Fact]:
     """Return the judge's numbers, each with its interval."""
-    if not judge:
-        return []
     people, length, position = (judge.get(k) or {} for k in ("people", "length", "position"))
+    certainty = people.get("by_certainty") or {}
+    shares = [
+        ("agrees with people", people.get("agreement")),
+        ("kappa", people.get("kappa")),
+        *((f"agrees where people are in the {name}", value) for name, value in certainty.items()),
+        ("agrees, prompted in one order only", people.get("one_order")),
+        ("one person agrees with people", people.get("one_person")),
+        ("same verdict in both orders", judge.get("consistency")),
+        ("prefers the first answer", position.get("first")),
+        ("probability of the first answer", position.get("mean_probability")),
+        ("prefers the longer answer", length.get("longer")),
+        ("people prefer the longer answer", length.get("longer_by_people")),
+        ("correlation of label and length", length.get("correlation")),
+        ("probability on the labels", judge.get("mass")),
+        ("mean probability of the chosen", judge.get("strength")),
+    ]
     out: list[Fact] = []
-    out += _share("agrees with people", people.get("agreement"))
-    out += _share("kappa", people.get("kappa"))
-    for name, value in (people.get("by_certainty") or {}).items():
-        out += _share(f"agrees where people are in the {name}", value)
-    out += _share("agrees, prompted in one order only", people.get("one_order"))
-    if people.get("one_person") is not None:
-        out.append(("one person agrees with people", fixed(people["one_person"], 3), "", people["one_person"]))
-    out += _share("same verdict in both orders", judge.get("consistency"))
-    out += _share("prefers the first answer", position.get("first"))
-    out += _share("probability of the first answer", position.get("mean_probability"))
-    out += _share("prefers the longer answer", length.get("longer"))
-    out += _share("people prefer the longer answer", length.get("longer_by_people"))
-    if length.get("correlation") is not None:
-        r = length["correlation"]
-        out.append(("correlation of label and length", fixed(r, 3, True), "", r))
-    for key, name in (("mass", "probability on the labels"), ("strength", "mean probability of the chosen")):
-        if judge.get(key) is not None:
-            out.append((name, fixed(judge[key], 3), "", judge[key]))
+    for name, value in shares:
+        if isinstance(value, Mapping) and value.get("value") is not None:
+            low, high = (format_fixed(float(value[k]), 3) for k in ("low", "high"))
+            found = format_fixed(float(value["value"]), 3)
+            out.append((name, found, f"{low} to {high}, n = {value['n']:,}", value["value"]))
+        elif isinstance(value, int | float):
+            out.append((name, format_fixed(value, 3, name.startswith("correlation")), "", value))
     if judge.get("scores"):
         s = judge["scores"]
-        span = f"{fixed(s['least'], 2)} to {fixed(s['most'], 2)}"
-        out.append(("mean score", fixed(s["mean"], 2), span, s["mean"]))
+        span = f"{format_fixed(s['least'], 2)} to {format_fixed(s['most'], 2)}"
+        out.append(("mean score", format_fixed(s["mean"], 2), span, s["mean"]))
     return out
 
 
-def who(judge: Mapping[str, Any]) -> str:
+def who_judged(judge: Mapping[str, Any]) -> str:
     """Return a sentence on who judged what."""
     if not judge:
         return ""
@@ -80,7 +79,7 @@ def who(judge: Mapping[str, Any]) -> str:
     )
 
 
-def cost(spent: Mapping[str, Any]) -> str:
+def describe_cost(spent: Mapping[str, Any]) -> str:
     """Return a sentence on questions, tokens, time, and retries."""
     if not spent:
         return ""
@@ -88,8 +87,8 @@ def cost(spent: Mapping[str, Any]) -> str:
         f"{spent['questions']:,} questions, {spent['from_store']:,} of them from the store",
         f"{spent['prompt_tokens']:,} prompt tokens and {spent['completion_tokens']:,} completion tokens "
         f"({spent['new_prompt_tokens']:,} and {spent['new_completion_tokens']:,} of them in this run)",
-        f"{seconds(spent.get('answer_seconds', spent['seconds']))} to answer in total "
-        f"({seconds(spent['seconds'])} in this run)",
+        f"{format_seconds(spent.get('answer_seconds', spent['seconds']))} to answer in total "
+        f"({format_seconds(spent['seconds'])} in this run)",
     ]
     if "requests" in spent:
         again = ", ".join(f"{n:,} {why}" for why, n in (spent.get("retries") or {}).items())
@@ -97,23 +96,23 @@ def cost(spent: Mapping[str, Any]) -> str:
     return "; ".join(parts) + "."
 
 
-def agreement(raters: Mapping[str, Any]) -> str:
+def describe_agreement(raters: Mapping[str, Any]) -> str:
     """Return a sentence on how far people agree."""
     alpha = raters.get("alpha")
     if not alpha:
         return ""
-    values = ", ".join(f"{fixed(a, 3)} ({name})" for name, a in alpha.items() if a is not None)
+    values = ", ".join(f"{format_fixed(a, 3)} ({name})" for name, a in alpha.items() if a is not None)
     units = f"{raters['units']:,} answers with {raters['ratings_per_unit']:.1f} ratings each"
     return f"Krippendorff's alpha between people is {values or 'not defined: all ratings are equal'}, over {units}."
 
 
-def warnings(stage: Path) -> list[str]:
+def judge_warnings(stage: Path) -> list[str]:
     """Return warnings about a stage's judge, to be read before its labels are used."""
     path = stage / "judge.json"
     return list(json.loads(path.read_text()).get("warnings") or []) if path.exists() else []
 
 
-def lines(run: Path, disagreements: int = 0) -> list[str]:
+def feedback_lines(run: Path, disagreements: int = 0) -> list[str]:
     """Return lines for the terminal: who judged, the numbers, warnings, and some disagreements."""
     out: list[str] = []
     for entry in read_feedback(run):
