@@ -7,12 +7,12 @@ is accepted, ``package.module:name`` of a part from outside the package is accep
 from __future__ import annotations
 
 PROMPT_SOURCES: dict[str, str] = {
-    "rows": "posttrain.config.rl:RowsConfig",
-    "reasoning-gym": "posttrain.config.rl:ReasoningGymConfig",
-    "lab": "posttrain.config.rl:LabConfig",
-    "human_eval": "posttrain.config.rl:HumanEvalConfig",
+    "rows": "posttrain.data.prompt_sources:RowPrompts",
+    "reasoning-gym": "posttrain.data.prompt_sources:GymPrompts",
+    "lab": "posttrain.data.prompt_sources:LabPrompts",
+    "human_eval": "posttrain.data.prompt_sources:HumanEvalPrompts",
 }
-"""Sources of prompts for RL and for data that a model makes."""
+"""Sources of prompts for RL and for data that a model makes: classes with a nested `Config` and a method `load()`."""
 
 RENAMED = {
     "learning_rate": "lr",

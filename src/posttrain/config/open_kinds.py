@@ -29,10 +29,18 @@ class OpenKind:
         what: The kind of thing in words, for messages, such as "source of prompts".
         tag: Key that holds the name.
         default: Name that a mapping without the key gets. None: the key is required.
+        base: Settings that every kind has; a class from outside gets them in addition to its own.
     """
 
-    def __init__(self, names: Mapping[str, str], what: str, tag: str = "kind", default: str | None = None) -> None:
-        self.names, self.what, self.tag, self.default = names, what, tag, default
+    def __init__(
+        self,
+        names: Mapping[str, str],
+        what: str,
+        tag: str = "kind",
+        default: str | None = None,
+        base: type[BaseModel] = BaseModel,
+    ) -> None:
+        self.names, self.what, self.tag, self.default, self.base = names, what, tag, default, base
 
     @cached_property
     def settings_classes(self) -> list[type[BaseModel]]:
@@ -45,7 +53,7 @@ class OpenKind:
         Raises:
             RecipeError: The name is unknown, can't be imported, or is no class with settings.
         """
-        return _settings_class(self.load(name), name, self.tag)
+        return _settings_class(self.load(name), name, self.tag, self.base)
 
     def load(self, name: str) -> Any:
         """Return the object of a kind.
@@ -86,7 +94,13 @@ class OpenKind:
         return core_schema.no_info_plain_validator_function(self.validate)
 
 
-def open_kind(names: Mapping[str, str], what: str, tag: str = "kind", default: str | None = None) -> OpenKind:
+def open_kind(
+    names: Mapping[str, str],
+    what: str,
+    tag: str = "kind",
+    default: str | None = None,
+    base: type[BaseModel] = BaseModel,
+) -> OpenKind:
     """Return the metadata that makes ``Annotated[Any, open_kind(...)]`` a field with an open ``kind``.
 
     Args:
@@ -94,8 +108,9 @@ def open_kind(names: Mapping[str, str], what: str, tag: str = "kind", default: s
         what: The kind of thing in words, for messages, such as "source of prompts".
         tag: Key that holds the name.
         default: Name that a mapping without the key gets. None: the key is required.
+        base: Settings that every kind has; a class from outside gets them in addition to its own.
     """
-    return OpenKind(names, what, tag, default)
+    return OpenKind(names, what, tag, default, base)
 
 
 def unknown_name(name: str, names: Iterable[str], what: str) -> str:
@@ -108,16 +123,16 @@ def unknown_name(name: str, names: Iterable[str], what: str) -> str:
 
 
 @cache
-def _settings_class(found: Any, name: str, tag: str) -> type[BaseModel]:
+def _settings_class(found: Any, name: str, tag: str, base: type[BaseModel]) -> type[BaseModel]:
     model = found if isinstance(found, type) and issubclass(found, BaseModel) else getattr(found, "Config", None)
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         raise RecipeError(
             f"{name} has no settings: expected a class with a nested class Config (a subclass of posttrain's "
             "config.Config, or another pydantic model)"
         )
-    if tag in model.model_fields and model.model_config.get("extra") == "forbid":
+    if tag in model.model_fields and model.model_config.get("extra") == "forbid" and issubclass(model, base):
         return model
-    # A class from outside knows nothing of `tag`, and may let misspelt settings pass.
+    # A class from outside knows nothing of `tag` and `base`, and may let misspelt settings pass.
     body = {
         "__module__": model.__module__,
         "__qualname__": model.__qualname__,
@@ -126,4 +141,4 @@ def _settings_class(found: Any, name: str, tag: str) -> type[BaseModel]:
         tag: name,
         "model_config": ConfigDict(extra="forbid", frozen=True),
     }
-    return type(model.__name__, (model,), body)
+    return type(model.__name__, (model,) if issubclass(model, base) else (model, base), body)

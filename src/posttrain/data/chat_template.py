@@ -1,12 +1,12 @@
-"""Conversations → text and the characters that carry loss, for any chat template.
+"""Render conversations and find the characters that carry loss, for any chat template.
 
-What has to be learnt of an assistant turn is what the model will have to write there: everything between the
-generation prompt, as this template renders it, and the end of the turn, its end token included. The beginning is found
-by rendering the conversation before the turn, which needs nothing of the template. The end is where the turn's text
-ends if that follows at once, and otherwise (the template puts something in between, or changes the text) it is found by
-rendering the conversation with other texts in the turn's place: what follows them follows the turn. So is the beginning
-where a template renders a conversation's beginning otherwise than the whole, or refuses it. White space behind the end
-token is not learnt. Where a template writes no end token behind the last turn, the tokenizer's own is added and learnt.
+The loss of an assistant turn covers what the model has to write there: everything between the generation prompt, as
+this template renders it, and the end of the turn, its end token included. The beginning is found by rendering the
+conversation before the turn, which works for any template. The end is where the turn's text ends if that text follows
+the generation prompt directly. Otherwise (the template inserts or changes text) it is found by rendering the
+conversation with other texts in place of the turn: what follows them follows the turn. The beginning is found in this
+way too if the template refuses the conversation before the turn, or renders it differently. White space after the end
+token carries no loss. If a template writes no end token after the last turn, the tokenizer's own is added, with loss.
 """
 
 from __future__ import annotations
@@ -24,17 +24,32 @@ from posttrain.data.formats import BadRow
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation's text; `spans` are the character ranges that carry loss; `closed`: the last ends a turn."""
+    """Hold a rendered conversation.
+
+    Attributes:
+        text: The text.
+        spans: Half-open ranges of characters that carry loss.
+        closed: True if an end token closes the last turn.
+        answer_end: Where the text of the last turn ends, before its end token.
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     closed: bool = True
     answer_end: int = 0
-    """Where the last turn's own text ends, before its end token."""
 
 
-def render(tokenizer: Any, messages: Sequence[Message], generation: bool = False) -> str:
-    """The template's text of a conversation. Raises BadRow with the template's own complaint."""
+def render_chat(tokenizer: Any, messages: Sequence[Message], generation: bool = False) -> str:
+    """Return the template's text of a conversation.
+
+    Args:
+        tokenizer: Tokenizer with the template.
+        messages: Turns of the conversation.
+        generation: Add the generation prompt.
+
+    Raises:
+        BadRow: The template refuses the conversation, with its own message.
+    """
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
     except Exception as error:  # a template may raise anything it likes
@@ -45,12 +60,18 @@ def render(tokenizer: Any, messages: Sequence[Message], generation: bool = False
 def render_with_loss(
     tokenizer: Any, messages: Sequence[Message], loss_on: Literal["completion", "assistant", "all"]
 ) -> Rendered:
-    """Text and loss spans: of the last assistant turn, of every one, or of everything.
+    """Return the text of a conversation and the spans that carry loss.
 
-    Raises BadRow for a conversation without an assistant turn, an empty one, or one whose text the template changes
-    so that it can't be found again.
+    Args:
+        tokenizer: Tokenizer with the template.
+        messages: Turns of the conversation.
+        loss_on: The last assistant turn, every assistant turn, or everything.
+
+    Raises:
+        BadRow: The conversation has no assistant turn or an empty one, or the template changes a turn so that its text
+            can't be found.
     """
-    text = render(tokenizer, messages)
+    text = render_chat(tokenizer, messages)
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     last = len(messages) - 1
     if not turns and loss_on != "all":
@@ -71,7 +92,7 @@ def render_with_loss(
 
 
 def _turn(tokenizer: Any, messages: Sequence[Message], i: int, text: str) -> tuple[int, int, bool, int]:
-    """(start, end, whether an end token closes it, where its own text ends) of assistant turn i."""
+    """Return start and end of assistant turn i, True if an end token closes it, and the end of its own text."""
     specials = special_tokens(tokenizer)
     content = messages[i]["content"].strip()
     before = _try(tokenizer, messages[:i], generation=True) if i else ""
@@ -79,14 +100,14 @@ def _turn(tokenizer: Any, messages: Sequence[Message], i: int, text: str) -> tup
     own = -1
     if start >= 0:
         at = _past_space(text, start)
-        # Only right here, and only with the turn's end behind it: the text "end" also stands in "<|end|>".
+        # Only directly here, and only if the turn ends after it: "<|end|>" contains the text "end" too.
         if text.startswith(content, at) and _ends_turn(text, at + len(content), specials):
             own = at + len(content)
     if own < 0:
         start, own = _by_sentinel(tokenizer, messages, i, text, start)
     limit = len(text)
     if i < len(messages) - 1:
-        # A special token that comes only with the next turn is that turn's beginning.
+        # A special token that appears only together with the next turn is the beginning of that turn.
         common = len(os.path.commonprefix([_try(tokenizer, messages[: i + 1]), text]))
         limit = common if common >= own else limit
     end, closed = _close(text, own, limit, specials)
@@ -106,23 +127,23 @@ def _ends_turn(text: str, at: int, specials: tuple[str, ...]) -> bool:
 
 def _try(tokenizer: Any, messages: Sequence[Message], generation: bool = False) -> str:
     try:
-        return render(tokenizer, messages, generation)
+        return render_chat(tokenizer, messages, generation)
     except BadRow:
         return ""
 
 
 def _by_sentinel(tokenizer: Any, messages: Sequence[Message], i: int, text: str, start: int) -> tuple[int, int]:
-    """The characters of turn i, from rendering the conversation with two other texts in its place.
+    """Return start and end of turn i, found by rendering the conversation with two other texts in its place.
 
-    start: where the turn is known to begin, or -1.
+    `start` is where the turn is known to begin, or -1.
     """
     changed = BadRow(f"the chat template changes turn {i + 1} so that its text can't be told from the rest")
-    around = []
+    around: list[list[str]] = []
     for sentinel in ("Qz7f0Xw", "Kj9vR2b"):
         while sentinel in text:
             sentinel += sentinel[0]
         other = [*messages[:i], {"role": messages[i]["role"], "content": sentinel}, *messages[i + 1 :]]
-        parts = render(tokenizer, other).split(sentinel)  # type: ignore[arg-type]
+        parts = render_chat(tokenizer, other).split(sentinel)  # type: ignore[arg-type]
         if len(parts) != 2:
             raise changed
         around.append(parts)
@@ -135,18 +156,18 @@ def _by_sentinel(tokenizer: Any, messages: Sequence[Message], i: int, text: str,
         if not text.startswith(head) or start > own:
             raise changed
     if not text[start:own].strip():
-        raise BadRow(f"the chat template leaves nothing to learn of turn {i + 1}")
+        raise BadRow(f"the chat template leaves nothing of turn {i + 1} to train on")
     return start, own
 
 
 def _close(text: str, own: int, limit: int, specials: tuple[str, ...]) -> tuple[int, bool]:
-    """Where a turn ends whose own text ends at `own`: behind the special tokens that follow it, up to `limit`."""
+    """Return where a turn with own text up to `own` ends, after its special tokens, and True if there are any."""
     at, closed = own, False
     while True:
         begins = _past_space(text, at)
         hit = next((s for s in specials if text.startswith(s, begins)), None)
-        # The first special token closes the turn. One more only at the very end of the text: before another turn it
-        # would be that turn's beginning.
+        # The first special token closes the turn. A second one counts only at the end of the whole text: before
+        # another turn it is the beginning of that turn.
         if hit is None or begins + len(hit) > limit or (closed and text[begins + len(hit) :].strip()):
             return at, closed
         at, closed = begins + len(hit), True
@@ -156,7 +177,7 @@ _SPECIALS: WeakKeyDictionary[Any, tuple[Any, tuple[str, ...]]] = WeakKeyDictiona
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The texts of all special tokens, longest first; those added without a name (<|eot_id|>) are among them."""
+    """Return the texts of all special tokens, longest first, with those that have no name (<|eot_id|>)."""
     now = (len(tokenizer), tuple(map(str, tokenizer.all_special_tokens)))
     known = _SPECIALS.get(tokenizer)
     if known is None or known[0] != now:
@@ -167,7 +188,13 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-    """Token ids of each text; special=False adds none (a chat template writes its own)."""
+    """Return the token ids of each text.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: The texts.
+        special: Add the tokenizer's special tokens. A chat template writes its own.
+    """
     if not texts:
         return []
     out = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
@@ -175,11 +202,11 @@ def tokenize(tokenizer: Any, texts: Sequence[str], special: bool = False) -> lis
 
 
 def tokenize_rendered(tokenizer: Any, conversations: Sequence[Rendered]) -> list[tuple[list[int], list[float]]]:
-    """(tokens, weights) of each conversation, up to the end of its last span.
+    """Return tokens and weights of each conversation, up to the end of its last span.
 
-    The tokens before a span are those of the text before it alone, since that is what the model sees when it has to
-    write the span: where a token of the whole text would straddle the border, the two sides are tokenized apart. What
-    stands between special tokens is tokenized by itself, and once where it comes again (as generation prompts do).
+    The tokens before a span are those of the text before it alone, since the model sees these when it has to write the
+    span: if a token of the whole text would cross the border, the two sides are tokenized separately. Text between
+    special tokens is tokenized separately, and once only if it is repeated (as generation prompts are).
     """
     if not conversations:
         return []
@@ -213,10 +240,11 @@ def tokenize_rendered(tokenizer: Any, conversations: Sequence[Rendered]) -> list
     return out
 
 
-def turn_end(tokenizer: Any) -> int | None:
-    """The special token by which the chat template ends an assistant's turn; None without a template, or without one.
+def end_of_turn_token(tokenizer: Any) -> int | None:
+    """Return the special token with which the chat template ends an assistant's turn.
 
-    A model that answers in the template says it when it has finished, whether or not it is the tokenizer's end token.
+    A model that answers in the template writes it when it has finished, even if it is not the tokenizer's end token.
+    None if there is no template, or if the template has no such token.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -224,15 +252,15 @@ def turn_end(tokenizer: Any) -> int | None:
         rendered = render_with_loss(
             tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "completion"
         )
-    except BadRow:  # a template for other roles: nothing is known of it
+    except BadRow:  # a template for other roles
         return None
-    behind = tokenize(tokenizer, [rendered.text[rendered.answer_end :]])[0]
+    after = tokenize(tokenizer, [rendered.text[rendered.answer_end :]])[0]
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-    return next((t for t in behind if t in special), None)
+    return next((t for t in after if t in special), None)
 
 
 def _plan(c: Rendered, marks: re.Pattern[str] | None) -> list[tuple[int, int, int, float]]:
-    """Steps of (where the segment begins, from, to, weight): at `marks` a segment begins, at spans' edges it pauses."""
+    """Return (beginning of the segment, from, to, weight) of each part; segments begin at `marks`, parts also at spans."""
     stop = c.spans[-1][1]
     begins = {m.start() for m in marks.finditer(c.text, 0, stop)} if marks else set()
     cuts = sorted({0, stop, *begins, *(edge for span in c.spans for edge in span)})
@@ -245,7 +273,7 @@ def _plan(c: Rendered, marks: re.Pattern[str] | None) -> list[tuple[int, int, in
 
 
 def _splits(tokenizer: Any, mark: str) -> bool:
-    """Whether text before this special token and text from it on are tokenized without regard to each other."""
+    """Return True if text before this special token and text from it on are tokenized independently."""
     for left, right in (("a", "b"), ("a ", " b"), ("a\n", "\n\nb")):
         whole, before, after = tokenize(tokenizer, [left + mark + right, left, mark + right])
         if whole != before + after or len(tokenize(tokenizer, [mark])[0]) != 1:
@@ -254,18 +282,18 @@ def _splits(tokenizer: Any, mark: str) -> bool:
 
 
 def _marks(tokenizer: Any, text: str) -> re.Pattern[str] | None:
-    """The special tokens of a text at which it can be tokenized in segments."""
+    """Return a pattern of the special tokens at which a text can be split before it is tokenized."""
     marks = [s for s in special_tokens(tokenizer) if s in text and _splits(tokenizer, s)]
     return re.compile("|".join(map(re.escape, marks))) if marks else None
 
 
 def continuation(tokenizer: Any, piece: str) -> list[int]:
-    """Tokens of a text that goes on another: without the space that some tokenizers put before a text's beginning."""
+    """Return the tokens of a text that continues another, without the space that some tokenizers put first."""
     return continuations(tokenizer, [piece])[0]
 
 
 def continuations(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:
-    """`continuation` of each text."""
+    """Return `continuation` of each text."""
     named = (str(t) for t in tokenizer.all_special_tokens)
     anchor = next((t for t in named if t and _splits(tokenizer, t)), "")
     return [ids[1 if anchor else 0 :] for ids in tokenize(tokenizer, [anchor + piece for piece in pieces])]

@@ -1,28 +1,31 @@
-"""Answers with what people said of them, and the pairs that they make."""
+"""Compare rated answers: preference shares, and pairs of the answers to one prompt."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist, fmean, pstdev
 from typing import Any
 
 import numpy as np
 
-SHOWN = 10
-"""Of what was left out, by name."""
 Prompt = str | list[dict[str, Any]]
 """A text, or the turns before the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An answer. ratings: everyone's, by rater where they are known (else by 0, 1, ...).
+    """Hold an answer and its ratings.
 
-    named: whether the raters are known, so that two answers can be compared rater by rater. mean and spread: where
-    the single ratings are not there (spread: None where that is not known either).
+    Attributes:
+        text: The answer.
+        source: Place of the row, `file:row`.
+        ratings: Ratings by rater if raters are known, or else by 0, 1, ...
+        named: True if raters are known, so that two answers can be compared rater by rater.
+        mean: Mean rating if single ratings are unknown.
+        spread: Standard deviation of the ratings if single ratings are unknown; None if it is unknown too.
     """
 
     text: str
@@ -34,16 +37,21 @@ class Candidate:
 
     @property
     def score(self) -> float | None:
-        """The mean rating; None where nobody rated it."""
+        """Return the mean rating; None if nobody rated the answer."""
         return fmean(self.ratings.values()) if self.ratings else self.mean
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """Two answers to one prompt, in no order that means anything.
+class AnswerPair:
+    """Hold two answers to one prompt; their order has no meaning.
 
-    human: the probability that people prefer a; None where nobody was asked. margin: by how much (a over b), in units
-    of the ratings, or as 2 human - 1 where there are only choices. source: file and rows that it came from.
+    Attributes:
+        prompt: Text, or turns.
+        a: One answer.
+        b: The other answer.
+        source: Places of the rows.
+        human: Probability that people prefer a; None if nobody was asked.
+        margin: By how much a is better, in units of the ratings, or 2 human - 1 if there are only choices.
     """
 
     prompt: Prompt
@@ -55,16 +63,16 @@ class Pair:
 
 
 def preference_share(a: Candidate, b: Candidate) -> float:
-    """The probability that a rater puts a above b, half of the ties counted on each side.
+    """Return the probability that a rater puts a above b, half of the ties counted on each side.
 
         P = mean over pairs (x of a's ratings, y of b's) of [x > y] + [x = y] / 2
 
-    over the raters of both, each compared with himself, where raters are known and any rated both; else over all
-    pairs of ratings (the common-language effect size of McGraw & Wong 1992, Psychological Bulletin 111:361). From means
-    and spreads alone, the normal approximation of the same: Phi((m_a - m_b) / sqrt(s_a^2 + s_b^2)).
+    over the raters of both, each compared with himself, if raters are known and any rated both; or else over all pairs
+    of ratings (the common-language effect size of McGraw & Wong 1992, Psychological Bulletin 111:361). From means and
+    spreads alone, the normal approximation of the same: Phi((m_a - m_b) / sqrt(s_a^2 + s_b^2)).
 
-    Degenerate: no spread (not known, or 0 for both): 1, 0 or, for equal means, 1/2. Raises ValueError where one of the
-    two was not rated.
+    Degenerate: no spread (unknown, or 0 for both): 1, 0 or, for equal means, 1/2. Raises ValueError if one of the two
+    was not rated.
     """
     if a.ratings and b.ratings:
         if a.named and b.named and (both := a.ratings.keys() & b.ratings.keys()):
@@ -88,13 +96,20 @@ def _above(x: float, y: float) -> float:
     return 0.5 if x == y else float(x > y)
 
 
-def choose(count: int, wanted: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Pairs of the numbers below `count`, i < j, none twice: all (wanted 0), or as many, every number used alike.
+def choose_pairs(count: int, wanted: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Draw pairs (i, j), i < j, of the numbers below `count`, none twice.
 
-    Each round is a permutation, taken two by two.
+    Each round is a permutation, taken two by two, so that every number is used equally often.
+
+    Args:
+        count: Number of things to pair.
+        wanted: Number of pairs; 0 for all.
+        rng: Source of randomness.
+
+    Returns:
+        All pairs, or `wanted` of them.
     """
-    every = count * (count - 1) // 2
-    if not wanted or wanted >= every:
+    if not wanted or wanted >= count * (count - 1) // 2:
         return [(i, j) for i in range(count) for j in range(i + 1, count)]
     out: dict[tuple[int, int], None] = {}
     while len(out) < wanted:
@@ -107,17 +122,18 @@ def choose(count: int, wanted: int, rng: np.random.Generator) -> list[tuple[int,
 
 
 class LeftOut(Counter[str]):
-    """What can teach nothing, counted by reason. all: by where it comes from; shown: the first of it."""
+    """Count by reason what teaches nothing.
+
+    Attributes:
+        all: Place and reason of each item.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.all: list[dict[str, str]] = []
 
-    @property
-    def shown(self) -> list[dict[str, str]]:
-        return self.all[:SHOWN]
-
     def note(self, reason: str, source: str) -> None:
+        """Count one item."""
         self[reason] += 1
         self.all.append({"source": source, "reason": reason})
 
@@ -129,44 +145,59 @@ def pair_up(
     rng: np.random.Generator,
     dropped: LeftOut,
     min_margin: float = 0.0,
-) -> list[Pair]:
-    """Pairs of a prompt's answers; those that can teach nothing are left out and noted in `dropped`.
+) -> list[AnswerPair]:
+    """Make pairs of a prompt's answers, without those that teach nothing.
 
-    A pair is left out where its answers are the same, its means equal or within min_margin, or where the means say one
+    A pair teaches nothing if its answers are the same, its means equal or within min_margin, or if the means say one
     thing and most pairs of ratings the other.
+
+    Args:
+        prompt: The prompt.
+        candidates: Its answers.
+        wanted: Number of pairs that are drawn; 0 for all.
+        rng: Source of randomness.
+        dropped: Gets the pairs left out.
+        min_margin: Smallest difference of the mean ratings.
     """
     out = []
-    for i, j in choose(len(candidates), wanted, rng):
+    for i, j in choose_pairs(len(candidates), wanted, rng):
         a, b = candidates[i], candidates[j]
-        human = margin = None
-        source = f"{a.source} {b.source}".strip()
-        if a.text.strip() == b.text.strip():
-            dropped.note("two answers are the same", source)
-            continue
+        pair = AnswerPair(prompt, a.text, b.text, f"{a.source} {b.source}".strip())
         if a.score is not None and b.score is not None:
-            margin = a.score - b.score
-            human = preference_share(a, b)
-            if margin == 0:
-                dropped.note("tie", source)
-                continue
-            if abs(margin) < min_margin:
-                dropped.note("within min_margin", source)
-                continue
-            if human == 0.5 or (human > 0.5) != (margin > 0):
-                dropped.note("means and raters disagree", source)
-                continue
-        out.append(Pair(prompt, a.text, b.text, source, human, margin))
+            pair = replace(pair, human=preference_share(a, b), margin=a.score - b.score)
+        if reason := _teaches_nothing(pair, min_margin):
+            dropped.note(reason, pair.source)
+        else:
+            out.append(pair)
     return out
 
 
-def labelled(pair: Pair, p_a: float, margin: float, **more: Any) -> dict[str, Any]:
-    """A row of the preference layout: the likelier answer is the chosen one. p_a and margin are of a."""
+def _teaches_nothing(pair: AnswerPair, min_margin: float) -> str:
+    if pair.a.strip() == pair.b.strip():
+        return "two answers are the same"
+    if pair.margin is None or pair.human is None:
+        return ""
+    if pair.margin == 0:
+        return "tie"
+    if abs(pair.margin) < min_margin:
+        return "within min_margin"
+    return "means and raters disagree" if pair.human == 0.5 or (pair.human > 0.5) != (pair.margin > 0) else ""
+
+
+def labelled_row(pair: AnswerPair, p_a: float, margin: float, **more: Any) -> dict[str, Any]:
+    """Return a row of the preference layout, in which the likelier answer is the chosen one.
+
+    Args:
+        pair: The two answers.
+        p_a: Probability that a is the better one.
+        margin: By how much a is better.
+        more: Other columns.
+    """
     first = p_a > 0.5 or (p_a == 0.5 and margin >= 0)
-    chosen, rejected = (pair.a, pair.b) if first else (pair.b, pair.a)
     return {
         "prompt": pair.prompt,
-        "chosen": chosen,
-        "rejected": rejected,
+        "chosen": pair.a if first else pair.b,
+        "rejected": pair.b if first else pair.a,
         "probability": p_a if first else 1 - p_a,
         "margin": margin if first else -margin,
         "source": pair.source,

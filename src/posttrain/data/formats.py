@@ -1,7 +1,8 @@
-"""What a row is: the published layouts, recognised by their columns or named, each mapped to one record."""
+"""Map rows to records: published layouts, recognised by their columns or named, and templates over any table."""
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +23,31 @@ ROLES = {
 
 
 class BadRow(Exception):
-    """A row that can't be used, and why."""
+    """Signal that a row can't be used.
+
+    Attributes:
+        hint: Advice that is the same for all rows with this problem, such as a list of allowed values. A message about
+            many rows shows it once.
+    """
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
+
+
+class FilteredRow(Exception):
+    """Signal that the settings leave a row out, which is counted and is no error."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row, whatever it was laid out as: a conversation, or plain text, with what else it carried."""
+    """Hold one row of any layout: a conversation, or plain text.
+
+    Attributes:
+        messages: Turns of the conversation; empty for plain text.
+        text: Plain text; None for a conversation.
+        extra: Other fields of the row that a method or a report uses.
+    """
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
@@ -35,50 +55,55 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """needs: columns that must be there. fits: whether a first row with these columns is of this layout."""
+class RowLayout:
+    """Describe a published layout.
+
+    Attributes:
+        needs: Columns that must be there.
+        map: Makes the record of a row; raises BadRow.
+        fits: Returns False if a first row with these columns is of another layout.
+    """
 
     needs: tuple[str, ...]
     map: Callable[[Row], Record]
     fits: Callable[[Row], bool] = lambda row: True
 
 
-def field(row: Row, name: str) -> Any:
-    """A field that must be there and not null."""
+def required_field(row: Row, name: str) -> Any:
+    """Return a field of a row. Raises BadRow if it is missing or null."""
     if row.get(name) is None:
         raise BadRow(f"missing field {name!r}")
     return row[name]
 
 
-def message(role: Any, content: Any) -> Message:
-    """One turn, its role in our words; content may be a list of text parts."""
-    if str(role).lower() not in ROLES:
-        raise BadRow(f"unknown role {role!r} (known: {', '.join(sorted(ROLES))})")
+def make_message(role: Any, content: Any) -> Message:
+    """Return one turn with one of our four roles; `content` is text or a list of text parts. Raises BadRow."""
+    ours = ROLES.get(str(role).lower())
+    if ours is None:
+        raise BadRow(f"unknown role {role!r}", f"Known roles: {', '.join(sorted(ROLES))}")
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         content = "".join(p["text"] for p in content)
     if not isinstance(content, str):
         raise BadRow(f"content of the {role} turn is {type(content).__name__}, expected text")
-    return {"role": ROLES[str(role).lower()], "content": content}
+    return {"role": ours, "content": content}
 
 
-def turns(value: Any) -> list[Message]:
-    """A list of turns in either spelling: role and content, or from and value."""
+def read_turns(value: Any) -> list[Message]:
+    """Return the turns of a list in either spelling: role and content, or from and value. Raises BadRow."""
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise BadRow("expected a list of turns, each with role and content")
-    out = []
-    for m in value:
-        content = m["content"] if m.get("content") is not None else m.get("value")
-        out.append(message(m.get("role") or m.get("from"), content))
-    return out
+    contents = (m["content"] if m.get("content") is not None else m.get("value") for m in value)
+    return [make_message(m.get("role") or m.get("from"), content) for m, content in zip(value, contents, strict=True)]
 
 
 def _conversation(prompt: Any, completion: Any) -> tuple[Message, ...]:
-    """Prompt and completion, each as text or as turns."""
-    before = turns(prompt) if isinstance(prompt, list) else [message("user", _text(prompt, "prompt"))]
-    after = (
-        turns(completion) if isinstance(completion, list) else [message("assistant", _text(completion, "completion"))]
+    """Return the turns of a prompt and a completion, each given as text or as turns."""
+    parts = (("user", prompt, "prompt"), ("assistant", completion, "completion"))
+    both = (
+        read_turns(value) if isinstance(value, list) else [make_message(role, _text(value, name))]
+        for role, value, name in parts
     )
-    return (*before, *after)
+    return tuple(m for turns in both for m in turns)
 
 
 def _text(value: Any, name: str) -> str:
@@ -89,21 +114,24 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def number(value: Any, name: str) -> float:
-    """A cell as a number. Raises BadRow where it is none, "nan" included."""
+def read_number(value: Any, name: str, finite: bool = False) -> float:
+    """Return a cell as a number.
+
+    Args:
+        value: The cell.
+        name: Name of the column, for messages.
+        finite: Refuse infinity too.
+
+    Raises:
+        BadRow: The cell holds no number, or "nan".
+    """
     try:
         out = float(value)
     except (TypeError, ValueError) as error:
         raise BadRow(f"{name} is {value!r}, expected a number") from error
-    if out != out:
+    if math.isnan(out):
         raise BadRow(f"{name} is not a number")
-    return out
-
-
-def finite(value: Any, name: str) -> float:
-    """The same, and no infinity."""
-    out = number(value, name)
-    if out in (float("inf"), float("-inf")):
+    if finite and math.isinf(out):
         raise BadRow(f"{name} is {value!r}, expected a number that is finite")
     return out
 
@@ -112,125 +140,140 @@ def _extra(row: Row, *names: str) -> Row:
     return {n: row[n] for n in ("id", "choices", *names) if row.get(n) is not None}
 
 
-def _messages(row: Row) -> Record:
-    return Record(tuple(turns(field(row, "messages"))), extra=_extra(row))
+def _pair_of(prompt: str, completion: str) -> Callable[[Row], Record]:
+    """Return a mapping for a layout that is a column with the prompt and a column with the completion."""
+
+    def mapping(row: Row) -> Record:
+        messages = _conversation(required_field(row, prompt), required_field(row, completion))
+        return Record(messages, extra=_extra(row, "rating"))
+
+    return mapping
 
 
-def _tree(row: Row) -> Record:
-    """What `open_assistant` made of a tree."""
-    if "without" in row:
-        raise BadRow(f"its parent is not in the file: {row['without']}")
+def _turns_of(column: str) -> Callable[[Row], Record]:
+    return lambda row: Record(tuple(read_turns(required_field(row, column))), extra=_extra(row))
+
+
+def _open_assistant_tree(row: Row) -> Record:
+    """Map a row that `open_assistant` made of a tree."""
+    if "missing_parent" in row:
+        raise BadRow(f"its parent is not in the file: {row['missing_parent']}")
     if not row["messages"]:
         raise BadRow("no answer in this tree")
-    return _messages(row)
-
-
-def _prompt_completion(row: Row) -> Record:
-    return Record(_conversation(field(row, "prompt"), field(row, "completion")), extra=_extra(row, "rating"))
+    return _turns_of("messages")(row)
 
 
 def _verifiable(row: Row) -> Record:
-    answer = field(row, "answer")
-    return Record(_conversation(field(row, "prompt"), answer), extra={**_extra(row), "answer": answer})
+    answer = required_field(row, "answer")
+    return Record(_conversation(required_field(row, "prompt"), answer), extra={**_extra(row), "answer": answer})
 
 
 def _rated(row: Row) -> Record:
-    rating = {"rating": field(row, "rating")}
+    extra = {**_extra(row), "rating": required_field(row, "rating")}
     if row.get("completion") is not None:
-        return Record(_conversation(field(row, "prompt"), row["completion"]), extra=_extra(row) | rating)
-    return Record(text=_text(field(row, "text"), "text"), extra=_extra(row) | rating)
+        return Record(_conversation(required_field(row, "prompt"), row["completion"]), extra=extra)
+    return Record(text=_text(required_field(row, "text"), "text"), extra=extra)
 
 
 def _preference(row: Row) -> Record:
-    """For supervised fine-tuning a pair is its chosen answer; the rejected one goes along."""
-    chosen, rejected = field(row, "chosen"), field(row, "rejected")
-    extra = {**_extra(row), "rejected": rejected}
-    if isinstance(chosen, list):
-        conversation = turns(chosen)
-        starts = conversation[0]["role"] in ("system", "user")
-        prompt = [] if starts or row.get("prompt") is None else list(_conversation(row["prompt"], "."))[:-1]
-        return Record((*prompt, *conversation), extra=extra)
-    return Record(_conversation(field(row, "prompt"), chosen), extra=extra)
+    """Map a pair to its chosen answer, as supervised fine-tuning reads it; the rejected one goes to `extra`."""
+    chosen = required_field(row, "chosen")
+    extra = {**_extra(row), "rejected": required_field(row, "rejected")}
+    if not isinstance(chosen, list):
+        return Record(_conversation(required_field(row, "prompt"), chosen), extra=extra)
+    conversation = read_turns(chosen)
+    whole = conversation[0]["role"] in ("system", "user")
+    prompt = () if whole or row.get("prompt") is None else _conversation(row["prompt"], ".")[:-1]
+    return Record((*prompt, *conversation), extra=extra)
 
 
 def _ultrafeedback(row: Row) -> Record:
-    """The completion with the highest overall score; the first of equals."""
-    completions = field(row, "completions")
-    if not isinstance(completions, list) or not completions or not all(isinstance(c, dict) for c in completions):
-        raise BadRow("completions: expected a list of objects, each with response and overall_score")
-    best = max(completions, key=lambda c: number(c.get("overall_score") or 0, "overall_score"))
-    return Record(_conversation(field(row, "instruction"), field(best, "response")), extra=_extra(row))
+    """Map a row to the completion with the highest overall score, the first of equals."""
+    completions = row_completions(row)
+    if not completions:
+        raise BadRow(NO_COMPLETIONS)
+    best = max(completions, key=lambda c: read_number(c.get("overall_score") or 0, "overall_score"))
+    messages = _conversation(required_field(row, "instruction"), required_field(best, "response"))
+    return Record(messages, extra=_extra(row))
+
+
+NO_COMPLETIONS = "completions: expected a list of objects, each with response and overall_score"
+
+
+def row_completions(row: Row) -> list[Row]:
+    """Return the completions of a row in the ultrafeedback layout. Raises BadRow."""
+    completions = required_field(row, "completions")
+    if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
+        raise BadRow(NO_COMPLETIONS)
+    return completions
 
 
 def _alpaca(row: Row) -> Record:
-    instruction, given = _text(field(row, "instruction"), "instruction"), _text(row.get("input") or "", "input")
-    prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
-    return Record(_conversation(prompt, field(row, "output")), extra=_extra(row))
-
-
-def _sharegpt(row: Row) -> Record:
-    return Record(tuple(turns(field(row, "conversations"))), extra=_extra(row))
+    prompt, more = _text(required_field(row, "instruction"), "instruction"), _text(row.get("input") or "", "input")
+    if more.strip():
+        prompt = f"{prompt}\n\n{more}"
+    return Record(_conversation(prompt, required_field(row, "output")), extra=_extra(row))
 
 
 def _hh(row: Row) -> Record:
-    """ "\\n\\nHuman: …\\n\\nAssistant: …" dialogues; the chosen one."""
-    text = str(field(row, "chosen"))
-    out: list[Message] = []
-    for part in text.split("\n\nHuman:")[1:]:
+    """Map the chosen one of two "\\n\\nHuman: …\\n\\nAssistant: …" dialogues."""
+    messages: list[Message] = []
+    for part in str(required_field(row, "chosen")).split("\n\nHuman:")[1:]:
         human, *answers = part.split("\n\nAssistant:")
-        out.append(message("user", human.strip()))
-        out.extend(message("assistant", a.strip()) for a in answers)
-    if not out:
+        messages.append(make_message("user", human.strip()))
+        messages.extend(make_message("assistant", a.strip()) for a in answers)
+    if not messages:
         raise BadRow("no '\\n\\nHuman:' turn in it")
-    return Record(tuple(out), extra={**_extra(row), "rejected": field(row, "rejected")})
+    return Record(tuple(messages), extra={**_extra(row), "rejected": required_field(row, "rejected")})
 
 
 def _gsm8k(row: Row) -> Record:
-    answer = _text(field(row, "answer"), "answer")
+    answer = _text(required_field(row, "answer"), "answer")
     final = answer.rsplit("####", 1)[-1].strip()
-    return Record(_conversation(field(row, "question"), answer), extra={**_extra(row), "answer": final})
-
-
-def _flan(row: Row) -> Record:
-    return Record(_conversation(field(row, "inputs"), field(row, "targets")), extra=_extra(row))
+    return Record(_conversation(required_field(row, "question"), answer), extra={**_extra(row), "answer": final})
 
 
 def _plain(row: Row) -> Record:
-    return Record(text=_text(field(row, "text"), "text"), extra=_extra(row))
+    return Record(text=_text(required_field(row, "text"), "text"), extra=_extra(row))
 
 
-LAYOUTS: dict[str, Layout] = {
-    "hh_rlhf": Layout(("chosen", "rejected"), _hh, lambda r: str(r["chosen"]).startswith("\n\nHuman:")),
-    "preference": Layout(("chosen", "rejected"), _preference),
-    "messages": Layout(("messages",), _messages),
-    "sharegpt": Layout(("conversations",), _sharegpt),
-    "ultrafeedback": Layout(("instruction", "completions"), _ultrafeedback),
-    "openassistant": Layout(("message_id", "parent_id", "text", "role"), _tree),
-    "rated": Layout(("rating", "text"), _rated),
-    "prompt_completion": Layout(("prompt", "completion"), _prompt_completion),
-    "alpaca": Layout(("instruction", "output"), _alpaca),
-    "gsm8k": Layout(("question", "answer"), _gsm8k, lambda r: "####" in str(r["answer"])),
-    "verifiable": Layout(("prompt", "answer"), _verifiable),
-    "flan": Layout(("inputs", "targets"), _flan),
-    "text": Layout(("text",), _plain),
+LAYOUTS: dict[str, RowLayout] = {
+    "hh_rlhf": RowLayout(("chosen", "rejected"), _hh, lambda r: str(r["chosen"]).startswith("\n\nHuman:")),
+    "preference": RowLayout(("chosen", "rejected"), _preference),
+    "messages": RowLayout(("messages",), _turns_of("messages")),
+    "sharegpt": RowLayout(("conversations",), _turns_of("conversations")),
+    "ultrafeedback": RowLayout(("instruction", "completions"), _ultrafeedback),
+    "openassistant": RowLayout(("message_id", "parent_id", "text", "role"), _open_assistant_tree),
+    "rated": RowLayout(("rating", "text"), _rated),
+    "prompt_completion": RowLayout(("prompt", "completion"), _pair_of("prompt", "completion")),
+    "alpaca": RowLayout(("instruction", "output"), _alpaca),
+    "gsm8k": RowLayout(("question", "answer"), _gsm8k, lambda r: "####" in str(r["answer"])),
+    "verifiable": RowLayout(("prompt", "answer"), _verifiable),
+    "flan": RowLayout(("inputs", "targets"), _pair_of("inputs", "targets")),
+    "text": RowLayout(("text",), _plain),
 }
-"""In the order in which they are tried: the more telling columns first."""
+"""Layouts in the order in which they are tried: the more specific columns first."""
 
 
-def recognise(row: Row, asked: str) -> str:
-    """The layout of a table by its first row, or the one asked for once its columns are there.
+def recognise(row: Row, wanted: str) -> str:
+    """Return the name of a table's layout, found by its first row.
 
-    Raises DataError with the columns that were found and those that each layout needs.
+    Args:
+        row: First row of the table.
+        wanted: Name of a layout, whose columns are checked, or "auto".
+
+    Raises:
+        DataError: No layout fits; the message has the columns of the row and those that each layout needs.
     """
-    names = [asked] if asked != "auto" else list(LAYOUTS)
+    names = list(LAYOUTS) if wanted == "auto" else [wanted]
     for name in names:
         layout = LAYOUTS[name]
         alternative = name == "rated" and {"rating", "prompt", "completion"} <= row.keys()
-        if (alternative or all(c in row for c in layout.needs)) and (asked != "auto" or layout.fits(row)):
+        if (alternative or all(c in row for c in layout.needs)) and (wanted != "auto" or layout.fits(row)):
             return name
     wants = "; ".join(f"{n}: {', '.join(LAYOUTS[n].needs)}" for n in names)
     near = max(LAYOUTS, key=lambda n: (len(set(LAYOUTS[n].needs) & row.keys()) / len(LAYOUTS[n].needs), n))
-    hint = f" The nearest is {near}." if asked == "auto" and set(LAYOUTS[near].needs) & row.keys() else ""
+    hint = f" The nearest is {near}." if wanted == "auto" and set(LAYOUTS[near].needs) & row.keys() else ""
     raise DataError(
         f"the columns {sorted(row)} are no known layout ({wants}).{hint} Rename columns (data.columns: {{prompt: "
         "question}), or make instructions of any table with data.prompt and data.completion templates"
@@ -238,31 +281,31 @@ def recognise(row: Row, asked: str) -> str:
 
 
 def open_assistant(table: Table) -> Table:
-    """Message trees → one conversation a tree: from the root along the best-ranked answers.
+    """Make one conversation of each message tree, from the root along the best-ranked answers.
 
-    A message whose parent is not in the file becomes a row that says so (`without`), and no conversation.
+    A message whose parent is not in the file becomes a row with the parent's id as `missing_parent`.
+
+    Raises:
+        DataError: No message begins a tree.
     """
     known = {row.get("message_id") for row in table.rows}
     children: dict[Any, list[int]] = {}
     for i, row in enumerate(table.rows):
         children.setdefault(row.get("parent_id") or None, []).append(i)
-    out = Table(hashes=table.hashes)
     orphans = [i for parent, found in children.items() if parent is not None and parent not in known for i in found]
+    out = Table(hashes=table.hashes)
     for root in sorted([*children.get(None, []), *orphans]):
         out.places.append(table.places[root])
         if table.rows[root].get("parent_id"):
-            out.rows.append({"without": table.rows[root]["parent_id"]})
+            out.rows.append({"missing_parent": table.rows[root]["parent_id"]})
             continue
-        path: list[int] = [root]
-        at: int | None = root
-        while at is not None:
-            follow = set(children.get(table.rows[at].get("message_id") or "", ())) - set(path)
-            at = min(follow, key=lambda i: (_rank(table.rows[i]), i), default=None)
-            path.extend([] if at is None else [at])
-        said = [{"role": table.rows[i].get("role"), "content": table.rows[i].get("text")} for i in path]
-        while said and ROLES.get(str(said[-1]["role"]).lower()) != "assistant":
-            said.pop()  # a question that nobody answered teaches nothing
-        out.rows.append({"messages": said})
+        path = [root]
+        while answers := set(children.get(table.rows[path[-1]].get("message_id") or "", ())) - set(path):
+            path.append(min(answers, key=lambda i: (_rank(table.rows[i]), i)))
+        turns = [{"role": table.rows[i].get("role"), "content": table.rows[i].get("text")} for i in path]
+        while turns and ROLES.get(str(turns[-1]["role"]).lower()) != "assistant":
+            turns.pop()  # nothing can be learnt from a question that nobody answered
+        out.rows.append({"messages": turns})
     if not out.rows:
         raise DataError("no message of this OpenAssistant file begins a tree: expected some without a parent_id")
     return out
@@ -270,31 +313,31 @@ def open_assistant(table: Table) -> Table:
 
 def _rank(row: Row) -> float:
     try:
-        return number(row.get("rank"), "rank")
+        return read_number(row.get("rank"), "rank")
     except BadRow:  # questions, and answers that nobody ranked, come last
-        return float("inf")
+        return math.inf
 
 
-def label(row: Row, classes: ClassesConfig) -> str | None:
-    """The class of a row's number; None within the margin of a cut. Raises BadRow where it is no number."""
-    value = number(field(row, classes.column), classes.column)
+def class_label(row: Row, classes: ClassesConfig) -> str:
+    """Return the class of a row's number. Raises BadRow if it is no number, FilteredRow within the margin of a cut."""
+    value = read_number(required_field(row, classes.column), classes.column)
     if classes.margin and any(abs(value - cut) < classes.margin for cut in classes.cuts):
-        return None
+        raise FilteredRow
     return classes.names[sum(value >= cut for cut in classes.cuts)]
 
 
 def fill(template: str, row: Row) -> str:
-    """A template with {column} fields filled from the row. Raises BadRow for a missing value."""
+    """Return a template with its {column} fields filled from the row. Raises BadRow for a missing value."""
     out = []
     for text, name, _, _ in string.Formatter().parse(template):
         out.append(text)
         if name is not None:
-            out.append(_text(field(row, name), name))
+            out.append(_text(required_field(row, name), name))
     return "".join(out)
 
 
 def check_templates(config: DataConfig, columns: set[str]) -> None:
-    """Every {field} of the templates must be a column. Raises DataError with the columns there are."""
+    """Check that every {field} of the templates is a column. Raises DataError with the names of all columns."""
     if (config.prompt is None) != (config.completion is None):
         raise DataError("data.prompt and data.completion go together: give both templates, or neither")
     for name, template in (("prompt", config.prompt), ("completion", config.completion)):
@@ -310,12 +353,21 @@ def check_templates(config: DataConfig, columns: set[str]) -> None:
 
 
 def to_record(row: Row, layout: str, config: DataConfig) -> Record:
-    """Map one row, with templates and system message applied."""
+    """Map one row, with the templates and the system message of the settings applied.
+
+    Args:
+        row: The row, with columns renamed.
+        layout: Name of its layout; not used if the settings have templates.
+        config: Settings of the data.
+
+    Raises:
+        BadRow: The row can't be used.
+    """
     if config.prompt is not None and config.completion is not None:
         record = Record(_conversation(fill(config.prompt, row), fill(config.completion, row)), extra=_extra(row))
     else:
         record = LAYOUTS[layout].map(row)
     if config.system and record.messages:
         rest = record.messages[1:] if record.messages[0]["role"] == "system" else record.messages
-        record = Record((message("system", config.system), *rest), extra=record.extra)
+        record = Record((make_message("system", config.system), *rest), extra=record.extra)
     return record

@@ -1,4 +1,4 @@
-"""Items of reasoning-gym's data sets: problems by name, and rows for training on what comes with them."""
+"""Make items of reasoning-gym's data sets: problems by name, and rows to train on what comes with them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from urllib.parse import parse_qsl
 
 import yaml
 
-from posttrain.config.rl import ReasoningGymConfig
 from posttrain.core.errors import DataError, MissingExtraError
+from posttrain.data.prompt_sources import GymPrompts
 
-PREFIX = "reasoning-gym:"
-ITEMS = ReasoningGymConfig.model_fields["size"].default
-"""How many are made where nothing says how many: as for problems."""
+GYM_PREFIX = "reasoning-gym:"
+DEFAULT_SIZE = GymPrompts.Config.model_fields["size"].default
+"""Number of items if a source does not say, as for problems."""
 
 
-def items(name: str, size: int, seed: int, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The first `size` items of a data set: question, answer, metadata. Item i is made from seed + i by most sets.
+def make_items(name: str, size: int, seed: int, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the first items of a data set: question, answer, metadata.
 
-    Raises DataError for a name that reasoning-gym doesn't have and for options that it doesn't take, MissingExtraError
-    where it is not installed.
+    Args:
+        name: Name of the data set.
+        size: Number of items.
+        seed: Most sets make item i from seed + i.
+        options: Settings of the data set.
+
+    Raises:
+        DataError: reasoning-gym has no such data set, or does not take the options.
+        MissingExtraError: reasoning-gym is not installed.
     """
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
@@ -38,23 +45,23 @@ def items(name: str, size: int, seed: int, options: Mapping[str, Any]) -> list[d
         raise DataError(f"reasoning-gym {name}: {type(error).__name__}: {error} (options: {dict(options)})") from error
 
 
-def rows(source: str) -> list[dict[str, Any]]:
-    """Rows of the data source reasoning-gym:NAME or reasoning-gym:NAME?size=2000&seed=1&OPTION=VALUE.
+def gym_source_rows(source: str) -> list[dict[str, Any]]:
+    """Return the rows of the data source reasoning-gym:NAME or reasoning-gym:NAME?size=2000&seed=1&OPTION=VALUE.
 
-    Columns: question, answer, and what else the set tells of an item (gsm_symbolic: answer_cot, the worked answer).
-    Raises as `items`, and DataError for a source that can't be read.
+    Columns: question, answer, and the metadata of an item (gsm_symbolic: answer_cot, the worked answer). Raises as
+    `make_items`, and DataError for a source of another form.
     """
-    name, mark, query = source.removeprefix(PREFIX).partition("?")
+    name, mark, query = source.removeprefix(GYM_PREFIX).partition("?")
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if mark else []
         options = {key: yaml.safe_load(value) for key, value in pairs}
     except (ValueError, yaml.YAMLError) as error:
         raise DataError(
-            f"data source {source!r}: {error}; expected {PREFIX}NAME, or {PREFIX}NAME?size=2000&seed=1&OPTION=VALUE"
+            f"data source {source!r}: {error}; expected {GYM_PREFIX}NAME, or {GYM_PREFIX}NAME?size=2000&seed=1&OPTION=VALUE"
         ) from error
-    numbers = {"size": options.pop("size", ITEMS), "seed": options.pop("seed", 0)}
+    numbers = {"size": options.pop("size", DEFAULT_SIZE), "seed": options.pop("seed", 0)}
     for (key, number), least in zip(numbers.items(), (1, 0), strict=True):
         if not isinstance(number, int) or isinstance(number, bool) or number < least:
             raise DataError(f"data source {source!r}: {key} is {number!r}; expected a whole number from {least}")
-    made = items(name, numbers["size"], numbers["seed"], options)
+    made = make_items(name, numbers["size"], numbers["seed"], options)
     return [{**item["metadata"], "question": item["question"], "answer": item["answer"]} for item in made]

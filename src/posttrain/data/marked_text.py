@@ -1,4 +1,4 @@
-"""What the model will see, for people: a sample's text in pieces, those that carry loss apart from the rest."""
+"""Show a sample's text to people, with the parts that carry loss marked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from posttrain.core.types import Sample
 
 
 def pieces(sample: Sample, tokenizer: Any) -> list[tuple[str, float]]:
-    """(text, weight) of neighbouring tokens of like weight; special tokens are written out."""
+    """Return the text and the weight of each run of tokens with the same weight; special tokens are written out."""
 
     def decode(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -21,7 +21,7 @@ def pieces(sample: Sample, tokenizer: Any) -> list[tuple[str, float]]:
     at, so_far = 0, ""
     for weight, run in groupby(sample.weights):
         end = at + len(list(run))
-        # What a run adds to the text before it: by itself it may lose the space that it begins with.
+        # Decoded with the text before it: on its own a run may lose the space that it begins with.
         through = decode(sample.tokens[:end])
         piece = through[len(so_far) :] if through.startswith(so_far) else decode(sample.tokens[at:end])
         out.append((piece, float(weight)))
@@ -30,11 +30,17 @@ def pieces(sample: Sample, tokenizer: Any) -> list[tuple[str, float]]:
 
 
 BRACKETS = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"
-"""Stand around what carries loss where colours can't be shown."""
+"""Marks around text that carries loss, if colours can't be shown."""
 
 
 def render_terminal(sample: Sample, tokenizer: Any, colours: bool = True) -> Text:
-    """The sample's text, tokens that carry loss in green and the rest dimmed; without colours, within BRACKETS."""
+    """Return the sample's text for a terminal, with the tokens that carry loss marked.
+
+    Args:
+        sample: The sample.
+        tokenizer: Its tokenizer.
+        colours: Show tokens with loss in green and the others dimmed. False: put them within BRACKETS.
+    """
     text, (before, after) = Text(), BRACKETS
     for piece, weight in pieces(sample, tokenizer):
         marked = weight and not colours

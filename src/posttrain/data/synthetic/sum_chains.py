@@ -1,7 +1,7 @@
-"""Rows about the laboratory's sums: questions with chains of thought that lead to their answers, in several kinds.
+"""Make rows about the laboratory's sums: questions with chains of thought of several kinds that lead to the answer.
 
-A data source ``lab:KIND`` holds the same questions in the same order as problems of kind ``lab`` with seed 0 that are
-trained on, so that a stage that imitates chains and one that is rewarded for answers can be about the same questions.
+A data source ``lab:KIND`` has the same questions in the same order as problems of kind ``lab`` with seed 0 and
+held_out: false, so that a stage that imitates chains and one that is rewarded for answers can use the same questions.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 from posttrain.data.synthetic import sums
 
 COUNT = 4000
-"""Rows of a kind: as many as problems of kind lab by default."""
+"""Rows of each kind; the default number of problems of kind lab."""
 
 Numbers = tuple[int, ...]
 
 
-def careful(numbers: Numbers) -> str:
-    """The careful style of the laboratory's texts: a line for every addition, then the sum."""
-    return sums.answer_in(sums.CAREFUL, numbers, random.Random(0))  # this style draws nothing
+def careful_chain(numbers: Numbers) -> str:
+    """Return a chain in the careful style of the laboratory's texts: a line for every addition, then the sum."""
+    return sums.sum_answer(sums.CAREFUL, numbers, random.Random(0))  # this style draws nothing
 
 
-def words(numbers: Numbers) -> str:
-    """A chain in words, which none of the laboratory's texts has: ``7 and 4 is 11.`` a line, then ``So 25``."""
+def chain_in_words(numbers: Numbers) -> str:
+    """Return a chain in words, which none of the laboratory's texts has: lines ``7 and 4 is 11.``, then ``So 25``."""
     lines, total = [], numbers[0]
     for number in numbers[1:]:
         lines.append(f"{total} and {number} is {total + number}.")
@@ -34,25 +34,29 @@ def words(numbers: Numbers) -> str:
     return "\n".join([*lines, f"So {total}"])
 
 
-def program(numbers: Numbers) -> str:
-    """A chain that is a small Python program, an addition a line; what it prints is the sum."""
+def chain_as_program(numbers: Numbers) -> str:
+    """Return a chain that is a small Python program, one addition a line, which prints the sum."""
     return "\n".join([f"a={numbers[0]}", *(f"a=a+{n}" for n in numbers[1:]), "print(a)"])
 
 
-CHAINS: dict[str, Callable[[Numbers], str]] = {"careful": careful, "words": words, "program": program}
+CHAINS: dict[str, Callable[[Numbers], str]] = {
+    "careful": careful_chain,
+    "words": chain_in_words,
+    "program": chain_as_program,
+}
 """Kinds of rows with prompt, completion and answer."""
 PLAIN = ("sums", "others", "others_held_out")
-"""Kinds of rows with prompt and answer alone: the sums, and the laboratory's other small tasks that have one answer."""
+"""Kinds of rows with only prompt and answer: the sums, and the laboratory's other small tasks with one answer."""
 TASKS = ("copy", "reverse", "sort", "running")
-"""Which those are: not the sentences, and not what can be answered in more than one way."""
-KINDS = (*CHAINS, *PLAIN)
+"""Those other tasks: no sentences, and no task with more than one answer."""
+CHAIN_KINDS = (*CHAINS, *PLAIN)
 
 
-def rows(kind: str) -> list[dict[str, Any]]:
-    """Every row of a kind."""
+def chain_rows(kind: str) -> list[dict[str, Any]]:
+    """Return every row of a kind."""
     if kind.startswith("others"):
         return list(_others(held_out=kind == "others_held_out"))
-    problems = sums.problems(0, COUNT, held_out=False)
+    problems = sums.sum_problems(0, COUNT, held_out=False)
     return [_row(CHAINS[kind], p) for p in problems] if kind in CHAINS else [dict(p) for p in problems]
 
 
@@ -62,10 +66,10 @@ def _row(chain: Callable[[Numbers], str], problem: Mapping[str, str]) -> dict[st
 
 
 def _others(held_out: bool) -> Iterator[dict[str, Any]]:
-    """Different questions of the kinds in `TASKS`; one in eight is held out, and never among the others."""
+    """Yield different questions of the kinds in `TASKS`; one in eight is held out, and never among the others."""
     rng, seen = random.Random(f"others {held_out}"), set[str]()
     while len(seen) < (COUNT // 8 if held_out else COUNT):
-        prompt, answer = sums.OTHERS[rng.choice(TASKS)](rng)
+        prompt, answer = sums.SMALL_TASKS[rng.choice(TASKS)](rng)
         side = zlib.crc32(prompt.encode()) % sums.HELD_OUT_EVERY == 0
         if side == held_out and prompt not in seen:
             seen.add(prompt)
@@ -76,10 +80,10 @@ _STEP = re.compile(r"^(\d{1,4}) ?(?:\+|and) ?(\d{1,4}) ?(?:=|is) ?(\d{1,4})\.?$"
 
 
 def valid_steps(text: str, example: Mapping[str, Any]) -> float:
-    """A verifier that knows no answer: the share of the question's additions that the chain has, in order and right.
+    """Return the share of the question's additions that the chain has, in order and right (it knows no answer).
 
     For a reward of kind function (``function: "posttrain.data.synthetic.sum_chains:valid_steps"``). A step must add
-    the question's next number to what the step before came to; the first that doesn't ends the count. No chain: 0.
+    the question's next number to the result of the step before; the first that doesn't ends the count. No chain: 0.
     """
     first, *rest = (int(n) for n in str(example["prompt"]).rstrip("=").split("+"))
     total, right = first, 0

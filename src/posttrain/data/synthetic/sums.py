@@ -1,8 +1,8 @@
-"""What the laboratory's model reads: sums in three styles, good and bad, and small texts of other kinds.
+"""Make the texts that the laboratory's model is trained on: sums in three styles, good and bad, and small other tasks.
 
 Every text is a pure function of (seed, index). The task is to add four or five digits. Careful answers, which add one
-digit a line, are always right, and rare; most are guesses or careless. A model that imitates them all answers badly and
-knows how to answer well: reinforcement learning can find out which style pays.
+digit a line, are always right, and rare; most answers are guesses or careless. A model that imitates them all answers
+badly and knows how to answer well: reinforcement learning can find out which style pays.
 """
 
 from __future__ import annotations
@@ -15,46 +15,52 @@ from itertools import accumulate
 from typing import Any
 
 CAREFUL, CARELESS, GUESS = "careful", "careless", "guess"
-STYLES = {GUESS: 0.45, CARELESS: 0.40, CAREFUL: 0.15}
+STYLE_SHARES = {GUESS: 0.45, CARELESS: 0.40, CAREFUL: 0.15}
 """Shares of the sums' answers."""
 SUMS = 0.6
-"""Share of the texts that are sums; the others are of the kinds in `OTHERS`, each as often."""
+"""Share of the texts that are sums; the others are `SMALL_TASKS`, each equally often."""
 OPENING = {CAREFUL: "slowly\n", CARELESS: "quickly\n", GUESS: ""}
 FORGETS = 0.75
 """How often a careless line forgets a carry: more often than not, so that its likeliest answer is wrong as well."""
-ROUND = 0.6
+ROUNDED = 0.6
 """How often a guess is the sum rounded to fives; else it is off by up to 3."""
 HELD_OUT_EVERY = 8
 
 CALLS = 0.25
-"""Share of `calls`' rows that ask the calculator; the others are answered in the styles above."""
+"""Share of `calculator_rows` that call the calculator; the others are answered in the styles above."""
 FORGETFUL = 0.3
 """How often a conversation with calls leaves out one of the numbers."""
 CALL_ROWS = 8000
 
 
 @dataclass(frozen=True)
-class Text:
-    """One text: what is asked, what is answered. kind: a style of sum, or the name of another kind."""
+class LabText:
+    """Hold one text.
+
+    Attributes:
+        kind: Style of a sum, or name of another task.
+        prompt: The question.
+        completion: The answer.
+    """
 
     kind: str
     prompt: str
     completion: str
 
 
-def text_at(seed: int, index: int) -> Text:
-    """Text number `index` of the endless corpus `seed`. Its sums are never held-out ones."""
+def text_at(seed: int, index: int) -> LabText:
+    """Return text number `index` of the endless corpus `seed`. Its sums are never held-out ones."""
     rng = random.Random(f"text {seed} {index}")
     if rng.random() >= SUMS:
-        kind = rng.choice(list(OTHERS))
-        return Text(kind, *OTHERS[kind](rng))
-    numbers = draw(rng, held_out=False)
-    style = rng.choices(list(STYLES), list(STYLES.values()))[0]
-    return Text(style, prompt_of(numbers), answer_in(style, numbers, rng))
+        kind = rng.choice(list(SMALL_TASKS))
+        return LabText(kind, *SMALL_TASKS[kind](rng))
+    numbers = draw_digits(rng, held_out=False)
+    style = rng.choices(list(STYLE_SHARES), list(STYLE_SHARES.values()))[0]
+    return LabText(style, sum_prompt(numbers), sum_answer(style, numbers, rng))
 
 
-def draw(rng: random.Random, held_out: bool) -> tuple[int, ...]:
-    """Four or five digits from 1 to 9 whose sum is a problem of the side asked for."""
+def draw_digits(rng: random.Random, held_out: bool) -> tuple[int, ...]:
+    """Return four or five digits from 1 to 9 whose sum is a held-out problem, or none."""
     while True:
         numbers = tuple(rng.randint(1, 9) for _ in range(rng.choice((4, 5))))
         if is_held_out(numbers) == held_out:
@@ -62,20 +68,26 @@ def draw(rng: random.Random, held_out: bool) -> tuple[int, ...]:
 
 
 def is_held_out(numbers: tuple[int, ...]) -> bool:
-    """Whether a sum is kept out of the corpus and of the training problems, whatever the seed: one in eight."""
+    """Return True for a sum that is in no corpus and no training problem of any seed: one in eight."""
     return zlib.crc32(bytes(numbers)) % HELD_OUT_EVERY == 0
 
 
-def prompt_of(numbers: tuple[int, ...]) -> str:
-    """`7+4+9+5=`"""
+def sum_prompt(numbers: tuple[int, ...]) -> str:
+    """Return `7+4+9+5=`."""
     return "+".join(map(str, numbers)) + "="
 
 
-def answer_in(style: str, numbers: tuple[int, ...], rng: random.Random) -> str:
-    """An answer in a style. Its last line is a number alone."""
+def sum_answer(style: str, numbers: tuple[int, ...], rng: random.Random) -> str:
+    """Return an answer in a style, whose last line is a number.
+
+    Args:
+        style: Key of `STYLE_SHARES`.
+        numbers: The digits to add.
+        rng: Source of the mistakes.
+    """
     if style == GUESS:
         total = sum(numbers)
-        return str((total + 2) // 5 * 5 if rng.random() < ROUND else max(1, total + rng.randint(-3, 3)))
+        return str((total + 2) // 5 * 5 if rng.random() < ROUNDED else max(1, total + rng.randint(-3, 3)))
     before, lines = numbers[0], []
     for number in numbers[1:]:
         after = before + number
@@ -86,32 +98,38 @@ def answer_in(style: str, numbers: tuple[int, ...], rng: random.Random) -> str:
     return OPENING[style] + "\n".join([*lines, str(before)])
 
 
-def problems(seed: int, count: int, held_out: bool) -> list[dict[str, str]]:
-    """Different problems of one side, as rows with `prompt` and `answer`."""
+def sum_problems(seed: int, count: int, held_out: bool) -> list[dict[str, str]]:
+    """Return different problems as rows with `prompt` and `answer`.
+
+    Args:
+        seed: Seed of the draw.
+        count: Number of problems.
+        held_out: Take them from the sums that no model is trained on.
+    """
     rng = random.Random(f"problems {seed} {held_out}")
     found: dict[tuple[int, ...], None] = {}
     while len(found) < count:
-        found[draw(rng, held_out)] = None
-    return [{"prompt": prompt_of(n), "answer": str(sum(n))} for n in found]
+        found[draw_digits(rng, held_out)] = None
+    return [{"prompt": sum_prompt(n), "answer": str(sum(n))} for n in found]
 
 
 def partial_sums(prompt: str) -> list[int]:
-    """What a right answer has line by line: 11, 20, 25 of `7+4+9+5=`."""
+    """Return the results of the lines of a right answer: 11, 20, 25 for `7+4+9+5=`."""
     return list(accumulate(map(int, prompt.rstrip("=").split("+"))))[1:]
 
 
-def calls(seed: int, count: int) -> list[dict[str, Any]]:
-    """Conversations, joined without a template, that show what a calculator is good for; sums of the training side.
+def calculator_rows(seed: int, count: int) -> list[dict[str, Any]]:
+    """Return conversations without a template that show the use of a calculator; no held-out sums.
 
-    A quarter asks it number by number (`<7+4>`, and the tool's turn `=11` is its reply) and says the last result; three
-    in ten of these leave a number out, and are wrong. The rest are guesses and careless answers as in the corpus, and
-    no careful ones, which would pay as well as calls.
+    A quarter calls it number by number (`<7+4>`, and the tool's turn `=11` is its reply) and writes the last result;
+    three in ten of these leave a number out, and are wrong. The rest are guesses and careless answers as in the corpus,
+    and no careful ones, which would be rewarded as much as calls.
     """
     rng = random.Random(f"calls {seed}")
     rows = []
     for _ in range(count):
-        numbers = draw(rng, held_out=False)
-        asked = {"role": "user", "content": prompt_of(numbers)}
+        numbers = draw_digits(rng, held_out=False)
+        question = {"role": "user", "content": sum_prompt(numbers)}
         if rng.random() < CALLS:
             if rng.random() < FORGETFUL:
                 left_out = rng.randrange(1, len(numbers))
@@ -122,9 +140,9 @@ def calls(seed: int, count: int) -> list[dict[str, Any]]:
                 before += number
             turns.append(("assistant", str(before)))
         else:
-            style = rng.choices((GUESS, CARELESS), (STYLES[GUESS], STYLES[CARELESS]))[0]
-            turns = [("assistant", answer_in(style, numbers, rng))]
-        rows.append({"messages": [asked, *({"role": role, "content": text} for role, text in turns)]})
+            style = rng.choices((GUESS, CARELESS), (STYLE_SHARES[GUESS], STYLE_SHARES[CARELESS]))[0]
+            turns = [("assistant", sum_answer(style, numbers, rng))]
+        rows.append({"messages": [question, *({"role": role, "content": text} for role, text in turns)]})
     return rows
 
 
@@ -177,7 +195,7 @@ def _nature(rng: random.Random) -> tuple[str, str]:
     return f"What colour is {what}?", f" {what.capitalize()} is {colour}."
 
 
-OTHERS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+SMALL_TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "fact": _fact,
     "copy": _copy,
     "reverse": _reverse,

