@@ -46,13 +46,13 @@ REWARDS = {"mixed": mixed, "no_signal": no_signal}
 def run_ours(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The stage as `posttrain run` runs it, rollouts kept and metrics written, on prompts that are tokens already."""
     from posttrain.config import ModelConfig, RLConfig
-    from posttrain.data.prompts import Question
+    from posttrain.data.prompts import RenderedPrompt
     from posttrain.methods.rl.policy_gradient import run_rl
     from posttrain.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(ModelConfig(source=job["model"]))
     questions = [
-        Question(tokenizer(p)["input_ids"], p, {"messages": [], "answer": "", "source": str(i)})
+        RenderedPrompt(tokenizer(p)["input_ids"], p, {"messages": [], "answer": "", "source": str(i)})
         for i, p in enumerate(job["prompts"])
     ]
     longest = job["longest"]

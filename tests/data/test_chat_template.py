@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from posttrain.config import DataConfig
-from posttrain.data.chat_template import render_with_loss, tokenize_rendered, turn_end
+from posttrain.data.chat_template import end_of_turn_token, render_with_loss, tokenize_rendered
+from posttrain.data.encoding import prompt_tokens, prompt_with_completion
 from posttrain.data.formats import BadRow
 from posttrain.data.marked_text import pieces, render_terminal
-from posttrain.data.sft_rows import prepare, prompt_tokens, prompt_with_completion
+from posttrain.data.sft_rows import prepare
 
 from .tokenizers import TEMPLATES, byte_level, merging, sentencepiece
 
@@ -141,10 +142,10 @@ def test_content_that_could_be_taken_for_something_else(name: str, content: str)
 def test_where_a_turn_ends(name: str, end: str | None) -> None:
     """Sampling stops there, whatever the tokenizer's own end token is."""
     tokenizer = byte_level(name)
-    found = turn_end(tokenizer)
+    found = end_of_turn_token(tokenizer)
     assert (found if found is None else tokenizer.convert_ids_to_tokens(found)) == end
     tokenizer.chat_template = None
-    assert turn_end(tokenizer) is None
+    assert end_of_turn_token(tokenizer) is None
 
 
 def test_short_content_inside_the_name_of_the_end_token() -> None:
@@ -162,7 +163,7 @@ def test_reasoning() -> None:
     assert learnt(byte_level("qwen3"), [*turns, *TURNS[2:]], "assistant")[0] == "so<|im_end|>"
     assert learnt(byte_level("deepseek"), turns) == ["so<｜end▁of▁sentence｜>"]
     turns[1]["content"] = "<think>why</think>"
-    with pytest.raises(BadRow, match="leaves nothing to learn of turn 2"):
+    with pytest.raises(BadRow, match="leaves nothing of turn 2 to train on"):
         learnt(byte_level("deepseek"), turns)
 
 

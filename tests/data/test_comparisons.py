@@ -12,7 +12,7 @@ import pytest
 
 from posttrain.config.feedback import CandidatesConfig, PairsConfig, RatingsConfig, ThumbsConfig
 from posttrain.core.errors import DataError
-from posttrain.data.comparisons import Candidate, Pair, choose, labelled, preference_share
+from posttrain.data.comparisons import AnswerPair, Candidate, choose_pairs, labelled_row, preference_share
 from posttrain.data.human_feedback import Answers, read_answers
 
 KINDS = {"ratings": RatingsConfig, "pairs": PairsConfig, "candidates": CandidatesConfig, "thumbs": ThumbsConfig}
@@ -78,9 +78,9 @@ def test_several_raters_in_every_form(tmp_path: Path) -> None:
     answers = read(tmp_path, "ratings", long, ratings="r", rater="who")
     assert answers.pairs[0].human == pytest.approx(0.75) and answers.raters["units"] == 2
     assert read(tmp_path, "ratings", long, ratings="r").pairs[0].human == pytest.approx(0.625)
-    row = labelled(answers.pairs[0], 0.75, 0.5)
+    row = labelled_row(answers.pairs[0], 0.75, 0.5)
     assert row["chosen"] == "a" and row["probability"] == 0.75 and row["margin"] == 0.5
-    turned = labelled(Pair("p", "a", "b"), 0.25, -0.5)
+    turned = labelled_row(AnswerPair("p", "a", "b"), 0.25, -0.5)
     assert (turned["chosen"], turned["rejected"], turned["probability"], turned["margin"]) == ("b", "a", 0.75, 0.5)
 
 
@@ -207,9 +207,9 @@ def test_pairs_that_teach_nothing_are_counted(tmp_path: Path) -> None:
 
 def test_drawn_pairs_use_every_answer_alike() -> None:
     rng = np.random.default_rng(0)
-    pairs = choose(40, 60, rng)
+    pairs = choose_pairs(40, 60, rng)
     assert len(pairs) == len(set(pairs)) == 60 and all(i < j for i, j in pairs)
     uses = Counter(n for pair in pairs for n in pair)
     assert set(uses.values()) <= {2, 3, 4} and len(uses) == 40
-    assert choose(4, 0, rng) == choose(4, 6, rng) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
-    assert choose(1, 5, rng) == []
+    assert choose_pairs(4, 0, rng) == choose_pairs(4, 6, rng) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    assert choose_pairs(1, 5, rng) == []

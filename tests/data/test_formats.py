@@ -8,7 +8,16 @@ import pytest
 
 from posttrain.config import ClassesConfig, DataConfig
 from posttrain.core.errors import DataError
-from posttrain.data.formats import LAYOUTS, BadRow, check_templates, label, open_assistant, recognise, to_record
+from posttrain.data.formats import (
+    LAYOUTS,
+    BadRow,
+    FilteredRow,
+    check_templates,
+    class_label,
+    open_assistant,
+    recognise,
+    to_record,
+)
 from posttrain.data.readers import Table
 
 CONFIG = DataConfig(source="x.jsonl")
@@ -166,9 +175,13 @@ def test_classes_from_numbers() -> None:
     classes = ClassesConfig(column="score", cuts=[-1, 1], names=["low", "middle", "high"], margin=0.25)
     at = {-3: "low", -1.25: "low", -1.2: None, -0.75: "middle", "0": "middle", 0.76: None, 1.25: "high", "1e3": "high"}
     for value, name in at.items():
-        assert label({"score": value}, classes) == name
+        if name is None:
+            with pytest.raises(FilteredRow):
+                class_label({"score": value}, classes)
+        else:
+            assert class_label({"score": value}, classes) == name
     whole = ClassesConfig(column="score", cuts=[0], names=["negative", "positive"])
-    assert [label({"score": v}, whole) for v in (-0.01, 0, 0.01)] == ["negative", "positive", "positive"]
+    assert [class_label({"score": v}, whole) for v in (-0.01, 0, 0.01)] == ["negative", "positive", "positive"]
     for value, message in ((None, "missing field"), ("good", "expected a number"), ("nan", "not a number")):
         with pytest.raises(BadRow, match=message):
-            label({"score": value}, whole)
+            class_label({"score": value}, whole)

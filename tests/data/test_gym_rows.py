@@ -9,13 +9,13 @@ import pytest
 from reasoning_gym.factory import create_dataset
 
 from posttrain.config import DataConfig
-from posttrain.config.rl import ReasoningGymConfig
 from posttrain.core.errors import DataError
-from posttrain.data import gym_rows as gym
 from posttrain.data.formats import Record, to_record
-from posttrain.data.prompt_rows import load_problems
+from posttrain.data.gym_rows import gym_source_rows
+from posttrain.data.prompt_sources import GymPrompts
+from posttrain.data.prompts import load_prompt_rows
 from posttrain.data.readers import read_table
-from posttrain.data.sft_rows import rows_of
+from posttrain.data.rows import open_rows
 
 
 def config(query: str = "", **given: Any) -> DataConfig:
@@ -23,8 +23,8 @@ def config(query: str = "", **given: Any) -> DataConfig:
 
 
 def records(config: DataConfig) -> list[Record]:
-    table, layout, order = rows_of(config)
-    return [to_record(table.rows[i], layout, config) for i in order]
+    rows = open_rows(config)
+    return rows.read(lambda row, source: to_record(row, rows.layout, config))
 
 
 def test_a_row_is_an_item_with_what_is_told_of_it() -> None:
@@ -40,7 +40,7 @@ def test_the_rows_are_the_problems_that_a_later_stage_asks() -> None:
     """Same name, same seed: a cold start and reinforcement learning see the same questions in the same words."""
     template = {"prompt": "{question}", "completion": "{answer_cot}"}
     trained = records(config("?size=30", rows=(0, 20), **template))
-    problems = load_problems(ReasoningGymConfig(name="gsm_symbolic", size=30))
+    problems = load_prompt_rows(GymPrompts.Config(name="gsm_symbolic", size=30))
     assert [r.messages[0]["content"] for r in trained] == [p["prompt"] for p in problems[:20]]
     for record, problem in zip(trained, problems, strict=False):
         worked = re.search(r"#### ?(\S+)", record.messages[1]["content"])
@@ -57,7 +57,7 @@ def test_parts_of_the_shuffled_rows_are_apart() -> None:
 
 
 def test_options_are_read_as_yaml() -> None:
-    rows = gym.rows("reasoning-gym:leg_counting?min_animals=1&max_animals=1&max_instances=2&size=30")
+    rows = gym_source_rows("reasoning-gym:leg_counting?min_animals=1&max_animals=1&max_instances=2&size=30")
     assert all(len(r["animals"]) == 1 and max(r["animals"].values()) <= 2 for r in rows)
 
 

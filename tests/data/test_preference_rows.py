@@ -54,7 +54,7 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_each_layout(tmp_path: Path, name: str) -> None:
     made = pairs(tmp_path, [{**ROWS[name], "raters": 3}])
-    (pair,) = made.pairs
+    (pair,) = made.items
     for sample, answer in ((pair.chosen, "4"), (pair.rejected, "5")):
         assert text(sample, learnt=False) == HEAD.format("2+2?")
         assert text(sample, learnt=True) == f"{answer}<|im_end|>"
@@ -66,7 +66,7 @@ def test_each_layout(tmp_path: Path, name: str) -> None:
 
 
 def test_plain_text(tmp_path: Path) -> None:
-    (pair,) = pairs(tmp_path, [ROWS["text"]], chat=False).pairs
+    (pair,) = pairs(tmp_path, [ROWS["text"]], chat=False).items
     assert (text(pair.chosen, learnt=False), text(pair.chosen, learnt=True)) == ("2+2?", "4<|im_end|>")
     assert text(pair.rejected, learnt=True) == "5<|im_end|>" and pair.prompt == 4
 
@@ -74,9 +74,9 @@ def test_plain_text(tmp_path: Path) -> None:
 def test_soft_labels_and_margins(tmp_path: Path) -> None:
     rows = [{**ROWS["text"], "probability": p, "margin": m} for p, m in ((0.75, 2), (0.25, None), (0, "1.5"), (1, 0))]
     made = pairs(tmp_path, rows)
-    assert [(p.probability, p.margin) for p in made.pairs] == [(0.75, 2.0), (0.75, 0.0), (1.0, 1.5), (1.0, 0.0)]
-    assert [text(p.chosen, learnt=True)[0] for p in made.pairs] == ["4", "5", "5", "4"]  # the better one, each time
-    assert [p.row["completion"] for p in made.pairs] == ["4", "5", "5", "4"]
+    assert [(p.probability, p.margin) for p in made.items] == [(0.75, 2.0), (0.75, 0.0), (1.0, 1.5), (1.0, 0.0)]
+    assert [text(p.chosen, learnt=True)[0] for p in made.items] == ["4", "5", "5", "4"]  # the better one, each time
+    assert [p.row["completion"] for p in made.items] == ["4", "5", "5", "4"]
     assert made.stats["swapped"] == 2
 
 
@@ -125,7 +125,7 @@ def test_bad_rows_are_found_and_said(tmp_path: Path, row: dict[str, Any], reason
         pairs(tmp_path, rows, max_tokens=60)
     first, line, advice = str(error.value).split("\n")
     assert first.startswith("1 of 2 rows can't be used (1 ") and line == f"  rows.jsonl:2: {reason}"
-    assert "data.on_bad_row=skip" in advice
+    assert "on_bad_row: skip" in advice
     stats = pairs(tmp_path, rows, max_tokens=60, on_bad_row="skip").stats
     assert stats["used"] == 1 and sum(stats["dropped"].values()) == 1
     assert stats["bad_rows"] == [{"file": "rows.jsonl", "row": 2, "reason": reason}]
@@ -159,7 +159,7 @@ def test_only_ten_are_named_and_all_are_counted(tmp_path: Path) -> None:
 def test_what_is_cut_is_counted(tmp_path: Path) -> None:
     row = {"prompt": "q", "chosen": "y" + LONG, "rejected": "x" + LONG}
     made = pairs(tmp_path, [row, ROWS["text"]], max_tokens=60, on_long="truncate")
-    assert len(made.pairs[0].chosen) == len(made.pairs[0].rejected) == 60 and made.stats["truncated"] == 1
+    assert len(made.items[0].chosen) == len(made.items[0].rejected) == 60 and made.stats["truncated"] == 1
     with pytest.raises(DataError, match=r"the two answers are equal \(once cut or tokenized\)"):
         pairs(tmp_path, [{**row, "chosen": LONG + "y", "rejected": LONG + "x"}], max_tokens=60, on_long="truncate")
     with pytest.raises(DataError, match="the limit is 50"):
@@ -181,7 +181,7 @@ def test_rows_that_say_the_opposite_of_each_other_are_named(tmp_path: Path) -> N
     rows = [one, {**one, "prompt": "1+3?"}, other, {**one, "probability": 0.2}, one]
     made = pairs(tmp_path, rows)
     at = "rows.jsonl:"
-    assert len(made.pairs) == 5 and made.stats["contradictory"] == 3
+    assert len(made.items) == 5 and made.stats["contradictory"] == 3
     assert made.stats["contradictions"] == [f"{at}3 against {at}1", f"{at}4 against {at}1", f"{at}5 against {at}3"]
     assert any(f"{at}3 against {at}1" in value for _, value in _facts(made.stats))
     assert "contradictory" not in pairs(tmp_path, [one, one]).stats

@@ -9,7 +9,7 @@ import pytest
 
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
-from posttrain.data.process_rows import Chain, chain_samples, read_chains, split_steps
+from posttrain.data.process_rows import StepChain, chain_samples, read_chains, split_steps
 from posttrain.models.tiny_model import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -38,12 +38,12 @@ def test_steps_by_hand(text: str, separator: str, steps: list[str]) -> None:
 
 def test_a_chain_has_weight_at_the_ends_of_its_labelled_steps() -> None:
     """Bytes are tokens here: prompt "ab" is 2 of them, the steps end at 2 + 2 - 1, + 3, + 1."""
-    (sample,) = chain_samples([Chain([10, 11], ["x\n", "yy\n", "z"], [1.0, None, 0.25], 7, "f:1")], TOKENIZER)
+    (sample,) = chain_samples([StepChain([10, 11], ["x\n", "yy\n", "z"], [1.0, None, 0.25], 7, "f:1")], TOKENIZER)
     assert len(sample) == 8 and TOKENIZER.decode(list(sample.tokens[2:])) == "x\nyy\nz"
     assert [i for i, w in enumerate(sample.weights) if w] == [3, 7]
     assert sample.meta == {"ends": [3, 7], "targets": [1.0, 0.25], "group": 7, "shared": 2}
     with pytest.raises(ValueError, match=r"2 steps and labels \[None, None\]"):
-        chain_samples([Chain([1], ["a", "b"], [None, None], 0)], TOKENIZER)
+        chain_samples([StepChain([1], ["a", "b"], [None, None], 0)], TOKENIZER)
 
 
 def test_rows_with_labels(tmp_path: Path) -> None:

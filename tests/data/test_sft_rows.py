@@ -10,7 +10,8 @@ import pytest
 
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
-from posttrain.data.sft_rows import Prepared, prepare, prompt_tokens, prompt_with_completion
+from posttrain.data.encoding import prompt_tokens, prompt_with_completion
+from posttrain.data.sft_rows import Prepared, prepare
 from tests.data.tokenizers import byte_level
 
 TOKENIZER = byte_level("chatml")
@@ -75,7 +76,10 @@ def test_bad_rows_stop_the_run_with_file_row_and_reason(tmp_path: Path) -> None:
     assert "  rows.jsonl:3: empty completion" in lines
     assert "  rows.jsonl:4: too long (81 tokens, and the limit is 60)" in lines
     assert "  rows.jsonl:6: expected a list of turns, each with role and content" in lines
-    assert lines[-1].startswith("Mend them, or leave them out") and len(lines) == 6
+    assert (
+        lines[-1].startswith("Fix these rows, or skip them with on_bad_row: skip beside their source")
+        and len(lines) == 6
+    )
 
 
 def test_only_ten_are_named(tmp_path: Path) -> None:
@@ -163,3 +167,16 @@ def test_evaluation_asks_what_training_taught(tmp_path: Path, chatting: bool) ->
         scored = prompt_with_completion(row, row["completion"], TOKENIZER, config)
         assert list(scored.tokens) == list(sample.tokens[:-1])  # the end token does not take part in a comparison
     assert [r["prompt_text"] for r in prepared.rows] == ["one?", "two?"]
+
+
+def test_bad_rows_are_listed_by_number_and_a_hint_is_said_once(tmp_path: Path) -> None:
+    wizard = {"messages": [{"role": "wizard", "content": "x"}]}
+    given = [chat("q", "fine") if i in (2, 5) else wizard for i in range(9)]
+    with pytest.raises(DataError) as error:
+        run(tmp_path, given, shuffle_seed=1)
+    first, *rows, hint, advice = str(error.value).split("\n")
+    assert first == "7 of 9 rows can't be used (7 unknown role 'wizard'):"
+    assert rows == [f"  rows.jsonl:{i}: unknown role 'wizard'" for i in (1, 2, 4, 5, 7, 8, 9)]
+    assert hint.startswith("Known roles: assistant, bard, bing, bot") and "on_long" not in advice
+    skipped = run(tmp_path, given, shuffle_seed=1, on_bad_row="skip").stats
+    assert [b["row"] for b in skipped["bad_rows"]] == [1, 2, 4, 5, 7, 8, 9]

@@ -13,7 +13,7 @@ from posttrain.config import ModelConfig, SampleConfig, TaskConfig
 from posttrain.core.files import read_lines
 from posttrain.core.statistics import compare, summarize
 from posttrain.core.types import Rollout
-from posttrain.data.prompts import Question
+from posttrain.data.prompts import RenderedPrompt
 from posttrain.eval import sampled_tasks as sampled
 from posttrain.eval.tasks import evaluate_model
 
@@ -32,7 +32,7 @@ def rollout(text: str, right: bool, tokens: int = 3, **scores: float) -> Rollout
 def test_one_question_by_hand() -> None:
     """Answers 20, 20.0, none and 7 (right: 20); a verifier that likes the 7 best."""
     config = task(rank_by=[{"kind": "function", "name": "v", "function": "v"}])
-    question = Question([1, 2], "7+4+9=", {"answer": "20", "source": "lab:1"})
+    question = RenderedPrompt([1, 2], "7+4+9=", {"answer": "20", "source": "lab:1"})
     four = [
         rollout(*r, v=s) for r, s in ((("20", True), 1), (("so 20.0", True), 2), (("?", False), 0), (("7", False), 9))
     ]
@@ -52,7 +52,7 @@ def test_one_question_by_hand() -> None:
 
 def test_what_failed_is_wrong_and_chosen_last() -> None:
     config = task(n=2, vote=None, rank_by=[{"kind": "function", "name": "v", "function": "v"}])
-    question = Question([1], "?", {"answer": "1"})
+    question = RenderedPrompt([1], "?", {"answer": "1"})
     broken = Rollout([5], [-1.0], "end", "1", {})
     item = sampled.item_of(config, 0, question, [broken, rollout("1", True, v=-5.0)], broken)
     assert item["completions"][0] == {
@@ -66,7 +66,7 @@ def test_what_failed_is_wrong_and_chosen_last() -> None:
 def test_the_summary_by_hand() -> None:
     """Two questions of two tokens; one always right, one never; answers of 3 and 5 tokens."""
     config = task(n=2)
-    question = Question([1, 2], "?", {"answer": "1"})
+    question = RenderedPrompt([1, 2], "?", {"answer": "1"})
     items = [
         sampled.item_of(config, i, question, [rollout(t, r, n)] * 2, rollout(t, r, n))
         for i, (t, r, n) in enumerate((("1", True, 3), ("2", False, 5)))

@@ -14,7 +14,7 @@ from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
 from posttrain.core.statistics import compare, summarize, wins
 from posttrain.core.types import Rollout
-from posttrain.data.prompts import Question
+from posttrain.data.prompts import RenderedPrompt
 from posttrain.eval import scored_tasks as scored
 from posttrain.report import build_report
 from posttrain.report.terminal import summary_table
@@ -24,7 +24,7 @@ LAB = {"kind": "lab", "size": 5, "held_out": True}
 
 def item(number: int, *scores: float | None) -> dict[str, Any]:
     answers = [Rollout([5] * 3, [-1.0] * 3, "end", f"answer {k}") for k in range(len(scores))]
-    return scored.item_of(number, Question([1], f"prompt {number}", {"source": "f:1"}), answers, scores)
+    return scored.item_of(number, RenderedPrompt([1], f"prompt {number}", {"source": "f:1"}), answers, scores)
 
 
 def test_an_item_by_hand() -> None:

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from posttrain.config import JudgeConfig, ModelConfig
-from posttrain.data.comparisons import Pair
+from posttrain.data.comparisons import AnswerPair
 from posttrain.judge.judge_prompts import question
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 
 PAIRS = [
-    Pair(f"Name a number near {i}.", f"It is {i * 37 % 11}.", f"Perhaps {i * 53 % 17}, or so.", f"p:{i}", human)
+    AnswerPair(f"Name a number near {i}.", f"It is {i * 37 % 11}.", f"Perhaps {i * 53 % 17}, or so.", f"p:{i}", human)
     for i, human in enumerate([0.9, 0.2] * 6)
 ]
 """Twelve pairs; people prefer the first of every other one."""

@@ -17,7 +17,7 @@ from posttrain.config.rewards import RewardModelPart
 from posttrain.config.rl import KLConfig
 from posttrain.core.errors import CheckpointError, DataError, RecipeError
 from posttrain.core.types import Rollout, RolloutGroup
-from posttrain.data.comparisons import Pair
+from posttrain.data.comparisons import AnswerPair
 from posttrain.judge.answer_store import Store
 from posttrain.judge.asker import Answer, Ask, Asker, OnAnswer
 from posttrain.judge.judge_prompts import question, read_label
@@ -234,7 +234,7 @@ def test_principles_are_drawn_by_the_questions_content(tmp_path: Path) -> None:
     file.write_text("# kinds of goodness\nBe kind.\n\nBe brief.\nBe right.\n")
     with opened(tmp_path, principles=str(file), principles_per_question=2) as judge:
         judged = judge.compare(PAIRS)
-        turned = judge.compare([Pair(p.prompt, p.b, p.a) for p in PAIRS[::-1]])[::-1]
+        turned = judge.compare([AnswerPair(p.prompt, p.b, p.a) for p in PAIRS[::-1]])[::-1]
         assert [j.principles for j in judged] == [
             j.principles for j in turned
         ]  # whatever the order of rows and answers
@@ -300,7 +300,7 @@ def test_a_pair_whose_means_and_draws_say_the_opposite_gets_no_label(tmp_path: P
             return [Score(sum(worth[x] * p for x, p in said[t].items()), Verdict(said[t], 1.0)) for t in answers]
 
         judge._scores = scores  # type: ignore[method-assign]
-        one, other = judge.compare([Pair("p", "a", "b", "f:1"), Pair("p", "b", "c", "f:2")])
+        one, other = judge.compare([AnswerPair("p", "a", "b", "f:1"), AnswerPair("p", "b", "c", "f:2")])
     assert one.p_a is None and one.why == OPPOSED and one.scores == pytest.approx((3.4, 4.0))
     assert other.p_a == pytest.approx(0.95) and other.margin == pytest.approx(4 - 1.3)
     report = summarize([one, other])
@@ -309,7 +309,7 @@ def test_a_pair_whose_means_and_draws_say_the_opposite_gets_no_label(tmp_path: P
 
 def test_a_question_beyond_the_context_is_left_out_and_said(tmp_path: Path) -> None:
     with opened(tmp_path) as judge:
-        judged = judge.compare([Pair("p", "word " * 500, "x"), PAIRS[0]])
+        judged = judge.compare([AnswerPair("p", "word " * 500, "x"), PAIRS[0]])
     assert judged[0].p_a is None and "too long" in judged[0].why and judged[1].p_a is not None
     report = summarize(judged)
     assert (report["pairs"], report["judged"], report["left_out"]) == (2, 1, {"refused": 1})
@@ -318,7 +318,7 @@ def test_a_question_beyond_the_context_is_left_out_and_said(tmp_path: Path) -> N
 
 def verdicts(orders: Sequence[tuple[float, float]], human: Sequence[float | None], **more: Any) -> list[Judged]:
     return [
-        Judged(Pair("p", "aaa", "b", f"r:{i}", h), sum(o) / 2, sum(o) - 1, o, **more)
+        Judged(AnswerPair("p", "aaa", "b", f"r:{i}", h), sum(o) / 2, sum(o) - 1, o, **more)
         for i, (o, h) in enumerate(zip(orders, human, strict=True))
     ]
 
@@ -368,7 +368,7 @@ def test_judges_that_can_not_be_trusted_are_said(
 def test_a_good_judge_gets_no_warning() -> None:
     orders = [(0.9, 0.8), (0.1, 0.2)] * 20
     assert summarize(verdicts(orders, [0.9, 0.1] * 20))["warnings"] == []
-    same = [Judged(Pair("p", "a", "b"), 0.5, 0.0, None, (5.0, 5.0))] * 4
+    same = [Judged(AnswerPair("p", "a", "b"), 0.5, 0.0, None, (5.0, 5.0))] * 4
     assert any("always gives the same score, 5.00" in w for w in summarize(same)["warnings"])
 
 

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from posttrain.config import JudgeConfig, ModelConfig, SamplingConfig
-from posttrain.data.comparisons import Pair
+from posttrain.data.comparisons import AnswerPair
 from posttrain.judge.judge_prompts import messages, question
 from posttrain.judge.labels import Judge
 from posttrain.models.language_model import LanguageModel
@@ -35,7 +35,9 @@ REVIEWS = (
     "I loved every minute of it.",
     "A waste of a great cast, and of two hours.",
 )
-PAIRS = [Pair("Write a review.", a, b, f"p:{i}") for i, (a, b) in enumerate(zip(REVIEWS, REVIEWS[1:], strict=False))]
+PAIRS = [
+    AnswerPair("Write a review.", a, b, f"p:{i}") for i, (a, b) in enumerate(zip(REVIEWS, REVIEWS[1:], strict=False))
+]
 
 
 @pytest.fixture(scope="module")

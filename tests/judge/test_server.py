@@ -19,7 +19,7 @@ import pytest
 
 from posttrain.config import JudgeConfig, ModelConfig, RefineConfig, SamplingConfig, ServerConfig
 from posttrain.core.errors import DataError, ModelError, ServerError
-from posttrain.data.prompts import Question
+from posttrain.data.prompts import RenderedPrompt
 from posttrain.judge.labels import Judge, Judged
 from posttrain.methods.data.critique_revision import run_refine
 from posttrain.methods.data.revision_chain import read_chains
@@ -305,7 +305,7 @@ def test_a_server_writes_answers_and_critiques(server: str, judge_folder: Path, 
             "revision": "Again.",
         }
         config = RefineConfig.model_validate({**stage, "sampler": {"max_tokens": 2}, "critique_tokens": 3})
-        asked = [Question([1], q, {"messages": [{"role": "user", "content": q}]}) for q in ("one", "refuse")]
+        asked = [RenderedPrompt([1], q, {"messages": [{"role": "user", "content": q}]}) for q in ("one", "refuse")]
         with pytest.raises(DataError, match="made no row of 2 chains"):
             run_refine(config, ModelConfig(source="tiny:llama"), asked, tmp_path)
         one, refused = read_chains(tmp_path / "chains")

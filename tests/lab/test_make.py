@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.config import DataConfig, ModelConfig
-from posttrain.config.rl import RowsConfig
 from posttrain.core.errors import ModelError
-from posttrain.data.prompt_rows import load_problems
+from posttrain.data.prompt_sources import RowPrompts
+from posttrain.data.prompts import load_prompt_rows
 from posttrain.lab.lab_settings import Settings
 from posttrain.lab.make import make
 from posttrain.lab.sums_lab import answers
@@ -47,7 +47,7 @@ def test_lab_json_and_problems(folder: Path) -> None:
     assert {"greedy", "greedy_by_style", "sampled", "mixed", "seconds"} <= set(said)
     for name, count in (("problems", 20), ("held_out", 10)):
         data = DataConfig(source=str(folder / f"{name}.jsonl"), chat=False)
-        rows = load_problems(RowsConfig(data=data))
+        rows = load_prompt_rows(RowPrompts.Config(data=data))
         assert len(rows) == count
         assert all(eval(r["prompt"].removesuffix("=")) == int(r["answer"]) for r in rows)
 

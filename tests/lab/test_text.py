@@ -12,7 +12,7 @@ from posttrain.lab.sums_lab import build_tokenizer, corpus
 
 COUNT = 12_000
 TEXTS = [text.text_at(3, i) for i in range(COUNT)]
-SUMS = [t for t in TEXTS if t.kind in text.STYLES]
+SUMS = [t for t in TEXTS if t.kind in text.STYLE_SHARES]
 
 
 def numbers_of(prompt: str) -> tuple[int, ...]:
@@ -20,7 +20,7 @@ def numbers_of(prompt: str) -> tuple[int, ...]:
     return tuple(int(n) for n in prompt[:-1].split("+"))
 
 
-def right(t: text.Text) -> bool:
+def right(t: text.LabText) -> bool:
     return t.completion.rsplit("\n", 1)[-1] == str(sum(numbers_of(t.prompt)))
 
 
@@ -56,13 +56,13 @@ def test_careless_lines_forget_carries_and_nothing_else() -> None:
 def test_proportions_and_how_often_each_style_is_right() -> None:
     kinds = Counter(t.kind for t in SUMS)
     assert len(SUMS) / COUNT == pytest.approx(text.SUMS, abs=0.02)
-    for style, share in text.STYLES.items():
+    for style, share in text.STYLE_SHARES.items():
         assert kinds[style] / len(SUMS) == pytest.approx(share, abs=0.02)
-    share = {s: sum(right(t) for t in SUMS if t.kind == s) / kinds[s] for s in text.STYLES}
+    share = {s: sum(right(t) for t in SUMS if t.kind == s) / kinds[s] for s in text.STYLE_SHARES}
     assert share[text.CAREFUL] == 1
     assert share[text.CARELESS] < 0.3
     assert share[text.GUESS] < 0.2
-    assert {t.kind for t in TEXTS} == {*text.STYLES, *text.OTHERS}
+    assert {t.kind for t in TEXTS} == {*text.STYLE_SHARES, *text.SMALL_TASKS}
 
 
 def test_a_text_is_a_function_of_seed_and_index() -> None:
@@ -71,13 +71,13 @@ def test_a_text_is_a_function_of_seed_and_index() -> None:
 
 
 def test_held_out_sums_are_nowhere_else() -> None:
-    held = {row["prompt"] for row in text.problems(0, 512, held_out=True)}
-    train = {row["prompt"] for row in text.problems(0, 2000, held_out=False)}
+    held = {row["prompt"] for row in text.sum_problems(0, 512, held_out=True)}
+    train = {row["prompt"] for row in text.sum_problems(0, 2000, held_out=False)}
     assert (len(held), len(train)) == (512, 2000)
     assert not held & train
     assert not held & {t.prompt for t in TEXTS}
     assert train & {t.prompt for t in TEXTS}  # the comparison can see what is there
-    for row in text.problems(0, 20, held_out=True):
+    for row in text.sum_problems(0, 20, held_out=True):
         assert int(row["answer"]) == sum(numbers_of(row["prompt"]))
 
 

@@ -6,7 +6,7 @@ import json
 from rich.console import Console
 
 from posttrain.cli import inspect_rollouts as browse
-from posttrain.data.comparisons import Pair
+from posttrain.data.comparisons import AnswerPair
 from posttrain.judge.judge_summary import summarize
 from posttrain.judge.labels import Judged
 from posttrain.report import build_report
@@ -18,11 +18,16 @@ def write_feedback(folder, evil):
     orders = [(0.9, 0.8), (0.7, 0.6), (0.2, 0.3), (0.6, 0.9)]
     judged = [
         Judged(
-            Pair(f"p{i} {evil}", "a longer answer", f"b {evil}", f"r:{i}", 0.8), sum(o) / 2, sum(o) - 1, o, None, 0.7
+            AnswerPair(f"p{i} {evil}", "a longer answer", f"b {evil}", f"r:{i}", 0.8),
+            sum(o) / 2,
+            sum(o) - 1,
+            o,
+            None,
+            0.7,
         )
         for i, o in enumerate(orders)
     ]
-    judged.append(Judged(Pair("p", "a", "b", "r:9", 0.8), None, why="refused: 400"))
+    judged.append(Judged(AnswerPair("p", "a", "b", "r:9", 0.8), None, why="refused: 400"))
     cost = {"questions": 10, "from_store": 4, "prompt_tokens": 1200, "completion_tokens": 10, "new_prompt_tokens": 700}
     cost |= {"new_completion_tokens": 6, "seconds": 12.0, "requests": 9, "retries": {"429": 2, "timed out": 1}}
     about = {

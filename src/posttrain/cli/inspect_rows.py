@@ -17,8 +17,8 @@ from posttrain.core.types import Sample
 from posttrain.data.human_feedback import Answers
 from posttrain.data.marked_text import BRACKETS, render_terminal
 from posttrain.data.preference_rows import PreparedPairs, PreparedUnpaired
-from posttrain.data.prompts import Questions
-from posttrain.data.sft_rows import SHOWN
+from posttrain.data.prompts import PromptSet
+from posttrain.data.rows import SHOWN_ROWS
 from posttrain.eval.tasks import evaluate_model, task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device
 from posttrain.report.formatting import format_p, format_score
@@ -44,7 +44,7 @@ def inspect(recipe: Recipe, only: str | None, rows: int, out: Console) -> None:
             continue
         for title, data in ready(stage, Setting(tokenizer, context)).data:
             out.rule(f"{title} ({stage.method})")
-            if isinstance(data, Questions):
+            if isinstance(data, PromptSet):
                 _questions(data, rows, out)
             elif isinstance(data, Answers):
                 _answers(data, rows, out)
@@ -55,7 +55,7 @@ def inspect(recipe: Recipe, only: str | None, rows: int, out: Console) -> None:
         if only in (None, task.name):
             out.rule(f"{task.name} (evaluation)")
             asked = task_data(task, tokenizer, context)
-            if isinstance(asked, Questions):
+            if isinstance(asked, PromptSet):
                 _questions(asked, rows, out)
             else:
                 _samples(asked, None, tokenizer, rows, out)
@@ -100,7 +100,7 @@ def _numbers(stats: dict[str, Any], lengths: Sequence[int], out: Console) -> Non
             out.print(f"  {line}", markup=False, soft_wrap=True)
 
 
-def _questions(asked: Questions, rows: int, out: Console) -> None:
+def _questions(asked: PromptSet, rows: int, out: Console) -> None:
     """Problems of a reinforcement-learning stage, as the model is asked them."""
     _numbers(asked.stats, [len(q.tokens) for q in asked.items], out)
     for i, q in enumerate(asked.items[:rows]):
@@ -151,9 +151,9 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
     if "desirable" in s:
         facts.append(("labels", f"{s['desirable']:,} good, {s.get('used', 0) - s['desirable']:,} bad"))
     bad_rows = s.get("bad_rows") or []
-    facts += [("bad row", f"{bad['file']}:{bad['row']}: {bad['reason']}") for bad in bad_rows[:SHOWN]]
-    if len(bad_rows) > SHOWN:
-        facts.append(("bad row", f"and {len(bad_rows) - SHOWN:,} more; a run names all of them in bad_rows/"))
+    facts += [("bad row", f"{bad['file']}:{bad['row']}: {bad['reason']}") for bad in bad_rows[:SHOWN_ROWS]]
+    if len(bad_rows) > SHOWN_ROWS:
+        facts.append(("bad row", f"and {len(bad_rows) - SHOWN_ROWS:,} more; a run names all of them in bad_rows/"))
     for out in s.get("left_out") or []:
         facts.append(("left out", f"{out['source']}: {out['reason']}"))
     return facts

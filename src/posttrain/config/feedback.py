@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.judge import JudgeConfig
-from posttrain.config.rl import ProblemsConfig
+from posttrain.config.prompts import ProblemsConfig
 from posttrain.config.settings import NAME, Config, DataConfig, SamplerConfig, StageBase
 
 

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.config.prompts import ProblemsConfig
 from posttrain.config.rewards import Extract, NumericConfig, RewardConfig, RewardsConfig
-from posttrain.config.rl import ProblemsConfig
 from posttrain.config.settings import NAME, Config, SamplerConfig, StageBase
 
 

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.config.prompts import ProblemsConfig
 from posttrain.config.rewards import RewardsConfig
-from posttrain.config.rl import HeldOutConfig, ProblemsConfig, RLConfig, RLOptimizerConfig
+from posttrain.config.rl import HeldOutConfig, RLConfig, RLOptimizerConfig
 from posttrain.config.settings import (
     NAME,
     Config,

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.judge import ServerConfig
+from posttrain.config.prompts import ProblemsConfig
 from posttrain.config.rewards import RewardsConfig
-from posttrain.config.rl import ProblemsConfig
 from posttrain.config.settings import NAME, ModelConfig, SamplerConfig, StageBase
 
 

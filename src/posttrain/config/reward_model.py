@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.preference import HeldOutPairsConfig
+from posttrain.config.prompts import ProblemsConfig
 from posttrain.config.rewards import RewardsConfig
-from posttrain.config.rl import ProblemsConfig
 from posttrain.config.settings import NAME, Config, DataConfig, EpochsConfig, SamplerConfig
 
 

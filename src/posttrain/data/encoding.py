@@ -65,9 +65,7 @@ def encode_rows(
         Index in `kept`, tokens and weights of each record, whether one of them was cut at the limit.
     """
     config, limit = rows.config, token_limit(rows.config, context)
-    for start in track(
-        range(0, len(kept), BATCH), "tokenizing", transient=True, disable=len(kept) <= 5 * BATCH
-    ):
+    for start in track(range(0, len(kept), BATCH), "tokenizing", transient=True, disable=len(kept) <= 5 * BATCH):
         batch: list[tuple[int, list[chat.Rendered | PlainTurns]]] = []
         for i in range(start, min(start + BATCH, len(kept))):
             source, records = kept[i]

@@ -57,7 +57,8 @@ def gym_source_rows(source: str) -> list[dict[str, Any]]:
         options = {key: yaml.safe_load(value) for key, value in pairs}
     except (ValueError, yaml.YAMLError) as error:
         raise DataError(
-            f"data source {source!r}: {error}; expected {GYM_PREFIX}NAME, or {GYM_PREFIX}NAME?size=2000&seed=1&OPTION=VALUE"
+            f"data source {source!r}: {error}; expected {GYM_PREFIX}NAME, or "
+            f"{GYM_PREFIX}NAME?size=2000&seed=1&OPTION=VALUE"
         ) from error
     numbers = {"size": options.pop("size", DEFAULT_SIZE), "seed": options.pop("seed", 0)}
     for (key, number), least in zip(numbers.items(), (1, 0), strict=True):

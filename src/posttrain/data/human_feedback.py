@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.config import DataConfig
-from posttrain.config.feedback import CandidatesConfig, PairsConfig, RatingsConfig, ThumbsConfig
+from posttrain.config.feedback import CandidatesConfig, Pairing, PairsConfig, RatingsConfig, ThumbsConfig
 from posttrain.core.errors import DataError
 from posttrain.data.comparisons import AnswerPair, Candidate, LeftOut, Prompt, pair_up
 from posttrain.data.formats import LAYOUTS, BadRow, Row, fill, read_number, recognise
@@ -61,9 +61,7 @@ class _Reading:
         """Raise DataError for a column that is missing."""
         for column in columns:
             if column is not None and column not in self.rows.columns:
-                raise DataError(
-                    f"{self.config.data.source}: no column {column!r}; the columns are {self.rows.columns}"
-                )
+                raise DataError(f"{self.config.data.source}: no column {column!r}; the columns are {self.rows.columns}")
 
     def merge(self, prompt: Prompt, candidate: Candidate) -> None:
         """Add an answer to a prompt; the ratings of rows with the same answer are put together. Raises BadRow."""
@@ -72,7 +70,7 @@ class _Reading:
         self.prompts.setdefault(key, prompt)
         self.answers.setdefault(key, {})[candidate.text] = merged
 
-    def pairs(self, config: RatingsConfig | CandidatesConfig | ThumbsConfig, min_margin: float = 0.0) -> list[AnswerPair]:
+    def pairs(self, config: Pairing, min_margin: float = 0.0) -> list[AnswerPair]:
         """Make pairs of the answers to each prompt."""
         out: list[AnswerPair] = []
         for g, (key, group) in enumerate(self.answers.items()):
@@ -80,9 +78,7 @@ class _Reading:
             if len(candidates) == 1:
                 self.left_out.note("a prompt's only answer", candidates[0].source)
             rng = np.random.default_rng([config.seed, g])
-            out += pair_up(
-                self.prompts[key], candidates, config.pairs_per_prompt, rng, self.left_out, min_margin
-            )
+            out += pair_up(self.prompts[key], candidates, config.pairs_per_prompt, rng, self.left_out, min_margin)
         return out
 
 
@@ -185,8 +181,8 @@ def _rated(reading: _Reading, config: RatingsConfig) -> list[AnswerPair]:
 def _rated_candidate(row: Row, text: str, source: str, config: RatingsConfig) -> Candidate:
     if config.ratings is None:
         assert config.mean is not None
-        has_spread = config.spread is not None and row.get(config.spread) is not None
-        spread = read_number(row[config.spread], str(config.spread)) if has_spread else None
+        value = row.get(config.spread) if config.spread is not None else None
+        spread = None if value is None else read_number(value, str(config.spread))
         if spread is not None and spread < 0:
             raise BadRow(f"{config.spread} is {spread}, and a spread is never below 0")
         if row.get(config.mean) in (None, ""):

@@ -300,8 +300,8 @@ def check_same_prompt(prompt: Any, before: Sequence[Mapping[str, Any]]) -> None:
         if prompt.strip() not in [m["content"].strip() for m in before if m["role"] == "user"]:
             raise BadRow("the prompts don't match (the column prompt is no turn of the chosen conversation)")
     elif isinstance(prompt, list) and prompt:
-        turns = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in prompt if isinstance(m, dict)]
-        in_column = [content for role, content in turns if role != "system"]
+        turns = [m for m in prompt if isinstance(m, dict) and m.get("role", m.get("from")) != "system"]
+        in_column = [m.get("content", m.get("value")) for m in turns]
         in_conversation = [m["content"] for m in before if m["role"] != "system"]
         if in_column[-1:] != in_conversation[-1:]:
             raise BadRow("the prompts don't match (the column prompt ends otherwise than the chosen conversation's)")
@@ -318,9 +318,7 @@ def _best_and_worst(row: Row, config: DataConfig) -> tuple[Record, Record, float
         raise BadRow(NO_COMPLETIONS)
     completions = row_completions(row)
     rated = [
-        (read_number(c["overall_score"], "overall_score"), c)
-        for c in completions
-        if c.get("overall_score") is not None
+        (read_number(c["overall_score"], "overall_score"), c) for c in completions if c.get("overall_score") is not None
     ]
     if len(rated) < 2:
         raise BadRow(f"fewer than two scored answers ({len(rated)} of {len(completions)})")

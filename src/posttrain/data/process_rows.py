@@ -102,7 +102,7 @@ def chain_samples(chains: Sequence[StepChain], tokenizer: Any) -> list[Sample]:
 
 
 def read_chains(config: DataConfig, tokenizer: Any, separator: str, *, context: int | None = None) -> PreparedChains:
-    """Read rows with `prompt` (text or turns), `steps` (or `completions`: texts) and `labels` (true, false, 0 to 1, null).
+    """Read rows with `prompt`, `steps` (or `completions`: texts) and `labels` (true, false, 0 to 1, null).
 
     Args:
         config: Settings of the data.

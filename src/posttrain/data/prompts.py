@@ -9,7 +9,6 @@ from typing import Any
 
 from posttrain.config import DataConfig
 from posttrain.config.prompts import PROMPTS
-from posttrain.core.errors import DataError
 from posttrain.data import chat_template as chat
 from posttrain.data.encoding import require_chat_template
 from posttrain.data.formats import BadRow, Record, Row, make_message, required_field, to_record
@@ -45,8 +44,8 @@ class PromptSet(PreparedItems[RenderedPrompt]):
 
     noun = "problems"
     advice = (
-        "Give held_out.problems other rows; or, for reasoning-gym, which makes item i from seed + i, a seed farther away "
-        "than the problems' size"
+        "Give held_out.problems other rows; or, for reasoning-gym, which makes item i from seed + i, a seed farther "
+        "away than the problems' size"
     )
 
     def contents(self) -> list[Hashable]:
@@ -99,9 +98,7 @@ def load_prompts(config: Any, tokenizer: Any, *, context: int | None) -> PromptS
         layout=config.kind,
         rows=total,
         duplicates=count_repeats(tuple(p.tokens) for p in items),
-        examples=[
-            {"text": f"{p.source}, answer {p.problem['answer']}", "pieces": [[p.text, 0.0]]} for p in items[:3]
-        ],
+        examples=[{"text": f"{p.source}, answer {p.problem['answer']}", "pieces": [[p.text, 0.0]]} for p in items[:3]],
     )
     return PromptSet(items, stats)
 
@@ -195,7 +192,7 @@ def _problem(record: Record, row: Row, source: str, instruction: str | None) -> 
     answer = (record.extra or {}).get("answer", record.messages[-1]["content"])
     if not str(answer).strip():
         raise BadRow("empty answer")
-    messages = [dict(m) for m in record.messages[:-1]]
+    messages: list[dict[str, Any]] = [dict(m) for m in record.messages[:-1]]
     prompt = _prompt_of({"messages": messages})
     if instruction:
         messages[-1]["content"] += "\n" + instruction

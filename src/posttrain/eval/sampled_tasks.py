@@ -23,7 +23,7 @@ from posttrain.config.sandbox import SandboxConfig
 from posttrain.core.progress import Track
 from posttrain.core.statistics import interval_of_means
 from posttrain.core.types import Rollout
-from posttrain.data.prompts import Question, Questions
+from posttrain.data.prompts import PromptSet, RenderedPrompt
 from posttrain.eval import pass_at_k as inference
 from posttrain.models.language_model import LanguageModel
 from posttrain.rewards import programs
@@ -47,7 +47,7 @@ def stack_of(task: SampleConfig, functions: Functions | None = None) -> RewardSt
 
 
 def chunks(
-    model: LanguageModel, tokenizer: Any, task: SampleConfig, questions: Questions, seed: int, rewards: RewardStack
+    model: LanguageModel, tokenizer: Any, task: SampleConfig, questions: PromptSet, seed: int, rewards: RewardStack
 ) -> Iterator[tuple[int, Callable[[Track], Items]]]:
     """(number of questions, what makes their items) of each chunk, the same however often an evaluation is started."""
     sampler, asked = LocalSampler(model, tokenizer, **task.sampler.limits()), questions.items
@@ -65,7 +65,7 @@ def chunks(
 def _items(
     sampler: Sampler,
     task: SampleConfig,
-    asked: Mapping[int, Question],
+    asked: Mapping[int, RenderedPrompt],
     streams: np.ndarray,
     rewards: RewardStack,
     track: Track,
@@ -103,7 +103,7 @@ def _judged(scored: Scored) -> Iterator[list[Rollout]]:
 
 
 def item_of(
-    task: SampleConfig, number: int, question: Question, sampled: Sequence[Rollout], greedy: Rollout
+    task: SampleConfig, number: int, question: RenderedPrompt, sampled: Sequence[Rollout], greedy: Rollout
 ) -> dict[str, Any]:
     """One question: every completion with what it was given, the likeliest answer, and the curves' values."""
     with ThreadPoolExecutor(2) as threads:  # programs run in processes of their own

@@ -15,7 +15,7 @@ import numpy as np
 from posttrain.config import ScoreConfig
 from posttrain.core.progress import Track
 from posttrain.core.types import Rollout
-from posttrain.data.prompts import Question, Questions
+from posttrain.data.prompts import PromptSet, RenderedPrompt
 from posttrain.eval.sampled_tasks import CHUNK, Items
 from posttrain.models.language_model import LanguageModel
 from posttrain.rewards.stack import RewardStack
@@ -24,7 +24,7 @@ from posttrain.sampling.protocol import Request, Sampler
 
 
 def chunks(
-    model: LanguageModel, tokenizer: Any, task: ScoreConfig, questions: Questions, seed: int, rewards: RewardStack
+    model: LanguageModel, tokenizer: Any, task: ScoreConfig, questions: PromptSet, seed: int, rewards: RewardStack
 ) -> list[tuple[int, Callable[[Track], Items]]]:
     """(number of prompts, what makes their items) of each chunk, the same however often an evaluation is started."""
     sampler, asked = LocalSampler(model, tokenizer, **task.sampler.limits()), questions.items
@@ -41,7 +41,7 @@ def chunks(
 def _items(
     sampler: Sampler,
     task: ScoreConfig,
-    asked: Mapping[int, Question],
+    asked: Mapping[int, RenderedPrompt],
     streams: np.ndarray,
     rewards: RewardStack,
     track: Track,
@@ -62,7 +62,7 @@ def _items(
 
 
 def item_of(
-    number: int, question: Question, answers: Sequence[Rollout], scores: Sequence[float | None]
+    number: int, question: RenderedPrompt, answers: Sequence[Rollout], scores: Sequence[float | None]
 ) -> dict[str, Any]:
     """A prompt with its answers and their scores (None: the scorer failed), and their mean: None without any."""
     there = [s for s in scores if s is not None]

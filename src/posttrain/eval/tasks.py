@@ -20,8 +20,9 @@ from posttrain.core.files import Lines, read_lines, write_json
 from posttrain.core.progress import Track
 from posttrain.core.statistics import summarize
 from posttrain.core.types import Sample
-from posttrain.data.prompts import Questions, ask
-from posttrain.data.sft_rows import Prepared, prepare, prompt_tokens, prompt_with_completion
+from posttrain.data.encoding import prompt_tokens, prompt_with_completion
+from posttrain.data.prompts import PromptSet, load_prompts
+from posttrain.data.sft_rows import Prepared, prepare
 from posttrain.eval import sampled_tasks as sampled
 from posttrain.eval import scored_tasks as scored
 from posttrain.models.language_model import LanguageModel, verify
@@ -52,7 +53,7 @@ def evaluate_model(
         verify(model)
         for task in pending:
             data = task_data(task, tokenizer, context_length(config))
-            if isinstance(data, Questions):
+            if isinstance(data, PromptSet):
                 assert isinstance(task, SampleConfig | ScoreConfig)
                 run_asked(model, tokenizer, task, data, folder, seed, functions)
             else:
@@ -61,10 +62,10 @@ def evaluate_model(
     return [json.loads((folder / f"{t.name}.json").read_text()) for t in tasks]
 
 
-def task_data(task: EvaluationConfig, tokenizer: Any, context: int | None) -> Prepared | Questions:
+def task_data(task: EvaluationConfig, tokenizer: Any, context: int | None) -> Prepared | PromptSet:
     """What a task asks. Raises DataError where that can't be read."""
     if isinstance(task, SampleConfig | ScoreConfig):
-        return ask(task.problems, tokenizer, context=context)
+        return load_prompts(task.problems, tokenizer, context=context)
     return prepare(task.data, tokenizer, context=context)
 
 
@@ -87,7 +88,7 @@ def run_asked(
     model: LanguageModel,
     tokenizer: Any,
     task: SampleConfig | ScoreConfig,
-    questions: Questions,
+    questions: PromptSet,
     folder: Path,
     seed: int = 0,
     functions: sampled.Functions | None = None,

@@ -12,7 +12,7 @@ from typing import Any
 from posttrain.config import JudgeConfig
 from posttrain.core.errors import RecipeError
 from posttrain.core.files import cache_folder
-from posttrain.data.comparisons import Pair, Prompt
+from posttrain.data.comparisons import AnswerPair, Prompt
 from posttrain.judge.answer_store import Store
 from posttrain.judge.asker import Answer, Ask, Asker, Backend
 from posttrain.judge.judge_prompts import messages, question, read_label
@@ -53,7 +53,7 @@ class Judged:
     2 p_a - 1. orders: p_a where a stood first, and where b did (pairwise). scores: of a and b. p_a is None where there
     is no label, and why says why."""
 
-    pair: Pair
+    pair: AnswerPair
     p_a: float | None
     margin: float = 0.0
     orders: tuple[float, float] | None = None
@@ -105,7 +105,7 @@ class Judge:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def compare(self, pairs: Sequence[Pair], on_done: OnDone | None = None) -> list[Judged]:
+    def compare(self, pairs: Sequence[AnswerPair], on_done: OnDone | None = None) -> list[Judged]:
         """A label for every pair, in order; p_a is None, and why says why, where the judge gave none.
 
         pairwise: P(a) is the mean of what both orders say (or of their logits, `combine`). score: the probability that
@@ -165,7 +165,7 @@ class Judge:
                 out.append(Score(sum(self.config.scale[s] * p for s, p in verdict.probabilities.items()), verdict))
         return out
 
-    def _by_score(self, pairs: Sequence[Pair], on_done: OnDone | None) -> list[Judged]:
+    def _by_score(self, pairs: Sequence[AnswerPair], on_done: OnDone | None) -> list[Judged]:
         both = [(p.prompt, t) for p in pairs for t in (p.a, p.b)]
         drawn = [self._draw(p.prompt, sorted((p.a, p.b))) for p in pairs]  # both answers by the same principles
         twice = [numbers for numbers in drawn for _ in range(2)]

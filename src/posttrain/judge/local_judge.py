@@ -72,7 +72,7 @@ class LocalJudge:
     def _tokens(self, ask: Ask, tokenizer: Any) -> list[int]:
         """The question as the model sees it: by its chat template, or as plain text where it has none."""
         if getattr(tokenizer, "chat_template", None):
-            text = chat.render(tokenizer, ask.messages, generation=True)
+            text = chat.render_chat(tokenizer, ask.messages, generation=True)
             return chat.tokenize(tokenizer, [text + ask.opening])[0]
         text = "\n\n".join(m["content"] for m in ask.messages) + "\n" + (ask.opening or "Answer:")
         tokens = chat.tokenize(tokenizer, [text], special=True)[0]

@@ -41,7 +41,7 @@ def measure(policy: LanguageModel, tokenizer: Any, settings: Settings, group_siz
     greedy: the likeliest answer; greedy_by_style: with the style's opening given; sampled: at temperature 1; mixed:
     groups of `group_size` samples of a problem that hold right and wrong ones.
     """
-    rows = text.problems(settings.seed, settings.measured, held_out=True)
+    rows = text.sum_problems(settings.seed, settings.measured, held_out=True)
     greedy = {"": answers(policy, tokenizer, rows)}
     for style, opening in text.OPENING.items():
         if opening:
@@ -85,7 +85,7 @@ def write(folder: Path, settings: Settings) -> None:
         ("problems", settings.train_problems, False),
         ("held_out", settings.held_out_problems, True),
     ):
-        rows = text.problems(settings.seed, count, held_out)
+        rows = text.sum_problems(settings.seed, count, held_out)
         write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 

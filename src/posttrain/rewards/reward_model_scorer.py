@@ -19,8 +19,8 @@ from posttrain.config import DataConfig, ModelConfig
 from posttrain.config.rewards import ProcessRewardPart, RewardModelPart
 from posttrain.core.errors import DataError, ModelError
 from posttrain.data import chat_template as chat
-from posttrain.data.process_rows import Chain, chain_samples, split_steps
-from posttrain.data.sft_rows import prompt_tokens, prompt_with_completion
+from posttrain.data.encoding import prompt_tokens, prompt_with_completion
+from posttrain.data.process_rows import StepChain, chain_samples, split_steps
 from posttrain.losses.reward_loss import combine_members, combine_steps, step_logits
 from posttrain.models.classification_head import Layout, open_head, padding, score_index, scores_at, verify_scores
 from posttrain.models.language_model import LanguageModel
@@ -72,7 +72,7 @@ class Member:
         if completion.strip():
             row = {"messages": self.messages(prompt)}
             return list(prompt_with_completion(row, completion, self.tokenizer, self.data, end=True).tokens)
-        end = chat.turn_end(self.tokenizer) if self.chat else None
+        end = chat.end_of_turn_token(self.tokenizer) if self.chat else None
         end = self.tokenizer.eos_token_id if end is None else end
         return [*self.prompt(prompt), *([] if end is None else [end])]
 
@@ -190,7 +190,9 @@ class ProcessReward:
         spans = [split_steps(c, self.separator) for c in completions]
         there = [i for i, s in enumerate(spans) if s]
         chains = [
-            Chain(self.member.prompt(prompts[i]), [completions[i][a:b] for a, b in spans[i]], [0.0] * len(spans[i]), 0)
+            StepChain(
+                self.member.prompt(prompts[i]), [completions[i][a:b] for a, b in spans[i]], [0.0] * len(spans[i]), 0
+            )
             for i in there
         ]
         samples = chain_samples(chains, self.member.tokenizer)

@@ -37,7 +37,7 @@ from posttrain.core import distributed
 from posttrain.core.errors import CheckpointError, PosttrainError
 from posttrain.core.files import file_hash, is_full, read_lines, write_json, write_text
 from posttrain.core.statistics import compare, summarize
-from posttrain.data.sft_rows import SHOWN
+from posttrain.data.rows import SHOWN_ROWS
 from posttrain.eval.tasks import evaluate_model, task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device, resolve
 from posttrain.recipe.parsing import differences, dump_recipe, load_recipe
@@ -272,12 +272,12 @@ def _noted(entries: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
     out = []
     for entry in entries:
         bad = entry.get("bad_rows") or []
-        if len(bad) > SHOWN:
+        if len(bad) > SHOWN_ROWS:
             name = f"bad_rows/{entry['stage'].replace(' ', '-')}.jsonl"
             if distributed.is_main():
                 (path / "bad_rows").mkdir(exist_ok=True)
                 write_text(path / name, "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad))
-            entry = {**entry, "bad_rows": bad[:SHOWN], "bad_rows_file": name}
+            entry = {**entry, "bad_rows": bad[:SHOWN_ROWS], "bad_rows_file": name}
         out.append(entry)
     return out
 

@@ -258,7 +258,7 @@ def reply_turn(config: EnvironmentConfig, tokenizer: Any, reply: str) -> str:
         {"role": config.role, "content": reply},
     ]
     try:
-        parts = chat.render(tokenizer, turns, generation=True).split(MARK)
+        parts = chat.render_chat(tokenizer, turns, generation=True).split(MARK)
     except BadRow as error:
         raise DataError(f"environment.answers: turn, role: {config.role}: {error}") from error
     if len(parts) != 2 or reply.strip() not in parts[1]:

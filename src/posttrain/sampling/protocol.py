@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from posttrain.config import SamplingConfig
 from posttrain.core.types import Rollout, RolloutGroup
-from posttrain.data.chat_template import turn_end
+from posttrain.data.chat_template import end_of_turn_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,5 +46,5 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     found = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if tokenizer.eos_token_id is not None:
         found.append(tokenizer.eos_token_id)
-    end = turn_end(tokenizer)
+    end = end_of_turn_token(tokenizer)
     return sorted({*found, *([end] if end is not None else [])})

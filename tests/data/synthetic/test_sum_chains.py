@@ -7,9 +7,10 @@ import io
 
 import pytest
 
-from posttrain.config import DataConfig, LabConfig
+from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
-from posttrain.data.prompt_rows import load_problems
+from posttrain.data.prompt_sources import LabPrompts
+from posttrain.data.prompts import load_prompt_rows
 from posttrain.data.readers import read_table
 from posttrain.data.sft_rows import prepare
 from posttrain.data.synthetic import sum_chains as chains
@@ -17,15 +18,15 @@ from posttrain.models.tiny_model import tiny_tokenizer
 
 
 def test_chains_by_hand() -> None:
-    assert chains.careful((7, 4, 9)) == "slowly\n7+4=11\n11+9=20\n20"
-    assert chains.words((7, 4, 9)) == "7 and 4 is 11.\n11 and 9 is 20.\nSo 20"
-    assert chains.program((7, 4, 9)) == "a=7\na=a+4\na=a+9\nprint(a)"
+    assert chains.careful_chain((7, 4, 9)) == "slowly\n7+4=11\n11+9=20\n20"
+    assert chains.chain_in_words((7, 4, 9)) == "7 and 4 is 11.\n11 and 9 is 20.\nSo 20"
+    assert chains.chain_as_program((7, 4, 9)) == "a=7\na=a+4\na=a+9\nprint(a)"
 
 
 @pytest.mark.parametrize("kind", ["careful", "words", "program"])
 def test_rows_are_about_the_lab_s_own_problems_and_right(kind: str) -> None:
-    rows = chains.rows(kind)[:200]
-    problems = load_problems(LabConfig(size=200))
+    rows = chains.chain_rows(kind)[:200]
+    problems = load_prompt_rows(LabPrompts.Config(size=200))
     assert [(r["prompt"], r["answer"]) for r in rows] == [(p["prompt"], p["answer"]) for p in problems]
     for row in rows:
         if kind == "program":
@@ -39,8 +40,8 @@ def test_rows_are_about_the_lab_s_own_problems_and_right(kind: str) -> None:
 
 
 def test_other_tasks_are_right_and_held_out_ones_apart() -> None:
-    rows = chains.rows("others")
-    held = chains.rows("others_held_out")
+    rows = chains.chain_rows("others")
+    held = chains.chain_rows("others_held_out")
     assert (len(rows), len(held)) == (4000, 500)
     assert not {r["prompt"] for r in rows} & {r["prompt"] for r in held}
     right = {

@@ -14,7 +14,7 @@ from posttrain.config import DataConfig, ModelConfig, RefineConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
 from posttrain.core.types import Rollout
-from posttrain.data.prompts import Question, ask
+from posttrain.data.prompts import RenderedPrompt, load_prompts
 from posttrain.data.sft_rows import prepare
 from posttrain.methods.data import revision_chain as chains
 from posttrain.methods.data.critique_revision import Loop, _writer, run_refine
@@ -52,7 +52,7 @@ def carried(script: dict[str, list[Any]], stack: RewardStack | None = None, **ch
         return out
 
     questions = {
-        i: Question([1], p, {"messages": [{"role": "user", "content": p}], "source": f"s:{i}"})
+        i: RenderedPrompt([1], p, {"messages": [{"role": "user", "content": p}], "source": f"s:{i}"})
         for i, p in enumerate(script)
     }
     streams = np.zeros((len(script), 1 + 2 * config.revisions), np.uint64)
@@ -193,7 +193,7 @@ def even(text: str, example: dict[str, Any]) -> float:
 def test_killed_and_gone_on_with_it_ends_in_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "p.txt").write_text("# two of them\nBe short.\n\nBe kind.\n")
     config = settings(principles=str(tmp_path / "p.txt"), **REAL)
-    questions = ask(config.problems, TOKENIZER, context=None).items
+    questions = load_prompts(config.problems, TOKENIZER, context=None).items
     given: Any = {"seed": 1, "functions": {"even": even}}
     calm = run_refine(config, MODEL, questions, tmp_path / "calm", **given)
     sample, calls = LocalSampler.sample, []

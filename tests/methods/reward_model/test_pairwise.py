@@ -68,7 +68,7 @@ def settings(path: Path, **changes: Any) -> RewardModelConfig:
 
 def read(config: RewardModelConfig) -> tuple[list[Pair], list[Pair]]:
     assert config.held_out is not None
-    return tuple(prepare_pairs(d, TOKENIZER, context=2048).pairs for d in (config.data, config.held_out.data))  # type: ignore[return-value]
+    return tuple(prepare_pairs(d, TOKENIZER, context=2048).items for d in (config.data, config.held_out.data))  # type: ignore[return-value]
 
 
 def gradients(config: RewardModelConfig, pairs: list[Pair], systems: SystemsConfig) -> tuple[dict[str, float], Any]:
@@ -218,7 +218,7 @@ def test_an_ensemble_and_its_use_as_a_reward(tmp_path: Path) -> None:
 
 def test_empty_and_overlong_completions_are_scored_or_said(tmp_path: Path) -> None:
     config = settings(tmp_path, held_out=None)
-    pairs = prepare_pairs(config.data, TOKENIZER, context=2048).pairs
+    pairs = prepare_pairs(config.data, TOKENIZER, context=2048).items
     told = run_reward_model(config, ModelConfig(source="tiny:llama"), pairs, [], tmp_path / "stage")
     assert "held_out" not in told and not (tmp_path / "stage" / "held_out.json").exists()
     model = RewardModel(str(tmp_path / "stage" / "reward_model"))

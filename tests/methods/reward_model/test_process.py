@@ -15,7 +15,7 @@ from posttrain.config import ModelConfig, OptimizerConfig, ProcessRewardConfig, 
 from posttrain.config.rewards import ProcessRewardPart
 from posttrain.core.files import read_lines
 from posttrain.core.types import Rollout, RolloutGroup
-from posttrain.data.process_rows import Chain, PreparedChains, chain_samples
+from posttrain.data.process_rows import PreparedChains, StepChain, chain_samples
 from posttrain.methods.reward_model.process import chain_loss, run_process_reward
 from posttrain.models.classification_head import open_head
 from posttrain.models.language_model import LanguageModel
@@ -123,7 +123,7 @@ def test_hard_labels_are_whether_any_ends_right(tmp_path: Path) -> None:
     assert any(0 < n < 5 for c in chains for n in c["right"][:-1])
 
 
-def chains(count: int, seed: int = 0) -> list[Chain]:
+def chains(count: int, seed: int = 0) -> list[StepChain]:
     """A step with a q in it is wrong, and so is everything behind it."""
     g = torch.Generator().manual_seed(seed)
     out = []
@@ -132,7 +132,7 @@ def chains(count: int, seed: int = 0) -> list[Chain]:
         steps = ["".join(chr(97 + int(x)) for x in torch.randint(0, 10, (5,), generator=g)) for _ in range(3)]
         steps = [(s[:2] + "q" + s[3:] if k == wrong else s) + "\n" for k, s in enumerate(steps)]
         prompt = TOKENIZER(f"<|im_start|>user\nproblem number {i // 2}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
-        out.append(Chain(prompt, steps, [float(k < wrong) for k in range(3)], i // 2, f"made:{i}"))
+        out.append(StepChain(prompt, steps, [float(k < wrong) for k in range(3)], i // 2, f"made:{i}"))
     return out
 
 
@@ -155,7 +155,7 @@ def test_loss_and_gradient_equal_a_slow_loop_and_no_split_changes_them() -> None
     0), what float32 loses in the terms is large beside the sum, whoever adds them, and differs from machine to machine.
     """
     made = chains(5, seed=6)
-    made[1] = Chain(made[1].prompt, made[1].steps, [0.25, None, 1.0], made[1].group)
+    made[1] = StepChain(made[1].prompt, made[1].steps, [0.25, None, 1.0], made[1].group)
     samples = chain_samples(made, TOKENIZER)
     metrics, found = gradients(samples, SystemsConfig())
     hf = open_head(SOURCE, "token", 1)[0].eval()

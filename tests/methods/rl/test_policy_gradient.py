@@ -11,7 +11,7 @@ import torch
 from posttrain.config import RLConfig, SystemsConfig
 from posttrain.core.progress import Track
 from posttrain.core.types import Rollout
-from posttrain.data.prompts import Question
+from posttrain.data.prompts import RenderedPrompt
 from posttrain.methods.rl.collect import Collector, Phases
 from posttrain.methods.rl.policy_gradient import Experience
 from posttrain.methods.rl.policy_objectives import METHODS, Extremes, Rolled, give_advantages, policy_loss
@@ -251,11 +251,13 @@ def test_the_critic_s_clip_cuts_its_gradient() -> None:
     assert gradients[0] > 1 and gradients[1] == 0
 
 
-def questions(count: int = 8) -> list[Question]:
+def questions(count: int = 8) -> list[RenderedPrompt]:
     out = []
     for i in range(count):
         text = f"{i} + {i} ="
-        out.append(Question(TOKENIZER(text)["input_ids"], text, {"answer": str(2 * i), "prompt": text, "source": "q"}))
+        out.append(
+            RenderedPrompt(TOKENIZER(text)["input_ids"], text, {"answer": str(2 * i), "prompt": text, "source": "q"})
+        )
     return out
 
 

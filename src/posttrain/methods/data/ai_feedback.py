@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.config import FeedbackConfig, JudgeConfig, ModelConfig, RowsConfig
+from posttrain.config import FeedbackConfig, JudgeConfig, ModelConfig
 from posttrain.config.feedback import SamplesConfig
 from posttrain.core import distributed
 from posttrain.core.errors import DataError
@@ -18,9 +18,10 @@ from posttrain.core.files import write_json, write_text
 from posttrain.core.progress import Track
 from posttrain.core.types import Metric
 from posttrain.data.chat_template import tokenize
-from posttrain.data.comparisons import Candidate, LeftOut, Pair, labelled, pair_up
+from posttrain.data.comparisons import AnswerPair, Candidate, LeftOut, labelled_row, pair_up
 from posttrain.data.human_feedback import Answers, read_answers
-from posttrain.data.prompts import Question, Questions, ask, asks_in_chat
+from posttrain.data.prompts import PromptSet, RenderedPrompt, load_prompts, uses_chat_template
+from posttrain.data.rows import SHOWN_ROWS
 from posttrain.judge.judge_summary import summarize
 from posttrain.judge.labels import Judge, Judged, describe
 from posttrain.methods.data.row_making import open_sampler
@@ -40,9 +41,9 @@ def ready(config: FeedbackConfig, setting: Setting) -> Ready:
     """The stage with its rows read, and the judge's principles, key and store looked at."""
     if config.judge is not None:
         Judge.open(config.judge).close()
-    source: Answers | Questions
+    source: Answers | PromptSet
     if isinstance(config.answers, SamplesConfig):
-        source = ask(config.answers.problems, setting.tokenizer, context=setting.context)
+        source = load_prompts(config.answers.problems, setting.tokenizer, context=setting.context)
     else:
         source = read_answers(config.answers, lambda text: len(tokenize(setting.tokenizer, [text])[0]))
         if config.labels == "human" and not source.thumbs and all(p.human is None for p in source.pairs):
@@ -56,7 +57,7 @@ def ready(config: FeedbackConfig, setting: Setting) -> Ready:
 
 
 def run_feedback(
-    config: FeedbackConfig, model: ModelConfig, source: Answers | Questions, folder: Path, *, seed: int = 0
+    config: FeedbackConfig, model: ModelConfig, source: Answers | PromptSet, folder: Path, *, seed: int = 0
 ) -> dict[str, Any]:
     """Label the answers; `folder`/data/rows.jsonl gets them, judge.json and raters.json what to think of them,
     left_out.jsonl what got no row: {source, reason} a line.
@@ -69,7 +70,7 @@ def run_feedback(
         return {"rows": 0, "seconds": 0.0}
     folder.mkdir(parents=True, exist_ok=True)
     dropped = LeftOut()
-    if isinstance(source, Questions):
+    if isinstance(source, PromptSet):
         assert isinstance(config.answers, SamplesConfig)
         pairs = _sampled(config.answers, config.name, model, source.items, folder, seed, dropped)
         raters: dict[str, Any] = {}
@@ -89,7 +90,7 @@ def run_feedback(
         report = {"name": config.name, "judge": describe(config.judge), **summarize(judged, config.show)}
         report |= {
             "answers_left_out": dict(dropped),
-            "answers_left_out_shown": dropped.shown,
+            "answers_left_out_shown": dropped.all[:SHOWN_ROWS],
             "unread_answers": judge.counts["unreadable"],
             "cost": judge.asker.cost(),
         }
@@ -110,15 +111,17 @@ def _write(work: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_text(work / "rows.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 
-def _by_people(source: Answers | Questions, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+def _by_people(source: Answers | PromptSet, pairs: Sequence[AnswerPair]) -> list[dict[str, Any]]:
     if isinstance(source, Answers) and source.thumbs:
         return [{**row, "labels": "human"} for row in source.thumbs]
     return [
-        labelled(p, p.human, p.margin or 0.0, labels="human") for p in pairs if p.human is not None and p.human != 0.5
+        labelled_row(p, p.human, p.margin or 0.0, labels="human")
+        for p in pairs
+        if p.human is not None and p.human != 0.5
     ]
 
 
-def judge_pairs(judge: Judge, pairs: Sequence[Pair], title: str) -> list[Judged]:
+def judge_pairs(judge: Judge, pairs: Sequence[AnswerPair], title: str) -> list[Judged]:
     """All pairs, some at a time, with progress."""
     out: list[Judged] = []
     with Track(f"{title}: judging", len(pairs)) as track:
@@ -152,24 +155,24 @@ def _row(j: Judged, config: JudgeConfig) -> dict[str, Any]:
     more: dict[str, Any] = {"labels": "judge", "judge": details}
     if j.pair.human is not None:
         more["human_probability"] = j.pair.human if first else 1 - j.pair.human
-    return labelled(j.pair, j.p_a, j.margin, **more)
+    return labelled_row(j.pair, j.p_a, j.margin, **more)
 
 
 def _sampled(
     config: SamplesConfig,
     title: str,
     model: ModelConfig,
-    questions: Sequence[Question],
+    questions: Sequence[RenderedPrompt],
     folder: Path,
     seed: int,
     dropped: LeftOut,
-) -> list[Pair]:
+) -> list[AnswerPair]:
     """Pairs of the policy's own completions. Each lot of prompts is kept as a step's rollouts when it is sampled."""
     sampler: LocalSampler | None = None
-    chatty = not isinstance(config.problems, RowsConfig) or asks_in_chat(config.problems, None)
+    chatty = config.problems.kind != "rows" or uses_chat_template(config.problems, None)
     seeds = np.random.SeedSequence([seed, 3]).generate_state(len(questions), np.uint64)
     size = config.prompts_at_once
-    pairs: list[Pair] = []
+    pairs: list[AnswerPair] = []
     with Track(f"{title}: sampling", len(questions)) as track:
         for lot, start in enumerate(range(0, len(questions), size), 1):
             numbers = range(start, min(start + size, len(questions)))
@@ -212,7 +215,7 @@ def _sampled(
     return pairs
 
 
-def _prompt(question: Question) -> Any:
+def _prompt(question: RenderedPrompt) -> Any:
     """What was asked, as the preference layout has it."""
     turns = [dict(m) for m in question.problem["messages"]]
     return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "user" else turns

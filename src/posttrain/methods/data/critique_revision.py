@@ -21,7 +21,7 @@ from posttrain.core.errors import DataError
 from posttrain.core.progress import Track
 from posttrain.core.types import Message, Metric, Rollout, RolloutGroup
 from posttrain.data import chat_template as chat
-from posttrain.data.prompts import Question, ask, asks_in_chat
+from posttrain.data.prompts import RenderedPrompt, load_prompts, uses_chat_template
 from posttrain.judge.principles import read_principles
 from posttrain.methods.data import revision_chain as chains
 from posttrain.methods.data.revision_chain import Chain, Round, Text
@@ -42,12 +42,12 @@ def ready(config: RefineConfig, setting: Setting) -> Ready:
     texts = _texts(config)
     if config.server is not None:
         OpenAISampler(config.server)  # a key or a package that is missing is said now
-    if not asks_in_chat(config.problems, setting.tokenizer):
+    if not uses_chat_template(config.problems, setting.tokenizer):
         raise DataError(
             f"stage {config.name}: critiques are turns of a chat, and these problems are asked in plain text. Leave "
             "out problems.template and data.chat=false; for a model without a chat template give model.chat_template"
         )
-    asked = ask(config.problems, setting.tokenizer, context=setting.context)
+    asked = load_prompts(config.problems, setting.tokenizer, context=setting.context)
     return Ready(
         [(config.name, asked)],
         lambda model, folder, seed, on_step: run_refine(
@@ -64,7 +64,7 @@ def _texts(config: RefineConfig) -> tuple[list[str], list[Example]]:
 def run_refine(
     config: RefineConfig,
     model: ModelConfig,
-    questions: Sequence[Question],
+    questions: Sequence[RenderedPrompt],
     folder: Path,
     *,
     texts: tuple[Sequence[str], Sequence[Example]] | None = None,
@@ -140,7 +140,7 @@ def _writer(config: RefineConfig, model: ModelConfig) -> Writer:
     ) -> list[Rollout]:
         tokens: list[list[int]] = [[] for _ in asked]
         if tokenizer is not None:
-            tokens = chat.tokenize(tokenizer, [chat.render(tokenizer, m, generation=True) for m, _ in asked])
+            tokens = chat.tokenize(tokenizer, [chat.render_chat(tokenizer, m, generation=True) for m, _ in asked])
         fits = [i for i, t in enumerate(tokens) if len(t) < context]
         requests = [Request(tokens[i], 1, asked[i][1], {"messages": asked[i][0]}) for i in fits]
         groups = sampler.sample(requests, sampling.model_copy(update={"max_tokens": longest}), on_done)
@@ -163,7 +163,7 @@ class Loop:
     rewards: RewardStack | None
     shown: Callable[[str], None]
 
-    def __call__(self, questions: Mapping[int, Question], streams: np.ndarray) -> list[Chain]:
+    def __call__(self, questions: Mapping[int, RenderedPrompt], streams: np.ndarray) -> list[Chain]:
         """The chains of these questions, by number; a question's row of streams seeds what is sampled for it."""
         config = self.config
         asked = [(q.problem["messages"], int(streams[i][0])) for i, q in questions.items()]
@@ -205,7 +205,7 @@ class Loop:
                 c.stopped = chains.BY_VERDICT
 
     def _revisions(
-        self, n: int, going: Sequence[Chain], questions: Mapping[int, Question], streams: np.ndarray
+        self, n: int, going: Sequence[Chain], questions: Mapping[int, RenderedPrompt], streams: np.ndarray
     ) -> None:
         asked = []
         for c in going:
@@ -226,7 +226,7 @@ class Loop:
             done.revision = text
 
     def _answers(
-        self, what: str, asked: Sequence[tuple[Sequence[Message], int]], questions: Sequence[Question]
+        self, what: str, asked: Sequence[tuple[Sequence[Message], int]], questions: Sequence[RenderedPrompt]
     ) -> list[Text]:
         """First answers or revisions, with their rewards where there are any."""
         written = self._say(what, asked, self.config.sampler.max_tokens)

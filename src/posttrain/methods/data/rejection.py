@@ -21,7 +21,7 @@ from posttrain.config.rewards import RewardsConfig
 from posttrain.core.errors import DataError
 from posttrain.core.progress import Track
 from posttrain.core.types import Metric
-from posttrain.data.prompts import Question, ask
+from posttrain.data.prompts import RenderedPrompt, load_prompts
 from posttrain.methods.data.row_making import alone, chunked, leave_data, open_sampler
 from posttrain.methods.rl.collect import with_failed
 from posttrain.rewards.stack import RewardStack
@@ -38,7 +38,7 @@ CHUNK = 256
 
 def ready(config: RejectionConfig, setting: Setting) -> Ready:
     """The stage with its problems asked. Raises DataError where they can't be."""
-    asked = ask(config.problems, setting.tokenizer, context=setting.context)
+    asked = load_prompts(config.problems, setting.tokenizer, context=setting.context)
     return Ready(
         [(config.name, asked)],
         lambda model, folder, seed, on_step: run_rejection(
@@ -50,7 +50,7 @@ def ready(config: RejectionConfig, setting: Setting) -> Ready:
 def run_rejection(
     config: RejectionConfig,
     model: ModelConfig,
-    questions: Sequence[Question],
+    questions: Sequence[RenderedPrompt],
     folder: Path,
     *,
     seed: int = 0,
@@ -97,7 +97,7 @@ def run_rejection(
 def _sample(
     config: RejectionConfig,
     model: ModelConfig,
-    questions: Sequence[Question],
+    questions: Sequence[RenderedPrompt],
     folder: Path,
     chunks: Sequence[range],
     left: Sequence[int],
@@ -185,7 +185,7 @@ def select(config: RejectionConfig, sampled: Sequence[dict[str, Any]]) -> tuple[
     return kept, reasons
 
 
-def row_of(question: Question, row: Mapping[str, Any]) -> dict[str, Any]:
+def row_of(question: RenderedPrompt, row: Mapping[str, Any]) -> dict[str, Any]:
     """What supervised fine-tuning reads: the turns as the model was asked them, and its completion as the last."""
     asked = [{"role": m["role"], "content": m["content"]} for m in question.problem["messages"]]
     answer = {"role": "assistant", "content": row["completion"]}

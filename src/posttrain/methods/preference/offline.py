@@ -19,10 +19,10 @@ from posttrain.data.preference_rows import (
     PreparedPairs,
     PreparedUnpaired,
     Unpaired,
-    apart,
     prepare_pairs,
     prepare_unpaired,
 )
+from posttrain.data.rows import drop_training_overlap
 from posttrain.losses import preference_loss as pref
 from posttrain.methods.preference.objectives import (
     Objective,
@@ -213,7 +213,7 @@ def ready(config: PreferenceConfig, setting: Setting) -> Ready:
     data, held_out = [(config.name, prepared)], list[Any]()
     if config.held_out is not None:
         held = read(config.held_out.data, setting.tokenizer, context=setting.context)
-        held = apart(held, prepared, f"stage {config.name}")
+        held = drop_training_overlap(held, prepared, f"stage {config.name}")
         _both_kinds(held, f"stage {config.name}, held out")
         held_out = held.items
         data.append((f"{config.name} held out", held))

@@ -13,9 +13,9 @@ from posttrain.config import ModelConfig, OnlineDPOConfig
 from posttrain.core import distributed
 from posttrain.core.progress import Track
 from posttrain.core.types import Metric
-from posttrain.data.chat_template import turn_end
+from posttrain.data.chat_template import end_of_turn_token
 from posttrain.data.preference_rows import Pair
-from posttrain.data.prompts import Question
+from posttrain.data.prompts import RenderedPrompt
 from posttrain.methods.preference.objectives import objective, pair_loss, pair_samples
 from posttrain.methods.preference.offline import METRICS as PREFERENCE_METRICS
 from posttrain.methods.rl.collect import Batch, Collector
@@ -52,7 +52,7 @@ class OnlinePairs(Experience):
         learner: Learner,
         collector: Collector,
         folder: Path,
-        held_out: Sequence[Question],
+        held_out: Sequence[RenderedPrompt],
         seed: int,
         frozen: LanguageModel | None,
         gold: Gold | None = None,
@@ -116,8 +116,8 @@ def ready(config: OnlineDPOConfig, setting: Setting) -> Ready:
 def run_online(
     config: OnlineDPOConfig,
     model: ModelConfig,
-    questions: Sequence[Question],
-    held_out: Sequence[Question],
+    questions: Sequence[RenderedPrompt],
+    held_out: Sequence[RenderedPrompt],
     folder: Path,
     *,
     seed: int = 0,
@@ -153,5 +153,5 @@ def run_online(
             on_step=on_step,
             shown=("reward", "held_out", "accuracy", "margin"),
         )
-    leave_model(opened, config, model, folder, seed, turn_end(tokenizer))
+    leave_model(opened, config, model, folder, seed, end_of_turn_token(tokenizer))
     return account(result, opened)

@@ -17,8 +17,8 @@ from posttrain.core.errors import DataError
 from posttrain.core.files import Lines, read_lines
 from posttrain.core.progress import Track
 from posttrain.core.types import Rollout, RolloutGroup
-from posttrain.data.process_rows import Chain, PreparedChains, chain_samples, split_steps
-from posttrain.data.prompts import Question
+from posttrain.data.process_rows import PreparedChains, StepChain, chain_samples, split_steps
+from posttrain.data.prompts import RenderedPrompt
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.protocol import Request, Sampler
 
@@ -40,7 +40,7 @@ class Labeller:
         self.config, self.separator = config, separator
         self.sampler, self.tokenizer, self.rewards, self.seed = sampler, tokenizer, rewards, seed
 
-    def label(self, questions: Sequence[Question], path: Path, title: str) -> None:
+    def label(self, questions: Sequence[RenderedPrompt], path: Path, title: str) -> None:
         """Add a row for each question to the file, but for those that are there."""
         size, total = self.config.problems_per_batch, len(questions)
         done = len(read_lines(path)) if path.exists() else 0
@@ -56,7 +56,7 @@ class Labeller:
                 track.update(start + len(rows), right_steps=sum(steps) / max(1, len(steps)))
         lines.close()
 
-    def batch(self, questions: Sequence[Question], start: int, track: Track) -> list[Row]:
+    def batch(self, questions: Sequence[RenderedPrompt], start: int, track: Track) -> list[Row]:
         """Label the chains of some problems. start: number of the first, for its random stream."""
         config = self.config
         streams = np.random.SeedSequence([self.seed, 3, start]).generate_state(2 * len(questions), np.uint64)
@@ -135,7 +135,7 @@ class Labeller:
 
     def _row(
         self,
-        question: Question,
+        question: RenderedPrompt,
         number: int,
         group: RolloutGroup,
         spans: Sequence[Sequence[tuple[int, int]]],
@@ -173,19 +173,19 @@ class Labeller:
         return float(any(known)) if self.config.targets == "hard" else sum(known) / len(known)
 
 
-def labelled(rows: Sequence[Row], questions: Sequence[Question], tokenizer: Any) -> PreparedChains:
+def labelled(rows: Sequence[Row], questions: Sequence[RenderedPrompt], tokenizer: Any) -> PreparedChains:
     """Labelled rows as the learner takes them. Chains without a step, or without any label, are counted in the stats.
 
     Raises DataError where no chain is left.
     """
-    chains, without, unlabelled = list[Chain](), 0, 0
+    chains, without, unlabelled = list[StepChain](), 0, 0
     for row, q in zip(rows, questions, strict=True):
         for i, c in enumerate(row["chains"]):
             unlabelled += sum(t is None for t in c["targets"])
             if all(t is None for t in c["targets"]):
                 without += 1
                 continue
-            chains.append(Chain(q.tokens, c["steps"], c["targets"], row["problem"], f"{row['source']}#{i}"))
+            chains.append(StepChain(q.tokens, c["steps"], c["targets"], row["problem"], f"{row['source']}#{i}"))
     if not chains:
         raise DataError(
             f"none of {without} sampled chains has a step that could be labelled: look at what the policy writes "

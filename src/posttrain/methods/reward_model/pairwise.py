@@ -19,7 +19,8 @@ from posttrain.core.files import write_json, write_text
 from posttrain.core.progress import Track
 from posttrain.core.ragged import RaggedBatch
 from posttrain.core.types import Metric, Sample
-from posttrain.data.preference_rows import Pair, apart, prepare_pairs
+from posttrain.data.preference_rows import Pair, prepare_pairs
+from posttrain.data.rows import drop_training_overlap
 from posttrain.eval.calibration import judged_pairs
 from posttrain.losses.reward_loss import bradley_terry, centring, combine_members, pair_metrics
 from posttrain.methods.reward_model.scorer_training import Measured, leave_scorer, open_scorer, whole
@@ -54,13 +55,13 @@ def ready(config: RewardModelConfig, setting: Setting) -> Ready:
     data, held_out = [(config.name, pairs)], list[Pair]()
     if config.held_out is not None:
         held = prepare_pairs(config.held_out.data, setting.tokenizer, context=setting.context)
-        held = apart(held, pairs, f"stage {config.name}")
+        held = drop_training_overlap(held, pairs, f"stage {config.name}")
         data.append((f"{config.name} held out", held))
-        held_out = held.pairs
+        held_out = held.items
     return Ready(
         data,
         lambda model, folder, seed, on_step: run_reward_model(
-            config, model, pairs.pairs, held_out, folder, seed=seed, on_step=on_step
+            config, model, pairs.items, held_out, folder, seed=seed, on_step=on_step
         ),
     )
 

@@ -13,13 +13,14 @@ from torch import Tensor
 from posttrain.config import ModelConfig, ProcessRewardConfig
 from posttrain.config.reward_model import RolloutLabelsConfig
 from posttrain.core import distributed
-from posttrain.core.errors import DataError, ModelError
+from posttrain.core.errors import ModelError
 from posttrain.core.files import read_lines, write_json, write_text
 from posttrain.core.progress import Track
 from posttrain.core.ragged import RaggedBatch
 from posttrain.core.types import Metric, Sample
 from posttrain.data.process_rows import PreparedChains, read_chains
-from posttrain.data.prompts import Question, apart, ask, asks_in_chat
+from posttrain.data.prompts import RenderedPrompt, load_prompts, uses_chat_template
+from posttrain.data.rows import drop_training_overlap
 from posttrain.eval.calibration import judged_steps
 from posttrain.losses.reward_loss import step_logits, step_loss, step_metrics
 from posttrain.methods.reward_model.monte_carlo import Labeller, labelled
@@ -48,10 +49,10 @@ def ready(config: ProcessRewardConfig, setting: Setting) -> Ready:
     labels, tokenizer, context = config.labels, setting.tokenizer, setting.context
     index: dict[str, Any] = {"kind": "process_reward", "separator": config.separator}
     if isinstance(labels, RolloutLabelsConfig):
-        asked = ask(labels.problems, tokenizer, context=context)
-        held = None if labels.held_out is None else ask(labels.held_out, tokenizer, context=context)
-        held = None if held is None else apart(held, asked, config.name)
-        index |= {"chat": asks_in_chat(labels.problems, tokenizer), "template": labels.problems.template}
+        asked = load_prompts(labels.problems, tokenizer, context=context)
+        held = None if labels.held_out is None else load_prompts(labels.held_out, tokenizer, context=context)
+        held = None if held is None else drop_training_overlap(held, asked, f"stage {config.name}")
+        index |= {"chat": uses_chat_template(labels.problems, tokenizer), "template": labels.problems.template}
 
         def from_rollouts(model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None) -> dict[str, Any]:
             parts = label(config, model, asked.items, held.items if held else [], folder, seed, setting.functions)
@@ -63,7 +64,8 @@ def ready(config: ProcessRewardConfig, setting: Setting) -> Ready:
     index |= {"chat": labels.data.chat, "system": labels.data.system}
     rest = PreparedChains([])
     if labels.held_out is not None:
-        rest = _apart(read_chains(labels.held_out, tokenizer, config.separator, context=context), read, config.name)
+        rest = read_chains(labels.held_out, tokenizer, config.separator, context=context)
+        rest = drop_training_overlap(rest, read, f"stage {config.name}")
 
     def from_rows(model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None) -> dict[str, Any]:
         return run_process_reward(config, model, read, rest, folder, seed=seed, on_step=on_step, index=index)
@@ -71,22 +73,11 @@ def ready(config: ProcessRewardConfig, setting: Setting) -> Ready:
     return Ready([(config.name, read), *([(f"{config.name} held out", rest)] if rest.samples else [])], from_rows)
 
 
-def _apart(held_out: PreparedChains, read: PreparedChains, stage: str) -> PreparedChains:
-    """Held-out chains that are not trained on too; the others are counted. DataError where none is left."""
-    known = {tuple(s.tokens) for s in read.samples}
-    kept = [s for s in held_out.samples if tuple(s.tokens) not in known]
-    same = len(held_out.samples) - len(kept)
-    if not kept:
-        raise DataError(f"stage {stage}: all {same} held-out chains are trained on too: give held_out other rows")
-    dropped = held_out.stats["dropped"] | ({"trained on too": same} if same else {})
-    return PreparedChains(kept, {**held_out.stats, "used": len(kept), "dropped": dropped})
-
-
 def label(
     config: ProcessRewardConfig,
     model: ModelConfig,
-    questions: Sequence[Question],
-    held_out: Sequence[Question],
+    questions: Sequence[RenderedPrompt],
+    held_out: Sequence[RenderedPrompt],
     folder: Path,
     seed: int,
     functions: Functions | None = None,
@@ -118,7 +109,7 @@ def _label_all(
     config: ProcessRewardConfig,
     labels: RolloutLabelsConfig,
     model: ModelConfig,
-    parts: dict[str, Sequence[Question]],
+    parts: dict[str, Sequence[RenderedPrompt]],
     files: dict[str, Path],
     seed: int,
     functions: Functions | None,

@@ -21,7 +21,7 @@ from posttrain.core import distributed
 from posttrain.core.progress import Phases
 from posttrain.core.ragged import micro_batches
 from posttrain.core.types import RolloutGroup
-from posttrain.data.prompts import Question
+from posttrain.data.prompts import RenderedPrompt
 from posttrain.losses.advantages import moving_average
 from posttrain.losses.kl import kl
 from posttrain.methods.rl.exploration import Controls
@@ -99,7 +99,7 @@ class Collector:
         model: LanguageModel,
         sampler: Sampler,
         rewards: RewardStack,
-        questions: Sequence[Question],
+        questions: Sequence[RenderedPrompt],
         seed: int,
         reference: Callable[[Sequence[Rolled]], None] | None = None,
         tokenizer: Any = None,
@@ -219,7 +219,7 @@ class Collector:
         batch.metrics["greedy_failed"] = float(len(answered.excluded))
         return [outcome(self.config, g.rollouts[0]) if g.rollouts else math.nan for g in answered.groups]
 
-    def answer(self, questions: Sequence[Question], phases: Phases) -> list[RolloutGroup]:
+    def answer(self, questions: Sequence[RenderedPrompt], phases: Phases) -> list[RolloutGroup]:
         """Greedy answers."""
         greedy = self.config.sampler.model_copy(update={"temperature": 0.0})
         requests = [Request(q.tokens, 1, 0, q.problem) for q in questions]

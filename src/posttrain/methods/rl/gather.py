@@ -17,7 +17,7 @@ from posttrain.config import RLConfig, SamplingConfig
 from posttrain.core import distributed
 from posttrain.core.progress import Phases
 from posttrain.core.types import RolloutGroup
-from posttrain.data.prompts import Question
+from posttrain.data.prompts import RenderedPrompt
 from posttrain.methods.rl.curriculum import Curriculum
 from posttrain.methods.rl.exploration import allot
 from posttrain.methods.rl.gathering import Gathering
@@ -37,7 +37,7 @@ class Gatherer:
         config: RLConfig,
         sampler: Sampler,
         rewards: RewardStack,
-        questions: Sequence[Question],
+        questions: Sequence[RenderedPrompt],
         seed: int,
         tokenizer: Any = None,
     ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from posttrain.core.types import Rollout, RolloutGroup
-from posttrain.data.prompts import Question
+from posttrain.data.prompts import RenderedPrompt
 from posttrain.methods.rl.policy_objectives import mixed
 from posttrain.rewards.stack import Excluded, Scored
 from posttrain.sampling.replay_buffer import PARTIAL, plain, rollout_of
@@ -53,7 +53,7 @@ class Gathering:
         dropped, self.rollouts = len(self.rollouts) - len(ended), ended
         return dropped
 
-    def unjudged(self, question: Question) -> RolloutGroup:
+    def unjudged(self, question: RenderedPrompt) -> RolloutGroup:
         """What is to be judged, as a group."""
         return RolloutGroup(question.tokens, question.problem, self.rollouts[self.judged :])
 
@@ -82,7 +82,7 @@ class Gathering:
         return cls(numbers["problem"], numbers["born"], rollouts, excluded, numbers["judged"])
 
 
-def scored(ready: Sequence[Gathering], questions: Sequence[Question]) -> Scored:
+def scored(ready: Sequence[Gathering], questions: Sequence[RenderedPrompt]) -> Scored:
     """Judged groups as rewards give them, without what was replayed."""
     groups, excluded = [], []
     for g, gathering in enumerate(ready):

@@ -19,7 +19,7 @@ from posttrain.core import distributed
 from posttrain.core.progress import Phases
 from posttrain.core.statistics import interval_of_means
 from posttrain.core.types import RolloutGroup
-from posttrain.data.prompts import Question
+from posttrain.data.prompts import RenderedPrompt
 from posttrain.losses.aggregation import sequence_index
 from posttrain.losses.kl import sequence_kl
 from posttrain.methods.rl.collect import Collector
@@ -44,7 +44,7 @@ class Gold:
         self,
         config: RLConfig,
         collector: Collector,
-        questions: Sequence[Question],
+        questions: Sequence[RenderedPrompt],
         reference: Callable[[Sequence[Rolled]], None],
         folder: Path,
         seed: int,

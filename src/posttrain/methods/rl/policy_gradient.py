@@ -16,8 +16,9 @@ from posttrain.core import distributed
 from posttrain.core.progress import Phases, Track
 from posttrain.core.statistics import mean_interval
 from posttrain.core.types import Metric, Rollout
-from posttrain.data.chat_template import turn_end
-from posttrain.data.prompts import Question, apart, ask
+from posttrain.data.chat_template import end_of_turn_token
+from posttrain.data.prompts import RenderedPrompt, load_prompts
+from posttrain.data.rows import drop_training_overlap
 from posttrain.methods.rl.collect import Batch, Collector, counts_of, filled, in_passes, with_failed
 from posttrain.methods.rl.gather import judge
 from posttrain.methods.rl.gold_scorer import Gold
@@ -121,7 +122,7 @@ class Experience:
         learner: Learner,
         collector: Collector,
         folder: Path,
-        held_out: Sequence[Question] = (),
+        held_out: Sequence[RenderedPrompt] = (),
         seed: int = 0,
         gold: Gold | None = None,
         turns: Callable[[Rollout], list[tuple[bool, str]]] | None = None,
@@ -239,7 +240,7 @@ def _joined(records: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def problems(
     config: RLConfig | OnlineDPOConfig, setting: Setting
-) -> tuple[list[tuple[str, Any]], list[Question], list[Question]]:
+) -> tuple[list[tuple[str, Any]], list[RenderedPrompt], list[RenderedPrompt]]:
     """(what was read, by title; problems to train on; held-out ones, without those that are trained on too).
 
     Raises RewardError for a reward that can't be built, before an earlier stage has trained for hours.
@@ -248,10 +249,11 @@ def problems(
         RewardStack(config.rewards, setting.functions, setting.tokenizer).close()
         if config.held_out is not None and config.held_out.gold is not None:
             RewardStack([config.held_out.gold], setting.functions, setting.tokenizer).close()
-    asked = ask(config.problems, setting.tokenizer, context=setting.context)
+    asked = load_prompts(config.problems, setting.tokenizer, context=setting.context)
     if config.held_out is None:
         return [(config.name, asked)], asked.items, []
-    held = apart(ask(config.held_out.problems, setting.tokenizer, context=setting.context), asked, config.name)
+    held = load_prompts(config.held_out.problems, setting.tokenizer, context=setting.context)
+    held = drop_training_overlap(held, asked, f"stage {config.name}")
     return [(config.name, asked), (f"{config.name} held out", held)], asked.items, held.items
 
 
@@ -272,8 +274,8 @@ def ready(config: RLConfig, setting: Setting) -> Ready:
 def run_rl(
     config: RLConfig,
     model: ModelConfig,
-    questions: Sequence[Question],
-    held_out: Sequence[Question],
+    questions: Sequence[RenderedPrompt],
+    held_out: Sequence[RenderedPrompt],
     folder: Path,
     *,
     seed: int = 0,
@@ -324,7 +326,7 @@ def run_rl(
             shown=("reward", "held_out", "length"),
         )
     policy.value = None
-    leave_model(opened, config, model, folder, seed, turn_end(tokenizer))
+    leave_model(opened, config, model, folder, seed, end_of_turn_token(tokenizer))
     return account(result, opened)
 
 
