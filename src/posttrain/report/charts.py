@@ -124,6 +124,7 @@ class StageCharts:
     groups: list[tuple[str, list[Chart]]]
     folded: list[tuple[str, list[Chart]]]
     constant: list[tuple[str, str, float]]
+    single: bool
     equal: list[tuple[str, str, str, float]]
     skipped: list[int]
 
@@ -155,7 +156,9 @@ def stage_charts(stage: StageLog) -> StageCharts:
             marks = skipped if any(key in r for r in stage.metrics) else ()
             groups.setdefault(metric.group or "Other", []).append(replace(chart, marks=marks))
     shown = [(title, charts) for title, charts in groups.items() if title not in FOLDED_GROUPS]
-    return StageCharts(shown, [(t, c) for t, c in groups.items() if t in FOLDED_GROUPS], constant, equal, skipped)
+    folded = [(title, charts) for title, charts in groups.items() if title in FOLDED_GROUPS]
+    single = any(len(columns[key][0]) == 1 for key, _, _ in constant)
+    return StageCharts(shown, folded, constant, single, equal, skipped)
 
 
 def describe_metric(key: str, known: Sequence[Metric]) -> Metric:
