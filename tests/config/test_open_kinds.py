@@ -15,7 +15,7 @@ from posttrain.config.open_kinds import open_kind
 from posttrain.core.errors import RecipeError
 from posttrain.core.imports import add_import_folder
 from posttrain.recipe.parsing import dump_recipe, load_recipe
-from posttrain.recipe.schema import settings
+from posttrain.recipe.schema import dotted, settings
 
 OUTSIDE = """
 from pydantic import BaseModel, Field
@@ -96,7 +96,7 @@ def test_a_kind_from_outside(outside: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "text", "said"),
     [
-        ('"outside_prompts:Words"', "count: 0", r"problems.count \(.*open.yaml:6\): expected? .*greater than"),
+        ('"outside_prompts:Words"', "count: 0", r"problems.count \(.*open.yaml:6\): expected at least 1"),
         ('"outside_prompts:Words"', "cuont: 1", "problems.cuont .*Did you mean count"),
         ('"outside_prompts:Wrods"', "", r"problems.kind \(.*there is no 'Wrods' in outside_prompts"),
         ('"no_such_module:Words"', "", "problems.kind .*no_such_module"),
@@ -110,6 +110,10 @@ def test_a_recipe_says_what_is_wrong_with_a_kind(outside: Path, kind: str, text:
         load_recipe(recipe(outside, kind, text))
 
 
-def test_the_reference_lists_the_settings_of_built_in_kinds() -> None:
-    keys = {s.key for s in settings()}
-    assert {"stages.N.problems.data.source", "stages.N.problems.size", "stages.N.held_out.problems.kind"} <= keys
+def test_the_reference_lists_the_settings_of_the_kind_that_is_named() -> None:
+    data = load_recipe("lab").model_dump(mode="json")
+    keys = {dotted(s.key, data) for s in settings(data)}
+    assert {"stages.rl.problems.size", "stages.rl.held_out.problems.kind"} <= keys
+    assert "stages.rl.problems.data.source" not in keys
+    data["stages"][0]["problems"] = {"kind": "rows"}
+    assert "stages.rl.problems.data.source" in {dotted(s.key, data) for s in settings(data)}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from posttrain.config import Recipe
+from posttrain.config import Config
 from posttrain.config.names import RENAMED
 from posttrain.core.errors import RecipeError
+from posttrain.core.imports import load_object
 from posttrain.recipe.parsing import differences, dump_recipe, load_recipe, shipped
-from posttrain.recipe.schema import settings
+from posttrain.recipe.schema import dotted, settings
 
 SMALL = """\
 name: small
@@ -117,16 +121,16 @@ def test_all_problems_are_reported_at_once(write) -> None:
     assert len(found) == 8
     assert [p for p in found if p.startswith("model.dtyp") and p.endswith("Did you mean dtype?")]
     assert [p for p in found if p.startswith("seed") and "given twice" in p and "small.yaml:4" in p]
-    assert [p for p in found if p.startswith("stages.0.batch_size") and "small.yaml:6" in p and "'many'" in p]
-    assert [p for p in found if p.startswith("stages.0.epochs") and "small.yaml:8" in p]
+    assert [p for p in found if p.startswith("stages.sft.batch_size") and "small.yaml:6" in p and "'many'" in p]
+    assert [p for p in found if p.startswith("stages.sft.epochs") and "small.yaml:8" in p]
 
 
 def test_a_problem_names_file_and_line_or_the_override(write) -> None:
     path = write(SMALL.replace("lr: 1e-4", "lr: fast"))
-    assert one(path).startswith(f"stages.0.optimizer.lr ({path}:6): expected a valid number")
+    assert one(path).startswith(f"stages.sft.optimizer.lr ({path}:6): expected a number, got 'fast'")
     assert "(override stages.0.optimizer.lr=slow)" in one(write(SMALL), "stages.0.optimizer.lr=slow")
     inside = one(write(SMALL), "stages.0.optimzer.lr=1e-4")  # the misspelt part holds the one that was given
-    assert inside.startswith("stages.0.optimzer (override stages.0.optimzer.lr=1e-4)")
+    assert inside.startswith("stages.sft.optimzer (override stages.0.optimzer.lr=1e-4)")
 
 
 @pytest.mark.parametrize(
@@ -134,13 +138,13 @@ def test_a_problem_names_file_and_line_or_the_override(write) -> None:
     [
         ("stages.0.optimizer.learning_rate", "Did you mean lr?"),
         ("stages.0.optimizer.learing_rate", "Did you mean lr?"),
-        ("stages.0.learning_rate", "Did you mean stages.0.optimizer.lr?"),
-        ("lr", "Did you mean stages.0.optimizer.lr?"),
-        ("stages.1.lr", "Did you mean stages.1.optimizer.lr?"),
+        ("stages.0.learning_rate", "Did you mean stages.sft.optimizer.lr?"),
+        ("lr", "Did you mean stages.sft.optimizer.lr?"),
+        ("stages.1.lr", "Did you mean stages.second.round.optimizer.lr?"),
         ("stages.0.per_device_train_batch_size", "Did you mean batch_size?"),
         ("stages.0.batchsize", "Did you mean batch_size?"),
         ("stages.0.num_train_epochs", "Did you mean epochs?"),
-        ("stages.0.max_seq_length", "Did you mean stages.0.data.max_tokens?"),
+        ("stages.0.max_seq_length", "Did you mean stages.sft.data.max_tokens?"),
         ("stages.0.data.max_length", "Did you mean max_tokens?"),
         ("model.model_name_or_path", "Did you mean source?"),
         ("stages.0.gradient_accumulation_steps", "systems.tokens_per_micro_batch"),
@@ -150,11 +154,19 @@ def test_a_problem_names_file_and_line_or_the_override(write) -> None:
 )
 def test_an_unknown_key_gets_the_right_one(write, key: str, hint: str) -> None:
     line = one(write(SMALL), f"{key}=1")
-    assert line.startswith(f"{key} (override") and "no such setting" in line and hint in line
+    named = key.replace("stages.0.", "stages.sft.").replace("stages.1.", "stages.second.round.")
+    assert line.startswith(f"{named} (override {key}=1)") and "no such setting" in line and hint in line
+
+
+def all_settings_classes() -> list[type[BaseModel]]:
+    found: list[type[BaseModel]] = [Config]
+    for config in found:
+        found += config.__subclasses__()
+    return found
 
 
 def test_every_alias_leads_to_a_setting_that_exists() -> None:
-    names = {s.key.rsplit(".", 1)[-1] for s in settings()}
+    names = {name for config in all_settings_classes() for name in config.model_fields}
     assert {ours.rsplit(".", 1)[-1] for ours in RENAMED.values()} <= names
     # A name of another tool that is a setting of ours too would be shadowed.
     assert not set(RENAMED) & names
@@ -166,13 +178,13 @@ def test_overrides_of_list_items_that_are_not_there(write) -> None:
 
 def test_alternatives_of_one_value_are_one_problem(write) -> None:
     line = one(write(SMALL), "stages.0.adapter.target=3")
-    assert line.startswith("stages.0.adapter.target (") and "'all-linear'" in line and "list" in line
+    assert line.startswith("stages.sft.adapter.target (") and "'all-linear'" in line and "list" in line
 
 
 def test_missing_settings_are_named_and_described(write) -> None:
     found = problems(write("name: x\nstages:\n  - {}\n"))
     assert any(p.startswith("model: required") or p.startswith("model (") and "required" in p for p in found)
-    assert any(p.startswith("stages.0.data (") and "required" in p for p in found)
+    assert any(p.startswith("stages.sft.data (") and "required" in p for p in found)
 
 
 def test_checks_across_settings_keep_their_own_words(write) -> None:
@@ -186,7 +198,7 @@ def test_checks_across_settings_keep_their_own_words(write) -> None:
         ("name: [", "not valid YAML"),
         ("- a\n- b\n", "expected a mapping"),
         ("", "expected a mapping"),
-        ("a: &x\n  b: *x\n", "holds itself"),
+        ("a: &x\n  b: *x\n", "contains itself"),
         ("a: !!python/object:os.system {}\n", "no such setting"),
     ],
 )
@@ -196,8 +208,10 @@ def test_files_that_are_no_recipe(write, text: str, message: str) -> None:
 
 
 def test_a_recipe_that_is_not_there_gets_the_nearest_name() -> None:
-    with pytest.raises(RecipeError, match="Did you mean quickstart.*lora, .*quickstart, .*sft"):
+    with pytest.raises(RecipeError, match="Did you mean quickstart") as caught:
         load_recipe("recipes/quikstart.yaml")
+    listed = str(caught.value).splitlines()[1:]
+    assert sorted(" ".join(listed).split()) == sorted(shipped()) and max(map(len, listed)) < 80
 
 
 def test_merged_anchors(write) -> None:
@@ -233,8 +247,8 @@ def test_what_is_wrong_in_a_recipe_that_extends_another_is_told_with_its_place(w
     path = write("extends: small.yaml\nname: mine\nstages.sft: {batchsize: 3}\nstages.nope.x: 1\n", "mine.yaml")
     found = problems(path)
     assert len(found) == 3 and "stages.nope.x" in found[0] and "there is: 0 (sft), 1 (second.round)" in found[0]
-    assert [p for p in found if p.startswith("stages.0.batchsize") and "mine.yaml:3" in p and "batch_size" in p]
-    assert [p for p in found if p.startswith("stages.0.optimizer.lr") and "small.yaml:6" in p]
+    assert [p for p in found if p.startswith("stages.sft.batchsize") and "mine.yaml:3" in p and "batch_size" in p]
+    assert [p for p in found if p.startswith("stages.sft.optimizer.lr") and "small.yaml:6" in p]
     for text, message in (
         ("extends: [small.yaml]\nname: a\n", "name or path of one recipe"),
         ("extends: a.yaml\nname: a\n", "extends itself: .*a.yaml extends .*a.yaml"),
@@ -287,23 +301,86 @@ def test_differences_name_what_computes_otherwise() -> None:
     a = load_recipe("quickstart")
     b = load_recipe("quickstart", ["stages.0.batch_size=8", "output=elsewhere", "track.wandb=x", "description=d"])
     assert differences(a, a) == []
-    assert differences(a, b) == ["stages.0.batch_size: 16 there, 8 now"]
+    assert differences(a, b) == ["stages.sft.batch_size: 16 there, 8 now"]
     c = load_recipe("quickstart", ["stages.0.adapter="])
     (line,) = differences(a, c)
-    assert line.startswith("stages.0.adapter: {'kind': 'lora'") and line.endswith("there, None now")
+    assert line.startswith("stages.sft.adapter: {'kind': 'lora'") and line.endswith("there, None now")
 
 
 def test_settings_list_every_leaf_of_a_recipe() -> None:
-    def leaves(value, key: str = "") -> set[str]:
+    def leaves(value, key: tuple[str | int, ...] = ()) -> set[tuple[str | int, ...]]:
         if isinstance(value, dict):
-            return {k for name, inner in value.items() for k in leaves(inner, f"{key}{name}.")}
+            return {k for name, inner in value.items() for k in leaves(inner, (*key, name))}
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            return {k for inner in value for k in leaves(inner, f"{key}N.")}
-        return {key.rstrip(".")}
+            return {k for i, inner in enumerate(value) for k in leaves(inner, (*key, i))}
+        return {key}
 
-    listed = {s.key for s in settings()}
-    assert leaves(load_recipe("quickstart").model_dump(mode="json")) <= listed
-    by_key = {s.key: s for s in settings(Recipe)}
-    assert by_key["stages.N.optimizer.lr"].default == "2e-05" and by_key["stages.N.optimizer.lr"].type == "number"
+    for name in shipped():
+        data = load_recipe(name).model_dump(mode="json")
+        by_key = {s.key: s for s in settings(data)}
+        free = ("columns", "options", "engine_args", "scale")  # mappings with keys of the user's
+        assert {k for k in leaves(data) if not set(free) & set(k)} <= set(by_key), name
+    data = load_recipe("quickstart").model_dump(mode="json")
+    by_key = {dotted(s.key, data): s for s in settings(data)}
+    lr = by_key["stages.sft.optimizer.lr"]
+    assert (lr.default, lr.type, lr.description) == ("2e-05", "number", "Peak learning rate.")
     assert by_key["model.source"].default == "required"
-    assert by_key["evaluate.N.kind"].type == "choice | generate | perplexity"
+    assert by_key["evaluate.sentiment.kind"].type == "choice | generate | perplexity"
+    assert by_key["stages.sft.adapter"].block and by_key["stages.sft.adapter.r"].type == "integer"
+
+
+def test_defaults_are_those_of_the_block_that_holds_them() -> None:
+    data = load_recipe("dpo").model_dump(mode="json")
+    by_key = {dotted(s.key, data): s for s in settings(data)}
+    assert by_key["stages.dpo.optimizer.lr"].default == "1e-06"
+
+
+def test_stages_of_one_method_get_names_that_differ(write) -> None:
+    path = write(SMALL.replace("  - name: second.round\n    data", "  - data"))
+    recipe = load_recipe(path, ["stages.sft-2.epochs=3"])
+    assert [stage.name for stage in recipe.stages] == ["sft", "sft-2"] and recipe.stages[1].epochs == 3
+    assert load_recipe(write(dump_recipe(recipe), "again.yaml")) == recipe
+
+
+def test_wrong_values_are_told_once_in_plain_words(write) -> None:
+    assert one(write(SMALL), "stages.sft.optimizer.lr=1e-4x") == (
+        "stages.sft.optimizer.lr (override stages.sft.optimizer.lr=1e-4x): expected a number"
+    )
+    small = SMALL.replace("lr: 1e-4", "lr: -1")
+    assert one(write(small)).endswith("small.yaml:6): expected more than 0, got -1")
+    assert one(write(SMALL), "stages.sft.batch_size=0").endswith("expected at least 1")
+    assert one(write(SMALL), "stages.sft.merge=maybe").endswith("expected true or false")
+    assert one(write(SMALL), "stages.sft.optimizer.schedule=cos").endswith("expected 'constant', 'linear' or 'cosine'")
+    assert one(write(SMALL), "stages.sft.optimizer=3").endswith("expected a mapping of settings")
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"), [("stages.sft.method=dpo2", "dpo"), ("evaluate.0.kind=generat", "generate")]
+)
+def test_an_unknown_method_or_kind_gets_the_nearest_names(override: str, nearest: str) -> None:
+    recipe = "sft" if override.startswith("stages") else "quickstart"
+    line = one(recipe, override)
+    assert "Did you mean" in line and nearest in line.split("Did you mean")[1] and len(line) < 500
+    assert "does not match any of the expected tags" not in line
+
+
+def test_modules_beside_the_recipe_and_in_the_current_folder_can_be_imported(write, tmp_path, monkeypatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "module_beside_a_recipe.py").write_text("def reward(text, example): return 1.0\n")
+    (here / "module_in_the_current_folder.py").write_text("def reward(text, example): return 2.0\n")
+    monkeypatch.chdir(here)
+    load_recipe(write(SMALL))
+    assert load_object("module_beside_a_recipe:reward")("", {}) == 1.0
+    assert load_object("module_in_the_current_folder:reward")("", {}) == 2.0
+
+
+def test_a_run_remembers_the_folders_of_its_modules(write, tmp_path, monkeypatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "module_of_a_run.py").write_text("def reward(text, example): return 3.0\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    write(SMALL, "recipe.yaml")
+    write(json.dumps({"import_folders": [str(tmp_path / "elsewhere")]}), "manifest.json")
+    load_recipe(tmp_path)
+    assert load_object("module_of_a_run:reward")("", {}) == 3.0

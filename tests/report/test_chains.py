@@ -80,9 +80,9 @@ def test_a_few_of_each_kind_are_chosen_and_none_twice():
 def test_in_the_terminal(make_run, evil):
     folder = make_run()
     out = Console(file=io.StringIO(), record=True, width=160)
-    assert not browse.chains(folder, out)
+    assert not browse.print_chains(folder, out)
     write(folder, "")
-    assert browse.chains(folder, out, stage="revise", groups=1)
+    assert browse.print_chains(folder, out, stage="revise", groups=1)
     said = out.export_text()
     assert "6 of 16 rounds ended in a revision of use; 1 chains shown" in said
     for text in ("question 0", "first answer  7 tokens, end, reward 0", "round 1  Be short.", "critique  3 tokens, end",
@@ -90,12 +90,12 @@ def test_in_the_terminal(make_run, evil):
                  "gave a row  reward 0 → 1  short 0 → 1"):  # fmt: skip
         assert text in said, text
     assert "question 1" not in said
-    assert browse.chains(folder, out, problem=9)
+    assert browse.print_chains(folder, out, problem=9)
     said = out.export_text()
     assert "question 9" in said and f"ended early: {BY_VERDICT}" in said
     with pytest.raises(DataError, match="no chain of problem 77"):
-        browse.chains(folder, out, problem=77)
-    assert not browse.chains(folder, out, stage="other")
+        browse.print_chains(folder, out, problem=77)
+    assert not browse.print_chains(folder, out, stage="other")
 
 
 def test_a_damaged_file_is_named_and_the_page_is_written(make_run):

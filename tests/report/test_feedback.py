@@ -67,10 +67,10 @@ def test_on_the_page_and_in_the_terminal(make_run, evil, tmp_path):
         assert text in page.text, text
     check_offline(page, evil)
     out = Console(file=io.StringIO(), record=True, width=200)
-    assert browse.feedback(folder, out, rows=1)
+    assert browse.print_feedback(folder, out, rows=1)
     said = out.export_text()
     assert "agrees with people" in said and "0.750" in said and "r:2: judge 0.25, people 0.80" in said
-    assert not browse.feedback(tmp_path / "nothing", out, rows=1)
+    assert not browse.print_feedback(tmp_path / "nothing", out, rows=1)
 
 
 def test_a_damaged_file_is_named_and_the_page_is_written(make_run):

@@ -15,8 +15,7 @@ import pytest
 from rich.console import Console
 
 import posttrain
-from posttrain.cli.inspect_rollouts import browse
-from posttrain.cli.inspect_rollouts import watch as watch_run
+from posttrain.cli.inspect_rollouts import print_drift, print_rollouts
 from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
 from posttrain.core.types import Rollout, RolloutGroup
@@ -141,7 +140,7 @@ def test_held_out_answers_become_a_comparison(run: Path) -> None:
 
 def shown(run: Path, **options: Any) -> str:
     out = Console(file=io.StringIO(), width=100)
-    browse(run, out, **options)
+    print_rollouts(run, out, **options)
     return out.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
@@ -213,7 +212,7 @@ def test_stages_whose_names_end_alike_are_told_apart(tmp_path: Path) -> None:
 )
 def test_what_is_not_there_is_said(run: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        browse(run, Console(file=io.StringIO()), **options)
+        print_rollouts(run, Console(file=io.StringIO()), **options)
 
 
 def test_rollouts_come_back_as_they_were(tmp_path: Path) -> None:
@@ -251,7 +250,7 @@ def test_replies_of_an_environment_are_marked(run: Path, tmp_path: Path) -> None
     page = build_report(folder).read_text()
     assert '&lt;7+4&gt;<span class="reply">=11 &lt;b&gt;</span></p>' in page and "<dt>replies</dt><dd>1</dd>" in page
     out = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard")
-    browse(folder, out, step=3)
+    print_rollouts(folder, out, step=3)
     assert "<7+4>\x1b[0m\x1b[36m=11 <b>\x1b[0m" in out.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -278,11 +277,11 @@ def test_parts_of_the_reward_on_the_page_and_in_the_terminal(run: Path) -> None:
     section = page[page.index('id="rollouts"') :]
     assert f">{100 * within / total:.0f}%<" in section and f'd="{picky.means}"' in section
     out = Console(file=io.StringIO(), width=140)
-    watch_run(run, out, stage="rl")
+    print_drift(run, out, stage="rl")
     text = out.file.getvalue()  # type: ignore[attr-defined]
     assert re.search(rf"picky +{picky.early:.3g} +{picky.late:.3g} ", text) and "picky, right" in text
     with pytest.raises(DataError, match="no rollouts to watch in .* of stage 'sft'"):
-        watch_run(run, out, stage="sft")
+        print_drift(run, out, stage="sft")
 
 
 def test_sparklines_by_hand() -> None:

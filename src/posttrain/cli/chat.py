@@ -1,4 +1,4 @@
-"""Talking to a model: one conversation, answers streamed as they are made."""
+"""posttrain chat: one conversation with a model, answers streamed as they are generated."""
 
 from __future__ import annotations
 
@@ -7,19 +7,47 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from queue import Empty
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from posttrain.config import ModelConfig
+import typer
+
 from posttrain.core.errors import ModelError
-from posttrain.core.types import Message
-from posttrain.models.max_length import context
+
+if TYPE_CHECKING:
+    from posttrain.config import ModelConfig
+    from posttrain.core.types import Message
 
 HELP = "/reset starts over, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer"
 
 
+def chat_command(
+    model: Annotated[str, typer.Argument(help="A run's folder, or any model: Hub name, folder, .gguf file.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Print the answer to this and leave.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with it.")] = False,
+) -> None:
+    """Talk to a model, or to what a run made."""
+    from posttrain.config import ModelConfig
+    from posttrain.recipe.checks import check_hub, check_model_source
+
+    if check_model_source(model) == "hub":
+        check_hub([model])
+    config = ModelConfig(source=model, device=device, trust_remote_code=trust_remote_code)
+    chat = Chat.open(config, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+    if prompt is not None:
+        for piece in chat.ask(prompt):
+            typer.echo(piece, nl=False)
+        typer.echo()
+    else:
+        chat.loop()
+
+
 @dataclass
 class Chat:
-    """A model and a conversation with it. A model without a chat template continues plain text instead."""
+    """A model and a conversation with it; a model without a chat template continues plain text."""
 
     model: Any
     tokenizer: Any
@@ -30,7 +58,7 @@ class Chat:
 
     @classmethod
     def open(cls, config: ModelConfig, **settings: Any) -> Chat:
-        """Load the model; `settings` are the fields from `system` on."""
+        """Load the model; `settings` are the fields after `tokenizer`."""
         from posttrain.models.loading import load_model
 
         model, tokenizer = load_model(config)
@@ -39,7 +67,7 @@ class Chat:
         return cls(model.eval(), tokenizer, **settings)
 
     def prompt_ids(self) -> list[int]:
-        """The conversation so far as the token ids that an answer continues."""
+        """Return the conversation so far as token ids, up to where the answer begins."""
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer("\n".join(m["content"] for m in [*system, *self.messages]))["input_ids"])
@@ -47,11 +75,15 @@ class Chat:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def ask(self, text: str) -> Iterator[str]:
-        """Say `text`; yields the answer in pieces and keeps both in the conversation.
+        """Send `text`, yield the answer in pieces, and keep both in the conversation.
 
-        Closing the iterator stops the model and keeps what was said. Raises ModelError when the conversation has
-        outgrown the model's context; the question is then not kept.
+        Closing the iterator stops the model and keeps the answer so far.
+
+        Raises:
+            ModelError: The conversation is longer than the model's context; `text` is then not kept.
         """
+        from posttrain.models.max_length import context
+
         self.messages.append({"role": "user", "content": text})
         ids = self.prompt_ids()
         longest = context(self.model.config)
@@ -70,7 +102,7 @@ class Chat:
             self.messages.append({"role": "assistant", "content": "".join(answer)})
 
     def _stream(self, ids: list[int], room: int) -> Iterator[str]:
-        """`generate` in a thread, its text through a queue; an error there is raised here."""
+        """Run `generate` in a thread, with its text in a queue; an error there is raised here."""
         import torch
         from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
@@ -85,7 +117,7 @@ class Chat:
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=0.2)
         ends = stop_tokens(self.model, self.tokenizer)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (ends or [0])[0]
-        warm = self.temperature > 0
+        sample = self.temperature > 0
         tokens = torch.tensor([ids], device=self.model.device)
 
         def work() -> None:
@@ -94,8 +126,8 @@ class Chat:
                     input_ids=tokens,
                     attention_mask=torch.ones_like(tokens),
                     max_new_tokens=room,
-                    do_sample=warm,
-                    temperature=self.temperature if warm else None,
+                    do_sample=sample,
+                    temperature=self.temperature if sample else None,
                     top_p=None,
                     top_k=None,
                     eos_token_id=ends or None,
@@ -124,7 +156,7 @@ class Chat:
             raise failed[0]
 
     def command(self, line: str) -> str | None:
-        """Carry out a line that begins with a slash; what to print, or None to leave."""
+        """Execute a line that begins with a slash; return what to print, or None to leave."""
         name, _, rest = line.partition(" ")
         if name in ("/quit", "/exit"):
             return None
@@ -138,27 +170,27 @@ class Chat:
         return HELP
 
     def loop(self) -> None:
-        """Read questions from the terminal (or a pipe) until it ends."""
-        shown = sys.stdin.isatty()
-        if shown:
+        """Read prompts from the terminal (or a pipe) until it ends."""
+        interactive = sys.stdin.isatty()
+        if interactive:
             print(HELP)
             if self.tokenizer.chat_template is None:
                 print("this model has no chat template: it continues your text")
         while True:
             try:
-                line = input("\nyou> " if shown else "").strip()
+                line = input("\nyou> " if interactive else "").strip()
             except (EOFError, KeyboardInterrupt):
                 break
             if not line:
                 continue
             if line.startswith("/"):
-                said = self.command(line)
-                if said is None:
+                reply = self.command(line)
+                if reply is None:
                     break
-                print(said)
+                print(reply)
                 continue
             self._answer(line)
-        if shown:
+        if interactive:
             print()
 
     def _answer(self, line: str) -> None:

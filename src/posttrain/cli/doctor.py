@@ -1,4 +1,4 @@
-"""What is here, what is missing, and what to do about it."""
+"""posttrain doctor: print what is installed, what is missing, and what to do about it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
+
+from posttrain.cli.arguments import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,8 +34,13 @@ SLOW_GFLOPS_A_CORE = 8.0
 """Any processor of the last ten years does several times this in float32 once its vector units are used."""
 
 
-def examine(console: Console) -> bool:
-    """Print what was found; True where nothing stands in the way."""
+def doctor_command() -> None:
+    """Print versions, devices, memory, extras and problems. The exit code is 1 if there is a problem."""
+    raise typer.Exit(0 if print_findings(make_console()) else 1)
+
+
+def print_findings(console: Console) -> bool:
+    """Print what was found; return True if there is no problem."""
     problems: list[str] = []
     for title, part in (("versions", _versions), ("machine", _machine), ("extras", _extras)):
         console.print(f"[bold]{title}[/]")
@@ -68,7 +77,7 @@ def _versions(line: Line, problems: list[str]) -> None:
 
 
 def _requirements() -> dict[str, str]:
-    """Package → version specifier, as posttrain's own metadata has them."""
+    """Return package -> version specifier, from posttrain's own metadata."""
     try:
         lines = importlib.metadata.requires("posttrain") or []
     except importlib.metadata.PackageNotFoundError:
@@ -141,8 +150,10 @@ def _devices(line: Line, problems: list[str]) -> None:
 
 
 def products_rate(seconds: float = 0.5) -> float:
-    """GFLOP/s of float32 matrix products, the best of repeated 1024³ products in about `seconds`, by the route that
-    training takes."""
+    """Return the GFLOP/s of float32 matrix products: the best of repeated 1024³ products in about `seconds`.
+
+    The products take the same route as those of training.
+    """
     import torch
 
     from posttrain.models.backends import backend_for

@@ -23,8 +23,17 @@ from posttrain.sampling.rollout_store import groups_of, path_of, read_rollouts, 
 SORTS = ("order", "best", "worst", "suspicious")
 
 
-def feedback(run: Path, out: Console, rows: int) -> bool:
-    """Print what stages of feedback found out, with some disagreements; False where there is none."""
+def print_feedback(run: Path, out: Console, rows: int) -> bool:
+    """Print the labels of feedback stages against people's, with some disagreements.
+
+    Args:
+        run: Folder of the run.
+        out: Console to print to.
+        rows: Disagreements to print.
+
+    Returns:
+        False if the run has no labels.
+    """
     found = feedback_lines(run, rows)
     for line in found:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -32,15 +41,28 @@ def feedback(run: Path, out: Console, rows: int) -> bool:
 
 
 def stages_with_rollouts(run: Path) -> list[Path]:
-    """Folders of the stages that kept rollouts, in their order."""
+    """Return the folders of the stages that kept rollouts, in their order."""
     found = [p for p in (run / "stages").glob("*-*") if rollout_steps(p / "rollouts") or rollout_steps(p / "held_out")]
     return sorted(found, key=lambda p: int(p.name.split("-")[0]) if p.name.split("-")[0].isdigit() else 0)
 
 
-def chains(run: Path, out: Console, *, stage: str | None = None, groups: int = 3, problem: int | None = None) -> bool:
-    """Print chains of critique and revision of the stage named, or of the last where no stage kept rollouts.
+def print_chains(
+    run: Path, out: Console, *, stage: str | None = None, groups: int = 3, problem: int | None = None
+) -> bool:
+    """Print chains of critique and revision.
 
-    False where this is not what was asked for. Raises DataError for a problem that is not there.
+    Args:
+        run: Folder of the run.
+        out: Console to print to.
+        stage: Name of a stage. None: the last, if no stage kept rollouts.
+        groups: Chains to print.
+        problem: Number of one prompt. None: all.
+
+    Returns:
+        False if the run (or the stage) has no chains, so that its rollouts are to be printed.
+
+    Raises:
+        DataError: There is no such prompt.
     """
     named = {p.name.split("-", 1)[1]: p for p in stages_with_chains(run)}
     if not named or (stage not in named if stage else bool(stages_with_rollouts(run))):
@@ -88,7 +110,7 @@ def _print_text(name: str, text: Written, style: str, out: Console) -> None:
     out.print(Text(text.text or "(empty)"))
 
 
-def browse(
+def print_rollouts(
     run: Path,
     out: Console,
     *,
@@ -99,11 +121,21 @@ def browse(
     groups: int = 3,
     problem: int | None = None,
 ) -> None:
-    """Print a step's rollouts, group by group; through a pager where there is a terminal.
+    """Print a step's rollouts, group by group; through a pager in a terminal.
 
-    step: None is the last. sort: of groups, and of rollouts in them: by reward, or by how suspicious they are among all
-    of the step (`posttrain.report.reward_hacking`). groups: how many to show. problem: only this one. Raises DataError
-    for what is not there.
+    Args:
+        run: Folder of the run.
+        out: Console to print to.
+        stage: Name of a stage. None: the last.
+        step: Number of the step. None: the last.
+        held_out: Print answers to held-out prompts instead.
+        sort: Order of groups and of the rollouts in them: by reward, or by how suspicious they are among all of the
+            step (`posttrain.report.reward_hacking`).
+        groups: Groups to print.
+        problem: Number of one prompt. None: all.
+
+    Raises:
+        DataError: There is no such stage, step, order or prompt.
     """
     stages = stages_with_rollouts(run)
     named = {p.name.split("-", 1)[1]: p for p in stages}
@@ -136,8 +168,17 @@ def browse(
         _print(shown, rows, title, out)
 
 
-def watch(run: Path, out: Console, *, stage: str | None = None) -> None:
-    """Print what the rewards of each stage drifted to, as the report does. Raises DataError for what is not there."""
+def print_drift(run: Path, out: Console, *, stage: str | None = None) -> None:
+    """Print how the rewards of each stage drifted, as the report does.
+
+    Args:
+        run: Folder of the run.
+        out: Console to print to.
+        stage: Name of a stage. None: all.
+
+    Raises:
+        DataError: There are no rollouts.
+    """
     stages = [p for p in stages_with_rollouts(run) if stage is None or p.name.split("-", 1)[1] == stage]
     seen = False
     for folder in stages:

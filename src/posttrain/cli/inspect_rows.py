@@ -1,29 +1,23 @@
-"""What `posttrain inspect` and `posttrain evaluate` do and print."""
+"""Print the data of a recipe, for `posttrain inspect`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from posttrain.config import EpochsConfig, ModelConfig, Recipe, references
-from posttrain.core.files import read_lines
-from posttrain.core.statistics import compare
+from posttrain.config import EpochsConfig, Recipe, references
 from posttrain.core.types import Sample
 from posttrain.data.human_feedback import Answers
 from posttrain.data.marked_text import BRACKETS, render_terminal
 from posttrain.data.preference_rows import PreparedPairs, PreparedUnpaired
 from posttrain.data.prompts import PromptSet
 from posttrain.data.rows import SHOWN_ROWS
-from posttrain.eval.tasks import evaluate_model, task_data
+from posttrain.eval.tasks import task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device
-from posttrain.report.formatting import format_p, format_score
 from posttrain.report.judge_figures import describe_agreement
-from posttrain.report.terminal import sampling_tables
 from posttrain.runs.registry import ready
 from posttrain.trainer.stage import Setting
 
@@ -31,8 +25,15 @@ BAR = 40
 """Columns of the histogram's longest bar."""
 
 
-def inspect(recipe: Recipe, only: str | None, rows: int, out: Console) -> None:
-    """Prepare the data of every stage and evaluation (or of the one named) and print what came of it."""
+def print_data(recipe: Recipe, only: str | None, rows: int, out: Console) -> None:
+    """Prepare the data of every stage and evaluation and print its counts and first rows.
+
+    Args:
+        recipe: The recipe.
+        only: Name of one stage or evaluation. None: all.
+        rows: Samples, prompts or pairs to print of each.
+        out: Console to print to.
+    """
     tokenizer, context = load_tokenizer(recipe.model), context_length(recipe.model)
     for stage in recipe.stages:
         if only not in (None, stage.name):
@@ -160,7 +161,7 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def histogram(lengths: Sequence[int], bins: int = 8) -> list[str]:
-    """One line a bin of equal width: range, count, bar. No lengths: no lines."""
+    """Return one line for each bin of equal width: range, count, bar. No lengths give no lines."""
     if not lengths:
         return []
     low, high = min(lengths), max(lengths)
@@ -202,44 +203,3 @@ def plan(stage: EpochsConfig, lengths: Sequence[int], device: str, unit: str = "
         f"micro-batch{'es' * (spread != '1')} a step of at most {budget:,} tokens; {sum(n > budget for n in lengths)} "
         f"{unit} are longer than that"
     )
-
-
-def evaluate(recipe: Recipe, model: ModelConfig, folder: Path, against: Path | None, out: Console) -> None:
-    """Run the recipe's tasks on `model`, print their scores, and the paired comparison with `against`."""
-    summaries = evaluate_model(model, recipe.evaluate, folder, recipe.seed)
-    table = Table(title=f"{model.source}, with 95% intervals")
-    for column in ("task", "metric", "n", "value"):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
-    for s in summaries:
-        table.add_row(s["task"], s["metric"], f"{s['n']:,}", _span(s, s["metric"]))
-    out.print(table)
-    for of_samples in sampling_tables(folder):
-        out.print(of_samples)
-    if against is not None:
-        out.print(comparison(recipe, against, folder, [s["metric"] for s in summaries]))
-    out.print(f"items and answers  {folder}", markup=False, soft_wrap=True)
-
-
-def comparison(recipe: Recipe, other: Path, folder: Path, metrics: Sequence[str]) -> Table:
-    """Both models on the same items: scores, difference with its interval, p.
-
-    Raises DataError where the items are not the same.
-    """
-    table = Table(title=f"Against {other}, item by item, with 95% intervals")
-    for column in ("task", "", "value", "p"):
-        table.add_column(column, justify="right" if column == "value" else "left", no_wrap=column == "value")
-    for task, metric in zip(recipe.evaluate, metrics, strict=True):
-        old, new = (read_lines(side / f"{task.name}.jsonl") for side in (other, folder))
-        c = compare(old, new, task.kind, task=task.name, seed=recipe.seed)
-        table.add_row(task.name, "other", _span(c["before"], metric))
-        table.add_row(f"n = {c['n']:,}", "this", _span(c["after"], metric))
-        table.add_row("", "difference", _span(c, metric, "difference"), f"{format_p(c['p_value'])} ({c['test']})")
-        if "wins" in c:
-            table.add_row("", "this beats other", _span(c["wins"], "accuracy"))
-        table.add_row("", "better, worse", f"{c['gained']:,}, {c['lost']:,}", end_section=True)
-    return table
-
-
-def _span(side: dict[str, Any], metric: str, key: str = "value") -> str:
-    value, low, high = (format_score(side.get(k), metric, key == "difference") for k in (key, "low", "high"))
-    return f"{value} \\[{low}, {high}]"  # escaped: brackets are rich's markup

@@ -1,149 +1,75 @@
-"""YAML and ``key=value`` overrides → a checked Recipe, with every problem reported at once (imports no torch).
-
-Scalars are read as YAML 1.2 has them: 1e-4 is a number, and yes, no, on, off are words, as someone who writes
-``choices: [yes, no]`` means them to be. A key given twice is an error. Anchors and ``<<`` merges work.
-"""
+"""YAML and ``key=value`` overrides -> a checked Recipe, with every problem reported at once (imports no torch)."""
 
 from __future__ import annotations
 
 import difflib
-import re
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from posttrain.config import Recipe
 from posttrain.core.errors import RecipeError
-from posttrain.recipe.schema import child, inside, model_for, options, unknown_key
-
-Key = tuple[str | int, ...]
-
-
-# ---------------------------------------------------------------------------------------------- YAML in and out
+from posttrain.core.imports import add_import_folder
+from posttrain.recipe.documents import Document, dump_recipe, parse_document, parse_value
+from posttrain.recipe.messages import explain, short
+from posttrain.recipe.schema import Key, child, dotted, inside, item_names, options
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars in place of 1.1's."""
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply overrides, and check it as a whole.
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    A recipe with ``extends: NAME`` (or a path relative to its own file) is that recipe with its own keys put in. Keys
+    may be dotted, as in ``stages.labels: {labels: judge}``. Mappings are merged, everything else is replaced. Modules
+    in the current folder and beside the recipe can be imported afterwards.
 
-    def construct_int(self, node: yaml.ScalarNode) -> int:
-        text = self.construct_scalar(node)
-        return int(text, 0) if text.lstrip("+-")[:2] in ("0x", "0o") else int(text)
+    Args:
+        path_or_name: Path of a YAML file, folder of a run (for its recipe.yaml), or name of a shipped recipe.
+        overrides: ``key=value`` with dotted keys; items of a list go by index or name, as in
+            ``stages.0.optimizer.lr=1e-4``, ``stages.sft.batch_size=8``, ``model.source=path``. ``key=`` sets null.
 
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML 1.1 or _Loader would read as something else than a string; no anchors."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _set_up_yaml() -> None:
-    scalars = [
-        ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-        ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-        ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
-        ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
-        ("null", r"~|null|Null|NULL|", "~nN"),
-    ]
-    for name, pattern, first in scalars:
-        regex = re.compile(f"^(?:{pattern})$")
-        letters: list[str | None] = [*first, ""] if name == "null" else [*first]
-        _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", regex, letters)
-        _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{name}", regex, letters)
-    _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
-    _Dumper.add_representer(
-        str,
-        lambda d, s: d.represent_scalar("tag:yaml.org,2002:str", s, style="|" if "\n" in s.strip("\n") else None),
-    )
-
-
-_set_up_yaml()
-
-
-@dataclass
-class _Document:
-    """A recipe on its way in: plain data, where each key was written, and what is wrong so far."""
-
-    data: Any = None
-    where: dict[Key, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def place(self, key: Key) -> str:
-        """Where the key, or the nearest that holds it or is held by it, was written."""
-        for end in range(len(key), 0, -1):
-            if key[:end] in self.where:
-                return self.where[key[:end]]
-        return next((place for k, place in self.where.items() if k[: len(key)] == key), "")
-
-    def problem(self, key: Key, message: str) -> None:
-        place = self.place(key)
-        self.problems.append(f"{_dotted(key)}{f' ({place})' if place else ''}: {message}")
-
-
-def _dotted(key: Sequence[str | int]) -> str:
-    return ".".join(str(k) for k in key) or "recipe"
-
-
-def _parse(text: str, origin: str) -> _Document:
-    """YAML text → plain data with line numbers; `origin` is what messages call the file."""
-    document = _Document()
+    Raises:
+        RecipeError: All problems, each with the full key, file and line, and the nearest right key.
+    """
+    document, origin, folder = _read(path_or_name)
+    add_import_folder(Path.cwd())
+    for override in overrides:
+        _apply_override(document, override)
+    if folder is not None:
+        _resolve_paths(document.data, folder)
+        _add_import_folders(folder)
+    _name_stages(document.data)
+    recipe: Recipe | None = None
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        document.data = _build(loader, node, (), document, origin, ()) if node is not None else None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"{origin}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {what}") from error
-    return document
+        recipe = Recipe.model_validate(document.data)
+    except ValidationError as error:
+        explain(error, document)
+    if document.problems or recipe is None:
+        count = len(document.problems)
+        lines = "".join(f"\n  {p}" for p in document.problems)
+        raise RecipeError(f"{origin} has {count} problem{'s' * (count != 1)}:{lines}")
+    return recipe
 
 
-def _build(loader: _Loader, node: yaml.Node, key: Key, doc: _Document, origin: str, above: tuple[int, ...]) -> Any:
-    if id(node) in above:
-        raise RecipeError(f"{origin}:{node.start_mark.line + 1}: {_dotted(key)} holds itself through an alias")
-    above = (*above, id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for i, child in enumerate(node.value):
-            doc.where[(*key, i)] = f"{origin}:{child.start_mark.line + 1}"
-        return [_build(loader, child, (*key, i), doc, origin, above) for i, child in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
-    out: dict[str, Any] = {}
-    merged: dict[str, Any] = {}
-    for name_node, child in node.value:
-        name, line = str(name_node.value), f"{origin}:{name_node.start_mark.line + 1}"
-        if name == "<<":
-            for part in child.value if isinstance(child, yaml.SequenceNode) else [child]:
-                value = _build(loader, part, key, doc, origin, above)
-                if not isinstance(value, dict):
-                    raise RecipeError(f"{line}: << merges a mapping, and this is {value!r}")
-                merged = {**value, **merged}
-            continue
-        if name in out:
-            doc.problems.append(f"{_dotted((*key, name))} ({line}): this key is given twice; keep one")
-        doc.where[(*key, name)] = line
-        out[name] = _build(loader, child, (*key, name), doc, origin, above)
-    return {**merged, **out}
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """YAML text with every setting written out; load_recipe on it gives an equal Recipe."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+def shipped() -> dict[str, Traversable]:
+    """Return the recipes that are part of the package, by name."""
+    folder = resources.files("posttrain") / "recipes"
+    files = [f for f in folder.iterdir() if f.name.endswith(".yaml")]
+    return {f.name.removesuffix(".yaml"): f for f in sorted(files, key=lambda f: f.name)}
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """How two recipes differ in what they compute, as ``key: old there, new now``; [] where a run can go on.
+    """Return the settings that make two recipes compute different things, as ``key: old there, new now``.
 
-    Where things are put and what they are called in lists (output, description, track) does not count.
+    Settings for where results go and what they are called (output, description, track) are not compared.
     """
+    ignored = {"output", "description", "track"}
+    before, after = (recipe.model_dump(mode="json", exclude=ignored) for recipe in (old, new))
     out: list[str] = []
 
     def walk(a: Any, b: Any, key: Key) -> None:
@@ -154,180 +80,40 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
             for i, (x, y) in enumerate(zip(a, b, strict=True)):
                 walk(x, y, (*key, i))
         elif a != b:
-            out.append(f"{_dotted(key)}: {_short(a)} there, {_short(b)} now")
+            out.append(f"{dotted(key, before)}: {short(a)} there, {short(b)} now")
 
-    ignored = {"output", "description", "track"}
-    walk(old.model_dump(mode="json", exclude=ignored), new.model_dump(mode="json", exclude=ignored), ())
+    walk(before, after, ())
     return out
 
 
-# ------------------------------------------------------------------------------------------------ what there is
+# ----------------------------------------------------------------------------------------------------------- reading
 
 
-def shipped() -> dict[str, Traversable]:
-    """The recipes that come with the package, by name."""
-    folder = resources.files("posttrain") / "recipes"
-    files = [f for f in folder.iterdir() if f.name.endswith(".yaml")]
-    return {f.name.removesuffix(".yaml"): f for f in sorted(files, key=lambda f: f.name)}
-
-
-# ---------------------------------------------------------------------------------------------------- overrides
-
-
-def _apply(doc: _Document, override: str) -> None:
-    """Put one ``key=value`` into the document, or note why it can't be."""
-    name, equals, text = override.partition("=")
-    if not equals or not name.strip():
-        doc.problems.append(f"{override!r}: expected key=value, for example stages.0.optimizer.lr=1e-4")
-        return
-    _put(doc, name.strip(), override, f"override {override}", lambda tp, there: _value(text, tp))
-
-
-def _put(doc: _Document, name: str, said: str, place: str, value: Callable[[Any, Any], Any]) -> Key | None:
-    """Set what a dotted name means to `value(its type, what is there)`; None, with a note, where it means nothing."""
-    key = _find(doc, name, said)
-    if key is None:
-        return None
-    *parents, last = key
-    at: Any = doc.data
-    tp: Any = Recipe
-    for depth, part in enumerate(parents, 1):
-        tp = child(tp, part, at)
-        if inside(at, part) is None:
-            at[part] = {}
-            doc.where[key[:depth]] = place
-        at = at[part]
-        if not isinstance(at, dict | list):
-            doc.problems.append(f"{said!r}: {part} is {at!r} and has no settings inside; replace it as a whole")
-            return None
-    there = inside(at, last)
-    at[last] = value(child(tp, last, at), there)
-    doc.where[key] = place
-    if not (isinstance(there, dict) and isinstance(at[last], dict)):
-        for old in [k for k in doc.where if k[: len(key)] == key and k != key]:
-            del doc.where[old]
-    return key
-
-
-def _extend(base: _Document, doc: _Document) -> None:
-    """Put a recipe's own keys, dotted or not, into what it extends: mappings are merged, all else is replaced."""
-
-    def merged(there: Any, own: Any) -> Any:
-        if not (isinstance(there, dict) and isinstance(own, dict)):
-            return own
-        return {**there, **{name: merged(there.get(name), value) for name, value in own.items()}}
-
-    for name, own in doc.data.items():
-        key = _put(base, name, name, doc.place((name,)), lambda _, there, own=own: merged(there, own))  # type: ignore[misc]
-        if key is not None:
-            base.where |= {(*key, *k[1:]): place for k, place in doc.where.items() if k[0] == name}
-    base.problems += doc.problems
-
-
-def _find(doc: _Document, name: str, override: str) -> Key | None:
-    """Dotted text → the key, an item of a list being found by its index or its name (which may hold dots)."""
-    parts, at = name.split("."), doc.data
-    key: list[str | int] = []
-    tp: Any = Recipe
-    while parts:
-        if not isinstance(at, list):
-            part: str | int = parts.pop(0)
-        else:
-            called = [_name_of(item, child(tp, i, at)) for i, item in enumerate(at)]
-            ends = [n for n in range(1, len(parts) + 1) if ".".join(parts[:n]) in called]
-            if ends:
-                part = called.index(".".join(parts[: ends[-1]]))
-                del parts[: ends[-1]]
-            elif parts[0].isdigit() and int(parts[0]) < len(at):
-                part = int(parts.pop(0))
-            else:
-                there = ", ".join(f"{i} ({n})" if n else str(i) for i, n in enumerate(called)) or "empty"
-                doc.problems.append(f"{override!r}: {_dotted(key)} has no {parts[0]!r}; there is: {there}")
-                return None
-        key.append(part)
-        at, tp = inside(at, part), child(tp, part, at)
-    return tuple(key)
-
-
-def _name_of(item: Any, tp: Any) -> str:
-    """The name a stage or task goes by: its own, or its kind's default."""
-    if not isinstance(item, dict):
-        return ""
-    model = model_for(tp, item)
-    default = model.model_fields["name"].default if model and "name" in model.model_fields else None
-    return str(item.get("name", default if isinstance(default, str) else ""))
-
-
-def _value(text: str, tp: Any) -> Any:
-    """An override's value: YAML, except that a setting which is text takes braces and colons as they are."""
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        value = loader.construct_document(node) if node is not None else None
-    except yaml.YAMLError:
-        return text
-    allowed = options(tp)
-    if str not in allowed or isinstance(value, str):
-        return value
-    empty = value is None and type(None) in allowed
-    several = isinstance(value, list) and any(get_origin(o) is list for o in allowed)
-    return value if empty or several else text
-
-
-# ----------------------------------------------------------------------------------------------------- checking
-
-
-def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply overrides, check the whole.
-
-    path_or_name: path of a YAML file, a run's folder (its recipe.yaml), or the name of a shipped recipe.
-    A recipe with ``extends: NAME`` (or a path, beside its own file) is that recipe with its own keys put in; these may
-    be dotted, ``stages.labels: {labels: judge}``. Mappings are merged, all else is replaced.
-    overrides: ``key=value`` with dotted keys; items of a list by index or name:
-        ``stages.0.optimizer.lr=1e-4``, ``stages.sft.batch_size=8``, ``model.source=path``. ``key=`` sets null.
-
-    Raises RecipeError that lists every problem: the full key, file and line, and the nearest right key.
-    """
-    doc, origin, folder = _read(path_or_name)
-    for override in overrides:
-        _apply(doc, override)
-    if folder is not None:
-        _resolve_paths(doc.data, folder)
-    recipe: Recipe | None = None
-    try:
-        recipe = Recipe.model_validate(doc.data)
-    except ValidationError as error:
-        _explain(error, doc)
-    if doc.problems or recipe is None:
-        count = len(doc.problems)
-        lines = "".join(f"\n  {p}" for p in doc.problems)
-        raise RecipeError(f"{origin} has {count} problem{'s' * (count != 1)}:{lines}")
-    return recipe
-
-
-def _read(path_or_name: str | Path, extending: tuple[str, ...] = ()) -> tuple[_Document, str, Path | None]:
-    """A recipe with what it extends below it, unchecked; what messages call it; its folder."""
+def _read(path_or_name: str | Path, extending: tuple[str, ...] = ()) -> tuple[Document, str, Path | None]:
+    """Return a recipe merged with the one that it extends, unchecked; its name in messages; its folder."""
     text, origin, folder = _open(path_or_name)
     if origin in extending:
         raise RecipeError(f"{extending[0]} extends itself: {' extends '.join((*extending, origin))}")
-    doc = _parse(text, origin)
-    if not isinstance(doc.data, dict):
-        raise RecipeError(f"{origin}: expected a mapping with name, model and stages, got {doc.data!r}")
-    if "extends" not in doc.data:
-        return doc, origin, folder
-    named = doc.data.pop("extends")
+    document = parse_document(text, origin)
+    if not isinstance(document.data, dict):
+        raise RecipeError(f"{origin}: expected a mapping with name, model and stages, got {document.data!r}")
+    if "extends" not in document.data:
+        return document, origin, folder
+    named = document.data.pop("extends")
     if not isinstance(named, str):
-        raise RecipeError(f"{doc.place(('extends',))}: extends takes the name or path of one recipe, got {named!r}")
+        place = document.place(("extends",))
+        raise RecipeError(f"{place}: extends takes the name or path of one recipe, got {named!r}")
     beside = folder / named if folder is not None and named not in shipped() else None
     base, _, above = _read(str(beside) if beside is not None and beside.exists() else named, (*extending, origin))
     if above is not None:
         _resolve_paths(base.data, above)
-    _extend(base, doc)
+        _add_import_folders(above)
+    _extend(base, document)
     return base, origin, folder
 
 
 def _open(path_or_name: str | Path) -> tuple[str, str, Path | None]:
-    """(text, what messages call it, folder that relative paths may start from)."""
+    """Return (text, name in messages, folder that relative paths may start from)."""
     named = str(path_or_name)
     have = shipped()
     if isinstance(path_or_name, str) and named in have:
@@ -337,17 +123,35 @@ def _open(path_or_name: str | Path) -> tuple[str, str, Path | None]:
         path = path / "recipe.yaml"
     if not path.is_file():
         close = difflib.get_close_matches(path.stem, have, n=1)
-        hint = f"Did you mean {close[0]}? " if close else ""
-        what = "a folder without a recipe.yaml, so no run" if path.is_dir() else "no such file"
-        raise RecipeError(f"no recipe {named!r}: {what}. {hint}Recipes that come along: {', '.join(have)}")
+        hint = f" Did you mean {close[0]}?" if close else ""
+        problem = "a folder without a recipe.yaml, so no run" if path.is_dir() else "no such file"
+        raise RecipeError(f"no recipe {named!r}: {problem}.{hint} Recipes of posttrain:\n{in_columns(have)}")
     try:
         return path.read_text(encoding="utf-8"), str(path_or_name), path.parent
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: can't be read as UTF-8 text: {error}") from error
 
 
+def in_columns(names: Sequence[str] | dict[str, Any], columns: int = 4) -> str:
+    """Return names as an indented table, sorted down its columns."""
+    ordered, width = sorted(names), max(map(len, names), default=0) + 2
+    rows = -(-len(ordered) // columns)
+    lines = ("".join(f"{name:<{width}}" for name in ordered[row::rows]) for row in range(rows))
+    return "\n".join(f"  {line.rstrip()}" for line in lines)
+
+
+def _add_import_folders(folder: Path) -> None:
+    """Let modules beside a recipe be imported; of a run, the folders that were noted when it was started."""
+    try:
+        noted = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("import_folders", [])
+    except (OSError, ValueError):
+        noted = [str(folder)]
+    for path in noted:
+        add_import_folder(path)
+
+
 def _resolve_paths(value: Any, folder: Path) -> None:
-    """Paths that are not in the working directory but beside the recipe's file are taken from there."""
+    """Replace paths that are not in the working directory but beside the recipe's file."""
 
     def moved(text: Any) -> Any:
         if not isinstance(text, str) or not 0 < len(text) < 1000 or "\n" in text or Path(text).is_absolute():
@@ -365,47 +169,116 @@ def _resolve_paths(value: Any, folder: Path) -> None:
                 _resolve_paths(inner, folder)
 
 
-def _explain(error: ValidationError, doc: _Document) -> None:
-    """Pydantic's errors, in this project's words; alternatives of one value are joined into one problem."""
-    found: dict[Key, list[str]] = {}
-    values: dict[Key, str] = {}
-    for e in error.errors():
-        key, model = _locate(e["loc"], doc.data)
-        if e["type"] == "extra_forbidden":
-            message = unknown_key(key, model or Recipe)
-        elif e["type"] == "missing":
-            described = model.model_fields[str(key[-1])].description if model and key[-1] in model.model_fields else ""
-            message = f"required, and missing{f'. {described}' if described else ''}"
-        elif e["type"] == "value_error":
-            message = e["msg"].removeprefix("Value error, ")
-        else:
-            message = e["msg"].replace("Input should be", "expected")
-            message = message[0].lower() + message[1:]
-            values[key] = f", and this is {_short(e['input'])}"
-        found.setdefault(key, []).append(message)
-    for key, messages in found.items():
-        doc.problem(key, "; or ".join(dict.fromkeys(messages)) + values.get(key, ""))
+def _name_stages(data: Any) -> None:
+    """Write the default names of stages into the recipe; the second stage of the same method is METHOD-2."""
+    stages = data.get("stages")
+    if isinstance(stages, list):
+        for stage, name in zip(stages, item_names(child(Recipe, "stages", data), stages), strict=True):
+            if name:
+                stage["name"] = name
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else f"{text[:77]}..."
+# ---------------------------------------------------------------------------------------------------- overrides
 
 
-def _locate(loc: Sequence[str | int], data: Any) -> tuple[Key, type[BaseModel] | None]:
-    """Pydantic's location → (key in the recipe, settings class that the last part belongs to).
+def _apply_override(doc: Document, override: str) -> None:
+    """Put one ``key=value`` into the document, or note why it can't be."""
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        doc.problems.append(f"{override!r}: expected key=value, for example stages.sft.optimizer.lr=1e-4")
+        return
+    _put(doc, name.strip(), override, f"override {override}", lambda tp, old: _value(text, tp))
 
-    Parts that name an alternative of a union rather than a key are left out.
+
+def _put(doc: Document, name: str, source: str, place: str, value: Callable[[Any, Any], Any]) -> Key | None:
+    """Set the setting with a dotted name.
+
+    Args:
+        doc: The recipe.
+        name: Dotted name of the setting.
+        source: What the user wrote, for messages.
+        place: Where the user wrote it, for messages.
+        value: Function of (annotation of the setting, old value) that returns the new value.
+
+    Returns:
+        The key; None, with a problem noted, if the name leads nowhere.
     """
+    key = _find(doc, name, source)
+    if key is None:
+        return None
+    *parents, last = key
+    block: Any = doc.data
+    tp: Any = Recipe
+    for depth, part in enumerate(parents, 1):
+        tp = child(tp, part, block)
+        if inside(block, part) is None:
+            block[part] = {}
+            doc.places[key[:depth]] = place
+        block = block[part]
+        if not isinstance(block, dict | list):
+            doc.problems.append(f"{source!r}: {part} is {block!r} and has no settings inside; replace it as a whole")
+            return None
+    old = inside(block, last)
+    block[last] = value(child(tp, last, block), old)
+    doc.places[key] = place
+    if not (isinstance(old, dict) and isinstance(block[last], dict)):
+        for replaced in [k for k in doc.places if k[: len(key)] == key and k != key]:
+            del doc.places[replaced]
+    return key
+
+
+def _extend(base: Document, doc: Document) -> None:
+    """Put a recipe's own keys, dotted or not, into the recipe that it extends."""
+
+    def merged(old: Any, new: Any) -> Any:
+        if not (isinstance(old, dict) and isinstance(new, dict)):
+            return new
+        return {**old, **{name: merged(old.get(name), value) for name, value in new.items()}}
+
+    for name, new in doc.data.items():
+        key = _put(base, name, name, doc.place((name,)), lambda _, old, new=new: merged(old, new))  # type: ignore[misc]
+        if key is not None:
+            base.places |= {(*key, *k[1:]): place for k, place in doc.places.items() if k[0] == name}
+    base.problems += doc.problems
+
+
+def _find(doc: Document, name: str, source: str) -> Key | None:
+    """Return the key of a dotted name; items of a list go by index or by name, which may contain dots."""
+    parts, value = name.split("."), doc.data
     key: list[str | int] = []
-    tp, at, owner = Recipe, data, None
-    for i, part in enumerate(loc):
-        model = model_for(tp, at)
-        inner = child(tp, part, at)
-        if inner is None and not (model is not None and (i == len(loc) - 1 or part in (at or {}))):
-            continue
+    tp: Any = Recipe
+    while parts:
+        if not isinstance(value, list):
+            part: str | int = parts.pop(0)
+        else:
+            names = item_names(tp, value)
+            ends = [n for n in range(1, len(parts) + 1) if ".".join(parts[:n]) in names]
+            if ends:
+                part = names.index(".".join(parts[: ends[-1]]))
+                del parts[: ends[-1]]
+            elif parts[0].isdigit() and int(parts[0]) < len(value):
+                part = int(parts.pop(0))
+            else:
+                there = ", ".join(f"{i} ({n})" if n else str(i) for i, n in enumerate(names)) or "empty"
+                doc.problems.append(f"{source!r}: {dotted(key, doc.data)} has no {parts[0]!r}; there is: {there}")
+                return None
         key.append(part)
-        owner, tp, at = model, inner, inside(at, part)
-        if inner is None:
-            break
-    return tuple(key), owner
+        value, tp = inside(value, part), child(tp, part, value)
+    return tuple(key)
+
+
+def _value(text: str, tp: Any) -> Any:
+    """Return an override's value: YAML, but a setting that is text takes braces and colons as they are."""
+    try:
+        value = parse_value(text)
+    except yaml.YAMLError:
+        return text
+    allowed = options(tp)
+    if str not in allowed or isinstance(value, str):
+        return value
+    empty = value is None and type(None) in allowed
+    several = isinstance(value, list) and any(get_origin(o) is list for o in allowed)
+    return value if empty or several else text
+
+
+__all__ = ["differences", "dump_recipe", "in_columns", "load_recipe", "shipped"]

@@ -1,73 +1,96 @@
-"""What settings there are: walked for the reference, for overrides, and for the nearest right key (no torch)."""
+"""Walk the settings of a recipe: for the reference, for overrides, and to find the right key (imports no torch)."""
 
 from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from posttrain.config import Recipe
 from posttrain.config.names import NO_SUCH_SETTING, RENAMED
 from posttrain.config.open_kinds import OpenKind
 from posttrain.core.errors import RecipeError
 
+Key = tuple[str | int, ...]
+TAGS = ("method", "kind")
+"""Settings whose value selects one of several classes for the other settings beside it."""
+_REQUIRED = object()
+
 
 @dataclass(frozen=True)
-class Setting:
-    """One line of the reference: dotted key, type and default as text, description."""
+class SettingInfo:
+    """One setting of a recipe.
 
-    key: str
+    Attributes:
+        key: Where it is in the recipe, such as ("stages", 0, "optimizer", "lr").
+        type: Its type or its choices, as text.
+        default: Its default as text; empty for a block of settings.
+        description: From the settings class.
+        block: True if it is a mapping of other settings.
+    """
+
+    key: Key
     type: str
     default: str
     description: str
+    block: bool
 
 
-def settings(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[Setting]:
-    """Every setting at any depth, in the order of config.py. N stands for the index or name of a list's item."""
+def settings(
+    value: Any = None, model: type[BaseModel] = Recipe, key: Key = (), default: Any = None
+) -> Iterator[SettingInfo]:
+    """Yield the settings that a recipe can have, at any depth, in the order of their classes.
+
+    Args:
+        value: The recipe as plain data. Its stages, kinds and lists decide which settings there are.
+        model: Settings class of `value`.
+        key: Key of `value`.
+        default: Settings from which defaults are read, in place of the ones of the class.
+    """
     for name, info in model.model_fields.items():
-        key = f"{prefix}{name}"
-        annotation = info.rebuild_annotation()
-        yield Setting(key, _type_text(annotation), _default_text(info), info.description or "")
-        told: set[str] = set()  # alternatives have settings in common: told once, as the first has them
-        for inner, many in _inner_models(annotation):
-            for setting in settings(inner, f"{key}.N." if many else f"{key}."):
-                if setting.key not in told:
-                    told.add(setting.key)
-                    yield setting
+        annotation, inner, at = info.rebuild_annotation(), inside(value, name), (*key, name)
+        standard = info.get_default(call_default_factory=True) if not info.is_required() else _REQUIRED
+        standard = getattr(default, name, standard)
+        found = model_for(annotation, inner)
+        known = found is not None and (inner is not None or len(_models(annotation)) == 1)
+        text = "" if isinstance(standard, BaseModel) else _default_text(standard)
+        yield SettingInfo(at, type_text(annotation), text, info.description or "", known)
+        if found is not None and known:
+            yield from settings(inner, found, at, standard if isinstance(standard, found) else None)
+        for i, item in enumerate(inner if isinstance(inner, list) else []):
+            of_item = model_for(child(annotation, i, inner), item)
+            if of_item is not None:
+                yield from settings(item, of_item, (*at, i))
 
 
-def _default_text(info: FieldInfo) -> str:
-    if info.is_required():
-        return "required"
-    default = info.get_default(call_default_factory=True)
-    if isinstance(default, BaseModel):
-        return ""
-    return "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+def _default_text(value: Any) -> str:
+    words: list[tuple[Any, str]] = [(_REQUIRED, "required"), (None, "none"), (True, "true"), (False, "false")]
+    return next((word for special, word in words if value is special), str(value))
 
 
-def _type_text(tp: Any) -> str:
+def type_text(tp: Any) -> str:
+    """Return an annotation in words: "integer", "number | none", "a | b" for choices, "settings" for a block."""
     origin, args = get_origin(tp), get_args(tp)
     if origin is Annotated:
-        return "settings" if open_kind_of(tp) else _type_text(args[0])
+        return "settings" if open_kind_of(tp) else type_text(args[0])
     if origin is Literal:
         return " | ".join(str(a) for a in args)
     if origin in (Union, types.UnionType):
-        return " | ".join(_type_text(a) for a in args)
+        return " | ".join(dict.fromkeys(type_text(a) for a in args))
     if origin in (list, tuple, dict):
-        inside = ", ".join(_type_text(a) for a in args)
-        return f"{{{inside.replace(', ', ': ', 1)}}}" if origin is dict else f"[{inside}{', …' * (origin is list)}]"
+        parts = ", ".join(type_text(a) for a in args)
+        return f"{{{parts.replace(', ', ': ', 1)}}}" if origin is dict else f"[{parts}{', …' * (origin is list)}]"
     if isinstance(tp, type) and issubclass(tp, BaseModel):
         return "settings"
     return {str: "text", int: "integer", float: "number", bool: "true | false", type(None): "none"}.get(tp, str(tp))
 
 
 def options(tp: Any) -> list[Any]:
-    """The alternatives of an annotation, unions and Annotated taken apart; an open kind's are the built-in ones."""
+    """Return the alternatives of an annotation, without Annotated; those of an open kind are the built-in ones."""
     origin, args = get_origin(tp), get_args(tp)
     if origin is Annotated:
         kinds = open_kind_of(tp)
@@ -85,29 +108,22 @@ def open_kind_of(tp: Any) -> OpenKind | None:
     return next((found for a in alternatives if (found := open_kind_of(a))), None)
 
 
-def _inner_models(tp: Any) -> Iterator[tuple[type[BaseModel], bool]]:
-    for option in options(tp):
-        if isinstance(option, type) and issubclass(option, BaseModel):
-            yield option, False
-        elif get_origin(option) is list:
-            for inner in options(get_args(option)[0]):
-                if isinstance(inner, type) and issubclass(inner, BaseModel):
-                    yield inner, True
-
-
-TAGS = ("method", "kind")
-"""Settings that say which of several classes the rest belongs to."""
+def _models(tp: Any) -> list[type[BaseModel]]:
+    return [o for o in options(tp) if isinstance(o, type) and issubclass(o, BaseModel)]
 
 
 def model_for(tp: Any, value: Any) -> type[BaseModel] | None:
-    """The settings class that a value is checked by; of several, the one whose method or kind it names."""
+    """Return the settings class that checks `value`: of several, the one whose method or kind it names, or the first.
+
+    Returns None for an annotation without settings classes.
+    """
     kinds = open_kind_of(tp)
     if kinds is not None and isinstance(value, Mapping):
         try:
             return kinds.settings_class(str(value.get(kinds.tag, kinds.default)))
         except RecipeError:  # reported where the recipe is checked
             pass
-    found = [o for o in options(tp) if isinstance(o, type) and issubclass(o, BaseModel)]
+    found = _models(tp)
     for tag in TAGS:
         name = value.get(tag) if isinstance(value, Mapping) else None
         for model in found:
@@ -117,7 +133,7 @@ def model_for(tp: Any, value: Any) -> type[BaseModel] | None:
 
 
 def child(tp: Any, name: str | int, value: Any) -> Any:
-    """The annotation one key further down; None where the schema has no such key."""
+    """Return the annotation of `value[name]`, given the annotation `tp` of `value`; None if there is no such key."""
     model = model_for(tp, value)
     if model is not None and name in model.model_fields:
         return model.model_fields[str(name)].rebuild_annotation()
@@ -130,45 +146,78 @@ def child(tp: Any, name: str | int, value: Any) -> Any:
 
 
 def inside(value: Any, name: str | int) -> Any:
-    """value[name], or None."""
+    """Return value[name], or None if missing."""
     if isinstance(value, dict):
         return value.get(name)
     return value[name] if isinstance(value, list) and isinstance(name, int) and -1 < name < len(value) else None
 
 
-def unknown_key(key: tuple[str | int, ...], model: type[BaseModel]) -> str:
-    """What to say of a key that `model` does not have: the note, the right key here, or where it lives."""
+def item_names(tp: Any, items: Sequence[Any]) -> list[str]:
+    """Return the names of the stages or tasks in a list: as given, or else the default of their class.
+
+    A default that an earlier item has already becomes NAME-2, NAME-3 and so on. "" stands for an item without a name.
+    """
+    names: list[str] = []
+    for i, item in enumerate(items):
+        model = model_for(child(tp, i, items), item) if isinstance(item, Mapping) else None
+        default = model.model_fields["name"].default if model and "name" in model.model_fields else None
+        name = str(item.get("name") or (default if isinstance(default, str) else "")) if model else ""
+        unique, number = name, 2
+        while model and "name" not in item and name and unique in names:
+            unique, number = f"{name}-{number}", number + 1
+        names.append(unique)
+    return names
+
+
+def unknown_key(key: Key, model: type[BaseModel], data: Any) -> str:
+    """Return the message for a key that `model` does not have: the right key here, or where it is, or what there is.
+
+    Args:
+        key: The unknown key.
+        model: Settings class of the block that holds it.
+        data: The whole recipe as plain data.
+    """
     name, here = str(key[-1]), list(model.model_fields)
     if name in NO_SUCH_SETTING:
         return f"no such setting; {NO_SUCH_SETTING[name]}"
-    near = difflib.get_close_matches(name, [*here, *(a for a in RENAMED if RENAMED[a] in here)], n=1)
-    for meant in (RENAMED.get(name, name), *(RENAMED.get(n, n) for n in near)):
+    close = difflib.get_close_matches(name, [*here, *(old for old, ours in RENAMED.items() if ours in here)], n=1)
+    for meant in [RENAMED.get(n, n) for n in (name, *close)]:
         if meant in here:
             return f"no such setting. Did you mean {meant}?"
-        found = _elsewhere(meant, key, model)
-        if found:
+        if found := _elsewhere(meant, key, data):
             return f"no such setting here. Did you mean {found}?"
-    anywhere = {s.key.rsplit(".", 1)[-1] for s in settings()}
+    anywhere = {str(s.key[-1]) for s in settings(data)}
     close = difflib.get_close_matches(name, [*anywhere, *RENAMED], n=1)
-    found = _elsewhere(RENAMED.get(close[0], close[0]), key, model) if close else ""
+    found = _elsewhere(RENAMED.get(close[0], close[0]), key, data) if close else ""
     return f"no such setting here. Did you mean {found}?" if found else f"no such setting; there are: {', '.join(here)}"
 
 
-def _elsewhere(name: str, key: tuple[str | int, ...], model: type[BaseModel]) -> str:
-    """The full key of a setting called `name`: inside the same settings, else the one that shares most with `key`."""
-    prefix = "".join(f"{k}." for k in key[:-1])
-    below = [s.key for s in settings(model, prefix) if s.key.rsplit(".", 1)[-1] == name]
-    if below:
-        return min(below, key=lambda k: k.count(".")).replace(".N.", ".0.")
-    given = [str(k) for k in key]
+def _elsewhere(name: str, key: Key, data: Any) -> str:
+    """Return the full key of the setting called `name` (which may be dotted) that shares most with `key`, or ""."""
+    tail: Key = tuple(name.split("."))
+    places = [s.key for s in settings(data) if s.key[-len(tail) :] == tail]
 
-    def shared(candidate: str) -> int:
-        pairs = zip(candidate.split("."), given, strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a not in (b, "N")), len(given))
+    def shared(place: Key) -> int:
+        return next((i for i, (a, b) in enumerate(zip(place, key, strict=False)) if a != b), min(len(place), len(key)))
 
-    places = [s.key for s in settings() if s.key.rsplit(".", 1)[-1] == name]
     if not places:
         return ""
-    best = max(places, key=lambda k: (shared(k), -k.count(".")))
-    same = shared(best)
-    return ".".join([*given[:same], *best.split(".")[same:]]).replace(".N.", ".0.")
+    best: Key = max(places, key=lambda place: (shared(place), -len(place)))
+    return dotted(best, data)
+
+
+def dotted(key: Sequence[str | int], data: Any) -> str:
+    """Return ``stages.sft.lr`` for ("stages", 0, "lr"): items of a list go by their name if they have one.
+
+    Args:
+        key: A key of the recipe, complete or not.
+        data: The recipe as plain data.
+    """
+    parts: list[str] = []
+    tp: Any = Recipe
+    for part in key:
+        names = item_names(tp, data) if isinstance(data, list) else []
+        name = names[part] if isinstance(part, int) and part < len(names) else ""
+        parts.append(name or str(part))
+        tp, data = child(tp, part, data), inside(data, part)
+    return ".".join(parts) or "recipe"

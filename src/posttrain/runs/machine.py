@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
     return info
 
 
-def program() -> str:
+def program_name() -> str:
     """How to call the command line again, for messages: `posttrain` where a shell finds it, else as it was started."""
     started, found = Path(sys.argv[0]), shutil.which("posttrain")
     if started.name == "posttrain" and (found is None or not started.exists() or not os.path.samefile(found, started)):

@@ -44,7 +44,7 @@ from posttrain.recipe.parsing import differences, dump_recipe, load_recipe
 from posttrain.report import build_report, judge_figures
 from posttrain.report.terminal import sampling_tables, summary_table
 from posttrain.runs import registry
-from posttrain.runs.machine import machine, program
+from posttrain.runs.machine import machine, program_name
 from posttrain.sampling.rollout_store import path_of, read_rollouts, rollout_steps
 from posttrain.trainer.loggers import Trackers
 from posttrain.trainer.loop import Stopped, now
@@ -116,7 +116,7 @@ def _carry_through(
                 _work(recipe, path, manifest, console, rewards)
         except KeyboardInterrupt:
             _ended(manifest, path, status="stopped")
-            console.print(f"stopped; go on with: {program()} run {path}", highlight=False, soft_wrap=True)
+            console.print(f"stopped; go on with: {program_name()} run {path}", highlight=False, soft_wrap=True)
             raise
         except Exception as error:
             _ended(manifest, path, status="failed", error=str(error) or type(error).__name__)
@@ -390,7 +390,7 @@ def _close(path: Path, console: Console) -> RunResult:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"run     {path}\nreport  {report}", highlight=False, soft_wrap=True)
     if (path / "model").is_dir():
-        console.print(f"chat    {program()} chat {path}", highlight=False, soft_wrap=True)
+        console.print(f"chat    {program_name()} chat {path}", highlight=False, soft_wrap=True)
     return RunResult(path, path / "model", report, comparison)
 
 

@@ -1,0 +1,151 @@
+"""posttrain evaluate: run the evaluations of a recipe on any model, and compare two models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from posttrain.cli.arguments import Overrides, make_console
+from posttrain.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from posttrain.config import ModelConfig, Recipe
+
+
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file, or a run's folder.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="The recipe (or run folder) whose evaluations to run.")],
+    overrides: Overrides = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where items and results go. [default: runs/evaluations/…]")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of other results to compare with: RUN/evaluations/before")
+    ] = None,
+) -> None:
+    """Run a recipe's evaluations on any model; compare two models on the same items."""
+    from posttrain.recipe.checks import check_machine, check_model_source
+    from posttrain.recipe.parsing import load_recipe
+
+    checked = load_recipe(recipe, overrides or ())
+    if not checked.evaluate:
+        raise RecipeError(f"{recipe} has no evaluations; add some under `evaluate:`")
+    # The recipe's dtype, device and chat template (which a base model needs), with another model.
+    of_model = checked.model.model_copy(update={"source": model, "revision": None})
+    check_model_source(model)
+    check_machine(checked.model_copy(update={"stages": [], "model": of_model}))
+    if against is not None:
+        missing = [t.name for t in checked.evaluate if not (against / f"{t.name}.jsonl").is_file()]
+        if missing:
+            raise RecipeError(f"--against {against}: no {missing[0]}.jsonl there; name RUN/evaluations/before")
+    folder = folder or evaluation_folder(checked, model)
+    print_evaluation(_with_results_of(Path(recipe), checked), of_model, folder, against, make_console())
+
+
+def _with_results_of(run: Path, recipe: Recipe) -> Recipe:
+    """Return the recipe with stage:NAME in its evaluations replaced by what that stage of the run made."""
+    from posttrain.config import references
+
+    names = {name for task in recipe.evaluate for name in references(task)}
+    if not names:
+        return recipe
+    from posttrain.runs.registry import made_in, resolved
+
+    made = made_in(run, recipe)
+    missing = sorted(names - made.keys())
+    if missing:
+        raise RecipeError(
+            f"the evaluations use what stage {missing[0]!r} makes, and {run} has none: name the folder of a run that "
+            "has finished that stage, as in -r runs/NAME"
+        )
+    return recipe.model_copy(update={"evaluate": [resolved(task, made) for task in recipe.evaluate]})
+
+
+def evaluation_folder(recipe: Recipe, model: str) -> Path:
+    """Return the default folder: one for each model and set of tasks, so that results are never mixed up."""
+    import hashlib
+
+    identity = "".join(t.model_dump_json() for t in recipe.evaluate) + recipe.model.model_dump_json() + str(recipe.seed)
+    slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", model).strip("-.")[-60:] or "model"
+    path = Path(model)
+    if path.exists():  # the content of a folder may change under the same name
+        newest = max((f.stat().st_mtime_ns for f in path.rglob("*.safetensors")), default=0)
+        identity += f"{path.resolve()}{newest}"
+    digest = hashlib.sha256(f"{model}{identity}".encode()).hexdigest()[:8]
+    return Path(recipe.output) / "evaluations" / f"{recipe.name}-{slug}-{digest}"
+
+
+def print_evaluation(recipe: Recipe, model: ModelConfig, folder: Path, against: Path | None, out: Console) -> None:
+    """Run the recipe's tasks on a model and print their scores.
+
+    Args:
+        recipe: Recipe with the tasks and the seed.
+        model: Model to evaluate.
+        folder: Folder for items and results.
+        against: Folder of other results on the same items, to compare with. None: no comparison.
+        out: Console to print to.
+    """
+    from rich.table import Table
+
+    from posttrain.eval.tasks import evaluate_model
+    from posttrain.report.terminal import sampling_tables
+
+    summaries = evaluate_model(model, recipe.evaluate, folder, recipe.seed)
+    table = Table(title=f"{model.source}, with 95% intervals")
+    for column in ("task", "metric", "n", "value"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for s in summaries:
+        table.add_row(s["task"], s["metric"], f"{s['n']:,}", _interval(s, s["metric"]))
+    out.print(table)
+    for of_samples in sampling_tables(folder):
+        out.print(of_samples)
+    if against is not None:
+        out.print(comparison_table(recipe, against, folder, [s["metric"] for s in summaries]))
+    out.print(f"items and answers  {folder}", markup=False, soft_wrap=True)
+
+
+def comparison_table(recipe: Recipe, other: Path, folder: Path, metrics: Sequence[str]) -> Table:
+    """Return the paired comparison of two models on the same items: scores, difference with its interval, p.
+
+    Args:
+        recipe: Recipe with the tasks and the seed.
+        other: Folder with the results of the other model.
+        folder: Folder with the results of this model.
+        metrics: Metric of each task.
+
+    Raises:
+        DataError: The items are not the same.
+    """
+    from rich.table import Table
+
+    from posttrain.core.files import read_lines
+    from posttrain.core.statistics import compare
+    from posttrain.report.formatting import format_p
+
+    table = Table(title=f"Against {other}, item by item, with 95% intervals")
+    for column in ("task", "", "value", "p"):
+        table.add_column(column, justify="right" if column == "value" else "left", no_wrap=column == "value")
+    for task, metric in zip(recipe.evaluate, metrics, strict=True):
+        old, new = (read_lines(side / f"{task.name}.jsonl") for side in (other, folder))
+        c = compare(old, new, task.kind, task=task.name, seed=recipe.seed)
+        table.add_row(task.name, "other", _interval(c["before"], metric))
+        table.add_row(f"n = {c['n']:,}", "this", _interval(c["after"], metric))
+        table.add_row("", "difference", _interval(c, metric, "difference"), f"{format_p(c['p_value'])} ({c['test']})")
+        if "wins" in c:
+            table.add_row("", "this beats other", _interval(c["wins"], "accuracy"))
+        table.add_row("", "better, worse", f"{c['gained']:,}, {c['lost']:,}", end_section=True)
+    return table
+
+
+def _interval(side: dict[str, Any], metric: str, key: str = "value") -> str:
+    from posttrain.report.formatting import format_score
+
+    value, low, high = (format_score(side.get(k), metric, key == "difference") for k in (key, "low", "high"))
+    return f"{value} \\[{low}, {high}]"  # escaped: brackets are rich's markup

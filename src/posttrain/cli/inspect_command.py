@@ -1,0 +1,65 @@
+"""posttrain inspect: print the data of a recipe, or the rollouts, chains and labels of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from posttrain.cli.arguments import Overrides, make_console
+from posttrain.core.errors import RecipeError
+
+
+def inspect_command(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or the folder of a run.")],
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, help="Samples, prompts or groups to show.")] = 3,
+    stage: Annotated[str | None, typer.Option(help="Name of one stage or evaluation. [default: all]")] = None,
+    step: Annotated[int | None, typer.Option(help="Of a run: rollouts of this step. [default: the last]")] = None,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Of a run: answers to held-out prompts.")] = False,
+    sort: Annotated[str, typer.Option(help="Of a run: order, best, worst, suspicious.")] = "order",
+    problem: Annotated[int | None, typer.Option(help="Of a run: only the prompt with this number.")] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Of a run: how the rewards drifted, instead of rollouts.")
+    ] = False,
+) -> None:
+    """Show what the model trains on: tokens, which carry loss, what was dropped. Of a run: its rollouts or chains."""
+    path = Path(recipe)
+    only_of_a_run = {"step": step, "held_out": held_out, "sort": sort, "problem": problem}
+    if path.is_dir() and not overrides and _show_run(path, rows, stage, watch, only_of_a_run):
+        return
+    if step is not None or held_out or problem is not None or watch or sort != "order":
+        raise RecipeError(
+            f"{recipe} is no run with rollouts: --step, --held-out, --sort, --problem and --watch have no meaning"
+        )
+    from posttrain.recipe.checks import check_machine
+    from posttrain.recipe.parsing import load_recipe
+
+    checked = load_recipe(recipe, overrides or ())
+    names = [part.name for part in (*checked.stages, *checked.evaluate)]
+    if stage is not None and stage not in names:
+        raise RecipeError(f"no stage or evaluation {stage!r}; there are: {', '.join(names)}")
+    check_machine(checked)
+    from posttrain.cli.inspect_rows import print_data
+
+    print_data(checked, stage, rows, make_console())
+
+
+def _show_run(path: Path, rows: int, stage: str | None, watch: bool, options: dict[str, Any]) -> bool:
+    """Print what a run has kept; False if it has nothing of what was asked for, so that its data is shown instead."""
+    from posttrain.cli import inspect_rollouts as of_run
+
+    console = make_console()
+    problem = options["problem"]
+    labelled = of_run.print_feedback(path, console, rows)
+    plain = not watch and {**options, "problem": None} == {**dict.fromkeys(options), "held_out": False, "sort": "order"}
+    if plain and of_run.print_chains(path, console, stage=stage, groups=rows, problem=problem):
+        return True
+    if of_run.stages_with_rollouts(path):
+        if watch:
+            of_run.print_drift(path, console, stage=stage)
+        else:
+            of_run.print_rollouts(path, console, stage=stage, groups=rows, **options)
+        return True
+    return labelled and plain and stage is None and problem is None

@@ -1,0 +1,24 @@
+"""posttrain lab: make the laboratory's small base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from posttrain.cli.arguments import make_console
+
+
+def lab_command(
+    output: Annotated[Path | None, typer.Option(help="Folder to make. [default: the cache's, for lab:SEED]")] = None,
+    kind: Annotated[
+        Literal["sums", "reviews"], typer.Option(help="Answers sums; or writes movie reviews, for RLHF.")
+    ] = "sums",
+    seed: Annotated[int, typer.Option(min=0, max=999_999_999, help="Another seed, another model of its kind.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Pretraining steps. [default: enough, in minutes]")] = None,
+) -> None:
+    """Make a small base model that reinforcement learning improves in minutes: to try, compare and debug methods."""
+    from posttrain.lab import make
+
+    make.command(make_console(), output, kind, seed, steps)

@@ -1,0 +1,118 @@
+"""posttrain recipes: list, show and copy the recipes of the package, and print the settings of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from posttrain.cli import arguments
+from posttrain.cli.arguments import make_console
+from posttrain.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from posttrain.recipe.schema import SettingInfo
+
+recipes_app = typer.Typer(help="List, show and copy the recipes of posttrain.", no_args_is_help=True)
+
+
+@recipes_app.command("list")
+def list_recipes() -> None:
+    """Print names and descriptions."""
+    import yaml
+    from rich.table import Table
+
+    from posttrain.recipe.parsing import shipped
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, file in shipped().items():
+        table.add_row(f"[bold]{name}[/]", yaml.safe_load(file.read_text(encoding="utf-8")).get("description", ""))
+    make_console().print(table)
+
+
+@recipes_app.command("show")
+def show_recipe(
+    name: arguments.Recipe,
+    part: Annotated[
+        str | None, typer.Argument(metavar="PART", help="With --fields: only this block, as stages.sft.optimizer.")
+    ] = None,
+    fields: Annotated[bool, typer.Option("--fields", help="Print the settings that the recipe can have.")] = False,
+) -> None:
+    """Print a recipe, or the settings of its stages with defaults, types and choices."""
+    if fields or part:
+        _print_settings(name, part)
+    else:
+        typer.echo(_recipe_text(name), nl=False)
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: arguments.Recipe,
+    to: Annotated[Path | None, typer.Argument(metavar="DEST", help="File or folder. [default: NAME.yaml]")] = None,
+) -> None:
+    """Write a recipe to a file that you can change."""
+    text = _recipe_text(name)
+    target = to or Path(f"{name}.yaml")
+    if target.is_dir():
+        target = target / f"{name}.yaml"
+    try:
+        with target.open("x", encoding="utf-8") as f:
+            f.write(text)
+    except FileExistsError:
+        raise RecipeError(f"{target} exists already; name another file") from None
+    except OSError as error:
+        raise RecipeError(f"can't write {target}: {error.strerror}") from error
+    from posttrain.runs.machine import program_name
+
+    typer.echo(f"wrote {target}; run it with: {program_name()} run {target}")
+
+
+def _recipe_text(name: str) -> str:
+    from posttrain.recipe.parsing import in_columns, shipped
+
+    have = shipped()
+    if name not in have:
+        import difflib
+
+        near = difflib.get_close_matches(name, have, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise RecipeError(f"posttrain has no recipe {name!r}.{hint} There are:\n{in_columns(have)}")
+    return have[name].read_text(encoding="utf-8")
+
+
+def _print_settings(name: str, part: str | None) -> None:
+    """Print one line for each setting of the stages (or of `part`), grouped by block."""
+    from posttrain.recipe.parsing import load_recipe
+    from posttrain.recipe.schema import dotted, settings
+
+    data = load_recipe(name).model_dump(mode="json")
+    prefix = (part or "stages").rstrip(".")
+    blocks: dict[str, list[SettingInfo]] = {}
+    for setting in settings(data):
+        key = dotted(setting.key, data)
+        block, shown = dotted(setting.key[:-1], data), part or not setting.block
+        if shown and (key == prefix or key.startswith(f"{prefix}.")) and setting.type != "[settings, …]":
+            blocks.setdefault("" if block == "recipe" else block, []).append(setting)
+    if not blocks:
+        there = ", ".join(["stages", *(f"stages.{s['name']}" for s in data["stages"]), "model", "evaluate", "track"])
+        raise RecipeError(f"{name} has no setting {prefix!r}. There are: {there}, and what is inside them")
+    console, width = make_console(), 0
+    width = console.width if console.is_terminal else 120
+    seen: dict[tuple[str, ...], str] = {}
+    for block, found in blocks.items():
+        names = tuple(str(s.key[-1]) for s in found)
+        if part is None and len(names) > 2 and names in seen:
+            console.print(f"\n{block}: as {seen[names]}", markup=False, soft_wrap=True)
+            continue
+        seen.setdefault(names, block)
+        console.print(f"\n[bold]{block}[/]", soft_wrap=True)
+        for s in found:
+            line = f"  {s.key[-1]} = {s.default}  ({s.type})" if s.default else f"  {s.key[-1]}  ({s.type})"
+            text = f"{line}  {s.description}".rstrip()
+            if part is None and len(text) > width:
+                text = f"{text[: width - 1].rstrip()}…"
+            console.print(text, markup=False, soft_wrap=part is None)
+    if part is None:
+        block = next(iter(blocks))
+        console.print(f"\nOne block in full: posttrain recipes show {name} --fields {block}", soft_wrap=True)

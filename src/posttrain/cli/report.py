@@ -1,0 +1,19 @@
+"""posttrain report: write the page of a run again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from posttrain.core.errors import RecipeError
+
+
+def report_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
+    """Write the page of a run again and print its path."""
+    if not (run / "manifest.json").is_file():
+        raise RecipeError(f"{run} is not a run's folder (no manifest.json in it)")
+    from posttrain.report import build_report
+
+    typer.echo(str(build_report(run)))

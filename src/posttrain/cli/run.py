@@ -1,0 +1,36 @@
+"""posttrain run: carry a recipe through, or resume a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from posttrain.cli.arguments import Overrides
+from posttrain.core.errors import RecipeError
+
+
+def run_command(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe, or the folder of a run to resume.")],
+    overrides: Overrides = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/NAME]")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Set an earlier run in the folder aside, start over.")] = False,
+) -> None:
+    """Evaluate, train, evaluate again, and write a report. Resumes a run that was interrupted."""
+    from posttrain.recipe.checks import check_machine
+    from posttrain.recipe.parsing import load_recipe
+
+    path = Path(recipe)
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        if overrides or (folder is not None and folder.resolve() != path.resolve()):
+            raise RecipeError(
+                f"{path} is a run, which resumes with its own settings in its own folder. For other settings: "
+                f"posttrain run {path / 'recipe.yaml'} name=NEW_NAME {' '.join(overrides or [])}".rstrip()
+            )
+        folder = path
+    checked = load_recipe(recipe, overrides or ())
+    check_machine(checked)  # before torch is imported, which takes seconds
+    from posttrain.runs.runner import run
+
+    run(checked, folder=folder, fresh=fresh)
