@@ -48,7 +48,7 @@ NOT_A_VERB = set(
 )
 DOC_WIDTH = 100
 AVOIDED = re.compile(
-    r"\b(go(es)? on|gone on|of (its|their|one's) own|at hand|as many as|by itself|where there (is|are) none|mends?|mended"
+    r"\b(go(es)? on|gone on|of (its|their|one's) own|at hand|as many as|by itself|where there (is|are) none|mend(s|ed)?"
     r"|learns? from|learnt|is said)\b"
 )
 """Words for which section 6 of the plan of the package has plainer ones."""
