@@ -134,11 +134,12 @@ def since(began: tuple[float, float], ended: tuple[float, float]) -> tuple[float
 
 def run_ours(job: Job, pairs: list[Pair]) -> dict[str, Any]:
     """posttrain's stage, taken apart: the reference's numbers (nothing cached), then a step a batch."""
-    from posttrain.config import ModelConfig, OptimizerConfig, PreferenceConfig, SystemsConfig
+    from posttrain.config import ModelConfig, OptimizerConfig, SystemsConfig
     from posttrain.core.types import Sample
     from posttrain.data.preference_rows import Pair as OurPair
     from posttrain.methods.preference.objectives import objective, pair_loss, pair_samples
-    from posttrain.methods.preference.offline import judged, laid_out
+    from posttrain.methods.preference.offline import PreferenceConfig
+    from posttrain.methods.preference.pair_trainer import judged, laid_out
     from posttrain.models.language_model import LanguageModel
     from posttrain.models.loading import load_model
     from posttrain.trainer.reference_model import Reference

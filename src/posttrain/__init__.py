@@ -23,7 +23,6 @@ if TYPE_CHECKING:
         ModelConfig,
         OptimizerConfig,
         Recipe,
-        SFTConfig,
         SystemsConfig,
         TaskConfig,
         TrackConfig,
@@ -31,10 +30,12 @@ if TYPE_CHECKING:
     from posttrain.core.errors import PosttrainError
     from posttrain.core.types import Message, Sample
     from posttrain.data.sft_rows import prepare
+    from posttrain.methods.sft import SFTConfig
     from posttrain.models.language_model import LanguageModel
     from posttrain.models.loading import load_model, load_tokenizer
     from posttrain.recipe.parsing import dump_recipe, load_recipe
     from posttrain.runs.runner import run
+    from posttrain.trainer.stage import Stage, StageContext
     from posttrain.trainer.train_step import Learner
 
 __all__ = [
@@ -50,6 +51,8 @@ __all__ = [
     "Recipe",
     "SFTConfig",
     "Sample",
+    "Stage",
+    "StageContext",
     "SystemsConfig",
     "TaskConfig",
     "TrackConfig",
@@ -74,6 +77,9 @@ _HOMES = {
     "prepare": "data.sft_rows",
     "run": "runs.runner",
     "Sample": "core.types",
+    "SFTConfig": "methods.sft",
+    "Stage": "trainer.stage",
+    "StageContext": "trainer.stage",
 }
 """Module of each public name; those not listed are settings and live in config."""
 

@@ -10,11 +10,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from posttrain.config import OptimizerConfig, PreferenceConfig, RLConfig, SystemsConfig
+from posttrain.config import OptimizerConfig, RLConfig, SystemsConfig
 from posttrain.core.types import Rollout, Sample
 from posttrain.data.preference_rows import Pair
 from posttrain.methods.preference.objectives import objective, pair_loss, pair_samples
-from posttrain.methods.preference.offline import judged, laid_out
+from posttrain.methods.preference.offline import PreferenceConfig
+from posttrain.methods.preference.pair_trainer import judged, laid_out
 from posttrain.methods.rl.policy_objectives import Extremes, Rolled, give_advantages, policy_loss
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model

@@ -21,8 +21,8 @@ from posttrain.config import JudgeConfig, ModelConfig, RefineConfig, SamplingCon
 from posttrain.core.errors import DataError, ModelError, ServerError
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.judge.labels import Judge, Judged
-from posttrain.methods.data.critique_revision import run_refine
 from posttrain.methods.data.revision_chain import read_chains
+from posttrain.methods.data.revision_rows import run_refine
 from posttrain.sampling.openai_client import Server, _Limits, retry_after
 from posttrain.sampling.openai_sampler import OpenAISampler
 from posttrain.sampling.protocol import Request

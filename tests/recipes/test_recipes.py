@@ -15,20 +15,16 @@ from transformers import (
 )
 
 import posttrain
-from posttrain.config import (
-    FeedbackConfig,
-    OnlineDPOConfig,
-    PreferenceConfig,
-    ProcessRewardConfig,
-    RefineConfig,
-    RejectionConfig,
-    RewardModelConfig,
-    RLConfig,
-    SampleConfig,
-    ScoreConfig,
-)
+from posttrain.config import RLConfig, SampleConfig, ScoreConfig
 from posttrain.core.errors import CheckpointError, DataError, RewardError
 from posttrain.core.files import read_lines
+from posttrain.methods.data.ai_feedback import FeedbackConfig
+from posttrain.methods.data.critique_revision import RefineConfig
+from posttrain.methods.data.rejection import RejectionConfig
+from posttrain.methods.preference.offline import PreferenceConfig
+from posttrain.methods.preference.online import OnlineDPOConfig
+from posttrain.methods.reward_model.pairwise import RewardModelConfig
+from posttrain.methods.reward_model.process import ProcessRewardConfig
 from posttrain.models.language_model import LanguageModel
 from posttrain.recipe.parsing import shipped
 from posttrain.sampling.greedy import greedy

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from posttrain.config import DataConfig, ModelConfig, Recipe, SFTConfig, TrackConfig
+from posttrain.config import DataConfig, ModelConfig, Recipe, TrackConfig
 from posttrain.core.errors import MissingExtraError
+from posttrain.methods.sft import SFTConfig
 from posttrain.trainer.loggers import Trackers
 
 RECIPE = Recipe(

@@ -18,8 +18,8 @@ from posttrain.data.rows import SHOWN_ROWS
 from posttrain.eval.tasks import task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device
 from posttrain.report.judge_figures import describe_agreement
-from posttrain.runs.registry import ready
-from posttrain.trainer.stage import Setting
+from posttrain.runs.registry import prepare
+from posttrain.trainer.stage import StageContext
 
 BAR = 40
 """Columns of the histogram's longest bar."""
@@ -43,7 +43,7 @@ def print_data(recipe: Recipe, only: str | None, rows: int, out: Console) -> Non
             out.rule(f"{stage.name} ({stage.method})")
             out.print(f"reads what stage {', '.join(asks)} will make; posttrain inspect RUN shows it afterwards")
             continue
-        for title, data in ready(stage, Setting(tokenizer, context)).data:
+        for title, data in prepare(stage, StageContext(tokenizer, context)).data:
             out.rule(f"{title} ({stage.method})")
             if isinstance(data, PromptSet):
                 _questions(data, rows, out)

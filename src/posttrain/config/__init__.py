@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from posttrain.config.environment import CalculatorConfig, EnvironmentConfig, FunctionEnvironmentConfig
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
-from posttrain.config.feedback import FeedbackConfig
-from posttrain.config.inference import RejectionConfig, SampleConfig, ScoreConfig
+from posttrain.config.inference import SampleConfig, ScoreConfig
 from posttrain.config.judge import JudgeConfig, ServerConfig
-from posttrain.config.preference import HeldOutPairsConfig, OnlineDPOConfig, PreferenceConfig
-from posttrain.config.refine import RefineConfig
-from posttrain.config.reward_model import ProcessRewardConfig, RewardModelConfig
+from posttrain.config.names import METHODS
+from posttrain.config.open_kinds import open_kind
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.rl import (
     HeldOutConfig,
@@ -35,25 +33,14 @@ from posttrain.config.settings import (
     OptimizerConfig,
     SamplerConfig,
     SamplingConfig,
-    SFTConfig,
     StageBase,
     SystemsConfig,
     TaskConfig,
     TrainConfig,
 )
 
-StageConfig = Annotated[
-    SFTConfig
-    | RLConfig
-    | RejectionConfig
-    | RefineConfig
-    | FeedbackConfig
-    | PreferenceConfig
-    | OnlineDPOConfig
-    | RewardModelConfig
-    | ProcessRewardConfig,
-    Field(discriminator="method"),
-]
+METHOD_KIND = open_kind(METHODS, "method", tag="method", default="sft")
+StageConfig = Annotated[StageBase, METHOD_KIND]
 EvaluationConfig = Annotated[TaskConfig | SampleConfig | ScoreConfig, Field(discriminator="kind")]
 
 
@@ -86,14 +73,6 @@ class Recipe(Config):
     )
     output: str = Field("runs", description="Folder that holds runs.")
     track: TrackConfig = TrackConfig()
-
-    @field_validator("stages", mode="before")
-    @classmethod
-    def _method(cls, stages: Any) -> Any:
-        """A stage that names no method is supervised fine-tuning."""
-        if not isinstance(stages, list):
-            return stages
-        return [{"method": "sft", **s} if isinstance(s, dict) else s for s in stages]
 
     @model_validator(mode="after")
     def _unique(self) -> Recipe:
@@ -157,25 +136,16 @@ __all__ = [
     "EpochsConfig",
     "EvaluationConfig",
     "FunctionEnvironmentConfig",
-    "FeedbackConfig",
     "HeldOutConfig",
-    "HeldOutPairsConfig",
     "JudgeConfig",
     "KLConfig",
     "ModelConfig",
-    "OnlineDPOConfig",
     "OptimizerConfig",
-    "PreferenceConfig",
-    "ProcessRewardConfig",
     "RLConfig",
     "Recipe",
     "ReplayConfig",
-    "RefineConfig",
-    "RejectionConfig",
     "RewardConfig",
-    "RewardModelConfig",
     "RewardsConfig",
-    "SFTConfig",
     "SampleConfig",
     "SamplerConfig",
     "SamplingConfig",
@@ -188,5 +158,6 @@ __all__ = [
     "TaskConfig",
     "TrackConfig",
     "TrainConfig",
+    "METHOD_KIND",
     "references",
 ]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.judge import JudgeConfig
 from posttrain.config.prompts import ProblemsConfig
-from posttrain.config.settings import NAME, Config, DataConfig, SamplerConfig, StageBase
+from posttrain.config.settings import Config, DataConfig, SamplerConfig
 
 
 class Pairing(Config):
@@ -90,30 +89,3 @@ class SamplesConfig(Pairing):
 AnswersConfig = Annotated[
     RatingsConfig | PairsConfig | CandidatesConfig | ThumbsConfig | SamplesConfig, Field(discriminator="kind")
 ]
-
-
-class FeedbackConfig(StageBase):
-    """Feedback: answers in, pairs with strengths out (data/rows.jsonl), labelled by people or by a judge."""
-
-    makes: ClassVar[Literal["model", "data", "reward_model"]] = "data"
-
-    method: Literal["feedback"]
-    name: str = Field("feedback", pattern=NAME, description="Name of the stage's folder in the run.")
-    labels: Literal["human", "judge"] = Field(
-        description="Whose labels the rows carry. judge: where people's are there too, the report compares the two."
-    )
-    answers: AnswersConfig
-    judge: JudgeConfig | None = Field(None, description="The judge (labels: judge).")
-    show: int = Field(10, ge=0, description="Disagreements with people (or between orders) kept in judge.json.")
-
-    @model_validator(mode="after")
-    def _labels(self) -> FeedbackConfig:
-        if self.labels == "human" and isinstance(self.answers, SamplesConfig):
-            raise ValueError(
-                "nobody has labelled sampled answers: take labels: judge, or answers from rows with ratings"
-            )
-        if self.labels == "judge" and self.judge is None:
-            raise ValueError("labels: judge needs a judge (judge.model.source, or judge.server.model)")
-        if self.labels == "human" and self.judge is not None:
-            raise ValueError("labels: human asks no judge; take it out, or take labels: judge")
-        return self

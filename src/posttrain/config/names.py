@@ -6,6 +6,28 @@ is accepted, ``package.module:name`` of a part from outside the package is accep
 
 from __future__ import annotations
 
+_PREFERENCE = "posttrain.methods.preference.offline:Preference"
+_POLICY_GRADIENT = "posttrain.methods.rl.policy_gradient_stage:PolicyGradient"
+
+METHODS = {
+    "sft": "posttrain.methods.sft:SFT",
+    **dict.fromkeys(
+        ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline"),
+        _POLICY_GRADIENT,
+    ),
+    **dict.fromkeys(("remax", "ppo"), _POLICY_GRADIENT),
+    **dict.fromkeys(
+        ("dpo", "ipo", "cdpo", "robust_dpo", "dpo_norm", "kto", "orpo", "simpo", "cpo", "preference"), _PREFERENCE
+    ),
+    "online_dpo": "posttrain.methods.preference.online:OnlineDPO",
+    "reward_model": "posttrain.methods.reward_model.pairwise:RewardModelStage",
+    "process_reward": "posttrain.methods.reward_model.process:ProcessRewardStage",
+    "rejection_sampling": "posttrain.methods.data.rejection:RejectionSampling",
+    "refine": "posttrain.methods.data.critique_revision:CritiqueRevision",
+    "feedback": "posttrain.methods.data.ai_feedback:Feedback",
+}
+"""Methods: subclasses of `posttrain.trainer.stage.Stage`."""
+
 PROMPT_SOURCES: dict[str, str] = {
     "rows": "posttrain.data.prompt_sources:RowPrompts",
     "reasoning-gym": "posttrain.data.prompt_sources:GymPrompts",

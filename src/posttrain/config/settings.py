@@ -187,6 +187,9 @@ class StageBase(Config):
     makes: ClassVar[Literal["model", "data", "reward_model"]] = "model"
     """What the stage leaves in its folder: only a model is handed on to the next stage; others are named to be used."""
 
+    method: str
+    name: str = Field("stage", pattern=NAME, description="Name of the stage's folder in the run.")
+
     start: str | None = Field(
         None,
         description="Model to start from instead of what the stage before left: stage:NAME, or any model source. base: the recipe's own model.",
@@ -214,14 +217,6 @@ class EpochsConfig(TrainConfig):
     epochs: float = Field(1.0, gt=0, description="Passes over the data.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many steps. None: as many as epochs need.")
     optimizer: OptimizerConfig = OptimizerConfig()
-
-
-class SFTConfig(EpochsConfig):
-    """Supervised fine-tuning: cross-entropy on the tokens asked for, divided by all loss tokens of the global batch."""
-
-    method: Literal["sft"] = "sft"
-    name: str = Field("sft", pattern=NAME, description="Name of the stage's folder in the run.")
-    data: DataConfig
 
 
 class SamplingConfig(Config):

@@ -1,57 +1,24 @@
-"""The table of stages: which module carries out which method, and what a stage's settings refer to."""
+"""From a recipe's stages to the methods that carry them out, and what a stage's settings refer to."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from posttrain.config import (
-    EvaluationConfig,
-    FeedbackConfig,
-    OnlineDPOConfig,
-    PreferenceConfig,
-    ProcessRewardConfig,
-    Recipe,
-    RefineConfig,
-    RejectionConfig,
-    RewardModelConfig,
-    RLConfig,
-    SFTConfig,
-    StageConfig,
-)
-from posttrain.trainer.stage import Ready, Setting
-
-STAGES: dict[type, str] = {
-    SFTConfig: "posttrain.methods.sft",
-    RLConfig: "posttrain.methods.rl.policy_gradient",
-    RejectionConfig: "posttrain.methods.data.rejection",
-    RefineConfig: "posttrain.methods.data.critique_revision",
-    PreferenceConfig: "posttrain.methods.preference.offline",
-    OnlineDPOConfig: "posttrain.methods.preference.online",
-    FeedbackConfig: "posttrain.methods.data.ai_feedback",
-    RewardModelConfig: "posttrain.methods.reward_model.pairwise",
-    ProcessRewardConfig: "posttrain.methods.reward_model.process",
-}
-"""Settings → module; each module has `ready(settings, setting) -> Ready`. Loaded when first needed."""
+from posttrain.config import METHOD_KIND, EvaluationConfig, Recipe, StageConfig
+from posttrain.trainer.stage import Stage, StageContext
 
 
-def ready(stage: StageConfig, setting: Setting) -> Ready:
-    """The stage with its data read. Raises what that is wrong with (DataError, ModelError, RewardError)."""
-    module = importlib.import_module(STAGES[type(stage)])
-    return module.ready(stage, setting)  # type: ignore[no-any-return]
+def prepare(config: StageConfig, context: StageContext) -> Stage:
+    """Return the stage with its data read (`Stage.data`).
 
-
-def method_info(stage: StageConfig) -> dict[str, Any]:
-    """Return the content of a stage's method.json: the method's name and title, and the metrics that it logs.
-
-    The report reads titles, units and groups from this file, so it needs no table of methods.
+    Raises:
+        DataError, ModelError, RewardError: What is wrong with the stage's data, model or rewards.
     """
-    module = importlib.import_module(STAGES[type(stage)])
-    metrics = [asdict(metric) for metric in module.METRICS]
-    return {"method": stage.method, "title": module.TITLES[stage.method], "metrics": metrics}
+    stage: Stage = METHOD_KIND.load(config.method)(config, context)
+    stage.data = stage.prepare()
+    return stage
 
 
 Settings = TypeVar("Settings", StageConfig, EvaluationConfig)

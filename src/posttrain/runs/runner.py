@@ -23,22 +23,14 @@ from typing import Any
 from rich.console import Console
 
 import posttrain
-from posttrain.config import (
-    ModelConfig,
-    OnlineDPOConfig,
-    Recipe,
-    RLConfig,
-    SampleConfig,
-    ScoreConfig,
-    StageConfig,
-    references,
-)
+from posttrain.config import ModelConfig, Recipe, RLConfig, SampleConfig, ScoreConfig, StageConfig, references
 from posttrain.core import distributed
 from posttrain.core.errors import CheckpointError, PosttrainError
 from posttrain.core.files import file_hash, is_full, read_lines, write_json, write_text
 from posttrain.core.statistics import compare, summarize
 from posttrain.data.rows import SHOWN_ROWS
 from posttrain.eval.tasks import evaluate_model, task_data
+from posttrain.methods.preference.online import OnlineDPOConfig
 from posttrain.models.loading import context_length, load_tokenizer, pick_device, resolve
 from posttrain.recipe.parsing import differences, dump_recipe, load_recipe
 from posttrain.report import build_report, judge_figures
@@ -48,7 +40,7 @@ from posttrain.runs.machine import machine, program_name
 from posttrain.sampling.rollout_store import path_of, read_rollouts, rollout_steps
 from posttrain.trainer.loggers import Trackers
 from posttrain.trainer.loop import Stopped, now
-from posttrain.trainer.stage import Ready, Setting
+from posttrain.trainer.stage import Stage, StageContext
 
 
 @dataclass(frozen=True)
@@ -188,16 +180,16 @@ def _work(
     tokenizer = load_tokenizer(recipe.model)
     context = context_length(recipe.model)
     console.print("reading data")
-    setting = Setting(tokenizer, context, functions or {})
+    setting = StageContext(tokenizer, context, functions or {})
     order = recipe.in_order()
     # What asks for an earlier stage's result can only be read when that is there.
-    early = {name: registry.ready(stage, setting) for name, stage in order if not references(stage)}
+    early = {name: registry.prepare(stage, setting) for name, stage in order if not references(stage)}
     tasks = [
         {"stage": f"evaluate {task.name}", **task_data(task, tokenizer, context).stats}
         for task in recipe.evaluate
         if not references(task.problems if isinstance(task, SampleConfig | ScoreConfig) else task)
     ]
-    manifest.update(data=_noted([entry for ready in early.values() for entry in ready.entries] + tasks, path))
+    manifest.update(data=_noted([entry for prepared in early.values() for entry in prepared.entries] + tasks, path))
     trackers = Trackers(recipe.track, path, recipe)
 
     model = recipe.model
@@ -230,8 +222,8 @@ def _work(
 
 def _carry_out(
     stage: StageConfig,
-    ready: Ready | None,
-    setting: Setting,
+    prepared: Stage | None,
+    setting: StageContext,
     made: dict[str, Path],
     recipe: Recipe,
     model: ModelConfig,
@@ -242,12 +234,12 @@ def _carry_out(
 ) -> None:
     """One stage, from getting ready (where that had to wait) to its line in the manifest."""
     stage = registry.resolved(stage, made)
-    if ready is None:
-        ready = registry.ready(stage, setting)
-        known = [e["stage"] for e in ready.entries]
+    if prepared is None:
+        prepared = registry.prepare(stage, setting)
+        known = [e["stage"] for e in prepared.entries]
         manifest.update(
             data=[e for e in manifest.values["data"] if e["stage"] not in known]
-            + _noted(ready.entries, folder.parents[1])
+            + _noted(prepared.entries, folder.parents[1])
         )
     name = folder.name.split("-", 1)[1]
     records = manifest.values.get("stages", [])[:number]
@@ -258,8 +250,8 @@ def _carry_out(
         model = model.model_copy(update={"source": source, "revision": None})
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "method.json", registry.method_info(stage))
-    done = ready.run(model, folder, recipe.seed + number, trackers.on_step(name))
+        write_json(folder / "method.json", prepared.about())
+    done = prepared.run(model, folder, recipe.seed + number, trackers.on_step(name))
     entry = {**about, "status": "done", "from": model.source, "to": str(folder / stage.makes)}
     if stage.makes == "model":
         sizes = {k: done.pop(k) for k in ("parameters", "trainable")}

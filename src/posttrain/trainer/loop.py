@@ -83,6 +83,7 @@ class Trainer(Protocol):
         steps: Number of steps in total.
     """
 
+    learner: Learner
     steps: int
 
     def step(self, step: int, track: Track) -> StepResult:
@@ -121,7 +122,7 @@ def train(
     keep: int,
     title: str,
     on_step: OnStep | None = None,
-    epoch_of: Callable[[int], float] | None = None,
+    epoch_of: Callable[[int], float | None] | None = None,
     shown: Sequence[str] = ("loss",),
 ) -> LoopResult:
     """Run the trainer to its last step from wherever the newest checkpoint in `folder` left it.
@@ -159,8 +160,9 @@ def train(
             result = trainer.step(done, track)
             done += 1
             record, timing = _records(done, result, learner, totals)
-            if epoch_of is not None:
-                record["epoch"] = round(epoch_of(done), 4)
+            epoch = epoch_of(done) if epoch_of is not None else None
+            if epoch is not None:
+                record["epoch"] = round(epoch, 4)
             if files:
                 files[0].add(record)
                 files[1].add(timing)

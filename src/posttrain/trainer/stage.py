@@ -1,30 +1,36 @@
-"""What every stage is to its run, and what training stages have in common: opening the model, leaving the result."""
+"""The base class of every method: what a stage of a run is, and the glue that all training methods share.
+
+This module and those of the stages import no torch when they are loaded, so that a recipe is checked in a moment; what
+is heavy is imported inside the functions that need it.
+"""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from posttrain.config import ModelConfig, TrainConfig
-from posttrain.core import distributed
-from posttrain.models.adapters import attach, count_parameters
-from posttrain.models.language_model import LanguageModel, verify
-from posttrain.models.loading import load_model, pick_device, pick_dtype
-from posttrain.models.saving import save_trained
-from posttrain.trainer.loop import LoopResult, OnStep
+from posttrain.config.settings import ModelConfig, StageBase
+from posttrain.core.types import Metric
+
+if TYPE_CHECKING:
+    from posttrain.trainer.loop import OnStep, Trainer
+    from posttrain.trainer.policy import LoadedPolicy
 
 Functions = Mapping[str, Callable[..., Any]]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a stage may need to get ready. functions: rewards that the recipe names and that live in this program (None:
-    not known, since nothing is to be run; what names one is not checked then).
+class StageContext:
+    """What a stage may need to read its data.
 
-    context: the model's length in tokens (None: it names none).
+    Attributes:
+        tokenizer: The model's tokenizer.
+        context: The model's context length in tokens. None: the model names none.
+        functions: Callables handed over from Python that the recipe names. None: unknown, because nothing will run;
+            names of functions are not checked then.
     """
 
     tokenizer: Any
@@ -33,77 +39,111 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A stage with its data read, so that what is wrong with any is said before the first one trains.
+class StageRun:
+    """What a stage gets when its turn comes.
 
-    data: (title, what was read), as `posttrain inspect` shows it; each has the manifest's entry in `.stats`.
-    run: (model, the stage's folder, seed, on_step) -> what the manifest says of the stage. It leaves
-    `folder`/(the settings' `makes`), by a rename, as the last thing.
+    Attributes:
+        model: The model to start from.
+        folder: The stage's folder in the run.
+        seed: Seeds everything random in the stage.
+        resources: Closed after training (samplers, worker processes).
     """
 
-    data: list[tuple[str, Any]]
-    run: Callable[[ModelConfig, Path, int, OnStep | None], dict[str, Any]]
+    model: ModelConfig
+    folder: Path
+    seed: int
+    resources: ExitStack
+
+
+class Stage:
+    """One method, from its settings to what it leaves in the run.
+
+    A training method sets `Config`, `title` and `metrics` and implements `prepare` and `trainer`; `run` does the rest.
+    A method that makes data, or that trains several models, overrides `run`. See docs/add-a-method.md.
+
+    Attributes:
+        Config: Settings class: a subclass of StageBase, TrainConfig or EpochsConfig of `posttrain.config`. Its class
+            attribute `makes` names what the stage leaves: "model" (the next stage starts from it), "data" or
+            "reward_model" (other stages name them as stage:NAME).
+        title: Name of the method in the report.
+        metrics: The metrics that the method logs, with titles and units; a name may end in * for a family.
+        progress: Metrics that the progress line shows.
+        rows: What a method trains on in epochs of `config.batch_size` rows a step; empty: the method has no epochs.
+    """
+
+    Config: ClassVar[type[StageBase]]
+    title: str = ""
+    metrics: tuple[Metric, ...] = ()
+    progress: tuple[str, ...] = ("loss",)
+
+    def __init__(self, config: Any, context: StageContext) -> None:
+        self.config, self.context = config, context
+        self.data: list[tuple[str, Any]] = []
+        self.rows: Sequence[Any] = ()
+
+    def prepare(self) -> list[tuple[str, Any]]:
+        """Read the stage's data, before the first stage trains, so that mistakes in any are reported at once.
+
+        Returns:
+            (title, data) pairs for `posttrain inspect`; the manifest stores each data's `stats`.
+
+        Raises:
+            DataError, ModelError, RewardError: What is wrong with the data, the model or the rewards.
+        """
+        raise TypeError(f"{type(self).__name__} must implement prepare()")
+
+    def trainer(self, policy: LoadedPolicy, run: StageRun) -> Trainer:
+        """Return the trainer whose steps the loop carries out."""
+        raise TypeError(f"{type(self).__name__} must implement trainer(), or override run()")
+
+    def open(self, run: StageRun) -> LoadedPolicy:
+        """Open the model that the stage starts from, adapters attached, checked against its own forward pass."""
+        from posttrain.trainer.policy import open_policy
+
+        return open_policy(self.config, run.model, run.seed)
+
+    def end_token(self, policy: LoadedPolicy) -> int | None:
+        """Return the token that ends a turn after training, for the model's generation settings; None: unchanged."""
+        return None
+
+    def run(self, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None = None) -> dict[str, Any]:
+        """Open the policy, train it from the newest checkpoint in `folder`, and save it as `folder`/model.
+
+        Args:
+            model: The model to start from.
+            folder: The stage's folder in the run.
+            seed: Seeds everything random in the stage.
+            on_step: Called after each step with (step, metrics, timings).
+
+        Returns:
+            The stage's entry in the manifest.
+        """
+        from posttrain.trainer.loop import train
+        from posttrain.trainer.policy import save_policy, summary
+
+        with ExitStack() as resources:
+            run = StageRun(model, folder, seed, resources)
+            policy = self.open(run)
+            trainer = self.trainer(policy, run)
+            result = train(
+                trainer.learner,
+                trainer,
+                folder,
+                checkpoint_every=self.config.checkpoint_every,
+                keep=self.config.keep_checkpoints,
+                title=self.config.name,
+                on_step=on_step,
+                epoch_of=lambda step: step * self.config.batch_size / len(self.rows) if self.rows else None,
+                shown=self.progress,
+            )
+        save_policy(policy, self.config, model, folder, seed, self.end_token(policy))
+        return summary(result, policy)
 
     @property
     def entries(self) -> list[dict[str, Any]]:
+        """The manifest's entries of the data that was read."""
         return [{"stage": title, **data.stats} for title, data in self.data]
 
-
-@dataclass(frozen=True)
-class Opened:
-    """A policy to be trained, checked against the model's own forward, adapters attached."""
-
-    policy: LanguageModel
-    tokenizer: Any
-    parameters: int
-    trainable: int
-
-
-def open_policy(config: TrainConfig, model: ModelConfig, seed: int) -> Opened:
-    """The model that a stage starts from, as its settings want it trained."""
-    device = pick_device(model.device)
-    distributed.start(device)
-    hf, tokenizer = load_model(model, pick_dtype(model.dtype, device))
-    if config.adapter is not None:
-        hf = attach(hf, config.adapter, seed)
-    policy = LanguageModel(hf)
-    verify(policy)
-    return Opened(policy, tokenizer, *count_parameters(policy))
-
-
-def leave_model(
-    opened: Opened, config: TrainConfig, model: ModelConfig, folder: Path, seed: int, end_token: int | None
-) -> None:
-    """The trained policy in `folder`/model, an ordinary Hugging Face folder, whole or not at all."""
-
-    def write(work: Path) -> None:
-        arguments = (opened.policy, opened.tokenizer, model, work, config.adapter, config.merge, seed, end_token)
-        save_trained(*arguments)
-
-    leave(folder / "model", write)
-
-
-def leave(out: Path, write: Callable[[Path], None]) -> None:
-    """`write` makes a folder under another name, on every rank; it takes its place when it is whole."""
-    work = out.with_name(f".{out.name}.writing")
-    if distributed.is_main():
-        shutil.rmtree(work, ignore_errors=True)
-    distributed.barrier()
-    write(work)
-    if distributed.is_main():
-        shutil.rmtree(out, ignore_errors=True)
-        work.rename(out)
-    distributed.barrier()
-
-
-def account(result: LoopResult, opened: Opened) -> dict[str, Any]:
-    """What the manifest says of a stage that trained."""
-    return {
-        "steps": result.steps,
-        "skipped_steps": result.skipped,
-        "seconds": round(result.seconds, 2),
-        "tokens": result.tokens,
-        "peak_memory_mb": round(result.peak_memory_mb, 1),
-        "parameters": opened.parameters,
-        "trainable": opened.trainable,
-    }
+    def about(self) -> dict[str, Any]:
+        """Return the content of the stage's method.json, from which the report takes titles, units and groups."""
+        return {"method": self.config.method, "title": self.title, "metrics": [asdict(m) for m in self.metrics]}

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 import posttrain
-from posttrain.config import DataConfig, ModelConfig, RefineConfig
+from posttrain.config import DataConfig, ModelConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
 from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt, load_prompts
 from posttrain.data.sft_rows import prepare
 from posttrain.methods.data import revision_chain as chains
-from posttrain.methods.data.critique_revision import Loop, _writer, run_refine
+from posttrain.methods.data.critique_revision import RefineConfig
 from posttrain.methods.data.revision_chain import Chain, chunks_there, rows_of, stats_of
+from posttrain.methods.data.revision_rows import Loop, _writer, run_refine
 from posttrain.models.tiny_model import tiny_tokenizer
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.engine import LocalSampler
@@ -194,7 +195,7 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_rows(tmp_path: Path, monkey
     (tmp_path / "p.txt").write_text("# two of them\nBe short.\n\nBe kind.\n")
     config = settings(principles=str(tmp_path / "p.txt"), **REAL)
     questions = load_prompts(config.problems, TOKENIZER, context=None).items
-    given: Any = {"seed": 1, "functions": {"even": even}}
+    given: Any = {"seed": 1, "functions": {"even": even}, "texts": (["Be short.", "Be kind."], [])}
     calm = run_refine(config, MODEL, questions, tmp_path / "calm", **given)
     sample, calls = LocalSampler.sample, []
 

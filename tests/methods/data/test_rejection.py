@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from posttrain.config import DataConfig, ModelConfig, RejectionConfig
+from posttrain.config import DataConfig, ModelConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
 from posttrain.data.prompt_sources import HumanEvalPrompts, LabPrompts, RowPrompts
 from posttrain.data.prompts import load_prompts
 from posttrain.data.sft_rows import prepare
-from posttrain.methods.data import rejection
-from posttrain.methods.data.rejection import row_of, run_rejection, select
+from posttrain.methods.data import rejection_rows
+from posttrain.methods.data.rejection import RejectionConfig
+from posttrain.methods.data.rejection_rows import row_of, run_rejection, select
 from posttrain.models.tiny_model import tiny_tokenizer
 from posttrain.sampling.rollout_store import rollout_steps
 
@@ -126,7 +127,7 @@ def questions(config: RejectionConfig) -> Any:
 def test_it_goes_on_where_it_was_killed_and_accounts_for_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rejection, "CHUNK", 32)  # four problems a chunk
+    monkeypatch.setattr(rejection_rows, "CHUNK", 32)  # four problems a chunk
     config = settings(n=8)
     calm = run_rejection(config, MODEL, questions(config), tmp_path / "calm", seed=1, functions={"even": even})
     calls = 0

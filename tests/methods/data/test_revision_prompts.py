@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from posttrain.config import RefineConfig
 from posttrain.core.errors import DataError
 from posttrain.judge.principles import read_principles
+from posttrain.methods.data.critique_revision import RefineConfig
 from posttrain.methods.data.revision_prompts import Example, draw, read_examples, turns
 
 SYSTEM = {"role": "system", "content": "Be good."}

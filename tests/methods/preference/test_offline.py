@@ -11,22 +11,24 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.config import OnlineDPOConfig, OptimizerConfig, PreferenceConfig, SystemsConfig
+from posttrain.config import OptimizerConfig, SystemsConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Rollout, Sample
 from posttrain.data.preference_rows import Pair, Unpaired
 from posttrain.losses import preference_loss as pref
 from posttrain.methods.preference.objectives import METHODS, answer_sample, kto_loss, objective, pair_loss, pair_samples
-from posttrain.methods.preference.offline import judged, laid_out, measure
-from posttrain.methods.preference.online import pairs_of
+from posttrain.methods.preference.offline import PreferenceConfig
+from posttrain.methods.preference.online import OnlineDPOConfig
+from posttrain.methods.preference.online_trainer import pairs_of
+from posttrain.methods.preference.pair_trainer import judged, laid_out, measure
 from posttrain.methods.rl.policy_objectives import Rolled
 from posttrain.models.adapters import attach
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
-from posttrain.runs.registry import ready
+from posttrain.runs.registry import prepare
 from posttrain.trainer import reference_model as reference_module
 from posttrain.trainer.reference_model import Reference, answer_sums, fingerprint, sums_of, without_adapters
-from posttrain.trainer.stage import Setting
+from posttrain.trainer.stage import StageContext
 from posttrain.trainer.train_step import Learner, _units
 
 PAIRED = sorted(set(METHODS) - {"kto"})
@@ -353,20 +355,20 @@ def test_held_out_rows_that_are_trained_on_are_left_out(tmp_path: Path) -> None:
     turned = {"prompt": "p", "chosen": "bad 3", "rejected": "good 3"}  # the same two answers
     trained, held = write(tmp_path / "a.jsonl", rows[:4]), write(tmp_path / "b.jsonl", [*rows[4:], turned])
     config = config_of("dpo", data={"source": trained}, held_out={"data": {"source": held}})
-    setting = Setting(tiny_tokenizer(), None)
-    (_, one), (title, other) = ready(config, setting).data
+    setting = StageContext(tiny_tokenizer(), None)
+    (_, one), (title, other) = prepare(config, setting).data
     assert title == "preference held out" and (one.stats["used"], other.stats["used"]) == (4, 2)
     assert other.stats["dropped"] == {"trained on too": 1}
     same = config_of("dpo", data={"source": trained}, held_out={"data": {"source": trained}})
     with pytest.raises(DataError, match=r"4 of 4 held-out rows are trained on too \(a.jsonl:1, for one\)"):
-        ready(same, setting)
+        prepare(same, setting)
 
 
 def test_kto_needs_both_kinds(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "completion": f"{i}", "label": True} for i in range(3)]
     config = config_of("kto", data={"source": write(tmp_path / "a.jsonl", rows)})
     with pytest.raises(DataError, match="all 3 answers are good ones, and kto learns by telling good ones from bad"):
-        ready(config, Setting(tiny_tokenizer(), None))
+        prepare(config, StageContext(tiny_tokenizer(), None))
 
 
 # ------------------------------------------------------------------------------------------- online

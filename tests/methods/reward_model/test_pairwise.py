@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 import posttrain
-from posttrain.config import ModelConfig, OptimizerConfig, RewardModelConfig, SystemsConfig
+from posttrain.config import ModelConfig, OptimizerConfig, SystemsConfig
 from posttrain.config.rewards import RewardModelPart
 from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.data.preference_rows import Pair, prepare_pairs
 from posttrain.losses.reward_loss import combine_members
-from posttrain.methods.reward_model.pairwise import pair_loss, pair_samples, run_reward_model
+from posttrain.methods.reward_model.pairwise import RewardModelConfig
+from posttrain.methods.reward_model.pairwise_trainer import pair_loss, pair_samples, run_reward_model
 from posttrain.methods.reward_model.scorer_training import whole
 from posttrain.models.classification_head import open_head
 from posttrain.models.language_model import LanguageModel
@@ -76,7 +77,7 @@ def gradients(config: RewardModelConfig, pairs: list[Pair], systems: SystemsConf
     one = Learner(model, OptimizerConfig(), whole(systems, model, [len(p.chosen) + len(p.rejected) for p in pairs]), 4)
     found: dict[str, torch.Tensor] = {}
 
-    def keep() -> float:
+    def keep(norms: object = None) -> float:
         found.update({n: m.grad.clone() for n, m in one.optimizer.masters.items() if m.grad is not None})
         return 1.0
 

@@ -11,19 +11,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
-from posttrain.config import ModelConfig, OptimizerConfig, ProcessRewardConfig, SystemsConfig
+from posttrain.config import ModelConfig, OptimizerConfig, SystemsConfig
 from posttrain.config.rewards import ProcessRewardPart
 from posttrain.core.files import read_lines
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.data.process_rows import PreparedChains, StepChain, chain_samples
-from posttrain.methods.reward_model.process import chain_loss, run_process_reward
+from posttrain.methods.reward_model.process import ProcessRewardConfig
+from posttrain.methods.reward_model.process_trainer import chain_loss, run_process_reward
 from posttrain.models.classification_head import open_head
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_tokenizer
 from posttrain.rewards.reward_model_scorer import ProcessReward
 from posttrain.rewards.stack import RewardStack
-from posttrain.runs.registry import ready
-from posttrain.trainer.stage import Setting
+from posttrain.runs.registry import prepare
+from posttrain.trainer.stage import StageContext
 from posttrain.trainer.train_step import Learner
 
 TOKENIZER = tiny_tokenizer()
@@ -62,7 +63,7 @@ def settings(path: Path, **changes: Any) -> ProcessRewardConfig:
 
 
 def carry_out(config: ProcessRewardConfig, folder: Path, judge: Judge, on_step: Any = None) -> dict[str, Any]:
-    made = ready(config, Setting(TOKENIZER, 2048, {"judge": judge}))
+    made = prepare(config, StageContext(TOKENIZER, 2048, {"judge": judge}))
     return made.run(SOURCE, folder, 5, on_step)
 
 
@@ -228,7 +229,7 @@ def test_labels_that_are_there_train_one_as_well(tmp_path: Path) -> None:
     labels = {"kind": "rows", "data": {"source": str(path), "rows": [0, 16]}}
     labels |= {"held_out": {"source": str(path), "rows": [16, 24]}}
     config = ProcessRewardConfig.model_validate({"labels": labels, "batch_size": 4, "max_steps": 3})
-    told = ready(config, Setting(TOKENIZER, 2048, {})).run(SOURCE, tmp_path / "out", 0, None)
+    told = prepare(config, StageContext(TOKENIZER, 2048, {})).run(SOURCE, tmp_path / "out", 0, None)
     assert told["held_out"]["before"]["chains"] == 8 and told["held_out"]["after"]["steps"] == 8 * 2 + 2
     assert [m["step"] for m in read_lines(tmp_path / "out" / "metrics.jsonl")] == [0, 1, 2, 3]  # 0: before
     scores = [p for _, _, p in ProcessReward(str(tmp_path / "out" / "reward_model")).step_scores("1 + 1 =", "a\nb\n2")]

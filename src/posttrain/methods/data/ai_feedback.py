@@ -1,221 +1,78 @@
-"""Feedback as a stage: answers from rows or from the policy, labelled by people or by a judge, into preference rows."""
+"""Feedback: answers from rows or from the policy, labelled by people or by a judge, become preference rows."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
+from pydantic import Field, model_validator
 
-from posttrain.config import FeedbackConfig, JudgeConfig, ModelConfig
-from posttrain.config.feedback import SamplesConfig
-from posttrain.core import distributed
+from posttrain.config.feedback import AnswersConfig, SamplesConfig
+from posttrain.config.judge import JudgeConfig
+from posttrain.config.settings import NAME, ModelConfig, StageBase
 from posttrain.core.errors import DataError
-from posttrain.core.files import write_json, write_text
-from posttrain.core.progress import Track
-from posttrain.core.types import Metric
-from posttrain.data.chat_template import tokenize
-from posttrain.data.comparisons import AnswerPair, Candidate, LeftOut, labelled_row, pair_up
-from posttrain.data.human_feedback import Answers, read_answers
-from posttrain.data.prompts import PromptSet, RenderedPrompt, load_prompts, uses_chat_template
-from posttrain.data.rows import SHOWN_ROWS
-from posttrain.judge.judge_summary import summarize
-from posttrain.judge.labels import Judge, Judged, describe
-from posttrain.methods.data.row_making import open_sampler
-from posttrain.sampling.engine import LocalSampler
-from posttrain.sampling.protocol import Request
-from posttrain.sampling.rollout_store import groups_of, path_of, read_rollouts, write_rollouts
-from posttrain.trainer.stage import Ready, Setting, leave
+from posttrain.trainer.stage import Stage
 
-TITLES = {"feedback": "Feedback"}
-METRICS: tuple[Metric, ...] = ()
+if TYPE_CHECKING:
+    from pathlib import Path
 
-AT_ONCE = 256
-"""Pairs handed to the judge together, between two lines of progress."""
+    from posttrain.trainer.loop import OnStep
 
 
-def ready(config: FeedbackConfig, setting: Setting) -> Ready:
-    """The stage with its rows read, and the judge's principles, key and store looked at."""
-    if config.judge is not None:
-        Judge.open(config.judge).close()
-    source: Answers | PromptSet
-    if isinstance(config.answers, SamplesConfig):
-        source = load_prompts(config.answers.problems, setting.tokenizer, context=setting.context)
-    else:
-        source = read_answers(config.answers, lambda text: len(tokenize(setting.tokenizer, [text])[0]))
-        if config.labels == "human" and not source.thumbs and all(p.human is None for p in source.pairs):
-            raise DataError(f"stage {config.name}: labels are to be people's, and these rows carry none (no scores)")
-        if config.labels == "judge" and not source.pairs:
-            raise DataError(f"stage {config.name}: every prompt has one answer alone; a judge needs two to compare")
-    return Ready(
-        [(config.name, source)],
-        lambda model, folder, seed, on_step: run_feedback(config, model, source, folder, seed=seed),
+class FeedbackConfig(StageBase):
+    """Feedback: answers in, pairs with strengths out (data/rows.jsonl), labelled by people or by a judge."""
+
+    makes: ClassVar[Literal["model", "data", "reward_model"]] = "data"
+
+    method: str = "feedback"
+    name: str = Field("feedback", pattern=NAME, description="Name of the stage's folder in the run.")
+    labels: Literal["human", "judge"] = Field(
+        description="Whose labels the rows carry. judge: where people's are there too, the report compares the two."
     )
+    answers: AnswersConfig
+    judge: JudgeConfig | None = Field(None, description="The judge (labels: judge).")
+    show: int = Field(10, ge=0, description="Disagreements with people (or between orders) kept in judge.json.")
 
-
-def run_feedback(
-    config: FeedbackConfig, model: ModelConfig, source: Answers | PromptSet, folder: Path, *, seed: int = 0
-) -> dict[str, Any]:
-    """Label the answers; `folder`/data/rows.jsonl gets them, judge.json and raters.json what to think of them,
-    left_out.jsonl what got no row: {source, reason} a line.
-
-    Killed, it goes on: what was sampled and what the judge said is on the disk. Returns the manifest's entry.
-    """
-    began = time.perf_counter()
-    if not distributed.is_main():  # one process labels; the others wait for what it leaves
-        leave(folder / "data", lambda work: None)
-        return {"rows": 0, "seconds": 0.0}
-    folder.mkdir(parents=True, exist_ok=True)
-    dropped = LeftOut()
-    if isinstance(source, PromptSet):
-        assert isinstance(config.answers, SamplesConfig)
-        pairs = _sampled(config.answers, config.name, model, source.items, folder, seed, dropped)
-        raters: dict[str, Any] = {}
-    else:
-        pairs, raters = source.pairs, source.raters
-    if raters:
-        write_json(folder / "raters.json", {"name": config.name, **raters})
-    unlabelled: list[dict[str, str]] = []
-    if config.labels == "human":
-        rows = _by_people(source, pairs)
-    else:
-        assert config.judge is not None
-        with Judge.open(config.judge) as judge:
-            judged = judge_pairs(judge, pairs, config.name)
-        rows = [_row(j, config.judge) for j in judged if j.p_a is not None and j.p_a != 0.5]
-        unlabelled = [{"source": j.pair.source, "reason": j.why or "a tie"} for j in judged if j.p_a in (None, 0.5)]
-        report = {"name": config.name, "judge": describe(config.judge), **summarize(judged, config.show)}
-        report |= {
-            "answers_left_out": dict(dropped),
-            "answers_left_out_shown": dropped.all[:SHOWN_ROWS],
-            "unread_answers": judge.counts["unreadable"],
-            "cost": judge.asker.cost(),
-        }
-        write_json(folder / "judge.json", report)
-        if not rows:
-            shown = "; ".join(f"{u['source']}: {u['why']}" for u in report["unlabelled"][:3])
-            raise DataError(
-                f"stage {config.name}: no pair got a label. {' '.join(report['warnings'])} {shown}".rstrip()
+    @model_validator(mode="after")
+    def _labels(self) -> FeedbackConfig:
+        if self.labels == "human" and isinstance(self.answers, SamplesConfig):
+            raise ValueError(
+                "nobody has labelled sampled answers: take labels: judge, or answers from rows with ratings"
             )
-    left_out = [*(source.left_out if isinstance(source, Answers) else dropped.all), *unlabelled]
-    write_text(folder / "left_out.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in left_out))
-    leave(folder / "data", lambda work: _write(work, rows))
-    return {"rows": len(rows), "seconds": round(time.perf_counter() - began, 2)}
+        if self.labels == "judge" and self.judge is None:
+            raise ValueError("labels: judge needs a judge (judge.model.source, or judge.server.model)")
+        if self.labels == "human" and self.judge is not None:
+            raise ValueError("labels: human asks no judge; take it out, or take labels: judge")
+        return self
 
 
-def _write(work: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    write_text(work / "rows.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+class Feedback(Stage):
+    """Label answers and write pairs with strengths."""
 
+    Config = FeedbackConfig
+    title = "Feedback"
 
-def _by_people(source: Answers | PromptSet, pairs: Sequence[AnswerPair]) -> list[dict[str, Any]]:
-    if isinstance(source, Answers) and source.thumbs:
-        return [{**row, "labels": "human"} for row in source.thumbs]
-    return [
-        labelled_row(p, p.human, p.margin or 0.0, labels="human")
-        for p in pairs
-        if p.human is not None and p.human != 0.5
-    ]
+    def prepare(self) -> list[tuple[str, Any]]:
+        """Read the rows, or render the prompts; check the judge's principles, key and store."""
+        from posttrain.data.chat_template import tokenize
+        from posttrain.data.human_feedback import read_answers
+        from posttrain.data.prompts import load_prompts
+        from posttrain.judge.labels import Judge
 
+        config, tokenizer = self.config, self.context.tokenizer
+        if config.judge is not None:
+            Judge.open(config.judge).close()
+        self.source: Any
+        if isinstance(config.answers, SamplesConfig):
+            self.source = load_prompts(config.answers.problems, tokenizer, context=self.context.context)
+            return [(config.name, self.source)]
+        self.source = read_answers(config.answers, lambda text: len(tokenize(tokenizer, [text])[0]))
+        if config.labels == "human" and not self.source.thumbs and all(p.human is None for p in self.source.pairs):
+            raise DataError(f"stage {config.name}: labels are to be people's, and these rows carry none (no scores)")
+        if config.labels == "judge" and not self.source.pairs:
+            raise DataError(f"stage {config.name}: every prompt has one answer alone; a judge needs two to compare")
+        return [(config.name, self.source)]
 
-def judge_pairs(judge: Judge, pairs: Sequence[AnswerPair], title: str) -> list[Judged]:
-    """All pairs, some at a time, with progress."""
-    out: list[Judged] = []
-    with Track(f"{title}: judging", len(pairs)) as track:
-        for start in range(0, len(pairs), AT_ONCE):
-            part = pairs[start : start + AT_ONCE]
+    def run(self, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None = None) -> dict[str, Any]:
+        from posttrain.methods.data.feedback_rows import run_feedback
 
-            def shown(done: int, total: int, start: int = start, size: int = len(part)) -> None:
-                track.phase(f"{done}/{total} questions of pairs {start + 1} to {start + size}")
-
-            out += judge.compare(part, shown)
-            counts = judge.asker.counts
-            track.update(len(out), questions=counts["asked"], from_the_store=counts["from the store"])
-    return out
-
-
-def _row(j: Judged, config: JudgeConfig) -> dict[str, Any]:
-    """A row with the judge's details; what it says of a is turned round where b was chosen."""
-    assert j.p_a is not None
-    first = j.p_a > 0.5
-    details: dict[str, Any] = {}
-    if j.orders is not None:
-        details["orders"] = [x if first else 1 - x for x in j.orders]
-    if j.scores is not None:
-        details["scores"] = list(j.scores if first else j.scores[::-1])
-    if j.mass is not None:
-        details["mass"] = j.mass
-    if config.principles_per_question and j.principles:
-        details["principles"] = list(j.principles)
-    if j.rationales:
-        details["rationales"] = list(j.rationales)
-    more: dict[str, Any] = {"labels": "judge", "judge": details}
-    if j.pair.human is not None:
-        more["human_probability"] = j.pair.human if first else 1 - j.pair.human
-    return labelled_row(j.pair, j.p_a, j.margin, **more)
-
-
-def _sampled(
-    config: SamplesConfig,
-    title: str,
-    model: ModelConfig,
-    questions: Sequence[RenderedPrompt],
-    folder: Path,
-    seed: int,
-    dropped: LeftOut,
-) -> list[AnswerPair]:
-    """Pairs of the policy's own completions. Each lot of prompts is kept as a step's rollouts when it is sampled."""
-    sampler: LocalSampler | None = None
-    chatty = config.problems.kind != "rows" or uses_chat_template(config.problems, None)
-    seeds = np.random.SeedSequence([seed, 3]).generate_state(len(questions), np.uint64)
-    size = config.prompts_at_once
-    pairs: list[AnswerPair] = []
-    with Track(f"{title}: sampling", len(questions)) as track:
-        for lot, start in enumerate(range(0, len(questions), size), 1):
-            numbers = range(start, min(start + size, len(questions)))
-            path = path_of(folder / "rollouts", lot)
-            if not path.exists():
-                sampler = sampler or open_sampler(model, config.sampler)
-                requests = [
-                    Request(questions[i].tokens, config.n, int(seeds[i]), questions[i].problem) for i in numbers
-                ]
-                groups = sampler.sample(requests, config.sampler)
-                write_rollouts(
-                    folder / "rollouts", lot, groups, None, [questions[i].text for i in numbers], list(numbers)
-                )
-            for i, group in zip(numbers, groups_of(read_rollouts(path)), strict=True):
-                # In plain text the space before an answer is part of it: it joins the answer to what it goes on from.
-                texts = [r.text.strip() if chatty else r.text.rstrip() for r in group.rollouts]
-                answers = [(text, j) for j, text in enumerate(texts)]
-                turns = [str(m["content"]) for m in questions[i].problem["messages"]]
-                asked = turns[-1].strip(), "".join(turns).strip()
-                different = {text: j for text, j in reversed(answers) if text and text.strip() not in asked}
-                source = questions[i].problem["source"]
-                for text, j in answers:
-                    if not text:
-                        dropped.note("empty answer", f"{source}#{j}")
-                    elif text not in different:
-                        dropped.note("the answer is the prompt again", f"{source}#{j}")
-                    elif different[text] != j:
-                        dropped.note("answer given twice", f"{source}#{j}")
-                candidates = [Candidate(t, f"{source}#{j}") for t, j in sorted(different.items(), key=lambda x: x[1])]
-                if len(candidates) < 2:
-                    dropped.note("prompts with fewer than two answers", source)
-                    continue
-                rng = np.random.default_rng([config.seed, i])
-                pairs += pair_up(_prompt(questions[i]), candidates, config.pairs_per_prompt, rng, dropped)
-            track.update(numbers[-1] + 1, pairs=len(pairs))
-    if not pairs:
-        raise DataError(
-            f"stage {title}: no prompt got two different answers ({dict(dropped)}); raise sampler.temperature or n"
-        )
-    return pairs
-
-
-def _prompt(question: RenderedPrompt) -> Any:
-    """What was asked, as the preference layout has it."""
-    turns = [dict(m) for m in question.problem["messages"]]
-    return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "user" else turns
+        return run_feedback(self.config, model, self.source, folder, seed=seed)

@@ -1,266 +1,132 @@
-"""Critique and revision: the model answers, criticises its answer by a principle, and rewrites it.
-
-Sources: constitutional AI, arXiv 2212.08073 section 3.1 (a principle drawn for every revision, revisions of revisions);
-self-refine, arXiv 2303.17651 (no principle, until the critique or a reward is satisfied). Everything written is kept in
-chains/, and every round and every chain is in the account: used, or not for one reason. See docs/constitutional.md.
-"""
+"""Critique and revision: the model answers, criticises its answer by a principle, and rewrites it."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+import string
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
+from pydantic import Field, model_validator
 
-from posttrain.config import ModelConfig, RefineConfig, SamplingConfig
+from posttrain.config.judge import ServerConfig
+from posttrain.config.prompts import ProblemsConfig
+from posttrain.config.rewards import RewardsConfig
+from posttrain.config.settings import NAME, ModelConfig, SamplerConfig, StageBase
 from posttrain.core.errors import DataError
-from posttrain.core.progress import Track
-from posttrain.core.types import Message, Metric, Rollout, RolloutGroup
-from posttrain.data import chat_template as chat
-from posttrain.data.prompts import RenderedPrompt, load_prompts, uses_chat_template
-from posttrain.judge.principles import read_principles
-from posttrain.methods.data import revision_chain as chains
-from posttrain.methods.data.revision_chain import Chain, Round, Text
-from posttrain.methods.data.revision_prompts import Example, draw, fitting, read_examples, turns
-from posttrain.methods.data.row_making import alone, chunked, leave_data, open_sampler
-from posttrain.methods.rl.collect import with_failed
-from posttrain.rewards.stack import RewardStack
-from posttrain.sampling.openai_sampler import OpenAISampler
-from posttrain.sampling.protocol import Request, Sampler
-from posttrain.trainer.stage import Functions, Ready, Setting
+from posttrain.trainer.stage import Stage
 
-TITLES = {"refine": "Critique and revision"}
-METRICS: tuple[Metric, ...] = ()
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from posttrain.trainer.loop import OnStep
 
 
-def ready(config: RefineConfig, setting: Setting) -> Ready:
-    """The stage with its problems asked, principles and examples read. Raises DataError where they can't be."""
-    texts = _texts(config)
-    if config.server is not None:
-        OpenAISampler(config.server)  # a key or a package that is missing is said now
-    if not uses_chat_template(config.problems, setting.tokenizer):
-        raise DataError(
-            f"stage {config.name}: critiques are turns of a chat, and these problems are asked in plain text. Leave "
-            "out problems.template and data.chat=false; for a model without a chat template give model.chat_template"
-        )
-    asked = load_prompts(config.problems, setting.tokenizer, context=setting.context)
-    return Ready(
-        [(config.name, asked)],
-        lambda model, folder, seed, on_step: run_refine(
-            config, model, asked.items, folder, texts=texts, seed=seed, functions=setting.functions
-        ),
+class RefineConfig(StageBase):
+    """Critique and revision: a model's own answers, criticised and rewritten by itself, kept as rows to learn from."""
+
+    makes: ClassVar[Literal["model", "data", "reward_model"]] = "data"
+
+    method: Literal["refine"] = "refine"
+    name: str = Field("refine", pattern=NAME, description="Name of the stage's folder in the run.")
+    problems: ProblemsConfig = Field(description="What is asked; in chat, since critiques are turns of it.")
+    model: ModelConfig | None = Field(None, description="A model that writes instead of the policy at hand.")
+    server: ServerConfig | None = Field(None, description="A model behind a server that writes instead.")
+    principles: str | None = Field(
+        None,
+        description="File with principles, one a line (packaged:NAME: ships with posttrain); one is drawn for each round. None: none, as in self-refine.",
     )
+    revisions: int = Field(2, ge=1, description="Rounds of critique and revision.")
+    critique: str | None = Field(
+        None,
+        description="What asks for a critique, with the field {principle}. None: the words in docs/constitutional.md.",
+    )
+    revision: str | None = Field(
+        None,
+        description="What asks for the revision, with the field {principle}. None: the words in docs/constitutional.md.",
+    )
+    examples: str | None = Field(
+        None,
+        description="JSON Lines file with finished rounds (prompt, answer, principle, critique, revision): those of the principle at hand, or all where it has none, come before each request. packaged:NAME: ships with posttrain. None: none.",
+    )
+    sampler: SamplerConfig = Field(SamplerConfig(), description="How answers, critiques and revisions are drawn.")
+    critique_tokens: int = Field(128, ge=1, description="Longest critique in tokens.")
+    satisfied: str | None = Field(
+        None,
+        min_length=1,
+        description="Words of a critique (case does not count) that end its chain: its answer needs no change. None: every round is carried out.",
+    )
+    rewards: RewardsConfig | None = Field(
+        None, description="Numbers for every answer of a chain, for the account and for stop_at. None: none."
+    )
+    stop_at: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="Reward from which an answer that ended needs no (further) round. None: every round is carried out.",
+    )
+    keep: Literal["last", "all"] = Field(
+        "last", description="Rows of each chain: its last answer, or every revision that could be used."
+    )
+    seed: int = Field(0, ge=0, description="Draws the principles, with what was asked.")
+    prompts_at_once: int = Field(32, ge=1, description="Chains carried through between two writes to the disk.")
 
-
-def _texts(config: RefineConfig) -> tuple[list[str], list[Example]]:
-    principles = read_principles(config.principles) if config.principles is not None else []
-    return principles, read_examples(config.examples) if config.examples is not None else []
-
-
-def run_refine(
-    config: RefineConfig,
-    model: ModelConfig,
-    questions: Sequence[RenderedPrompt],
-    folder: Path,
-    *,
-    texts: tuple[Sequence[str], Sequence[Example]] | None = None,
-    seed: int = 0,
-    functions: Functions | None = None,
-) -> dict[str, Any]:
-    """Carry every chain through, chunk by chunk: `folder`/data has rows.jsonl and stats.json, chains/ everything.
-
-    Goes on behind the last chunk that is there. Returns the manifest's account. Raises DataError where no chain gives a
-    row, RewardError where rewards can't be had or fail too often, ServerError, ModelError under torchrun.
-    """
-    alone("refine")
-    began = time.perf_counter()
-    principles, examples = texts or _texts(config)
-    lots = chunked(len(questions), config.prompts_at_once)
-    there = set(chains.chunks_there(folder / "chains"))
-    left = [c for c in range(len(lots)) if c + 1 not in there]
-    if left:
-        with (
-            ExitStack() as stack,
-            Track(config.name, len(questions), sum(map(len, lots)) - sum(len(lots[c]) for c in left)) as track,
-        ):
-            rewards = stack.enter_context(RewardStack(config.rewards, functions)) if config.rewards else None
-            loop = Loop(config, _writer(config, model), principles, examples, rewards, track.phase)
-            streams = np.random.SeedSequence([seed, 6]).generate_state(
-                len(questions) * (1 + 2 * config.revisions), np.uint64
+    @model_validator(mode="after")
+    def _fits(self) -> RefineConfig:
+        if self.model is not None and self.server is not None:
+            raise ValueError(
+                "either a model writes (model.source) or one behind a server (server.model): leave one out"
             )
-            for c in left:
-                made = loop({i: questions[i] for i in lots[c]}, streams.reshape(len(questions), -1))
-                chains.write_chains(folder / "chains", c + 1, made)
-                usable = [r.usable for chain in made for r in chain.rounds]
-                track.update(track.done + len(made), revisions_usable=f"{sum(usable)}/{len(usable)}")
-    found = chains.read_chains(folder / "chains")
-    rows = [row for chain in found for row in chains.rows_of(chain, config.keep)]
-    stats = chains.stats_of(found, principles, len(rows), config.stop_at)
-    if not rows:
-        why = ", ".join(f"{n:,} {reason}" for reason, n in {**stats["dropped"], **stats["unusable"]}.items())
-        raise DataError(
-            f"stage {config.name} made no row of {len(found):,} chains ({why}). Raise sampler.max_tokens or "
-            "critique_tokens, give examples, or take a larger model; posttrain inspect RUN shows what was written"
-        )
-    leave_data(folder, {"rows": rows}, stats)
-    counted = {
-        "chains": len(found),
-        "rows kept": len(rows),
-        "rounds": stats["rounds"],
-        "revisions usable": stats["usable"],
-    }
-    counted |= {f"round: {why}": n for why, n in stats["unusable"].items()}
-    counted |= {f"stopped: {why}": n for why, n in stats["stopped"].items()}
-    counted |= {f"chain dropped: {why}": n for why, n in stats["dropped"].items()}
-    return {"made": counted, "tokens": stats["tokens"], "seconds": round(time.perf_counter() - began, 2)}
+        if self.stop_at is not None and self.rewards is None:
+            raise ValueError("stop_at is a reward, and there is none: give rewards")
+        if self.critique_tokens < self.sampler.min_tokens:
+            raise ValueError(
+                f"critique_tokens ({self.critique_tokens}) is below sampler.min_tokens ({self.sampler.min_tokens}): no "
+                "critique could end"
+            )
+        named = False
+        for name in ("critique", "revision"):
+            template = getattr(self, name)
+            try:
+                fields = {f for _, f, _, _ in string.Formatter().parse(template or "") if f is not None}
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}; write {{{{ and }}}} for braces that are meant as such") from error
+            allowed = {"principle"} if self.principles else set()
+            if fields - allowed:
+                have = "{principle}" if allowed else "none without principles"
+                raise ValueError(f"{name} has the field {sorted(fields - allowed)[0]!r}, and there may be: {have}")
+            named = named or bool(fields) or template is None
+        if self.principles and not named:
+            raise ValueError("principles are drawn, and neither critique nor revision names {principle}")
+        return self
 
 
-Writer = Callable[[Sequence[tuple[Sequence[Message], int]], SamplingConfig, int, Callable[..., None]], list[Rollout]]
-"""(conversations with a seed each, how to draw, longest text, called as each ends) → what comes next in each."""
+class CritiqueRevision(Stage):
+    """Carry chains of critique and revision through, and write their answers as rows."""
 
+    Config = RefineConfig
+    title = "Critique and revision"
 
-def _writer(config: RefineConfig, model: ModelConfig) -> Writer:
-    """Who writes. A conversation that leaves no room in a context comes back with finish `error`, like a refusal."""
-    sampler: Sampler
-    if config.server is not None:
-        sampler, tokenizer, context = OpenAISampler(config.server), None, 2**31
-    else:
-        local = open_sampler(config.model or model, config.sampler)
-        sampler, tokenizer, context = local, local.tokenizer, local.context
+    def prepare(self) -> list[tuple[str, Any]]:
+        """Render the problems; read principles and examples."""
+        from posttrain.data.prompts import load_prompts, uses_chat_template
+        from posttrain.judge.principles import read_principles
+        from posttrain.methods.data.revision_prompts import read_examples
+        from posttrain.sampling.openai_sampler import OpenAISampler
 
-    def write(
-        asked: Sequence[tuple[Sequence[Message], int]],
-        sampling: SamplingConfig,
-        longest: int,
-        on_done: Callable[..., None],
-    ) -> list[Rollout]:
-        tokens: list[list[int]] = [[] for _ in asked]
-        if tokenizer is not None:
-            tokens = chat.tokenize(tokenizer, [chat.render_chat(tokenizer, m, generation=True) for m, _ in asked])
-        fits = [i for i, t in enumerate(tokens) if len(t) < context]
-        requests = [Request(tokens[i], 1, asked[i][1], {"messages": asked[i][0]}) for i in fits]
-        groups = sampler.sample(requests, sampling.model_copy(update={"max_tokens": longest}), on_done)
-        out = [Rollout((), (), "error", chains.NO_ROOM) for _ in asked]
-        for i, group in zip(fits, groups, strict=True):
-            out[i] = group.rollouts[0]
-        return out
-
-    return write
-
-
-@dataclass
-class Loop:
-    """What carries chains through. shown: called with what is under way."""
-
-    config: RefineConfig
-    write: Writer
-    principles: Sequence[str]
-    examples: Sequence[Example]
-    rewards: RewardStack | None
-    shown: Callable[[str], None]
-
-    def __call__(self, questions: Mapping[int, RenderedPrompt], streams: np.ndarray) -> list[Chain]:
-        """The chains of these questions, by number; a question's row of streams seeds what is sampled for it."""
         config = self.config
-        asked = [(q.problem["messages"], int(streams[i][0])) for i, q in questions.items()]
-        firsts = self._answers("answers", asked, list(questions.values()))
-        out = []
-        for (i, q), first in zip(questions.items(), firsts, strict=True):
-            messages: list[Message] = [{"role": m["role"], "content": m["content"]} for m in q.problem["messages"]]
-            out.append(Chain(i, str(q.problem.get("source", "")), messages, first))
-        drawn = {c.problem: draw(len(self.principles), c.prompt, config.revisions, config.seed) for c in out}
-        for n in range(config.revisions):
-            going = []
-            for c in out:
-                if not c.stopped and self._reached(c.answer):
-                    c.stopped = chains.BY_REWARD
-                if not c.stopped and not chains.without_answer(c):
-                    number = drawn[c.problem][n] if self.principles else None
-                    c.rounds.append(Round(number, "" if number is None else self.principles[number]))
-                    going.append(c)
-            self._critiques(n, going, streams)
-            self._revisions(n, [c for c in going if not c.rounds[-1].why and not c.stopped], questions, streams)
-        return out
-
-    def _critiques(self, n: int, going: Sequence[Chain], streams: np.ndarray) -> None:
-        asked = [
-            (
-                turns(self.config, self.examples, c.prompt, c.answer.text, c.rounds[-1].says or None),
-                int(streams[c.problem][1 + 2 * n]),
+        principles = read_principles(config.principles) if config.principles is not None else []
+        self.texts = principles, read_examples(config.examples) if config.examples is not None else []
+        if config.server is not None:
+            OpenAISampler(config.server)  # a key or a package that is missing is reported now
+        if not uses_chat_template(config.problems, self.context.tokenizer):
+            raise DataError(
+                f"stage {config.name}: critiques are turns of a chat, and these problems are asked in plain text. Leave "
+                "out problems.template and data.chat=false; for a model without a chat template give model.chat_template"
             )
-            for c in going
-        ]
-        written = self._say(f"critiques {n + 1}", asked, self.config.critique_tokens)
-        for c, rollout in zip(going, written, strict=True):
-            text = _text(rollout)
-            why = chains.fault(text)
-            c.rounds[-1].critique, c.rounds[-1].why = text, f"critique: {why}" if why else ""
-            verdict = self.config.satisfied
-            # A first answer that was cut has no end to be content with.
-            if not why and verdict and verdict.lower() in text.text.lower() and not chains.fault(c.answer):
-                c.stopped = chains.BY_VERDICT
+        prompts = load_prompts(config.problems, self.context.tokenizer, context=self.context.context)
+        self.prompts = prompts.items
+        return [(config.name, prompts)]
 
-    def _revisions(
-        self, n: int, going: Sequence[Chain], questions: Mapping[int, RenderedPrompt], streams: np.ndarray
-    ) -> None:
-        asked = []
-        for c in going:
-            done = c.rounds[-1]
-            assert done.critique is not None
-            conversation = turns(
-                self.config, self.examples, c.prompt, c.answer.text, done.says or None, done.critique.text
-            )
-            asked.append((conversation, int(streams[c.problem][2 + 2 * n])))
-        for c, text in zip(
-            going, self._answers(f"revisions {n + 1}", asked, [questions[c.problem] for c in going]), strict=True
-        ):
-            done = c.rounds[-1]
-            assert done.critique is not None
-            shown = [("that of an example", e.revision) for e in fitting(self.examples, done.says or None)]
-            why = chains.fault(text, [("the answer", c.answer.text), ("the critique", done.critique.text), *shown])
-            done.why = f"revision: {why}" if why else ""
-            done.revision = text
+    def run(self, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None = None) -> dict[str, Any]:
+        from posttrain.methods.data.revision_rows import run_refine
 
-    def _answers(
-        self, what: str, asked: Sequence[tuple[Sequence[Message], int]], questions: Sequence[RenderedPrompt]
-    ) -> list[Text]:
-        """First answers or revisions, with their rewards where there are any."""
-        written = self._say(what, asked, self.config.sampler.max_tokens)
-        if self.rewards is None or not written:
-            return [_text(r) for r in written]
-        stripped = [replace(r, text=r.text.strip()) for r in written]  # what is judged is what the row will say
-        groups = [RolloutGroup(q.tokens, q.problem, [r]) for q, r in zip(questions, stripped, strict=True)]
-        scored, _, failures = with_failed(self.rewards(groups))
-        out = []
-        for group, failed in zip(scored, failures, strict=True):
-            r = group.rollouts[0]
-            lost = failed[0] if r.finish != "error" else {}  # what was not written has not failed at a reward
-            out.append(_text(r, None if failed[0] else r.reward, dict(r.rewards), dict(lost)))
-        return out
-
-    def _say(self, what: str, asked: Sequence[tuple[Sequence[Message], int]], longest: int) -> list[Rollout]:
-        done = 0
-
-        def count(*_: Any) -> None:
-            nonlocal done
-            done += 1
-            self.shown(f"{what}, {done}/{len(asked)}")
-
-        return self.write(asked, self.config.sampler, longest, count) if asked else []
-
-    def _reached(self, answer: Text) -> bool:
-        at = self.config.stop_at
-        return at is not None and answer.reward is not None and answer.reward >= at and not chains.fault(answer)
-
-
-def _text(
-    r: Rollout,
-    reward: float | None = None,
-    parts: dict[str, float] | None = None,
-    failures: dict[str, str] | None = None,
-) -> Text:
-    return Text(r.text.strip(), r.finish, len(r.tokens), reward, parts or {}, failures or {})
+        functions = self.context.functions
+        return run_refine(self.config, model, self.prompts, folder, texts=self.texts, seed=seed, functions=functions)

@@ -1,210 +1,71 @@
-"""Rejection sampling: the model's own completions that rewards hold for good become rows for supervised fine-tuning.
-
-Sources: RFT, arXiv 2308.01825 section 3.3 (right and different chains, some a question); the R1 chain's third step,
-arXiv 2501.12948 section 2.3.3. Everything sampled is kept in rollouts/, and every completion is in the account: kept,
-or dropped for one reason.
-"""
+"""Rejection sampling: the model's own completions with a high reward become rows for supervised fine-tuning."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
+from pydantic import Field, model_validator
 
-from posttrain.config import ModelConfig, RejectionConfig
-from posttrain.config.rewards import RewardsConfig
-from posttrain.core.errors import DataError
-from posttrain.core.progress import Track
-from posttrain.core.types import Metric
-from posttrain.data.prompts import RenderedPrompt, load_prompts
-from posttrain.methods.data.row_making import alone, chunked, leave_data, open_sampler
-from posttrain.methods.rl.collect import with_failed
-from posttrain.rewards.stack import RewardStack
-from posttrain.sampling.protocol import Request
-from posttrain.sampling.rollout_store import path_of, read_rollouts, rollout_steps, write_rollouts
-from posttrain.trainer.stage import Functions, Ready, Setting
+from posttrain.config.prompts import ProblemsConfig
+from posttrain.config.rewards import RewardConfig, RewardsConfig
+from posttrain.config.settings import NAME, ModelConfig, SamplerConfig, StageBase
+from posttrain.trainer.stage import Stage
 
-TITLES = {"rejection_sampling": "Rejection sampling"}
-METRICS: tuple[Metric, ...] = ()
+if TYPE_CHECKING:
+    from pathlib import Path
 
-CHUNK = 256
-"""Completions of one chunk, about: what is sampled together, kept in one file, and done again after a crash."""
+    from posttrain.trainer.loop import OnStep
 
 
-def ready(config: RejectionConfig, setting: Setting) -> Ready:
-    """The stage with its problems asked. Raises DataError where they can't be."""
-    asked = load_prompts(config.problems, setting.tokenizer, context=setting.context)
-    return Ready(
-        [(config.name, asked)],
-        lambda model, folder, seed, on_step: run_rejection(
-            config, model, asked.items, folder, seed=seed, functions=setting.functions
-        ),
+class RejectionConfig(StageBase):
+    """Rejection sampling: completions of the model at hand that rewards hold for good, kept as rows to learn from."""
+
+    makes: ClassVar[Literal["model", "data", "reward_model"]] = "data"
+
+    method: Literal["rejection_sampling"] = "rejection_sampling"
+    name: str = Field("rejection", pattern=NAME, description="Name of the stage's folder in the run.")
+    problems: ProblemsConfig
+    rewards: RewardsConfig
+    sampler: SamplerConfig = SamplerConfig()
+    n: int = Field(8, ge=1, description="Completions of each problem.")
+    threshold: float = Field(1.0, description="Reward from which a completion is kept.")
+    keep: int | None = Field(4, ge=1, description="At most so many rows a problem. None: all.")
+    rank_by: RewardConfig | None = Field(
+        None,
+        description="Where more than `keep` pass: those with the highest of this score. None: those sampled first.",
+    )
+    longest: int | None = Field(
+        None, ge=1, description="Longest completion that is kept, in tokens, its end included. None: all that ended."
     )
 
-
-def run_rejection(
-    config: RejectionConfig,
-    model: ModelConfig,
-    questions: Sequence[RenderedPrompt],
-    folder: Path,
-    *,
-    seed: int = 0,
-    functions: Functions | None = None,
-) -> dict[str, Any]:
-    """Sample, judge, keep: `folder`/data has rows.jsonl, problems.jsonl, stats.json. Returns the manifest's account.
-
-    Goes on behind the last chunk that is there. Raises DataError where nothing is kept, RewardError where rewards can't
-    be had or fail too often, ModelError under torchrun.
-    """
-    alone("rejection_sampling")
-    began = time.perf_counter()
-    chunks = chunked(len(questions), max(1, CHUNK // config.n))
-    there = set(rollout_steps(folder / "rollouts"))
-    left = [c for c in range(len(chunks)) if c + 1 not in there]
-    if left:
-        _sample(config, model, questions, folder, chunks, left, seed, functions)
-    rows, problems, dropped = [], [], Counter[str]()
-    for c in range(len(chunks)):
-        for of_problem in _by_problem(read_rollouts(path_of(folder / "rollouts", c + 1))):
-            kept, reasons = select(config, of_problem)
-            dropped.update(reasons)
-            question = questions[of_problem[0]["problem"]]
-            rows += [row_of(question, r) for r in kept]
-            right = sum(_passes(config, r) for r in of_problem)
-            about = {"problem": of_problem[0]["problem"], "source": str(question.problem.get("source", ""))}
-            problems.append({**about, "samples": len(of_problem), "right": right, "kept": len(kept)})
-    stats = stats_of(config, rows, problems, dropped)
-    if not rows:
-        why = ", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common())
-        raise DataError(
-            f"stage {config.name} kept none of {stats['samples']:,} completions ({why}). Lower threshold "
-            f"({config.threshold:g}), raise n ({config.n}) or sampler.max_tokens, or start from a model that gets "
-            "some problems right; posttrain inspect RUN shows what was sampled"
-        )
-
-    leave_data(folder, {"rows": rows, "problems": problems}, stats)
-    counted = {"samples": stats["samples"], "rows kept": stats["kept"], "problems": stats["problems"]}
-    counted["problems with a row"] = stats["solved"]
-    counted |= {f"dropped: {why}": n for why, n in stats["dropped"].items()}
-    return {"made": counted, "tokens": stats["tokens"], "seconds": round(time.perf_counter() - began, 2)}
+    @model_validator(mode="after")
+    def _fits(self) -> RejectionConfig:
+        if self.sampler.temperature == 0 and self.n > 1:
+            raise ValueError("sampler.temperature is 0: all n completions would be the same. Raise it, or set n to 1")
+        if self.rank_by is not None and self.keep is None:
+            raise ValueError(
+                "rank_by chooses among what passes, and keep is none: all of it is kept. Set keep, or drop rank_by"
+            )
+        if self.rank_by is not None and "rank" in [p.title for p in self.rewards.parts]:
+            raise ValueError("a reward is named 'rank', as the score of rank_by is; give it another name")
+        return self
 
 
-def _sample(
-    config: RejectionConfig,
-    model: ModelConfig,
-    questions: Sequence[RenderedPrompt],
-    folder: Path,
-    chunks: Sequence[range],
-    left: Sequence[int],
-    seed: int,
-    functions: Functions | None,
-) -> None:
-    """Sample and judge the chunks that are not there yet. A problem's completions depend on (seed, its number)."""
-    sampler = open_sampler(model, config.sampler)
-    streams = np.random.SeedSequence([seed, 4]).generate_state(len(questions), np.uint64)
-    total, kept = len(questions) * config.n, 0
-    before = sum(len(chunks[c]) for c in range(len(chunks)) if c not in left) * config.n
-    with RewardStack(_rewards(config), functions) as rewards, Track(config.name, total, before) as track:
-        done = before
-        for c in left:
-            part, at = chunks[c], 0
+class RejectionSampling(Stage):
+    """Sample completions, score them, keep the best as rows."""
 
-            def count(*_: Any) -> None:
-                nonlocal at
-                at += 1
-                if at % 16 == 0:
-                    track.phase(f"sampling, {done + at}/{total}")  # noqa: B023  called within this turn of the loop
+    Config = RejectionConfig
+    title = "Rejection sampling"
 
-            requests = [Request(questions[i].tokens, config.n, int(streams[i]), questions[i].problem) for i in part]
-            scored = rewards(sampler.sample(requests, config.sampler, count))
-            groups, _, failures = with_failed(scored)
-            texts = [questions[i].text for i in part]
-            write_rollouts(folder / "rollouts", c + 1, groups, None, texts, list(part), failures)
-            done += len(part) * config.n
-            kept += sum(r.reward >= config.threshold for g in scored.groups for r in g.rollouts)
-            track.update(done, above_threshold=f"{kept / (done - before):.0%}")
+    def prepare(self) -> list[tuple[str, Any]]:
+        from posttrain.data.prompts import load_prompts
 
+        prompts = load_prompts(self.config.problems, self.context.tokenizer, context=self.context.context)
+        self.prompts = prompts.items
+        return [(self.config.name, prompts)]
 
-def _rewards(config: RejectionConfig) -> RewardsConfig:
-    """The stage's rewards, and the score that chooses among those that pass as a part that does not count."""
-    if config.rank_by is None:
-        return config.rewards
-    rank = config.rank_by.model_copy(update={"name": "rank", "weight": 0.0})
-    return config.rewards.model_copy(update={"parts": [*config.rewards.parts, rank]})
+    def run(self, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None = None) -> dict[str, Any]:
+        from posttrain.methods.data.rejection_rows import run_rejection
 
-
-def _by_problem(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["group"], []).append(row)
-    return [group for _, group in sorted(groups.items())]
-
-
-def _passes(config: RejectionConfig, row: Mapping[str, Any]) -> bool:
-    reward = row["reward"]
-    return reward is not None and math.isfinite(reward) and reward >= config.threshold
-
-
-def select(config: RejectionConfig, sampled: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """(rows kept, in the order in which they are chosen; how many were dropped by reason) of one problem's completions.
-
-    A completion is dropped for the first of these that holds: no reward (one failed), below the threshold, cut at the
-    longest length (it has no end to be learnt), longer than `longest`, empty, the same text as one
-    before it but for spaces, and beyond the best `keep`.
-    """
-    reasons: Counter[str] = Counter()
-    good: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    for row in sampled:
-        content = " ".join(row["completion"].split())
-        if row["reward"] is None:
-            reasons["no reward"] += 1
-        elif not _passes(config, row):
-            reasons["below the threshold"] += 1
-        elif row["finish"] == "length":
-            reasons["cut at the longest length"] += 1
-        elif config.longest is not None and len(row["tokens"]) > config.longest:
-            reasons["longer than longest"] += 1
-        elif not content:
-            reasons["empty"] += 1
-        elif content in seen:
-            reasons["repeated"] += 1
-        else:
-            seen.add(content)
-            good.append(row)
-    if config.rank_by is not None:
-        good.sort(key=lambda r: -r["parts"]["rank"])  # equals stay as they were sampled
-    kept = good if config.keep is None else good[: config.keep]
-    if len(good) > len(kept):
-        reasons["beyond keep"] += len(good) - len(kept)
-    return kept, reasons
-
-
-def row_of(question: RenderedPrompt, row: Mapping[str, Any]) -> dict[str, Any]:
-    """What supervised fine-tuning reads: the turns as the model was asked them, and its completion as the last."""
-    asked = [{"role": m["role"], "content": m["content"]} for m in question.problem["messages"]]
-    answer = {"role": "assistant", "content": row["completion"]}
-    about = {"answer": row["answer"], "reward": row["reward"], "parts": row["parts"], "tokens": len(row["tokens"])}
-    return {"messages": [*asked, answer], **about, "problem": row["problem"], "source": row["source"]}
-
-
-def stats_of(
-    config: RejectionConfig, rows: Sequence[Any], problems: Sequence[Mapping[str, Any]], dropped: Counter[str]
-) -> dict[str, Any]:
-    """The account: kept and dropped sum to samples. success: how many problems had 0, 1, … n right completions."""
-    success = Counter(p["right"] for p in problems)
-    return {
-        "samples": sum(p["samples"] for p in problems),
-        "kept": len(rows),
-        "dropped": dict(dropped.most_common()),
-        "problems": len(problems),
-        "solved": sum(p["kept"] > 0 for p in problems),
-        "right": sum(p["right"] for p in problems),
-        "success": [success.get(i, 0) for i in range(config.n + 1)],
-        "tokens": sum(r["tokens"] for r in rows),
-    }
+        functions = self.context.functions
+        return run_rejection(self.config, model, self.prompts, folder, seed=seed, functions=functions)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.config.refine import RefineConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Message
 from posttrain.data.readers import packaged_or_own
 from posttrain.judge.principles import by_content
+from posttrain.methods.data.critique_revision import RefineConfig
 
 CRITIQUE = "Name the specific ways in which your last answer goes against this principle: {principle}"
 REVISION = "Write your answer again so that it keeps to this principle: {principle} Reply with the new answer alone."

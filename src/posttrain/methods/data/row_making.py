@@ -14,7 +14,7 @@ from posttrain.core.files import write_json, write_text
 from posttrain.models.language_model import LanguageModel, verify
 from posttrain.models.loading import load_model, pick_device, pick_dtype
 from posttrain.sampling.engine import LocalSampler
-from posttrain.trainer.stage import leave
+from posttrain.trainer.policy import save_atomically
 
 
 def alone(method: str) -> None:
@@ -45,4 +45,4 @@ def leave_data(folder: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]], 
             write_text(work / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         write_json(work / "stats.json", stats)
 
-    leave(folder / "data", write)
+    save_atomically(folder / "data", write)

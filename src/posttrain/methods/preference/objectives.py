@@ -12,11 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.config import OnlineDPOConfig, PreferenceConfig
 from posttrain.core.ragged import RaggedBatch
 from posttrain.core.types import Sample
 from posttrain.data.preference_rows import Pair, Unpaired
 from posttrain.losses import preference_loss as pref
+from posttrain.methods.preference.offline import PreferenceConfig
+from posttrain.methods.preference.online import OnlineDPOConfig
 from posttrain.models.language_model import LanguageModel
 from posttrain.trainer.reference_model import answer_sums
 from posttrain.trainer.train_step import LossFunction

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.config.reward_model import RolloutLabelsConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import Lines, read_lines
 from posttrain.core.progress import Track
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.data.process_rows import PreparedChains, StepChain, chain_samples, split_steps
 from posttrain.data.prompts import RenderedPrompt
+from posttrain.methods.reward_model.process import RolloutLabelsConfig
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.protocol import Request, Sampler
 

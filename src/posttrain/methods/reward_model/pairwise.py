@@ -2,282 +2,92 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from posttrain.config import ModelConfig, RewardModelConfig
-from posttrain.core import distributed
-from posttrain.core.files import write_json, write_text
-from posttrain.core.progress import Track
-from posttrain.core.ragged import RaggedBatch
-from posttrain.core.types import Metric, Sample
-from posttrain.data.preference_rows import Pair, prepare_pairs
-from posttrain.data.rows import drop_training_overlap
-from posttrain.eval.calibration import judged_pairs
-from posttrain.losses.reward_loss import bradley_terry, centring, combine_members, pair_metrics
-from posttrain.methods.reward_model.scorer_training import Measured, leave_scorer, open_scorer, whole
-from posttrain.models.classification_head import padding, score_index, scores_at
-from posttrain.models.language_model import LanguageModel
-from posttrain.rewards.reward_model_scorer import INDEX
-from posttrain.trainer.loop import OnStep, permutation_batches, train
-from posttrain.trainer.stage import Ready, Setting, account, leave
-from posttrain.trainer.train_step import Learner, LossFunction
+from posttrain.config.settings import NAME, DataConfig, EpochsConfig, ModelConfig
+from posttrain.core.types import Metric
+from posttrain.methods.preference.offline import HeldOutPairsConfig
+from posttrain.trainer.stage import Stage
 
-TITLES = {"reward_model": "Reward model training"}
-METRICS = (
-    Metric("loss", "Loss", "nats/pair", "Training", "lower"),
-    Metric("accuracy", "Accuracy", "share of pairs ranked correctly", "Training", "higher"),
-    Metric("margin", "Margin", "reward, chosen − rejected", "Training", "higher"),
-    Metric("score", "Mean reward", "", "Training"),
-    Metric("held_out_accuracy", "Accuracy", "share of pairs ranked correctly", "Held out", "higher"),
-    Metric("held_out_loss", "Loss", "nats/pair", "Held out", "lower"),
-    Metric("held_out_margin", "Margin", "reward, chosen − rejected", "Held out", "higher"),
-    Metric("held_out_calibration_error", "Calibration error", "", "Held out", "lower"),
-)
+if TYPE_CHECKING:
+    from pathlib import Path
 
-SAMPLED = 256
-"""Training pairs that a reward's mean and standard deviation are taken of where nothing is held out."""
-Scored = list[tuple[float, float]]
-"""(reward of chosen, of rejected) of each held-out pair."""
+    from posttrain.trainer.loop import OnStep
 
 
-def ready(config: RewardModelConfig, setting: Setting) -> Ready:
-    """The stage with its pairs read; held-out ones that are trained on too are left out of those."""
-    pairs = prepare_pairs(config.data, setting.tokenizer, context=setting.context)
-    data, held_out = [(config.name, pairs)], list[Pair]()
-    if config.held_out is not None:
-        held = prepare_pairs(config.held_out.data, setting.tokenizer, context=setting.context)
-        held = drop_training_overlap(held, pairs, f"stage {config.name}")
-        data.append((f"{config.name} held out", held))
-        held_out = held.items
-    return Ready(
-        data,
-        lambda model, folder, seed, on_step: run_reward_model(
-            config, model, pairs.items, held_out, folder, seed=seed, on_step=on_step
-        ),
+class ScorerConfig(EpochsConfig):
+    """What both kinds have: the result is a model for classification that later stages name; the policy passes by."""
+
+    makes: ClassVar[Literal["model", "data", "reward_model"]] = "reward_model"
+
+    @model_validator(mode="after")
+    def _merged(self) -> ScorerConfig:
+        if not self.merge:
+            raise ValueError("merge is false, and a reward model is saved whole, its adapters merged: leave merge out")
+        return self
+
+
+class RewardModelConfig(ScorerConfig):
+    """A reward model: -log sigma(r_chosen - r_rejected - margin) over pairs of answers."""
+
+    method: Literal["reward_model"] = "reward_model"
+    name: str = Field("reward_model", pattern=NAME, description="Name of the stage's folder in the run.")
+    data: DataConfig = Field(description="Pairs: prompt, chosen, rejected; optionally probability and margin.")
+    held_out: HeldOutPairsConfig | None = None
+    batch_size: int = Field(16, ge=1, description="Pairs a step, over all ranks.")
+    labels: Literal["soft", "hard"] = Field(
+        "soft",
+        description="soft: a pair counts by its probability; hard: as if that were 1, for labels that are mild by the way they are made (a judge's scores).",
+    )
+    margin_scale: float = Field(
+        0.0, ge=0, description="Factor on the rows' margins (by how much the chosen answer is to be ahead). 0: unused."
+    )
+    centring: float = Field(
+        0.0, ge=0, description="Coefficient of (r_chosen + r_rejected)^2, which keeps rewards around 0. 0: none."
+    )
+    members: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Models of an ensemble, each with a head, adapters and an order of rows of its own seed.",
     )
 
 
-def run_reward_model(
-    config: RewardModelConfig,
-    model: ModelConfig,
-    pairs: Sequence[Pair],
-    held_out: Sequence[Pair],
-    folder: Path,
-    *,
-    seed: int = 0,
-    on_step: OnStep | None = None,
-) -> dict[str, Any]:
-    """Train on `pairs`; the result is `folder`/reward_model, a folder that transformers opens (members 0, 1, ... of an
-    ensemble in folders of their own), with what is measured on `held_out` in `folder`/held_out.json and held_out/.
+class RewardModelStage(Stage):
+    """Train a reward model, or an ensemble of them, on pairs."""
 
-    Goes on from the newest checkpoint in `folder` where there is one; on_step hears of the first member. Returns what
-    the manifest says of the stage.
-    """
-    if distributed.is_main():
-        (folder / "members").mkdir(parents=True, exist_ok=True)
-    records = []
-    for k in range(config.members):
-        record = folder / "members" / f"{k}.json"
-        if not record.exists() or not (folder / "members" / str(k)).is_dir():
-            _member(config, model, pairs, held_out, folder, k, seed, on_step if k == 0 else None)
-        records.append(json.loads(record.read_text()))
-    summary = _held_out(config, held_out, records, folder) if held_out else {}
-
-    def write(work: Path) -> None:
-        if not distributed.is_main():
-            return
-        for k in range(config.members):
-            target = work if config.members == 1 else work / str(k)
-            shutil.copytree(folder / "members" / str(k), target, copy_function=_link)
-        entries = [
-            {"folder": "." if config.members == 1 else str(k), "mean": r["mean"], "std": r["std"]}
-            for k, r in enumerate(records)
-        ]
-        settings = {"chat": config.data.chat, "system": config.data.system}
-        write_json(work / INDEX, {"kind": "reward_model", "members": entries, **settings})
-
-    leave(folder / "reward_model", write)
-    if distributed.is_main():
-        shutil.rmtree(folder / "members")
-    out: dict[str, Any] = {**records[0]["account"], "members": config.members}
-    for name in ("steps", "skipped_steps", "seconds", "tokens"):
-        out[name] = sum(r["account"][name] for r in records)
-    return out | ({"held_out": summary} if summary else {})
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def _member(
-    config: RewardModelConfig,
-    model: ModelConfig,
-    pairs: Sequence[Pair],
-    held_out: Sequence[Pair],
-    folder: Path,
-    k: int,
-    seed: int,
-    on_step: OnStep | None,
-) -> None:
-    """Train member k; leave it in members/k, and what was measured in members/k.json."""
-    seed = seed + 1_000_003 * k
-    work = folder if k == 0 else folder / f"member-{k}"
-    opened = open_scorer(config, model, "sequence", seed)
-    policy, pad = opened.policy, padding(opened.policy)
-    at, steps = permutation_batches(pairs, config.batch_size, config.epochs, seed, config.max_steps)  # type: ignore[arg-type]
-    budget = config.systems.budget(policy.device.type)
-    systems = whole(config.systems, policy, [len(p.chosen) + len(p.rejected) - p.prompt for p in pairs])
-    learner = Learner(policy, config.optimizer, systems, steps)
-    every = config.held_out.every if config.held_out is not None else 0
-    before, after = folder / "members" / f"{k}.before.json", Scored()
-
-    def measure(step: int, track: Track) -> dict[str, float]:
-        track.phase("held-out pairs")
-        found = score_pairs(policy, held_out, pad, budget)
-        if step == 0 and distributed.is_main():
-            write_json(before, found)
-        after[:] = found
-        judged = judged_pairs(items_of(held_out, found))
-        numbers = {f"held_out_{n}": judged[n] for n in ("accuracy", "loss", "margin") if n in judged}
-        interval = {f"held_out_accuracy_{n}": judged[n] for n in ("low", "high") if n in judged}
-        return numbers | interval | {"held_out_calibration_error": judged["calibration"]["error"]}
-
-    def batch_at(step: int) -> list[Sample]:
-        batch: Any = at(step)
-        return [s for i, pair in enumerate(batch) for s in pair_samples(pair, i, pad, config.labels == "hard")]
-
-    result = train(
-        learner,
-        Measured(learner, batch_at, pair_loss(config), measure if held_out else None, every),
-        work,
-        checkpoint_every=config.checkpoint_every,
-        keep=config.keep_checkpoints,
-        title=config.name if config.members == 1 else f"{config.name}, member {k + 1} of {config.members}",
-        on_step=on_step,
-        epoch_of=lambda step: step * config.batch_size / len(pairs),
-        shown=("loss", "accuracy", "held_out_accuracy"),
+    Config = RewardModelConfig
+    title = "Reward model training"
+    metrics = (
+        Metric("loss", "Loss", "nats/pair", "Training", "lower"),
+        Metric("accuracy", "Accuracy", "share of pairs ranked correctly", "Training", "higher"),
+        Metric("margin", "Margin", "reward, chosen − rejected", "Training", "higher"),
+        Metric("score", "Mean reward", "", "Training"),
+        Metric("held_out_accuracy", "Accuracy", "share of pairs ranked correctly", "Held out", "higher"),
+        Metric("held_out_loss", "Loss", "nats/pair", "Held out", "lower"),
+        Metric("held_out_margin", "Margin", "reward, chosen − rejected", "Held out", "higher"),
+        Metric("held_out_calibration_error", "Calibration error", "", "Held out", "lower"),
     )
-    if held_out and not after:  # gone on with behind the last step
-        after[:] = score_pairs(policy, held_out, pad, budget)
-    rewards = after or score_pairs(policy, pairs[:SAMPLED], pad, budget)
-    flat = torch.tensor(rewards, dtype=torch.float64).flatten()
-    kept = {"mean": float(flat.mean()), "std": float(flat.std(correction=0)), "account": account(result, opened)}
-    if distributed.is_main():
-        kept |= {"before": json.loads(before.read_text()), "after": after} if held_out else {}
-        write_json(folder / "members" / f"{k}.json", kept)
-    entry = {"folder": ".", "mean": kept["mean"], "std": kept["std"]}
-    settings = {"chat": config.data.chat, "system": config.data.system}
-    index = {"kind": "reward_model", "members": [entry], **settings}
-    leave_scorer(opened, config, model, "sequence", folder / "members" / str(k), seed, index)
 
+    def prepare(self) -> list[tuple[str, Any]]:
+        """Read the pairs; held-out ones that are also trained on are left out of the held-out ones."""
+        from posttrain.data.preference_rows import prepare_pairs
+        from posttrain.data.rows import drop_training_overlap
 
-def pair_samples(pair: Pair, number: int, pad: int | None, hard: bool = False) -> list[Sample]:
-    """Both answers of a pair as the learner takes them: half its weight each, on the token at which the head is read.
+        config, context = self.config, self.context
+        prepared = prepare_pairs(config.data, context.tokenizer, context=context.context)
+        self.pairs, self.held_out = prepared.items, list[Any]()
+        data = [(config.name, prepared)]
+        if config.held_out is not None:
+            held = prepare_pairs(config.held_out.data, context.tokenizer, context=context.context)
+            held = drop_training_overlap(held, prepared, f"stage {config.name}")
+            data.append((f"{config.name} held out", held))
+            self.held_out = held.items
+        return data
 
-    number: the pair's in its batch, by which the loss finds the two; a prompt of the pair is computed once. hard: the
-    answer that is more likely the better one counts as better for certain.
-    """
-    out, p = [], 1.0 if hard else pair.probability
-    for side, sample in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        at = score_index(sample.tokens, pad)
-        weights = [0.5 * (i == at) for i in range(len(sample))]
-        meta = {"group": number, "shared": pair.prompt, "side": side, "at": at}
-        out.append(replace(sample, weights=weights, meta={**meta, "margin": pair.margin, "p": p}))
-    return out
+    def run(self, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None = None) -> dict[str, Any]:
+        from posttrain.methods.reward_model.pairwise_trainer import run_reward_model
 
-
-def pair_loss(config: RewardModelConfig) -> LossFunction:
-    """The mean over the batch's pairs (the denominator is their number) of Bradley-Terry's loss and the centring."""
-
-    def loss(model: LanguageModel, batch: RaggedBatch, pairs: float) -> tuple[Tensor, dict[str, Tensor]]:
-        device = batch.tokens_T.device
-        where = torch.stack([row[s.meta.get("at", 0)] for row, s in zip(batch.rows, batch.samples, strict=True)])
-        rewards = model(batch, "scores", where)[:, 0]
-        sides: dict[Any, dict[str, int]] = {}
-        for i, s in enumerate(batch.samples):
-            if "at" in s.meta:  # else a pass that only keeps ranks in step
-                sides.setdefault(s.meta["group"], {})[s.meta["side"]] = i
-        both = list(sides.values())
-        chosen, rejected = (
-            rewards[torch.tensor([p[side] for p in both], dtype=torch.long, device=device)]
-            for side in ("chosen", "rejected")
-        )
-        about = [batch.samples[p["chosen"]].meta for p in both]
-        margins = torch.tensor([config.margin_scale * a["margin"] for a in about], device=device)
-        probabilities = torch.tensor([a["p"] for a in about], device=device)
-        losses = bradley_terry(chosen, rejected, margins, probabilities)
-        if config.centring:
-            losses = losses + centring(chosen, rejected, config.centring)
-        metrics = pair_metrics(chosen, rejected)
-        metrics["score"] = metrics.pop("reward")
-        return losses.sum() / pairs, {name: value.double() / pairs for name, value in metrics.items()}
-
-    return loss
-
-
-def score_pairs(model: LanguageModel, pairs: Sequence[Pair], pad: int | None, budget: int) -> Scored:
-    """Rewards of both answers of each pair."""
-    samples = [s for p in pairs for s in (p.chosen, p.rejected)]
-    found = scores_at(model, [s.tokens for s in samples], [[score_index(s.tokens, pad)] for s in samples], budget)
-    numbers = [float(f[0, 0]) for f in found]
-    return list(zip(numbers[::2], numbers[1::2], strict=True))
-
-
-def items_of(pairs: Sequence[Pair], scores: Scored) -> list[dict[str, Any]]:
-    """Held-out pairs with their rewards, as `judged_pairs` takes them."""
-    return [
-        {
-            "chosen": c,
-            "rejected": r,
-            "probability": p.probability,
-            "chosen_tokens": len(p.chosen) - p.prompt,
-            "rejected_tokens": len(p.rejected) - p.prompt,
-        }
-        for p, (c, r) in zip(pairs, scores, strict=True)
-    ]
-
-
-def _held_out(
-    config: RewardModelConfig, pairs: Sequence[Pair], records: Sequence[dict[str, Any]], folder: Path
-) -> dict[str, Any]:
-    """Write every held-out pair with its rewards, before and after, and what they come to; return the latter in short.
-
-    An ensemble's reward is the mean of its members' after each was centred on its own mean.
-    """
-    summary: dict[str, Any] = {"kind": "reward_model", "members": config.members}
-    for when in ("before", "after"):
-        scores = torch.tensor([r[when] for r in records], dtype=torch.float64)  # members, pairs, 2
-        centred = scores - scores.mean((1, 2), keepdim=True) if config.members > 1 else scores
-        joined = combine_members(centred.flatten(1)).view(-1, 2).tolist()
-        items = items_of(pairs, joined)
-        summary[when] = judged_pairs(items)
-        if config.members > 1:
-            each = [judged_pairs(items_of(pairs, r[when])).get("accuracy") for r in records]
-            spread = centred.flatten(1).std(0, correction=0)
-            summary[when] |= {"members": each, "spread": float(spread.mean())}
-        if not distributed.is_main():
-            continue
-        lines = []
-        for i, (p, item) in enumerate(zip(pairs, items, strict=True)):
-            said = {"prompt": p.row.get("prompt_text"), "chosen_text": p.row.get("completion")}
-            each_one = {"each": scores[:, i].tolist()} if config.members > 1 else {}
-            told = {"id": i, "source": p.source, **item, **each_one, **said, "rejected_text": p.row.get("rejected")}
-            lines.append(json.dumps(told, ensure_ascii=False) + "\n")
-        (folder / "held_out").mkdir(exist_ok=True)
-        write_text(folder / "held_out" / f"{when}.jsonl", "".join(lines))
-    if distributed.is_main():
-        write_json(folder / "held_out.json", summary)
-    short = ("pairs", "accuracy", "low", "high", "loss", "margin")
-    return {when: {n: summary[when][n] for n in short if n in summary[when]} for when in ("before", "after")}
+        return run_reward_model(self.config, model, self.pairs, self.held_out, folder, seed=seed, on_step=on_step)

@@ -2,214 +2,117 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from posttrain.config import ModelConfig, ProcessRewardConfig
-from posttrain.config.reward_model import RolloutLabelsConfig
-from posttrain.core import distributed
-from posttrain.core.errors import ModelError
-from posttrain.core.files import read_lines, write_json, write_text
-from posttrain.core.progress import Track
-from posttrain.core.ragged import RaggedBatch
-from posttrain.core.types import Metric, Sample
-from posttrain.data.process_rows import PreparedChains, read_chains
-from posttrain.data.prompts import RenderedPrompt, load_prompts, uses_chat_template
-from posttrain.data.rows import drop_training_overlap
-from posttrain.eval.calibration import judged_steps
-from posttrain.losses.reward_loss import step_logits, step_loss, step_metrics
-from posttrain.methods.reward_model.monte_carlo import Labeller, labelled
-from posttrain.methods.reward_model.scorer_training import Measured, leave_scorer, open_scorer
-from posttrain.models.classification_head import has_head, scores_at
-from posttrain.models.language_model import LanguageModel, verify
-from posttrain.models.loading import load_model, load_tokenizer
-from posttrain.rewards.stack import RewardStack
-from posttrain.sampling.engine import LocalSampler
-from posttrain.trainer.loop import OnStep, permutation_batches, train
-from posttrain.trainer.stage import Functions, Ready, Setting, account
-from posttrain.trainer.train_step import Learner
+from posttrain.config.prompts import ProblemsConfig
+from posttrain.config.rewards import RewardsConfig
+from posttrain.config.settings import NAME, Config, DataConfig, ModelConfig, SamplerConfig
+from posttrain.core.types import Metric
+from posttrain.methods.reward_model.pairwise import ScorerConfig
+from posttrain.trainer.stage import Stage
 
-TITLES = {"process_reward": "Process reward model training"}
-METRICS = (
-    Metric("loss", "Loss", "nats/step", "Training", "lower"),
-    Metric("accuracy", "Accuracy", "share of steps on the right side of 1/2", "Training", "higher"),
-    Metric("score", "Mean score", "of the steps", "Training"),
-    Metric("held_out_accuracy", "Accuracy", "share of steps on the right side of 1/2", "Held out", "higher"),
-    Metric("held_out_auc", "AUC", "", "Held out", "higher"),
-)
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from posttrain.trainer.loop import OnStep
 
 
-def ready(config: ProcessRewardConfig, setting: Setting) -> Ready:
-    """The stage with its problems asked, or its labelled rows read; what is trained on too is left out of the rest."""
-    labels, tokenizer, context = config.labels, setting.tokenizer, setting.context
-    index: dict[str, Any] = {"kind": "process_reward", "separator": config.separator}
-    if isinstance(labels, RolloutLabelsConfig):
-        asked = load_prompts(labels.problems, tokenizer, context=context)
-        held = None if labels.held_out is None else load_prompts(labels.held_out, tokenizer, context=context)
-        held = None if held is None else drop_training_overlap(held, asked, f"stage {config.name}")
-        index |= {"chat": uses_chat_template(labels.problems, tokenizer), "template": labels.problems.template}
+class RolloutLabelsConfig(Config):
+    """Labels by Monte Carlo: from the end of each step of a chain the policy goes on some times; the share that ends
+    right is the step's label."""
 
-        def from_rollouts(model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None) -> dict[str, Any]:
-            parts = label(config, model, asked.items, held.items if held else [], folder, seed, setting.functions)
-            return run_process_reward(config, model, *parts, folder, seed=seed, on_step=on_step, index=index)
-
-        data: list[tuple[str, Any]] = [(config.name, asked)]
-        return Ready(data + ([(f"{config.name} held out", held)] if held else []), from_rollouts)
-    read = read_chains(labels.data, tokenizer, config.separator, context=context)
-    index |= {"chat": labels.data.chat, "system": labels.data.system}
-    rest = PreparedChains([])
-    if labels.held_out is not None:
-        rest = read_chains(labels.held_out, tokenizer, config.separator, context=context)
-        rest = drop_training_overlap(rest, read, f"stage {config.name}")
-
-    def from_rows(model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None) -> dict[str, Any]:
-        return run_process_reward(config, model, read, rest, folder, seed=seed, on_step=on_step, index=index)
-
-    return Ready([(config.name, read), *([(f"{config.name} held out", rest)] if rest.samples else [])], from_rows)
-
-
-def label(
-    config: ProcessRewardConfig,
-    model: ModelConfig,
-    questions: Sequence[RenderedPrompt],
-    held_out: Sequence[RenderedPrompt],
-    folder: Path,
-    seed: int,
-    functions: Functions | None = None,
-) -> tuple[PreparedChains, PreparedChains]:
-    """Chains of the questions and of the held-out ones, labelled by Monte Carlo, kept in `folder`/labels.
-
-    The model is both what writes the chains and what the process reward model is made of; as a policy it is opened
-    only where something is left to label.
-    """
-    labels = config.labels
-    assert isinstance(labels, RolloutLabelsConfig)
-    if distributed.world() > 1:
-        raise ModelError("chains are labelled in one process so far; start it without torchrun")
-    if has_head(model, "token"):
-        raise ModelError(f"{model.source} is a process reward model, which writes no chains: start from a policy")
-    parts = {"train": questions, "held_out": held_out}
-    files = {name: folder / "labels" / f"{name}.jsonl" for name in parts}
-    if any(len(read_lines(files[name])) < len(part) for name, part in parts.items()):
-        _label_all(config, labels, model, parts, files, seed, functions)
-    tokenizer = load_tokenizer(model)
-    train, rest = (
-        labelled(read_lines(files[name]), part, tokenizer) if part else PreparedChains([])
-        for name, part in parts.items()
+    kind: Literal["rollouts"] = "rollouts"
+    problems: ProblemsConfig
+    held_out: ProblemsConfig | None = Field(None, description="Problems whose chains are measured on, labelled alike.")
+    rewards: RewardsConfig = Field(description="What says whether a chain ends right.")
+    right: float = Field(1.0, description="A chain is right where its reward is at least this.")
+    sampler: SamplerConfig = SamplerConfig()
+    chains: int = Field(4, ge=1, description="Chains sampled for each problem.")
+    completions: int = Field(8, ge=1, description="Completions from the end of each step (N).")
+    targets: Literal["soft", "hard"] = Field(
+        "soft", description="soft: the share of completions that end right; hard: 1 where any does, else 0."
     )
-    return train, rest
-
-
-def _label_all(
-    config: ProcessRewardConfig,
-    labels: RolloutLabelsConfig,
-    model: ModelConfig,
-    parts: dict[str, Sequence[RenderedPrompt]],
-    files: dict[str, Path],
-    seed: int,
-    functions: Functions | None,
-) -> None:
-    """The policy and the judge, opened for as long as they are needed."""
-    hf, tokenizer = load_model(model)
-    policy = LanguageModel(hf).eval().requires_grad_(False)
-    verify(policy)
-    sampler = LocalSampler(policy, tokenizer, **labels.sampler.limits())
-    with RewardStack(labels.rewards, functions) as rewards:
-        for i, (name, part) in enumerate(parts.items()):
-            # Held-out problems come from a stream of their own, whatever the number of those before.
-            labeller = Labeller(labels, config.separator, sampler, tokenizer, rewards, seed + 500_009 * i)
-            if part:
-                labeller.label(part, files[name], f"{config.name}, labels" + (", held out" if i else ""))
-
-
-def run_process_reward(
-    config: ProcessRewardConfig,
-    model: ModelConfig,
-    chains: PreparedChains,
-    held_out: PreparedChains,
-    folder: Path,
-    *,
-    seed: int = 0,
-    on_step: OnStep | None = None,
-    index: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Train on `chains`; the result is `folder`/reward_model, a folder that transformers opens, with what is measured
-    on `held_out` in `folder`/held_out.json and held_out/.
-
-    index: what is kept beside the model to score as in training. Goes on from the newest checkpoint in `folder` where
-    there is one. Returns what the manifest says of the stage.
-    """
-    opened = open_scorer(config, model, "token", seed)
-    policy, budget = opened.policy, config.systems.budget(opened.policy.device.type)
-    samples, rest = chains.samples, held_out.samples
-    batch_at, steps = permutation_batches(samples, config.batch_size, config.epochs, seed, config.max_steps)
-    learner = Learner(policy, config.optimizer, config.systems, steps)
-
-    def measure(step: int, track: Track) -> dict[str, float]:
-        track.phase("held-out chains")
-        when = "before" if step == 0 else "after"
-        judged = _measured(policy, rest, budget, opened.tokenizer, folder / "held_out" / f"{when}.jsonl")
-        names = {"accuracy": "accuracy", "low": "accuracy_low", "high": "accuracy_high", "auc": "auc"}
-        return {f"held_out_{names[n]}": judged[n] for n in names if judged[n] is not None}
-
-    result = train(
-        learner,
-        Measured(learner, batch_at, chain_loss, measure if rest else None, config.measure_every),
-        folder,
-        checkpoint_every=config.checkpoint_every,
-        keep=config.keep_checkpoints,
-        title=config.name,
-        on_step=on_step,
-        epoch_of=lambda step: step * config.batch_size / len(samples),
-        shown=("loss", "accuracy", "held_out_accuracy"),
+    problems_per_batch: int = Field(
+        16, ge=1, description="Problems labelled at a time; what a killed run had labelled is kept by whole batches."
     )
-    out = account(result, opened) | {"labels": chains.stats}
-    if rest:
-        summary: dict[str, Any] = {"kind": "process_reward"}
-        for when in ("before", "after"):
-            summary[when] = judged_steps(read_lines(folder / "held_out" / f"{when}.jsonl"))
-        if distributed.is_main():
-            write_json(folder / "held_out.json", summary)
-        short = ("chains", "steps", "accuracy", "low", "high", "auc", "first_error")
-        out["held_out"] = {when: {n: summary[when][n] for n in short} for when in ("before", "after")}
-    members = [{"folder": "."}]
-    kept = {"kind": "process_reward", "members": members, "chat": True, "separator": config.separator, **(index or {})}
-    leave_scorer(opened, config, model, "token", folder / "reward_model", seed, kept)
-    return out
+
+    @model_validator(mode="after")
+    def _draws(self) -> RolloutLabelsConfig:
+        if self.sampler.temperature == 0:
+            raise ValueError("sampler.temperature is 0: completions would all be the same, and a share says nothing")
+        return self
 
 
-def _measured(
-    policy: LanguageModel, samples: Sequence[Sample], budget: int, tokenizer: Any, path: Path
-) -> dict[str, Any]:
-    """Scores of the held-out steps, written chain by chain, and what they come to."""
-    found = scores_at(policy, [s.tokens for s in samples], [s.meta["ends"] for s in samples], budget)
-    items = []
-    for i, (s, numbers) in enumerate(zip(samples, found, strict=True)):
-        scores = step_logits(numbers).sigmoid().tolist()
-        edges = [int(s.meta["shared"]), *(e + 1 for e in s.meta["ends"])]
-        texts = [tokenizer.decode(list(s.tokens[a:b])) for a, b in zip(edges, edges[1:], strict=False)]
-        prompt = tokenizer.decode(list(s.tokens[: edges[0]]))
-        judged = {"scores": scores, "targets": s.meta["targets"]}
-        items.append({"id": i, "source": s.source, **judged, "prompt": prompt, "steps": texts})
-    if distributed.is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items))
-    return judged_steps(items)
+class RowLabelsConfig(Config):
+    """Labels that are there: rows with prompt, steps (a list of texts; or completions) and labels (one number each)."""
+
+    kind: Literal["rows"] = "rows"
+    data: DataConfig
+    held_out: DataConfig | None = Field(None, description="Rows that are measured on and not trained on.")
 
 
-def chain_loss(model: LanguageModel, batch: RaggedBatch, steps: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean over the batch's labelled steps (the denominator is their number) of cross-entropy at their ends."""
-    device = batch.tokens_T.device
-    where, targets = list[Tensor](), list[float]()
-    for row, s in zip(batch.rows, batch.samples, strict=True):
-        where.append(row[torch.tensor(s.meta.get("ends", []), dtype=torch.long, device=device)])
-        targets += s.meta.get("targets", [])
-    logits = step_logits(model(batch, "scores", torch.cat(where)))
-    wanted = torch.tensor(targets, dtype=logits.dtype, device=device)
-    losses = step_loss(logits, wanted)
-    return losses.sum() / steps, {n: v.double() / steps for n, v in step_metrics(logits, wanted).items()}
+LabelsConfig = Annotated[RolloutLabelsConfig | RowLabelsConfig, Field(discriminator="kind")]
+
+
+class ProcessRewardConfig(ScorerConfig):
+    """A process reward model: how likely a chain is still right, at the end of each of its steps."""
+
+    method: Literal["process_reward"] = "process_reward"
+    name: str = Field("process_reward", pattern=NAME, description="Name of the stage's folder in the run.")
+    labels: LabelsConfig
+    separator: str = Field("\n", min_length=1, description="Text that ends a step.")
+    measure_every: int = Field(
+        50, ge=1, description="Steps between measurements on held-out chains; also before the first and after the last."
+    )
+    batch_size: int = Field(16, ge=1, description="Chains a step, over all ranks.")
+
+
+class ProcessRewardStage(Stage):
+    """Train a process reward model on labelled chains, or on chains that the policy labels by Monte Carlo."""
+
+    Config = ProcessRewardConfig
+    title = "Process reward model training"
+    metrics = (
+        Metric("loss", "Loss", "nats/step", "Training", "lower"),
+        Metric("accuracy", "Accuracy", "share of steps on the right side of 1/2", "Training", "higher"),
+        Metric("score", "Mean score", "of the steps", "Training"),
+        Metric("held_out_accuracy", "Accuracy", "share of steps on the right side of 1/2", "Held out", "higher"),
+        Metric("held_out_auc", "AUC", "", "Held out", "higher"),
+    )
+
+    def prepare(self) -> list[tuple[str, Any]]:
+        """Render the problems or read the labelled rows; held-out ones that are trained on too are left out."""
+        from posttrain.data.process_rows import PreparedChains, read_chains
+        from posttrain.data.prompts import load_prompts, uses_chat_template
+        from posttrain.data.rows import drop_training_overlap
+
+        config, tokenizer, context = self.config, self.context.tokenizer, self.context.context
+        labels = config.labels
+        self.index: dict[str, Any] = {"kind": "process_reward", "separator": config.separator}
+        train: Any
+        held: Any = None
+        if isinstance(labels, RolloutLabelsConfig):
+            train = load_prompts(labels.problems, tokenizer, context=context)
+            if labels.held_out is not None:
+                held = load_prompts(labels.held_out, tokenizer, context=context)
+                held = drop_training_overlap(held, train, f"stage {config.name}")
+            self.index |= {"chat": uses_chat_template(labels.problems, tokenizer), "template": labels.problems.template}
+        else:
+            train = read_chains(labels.data, tokenizer, config.separator, context=context)
+            if labels.held_out is not None:
+                held = read_chains(labels.held_out, tokenizer, config.separator, context=context)
+                held = drop_training_overlap(held, train, f"stage {config.name}")
+            self.index |= {"chat": labels.data.chat, "system": labels.data.system}
+        self.train, self.held_out = train, held if held is not None else PreparedChains([])
+        return [(config.name, train), *([(f"{config.name} held out", held)] if held is not None else [])]
+
+    def run(self, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None = None) -> dict[str, Any]:
+        from posttrain.methods.reward_model.process_trainer import label, run_process_reward
+
+        parts = self.train, self.held_out
+        if isinstance(self.config.labels, RolloutLabelsConfig):
+            prompts: tuple[Any, Any] = self.train.items, self.held_out.items
+            parts = label(self.config, model, *prompts, folder, seed, self.context.functions)
+        return run_process_reward(self.config, model, *parts, folder, seed=seed, on_step=on_step, index=self.index)

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config import ModelConfig, SystemsConfig
-from posttrain.config.reward_model import ScorerConfig
 from posttrain.core import distributed
 from posttrain.core.files import write_json
 from posttrain.core.progress import Track
+from posttrain.methods.reward_model.pairwise import ScorerConfig
 from posttrain.models.adapters import attach, count_parameters
 from posttrain.models.classification_head import Layout, open_head, save_head, verify_scores
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import pick_device, pick_dtype
 from posttrain.rewards.reward_model_scorer import INDEX
 from posttrain.trainer.loop import BatchAt
-from posttrain.trainer.stage import Opened, leave
+from posttrain.trainer.policy import LoadedPolicy, save_atomically
 from posttrain.trainer.train_step import Learner, LossFunction, StepResult
 
 Measure = Callable[[int, Track], dict[str, float]]
@@ -51,7 +51,7 @@ class Measured:
         pass
 
 
-def open_scorer(config: ScorerConfig, model: ModelConfig, layout: Layout, seed: int) -> Opened:
+def open_scorer(config: ScorerConfig, model: ModelConfig, layout: Layout, seed: int) -> LoadedPolicy:
     """The model that a stage starts from under a head that scores, checked against transformers' own forward."""
     device = pick_device(model.device)
     distributed.start(device)
@@ -60,11 +60,11 @@ def open_scorer(config: ScorerConfig, model: ModelConfig, layout: Layout, seed: 
         hf = attach(hf, config.adapter, seed, "SEQ_CLS")
     policy = LanguageModel(hf)
     verify_scores(policy, layout)
-    return Opened(policy, tokenizer, *count_parameters(policy))
+    return LoadedPolicy(policy, tokenizer, *count_parameters(policy))
 
 
 def leave_scorer(
-    opened: Opened, config: ScorerConfig, model: ModelConfig, layout: Layout, out: Path, seed: int, index: Any
+    opened: LoadedPolicy, config: ScorerConfig, model: ModelConfig, layout: Layout, out: Path, seed: int, index: Any
 ) -> None:
     """The trained model in `out`, with what is needed to score as it was trained (`index`), whole or not at all."""
 
@@ -73,7 +73,7 @@ def leave_scorer(
         if distributed.is_main():
             write_json(work / INDEX, index)
 
-    leave(out, write)
+    save_atomically(out, write)
 
 
 def whole(systems: SystemsConfig, model: LanguageModel, sizes: Sequence[int]) -> SystemsConfig:

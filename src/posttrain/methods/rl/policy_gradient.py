@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from posttrain.config import ModelConfig, OnlineDPOConfig, RLConfig
+from posttrain.config import ModelConfig, RLConfig
 from posttrain.core import distributed
 from posttrain.core.progress import Phases, Track
 from posttrain.core.statistics import mean_interval
-from posttrain.core.types import Metric, Rollout
+from posttrain.core.types import Rollout
 from posttrain.data.chat_template import end_of_turn_token
-from posttrain.data.prompts import RenderedPrompt, load_prompts
-from posttrain.data.rows import drop_training_overlap
+from posttrain.data.prompts import RenderedPrompt
 from posttrain.methods.rl.collect import Batch, Collector, counts_of, filled, in_passes, with_failed
 from posttrain.methods.rl.gather import judge
 from posttrain.methods.rl.gold_scorer import Gold
@@ -27,90 +26,14 @@ from posttrain.models.language_model import LanguageModel
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.environments import environment
-from posttrain.sampling.multi_turn import TurnSampler, check, in_turns
+from posttrain.sampling.multi_turn import TurnSampler, in_turns
 from posttrain.sampling.protocol import Sampler
 from posttrain.sampling.rollout_store import write_rollouts
 from posttrain.trainer.loop import OnStep, train
+from posttrain.trainer.policy import open_policy, save_policy, summary
 from posttrain.trainer.reference_model import frozen_beside, without_adapters
-from posttrain.trainer.stage import Functions, Ready, Setting, account, leave_model, open_policy
+from posttrain.trainer.stage import Functions
 from posttrain.trainer.train_step import Learner, StepResult
-
-TITLES = {
-    "grpo": "GRPO",
-    "dr_grpo": "Dr. GRPO",
-    "dapo": "DAPO",
-    "gspo": "GSPO",
-    "cispo": "CISPO",
-    "rloo": "RLOO",
-    "reinforce": "REINFORCE",
-    "reinforce_pp": "REINFORCE++",
-    "reinforce_pp_baseline": "REINFORCE++ with a baseline",
-    "remax": "ReMax",
-    "ppo": "PPO",
-}
-ROLLOUT_METRICS = (
-    Metric("reward", "Reward", "mean over rollouts", "Reward", "higher"),
-    Metric("reward/*", "Reward: *", "mean over rollouts", "Reward", "higher"),
-    Metric("failed/*", "Failures: *", "rollouts/step", "Reward", "lower"),
-    Metric("greedy_failed", "Greedy baseline failures", "answers/step", "Reward", "lower"),
-    Metric("no_signal", "Groups without signal", "share", "Reward", "lower"),
-    Metric("held_out", "Reward", "greedy answers", "Held out", "higher"),
-    Metric("held_out/*", "Reward: *", "greedy answers", "Held out", "higher"),
-    Metric("held_out_length", "Length", "tokens/answer", "Held out"),
-    Metric("held_out_failed", "Answers without a reward", "excluded from the means", "Held out", "lower"),
-    Metric("proxy", "Trained reward", "samples", "Held out", "higher"),
-    Metric("gold", "Gold reward", "same samples; not trained on", "Held out", "higher"),
-    Metric("kl_sequence", "KL from the first model", "nats/completion", "Held out"),
-    Metric("proxy_gold", "Trained reward and gold", "correlation", "Held out", "higher"),
-    Metric("gold_failed", "Samples without a reward or gold", "excluded from the means", "Held out", "lower"),
-    Metric("length", "Length", "tokens/completion", "Completions"),
-    Metric("cut", "Truncated", "share at the length or turn limit", "Completions", "lower"),
-    Metric("replies", "Replies of the environment", "per completion", "Completions"),
-    Metric("samples", "Sampled completions", "per step", "Completions"),
-    Metric("drawn", "Sampled prompts", "per step, redraws included", "Completions"),
-    Metric("carried", "Continued completions", "resume in the next step", "Completions"),
-    Metric("carry_dropped", "Dropped partial completions", "too old to continue", "Completions", "lower"),
-    Metric("staleness_mean", "Mean staleness", "steps since the first token", "Completions", "lower"),
-    Metric("staleness_max", "Largest staleness", "steps since the first token", "Completions", "lower"),
-    Metric("entropy", "Entropy", "nats/token, sampled", "Exploration"),
-    Metric("temperature", "Temperature", "controlled", "Exploration"),
-    Metric("entropy_coefficient", "Entropy coefficient", "controlled", "Exploration"),
-    Metric("kl", "KL to the reference", "nats/token", "Exploration"),
-    Metric("kl_coefficient", "KL coefficient", "controlled", "Exploration"),
-    Metric("expected_success", "Expected success", "share, sampled problems", "Exploration"),
-    Metric("problems_asked", "Problems used so far", "", "Exploration"),
-    Metric("hard", "Hard prompts", "per step, no success at first", "Exploration"),
-    Metric("largest_group", "Largest group", "completions of one prompt", "Exploration"),
-    Metric("replayed", "Replayed successes", "per step", "Exploration"),
-    Metric("replay_kept", "Stored successes", "", "Exploration"),
-    Metric("replay_dropped", "Expired successes", "per step", "Exploration"),
-)
-DETAILS = (
-    Metric("reward_std", "Spread of the reward", "standard deviation", "Details"),
-    Metric("proxy_std", "Spread of the trained reward", "standard deviation, held out", "Details"),
-    Metric("gold_std", "Spread of the gold reward", "standard deviation, held out", "Details"),
-)
-METRICS = (
-    *ROLLOUT_METRICS,
-    Metric("loss", "Loss", "", "Training"),
-    Metric("clip_fraction", "Clipped", "share of tokens", "Training"),
-    Metric("approx_kl", "KL of the update", "nats/token", "Training"),
-    Metric("mismatch", "Sampler and trainer", "mean |difference| of log-probabilities", "Training", "lower"),
-    Metric("value_loss", "Critic loss", "", "Training", "lower"),
-    Metric("explained_variance", "Explained variance of the critic", "1: all, 0: none", "Training", "higher"),
-    *DETAILS,
-    Metric("mismatch_max", "Sampler and trainer, largest", "|difference| of log-probabilities", "Details", "lower"),
-    Metric("mismatch_kl", "Sampler and trainer, KL", "nats/token", "Details", "lower"),
-    Metric("clip_low", "Clipped below", "share of tokens", "Details"),
-    Metric("clip_high", "Clipped above", "share of tokens", "Details"),
-    Metric("clip_dual", "Clipped at the dual bound", "share of tokens", "Details"),
-    Metric("ratio", "Importance ratio", "mean", "Details"),
-    Metric("ratio_squared", "Importance ratio squared", "mean", "Details"),
-    Metric("ratio_max", "Importance ratio, largest", "", "Details"),
-    Metric("importance", "Importance weight", "mean", "Details"),
-    Metric("importance_truncated", "Truncated importance weights", "share of tokens", "Details"),
-    Metric("value_clip", "Clipped values", "share of tokens", "Details"),
-)
 
 
 class Experience:
@@ -238,39 +161,6 @@ def _joined(records: Sequence[dict[str, float]]) -> dict[str, float]:
     return out
 
 
-def problems(
-    config: RLConfig | OnlineDPOConfig, setting: Setting
-) -> tuple[list[tuple[str, Any]], list[RenderedPrompt], list[RenderedPrompt]]:
-    """(what was read, by title; problems to train on; held-out ones, without those that are trained on too).
-
-    Raises RewardError for a reward that can't be built, before an earlier stage has trained for hours.
-    """
-    if setting.functions is not None:
-        RewardStack(config.rewards, setting.functions, setting.tokenizer).close()
-        if config.held_out is not None and config.held_out.gold is not None:
-            RewardStack([config.held_out.gold], setting.functions, setting.tokenizer).close()
-    asked = load_prompts(config.problems, setting.tokenizer, context=setting.context)
-    if config.held_out is None:
-        return [(config.name, asked)], asked.items, []
-    held = load_prompts(config.held_out.problems, setting.tokenizer, context=setting.context)
-    held = drop_training_overlap(held, asked, f"stage {config.name}")
-    return [(config.name, asked), (f"{config.name} held out", held)], asked.items, held.items
-
-
-def ready(config: RLConfig, setting: Setting) -> Ready:
-    """The stage with its problems asked."""
-    data, asked, held_out = problems(config, setting)
-    if config.environment is not None:
-        environment(config.environment, setting.functions)
-        check(config.environment, setting.tokenizer)
-    return Ready(
-        data,
-        lambda model, folder, seed, on_step: run_rl(
-            config, model, asked, held_out, folder, seed=seed, on_step=on_step, functions=setting.functions
-        ),
-    )
-
-
 def run_rl(
     config: RLConfig,
     model: ModelConfig,
@@ -326,8 +216,8 @@ def run_rl(
             shown=("reward", "held_out", "length"),
         )
     policy.value = None
-    leave_model(opened, config, model, folder, seed, end_of_turn_token(tokenizer))
-    return account(result, opened)
+    save_policy(opened, config, model, folder, seed, end_of_turn_token(tokenizer))
+    return summary(result, opened)
 
 
 def reference_of(

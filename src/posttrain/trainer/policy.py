@@ -1,0 +1,92 @@
+"""Open the policy that a stage trains, and save what it becomes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.settings import ModelConfig, TrainConfig
+from posttrain.core import distributed
+from posttrain.models.adapters import attach, count_parameters
+from posttrain.models.language_model import LanguageModel, verify
+from posttrain.models.loading import load_model, pick_device, pick_dtype
+from posttrain.models.saving import save_trained
+from posttrain.trainer.loop import LoopResult
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A policy to be trained, checked against the model's own forward pass, adapters attached.
+
+    Attributes:
+        policy: The model.
+        tokenizer: Its tokenizer.
+        parameters: Number of parameters.
+        trainable: Number of parameters that are trained.
+    """
+
+    policy: LanguageModel
+    tokenizer: Any
+    parameters: int
+    trainable: int
+
+
+def open_policy(config: TrainConfig, model: ModelConfig, seed: int) -> LoadedPolicy:
+    """Open `model` for training with the adapter that `config` asks for."""
+    device = pick_device(model.device)
+    distributed.start(device)
+    hf, tokenizer = load_model(model, pick_dtype(model.dtype, device))
+    if config.adapter is not None:
+        hf = attach(hf, config.adapter, seed)
+    policy = LanguageModel(hf)
+    verify(policy)
+    return LoadedPolicy(policy, tokenizer, *count_parameters(policy))
+
+
+def save_policy(
+    loaded: LoadedPolicy, config: TrainConfig, model: ModelConfig, folder: Path, seed: int, end_token: int | None
+) -> None:
+    """Save the trained policy as `folder`/model, an ordinary Hugging Face folder, written whole or not at all.
+
+    Args:
+        loaded: The policy.
+        config: The stage's settings (adapter, merge).
+        model: The model that the stage started from.
+        folder: The stage's folder.
+        seed: The stage's seed.
+        end_token: Token that ends a turn, for the generation settings; None: as the model has it.
+    """
+
+    def write(work: Path) -> None:
+        save_trained(loaded.policy, loaded.tokenizer, model, work, config.adapter, config.merge, seed, end_token)
+
+    save_atomically(folder / "model", write)
+
+
+def save_atomically(out: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a folder under another name, on every rank, and rename it to `out` when it is whole."""
+    work = out.with_name(f".{out.name}.writing")
+    if distributed.is_main():
+        shutil.rmtree(work, ignore_errors=True)
+    distributed.barrier()
+    write(work)
+    if distributed.is_main():
+        shutil.rmtree(out, ignore_errors=True)
+        work.rename(out)
+    distributed.barrier()
+
+
+def summary(result: LoopResult, loaded: LoadedPolicy) -> dict[str, Any]:
+    """Return the manifest's entry of a stage that trained."""
+    return {
+        "steps": result.steps,
+        "skipped_steps": result.skipped,
+        "seconds": round(result.seconds, 2),
+        "tokens": result.tokens,
+        "peak_memory_mb": round(result.peak_memory_mb, 1),
+        "parameters": loaded.parameters,
+        "trainable": loaded.trainable,
+    }
