@@ -63,7 +63,7 @@ def run_ours(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         {
             "method": "grpo",
             "problems": {"kind": "lab"},  # not read: the questions are given
-            "rewards": {"parts": [{"kind": "function", "name": "r", "function": "r", "isolated": False}]},
+            "rewards": {"terms": [{"kind": "function", "name": "r", "function": "r", "isolated": False}]},
             "prompts_per_step": job["per_step"],
             "group_size": job["group"],
             "steps": job["steps"],

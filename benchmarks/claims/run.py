@@ -112,7 +112,7 @@ STEPS = Claim(
         Arm(
             "step-wise",
             "lab",
-            (*PLAIN, f"stages.rl.rewards.parts=[{EXACT}, {{kind: valid_steps, name: steps, weight: 0.5}}]"),
+            (*PLAIN, f"stages.rl.rewards=[{EXACT}, {{kind: valid_steps, name: steps, weight: 0.5}}]"),
         ),
     ),
     sooner,
@@ -122,7 +122,7 @@ STEPS = Claim(
 
 # ------------------------------------------------------------------------------------------------- 4: self-consistency
 MEASURED = "{kind: exact, name: right, extract: last_line, weight: 0}"
-AGREE = f"stages.rl.rewards.parts=[{{kind: self_consistency, name: agree, extract: last_line}}, {MEASURED}]"
+AGREE = f"stages.rl.rewards=[{{kind: self_consistency, name: agree, extract: last_line}}, {MEASURED}]"
 
 
 def improves(curves: Curves) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def as_good(curves: Curves) -> dict[str, Any]:
     }
 
 
-ALONE = "stages.policy.rewards.parts=[{kind: reward_model, name: proxy, source: 'stage:proxy', normalise: true}]"
+ALONE = "stages.policy.rewards=[{kind: reward_model, name: proxy, source: 'stage:proxy', normalise: true}]"
 
 
 def fed(name: str, recipe: str, *overrides: str) -> Arm:

@@ -29,7 +29,7 @@ DPO = {"method": "dpo", "name": "dpo", "optimizer": {"lr": 1e-4, "warmup": 0.1},
 GRPO = {
     "method": "grpo",
     "name": "rl",
-    "rewards": {"parts": [{"kind": "length", "unit": "characters", "target": 24, "width": 60}]},
+    "rewards": {"terms": [{"kind": "length", "unit": "characters", "target": 24, "width": 60}]},
     "optimizer": {"lr": 3e-4},
     "checkpoint_every": 100,
 }

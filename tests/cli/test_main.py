@@ -265,11 +265,11 @@ WRONG = {
     "a model type that is unknown": (["run", "lab", "model.source=tiny:lama"], "Did you mean tiny:llama"),
     "an extra that is missing": (["run", "lab", "track.wandb=x"], "pip install 'posttrain[track]'"),
     "a module of a reward": (
-        ["run", "lab", "stages.rl.rewards.parts=[{kind: function, function: 'no_such_module:f'}]"],
+        ["run", "lab", "stages.rl.rewards.terms=[{kind: function, function: 'no_such_module:f'}]"],
         "module 'no_such_module' can't be found",
     ),
     "a function of a module": (
-        ["inspect", "lab", "stages.rl.rewards.parts=[{kind: function, function: 'json:laods'}]"],
+        ["inspect", "lab", "stages.rl.rewards.terms=[{kind: function, function: 'json:laods'}]"],
         "Did you mean loads?",
     ),
     "a key": (["run", "sft", "stages.sft.batchsize=3"], "Did you mean batch_size?"),

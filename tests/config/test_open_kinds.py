@@ -36,7 +36,7 @@ model: {source: "tiny:llama"}
 stages:
 - method: grpo
   problems: {kind: KIND, SETTINGS}
-  rewards: {parts: [{kind: exact}]}
+  rewards: [{kind: exact}]
 """
 
 

@@ -60,9 +60,8 @@ stages:
     problems: {kind: rows, data: {source: problems.jsonl, rows: [0, 40], chat: false}}
     held_out: {every: 10, problems: {kind: rows, data: {source: problems.jsonl, rows: [40, 50], chat: false}}}
     rewards:
-      parts:
-        - {kind: length, unit: characters, target: 12, width: 30}
-        - {kind: function, name: slow, function: "tests.invariants.test_killed:vowels", weight: 0.5}
+      - {kind: length, unit: characters, target: 12, width: 30}
+      - {kind: function, name: slow, function: "tests.invariants.test_killed:vowels", weight: 0.5}
     sampler: {max_tokens: 10}
     prompts_per_step: 6
     group_size: 4

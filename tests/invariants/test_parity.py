@@ -73,7 +73,7 @@ def test_grpo_steps_equal_the_flat_loop() -> None:
         {
             "method": "grpo",
             "problems": {"kind": "rows", "data": {"source": "unused"}},
-            "rewards": {"parts": [{"kind": "exact"}]},
+            "rewards": {"terms": [{"kind": "exact"}]},
             "sampler": {"temperature": 0.9},
             "optimizer": {"lr": 3e-3},
             "passes": 3,

@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.config import JudgeConfig, ModelConfig, RewardsConfig
-from posttrain.config.rewards import RewardModelPart
 from posttrain.config.rl import KLConfig
 from posttrain.core.errors import CheckpointError, DataError, RecipeError
 from posttrain.core.types import Rollout, RolloutGroup
@@ -26,6 +25,7 @@ from posttrain.judge.labels import OPPOSED, Judge, Judged, Score, Verdict, above
 from posttrain.judge.local_judge import _alone
 from posttrain.judge.server_judge import label_probabilities
 from posttrain.rewards import RewardStack
+from posttrain.rewards.model_rewards import ScalarReward
 from tests.judge.serving import PAIRS
 
 
@@ -136,11 +136,11 @@ def test_settings_that_would_do_nothing_are_refused() -> None:
     worded = {"template": "{first} or {second}? They are {scale}.", "scale": {"bad": 0, "good": 1}}
     JudgeConfig.model_validate({**judge, **worded})  # the template names them
     with pytest.raises(ValueError, match="spread would do nothing: combine is mean"):
-        RewardModelPart.model_validate({"source": "x", "spread": 2})
+        ScalarReward.Config.model_validate({"source": "x", "spread": 2})
     with pytest.raises(ValueError, match=r"kl.gain would do nothing: .* unless kl.target"):
         KLConfig.model_validate({"coefficient": 0.1, "gain": 0.2})
-    whole = KLConfig(coefficient=0.1).model_dump(), RewardModelPart(source="x").model_dump()
-    assert KLConfig.model_validate(whole[0]) and RewardModelPart.model_validate(whole[1])  # recipes hold all fields
+    whole = KLConfig(coefficient=0.1).model_dump(), ScalarReward.Config(source="x").model_dump()
+    assert KLConfig.model_validate(whole[0]) and ScalarReward.Config.model_validate(whole[1])  # recipes hold all fields
 
 
 def test_replies_are_read_only_where_they_say_one_thing() -> None:
@@ -380,7 +380,7 @@ def test_a_judge_as_reward(tmp_path: Path) -> None:
         "scale": {"bad": 0, "good": 1},
         "store": str(tmp_path / "judge.sqlite3"),
     }
-    config = RewardsConfig.model_validate({"parts": [{"kind": "judge", "judge": judge}]})
+    config = RewardsConfig.model_validate({"terms": [{"kind": "judge", "judge": judge}]})
     texts = ["Hi there.", "Go away.", ""]
     group = RolloutGroup([1], {"prompt": "Say hi."}, [Rollout([5], [0.0], "end", t) for t in texts])
     for _ in range(2):
@@ -392,4 +392,4 @@ def test_a_judge_as_reward(tmp_path: Path) -> None:
         assert [s.expectation for s in direct] == rewards[:2] and mine.asker.counts["from the store"] == 2
     with pytest.raises(ValueError, match=r"set judge.mode to score"):
         pairwise = {"model": judge["model"], "store": judge["store"]}
-        RewardsConfig.model_validate({"parts": [{"kind": "judge", "judge": pairwise}]})
+        RewardsConfig.model_validate({"terms": [{"kind": "judge", "judge": pairwise}]})

@@ -45,7 +45,7 @@ def test_a_rare_reward_becomes_the_rule(method: str, digits: Path, tmp_path: Pat
         "name": "rl",
         "problems": {"kind": "rows", "data": {**data, "rows": [0, 250]}},
         "held_out": {"problems": {"kind": "rows", "data": {**data, "rows": [250, 300]}}, "every": 30},
-        "rewards": {"parts": [{"kind": "function", "name": "even", "function": "even", "isolated": False}]},
+        "rewards": {"terms": [{"kind": "function", "name": "even", "function": "even", "isolated": False}]},
         "sampler": {"max_tokens": 8, "min_tokens": 4},
         "prompts_per_step": 8,
         "group_size": 8,

@@ -157,7 +157,7 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
     makes_model = any(s.makes == "model" for s in recipe.stages)
     assert ("model/model.safetensors" in manifest["artifacts"]) == makes_model
     held_out = [s for s in recipe.stages if isinstance(s, RLConfig | OnlineDPOConfig) and s.held_out is not None]
-    judged = [s for s in held_out if any(p.judges for p in s.rewards.parts)]  # right or wrong, and so compared
+    judged = [s for s in held_out if any(p.is_correctness for p in s.rewards.terms)]  # right or wrong, and so compared
     assert len(result.comparison) == len(recipe.evaluate) + len(judged)
     assert "<html" in result.report.read_text()
     for opens, kind in (
@@ -284,7 +284,7 @@ def test_a_reward_that_can_not_be_built_stops_before_an_earlier_stage_trains(tmp
     rl = {
         "method": "grpo",
         "problems": {"kind": "rows", "data": {"source": str(rows)}},
-        "rewards": {"parts": [{"kind": "function", "function": "no_such_module:f"}]},
+        "rewards": {"terms": [{"kind": "function", "function": "no_such_module:f"}]},
     }
     one = recipe_of(chats, max_steps=2).model_dump()
     recipe = posttrain.Recipe.model_validate({**one, "stages": [*one["stages"], rl]})

@@ -128,7 +128,7 @@ def test_a_reward_model_teaches_by_other_methods_too(method: str, tmp_path: Path
         "start": "base",
         "problems": {"kind": "rows", "answers": False,
                      "data": {"source": str(tmp_path / "pairs.jsonl"), "completion": "-", "prompt": "{prompt}"}},
-        "rewards": {"parts": parts},
+        "rewards": {"terms": parts},
         "sampler": {"max_tokens": 5},
         "prompts_per_step": 3,
         "group_size": 3,

@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "stages": [
                 {"name": "one", "data": {"source": "lab:words", "rows": [0, 8], "chat": False}, "max_steps": 2},
                 {"method": "rejection_sampling", "name": "mine", "problems": {"kind": "lab", "size": 4},
-                 "rewards": {"parts": [{"kind": "length", "max": 60}]}, "threshold": -9,
+                 "rewards": {"terms": [{"kind": "length", "max": 60}]}, "threshold": -9,
                  "sampler": {"max_tokens": 90}},
                 {"name": "two", "data": {"source": "stage:mine", "chat": False}, "max_steps": 2},
             ],

@@ -26,7 +26,7 @@ def rl(path, **more):
     return {
         "problems": problems[0],
         "held_out": {"problems": problems[1], "every": 1, "gold": gold, "samples": 2},
-        "rewards": {"parts": [{"kind": "exact"}, {"kind": "length", "target": 5, "width": 20}]},
+        "rewards": {"terms": [{"kind": "exact"}, {"kind": "length", "target": 5, "width": 20}]},
         "sampler": {"max_tokens": 8}, "prompts_per_step": 2, "group_size": 2, "steps": 2, **more,
     }  # fmt: skip
 

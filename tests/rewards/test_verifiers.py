@@ -9,12 +9,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from posttrain.config.rewards import RewardConfig
 from posttrain.rewards.outcome import LabelError
-from posttrain.rewards.verifiers import build
+from posttrain.rewards.reward import build_reward
 
 
 def reward(kind: str, text: Any, example: dict[str, Any], **settings: Any) -> Any:
     config = TypeAdapter(RewardConfig).validate_python({"kind": kind, **settings})
-    return build(config, {})(text, example)
+    return build_reward(config, {})(text, example)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_choice(label: Any, text: str, right: int) -> None:
         ("<answer>b</answer><think>a</think>", {"tags": ["think", "answer"]}, 0),
         ("<think> </think><answer>b</answer>", {"tags": ["think", "answer"]}, 0),
         ("<think>a</think><answer>b</answer><answer>c</answer>", {"tags": ["think", "answer"]}, 0),
-        ("a</think><answer>b</answer>", {"tags": ["think", "answer"], "opened": True}, 1),
+        ("a</think><answer>b</answer>", {"tags": ["think", "answer"], "prompt_ends_with_tag": True}, 1),
         ("a</think><answer>b</answer>", {"tags": ["think", "answer"]}, 0),
         ("12", {"pattern": r"\d+"}, 1),
         ("12!", {"pattern": r"\d+"}, 0),
@@ -144,10 +144,10 @@ def test_length(tokens: int, settings: dict[str, Any], expected: float) -> None:
 
 
 @pytest.mark.parametrize(("finish", "expected"), [("end", 0), ("stop", 0), ("length", -1), ("turns", -1)])
-def test_ended(finish: str, expected: float) -> None:
-    assert reward("ended", "Well,", {"finish": finish}) == expected
+def test_truncation_penalty(finish: str, expected: float) -> None:
+    assert reward("truncation_penalty", "Well,", {"finish": finish}) == expected
     with pytest.raises(LabelError, match="RewardStack"):
-        reward("ended", "Well,", {})
+        reward("truncation_penalty", "Well,", {})
 
 
 def test_self_consistency() -> None:

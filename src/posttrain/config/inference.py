@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.prompts import ProblemsConfig
-from posttrain.config.rewards import Extract, NumericConfig, RewardConfig
+from posttrain.config.rewards import Extract, RewardConfig, read_reward
 from posttrain.config.settings import NAME, Config, SamplerConfig
 
 
@@ -23,7 +23,8 @@ class SampleConfig(Config):
     )
     sampler: SamplerConfig = SamplerConfig()
     judge: RewardConfig = Field(
-        default_factory=NumericConfig, description="Says what is right; its weight is not used."
+        default_factory=lambda: read_reward({"kind": "numeric"}),
+        description="Says what is right; its weight is not used.",
     )
     right_at: float = Field(1.0, description="The judge's number from which a completion is right.")
     vote: Extract | Literal["program"] | None = Field(
@@ -58,11 +59,9 @@ class SampleConfig(Config):
         names = [r.title for r in self.rank_by]
         if len(set(names)) != len(names) or "judge" in names:
             raise ValueError(f"rank_by needs different names, none of them judge, and has {names}: set `name` of each")
-        group = [
-            r.title for r in (self.judge, *self.rank_by) if r.kind == "self_consistency" or getattr(r, "group", False)
-        ]
-        if group:
-            raise ValueError(f"{group[0]} compares all n completions, not the k at hand: `vote` measures agreement")
+        comparing = [r.title for r in (self.judge, *self.rank_by) if r.compares_completions]
+        if comparing:
+            raise ValueError(f"{comparing[0]} compares all n completions, not subsets of k: `vote` measures agreement")
         return self
 
     @property
@@ -88,6 +87,6 @@ class ScoreConfig(Config):
     def _fits(self) -> ScoreConfig:
         if self.sampler.temperature == 0 and self.n > 1:
             raise ValueError("sampler.temperature is 0: all n answers would be the same. Raise it, or set n to 1")
-        if self.scorer.kind == "self_consistency" or getattr(self.scorer, "group", False):
+        if self.scorer.compares_completions:
             raise ValueError(f"{self.scorer.title} compares the answers of a prompt: a score is of one answer")
         return self

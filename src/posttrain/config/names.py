@@ -36,6 +36,29 @@ PROMPT_SOURCES: dict[str, str] = {
 }
 """Sources of prompts for RL and for data that a model makes: classes with a nested `Config` and a method `load()`."""
 
+REWARDS: dict[str, str] = {
+    "math": "posttrain.rewards.verifiers:Math",
+    "exact": "posttrain.rewards.verifiers:Exact",
+    "numeric": "posttrain.rewards.verifiers:Numeric",
+    "choice": "posttrain.rewards.verifiers:Choice",
+    "reasoning_gym": "posttrain.rewards.verifiers:ReasoningGym",
+    "self_consistency": "posttrain.rewards.verifiers:SelfConsistency",
+    "format": "posttrain.rewards.text_shape:Format",
+    "length": "posttrain.rewards.text_shape:Length",
+    "truncation_penalty": "posttrain.rewards.text_shape:TruncationPenalty",
+    "program": "posttrain.rewards.programs:Program",
+    "unit_tests": "posttrain.rewards.programs:UnitTests",
+    "valid_steps": "posttrain.rewards.step_rewards:ValidSteps",
+    "agreement": "posttrain.rewards.step_rewards:Agreement",
+    "process": "posttrain.rewards.step_rewards:ProcessScorer",
+    "preference": "posttrain.rewards.model_rewards:Preference",
+    "reward_model": "posttrain.rewards.model_rewards:ScalarReward",
+    "process_reward": "posttrain.rewards.model_rewards:StepReward",
+    "judge": "posttrain.judge.judge_reward:JudgeReward",
+    "function": "posttrain.rewards.reward:FunctionReward",
+}
+"""Rewards: classes with a nested `Config`, called with (text, example); or functions of (text, example, *, settings)."""
+
 RENAMED = {
     "learning_rate": "lr",
     "per_device_train_batch_size": "batch_size",
@@ -76,11 +99,16 @@ RENAMED = {
     "data_seed": "shuffle_seed",
     "tasks": "evaluate",
     "eval": "evaluate",
+    "parts": "terms",
+    "opened": "prompt_ends_with_tag",
 }
 """Old name, or the name that TRL, verl, transformers or another tool uses -> our name.
 
 A name on the right may be dotted (``clip.low``): its last part is a setting of the block before it.
 """
+
+RENAMED_KINDS = {"ended": "truncation_penalty"}
+"""Old value of a `kind` -> our value."""
 
 NO_SUCH_SETTING = {
     "gradient_accumulation_steps": "batch_size is the number of samples of one step over all ranks; a step is split "

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
+from posttrain.config.names import RENAMED_KINDS
 from posttrain.core.errors import RecipeError
 from posttrain.core.imports import is_import_path, load_object
 
@@ -118,7 +119,8 @@ def unknown_name(name: str, names: Iterable[str], what: str) -> str:
     names = list(names)
     folded = {n.lower().replace("-", "_"): n for n in names}
     near = difflib.get_close_matches(name.lower().replace("-", "_"), folded, n=3)
-    hint = f" Did you mean {' or '.join(folded[n] for n in near)}?" if near else ""
+    near = [RENAMED_KINDS[name]] if RENAMED_KINDS.get(name) in names else [folded[n] for n in near]
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"no {what} is called {name!r}.{hint} There are {', '.join(names)}, and package.module:name for one of yours"
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
 from posttrain.config.prompts import ProblemsConfig
-from posttrain.config.rewards import RewardConfig, RewardsConfig, judges_steps
+from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.settings import (
     NAME,
     Config,
@@ -59,13 +59,6 @@ class RLOptimizerConfig(OptimizerConfig):
     warmup: float = Field(0.0, ge=0, description="Steps of linear warm-up; below 1: that fraction of all steps.")
 
 
-def _of_groups(part: Any) -> bool:
-    """Whether a reward looks at all completions of a prompt together."""
-    if part.kind == "agreement":
-        return getattr(part, "label", None) is None
-    return part.kind == "self_consistency" or bool(getattr(part, "group", False))
-
-
 class HeldOutConfig(Config):
     """Problems that are never trained on, answered greedily now and then; and sampled, where there is a gold scorer."""
 
@@ -81,7 +74,7 @@ class HeldOutConfig(Config):
     def _sampled(self) -> HeldOutConfig:
         if self.samples > 1 and self.gold is None:
             raise ValueError("held_out.samples are drawn for held_out.gold, and there is none")
-        if self.gold is not None and _of_groups(self.gold):
+        if self.gold is not None and self.gold.compares_completions:
             raise ValueError(f"held_out.gold is {self.gold.title}, which compares the completions of a prompt")
         return self
 
@@ -186,7 +179,7 @@ class RLConfig(TrainConfig):
             raise ValueError("sampler.temperature is 0: completions would all be the same, with nothing to compare")
         if self.held_out is not None and self.held_out.gold is not None:
             _whole(self.sampler)
-            if "gold" in [p.title for p in self.rewards.parts]:
+            if "gold" in [p.title for p in self.rewards.terms]:
                 raise ValueError("a reward is named 'gold', as held_out.gold is: give it another name")
         if self.environment is not None and self.sampler.min_tokens:
             raise ValueError("sampler.min_tokens would hold in every turn anew: leave it out with an environment")
@@ -217,7 +210,7 @@ class RLConfig(TrainConfig):
             raise ValueError("success is for allocate, curriculum and replay: leave it out, or turn one of them on")
         if "max_staleness" in given and not self.off_policy:
             raise ValueError("max_staleness is for replay and carry: leave it out, or turn one of them on")
-        steps = any(judges_steps(p) for p in self.rewards.parts)
+        steps = any(p.scores_steps for p in self.rewards.terms)
         if self.redraws and self.group_size == 1 and not steps and self.replay is None:
             raise ValueError("redraws replaces groups whose rewards are all alike, as one of one is: raise group_size")
 
@@ -235,7 +228,7 @@ class RLConfig(TrainConfig):
         if self.allocate is not None:
             if self.allocate.first >= self.group_size:
                 raise ValueError(f"allocate.first ({self.allocate.first}) must be below group_size ({self.group_size})")
-            whole = [p.title for p in self.rewards.parts if _of_groups(p)]
+            whole = [p.title for p in self.rewards.terms if p.compares_completions]
             if whole:
                 raise ValueError(
                     f"allocate judges completions before their group is whole, and reward {whole[0]!r} needs all"

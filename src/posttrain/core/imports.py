@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.core.errors import PosttrainError, RecipeError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 _FOLDERS: list[str] = []
 
@@ -85,3 +89,30 @@ def _hidden(module: str) -> str:
             if origin and file.is_file() and Path(origin) != file:
                 return f". {file} is hidden by {origin}: give it another name"
     return ""
+
+
+def signature_settings(function: Callable[..., Any]) -> type[BaseModel]:
+    """Return a settings class whose fields are the keyword-only parameters of `function`.
+
+    Each parameter's annotation is the field's type (Any if missing) and its default the field's default. Other settings
+    are refused.
+
+    Raises:
+        RecipeError: The signature or an annotation can't be read.
+    """
+    from pydantic import ConfigDict, create_model
+
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
+    except (TypeError, ValueError, NameError) as error:
+        raise RecipeError(f"the parameters of function {name!r} can't be read as settings: {error}") from error
+    fields: dict[str, Any] = {
+        p.name: (
+            Any if p.annotation is inspect.Parameter.empty else p.annotation,
+            ... if p.default is inspect.Parameter.empty else p.default,
+        )
+        for p in parameters
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    return create_model(name, __config__=ConfigDict(extra="forbid", frozen=True), **fields)

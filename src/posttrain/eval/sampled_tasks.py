@@ -42,8 +42,8 @@ def stack_of(task: SampleConfig, functions: Functions | None = None) -> RewardSt
     """Judge and scores as one stack of rewards, the judge under the name ``judge``."""
     if task.vote == "program":
         sandbox.require()
-    parts = [task.judge.model_copy(update={"name": "judge"}), *task.rank_by]
-    return RewardStack(RewardsConfig(parts=parts), functions)
+    terms = [task.judge.model_copy(update={"name": "judge"}), *task.rank_by]
+    return RewardStack(RewardsConfig(terms=terms), functions)
 
 
 def chunks(

@@ -1,45 +1,73 @@
-"""A judge's score as a reward (direct RLAIF, arXiv 2309.00267): what a stack of rewards calls for kind judge."""
+"""A judge's score as a reward: direct reinforcement learning from AI feedback, arXiv 2309.00267."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
-from posttrain.config.rewards import JudgeRewardConfig
+from pydantic import Field, model_validator
+
+from posttrain.config.judge import JudgeConfig
+from posttrain.config.rewards import Form, RewardTermConfig
 from posttrain.core.errors import ServerError
-from posttrain.judge.labels import Judge
 from posttrain.rewards.outcome import LabelError
+from posttrain.rewards.reward import Functions, Reward
 
 DOWN = 60.0
-"""Seconds for which a server that failed counts as down: a batch's other completions do not each wait for it again."""
-Scorer = Callable[[Sequence[Any], Sequence[str]], Sequence[float]]
+"""Seconds for which a failed server counts as down, so that the batch's other completions do not each wait for it."""
 
 
-def judge(config: JudgeRewardConfig) -> Scorer:
-    """(prompts, completions) → expected scores, by a judge with its store open as long as the function lives.
+class JudgeReward(Reward):
+    """Return the expected score of each completion, by a judge whose store is open as long as the reward lives.
 
-    What was scored before, in this run or another, is looked up; so a run that goes on gets the same rewards. An empty
-    completion gets the worst of the scale, and nobody is asked. Raises LabelError where the judge gave one no verdict:
-    the stack then asks for each by itself (from the store), and leaves out that one.
+    Completions that were scored before, in this run or another, are looked up, so that a resumed run gets the same
+    rewards. An empty completion gets the lowest score of the scale without a request.
     """
-    opened = Judge.open(config.judge)
-    failure: list[tuple[float, ServerError]] = []
 
-    def score(prompts: Sequence[Any], texts: Sequence[str]) -> list[float]:
-        if failure and time.monotonic() - failure[-1][0] < DOWN:
-            raise failure[-1][1]
-        there = [i for i, t in enumerate(texts) if t.strip()]
+    class Config(RewardTermConfig):
+        """The judge's score of the completion, by expectation over its scale: direct RL from AI feedback."""
+
+        form: ClassVar[Form] = "batch"
+        kind: Literal["judge"] = "judge"
+        judge: JudgeConfig = Field(description="The judge; its mode is score.")
+        prompt: str = Field("prompt", description="Column of the example with the prompt.")
+        batch_size: int = Field(64, ge=1, description="Completions handed to the judge together.")
+
+        @model_validator(mode="after")
+        def _scores(self) -> JudgeReward.Config:
+            if self.judge.mode != "score":
+                raise ValueError("a judge as reward scores each completion: set judge.mode to score")
+            return self
+
+    config: Config
+
+    def open(self, functions: Functions) -> None:
+        """Open the judge's store, and check its settings."""
+        from posttrain.judge.labels import Judge  # imports torch
+
+        self.judge = Judge.open(self.config.judge)
+        self.failure: tuple[float, ServerError] | None = None
+
+    def __call__(self, prompts: Sequence[Any], texts: Sequence[str]) -> list[float]:
+        """Score the completions.
+
+        Raises:
+            LabelError: The judge gave one no verdict. The stack then asks for each alone (from the store), and leaves
+                out that one.
+            ServerError: The server failed, now or within the last minute.
+        """
+        if self.failure is not None and time.monotonic() - self.failure[0] < DOWN:
+            raise self.failure[1]
+        filled = [i for i, t in enumerate(texts) if t.strip()]
         try:
-            found = opened.score([prompts[i] for i in there], [texts[i] for i in there]) if there else []
+            scores = self.judge.score([prompts[i] for i in filled], [texts[i] for i in filled]) if filled else []
         except ServerError as error:
-            failure.append((time.monotonic(), error))
+            self.failure = (time.monotonic(), error)
             raise
-        out = [min(config.judge.scale.values())] * len(texts)
-        for i, s in zip(there, found, strict=True):
-            if s.expectation is None:
-                raise LabelError(f"the judge gave no score: {s.why}")
-            out[i] = s.expectation
+        out = [min(self.config.judge.scale.values())] * len(texts)
+        for i, score in zip(filled, scores, strict=True):
+            if score.expectation is None:
+                raise LabelError(f"the judge gave no score: {score.why}")
+            out[i] = score.expectation
         return out
-
-    return score

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from posttrain.config import Recipe
 from posttrain.config.open_kinds import unknown_name
 from posttrain.recipe.documents import Document
-from posttrain.recipe.schema import Key, child, inside, model_for, unknown_key
+from posttrain.recipe.schema import Key, child, inside, list_field, model_for, unknown_key
 
 EXPECTED = {
     "float": "a number",
@@ -104,6 +104,9 @@ def _locate(location: Sequence[str | int], data: Any) -> tuple[Key, type[BaseMod
     for i, part in enumerate(location):
         model = model_for(tp, value)
         inner = child(tp, part, value)
+        if isinstance(value, list) and part == list_field(model):  # the list stands for this field
+            tp = inner
+            continue
         present = isinstance(value, Mapping) and part in value
         if inner is None and not (model is not None and (i == len(location) - 1 or present)):
             continue

@@ -18,7 +18,7 @@ from posttrain.core.errors import RecipeError
 from posttrain.core.imports import add_import_folder
 from posttrain.recipe.documents import Document, dump_recipe, parse_document, parse_value
 from posttrain.recipe.messages import explain, short
-from posttrain.recipe.schema import Key, child, dotted, inside, item_names, options
+from posttrain.recipe.schema import Key, child, dotted, inside, item_names, list_field, model_for, options
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -248,6 +248,8 @@ def _find(doc: Document, name: str, source: str) -> Key | None:
     key: list[str | int] = []
     tp: Any = Recipe
     while parts:
+        if isinstance(value, list) and parts[0] in getattr(model_for(tp, value), "model_fields", ()):
+            value = _unfold(doc, key, list_field(model_for(tp, value)))
         if not isinstance(value, list):
             part: str | int = parts.pop(0)
         else:
@@ -265,6 +267,17 @@ def _find(doc: Document, name: str, source: str) -> Key | None:
         key.append(part)
         value, tp = inside(value, part), child(tp, part, value)
     return tuple(key)
+
+
+def _unfold(doc: Document, key: Sequence[str | int], field: str) -> dict[str, Any]:
+    """Replace a list that stands for a field by a mapping with this field, so that others can be set beside it."""
+    block = doc.data
+    for part in key[:-1]:
+        block = block[part]
+    block[key[-1]] = {field: block[key[-1]]}
+    for old in [k for k in doc.places if k[: len(key)] == tuple(key) and len(k) > len(key)]:
+        doc.places[*key, field, *old[len(key) :]] = doc.places.pop(old)
+    return block[key[-1]]  # type: ignore[no-any-return]
 
 
 def _value(text: str, tp: Any) -> Any:

@@ -137,12 +137,19 @@ def child(tp: Any, name: str | int, value: Any) -> Any:
     model = model_for(tp, value)
     if model is not None and name in model.model_fields:
         return model.model_fields[str(name)].rebuild_annotation()
+    if isinstance(name, int) and list_field(model):
+        return child(child(tp, list_field(model), None), name, value)
     for option in options(tp):
         if get_origin(option) in (list, tuple) and isinstance(name, int):
             return get_args(option)[0]
         if get_origin(option) is dict and isinstance(name, str):
             return get_args(option)[1]
     return None
+
+
+def list_field(model: type[BaseModel] | None) -> str:
+    """Return the field of a settings class for which a plain list stands; empty if there is none."""
+    return str(getattr(model, "list_field", ""))
 
 
 def inside(value: Any, name: str | int) -> Any:

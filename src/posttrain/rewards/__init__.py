@@ -1,22 +1,23 @@
-"""Rewards: a completion and its example in, a number out; stacked, weighted, each part kept. See docs/rewards.md."""
+"""Rewards: a completion and its example in, a number out; listed, weighted, and each kept. See docs/rewards.md."""
 
-from posttrain.config.rewards import RewardConfig, RewardsConfig
+from posttrain.config.rewards import CustomRewardConfig, RewardConfig, RewardsConfig, RewardTermConfig
 from posttrain.core.errors import RewardError
 from posttrain.rewards.answer_extraction import Answer, find
-from posttrain.rewards.outcome import GroupReward, LabelError, Reward, Scorer
+from posttrain.rewards.outcome import LabelError
+from posttrain.rewards.reward import Reward
 from posttrain.rewards.stack import Excluded, RewardStack, Scored
 
 __all__ = [
     "Answer",
+    "CustomRewardConfig",
     "Excluded",
-    "GroupReward",
     "LabelError",
     "Reward",
     "RewardConfig",
     "RewardError",
     "RewardStack",
+    "RewardTermConfig",
     "RewardsConfig",
     "Scored",
-    "Scorer",
     "find",
 ]

@@ -1,4 +1,4 @@
-"""What a reward is, and what comes of calling one."""
+"""The outcome of calling a reward, checked; and the labels of an example."""
 
 from __future__ import annotations
 
@@ -12,30 +12,24 @@ from typing import Any, Literal
 from posttrain.core.errors import PosttrainError
 
 Example = Mapping[str, Any]
-Reward = Callable[[str, Example], float]
-"""A completion and its example → a number. The example also has ``completion_tokens`` and ``finish`` of the rollout."""
-GroupReward = Callable[[Sequence[str], Example], Sequence[float]]
-"""All completions of one prompt → a number for each."""
-Scorer = Callable[[Sequence[Any], Sequence[str]], Sequence[float]]
-"""Prompts (as the examples hold them) and completions, pair by pair → a number for each pair."""
-
 TRACE = 3000
 """Characters of a traceback that are kept, from its end."""
 
 
 class LabelError(PosttrainError, ValueError):
-    """An example without the label that a reward needs, or with one that it can't use."""
+    """Raised for an example without the label that a reward needs, or with one that it can't use."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one call gave for one rollout: a value, or a failure with its message and traceback; neither where it
-    has no opinion, which then counts nothing in the sum.
+    """The outcome of a call for one rollout: a value, or a failure.
 
-    steps: of a reward that judges steps, (first character, one past the last, score) in order; value is their mean.
-
-    failure: ``error`` (it raised, or returned no finite number), ``timeout``, ``died`` (memory ran out, or the worker
-    process ended twice during this call).
+    Attributes:
+        value: The number. None: a failure, or no opinion, which counts nothing in the sum.
+        failure: ``error`` (it raised, or returned no finite number), ``timeout``, ``died`` (memory ran out, or the
+            worker process ended twice during this call).
+        message, trace: Of the failure.
+        steps: Of a reward that scores steps, (first character, one past the last, score) in order; value is their mean.
     """
 
     value: float | None = None
@@ -46,7 +40,7 @@ class Outcome:
 
 
 def as_number(value: Any) -> float:
-    """A finite float, of a number, a bool, or an array or tensor of no dimensions. Raises TypeError and ValueError."""
+    """Return a number, a bool, or an array or tensor of no dimensions as a finite float; else raise an error."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()
     if not isinstance(value, numbers.Real):
@@ -60,13 +54,24 @@ def as_number(value: Any) -> float:
 def attempt(
     function: Callable[..., Any], args: Sequence[Any], count: int | None = None, steps: bool = False
 ) -> list[Outcome]:
-    """Call a reward and judge what it returns; whatever it raises becomes an outcome.
+    """Call a reward and check its result; an exception becomes an outcome.
 
-    count: None where it returns one number; else the numbers it must return, of which each may fail on its own. steps:
-    instead of a number each is a list of (first character, one past the last, score).
+    Args:
+        function: The reward.
+        args: Its arguments.
+        count: How many numbers it must return, each of which may fail alone. None: one, not in a list.
+        steps: True if it returns [(first character, one past the last, score), …] instead of each number.
+
+    Returns:
+        One outcome for each number.
     """
     try:
         value = function(*args)
+        if count is not None and isinstance(value, Mapping | set | frozenset | str | bytes):
+            raise TypeError(
+                f"expected a list of {count} numbers, one for each completion in their order, and the reward returned "
+                f"a {type(value).__name__}: {str(value)[:80]}"
+            )
         values = [value] if count is None else list(value)
         if len(values) != (1 if count is None else count):
             raise ValueError(f"expected {count} numbers, one a completion, and the reward returned {len(values)}")
@@ -100,17 +105,17 @@ def _trace() -> str:
 
 
 def labels(example: Example, column: str) -> list[str]:
-    """The right answers of an example as text. Raises LabelError where there is none, or it is empty or no text."""
+    """Return the right answers of an example as text. Raises LabelError if it has none, or one that is no text."""
     if example.get(column) is None:
-        have = sorted(k for k, v in example.items() if v is not None)
-        raise LabelError(f"the example has no label {column!r} (it has {have}); name its column with `label:`")
+        columns = sorted(k for k, v in example.items() if v is not None)
+        raise LabelError(f"the example has no label {column!r} (it has {columns}); name its column with `label:`")
     value = example[column]
     out = []
-    for one in value if isinstance(value, list | tuple) else [value]:
-        usable = isinstance(one, str) or (isinstance(one, numbers.Real) and not isinstance(one, bool))
-        if not usable or not str(one).strip() or str(one) in ("nan", "inf", "-inf"):
-            raise LabelError(f"label {column!r} is {one!r}: expected text or a number, or a list of them")
-        out.append(str(one).strip())
+    for label in value if isinstance(value, list | tuple) else [value]:
+        usable = isinstance(label, str) or (isinstance(label, numbers.Real) and not isinstance(label, bool))
+        if not usable or not str(label).strip() or str(label) in ("nan", "inf", "-inf"):
+            raise LabelError(f"label {column!r} is {label!r}: expected text or a number, or a list of them")
+        out.append(str(label).strip())
     if not out:
         raise LabelError(f"label {column!r} is an empty list: expected at least one right answer")
     return out

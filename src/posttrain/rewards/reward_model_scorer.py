@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from posttrain.config import DataConfig, ModelConfig
-from posttrain.config.rewards import ProcessRewardPart, RewardModelPart
 from posttrain.core.errors import DataError, ModelError
 from posttrain.data import chat_template as chat
 from posttrain.data.encoding import prompt_tokens, prompt_with_completion
@@ -135,11 +134,6 @@ class RewardModel:
                 f"keeps in {INDEX} and other makers' models don't have. Use one such model at a time, normalise: false"
             )
 
-    @classmethod
-    def of(cls, config: RewardModelPart) -> RewardModel:
-        """The one that a recipe's reward names."""
-        return cls(config.source, config.combine, config.spread, config.normalise, config.device)
-
     def scores(self, prompts: Sequence[Any], completions: Sequence[str]) -> torch.Tensor:
         """Each member's own rewards as the head gives them, (members, pairs)."""
         rows = []
@@ -179,11 +173,6 @@ class ProcessReward:
         (self.member,) = open_members(path, "token", device, dtype)
         self.combine = combine
         self.separator = separator or self.member.separator
-
-    @classmethod
-    def of(cls, config: ProcessRewardPart) -> ProcessReward:
-        """The one that a recipe's reward names."""
-        return cls(config.source, config.combine, config.separator, config.device)
 
     def steps(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[list[StepScore]]:
         """The steps of each completion, in order, with their scores."""

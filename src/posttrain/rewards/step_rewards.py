@@ -9,16 +9,22 @@ section 4.1.3; by whom they are judged is left open there.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import ClassVar, Literal
 
-from posttrain.config import rewards as c
+from pydantic import Field
+
+from posttrain.config.rewards import Form, RewardTermConfig
 from posttrain.core.arithmetic import LONGEST, NotArithmetic, evaluate
+from posttrain.core.errors import RewardError
+from posttrain.core.imports import load_object
 from posttrain.rewards.answer_extraction import numbers_in
 from posttrain.rewards.outcome import Example, LabelError
+from posttrain.rewards.reward import Functions, Reward
 
-Steps = list[tuple[int, int, float]]
+ScoredSpans = list[tuple[int, int, float]]
+"""Of each step: its first character, one past its last, its score."""
 
 OPERATORS = "+-*/×·÷−–^"
 _SIDE = r"0-9.,()\[\]{}$€£ \t" + re.escape(OPERATORS)
@@ -42,10 +48,28 @@ def split(text: str, separator: str) -> Iterator[tuple[int, int, str]]:
 # --- validity ---------------------------------------------------------------------------------------------------------
 
 
-def valid_steps(text: str, example: Example, config: c.ValidStepsConfig) -> Steps:
-    """1 for a step whose equations are all true, `wrong` where one is false, no score where there is no equation."""
-    found = ((a, b, true_line(step)) for a, b, step in split(text, config.separator))
-    return [(a, b, 1.0 if true else config.wrong) for a, b, true in found if true is not None]
+class SeparatedConfig(RewardTermConfig):
+    """Settings of rewards whose steps are split at a separator."""
+
+    scores_steps: ClassVar[bool] = True
+    separator: str = Field("\n", min_length=1, description="Text between two steps.")
+
+
+class ValidSteps(Reward):
+    """Return 1 for a step whose equations are all true, `wrong` if one is false, no score without an equation."""
+
+    class Config(SeparatedConfig):
+        """1 for a step whose equations between numbers are true; steps without one are not judged."""
+
+        kind: Literal["valid_steps"] = "valid_steps"
+        wrong: float = Field(0.0, description="For a step with an equation that is false.")
+
+    config: Config
+
+    def __call__(self, text: str, example: Example) -> ScoredSpans:
+        """Check every step."""
+        checked = ((a, b, true_line(step)) for a, b, step in split(text, self.config.separator))
+        return [(a, b, 1.0 if true else self.config.wrong) for a, b, true in checked if true is not None]
 
 
 def true_line(line: str) -> bool | None:
@@ -126,25 +150,45 @@ def _operates(text: str) -> bool:
 # --- agreement --------------------------------------------------------------------------------------------------------
 
 
-def agreement(texts: Sequence[str], example: Example, config: c.AgreementConfig) -> list[Steps]:
-    """Of every step that comes to a number: whether that is among the label's; without a label, how many agree.
+class Agreement(Reward):
+    """Score every step that has a result, by the label's intermediate results or by the other completions.
 
-    label: 1 or 0. Without: the share of the group's other completions that come to this number in some step of theirs.
-    In a group of one, as held-out answers are, no step has a score then: nobody is there to agree. Raises LabelError
-    for a label that is missing or has no number.
+    With a label: 1 if it has the result, else 0. Without: the share of the group's other completions that have this
+    result in some step. In a group of one, as held-out answers are, no step has a score then.
     """
-    found = [
-        [(a, b, value) for a, b, step in split(text, config.separator) if (value := result(step)) is not None]
-        for text in texts
-    ]
-    if config.label is not None:
-        right = _intermediate(example, config.label)
-        return [[(a, b, float(value in right)) for a, b, value in steps] for steps in found]
-    if len(texts) < 2:
-        return [[] for _ in texts]
-    sets = [{value for _, _, value in steps} for steps in found]
-    others = len(texts) - 1
-    return [[(a, b, (sum(value in s for s in sets) - 1) / others) for a, b, value in steps] for steps in found]
+
+    class Config(SeparatedConfig):
+        """For a step with a result: whether the label has it, or how many completions do."""
+
+        form: ClassVar[Form] = "group"
+        kind: Literal["agreement"] = "agreement"
+        label: str | None = Field(
+            None,
+            description="Column with the right intermediate results: a list of numbers, or a worked "
+            "solution. None: agreement with the other completions of the prompt.",
+        )
+
+        @property
+        def compares_completions(self) -> bool:
+            """Return True without a label."""
+            return self.label is None
+
+    config: Config
+
+    def __call__(self, texts: Sequence[str], example: Example) -> list[ScoredSpans]:
+        """Compare the results. Raises LabelError for a label that is missing or has no number."""
+        results = [
+            [(a, b, value) for a, b, step in split(text, self.config.separator) if (value := result(step)) is not None]
+            for text in texts
+        ]
+        if self.config.label is not None:
+            right = _intermediate(example, self.config.label)
+            return [[(a, b, float(value in right)) for a, b, value in steps] for steps in results]
+        if len(texts) < 2:
+            return [[] for _ in texts]
+        sets = [{value for _, _, value in steps} for steps in results]
+        others = len(texts) - 1
+        return [[(a, b, (sum(value in s for s in sets) - 1) / others) for a, b, value in steps] for steps in results]
 
 
 def result(step: str) -> Fraction | None:
@@ -182,9 +226,29 @@ def _intermediate(example: Example, label: str) -> set[Fraction]:
 # --- a model's -------------------------------------------------------------------------------------------------------
 
 
-def process(text: str, example: Example, config: c.ProcessConfig, scorer: Callable[..., Any] | None = None) -> Steps:
-    """The scorer's own: step_scores(prompt, completion) → [(first character, one past the last, score)]."""
-    assert scorer is not None
-    if example.get(config.prompt) is None:
-        raise LabelError(f"the example has no {config.prompt!r} to score steps by; it has {sorted(example)}")
-    return list(scorer(example[config.prompt], text))
+class ProcessScorer(Reward):
+    """Return a scorer's steps: step_scores(prompt, completion) → "
+    "[(first character, one past the last, score)]."""
+
+    class Config(RewardTermConfig):
+        """The scores of a process reward model, or of any function."""
+
+        scores_steps: ClassVar[bool] = True
+        kind: Literal["process"] = "process"
+        scorer: str = Field(
+            description="module:function, or the name of one given from Python: (prompt, completion) → "
+            "[(first character, one past the last, score)]."
+        )
+        prompt: str = Field("prompt", description="Column of the example with the prompt.")
+
+    config: Config
+
+    def open(self, functions: Functions) -> None:
+        """Import the scorer."""
+        self.scorer = load_object(self.config.scorer, functions, RewardError)
+
+    def __call__(self, text: str, example: Example) -> ScoredSpans:
+        """Call the scorer. Raises LabelError if the example has no prompt."""
+        if example.get(self.config.prompt) is None:
+            raise LabelError(f"the example has no {self.config.prompt!r} to score steps with; it has {sorted(example)}")
+        return list(self.scorer(example[self.config.prompt], text))

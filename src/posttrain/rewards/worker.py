@@ -17,22 +17,20 @@ import sys
 import threading
 from typing import IO, Any
 
-from pydantic import TypeAdapter
-
-from posttrain.config.rewards import RewardConfig
+from posttrain.config.rewards import read_reward
 from posttrain.rewards.outcome import attempt
-from posttrain.rewards.verifiers import build
+from posttrain.rewards.reward import build_reward
 
 
 def write_frame(stream: IO[bytes], value: Any) -> None:
-    """Length (8 bytes), then the pickle."""
+    """Write the length (8 bytes), then the pickle."""
     data = pickle.dumps(value)
     stream.write(struct.pack("<Q", len(data)) + data)
     stream.flush()
 
 
 def read_frame(stream: IO[bytes]) -> Any:
-    """The next frame. Raises EOFError where the other side is gone, also in the midst of one."""
+    """Return the next frame. Raises EOFError if the other process is gone, also in the middle of a frame."""
     head = stream.read(8)
     size = struct.unpack("<Q", head)[0] if len(head) == 8 else 1
     data = stream.read(size) if len(head) == 8 else b""
@@ -46,7 +44,7 @@ def _read_all(stream: IO[bytes], into: queue.Queue[Any]) -> None:
         while True:
             into.put(read_frame(stream))
     except BaseException:
-        os._exit(0)  # the parent is gone: end now, even in the midst of a call that hangs
+        os._exit(0)  # the parent is gone: end now, even if a call hangs
 
 
 def _limit_memory(gib: float) -> None:
@@ -67,9 +65,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGPROF"):
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    # The pipes are kept from the rewards: what one prints goes to stderr, and nobody answers what it asks.
+    # Rewards do not reach the pipes: what they print goes to stderr, line by line, and they read an empty stdin.
     replies, requests = os.fdopen(os.dup(1), "wb"), os.fdopen(os.dup(0), "rb")
     os.dup2(2, 1)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, errors="replace")  # type: ignore[union-attr]
     empty = os.open(os.devnull, os.O_RDONLY)
     os.dup2(empty, 0)
     inbox: queue.Queue[Any] = queue.Queue()
@@ -79,20 +79,20 @@ def main() -> None:
     sys.path[:] = setup["path"]
     functions = []
     try:
-        for spec in setup["parts"]:
-            functions.append(build(TypeAdapter(RewardConfig).validate_python(spec), {}))
+        for spec in setup["rewards"]:
+            functions.append(build_reward(read_reward(spec), {}))
     except Exception as error:
         write_frame(replies, f"{type(error).__name__}: {error}")
         return
     _limit_memory(setup["memory_gib"])
     write_frame(replies, None)
     while True:
-        part, args, count, limit = inbox.get()
-        random.seed(0)  # what a reward draws must not depend on which calls this process had before
+        number, args, count, limit, steps = inbox.get()
+        random.seed(0)  # random draws must not depend on the earlier calls of this process
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(0)
         _timer(limit)
-        outcomes = attempt(functions[part], args, count)
+        outcomes = attempt(functions[number], args, count, steps)
         _timer(0)
         write_frame(replies, outcomes)
 

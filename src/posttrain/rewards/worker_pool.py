@@ -1,4 +1,4 @@
-"""A few processes that call the rewards that may hang, and that are killed and replaced when they do.
+"""Processes that call the rewards that may hang, and are killed and replaced if one does.
 
 Results come back in the order of the calls, whichever process ran them; each call starts with the same random state and
 hash seed, so that its result depends on its arguments alone.
@@ -18,34 +18,45 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 from posttrain.core.errors import RewardError
 from posttrain.rewards.outcome import Outcome
 from posttrain.rewards.worker import read_frame, write_frame
 
 WALL = 4.0
-"""Time by the clock that a call may take, over its processor time: other processes want the machine too."""
+"""Time by the clock that a call may take, as a multiple of its processor time: other processes use the machine too."""
 START = 120.0
-"""Seconds that a worker may take to import what it needs."""
+"""Seconds that a worker may take for its imports."""
+LONGEST_LINE = 2000
+"""Longest printed line in bytes; a longer one is broken up."""
 MEMORY_GIB = 4.0
 """Memory of a worker beyond what it maps from files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """part: index of the reward. count: numbers that it returns, None for one. limit: seconds of processor time."""
+    """One call of a reward.
 
-    part: int
+    Attributes:
+        reward: Index of the reward.
+        args: Its arguments.
+        count: How many numbers it returns; None: one, not in a list.
+        limit: Seconds of processor time.
+        steps: True if it returns scores of steps instead of each number.
+    """
+
+    reward: int
     args: tuple[Any, ...]
     count: int | None
     limit: float
+    steps: bool = False
 
 
 class Worker:
-    """One process. `call` gives outcomes, or says ``timeout`` or ``died``: then it is of no more use."""
+    """A process that calls rewards; what they print appears in the log of the run."""
 
-    def __init__(self, parts: Sequence[dict[str, Any]], memory_gib: float) -> None:
+    def __init__(self, rewards: Sequence[dict[str, Any]], memory_gib: float) -> None:
         environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "posttrain.rewards.worker"]
         # -m must find this package wherever the parent found it.
@@ -56,21 +67,30 @@ class Worker:
         )
         assert self.process.stdin and self.process.stdout and self.process.stderr
         self.requests, self.replies, errors = self.process.stdin, self.process.stdout, self.process.stderr
-        self.said: deque[bytes] = deque(maxlen=20)
-        threading.Thread(target=self.said.extend, args=(errors,), daemon=True).start()
-        setup = {"path": [p or os.getcwd() for p in sys.path], "parts": list(parts), "memory_gib": memory_gib}
-        answer = self._ask(setup, START)
+        self.printed: deque[str] = deque(maxlen=20)
+        threading.Thread(target=self._forward, args=(errors,), daemon=True).start()
+        setup = {"path": [p or os.getcwd() for p in sys.path], "rewards": list(rewards), "memory_gib": memory_gib}
+        answer = self._request(setup, START)
         if answer is not None:
             self.kill()
             if answer in ("timeout", "died"):
                 raise RewardError(f"the rewards' worker process did not start ({answer}): {self.last_words()}")
             raise RewardError(str(answer).removeprefix("RewardError: "))
 
-    def call(self, call: Call) -> list[Outcome] | str:
-        return self._ask((call.part, call.args, call.count, call.limit), WALL * call.limit)  # type: ignore[no-any-return]
+    def _forward(self, stream: IO[bytes]) -> None:
+        """Show the lines that the process prints, and keep the last of them."""
+        for line in iter(lambda: stream.readline(LONGEST_LINE), b""):
+            text = line.decode(errors="replace").rstrip()
+            self.printed.append(text)
+            if text:
+                print(f"reward: {text}", flush=True)
 
-    def _ask(self, frame: Any, seconds: float) -> Any:
-        """The reply, or ``timeout`` or ``died``."""
+    def call(self, call: Call) -> list[Outcome] | str:
+        """Return the outcomes of a call, or ``timeout`` or ``died``: then the process is of no more use."""
+        return self._request((call.reward, call.args, call.count, call.limit, call.steps), WALL * call.limit)  # type: ignore[no-any-return]
+
+    def _request(self, frame: Any, seconds: float) -> Any:
+        """Return the reply, or ``timeout`` or ``died``."""
         late = threading.Event()
 
         def end() -> None:
@@ -90,19 +110,20 @@ class Worker:
             timer.cancel()
 
     def last_words(self) -> str:
-        """How it ended, and the end of what it wrote to stderr."""
+        """Return how the process ended, and the last lines that it printed."""
         code = self.process.wait()
-        said = b"".join(self.said.copy()).decode(errors="replace").strip()[-500:]
+        printed = "\n".join(self.printed.copy()).strip()[-500:]
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return how + (f"; it last wrote: {said}" if said else "")
+        return how + (f"; it last printed: {printed}" if printed else "")
 
     def kill(self) -> None:
-        """End it, and what it started."""
+        """End the process, and those that it started."""
         if self.process.poll() is None:
             with contextlib.suppress(OSError):
                 os.killpg(self.process.pid, signal.SIGKILL) if hasattr(os, "killpg") else self.process.kill()
 
     def close(self) -> None:
+        """End the process and close its pipes."""
         self.kill()
         self.process.wait()
         for stream in (self.requests, self.replies):
@@ -120,19 +141,19 @@ def _close_all(workers: list[Worker | None]) -> None:
 class Pool:
     """Workers for the given rewards (settings as plain data).
 
-    The first starts at once, so that what can't be built says so before anything heavy loads (RewardError); the others
-    start when there is work for them.
+    The first starts at once, so that a reward that can't be made is reported before anything heavy loads (RewardError);
+    the others start when there is work for them.
     """
 
-    def __init__(self, parts: Sequence[dict[str, Any]], workers: int = 2, memory_gib: float = MEMORY_GIB) -> None:
-        self.parts = parts
+    def __init__(self, rewards: Sequence[dict[str, Any]], workers: int = 2, memory_gib: float = MEMORY_GIB) -> None:
+        self.rewards = rewards
         self.memory_gib = memory_gib
         self.workers: list[Worker | None] = [None] * workers
         self._finalizer = weakref.finalize(self, _close_all, self.workers)
-        self.workers[0] = Worker(parts, memory_gib)
+        self.workers[0] = Worker(rewards, memory_gib)
 
     def run(self, calls: Sequence[Call]) -> list[list[Outcome]]:
-        """Outcomes of every call, in order."""
+        """Return the outcomes of every call, in order."""
         results: list[list[Outcome]] = [[] for _ in calls]
         todo = iter(range(len(calls)))
         lock = threading.Lock()
@@ -140,10 +161,10 @@ class Pool:
         def serve(slot: int) -> None:
             while True:
                 with lock:
-                    at = next(todo, None)
-                if at is None:
+                    number = next(todo, None)
+                if number is None:
                     return
-                results[at] = self._call(slot, calls[at])
+                results[number] = self._call(slot, calls[number])
 
         slots = min(len(self.workers), len(calls))
         if slots:
@@ -152,7 +173,7 @@ class Pool:
         return results
 
     def _call(self, slot: int, call: Call) -> list[Outcome]:
-        """One call; one in whose midst the process dies is tried once more, since something else may have killed it."""
+        """Make one call, and once more if the process dies, since something else may have killed it."""
         size = call.count or 1
         try:
             pickle.dumps(call.args)
@@ -160,7 +181,7 @@ class Pool:
             return [Outcome(failure="error", message=f"the example can't be sent to a worker process: {error}")] * size
         words = ""
         for _ in range(2):
-            worker = self.workers[slot] = self.workers[slot] or Worker(self.parts, self.memory_gib)
+            worker = self.workers[slot] = self.workers[slot] or Worker(self.rewards, self.memory_gib)
             answer = worker.call(call)
             if not isinstance(answer, str):
                 return answer
@@ -174,5 +195,5 @@ class Pool:
         return [Outcome(failure="died", message=message)] * size
 
     def close(self) -> None:
-        """End all processes. The pool may be used again: they start anew."""
+        """End all processes. The pool can be used again: it starts new ones."""
         _close_all(self.workers)

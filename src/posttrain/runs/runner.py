@@ -327,9 +327,9 @@ def _held_out(recipe: Recipe, path: Path) -> list[str]:
             continue
         sides = [[r for r in read_rollouts(path_of(folder, s)) if not r["failures"]] for s in (steps[0], steps[-1])]
         both = {r["problem"] for r in sides[0]} & {r["problem"] for r in sides[1]}
-        for config in stage.rewards.parts if both else []:
+        for config in stage.rewards.terms if both else []:
             part, credit = config.title, getattr(config, "partial", 0.0)  # given for a wrong answer of the right kind
-            if config.judges and {r["parts"].get(part) for side in sides for r in side} <= {0.0, credit, 1.0}:
+            if config.is_correctness and {r["parts"].get(part) for side in sides for r in side} <= {0.0, credit, 1.0}:
                 name = f"{folder_name.split('-', 1)[1]}-{part}"
                 names.append(name)
                 for where, side in zip(("before", "after"), sides, strict=True):

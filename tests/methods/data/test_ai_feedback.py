@@ -190,7 +190,7 @@ def test_a_later_stage_reads_the_labels_and_a_judge_rewards_directly(tmp_path: P
     rl = {
         "method": "rloo",
         "problems": {"kind": "lab", "size": 8},
-        "rewards": {"parts": [{"kind": "judge", "judge": score}]},
+        "rewards": {"terms": [{"kind": "judge", "judge": score}]},
         "sampler": {"max_tokens": 4},
         "prompts_per_step": 2,
         "group_size": 2,

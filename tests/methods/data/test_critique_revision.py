@@ -152,7 +152,7 @@ def test_it_stops_by_a_reward_and_says_what_the_rounds_changed() -> None:
         "fails": ["broken", "c", "abcd", "c", "abcde"],
     }
     parts = [{"kind": "function", "name": "length", "function": "length"}]
-    config = {"rewards": {"parts": parts, "on_error": "exclude"}, "stop_at": -2, "revisions": 2}
+    config = {"rewards": {"terms": parts, "on_error": "exclude"}, "stop_at": -2, "revisions": 2}
     with RewardStack(settings(**config).rewards, {"length": length}) as rewards:
         made, _ = carried(script, rewards, **config)
     assert [c.stopped for c in made] == [chains.BY_REWARD, chains.BY_REWARD, "", "", ""]
@@ -183,7 +183,7 @@ MODEL = ModelConfig(source="tiny:llama")
 REAL = {
     "revisions": 2, "sampler": {"max_tokens": 50, "stop": list("abcdefgh")}, "critique_tokens": 50,
     "prompts_at_once": 4,
-    "rewards": {"parts": [{"kind": "function", "name": "even", "function": "even"}]},
+    "rewards": {"terms": [{"kind": "function", "name": "even", "function": "even"}]},
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ MODEL = ModelConfig(source="tiny:llama")
 def settings(**changes: Any) -> RejectionConfig:
     base = {
         "problems": {"kind": "lab", "size": 9},
-        "rewards": {"parts": [{"kind": "function", "name": "even", "function": "even"}]},
+        "rewards": {"terms": [{"kind": "function", "name": "even", "function": "even"}]},
         "sampler": {"max_tokens": 60},
         "n": 4,
     }

@@ -389,7 +389,7 @@ def test_the_best_is_preferred_to_the_worst_and_ties_give_nothing() -> None:
 
 
 def test_online_settings() -> None:
-    given = {"problems": {"kind": "lab"}, "rewards": {"parts": [{"kind": "exact"}]}}
+    given = {"problems": {"kind": "lab"}, "rewards": {"terms": [{"kind": "exact"}]}}
     config = OnlineDPOConfig.model_validate({**given, "loss": "simpo", "gamma": 0.5, "group_size": 4})
     what = objective(config)
     assert not what.needs_reference and (what.gamma, what.beta) == (0.5, 2.0)

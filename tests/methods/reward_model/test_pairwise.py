@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import posttrain
 from posttrain.config import ModelConfig, OptimizerConfig, SystemsConfig
-from posttrain.config.rewards import RewardModelPart
 from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
 from posttrain.core.types import Rollout, RolloutGroup
@@ -26,6 +25,7 @@ from posttrain.methods.reward_model.scorer_training import whole
 from posttrain.models.classification_head import open_head
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_tokenizer
+from posttrain.rewards.model_rewards import ScalarReward
 from posttrain.rewards.reward_model_scorer import RewardModel
 from posttrain.rewards.stack import RewardStack
 from posttrain.trainer.train_step import Learner
@@ -205,7 +205,7 @@ def test_an_ensemble_and_its_use_as_a_reward(tmp_path: Path) -> None:
     for kind in ("min", "conservative"):
         made = RewardModel(str(folder / "reward_model"), combine=kind, spread=2.0)(prompts, answers)
         assert made == pytest.approx(combine_members(centred, kind, 2.0).tolist(), abs=1e-5)
-    part = RewardModelPart(source=str(folder / "reward_model"), normalise=True)
+    part = ScalarReward.Config(source=str(folder / "reward_model"), normalise=True)
     groups = [
         RolloutGroup([1], {"messages": [{"role": "user", "content": p}]}, [Rollout([1], [0.0], "end", a)])
         for p, a in zip(prompts, answers, strict=True)

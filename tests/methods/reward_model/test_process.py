@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
 from posttrain.config import ModelConfig, OptimizerConfig, SystemsConfig
-from posttrain.config.rewards import ProcessRewardPart
 from posttrain.core.files import read_lines
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.data.process_rows import PreparedChains, StepChain, chain_samples
@@ -21,6 +20,7 @@ from posttrain.methods.reward_model.process_trainer import chain_loss, run_proce
 from posttrain.models.classification_head import open_head
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_tokenizer
+from posttrain.rewards.model_rewards import StepReward
 from posttrain.rewards.reward_model_scorer import ProcessReward
 from posttrain.rewards.stack import RewardStack
 from posttrain.runs.registry import prepare
@@ -52,7 +52,7 @@ def settings(path: Path, **changes: Any) -> ProcessRewardConfig:
         "kind": "rollouts",
         "problems": {"kind": "rows", "data": {"source": str(file), "rows": [0, 10]}},
         "held_out": {"kind": "rows", "data": {"source": str(file), "rows": [10, 14]}},
-        "rewards": {"parts": [{"kind": "function", "name": "judge", "function": "judge"}]},
+        "rewards": {"terms": [{"kind": "function", "name": "judge", "function": "judge"}]},
         "sampler": {"max_tokens": 60},
         "chains": 5,
         "completions": 5,
@@ -201,13 +201,13 @@ def test_it_learns_where_chains_go_wrong_and_scores_as_it_was_trained(tmp_path: 
                          [Rollout([1], [0.0], "end", t) for t in (completion, " ")])  # fmt: skip
     kinds = {"min": min(scores), "product": scores[0] * scores[1] * scores[2], "last": scores[2],
              "mean": sum(scores) / 3}  # fmt: skip
-    by_step = RewardStack([ProcessRewardPart(source=str(folder), combine="steps")], tokenizer=TOKENIZER)
+    by_step = RewardStack([StepReward.Config(source=str(folder), combine="steps")], tokenizer=TOKENIZER)
     tokens = tuple(TOKENIZER(completion).input_ids)  # a byte each
     rollout = Rollout(tokens, (0.0,) * len(tokens), "end", completion)
     (credited,) = by_step([RolloutGroup([1], group.example, [rollout])]).groups[0].rollouts
     assert credited.steps["process_reward"] == [(a, b, pytest.approx(p, abs=1e-5)) for a, b, p in found]
     assert credited.rewards["process_reward"] == pytest.approx(sum(scores) / 3, abs=1e-5)
-    parts = [ProcessRewardPart(name=k, source=str(folder), combine=k) for k in kinds]  # type: ignore[arg-type]
+    parts = [StepReward.Config(name=k, source=str(folder), combine=k) for k in kinds]  # type: ignore[arg-type]
     with RewardStack(parts) as stack:
         full, empty = stack([group]).groups[0].rollouts
     assert full.rewards == pytest.approx(kinds, abs=1e-5)

@@ -87,7 +87,7 @@ def stepwise(method: str, outcome_weight: float = 1.0, step_weight: float = 0.5,
         {"kind": "exact", "name": "right", "weight": outcome_weight},
         {"kind": "function", "name": "steps", "function": "f", "weight": step_weight},
     ]
-    return settings(method, rewards={"parts": parts}, **changes)
+    return settings(method, rewards={"terms": parts}, **changes)
 
 
 def rollout(right: float, length: int, *steps: tuple[int, int, float], mask: list[bool] | None = None) -> Rollout:

@@ -18,7 +18,7 @@ def settings(**changes: Any) -> RLConfig:
     base = {
         "method": "grpo",
         "problems": {"kind": "rows", "data": {"source": "unused.jsonl"}},
-        "rewards": {"parts": [{"kind": "exact"}]},
+        "rewards": {"terms": [{"kind": "exact"}]},
         "sampler": {"max_tokens": 32},
     }
     return RLConfig.model_validate({**base, **changes})
@@ -130,7 +130,7 @@ def test_a_steered_bonus_starts_within_its_bounds() -> None:
         ({"steer": {"target": 0.5, "high": 0.9}}, "low .1. must not be above steer.high .0.9."),
         ({"steer": {"target": 0.5, "low": 3.0}}, "low .3. must not be above steer.high .1.5."),
         ({"allocate": {"first": 8}}, "allocate.first .8. must be below group_size .8."),
-        ({"allocate": {}, "rewards": {"parts": [{"kind": "self_consistency"}]}}, "'self_consistency' needs all"),
+        ({"allocate": {}, "rewards": {"terms": [{"kind": "self_consistency"}]}}, "'self_consistency' needs all"),
         ({"replay": {}, "sampler": {"top_p": 0.9}}, "leave out sampler.top_p"),
         ({"carry": 8, "sampler": {"min_tokens": 2}}, "leave out sampler.min_tokens"),
         ({"carry": 8, "environment": {"kind": "calculator"}}, "middle of a turn"),

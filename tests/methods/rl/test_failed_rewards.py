@@ -30,7 +30,7 @@ def test_a_greedy_answer_without_a_reward_teaches_nothing_and_is_counted(tmp_pat
             raise RuntimeError("the second greedy answer")
         return 5.0
 
-    exp = work(settings("remax", rewards={"parts": [PART], "on_error": "exclude"}), tmp_path, f=f)
+    exp = work(settings("remax", rewards={"terms": [PART], "on_error": "exclude"}), tmp_path, f=f)
     before = [p.detach().clone() for p in exp.learner.model.parameters()]
     metrics = exp.step(0, QUIET).metrics
     assert len(calls) == 20 and metrics["greedy_failed"] == 1 and "failed/function" not in metrics
@@ -53,7 +53,7 @@ def test_held_out_answers_without_a_reward_are_counted(tmp_path: Path) -> None:
             raise RuntimeError("not that one")
         return 1.0
 
-    config = settings("grpo", rewards={"parts": [PART], "on_error": "exclude"}, held_out=HELD_OUT)
+    config = settings("grpo", rewards={"terms": [PART], "on_error": "exclude"}, held_out=HELD_OUT)
     found = work(config, tmp_path, f=f).measure(0, Phases(QUIET))
     assert found["held_out"] == 1 and found["held_out_failed"] == 2  # of three
     everything = work(config, tmp_path / "other", f=lambda text, example: 1.0).measure(0, Phases(QUIET))
@@ -69,7 +69,7 @@ def test_what_failed_before_a_kill_counts_after_it(tmp_path: Path) -> None:
                 raise RuntimeError("down")
             return float(len(text))
 
-        rewards = {"parts": [PART], "max_errors": limit, **how}
+        rewards = {"terms": [PART], "max_errors": limit, **how}
         return work(settings("grpo", rewards=rewards), tmp_path, f=f)
 
     first = stack(False, on_error="exclude")
@@ -117,4 +117,4 @@ def test_the_same_settings_are_taken_where_they_do_something() -> None:
     settings("grpo", clip_high=0.3, carry=4, max_staleness=4)
     settings("grpo", success=0.5, curriculum={})
     settings("remax", group_size=2, redraws=1)
-    settings("remax", group_size=1, redraws=1, rewards={"parts": [{"kind": "valid_steps"}]})
+    settings("remax", group_size=1, redraws=1, rewards={"terms": [{"kind": "valid_steps"}]})

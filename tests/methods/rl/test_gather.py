@@ -82,7 +82,7 @@ def test_hard_prompts_get_more_of_a_fixed_budget(tmp_path: Path) -> None:
     def only_some(text: str, example: Any) -> float:
         return float(int(example["answer"]) % 4 == 0)
 
-    config = settings("grpo", rewards={"parts": [FUNCTION]}, allocate={"first": 2, "most": 6}, group_size=4)
+    config = settings("grpo", rewards={"terms": [FUNCTION]}, allocate={"first": 2, "most": 6}, group_size=4)
     batch = collect(work(config, tmp_path, only_some), 0)
     sizes = {p: len(g.rollouts) for p, g in zip(batch.problems, batch.groups, strict=True)}
     hard = [p for p in sizes if (2 * p) % 4]
@@ -107,7 +107,7 @@ def test_groups_of_different_sizes_count_the_same() -> None:
 
 def test_carried_completions_keep_the_numbers_of_what_sampled_them(tmp_path: Path) -> None:
     """Each piece's log-probabilities are those of the weights at its step; budgets and bounds hold."""
-    config = settings("grpo", rewards={"parts": [FUNCTION]}, carry=3, steps=6, optimizer={"lr": 5e-3})
+    config = settings("grpo", rewards={"terms": [FUNCTION]}, carry=3, steps=6, optimizer={"lr": 5e-3})
     exp = work(config, tmp_path)
     frozen, carried = [], 0
     for step in range(5):
@@ -135,7 +135,7 @@ def test_carried_completions_keep_the_numbers_of_what_sampled_them(tmp_path: Pat
 
 
 def test_what_would_grow_too_old_is_dropped_and_counted(tmp_path: Path) -> None:
-    config = settings("grpo", rewards={"parts": [FUNCTION]}, carry=2, max_staleness=1, steps=6)
+    config = settings("grpo", rewards={"terms": [FUNCTION]}, carry=2, max_staleness=1, steps=6)
     exp = work(config, tmp_path)
     begun = ended = dropped = 0
     for step in range(4):
@@ -159,7 +159,7 @@ def test_a_rare_success_stands_in_where_there_is_none(tmp_path: Path) -> None:
 
     config = settings(
         "grpo",
-        rewards={"parts": [FUNCTION]},
+        rewards={"terms": [FUNCTION]},
         replay={"share": 0.5},
         max_staleness=3,
         steps=9,
@@ -255,7 +255,7 @@ def test_methods_without_a_ratio_get_one_where_data_is_old() -> None:
 
 def test_the_temperature_follows_its_target(tmp_path: Path) -> None:
     """A random model's entropy is far above the target: the temperature falls, what is sampled is less varied."""
-    config = settings("grpo", rewards={"parts": [FUNCTION]}, steer={"target": 3.0, "gain": 1.0, "low": 0.02}, steps=16)
+    config = settings("grpo", rewards={"terms": [FUNCTION]}, steer={"target": 3.0, "gain": 1.0, "low": 0.02}, steps=16)
     exp = work(config, tmp_path)
     metrics = [exp.step(s, QUIET).metrics for s in range(16)]
     assert [m["temperature"] for m in metrics][:3] == pytest.approx([1.0, 0.8, 0.64])
@@ -268,7 +268,7 @@ def test_the_temperature_follows_its_target(tmp_path: Path) -> None:
 
 
 EVERYTHING = {
-    "rewards": {"parts": [FUNCTION]},
+    "rewards": {"terms": [FUNCTION]},
     "sampler": {"max_tokens": 9},
     "steps": 8,
     "updates": 2,

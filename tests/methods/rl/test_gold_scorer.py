@@ -31,7 +31,7 @@ STAGE: dict[str, Any] = {
         "samples": 2,
         "gold": {"kind": "function", "function": "gold"},
     },
-    "rewards": {"parts": [{"kind": "function", "function": "proxy", "name": "proxy", "weight": 2.0}]},
+    "rewards": {"terms": [{"kind": "function", "function": "proxy", "name": "proxy", "weight": 2.0}]},
     "sampler": {"max_tokens": 6, "temperature": 0.7},
     "prompts_per_step": 2,
     "group_size": 2,
@@ -168,7 +168,7 @@ def test_settings_that_measure_nothing_are_refused() -> None:
     for changes, why in (
         ({"sampler": {"top_k": 5}}, "leave out sampler.top_k"),
         ({"held_out": {**held_out, "gold": None}}, "drawn for held_out.gold, and there is none"),
-        ({"rewards": {"parts": [{"kind": "math", "name": "gold"}]}}, "a reward is named 'gold'"),
+        ({"rewards": {"terms": [{"kind": "math", "name": "gold"}]}}, "a reward is named 'gold'"),
         ({"held_out": {**held_out, "gold": {"kind": "self_consistency"}}}, "compares the completions of a prompt"),
     ):
         with pytest.raises(ValidationError, match=why):

@@ -32,7 +32,7 @@ def settings(method: str, **changes: Any) -> RLConfig:
     base = {
         "method": method,
         "problems": {"kind": "rows", "data": {"source": "unused.jsonl"}},
-        "rewards": {"parts": [{"kind": "length", "unit": "characters", "target": 12, "width": 30}]},
+        "rewards": {"terms": [{"kind": "length", "unit": "characters", "target": 12, "width": 30}]},
         "sampler": {"max_tokens": MAX},
         "prompts_per_step": 4,
         "group_size": 4,
@@ -301,7 +301,7 @@ def test_every_method_takes_a_step_and_keeps_its_rollouts(method: str, tmp_path:
 
 def test_groups_without_signal_cost_no_learning(tmp_path: Path) -> None:
     """Rewards all alike: nothing is computed, the weights stay. Half of the groups alike: half is computed."""
-    config = settings("grpo", rewards={"parts": [{"kind": "function", "function": "f", "isolated": False}]})
+    config = settings("grpo", rewards={"terms": [{"kind": "function", "function": "f", "isolated": False}]})
     exp = work(config, tmp_path / "a", f=lambda text, example: 1.0)
     before = [p.detach().clone() for p in exp.learner.model.parameters()]
     result = exp.step(0, Track("t", 1, shown=False))
@@ -328,7 +328,7 @@ def test_a_rollout_whose_reward_failed_is_left_out_and_shown(tmp_path: Path) -> 
         return float(len(text))
 
     part = {"kind": "function", "function": "picky", "isolated": False}
-    config = settings("grpo", rewards={"parts": [part], "on_error": "exclude"})
+    config = settings("grpo", rewards={"terms": [part], "on_error": "exclude"})
     exp = work(config, tmp_path, picky=picky)
     result = exp.step(0, Track("t", 1, shown=False))
     rows = read_rollouts(tmp_path / "rollouts" / "step-000001.parquet")
@@ -348,7 +348,7 @@ def test_redraws_replace_groups_without_signal(tmp_path: Path) -> None:
 
     shares = []
     for redraws in (0, 6):
-        exp = work(settings("dapo", rewards={"parts": [part]}, redraws=redraws), tmp_path / str(redraws), f=some)
+        exp = work(settings("dapo", rewards={"terms": [part]}, redraws=redraws), tmp_path / str(redraws), f=some)
         metrics = exp.step(0, Track("t", 1, shown=False)).metrics
         shares.append(metrics["no_signal"])
         assert metrics["drawn"] == 4 if not redraws else metrics["drawn"] > 4
@@ -378,7 +378,7 @@ def test_kl_to_the_reference_pulls_back(tmp_path: Path) -> None:
         estimator = "k3" if where == "loss" else "k1"
         config = settings(
             "reinforce_pp" if where == "reward" else "grpo",
-            rewards={"parts": [part]},
+            rewards={"terms": [part]},
             kl={"coefficient": 5.0, "where": where, "estimator": estimator},
             group_size=16,
             optimizer={"lr": 2e-3},
@@ -404,7 +404,7 @@ def test_the_critic_s_clip_holds_it_back(tmp_path: Path) -> None:
     part = {"kind": "function", "function": "f", "isolated": False}
     steps = {}
     for clip in (None, 0.01):
-        config = settings("ppo", rewards={"parts": [part]}, passes=8, clip_value=clip)
+        config = settings("ppo", rewards={"terms": [part]}, passes=8, clip_value=clip)
         exp = work(config, tmp_path / str(clip), f=lambda text, example: 1.0)
         first, *_, last = (exp.step(s, Track("t", 1, shown=False)).metrics for s in range(5))
         assert ("value_clip" in first) == (clip is not None)
@@ -417,7 +417,7 @@ def test_the_critic_s_clip_holds_it_back(tmp_path: Path) -> None:
 def test_the_critic_learns_what_to_expect(tmp_path: Path) -> None:
     """PPO's value head, on a constant reward: values go to it, and what they leave unexplained shrinks."""
     part = {"kind": "function", "function": "f", "isolated": False}
-    config = settings("ppo", rewards={"parts": [part]}, passes=4)
+    config = settings("ppo", rewards={"terms": [part]}, passes=4)
     exp = work(config, tmp_path, f=lambda text, example: 1.0)
     losses = [exp.step(s, Track("t", 1, shown=False)).metrics["value_loss"] for s in range(12)]
     assert losses[0] > 0.2 and losses[-1] < losses[0] / 3

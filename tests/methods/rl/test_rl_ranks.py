@@ -23,7 +23,7 @@ COMMON = {
         "gold": {"kind": "length", "unit": "characters", "target": 40, "width": 40},
         "samples": 2,
     },
-    "rewards": {"parts": [LENGTH]},
+    "rewards": {"terms": [LENGTH]},
     "sampler": {"max_tokens": 9},
     "prompts_per_step": 3,  # an odd number: ranks have different numbers of groups, and of passes
     "steps": 3,

@@ -103,7 +103,7 @@ def test_steps_of_what_was_sampled_are_credited_to_their_tokens(tmp_path: Path) 
         {"kind": "length", "unit": "characters", "target": 12, "width": 30},
         {"kind": "process", "name": "prm", "scorer": "step_scores", "weight": 0.5},
     ]
-    exp = work(settings("dr_grpo", rewards={"parts": parts}), tmp_path, step_scores=step_scores)
+    exp = work(settings("dr_grpo", rewards={"terms": parts}), tmp_path, step_scores=step_scores)
     exp.collector.rewards.tokenizer = TOKENIZER
     metrics = exp.step(0, Track("t", 1, shown=False)).metrics
     rows = read_rollouts(tmp_path / "rollouts" / "step-000001.parquet")

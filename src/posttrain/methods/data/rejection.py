@@ -46,7 +46,7 @@ class RejectionConfig(StageBase):
             raise ValueError(
                 "rank_by chooses among what passes, and keep is none: all of it is kept. Set keep, or drop rank_by"
             )
-        if self.rank_by is not None and "rank" in [p.title for p in self.rewards.parts]:
+        if self.rank_by is not None and "rank" in [p.title for p in self.rewards.terms]:
             raise ValueError("a reward is named 'rank', as the score of rank_by is; give it another name")
         return self
 

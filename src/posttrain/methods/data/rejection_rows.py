@@ -121,7 +121,7 @@ def _rewards(config: RejectionConfig) -> RewardsConfig:
     if config.rank_by is None:
         return config.rewards
     rank = config.rank_by.model_copy(update={"name": "rank", "weight": 0.0})
-    return config.rewards.model_copy(update={"parts": [*config.rewards.parts, rank]})
+    return config.rewards.model_copy(update={"terms": [*config.rewards.terms, rank]})
 
 
 def _by_problem(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -119,7 +119,7 @@ def outcome(config: RLConfig, rollout: Rollout) -> float:
     """The weighted sum of the rewards that judge the whole completion: without those that judge its steps."""
     if not rollout.steps:
         return rollout.reward
-    judged = (p for p in config.rewards.parts if p.title not in rollout.steps)
+    judged = (p for p in config.rewards.terms if p.title not in rollout.steps)
     return sum((p.weight * rollout.rewards[p.title] for p in judged), 0.0)
 
 
@@ -136,7 +136,7 @@ def step_scores(config: RLConfig, rolled: Sequence[Rolled]) -> list[tuple[float,
     A step counts if the model wrote some of it, and ends with the last token of it that the model wrote.
     """
     found: list[tuple[float, Tensor, Tensor, Tensor]] = []
-    for part in config.rewards.parts:
+    for part in config.rewards.terms:
         scores, last, completion, start = [], [], [], 0
         for i, r in enumerate(rolled):
             own = r.rollout.own
