@@ -360,7 +360,7 @@ def test_held_out_rows_that_are_trained_on_are_left_out(tmp_path: Path) -> None:
     assert title == "preference held out" and (one.stats["used"], other.stats["used"]) == (4, 2)
     assert other.stats["dropped"] == {"trained on too": 1}
     same = config_of("dpo", data={"source": trained}, held_out={"data": {"source": trained}})
-    with pytest.raises(DataError, match=r"4 of 4 held-out rows are trained on too \(a.jsonl:1, for one\)"):
+    with pytest.raises(DataError, match=r"4 of 4 held-out rows are trained on too \(for example a.jsonl:1\)"):
         prepare(same, setting)
 
 

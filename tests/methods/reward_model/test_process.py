@@ -141,7 +141,7 @@ def gradients(samples: list[Any], systems: SystemsConfig) -> tuple[dict[str, flo
     model = LanguageModel(open_head(SOURCE, "token", 1)[0])
     one, found = Learner(model, OptimizerConfig(), systems, 4), dict[str, torch.Tensor]()
 
-    def keep() -> float:
+    def keep(norms: object = None) -> float:
         found.update({n: m.grad.clone() for n, m in one.optimizer.masters.items() if m.grad is not None})
         return 1.0
 
