@@ -122,15 +122,15 @@ def test_candidates(tmp_path: Path) -> None:
 TURNS = [{"role": "user", "content": "p"}]
 BAD = {
     "pairs": [
-        ({"prompt": "p", "chosen": "x", "rejected": " x"}, "two answers are the same"),
-        ({"prompt": "p", "chosen": "x", "rejected": " "}, "empty answer"),
+        ({"prompt": "p", "chosen": "x", "rejected": " x"}, "the two answers are equal"),
+        ({"prompt": "p", "chosen": "x", "rejected": " "}, "the rejected answer is empty"),
         ({"prompt": "p", "chosen": "p", "rejected": "x"}, "the answer is the prompt again"),
         ({"prompt": "p", "chosen": "x", "rejected": None}, "missing field 'rejected'"),
         ({"prompt": "p", "chosen": "x", "rejected": "y", "probability": 1.5}, "probability is 1.5, expected 0 to 1"),
         (
             {"chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "x"}],
              "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "y"}]},
-            "the two answers have different prompts",
+            "the prompts don't match",
         ),
         ({"prompt": " ", "chosen": "x", "rejected": "y"}, "empty prompt"),
         ({"prompt": "p", "chosen": "x", "rejected": [*TURNS, {"role": "assistant", "content": "y"}]}, "one answer is"),
@@ -142,7 +142,7 @@ BAD = {
         (
             {"chosen": [*TURNS, {"role": "assistant", "content": "x"}, {"role": "user", "content": "so?"}],
              "rejected": [*TURNS, {"role": "assistant", "content": "x"}, {"role": "user", "content": "and?"}]},
-            "a conversation must end with the assistant's answer",
+            "the last turn is not the assistant's",
         ),
     ],
     "ratings": [

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from posttrain.data.synthetic import sums as text
-from posttrain.lab.sums_lab import build_tokenizer, corpus
+from posttrain.lab.sums_lab import corpus, sums_tokenizer
 
 COUNT = 12_000
 TEXTS = [text.text_at(3, i) for i in range(COUNT)]
@@ -93,9 +93,9 @@ def test_other_texts_are_true() -> None:
 
 
 def test_the_tokenizer_gives_every_text_back_and_keeps_digits_apart() -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = sums_tokenizer()
     assert len(tokenizer) < 512
-    for sample, t in zip(corpus(tokenizer, 3, 0, 500), TEXTS, strict=False):
+    for sample, t in zip(corpus(tokenizer, 3, range(500)), TEXTS, strict=False):
         assert len(sample) < 64
         assert sample.tokens[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(sample.tokens[:-1]) == t.prompt + t.completion
@@ -106,4 +106,4 @@ def test_the_tokenizer_gives_every_text_back_and_keeps_digits_apart() -> None:
         assert tokenizer.decode(tokenizer(odd)["input_ids"]) == odd
     assert len(tokenizer("1234567890")["input_ids"]) == 10
     assert len(tokenizer("slowly")["input_ids"]) == 1
-    assert build_tokenizer().get_vocab() == tokenizer.get_vocab()
+    assert sums_tokenizer().get_vocab() == tokenizer.get_vocab()

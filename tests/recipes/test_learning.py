@@ -11,8 +11,8 @@ import torch
 
 import posttrain
 from posttrain.core.files import read_lines
-from posttrain.lab.lab_settings import Settings
-from posttrain.lab.make import make
+from posttrain.lab.lab_settings import LabSettings
+from posttrain.lab.make_lab import make_lab
 from tests.invariants.test_parity import flat_loop
 
 
@@ -70,7 +70,7 @@ def test_a_rare_reward_becomes_the_rule(method: str, digits: Path, tmp_path: Pat
 def test_the_laboratory_is_learnt_from(tmp_path: Path) -> None:
     """The recipe `lab`: from under 30% of held-out sums to over 80%, in ten steps. benchmarks/lab.py has whole runs, on
     three laboratories."""
-    make(Settings(), tmp_path / "lab", shown=False)
+    make_lab(LabSettings(), tmp_path / "lab", shown=False)
     for method in ("grpo", "rloo", "ppo"):
         changes = [f"model.source={tmp_path / 'lab'}", f"stages.rl.method={method}", "stages.rl.steps=10"]
         recipe = posttrain.load_recipe("lab", [*changes, "stages.rl.held_out.problems.size=256"])

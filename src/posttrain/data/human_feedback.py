@@ -14,8 +14,8 @@ from posttrain.config import DataConfig
 from posttrain.config.feedback import CandidatesConfig, Pairing, PairsConfig, RatingsConfig, ThumbsConfig
 from posttrain.core.errors import DataError
 from posttrain.data.comparisons import AnswerPair, Candidate, LeftOut, Prompt, pair_up
-from posttrain.data.formats import LAYOUTS, BadRow, Row, fill, read_number, recognise
-from posttrain.data.preference_rows import check_same_prompt
+from posttrain.data.formats import BadRow, Row, fill, read_number, recognise
+from posttrain.data.preference_rows import check_pair, two_records
 from posttrain.data.rater_agreement import krippendorff_alpha
 from posttrain.data.rows import SHOWN_ROWS, Rows, describe, open_rows
 
@@ -164,17 +164,23 @@ def _read_ratings(value: Any, name: str) -> tuple[dict[Any, float], bool]:
     return {i: read_number(v, name, finite=True) for i, v in enumerate(value) if v is not None}, False
 
 
-def _rated(reading: _Reading, config: RatingsConfig) -> list[AnswerPair]:
-    reading.need(config.ratings, config.rater, config.mean, config.spread)
+def _merge_rows(reading: _Reading, config: RatingsConfig | ThumbsConfig) -> None:
+    """Add the answer of each row to its prompt, with its ratings; a thumb is a rating of 0 or 1."""
 
     def add(row: Row, source: str) -> None:
         prompt, text = _read_answer(row, config.data)
-        reading.merge(prompt, _rated_candidate(row, text, source, config))
+        candidate = _rated_candidate if isinstance(config, RatingsConfig) else _thumbed_candidate
+        reading.merge(prompt, candidate(row, text, source, config))  # type: ignore[arg-type]
 
     reading.rows.read(add)
-    for group in reading.answers.values():
-        reading.units.extend(list(c.ratings.values()) for c in group.values())
-        reading.used += len(group)
+    candidates = [c for group in reading.answers.values() for c in group.values()]
+    reading.units = [list(c.ratings.values()) for c in candidates]
+    reading.used = len(candidates)
+
+
+def _rated(reading: _Reading, config: RatingsConfig) -> list[AnswerPair]:
+    reading.need(config.ratings, config.rater, config.mean, config.spread)
+    _merge_rows(reading, config)
     return reading.pairs(config, config.min_margin)
 
 
@@ -266,34 +272,16 @@ def _chosen(reading: _Reading, config: PairsConfig) -> list[AnswerPair]:
 
 
 def _two_answers(row: Row, layout: str, data: DataConfig) -> tuple[Prompt, str, str]:
-    """Return prompt, chosen and rejected of a row, each answer read as the layout reads the chosen one."""
-    for name in ("chosen", "rejected"):
-        if row.get(name) is None:
-            raise BadRow(f"missing field {name!r}")
-    if layout == "preference" and isinstance(row["chosen"], list) != isinstance(row["rejected"], list):
-        raise BadRow("one answer is text and the other a list of turns")
-    records = [
-        LAYOUTS[layout].map({**row, "chosen": row[x], "rejected": row[y]})
-        for x, y in (("chosen", "rejected"), ("rejected", "chosen"))
-    ]
-    (*before, chosen), (*other, rejected) = (r.messages for r in records)
-    if before != other:
-        raise BadRow("the two answers have different prompts")
-    if not any(str(m["content"]).strip() for m in before if m["role"] != "system"):
+    """Return prompt, chosen and rejected of a row. Raises BadRow."""
+    records = two_records(row, layout, data)
+    check_pair(*records)
+    turns = [dict(m) for m in records[0].messages[:-1]]
+    if not any(str(m["content"]).strip() for m in turns if m["role"] != "system"):
         raise BadRow("empty prompt")
-    if chosen["role"] != "assistant" or rejected["role"] != "assistant":
-        raise BadRow("a conversation must end with the assistant's answer")
-    if isinstance(row["chosen"], list) and row.get("prompt") is not None:
-        check_same_prompt(row["prompt"], before)
-    turns = [dict(m) for m in before]
-    if data.system and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": data.system}, *turns]
     single = len(turns) == 1 and turns[0]["role"] == "user"
     prompt: Prompt = str(turns[0]["content"]) if single else turns
-    texts = [_checked(m["content"], prompt) for m in (chosen, rejected)]
-    if texts[0].strip() == texts[1].strip():
-        raise BadRow("two answers are the same")
-    return prompt, texts[0], texts[1]
+    chosen, rejected = (_checked(record.messages[-1]["content"], prompt) for record in records)
+    return prompt, chosen, rejected
 
 
 def _candidates(reading: _Reading, config: CandidatesConfig) -> list[AnswerPair]:
@@ -323,22 +311,19 @@ def _listed_candidate(value: Any, prompt: Prompt, source: str) -> Candidate:
     return Candidate(_checked(text, prompt), source, mean=None if score is None else read_number(score, "score"))
 
 
+def _thumbed_candidate(row: Row, text: str, source: str, config: ThumbsConfig) -> Candidate:
+    word = str(row.get(config.label)).strip().lower()
+    if word not in THUMBS_UP | THUMBS_DOWN:
+        raise BadRow(f"{config.label} is {row.get(config.label)!r}, expected up or down (true, 1, ...)")
+    rater = 0 if config.rater is None else row.get(config.rater)
+    return Candidate(text, source, {rater: float(word in THUMBS_UP)}, config.rater is not None)
+
+
 def _thumbs(reading: _Reading, config: ThumbsConfig) -> list[AnswerPair]:
     reading.need(config.label, config.rater)
-
-    def add(row: Row, source: str) -> None:
-        prompt, text = _read_answer(row, config.data)
-        word = str(row.get(config.label)).strip().lower()
-        if word not in THUMBS_UP | THUMBS_DOWN:
-            raise BadRow(f"{config.label} is {row.get(config.label)!r}, expected up or down (true, 1, ...)")
-        rater = 0 if config.rater is None else row.get(config.rater)
-        reading.merge(prompt, Candidate(text, source, {rater: float(word in THUMBS_UP)}, config.rater is not None))
-
-    reading.rows.read(add)
+    _merge_rows(reading, config)
     for key, group in reading.answers.items():
         for c in group.values():
-            reading.units.append(list(c.ratings.values()))
-            reading.used += 1
             share = fmean(c.ratings.values())
             if share == 0.5:
                 reading.left_out.note("as many up as down", c.source)

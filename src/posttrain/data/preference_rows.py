@@ -14,7 +14,16 @@ from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Message, Sample
 from posttrain.data.encoding import Encoded, encode_rows, require_chat_template
-from posttrain.data.formats import NO_COMPLETIONS, BadRow, Record, Row, read_number, row_completions, to_record
+from posttrain.data.formats import (
+    NO_COMPLETIONS,
+    BadRow,
+    Record,
+    Row,
+    read_number,
+    required_field,
+    row_completions,
+    to_record,
+)
 from posttrain.data.rows import SHOWN_ROWS, PreparedItems, count_repeats, marked_example, open_rows
 from posttrain.data.sft_rows import prompt_and_completion
 
@@ -253,9 +262,10 @@ def _other_columns(row: Row) -> Row:
 
 def _row_pair(row: Row, layout: str, config: DataConfig) -> _RowPair:
     """Return the answers of a row, checked. Raises BadRow."""
-    chosen, rejected, margin = (
-        _best_and_worst(row, config) if layout == "ultrafeedback" else (*_two_records(row, layout, config), 0.0)
-    )
+    if layout == "ultrafeedback":
+        chosen, rejected, margin = _best_and_worst(row, config)
+    else:
+        chosen, rejected, margin = *two_records(row, layout, config), 0.0
     probability = 1.0 if row.get("probability") is None else read_number(row["probability"], "probability")
     if not 0 <= probability <= 1:
         raise BadRow(f"probability out of range: it is {probability:g}, expected a number from 0 to 1")
@@ -265,33 +275,47 @@ def _row_pair(row: Row, layout: str, config: DataConfig) -> _RowPair:
         margin = read_number(row["margin"], "margin")
     if not 0 <= margin < math.inf:
         raise BadRow(f"margin out of range: it is {margin:g}, expected a difference of scores, 0 or more")
+    check_pair(chosen, rejected)
     swapped = probability < 0.5
     if swapped:
         chosen, rejected, probability = rejected, chosen, 1 - probability
-    _check_answer(chosen, "the chosen answer")
-    _check_answer(rejected, "the rejected answer")
-    if chosen.messages[:-1] != rejected.messages[:-1]:
-        raise BadRow("the prompts don't match" + _difference(chosen.messages[:-1], rejected.messages[:-1]))
-    if chosen.messages[-1]["content"].strip() == rejected.messages[-1]["content"].strip():
-        raise BadRow("the two answers are equal")
     _check_repetition(chosen)
     return _RowPair(row, chosen, rejected, probability, margin, swapped)
 
 
-def _two_records(row: Row, layout: str, config: DataConfig) -> tuple[Record, Record]:
-    """Return chosen and rejected, each read as supervised fine-tuning reads the chosen one."""
-    for name in ("chosen", "rejected"):
-        if row.get(name) is None:
-            raise BadRow(f"missing field {name!r}")
-        if layout == "preference" and isinstance(row[name], list) != isinstance(row["chosen"], list):
-            raise BadRow("one answer is text and the other a list of turns")
-    chosen, rejected = (to_record({**row, "chosen": row[name]}, layout, config) for name in ("chosen", "rejected"))
-    if layout == "preference" and isinstance(row["chosen"], list) and row.get("prompt") is not None:
-        check_same_prompt(row["prompt"], chosen.messages[:-1])
+def two_records(row: Row, layout: str, config: DataConfig) -> tuple[Record, Record]:
+    """Return the chosen and the rejected answer of a row, each read as supervised fine-tuning reads the chosen one.
+
+    Args:
+        row: The row.
+        layout: Its layout, preference or hh_rlhf.
+        config: Settings of the data.
+
+    Raises:
+        BadRow: A field is missing, the two answers differ in form, or the column prompt differs from the conversation.
+    """
+    answers = [required_field(row, name) for name in ("chosen", "rejected")]
+    in_turns = isinstance(answers[0], list)
+    if layout == "preference" and in_turns != isinstance(answers[1], list):
+        raise BadRow("one answer is text and the other a list of turns")
+    chosen, rejected = (to_record({**row, "chosen": answer}, layout, config) for answer in answers)
+    if layout == "preference" and in_turns and row.get("prompt") is not None:
+        _check_same_prompt(row["prompt"], chosen.messages[:-1])
     return chosen, rejected
 
 
-def check_same_prompt(prompt: Any, before: Sequence[Mapping[str, Any]]) -> None:
+def check_pair(chosen: Record, rejected: Record) -> None:
+    """Check that two records are different answers of an assistant to one prompt. Raises BadRow."""
+    _check_answer(chosen, "the chosen answer")
+    _check_answer(rejected, "the rejected answer")
+    (*before, one), (*other_before, other) = chosen.messages, rejected.messages
+    if before != other_before:
+        raise BadRow("the prompts don't match" + _difference(before, other_before))
+    if one["content"].strip() == other["content"].strip():
+        raise BadRow("the two answers are equal")
+
+
+def _check_same_prompt(prompt: Any, before: Sequence[Mapping[str, Any]]) -> None:
     """Check that a row's column `prompt` agrees with the turns before its answer. Raises BadRow.
 
     A text must be one of the user's turns; a list must be all turns except the system's.

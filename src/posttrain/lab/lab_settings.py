@@ -1,4 +1,4 @@
-"""What both kinds of laboratory share: their settings, and a tokenizer made of their texts."""
+"""Settings that both kinds of laboratory share, and a tokenizer made of their texts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 END = "<|endoftext|>"
-
-Kind = Literal["sums", "reviews"]
+LabKind = Literal["sums", "reviews"]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is made. `steps` is fixed rather than the time, so that a seed means the same model on any machine."""
+class LabSettings:
+    """Hold the settings of a laboratory. `steps` is fixed, not the time, so that a seed makes the same model anywhere.
+
+    Attributes:
+        measured: Number of held-out problems or reviews on which the finished model is measured.
+    """
 
     seed: int = 0
-    kind: Kind = "sums"
+    kind: LabKind = "sums"
     steps: int = 800
     batch_size: int = 128
     lr: float = 3e-3
@@ -26,19 +29,24 @@ class Settings:
     train_problems: int = 4000
     held_out_problems: int = 512
     measured: int = 512
-    """Held-out problems that the model is measured on at the end."""
 
 
 def byte_level_bpe(texts: Iterable[str], size: int, min_frequency: int, digits: bool) -> Any:
-    """Byte-level BPE of no more than `size` tokens, for transformers; digits: every one a token of its own."""
+    """Train a byte-level BPE tokenizer for transformers.
+
+    Args:
+        texts: Texts to train on.
+        size: Most tokens that it has.
+        min_frequency: How often a pair must occur to be merged.
+        digits: Make every digit one token.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level]) if digits else level
-    )
+    digit = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digit, level]) if digits else level
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,

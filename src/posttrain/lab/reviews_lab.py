@@ -1,16 +1,16 @@
-"""The laboratory that writes movie reviews, of a kind: its tokenizer, its corpus, how well it knows it.
+"""The laboratory whose model writes movie reviews: tokenizer, corpus, measurement.
 
-What it writes is about films and has praise and blame in it, which is what reward models of people's ratings look
-for; sense it has little. It has read the first 9,000 of the reviews that come along, in the order of shuffle_seed 0:
-recipes that use the same order measure on the others.
+Its texts are about films and contain praise and blame, which is what reward models of people's ratings look for; they
+have little sense. It is trained on the first 9,000 of the packaged reviews in the order of shuffle_seed 0: recipes that
+use the same order measure on the others.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,15 @@ from posttrain.core.types import Sample
 from posttrain.data.readers import in_order, read_table
 from posttrain.data.sft_rows import prepare
 from posttrain.eval.tasks import score
-from posttrain.lab.lab_settings import Settings, byte_level_bpe
+from posttrain.lab.lab_settings import LabSettings, byte_level_bpe
 from posttrain.models.language_model import LanguageModel
 
-READ = (0, 9000)
+TRAINED_ROWS = (0, 9000)
 VOCABULARY = 4096
 
 
-def source(rows: tuple[int, int]) -> DataConfig:
-    """Reviews as the recipes have them: plain text behind a prompt, the end token behind it."""
+def reviews_data(rows: tuple[int, int]) -> DataConfig:
+    """Return the settings of reviews as the recipes have them: plain text after a prompt, then the end token."""
     return DataConfig(
         source="packaged:movie_reviews.tsv",
         prompt="Movie review:",
@@ -40,52 +40,59 @@ def source(rows: tuple[int, int]) -> DataConfig:
     )
 
 
-def build_tokenizer() -> Any:
-    """Byte-level BPE of what the model reads; common words are one token each. The same for every seed."""
-    data = source(READ)
+def reviews_tokenizer() -> Any:
+    """Make a tokenizer of the reviews that are trained on: common words are one token. The same for every seed."""
+    data = reviews_data(TRAINED_ROWS)
     rows = read_table(data).rows
     texts = (f"Movie review: {rows[i]['text']}" for i in in_order(data, len(rows)))
     return byte_level_bpe(texts, size=VOCABULARY, min_frequency=2, digits=False)
 
 
-def reader(tokenizer: Any, settings: Settings) -> Callable[[int], list[Sample]]:
-    """What is read in a step: whole passes over the reviews, each in an order of its own."""
-    samples = prepare(source(READ), tokenizer).samples
+class ReviewsLab:
+    """Hold what is specific to the laboratory of reviews."""
 
-    @lru_cache(maxsize=2)
-    def order(number: int) -> list[int]:
-        mixed = list(range(len(samples)))
-        random.Random(f"{settings.seed}:{number}").shuffle(mixed)
-        return mixed
+    steps = 420
 
-    def read(step: int) -> list[Sample]:
-        size = settings.batch_size
-        places = (divmod(at, len(samples)) for at in range(step * size, (step + 1) * size))
-        return [samples[order(number)[place]] for number, place in places]
+    def __init__(self, settings: LabSettings, tokenizer: Any = None) -> None:
+        self.settings, self.tokenizer = settings, tokenizer or reviews_tokenizer()
+        self._order = lru_cache(maxsize=2)(self._shuffled)
 
-    return read
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """Return the reviews that are trained on."""
+        return prepare(reviews_data(TRAINED_ROWS), self.tokenizer).samples
 
+    def _shuffled(self, epoch: int) -> list[int]:
+        order = list(range(len(self.samples)))
+        random.Random(f"{self.settings.seed}:{epoch}").shuffle(order)
+        return order
 
-def measure(policy: LanguageModel, tokenizer: Any, settings: Settings) -> dict[str, Any]:
-    """On reviews that it has not read: nats a token, and bits a byte, which doesn't depend on the tokenizer."""
-    samples = prepare(source((READ[1], READ[1] + settings.measured)), tokenizer).samples
-    scored = [pair for i in range(0, len(samples), 64) for pair in score(policy, samples[i : i + 64])]
-    total = -sum(s for s, _ in scored)
-    size = sum(len(tokenizer.decode(s.tokens[:-1]).encode()) + 1 for s in samples)
-    return {
-        "held_out_loss": round(total / sum(n for _, n in scored), 4),
-        "bits_per_byte": round(total / size / math.log(2), 4),
-        "measured": len(samples),
-    }
+    def batch(self, step: int) -> list[Sample]:
+        """Return the reviews of a pretraining step: whole epochs, each in another order."""
+        size = self.settings.batch_size
+        places = (divmod(i, len(self.samples)) for i in range(step * size, (step + 1) * size))
+        return [self.samples[self._order(epoch)[i]] for epoch, i in places]
 
+    def measure(self, policy: LanguageModel) -> dict[str, Any]:
+        """Return the loss on held-out reviews, in nats a token, and in bits a byte, which no tokenizer changes."""
+        first = TRAINED_ROWS[1]
+        samples = prepare(reviews_data((first, first + self.settings.measured)), self.tokenizer).samples
+        scored = [pair for i in range(0, len(samples), 64) for pair in score(policy, samples[i : i + 64])]
+        total = -sum(s for s, _ in scored)
+        size = sum(len(self.tokenizer.decode(s.tokens[:-1]).encode()) + 1 for s in samples)
+        return {
+            "held_out_loss": round(total / sum(n for _, n in scored), 4),
+            "bits_per_byte": round(total / size / math.log(2), 4),
+            "measured": len(samples),
+        }
 
-def write(folder: Path, settings: Settings) -> None:
-    """Nothing: the reviews come along with posttrain."""
+    def write(self, folder: Path) -> None:
+        """Write nothing: the reviews ship with posttrain."""
 
-
-def said(result: dict[str, Any]) -> str:
-    """A sentence on what was measured."""
-    return (
-        f"On {result['measured']} reviews that it has not read: {result['held_out_loss']:.2f} nats a token, "
-        f"{result['bits_per_byte']:.2f} bits a byte."
-    )
+    @staticmethod
+    def describe(result: Mapping[str, Any]) -> str:
+        """Return a sentence about the measurement."""
+        return (
+            f"On {result['measured']} reviews that it was not trained on: {result['held_out_loss']:.2f} nats a token, "
+            f"{result['bits_per_byte']:.2f} bits a byte."
+        )

@@ -1,4 +1,4 @@
-"""Makes a laboratory's model: tokenizer, pretraining, measurement, problems; a folder, written whole or not."""
+"""Make a laboratory's model: tokenizer, pretraining, measurement, problems; a folder is written as a whole or not."""
 
 from __future__ import annotations
 
@@ -16,25 +16,31 @@ from posttrain.config import ModelConfig, OptimizerConfig, SystemsConfig
 from posttrain.core.errors import ModelError
 from posttrain.core.files import write_json
 from posttrain.core.progress import Track
-from posttrain.lab import reviews_lab as reviews
-from posttrain.lab import sums_lab as sums
-from posttrain.lab.lab_settings import Kind, Settings
+from posttrain.lab.lab_settings import LabKind, LabSettings
+from posttrain.lab.reviews_lab import ReviewsLab
+from posttrain.lab.sums_lab import SumsLab
 from posttrain.models.backends import backend_for
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import LAB_VERSION, lab_folder, pick_device, quiet
 from posttrain.models.saving import save_trained
 from posttrain.trainer.train_step import Learner
 
-KINDS: dict[Kind, Any] = {"sums": sums, "reviews": reviews}
-"""What each kind of laboratory is made of: build_tokenizer, reader, measure, write, said."""
-STEPS: dict[Kind, int] = {"sums": 800, "reviews": 420}
+LABS: dict[LabKind, type[SumsLab | ReviewsLab]] = {"sums": SumsLab, "reviews": ReviewsLab}
 
 
-def make(settings: Settings, folder: Path, shown: bool = True) -> dict[str, Any]:
-    """Make a laboratory in `folder`, in place of an earlier one; returns what lab.json says.
+def make_lab(settings: LabSettings, folder: Path, shown: bool = True) -> dict[str, Any]:
+    """Make a laboratory: a Hugging Face folder with lab.json, and for sums problems.jsonl and held_out.jsonl.
 
-    An ordinary Hugging Face folder, with lab.json besides, and of kind sums problems.jsonl and held_out.jsonl (prompt,
-    answer). Raises ModelError where the folder holds anything else.
+    Args:
+        settings: What is made.
+        folder: Where; an earlier laboratory there is replaced.
+        shown: Show the progress.
+
+    Returns:
+        The content of lab.json.
+
+    Raises:
+        ModelError: The folder has other content.
     """
     if folder.exists() and not (folder / "lab.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"{folder} exists and is no laboratory (no lab.json in it): name another folder")
@@ -42,23 +48,23 @@ def make(settings: Settings, folder: Path, shown: bool = True) -> dict[str, Any]
     quiet()
     device = pick_device("auto")
     backend_for(device).tune()
-    kind = KINDS[settings.kind]
-    tokenizer = kind.build_tokenizer()
-    policy = LanguageModel(build_model(settings, len(tokenizer), tokenizer.eos_token_id).to(device))
-    loss = pretrain(policy, tokenizer, settings, shown)
+    lab = LABS[settings.kind](settings)
+    tokenizer = lab.tokenizer
+    policy = LanguageModel(build_lab_model(settings, len(tokenizer), tokenizer.eos_token_id).to(device))
+    loss = pretrain(policy, lab, shown)
     result = {
         "version": LAB_VERSION,
         "settings": asdict(settings),
         "parameters": sum(p.numel() for p in policy.parameters()),
         "vocabulary": len(tokenizer),
         "loss": loss,
-        **kind.measure(policy, tokenizer, settings),
+        **lab.measure(policy),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".lab-") as scratch:
         work = Path(scratch) / "lab"
         save_trained(policy, tokenizer, ModelConfig(source="lab:"), work, None, True, settings.seed, None)
-        kind.write(work, settings)
+        lab.write(work)
         result["seconds"] = round(time.monotonic() - began, 1)
         write_json(work / "lab.json", result)
         if replaced:
@@ -66,13 +72,19 @@ def make(settings: Settings, folder: Path, shown: bool = True) -> dict[str, Any]
         try:
             os.rename(work, folder)
         except OSError:
-            if not (folder / "lab.json").exists():  # else another process was first: its laboratory serves
+            if not (folder / "lab.json").exists():  # else another process was first, and its laboratory is used
                 raise
     return result
 
 
-def build_model(settings: Settings, vocabulary: int, end: int) -> Any:
-    """A random Llama, from the seed alone: tied embeddings, float32."""
+def build_lab_model(settings: LabSettings, vocabulary: int, end: int) -> Any:
+    """Return a random Llama with tied embeddings in float32, made from the seed alone.
+
+    Args:
+        settings: Size and seed.
+        vocabulary: Number of tokens.
+        end: Id of the end token.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -94,30 +106,48 @@ def build_model(settings: Settings, vocabulary: int, end: int) -> Any:
         return LlamaForCausalLM(config)
 
 
-def pretrain(policy: LanguageModel, tokenizer: Any, settings: Settings, shown: bool = True) -> float:
-    """Next-token prediction; returns the mean loss of the last 20 steps."""
+def pretrain(policy: LanguageModel, lab: SumsLab | ReviewsLab, shown: bool = True) -> float:
+    """Train on next-token prediction, and return the mean loss of the last 20 steps.
+
+    Args:
+        policy: The model.
+        lab: Gives the batches and the settings.
+        shown: Show the progress.
+    """
+    settings, losses = lab.settings, list[float]()
     optimizer = OptimizerConfig(lr=settings.lr, warmup=0.05, betas=(0.9, 0.98), weight_decay=0.05)
     learner = Learner(policy, optimizer, SystemsConfig(tokens_per_micro_batch=8192), settings.steps)
-    read, losses = KINDS[settings.kind].reader(tokenizer, settings), list[float]()
     with Track("lab", settings.steps, shown=shown) as track:
         for step in range(settings.steps):
-            losses.append(learner.step(read(step)).metrics["loss"])
+            losses.append(learner.step(lab.batch(step)).metrics["loss"])
             track.update(step + 1, loss=losses[-1])
     return sum(losses[-20:]) / len(losses[-20:])
 
 
-def command(console: Any, output: Path | None, kind: Kind, seed: int, steps: int | None) -> None:
-    """`posttrain lab`. Without a folder the cache's is made, which `lab:SEED` or `lab:reviews:SEED` names, unless it is
-    there already."""
+def lab_command(console: Any, output: Path | None, kind: LabKind, seed: int, steps: int | None) -> None:
+    """Carry out `posttrain lab`.
+
+    Args:
+        console: Where the result is printed.
+        output: Folder to make. None: the cache's, which `lab:SEED` or `lab:reviews:SEED` names, if it is missing.
+        kind: Kind of laboratory.
+        seed: Seed of the texts and the model.
+        steps: Pretraining steps. None: the kind's own number.
+
+    Raises:
+        ModelError: Steps are given without a folder: the cache holds models with the kind's own number.
+    """
     name = f"lab:{seed}" if kind == "sums" else f"lab:{kind}:{seed}"
     if output is None and steps is not None:
         raise ModelError(f"--steps makes another model than {name} names: give it a folder with --output")
     folder = output or lab_folder(seed, kind)
-    settings = Settings(seed, kind, STEPS[kind] if steps is None else steps)
-    found = folder / "lab.json"
-    result = json.loads(found.read_text()) if output is None and found.exists() else make(settings, folder)
+    record = folder / "lab.json"
+    if output is None and record.exists():
+        result = json.loads(record.read_text())
+    else:
+        result = make_lab(LabSettings(seed, kind, LABS[kind].steps if steps is None else steps), folder)
     console.print(
-        f"{folder}: {result['parameters']:,} parameters, {result['seconds']:.0f} s. {KINDS[kind].said(result)}",
+        f"{folder}: {result['parameters']:,} parameters, {result['seconds']:.0f} s. {LABS[kind].describe(result)}",
         soft_wrap=True,
     )
     console.print(f"model.source={name if output is None else folder}", soft_wrap=True)

@@ -13,19 +13,21 @@ from posttrain.config import DataConfig, ModelConfig
 from posttrain.core.errors import ModelError
 from posttrain.data.prompt_sources import RowPrompts
 from posttrain.data.prompts import load_prompt_rows
-from posttrain.lab.lab_settings import Settings
-from posttrain.lab.make import make
-from posttrain.lab.sums_lab import answers
+from posttrain.lab.lab_settings import LabSettings
+from posttrain.lab.make_lab import make_lab
+from posttrain.lab.sums_lab import check_answers
 from posttrain.models import loading as load
 from posttrain.models.language_model import LanguageModel
 
-TINY = Settings(steps=3, batch_size=8, width=16, layers=1, heads=2, train_problems=20, held_out_problems=10, measured=8)
+TINY = LabSettings(
+    steps=3, batch_size=8, width=16, layers=1, heads=2, train_problems=20, held_out_problems=10, measured=8
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lab") / "made" / "here"
-    make(TINY, folder, shown=False)
+    make_lab(TINY, folder, shown=False)
     return folder
 
 
@@ -53,19 +55,19 @@ def test_lab_json_and_problems(folder: Path) -> None:
 
 
 def test_the_same_settings_make_the_same_weights(folder: Path, tmp_path: Path) -> None:
-    make(TINY, tmp_path / "again", shown=False)
+    make_lab(TINY, tmp_path / "again", shown=False)
     a, b = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (folder, tmp_path / "again"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_only_a_laboratory_is_replaced(folder: Path, tmp_path: Path) -> None:
-    make(TINY, tmp_path / "one", shown=False)
-    make(TINY, tmp_path / "one", shown=False)
+    make_lab(TINY, tmp_path / "one", shown=False)
+    make_lab(TINY, tmp_path / "one", shown=False)
     assert [p.name for p in tmp_path.iterdir()] == ["one"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("kept")
     with pytest.raises(ModelError, match="no laboratory"):
-        make(TINY, tmp_path / "mine", shown=False)
+        make_lab(TINY, tmp_path / "mine", shown=False)
     assert (tmp_path / "mine" / "file").read_text() == "kept"
 
 
@@ -93,6 +95,6 @@ def test_answers_are_judged_by_their_last_line_and_must_end(folder: Path) -> Non
 
     four = tokenizer("4")["input_ids"][0]
     always(four)
-    assert answers(policy, tokenizer, rows) == [[False], [False]]  # 444..., which never ends
+    assert check_answers(policy, tokenizer, rows) == [[False], [False]]  # 444..., which never ends
     always(tokenizer.eos_token_id)
-    assert answers(policy, tokenizer, rows) == [[False], [False]]  # nothing
+    assert check_answers(policy, tokenizer, rows) == [[False], [False]]  # nothing
