@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.progress import track
 
@@ -12,13 +12,14 @@ from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
 from posttrain.data import chat_template as chat
-from posttrain.data.formats import BadRow, Record
+from posttrain.data.formats import BadRow, Record, Row
 from posttrain.data.rows import Rows
 
 BATCH = 1000
 """Rows tokenized at a time."""
 Encoded = tuple[list[int], list[float]]
 """Token ids and loss weights."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,40 +52,52 @@ def token_limit(config: DataConfig, context: int | None) -> int:
 
 
 def encode_rows(
-    rows: Rows, kept: Sequence[tuple[str, Sequence[Record]]], tokenizer: Any, context: int | None
-) -> Iterator[tuple[int, list[Encoded], bool]]:
-    """Yield the tokens and weights of rows; a row is bad if one of its records is empty or too long.
+    rows: Rows,
+    read: Callable[[Row, str], tuple[Sequence[Record], Callable[..., T]]],
+    tokenizer: Any,
+    context: int | None,
+) -> list[T]:
+    """Read rows and make an item of each; bad rows are collected, and cut ones counted.
 
     Args:
-        rows: Where bad rows are collected, with the settings of the data.
-        kept: Place (`file:row`) and records of each row: one, or the two answers of a pair.
+        rows: The rows.
+        read: Returns for a row and its place (`file:row`) the records to encode (one, or the two answers of a pair),
+            and a function that makes the item of their tokens and weights. Both may raise BadRow.
         tokenizer: The tokenizer.
         context: The model's length in tokens.
 
-    Yields:
-        Index in `kept`, tokens and weights of each record, whether one of them was cut at the limit.
+    Raises:
+        DataError: The tokenizer has no chat template, or rows can't be used.
     """
-    config, limit = rows.config, token_limit(rows.config, context)
-    for start in track(range(0, len(kept), BATCH), "tokenizing", transient=True, disable=len(kept) <= 5 * BATCH):
-        batch: list[tuple[int, list[chat.Rendered | PlainTurns]]] = []
-        for i in range(start, min(start + BATCH, len(kept))):
-            source, records = kept[i]
-            try:
-                batch.append((i, [_render(record, tokenizer, config) for record in records]))
-            except BadRow as error:
-                rows.bad.add(source, error)
-        flat = iter(_encode([r for _, rendered in batch for r in rendered], tokenizer))
-        for i, rendered in batch:
-            parts = [next(flat) for _ in rendered]
-            most = max(len(tokens) for tokens, _ in parts)
-            cut = most > limit
-            parts = [(tokens[:limit], weights[:limit]) for tokens, weights in parts]
-            if cut and config.on_long == "bad_row":
-                rows.bad.add(kept[i][0], f"too long ({most} tokens, and the limit is {limit})")
-            elif not all(any(weights) for _, weights in parts):
-                rows.bad.add(kept[i][0], "no loss token left" + (f" (cut at {limit} tokens)" if cut else ""))
-            else:
-                yield i, parts, cut
+    config, limit, items = rows.config, token_limit(rows.config, context), list[T]()
+    kept = rows.read(lambda row, source: (source, *read(row, source)))
+    if config.chat and any(record.messages for _, records, _ in kept for record in records):
+        require_chat_template(tokenizer)
+    starts = range(0, len(kept), BATCH)
+    for start in track(starts, "tokenizing", transient=True, disable=len(kept) <= 5 * BATCH):
+        batch = []
+        for source, records, make in kept[start : start + BATCH]:
+            with rows.bad.collect(source):
+                batch.append((source, make, [_render(record, tokenizer, config) for record in records]))
+        encoded = iter(_encode([r for _, _, rendered in batch for r in rendered], tokenizer))
+        for source, make, rendered in batch:
+            parts = [next(encoded) for _ in rendered]
+            with rows.bad.collect(source):
+                items.append(make(*_fit(parts, limit, config)))
+                rows.truncated += any(len(tokens) > limit for tokens, _ in parts)
+    rows.check(len(items))
+    return items
+
+
+def _fit(parts: Sequence[Encoded], limit: int, config: DataConfig) -> list[Encoded]:
+    """Cut what is longer than `limit`. Raises BadRow if it must not be cut, or if no token with loss is left."""
+    most = max(len(tokens) for tokens, _ in parts)
+    if most > limit and config.on_long == "bad_row":
+        raise BadRow(f"too long ({most} tokens, and the limit is {limit})")
+    cut = [(tokens[:limit], weights[:limit]) for tokens, weights in parts]
+    if not all(any(weights) for _, weights in cut):
+        raise BadRow("no loss token left" + (f" (cut at {limit} tokens)" if most > limit else ""))
+    return cut
 
 
 def _render(record: Record, tokenizer: Any, config: DataConfig) -> chat.Rendered | PlainTurns:
@@ -107,8 +120,8 @@ def _encode(rendered: Sequence[chat.Rendered | PlainTurns], tokenizer: Any) -> l
     """Return tokens and weights of each, tokenizing in few calls."""
     from_chat = iter(chat.tokenize_rendered(tokenizer, [r for r in rendered if isinstance(r, chat.Rendered)]))
     plain = [r for r in rendered if isinstance(r, PlainTurns)]
-    firsts = _without_end(chat.tokenize(tokenizer, [r.turns[0][0] for r in plain], special=True), tokenizer)
-    wholes = _without_end(
+    firsts = without_end(chat.tokenize(tokenizer, [r.turns[0][0] for r in plain], special=True), tokenizer)
+    wholes = without_end(
         chat.tokenize(tokenizer, ["" if r.apart else "".join(t for t, _ in r.turns) for r in plain], special=True),
         tokenizer,
     )
@@ -116,7 +129,8 @@ def _encode(rendered: Sequence[chat.Rendered | PlainTurns], tokenizer: Any) -> l
     return [next(from_chat) if isinstance(r, chat.Rendered) else next(from_plain) for r in rendered]
 
 
-def _without_end(encoded: list[list[int]], tokenizer: Any) -> list[list[int]]:
+def without_end(encoded: Sequence[list[int]], tokenizer: Any) -> list[list[int]]:
+    """Return token ids without the end token that some tokenizers append."""
     return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
 
 
@@ -148,7 +162,7 @@ def prompt_tokens(row: dict[str, Any], tokenizer: Any, config: DataConfig) -> li
     """
     if not config.chat:
         text = "".join(m["content"] for m in row["messages"])
-        return _without_end(chat.tokenize(tokenizer, [text], special=True), tokenizer)[0]
+        return without_end(chat.tokenize(tokenizer, [text], special=True), tokenizer)[0]
     try:
         return chat.tokenize(tokenizer, [chat.render_chat(tokenizer, row["messages"], generation=True)])[0]
     except BadRow as error:

@@ -109,7 +109,7 @@ def read_answers(config: AnswersConfig, count: Callable[[str], int] = len) -> An
     stats = describe(
         [count(t) for t in texts],
         rows.bad,
-        source=config.data.source,
+        config.data.source,
         sha256=rows.table.hashes,
         layout=config.kind,
         rows=total,

@@ -6,14 +6,14 @@ Both samples of a pair begin with the same prompt tokens, so that the prompt is 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Message, Sample
-from posttrain.data.encoding import Encoded, encode_rows, require_chat_template
+from posttrain.data.encoding import Encoded, encode_rows
 from posttrain.data.formats import (
     NO_COMPLETIONS,
     BadRow,
@@ -156,24 +156,16 @@ def prepare_pairs(config: DataConfig, tokenizer: Any, *, context: int | None = N
             f"{config.source} is laid out as {rows.layout}, which holds no pairs: expected columns prompt, chosen and "
             f"rejected ({', '.join(PAIRED)}). Rows with single answers and a label are for method: kto"
         )
-    read = rows.read(lambda row, source: (source, _row_pair(row, rows.layout, config)))
-    if config.chat:
-        require_chat_template(tokenizer)
-    pairs, swapped, truncated = list[Pair](), 0, 0
-    kept = [(source, (two.chosen, two.rejected)) for source, two in read]
-    for i, (chosen, rejected), cut in encode_rows(rows, kept, tokenizer, context):
-        source, two = read[i]
-        try:
-            pairs.append(_pair(chosen, rejected, two, source))
-        except BadRow as error:
-            rows.bad.add(source, error)
-            continue
-        swapped += two.swapped
-        truncated += cut
-    rows.check(len(pairs))
+
+    def read(row: Row, source: str) -> tuple[list[Record], Callable[[Encoded, Encoded], tuple[Pair, bool]]]:
+        two = _row_pair(row, rows.layout, config)
+        return [two.chosen, two.rejected], lambda c, r: (_pair(c, r, two, source), two.swapped)
+
+    made = encode_rows(rows, read, tokenizer, context)
+    pairs = [pair for pair, _ in made]
     out = PreparedPairs(pairs)
     answers = [(tuple(p.chosen.tokens), tuple(p.rejected.tokens)) for p in pairs]
-    out.stats.update(rows.statistics(out.samples, tokenizer, truncated), used=len(pairs), swapped=swapped)
+    out.stats.update(rows.statistics(out.samples, tokenizer), used=len(pairs), swapped=sum(s for _, s in made))
     out.stats.update(_contradictions([(pair, pair[::-1], p.source) for p, pair in zip(pairs, answers, strict=True)]))
     out.stats.update(duplicates=count_repeats(answers), examples=_examples(out.labelled(2), tokenizer))
     return out
@@ -204,28 +196,21 @@ def prepare_unpaired(config: DataConfig, tokenizer: Any, *, context: int | None 
             "cuts: [3], names: [bad, good]}"
         )
 
-    def labelled_answer(row: Row, source: str) -> tuple[str, Record, Row, bool]:
+    def read(row: Row, source: str) -> tuple[list[Record], Callable[[Encoded], Unpaired]]:
         desirable = _is_good(row) if config.classes is None else row["label"] == config.classes.names[1]
         record = to_record(row, rows.layout, config)
         _check_answer(record, "the answer")
         if desirable:
             _check_repetition(record)
-        return source, record, row, desirable
-
-    read = rows.read(labelled_answer)
-    if config.chat:
-        require_chat_template(tokenizer)
-    items, truncated = list[Unpaired](), 0
-    kept = [(source, (record,)) for source, record, *_ in read]
-    for i, [(tokens, weights)], cut in encode_rows(rows, kept, tokenizer, context):
-        source, record, row, desirable = read[i]
-        truncated += cut
         about = {**_other_columns(row), **prompt_and_completion(record, source), "label": desirable}
-        items.append(Unpaired(Sample(tokens, weights, source), _prompt_length(weights), desirable, source, about))
-    rows.check(len(items))
+        return [record], lambda encoded: Unpaired(
+            Sample(*encoded, source), _prompt_length(encoded[1]), desirable, source, about
+        )
+
+    items = encode_rows(rows, read, tokenizer, context)
     out = PreparedUnpaired(items)
     answers = [(tuple(u.sample.tokens), u.desirable, u.source) for u in items]
-    out.stats.update(rows.statistics(out.samples, tokenizer, truncated), desirable=sum(u.desirable for u in items))
+    out.stats.update(rows.statistics(out.samples, tokenizer), desirable=sum(u.desirable for u in items))
     out.stats.update(_contradictions([((tokens, good), (tokens, not good), s) for tokens, good, s in answers]))
     out.stats["examples"] = _examples(out.labelled(3), tokenizer)
     return out

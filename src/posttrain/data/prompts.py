@@ -10,7 +10,7 @@ from typing import Any
 from posttrain.config import DataConfig
 from posttrain.config.prompts import PROMPTS
 from posttrain.data import chat_template as chat
-from posttrain.data.encoding import require_chat_template
+from posttrain.data.encoding import require_chat_template, without_end
 from posttrain.data.formats import BadRow, Record, Row, make_message, required_field, to_record
 from posttrain.data.prompt_sources import PromptRow, RowPrompts
 from posttrain.data.rows import BadRows, PreparedItems, Rows, count_repeats, describe, open_rows
@@ -74,27 +74,23 @@ def load_prompts(config: Any, tokenizer: Any, *, context: int | None) -> PromptS
     limit = min(getattr(data, "max_tokens", None) or 2**62, (context or 2**62) - 1)
     texts: list[tuple[PromptRow, str]] = []
     for row in rows:
-        try:
+        with bad.collect(row["source"]):
             texts.append((row, _render(row, config.template, tokenizer if in_chat else None)))
-        except BadRow as error:
-            bad.add(row["source"], error)
     items: list[RenderedPrompt] = []
     encoded = chat.tokenize(tokenizer, [text for _, text in texts], special=not in_chat)
-    for (row, text), ids in zip(texts, encoded, strict=True):
-        if not in_chat and ids and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
-        if not ids:
-            bad.add(row["source"], "empty prompt")
-        elif len(ids) > limit:
-            bad.add(row["source"], f"too long (the prompt has {len(ids)} tokens, and the limit is {limit})")
-        else:
+    for (row, text), ids in zip(texts, encoded if in_chat else without_end(encoded, tokenizer), strict=True):
+        with bad.collect(row["source"]):
+            if not ids:
+                raise BadRow("empty prompt")
+            if len(ids) > limit:
+                raise BadRow(f"too long (the prompt has {len(ids)} tokens, and the limit is {limit})")
             items.append(RenderedPrompt(ids, text, row))
     bad.check(total, len(items))
     stats = describe(
         [len(p.tokens) for p in items],
         bad,
-        source=getattr(source, "title", config.kind),
-        sha256=getattr(source, "hashes", None),
+        getattr(source, "title", config.kind),
+        sha256=getattr(source, "hashes", {}),
         layout=config.kind,
         rows=total,
         duplicates=count_repeats(tuple(p.tokens) for p in items),
@@ -130,10 +126,8 @@ def _load(config: Any) -> tuple[Any, list[PromptRow], BadRows]:
     rows = []
     for i, row in enumerate(loaded):
         place = str(row.get("source") or f"{config.kind}:{i}")
-        try:
+        with bad.collect(place):
             rows.append({**row, **_prompt_of(row), "answer": row.get("answer", NO_ANSWER), "source": place})
-        except BadRow as error:
-            bad.add(place, error)
     return source, rows, bad
 
 

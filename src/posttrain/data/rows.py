@@ -6,7 +6,8 @@ Every reader of rows goes through `Rows.read`: nothing is cut or left out withou
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -15,15 +16,7 @@ import numpy as np
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
-from posttrain.data.formats import (
-    BadRow,
-    FilteredRow,
-    Row,
-    check_templates,
-    class_label,
-    open_assistant,
-    recognise,
-)
+from posttrain.data.formats import BadRow, FilteredRow, Row, check_templates, class_label, open_assistant, recognise
 from posttrain.data.marked_text import pieces
 from posttrain.data.readers import Table, in_order, read_table
 
@@ -52,6 +45,16 @@ class BadRows:
         self._entries.append({"file": file, "row": int(row) if row.isdigit() else row, "reason": str(error)})
         if hint := getattr(error, "hint", ""):
             self._hints[hint] = None
+
+    @contextmanager
+    def collect(self, source: str) -> Iterator[None]:
+        """Catch BadRow and FilteredRow of the code inside and count them for the row at this place."""
+        try:
+            yield
+        except BadRow as error:
+            self.add(source, error)
+        except FilteredRow:
+            self.filtered += 1
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -97,6 +100,7 @@ class Rows:
         layout: Name of their layout.
         order: Indices of the rows that are taken, in their order.
         bad: Rows that can't be used, so far.
+        truncated: Number of rows that were cut, so far.
     """
 
     config: DataConfig
@@ -104,6 +108,7 @@ class Rows:
     layout: str
     order: np.ndarray
     bad: BadRows
+    truncated: int = 0
 
     @property
     def columns(self) -> list[str]:
@@ -118,34 +123,24 @@ class Rows:
         out, classes = [], self.config.classes
         for i in self.order:
             row, source = self.table.rows[i], self.table.source(i)
-            try:
+            with self.bad.collect(source):
                 out.append(make(row if classes is None else {**row, "label": class_label(row, classes)}, source))
-            except BadRow as error:
-                self.bad.add(source, error)
-            except FilteredRow:
-                self.bad.filtered += 1
         return out
 
     def check(self, used: int) -> None:
         """Raise DataError for bad rows unless they are to be skipped, and if none of the rows can be used."""
         self.bad.check(len(self.order), used)
 
-    def statistics(self, samples: Sequence[Sample], tokenizer: Any, truncated: int = 0) -> dict[str, Any]:
-        """Return the manifest's entry about these rows.
-
-        Args:
-            samples: What was made of them.
-            tokenizer: Tokenizer of the samples, for the examples.
-            truncated: Number of rows that were cut.
-        """
+    def statistics(self, samples: Sequence[Sample], tokenizer: Any) -> dict[str, Any]:
+        """Return the manifest's entry about these rows and the samples made of them."""
         return describe(
             [len(s) for s in samples],
             self.bad,
-            source=self.config.source,
+            self.config.source,
             sha256=self.table.hashes,
             layout=self.layout,
             rows=len(self.order),
-            truncated=truncated,
+            truncated=self.truncated,
             loss_tokens=sum(1 for s in samples for w in s.weights if w),
             duplicates=count_repeats(tuple(s.tokens) for s in samples),
             examples=[marked_example(s, tokenizer) for s in samples[:3]],
@@ -187,48 +182,30 @@ def _rename_columns(rows: list[Row], config: DataConfig) -> None:
         row.update(renamed)
 
 
-def describe(
-    lengths: Sequence[int],
-    bad: BadRows,
-    *,
-    source: str | Sequence[str],
-    layout: str,
-    rows: int,
-    sha256: Mapping[str, str] | None = None,
-    truncated: int = 0,
-    loss_tokens: int = 0,
-    duplicates: int = 0,
-    examples: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
+def describe(lengths: Sequence[int], bad: BadRows, source: str | Sequence[str], **fields: Any) -> dict[str, Any]:
     """Return the entry of the manifest and of the report about prepared data.
 
     Args:
         lengths: Tokens of each sample.
         bad: Rows left out.
         source: Name of the source, or names.
-        layout: Name of the layout.
-        rows: Number of rows taken from the source.
-        sha256: Hash of each file.
-        truncated: Number of rows that were cut.
-        loss_tokens: Number of tokens that carry loss.
-        duplicates: Number of samples that repeat an earlier one.
-        examples: Samples to show: text, and pieces (text, weight).
+        fields: `layout`, `rows` (taken from the source), and if they apply `sha256` (of each file), `truncated` (rows
+            that were cut), `loss_tokens`, `duplicates` (samples that repeat an earlier one), `examples`.
     """
     return {
         "source": source if isinstance(source, str) else ", ".join(source),
+        "sha256": {},
         "used": len(lengths),
-        "tokens": sum(lengths),
-        "loss_tokens": loss_tokens,
-        "longest": max(lengths, default=0),
-        "median": int(np.median(lengths)) if len(lengths) else 0,
-        "duplicates": duplicates,
-        "examples": list(examples),
-        "sha256": dict(sha256 or {}),
-        "layout": layout,
-        "rows": rows,
         "dropped": bad.dropped,
         "bad_rows": bad.rows,
-        "truncated": truncated,
+        "truncated": 0,
+        "tokens": sum(lengths),
+        "loss_tokens": 0,
+        "longest": max(lengths, default=0),
+        "median": int(np.median(lengths)) if len(lengths) else 0,
+        "duplicates": 0,
+        "examples": [],
+        **fields,
     }
 
 

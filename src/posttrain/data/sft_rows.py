@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.config import DataConfig
 from posttrain.core.types import Sample
-from posttrain.data.encoding import encode_rows, require_chat_template
-from posttrain.data.formats import Record, to_record
+from posttrain.data.encoding import Encoded, encode_rows
+from posttrain.data.formats import Record, Row, to_record
 from posttrain.data.rows import open_rows
 
 
@@ -40,17 +41,15 @@ def prepare(config: DataConfig, tokenizer: Any, *, context: int | None = None) -
             message has file, row and reason of the first ten, and their number.
     """
     rows = open_rows(config)
-    kept = rows.read(lambda row, source: (source, to_record(row, rows.layout, config)))
-    if config.chat and any(record.messages for _, record in kept):
-        require_chat_template(tokenizer)
-    samples, prompts, truncated = list[Sample](), [], 0
-    for i, [(tokens, weights)], cut in encode_rows(rows, [(s, (r,)) for s, r in kept], tokenizer, context):
-        source, record = kept[i]
-        truncated += cut
-        samples.append(Sample(tokens, weights, source, record.extra or {}))
-        prompts.append(prompt_and_completion(record, source))
-    rows.check(len(samples))
-    return Prepared(samples, rows.statistics(samples, tokenizer, truncated), prompts)
+
+    def read(row: Row, source: str) -> tuple[list[Record], Callable[[Encoded], tuple[Sample, dict[str, Any]]]]:
+        record = to_record(row, rows.layout, config)
+        prompt = prompt_and_completion(record, source)
+        return [record], lambda encoded: (Sample(*encoded, source, record.extra or {}), prompt)
+
+    made = encode_rows(rows, read, tokenizer, context)
+    samples = [sample for sample, _ in made]
+    return Prepared(samples, rows.statistics(samples, tokenizer), [prompt for _, prompt in made])
 
 
 def prompt_and_completion(record: Record, source: str) -> dict[str, Any]:
