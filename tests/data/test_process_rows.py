@@ -9,7 +9,7 @@ import pytest
 
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
-from posttrain.data.process_rows import StepChain, chain_samples, read_chains, split_steps
+from posttrain.data.process_rows import StepChain, chain_samples, read_step_chains, split_steps
 from posttrain.models.tiny_model import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -54,7 +54,7 @@ def test_rows_with_labels(tmp_path: Path) -> None:
     ]
     path = tmp_path / "steps.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    read = read_chains(DataConfig(source=str(path)), TOKENIZER, "\n", context=200)
+    read = read_step_chains(DataConfig(source=str(path)), TOKENIZER, "\n", context=200)
     texts = [TOKENIZER.decode(list(s.tokens)) for s in read.samples]
     asked = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
     assert texts[:2] == [asked + "2+2=4\nso 4", asked + "5\nno"]
@@ -78,6 +78,6 @@ def test_bad_rows_are_said(row: dict[str, object], reason: str, tmp_path: Path) 
     path = tmp_path / "steps.jsonl"
     path.write_text(json.dumps({"prompt": "ok", "steps": ["y"], "labels": [1]}) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(DataError, match=f"steps.jsonl:2: .*{reason}"):
-        read_chains(DataConfig(source=str(path)), TOKENIZER, "\n", context=200)
-    skipped = read_chains(DataConfig(source=str(path), on_bad_row="skip"), TOKENIZER, "\n", context=200)
+        read_step_chains(DataConfig(source=str(path)), TOKENIZER, "\n", context=200)
+    skipped = read_step_chains(DataConfig(source=str(path), on_bad_row="skip"), TOKENIZER, "\n", context=200)
     assert len(skipped.samples) == 1 and sum(skipped.stats["dropped"].values()) == 1

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from posttrain.config import DataConfig
-from posttrain.config.prompts import PROMPTS
+from posttrain.config.problems import PROMPTS
 from posttrain.core.errors import DataError
 from posttrain.data.prompt_sources import GymPrompts, HumanEvalPrompts, LabPrompts, RowPrompts
 from posttrain.data.prompts import NO_ANSWER, load_prompt_rows, load_prompts

@@ -19,6 +19,6 @@ def lab_command(
     steps: Annotated[int | None, typer.Option(min=1, help="Pretraining steps. [default: enough, in minutes]")] = None,
 ) -> None:
     """Make a small base model that reinforcement learning improves in minutes: to try, compare and debug methods."""
-    from posttrain.lab.make_lab import lab_command
+    from posttrain.lab.make_lab import run_lab_command
 
-    lab_command(make_console(), output, kind, seed, steps)
+    run_lab_command(make_console(), output, kind, seed, steps)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.prompts import ProblemsConfig
+from posttrain.config.problems import ProblemsConfig
 from posttrain.config.rewards import Extract, RewardConfig, read_reward
 from posttrain.config.settings import NAME, Config, SamplerConfig
 

@@ -115,7 +115,13 @@ def open_kind(
 
 
 def unknown_name(name: str, names: Iterable[str], what: str) -> str:
-    """Return the message for a name that is not among `names`, with the nearest ones."""
+    """Return the message for an unknown name, with the nearest ones.
+
+    Args:
+        name: The name.
+        names: Known names.
+        what: The kind of thing in words.
+    """
     names = list(names)
     folded = {n.lower().replace("-", "_"): n for n in names}
     near = difflib.get_close_matches(name.lower().replace("-", "_"), folded, n=3)

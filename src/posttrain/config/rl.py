@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
-from posttrain.config.prompts import ProblemsConfig
+from posttrain.config.problems import ProblemsConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.settings import (
     NAME,

@@ -19,7 +19,7 @@ BATCH = 1000
 """Rows tokenized at a time."""
 Encoded = tuple[list[int], list[float]]
 """Token ids and loss weights."""
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ def token_limit(config: DataConfig, context: int | None) -> int:
 
 def encode_rows(
     rows: Rows,
-    read: Callable[[Row, str], tuple[Sequence[Record], Callable[..., T]]],
+    read: Callable[[Row, str], tuple[Sequence[Record], Callable[..., _T]]],
     tokenizer: Any,
     context: int | None,
-) -> list[T]:
+) -> list[_T]:
     """Read rows and make an item of each; bad rows are collected, and cut ones counted.
 
     Args:
@@ -69,7 +69,7 @@ def encode_rows(
     Raises:
         DataError: The tokenizer has no chat template, or rows can't be used.
     """
-    config, limit, items = rows.config, token_limit(rows.config, context), list[T]()
+    config, limit, items = rows.config, token_limit(rows.config, context), list[_T]()
     kept = rows.read(lambda row, source: (source, *read(row, source)))
     if config.chat and any(record.messages for _, records, _ in kept for record in records):
         require_chat_template(tokenizer)

@@ -17,9 +17,9 @@ from posttrain.data.comparisons import AnswerPair, Candidate, LeftOut, Prompt, p
 from posttrain.data.formats import BadRow, Row, fill, read_number, recognise
 from posttrain.data.preference_rows import check_pair, two_records
 from posttrain.data.rater_agreement import krippendorff_alpha
-from posttrain.data.rows import SHOWN_ROWS, Rows, describe, open_rows
+from posttrain.data.rows import SHOWN_ROWS, Rows, manifest_entry, open_rows
 
-AnswersConfig = RatingsConfig | PairsConfig | CandidatesConfig | ThumbsConfig
+_RowsConfig = RatingsConfig | PairsConfig | CandidatesConfig | ThumbsConfig
 THUMBS_UP = {"true", "1", "1.0", "up", "good", "yes", "+1", "👍", "thumbs_up"}
 THUMBS_DOWN = {"false", "0", "0.0", "-1", "-1.0", "down", "bad", "no", "👎", "thumbs_down"}
 
@@ -48,7 +48,7 @@ class Answers:
 class _Reading:
     """Collect the rows: answers by prompt, the ratings of each unit, and what is left out."""
 
-    config: AnswersConfig
+    config: _RowsConfig
     rows: Rows
     left_out: LeftOut = field(default_factory=LeftOut)
     units: list[Sequence[float]] = field(default_factory=list)
@@ -82,7 +82,7 @@ class _Reading:
         return out
 
 
-def read_answers(config: AnswersConfig, count: Callable[[str], int] = len) -> Answers:
+def read_answers(config: _RowsConfig, count: Callable[[str], int] = len) -> Answers:
     """Read and check the rows, and make pairs of the answers.
 
     Args:
@@ -106,7 +106,7 @@ def read_answers(config: AnswersConfig, count: Callable[[str], int] = len) -> An
         raters["mean_probability"] = fmean(certain)
     texts = dict.fromkeys([t for p in pairs for t in (p.a, p.b)] + [t["completion"] for t in thumbs])
     examples = [{"text": f"{p.prompt} → {p.a} | {p.b}", "pieces": []} for p in pairs[:3]]
-    stats = describe(
+    stats = manifest_entry(
         [count(t) for t in texts],
         rows.bad,
         config.data.source,

@@ -101,7 +101,9 @@ def chain_samples(chains: Sequence[StepChain], tokenizer: Any) -> list[Sample]:
     return samples
 
 
-def read_chains(config: DataConfig, tokenizer: Any, separator: str, *, context: int | None = None) -> PreparedChains:
+def read_step_chains(
+    config: DataConfig, tokenizer: Any, separator: str, *, context: int | None = None
+) -> PreparedChains:
     """Read rows with `prompt`, `steps` (or `completions`: texts) and `labels` (true, false, 0 to 1, null).
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.prompts import PromptConfig
+from posttrain.config.problems import PromptConfig
 from posttrain.config.settings import DataConfig
 from posttrain.core.errors import DataError, MissingExtraError
 

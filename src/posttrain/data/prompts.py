@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.config import DataConfig
-from posttrain.config.prompts import PROMPTS
+from posttrain.config.problems import PROMPTS
 from posttrain.data import chat_template as chat
 from posttrain.data.encoding import require_chat_template, without_end
 from posttrain.data.formats import BadRow, Record, Row, make_message, required_field, to_record
 from posttrain.data.prompt_sources import PromptRow, RowPrompts
-from posttrain.data.rows import BadRows, PreparedItems, Rows, count_repeats, describe, open_rows
+from posttrain.data.rows import BadRows, PreparedItems, Rows, count_repeats, manifest_entry, open_rows
 
 NO_ANSWER = "(no answer)"
 """Stands for the answer of a problem that has none; no reward takes it for a right one."""
@@ -86,7 +86,7 @@ def load_prompts(config: Any, tokenizer: Any, *, context: int | None) -> PromptS
                 raise BadRow(f"too long (the prompt has {len(ids)} tokens, and the limit is {limit})")
             items.append(RenderedPrompt(ids, text, row))
     bad.check(total, len(items))
-    stats = describe(
+    stats = manifest_entry(
         [len(p.tokens) for p in items],
         bad,
         getattr(source, "title", config.kind),

@@ -22,7 +22,7 @@ from posttrain.data.readers import Table, in_order, read_table
 
 SHOWN_ROWS = 10
 """Rows that a message or a manifest names one by one."""
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Rows:
         """Return the names of all columns, sorted."""
         return sorted(set().union(*self.table.rows))
 
-    def read(self, make: Callable[[Row, str], T]) -> list[T]:
+    def read(self, make: Callable[[Row, str], _T]) -> list[_T]:
         """Return `make(row, "file:row")` of each row, in order; rows for which it raises BadRow are collected.
 
         With data.classes the row has its class as `label`.
@@ -133,7 +133,7 @@ class Rows:
 
     def statistics(self, samples: Sequence[Sample], tokenizer: Any) -> dict[str, Any]:
         """Return the manifest's entry about these rows and the samples made of them."""
-        return describe(
+        return manifest_entry(
             [len(s) for s in samples],
             self.bad,
             self.config.source,
@@ -182,7 +182,7 @@ def _rename_columns(rows: list[Row], config: DataConfig) -> None:
         row.update(renamed)
 
 
-def describe(lengths: Sequence[int], bad: BadRows, source: str | Sequence[str], **fields: Any) -> dict[str, Any]:
+def manifest_entry(lengths: Sequence[int], bad: BadRows, source: str | Sequence[str], **fields: Any) -> dict[str, Any]:
     """Return the entry of the manifest and of the report about prepared data.
 
     Args:
@@ -226,7 +226,7 @@ def count_repeats(items: Iterable[Hashable]) -> int:
 
 
 @dataclass(frozen=True)
-class PreparedItems(Generic[T]):
+class PreparedItems(Generic[_T]):
     """Hold prepared data item by item, so that held-out data can be compared with training data.
 
     Attributes:
@@ -234,7 +234,7 @@ class PreparedItems(Generic[T]):
         stats: Entry of the manifest and of the report about them.
     """
 
-    items: list[T]
+    items: list[_T]
     stats: dict[str, Any] = field(default_factory=dict)
 
     noun: ClassVar[str] = "rows"

@@ -29,7 +29,7 @@ class Prepared:
 
 
 def prepare(config: DataConfig, tokenizer: Any, *, context: int | None = None) -> Prepared:
-    """Read, map, render, tokenize and check the configured rows.
+    """Prepare the configured rows: read, map, render, tokenize and check them.
 
     Args:
         config: Settings of the data.

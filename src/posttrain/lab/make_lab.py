@@ -124,7 +124,7 @@ def pretrain(policy: LanguageModel, lab: SumsLab | ReviewsLab, shown: bool = Tru
     return sum(losses[-20:]) / len(losses[-20:])
 
 
-def lab_command(console: Any, output: Path | None, kind: LabKind, seed: int, steps: int | None) -> None:
+def run_lab_command(console: Any, output: Path | None, kind: LabKind, seed: int, steps: int | None) -> None:
     """Carry out `posttrain lab`.
 
     Args:

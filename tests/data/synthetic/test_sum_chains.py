@@ -36,7 +36,7 @@ def test_rows_are_about_the_lab_s_own_problems_and_right(kind: str) -> None:
             assert out.getvalue().strip() == row["answer"]
         else:
             assert row["completion"].split()[-1] == row["answer"]
-            assert chains.valid_steps(row["completion"], row) == 1.0
+            assert chains.valid_additions(row["completion"], row) == 1.0
 
 
 def test_other_tasks_are_right_and_held_out_ones_apart() -> None:
@@ -86,4 +86,4 @@ def test_they_are_a_data_source() -> None:
     ],
 )
 def test_steps_are_checked_without_knowing_the_answer(text: str, share: float) -> None:
-    assert chains.valid_steps(text, {"prompt": "7+4+9="}) == share
+    assert chains.valid_additions(text, {"prompt": "7+4+9="}) == share

@@ -79,10 +79,10 @@ def _others(held_out: bool) -> Iterator[dict[str, Any]]:
 _STEP = re.compile(r"^(\d{1,4}) ?(?:\+|and) ?(\d{1,4}) ?(?:=|is) ?(\d{1,4})\.?$", re.MULTILINE)
 
 
-def valid_steps(text: str, example: Mapping[str, Any]) -> float:
+def valid_additions(text: str, example: Mapping[str, Any]) -> float:
     """Return the share of the question's additions that the chain has, in order and right (it knows no answer).
 
-    For a reward of kind function (``function: "posttrain.data.synthetic.sum_chains:valid_steps"``). A step must add
+    For a reward of kind function (``function: "posttrain.data.synthetic.sum_chains:valid_additions"``). A step must add
     the question's next number to the result of the step before; the first that doesn't ends the count. No chain: 0.
     """
     first, *rest = (int(n) for n in str(example["prompt"]).rstrip("=").split("+"))

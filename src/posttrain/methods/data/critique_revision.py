@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.judge import ServerConfig
-from posttrain.config.prompts import ProblemsConfig
+from posttrain.config.problems import ProblemsConfig
 from posttrain.config.rewards import RewardsConfig
 from posttrain.config.settings import NAME, ModelConfig, SamplerConfig, StageBase
 from posttrain.core.errors import DataError

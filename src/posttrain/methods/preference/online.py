@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from posttrain.config.prompts import ProblemsConfig
+from posttrain.config.problems import ProblemsConfig
 from posttrain.config.rewards import RewardsConfig
 from posttrain.config.rl import HeldOutConfig, RLConfig, RLOptimizerConfig
 from posttrain.config.settings import NAME, ModelConfig, SamplerConfig, TrainConfig

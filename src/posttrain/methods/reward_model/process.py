@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.prompts import ProblemsConfig
+from posttrain.config.problems import ProblemsConfig
 from posttrain.config.rewards import RewardsConfig
 from posttrain.config.settings import NAME, Config, DataConfig, ModelConfig, SamplerConfig
 from posttrain.core.types import Metric
@@ -84,7 +84,7 @@ class ProcessRewardStage(Stage):
 
     def prepare(self) -> list[tuple[str, Any]]:
         """Render the problems or read the labelled rows; held-out ones that are trained on too are left out."""
-        from posttrain.data.process_rows import PreparedChains, read_chains
+        from posttrain.data.process_rows import PreparedChains, read_step_chains
         from posttrain.data.prompts import load_prompts, uses_chat_template
         from posttrain.data.rows import drop_training_overlap
 
@@ -100,9 +100,9 @@ class ProcessRewardStage(Stage):
                 held = drop_training_overlap(held, train, f"stage {config.name}")
             self.index |= {"chat": uses_chat_template(labels.problems, tokenizer), "template": labels.problems.template}
         else:
-            train = read_chains(labels.data, tokenizer, config.separator, context=context)
+            train = read_step_chains(labels.data, tokenizer, config.separator, context=context)
             if labels.held_out is not None:
-                held = read_chains(labels.held_out, tokenizer, config.separator, context=context)
+                held = read_step_chains(labels.held_out, tokenizer, config.separator, context=context)
                 held = drop_training_overlap(held, train, f"stage {config.name}")
             self.index |= {"chat": labels.data.chat, "system": labels.data.system}
         self.train, self.held_out = train, held if held is not None else PreparedChains([])
