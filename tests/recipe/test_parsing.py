@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from posttrain.config import Config
-from posttrain.config.names import RENAMED
+from posttrain.config import Config, names
 from posttrain.core.errors import RecipeError
-from posttrain.core.imports import load_object
+from posttrain.core.imports import is_import_path, load_object
 from posttrain.recipe.parsing import differences, dump_recipe, load_recipe, shipped
 from posttrain.recipe.schema import dotted, settings
 
@@ -159,6 +158,10 @@ def test_an_unknown_key_gets_the_right_one(write, key: str, hint: str) -> None:
 
 
 def all_settings_classes() -> list[type[BaseModel]]:
+    for table in vars(names).values():
+        for path in table.values() if isinstance(table, dict) else ():
+            if isinstance(path, str) and is_import_path(path):
+                load_object(path)
     found: list[type[BaseModel]] = [Config]
     for config in found:
         found += config.__subclasses__()
@@ -166,10 +169,10 @@ def all_settings_classes() -> list[type[BaseModel]]:
 
 
 def test_every_alias_leads_to_a_setting_that_exists() -> None:
-    names = {name for config in all_settings_classes() for name in config.model_fields}
-    assert {ours.rsplit(".", 1)[-1] for ours in RENAMED.values()} <= names
+    ours = {name for config in all_settings_classes() for name in config.model_fields}
+    assert {new.rsplit(".", 1)[-1] for new in names.RENAMED.values()} <= ours
     # A name of another tool that is a setting of ours too would be shadowed.
-    assert not set(RENAMED) & names
+    assert not set(names.RENAMED) & ours
 
 
 def test_overrides_of_list_items_that_are_not_there(write) -> None:

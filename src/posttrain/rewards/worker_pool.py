@@ -58,7 +58,7 @@ class Worker:
 
     def __init__(self, rewards: Sequence[dict[str, Any]], memory_gib: float) -> None:
         environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "posttrain.rewards.worker"]
+        command = [sys.executable, "-P", "-m", "posttrain.rewards.worker"]  # -P: a file here hides no module
         # -m must find this package wherever the parent found it.
         environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
         pipe = subprocess.PIPE

@@ -1,0 +1,116 @@
+"""The folder of a run: taken over while nothing was done in it, kept once something was, finished once."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import posttrain
+from posttrain.core.errors import CheckpointError, DataError
+from posttrain.core.imports import import_folders
+from posttrain.recipe.parsing import dump_recipe, load_recipe
+from posttrain.runs.run_folder import open_run
+
+ROWS = [{"prompt": f"What is {i} plus {i}?", "completion": str(2 * i)} for i in range(8)]
+
+
+def recipe_for(tmp_path: Path, *overrides: str) -> posttrain.Recipe:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        f"name: small\nmodel: {{source: 'tiny:llama', device: cpu}}\noutput: {tmp_path}/runs\n"
+        f"stages: [{{data: {{source: {tmp_path}/rows.jsonl}}, max_steps: 1}}]\n"
+    )
+    return load_recipe(path, overrides)
+
+
+def run(recipe: posttrain.Recipe, fresh: bool = False) -> tuple[posttrain.runs.runner.RunResult, str]:
+    out = io.StringIO()
+    result = posttrain.run(recipe, fresh=fresh, console=Console(file=out, width=500))
+    return result, out.getvalue()
+
+
+def test_a_command_that_is_corrected_takes_the_folder_over(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        run(recipe_for(tmp_path, f"stages.sft.data.source={tmp_path}/nope.jsonl"))
+    folder = tmp_path / "runs" / "small"
+    assert json.loads((folder / "manifest.json").read_text())["status"] == "failed"
+    result, printed = run(recipe_for(tmp_path))
+    assert result.folder == folder and (result.model / "config.json").is_file() and "resuming" not in printed
+    assert load_recipe(folder) == recipe_for(tmp_path)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["small"]
+
+
+def test_a_folder_with_results_is_kept_for_its_recipe(tmp_path: Path) -> None:
+    run(recipe_for(tmp_path))
+    with pytest.raises(CheckpointError, match=r"another recipe \(stages.sft.batch_size: 16 there, 4 now\)"):
+        run(recipe_for(tmp_path, "stages.sft.batch_size=4"))
+    result, printed = run(recipe_for(tmp_path))
+    assert "already finished" in printed and "--fresh" in printed and "name=NEW_NAME" in printed
+    manifest = json.loads((result.folder / "manifest.json").read_text())
+    assert str(tmp_path) in manifest["import_folders"] and set(manifest["import_folders"]) <= set(import_folders())
+    again, printed = run(recipe_for(tmp_path, "stages.sft.batch_size=4"), fresh=True)
+    assert "already" not in printed and (tmp_path / "runs" / "small.1" / "model").is_dir()
+    assert again.folder == result.folder and load_recipe(again.folder).stages[0].batch_size == 4
+
+
+def test_evaluations_stay_where_only_training_was_corrected(tmp_path: Path) -> None:
+    first = recipe_for(tmp_path)
+    folder = tmp_path / "runs" / "small"
+
+    def leave(written: str, text: str) -> None:
+        with open_run(folder, first, fresh=True) as manifest:
+            manifest.update(status="failed")
+            for name, content in (("evaluations/before/a.jsonl", "{}"), (written, text)):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_text(content)
+
+    leave("stages/0-sft/method.json", "{}")
+    with open_run(folder, recipe_for(tmp_path, "stages.sft.batch_size=4"), fresh=False) as manifest:
+        assert not manifest.values and (folder / "evaluations/before/a.jsonl").is_file()
+        assert not (folder / "stages").exists()
+    leave("stages/0-sft/metrics.jsonl", "")  # opened, and no step written
+    with open_run(folder, recipe_for(tmp_path, "seed=4"), fresh=False):
+        assert not (folder / "evaluations").exists()
+    leave("stages/0-sft/metrics.jsonl", "{}\n")
+    with pytest.raises(CheckpointError, match="another recipe"):
+        open_run(folder, recipe_for(tmp_path, "seed=4"), fresh=False).__enter__()
+
+
+def test_a_folder_that_is_no_run_is_never_cleared(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe_for(tmp_path)))
+    (tmp_path / "stages").mkdir()
+    with pytest.raises(CheckpointError, match="another recipe"):
+        open_run(tmp_path, recipe_for(tmp_path, "seed=4"), fresh=False).__enter__()
+    assert (tmp_path / "stages").is_dir() and load_recipe(tmp_path).seed == 0
+
+
+def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    with open_run(tmp_path / "runs" / "small", recipe, fresh=False):
+        for fresh in (False, True):
+            with pytest.raises(CheckpointError, match="another process"):
+                open_run(tmp_path / "runs" / "small", recipe, fresh=fresh).__enter__()
+
+
+def test_a_reward_beside_the_recipe_is_found_by_its_worker_and_on_resume(tmp_path: Path, monkeypatch) -> None:
+    beside = tmp_path / "project"
+    beside.mkdir()
+    (beside / "my_own_rewards.py").write_text("def count(text, example):\n    return len(text) / 10\n")
+    path = beside / "own.yaml"
+    path.write_text(
+        f"extends: lab\nname: own\noutput: {tmp_path}/runs\nmodel: {{source: 'tiny:llama', device: cpu}}\n"
+        "evaluate: []\nstages.rl: {steps: 1, held_out: null}\n"
+        "stages.rl.rewards: [{kind: function, function: 'my_own_rewards:count'}]\n"
+        "stages.rl.problems: {kind: rows, data: {source: problems.jsonl, chat: false}}\n"
+        "stages.rl.sampler.max_tokens: 4\n"
+    )
+    problems = [{"prompt": f"{i} + {i} =", "answer": str(2 * i)} for i in range(40)]
+    (beside / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    result, _ = run(load_recipe(path))
+    manifest = json.loads((result.folder / "manifest.json").read_text())
+    assert str(beside) in manifest["import_folders"] and manifest["status"] == "done"
