@@ -245,3 +245,9 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="one bool an answer"):
         pref.kto(two, torch.tensor([1, 0]), 0.0)
     assert not pref.log_ratio(two.detach(), two).requires_grad  # the reference gets no gradient
+
+
+def test_hinge_by_hand() -> None:
+    """1 - 0.5 (1 - 0) = 0.5; 1 - 0.5 (4 - 0) is below 0; 1 - 0.5 (0 - 3) = 2.5."""
+    losses = pref.hinge(torch.tensor([1.0, 4.0, 0.0]), torch.tensor([0.0, 0.0, 3.0]), beta=0.5)
+    assert losses.tolist() == [0.5, 0.0, 2.5]

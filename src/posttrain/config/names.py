@@ -28,6 +28,9 @@ METHODS = {
 }
 """Methods: subclasses of `posttrain.trainer.stage.Stage`."""
 
+PREFERENCE_LOSSES = {"hinge": "posttrain.losses.preference_loss:hinge"}
+"""Losses of a pair by its answers' scores, that take the place of a preference method's loss (setting `loss`)."""
+
 PROMPT_SOURCES: dict[str, str] = {
     "rows": "posttrain.data.prompt_sources:RowPrompts",
     "reasoning-gym": "posttrain.data.prompt_sources:GymPrompts",

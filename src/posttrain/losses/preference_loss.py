@@ -108,6 +108,19 @@ def ipo(h_P: Tensor, beta: float = 0.1, probability_P: Tensor | None = None) -> 
     return expected(lambda h: (h - 1 / (2 * beta)).square(), h_P, probability_P)
 
 
+def hinge(chosen_P: Tensor, rejected_P: Tensor, *, beta: float = 0.1) -> Tensor:
+    """Return the hinge losses of pairs: max(0, 1 - beta (chosen - rejected)).
+
+    Source: SLiC-HF, arXiv 2305.10425, equation 3; with log ratios to a reference as in arXiv 2309.06657, table 1.
+
+    Args:
+        chosen_P: Scores of the chosen answers, in nats.
+        rejected_P: Scores of the rejected answers, in nats.
+        beta: Weight of the difference; the loss is 0 from a difference of 1 / beta.
+    """
+    return torch.relu(1 - beta * (chosen_P - rejected_P))
+
+
 def simpo(h_P: Tensor, beta: float = 2.0, gamma: float = 1.0, probability_P: Tensor | None = None) -> Tensor:
     """-log sigma(beta h - gamma), of shape P. Source: SimPO, arXiv 2405.14734 eq. 6.
 

@@ -16,7 +16,7 @@ from posttrain.core.errors import DataError
 from posttrain.core.types import Rollout, Sample
 from posttrain.data.preference_rows import Pair, Unpaired
 from posttrain.losses import preference_loss as pref
-from posttrain.methods.preference.objectives import METHODS, answer_sample, kto_loss, objective, pair_loss, pair_samples
+from posttrain.methods.preference.objectives import PRESETS, answer_sample, kto_loss, objective, pair_loss, pair_samples
 from posttrain.methods.preference.offline import PreferenceConfig
 from posttrain.methods.preference.online import OnlineDPOConfig
 from posttrain.methods.preference.online_trainer import pairs_of
@@ -31,7 +31,7 @@ from posttrain.trainer.reference_model import Reference, answer_sums, fingerprin
 from posttrain.trainer.stage import StageContext
 from posttrain.trainer.train_step import Learner, _units
 
-PAIRED = sorted(set(METHODS) - {"kto"})
+PAIRED = sorted(set(PRESETS) - {"kto"})
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ def test_a_step_does_not_depend_on_how_it_is_split(method: str) -> None:
         learner = Learner(LanguageModel(tiny_model("llama")), OptimizerConfig(), systems, 1)
         what = objective(config_of(method))
         mine, given = pairs[::order], refs[::order]
-        loss = pair_loss(what, mine, given if what.needs_reference else None)
+        loss = pair_loss(what, mine, given if what.preset.reference else None)
         result = learner.step([s for n, p in enumerate(mine) for s in pair_samples(p, n)], loss)
         found.append(result)
         for name, value in result.metrics.items():
@@ -152,7 +152,7 @@ def test_every_loss_of_a_step_by_the_model_s_own_forward(method: str) -> None:
     units = [pair_samples(p, i) for i, p in enumerate(pairs)]
     refs = sums_of(LanguageModel(frozen), units, SystemsConfig())
     learner, what = Learner(LanguageModel(policy), OptimizerConfig(), SystemsConfig(), 1), objective(config_of(method))
-    given = refs if what.needs_reference else None
+    given = refs if what.preset.reference else None
     result = learner.step([s for u in units for s in u], pair_loss(what, pairs, given)).metrics
     assert result["loss"] == pytest.approx(total / 4, rel=1e-5)
 
@@ -195,7 +195,7 @@ def test_each_method_moves_what_it_means_to() -> None:
         policy = LanguageModel(tiny_model("llama"))
         units = [pair_samples(p, i) for i, p in enumerate(pairs)]
         what = objective(config_of(method, beta=1.0))
-        refs = sums_of(policy, units, SystemsConfig()) if what.needs_reference else None
+        refs = sums_of(policy, units, SystemsConfig()) if what.preset.reference else None
         learner = Learner(policy, OptimizerConfig(lr=3e-3, schedule="constant", warmup=0), SystemsConfig(), 5)
         steps = [learner.step([s for u in units for s in u], pair_loss(what, pairs, refs)).metrics for _ in range(5)]
         assert steps[-1]["margin"] > steps[0]["margin"] + 0.05, method
@@ -328,13 +328,13 @@ def test_held_out_labels_by_hand() -> None:
 
 # ------------------------------------------------------------------------------------------- settings, getting ready
 def test_methods_own_numbers_and_the_recipe_s() -> None:
-    beta = {m: objective(config_of(m)).beta for m in METHODS}
-    assert beta == {**dict.fromkeys(METHODS, 0.1), "dpo_norm": 5.0, "simpo": 2.0}
+    beta = {m: objective(config_of(m)).beta for m in PRESETS}
+    assert beta == {**dict.fromkeys(PRESETS, 0.1), "dpo_norm": 5.0, "simpo": 2.0}
     assert objective(config_of("cdpo")).smoothing == 0.1 and objective(config_of("dpo")).smoothing == 0
     assert objective(config_of("robust_dpo", label_smoothing=0.2)).smoothing == 0.2
     assert [objective(config_of(m)).nll for m in ("dpo", "orpo", "cpo")] == [0, 1, 1]
     assert objective(config_of("cpo", nll_weight=0)).nll == 0  # 0 is a number of the recipe's, not a missing one
-    assert {m for m in METHODS if not objective(config_of(m)).needs_reference} == {"orpo", "simpo", "cpo"}
+    assert {m for m in PRESETS if not objective(config_of(m)).preset.reference} == {"orpo", "simpo", "cpo"}
     for method, settings, message in (
         ("dpo", {"label_smoothing": 0.1}, "belongs to cdpo and robust_dpo, and this is dpo"),
         ("dpo", {"gamma": 1}, "gamma belongs to simpo"),
@@ -392,7 +392,7 @@ def test_online_settings() -> None:
     given = {"problems": {"kind": "lab"}, "rewards": {"terms": [{"kind": "exact"}]}}
     config = OnlineDPOConfig.model_validate({**given, "loss": "simpo", "gamma": 0.5, "group_size": 4})
     what = objective(config)
-    assert not what.needs_reference and (what.gamma, what.beta) == (0.5, 2.0)
+    assert not what.preset.reference and (what.gamma, what.beta) == (0.5, 2.0)
     assert config.collecting().group_size == 4 and config.collecting().kl.coefficient == 0
     for changes, message in (
         ({"gamma": 1}, "gamma belongs to simpo"),

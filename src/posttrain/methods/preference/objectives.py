@@ -5,79 +5,112 @@ The formulas are in `posttrain.losses.preference_loss`; docs/preference.md says 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from posttrain.core.errors import RecipeError
 from posttrain.core.ragged import RaggedBatch
 from posttrain.core.types import Sample
 from posttrain.data.preference_rows import Pair, Unpaired
 from posttrain.losses import preference_loss as pref
-from posttrain.methods.preference.offline import PreferenceConfig
-from posttrain.methods.preference.online import OnlineDPOConfig
 from posttrain.models.language_model import LanguageModel
 from posttrain.trainer.reference_model import answer_sums
 from posttrain.trainer.train_step import LossFunction
 
+PairLoss = Callable[["Objective", Tensor, Tensor | None], Tensor]
+"""(objective, difference h_P of the two answers' scores, probability_P that chosen is better) -> losses_P."""
+
 
 @dataclass(frozen=True)
-class Method:
-    """reference: log-probabilities are taken against those of the model before the stage. per_token: divided by the
-    answer's tokens. odds: log odds in their place. beta, smoothing, nll: where the recipe gives none."""
+class Preset:
+    """What a preference method is a choice of.
 
-    loss: Literal["dpo", "robust", "ipo", "simpo", "orpo", "kto"]
+    Attributes:
+        loss: Losses of pairs. None: of single answers (KTO).
+        reference: Scores are log ratios to the model before the stage; else plain log-probabilities.
+        per_token: Scores are divided by the answer's number of tokens.
+        odds: Scores are log odds.
+        beta, smoothing, nll: Values if the recipe gives none.
+    """
+
+    loss: PairLoss | None
     reference: bool = True
     per_token: bool = False
+    odds: bool = False
     beta: float = 0.1
     smoothing: float = 0.0
     nll: float = 0.0
 
 
-METHODS = {
-    "dpo": Method("dpo"),
-    "cdpo": Method("dpo", smoothing=0.1),
-    "robust_dpo": Method("robust", smoothing=0.1),
-    "dpo_norm": Method("dpo", per_token=True, beta=5.0),
-    "ipo": Method("ipo", per_token=True),
-    "kto": Method("kto"),
-    "cpo": Method("dpo", reference=False, nll=1.0),
-    "simpo": Method("simpo", reference=False, per_token=True, beta=2.0),
-    "orpo": Method("orpo", reference=False, per_token=True, nll=1.0),
+def _dpo(objective: Objective, h_P: Tensor, probability_P: Tensor | None) -> Tensor:
+    return pref.dpo(h_P, objective.beta, probability_P, objective.smoothing)
+
+
+def _robust(objective: Objective, h_P: Tensor, probability_P: Tensor | None) -> Tensor:
+    return pref.robust_dpo(h_P, objective.beta, objective.smoothing, probability_P)
+
+
+def _ipo(objective: Objective, h_P: Tensor, probability_P: Tensor | None) -> Tensor:
+    return pref.ipo(h_P, objective.beta, probability_P)
+
+
+def _simpo(objective: Objective, h_P: Tensor, probability_P: Tensor | None) -> Tensor:
+    return pref.simpo(h_P, objective.beta, objective.gamma, probability_P)
+
+
+def _orpo(objective: Objective, h_P: Tensor, probability_P: Tensor | None) -> Tensor:
+    return pref.orpo(h_P, objective.beta, probability_P)
+
+
+PRESETS = {
+    "dpo": Preset(_dpo),
+    "cdpo": Preset(_dpo, smoothing=0.1),
+    "robust_dpo": Preset(_robust, smoothing=0.1),
+    "dpo_norm": Preset(_dpo, per_token=True, beta=5.0),
+    "ipo": Preset(_ipo, per_token=True),
+    "kto": Preset(None),
+    "cpo": Preset(_dpo, reference=False, nll=1.0),
+    "simpo": Preset(_simpo, reference=False, per_token=True, beta=2.0),
+    "orpo": Preset(_orpo, reference=False, per_token=True, odds=True, nll=1.0),
 }
 """IPO's log ratios are divided by lengths, as its authors' experiments have it; the paper's formula has sums."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A method with its numbers settled."""
+    """A preset with its numbers settled.
 
-    method: Method
+    Attributes:
+        own_loss: A loss from outside in place of the preset's: (scores of chosen, of rejected) -> losses, shape P each.
+    """
+
+    preset: Preset
     beta: float
-    smoothing: float
-    gamma: float
-    nll: float
+    smoothing: float = 0.0
+    gamma: float = 1.0
+    nll: float = 0.0
     good: float = 1.0
     bad: float = 1.0
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.method.reference
+    own_loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
-def objective(config: PreferenceConfig | OnlineDPOConfig) -> Objective:
-    """What a stage's settings ask for, the method's own numbers where they give none."""
-    online = isinstance(config, OnlineDPOConfig)
-    method = METHODS[config.loss if isinstance(config, OnlineDPOConfig) else config.method]
+def objective(config: Any) -> Objective:
+    """Return the objective that a stage's settings ask for, with the method's own numbers where they give none.
+
+    Args:
+        config: Settings with `preset` (a key of `PRESETS`), beta, label_smoothing, gamma and nll_weight; optionally
+            `own_loss`, desirable_weight and undesirable_weight.
+    """
+    preset = PRESETS[config.preset]
     given = (config.beta, config.label_smoothing, config.gamma, config.nll_weight)
-    own = (method.beta, method.smoothing, 1.0, method.nll)
-    beta, smoothing, gamma, nll = (o if g is None else g for g, o in zip(given, own, strict=True))
-    if online or not isinstance(config, PreferenceConfig):
-        return Objective(method, beta, smoothing, gamma, nll)
-    good, bad = (1.0 if w is None else w for w in (config.desirable_weight, config.undesirable_weight))
-    return Objective(method, beta, smoothing, gamma, nll, good, bad)
+    given += tuple(getattr(config, f"{side}_weight", None) for side in ("desirable", "undesirable"))
+    own = (preset.beta, preset.smoothing, 1.0, preset.nll, 1.0, 1.0)
+    numbers = (o if g is None else g for g, o in zip(given, own, strict=True))
+    return Objective(preset, *numbers, getattr(config, "own_loss", None))
 
 
 def pair_samples(pair: Pair, number: int) -> tuple[Sample, Sample]:
@@ -96,29 +129,47 @@ def answer_sample(answer: Unpaired, number: int) -> Sample:
     return Sample(sample.tokens, sample.weights, answer.source, {"shared": answer.prompt, "number": number})
 
 
-def pair_scores(what: Objective, sums_P: Tensor, reference_P: Tensor | None, lengths_P: Tensor) -> Tensor:
-    """An answer's side of h, before beta: log ratio or log-probability, per token or in sum, or log odds; shape P."""
-    method = what.method
+def pair_scores(objective: Objective, sums_P: Tensor, reference_P: Tensor | None, lengths_P: Tensor) -> Tensor:
+    """Return an answer's score before beta: log ratio or log-probability, in sum or per token, or log odds; shape P.
+
+    Args:
+        objective: Method and numbers.
+        sums_P: Log-probability of each answer under the policy, in nats.
+        reference_P: The same under the reference; None for methods without one.
+        lengths_P: Number of tokens of each answer.
+    """
+    preset = objective.preset
     values = pref.log_ratio(sums_P, reference_P) if reference_P is not None else sums_P
-    if method.per_token:
+    if preset.per_token:
         values = pref.per_token(values, lengths_P)
-    return pref.log_odds(values) if method.loss == "orpo" else values
+    return pref.log_odds(values) if preset.odds else values
 
 
-def pair_losses(what: Objective, h_P: Tensor, probability_P: Tensor | None) -> Tensor:
-    """The method's losses of pairs by the difference of their answers' scores; shape P."""
-    match what.method.loss:
-        case "dpo":
-            return pref.dpo(h_P, what.beta, probability_P, what.smoothing)
-        case "robust":
-            return pref.robust_dpo(h_P, what.beta, what.smoothing, probability_P)
-        case "ipo":
-            return pref.ipo(h_P, what.beta, probability_P)
-        case "simpo":
-            return pref.simpo(h_P, what.beta, what.gamma, probability_P)
-        case "orpo":
-            return pref.orpo(h_P, what.beta, probability_P)
-    raise ValueError(f"{what.method.loss} is no loss of pairs")
+def pair_losses(objective: Objective, chosen_P: Tensor, rejected_P: Tensor, probability_P: Tensor | None) -> Tensor:
+    """Return the losses of pairs, shape P.
+
+    A loss from outside knows no label noise: its expectation over a label that is right with probability p is
+    p loss(chosen, rejected) + (1 - p) loss(rejected, chosen).
+
+    Args:
+        objective: Method and numbers.
+        chosen_P: Scores of the chosen answers (`pair_scores`).
+        rejected_P: Scores of the rejected answers.
+        probability_P: Probability that chosen is the better answer. None: 1.
+
+    Raises:
+        RecipeError: A loss from outside returned another shape.
+    """
+    own = objective.own_loss
+    if own is None:
+        assert objective.preset.loss is not None
+        return objective.preset.loss(objective, chosen_P - rejected_P, probability_P)
+    losses_P = own(chosen_P, rejected_P)
+    if losses_P.shape != chosen_P.shape:
+        raise RecipeError(f"expected a loss for each pair, shape {tuple(chosen_P.shape)}, got {tuple(losses_P.shape)}")
+    if probability_P is None:
+        return losses_P
+    return probability_P * losses_P + (1 - probability_P) * own(rejected_P, chosen_P)
 
 
 def pair_loss(
@@ -145,7 +196,7 @@ def pair_loss(
             sides.append((sums[at], lengths[at], pair_scores(what, sums[at], given, lengths[at])))
         (chosen_sums, chosen_lengths, better), (rejected_sums, _, worse) = sides
         probability = torch.tensor([pairs[n].probability for n in mine]).to(sums) if soft else None
-        losses = pair_losses(what, better - worse, probability)
+        losses = pair_losses(what, better, worse, probability)
         likelihood = pref.nll(chosen_sums, chosen_lengths)
         if what.nll:
             losses = losses + what.nll * likelihood

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.config.names import PREFERENCE_LOSSES
+from posttrain.config.open_functions import FunctionConfig, open_function
 from posttrain.config.settings import NAME, Config, DataConfig, EpochsConfig, OptimizerConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Metric
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from posttrain.methods.preference.pair_trainer import PairTrainer
     from posttrain.trainer.policy import LoadedPolicy
 
+LossConfig = Annotated[FunctionConfig, open_function(PREFERENCE_LOSSES, "preference loss")]
 PairLoss = Literal["dpo", "ipo", "cdpo", "robust_dpo", "dpo_norm", "orpo", "simpo", "cpo"]
 """Losses of a pair of answers."""
 
@@ -64,10 +67,14 @@ class HeldOutPairsConfig(Config):
 class PreferenceConfig(EpochsConfig):
     """Direct preference optimisation: better answers made likelier than worse ones, without a reward model."""
 
-    method: Literal["dpo", "ipo", "cdpo", "robust_dpo", "dpo_norm", "kto", "orpo", "simpo", "cpo"]
+    method: str
     name: str = Field("preference", pattern=NAME, description="Name of the stage's folder in the run.")
     data: DataConfig
     held_out: HeldOutPairsConfig | None = None
+    loss: LossConfig | None = Field(
+        None,
+        description="A loss from outside, module:function(chosen, rejected, *, settings) of the answers' scores as the method has them (dpo: log ratios to the reference; simpo: log-probabilities a token); its settings beside its name. None: the method's own.",
+    )
     beta: float | None = BETA
     label_smoothing: float | None = SMOOTHING
     gamma: float | None = GAMMA
@@ -85,7 +92,21 @@ class PreferenceConfig(EpochsConfig):
                 raise ValueError("nll_weight belongs to the losses of pairs, and kto's answers come singly")
         elif self.desirable_weight is not None or self.undesirable_weight is not None:
             raise ValueError(f"desirable_weight and undesirable_weight belong to kto, and this is {self.method}")
+        if self.loss is not None and self.method == "kto":
+            raise ValueError("loss is of pairs, and kto's answers come singly: take method: dpo")
+        if self.loss is not None and (self.label_smoothing is not None or self.gamma is not None):
+            raise ValueError("label_smoothing and gamma belong to the methods' own losses: leave them out beside loss")
         return self
+
+    @property
+    def preset(self) -> str:
+        """The method that defines the answers' scores."""
+        return self.method
+
+    @property
+    def own_loss(self) -> Any:
+        """The loss from outside, its settings applied; None: the method's own."""
+        return self.loss.load({}) if self.loss is not None else None
 
 
 TITLES = {

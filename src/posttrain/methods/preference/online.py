@@ -47,6 +47,11 @@ class OnlineDPOConfig(TrainConfig):
         self.collecting()
         return self
 
+    @property
+    def preset(self) -> str:
+        """The method whose loss is applied to a pair."""
+        return self.loss
+
     def collecting(self) -> RLConfig:
         """The settings by which reinforcement learning collects its rollouts, which are the same here."""
         shared = ("name", "problems", "rewards", "held_out", "sampler", "prompts_per_step", "group_size", "steps")

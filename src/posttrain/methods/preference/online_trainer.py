@@ -112,7 +112,7 @@ def run_online(
     opened = open_policy(config, model, seed)
     policy, tokenizer = opened.policy, opened.tokenizer
     frozen = None
-    if objective(config).needs_reference:
+    if objective(config).preset.reference:
         frozen = frozen_beside(policy, model, config.adapter is not None)
     learner = Learner(policy, config.optimizer, config.systems, config.steps)
     collecting = config.collecting()

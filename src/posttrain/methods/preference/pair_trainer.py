@@ -181,7 +181,7 @@ def pair_trainer(
     """
     train_on = laid_out(items, seed, context, config.method == "kto")
     held = laid_out(held_out, seed, context) if held_out else None
-    if objective(config).needs_reference:
+    if objective(config).preset.reference:
         reference = Reference(policy, config.systems)
         train_on = judged(reference, train_on, f"{config.name}: reference")
         held = judged(reference, held, f"{config.name}: reference, held out") if held else None
