@@ -110,7 +110,8 @@ def objective(config: Any) -> Objective:
     given += tuple(getattr(config, f"{side}_weight", None) for side in ("desirable", "undesirable"))
     own = (preset.beta, preset.smoothing, 1.0, preset.nll, 1.0, 1.0)
     numbers = (o if g is None else g for g, o in zip(given, own, strict=True))
-    return Objective(preset, *numbers, getattr(config, "own_loss", None))
+    beta, smoothing, gamma, nll, good, bad = numbers
+    return Objective(preset, beta, smoothing, gamma, nll, good, bad, getattr(config, "own_loss", None))
 
 
 def pair_samples(pair: Pair, number: int) -> tuple[Sample, Sample]:
