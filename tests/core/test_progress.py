@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -19,6 +20,13 @@ class Clock:
         monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
 
 
+def records(out: io.StringIO) -> list[str]:
+    """The lines without their time, which each begins with."""
+    lines = [re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  (.*)", line) for line in out.getvalue().splitlines()]
+    assert all(lines)
+    return [line[1] for line in lines if line]
+
+
 def test_lines_come_seldom_and_with_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten seconds apart; the last always. Three of ten in 12 s: 4 s each, 28 s left."""
     time, out = Clock(monkeypatch), io.StringIO()
@@ -26,11 +34,21 @@ def test_lines_come_seldom_and_with_an_estimate(monkeypatch: pytest.MonkeyPatch)
     for done, now in ((1, 4.0), (2, 8.0), (3, 12.0), (4, 15.0), (10, 16.0)):
         time.now = now
         track.update(done, loss=0.5, tokens_per_s=1234.5)
-    assert out.getvalue().splitlines() == [
-        "job 3/10  loss 0.500  tokens per s 1,234  left 0:28",
-        "job 10/10  loss 0.500  tokens per s 1,234  left 0:00",
+    assert records(out) == [
+        "job 3/10  loss 0.5000  tokens per s 1234  left 0:28",
+        "job 10/10  loss 0.5000  tokens per s 1234  left 0:00",
     ]
     assert (clock(3667), clock(187.4)) == ("1:01:07", "3:07")
+
+
+def test_a_record_is_one_line_with_four_digits_of_each_number() -> None:
+    """However narrow the console, and whatever the value; what looks like markup is text."""
+    out = io.StringIO()
+    track = Track("stages.rl [a]", 3, console=Console(file=out, width=30))
+    track.update(3, loss=0.25, lr=2e-5, reward=-12.0, margin=123.456, entropy=float("nan"))
+    assert records(out) == [
+        "stages.rl [a] 3/3  loss 0.2500  lr 2.000e-05  reward -12.00  margin 123.5  entropy nan  left 0:00"
+    ]
 
 
 def test_a_long_phase_is_named_soon_and_its_parts_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +66,7 @@ def test_a_long_phase_is_named_soon_and_its_parts_now_and_then(monkeypatch: pyte
         pass
     time.now = 21
     track.update(1)  # a step's result is not hidden by what was said of its phases
-    assert out.getvalue().splitlines() == [
+    assert records(out) == [
         "rl 0/9  sampling 2/8", "rl 0/9  sampling 6/8", "rl 0/9  learn", "rl 1/9  left 2:48",
     ]  # fmt: skip
     assert list(phases.seconds) == ["learn"]

@@ -72,21 +72,13 @@ def test_equal_rewards_give_exactly_nothing(reward: float, dtype: torch.dtype) -
         advantages.reinforce(rewards),
         advantages.whiten(rewards),
     ):
-        assert not ours.any() and advantages.groups_without_signal(ours, one).tolist() == [True]
+        assert not ours.any()
 
 
 def test_the_naive_mean_is_off() -> None:
     """What the test above guards against does happen."""
     rewards = torch.full((3,), 0.1, dtype=torch.float64)
     assert float((rewards - rewards.sum() / 3).abs().max()) > 0
-
-
-def test_groups_without_signal() -> None:
-    """Group 1 has no member; equal advantages that aren't 0 are signal (a baseline from elsewhere)."""
-    group = torch.tensor([0, 0, 2, 2, 3])
-    ours = torch.tensor([0.0, 0.0, 0.5, 0.5, -1e-30])
-    assert advantages.groups_without_signal(ours, group).tolist() == [True, True, False, False]
-    assert advantages.mixed_groups(ours, group).tolist() == [False, False, False, False]
 
 
 def test_reinforce_and_its_baselines() -> None:
@@ -151,16 +143,10 @@ def test_reinforce_plus_plus() -> None:
     ours = advantages.reinforce_plus_plus(torch.tensor([0.0, 1.0, 3.0]), sequence)
     deviation = math.sqrt((2 * (2 / 3) ** 2 + (4 / 3) ** 2) / 2)
     assert ours.tolist() == pytest.approx([-2 / 3 / deviation, -2 / 3 / deviation, 4 / 3 / deviation])
-    base = advantages.reinforce_plus_plus_baseline(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), sequence)
+    centred = advantages.group_relative(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), "none")
+    base = advantages.whiten(centred[sequence])
     deviation = math.sqrt((2 * (1 / 3) ** 2 + (2 / 3) ** 2) / 2)  # 0.5, 0.5, -0.5 around 1/6
     assert base.tolist() == pytest.approx([1 / 3 / deviation, 1 / 3 / deviation, -2 / 3 / deviation])
-
-
-def test_overlong_penalty() -> None:
-    lengths = torch.tensor([0, 6, 7, 9, 10, 11, 50])
-    assert advantages.overlong_penalty(lengths, 10, 4).tolist() == [0, 0, -0.25, -0.75, -1, -1, -1]
-    with pytest.raises(ValueError, match="buffer must be"):
-        advantages.overlong_penalty(lengths, 10, 0)
 
 
 def test_an_unknown_scale_is_refused() -> None:
@@ -176,12 +162,9 @@ def test_nothing_in_nothing_out() -> None:
         advantages.group_relative(none, index, "batch"),
         advantages.reinforce(none),
         advantages.mixed_groups(none, index),
-        advantages.groups_without_signal(none, index),
         advantages.returns(none, index),
         advantages.whiten(none),
         *advantages.gae(none, none, index),
         advantages.reinforce_plus_plus(none, index),
-        advantages.reinforce_plus_plus_baseline(none, index, index),
-        advantages.overlong_penalty(index, 4, 2),
     ):
         assert ours.shape == (0,)

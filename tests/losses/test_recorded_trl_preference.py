@@ -87,7 +87,7 @@ def test_without_a_reference(name: str) -> None:
     chosen, rejected = whole
     beta, h = settings["beta"], chosen - rejected
     losses = {
-        "cpo": lambda: pref.cpo(h, beta),
+        "cpo": lambda: pref.dpo(h, beta),
         "cpo_smoothed": lambda: pref.dpo(h, beta, smoothing=settings["label_smoothing"]),
         "simpo": lambda: pref.simpo(h, beta, settings.get("simpo_gamma", 0.0)),
         "orpo": lambda: pref.orpo(pref.log_odds(chosen) - pref.log_odds(rejected), beta),

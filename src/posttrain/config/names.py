@@ -62,6 +62,13 @@ REWARDS: dict[str, str] = {
 }
 """Rewards: classes with a nested `Config`, called with (text, example); or functions of (text, example, *, settings)."""
 
+ADAPTERS: dict[str, str] = {
+    "lora": "posttrain.models.adapters:attach_low_rank",
+    "dora": "posttrain.models.adapters:attach_low_rank",
+    "rslora": "posttrain.models.adapters:attach_low_rank",
+}
+"""Kinds of adapters: functions (model, config, seed, task) -> peft model. See `posttrain.models.adapters.attach`."""
+
 RENAMED = {
     "learning_rate": "lr",
     "per_device_train_batch_size": "batch_size",

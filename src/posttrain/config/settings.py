@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from posttrain.config.names import ADAPTERS
+from posttrain.config.open_kinds import unknown_name
+from posttrain.core.imports import is_import_path, load_object
 
 NAME = r"^[A-Za-z0-9_.-]+$"
 """What stages, tasks and runs may be called."""
@@ -123,14 +128,33 @@ class DataConfig(Config):
 
 
 class AdapterConfig(Config):
-    """Low-rank adapters, through peft."""
+    """Adapters on a frozen model, through peft."""
 
-    kind: Literal["lora", "dora", "rslora"] = "lora"
+    kind: str = Field(
+        "lora", description=f"{', '.join(ADAPTERS)}, or package.module:name of a function that attaches adapters."
+    )
     r: int = Field(16, ge=1, description="Rank.")
     alpha: float = Field(32.0, gt=0, description="Scale: alpha / r (alpha / sqrt(r) for rslora).")
     target: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="Module names to adapt; all-linear: every linear layer but the output head."
     )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings of an adapter kind from outside: keyword-only parameters of its function.",
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> AdapterConfig:
+        names: set[str] = set()
+        if self.kind not in ADAPTERS:
+            if not is_import_path(self.kind):
+                raise ValueError(unknown_name(self.kind, ADAPTERS, "kind of adapter"))
+            parameters = inspect.signature(load_object(self.kind)).parameters.values()
+            names = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        unknown = sorted(self.options.keys() - names)
+        if unknown:
+            raise ValueError(f"options: {self.kind} has no setting {', '.join(unknown)} (it has: {sorted(names)})")
+        return self
 
 
 class OptimizerConfig(Config):

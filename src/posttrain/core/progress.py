@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,8 +58,7 @@ class Track:
             self.bar.update(self.task, completed=done, text=text)
         elif self.shown and (now - self.last_update >= QUIET_SECONDS or done >= self.total):  # phases hide no result
             self.last_line = self.last_update = now
-            self.console.print(f"{self.what} {done}/{self.total}  {text}", highlight=False)
-            sys.stdout.flush()
+            self._line(text)
 
     def phase(self, text: str) -> None:
         """What is being done within the unit at hand; a part of long ones shows that it moves."""
@@ -71,8 +69,14 @@ class Track:
             if time.monotonic() - self.last_line < (PHASE_SECONDS if new else QUIET_SECONDS):
                 return
             self.last_line, self.last_phase = time.monotonic(), text.split(" ")[0]
-            self.console.print(f"{self.what} {self.done}/{self.total}  {text}", highlight=False)
-            sys.stdout.flush()
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        """Print one record as one line, however long, with the time."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        line = f"{stamp}  {self.what} {self.done}/{self.total}  {text}"
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.file.flush()
 
     def close(self) -> None:
         """Stop drawing; what was drawn stays."""
@@ -87,9 +91,10 @@ class Track:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) < 0.01 else f"{value:.3f}"
-    return str(value)
+    """Write a number with four significant digits (more if its whole part has more)."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:#.4g}".rstrip(".")
 
 
 class Phases:

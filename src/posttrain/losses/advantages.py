@@ -46,12 +46,6 @@ def mixed_groups(rewards_R: Tensor, group_R: Tensor) -> Tensor:
     return low < high
 
 
-def groups_without_signal(advantages_R: Tensor, group_R: Tensor) -> Tensor:
-    """Groups whose advantages are all exactly 0, bool of shape P: where no KL, entropy or value loss needs them, they
-    have no gradient and need no computing. An index that no sequence has counts as without signal."""
-    return _group_sum(advantages_R != 0, group_R) == 0
-
-
 def reinforce(rewards_R: Tensor, baseline: Tensor | float | None = None) -> Tensor:
     """REINFORCE with a baseline: A = r - b, of shape R.
 
@@ -173,25 +167,3 @@ def reinforce_plus_plus(rewards_N: Tensor, sequence_N: Tensor, gamma: float = 1.
     A batch whose returns are all equal gives 0.
     """
     return whiten(returns(rewards_N, sequence_N, gamma))
-
-
-def reinforce_plus_plus_baseline(rewards_R: Tensor, group_R: Tensor, sequence_N: Tensor) -> Tensor:
-    """REINFORCE++-baseline: r - mean of its group, handed to every token, whitened over the global batch; shape N.
-
-    Source: arXiv 2501.03262 ("w/ Baseline"), which puts the KL into the loss (k2). The batch's mean is
-    taken off too (it is not 0 where lengths differ), so that a group without signal may get a small advantage; look
-    for signal in the rewards (`mixed_groups`). A group of one has centred reward 0.
-    """
-    return whiten(_centred(rewards_R, group_R).to(rewards_R.dtype)[sequence_N])
-
-
-def overlong_penalty(lengths_R: Tensor, longest: int, buffer: int) -> Tensor:
-    """DAPO's soft overlong punishment, added to the reward, float32 of shape R.
-
-        0 where L <= longest - buffer;  (longest - buffer - L) / buffer up to L = longest;  -1 beyond
-
-    Source: arXiv 2503.14476 eq. 13. Raises ValueError unless 0 < buffer <= longest.
-    """
-    if not 0 < buffer <= longest:
-        raise ValueError(f"buffer must be from 1 to the longest length ({longest} tokens), and is {buffer}")
-    return ((longest - buffer - lengths_R) / buffer).clamp(-1.0, 0.0)

@@ -131,15 +131,6 @@ def simpo(h_P: Tensor, beta: float = 2.0, gamma: float = 1.0, probability_P: Ten
     return expected(lambda h: -F.logsigmoid(beta * h - gamma), h_P, probability_P)
 
 
-def cpo(h_P: Tensor, beta: float = 0.1, probability_P: Tensor | None = None) -> Tensor:
-    """-log sigma(beta h), of shape P: DPO with a uniform reference. Source: CPO, arXiv 2401.08417 eq. 3.
-
-    h_P: log pi(y_w) - log pi(y_l), nats. The paper's whole loss adds the better answer's negative log-likelihood (its
-    section 3), without which both answers may become unlikely.
-    """
-    return dpo(h_P, beta, probability_P)
-
-
 def log_odds(mean_logprobs: Tensor) -> Tensor:
     """log(P / (1 - P)) of P = exp(log pi(y) / n), of the same shape. Source: ORPO, arXiv 2403.07691 eq. 2 and 4.
 

@@ -41,6 +41,7 @@ class LanguageModel(nn.Module):
         self.ragged = _supports_ragged(_base(hf))
         if self.ragged:
             _base(hf).set_attn_implementation(attention.NAME)
+        check_trainable(hf)
         no_dropout(hf)
         self.backend.replace_forwards(hf)
         self.value: nn.Linear | None = None
@@ -164,6 +165,32 @@ class LanguageModel(nn.Module):
     def pack(self, samples: list[Sample], share_prefixes: bool = True) -> RaggedBatch:
         """`pack`, on the model's device, with shared prefixes where the model type allows them."""
         return pack(samples, share_prefixes and self.ragged).to(self.device)
+
+
+def check_trainable(hf: Any) -> None:
+    """Check that every trainable parameter takes part in the forward pass of `LanguageModel`.
+
+    It runs the decoder, and multiplies by the output head's weight: what peft adds around the model (virtual tokens of
+    prompt learning) or on top of the head's weight would get no gradient.
+
+    Raises:
+        ModelError: A trainable parameter would be ignored.
+    """
+    base = _base(hf)
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    used = {id(p) for p in base.parameters()}
+    if head is not None:
+        own = {id(p) for p in (getattr(head, "weight", None), getattr(head, "bias", None)) if p is not None}
+        used -= {id(p) for p in head.parameters()} - own
+    ignored = [name for name, p in hf.named_parameters() if p.requires_grad and id(p) not in used]
+    peft_config = getattr(hf, "active_peft_config", None)
+    if ignored or getattr(peft_config, "is_prompt_learning", False):
+        kind = getattr(getattr(peft_config, "peft_type", None), "value", "this model")
+        raise ModelError(
+            f"{kind}: {', '.join(ignored[:3]) or 'its virtual tokens'} would get no gradient: posttrain runs the "
+            "decoder and its output head's weight, and nothing around them. Use adapters inside the decoder's layers "
+            "(lora, dora, rslora, or another of peft's kinds for linear layers)"
+        )
 
 
 def no_dropout(model: nn.Module) -> None:

@@ -131,10 +131,11 @@ def fingerprint(model: LanguageModel) -> str:
     for beside in ("_name_or_path", "transformers_version"):
         config.pop(beside, None)
     digest = hashlib.sha256(json.dumps([LAYOUT, config, model.device.type], sort_keys=True, default=str).encode())
+    adapters = f".{getattr(getattr(model.hf, 'base_model', None), 'prefix', 'lora_')}"  # peft's tuners name theirs so
     weights = {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): p
         for name, p in model.hf.named_parameters()
-        if ".lora_" not in name
+        if adapters not in name
     }
     for name in sorted(weights):
         tensor = weights[name].detach().contiguous().cpu()
