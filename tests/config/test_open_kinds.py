@@ -100,7 +100,7 @@ def test_a_kind_from_outside(outside: Path) -> None:
         ('"outside_prompts:Words"', "cuont: 1", "problems.cuont .*Did you mean count"),
         ('"outside_prompts:Wrods"', "", r"problems.kind \(.*there is no 'Wrods' in outside_prompts"),
         ('"no_such_module:Words"', "", "problems.kind .*no_such_module"),
-        ('"outside_prompts:Bare"', "", "has no settings: expected a class with a nested class Config"),
+        ('"outside_prompts:Bare"', "", "has no settings: expected a function, or a class with a nested class Config"),
         ("lab", "sise: 3", "Did you mean size"),
         ("labs", "size: 3", r"problems.kind \(.*Did you mean lab"),
     ],

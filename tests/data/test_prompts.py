@@ -164,8 +164,11 @@ class Capitals:
         self.config = config
 
     def load(self):
-        rows = [{"prompt": "Capital of France?", "answer": "Paris"}, {"prompt": [{"role": "user", "content": "Peru?"}]}]
-        return [*rows, {"prompt": " "}][: self.config.count]
+        return capitals(count=self.config.count)
+
+def capitals(*, count: int = 2):
+    rows = [{"prompt": "Capital of France?", "answer": "Paris"}, {"prompt": [{"role": "user", "content": "Peru?"}]}]
+    return [*rows, {"prompt": " "}][:count]
 """
 
 
@@ -183,6 +186,10 @@ def test_a_source_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (stats["rows"], stats["used"], stats["dropped"], stats["layout"]) == (3, 2, {"empty question": 1}, kind)
     with pytest.raises(ValueError, match="needs {question}"):
         PROMPTS.validate({"kind": kind, "template": "Q:"})
+    by_function = PROMPTS.validate({"kind": "capitals_of_mine:capitals", "count": 1, "template": "{question}"})
+    assert [p.text for p in load_prompts(by_function, tiny_tokenizer(), context=99).items] == ["Capital of France?"]
+    with pytest.raises(ValueError, match="count"):
+        PROMPTS.validate({"kind": "capitals_of_mine:capitals", "count": "many"})
 
 
 def test_settings_of_sources_need_nothing_heavy() -> None:

@@ -3,13 +3,14 @@
     ProblemsConfig = Annotated[Any, open_kind(PROMPT_SOURCES, "source of prompts")]
 
 A field of this type reads a mapping with the key ``kind`` and checks it with the settings class of that kind: the class
-itself if it is a pydantic model, or else its nested class ``Config``. The module of a kind is imported when a recipe
-names it.
+itself if it is a pydantic model, or else its nested class ``Config``, or the keyword-only parameters of a function. The
+module of a kind is imported when a recipe names it.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, cor
 
 from posttrain.config.names import RENAMED_KINDS
 from posttrain.core.errors import RecipeError
-from posttrain.core.imports import is_import_path, load_object
+from posttrain.core.imports import is_import_path, load_object, signature_settings
 
 
 class OpenKind:
@@ -67,6 +68,10 @@ class OpenKind:
         if not is_import_path(name):
             raise RecipeError(unknown_name(name, self.names, self.what))
         return load_object(name)
+
+    def own_settings(self, config: BaseModel) -> dict[str, Any]:
+        """Return the settings of a kind that is a function, as its keyword arguments."""
+        return {name: value for name, value in config if name not in {self.tag, *self.base.model_fields}}
 
     def validate(self, value: Any) -> Any:
         """Return the checked settings of `value`, a mapping or settings that were checked before."""
@@ -133,10 +138,12 @@ def unknown_name(name: str, names: Iterable[str], what: str) -> str:
 @cache
 def _settings_class(found: Any, name: str, tag: str, base: type[BaseModel]) -> type[BaseModel]:
     model = found if isinstance(found, type) and issubclass(found, BaseModel) else getattr(found, "Config", None)
+    if inspect.isfunction(found):
+        model = signature_settings(found)
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         raise RecipeError(
-            f"{name} has no settings: expected a class with a nested class Config (a subclass of posttrain's "
-            "config.Config, or another pydantic model)"
+            f"{name} has no settings: expected a function, or a class with a nested class Config (a subclass of "
+            "posttrain's config.Config, or another pydantic model)"
         )
     if tag in model.model_fields and model.model_config.get("extra") == "forbid" and issubclass(model, base):
         return model

@@ -2,8 +2,8 @@
 
 A source is a class with a nested pydantic class `Config`, made with the checked settings, and a method `load()` that
 returns rows: mappings with `prompt` (text or turns) or `messages`, and `answer` if there is a right one. Other fields
-of a row reach the rewards. A source from outside the package needs no base class; `problems: {kind: "module:Class"}`
-names it in a recipe.
+of a row reach the rewards. A source from outside the package needs no base class, and may be a function that returns
+the rows, with its settings as keyword-only parameters; `problems: {kind: "module:name"}` names it in a recipe.
 """
 
 from __future__ import annotations

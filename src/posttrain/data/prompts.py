@@ -120,8 +120,12 @@ def uses_chat_template(config: Any, tokenizer: Any) -> bool:
 
 def _load(config: Any) -> tuple[Any, list[PromptRow], BadRows]:
     """Return the source, its rows, each with all the fields of a PromptRow, and the rows that can't be used."""
-    source = PROMPTS.load(config.kind)(config)
-    loaded = list(source.load())
+    source = PROMPTS.load(config.kind)
+    if isinstance(source, type):
+        source = source(config)
+        loaded = list(source.load())
+    else:
+        loaded = list(source(**PROMPTS.own_settings(config)))
     bad = getattr(source, "bad", None) or BadRows("skip")
     rows = []
     for i, row in enumerate(loaded):
