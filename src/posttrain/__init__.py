@@ -24,7 +24,6 @@ if TYPE_CHECKING:
         OptimizerConfig,
         Recipe,
         SystemsConfig,
-        TaskConfig,
         TrackConfig,
     )
     from posttrain.core.errors import PosttrainError
@@ -54,7 +53,6 @@ __all__ = [
     "Stage",
     "StageContext",
     "SystemsConfig",
-    "TaskConfig",
     "TrackConfig",
     "__version__",
     "dump_recipe",

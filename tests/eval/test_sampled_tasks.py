@@ -9,20 +9,21 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from posttrain.config import ModelConfig, SampleConfig, TaskConfig
+from posttrain.config import ModelConfig
 from posttrain.core.files import read_lines
 from posttrain.core.statistics import compare, summarize
 from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.eval import sampled_tasks as sampled
+from posttrain.eval.evaluations import Generate, Sample
 from posttrain.eval.tasks import evaluate_model
 
 LAB = {"kind": "lab", "size": 7, "held_out": True}
 
 
-def task(**changes: Any) -> SampleConfig:
+def task(**changes: Any) -> Sample.Config:
     base = {"name": "t", "problems": LAB, "n": 4, "judge": {"kind": "numeric"}}
-    return SampleConfig.model_validate({**base, **changes})
+    return Sample.Config.model_validate({**base, **changes})
 
 
 def rollout(text: str, right: bool, tokens: int = 3, **scores: float) -> Rollout:
@@ -36,7 +37,7 @@ def test_one_question_by_hand() -> None:
     four = [
         rollout(*r, v=s) for r, s in ((("20", True), 1), (("so 20.0", True), 2), (("?", False), 0), (("7", False), 9))
     ]
-    item = sampled.item_of(config, 3, question, four, rollout("7", False, v=9))
+    item = sampled.sampled_item(config, 3, question, four, rollout("7", False, v=9))
     assert [c["answer"] for c in item["completions"]] == ["20", "20", "?", "7"]
     assert item["curves"]["mean"] == [0.5, 0.5, 0.5]  # k = 1, 2, 4
     assert item["curves"]["pass"] == pytest.approx([1 / 2, 5 / 6, 1])
@@ -54,7 +55,7 @@ def test_what_failed_is_wrong_and_chosen_last() -> None:
     config = task(n=2, vote=None, rank_by=[{"kind": "function", "name": "v", "function": "v"}])
     question = RenderedPrompt([1], "?", {"answer": "1"})
     broken = Rollout([5], [-1.0], "end", "1", {})
-    item = sampled.item_of(config, 0, question, [broken, rollout("1", True, v=-5.0)], broken)
+    item = sampled.sampled_item(config, 0, question, [broken, rollout("1", True, v=-5.0)], broken)
     assert item["completions"][0] == {
         "text": "1", "tokens": 1, "finish": "end", "judge": None, "right": False, "scores": {"v": None},
     }  # fmt: skip
@@ -68,7 +69,7 @@ def test_the_summary_by_hand() -> None:
     config = task(n=2)
     question = RenderedPrompt([1, 2], "?", {"answer": "1"})
     items = [
-        sampled.item_of(config, i, question, [rollout(t, r, n)] * 2, rollout(t, r, n))
+        sampled.sampled_item(config, i, question, [rollout(t, r, n)] * 2, rollout(t, r, n))
         for i, (t, r, n) in enumerate((("1", True, 3), ("2", False, 5)))
     ]
     summary = sampled.summary_of(config, items)
@@ -116,7 +117,7 @@ MODEL = ModelConfig(source="tiny:llama")
 
 def test_the_whole_way_beside_another_kind(tmp_path: Path) -> None:
     data = {"source": "lab:sums", "rows": [0, 4], "chat": False}
-    other = TaskConfig.model_validate({"name": "g", "kind": "generate", "data": data, "max_new_tokens": 4})
+    other = Generate.Config.model_validate({"name": "g", "kind": "generate", "data": data, "max_new_tokens": 4})
     summaries = evaluate_model(MODEL, [task(**RANDOM), other], tmp_path, 0, {"digits": digits})
     items = read_lines(tmp_path / "t.jsonl")
     assert len(items) == 7 and all(len(i["completions"]) == 4 for i in items)
@@ -164,7 +165,7 @@ def test_it_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": [8]}, "k holds 8, and a question has 4"),
+        ({"k": [8]}, "k holds 8, and there are 4 completions"),
         ({"headline": "best"}, "give rank_by a list"),
         ({"headline": "vote", "vote": None}, "headline is vote, and there is none"),
         ({"sampler": {"temperature": 0}}, "would be the same"),

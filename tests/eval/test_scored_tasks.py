@@ -9,13 +9,13 @@ import pytest
 from pydantic import ValidationError
 
 import posttrain
-from posttrain.config import ScoreConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
 from posttrain.core.statistics import compare, summarize, wins
 from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt
-from posttrain.eval import scored_tasks as scored
+from posttrain.eval.evaluations import Score
+from posttrain.eval.scored_tasks import answer_statistics, scored_item
 from posttrain.report import build_report
 from posttrain.report.terminal import summary_table
 
@@ -24,7 +24,7 @@ LAB = {"kind": "lab", "size": 5, "held_out": True}
 
 def item(number: int, *scores: float | None) -> dict[str, Any]:
     answers = [Rollout([5] * 3, [-1.0] * 3, "end", f"answer {k}") for k in range(len(scores))]
-    return scored.item_of(number, RenderedPrompt([1], f"prompt {number}", {"source": "f:1"}), answers, scores)
+    return scored_item(number, RenderedPrompt([1], f"prompt {number}", {"source": "f:1"}), answers, scores)
 
 
 def test_an_item_by_hand() -> None:
@@ -32,9 +32,9 @@ def test_an_item_by_hand() -> None:
     assert (one["id"], one["value"], one["output"], one["prompt"]) == (3, 3.5, "answer 0", "prompt 3")
     assert [a["score"] for a in one["answers"]] == [2.0, None, 5.0]
     assert item(0, None)["value"] is None
-    assert scored.about([one, item(1, None)])["failed"] == {"scorer": 2}
-    assert "constant" not in scored.about([one]) and "constant" not in scored.about([item(0, 2.0)])
-    assert scored.about([item(0, 2.0, None), item(1, 2.0)])["constant"] == 2.0
+    assert answer_statistics([one, item(1, None)])["failed"] == {"scorer": 2}
+    assert "constant" not in answer_statistics([one]) and "constant" not in answer_statistics([item(0, 2.0)])
+    assert answer_statistics([item(0, 2.0, None), item(1, 2.0)])["constant"] == 2.0
 
 
 def test_win_rates_by_hand() -> None:
@@ -100,7 +100,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         ({"scorer": {"kind": "self_consistency"}}, "compares the answers of a prompt"),
     ):
         with pytest.raises(ValidationError, match=why):
-            ScoreConfig.model_validate({**base, **changes})
+            Score.Config.model_validate({**base, **changes})
 
 
 def test_a_scorer_that_gives_all_the_same_is_named(tmp_path: Path) -> None:

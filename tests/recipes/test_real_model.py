@@ -15,7 +15,7 @@ from posttrain.config import SamplingConfig
 from posttrain.core.files import read_lines
 from posttrain.core.types import Sample
 from posttrain.cpu import library as native
-from posttrain.eval.tasks import score
+from posttrain.eval.likelihood_tasks import score
 from posttrain.methods.data.revision_chain import read_chains
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_model

@@ -110,7 +110,7 @@ def test_settings_from_outside_are_checked() -> None:
             read_reward({"kind": kind, "limit": "long"})
     with pytest.raises(ValidationError, match="greater than or equal to 1"):
         read_reward({"kind": "my_rewards:Brevity", "limit": 0})
-    with pytest.raises(ValidationError, match="the setting 'weight' is one that every reward has"):
+    with pytest.raises(ValidationError, match="the setting 'weight' is one that all of its kind have"):
         read_reward({"kind": "my_rewards:taken"})
     with pytest.raises(ValidationError, match="there is no 'brevty' in my_rewards"):
         read_reward({"kind": "my_rewards:brevty"})

@@ -205,7 +205,7 @@ def test_going_on_without_a_reply() -> None:
 
 
 def test_what_is_wrong_is_said() -> None:
-    with pytest.raises(ValueError, match="nothing would ever ask"):
+    with pytest.raises(ValueError, match="would never be called"):
         settings(kind="function", function="m:f")
     with pytest.raises(ValueError, match="can't be told apart"):
         settings(opening="<c>", closing="<c>")

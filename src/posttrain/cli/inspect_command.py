@@ -37,7 +37,7 @@ def inspect_command(
     from posttrain.recipe.parsing import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
-    names = [part.name for part in (*checked.stages, *checked.evaluate)]
+    names = [*(stage.name for stage in checked.stages), *(task.name for task in checked.evaluate)]
     if stage is not None and stage not in names:
         raise RecipeError(f"no stage or evaluation {stage!r}; there are: {', '.join(names)}")
     check_machine(checked)

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from posttrain.config.environment import CalculatorConfig, EnvironmentConfig, FunctionEnvironmentConfig
+from posttrain.config.environment import EnvironmentConfig
+from posttrain.config.evaluation import EvaluationConfig
 from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
-from posttrain.config.inference import SampleConfig, ScoreConfig
 from posttrain.config.judge import JudgeConfig, ServerConfig
 from posttrain.config.names import METHODS
 from posttrain.config.open_kinds import open_kind
@@ -35,13 +35,11 @@ from posttrain.config.settings import (
     SamplingConfig,
     StageBase,
     SystemsConfig,
-    TaskConfig,
     TrainConfig,
 )
 
 METHOD_KIND = open_kind(METHODS, "method", tag="method", default="sft")
 StageConfig = Annotated[StageBase, METHOD_KIND]
-EvaluationConfig = Annotated[TaskConfig | SampleConfig | ScoreConfig, Field(discriminator="kind")]
 
 
 class TrackConfig(Config):
@@ -126,7 +124,6 @@ def references(settings: Config) -> list[str]:
 
 __all__ = [
     "AdapterConfig",
-    "CalculatorConfig",
     "AllocateConfig",
     "ClassesConfig",
     "Config",
@@ -135,7 +132,6 @@ __all__ = [
     "EnvironmentConfig",
     "EpochsConfig",
     "EvaluationConfig",
-    "FunctionEnvironmentConfig",
     "HeldOutConfig",
     "JudgeConfig",
     "KLConfig",
@@ -146,16 +142,13 @@ __all__ = [
     "ReplayConfig",
     "RewardConfig",
     "RewardsConfig",
-    "SampleConfig",
     "SamplerConfig",
     "SamplingConfig",
-    "ScoreConfig",
     "ServerConfig",
     "StageBase",
     "StageConfig",
     "SteerConfig",
     "SystemsConfig",
-    "TaskConfig",
     "TrackConfig",
     "TrainConfig",
     "METHOD_KIND",

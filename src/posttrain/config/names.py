@@ -69,6 +69,21 @@ ADAPTERS: dict[str, str] = {
 }
 """Kinds of adapters: functions (model, config, seed, task) -> peft model. See `posttrain.models.adapters.attach`."""
 
+ENVIRONMENTS: dict[str, str] = {
+    "calculator": "posttrain.sampling.environments:Calculator",
+    "function": "posttrain.sampling.environments:FunctionEnvironment",
+}
+"""Environments: classes with a nested `Config`, and the methods start(example) and step(state, text)."""
+
+EVALUATIONS: dict[str, str] = {
+    "choice": "posttrain.eval.evaluations:Choice",
+    "generate": "posttrain.eval.evaluations:Generate",
+    "perplexity": "posttrain.eval.evaluations:Perplexity",
+    "sample": "posttrain.eval.evaluations:Sample",
+    "score": "posttrain.eval.evaluations:Score",
+}
+"""Evaluations: subclasses of `posttrain.eval.evaluations.Evaluation`."""
+
 RENAMED = {
     "learning_rate": "lr",
     "per_device_train_batch_size": "batch_size",

@@ -32,6 +32,8 @@ class OpenKind:
         tag: Key that holds the name.
         default: Name that a mapping without the key gets. None: the key is required.
         base: Settings that every kind has; a class from outside gets them in addition to its own.
+        from_signature: True if the settings of a function, or of a class without `Config`, are its keyword-only
+            parameters.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class OpenKind:
         tag: str = "kind",
         default: str | None = None,
         base: type[BaseModel] = BaseModel,
+        from_signature: bool = False,
     ) -> None:
         self.names, self.what, self.tag, self.default, self.base = names, what, tag, default, base
+        self.from_signature = from_signature
 
     @cached_property
     def settings_classes(self) -> list[type[BaseModel]]:
@@ -55,7 +59,8 @@ class OpenKind:
         Raises:
             RecipeError: The name is unknown, can't be imported, or is no class with settings.
         """
-        return _settings_class(self.load(name), name, self.tag, self.base)
+        base = BaseModel if name in self.names else self.base
+        return _settings_class(self.load(name), name, self.tag, base, self.from_signature)
 
     def load(self, name: str) -> Any:
         """Return the object of a kind.
@@ -119,6 +124,11 @@ def open_kind(
     return OpenKind(names, what, tag, default, base)
 
 
+def own_settings(config: BaseModel, base: type[BaseModel]) -> dict[str, Any]:
+    """Return the settings of a part from outside by name, without those of `base`."""
+    return {name: getattr(config, name) for name in type(config).model_fields if name not in base.model_fields}
+
+
 def unknown_name(name: str, names: Iterable[str], what: str) -> str:
     """Return the message for an unknown name, with the nearest ones.
 
@@ -136,9 +146,10 @@ def unknown_name(name: str, names: Iterable[str], what: str) -> str:
 
 
 @cache
-def _settings_class(found: Any, name: str, tag: str, base: type[BaseModel]) -> type[BaseModel]:
+def _settings_class(found: Any, name: str, tag: str, base: type[BaseModel], from_signature: bool) -> type[BaseModel]:
     model = found if isinstance(found, type) and issubclass(found, BaseModel) else getattr(found, "Config", None)
-    if inspect.isfunction(found):
+    has_settings = isinstance(model, type) and issubclass(model, BaseModel)
+    if inspect.isfunction(found) or (from_signature and not has_settings):
         model = signature_settings(found)
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         raise RecipeError(
@@ -147,6 +158,10 @@ def _settings_class(found: Any, name: str, tag: str, base: type[BaseModel]) -> t
         )
     if tag in model.model_fields and model.model_config.get("extra") == "forbid" and issubclass(model, base):
         return model
+    shared = [c for c in model.__mro__ if c in base.__mro__ and issubclass(c, BaseModel)]
+    taken = [f for f in model.model_fields if f in base.model_fields and not any(f in c.model_fields for c in shared)]
+    if taken:
+        raise RecipeError(f"{name}: the setting {taken[0]!r} is one that all of its kind have; give it another name")
     # A class from outside knows nothing of `tag` and `base`, and may let misspelt settings pass.
     body = {
         "__module__": model.__module__,

@@ -6,18 +6,14 @@ one of `REWARDS` or the import path of a class or function from outside the pack
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, create_model, model_validator
+from pydantic import Field, model_validator
 
 from posttrain.config.names import REWARDS
 from posttrain.config.open_kinds import OpenKind
 from posttrain.config.settings import Config
-from posttrain.core.errors import RecipeError
-from posttrain.core.imports import signature_settings
 
 Extract = Literal["auto", "tag", "boxed", "hashes", "last_line", "whole"]
 Form = Literal["completion", "group", "batch"]
@@ -100,40 +96,7 @@ class CustomRewardConfig(RewardTermConfig):
         return self.isolated
 
 
-class OpenReward(OpenKind):
-    """Check settings by the reward that their `kind` names; a function's keyword-only parameters are its settings."""
-
-    def settings_class(self, name: str) -> type[BaseModel]:
-        """Return the settings class of a reward.
-
-        Raises:
-            RecipeError: The reward is unknown, can't be imported, or its settings can't be read.
-        """
-        return reward_settings(self.load(name), name)
-
-
-@cache
-def reward_settings(reward: Any, kind: str) -> type[RewardTermConfig]:
-    """Return the settings class of a reward: its nested `Config`, or its keyword-only parameters.
-
-    Raises:
-        RecipeError: Its settings have names that every reward has already, or can't be read.
-    """
-    own = getattr(reward, "Config", None)
-    if isinstance(own, type) and issubclass(own, RewardTermConfig) and kind in REWARDS:
-        return own
-    if not (isinstance(own, type) and issubclass(own, BaseModel)):
-        own = CustomRewardConfig if inspect.isclass(reward) else signature_settings(reward)
-    taken = sorted(set(own.model_fields) & set(CustomRewardConfig.model_fields))
-    if taken and not issubclass(own, RewardTermConfig):
-        raise RecipeError(f"{kind}: the setting {taken[0]!r} is one that every reward has; give it another name")
-    bases: Any = (own,) if issubclass(own, CustomRewardConfig) else (own, CustomRewardConfig)
-    literal: Any = Literal[kind]  # type: ignore[valid-type]
-    make: Any = create_model
-    return make(own.__name__, __base__=bases, __doc__=reward.__doc__, kind=(literal, kind))  # type: ignore[no-any-return]
-
-
-OPEN_REWARD = OpenReward(REWARDS, "reward")
+OPEN_REWARD = OpenKind(REWARDS, "reward", base=CustomRewardConfig, from_signature=True)
 RewardConfig = Annotated[RewardTermConfig, OPEN_REWARD]
 
 

@@ -283,33 +283,3 @@ class SamplerConfig(SamplingConfig):
     def limits(self) -> dict[str, Any]:
         """Return the arguments of a local sampler: how many completions run, and the memory that they may take."""
         return {"max_running": self.max_running, "memory_mb": self.cache_mb}
-
-
-class TaskConfig(Config):
-    """One evaluation: what is asked, and how the answer is judged."""
-
-    name: str = Field(pattern=NAME, description="Name in tables and files.")
-    kind: Literal["choice", "generate", "perplexity"] = Field(
-        description="choice: compare the likelihoods of the choices; generate: greedy answer matched against the expected one; perplexity: of the loss tokens."
-    )
-    data: DataConfig
-    choices: list[str] | None = Field(
-        None, description="The choices, the same for every row (kind: choice). None: the row's own column 'choices'."
-    )
-    normalize: Literal["sum", "mean"] = Field(
-        "sum", description="Compare choices by the sum or by the mean per token of log-likelihood."
-    )
-    match: Literal["exact", "contains", "first_word", "numeric"] = Field(
-        "exact",
-        description="How a generated answer is matched (kind: generate); case and surrounding space do not count.",
-    )
-    max_new_tokens: int = Field(64, ge=1, description="Longest generated answer (kind: generate).")
-    show: int = Field(
-        8, ge=0, description="Items whose generated answers are shown side by side in the report. 0: none."
-    )
-
-    @model_validator(mode="after")
-    def _choices(self) -> TaskConfig:
-        if self.choices is not None and self.kind != "choice":
-            raise ValueError(f"choices belong to kind: choice, and this is kind: {self.kind}")
-        return self

@@ -17,61 +17,69 @@ import numpy as np
 import torch
 
 from posttrain import sandbox
-from posttrain.config import SampleConfig
 from posttrain.config.rewards import RewardsConfig
 from posttrain.config.sandbox import SandboxConfig
 from posttrain.core.progress import Track
 from posttrain.core.statistics import interval_of_means
 from posttrain.core.types import Rollout
-from posttrain.data.prompts import PromptSet, RenderedPrompt
+from posttrain.data.prompts import RenderedPrompt
 from posttrain.eval import pass_at_k as inference
-from posttrain.models.language_model import LanguageModel
+from posttrain.eval.evaluations import Chunk, EvaluationRun, Items, Sample
 from posttrain.rewards import programs
 from posttrain.rewards.answer_extraction import find, normal, number_of
 from posttrain.rewards.stack import RewardStack, Scored
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request, Sampler
 
-Items = list[dict[str, Any]]
-Functions = Mapping[str, Callable[..., Any]]
 CHUNK = 256
-"""Completions of one chunk, about: also how much is done again after a crash."""
+"""Completions of one chunk, approximately: also how much is done again after a crash."""
 
 
-def stack_of(task: SampleConfig, functions: Functions | None = None) -> RewardStack:
-    """Judge and scores as one stack of rewards, the judge under the name ``judge``."""
+def sample_chunks(run: EvaluationRun, task: Sample.Config) -> Iterator[Chunk]:
+    """Sample n completions and the likeliest one of each problem, and judge them."""
     if task.vote == "program":
         sandbox.require()
     terms = [task.judge.model_copy(update={"name": "judge"}), *task.rank_by]
-    return RewardStack(RewardsConfig(terms=terms), functions)
+    rewards = run.until.enter_context(RewardStack(RewardsConfig(terms=terms), run.functions))
+    sampler = LocalSampler(run.model, run.tokenizer, **task.sampler.limits())
+    return in_chunks(run, task.n + 1, 3, lambda *work: _items(sampler, task, rewards, *work))
 
 
-def chunks(
-    model: LanguageModel, tokenizer: Any, task: SampleConfig, questions: PromptSet, seed: int, rewards: RewardStack
-) -> Iterator[tuple[int, Callable[[Track], Items]]]:
-    """(number of questions, what makes their items) of each chunk, the same however often an evaluation is started."""
-    sampler, asked = LocalSampler(model, tokenizer, **task.sampler.limits()), questions.items
-    size = max(1, CHUNK // (task.n + 1))
-    streams = np.random.SeedSequence([seed, 3]).generate_state(len(asked), np.uint64)
+def in_chunks(
+    run: EvaluationRun,
+    completions: int,
+    stream: int,
+    compute: Callable[[Mapping[int, RenderedPrompt], np.ndarray, Track], Items],
+) -> Iterator[Chunk]:
+    """Yield the prompts of an evaluation in chunks of about CHUNK completions.
 
-    def compute(run: range) -> Callable[[Track], Items]:
-        return lambda track: _items(sampler, task, {i: asked[i] for i in run}, streams, rewards, track)
+    Args:
+        run: What the evaluation works with.
+        completions: Number of completions of each prompt.
+        stream: Number of the random stream that seeds the prompts.
+        compute: Makes the items from (prompts by number, seeds of all prompts, progress).
+    """
+    prompts = run.data.items
+    size = max(1, CHUNK // completions)
+    seeds = np.random.SeedSequence([run.seed, stream]).generate_state(len(prompts), np.uint64)
 
-    for start in range(0, len(asked), size):
-        run = range(start, min(start + size, len(asked)))
-        yield len(run), compute(run)
+    def chunk(numbers: range) -> Chunk:
+        return len(numbers), lambda track: compute({i: prompts[i] for i in numbers}, seeds, track)
+
+    for start in range(0, len(prompts), size):
+        yield chunk(range(start, min(start + size, len(prompts))))
 
 
 def _items(
     sampler: Sampler,
-    task: SampleConfig,
-    asked: Mapping[int, RenderedPrompt],
-    streams: np.ndarray,
+    task: Sample.Config,
     rewards: RewardStack,
+    prompts: Mapping[int, RenderedPrompt],
+    seeds: np.ndarray,
     track: Track,
 ) -> Items:
-    """Sample, judge, and work out every question of a chunk."""
-    total, done = len(asked) * (task.n + 1), 0
+    """Sample and judge the completions of a chunk's problems."""
+    total, done = len(prompts) * (task.n + 1), 0
 
     def count(*_: Any) -> None:
         nonlocal done
@@ -79,8 +87,8 @@ def _items(
         if done % 16 == 0:
             track.phase(f"sampling {done}/{total}")
 
-    many = [Request(q.tokens, task.n, int(streams[i]), q.problem) for i, q in asked.items()]
-    once = [Request(q.tokens, 1, 0, q.problem) for q in asked.values()]
+    many = [Request(q.tokens, task.n, int(seeds[i]), q.problem) for i, q in prompts.items()]
+    once = [Request(q.tokens, 1, 0, q.problem) for q in prompts.values()]
     likeliest = task.sampler.model_copy(update={"temperature": 0.0})
     groups = sampler.sample(many, task.sampler, count)
     greedy = sampler.sample(once, likeliest, count)
@@ -88,8 +96,8 @@ def _items(
     judged = iter(_judged(rewards([*groups, *greedy])))
     sampled, single = [[next(judged) for _ in group] for group in (groups, greedy)]
     return [
-        item_of(task, i, q, of_question, first[0])
-        for (i, q), of_question, first in zip(asked.items(), sampled, single, strict=True)
+        sampled_item(task, i, q, of_question, first[0])
+        for (i, q), of_question, first in zip(prompts.items(), sampled, single, strict=True)
     ]
 
 
@@ -102,8 +110,8 @@ def _judged(scored: Scored) -> Iterator[list[Rollout]]:
         yield [failed[g, i] if (g, i) in failed else next(kept) for i in range(count)]
 
 
-def item_of(
-    task: SampleConfig, number: int, question: RenderedPrompt, sampled: Sequence[Rollout], greedy: Rollout
+def sampled_item(
+    task: Sample.Config, number: int, question: RenderedPrompt, sampled: Sequence[Rollout], greedy: Rollout
 ) -> dict[str, Any]:
     """One question: every completion with what it was given, the likeliest answer, and the curves' values."""
     with ThreadPoolExecutor(2) as threads:  # programs run in processes of their own
@@ -123,7 +131,7 @@ def item_of(
     return {**item, "value": headline_of(task, item)}
 
 
-def _completion(task: SampleConfig, rollout: Rollout) -> dict[str, Any]:
+def _completion(task: Sample.Config, rollout: Rollout) -> dict[str, Any]:
     """judge: its number (None: it failed, which counts as wrong). scores: those that rank; None where one failed."""
     judge = rollout.rewards.get("judge")
     out: dict[str, Any] = {
@@ -140,7 +148,7 @@ def _completion(task: SampleConfig, rollout: Rollout) -> dict[str, Any]:
     return out
 
 
-def answer_of(text: str, task: SampleConfig) -> str | None:
+def answer_of(text: str, task: Sample.Config) -> str | None:
     """What a completion votes for: numbers in one way of writing, other text without spaces, case and typesetting.
 
     None where there is no answer, or nothing is left of it.
@@ -163,7 +171,7 @@ def _printed(text: str, limits: SandboxConfig) -> str | None:
     return programs.printed(text, limits)
 
 
-def curves_of(task: SampleConfig, completions: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+def curves_of(task: Sample.Config, completions: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """The question's value at each k, by strategy: ``mean``, ``pass``, ``vote``, ``best:NAME``, ``weighted:NAME``."""
     ks = [k for k in task.sizes if k <= len(completions)]
     right = torch.tensor([c["right"] for c in completions], dtype=torch.float64)
@@ -184,7 +192,7 @@ def curves_of(task: SampleConfig, completions: Sequence[Mapping[str, Any]]) -> d
     return {name: [round(float(v), 12) for v in values] for name, values in out.items()}
 
 
-def headline_of(task: SampleConfig, item: Mapping[str, Any]) -> float:
+def headline_of(task: Sample.Config, item: Mapping[str, Any]) -> float:
     """The number that tables compare, of one question."""
     if task.headline == "greedy":
         return float(item["greedy"]["right"])
@@ -192,7 +200,7 @@ def headline_of(task: SampleConfig, item: Mapping[str, Any]) -> float:
     return float(item["curves"][name][-1])
 
 
-def summary_of(task: SampleConfig, items: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+def summary_of(task: Sample.Config, items: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
     """What the report draws beside the headline: the curves with their intervals, tokens, greedy accuracy, failures.
 
     strategies: [{name, points: [{k, tokens, value, low, high}]}], tokens a question being the prompt's, computed once,

@@ -18,7 +18,7 @@ from posttrain.config import DataConfig
 from posttrain.core.types import Sample
 from posttrain.data.readers import in_order, read_table
 from posttrain.data.sft_rows import prepare
-from posttrain.eval.tasks import score
+from posttrain.eval.likelihood_tasks import score
 from posttrain.lab.lab_settings import LabSettings, byte_level_bpe
 from posttrain.models.language_model import LanguageModel
 

@@ -41,7 +41,11 @@ class SettingInfo:
 
 
 def settings(
-    value: Any = None, model: type[BaseModel] = Recipe, key: Key = (), default: Any = None
+    value: Any = None,
+    model: type[BaseModel] = Recipe,
+    key: Key = (),
+    default: Any = None,
+    kinds: OpenKind | None = None,
 ) -> Iterator[SettingInfo]:
     """Yield the settings that a recipe can have, at any depth, in the order of their classes.
 
@@ -50,6 +54,7 @@ def settings(
         model: Settings class of `value`.
         key: Key of `value`.
         default: Settings from which defaults are read, in place of the ones of the class.
+        kinds: The open kind that `model` is of. None: it is of none.
     """
     for name, info in model.model_fields.items():
         annotation, inner, at = info.rebuild_annotation(), inside(value, name), (*key, name)
@@ -58,13 +63,16 @@ def settings(
         found = model_for(annotation, inner)
         known = found is not None and (inner is not None or len(_models(annotation)) == 1)
         text = "" if isinstance(standard, BaseModel) else _default_text(standard)
-        yield SettingInfo(at, type_text(annotation), text, info.description or "", known)
+        type_ = " | ".join(kinds.names) if kinds is not None and name == kinds.tag else type_text(annotation)
+        yield SettingInfo(at, type_, text, info.description or "", known)
         if found is not None and known:
-            yield from settings(inner, found, at, standard if isinstance(standard, found) else None)
+            default_ = standard if isinstance(standard, found) else None
+            yield from settings(inner, found, at, default_, open_kind_of(annotation))
         for i, item in enumerate(inner if isinstance(inner, list) else []):
-            of_item = model_for(child(annotation, i, inner), item)
-            if of_item is not None:
-                yield from settings(item, of_item, (*at, i))
+            of_item = child(annotation, i, inner)
+            item_model = model_for(of_item, item)
+            if item_model is not None:
+                yield from settings(item, item_model, (*at, i), None, open_kind_of(of_item))
 
 
 def _default_text(value: Any) -> str:

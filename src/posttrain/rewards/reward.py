@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from posttrain.config.names import REWARDS
+from posttrain.config.open_kinds import own_settings
 from posttrain.config.rewards import CustomRewardConfig, RewardTermConfig
 from posttrain.core.errors import RewardError
 from posttrain.core.imports import load_object
@@ -105,14 +106,13 @@ def build_reward(config: RewardTermConfig, functions: Functions) -> Callable[...
     """
     reward = load_object(REWARDS.get(config.kind, config.kind), None, RewardError)
     if not isinstance(reward, type):
-        own = {name: getattr(config, name) for name in type(config).model_fields}
-        options = {name: value for name, value in own.items() if name not in CustomRewardConfig.model_fields}
+        options = own_settings(config, CustomRewardConfig)
         check_signature(reward, options, config.form, config.kind)
         return partial(reward, **options)
     if issubclass(reward, Reward):
         return reward(config, functions)  # type: ignore[return-value]
     make: Any = reward
-    made: Any = make(config) if hasattr(reward, "Config") else make()
+    made: Any = make(config) if hasattr(reward, "Config") else make(**own_settings(config, CustomRewardConfig))
     check_signature(made, {}, config.form, config.kind)
     return made  # type: ignore[no-any-return]
 

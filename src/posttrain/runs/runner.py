@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 import posttrain
-from posttrain.config import EvaluationConfig, Recipe, SampleConfig, ScoreConfig, StageConfig, references
+from posttrain.config import EvaluationConfig, Recipe, StageConfig, references
 from posttrain.core import distributed
 from posttrain.core.errors import CheckpointError, PosttrainError
 from posttrain.core.files import file_hash, is_full, read_lines, write_json, write_text
@@ -200,9 +200,12 @@ class _Run:
     def task_entries(self, context: StageContext) -> list[dict[str, Any]]:
         """Return the manifest's entries of the data of evaluations, as far as it can be read now."""
         return [
-            {"stage": f"evaluate {task.name}", **task_data(task, context.tokenizer, context.context).stats}
+            {
+                "stage": f"evaluate {task.name}",
+                **getattr(task_data(task, context.tokenizer, context.context), "stats", {}),
+            }
             for task in self.recipe.evaluate
-            if not references(task.problems if isinstance(task, SampleConfig | ScoreConfig) else task)
+            if not references(task.source)
         ]
 
     def carry_out(
@@ -268,7 +271,7 @@ class _Run:
             if tasks:
                 config = recipe.model.model_copy(update={"source": str(final)})
                 evaluate_model(config, tasks, evaluations / "after", recipe.seed, self.functions)
-        compared = [(task.name, str(task.kind)) for task in tasks if (evaluations / "after").is_dir()]
+        compared = [(task.name, str(task.measures)) for task in tasks if (evaluations / "after").is_dir()]
         compared += [(name, "generate") for name in write_held_out_tasks(recipe, path)]
         if compared:
             comparison = []

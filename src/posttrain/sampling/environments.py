@@ -1,42 +1,72 @@
-"""What answers the model within a completion: the protocol, and a calculator as its example."""
+"""Environments, which answer the model within a completion: the protocol, and a calculator as an example."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from posttrain.config.environment import CalculatorConfig, EnvironmentConfig
+from pydantic import Field, model_validator
+
+from posttrain.config.environment import CustomEnvironmentConfig, EnvironmentBase
+from posttrain.config.names import ENVIRONMENTS
+from posttrain.config.open_kinds import own_settings
 from posttrain.core.arithmetic import NotArithmetic, evaluate, written
 from posttrain.core.errors import RecipeError, RewardError
 from posttrain.core.imports import load_object
 
 
 class Environment(Protocol):
-    """Answers what a model writes. The same texts must be answered alike: a run that goes on asks again."""
+    """Answers the text of a model. It must answer the same texts alike: a resumed run calls it again."""
 
     def start(self, example: Mapping[str, Any]) -> Any:
-        """The state of one completion of this example, before the model has written anything."""
+        """Return the state of one completion of this example, before the model has written anything."""
 
     def step(self, state: Any, text: str) -> tuple[str | None, bool]:
-        """(reply, done) to what the model wrote in this turn, the stop string included.
+        """Return (reply, done) to the text of this turn, which includes the stop string.
 
-        reply: None is no answer, and the model goes on (or, where it had closed its turn, is done). done: the
-        completion ends here, with the reply where there is one. `state` may be changed in place.
+        A reply of None is no answer: the model continues, or is done if it had closed its turn. done: the completion
+        ends here, after the reply if there is one. `state` may be changed in place.
         """
 
 
 class Calculator:
-    """Answers <calculate>…</calculate> with the exact value of what stands between, or with what is wrong with it."""
+    """Answers <calculate>…</calculate> with the exact value of the expression, or with an error in words."""
 
-    def __init__(self, config: CalculatorConfig) -> None:
+    class Config(EnvironmentBase):
+        """Evaluates the expression that the model writes between two marks."""
+
+        kind: Literal["calculator"] = "calculator"
+        opening: str = Field("<calculate>", min_length=1, description="Before the expression.")
+        closing: str = Field(
+            "</calculate>", min_length=1, description="After it; here the model stops and is answered."
+        )
+        reply: str = Field(
+            "<result>{result}</result>", description="The reply; {result} is the number, or an error in words."
+        )
+
+        @property
+        def stop_strings(self) -> list[str]:
+            """Return the closing mark."""
+            return [self.closing]
+
+        @model_validator(mode="after")
+        def _marks(self) -> Calculator.Config:
+            if self.opening in self.closing or self.closing in self.opening:
+                raise ValueError(
+                    f"environment.opening ({self.opening!r}) and closing ({self.closing!r}) can't be told apart"
+                )
+            if self.reply.count("{result}") != 1:
+                raise ValueError(f"environment.reply is {self.reply!r}: expected text with {{result}} in it, once")
+            return self
+
+    def __init__(self, config: Config, functions: Mapping[str, Callable[..., Any]] | None = None) -> None:
         self.config = config
 
     def start(self, example: Mapping[str, Any]) -> None:
-        """Nothing is kept from one question to the next."""
+        """Return None: nothing is kept between calls."""
 
     def step(self, state: None, text: str) -> tuple[str | None, bool]:
-        """The last call of the text is answered; a text without one is not."""
+        """Answer the last call in the text; a text without one is not answered."""
         end = text.rfind(self.config.closing)
         if end < 0:
             return None, False
@@ -52,23 +82,48 @@ class Calculator:
         return self.config.reply.replace("{result}", result)
 
 
-def environment(config: EnvironmentConfig, given: Mapping[str, Callable[..., Any]] | None = None) -> Environment:
-    """The environment of a setting. given: callables by name, made in this program.
+class FunctionEnvironment:
+    """An environment made by a class or function that is named in the settings."""
 
-    Raises RewardError where a function can't be found, RecipeError where what it makes is no environment.
-    """
-    if isinstance(config, CalculatorConfig):
-        return Calculator(config)
-    made: Environment = partial(load_object(config.function, given, RewardError), **config.options)()
-    missing = [name for name in ("start", "step") if not callable(getattr(made, name, None))]
+    class Config(CustomEnvironmentConfig):
+        """An environment of yours: a class with start(example) and step(state, text). See docs/environments.md."""
+
+        kind: Literal["function"] = "function"
+        function: str = Field(
+            description="module:Class (or a function that makes one), or the name of one given from Python."
+        )
+        options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments that it is made with.")
+
+    def __init__(self, config: Config, functions: Mapping[str, Callable[..., Any]] | None = None) -> None:
+        made = load_object(config.function, functions, RewardError)(**config.options)
+        check_environment(made, config.function)
+        self.start, self.step = made.start, made.step
+
+
+def check_environment(made: Any, name: str) -> None:
+    """Raise RecipeError if an object has not the methods of an environment."""
+    missing = [method for method in ("start", "step") if not callable(getattr(made, method, None))]
     if missing:
         raise RecipeError(
-            f"environment {config.function!r} makes a {type(made).__name__}, which has no {' and no '.join(missing)}: "
+            f"environment {name!r} makes a {type(made).__name__}, which has no {' and no '.join(missing)}: "
             "expected start(example) -> state and step(state, text) -> (reply or None, done)"
         )
-    return made
 
 
-def stops(config: EnvironmentConfig) -> list[str]:
-    """The strings at which the model stops, and the environment is asked."""
-    return [config.closing] if isinstance(config, CalculatorConfig) else list(config.stop)
+def environment(config: EnvironmentBase, functions: Mapping[str, Callable[..., Any]] | None = None) -> Environment:
+    """Return the environment of settings.
+
+    Args:
+        config: The settings.
+        functions: Callables given from Python, by name.
+
+    Raises:
+        RewardError: A class can't be imported.
+        RecipeError: What it makes is no environment.
+    """
+    if config.kind in ENVIRONMENTS:
+        return load_object(ENVIRONMENTS[config.kind], None, RewardError)(config, functions)  # type: ignore[no-any-return]
+    make = load_object(config.kind, None, RewardError)
+    made = make(config) if hasattr(make, "Config") else make(**own_settings(config, CustomEnvironmentConfig))
+    check_environment(made, config.kind)
+    return made  # type: ignore[no-any-return]

@@ -19,7 +19,7 @@ from posttrain.core.errors import DataError, PosttrainError, RecipeError
 from posttrain.core.types import Message, Rollout, RolloutGroup
 from posttrain.data import chat_template as chat
 from posttrain.data.formats import BadRow
-from posttrain.sampling.environments import Environment, stops
+from posttrain.sampling.environments import Environment
 from posttrain.sampling.protocol import OnDone, Request, Sampler
 
 CUT = " [cut]"
@@ -79,7 +79,7 @@ class TurnSampler:
     ) -> None:
         self.sampler, self.environment, self.config = sampler, environment, config
         self.tokenizer, self.context = tokenizer, context
-        self.stops = stops(config)
+        self.stops = config.stop_strings
         check(config, tokenizer)
 
     def sample(
