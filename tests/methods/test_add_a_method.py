@@ -58,9 +58,8 @@ def test_an_example_trains_and_resumes_to_the_same_result(
     folder: Path, recipe: str, module: str, most: int, change: tuple[str, str], metric: str, title: str
 ) -> None:
     def start(name: str) -> warm.ForkServerProcess:
-        environment = {"POSTTRAIN_CACHE": str(folder / "cache")}
         arguments = ["run", str(folder / recipe), "--folder", str(folder / name)]
-        return warm.posttrain(arguments, folder / f"{name}.log", environment)
+        return warm.posttrain(arguments, folder / f"{name}.log", {})
 
     calm, killed = start("calm"), start("killed")
     while killed.is_alive() and records(folder / "killed") < 3:
