@@ -16,7 +16,7 @@ from tests.invariants import warm
 from tests.invariants.test_killed import outcome, records
 
 PAGE = (Path(__file__).parents[2] / "docs" / "add-a-method.md").read_text(encoding="utf-8")
-FILES = {name: text for name, text in re.findall(r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```", PAGE, re.M | re.S)}
+FILES = dict(re.findall(r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```", PAGE, re.M | re.S))
 EXAMPLES = [  # recipe, module, most lines, misspelt setting, metric that must have a title, title
     ("squared_hinge.yaml", "my_losses.py", 20, ("margin: 4.0", "margim: 4.0"), "accuracy", "DPO"),
     ("hard_prompts.yaml", "my_advantages.py", 25, ("power: 0.5", "power: -1"), "reward", "GRPO"),
