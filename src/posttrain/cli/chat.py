@@ -31,9 +31,9 @@ def chat_command(
 ) -> None:
     """Talk to a model, or to what a run made."""
     from posttrain.config import ModelConfig
-    from posttrain.recipe.checks import check_hub, check_model_source
+    from posttrain.recipe.model_sources import check_hub, find_model
 
-    if check_model_source(model) == "hub":
+    if find_model(model).kind == "hub":
         check_hub([model])
     config = ModelConfig(source=model, device=device, trust_remote_code=trust_remote_code)
     chat = Chat.open(config, system=system, max_new_tokens=max_new_tokens, temperature=temperature)

@@ -31,7 +31,7 @@ def evaluate_command(
     ] = None,
 ) -> None:
     """Run a recipe's evaluations on any model; compare two models on the same items."""
-    from posttrain.recipe.checks import check_machine, check_model_source
+    from posttrain.recipe.checks import check_machine
     from posttrain.recipe.parsing import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
@@ -39,7 +39,6 @@ def evaluate_command(
         raise RecipeError(f"{recipe} has no evaluations; add some under `evaluate:`")
     # The recipe's dtype, device and chat template (which a base model needs), with another model.
     of_model = checked.model.model_copy(update={"source": model, "revision": None})
-    check_model_source(model)
     check_machine(checked.model_copy(update={"stages": [], "model": of_model}))
     if against is not None:
         missing = [t.name for t in checked.evaluate if not (against / f"{t.name}.jsonl").is_file()]

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from posttrain.config import EpochsConfig, Recipe, references
+from posttrain.config import EpochsConfig, Recipe, RewardsConfig, StageConfig, references
+from posttrain.core.imports import is_import_path
 from posttrain.core.types import Sample
 from posttrain.data.human_feedback import Answers
 from posttrain.data.marked_text import BRACKETS, render_terminal
@@ -17,7 +18,9 @@ from posttrain.data.prompts import PromptSet
 from posttrain.data.rows import SHOWN_ROWS
 from posttrain.eval.tasks import task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device
+from posttrain.recipe.checks import blocks
 from posttrain.report.judge_figures import describe_agreement
+from posttrain.rewards.stack import RewardStack
 from posttrain.runs.registry import prepare
 from posttrain.trainer.stage import StageContext
 
@@ -43,6 +46,7 @@ def print_data(recipe: Recipe, only: str | None, rows: int, out: Console) -> Non
             out.rule(f"{stage.name} ({stage.method})")
             out.print(f"reads what stage {', '.join(asks)} will make; posttrain inspect RUN shows it afterwards")
             continue
+        _check_rewards(stage, tokenizer)
         for title, data in prepare(stage, StageContext(tokenizer, context)).data:
             out.rule(f"{title} ({stage.method})")
             if isinstance(data, PromptSet):
@@ -60,6 +64,15 @@ def print_data(recipe: Recipe, only: str | None, rows: int, out: Console) -> Non
                 _questions(asked, rows, out)
             else:
                 _samples(asked, None, tokenizer, rows, out)
+
+
+def _check_rewards(stage: StageConfig, tokenizer: Any) -> None:
+    """Build the rewards of a stage, so that a mistake in one is found now; not those that come from Python."""
+    for _, block in blocks(stage):
+        if not isinstance(block, RewardsConfig):
+            continue
+        if all(is_import_path(term.function) for term in block.terms if hasattr(term, "function")):
+            RewardStack(block, None, tokenizer).close()
 
 
 def _samples(

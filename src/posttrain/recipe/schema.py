@@ -29,6 +29,7 @@ class SettingInfo:
         key: Where it is in the recipe, such as ("stages", 0, "optimizer", "lr").
         type: Its type or its choices, as text.
         default: Its default as text; empty for a block of settings.
+        value: Its value in the recipe as text, if it is not the default; else empty.
         description: From the settings class.
         block: True if it is a mapping of other settings.
     """
@@ -36,6 +37,7 @@ class SettingInfo:
     key: Key
     type: str
     default: str
+    value: str
     description: str
     block: bool
 
@@ -62,9 +64,11 @@ def settings(
         standard = getattr(default, name, standard)
         found = model_for(annotation, inner)
         known = found is not None and (inner is not None or len(_models(annotation)) == 1)
-        text = "" if isinstance(standard, BaseModel) else _default_text(standard)
+        text = "" if isinstance(standard, BaseModel) else _value_text(standard)
+        changed = _value_text(inner) if isinstance(value, dict) and name in value and not known else text
+        here = "" if changed == text else changed
         type_ = " | ".join(kinds.names) if kinds is not None and name == kinds.tag else type_text(annotation)
-        yield SettingInfo(at, type_, text, info.description or "", known)
+        yield SettingInfo(at, type_, text, here, info.description or "", known)
         if found is not None and known:
             default_ = standard if isinstance(standard, found) else None
             yield from settings(inner, found, at, default_, open_kind_of(annotation))
@@ -75,9 +79,11 @@ def settings(
                 yield from settings(item, item_model, (*at, i), None, open_kind_of(of_item))
 
 
-def _default_text(value: Any) -> str:
+def _value_text(value: Any) -> str:
     words: list[tuple[Any, str]] = [(_REQUIRED, "required"), (None, "none"), (True, "true"), (False, "false")]
-    return next((word for special, word in words if value is special), str(value))
+    word = next((word for special, word in words if value is special), None)
+    text = str(list(value) if isinstance(value, tuple) else value).replace("\n", "\\n")
+    return word or (text if len(text) <= 60 else f"{text[:59]}…")
 
 
 def type_text(tp: Any) -> str:
