@@ -28,7 +28,7 @@ class OpenKind:
 
     Attributes:
         names: Import path of the object of each built-in kind.
-        what: The kind of thing in words, for messages, such as "source of prompts".
+        noun: The kind of thing in words, for messages, such as "source of prompts".
         tag: Key that holds the name.
         default: Name that a mapping without the key gets. None: the key is required.
         base: Settings that every kind has; a class from outside gets them in addition to its own.
@@ -39,13 +39,13 @@ class OpenKind:
     def __init__(
         self,
         names: Mapping[str, str],
-        what: str,
+        noun: str,
         tag: str = "kind",
         default: str | None = None,
         base: type[BaseModel] = BaseModel,
         from_signature: bool = False,
     ) -> None:
-        self.names, self.what, self.tag, self.default, self.base = names, what, tag, default, base
+        self.names, self.noun, self.tag, self.default, self.base = names, noun, tag, default, base
         self.from_signature = from_signature
 
     @cached_property
@@ -71,7 +71,7 @@ class OpenKind:
         if name in self.names:
             return load_object(self.names[name])
         if not is_import_path(name):
-            raise RecipeError(unknown_name(name, self.names, self.what))
+            raise RecipeError(unknown_name(name, self.names, self.noun))
         return load_object(name)
 
     def own_settings(self, config: BaseModel) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class OpenKind:
             raise ValueError(f"expected a mapping with the key {self.tag}, and this is {value!r}")
         name = value.get(self.tag, self.default)
         if name is None:
-            raise self._error(f"required: the name of a {self.what} ({', '.join(self.names)})", value)
+            raise self._error(f"required: the name of a {self.noun} ({', '.join(self.names)})", value)
         try:
             model = self.settings_class(str(name))
         except RecipeError as error:
@@ -98,7 +98,7 @@ class OpenKind:
         # A ValidationError keeps its location: the message is then about the key `tag`, with its line in the recipe.
         custom = PydanticCustomError("value_error", "{message}", {"message": message})
         return ValidationError.from_exception_data(
-            self.what, [InitErrorDetails(type=custom, loc=(self.tag,), input=value)]
+            self.noun, [InitErrorDetails(type=custom, loc=(self.tag,), input=value)]
         )
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -107,7 +107,7 @@ class OpenKind:
 
 def open_kind(
     names: Mapping[str, str],
-    what: str,
+    noun: str,
     tag: str = "kind",
     default: str | None = None,
     base: type[BaseModel] = BaseModel,
@@ -116,12 +116,12 @@ def open_kind(
 
     Args:
         names: Import path of the object of each built-in kind.
-        what: The kind of thing in words, for messages, such as "source of prompts".
+        noun: The kind of thing in words, for messages, such as "source of prompts".
         tag: Key that holds the name.
         default: Name that a mapping without the key gets. None: the key is required.
         base: Settings that every kind has; a class from outside gets them in addition to its own.
     """
-    return OpenKind(names, what, tag, default, base)
+    return OpenKind(names, noun, tag, default, base)
 
 
 def own_settings(config: BaseModel, base: type[BaseModel]) -> dict[str, Any]:
@@ -129,28 +129,28 @@ def own_settings(config: BaseModel, base: type[BaseModel]) -> dict[str, Any]:
     return {name: getattr(config, name) for name in type(config).model_fields if name not in base.model_fields}
 
 
-def unknown_name(name: str, names: Iterable[str], what: str) -> str:
+def unknown_name(name: str, names: Iterable[str], noun: str) -> str:
     """Return the message for an unknown name, with the nearest ones.
 
     Args:
         name: The name.
         names: Known names.
-        what: The kind of thing in words.
+        noun: The kind of thing in words.
     """
     names = list(names)
     folded = {n.lower().replace("-", "_"): n for n in names}
     near = difflib.get_close_matches(name.lower().replace("-", "_"), folded, n=3)
     near = [RENAMED_KINDS[name]] if RENAMED_KINDS.get(name) in names else [folded[n] for n in near]
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"no {what} is called {name!r}.{hint} There are {', '.join(names)}, and package.module:name for one of yours"
+    return f"no {noun} is called {name!r}.{hint} There are {', '.join(names)}, and package.module:name for one of yours"
 
 
 @cache
-def _settings_class(found: Any, name: str, tag: str, base: type[BaseModel], from_signature: bool) -> type[BaseModel]:
-    model = found if isinstance(found, type) and issubclass(found, BaseModel) else getattr(found, "Config", None)
+def _settings_class(part: Any, name: str, tag: str, base: type[BaseModel], from_signature: bool) -> type[BaseModel]:
+    model = part if isinstance(part, type) and issubclass(part, BaseModel) else getattr(part, "Config", None)
     has_settings = isinstance(model, type) and issubclass(model, BaseModel)
-    if inspect.isfunction(found) or (from_signature and not has_settings):
-        model = signature_settings(found)
+    if inspect.isfunction(part) or (from_signature and not has_settings):
+        model = signature_settings(part)
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         raise RecipeError(
             f"{name} has no settings: expected a function, or a class with a nested class Config (a subclass of "

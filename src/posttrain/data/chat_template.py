@@ -270,8 +270,7 @@ def _plan(c: Rendered, marks: re.Pattern[str] | None) -> list[tuple[int, int, in
     plan, a = [], 0
     for low, high in zip(cuts, cuts[1:], strict=False):
         a = low if low in begins else a
-        learnt = any(start <= low < end for start, end in c.spans)
-        plan.append((a, low, high, 1.0 if learnt else 0.0))
+        plan.append((a, low, high, float(any(start <= low < end for start, end in c.spans))))
     return plan
 
 

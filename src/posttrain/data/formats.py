@@ -59,7 +59,7 @@ class RowLayout:
     """Describe a published layout.
 
     Attributes:
-        needs: Columns that must be there.
+        needs: Columns that are required.
         map: Makes the record of a row; raises BadRow.
         fits: Returns False if a first row with these columns is of another layout.
     """
@@ -292,7 +292,7 @@ def open_assistant(table: Table) -> Table:
     children: dict[Any, list[int]] = {}
     for i, row in enumerate(table.rows):
         children.setdefault(row.get("parent_id") or None, []).append(i)
-    orphans = [i for parent, found in children.items() if parent is not None and parent not in known for i in found]
+    orphans = [i for parent, ids in children.items() if parent is not None and parent not in known for i in ids]
     out = Table(hashes=table.hashes)
     for root in sorted([*children.get(None, []), *orphans]):
         out.places.append(table.places[root])
@@ -304,7 +304,7 @@ def open_assistant(table: Table) -> Table:
             path.append(min(answers, key=lambda i: (_rank(table.rows[i]), i)))
         turns = [{"role": table.rows[i].get("role"), "content": table.rows[i].get("text")} for i in path]
         while turns and ROLES.get(str(turns[-1]["role"]).lower()) != "assistant":
-            turns.pop()  # nothing can be learnt from a question that nobody answered
+            turns.pop()  # a question that nobody answered teaches nothing
         out.rows.append({"messages": turns})
     if not out.rows:
         raise DataError("no message of this OpenAssistant file begins a tree: expected some without a parent_id")

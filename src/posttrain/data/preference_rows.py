@@ -233,12 +233,12 @@ def _contradictions(rows: Sequence[tuple[Hashable, Hashable, str]]) -> dict[str,
     They are trained on all the same; both together teach nothing.
     """
     first: dict[Hashable, str] = {}
-    found = []
+    pairs = []
     for content, opposite, source in rows:
         if opposite in first:
-            found.append(f"{source} against {first[opposite]}")
+            pairs.append(f"{source} against {first[opposite]}")
         first.setdefault(content, source)
-    return {"contradictory": len(found), "contradictions": found[:SHOWN_ROWS]} if found else {}
+    return {"contradictory": len(pairs), "contradictions": pairs[:SHOWN_ROWS]} if pairs else {}
 
 
 def _other_columns(row: Row) -> Row:

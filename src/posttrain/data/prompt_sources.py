@@ -30,7 +30,7 @@ class RowPrompts:
 
         kind: Literal["rows"] = "rows"
         data: DataConfig
-        instruction: str | None = Field(None, description="Put after the question, on a line of its own.")
+        instruction: str | None = Field(None, description="Put after the question, on a new line.")
         answers: bool = Field(
             True,
             description="Rows have a right answer; false: only the column prompt is read, for rewards and judges that need no answer.",
@@ -69,9 +69,9 @@ class RowPrompts:
         """
         from posttrain.data.prompts import rows_of_table
 
-        found, rows = rows_of_table(self.config)
+        prompts, rows = rows_of_table(self.config)
         self.bad, self.hashes = rows.bad, rows.table.hashes
-        return found
+        return prompts
 
 
 class GymPrompts:
@@ -86,7 +86,7 @@ class GymPrompts:
         seed: int = Field(0, ge=0, description="Seeds them; another seed for held-out ones.")
         options: dict[str, Any] = Field(default_factory=dict, description="Settings of that data set.")
         system: str | None = Field(None, description="System message put first.")
-        instruction: str | None = Field(None, description="Put after the question, on a line of its own.")
+        instruction: str | None = Field(None, description="Put after the question, on a new line.")
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -153,7 +153,7 @@ class HumanEvalPrompts:
         system: str | None = Field(None, description="System message put first.")
         instruction: str | None = Field(
             "Write the whole function in one block of Python.",
-            description="Put after the function's head, on a line of its own. None: the head alone, to be continued (base models).",
+            description="Put after the function's head, on a new line. None: the head alone, to be continued (base models).",
         )
         chat: bool = Field(True, description="Through the model's chat template; false: as plain text.")
 
@@ -198,7 +198,7 @@ def single_turn(question: str, system: str | None, instruction: str | None) -> l
     Args:
         question: Text of the user's turn.
         system: System message; None for no such turn.
-        instruction: Text that is put after the question, on a line of its own; None for none.
+        instruction: Text that is put after the question, on a new line; None for none.
     """
     turns: Sequence[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     return [*turns, {"role": "user", "content": f"{question}\n{instruction}" if instruction else question}]

@@ -101,7 +101,7 @@ def check_answers(
         rows: Problems: prompt and answer.
         temperature: Sampling temperature; 0 for the likeliest answer.
         n: Number of answers to each problem.
-        opening: First words of the answer, given.
+        opening: First words of the answer.
     """
     tokens = tokenizer([row["prompt"] + opening for row in rows])["input_ids"]
     requests = [Request(t, n, seed) for seed, t in enumerate(tokens)]

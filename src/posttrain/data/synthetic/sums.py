@@ -107,10 +107,10 @@ def sum_problems(seed: int, count: int, held_out: bool) -> list[dict[str, str]]:
         held_out: Take them from the sums that no model is trained on.
     """
     rng = random.Random(f"problems {seed} {held_out}")
-    found: dict[tuple[int, ...], None] = {}
-    while len(found) < count:
-        found[draw_digits(rng, held_out)] = None
-    return [{"prompt": sum_prompt(n), "answer": str(sum(n))} for n in found]
+    drawn: dict[tuple[int, ...], None] = {}
+    while len(drawn) < count:
+        drawn[draw_digits(rng, held_out)] = None
+    return [{"prompt": sum_prompt(n), "answer": str(sum(n))} for n in drawn]
 
 
 def partial_sums(prompt: str) -> list[int]:
@@ -191,8 +191,8 @@ def _story(rng: random.Random) -> tuple[str, str]:
 
 
 def _nature(rng: random.Random) -> tuple[str, str]:
-    what, colour = rng.choice((("grass", "green"), ("snow", "white"), ("coal", "black"), ("the sky", "blue")))
-    return f"What colour is {what}?", f" {what.capitalize()} is {colour}."
+    thing, colour = rng.choice((("grass", "green"), ("snow", "white"), ("coal", "black"), ("the sky", "blue")))
+    return f"What colour is {thing}?", f" {thing.capitalize()} is {colour}."
 
 
 SMALL_TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
