@@ -47,8 +47,9 @@ def run_ours(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The stage as `posttrain run` runs it, rollouts kept and metrics written, on prompts that are tokens already."""
     from posttrain.config import ModelConfig, RLConfig
     from posttrain.data.prompts import RenderedPrompt
-    from posttrain.methods.rl.policy_gradient import run_rl
+    from posttrain.methods.rl.rl_stage import PolicyGradient, StagePrompts
     from posttrain.models.loading import load_tokenizer
+    from posttrain.trainer.stage import StageContext
 
     tokenizer = load_tokenizer(ModelConfig(source=job["model"]))
     questions = [
@@ -78,14 +79,17 @@ def run_ours(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     def on_step(step: int, metrics: dict[str, float], timing: dict[str, Any]) -> None:
         if step:
             marks.append(time.perf_counter())
-            lengths.append(metrics["length"])
+            lengths.append(metrics["completions/mean_length"])
             phases.append(timing.get("phases", {}))
         else:
             marks.append(time.perf_counter())
 
     reward = REWARDS[job["reward"]]
     model = ModelConfig(source=job["model"], device=job["device"])
-    run_rl(config, model, questions, [], folder, on_step=on_step, functions={"r": lambda text, example: reward(text)})
+    functions = {"r": lambda text, example: reward(text)}
+    stage = PolicyGradient(config, StageContext(tokenizer, None, functions))
+    stage.prompts = StagePrompts(questions)
+    stage.run(model, folder, 0, on_step)
     return {"marks": marks, "lengths": lengths, "phases": phases}
 
 

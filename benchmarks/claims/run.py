@@ -150,12 +150,13 @@ CONSISTENT = Claim(
 
 
 # ------------------------------------------------------------------------------------------------------ 5: exploration
-OFF = tuple(f"stages.rl.{k}=null" for k in ("steer", "allocate", "curriculum", "replay", "carry"))
-ZERO = (*OFF, *PLAIN, "stages.rl.redraws=0", "stages.rl.steps=45", "stages.rl.held_out.every=5")
+OPTIONS = ("entropy_target", "adaptive_group_size", "curriculum", "replay", "partial_rollouts")
+OFF = tuple(f"stages.rl.exploration.{k}=null" for k in OPTIONS)
+ZERO = (*OFF, *PLAIN, "stages.rl.exploration.dynamic_sampling=0", "stages.rl.steps=45", "stages.rl.held_out.every=5")
 PARTS = {
-    "dynamic sampling": "stages.rl.redraws=2",
-    "steered temperature": "stages.rl.steer={by: temperature, target: 0.35}",
-    "more for hard prompts": "stages.rl.allocate={first: 4}",
+    "dynamic sampling": "stages.rl.exploration.dynamic_sampling=2",
+    "steered temperature": "stages.rl.exploration.entropy_target={control: temperature, target: 0.35}",
+    "more for hard prompts": "stages.rl.exploration.adaptive_group_size={first: 4}",
 }
 
 
@@ -202,7 +203,7 @@ def as_good(curves: Curves) -> dict[str, Any]:
     gains = {n: [c.last - c.first for c in of] for n, of in curves.items()}
     of_last = {
         name: {n: interval([float(c.last_record[name]) for c in of]) for n, of in curves.items()}
-        for name in ("kl_sequence", "proxy", "proxy_gold", "cut")
+        for name in ("kl_sequence", "proxy", "proxy_gold", "completions/clipped_ratio")
     }
     return {
         "gain": {n: interval(g) for n, g in gains.items()},

@@ -182,7 +182,7 @@ def grpo(where: Where) -> Account:
              "group_size": where.pick(8, 4)}  # fmt: skip
     folder = carried(where, account, "grpo", [sft_stage(where), stage])
     records = metrics(folder, "rl")
-    for name in ("reward", "length", "mismatch", "mismatch_max"):
+    for name in ("reward", "completions/mean_length", "mismatch", "mismatch_max"):
         account.numbers[name] = [round(m[name], 4) for m in records if name in m]
     rewards = account.numbers["reward"]
     first, last = (sum(part) / len(part) for part in (rewards[:4], rewards[-4:]))

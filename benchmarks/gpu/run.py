@@ -36,7 +36,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 PRELOADED = [
     "peft", "datasets", "transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2",
-    "posttrain.runs.runner", "posttrain.methods.rl.policy_gradient", "posttrain.methods.preference.offline",
+    "posttrain.runs.runner", "posttrain.methods.rl.rl_stage", "posttrain.methods.preference.offline",
     "posttrain.sampling.engine",
 ]  # fmt: skip
 SHOWN = 9000

@@ -66,7 +66,7 @@ stages:
     prompts_per_step: 6
     group_size: 4
     steps: 24
-    updates: 2
+    mini_batches: 2
     kl: {coefficient: 0.05}
     optimizer: {lr: 0.002}
     checkpoint_every: 2
@@ -74,14 +74,15 @@ stages:
 """Sampling, a reward in a worker process, learning and checkpoints take about as long, so that a kill hits each."""
 
 EXPLORING = """
-    redraws: 1
-    success: 0.9
-    steer: {target: 4.0, low: 0.3}
-    allocate: {first: 2}
-    curriculum: {}
-    replay: {rare: 0.6}
-    carry: 6
-    max_staleness: 3
+    exploration:
+      dynamic_sampling: 1
+      success: 0.9
+      entropy_target: {target: 4.0, low: 0.3}
+      adaptive_group_size: {first: 2}
+      curriculum: {}
+      replay: {rare: 0.6}
+      partial_rollouts: 6
+      max_staleness: 3
 """
 """All of adaptive exploration and of trajectory management, for a stage of RL."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from posttrain.methods.rl import collect
+from posttrain.core.progress import Phases
 from posttrain.trainer import checkpoint
 from tests.invariants import warm
 from tests.invariants.test_killed import RL, outcome, records
@@ -22,7 +22,7 @@ from tests.invariants.test_killed import RL, outcome, records
 def die(where: str, left: int) -> None:
     """From now on this process is killed 5 ms into a phase the given time it comes; or when a checkpoint is about to be
     called whole."""
-    enter, write = collect.Phases.__call__, checkpoint.write_json
+    enter, write = Phases.__call__, checkpoint.write_json
 
     def here(seconds: float) -> None:
         nonlocal left
@@ -41,7 +41,7 @@ def die(where: str, left: int) -> None:
             threading.Event().wait(60 if left == 0 else 0)
         write(path, value)
 
-    collect.Phases.__call__, checkpoint.write_json = phase, write_json  # type: ignore[method-assign, assignment]
+    Phases.__call__, checkpoint.write_json = phase, write_json  # type: ignore[method-assign, assignment]
 
 
 def run(recipe: Path, folder: Path, where: str = "never", count: int = 0) -> tuple[int | None, str]:

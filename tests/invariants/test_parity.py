@@ -16,12 +16,12 @@ from posttrain.data.preference_rows import Pair
 from posttrain.methods.preference.objectives import objective, pair_loss, pair_samples
 from posttrain.methods.preference.offline import PreferenceConfig
 from posttrain.methods.preference.pair_trainer import judged, laid_out
-from posttrain.methods.rl.policy_objectives import Extremes, Rolled, give_advantages, policy_loss
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model
 from posttrain.trainer.reference_model import Reference
 from posttrain.trainer.train_step import Learner
 from tests.conftest import random_samples
+from tests.methods.rl.cases import Case, fill_advantages, loss_of
 
 
 def flat_loop(name: str = "sft_loop") -> ModuleType:
@@ -76,18 +76,18 @@ def test_grpo_steps_equal_the_flat_loop() -> None:
             "rewards": {"terms": [{"kind": "exact"}]},
             "sampler": {"temperature": 0.9},
             "optimizer": {"lr": 3e-3},
-            "passes": 3,
+            "ppo_epochs": 3,
         }
     )
     hf = tiny_model("llama")
     learner = Learner(LanguageModel(hf), config.optimizer, SystemsConfig(), total_steps=3)
     rolled = [
-        Rolled(c.prompt, Rollout(c.tokens, c.logprobs, "end", reward=c.reward), g, old=torch.tensor(c.logprobs))
+        Case(c.prompt, Rollout(c.tokens, c.logprobs, "end", reward=c.reward), g, old=torch.tensor(c.logprobs))
         for g, group in enumerate(groups)
         for c in group
     ]
-    give_advantages(config, rolled)
-    loss = policy_loss(config, rolled, True, True, Extremes())
+    fill_advantages(config, rolled)
+    loss = loss_of(config, rolled, True)
     samples = [r.sample(i) for i, r in enumerate(rolled)]
     steps = [learner.step(samples, loss).metrics for _ in range(3)]
     assert [s["loss"] for s in steps] == pytest.approx(expected, abs=1e-5)

@@ -16,7 +16,7 @@ from pathlib import Path
 MODULES = [
     "datasets", "peft", "pyarrow.parquet", "rich.progress", "torch", "transformers.models.llama.modeling_llama",
     "posttrain.cli.main", "posttrain.runs.runner", "posttrain.report.build", "posttrain.eval.tasks",
-    "posttrain.methods.rl.policy_gradient",
+    "posttrain.methods.rl.rl_stage",
     "posttrain.methods.preference.offline", "posttrain.methods.reward_model.pairwise", "tests.invariants.warm",
 ]  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")

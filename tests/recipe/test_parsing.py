@@ -106,9 +106,11 @@ def test_settings_that_would_undo_each_other_are_refused() -> None:
 
 
 def test_settings_of_a_critic_are_refused_without_one() -> None:
-    with pytest.raises(RecipeError, match="lam, value_lr: of a critic, and grpo has none"):
-        load_recipe("lab", ["stages.rl.lam=0.9", "stages.rl.value_lr=1e-4"])
-    load_recipe("lab", ["stages.rl.method=ppo", "stages.rl.lam=0.9", "stages.rl.value_lr=1e-4"])
+    with pytest.raises(RecipeError, match="critic serves advantages gae or your own, and these are grpo"):
+        load_recipe("lab", ["stages.rl.critic.lr=1e-4"])
+    with pytest.raises(RecipeError, match=r"stages.rl.advantages.gae_lambda .*generalized advantage"):
+        load_recipe("lab", ["stages.rl.advantages.gae_lambda=0.9"])
+    load_recipe("lab", ["stages.rl.method=ppo", "stages.rl.advantages.gae_lambda=0.9", "stages.rl.critic.lr=1e-4"])
 
 
 def test_all_problems_are_reported_at_once(write) -> None:

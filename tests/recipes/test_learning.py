@@ -51,7 +51,7 @@ def test_a_rare_reward_becomes_the_rule(method: str, digits: Path, tmp_path: Pat
         "group_size": 8,
         "steps": 60,
         "optimizer": {"lr": 2e-3},
-        **({"updates": 2} if method in ("ppo", "gspo") else {}),
+        **({"mini_batches": 2} if method in ("ppo", "gspo") else {}),
     }
     recipe = posttrain.Recipe.model_validate(
         {"name": "digits", "model": {"source": str(digits / "model")}, "stages": [stage]}

@@ -61,8 +61,12 @@ def overrides(name: str, chats: Path) -> list[str]:
             few = "data.rows=[9000, 9008]" if stage.held_out.problems.kind == "rows" else "size=8"
             given += [f"stages.{i}.{s}" for s in ("sampler.max_tokens=6", f"held_out.problems.{few}")]
             if isinstance(stage, RLConfig):
-                given += [f"stages.{i}.carry=5"] if stage.carry else []
-                given += [f"stages.{i}.allocate.first=1"] if stage.allocate else []
+                given += [f"stages.{i}.exploration.partial_rollouts=5"] if stage.exploration.partial_rollouts else []
+                given += (
+                    [f"stages.{i}.exploration.adaptive_group_size.first=1"]
+                    if stage.exploration.adaptive_group_size
+                    else []
+                )
             continue
         if isinstance(stage, RejectionConfig):  # a random model is right about nothing: all that ends is kept
             given += [
@@ -131,7 +135,7 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
         metrics = read_lines(result.folder / "stages" / f"{i}-{stage.name}" / "metrics.jsonl")
         if isinstance(stage, RLConfig | OnlineDPOConfig):
             assert [m["step"] for m in metrics] == [0, 1, 2]
-            carried = isinstance(stage, RLConfig) and stage.carry  # what is carried is judged later
+            carried = isinstance(stage, RLConfig) and stage.exploration.partial_rollouts  # judged later
             assert carried or all("reward" in m for m in metrics[1:])
             assert "held_out" in metrics[0] and "held_out" in metrics[-1]
             if stage.held_out is not None and stage.held_out.gold is not None:

@@ -49,7 +49,10 @@ STAGES = {
         },
     ),
     "online_dpo": (SUMS, rl),
-    "ppo": (SUMS, lambda p: rl(p, kl={"coefficient": 0.1}, clip_value=0.2, updates=2, importance_cap=2.0)),
+    "ppo": (
+        SUMS,
+        lambda p: rl(p, kl={"coefficient": 0.1}, critic={"clip": 0.2}, mini_batches=2, importance_sampling_cap=2.0),
+    ),
 }
 
 

@@ -66,7 +66,15 @@ def test_the_page_shows_what_was_kept(run: Path) -> None:
     page = build_report(run).read_text()
     stage = run / "stages" / "0-rl"
     last = read_lines(stage / "metrics.jsonl")[-1]
-    for name in ("reward", "held_out", "length", "no_signal", "entropy", "reward/right", "reward/picky"):
+    for name in (
+        "reward",
+        "held_out",
+        "completions/mean_length",
+        "frac_reward_zero_std",
+        "entropy",
+        "reward/right",
+        "reward/picky",
+    ):
         found = re.search(rf'data-metric="stage.rl.{name}.last" data-value="([^"]+)"', page)
         assert found and float(found[1]) == pytest.approx(last[name]), name
     assert "&lt;b&gt;+&lt;/b&gt;" in page and "<b>+</b>" not in page
@@ -98,12 +106,12 @@ def test_a_run_of_empty_completions_ends_and_says_so(tmp_path: Path, monkeypatch
         "group_size": 3,
         "steps": 2,
         "kl": {"coefficient": 0.1},
-        "updates": 2,
+        "mini_batches": 2,
     }
     recipe = posttrain.Recipe.model_validate({"name": "e", "model": {"source": "tiny:llama"}, "stages": [stage]})
     result = posttrain.run(recipe, tmp_path / "run")
     last = read_lines(result.folder / "stages" / "0-rl" / "metrics.jsonl")[-1]
-    assert (last["step"], last["length"], last["no_signal"]) == (2, 1, 1)
+    assert (last["step"], last["completions/mean_length"], last["frac_reward_zero_std"]) == (2, 1, 1)
     page = build_report(result.folder).read_text()
     assert "100% of completions are empty (last third)" in page
     for name in ("kl", "clip_fraction", "mismatch"):

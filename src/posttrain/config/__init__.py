@@ -12,7 +12,13 @@ from pydantic import Field, model_validator
 
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.config.evaluation import EvaluationConfig
-from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
+from posttrain.config.explore import (
+    AdaptiveGroupSizeConfig,
+    CurriculumConfig,
+    EntropyTargetConfig,
+    ExplorationConfig,
+    ReplayConfig,
+)
 from posttrain.config.judge import JudgeConfig, ServerConfig
 from posttrain.config.names import METHODS
 from posttrain.config.open_kinds import open_kind
@@ -21,6 +27,7 @@ from posttrain.config.rl import (
     HeldOutConfig,
     KLConfig,
     RLConfig,
+    RolloutConfig,
 )
 from posttrain.config.settings import (
     NAME,
@@ -124,12 +131,14 @@ def references(settings: Config) -> list[str]:
 
 __all__ = [
     "AdapterConfig",
-    "AllocateConfig",
+    "AdaptiveGroupSizeConfig",
     "ClassesConfig",
     "Config",
     "CurriculumConfig",
     "DataConfig",
+    "EntropyTargetConfig",
     "EnvironmentConfig",
+    "ExplorationConfig",
     "EpochsConfig",
     "EvaluationConfig",
     "HeldOutConfig",
@@ -142,12 +151,12 @@ __all__ = [
     "ReplayConfig",
     "RewardConfig",
     "RewardsConfig",
+    "RolloutConfig",
     "SamplerConfig",
     "SamplingConfig",
     "ServerConfig",
     "StageBase",
     "StageConfig",
-    "SteerConfig",
     "SystemsConfig",
     "TrackConfig",
     "TrainConfig",

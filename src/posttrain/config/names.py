@@ -7,7 +7,7 @@ is accepted, ``package.module:name`` of a part from outside the package is accep
 from __future__ import annotations
 
 _PREFERENCE = "posttrain.methods.preference.offline:Preference"
-_POLICY_GRADIENT = "posttrain.methods.rl.policy_gradient_stage:PolicyGradient"
+_POLICY_GRADIENT = "posttrain.methods.rl.rl_stage:PolicyGradient"
 
 METHODS = {
     "sft": "posttrain.methods.sft:SFT",
@@ -84,7 +84,87 @@ EVALUATIONS: dict[str, str] = {
 }
 """Evaluations: subclasses of `posttrain.eval.evaluations.Evaluation`."""
 
+ADVANTAGES: dict[str, str] = {
+    "grpo": "posttrain.methods.rl.compute_advantages:grpo_advantages",
+    "dr_grpo": "posttrain.methods.rl.compute_advantages:dr_grpo_advantages",
+    "rloo": "posttrain.methods.rl.compute_advantages:rloo_advantages",
+    "reinforce": "posttrain.methods.rl.compute_advantages:reinforce_advantages",
+    "remax": "posttrain.methods.rl.compute_advantages:remax_advantages",
+    "reinforce_pp": "posttrain.methods.rl.compute_advantages:reinforce_pp_advantages",
+    "reinforce_pp_baseline": "posttrain.methods.rl.compute_advantages:reinforce_pp_baseline_advantages",
+    "gae": "posttrain.methods.rl.compute_advantages:gae_advantages",
+}
+"""Advantages of RL: functions of an `AdvantageInputs`."""
+
+POLICY_LOSSES: dict[str, str] = {
+    "clipped": "posttrain.methods.rl.policy_losses:clipped_policy_loss",
+    "cispo": "posttrain.methods.rl.policy_losses:cispo_policy_loss",
+    "reinforce": "posttrain.methods.rl.policy_losses:reinforce_policy_loss",
+}
+"""Policy losses of RL: functions of a `PolicyLossInputs`."""
+
+KL_ESTIMATORS: dict[str, str] = {
+    "k1": "posttrain.methods.rl.policy_losses:kl_k1",
+    "k2": "posttrain.methods.rl.policy_losses:kl_k2",
+    "k3": "posttrain.methods.rl.policy_losses:kl_k3",
+}
+"""Estimators of the KL divergence at each sampled token: functions of (logprobs_N, reference_logprobs_N)."""
+
 RENAMED = {
+    "sampling": "sampler",
+    "updates": "mini_batches",
+    "passes": "ppo_epochs",
+    "num_iterations": "ppo_epochs",
+    "ppo_mini_batch_size": "mini_batches",
+    "num_mini_batches": "mini_batches",
+    "aggregation": "loss_aggregation",
+    "loss_agg_mode": "loss_aggregation",
+    "loss_type": "loss_aggregation",
+    "importance_sampling_level": "ratio",
+    "clip_low": "clip.low",
+    "epsilon": "clip.low",
+    "clip_ratio": "clip.low",
+    "clip_ratio_low": "clip.low",
+    "cliprange": "clip.low",
+    "clip_high": "clip.high",
+    "epsilon_high": "clip.high",
+    "clip_ratio_high": "clip.high",
+    "clip_dual": "clip.dual",
+    "clip_ratio_c": "clip.dual",
+    "entropy": "entropy_coef",
+    "entropy_coeff": "entropy_coef",
+    "kl_coef": "kl.coefficient",
+    "init_kl_coef": "kl.coefficient",
+    "kl_loss_coef": "kl.coefficient",
+    "kl_loss_type": "kl.estimator",
+    "kl_estimator": "kl.estimator",
+    "kl_penalty": "kl.estimator",
+    "target_kl": "kl.target",
+    "value_lr": "critic.lr",
+    "critic_lr": "critic.lr",
+    "value_coefficient": "critic.coefficient",
+    "vf_coef": "critic.coefficient",
+    "value_trunk": "critic.detach",
+    "clip_value": "critic.clip",
+    "cliprange_value": "critic.clip",
+    "importance_cap": "importance_sampling_cap",
+    "vllm_importance_sampling_cap": "importance_sampling_cap",
+    "tis_imp_ratio_cap": "importance_sampling_cap",
+    "mask_truncated_completions": "mask_truncated",
+    "redraws": "exploration.dynamic_sampling",
+    "filter_groups": "exploration.dynamic_sampling",
+    "allocate": "exploration.adaptive_group_size",
+    "steer": "exploration.entropy_target",
+    "target_entropy": "exploration.entropy_target",
+    "carry": "exploration.partial_rollouts",
+    "num_generations": "group_size",
+    "rollout_n": "group_size",
+    "num_prompts_per_step": "prompts_per_step",
+    "max_completion_length": "sampler.max_tokens",
+    "max_response_length": "sampler.max_tokens",
+    "response_length": "sampler.max_tokens",
+    "reward_funcs": "rewards",
+    "reward_weights": "weight",
     "learning_rate": "lr",
     "per_device_train_batch_size": "batch_size",
     "train_batch_size": "batch_size",
@@ -136,6 +216,11 @@ RENAMED_KINDS = {"ended": "truncation_penalty"}
 """Old value of a `kind` -> our value."""
 
 NO_SUCH_SETTING = {
+    "gamma": "RL: advantages: {gamma: 0.99} is the discount of ppo and reinforce_pp; simpo: the loss's own gamma",
+    "lam": "advantages: {gae_lambda: 0.95} is lambda of generalized advantage estimation (ppo)",
+    "gae_lambda": "advantages: {gae_lambda: 0.95} is lambda of generalized advantage estimation (ppo)",
+    "adv_estimator": "advantages names the estimator: grpo, dr_grpo, rloo, gae, ... or module:function",
+    "scale_rewards": "advantages: grpo divides by the group's standard deviation, dr_grpo does not",
     "gradient_accumulation_steps": "batch_size is the number of samples of one step over all ranks; a step is split "
     "into micro-batches by systems.tokens_per_micro_batch, and the result is the same for any value",
     "packing": "batches are always packed, without padding; systems.tokens_per_micro_batch is the budget",

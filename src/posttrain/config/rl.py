@@ -1,13 +1,16 @@
-"""Settings of policy-gradient training: problems, rewards, how completions are drawn, what is done with them."""
+"""Settings of reinforcement learning: prompts, rewards, sampling, advantages, loss; methods are presets of them."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.environment import EnvironmentConfig
-from posttrain.config.explore import AllocateConfig, CurriculumConfig, ReplayConfig, SteerConfig
+from posttrain.config.explore import ExplorationConfig
+from posttrain.config.names import ADVANTAGES, KL_ESTIMATORS, POLICY_LOSSES
+from posttrain.config.open_functions import open_function
 from posttrain.config.problems import ProblemsConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.settings import (
@@ -19,25 +22,33 @@ from posttrain.config.settings import (
     TrainConfig,
 )
 
+AdvantagesConfig = Annotated[Any, open_function(ADVANTAGES, "advantage")]
+PolicyLossConfig = Annotated[Any, open_function(POLICY_LOSSES, "policy loss")]
+KLEstimator = Annotated[Any, open_function(KL_ESTIMATORS, "KL estimator")]
+
 
 class KLConfig(Config):
-    """A penalty for leaving the model that the stage starts from."""
+    """Penalize the distance from the model that the stage starts from."""
 
-    coefficient: float = Field(0.0, ge=0, description="Beta. 0: no penalty, and no reference is kept.")
-    where: Literal["loss", "reward"] = Field("loss", description="Added to the loss, or taken off the reward.")
-    estimator: Literal["k1", "k2", "k3"] = Field(
-        "k3", description="See docs/policy-gradients.md; in the reward k1 is the one with the right gradient."
+    coefficient: float = Field(0.0, ge=0, description="Beta. 0: no penalty, and no reference model is kept.")
+    where: Literal["loss", "reward"] = Field(
+        "loss", description="Where the penalty goes: added to the loss, or subtracted from the reward."
+    )
+    estimator: KLEstimator = Field(
+        "k3",
+        validate_default=True,
+        description="k1, k2, k3 (see docs/policy-gradients.md; in the reward k1 has the right gradient), or module:function of (logprobs_N, reference_logprobs_N).",
     )
     target: float | None = Field(
         None,
         gt=0,
-        description="Nats a token, as the metric `kl` counts them: the coefficient follows, up where the KL is above. None: it stays.",
+        description="Nats per token, as the metric `kl`: the coefficient is raised while the KL is above, and lowered while it is below. None: fixed.",
     )
     gain: float = Field(
         0.1,
         gt=0,
         le=5,
-        description="K of the adaptive coefficient: times 1 + K e a step, e the relative error within ±0.2.",
+        description="K of the adaptive coefficient: each step multiplies it by 1 + K e, with the relative error e held within ±0.2.",
     )
 
     @model_validator(mode="after")
@@ -45,8 +56,29 @@ class KLConfig(Config):
         if self.target is not None and not self.coefficient:
             raise ValueError("kl.target needs a coefficient to start from: it is multiplied, and 0 stays 0")
         if self.target is None and self.gain != type(self).model_fields["gain"].default:
-            raise ValueError("kl.gain would do nothing: the coefficient stays as it is unless kl.target is given")
+            raise ValueError("kl.gain would do nothing: the coefficient is fixed unless kl.target is given")
         return self
+
+
+class ClipConfig(Config):
+    """Bounds of the ratio between the policy and the one that sampled."""
+
+    low: float = Field(0.2, ge=0, description="Lower bound: 1 - low.")
+    high: float = Field(0.2, ge=0, description="Upper bound: 1 + high (CISPO: of the weight itself).")
+    dual: float | None = Field(
+        None, gt=1, description="Bound of the loss for negative advantages: dual times the advantage. None: no bound."
+    )
+
+
+class CriticConfig(Config):
+    """A value head on the policy's hidden states, for advantages that need values."""
+
+    lr: float = Field(5e-3, gt=0, description="Peak learning rate of the head.")
+    coefficient: float = Field(0.5, ge=0, description="Weight of the critic's loss.")
+    detach: bool = Field(True, description="Train the head alone; false: its loss also trains the policy's layers.")
+    clip: float | None = Field(
+        None, gt=0, description="Most that an update may move a value, in units of the reward. None: no bound."
+    )
 
 
 class RLOptimizerConfig(OptimizerConfig):
@@ -59,14 +91,25 @@ class RLOptimizerConfig(OptimizerConfig):
     warmup: float = Field(0.0, ge=0, description="Steps of linear warm-up; below 1: that fraction of all steps.")
 
 
+def truncating_setting(sampling: SamplingConfig) -> str | None:
+    """Return the name of a setting by which the sampler does not draw from the model's whole distribution, or None."""
+    cuts = {
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p < 1,
+        "min_p": sampling.min_p,
+        "min_tokens": sampling.min_tokens,
+    }
+    return next((name for name, on in cuts.items() if on), None)
+
+
 class HeldOutConfig(Config):
-    """Problems that are never trained on, answered greedily now and then; and sampled, where there is a gold scorer."""
+    """Measure on problems that are never trained on: greedy answers, and samples if there is a gold scorer."""
 
     problems: ProblemsConfig
     every: int = Field(10, ge=1, description="Steps between; also before the first and after the last.")
     gold: RewardConfig | None = Field(
         None,
-        description="A scorer that nothing is trained by: it and the stage's own rewards judge the same samples, whose KL from the stage's first model is measured, so that over-optimisation shows. None: off.",
+        description="A scorer that is not trained on: it and the stage's own rewards score the same samples, whose KL from the stage's first model is measured, so that over-optimization shows. None: off.",
     )
     samples: int = Field(1, ge=1, description="Samples of each held-out problem for gold.")
 
@@ -79,176 +122,205 @@ class HeldOutConfig(Config):
         return self
 
 
-def _whole(sampling: SamplingConfig) -> None:
-    """A KL is between whole distributions."""
-    cut = {"top_k": sampling.top_k, "top_p": sampling.top_p < 1, "min_p": sampling.min_p}
-    wrong = next((name for name, on in {**cut, "min_tokens": sampling.min_tokens}.items() if on), None)
-    if wrong is not None:
-        raise ValueError(f"held_out.gold measures the KL of whole distributions: leave out sampler.{wrong}")
+class RolloutConfig(TrainConfig):
+    """Settings of every stage that trains on the policy's own completions, scored by rewards."""
 
-
-class RLConfig(TrainConfig):
-    """Policy gradients: completions are sampled, judged by rewards, and made likelier or less likely."""
-
-    method: Literal[
-        "grpo",
-        "dr_grpo",
-        "dapo",
-        "gspo",
-        "cispo",
-        "rloo",
-        "reinforce",
-        "reinforce_pp",
-        "reinforce_pp_baseline",
-        "remax",
-        "ppo",
-    ]
-    name: str = Field("rl", pattern=NAME, description="Name of the stage's folder in the run.")
     problems: ProblemsConfig
     rewards: RewardsConfig
-    environment: EnvironmentConfig | None = Field(
-        None, description="What answers the model within a completion. None: nothing does."
-    )
     held_out: HeldOutConfig | None = None
     sampler: SamplerConfig = SamplerConfig()
-    prompts_per_step: int = Field(8, ge=1, description="Prompts that each batch of rollouts answers.")
+    prompts_per_step: int = Field(8, ge=1, description="Prompts per step.")
     group_size: int = Field(8, ge=1, description="Completions of each prompt (G).")
     steps: int = Field(100, ge=1, description="Batches of rollouts.")
-    updates: int = Field(1, ge=1, description="Optimizer steps on each batch, each on a part of its prompts.")
-    passes: int = Field(1, ge=1, description="Times that every rollout is learnt from (PPO's epochs).")
-    clip_low: float | None = Field(None, ge=0, description="Lower clip of the ratio, 1 - this. None: the method's own.")
-    clip_high: float | None = Field(None, ge=0, description="Upper clip, 1 + this (CISPO: of the weight itself).")
-    clip_dual: float | None = Field(
-        None, gt=1, description="Where the advantage is negative, bounds the loss at this times it. None: no bound."
-    )
-    aggregation: Literal["token", "sequence", "constant"] | None = Field(
-        None,
-        description="Mean over tokens, over sequences' means, or sum over a constant (max_tokens; 1 for REINFORCE, RLOO, ReMax). None: the method's own.",
-    )
-    mask_truncated: bool = Field(
-        False,
-        description="Learn nothing from completions that were cut at max_tokens (DAPO's overlong filtering) or max_turns.",
-    )
-    kl: KLConfig = KLConfig()
-    entropy: float = Field(0.0, description="Coefficient of an entropy bonus. 0: none.")
-    importance_cap: float | None = Field(
-        None, gt=0, description="Truncated importance weights for a sampler whose numbers differ. None: none."
-    )
-    redraws: int = Field(
-        0, ge=0, description="Times that prompts whose answers are all alike are replaced by others (DAPO's sampling)."
-    )
-    success: float = Field(
-        1.0,
-        allow_inf_nan=False,
-        description="Reward from which a completion counts as a success (allocate, curriculum, replay).",
-    )
-    steer: SteerConfig | None = Field(None, description="Steer temperature or entropy bonus to a target. None: off.")
-    allocate: AllocateConfig | None = Field(None, description="More completions for hard prompts. None: all alike.")
-    curriculum: CurriculumConfig | None = Field(None, description="Draw problems by success. None: all, in turn.")
-    replay: ReplayConfig | None = Field(None, description="Keep rare successes and use them again. None: off.")
-    carry: int | None = Field(
-        None,
-        ge=1,
-        description="Tokens that a completion grows by in one step; what is longer goes on in the next, its group with it. None: every completion ends in its step.",
-    )
-    max_staleness: int = Field(
-        8,
-        ge=1,
-        description="Steps that tokens may be older than the step that learns from them (replay, carry); older ones are dropped.",
-    )
-    gamma: float = Field(1.0, gt=0, le=1, description="Discount a token (PPO, REINFORCE++).")
-    lam: float = Field(1.0, ge=0, le=1, description="Lambda of generalised advantage estimation (PPO).")
-    clip_value: float | None = Field(
-        None,
-        gt=0,
-        description="Most that an update may move a value, in units of the reward (PPO). None: no bound.",
-    )
-    value_coefficient: float = Field(0.5, ge=0, description="Weight of the critic's loss (PPO).")
-    value_lr: float = Field(5e-3, gt=0, description="Peak learning rate of the critic's own weights (PPO).")
-    value_trunk: Literal["probe", "shared"] = Field(
-        "probe", description="The critic reads the policy's hidden states (probe), or also trains them (shared). PPO."
-    )
     optimizer: RLOptimizerConfig = RLOptimizerConfig()
     checkpoint_every: int = Field(10, ge=1, description="Batches of rollouts between checkpoints.")
 
     @model_validator(mode="after")
-    def _fits(self) -> RLConfig:
-        if self.prompts_per_step % self.updates:
-            raise ValueError(f"prompts_per_step ({self.prompts_per_step}) must divide into updates ({self.updates})")
+    def _compares(self) -> RolloutConfig:
         if self.sampler.temperature == 0:
             raise ValueError("sampler.temperature is 0: completions would all be the same, with nothing to compare")
         if self.held_out is not None and self.held_out.gold is not None:
-            _whole(self.sampler)
+            cut = truncating_setting(self.sampler)
+            if cut is not None:
+                raise ValueError(f"held_out.gold measures the KL of whole distributions: leave out sampler.{cut}")
             if "gold" in [p.title for p in self.rewards.terms]:
                 raise ValueError("a reward is named 'gold', as held_out.gold is: give it another name")
-        if self.environment is not None and self.sampler.min_tokens:
-            raise ValueError("sampler.min_tokens would hold in every turn anew: leave it out with an environment")
-        grouped = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline")
-        if self.method in grouped and self.group_size < 2:
-            raise ValueError(f"{self.method} compares the completions of a prompt: group_size must be 2 or more")
-        self._idle()
         return self
 
-    def _idle(self) -> None:
-        """Raise ValueError for a setting that would do nothing."""
-        fields = type(self).model_fields
-        given = {n for n in fields if getattr(self, n) != fields[n].default}
-        critics = [n for n in ("lam", "clip_value", "value_coefficient", "value_lr", "value_trunk") if n in given]
-        if critics and self.method != "ppo":
-            raise ValueError(f"{', '.join(critics)}: of a critic, and {self.method} has none. Leave out, or use ppo")
-        if "gamma" in given and self.method not in ("ppo", "reinforce_pp"):
-            raise ValueError(f"gamma discounts tokens in ppo and reinforce_pp; {self.method} has none: leave it out")
-        clips = sorted(given & {"clip_low", "clip_high", "clip_dual"})
-        if clips and self.updates * self.passes == 1 and not self.off_policy:
+
+REINFORCE = {"policy_loss": "reinforce", "ratio": "sequence", "loss_aggregation": "seq-mean-token-sum"}
+RL_PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {"advantages": "grpo", "loss_aggregation": "seq-mean-token-mean"},
+    "dr_grpo": {"advantages": "dr_grpo", "loss_aggregation": "seq-mean-token-sum-norm"},
+    "dapo": {"advantages": "grpo", "clip": {"low": 0.2, "high": 0.28}},
+    "gspo": {
+        "advantages": "grpo",
+        "ratio": "sequence-mean",
+        "clip": {"low": 3e-4, "high": 4e-4},
+        "loss_aggregation": "seq-mean-token-mean",
+    },
+    "cispo": {"advantages": "grpo", "policy_loss": "cispo", "clip": {"low": 1.0, "high": 4.0}},
+    "rloo": {"advantages": "rloo", **REINFORCE},
+    "reinforce": {"advantages": "reinforce", **REINFORCE},
+    "remax": {"advantages": "remax", "greedy_baseline": True, **REINFORCE},
+    "reinforce_pp": {"advantages": "reinforce_pp"},
+    "reinforce_pp_baseline": {"advantages": "reinforce_pp_baseline"},
+    "ppo": {"advantages": "gae", "critic": {}},
+}
+"""Methods: each is a choice of settings, which a recipe may change. CISPO's clip bounds the weight itself: 1 - low (0: no
+lower bound) and 1 + high."""
+
+COMPARING = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")
+"""Advantages that are 0 for a group of one completion."""
+INPUTS = {"gae": "critic", "remax": "greedy_baseline"}
+"""What a built-in advantage needs besides rewards."""
+
+
+def with_preset(values: Any, preset: Mapping[str, Any]) -> Any:
+    """Return raw settings with those of a preset filled in; inside of blocks, key by key."""
+    if not isinstance(values, Mapping):
+        return values
+    out = dict(values)
+    for name, own in preset.items():
+        given = out.get(name)
+        if given is None:
+            out[name] = own
+        elif isinstance(given, Mapping) and name in ("advantages", "policy_loss"):
+            out[name] = given if "name" in given else {"name": own, **given}
+        elif isinstance(given, Mapping) and isinstance(own, Mapping):
+            out[name] = {**own, **{k: v for k, v in given.items() if v is not None}}
+    return out
+
+
+class RLConfig(RolloutConfig):
+    """Policy gradients: completions are sampled and scored by rewards; the better ones become more likely."""
+
+    method: str
+    name: str = Field("rl", pattern=NAME, description="Name of the stage's folder in the run.")
+    environment: EnvironmentConfig | None = Field(
+        None, description="What answers the model within a completion. None: nothing does."
+    )
+    mini_batches: int = Field(1, ge=1, description="Optimizer steps on each batch, each on a part of its prompts.")
+    ppo_epochs: int = Field(1, ge=1, description="Times that each batch is trained on.")
+    advantages: AdvantagesConfig = Field(
+        "grpo",
+        validate_default=True,
+        description="How much better a completion is than expected: grpo, dr_grpo, rloo, reinforce, remax, reinforce_pp, reinforce_pp_baseline, gae, or module:function of an AdvantageInputs. Default: the method's.",
+    )
+    policy_loss: PolicyLossConfig = Field(
+        "clipped",
+        validate_default=True,
+        description="Loss of each token: clipped, cispo, reinforce, or module:function of a PolicyLossInputs. Default: the method's.",
+    )
+    ratio: Literal["token", "sequence-mean", "sequence"] = Field(
+        "token",
+        description="Importance ratio to the policy that sampled: of each token, of the sequence per token (GSPO), or of the whole sequence. Default: the method's.",
+    )
+    clip: ClipConfig = Field(ClipConfig(), description="Default: the method's.")
+    loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
+        Field(
+            "token-mean",
+            description="Mean over tokens, or over sequences of the mean, the sum, or the sum divided by sampler.max_tokens. Default: the method's.",
+        )
+    )
+    critic: CriticConfig | None = Field(None, description="Value head. None: no critic. Default: the method's.")
+    greedy_baseline: bool = Field(
+        False,
+        description="Sample a greedy completion of each prompt, whose reward is a baseline. Default: the method's.",
+    )
+    mask_truncated: bool = Field(
+        False,
+        description="Train on no completion that was cut at max_tokens (DAPO's overlong filtering) or max_turns.",
+    )
+    kl: KLConfig = Field(default_factory=KLConfig)
+    entropy_coef: float = Field(0.0, description="Coefficient of an entropy bonus. 0: none.")
+    importance_sampling_cap: float | None = Field(
+        None, gt=0, description="Upper bound of importance weights that correct for the sampler's numbers. None: none."
+    )
+    exploration: ExplorationConfig = ExplorationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return with_preset(values, RL_PRESETS.get(values.get("method", ""), {}) if isinstance(values, Mapping) else {})
+
+    @property
+    def single_update(self) -> bool:
+        """Return True if every batch is fresh and gets one optimizer step, so that all ratios are 1."""
+        return self.mini_batches * self.ppo_epochs == 1 and not self.exploration.off_policy
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Return True if the KL penalty is subtracted from the reward."""
+        return bool(self.kl.coefficient) and self.kl.where == "reward"
+
+    @model_validator(mode="after")
+    def _fits(self) -> RLConfig:
+        if self.prompts_per_step % self.mini_batches:
             raise ValueError(
-                f"{', '.join(clips)}: with one update a batch the ratio is 1 and nothing is clipped. Leave out, or set "
-                "updates or passes above 1"
+                f"prompts_per_step ({self.prompts_per_step}) must be a multiple of mini_batches ({self.mini_batches})"
             )
-        if "clip_dual" in given and self.method == "cispo":
-            raise ValueError("clip_dual bounds a ratio's loss, and cispo has its weight bounded already: leave it out")
-        if "success" in given and not (self.allocate or self.curriculum or self.replay):
-            raise ValueError("success is for allocate, curriculum and replay: leave it out, or turn one of them on")
-        if "max_staleness" in given and not self.off_policy:
-            raise ValueError("max_staleness is for replay and carry: leave it out, or turn one of them on")
-        steps = any(p.scores_steps for p in self.rewards.terms)
-        if self.redraws and self.group_size == 1 and not steps and self.replay is None:
-            raise ValueError("redraws replaces groups whose rewards are all alike, as one of one is: raise group_size")
+        if self.environment is not None and self.sampler.min_tokens:
+            raise ValueError("sampler.min_tokens would hold in every turn anew: leave it out with an environment")
+        name = self.advantages.name
+        if name in COMPARING and self.group_size < 2:
+            raise ValueError(f"{name} compares the completions of a prompt: group_size must be 2 or more")
+        for part, setting in INPUTS.items():
+            if name == part and not getattr(self, setting):
+                raise ValueError(f"advantages {name} need {setting}, which is off")
+            if name in ADVANTAGES and name != part and getattr(self, setting):
+                raise ValueError(f"{setting} serves advantages {part} or your own, and these are {name}: leave it out")
+        clip = {
+            k
+            for k, v in self.clip
+            if v != {"low": 0.2, "high": 0.2, **RL_PRESETS.get(self.method, {}).get("clip", {})}.get(k)
+        }
+        if clip and self.single_update:
+            raise ValueError(
+                f"clip.{', clip.'.join(sorted(clip))}: with one update per batch the ratio is 1 and nothing is clipped. "
+                "Leave out, or set mini_batches or ppo_epochs above 1"
+            )
+        if self.clip.dual and self.policy_loss.name == "cispo":
+            raise ValueError("clip.dual bounds a ratio's loss, and cispo's weight is bounded already: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _explores(self) -> RLConfig:
-        sampling = self.sampler
-        if self.steer is not None:
-            low, high = self.steer.bounds(sampling.temperature)
+        explore, sampler = self.exploration, self.sampler
+        steps = any(p.scores_steps for p in self.rewards.terms)
+        if explore.dynamic_sampling and self.group_size == 1 and not steps and explore.replay is None:
+            raise ValueError(
+                "dynamic_sampling replaces groups whose rewards are all equal, as one of one is: raise group_size"
+            )
+        if explore.entropy_target is not None:
+            low, high = explore.entropy_target.bounds(sampler.temperature)
             if low > high:
-                raise ValueError(f"steer.low ({low:g}) must not be above steer.high ({high:g})")
-            if self.steer.by == "temperature" and not low <= sampling.temperature <= high:
+                raise ValueError(f"entropy_target.low ({low:g}) must not be above entropy_target.high ({high:g})")
+            if explore.entropy_target.control == "temperature" and not low <= sampler.temperature <= high:
                 raise ValueError(
-                    f"sampler.temperature ({sampling.temperature:g}) must be within steer's {low:g} to {high:g}"
+                    f"sampler.temperature ({sampler.temperature:g}) must be within entropy_target's {low:g} to {high:g}"
                 )
-        if self.allocate is not None:
-            if self.allocate.first >= self.group_size:
-                raise ValueError(f"allocate.first ({self.allocate.first}) must be below group_size ({self.group_size})")
+        if explore.adaptive_group_size is not None:
+            first = explore.adaptive_group_size.first
+            if first >= self.group_size:
+                raise ValueError(f"adaptive_group_size.first ({first}) must be below group_size ({self.group_size})")
             whole = [p.title for p in self.rewards.terms if p.compares_completions]
             if whole:
                 raise ValueError(
-                    f"allocate judges completions before their group is whole, and reward {whole[0]!r} needs all"
+                    "adaptive_group_size scores completions before their group is complete, and reward "
+                    f"{whole[0]!r} needs all"
                 )
-        if self.off_policy:
-            cut = {"top_k": sampling.top_k, "top_p": sampling.top_p < 1, "min_p": sampling.min_p}
-            wrong = next((name for name, on in {**cut, "min_tokens": sampling.min_tokens}.items() if on), None)
-            if wrong is not None:
-                raise ValueError(
-                    f"replay and carry need log-probabilities of the whole distribution: leave out sampler.{wrong}"
-                )
-        if self.carry is not None and self.environment is not None:
+        cut = truncating_setting(sampler)
+        if explore.off_policy and cut is not None:
             raise ValueError(
-                "carry cuts completions in the middle of a turn, which an environment can't answer: one of them"
+                f"replay and partial_rollouts need log-probabilities of the whole distribution: leave out sampler.{cut}"
             )
-        if self.carry is not None and self.carry >= sampling.max_tokens:
-            raise ValueError(f"carry ({self.carry}) must be below sampler.max_tokens ({sampling.max_tokens})")
+        tokens = explore.partial_rollouts
+        if tokens is not None and self.environment is not None:
+            raise ValueError(
+                "partial_rollouts cuts completions in the middle of a turn, which an environment can't answer: use one "
+                "of them"
+            )
+        if tokens is not None and tokens >= sampler.max_tokens:
+            raise ValueError(f"partial_rollouts ({tokens}) must be below sampler.max_tokens ({sampler.max_tokens})")
         return self
-
-    @property
-    def off_policy(self) -> bool:
-        """Whether a batch may hold tokens that an earlier policy sampled."""
-        return self.replay is not None or self.carry is not None

@@ -95,7 +95,7 @@ def signature_settings(function: Callable[..., Any]) -> type[BaseModel]:
     """Return a settings class whose fields are the keyword-only parameters of `function`.
 
     Each parameter's annotation is the field's type (Any if missing) and its default the field's default. Other settings
-    are refused.
+    are refused. Annotations of other parameters are not read: they may name what is not imported.
 
     Raises:
         RecipeError: The signature or an annotation can't be read.
@@ -103,16 +103,13 @@ def signature_settings(function: Callable[..., Any]) -> type[BaseModel]:
     from pydantic import ConfigDict, create_model
 
     name = getattr(function, "__name__", type(function).__name__)
+    fields: dict[str, Any] = {}
     try:
-        parameters = inspect.signature(function, eval_str=True).parameters.values()
+        for p in inspect.signature(function).parameters.values():
+            if p.kind is inspect.Parameter.KEYWORD_ONLY:
+                kind: Any = Any if p.annotation is inspect.Parameter.empty else p.annotation
+                kind = eval(kind, getattr(function, "__globals__", {})) if isinstance(kind, str) else kind
+                fields[p.name] = (kind, ... if p.default is inspect.Parameter.empty else p.default)
     except (TypeError, ValueError, NameError) as error:
         raise RecipeError(f"the parameters of function {name!r} can't be read as settings: {error}") from error
-    fields: dict[str, Any] = {
-        p.name: (
-            Any if p.annotation is inspect.Parameter.empty else p.annotation,
-            ... if p.default is inspect.Parameter.empty else p.default,
-        )
-        for p in parameters
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
-    }
     return create_model(name, __config__=ConfigDict(extra="forbid", frozen=True), **fields)

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import Recipe, RLConfig
+from posttrain.config import Recipe, RolloutConfig
 from posttrain.core.files import write_json, write_text
 from posttrain.core.statistics import summarize
-from posttrain.methods.preference.online import OnlineDPOConfig
 from posttrain.sampling.rollout_store import path_of, read_rollouts, rollout_steps
 
 
@@ -23,7 +22,7 @@ def write_held_out_tasks(recipe: Recipe, path: Path) -> list[str]:
     for folder_name, stage in recipe.in_order():
         folder = path / "stages" / folder_name / "held_out"
         steps = rollout_steps(folder)
-        if not isinstance(stage, RLConfig | OnlineDPOConfig) or len(steps) < 2:
+        if not isinstance(stage, RolloutConfig) or len(steps) < 2:
             continue
         sides = [[r for r in read_rollouts(path_of(folder, s)) if not r["failures"]] for s in (steps[0], steps[-1])]
         both = {r["problem"] for r in sides[0]} & {r["problem"] for r in sides[1]}

@@ -19,9 +19,9 @@ from posttrain.losses import preference_loss as pref
 from posttrain.methods.preference.objectives import PRESETS, answer_sample, kto_loss, objective, pair_loss, pair_samples
 from posttrain.methods.preference.offline import PreferenceConfig
 from posttrain.methods.preference.online import OnlineDPOConfig
-from posttrain.methods.preference.online_trainer import pairs_of
+from posttrain.methods.preference.online_trainer import best_and_worst
 from posttrain.methods.preference.pair_trainer import judged, laid_out, measure
-from posttrain.methods.rl.policy_objectives import Rolled
+from posttrain.methods.rl.sequence_logprobs import TrainingSequence
 from posttrain.models.adapters import attach
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
@@ -372,18 +372,19 @@ def test_kto_needs_both_kinds(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------- online
-def rolled(group: int, tokens: list[int], reward: float) -> Rolled:
-    return Rolled([5, 6, 7], Rollout(tokens, [-1.0] * len(tokens), "end", reward=reward), group)
+def sequence(group: int, tokens: list[int], reward: float) -> TrainingSequence:
+    return TrainingSequence([5, 6, 7], Rollout(tokens, [-1.0] * len(tokens), "end", reward=reward), group)
 
 
 def test_the_best_is_preferred_to_the_worst_and_ties_give_nothing() -> None:
     given = [
-        rolled(0, [1, 2], 0.5), rolled(0, [3], 1.0), rolled(0, [4], 1.0), rolled(0, [8], -1.0), rolled(0, [9], -1.0),
-        rolled(1, [1], 1.0), rolled(1, [2], 1.0),  # rewards tie
-        rolled(2, [1], 1.0), rolled(2, [1], 0.0),  # one completion, judged twice
-        rolled(3, [], 0.0), rolled(3, [1], 1.0),  # nothing was said
+        sequence(0, [1, 2], 0.5), sequence(0, [3], 1.0), sequence(0, [4], 1.0),
+        sequence(0, [8], -1.0), sequence(0, [9], -1.0),
+        sequence(1, [1], 1.0), sequence(1, [2], 1.0),  # rewards tie
+        sequence(2, [1], 1.0), sequence(2, [1], 0.0),  # one completion, judged twice
+        sequence(3, [], 0.0), sequence(3, [1], 1.0),  # nothing was said
     ]  # fmt: skip
-    (pair,) = pairs_of(given)
+    (pair,) = best_and_worst(given)
     assert list(pair.chosen.tokens) == [5, 6, 7, 3] and list(pair.rejected.tokens) == [5, 6, 7, 9]
     assert (pair.prompt, pair.margin, list(pair.chosen.weights)) == (3, 2.0, [0, 0, 0, 1])
 
@@ -393,7 +394,7 @@ def test_online_settings() -> None:
     config = OnlineDPOConfig.model_validate({**given, "loss": "simpo", "gamma": 0.5, "group_size": 4})
     what = objective(config)
     assert not what.preset.reference and (what.gamma, what.beta) == (0.5, 2.0)
-    assert config.collecting().group_size == 4 and config.collecting().kl.coefficient == 0
+    assert config.group_size == 4
     for changes, message in (
         ({"gamma": 1}, "gamma belongs to simpo"),
         ({"sampler": {"temperature": 0}}, "temperature"),

@@ -10,42 +10,35 @@ import pytest
 import torch
 
 from posttrain.config import RLConfig, SystemsConfig
+from posttrain.config.rl import RL_PRESETS
 from posttrain.core.types import Rollout, RolloutGroup
-from posttrain.methods.rl.collect import in_passes
-from posttrain.methods.rl.policy_objectives import (
-    METHODS,
-    Extremes,
-    Rolled,
-    give_advantages,
-    mixed,
-    outcome,
-    policy_loss,
-)
+from posttrain.methods.rl.collect_rollouts import has_signal
+from posttrain.methods.rl.compute_advantages import outcome_reward
+from posttrain.methods.rl.sequence_logprobs import forward_batches
 from posttrain.sampling.rollout_store import groups_of, read_rollouts, write_rollouts
 from posttrain.trainer.train_step import Learner
+from tests.methods.rl.cases import Case, fill_advantages, loss_of
 from tests.methods.rl.test_policy_gradient import batch_of, capture, model, plain_logprobs, settings
 
 
-def learnt(method: str, rolled: list[Rolled], values: Any = None) -> tuple[Any, dict[str, torch.Tensor]]:
+def learnt(method: str, rolled: list[Case], values: Any = None) -> tuple[Any, dict[str, torch.Tensor]]:
     """Metrics and gradients of one step with everything on: KL, entropy, importance weights."""
-    config = settings(method, updates=2, kl={"coefficient": 0.1}, entropy=0.01, importance_cap=2.0)
+    config = settings(method, mini_batches=2, kl={"coefficient": 0.1}, entropy_coef=0.01, importance_sampling_cap=2.0)
     lm = model()
-    if METHODS[method].advantages == "critic":
+    if config.critic is not None:
         lm.add_value_head()
     for r in rolled:
         r.old = r.sampled()
         r.reference = r.old - 0.1
         r.values = torch.linspace(0, 1, r.length)
-    give_advantages(config, rolled, greedy=[0.5, 1.0, 0.0])
+    fill_advantages(config, rolled, greedy=[0.5, 1.0, 0.0])
     learner = Learner(lm, config.optimizer, SystemsConfig(), 1)
     gradients = capture(learner)
-    result = learner.step(
-        [r.sample(i) for i, r in enumerate(rolled)], policy_loss(config, rolled, True, True, Extremes())
-    )
+    result = learner.step([r.sample(i) for i, r in enumerate(rolled)], loss_of(config, rolled, True))
     return result.metrics, gradients
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(RL_PRESETS))
 def test_what_the_environment_wrote_is_context_alone(method: str) -> None:
     """Every number of the step is the same whatever log-probability and advantage its tokens might have had, and the
     same as when its tokens are the prompt's: a reply at the very beginning is a longer prompt."""
@@ -73,8 +66,8 @@ def test_what_the_environment_wrote_is_context_alone(method: str) -> None:
 def test_passes_give_the_log_probabilities_of_own_tokens_alone() -> None:
     lm, rolled = model(), batch_of(replies=True)
     assert any(r.rollout.mask for r in rolled)
-    for mine, batch, targets in in_passes(lm, rolled, 100):
-        out = lm(batch, "logprobs", targets, temperature=0.7)[0]
+    for places, batch, targets in forward_batches(lm, [r.sequence for r in rolled], 100):
+        out, mine = lm(batch, "logprobs", targets, temperature=0.7)[0], [rolled[i] for i in places]
         for r, part in zip(mine, out.split([r.length for r in mine]), strict=True):
             torch.testing.assert_close(part, plain_logprobs(lm, r, 0.7), atol=2e-5, rtol=0)
 
@@ -96,13 +89,13 @@ def rollout(right: float, length: int, *steps: tuple[int, int, float], mask: lis
     return Rollout([5] * length, [-1.0] * length, "end", "", rewards, right + 0.5 * mean, mask, {"steps": steps})
 
 
-def group() -> list[Rolled]:
+def group() -> list[Case]:
     """Right, with steps 1 and 0 of two tokens each and a token more; wrong, with one step 1 of all its three."""
-    return [Rolled([3], rollout(1.0, 5, (0, 2, 1.0), (2, 4, 0.0)), 0), Rolled([3], rollout(0.0, 3, (0, 3, 1.0)), 0)]
+    return [Case([3], rollout(1.0, 5, (0, 2, 1.0), (2, 4, 0.0)), 0), Case([3], rollout(0.0, 3, (0, 3, 1.0)), 0)]
 
 
-def advantages(config: RLConfig, rolled: list[Rolled], **given: Any) -> list[list[float]]:
-    give_advantages(config, rolled, **given)
+def advantages(config: RLConfig, rolled: list[Case], **given: Any) -> list[list[float]]:
+    fill_advantages(config, rolled, **given)
     return [r.advantages.tolist() for r in rolled]
 
 
@@ -155,22 +148,22 @@ def test_a_step_ends_with_the_last_of_its_tokens_that_the_model_wrote() -> None:
     """Tokens 1, 2 are the environment's: the step of tokens 0-2 ends with token 0, that of 1-2 alone counts nowhere."""
     mask = [True, False, False, True]
     rolled = [
-        Rolled([3], rollout(0.0, 4, (0, 3, 1.0), (1, 3, 9.0), (3, 4, 0.0), mask=mask), 0),
-        Rolled([3], rollout(0.0, 2, (0, 2, 0.5)), 0),
+        Case([3], rollout(0.0, 4, (0, 3, 1.0), (1, 3, 9.0), (3, 4, 0.0), mask=mask), 0),
+        Case([3], rollout(0.0, 2, (0, 2, 0.5)), 0),
     ]
     got = advantages(stepwise("dr_grpo", step_weight=1.0), rolled)
     assert got == [pytest.approx([0.5 - 0.5, -0.5], abs=1e-6), pytest.approx([0, 0], abs=1e-6)]
 
 
 def test_steps_alike_teach_nothing_and_outcomes_alike_do_not_hide_steps() -> None:
-    same = [Rolled([3], rollout(1.0, 2, (0, 1, 0.3), (1, 2, 0.3)), 0), Rolled([3], rollout(1.0, 3, (0, 3, 0.3)), 0)]
-    assert not mixed([r.rollout for r in same])
+    same = [Case([3], rollout(1.0, 2, (0, 1, 0.3), (1, 2, 0.3)), 0), Case([3], rollout(1.0, 3, (0, 3, 0.3)), 0)]
+    assert not has_signal([r.rollout for r in same])
     for method in ("grpo", "dr_grpo", "rloo"):
         advantages(stepwise(method), same)
         assert not any(r.signal for r in same)
-    differ = [Rolled([3], rollout(1.0, 2, (0, 1, 1.0), (1, 2, 0.0)), 0), Rolled([3], rollout(1.0, 3, (0, 3, 0.5)), 0)]
-    assert outcome(stepwise("grpo"), differ[0].rollout) == 1.0
-    assert differ[0].rollout.reward == differ[1].rollout.reward and mixed([r.rollout for r in differ])
+    differ = [Case([3], rollout(1.0, 2, (0, 1, 1.0), (1, 2, 0.0)), 0), Case([3], rollout(1.0, 3, (0, 3, 0.5)), 0)]
+    assert outcome_reward(stepwise("grpo"), differ[0].rollout) == 1.0
+    assert differ[0].rollout.reward == differ[1].rollout.reward and has_signal([r.rollout for r in differ])
     got = advantages(stepwise("grpo"), differ)
     assert any(got[0]) and not any(got[1])
     # Weight 0: logged, not learnt from.
@@ -180,7 +173,7 @@ def test_steps_alike_teach_nothing_and_outcomes_alike_do_not_hide_steps() -> Non
 @pytest.mark.parametrize("method", ["gspo", "rloo"])
 def test_a_ratio_of_the_whole_sequence_leaves_each_token_its_own_advantage(method: str) -> None:
     """-sum_t sg[s] A_t grad log pi(y_t), by a loop, off the policy that sampled."""
-    config = stepwise(method, updates=2, clip_low=1.0, clip_high=100.0)
+    config = stepwise(method, mini_batches=2, clip={"low": 1.0, "high": 100.0})
     rolled, lm = batch_of(), model()
     for i, r in enumerate(rolled):
         n = len(r.rollout.tokens)
@@ -190,12 +183,12 @@ def test_a_ratio_of_the_whole_sequence_leaves_each_token_its_own_advantage(metho
             r.rollout.tokens, r.rollout.logprobs, "end", "", rewards, r.rollout.reward, None, {"steps": steps}
         )
         r.old = r.sampled()
-    give_advantages(config, rolled)
+    fill_advantages(config, rolled)
     assert any(len(set(r.advantages.tolist())) > 1 for r in rolled)
     learner = Learner(lm, config.optimizer, SystemsConfig(), 1)
     captured = capture(learner)
     samples = [r.sample(i) for i, r in enumerate(rolled)]
-    learner.step([s for s in samples if any(s.weights)], policy_loss(config, rolled, False, True, Extremes()))
+    learner.step([s for s in samples if any(s.weights)], loss_of(config, rolled, False))
     lm.zero_grad()
     total = torch.zeros(())
     for r in rolled:

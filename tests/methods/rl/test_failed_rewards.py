@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from posttrain.core.errors import RewardError
 from posttrain.core.progress import Phases, Track
-from posttrain.methods.rl.collect import counts_of
-from posttrain.methods.rl.policy_objectives import give_advantages
+from posttrain.methods.rl.collect_rollouts import counts_of_rank
+from tests.methods.rl.cases import fill_advantages
 from tests.methods.rl.test_policy_gradient import GREEDY, batch_of, settings, work
 
 PART = {"kind": "function", "function": "f", "isolated": False}
@@ -34,13 +34,13 @@ def test_a_greedy_answer_without_a_reward_teaches_nothing_and_is_counted(tmp_pat
     before = [p.detach().clone() for p in exp.learner.model.parameters()]
     metrics = exp.step(0, QUIET).metrics
     assert len(calls) == 20 and metrics["greedy_failed"] == 1 and "failed/function" not in metrics
-    assert metrics["no_signal"] == 1 and metrics["grad_norm"] == 0
+    assert metrics["frac_reward_zero_std"] == 1 and metrics["grad_norm"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, exp.learner.model.parameters(), strict=True))
 
 
 def test_only_the_group_of_the_failed_greedy_answer_is_left_out() -> None:
     rolled = batch_of()
-    give_advantages(settings("remax"), rolled, greedy=[GREEDY[0], float("nan"), GREEDY[2]])
+    fill_advantages(settings("remax"), rolled, greedy=[GREEDY[0], float("nan"), GREEDY[2]])
     for r in rolled:
         expected = 0.0 if r.group == 1 else r.rollout.reward - GREEDY[r.group]
         assert r.advantages.tolist() == pytest.approx([expected] * r.length)
@@ -54,9 +54,9 @@ def test_held_out_answers_without_a_reward_are_counted(tmp_path: Path) -> None:
         return 1.0
 
     config = settings("grpo", rewards={"terms": [PART], "on_error": "exclude"}, held_out=HELD_OUT)
-    found = work(config, tmp_path, f=f).measure(0, Phases(QUIET))
+    found = work(config, tmp_path, f=f).recorder.measure(0, Phases(QUIET))
     assert found["held_out"] == 1 and found["held_out_failed"] == 2  # of three
-    everything = work(config, tmp_path / "other", f=lambda text, example: 1.0).measure(0, Phases(QUIET))
+    everything = work(config, tmp_path / "other", f=lambda text, example: 1.0).recorder.measure(0, Phases(QUIET))
     assert everything["held_out_failed"] == 0
 
 
@@ -88,21 +88,25 @@ def test_what_failed_before_a_kill_counts_after_it(tmp_path: Path) -> None:
 
 def test_what_two_ranks_counted_is_added_up_for_one() -> None:
     one, two = ({"r": {"scored": n, "errors": n - 1, "timeouts": 0, "died": 0}} for n in (3, 5))
-    assert counts_of([one]) == one
-    assert counts_of([one, two]) == {"r": {"scored": 8, "errors": 6, "timeouts": 0, "died": 0}}
-    assert counts_of([]) == {}
+    assert counts_of_rank([one]) == one
+    assert counts_of_rank([one, two]) == {"r": {"scored": 8, "errors": 6, "timeouts": 0, "died": 0}}
+    assert counts_of_rank([]) == {}
 
 
 @pytest.mark.parametrize(
     ("method", "changes", "said"),
     [
-        ("grpo", {"gamma": 0.5}, "gamma discounts tokens in ppo and reinforce_pp; grpo has none: leave it out"),
-        ("grpo", {"clip_high": 0.3}, "clip_high: with one update a batch the ratio is 1"),
-        ("rloo", {"clip_low": 0.1, "clip_dual": 3.0}, "clip_dual, clip_low: with one update"),
-        ("cispo", {"clip_dual": 3.0, "passes": 2}, "cispo has its weight bounded already"),
-        ("grpo", {"success": 0.5}, "success is for allocate, curriculum and replay"),
-        ("grpo", {"max_staleness": 4}, "max_staleness is for replay and carry"),
-        ("remax", {"group_size": 1, "redraws": 2}, "as one of one is: raise group_size"),
+        ("grpo", {"advantages": {"gamma": 0.5}}, "advantages.gamma\n  Extra inputs are not permitted"),
+        ("ppo", {"advantages": {"gamma": 1.5}}, "less than or equal to 1"),
+        ("ppo", {"critic": None, "advantages": "gea"}, "no advantage is called 'gea'. Did you mean gae?"),
+        ("grpo", {"advantages": "gae"}, "advantages gae need critic, which is off"),
+        ("grpo", {"critic": {}}, "critic serves advantages gae or your own, and these are grpo: leave it out"),
+        ("grpo", {"clip": {"high": 0.3}}, "clip.high: with one update per batch the ratio is 1"),
+        ("rloo", {"clip": {"low": 0.1, "dual": 3.0}}, "clip.dual, clip.low: with one update"),
+        ("cispo", {"clip": {"dual": 3.0}, "ppo_epochs": 2}, "cispo's weight is bounded already"),
+        ("grpo", {"exploration": {"success": 0.5}}, "success is for adaptive_group_size, curriculum and replay"),
+        ("grpo", {"exploration": {"max_staleness": 4}}, "max_staleness is for replay and partial_rollouts"),
+        ("remax", {"group_size": 1, "exploration": {"dynamic_sampling": 2}}, "as one of one is: raise group_size"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(method: str, changes: dict[str, Any], said: str) -> None:
@@ -111,10 +115,12 @@ def test_settings_that_would_do_nothing_are_refused(method: str, changes: dict[s
 
 
 def test_the_same_settings_are_taken_where_they_do_something() -> None:
-    settings("ppo", gamma=0.9)
-    settings("reinforce_pp", gamma=0.9)
-    settings("grpo", clip_high=0.3, updates=2)
-    settings("grpo", clip_high=0.3, carry=4, max_staleness=4)
-    settings("grpo", success=0.5, curriculum={})
-    settings("remax", group_size=2, redraws=1)
-    settings("remax", group_size=1, redraws=1, rewards={"terms": [{"kind": "valid_steps"}]})
+    settings("ppo", advantages={"gamma": 0.9})
+    settings("reinforce_pp", advantages={"gamma": 0.9})
+    settings("grpo", advantages="gae", critic={})
+    settings("grpo", clip={"high": 0.3}, mini_batches=2)
+    settings("grpo", clip={"high": 0.3}, exploration={"partial_rollouts": 4, "max_staleness": 4})
+    settings("grpo", exploration={"success": 0.5, "curriculum": {}})
+    settings("remax", group_size=2, exploration={"dynamic_sampling": 1})
+    steps = {"terms": [{"kind": "valid_steps"}]}
+    settings("remax", group_size=1, exploration={"dynamic_sampling": 1}, rewards=steps)

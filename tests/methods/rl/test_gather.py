@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
 from posttrain.config import RLConfig
-from posttrain.core.progress import Phases, Track
+from posttrain.core.progress import Track
 from posttrain.core.types import Piece, Rollout
-from posttrain.methods.rl.collect import Batch, Collector
-from posttrain.methods.rl.policy_gradient import Experience, _joined
-from posttrain.methods.rl.policy_objectives import (
-    Extremes,
-    Rolled,
-    even_out,
-    give_advantages,
-    policy_loss,
-    temperatures,
-)
+from posttrain.methods.rl.adaptive_group_size import rescale_by_group_size
+from posttrain.methods.rl.collect_rollouts import PromptGroup, RolloutCollector
+from posttrain.methods.rl.hooks import Hook
+from posttrain.methods.rl.partial_rollouts import PartialRollouts
+from posttrain.methods.rl.replay import ReplaySuccesses
+from posttrain.methods.rl.rl_trainer import RLTrainer, hooks_of, joined_metrics
+from posttrain.methods.rl.sequence_logprobs import temperatures
+from posttrain.methods.rl.step_recorder import StepRecorder
 from posttrain.models.language_model import LanguageModel
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.engine import LocalSampler
@@ -30,9 +28,19 @@ from posttrain.sampling.replay_buffer import PARTIAL, oldest
 from posttrain.sampling.rollout_store import read_rollouts
 from posttrain.trainer.loop import train
 from posttrain.trainer.train_step import Learner
-from tests.methods.rl.test_policy_gradient import TOKENIZER, capture, model, plain_logprobs, questions, settings
+from tests.methods.rl.cases import Case, batch_from, fill_advantages, loss_of
+from tests.methods.rl.test_policy_gradient import (
+    TOKENIZER,
+    capture,
+    collect,
+    model,
+    plain_logprobs,
+    questions,
+    settings,
+)
 
 FUNCTION = {"kind": "function", "function": "f", "isolated": False}
+H = TypeVar("H", bound=Hook)
 QUIET = Track("t", 1, shown=False)
 MISMATCH = ("mismatch", "mismatch_kl", "fresh")
 
@@ -44,35 +52,42 @@ def seldom(text: str, example: Any) -> float:
 
 def work(
     config: RLConfig, folder: Path, function: Any = seldom, count: int = 8, lm: LanguageModel | None = None
-) -> Experience:
+) -> RLTrainer:
     lm = lm or model()
-    learner = Learner(lm, config.optimizer, config.systems, config.steps * config.updates)
+    learner = Learner(lm, config.optimizer, config.systems, config.steps * config.mini_batches)
     stack = RewardStack(config.rewards, {"f": function})
-    collector = Collector(config, lm, LocalSampler(lm, TOKENIZER), stack, questions(count), 0, tokenizer=TOKENIZER)
-    return Experience(config, learner, collector, folder, questions(3))
+    options: dict[str, Any] = {"hooks": hooks_of(config, count, 0), "tokenizer": TOKENIZER}
+    collector = RolloutCollector(config, LocalSampler(lm, TOKENIZER), stack, questions(count), 0, **options)
+    return RLTrainer(config, learner, collector, StepRecorder(config, lm, collector, folder, questions(3)))
 
 
-def collect(exp: Experience, step: int) -> Batch:
-    return exp.collector.collect(step, Phases(QUIET))
+def hook(trainer: RLTrainer, kind: type[H]) -> H:
+    (found,) = [h for h in trainer.collector.hooks if isinstance(h, kind)]
+    return found
+
+
+def waiting(trainer: RLTrainer) -> list[PromptGroup]:
+    """The groups that continue in the next step."""
+    return hook(trainer, PartialRollouts).waiting
 
 
 def test_the_mismatch_is_of_tokens_that_the_newest_weights_sampled() -> None:
     """Two of three completions are older: theirs are other weights' numbers, whatever the learner's are now."""
-    lm, config = model(), settings("grpo", carry=4, updates=1, sampler={"max_tokens": 9})
+    lm, config = model(), settings("grpo", exploration={"partial_rollouts": 4}, sampler={"max_tokens": 9})
     differences = []
     for ages in ((0, 2, 1), (3, 2, 1)):
         rolled = []
         for i, age in enumerate(ages):
             tokens = [5 + i, 7, 9 + 2 * i, 11][: 2 + i]
-            r = Rolled([3, 4, 5, 6], Rollout(tokens, [-5.0] * len(tokens), "end", reward=float(i)), 0, age=age)
+            r = Case([3, 4, 5, 6], Rollout(tokens, [-5.0] * len(tokens), "end", reward=float(i)), 0, age=age)
             r.advantages, r.old = torch.full((r.length,), float(i - 1) or 0.5), r.sampled()
             rolled.append(r)
         learner = Learner(lm, config.optimizer, config.systems, 1)
         capture(learner)
-        loss = policy_loss(config, rolled, True, True, Extremes())
+        loss = loss_of(config, rolled, True)
         record = learner.step([r.sample(i) for i, r in enumerate(rolled)], loss).metrics
-        differences.append(_joined([record, {k: v for k, v in record.items() if k not in MISMATCH}]))
-    d = plain_logprobs(lm, Rolled([3, 4, 5, 6], Rollout([5, 7], [-5.0] * 2, "end"), 0), 1.0).detach() + 5.0
+        differences.append(joined_metrics([record, {k: v for k, v in record.items() if k not in MISMATCH}]))
+    d = plain_logprobs(lm, Case([3, 4, 5, 6], Rollout([5, 7], [-5.0] * 2, "end"), 0), 1.0).detach() + 5.0
     assert differences[0]["mismatch"] == pytest.approx(float(d.abs().mean()), rel=1e-4)
     assert differences[0]["mismatch_kl"] == pytest.approx(float((d.exp() - 1 - d).mean()), rel=1e-3)
     assert not set(differences[1]) & set(MISMATCH)  # nothing there to compare: no number, rather than none of it
@@ -82,32 +97,35 @@ def test_hard_prompts_get_more_of_a_fixed_budget(tmp_path: Path) -> None:
     def only_some(text: str, example: Any) -> float:
         return float(int(example["answer"]) % 4 == 0)
 
-    config = settings("grpo", rewards={"terms": [FUNCTION]}, allocate={"first": 2, "most": 6}, group_size=4)
-    batch = collect(work(config, tmp_path, only_some), 0)
-    sizes = {p: len(g.rollouts) for p, g in zip(batch.problems, batch.groups, strict=True)}
+    adaptive = {"adaptive_group_size": {"first": 2, "max_per_prompt": 6}}
+    config = settings("grpo", rewards={"terms": [FUNCTION]}, exploration=adaptive, group_size=4)
+    problems, batch, metrics = collect(work(config, tmp_path, only_some), 0)
+    sizes = {p: sum(s.group == g for s in batch.sequences) for g, p in enumerate(problems)}
     hard = [p for p in sizes if (2 * p) % 4]
-    assert 0 < len(hard) < 4 and sum(sizes.values()) == 16 == batch.metrics["samples"]
-    assert batch.metrics["hard"] == len(hard) and batch.metrics["largest_group"] == max(sizes.values())
+    assert 0 < len(hard) < 4 and sum(sizes.values()) == 16 == metrics["samples"]
+    assert metrics["hard"] == len(hard) and metrics["largest_group"] == max(sizes.values())
     assert min(sizes[p] for p in hard) > max(n for p, n in sizes.items() if p not in hard)
-    tokens = {tuple(r.tokens) for g in batch.groups for r in g.rollouts}
+    tokens = {tuple(s.rollout.tokens) for s in batch.sequences}
     assert len(tokens) > 12  # rounds have random streams of their own
 
 
 def test_groups_of_different_sizes_count_the_same() -> None:
     rolled = [
-        Rolled([1], Rollout([2], [-1.0], "end", reward=r), g)
-        for g, r in ((0, 1.0), (0, 0.0), *[(1, 0.0)] * 5, (1, 1.0))
+        Case([1], Rollout([2], [-1.0], "end", reward=r), g) for g, r in ((0, 1.0), (0, 0.0), *[(1, 0.0)] * 5, (1, 1.0))
     ]
-    give_advantages(settings("dr_grpo"), rolled)
+    fill_advantages(settings("dr_grpo"), rolled)
     assert [float(r.advantages) for r in rolled] == pytest.approx([0.5, -0.5, *[-1 / 6] * 5, 5 / 6])
-    even_out(rolled)
+    batch = batch_from(settings("dr_grpo"), rolled)
+    scaled = rescale_by_group_size(batch.sequences, batch.advantages)
     # mean size 4: times 2 and times 2/3
-    assert [float(r.advantages) for r in rolled] == pytest.approx([1.0, -1.0, *[-1 / 9] * 5, 5 / 9])
+    assert [float(a) for a in scaled.advantages] == pytest.approx([1.0, -1.0, *[-1 / 9] * 5, 5 / 9])
 
 
 def test_carried_completions_keep_the_numbers_of_what_sampled_them(tmp_path: Path) -> None:
     """Each piece's log-probabilities are those of the weights at its step; budgets and bounds hold."""
-    config = settings("grpo", rewards={"terms": [FUNCTION]}, carry=3, steps=6, optimizer={"lr": 5e-3})
+    config = settings(
+        "grpo", rewards={"terms": [FUNCTION]}, exploration={"partial_rollouts": 3}, steps=6, optimizer={"lr": 5e-3}
+    )
     exp = work(config, tmp_path)
     frozen, carried = [], 0
     for step in range(5):
@@ -115,7 +133,7 @@ def test_carried_completions_keep_the_numbers_of_what_sampled_them(tmp_path: Pat
         frozen[-1].load_state_dict(exp.learner.model.state_dict())
         metrics = exp.step(step, QUIET).metrics
         carried += int(metrics["carried"])
-        for g in exp.collector.gatherer.carried:
+        for g in waiting(exp):
             assert any(r.finish == PARTIAL for r in g.rollouts)
             assert all(len(r.tokens) <= 3 * (step + 1 - g.born) for r in g.rollouts)
         if step == 0:
@@ -126,7 +144,7 @@ def test_carried_completions_keep_the_numbers_of_what_sampled_them(tmp_path: Pat
     for r in long[:4]:
         at = 0
         for count, step, _ in r["pieces"]:
-            rolled = Rolled(r["prompt_tokens"], Rollout(r["tokens"], r["logprobs"], "end"), 0)
+            rolled = Case(r["prompt_tokens"], Rollout(r["tokens"], r["logprobs"], "end"), 0)
             own = plain_logprobs(frozen[step], rolled, 1.0)[at : at + count]
             torch.testing.assert_close(own, torch.tensor(r["logprobs"][at : at + count]), atol=2e-5, rtol=1e-4)
             at += count
@@ -135,18 +153,19 @@ def test_carried_completions_keep_the_numbers_of_what_sampled_them(tmp_path: Pat
 
 
 def test_what_would_grow_too_old_is_dropped_and_counted(tmp_path: Path) -> None:
-    config = settings("grpo", rewards={"terms": [FUNCTION]}, carry=2, max_staleness=1, steps=6)
+    config = settings(
+        "grpo", rewards={"terms": [FUNCTION]}, exploration={"partial_rollouts": 2, "max_staleness": 1}, steps=6
+    )
     exp = work(config, tmp_path)
     begun = ended = dropped = 0
     for step in range(4):
-        batch = collect(exp, step)
+        _, batch, metrics = collect(exp, step)
         begun += 16
-        ended += sum(len(g.rollouts) for g in batch.groups)
-        dropped += int(batch.metrics["carry_dropped"])
-        assert batch.metrics.get("staleness_max", 0) <= 1
-        assert all(step - g.born < 1 for g in exp.collector.gatherer.carried)
-    waiting = sum(len(g.rollouts) for g in exp.collector.gatherer.carried)
-    assert dropped > 0 and begun == ended + dropped + waiting
+        ended += len(batch.sequences)
+        dropped += int(metrics["carry_dropped"])
+        assert metrics.get("staleness_max", 0) <= 1
+        assert all(step - g.born < 1 for g in waiting(exp))
+    assert dropped > 0 and begun == ended + dropped + sum(len(g.rollouts) for g in waiting(exp))
 
 
 def test_a_rare_success_stands_in_where_there_is_none(tmp_path: Path) -> None:
@@ -160,8 +179,7 @@ def test_a_rare_success_stands_in_where_there_is_none(tmp_path: Path) -> None:
     config = settings(
         "grpo",
         rewards={"terms": [FUNCTION]},
-        replay={"share": 0.5},
-        max_staleness=3,
+        exploration={"replay": {"share": 0.5}, "max_staleness": 3},
         steps=9,
         prompts_per_step=2,
         optimizer={"lr": 1e-3},
@@ -169,17 +187,17 @@ def test_a_rare_success_stands_in_where_there_is_none(tmp_path: Path) -> None:
     exp = work(config, tmp_path, once)
     first = exp.step(0, QUIET).metrics
     assert first["replay_kept"] == 1 and first["replayed"] == 0
-    (problem,) = exp.collector.gatherer.replay.kept  # type: ignore[union-attr]
-    kept = exp.collector.gatherer.replay.kept[problem]  # type: ignore[union-attr]
-    batch = collect(exp, 1)
-    assert problem in batch.problems and batch.metrics["replayed"] == 1 and batch.metrics["reward"] == 0
-    (again,) = [r for r in batch.rolled if r.replayed]
-    assert again.rollout == kept and again.age == 1 and again.signal
-    assert again.old is not None and again.old.tolist() == pytest.approx(list(kept.logprobs))
-    mates = [r for r in batch.rolled if r.group == again.group]
-    assert len(mates) == 5 and [float(r.advantages[0]) > 0 for r in mates] == [False] * 4 + [True]
+    ((problem, kept),) = hook(exp, ReplaySuccesses).store.kept.items()
+    problems, batch, collected = collect(exp, 1)
+    assert problem in problems and collected["replayed"] == 1 and collected["reward"] == 0
+    (at,) = [i for i, s in enumerate(batch.sequences) if s.replayed]
+    again = batch.sequences[at]
+    assert again.rollout == kept and again.age == 1 and batch.advantages.trained[at]
+    assert batch.logprobs.old is not None and batch.logprobs.old[at].tolist() == pytest.approx(list(kept.logprobs))
+    mates = [i for i, s in enumerate(batch.sequences) if s.group == again.group]
+    assert [float(batch.advantages.advantages[i][0]) > 0 for i in mates] == [False] * 4 + [True]
     before = float(plain_logprobs(exp.learner.model, again, 1.0).sum())
-    exp._learn(batch)
+    exp.learn(batch)
     assert float(plain_logprobs(exp.learner.model, again, 1.0).sum()) > before
     metrics = [exp.step(s, QUIET).metrics for s in (2, 3, 4)]
     assert [m["replayed"] for m in metrics] == [1, 1, 0] and metrics[-1]["replay_dropped"] == 1
@@ -188,25 +206,25 @@ def test_a_rare_success_stands_in_where_there_is_none(tmp_path: Path) -> None:
 
 def test_every_token_is_learnt_at_its_own_temperature() -> None:
     """Loss and gradient of a batch whose tokens were sampled at two temperatures, against a slow loop."""
-    config, lm = settings("dapo", carry=4), model()
+    config, lm = settings("dapo", exploration={"partial_rollouts": 4}), model()
     g = torch.Generator().manual_seed(0)
     rolled = []
     for i in range(4):
         tokens = torch.randint(3, 250, (6,), generator=g).tolist()
         pieces = (Piece(4, 0, 0.7), Piece(2, 1, 1.4))
         rolled.append(
-            Rolled([5, 6, 7], Rollout(tokens, [-5.0] * 6, "end", reward=float(i % 2), pieces=pieces), i // 2, age=1)
+            Case([5, 6, 7], Rollout(tokens, [-5.0] * 6, "end", reward=float(i % 2), pieces=pieces), i // 2, age=1)
         )
-    assert temperatures(config, rolled, torch.device("cpu")).tolist() == pytest.approx(
+    assert temperatures(config.sampler, [r.sequence for r in rolled], torch.device("cpu")).tolist() == pytest.approx(
         [0.7] * 4 + [1.4] * 2 + ([0.7] * 4 + [1.4] * 2) * 3
     )  # type: ignore[union-attr]
-    give_advantages(config, rolled)
+    fill_advantages(config, rolled)
     for r in rolled:
         r.old = r.sampled()
     learner = Learner(lm, config.optimizer, config.systems, 1)
     captured = capture(learner)
     samples = [r.sample(i) for i, r in enumerate(rolled)]
-    loss = learner.step(samples, policy_loss(config, rolled, True, True, Extremes())).metrics["loss"]
+    loss = learner.step(samples, loss_of(config, rolled, True)).metrics["loss"]
     lm.zero_grad()
     total = torch.zeros(())
     for r in rolled:
@@ -222,7 +240,8 @@ def test_every_token_is_learnt_at_its_own_temperature() -> None:
 @pytest.mark.parametrize("method", ["ppo", "remax", "reinforce", "reinforce_pp_baseline", "gspo", "cispo"])
 def test_every_kind_of_method_learns_from_old_and_uneven_groups(method: str, tmp_path: Path) -> None:
     """Critic, greedy baseline, whitening, sequence ratios: with replay, carried completions, groups of many sizes."""
-    changes = {k: v for k, v in EVERYTHING.items() if k not in ("kl", "updates")} | {"carry": 7}
+    changes = {k: v for k, v in EVERYTHING.items() if k not in ("kl", "mini_batches")}
+    changes["exploration"] = {**EXPLORATION, "partial_rollouts": 7}
     exp = work(settings(method, **changes), tmp_path, count=4)
     if method == "ppo":
         exp.learner.model.add_value_head()
@@ -236,26 +255,23 @@ def test_every_kind_of_method_learns_from_old_and_uneven_groups(method: str, tmp
 def test_methods_without_a_ratio_get_one_where_data_is_old() -> None:
     """RLOO with replay: the clipped ratio of the whole sequence, not the plain gradient."""
     values = []
-    for extra in ({}, {"replay": {}}):
+    for extra in ({}, {"exploration": {"replay": {}}}):
         config, lm = settings("rloo", **extra), model()
         rolled = [
-            Rolled([5, 6, 7], Rollout([9 + i, 8], [-4.0, -4.0], "end", reward=float(i)), 0, age=i) for i in range(2)
+            Case([5, 6, 7], Rollout([9 + i, 8], [-4.0, -4.0], "end", reward=float(i)), 0, age=i) for i in range(2)
         ]
-        give_advantages(config, rolled)
+        fill_advantages(config, rolled)
         for r in rolled:
             r.old = r.sampled()
         learner = Learner(lm, config.optimizer, config.systems, 1)
-        values.append(
-            learner.step(
-                [r.sample(i) for i, r in enumerate(rolled)], policy_loss(config, rolled, False, True, Extremes())
-            ).metrics
-        )
+        values.append(learner.step([r.sample(i) for i, r in enumerate(rolled)], loss_of(config, rolled, False)).metrics)
     assert "ratio" not in values[0] and values[1]["clip_fraction"] > 0
 
 
 def test_the_temperature_follows_its_target(tmp_path: Path) -> None:
     """A random model's entropy is far above the target: the temperature falls, what is sampled is less varied."""
-    config = settings("grpo", rewards={"terms": [FUNCTION]}, steer={"target": 3.0, "gain": 1.0, "low": 0.02}, steps=16)
+    target = {"target": 3.0, "gain": 1.0, "low": 0.02}
+    config = settings("grpo", rewards={"terms": [FUNCTION]}, exploration={"entropy_target": target}, steps=16)
     exp = work(config, tmp_path)
     metrics = [exp.step(s, QUIET).metrics for s in range(16)]
     assert [m["temperature"] for m in metrics][:3] == pytest.approx([1.0, 0.8, 0.64])
@@ -267,19 +283,22 @@ def test_the_temperature_follows_its_target(tmp_path: Path) -> None:
     assert rows[0]["pieces"][0][1:] == [1, pytest.approx(0.8)]
 
 
-EVERYTHING = {
+EXPLORATION = {
+    "dynamic_sampling": 1,
+    "entropy_target": {"target": 5.0, "low": 0.5},
+    "adaptive_group_size": {"first": 2, "max_per_prompt": 5},
+    "curriculum": {},
+    "replay": {"rare": 0.5, "share": 0.5},
+    "partial_rollouts": 4,
+    "max_staleness": 3,
+}
+EVERYTHING: dict[str, Any] = {
     "rewards": {"terms": [FUNCTION]},
     "sampler": {"max_tokens": 9},
     "steps": 8,
-    "updates": 2,
-    "redraws": 1,
-    "steer": {"target": 5.0, "low": 0.5},
+    "mini_batches": 2,
+    "exploration": EXPLORATION,
     "kl": {"coefficient": 0.1, "target": 0.001},
-    "allocate": {"first": 2, "most": 5},
-    "curriculum": {},
-    "replay": {"rare": 0.5, "share": 0.5},
-    "carry": 4,
-    "max_staleness": 3,
     "optimizer": {"lr": 5e-3},
     "checkpoint_every": 2,
 }
@@ -294,14 +313,7 @@ def run(folder: Path, die: list[int]) -> dict[str, torch.Tensor]:
     while True:
         config = settings("grpo", **EVERYTHING)
         exp = work(config, folder, count=6)
-        frozen = model(1)
-
-        @torch.no_grad()
-        def reference(rolled: Any, frozen: LanguageModel = frozen) -> None:
-            for r in rolled:
-                r.reference = plain_logprobs(frozen, r, 1.0)
-
-        exp.collector.reference = reference
+        exp.reference = model(1)
 
         def on_step(step: int, *_: Any) -> None:
             if die and step == die[0]:

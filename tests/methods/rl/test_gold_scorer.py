@@ -18,7 +18,7 @@ from posttrain.config import RLConfig
 from posttrain.core.errors import RewardError
 from posttrain.core.files import read_lines
 from posttrain.core.progress import Phases
-from posttrain.methods.rl.gold_scorer import Gold
+from posttrain.methods.rl.gold_scorer import GoldScorer
 from posttrain.sampling.rollout_store import path_of, read_rollouts, rollout_steps
 
 STAGE: dict[str, Any] = {
@@ -110,15 +110,15 @@ def test_a_run_without_gold_learns_the_same(tmp_path: Path) -> None:
 
 def test_broken_off_while_it_measures_it_goes_on_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tmp_path / "whole", checkpoint_every=2)
-    measure, seen = Gold.measure, list[int]()
+    measure, seen = GoldScorer.measure, list[int]()
 
-    def breaks(self: Gold, step: int, phases: Phases) -> dict[str, float]:
+    def breaks(self: GoldScorer, step: int, phases: Phases) -> dict[str, float]:
         seen.append(step)
         if seen == [0, 2, 3]:
             raise KeyboardInterrupt
         return measure(self, step, phases)
 
-    monkeypatch.setattr(Gold, "measure", breaks)
+    monkeypatch.setattr(GoldScorer, "measure", breaks)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "broken", checkpoint_every=2)
     again = run(tmp_path / "broken", checkpoint_every=2)

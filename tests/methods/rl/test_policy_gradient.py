@@ -9,18 +9,21 @@ import pytest
 import torch
 
 from posttrain.config import RLConfig, SystemsConfig
-from posttrain.core.progress import Track
+from posttrain.config.rl import RL_PRESETS
+from posttrain.core.progress import Phases, Track
 from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt
-from posttrain.methods.rl.collect import Collector, Phases
-from posttrain.methods.rl.policy_gradient import Experience
-from posttrain.methods.rl.policy_objectives import METHODS, Extremes, Rolled, give_advantages, policy_loss
+from posttrain.methods.rl.collect_rollouts import RolloutCollector
+from posttrain.methods.rl.rl_loss import TrainingBatch
+from posttrain.methods.rl.rl_trainer import RLTrainer, hooks_of
+from posttrain.methods.rl.step_recorder import StepRecorder
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.rollout_store import groups_of, read_rollouts
 from posttrain.trainer.train_step import Learner
+from tests.methods.rl.cases import Case, fill_advantages, loss_of
 
 TOKENIZER = tiny_tokenizer()
 MAX = 9
@@ -47,7 +50,7 @@ def model(seed: int = 0) -> LanguageModel:
     return LanguageModel(tiny_model("llama"))
 
 
-def batch_of(seed: int = 0, groups: int = 3, size: int = 4, replies: bool = False) -> list[Rolled]:
+def batch_of(seed: int = 0, groups: int = 3, size: int = 4, replies: bool = False) -> list[Case]:
     """Random rollouts: prompts longer than what is worth sharing, one group without signal.
 
     replies: an environment wrote some of the tokens; their log-probabilities here are nonsense that must not count.
@@ -67,11 +70,11 @@ def batch_of(seed: int = 0, groups: int = 3, size: int = 4, replies: bool = Fals
                 for at in (1, n // 2 + 1):
                     reply = torch.randint(3, 250, (i,), generator=g).tolist()
                     tokens[at:at], logprobs[at:at], mask[at:at] = reply, [-77.0] * i, [False] * i
-            out.append(Rolled(prompt, Rollout(tokens, logprobs, "end", reward=reward, mask=mask), group))
+            out.append(Case(prompt, Rollout(tokens, logprobs, "end", reward=reward, mask=mask), group))
     return out
 
 
-def plain_logprobs(lm: LanguageModel, rolled: Rolled, temperature: float) -> torch.Tensor:
+def plain_logprobs(lm: LanguageModel, rolled: Case, temperature: float) -> torch.Tensor:
     """transformers' own logits, one sequence at a time."""
     lm.base.set_attn_implementation("eager")
     ids = torch.tensor([[*rolled.prompt, *rolled.rollout.tokens]])
@@ -83,7 +86,7 @@ def plain_logprobs(lm: LanguageModel, rolled: Rolled, temperature: float) -> tor
     return picked if mask is None else torch.stack([p for p, mine in zip(picked, mask, strict=True) if mine])
 
 
-def slow(config: RLConfig, lm: LanguageModel, rolled: list[Rolled], alone: bool) -> torch.Tensor:
+def slow(config: RLConfig, lm: LanguageModel, rolled: list[Case], alone: bool) -> torch.Tensor:
     """The same objective written out: a loop over rollouts, formulas as in the papers."""
     rewards = torch.tensor([r.rollout.reward for r in rolled])
     by_token = torch.cat([r.rollout.reward * torch.ones(r.length) for r in rolled])
@@ -146,19 +149,19 @@ def capture(learner: Learner) -> dict[str, torch.Tensor]:
     return captured
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "ppo"])
+@pytest.mark.parametrize("method", [m for m in RL_PRESETS if m != "ppo"])
 @pytest.mark.parametrize(("alone", "replies"), [(True, False), (False, False), (True, True), (False, True)])
 def test_loss_and_gradient_equal_a_slow_loop(method: str, alone: bool, replies: bool) -> None:
-    config = settings(method, updates=1 if alone else 2, sampler={"max_tokens": MAX, "temperature": 0.8})
+    config = settings(method, mini_batches=1 if alone else 2, sampler={"max_tokens": MAX, "temperature": 0.8})
     rolled, lm = batch_of(replies=replies), model()
-    give_advantages(config, rolled, greedy=GREEDY)
+    fill_advantages(config, rolled, greedy=GREEDY)
     if not alone:
         for r in rolled:
             r.old = r.sampled()
     learner = Learner(lm, config.optimizer, SystemsConfig(), 1)
     captured = capture(learner)
     samples = [r.sample(i) for i, r in enumerate(rolled)]
-    result = learner.step([s for s in samples if any(s.weights)], policy_loss(config, rolled, alone, True, Extremes()))
+    result = learner.step([s for s in samples if any(s.weights)], loss_of(config, rolled, alone))
     lm.zero_grad()
     expected = slow(config, lm, rolled, alone)
     expected.backward()
@@ -173,10 +176,12 @@ def test_naming_the_constant_sum_is_the_method_s_own(method: str) -> None:
     """With several updates REINFORCE's ratio is a sequence's, and counts once for it, however many tokens there are; of
     the others a sum of tokens is divided by the limit, as in Dr. GRPO."""
     losses = []
-    for changes in ({"aggregation": "constant"}, {} if method != "grpo" else {"aggregation": "sequence"}):
-        config = settings(method, updates=2, **changes)
+    constant = "seq-mean-token-sum-norm" if method in ("dr_grpo", "grpo") else "seq-mean-token-sum"
+    own = {} if method != "grpo" else {"loss_aggregation": "seq-mean-token-mean"}
+    for changes in ({"loss_aggregation": constant}, own):
+        config = settings(method, mini_batches=2, **changes)
         rolled, lm = batch_of(), model()
-        give_advantages(config, rolled, greedy=GREEDY)
+        fill_advantages(config, rolled, greedy=GREEDY)
         for r in rolled:
             r.old = r.sampled()
         learner = Learner(lm, config.optimizer, SystemsConfig(), 1)
@@ -186,32 +191,32 @@ def test_naming_the_constant_sum_is_the_method_s_own(method: str) -> None:
                 r.advantages, r.old, r.signal = torch.ones(r.length), None, True
         samples = [r.sample(i) for i, r in enumerate(rolled)]
         used = [s for s in samples if any(s.weights)]
-        losses.append(learner.step(used, policy_loss(config, rolled, False, True, Extremes())).metrics["loss"])
+        losses.append(learner.step(used, loss_of(config, rolled, False)).metrics["loss"])
     if method == "grpo":
         assert losses == pytest.approx([-sum(r.length for r in rolled) / MAX / len(rolled), -1.0])
     else:
         assert losses[0] == pytest.approx(losses[1], abs=1e-9) and losses[0] != 0
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(RL_PRESETS))
 def test_split_and_sharing_change_nothing(method: str) -> None:
     """Token budgets that split groups, and prefixes computed once or each time."""
     results = []
     for budget, share in ((4096, True), (30, True), (4096, False), (100, False)):
-        config = settings(method, updates=2, kl={"coefficient": 0.1}, entropy=0.01)
+        config = settings(method, mini_batches=2, kl={"coefficient": 0.1}, entropy_coef=0.01)
         rolled, lm = batch_of(), model()
-        if METHODS[method].advantages == "critic":
+        if config.critic is not None:
             lm.add_value_head()
         for r in rolled:
             r.old = torch.tensor(r.rollout.logprobs)
             r.reference = r.old - 0.1
             r.values = torch.linspace(0, 1, r.length)
-        give_advantages(config, rolled, greedy=[0.5, 1.0, 0.0])
+        fill_advantages(config, rolled, greedy=[0.5, 1.0, 0.0])
         systems = SystemsConfig(tokens_per_micro_batch=budget, share_prefixes=share)
         learner = Learner(lm, config.optimizer, systems, 1)
         gradients = capture(learner)
         samples = [r.sample(i) for i, r in enumerate(rolled)]
-        result = learner.step(samples, policy_loss(config, rolled, True, True, Extremes()))
+        result = learner.step(samples, loss_of(config, rolled, True))
         results.append((result, gradients))
     (first, gradients), *others = results
     assert first.computed_tokens < others[1][0].computed_tokens  # sharing saves something
@@ -228,7 +233,7 @@ def test_the_critic_s_clip_cuts_its_gradient() -> None:
     """Old values -10, returns 5, and a new head's values 0: a clip of 0.2 holds them at -9.8, 14.8 from the return."""
     gradients, losses = [], []
     for clip in (None, 0.2):
-        config = settings("ppo", updates=2, clip_value=clip, value_coefficient=2.0)
+        config = settings("ppo", mini_batches=2, critic={"clip": clip, "coefficient": 2.0})
         rolled, lm = batch_of(), model()
         lm.add_value_head()
         with torch.no_grad():
@@ -237,13 +242,13 @@ def test_the_critic_s_clip_cuts_its_gradient() -> None:
         for r in rolled:
             r.old = torch.tensor(r.rollout.logprobs)
             r.values = torch.full((r.length,), -10.0)
-        give_advantages(config, rolled)
+        fill_advantages(config, rolled)
         for r in rolled:
             r.returns = torch.full((r.length,), 5.0)
         learner = Learner(lm, config.optimizer, SystemsConfig(), 1)
         captured = capture(learner)
         samples = [r.sample(i) for i, r in enumerate(rolled)]
-        metrics = learner.step(samples, policy_loss(config, rolled, False, True, Extremes())).metrics
+        metrics = learner.step(samples, loss_of(config, rolled, False)).metrics
         losses.append(metrics["value_loss"])
         gradients.append(max(float(g.abs().max()) for n, g in captured.items() if n.startswith("value.")))
         assert metrics.get("value_clip") == (None if clip is None else 1.0)
@@ -261,27 +266,40 @@ def questions(count: int = 8) -> list[RenderedPrompt]:
     return out
 
 
-def work(config: RLConfig, folder: Path, **functions: Any) -> Experience:
+def work(config: RLConfig, folder: Path, **functions: Any) -> RLTrainer:
     lm = model()
-    critic = METHODS[config.method].advantages == "critic"
+    critic = config.critic is not None
     if critic:
         lm.add_value_head()
     learner = Learner(lm, config.optimizer, config.systems, 100, {"value.": 10.0} if critic else None)
     stack = RewardStack(config.rewards, functions)
-    collector = Collector(config, lm, LocalSampler(lm, TOKENIZER), stack, questions(), 0)
-    return Experience(config, learner, collector, folder, questions(3))
+    hooks = hooks_of(config, len(questions()), 0)
+    collector = RolloutCollector(config, LocalSampler(lm, TOKENIZER), stack, questions(), 0, hooks=hooks)
+    return RLTrainer(config, learner, collector, StepRecorder(config, lm, collector, folder, questions(3)))
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+def collect(trainer: RLTrainer, step: int) -> tuple[list[int], TrainingBatch, dict[str, float]]:
+    """(numbers of the prompts, what is trained on, metrics) of a step before its updates, as in `RLTrainer.step`."""
+    phases, settings = Phases(Track("t", 1, shown=False)), trainer.config
+    for hook in trainer.collector.hooks:
+        settings = hook.before_step(step, settings)
+    rollouts = trainer.collector.collect(step, settings.sampler, phases)
+    batch, metrics = trainer.prepare(step, settings, rollouts, phases)
+    for hook in trainer.collector.hooks:
+        hook.after_step(metrics)
+    return rollouts.problems, batch, metrics
+
+
+@pytest.mark.parametrize("method", sorted(RL_PRESETS))
 def test_every_method_takes_a_step_and_keeps_its_rollouts(method: str, tmp_path: Path) -> None:
     held_out = {"problems": {"kind": "rows", "data": {"source": "x"}}, "every": 1}
-    exp = work(settings(method, updates=2, passes=2, held_out=held_out), tmp_path)
+    exp = work(settings(method, mini_batches=2, ppo_epochs=2, held_out=held_out), tmp_path)
     before = [p.detach().clone() for p in exp.learner.model.parameters()]
     result = exp.step(0, Track("t", 1, shown=False))
     assert exp.learner.steps_done == 4
     assert any(not torch.equal(a, b) for a, b in zip(before, exp.learner.model.parameters(), strict=True))
     m = result.metrics
-    assert m["mismatch_max"] < 1e-4 and 0 <= m["no_signal"] < 1 and "held_out" in m
+    assert m["mismatch_max"] < 1e-4 and 0 <= m["frac_reward_zero_std"] < 1 and "held_out" in m
     assert m["ratio_max"] >= 1
     rows = read_rollouts(tmp_path / "rollouts" / "step-000001.parquet")
     assert len(rows) == 16
@@ -289,7 +307,7 @@ def test_every_method_takes_a_step_and_keeps_its_rollouts(method: str, tmp_path:
     for row in rows:
         assert row["reward"] == pytest.approx(-min(1, abs(len(row["completion"]) - 12) / 30))
     assert ("clip_fraction" in m) == ("ratio" in m)
-    if METHODS[method].advantages in ("group", "centred", "leave_one_out"):
+    if RL_PRESETS[method]["advantages"] in ("grpo", "dr_grpo", "rloo"):
         for g in range(4):
             mine = [r for r in rows if r["group"] == g]
             assert sum(r["advantage"] for r in mine) == pytest.approx(0, abs=1e-5)
@@ -305,20 +323,23 @@ def test_groups_without_signal_cost_no_learning(tmp_path: Path) -> None:
     exp = work(config, tmp_path / "a", f=lambda text, example: 1.0)
     before = [p.detach().clone() for p in exp.learner.model.parameters()]
     result = exp.step(0, Track("t", 1, shown=False))
-    assert result.computed_tokens == 0 and result.metrics["no_signal"] == 1 and result.metrics["grad_norm"] == 0
+    assert (
+        result.computed_tokens == 0 and result.metrics["frac_reward_zero_std"] == 1 and result.metrics["grad_norm"] == 0
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, exp.learner.model.parameters(), strict=True))
 
     def some(text: str, example: Any) -> float:
         return float(len(text)) if int(example["answer"]) % 4 == 0 else 1.0
 
     exp = work(config, tmp_path / "b", f=some)
-    batch = exp.collector.collect(0, Phases(Track("t", 1, shown=False)))
-    signal = {r.group for r in batch.rolled if r.signal}
-    odd = {g for g, p in enumerate(batch.problems) if int(questions()[p].problem["answer"]) % 4}
+    problems, batch, _ = collect(exp, 0)
+    trained = [s for s, on in zip(batch.sequences, batch.advantages.trained, strict=True) if on]
+    signal = {s.group for s in trained}
+    odd = {g for g, p in enumerate(problems) if int(questions()[p].problem["answer"]) % 4}
     assert odd and not odd & signal
-    results, _ = exp._learn(batch)
-    tokens = sum(len(r.prompt) + r.length for r in batch.rolled if r.signal)
-    assert sum(r.tokens for r in results) == tokens < sum(len(r.prompt) + r.length for r in batch.rolled)
+    results, _ = exp.learn(batch)
+    tokens = sum(len(s.prompt) + s.length for s in trained)
+    assert sum(r.tokens for r in results) == tokens < sum(len(s.prompt) + s.length for s in batch.sequences)
 
 
 def test_a_rollout_whose_reward_failed_is_left_out_and_shown(tmp_path: Path) -> None:
@@ -348,26 +369,28 @@ def test_redraws_replace_groups_without_signal(tmp_path: Path) -> None:
 
     shares = []
     for redraws in (0, 6):
-        exp = work(settings("dapo", rewards={"terms": [part]}, redraws=redraws), tmp_path / str(redraws), f=some)
+        exp = work(
+            settings("dapo", rewards={"terms": [part]}, exploration={"dynamic_sampling": redraws}),
+            tmp_path / str(redraws),
+            f=some,
+        )
         metrics = exp.step(0, Track("t", 1, shown=False)).metrics
-        shares.append(metrics["no_signal"])
+        shares.append(metrics["frac_reward_zero_std"])
         assert metrics["drawn"] == 4 if not redraws else metrics["drawn"] > 4
     assert shares[0] > 0 and shares[1] == 0
 
 
 def test_a_batch_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
-    def tokens(step: int, exp: Experience) -> list[Any]:
-        batch = exp.collector.collect(step, Phases(Track("t", 1, shown=False)))
-        return [
-            (p, g.prompt, [r.tokens for r in g.rollouts]) for p, g in zip(batch.problems, batch.groups, strict=True)
-        ]
+    def tokens(step: int, exp: RLTrainer) -> list[Any]:
+        problems, batch, _ = collect(exp, step)
+        return [(problems[s.group], s.prompt, s.rollout.tokens) for s in batch.sequences]
 
     a, b = work(settings("grpo"), tmp_path), work(settings("grpo"), tmp_path)
     later = tokens(1, a)
     assert tokens(0, b) != later
     assert tokens(1, b) == later
     # An epoch asks everything once.
-    seen = [p for s in range(2) for p in a.collector.gatherer.problems(s, 0)]
+    seen = [p for s in range(2) for p in a.collector.draw_prompts(s, 0)]
     assert sorted(seen) == list(range(8))
 
 
@@ -388,13 +411,7 @@ def test_kl_to_the_reference_pulls_back(tmp_path: Path) -> None:
         with torch.no_grad():
             for p in exp.learner.model.parameters():
                 p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-
-        @torch.no_grad()
-        def reference(rolled: Any, frozen: LanguageModel = frozen) -> None:
-            for r in rolled:
-                r.reference = plain_logprobs(frozen, r, 1.0)
-
-        exp.collector.reference = reference
+        exp.reference = frozen
         kls = [exp.step(s, Track("t", 1, shown=False)).metrics["kl"] for s in range(30)]
         assert sum(kls[-3:]) < 0.75 * sum(kls[:3]), (where, kls)
 
@@ -404,7 +421,7 @@ def test_the_critic_s_clip_holds_it_back(tmp_path: Path) -> None:
     part = {"kind": "function", "function": "f", "isolated": False}
     steps = {}
     for clip in (None, 0.01):
-        config = settings("ppo", rewards={"terms": [part]}, passes=8, clip_value=clip)
+        config = settings("ppo", rewards={"terms": [part]}, ppo_epochs=8, critic={"clip": clip})
         exp = work(config, tmp_path / str(clip), f=lambda text, example: 1.0)
         first, *_, last = (exp.step(s, Track("t", 1, shown=False)).metrics for s in range(5))
         assert ("value_clip" in first) == (clip is not None)
@@ -417,7 +434,7 @@ def test_the_critic_s_clip_holds_it_back(tmp_path: Path) -> None:
 def test_the_critic_learns_what_to_expect(tmp_path: Path) -> None:
     """PPO's value head, on a constant reward: values go to it, and what they leave unexplained shrinks."""
     part = {"kind": "function", "function": "f", "isolated": False}
-    config = settings("ppo", rewards={"terms": [part]}, passes=4)
+    config = settings("ppo", rewards={"terms": [part]}, ppo_epochs=4)
     exp = work(config, tmp_path, f=lambda text, example: 1.0)
     losses = [exp.step(s, Track("t", 1, shown=False)).metrics["value_loss"] for s in range(12)]
     assert losses[0] > 0.2 and losses[-1] < losses[0] / 3

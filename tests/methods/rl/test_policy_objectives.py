@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from posttrain.config import RLConfig, SystemsConfig
+from posttrain.config.rl import RL_PRESETS
 from posttrain.core.types import Rollout
-from posttrain.methods.rl.policy_objectives import METHODS, Extremes, Rolled, give_advantages, policy_loss
+from posttrain.methods.rl.rl_loss import Extremes
 from posttrain.models.language_model import LanguageModel
 from posttrain.trainer.train_step import Learner
+from tests.methods.rl.cases import Case, fill_advantages, loss_of
 from tests.methods.rl.test_policy_gradient import GREEDY, MAX, batch_of, capture, model, plain_logprobs, settings
 
 TEMPERATURE = 0.8
@@ -35,12 +37,29 @@ ESTIMATORS = ("k1", "k2", "k3")
 # --- the loops --------------------------------------------------------------------------------------------------------
 
 
+def aggregations(method: str) -> dict[str, str]:
+    """Our names, by what they do: of the methods whose ratio is a sequence's, sums are not divided by the limit."""
+    constant = "seq-mean-token-sum" if method in SEQUENCES else "seq-mean-token-sum-norm"
+    return {"token": "token-mean", "sequence": "seq-mean-token-mean", "constant": constant}
+
+
+def test_methods_are_what_their_papers_have() -> None:
+    """The clip, and what a token counts, where a recipe says nothing."""
+    clips = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
+    kinds = {"grpo": "sequence", "gspo": "sequence", "dr_grpo": "constant", **dict.fromkeys(SEQUENCES, "constant")}
+    for method in RL_PRESETS:
+        config = settings(method)
+        assert (config.clip.low, config.clip.high, config.clip.dual) == (*clips.get(method, (0.2, 0.2)), None)
+        assert config.loss_aggregation == aggregations(method)[kinds.get(method, "token")]
+        assert RLConfig.model_validate(config.model_dump(mode="json")) == config
+
+
 def once(config: RLConfig) -> bool:
     """A single update by fresh samples: there is no older policy, and every ratio is 1."""
-    return config.updates * config.passes == 1 and config.carry is None
+    return config.mini_batches * config.ppo_epochs == 1 and config.exploration.partial_rollouts is None
 
 
-def of_own(rolled: Rolled) -> list[float]:
+def of_own(rolled: Case) -> list[float]:
     """The sampler's log-probabilities of what the model wrote."""
     wrote = rolled.rollout.mask or [True] * len(rolled.rollout.tokens)
     return [p for p, mine in zip(rolled.rollout.logprobs, wrote, strict=True) if mine]
@@ -51,15 +70,16 @@ def divergence(estimator: str, d: Any) -> Any:
     return {"k1": d, "k2": d * d / 2, "k3": math.e ** (-d) - 1 + d}[estimator]
 
 
-def slow_advantages(config: RLConfig, rolled: Sequence[Rolled]) -> tuple[list[list[float]], list[list[float]]]:
+def slow_advantages(config: RLConfig, rolled: Sequence[Case]) -> tuple[list[list[float]], list[list[float]]]:
     """(advantage of each token, return of each token: of PPO alone), by completion."""
-    name, gamma = config.method, config.gamma
+    name, gamma = config.method, config.advantages.settings.get("gamma", 1.0)
+    lam = config.advantages.settings.get("gae_lambda", 1.0)
     penalties = [[0.0] * r.length for r in rolled]
     if config.kl.where == "reward":
         for i, r in enumerate(rolled):
             before = of_own(r) if r.old is None else r.old.tolist()
             for t, reference in enumerate(r.reference.tolist()):  # type: ignore[union-attr]
-                penalties[i][t] = config.kl.coefficient * divergence(config.kl.estimator, before[t] - reference)
+                penalties[i][t] = config.kl.coefficient * divergence(config.kl.estimator.name, before[t] - reference)
     by_token = name in ("reinforce_pp", "ppo")
     rewards = [r.rollout.reward - (0 if by_token else sum(p)) for r, p in zip(rolled, penalties, strict=True)]
     out, returns = [], []
@@ -82,7 +102,7 @@ def slow_advantages(config: RLConfig, rolled: Sequence[Rolled]) -> tuple[list[li
         else:
             v = [*r.values.tolist(), 0.0]  # type: ignore[union-attr]
             delta = [earned[t] + gamma * v[t + 1] - v[t] for t in range(n)]
-            row = [sum((gamma * config.lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]
+            row = [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]
             returns.append([a + b for a, b in zip(row, v[:n], strict=True)])
         out.append(row)
     if by_token or name == "reinforce_pp_baseline":
@@ -92,7 +112,7 @@ def slow_advantages(config: RLConfig, rolled: Sequence[Rolled]) -> tuple[list[li
     return out, returns
 
 
-def seen(config: RLConfig, lm: LanguageModel, rolled: Rolled) -> list[tuple[Any, Any, Any]]:
+def seen(config: RLConfig, lm: LanguageModel, rolled: Case) -> list[tuple[Any, Any, Any]]:
     """(log-probability, entropy, value) at each token that the model wrote, by transformers' own pass."""
     tokens = [*rolled.prompt, *rolled.rollout.tokens]
     lm.base.set_attn_implementation("eager")
@@ -100,7 +120,7 @@ def seen(config: RLConfig, lm: LanguageModel, rolled: Rolled) -> list[tuple[Any,
     lm.base.set_attn_implementation("posttrain")
     logs = (out.logits[0] / TEMPERATURE).log_softmax(-1)
     hidden = out.hidden_states[-1][0]
-    hidden = hidden.detach() if config.value_trunk == "probe" else hidden
+    hidden = hidden.detach() if config.critic is None or config.critic.detach else hidden
     found = []
     for i in range(len(rolled.prompt), len(tokens)):
         if rolled.rollout.mask is None or rolled.rollout.mask[i - len(rolled.prompt)]:
@@ -116,22 +136,19 @@ def slow_token(config: RLConfig, a: float, logp: Any, ratio: Any) -> Any:
     name = config.method
     if name in SEQUENCES and once(config):
         return -a * logp
-    low, high = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}.get(name, (0.2, 0.2))
-    low = low if config.clip_low is None else config.clip_low
-    high = high if config.clip_high is None else config.clip_high
+    low, high = config.clip.low, config.clip.high
     if name == "cispo":
         return -min(max(float(ratio), 1 - low, 0.0), 1 + high) * a * logp
     gain = min(ratio * a, min(max(ratio, 1 - low), 1 + high) * a)
-    if config.clip_dual is not None and a < 0:
-        gain = max(gain, config.clip_dual * a)
+    if config.clip.dual is not None and a < 0:
+        gain = max(gain, config.clip.dual * a)
     return -gain
 
 
-def slow(config: RLConfig, lm: LanguageModel, rolled: Sequence[Rolled]) -> Any:
+def slow(config: RLConfig, lm: LanguageModel, rolled: Sequence[Case]) -> Any:
     """The whole loss."""
     name, beta = config.method, config.kl.coefficient if config.kl.where == "loss" else 0.0
-    own = {"grpo": "sequence", "gspo": "sequence", "dr_grpo": "constant"}.get(name, "token")
-    kind, tokens = config.aggregation or ("constant" if name in SEQUENCES else own), sum(r.length for r in rolled)
+    kind, tokens = {v: k for k, v in aggregations(name).items()}[config.loss_aggregation], sum(r.length for r in rolled)
     if name in SEQUENCES and kind == "constant" and not once(config):
         kind = "sequence"
     advantages, returns = slow_advantages(config, rolled)
@@ -145,11 +162,11 @@ def slow(config: RLConfig, lm: LanguageModel, rolled: Sequence[Rolled]) -> Any:
         for t, (logp, entropy, value) in enumerate(found):
             log_ratio = product if name in SEQUENCES else product / n if name == "gspo" else logp - old[t]
             loss = slow_token(config, advantages[i][t], logp, log_ratio.exp())
-            if config.importance_cap is not None:
-                loss = loss * min(math.exp(old[t] - of_own(r)[t]), config.importance_cap)
+            if config.importance_sampling_cap is not None:
+                loss = loss * min(math.exp(old[t] - of_own(r)[t]), config.importance_sampling_cap)
             if beta:
-                loss = loss + beta * divergence(config.kl.estimator, logp - float(r.reference[t]))  # type: ignore[index]
-            loss = loss - config.entropy * entropy
+                loss = loss + beta * divergence(config.kl.estimator.name, logp - float(r.reference[t]))  # type: ignore[index]
+            loss = loss - config.entropy_coef * entropy
             if kind == "token":
                 total = total + loss / tokens
             elif kind == "sequence":
@@ -158,20 +175,20 @@ def slow(config: RLConfig, lm: LanguageModel, rolled: Sequence[Rolled]) -> Any:
                 total = total + loss / (1 if name in SEQUENCES else MAX) / len(rolled)
             if name == "ppo":
                 before, error = float(r.values[t]), (value - returns[i][t]) ** 2  # type: ignore[index]
-                if config.clip_value is not None:
-                    held = before + min(max(value - before, -config.clip_value), config.clip_value)
+                if config.critic.clip is not None:
+                    held = before + min(max(value - before, -config.critic.clip), config.critic.clip)
                     error = max(error, (held - returns[i][t]) ** 2)
-                total = total + config.value_coefficient * error / 2 / tokens
+                total = total + config.critic.coefficient * error / 2 / tokens
     return total
 
 
 # --- what is held to them ---------------------------------------------------------------------------------------------
 
 
-def setup(method: str, replies: bool = False, **changes: Any) -> tuple[RLConfig, LanguageModel, list[Rolled]]:
+def setup(method: str, replies: bool = False, **changes: Any) -> tuple[RLConfig, LanguageModel, list[Case]]:
     """Two updates unless said otherwise. Older policy, sampler, reference and critic all differ from the model."""
     sampling = {"max_tokens": MAX, "temperature": TEMPERATURE}
-    config, lm = settings(method, **{"updates": 2, "sampler": sampling, **changes}), model()
+    config, lm = settings(method, **{"mini_batches": 2, "sampler": sampling, **changes}), model()
     if method == "ppo":
         lm.add_value_head()
         with torch.no_grad():
@@ -189,20 +206,18 @@ def setup(method: str, replies: bool = False, **changes: Any) -> tuple[RLConfig,
 
 
 def learnt(
-    config: RLConfig, lm: LanguageModel, rolled: Sequence[Rolled]
+    config: RLConfig, lm: LanguageModel, rolled: Sequence[Case]
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Metrics and gradients of the step, in several micro-batches."""
-    give_advantages(config, rolled, BASELINE, GREEDY)
+    fill_advantages(config, rolled, BASELINE, GREEDY)
     learner = Learner(lm, config.optimizer, SystemsConfig(tokens_per_micro_batch=60), 1)
     gradients = capture(learner)
-    result = learner.step(
-        [r.sample(i) for i, r in enumerate(rolled)], policy_loss(config, rolled, once(config), True, Extremes())
-    )
+    result = learner.step([r.sample(i) for i, r in enumerate(rolled)], loss_of(config, rolled, once(config)))
     assert result.micro_batches > 1
     return result.metrics, gradients
 
 
-def check(config: RLConfig, lm: LanguageModel, rolled: Sequence[Rolled]) -> dict[str, float]:
+def check(config: RLConfig, lm: LanguageModel, rolled: Sequence[Case]) -> dict[str, float]:
     """Loss and every gradient are the loops'; the step's metrics."""
     metrics, gradients = learnt(config, lm, rolled)
     lm.zero_grad()
@@ -218,44 +233,44 @@ def check(config: RLConfig, lm: LanguageModel, rolled: Sequence[Rolled]) -> dict
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("method", ["grpo", "rloo", "ppo"])
 def test_the_entropy_bonus_is_taken_off_the_loss(method: str, updates: int) -> None:
-    check(*setup(method, updates=updates, entropy=0.2))
+    check(*setup(method, mini_batches=updates, entropy_coef=0.2))
 
 
 @pytest.mark.parametrize("replies", [False, True])
 @pytest.mark.parametrize("method", ["grpo", "cispo", "rloo", "ppo"])
 def test_importance_weights_multiply_the_policy_s_loss_alone(method: str, replies: bool) -> None:
     """Where KL and entropy are, which have no such weight."""
-    changes: dict[str, Any] = {"importance_cap": 1.1, "kl": {"coefficient": 0.3}, "entropy": 0.1}
+    changes: dict[str, Any] = {"importance_sampling_cap": 1.1, "kl": {"coefficient": 0.3}, "entropy_coef": 0.1}
     assert 0.1 < check(*setup(method, replies, **changes))["importance_truncated"] < 0.9
     if method == "rloo":  # without a ratio: by what the model says now
-        assert 0.1 < check(*setup(method, replies, **changes, updates=1))["importance_truncated"] < 0.9
+        assert 0.1 < check(*setup(method, replies, **changes, mini_batches=1))["importance_truncated"] < 0.9
 
 
 @pytest.mark.parametrize("method", ["grpo", "gspo", "rloo", "reinforce_pp", "ppo"])
 def test_the_dual_clip_bounds_the_loss(method: str) -> None:
-    assert 0 < check(*setup(method, clip_dual=1.05))["clip_dual"] < 0.9
+    assert 0 < check(*setup(method, clip={"dual": 1.05}))["clip_dual"] < 0.9
 
 
 @pytest.mark.parametrize("method", ["grpo", "dapo", "gspo", "cispo", "remax", "ppo"])
-@pytest.mark.parametrize("clip", [{}, {"clip_low": 0.05}, {"clip_high": 0.05}], ids=["own", "low", "high"])
+@pytest.mark.parametrize("clip", [{}, {"low": 0.05}, {"high": 0.05}], ids=["own", "low", "high"])
 def test_the_clips_of_the_method_or_the_recipe(method: str, clip: dict[str, Any]) -> None:
-    metrics = check(*setup(method, **clip, passes=2, updates=1))
-    assert all(metrics[name] > 0 for name in clip)
+    metrics = check(*setup(method, clip=clip, ppo_epochs=2, mini_batches=1))
+    assert all(metrics[f"clip_{name}"] > 0 for name in clip)
 
 
 def test_what_was_carried_over_has_a_ratio_on_a_single_update() -> None:
     for method in ("rloo", "grpo"):
-        assert check(*setup(method, updates=1, carry=4))["clip_fraction"] > 0
+        assert check(*setup(method, mini_batches=1, exploration={"partial_rollouts": 4}))["clip_fraction"] > 0
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.8])
 def test_reinforce_pp_discounts(gamma: float) -> None:
-    check(*setup("reinforce_pp", gamma=gamma))
+    check(*setup("reinforce_pp", advantages={"gamma": gamma}))
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.8, 1.0), (1.0, 0.7), (0.9, 0.6), (1.0, 0.0)])
 def test_ppo_s_advantages_and_returns(gamma: float, lam: float) -> None:
-    config, lm, rolled = setup("ppo", gamma=gamma, lam=lam)
+    config, lm, rolled = setup("ppo", advantages={"gamma": gamma, "gae_lambda": lam})
     metrics = check(config, lm, rolled)
     assert 0.05 < metrics["clip_fraction"] < 0.95
     advantages, returns = slow_advantages(config, rolled)
@@ -268,13 +283,16 @@ def test_ppo_s_advantages_and_returns(gamma: float, lam: float) -> None:
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("coefficient", [0.5, 2.0])
 def test_ppo_s_critic(trunk: str, clip: float | None, coefficient: float) -> None:
-    changes: dict[str, Any] = {"value_trunk": trunk, "clip_value": clip, "gamma": 0.9, "lam": 0.8}
-    metrics = check(*setup("ppo", **changes, value_coefficient=coefficient))
+    def changes(coefficient: float) -> dict[str, Any]:
+        critic = {"detach": trunk == "probe", "clip": clip, "coefficient": coefficient}
+        return {"critic": critic, "advantages": {"gamma": 0.9, "gae_lambda": 0.8}}
+
+    metrics = check(*setup("ppo", **changes(coefficient)))
     assert ("value_clip" in metrics) == (clip is not None)
     assert clip is None or 0.1 < metrics["value_clip"] < 0.9
     if coefficient == 2.0:  # what reaches the trunk
-        _, alone = learnt(*setup("ppo", **changes, value_coefficient=0.0))
-        _, both = learnt(*setup("ppo", **changes, value_coefficient=coefficient))
+        _, alone = learnt(*setup("ppo", **changes(0.0)))
+        _, both = learnt(*setup("ppo", **changes(coefficient)))
         for name in alone:
             if name.startswith("value."):
                 assert not alone[name].any() and bool(both[name].any())
@@ -304,15 +322,15 @@ def test_kl_in_the_loss(method: str, estimator: str) -> None:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(RL_PRESETS))
 def test_kl_in_the_reward(method: str, estimator: str) -> None:
     """Of a whole completion; REINFORCE++ and PPO: of each token, discounted with the rest.
 
     It is the older policy's where there is one, and the sampler's where there is not.
     """
-    changes: dict[str, Any] = {"gamma": 0.9} if method in ("reinforce_pp", "ppo") else {}
+    changes: dict[str, Any] = {"advantages": {"gamma": 0.9}} if method in ("reinforce_pp", "ppo") else {}
     changes["kl"] = {"coefficient": 0.3, "estimator": estimator, "where": "reward"}
-    config, lm, rolled = setup(method, **changes, updates=1 if estimator == "k1" else 2)
+    config, lm, rolled = setup(method, **changes, mini_batches=1 if estimator == "k1" else 2)
     check(config, lm, rolled)
     advantages, _ = slow_advantages(config, rolled)
     for r, a in zip(rolled, advantages, strict=True):
@@ -320,22 +338,26 @@ def test_kl_in_the_reward(method: str, estimator: str) -> None:
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(RL_PRESETS))
 def test_what_a_token_counts(method: str, aggregation: str) -> None:
     """Of all terms of the loss but the critic's, which is a mean over tokens."""
-    changes: dict[str, Any] = {"aggregation": aggregation, "kl": {"coefficient": 0.1}, "entropy": 0.05}
-    check(*setup(method, **changes, updates=1 if method in SEQUENCES else 2))
+    changes: dict[str, Any] = {
+        "loss_aggregation": aggregations(method)[aggregation],
+        "kl": {"coefficient": 0.1},
+        "entropy_coef": 0.05,
+    }
+    check(*setup(method, **changes, mini_batches=1 if method in SEQUENCES else 2))
 
 
 @pytest.mark.parametrize("method", SEQUENCES)
 def test_what_a_token_counts_with_ratios_of_sequences(method: str) -> None:
-    for aggregation in (None, "sequence", "token", "constant"):
-        check(*setup(method, aggregation=aggregation))
+    for aggregation in (None, *aggregations(method).values()):
+        check(*setup(method, loss_aggregation=aggregation))
 
 
 def test_dr_grpo_divides_by_the_limit() -> None:
-    for aggregation in (None, "constant"):
-        check(*setup("dr_grpo", aggregation=aggregation))
+    for aggregation in (None, "seq-mean-token-sum-norm"):
+        check(*setup("dr_grpo", loss_aggregation=aggregation))
 
 
 @pytest.mark.parametrize("method", ["grpo", "reinforce_pp", "ppo"])
@@ -343,18 +365,18 @@ def test_dr_grpo_divides_by_the_limit() -> None:
 def test_what_an_environment_wrote_is_context(method: str, where: str) -> None:
     """With everything on."""
     kl = {"coefficient": 0.3, "where": where, "estimator": "k2"}
-    changes: dict[str, Any] = {"kl": kl, "entropy": 0.1, "clip_dual": 1.1, "importance_cap": 1.1}
+    changes: dict[str, Any] = {"kl": kl, "entropy_coef": 0.1, "clip": {"dual": 1.1}, "importance_sampling_cap": 1.1}
     if method != "grpo":
-        changes["gamma"] = 0.9
+        changes["advantages"] = {"gamma": 0.9}
     if method == "ppo":
-        changes |= {"lam": 0.8, "clip_value": 0.5, "value_trunk": "shared"}
+        changes |= {"advantages": {"gamma": 0.9, "gae_lambda": 0.8}, "critic": {"clip": 0.5, "detach": False}}
     check(*setup(method, True, **changes))
 
 
 @pytest.mark.parametrize(("method", "of"), [("grpo", "token"), ("gspo", "mean"), ("rloo", "sum")])
 def test_the_largest_ratio_is_the_method_s_own(method: str, of: str) -> None:
     config, lm, rolled = setup(method)
-    give_advantages(config, rolled, BASELINE, GREEDY)
+    fill_advantages(config, rolled, BASELINE, GREEDY)
     extremes, ratios = Extremes(), []
     for r in (r for r in rolled if r.signal):
         with torch.no_grad():
@@ -363,15 +385,15 @@ def test_the_largest_ratio_is_the_method_s_own(method: str, of: str) -> None:
     learner = Learner(lm, config.optimizer, SystemsConfig(), 1)
     capture(learner)
     samples = [r.sample(i) for i, r in enumerate(rolled)]
-    learner.step(samples, policy_loss(config, rolled, False, True, extremes))
-    assert extremes.ratio == pytest.approx(max(ratios), rel=1e-5) and max(ratios) > 1
+    learner.step(samples, loss_of(config, rolled, False, extremes))
+    assert extremes.metrics()["ratio_max"] == pytest.approx(max(ratios), rel=1e-5) and max(ratios) > 1
 
 
 @pytest.mark.parametrize("method", ["grpo", "dapo", "rloo", "reinforce_pp", "ppo"])
 @pytest.mark.parametrize("mask", [False, True])
 def test_what_was_cut_off_teaches_nothing(method: str, mask: bool) -> None:
     """It stays in its group's mean and in the batch's counts."""
-    config, lm, rolled = setup(method, mask_truncated=mask, kl={"coefficient": 0.1}, entropy=0.05)
+    config, lm, rolled = setup(method, mask_truncated=mask, kl={"coefficient": 0.1}, entropy_coef=0.05)
     for i, finish in ((1, "length"), (4, "length"), (6, "turns"), (7, "stop")):
         rolled[i].rollout = replace(rolled[i].rollout, finish=finish)
     check(config, lm, rolled)
@@ -383,6 +405,6 @@ def test_an_empty_completion_counts_in_means(method: str) -> None:
     config, lm, rolled = setup(method, kl={"coefficient": 0.1, "where": "reward"})
     nothing = torch.zeros(0)
     empty = Rollout([], [], "end", reward=1.5)
-    rolled.insert(2, Rolled(rolled[0].prompt, empty, 0, old=nothing, reference=nothing, values=nothing))
+    rolled.insert(2, Case(rolled[0].prompt, empty, 0, old=nothing, reference=nothing, values=nothing))
     check(config, lm, rolled)
     assert not rolled[2].signal

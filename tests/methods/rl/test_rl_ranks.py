@@ -32,8 +32,13 @@ COMMON = {
     "checkpoint_every": 2,
 }
 STAGES = {
-    "grpo": {"group_size": 4, "adapter": {"r": 4}, "kl": {"coefficient": 0.05}, "curriculum": {}, "redraws": 1},
-    "ppo": {"group_size": 2, "passes": 2, "kl": {"coefficient": 0.05, "where": "reward", "estimator": "k1"}},
+    "grpo": {
+        "group_size": 4,
+        "adapter": {"r": 4},
+        "kl": {"coefficient": 0.05},
+        "exploration": {"curriculum": {}, "dynamic_sampling": 1},
+    },
+    "ppo": {"group_size": 2, "ppo_epochs": 2, "kl": {"coefficient": 0.05, "where": "reward", "estimator": "k1"}},
     "remax": {},
     "online_dpo": {"group_size": 2},
 }

@@ -10,7 +10,7 @@ import pytest
 
 from posttrain.core.progress import Track
 from posttrain.data.sft_rows import prepare
-from posttrain.methods.rl.policy_gradient import Experience
+from posttrain.methods.rl.rl_trainer import RLTrainer
 from posttrain.models.tiny_model import tiny_tokenizer
 from posttrain.sampling.environments import environment
 from posttrain.sampling.multi_turn import TurnSampler
@@ -21,31 +21,31 @@ from tests.methods.rl.test_policy_gradient import TOKENIZER, settings, work
 HELD_OUT = {"problems": {"kind": "rows", "data": {"source": "x"}}, "every": 1}
 
 
-def turns(folder: Path, method: str = "grpo", **changes: Any) -> Experience:
+def turns(folder: Path, method: str = "grpo", **changes: Any) -> RLTrainer:
     answering = {"kind": "function", "function": "counting", "stop": list("aeiounrst12345 "), "max_turns": 3}
     config = settings(method, environment=answering, held_out=HELD_OUT, **{"sampler": {"max_tokens": 40}, **changes})
     exp = work(config, folder)
     assert config.environment is not None
     answers = environment(config.environment, {"counting": Counting})
     sampler = TurnSampler(exp.collector.sampler, answers, config.environment, TOKENIZER, 2048)
-    exp.collector.sampler = exp.collector.gatherer.sampler = sampler
+    exp.collector.sampler = sampler
     return exp
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo", "reinforce_pp"])
 def test_a_step_in_turns(method: str, tmp_path: Path) -> None:
-    exp = turns(tmp_path, method, updates=2, kl={"coefficient": 0.0})
+    exp = turns(tmp_path, method, mini_batches=2, kl={"coefficient": 0.0})
     m = exp.step(0, Track("t", 1, shown=False)).metrics
     assert m["mismatch_max"] < 1e-4  # the learner sees what the sampler saw, replies among it
     rows = read_rollouts(tmp_path / "rollouts" / "step-000001.parquet")
     own = [sum(r["mask"]) for r in rows]
-    assert m["length"] == pytest.approx(sum(own) / len(rows)) and max(own) <= 40
+    assert m["completions/mean_length"] == pytest.approx(sum(own) / len(rows)) and max(own) <= 40
     assert (
         m["replies"] == pytest.approx(sum(r["completion"].count("n°") for r in rows) / len(rows)) and m["replies"] > 0.5
     )
     mine = [p for r in rows for p, wrote in zip(r["logprobs"], r["mask"], strict=True) if wrote]
     assert m["entropy"] == pytest.approx(-sum(mine) / sum(own), rel=1e-4)
-    assert m["cut"] == sum(r["finish"] in ("length", "turns") for r in rows) / len(rows)
+    assert m["completions/clipped_ratio"] == sum(r["finish"] in ("length", "turns") for r in rows) / len(rows)
     held = read_rollouts(tmp_path / "held_out" / "step-000001.parquet")
     assert any("n°1" in r["completion"] for r in held) and all(len(r["mask"]) == len(r["tokens"]) for r in held)
     assert m["held_out_length"] == pytest.approx(sum(sum(r["mask"]) for r in held) / len(held))

@@ -23,7 +23,7 @@ from posttrain.core.progress import Track
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.methods.data.rejection import RejectionConfig
 from posttrain.methods.data.row_making import alone, chunked, leave_data, open_sampler
-from posttrain.methods.rl.collect import with_failed
+from posttrain.methods.rl.collect_rollouts import with_failed
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.protocol import Request
 from posttrain.sampling.rollout_store import path_of, read_rollouts, rollout_steps, write_rollouts

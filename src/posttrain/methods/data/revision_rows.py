@@ -27,7 +27,7 @@ from posttrain.methods.data.critique_revision import RefineConfig
 from posttrain.methods.data.revision_chain import Chain, Round, Text
 from posttrain.methods.data.revision_prompts import Example, draw, fitting, turns
 from posttrain.methods.data.row_making import alone, chunked, leave_data, open_sampler
-from posttrain.methods.rl.collect import with_failed
+from posttrain.methods.rl.collect_rollouts import with_failed
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.openai_sampler import OpenAISampler
 from posttrain.sampling.protocol import Request, Sampler

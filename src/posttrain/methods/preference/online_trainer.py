@@ -1,137 +1,100 @@
-"""Online DPO: the policy's own completions, judged by rewards; the best of each prompt is preferred to the worst."""
+"""Train on pairs of the policy's own completions: the best of each prompt is preferred to the worst."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from posttrain.config import ModelConfig
 from posttrain.core import distributed
-from posttrain.core.progress import Track
-from posttrain.data.chat_template import end_of_turn_token
+from posttrain.core.progress import Phases, Track
 from posttrain.data.preference_rows import Pair
-from posttrain.data.prompts import RenderedPrompt
 from posttrain.methods.preference.objectives import objective, pair_loss, pair_samples
 from posttrain.methods.preference.online import OnlineDPOConfig
-from posttrain.methods.rl.collect import Batch, Collector
-from posttrain.methods.rl.gold_scorer import Gold
-from posttrain.methods.rl.policy_gradient import Experience, reference_of
-from posttrain.methods.rl.policy_objectives import Extremes, Rolled
+from posttrain.methods.rl.collect_rollouts import RolloutCollector
+from posttrain.methods.rl.sequence_logprobs import TrainingSequence, training_sequences
+from posttrain.methods.rl.step_recorder import StepRecorder
 from posttrain.models.language_model import LanguageModel
-from posttrain.rewards.stack import RewardStack
-from posttrain.sampling.engine import LocalSampler
-from posttrain.trainer.loop import OnStep, train
-from posttrain.trainer.policy import open_policy, save_policy, summary
-from posttrain.trainer.reference_model import frozen_beside, sums_of, without_adapters
-from posttrain.trainer.stage import Functions
+from posttrain.trainer.loop import Trainer
+from posttrain.trainer.reference_model import sums_of, without_adapters
 from posttrain.trainer.train_step import Learner, StepResult
 
 
-class OnlinePairs(Experience):
-    """As reinforcement learning collects its rollouts; what is learnt from them is a pair of each prompt.
-
-    frozen: the model that the stage began with (the policy itself where adapters train); None: no reference is needed.
-    """
+class OnlinePairTrainer(Trainer):
+    """Train on pairs of the policy's own completions: rollouts are collected as in RL, each prompt gives a pair."""
 
     def __init__(
         self,
-        online: OnlineDPOConfig,
+        config: OnlineDPOConfig,
         learner: Learner,
-        collector: Collector,
-        folder: Path,
-        held_out: Sequence[RenderedPrompt],
-        seed: int,
-        frozen: LanguageModel | None,
-        gold: Gold | None = None,
+        collector: RolloutCollector,
+        recorder: StepRecorder,
+        reference: LanguageModel | None,
     ) -> None:
-        super().__init__(online.collecting(), learner, collector, folder, held_out, seed, gold)
-        self.online, self.what, self.frozen = online, objective(online), frozen
+        """Make a trainer.
+
+        Args:
+            config: Settings of the stage.
+            learner: Policy and optimizer.
+            collector: Samples and scores.
+            recorder: Keeps rollouts and measures held-out problems.
+            reference: The model that the stage started from, or the policy with adapters. None: the loss needs none.
+        """
+        self.config, self.learner, self.collector, self.recorder = config, learner, collector, recorder
+        self.objective, self.reference, self.steps = objective(config), reference, config.steps
 
     def step(self, step: int, track: Track) -> StepResult:
-        result = super().step(step, track)
-        result.metrics.pop("ratio_max", None)  # there is no ratio here
-        return result
-
-    def _learn(self, batch: Batch) -> tuple[list[StepResult], Extremes]:
-        """One step on the pairs of the batch; prompts whose answers are all alike give none, and are counted."""
-        pairs = pairs_of(batch.rolled)
-        samples = [pair_samples(pair, n) for n, pair in enumerate(pairs)]
-        reference = None
-        if self.frozen is not None and pairs:
-            frozen, systems = self.frozen, self.online.systems
-            with distributed.summon_full_params(frozen), without_adapters(frozen):
-                reference = distributed.map_over_ranks(samples, lambda mine: sums_of(frozen, mine, systems))
-        loss = pair_loss(self.what, pairs, reference, count=len(batch.groups))
-        result = self.learner.step([s for both in samples for s in both], loss)
-        result.metrics["ties"] = float(len(batch.groups) - len(pairs))
+        phases = Phases(track)
+        with distributed.summon_full_params(self.learner.model):
+            rollouts = self.collector.collect(step, self.config.sampler, phases)
+        pairs = best_and_worst(training_sequences(rollouts.groups, self.collector.questions, step))
+        with phases("learn"):
+            result = self.learn(pairs, len(rollouts.groups))
+        metrics = {**result.metrics, **rollouts.metrics}
+        metrics["frac_reward_zero_std"] = statistics.fmean(not g.mixed for g in rollouts.groups)
+        metrics["ties"] = float(len(rollouts.groups) - len(pairs))
         if pairs:
-            result.metrics["reward_gap"] = statistics.fmean(p.margin for p in pairs)
-        return [result], Extremes()
+            metrics["reward_gap"] = statistics.fmean(p.margin for p in pairs)
+        self.recorder.keep(step, rollouts)
+        return self.recorder.finish(step, [result], metrics, phases)
+
+    def learn(self, pairs: Sequence[Pair], prompts: int) -> StepResult:
+        """Take one optimizer step; a prompt without a pair counts as a zero of the mean."""
+        samples = [pair_samples(pair, n) for n, pair in enumerate(pairs)]
+        sums = None
+        if self.reference is not None and pairs:
+            frozen, systems = self.reference, self.config.systems
+            with distributed.summon_full_params(frozen), without_adapters(frozen):
+                sums = distributed.map_over_ranks(samples, lambda mine: sums_of(frozen, mine, systems))
+        loss = pair_loss(self.objective, pairs, sums, count=prompts)
+        return self.learner.step([s for both in samples for s in both], loss)
+
+    def initial_record(self, track: Track) -> dict[str, Any] | None:
+        return self.recorder.initial_record(track)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.collector.state_dict(), **self.recorder.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.collector.load_state_dict(state)
+        self.recorder.load_state_dict(state)
 
 
-def pairs_of(rolled: Sequence[Rolled]) -> list[Pair]:
-    """The first of the best-rewarded completions of each prompt against the last of the worst; none where they tie.
+def best_and_worst(sequences: Sequence[TrainingSequence]) -> list[Pair]:
+    """Return a pair of each prompt: the first of its best completions, and the last of its worst.
 
-    Equal rewards tie, and so do equal completions, whatever a reward that isn't sure of itself says of them.
+    Equal rewards give none, and neither do equal completions, whatever an uncertain reward gives them.
     """
-    groups: dict[int, list[Rolled]] = {}
-    for r in rolled:
-        if r.length:
-            groups.setdefault(r.group, []).append(r)
+    groups: dict[int, list[TrainingSequence]] = {}
+    for s in sequences:
+        if s.length:
+            groups.setdefault(s.group, []).append(s)
     pairs = []
     for group, members in groups.items():
-        best = max(members, key=lambda r: r.rollout.reward)
-        worst = min(reversed(members), key=lambda r: r.rollout.reward)
+        best = max(members, key=lambda s: s.rollout.reward)
+        worst = min(reversed(members), key=lambda s: s.rollout.reward)
         gap = best.rollout.reward - worst.rollout.reward
         if gap > 0 and list(best.rollout.tokens) != list(worst.rollout.tokens):
-            chosen, rejected = (replace(r, signal=True).sample(0) for r in (best, worst))
+            chosen, rejected = best.sample(0), worst.sample(0)
             pairs.append(Pair(chosen, rejected, len(best.prompt), margin=gap, source=f"prompt {group}"))
     return pairs
-
-
-def run_online(
-    config: OnlineDPOConfig,
-    model: ModelConfig,
-    questions: Sequence[RenderedPrompt],
-    held_out: Sequence[RenderedPrompt],
-    folder: Path,
-    *,
-    seed: int = 0,
-    on_step: OnStep | None = None,
-    functions: Functions | None = None,
-) -> dict[str, Any]:
-    """Train `model` on pairs of its own completions; the result is `folder`/model, an ordinary Hugging Face folder.
-
-    functions: rewards that the recipe names and that live in this program. Goes on from the newest checkpoint in
-    `folder` where there is one. Returns what the manifest says of the stage.
-    """
-    opened = open_policy(config, model, seed)
-    policy, tokenizer = opened.policy, opened.tokenizer
-    frozen = None
-    if objective(config).preset.reference:
-        frozen = frozen_beside(policy, model, config.adapter is not None)
-    learner = Learner(policy, config.optimizer, config.systems, config.steps)
-    collecting = config.collecting()
-    with RewardStack(config.rewards, functions) as rewards, ExitStack() as until:
-        sampler = LocalSampler(policy, tokenizer, **config.sampler.limits())
-        collector = Collector(collecting, policy, sampler, rewards, questions, seed)
-        meter = None
-        if config.held_out is not None and config.held_out.gold is not None:
-            first = reference_of(collecting, model, policy, frozen)
-            meter = until.enter_context(closing(Gold(collecting, collector, held_out, first, folder, seed, functions)))
-        result = train(
-            learner,
-            OnlinePairs(config, learner, collector, folder, held_out, seed, frozen, meter),
-            folder,
-            checkpoint_every=config.checkpoint_every,
-            keep=config.keep_checkpoints,
-            title=config.name,
-            on_step=on_step,
-            shown=("reward", "held_out", "accuracy", "margin"),
-        )
-    save_policy(opened, config, model, folder, seed, end_of_turn_token(tokenizer))
-    return summary(result, opened)

@@ -1,0 +1,377 @@
+"""The first half of a step: prompts are drawn, completions sampled and scored.
+
+Everything is a function of (seed, step), the weights, and `RolloutCollector.state_dict`, so that a resumed run makes
+the same rollouts again. Optional features are hooks (`posttrain.methods.rl.hooks`).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from posttrain.config import SamplingConfig
+from posttrain.config.rl import RLConfig, RolloutConfig
+from posttrain.core import distributed
+from posttrain.core.progress import Phases
+from posttrain.core.types import Rollout, RolloutGroup
+from posttrain.data.prompts import RenderedPrompt
+from posttrain.methods.rl.hooks import Hook
+from posttrain.rewards.stack import Excluded, RewardStack, Scored
+from posttrain.sampling.protocol import Request, Sampler
+from posttrain.sampling.replay_buffer import PARTIAL, Growth, plain, rollout_of
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """The completions of one prompt.
+
+    Attributes:
+        problem: Number of the prompt.
+        born: Step in which the group was begun.
+        rollouts: In the order in which they were begun; scored ones have their rewards.
+        excluded: By place in `rollouts`, those without a reward.
+        scored: How many of `rollouts`, from the first on, have been scored.
+        replayed: Earlier successes that stand in.
+    """
+
+    problem: int
+    born: int
+    rollouts: tuple[Rollout, ...] = ()
+    excluded: Mapping[int, Excluded] = field(default_factory=dict)
+    scored: int = 0
+    replayed: tuple[Rollout, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Return True if every completion has ended."""
+        return all(r.finish != PARTIAL for r in self.rollouts)
+
+    @property
+    def kept(self) -> list[Rollout]:
+        """Return the completions of a scored group that have a reward."""
+        return [r for i, r in enumerate(self.rollouts) if i not in self.excluded]
+
+    @property
+    def mixed(self) -> bool:
+        """Return True if rewards differ, so that there is something to learn."""
+        return has_signal([*self.kept, *self.replayed])
+
+    def successes(self, success: float) -> int:
+        """Return the number of completions with a reward of at least `success`."""
+        return sum(r.reward >= success for r in self.kept)
+
+    def expires(self, step: int, max_staleness: int) -> bool:
+        """Return True if the group would be too old in the step after `step`."""
+        return step + 1 - self.born > max_staleness
+
+    def with_rewards(self, group: RolloutGroup, excluded: Sequence[Excluded]) -> PromptGroup:
+        """Return the group with the outcome of scoring its completions from number `scored` on."""
+        failed = {self.scored + e.index: e for e in excluded}
+        scored, rollouts = iter(group.rollouts), list(self.rollouts)
+        for i in range(self.scored, len(rollouts)):
+            if i not in failed:
+                rollouts[i] = next(scored)
+        return replace(self, rollouts=tuple(rollouts), excluded={**self.excluded, **failed}, scored=len(rollouts))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
+        excluded = [[i, {**asdict(e), "rollout": plain(e.rollout)}] for i, e in sorted(self.excluded.items())]
+        values = {"problem": self.problem, "born": self.born, "scored": self.scored}
+        return {**values, "rollouts": [plain(r) for r in self.rollouts], "excluded": excluded}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> PromptGroup:
+        """Return the group that `state_dict` was called on."""
+        rollouts = tuple(rollout_of(r) for r in state["rollouts"])
+        excluded = {i: Excluded(**{**e, "rollout": rollout_of(e["rollout"])}) for i, e in state["excluded"]}
+        return cls(state["problem"], state["born"], rollouts, excluded, state["scored"])
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """The scored groups of a step, and metrics of the completions that were sampled for them."""
+
+    groups: tuple[PromptGroup, ...]
+    metrics: Mapping[str, float]
+
+    @property
+    def problems(self) -> list[int]:
+        """Return the number of each group's prompt."""
+        return [g.problem for g in self.groups]
+
+
+class RolloutCollector:
+    """Collect the groups of a step."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        sampler: Sampler,
+        rewards: RewardStack,
+        questions: Sequence[RenderedPrompt],
+        seed: int,
+        *,
+        hooks: Sequence[Hook] = (),
+        tokenizer: Any = None,
+    ) -> None:
+        """Make a collector.
+
+        Args:
+            config: Settings of the stage.
+            sampler: Samples the completions.
+            rewards: Score them.
+            questions: Prompts to draw from.
+            seed: Seed of the draws and of every random stream of the sampler.
+            hooks: Optional features, in the order in which they are called.
+            tokenizer: Joins the pieces of partial rollouts.
+        """
+        self.config, self.sampler, self.rewards = config, sampler, rewards
+        self.questions, self.seed, self.hooks = questions, seed, list(hooks)
+        explore = config.exploration if isinstance(config, RLConfig) else None
+        self.attempts = 1 + (explore.dynamic_sampling if explore else 0)
+        context = int(getattr(sampler, "context", 2**31))
+        self.growth = Growth(
+            explore.partial_rollouts if explore else None,
+            config.sampler,
+            context,
+            lambda tokens, skip_special: tokenizer.decode(tokens, skip_special_tokens=skip_special),
+        )
+        self.samples = self.tokens = 0
+        """Completions and tokens that were sampled in the current step."""
+
+    def collect(self, step: int, sampling: SamplingConfig, phases: Phases) -> RolloutBatch:
+        """Return the groups of a step, complete and scored. `sampling`: how completions are drawn in this step."""
+        self.samples = self.tokens = drawn = 0
+        groups: list[PromptGroup] = []
+        for attempt in range(self.attempts):  # dynamic sampling replaces groups without signal in further attempts
+            flat = [i for i, g in enumerate(groups) if not g.mixed]
+            if attempt and not flat:
+                break
+            prompts = self.draw_prompts(step, attempt)
+            prompts = prompts[: len(flat)] if attempt else prompts
+            drawn += len(prompts)
+            fresh = self._attempt(step, attempt, prompts, sampling, phases)
+            for i, group in zip(flat, [g for g in fresh if g.mixed], strict=False):
+                groups[i] = group
+            groups = groups if attempt else fresh
+        metrics = {"drawn": float(drawn), "samples": float(self.samples)}
+        for hook in self.hooks:
+            metrics |= hook.metrics(step, groups)
+        return RolloutBatch(tuple(groups), rollout_metrics(groups) | metrics)
+
+    def draw_prompts(self, step: int, attempt: int) -> list[int]:
+        """Return the prompts of an attempt: a fresh permutation in every epoch; later attempts use another stream."""
+        count, size = len(self.questions), self.config.prompts_per_step
+        if attempt:
+            rng = np.random.default_rng([self.seed, 1, step, attempt])
+            prompts = [int(i) for i in rng.choice(count, size, replace=count < size)]
+        else:
+            places = range(step * size, (step + 1) * size)
+            epochs = {p // count for p in places}
+            orders = {e: np.random.default_rng([self.seed, 0, e]).permutation(count) for e in epochs}
+            prompts = [int(orders[p // count][p % count]) for p in places]
+        for hook in self.hooks:
+            prompts = hook.choose_prompts(step, attempt, prompts)
+        return prompts
+
+    def _attempt(
+        self, step: int, attempt: int, prompts: Sequence[int], sampling: SamplingConfig, phases: Phases
+    ) -> list[PromptGroup]:
+        """Sample and score the prompts, and groups of earlier steps that continue; the groups that are complete."""
+        groups = [g for hook in self.hooks for g in hook.before_sampling(step, attempt, prompts)]
+        first = self.config.group_size
+        for hook in self.hooks:
+            first = hook.first_completions(first)
+        counts: list[int] | None = [0] * len(groups) + [first] * len(prompts)
+        groups += [PromptGroup(problem, step) for problem in prompts]
+        salt: tuple[int, ...] = (step, attempt)
+        while counts is not None:
+            groups = self._sample(step, groups, counts, salt, sampling, phases)
+            for hook in self.hooks:
+                groups = hook.after_sampling(step, groups)
+            groups = self._score(groups, phases)
+            counts = next((c for h in self.hooks if (c := h.more_completions(step, groups)) is not None), None)
+            salt = (step, attempt, salt[2] + 1 if len(salt) > 2 else 1)
+        for hook in self.hooks:
+            groups = hook.after_rewards(step, groups)
+        return groups
+
+    def _sample(
+        self,
+        step: int,
+        groups: Sequence[PromptGroup],
+        counts: Sequence[int],
+        salt: tuple[int, ...],
+        sampling: SamplingConfig,
+        phases: Phases,
+    ) -> list[PromptGroup]:
+        """Return the groups with `counts` new completions each, and the next piece of what an earlier step began."""
+        growth, rollouts = self.growth, [list(g.rollouts) for g in groups]
+        continued = [
+            (g, i)
+            for g, of in enumerate(rollouts)
+            for i, r in enumerate(of)
+            if r.finish == PARTIAL and r.pieces[-1].step < step
+        ]
+        begun = [(g, n) for g, n in enumerate(counts) if n]
+        requests = []
+        for (g, i), seed in zip(continued, self._streams(5, salt, len(continued)), strict=True):
+            question, before = self.questions[groups[g].problem], rollouts[g][i]
+            tokens = [*question.tokens, *before.tokens]
+            requests.append(Request(tokens, 1, seed, question.problem, growth.asked(before)))
+        for (g, n), seed in zip(begun, self._streams(2, salt, len(begun)), strict=True):
+            question = self.questions[groups[g].problem]
+            requests.append(Request(question.tokens, n, seed, question.problem, growth.asked()))
+        sampled = sample_groups(self.sampler, requests, sampling, phases)
+        for (g, i), found in zip(continued, sampled, strict=False):
+            length, before = len(self.questions[groups[g].problem].tokens), rollouts[g][i]
+            rollouts[g][i] = growth.grown(length, before, found.rollouts[0], step, sampling.temperature)
+        for (g, _), found in zip(begun, sampled[len(continued) :], strict=True):
+            length = len(found.prompt)
+            rollouts[g] += [growth.grown(length, None, r, step, sampling.temperature) for r in found.rollouts]
+        self.samples += sum(counts)
+        self.tokens += sum(r.length for group in sampled for r in group.rollouts)
+        return [replace(g, rollouts=tuple(of)) for g, of in zip(groups, rollouts, strict=True)]
+
+    def _streams(self, kind: int, salt: tuple[int, ...], count: int) -> list[int]:
+        """Return the seeds of `count` random streams."""
+        return [int(s) for s in np.random.SeedSequence([self.seed, kind, *salt]).generate_state(count, np.uint64)]
+
+    def _score(self, groups: Sequence[PromptGroup], phases: Phases) -> list[PromptGroup]:
+        """Return the groups with rewards for what is new in those that are complete."""
+        todo = [i for i, g in enumerate(groups) if g.complete and g.scored < len(g.rollouts)]
+        unscored = [self._as_group(groups[i], groups[i].rollouts[groups[i].scored :]) for i in todo]
+        with phases("reward"):
+            outcome = score_groups(self.rewards, unscored)
+        out = list(groups)
+        for n, i in enumerate(todo):
+            out[i] = groups[i].with_rewards(outcome.groups[n], [e for e in outcome.excluded if e.group == n])
+        return out
+
+    def _as_group(self, group: PromptGroup, rollouts: Sequence[Rollout]) -> RolloutGroup:
+        question = self.questions[group.problem]
+        return RolloutGroup(question.tokens, question.problem, rollouts)
+
+    def as_scored(self, groups: Sequence[PromptGroup]) -> Scored:
+        """Return groups in the form in which rewards give them; replayed completions are the last of their group."""
+        excluded = [
+            replace(e, group=g, index=i) for g, group in enumerate(groups) for i, e in sorted(group.excluded.items())
+        ]
+        return Scored([self._as_group(g, [*g.kept, *g.replayed]) for g in groups], excluded, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next step depends on besides the weights."""
+        states = {type(hook).__name__: hook.state_dict() for hook in self.hooks}
+        # Each rank scores a part of the groups, so that every rank's counts are kept.
+        return {"hooks": states, "rewards": distributed.all_gather_object(self.rewards.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for hook in self.hooks:
+            hook.load_state_dict(state["hooks"][type(hook).__name__])
+        self.rewards.load_state_dict(counts_of_rank(state.get("rewards", ())))
+
+
+def sample_groups(
+    sampler: Sampler, requests: Sequence[Request], sampling: SamplingConfig, phases: Phases
+) -> list[RolloutGroup]:
+    """Sample every request; each rank samples a part, and all get the groups of all.
+
+    Args:
+        sampler: Samples a list of requests.
+        requests: Prompts with the number of completions of each.
+        sampling: How completions are drawn.
+        phases: Shows the progress of this rank.
+    """
+    total, done = -(-sum(r.n for r in requests) // distributed.world()), 0
+
+    def count(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        if done % 8 == 0:
+            phases.track.phase(f"sampling {done}/{total}")
+
+    with phases("sample"):
+        return distributed.map_over_ranks(requests, lambda mine: sampler.sample(mine, sampling, count))
+
+
+def score_groups(rewards: RewardStack, groups: Sequence[RolloutGroup]) -> Scored:
+    """Score every group; each rank scores a part, and all get the rewards of all. Metrics are those of this rank."""
+    if distributed.world() == 1:
+        return rewards(groups)
+    metrics: dict[str, float] = {}
+
+    def part(mine: list[RolloutGroup]) -> list[tuple[RolloutGroup, list[Excluded]]]:
+        scored = rewards(mine)
+        metrics.update(scored.metrics)
+        return [(g, [e for e in scored.excluded if e.group == i]) for i, g in enumerate(scored.groups)]
+
+    results = distributed.map_over_ranks(groups, part)
+    excluded = [replace(e, group=g) for g, (_, failed) in enumerate(results) for e in failed]
+    return Scored([group for group, _ in results], excluded, metrics)
+
+
+def has_signal(rollouts: Sequence[Rollout]) -> bool:
+    """Return True if the rewards of a group, or its scores of steps, differ."""
+    names = {name for r in rollouts for name in r.steps}
+    scores = [{score for r in rollouts for _, _, score in r.steps.get(name, ())} for name in names]
+    return any(len(different) > 1 for different in ({r.reward for r in rollouts}, *scores))
+
+
+def rollout_metrics(groups: Sequence[PromptGroup]) -> dict[str, float]:
+    """Return means over the completions that were sampled for the groups and have a reward, and counts of failures."""
+    rollouts = [r for g in groups for r in g.kept]
+    out: dict[str, float] = {}
+    if rollouts:
+        rewards = [r.reward for r in rollouts]
+        out.update(reward=statistics.fmean(rewards), reward_std=statistics.pstdev(rewards))
+        out |= means_by_reward(rollouts, "reward")
+        tokens = sum(r.length for r in rollouts)
+        out["completions/mean_length"] = tokens / len(rollouts)
+        out["completions/clipped_ratio"] = sum(r.finish in ("length", "turns") for r in rollouts) / len(rollouts)
+        if any(r.mask is not None for r in rollouts):
+            out["replies"] = statistics.fmean(r.replies for r in rollouts)
+        out["entropy"] = -sum(r.logprobs[i] for r in rollouts for i in r.own) / max(1, tokens)
+    for e in (e for g in groups for e in g.excluded.values()):
+        out[f"failed/{e.reward}"] = out.get(f"failed/{e.reward}", 0.0) + 1
+    return out
+
+
+def means_by_reward(rollouts: Sequence[Rollout], prefix: str) -> dict[str, float]:
+    """Return the mean of every reward over the rollouts that have it, under ``prefix/NAME``."""
+    names = sorted({name for r in rollouts for name in r.rewards})
+    return {f"{prefix}/{n}": statistics.fmean(r.rewards[n] for r in rollouts if n in r.rewards) for n in names}
+
+
+def counts_of_rank(states: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """Return this rank's counts out of those of all ranks; if their number has changed, the sums of all."""
+    if len(states) == distributed.world():
+        return states[distributed.rank()]
+    out: dict[str, dict[str, int]] = {}
+    for state in states:
+        for reward, counts in state.items():
+            sums = out.setdefault(reward, {})
+            for name, count in counts.items():
+                sums[name] = sums.get(name, 0) + count
+    return out
+
+
+Failures = list[list[dict[str, str]]]
+"""By group and rollout: what failed, by the name of the reward."""
+
+
+def with_failed(scored: Scored) -> tuple[list[RolloutGroup], list[set[int]], Failures]:
+    """Return groups with the completions without a reward put back, the places of these, and what failed."""
+    groups, places, failures = [], [], Failures()
+    for g, group in enumerate(scored.groups):
+        failed = {e.index: e for e in scored.excluded if e.group == g}
+        kept = iter(group.rollouts)
+        count = len(failed) + len(group.rollouts)
+        groups.append(replace(group, rollouts=[failed[i].rollout if i in failed else next(kept) for i in range(count)]))
+        places.append(set(failed))
+        failures.append([{e.reward: f"{e.failure}: {e.message}"} if (e := failed.get(i)) else {} for i in range(count)])
+    return groups, places, failures

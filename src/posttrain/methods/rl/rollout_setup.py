@@ -1,0 +1,78 @@
+"""Sampler, rewards and recorder of a stage on rollouts are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+
+from posttrain.config.rl import RLConfig, RolloutConfig
+from posttrain.methods.rl.collect_rollouts import RolloutCollector
+from posttrain.methods.rl.gold_scorer import GoldScorer
+from posttrain.methods.rl.hooks import Hook
+from posttrain.methods.rl.rl_stage import StagePrompts
+from posttrain.methods.rl.step_recorder import StepRecorder
+from posttrain.models.language_model import LanguageModel
+from posttrain.rewards.stack import RewardStack
+from posttrain.sampling.engine import LocalSampler
+from posttrain.sampling.environments import environment
+from posttrain.sampling.multi_turn import TurnSampler, in_turns
+from posttrain.sampling.protocol import Sampler
+from posttrain.trainer.policy import LoadedPolicy
+from posttrain.trainer.reference_model import frozen_beside
+from posttrain.trainer.stage import Functions, StageRun
+
+
+def open_rollouts(
+    config: RolloutConfig,
+    loaded: LoadedPolicy,
+    prompts: StagePrompts,
+    run: StageRun,
+    functions: Functions | None = None,
+    *,
+    hooks: Sequence[Hook] = (),
+    reference: LanguageModel | None = None,
+) -> tuple[RolloutCollector, StepRecorder]:
+    """Open what collects the rollouts of a stage and what records its steps; `run.resources` closes them.
+
+    Args:
+        config: Settings of the stage.
+        loaded: The policy and its tokenizer.
+        prompts: The stage's prompts.
+        run: Folder and seed of the stage.
+        functions: Rewards and environments given from Python, by name.
+        hooks: Optional features.
+        reference: The model that the stage started from, for the gold scorer.
+    """
+    policy, tokenizer = loaded.policy, loaded.tokenizer
+    rewards = run.resources.enter_context(RewardStack(config.rewards, functions, tokenizer))
+    local = LocalSampler(policy, tokenizer, **config.sampler.limits())
+    sampler: Sampler = local
+    turns = None
+    if isinstance(config, RLConfig) and config.environment is not None:
+        answering = environment(config.environment, functions)
+        sampler = TurnSampler(local, answering, config.environment, tokenizer, local.context)
+        turns = partial(in_turns, tokenizer=tokenizer)
+    collector = RolloutCollector(config, sampler, rewards, prompts.trained, run.seed, hooks=hooks, tokenizer=tokenizer)
+    gold = None
+    if config.held_out is not None and config.held_out.gold is not None:
+        assert reference is not None
+        scorer = GoldScorer(config, collector, prompts.held_out, policy, reference, run.folder, run.seed, functions)
+        gold = run.resources.enter_context(closing(scorer))
+    recorder = StepRecorder(
+        config, policy, collector, run.folder, prompts.held_out, seed=run.seed, gold=gold, turns=turns
+    )
+    return collector, recorder
+
+
+def frozen_reference(config: RolloutConfig, loaded: LoadedPolicy, run: StageRun, needed: bool) -> LanguageModel | None:
+    """Return the model that the stage starts from, frozen (the policy itself if adapters are trained), or None.
+
+    Args:
+        config: Settings of the stage; a gold scorer needs the model.
+        loaded: The policy.
+        run: The model to start from.
+        needed: The loss or the reward needs it.
+    """
+    gold = config.held_out is not None and config.held_out.gold is not None
+    return frozen_beside(loaded.policy, run.model, config.adapter is not None) if needed or gold else None
