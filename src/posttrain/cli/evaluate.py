@@ -31,7 +31,7 @@ def evaluate_command(
     ] = None,
 ) -> None:
     """Run a recipe's evaluations on any model; compare two models on the same items."""
-    from posttrain.recipe.checks import check_machine
+    from posttrain.recipe.machine_checks import check_machine
     from posttrain.recipe.parsing import load_recipe
 
     checked = load_recipe(recipe, overrides or ())

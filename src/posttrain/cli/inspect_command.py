@@ -33,7 +33,7 @@ def inspect_command(
         raise RecipeError(
             f"{recipe} is no run with rollouts: --step, --held-out, --sort, --problem and --watch have no meaning"
         )
-    from posttrain.recipe.checks import check_machine
+    from posttrain.recipe.machine_checks import check_machine
     from posttrain.recipe.parsing import load_recipe
 
     checked = load_recipe(recipe, overrides or ())

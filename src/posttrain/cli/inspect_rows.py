@@ -18,10 +18,10 @@ from posttrain.data.prompts import PromptSet
 from posttrain.data.rows import SHOWN_ROWS
 from posttrain.eval.tasks import task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device
-from posttrain.recipe.checks import blocks
+from posttrain.recipe.machine_checks import blocks
 from posttrain.report.judge_figures import describe_agreement
 from posttrain.rewards.stack import RewardStack
-from posttrain.runs.registry import prepare
+from posttrain.runs.registry import prepare_stage
 from posttrain.trainer.stage import StageContext
 
 BAR = 40
@@ -47,7 +47,7 @@ def print_data(recipe: Recipe, only: str | None, rows: int, out: Console) -> Non
             out.print(f"reads what stage {', '.join(asks)} will make; posttrain inspect RUN shows it afterwards")
             continue
         _check_rewards(stage, tokenizer)
-        for title, data in prepare(stage, StageContext(tokenizer, context)).data:
+        for title, data in prepare_stage(stage, StageContext(tokenizer, context)).data:
             out.rule(f"{title} ({stage.method})")
             if isinstance(data, PromptSet):
                 _questions(data, rows, out)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from posttrain.cli import arguments
-from posttrain.cli.arguments import make_console
+from posttrain.cli.arguments import RecipeName, make_console
 from posttrain.core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def list_recipes() -> None:
 
 @recipes_app.command("show")
 def show_recipe(
-    name: arguments.Recipe,
+    name: RecipeName,
     part: Annotated[
         str | None, typer.Argument(metavar="PART", help="With --fields: only this block, as stages.sft.optimizer.")
     ] = None,
@@ -48,7 +47,7 @@ def show_recipe(
 
 @recipes_app.command("copy")
 def copy_recipe(
-    name: arguments.Recipe,
+    name: RecipeName,
     to: Annotated[Path | None, typer.Argument(metavar="DEST", help="File or folder. [default: NAME.yaml]")] = None,
 ) -> None:
     """Write a recipe to a file that you can change."""

@@ -18,7 +18,7 @@ def run_command(
     fresh: Annotated[bool, typer.Option("--fresh", help="Set an earlier run in the folder aside, start over.")] = False,
 ) -> None:
     """Evaluate, train, evaluate again, and write a report. Resumes a run that was interrupted."""
-    from posttrain.recipe.checks import check_machine
+    from posttrain.recipe.machine_checks import check_machine
     from posttrain.recipe.parsing import load_recipe
 
     path = Path(recipe)

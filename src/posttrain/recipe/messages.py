@@ -13,7 +13,7 @@ from posttrain.config.open_kinds import unknown_name
 from posttrain.recipe.documents import Document
 from posttrain.recipe.schema import Key, child, inside, list_field, model_for, unknown_key
 
-EXPECTED = {
+EXPECTED_TYPES = {
     "float": "a number",
     "finite": "a finite number",
     "int": "an integer",
@@ -78,8 +78,8 @@ def _message(one: Any, key: Key, model: type[BaseModel] | None, doc: Document) -
     if kind in WORDS:
         numbers = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
         return WORDS[kind].format(**numbers), True
-    if first in EXPECTED:
-        return f"expected {EXPECTED[first]}", True
+    if first in EXPECTED_TYPES:
+        return f"expected {EXPECTED_TYPES[first]}", True
     message = one["msg"].replace("Input should be", "expected")
     return message[0].lower() + message[1:], True
 

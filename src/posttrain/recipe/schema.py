@@ -147,7 +147,13 @@ def model_for(tp: Any, value: Any) -> type[BaseModel] | None:
 
 
 def child(tp: Any, name: str | int, value: Any) -> Any:
-    """Return the annotation of `value[name]`, given the annotation `tp` of `value`; None if there is no such key."""
+    """Return the annotation of one key or item; None if there is no such key.
+
+    Args:
+        tp: Annotation of the block or list.
+        name: The key or index in it.
+        value: The block or list as plain data.
+    """
     model = model_for(tp, value)
     if model is not None and name in model.model_fields:
         return model.model_fields[str(name)].rebuild_annotation()

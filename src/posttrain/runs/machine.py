@@ -1,4 +1,4 @@
-"""What a run ran on, for its manifest."""
+"""The machine of a run, for its manifest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetens
 
 
 def machine() -> dict[str, Any]:
-    """Processor, memory, device, and the versions of what computes."""
+    """Return processor, memory, device, and the versions of the packages that compute."""
     import torch
 
     from posttrain.models.backends import backend_for
@@ -36,7 +36,7 @@ def machine() -> dict[str, Any]:
 
 
 def program_name() -> str:
-    """How to call the command line again, for messages: `posttrain` where a shell finds it, else as it was started."""
+    """Return how to call the command line again: `posttrain` if a shell finds it, else the way it was started."""
     started, found = Path(sys.argv[0]), shutil.which("posttrain")
     if started.name == "posttrain" and (found is None or not started.exists() or not os.path.samefile(found, started)):
         return shlex.quote(str(started))
@@ -46,7 +46,7 @@ def program_name() -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it, else its kind."""
+    """Return the processor's name as the system gives it, else its kind."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             for line in f:

@@ -10,7 +10,7 @@ from posttrain.config import METHOD_KIND, EvaluationConfig, Recipe, StageConfig
 from posttrain.trainer.stage import Stage, StageContext
 
 
-def prepare(config: StageConfig, context: StageContext) -> Stage:
+def prepare_stage(config: StageConfig, context: StageContext) -> Stage:
     """Return the stage with its data read (`Stage.data`).
 
     Raises:
@@ -25,10 +25,14 @@ Settings = TypeVar("Settings", StageConfig, EvaluationConfig)
 
 
 def resolved(stage: Settings, made: Mapping[str, Path]) -> Settings:
-    """The same settings with every stage:NAME replaced by the path of what that stage made.
+    """Return the settings with every stage:NAME replaced by the path of what that stage made.
 
-    made: by name, what the newest stage of that name left: a folder. stage:NAME is that folder (of a stage that makes
-    data: its rows.jsonl); stage:NAME/FILE is a file or folder beside it, stage:NAME/rollouts for instance.
+    stage:NAME is the folder that the stage left (of a stage that makes data: its rows.jsonl); stage:NAME/FILE is a file
+    or folder beside it, for instance stage:NAME/rollouts.
+
+    Args:
+        stage: Settings of a stage or an evaluation.
+        made: Folder that the newest stage of each name left.
     """
 
     def walk(value: Any) -> Any:
@@ -46,6 +50,6 @@ def resolved(stage: Settings, made: Mapping[str, Path]) -> Settings:
 
 
 def made_in(run: Path, recipe: Recipe) -> dict[str, Path]:
-    """What the stages of a run have made so far, by name, as `resolved` takes it: the newest of each name."""
+    """Return what the stages of a run have made so far, the newest of each name, as `resolved` takes it."""
     there = [(stage.name, run / "stages" / name / stage.makes) for name, stage in recipe.in_order()]
     return {name: result for name, result in there if result.is_dir()}

