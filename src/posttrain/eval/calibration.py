@@ -19,12 +19,23 @@ BINS = 10
 def reliability(
     probabilities: Sequence[float], outcomes: Sequence[float], bins: int = BINS, low: float = 0.0
 ) -> list[dict[str, float]]:
-    """What was said to be so likely, against how often it was so: one entry a bin that holds anything.
+    """Compare stated probabilities with how often they came true, in bins.
 
-    Bins are equally wide from `low` to 1, the last one closed. An entry has the bin's edges (from, to), n, the mean
-    probability `said`, the mean outcome `was`, and that mean's 95% interval (low, high), as `mean_interval` gives it.
-    outcomes: 0 or 1, or shares where the truth itself is soft. Source: Niculescu-Mizil & Caruana 2005, ICML, figure 1.
-    Raises ValueError where lengths differ, or a number lies outside [low, 1] or [0, 1].
+    Bins are equally wide from `low` to 1, the last one closed; a bin without numbers is left out. Source:
+    Niculescu-Mizil & Caruana 2005, ICML, figure 1.
+
+    Args:
+        probabilities: The stated probabilities, in [low, 1].
+        outcomes: 0 or 1, or shares if the truth itself is soft.
+        bins: Number of bins.
+        low: Lowest probability.
+
+    Returns:
+        One entry for each bin: its edges (from, to), n, the mean probability `said`, the mean outcome `was`, and the
+        95% interval of that mean (low, high) by `mean_interval`.
+
+    Raises:
+        ValueError: Lengths differ, or a number is outside its range.
     """
     said, was = np.asarray(probabilities, dtype=np.float64), np.asarray(outcomes, dtype=np.float64)
     if said.shape != was.shape or said.ndim != 1:
@@ -73,7 +84,7 @@ def auc(scores: Sequence[float], right: Sequence[bool]) -> float | None:
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson's r. None for fewer than two points, or where either side does not vary. ValueError: lengths differ."""
+    """Return Pearson's r; None for fewer than two points, or if either side does not vary."""
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"expected as many numbers on both sides, got {a.shape} and {b.shape}")
@@ -83,15 +94,19 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 
 def judged_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What held-out pairs say of a reward model. Items have chosen and rejected (its rewards), probability (that
-    chosen is the better), and chosen_tokens, rejected_tokens.
+    """Summarize held-out pairs of a reward model.
+
+    Items have chosen and rejected (its rewards), probability (that chosen is better), and chosen_tokens,
+    rejected_tokens.
 
     accuracy: share of pairs in which the answer that people prefer (probability above 1/2: chosen) has the higher
-    reward; a tie counts 1/2; pairs that people hold for equal have no right answer and are left out (`undecided`).
-    calibration: what it said of the answer that it prefers, sigma(|r_c - r_r|) in [1/2, 1], against how often people
-    prefer that one. length: Pearson's r between the differences of reward and of length in tokens over the pairs
-    (arXiv 2310.03716), and the shares of pairs (not of equal length) in which it, and people, prefer the longer answer.
-    Raises ValueError for no items.
+    reward; a tie counts 1/2; pairs that people find equal have no right answer and are left out (`undecided`).
+    calibration: the stated sigma(|r_c - r_r|) in [1/2, 1] for the answer that it prefers, against how often people
+    prefer that one. length: Pearson's r between the differences of reward and of length in tokens over the pairs (arXiv
+    2310.03716), and the shares of pairs (not of equal length) in which it, and people, prefer the longer answer.
+
+    Raises:
+        ValueError: There are no items.
     """
     if not items:
         raise ValueError("expected at least one pair, got none")
@@ -126,12 +141,14 @@ def _share(values: Any, which: Any) -> float | None:
 
 
 def judged_steps(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What held-out chains say of a process reward model. Items have scores and targets, one of each a step.
+    """Summarize held-out chains of a process reward model. Items have scores and targets, one for each step.
 
-    accuracy: share of steps whose score lies on the target's side of 1/2, with its interval; auc: of telling steps
+    accuracy: share of steps whose score is on the target's side of 1/2, with its interval; auc: of separating steps
     with a target of at least 1/2 from the others; calibration against the targets themselves; first_error: share of
-    chains in which the first step scored below 1/2 (or none) is the first whose target is. Raises ValueError for no
-    items.
+    chains in which the first step scored below 1/2 (or none) is the first whose target is.
+
+    Raises:
+        ValueError: There are no items.
     """
     if not items:
         raise ValueError("expected at least one chain, got none")

@@ -278,7 +278,7 @@ class Sample(ProblemsEvaluation):
     config: Config
 
     def chunks(self, run: EvaluationRun) -> Iterable[Chunk]:
-        """Sample, judge and count votes, problem by problem."""
+        """Draw completions of each problem, judge them, and compute votes and choices."""
         from posttrain.eval.sampled_tasks import sample_chunks
 
         return sample_chunks(run, self.config)

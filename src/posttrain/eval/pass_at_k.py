@@ -38,15 +38,23 @@ def pass_at_k(right_N: Tensor, ks: Sequence[int]) -> Tensor:
 
 
 def best_of_k(scores_N: Tensor, right_N: Tensor, ks: Sequence[int]) -> Tensor:
-    """Mean accuracy of the completion with the highest score among k of the N.
+    """Compute the mean accuracy of the completion with the highest score among k of the N.
 
-    sum over scores s of [C(n_{<=s}, k) - C(n_{<s}, k)] / C(n, k) * (mean of right_N among those of score s), n_{<=s}
-    completions scoring s at most: the largest order statistic of a draw without replacement. Of equals one is taken at
-    random. Source: best of n as in arXiv 2110.14168 section 4.1 and 2009.01325; the estimator is that of eq. 1 of
-    arXiv 2107.03374 with more than two values.
+    sum over scores s of [C(n_{<=s}, k) - C(n_{<s}, k)] / C(n, k) * (mean of right_N among those of score s), where
+    n_{<=s} completions score s at most: the largest order statistic of a draw without replacement. One of equals is
+    taken at random. Source: best of n as in arXiv 2110.14168 section 4.1 and 2009.01325; the estimator is that of eq. 1
+    of arXiv 2107.03374 with more than two values. Equal scores give mean(right_N) at every k.
 
-    scores_N: any numbers, -inf for one that could not be scored. Returns float64 of shape K. Degenerate: equal scores
-    give mean(right_N) at every k. Raises ValueError for k outside 1 to N, shapes that differ, or NaN.
+    Args:
+        scores_N: Any numbers, -inf for a completion that could not be scored.
+        right_N: 1 if right, else 0.
+        ks: Sizes of subset.
+
+    Returns:
+        float64 of shape K.
+
+    Raises:
+        ValueError: k is outside 1 to N, shapes differ, or a score is NaN.
     """
     n = _check(right_N, ks)
     _same(scores_N, right_N)
@@ -60,16 +68,23 @@ def best_of_k(scores_N: Tensor, right_N: Tensor, ks: Sequence[int]) -> Tensor:
 
 
 def majority_of_k(answer_N: Tensor, right_N: Tensor, ks: Sequence[int]) -> Tensor:
-    """Mean accuracy of the most frequent answer among k of the N (self-consistency).
+    """Compute the mean accuracy of the most frequent answer among k of the N (self-consistency).
 
     sum over answers a and counts j >= 1 of P(a has j of the k, no other has more) * E[1 / (1 + number of others that
     have j)] * (mean of right_N in a), the counts being multivariate hypergeometric: exact, by a polynomial product in
-    (completions drawn, answers tied). Source: arXiv 2203.11171 (section 2, unweighted). Of tied answers one is taken
-    at random.
+    (completions drawn, answers tied). One of tied answers is taken at random. Source: arXiv 2203.11171 (section 2,
+    unweighted). k = 1 is the mean of right_N if every completion has an answer; without any answer: 0.
 
-    answer_N: equal integers for equal answers; negative: no answer, and no vote. Returns float64 of shape K.
-    Degenerate: k = 1 is the mean of right_N where every completion answers; nobody answers: 0. Raises ValueError for
-    k outside 1 to N or shapes that differ.
+    Args:
+        answer_N: Equal integers for equal answers; negative: no answer, and no vote.
+        right_N: 1 if right, else 0.
+        ks: Sizes of subset.
+
+    Returns:
+        float64 of shape K.
+
+    Raises:
+        ValueError: k is outside 1 to N, or shapes differ.
     """
     n = _check(right_N, ks)
     _same(answer_N, right_N)
@@ -98,15 +113,25 @@ def majority_of_k(answer_N: Tensor, right_N: Tensor, ks: Sequence[int]) -> Tenso
 def weighted_vote_of_k(
     answer_N: Tensor, weight_N: Tensor, right_N: Tensor, ks: Sequence[int], draws: int = EXACT
 ) -> Tensor:
-    """Mean accuracy of the answer whose completions' weights sum to most among k of the N.
+    """Compute the mean accuracy of the answer whose completions have the largest sum of weights among k of the N.
 
     argmax over a of sum_{i: answer i is a} w_i. Source: arXiv 2206.02336, eq. 5 (weights: a verifier's probabilities);
-    2203.11171 section 3.4 compares. Every subset is gone through while there are at most `draws` of a size; of more,
-    `draws` are drawn, the same ones each time, and their mean is off by at most 0.5 / sqrt(draws) on one question.
-    Of equal sums one answer is taken at random; of its completions any one.
+    2203.11171 section 3.4 compares. Every subset is visited if there are at most `draws` of a size; otherwise `draws`
+    are drawn, the same ones each time, and their mean is off by at most 0.5 / sqrt(draws) on one question. One answer
+    of equal sums is taken at random, and any one of its completions.
 
-    answer_N: as in `majority_of_k`. weight_N: finite; a negative one counts against its answer. Returns float64 of
-    shape K. Raises ValueError for k outside 1 to N, shapes that differ, or weights that are not finite.
+    Args:
+        answer_N: As in `majority_of_k`.
+        weight_N: Finite numbers; a negative one counts against its answer.
+        right_N: 1 if right, else 0.
+        ks: Sizes of subset.
+        draws: Most subsets of one size.
+
+    Returns:
+        float64 of shape K.
+
+    Raises:
+        ValueError: k is outside 1 to N, shapes differ, or weights are not finite.
     """
     n = _check(right_N, ks)
     _same(answer_N, right_N)

@@ -113,7 +113,15 @@ def _judged(scored: Scored) -> Iterator[list[Rollout]]:
 def sampled_item(
     task: Sample.Config, number: int, question: RenderedPrompt, sampled: Sequence[Rollout], greedy: Rollout
 ) -> dict[str, Any]:
-    """One question: every completion with what it was given, the likeliest answer, and the curves' values."""
+    """Return one problem with its completions, the likeliest answer, and the values of the curves.
+
+    Args:
+        task: The settings.
+        number: Number of the problem.
+        question: The problem.
+        sampled: Its completions, with their rewards.
+        greedy: Its likeliest answer.
+    """
     with ThreadPoolExecutor(2) as threads:  # programs run in processes of their own
         *completions, first = threads.map(lambda r: _completion(task, r), [*sampled, greedy])
     item = {
@@ -149,9 +157,9 @@ def _completion(task: Sample.Config, rollout: Rollout) -> dict[str, Any]:
 
 
 def answer_of(text: str, task: Sample.Config) -> str | None:
-    """What a completion votes for: numbers in one way of writing, other text without spaces, case and typesetting.
+    """Return the answer of a completion that votes count; None if it has none.
 
-    None where there is no answer, or nothing is left of it.
+    Numbers are written in one way, other text without spaces, case and typesetting.
     """
     assert task.vote is not None
     if task.vote == "program":
@@ -172,7 +180,7 @@ def _printed(text: str, limits: SandboxConfig) -> str | None:
 
 
 def curves_of(task: Sample.Config, completions: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """The question's value at each k, by strategy: ``mean``, ``pass``, ``vote``, ``best:NAME``, ``weighted:NAME``."""
+    """Return the values of a problem at each k, by strategy: mean, pass, vote, best:NAME, weighted:NAME."""
     ks = [k for k in task.sizes if k <= len(completions)]
     right = torch.tensor([c["right"] for c in completions], dtype=torch.float64)
     out = {"mean": torch.full((len(ks),), float(right.mean())), "pass": inference.pass_at_k(right, ks)}
@@ -193,7 +201,7 @@ def curves_of(task: Sample.Config, completions: Sequence[Mapping[str, Any]]) -> 
 
 
 def headline_of(task: Sample.Config, item: Mapping[str, Any]) -> float:
-    """The number that tables compare, of one question."""
+    """Return the number of one problem that tables compare."""
     if task.headline == "greedy":
         return float(item["greedy"]["right"])
     name = f"best:{task.rank_by[0].title}" if task.headline == "best" else task.headline
@@ -201,10 +209,16 @@ def headline_of(task: Sample.Config, item: Mapping[str, Any]) -> float:
 
 
 def summary_of(task: Sample.Config, items: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
-    """What the report draws beside the headline: the curves with their intervals, tokens, greedy accuracy, failures.
+    """Return what the report shows besides the headline: curves, tokens, greedy accuracy, failures.
 
-    strategies: [{name, points: [{k, tokens, value, low, high}]}], tokens a question being the prompt's, computed once,
-    and k completions'. Intervals: 95%, by bootstrap over questions (Wilson's where every question is 0 or 1).
+    strategies: [{name, points: [{k, tokens, value, low, high}]}], where the tokens of a problem are those of the
+    prompt, counted once, and of k completions. Intervals: 95%, by bootstrap over problems (Wilson's if every problem is
+    0 or 1).
+
+    Args:
+        task: The settings.
+        items: The items of all problems.
+        seed: Seeds the bootstrap.
     """
     prompt = statistics.fmean(i["prompt_tokens"] for i in items)
     completion = statistics.fmean(c["tokens"] for i in items for c in i["completions"])

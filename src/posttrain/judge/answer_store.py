@@ -22,7 +22,7 @@ WAIT = 60.0
 
 
 def key_of(judge: Mapping[str, Any], question: Mapping[str, Any]) -> str:
-    """SHA-256 of who is asked, and what, settings included."""
+    """Return the SHA-256 of a question and its judge, with all settings that its answer depends on."""
     text = json.dumps([judge, question], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -48,7 +48,7 @@ class Store:
             ) from error
 
     def get(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """The answers that are there, by key."""
+        """Return the stored answers by key."""
         out = {}
         for start in range(0, len(keys), 500):
             part = keys[start : start + 500]

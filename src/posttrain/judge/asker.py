@@ -29,7 +29,7 @@ class Ask:
     seed: int = 0
 
     def content(self) -> dict[str, Any]:
-        """What the question's key is made of: all that its answer may depend on."""
+        """Return all that the answer may depend on, from which the key is made."""
         content = {k: v for k, v in asdict(self).items() if v or k in ("messages", "max_tokens", "attempt")}
         if not self.attempt:
             content.pop("seed", None)  # a first attempt draws nothing
@@ -58,13 +58,13 @@ class Backend(Protocol):
     """Who answers: a model held here, or a server."""
 
     def identity(self) -> dict[str, Any]:
-        """What tells this judge's answers from another's."""
+        """Return the settings that distinguish this judge's answers from another's."""
 
     def answer(self, asks: Sequence[Ask], on_answer: OnAnswer) -> None:
         """Answer all, in any order. Raises where it can't go on; what was handed to on_answer stands."""
 
     def account(self) -> dict[str, Any]:
-        """Requests, retries and the like, since it was made."""
+        """Return counts of requests, retries and the like since it was made."""
 
 
 class Asker:
@@ -116,10 +116,10 @@ class Asker:
         return [Answer(**known[k]) for k in keys]
 
     def cost(self) -> dict[str, Any]:
-        """Questions, tokens and time behind the labels, and what of it was paid for now; the backend's own account.
+        """Return counts of questions and tokens for the labels, and of those that are new; and the backend's counts.
 
-        answer_seconds: what the answers took, whichever run asked, each by itself: of a server that was asked several
-        things at once, more than went by.
+        answer_seconds adds up the time of each answer, in whichever run it was given. For a server that answers several
+        questions at once it is more than the elapsed time.
         """
         return {
             "questions": self.counts["asked"],

@@ -32,7 +32,7 @@ VERDICT = {
 
 
 def scale_in_words(config: JudgeConfig) -> str:
-    """What a score's reply may be: from the worst to the best."""
+    """Return the possible replies of a score in words, from the worst to the best."""
     names = sorted(config.scale, key=lambda x: config.scale[x])
     if all(x.isdigit() for x in names):
         return f"a whole number from {names[0]} (worst) to {names[-1]} (best)"
@@ -40,7 +40,7 @@ def scale_in_words(config: JudgeConfig) -> str:
 
 
 def as_text(prompt: Prompt) -> str:
-    """The prompt in a question: its text, or its turns with their roles."""
+    """Return the prompt as text: itself, or its turns with their roles."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -49,7 +49,14 @@ def as_text(prompt: Prompt) -> str:
 
 
 def question(config: JudgeConfig, prompt: Prompt, answers: Sequence[str], principles: Sequence[str]) -> str:
-    """The question about one answer (score) or two, in this order (pairwise)."""
+    """Return the question about one answer (score) or two, in this order (pairwise).
+
+    Args:
+        config: The judge.
+        prompt: The prompt that was answered.
+        answers: One answer or two.
+        principles: Principles to judge by.
+    """
     template = config.template or (PAIRWISE if config.mode == "pairwise" else SCORE)
     listed = "Judge by these principles:\n" + "".join(f"- {p}\n" for p in principles) + "\n" if principles else ""
     fields = {"principles": listed, "prompt": as_text(prompt), "question": config.question or QUESTIONS[config.mode]}
@@ -62,7 +69,13 @@ def question(config: JudgeConfig, prompt: Prompt, answers: Sequence[str], princi
 
 
 def messages(config: JudgeConfig, asked: str, rationale: str | None = None) -> tuple[Message, ...]:
-    """The turns of a question; with a rationale, the turn that asks for the verdict after it."""
+    """Return the turns of a question; with a rationale, also the turn that asks for the verdict after it.
+
+    Args:
+        config: The judge.
+        asked: The question.
+        rationale: The judge's explanation. None: the verdict is asked for at once.
+    """
     if rationale is None:
         return ({"role": "user", "content": asked},)
     verdict = VERDICT[config.mode].format(a=config.labels[0], b=config.labels[1], scale=scale_in_words(config))
@@ -74,10 +87,10 @@ def messages(config: JudgeConfig, asked: str, rationale: str | None = None) -> t
 
 
 def read_label(text: str, labels: Sequence[str]) -> str | None:
-    """The one label that a reply names, standing by itself; None where it names none, or several.
+    """Return the only label that a reply names as a separate word; None if it names none, or several.
 
-    A reply that begins with a label and goes on ("B, because A is longer") is read by its beginning. Of numbers, "8/10"
-    and "8 out of 10" are 8; "7.5" is none.
+    A reply that begins with a label and continues ("B, because A is longer") is read by its beginning. Of numbers,
+    "8/10" and "8 out of 10" are 8; "7.5" is none.
     """
     by_length = sorted(labels, key=len, reverse=True)
     names = "|".join(re.escape(x) for x in by_length)

@@ -18,10 +18,9 @@ LONG = 2000
 
 
 def summarize(judged: Sequence[Judged], show: int = 10) -> dict[str, Any]:
-    """The report's numbers; shares carry their 95% intervals (Wilson's). Pairs without a label count in `left_out`.
+    """Return the numbers of the report; shares have 95% intervals (Wilson's). Pairs without a label are `left_out`.
 
-    A judge's ties (p = 1/2) count half in agreements. Sections that nothing is known for (no human labels, no orders)
-    are absent.
+    A judge's ties (p = 1/2) count half in agreements. Sections without data (no human labels, no orders) are absent.
     """
     ok = [j for j in judged if j.p_a is not None]
     reasons = Counter(j.why.split(":")[0].split(";")[0] for j in judged if j.p_a is None)
@@ -41,7 +40,7 @@ def summarize(judged: Sequence[Judged], show: int = 10) -> dict[str, Any]:
 
 
 def share(hits: Sequence[float]) -> dict[str, Any]:
-    """The mean of hits (1), misses (0) and ties (1/2), with its 95% interval: Wilson's, with ties the bootstrap's."""
+    """Return the mean of hits (1), misses (0) and ties (1/2), with its 95% interval (with ties by bootstrap)."""
     low, high = mean_interval(hits)
     return {"value": statistics.fmean(hits), "low": low, "high": high, "n": len(hits)}
 
@@ -143,7 +142,7 @@ def _disagreements(ok: Sequence[Judged], show: int) -> list[dict[str, Any]]:
 
 
 def warnings(s: Mapping[str, Any]) -> list[str]:
-    """What a person must know before using the labels, in sentences."""
+    """Return what a person must know before using the labels, in sentences."""
     out = []
     if s["pairs"] and not s["judged"]:
         return [f"Not one of {s['pairs']:,} pairs got a label: {_reasons(s['left_out'])}."]

@@ -79,7 +79,11 @@ class Judge:
 
     @classmethod
     def open(cls, config: JudgeConfig) -> Judge:
-        """Raises what the settings are wrong with: no such file of principles, no key, a store that is none."""
+        """Open a judge with its store.
+
+        Raises:
+            RecipeError, DataError, ServerError, CheckpointError: The principles, the key or the store can't be used.
+        """
         principles = read_principles(config.principles) if config.principles is not None else []
         if config.principles_per_question > len(principles):
             raise RecipeError(
@@ -106,10 +110,10 @@ class Judge:
         self.close()
 
     def compare(self, pairs: Sequence[AnswerPair], on_done: OnDone | None = None) -> list[Judged]:
-        """A label for every pair, in order; p_a is None, and why says why, where the judge gave none.
+        """Label every pair, in order; a pair without a label has p_a None, and the reason in `why`.
 
-        pairwise: P(a) is the mean of what both orders say (or of their logits, `combine`). score: the probability that
-        a score drawn for a is higher than one drawn for b, half of the ties counted on each side.
+        pairwise: P(a) is the mean of both orders (or of their logits, `combine`). score: the probability that a score
+        drawn for a is higher than one drawn for b; half of the ties count for each side.
         """
         if self.config.mode == "score":
             return self._by_score(pairs, on_done)
@@ -136,9 +140,15 @@ class Judge:
         return out
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str], on_done: OnDone | None = None) -> list[Score]:
-        """The expectation of each answer's score over the probabilities of the scale (text alone: what it says).
+        """Return the expected score of each answer over the probabilities of the scale (or the score in its text).
 
-        Raises RecipeError for a pairwise judge.
+        Args:
+            prompts: The prompts.
+            answers: An answer to each.
+            on_done: Called as questions are answered.
+
+        Raises:
+            RecipeError: The judge is pairwise.
         """
         if self.config.mode != "score":
             raise RecipeError("this judge compares pairs; to score single answers it needs judge.mode=score")
@@ -251,9 +261,9 @@ def _verdict(answer: Answer, labels: Sequence[str], rationale: str) -> Verdict |
 
 
 def combined(orders: tuple[float, float], how: str) -> float:
-    """One probability of two orders'. probabilities: (p + q) / 2. logits: sigma((logit p + logit q) / 2).
+    """Combine the probabilities of both orders. probabilities: (p + q) / 2. logits: sigma((logit p + logit q) / 2).
 
-    A judge whose logit is what it thinks of the answers plus a constant for the first place loses the constant by the
+    A judge whose logit is its opinion of the answers plus a constant for the first place loses the constant by the
     second; by the first only its sign is right. Probabilities of 0 and 1 count as 1e-6 and 1 - 1e-6 for their logits.
     """
     if how == "probabilities":
@@ -268,16 +278,21 @@ def _tied(p: float) -> float:
 
 
 def above(a: Mapping[str, float], b: Mapping[str, float], worth: Mapping[str, float]) -> float:
-    """P(score of a > score of b) + P(equal) / 2, for two independent distributions over a scale.
+    """Compute P(score of a > score of b) + P(equal) / 2 for two independent distributions over a scale.
 
     Hand-worked: a all on 7, b half on 6 and half on 7: 1/2 + 1/4 = 0.75.
+
+    Args:
+        a: Probability of each label for a.
+        b: The same for b.
+        worth: Number of each label.
     """
     pairs = ((p * q, worth[x], worth[y]) for x, p in a.items() for y, q in b.items())
     return _tied(sum(w if x > y else w / 2 if x == y else 0.0 for w, x, y in pairs))
 
 
 def describe(config: JudgeConfig) -> dict[str, Any]:
-    """The judge in the report."""
+    """Return the description of a judge for the report."""
     if config.server is not None:
         named = {"kind": "server", "model": config.server.model, "base_url": config.server.base_url}
     else:

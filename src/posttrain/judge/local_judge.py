@@ -32,7 +32,7 @@ class LocalJudge:
         self.seconds = 0.0
 
     def identity(self) -> dict[str, Any]:
-        """By the hash of its weights where they lie on this disk, else by name and revision."""
+        """Return the hash of its weights if they are on this disk, else name and revision."""
         sha = resolve(self.config.source).sha256()
         named = {"sha256": sha} if sha else {"source": self.config.source, "revision": self.config.revision}
         return {"kind": "local", **named, "dtype": self.config.dtype, "chat_template": self.config.chat_template}

@@ -13,9 +13,13 @@ from posttrain.data.readers import packaged_or_own
 
 
 def read_principles(path: str) -> list[str]:
-    """One a line; blank lines and those with # first do not count. packaged:NAME is a file that ships with posttrain.
+    """Read principles, one a line; blank lines and lines that begin with # do not count.
 
-    Raises DataError where the file can't be read or holds none.
+    Args:
+        path: Path of the file, or packaged:NAME for one that is part of posttrain.
+
+    Raises:
+        DataError: The file can't be read or has no principle.
     """
     try:
         text = packaged_or_own(path).read_text(encoding="utf-8")
@@ -28,6 +32,6 @@ def read_principles(path: str) -> list[str]:
 
 
 def by_content(*content: Any) -> np.random.Generator:
-    """A random generator of what is given alone (values of JSON): the same wherever and whenever it is asked for."""
+    """Return a random generator that depends on the values (of JSON) alone, wherever and whenever it is made."""
     text = json.dumps(list(content), sort_keys=True).encode()
     return np.random.default_rng(int.from_bytes(hashlib.sha256(text).digest()[:8], "big"))

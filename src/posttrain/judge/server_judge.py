@@ -68,11 +68,11 @@ def _answer(ask: Ask, reply: Reply) -> Answer:
 def label_probabilities(
     tops: Sequence[tuple[str, Mapping[str, float]]], labels: Sequence[str]
 ) -> dict[str, float] | None:
-    """The probability of each label, at the reply's first token that is a label or begins one.
+    """Return the probability of each label, at the reply's first token that is a label or begins one.
 
     A token that is the beginning of one label alone ("neg") counts for it. "1", which is a label and begins another, is
-    told from "10" by the token behind it where the reply has gone that way; else "1" gets what both share. None where
-    no label begins there, or several do and none is said yet: then the text has to be read.
+    distinguished from "10" by the next token if the reply continues that way; else "1" gets the probability of both.
+    None if no label begins there, or several do and none is complete: then the text has to be read.
     """
     at = next((i for i, (token, _) in enumerate(tops) if token.strip()), None)
     if at is None:

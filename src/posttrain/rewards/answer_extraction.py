@@ -29,13 +29,13 @@ class Answer:
 
 
 def find(text: str, how: Extract = "auto") -> Answer | None:
-    r"""The answer in a completion; None where there is none (an empty text, no such mark, an empty mark).
+    r"""Return the answer in a completion; None if it is missing (an empty text, no such mark, an empty mark).
 
-    What stands before ``</think>`` is no answer, and a ``<think>`` that is never closed leaves none (``whole`` takes
-    the text as it is). Of several marks of a kind the last complete one counts: ``\boxed{1} \boxed{2}`` is 2,
-    ``\boxed{1} \boxed{2`` (cut off) is 1. ``tag``: <answer>…</answer>. ``boxed``: balanced braces, escaped ones not
-    counted. ``hashes``: the rest of the line after ####. ``last_line``: the last that is not blank. ``auto``: the first
-    of tag, boxed, hashes that is there at all, else the last line. In a tag or after hashes a box is opened.
+    Text before ``</think>`` is no answer, and a ``<think>`` that is never closed leaves none (``whole`` takes the text
+    as it is). Of several marks of a kind the last complete one counts: ``\boxed{1} \boxed{2}`` is 2, ``\boxed{1}
+    \boxed{2`` (cut off) is 1. ``tag``: <answer>…</answer>. ``boxed``: balanced braces, escaped ones not counted.
+    ``hashes``: the rest of the line after ####. ``last_line``: the last that is not blank. ``auto``: the first of tag,
+    boxed, hashes that is found, else the last line. A box in a tag or after hashes is opened.
     """
     if how == "whole":
         return _answer(text, how)
@@ -98,7 +98,7 @@ def plain(text: str) -> str:
 
 
 def normal(text: str, ignore_case: bool = True) -> str:
-    """`plain` text with every run of spaces made one, for comparison."""
+    """Return `plain` text with single spaces, for comparison."""
     out = " ".join(plain(text).split())
     return out.casefold() if ignore_case else out
 
@@ -113,11 +113,10 @@ _NUMBER = re.compile(
 
 
 def numbers_in(text: str) -> list[Fraction]:
-    r"""Every number of a text, exactly.
+    r"""Return every number of a text, exactly.
 
-    1,234.5 and 1{,}234.5; 1e3; 3/4, \frac{3}{4} and 1 1/2; a sign, a currency sign before it, a unit or % after it.
-    The % is not applied: 50% is 50. Numbers in words are none, and nor is a fraction over 0, or what has over 300
-    characters.
+    1,234.5 and 1{,}234.5; 1e3; 3/4, \frac{3}{4} and 1 1/2; a sign, a currency sign before it, a unit or % after it. The
+    % is not applied: 50% is 50. Numbers in words, a fraction over 0, and numbers of over 300 characters do not count.
     """
     text = re.sub(r"\\[,!;: ]|\{,\}", lambda m: "," if m.group() == "{,}" else "", text.replace("\\$", "$"))
     text = re.sub(r"([0-9]?)\\[dt]?frac\s*\{([0-9.,]{1,99})\}\s*\{([0-9.,]{1,99})\}", _fraction_text, text)
@@ -146,7 +145,7 @@ def _fraction(digits: str) -> Fraction:
 
 
 def number_of(answer: Answer) -> Fraction | None:
-    """The number that an answer gives: the last of a line or text; the only one in a tag, a box or after ####.
+    """Return the number of an answer: the last of a line or text; the only one in a tag, a box or after ####.
 
     Two numbers in a mark are a hedge, and none. x = 5 is one number, 2 + 3 = 5 are three.
     """
@@ -157,10 +156,15 @@ def number_of(answer: Answer) -> Fraction | None:
 
 
 def letter_of(text: str, options: Sequence[str], count: int) -> int | None:
-    """The option that an answer names, counted from 0; None where it names none, or several.
+    """Return the option that an answer names, counted from 0; None if it names none, or several.
 
-    B, (b), B., "B) Paris", "The answer is (B)", the option's own text. A letter with the text of another option, or
-    two letters after "answer", name none. count: number of options.
+    B, (b), B., "B) Paris", "The answer is (B)", the text of an option. A letter with the text of another option, or two
+    letters after "answer", name none.
+
+    Args:
+        text: The answer.
+        options: Texts of the options, if known.
+        count: Number of options.
     """
     text = normal(text, ignore_case=False)
     low = [normal(option) for option in options]

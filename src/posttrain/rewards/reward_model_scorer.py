@@ -48,18 +48,18 @@ class Member:
 
     @property
     def data(self) -> DataConfig:
-        """How rows are rendered."""
+        """Return the settings by which rows are rendered."""
         return DataConfig(source="-", chat=self.chat)
 
     def messages(self, prompt: Any) -> list[dict[str, str]]:
-        """A prompt as turns, under the system message that the model was trained with."""
+        """Return a prompt as turns, under the system message that the model was trained with."""
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
         if self.system is None:
             return turns
         return [{"role": "system", "content": self.system}, *(m for m in turns if m["role"] != "system")]
 
     def prompt(self, prompt: Any) -> list[int]:
-        """The prompt's tokens as the model sees it when it has to answer."""
+        """Return the tokens of a prompt as the model saw it in training."""
         turns = self.messages(prompt)
         if self.template is not None:
             text = self.template.replace("{question}", "".join(m["content"] for m in turns))
@@ -76,7 +76,7 @@ class Member:
         return [*self.prompt(prompt), *([] if end is None else [end])]
 
     def fits(self, tokens: Sequence[int]) -> None:
-        """Raises DataError for what is longer than the model's context, or empty."""
+        """Check that tokens are not empty and fit the model's context. Raises DataError."""
         longest = context(self.model.base.config)
         if not tokens or (longest and len(tokens) > longest):
             raise DataError(
@@ -85,7 +85,17 @@ class Member:
 
 
 def open_members(path: str | Sequence[str], layout: Layout, device: str = "auto", dtype: str = "auto") -> list[Member]:
-    """The models of a folder that a stage left, of any other source, or of several. Raises ModelError."""
+    """Open the models of a folder that a stage made, of any other source, or of several.
+
+    Args:
+        path: The source, or a list of sources.
+        layout: Head of the models: one number for a sequence, or one for each token.
+        device: Where they are.
+        dtype: Their dtype.
+
+    Raises:
+        ModelError: A model can't be opened.
+    """
     if not isinstance(path, str):
         return [m for one in path for m in open_members(one, layout, device, dtype)]
     index: dict[str, Any] = {"members": [{"folder": "."}]}
@@ -135,7 +145,7 @@ class RewardModel:
             )
 
     def scores(self, prompts: Sequence[Any], completions: Sequence[str]) -> torch.Tensor:
-        """Each member's own rewards as the head gives them, (members, pairs)."""
+        """Return the rewards of each member as its head gives them, (members, pairs)."""
         rows = []
         for m in self.members:
             tokens = [m.answer(p, c) for p, c in zip(prompts, completions, strict=True)]
@@ -175,7 +185,7 @@ class ProcessReward:
         self.separator = separator or self.member.separator
 
     def steps(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[list[StepScore]]:
-        """The steps of each completion, in order, with their scores."""
+        """Return the steps of each completion in order, with their scores."""
         spans = [split_steps(c, self.separator) for c in completions]
         there = [i for i, s in enumerate(spans) if s]
         chains = [
@@ -195,7 +205,7 @@ class ProcessReward:
         return out
 
     def step_scores(self, prompt: Any, completion: str) -> list[StepScore]:
-        """(first character, one past the last, score in [0, 1]) of each step of a completion."""
+        """Return (first character, one past the last, score in [0, 1]) of each step of a completion."""
         return self.steps([prompt], [completion])[0]
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float] | list[list[StepScore]]:

@@ -34,7 +34,7 @@ _EQUALS = re.compile(r"(?<![=<>!:≠])=(?![=>])")
 
 
 def split(text: str, separator: str) -> Iterator[tuple[int, int, str]]:
-    """(first character, one past the last, text) of every step that is not blank and says something new."""
+    """Yield (first character, one past the last, text) of every step that is not blank and does not repeat another."""
     at, seen = 0, set()
     for piece in text.split(separator):
         end = min(at + len(piece) + len(separator), len(text))
@@ -73,11 +73,11 @@ class ValidSteps(Reward):
 
 
 def true_line(line: str) -> bool | None:
-    """Whether the equations between numbers in a line hold, in exact arithmetic; None where there is none.
+    """Return True if the equations between numbers in a line hold, in exact arithmetic; None without an equation.
 
     `7+4=11`, `so 3 × (2 + 5) = 21 apples`, `$3 + $4 = $7`, `2*3 = 6 = 12/2`. A decimal on the right may be rounded to
-    the places it has: 10/3 = 3.33 is true. An equation has an operator on a side: x = 5 and 7 = 7 are none. What stands
-    in other words than numbers (3 apples + 4 apples = 7, 10% of 50 = 5) is not checked.
+    its places: 10/3 = 3.33 is true. An equation has an operator on a side: x = 5 and 7 = 7 are none. Other words than
+    numbers (3 apples + 4 apples = 7, 10% of 50 = 5) are not checked.
     """
     line = _BULLET.sub("", line, count=1)
     pieces = _EQUALS.split(line)
@@ -192,7 +192,7 @@ class Agreement(Reward):
 
 
 def result(step: str) -> Fraction | None:
-    """The number that a step comes to: the first behind its last equals sign, or else its last; None without one."""
+    """Return the result of a step: the first number after its last equals sign, or else its last; None if missing."""
     *before, last = _EQUALS.split(step)
     numbers = numbers_in(last)
     if not numbers:

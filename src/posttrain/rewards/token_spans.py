@@ -12,11 +12,19 @@ Spans = list[tuple[int, int]]
 
 
 def token_spans(tokenizer: Any, tokens: Sequence[int], text: str) -> Spans:
-    """For each token the characters (first, one past the last) of `text` that it has a part in.
+    """Return the characters (first, one past the last) of `text` that each token has a part in.
 
-    A character of several bytes may have several tokens: each of them has it. A token that adds no character (a
-    special one, what stands behind the end of `text`) has an empty span. Works for any tokenizer, since it looks at
-    what beginnings of the tokens decode to, and not at tokens. Raises ValueError where they do not begin with `text`.
+    A character of several bytes may have several tokens: each of them has it. A token that adds no character (a special
+    one, or one after the end of `text`) has an empty span. This works for any tokenizer, since it decodes beginnings of
+    the tokens, and no single tokens.
+
+    Args:
+        tokenizer: The tokenizer.
+        tokens: The tokens.
+        text: The text that they begin with.
+
+    Raises:
+        ValueError: They do not begin with `text`.
     """
     whole = _decode(tokenizer, tokens)
     if not whole.startswith(text):
@@ -72,7 +80,13 @@ def _slow_ends(tokenizer: Any, tokens: Sequence[int], whole: str) -> list[int | 
 
 
 def tokens_of(spans: Spans, start: int, end: int) -> tuple[int, int]:
-    """The tokens (first, one past the last) that have a part in characters start to end - 1; (0, 0) where none has."""
+    """Return the tokens (first, one past the last) that have a part in some characters; (0, 0) if none has.
+
+    Args:
+        spans: The spans of all tokens.
+        start: The first character.
+        end: One past the last.
+    """
     touching = [i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a]
     return (touching[0], touching[-1] + 1) if touching else (0, 0)
 

@@ -27,7 +27,13 @@ Decode = Callable[[Tensor, Tensor, Step], Tensor]
 
 
 def rounded(n: int, most: int, least: int = 1) -> int:
-    """n up to a power of two or three quarters of one, at least `least` and at most `most`; n <= most."""
+    """Round n up to a power of two or three quarters of one.
+
+    Args:
+        n: A number, at most `most`.
+        most: Upper limit of the result.
+        least: Lower limit of the result.
+    """
     size = 1 << (max(n, least) - 1).bit_length()
     return min(3 * size // 4 if 3 * size // 4 >= max(n, least) else size, most)
 

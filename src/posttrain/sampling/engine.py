@@ -115,10 +115,17 @@ class LocalSampler:
     def sample(
         self, requests: Sequence[Request], params: SamplingConfig, on_done: OnDone | None = None
     ) -> list[RolloutGroup]:
-        """Complete every request; order is kept. No requests: no groups. The model's training mode is kept.
+        """Complete every request; order is kept, and so is the model's training mode.
 
-        Raises DataError for a prompt that is empty or leaves no room in the model's context, and for n below 1, before
-        anything is computed; ModelError where the memory can't hold a single completion.
+        Args:
+            requests: The prompts. None: no groups.
+            params: How tokens are drawn.
+            on_done: Called as each completion ends.
+
+        Raises:
+            DataError: A prompt is empty or leaves no room in the model's context, or its n is below 1. Nothing was
+                computed.
+            ModelError: The memory can't hold a single completion.
         """
         prompts = [_Prompt(i, r, self._limit(i, r, params)) for i, r in enumerate(requests)]
         if not prompts:
@@ -152,7 +159,7 @@ class LocalSampler:
         return min(params.max_tokens, self.context - length, request.max_tokens or params.max_tokens)
 
     def bytes_per_token(self) -> int:
-        """What a token's keys and values take, found by computing one."""
+        """Return the bytes of a token's keys and values, measured by computing one."""
         sizes: list[int] = []
 
         def keep(key: Tensor, value: Tensor) -> None:
@@ -162,7 +169,7 @@ class LocalSampler:
         return sum(sizes)
 
     def prefill(self, prompts: Sequence[Sequence[int]], keep: Any) -> tuple[list[Tensor], Tensor]:
-        """(rows of the ragged batch, hidden states that predict each prompt's first new token)."""
+        """Compute prompts: (rows of the ragged batch, hidden states that predict each prompt's first new token)."""
         batch = pack([Sample(list(t), [0.0] * len(t)) for t in prompts]).to(self.model.device)
         if isinstance(keep, Filling):
             keep.rows = list(batch.rows)
@@ -175,7 +182,7 @@ class LocalSampler:
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def allowed_bytes(self) -> float:
-        """What keys and values may take: never what happens to be free, since completions must not depend on it."""
+        """Return the bytes for keys and values, which do not depend on free memory: completions must not."""
         if self.memory_mb is not None:
             return self.memory_mb * 2**20
         if self.model.device.type == "cuda":

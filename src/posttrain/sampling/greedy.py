@@ -16,10 +16,18 @@ from posttrain.sampling.protocol import Request, stop_tokens
 def greedy(
     model: LanguageModel, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[list[int]]:
-    """The likeliest token each time, until an end token (left out of the answer) or `max_new_tokens`.
+    """Return the likeliest tokens until an end token (left out of the answer) or `max_new_tokens`.
 
-    prompts: token ids, generation prompt included. Order is kept. No prompts: no answers. Models whose attention the
-    sampler can't reach go through transformers' `generate`.
+    Models whose attention the sampler can't reach use transformers' `generate`.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        prompts: Token ids, generation prompt included.
+        max_new_tokens: Longest answer.
+
+    Returns:
+        The answers, in order.
     """
     if not model.ragged:
         return _generated(model, tokenizer, prompts, max_new_tokens)

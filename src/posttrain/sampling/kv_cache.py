@@ -32,7 +32,13 @@ class Region:
         self.layers: dict[int, Any] = {}
 
     def at(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer; `key` and `value` (heads, any, size) say what they are like."""
+        """Return the keys and values of a layer.
+
+        Args:
+            layer: Number of the layer.
+            key: Keys of any tokens, (heads, any, size), which show shape and dtype.
+            value: Values likewise.
+        """
         while len(self.keys) <= layer:
             # Zeros: what is masked out is multiplied by zero, and must be a number.
             self.keys.append(key.new_zeros(self.slots, key.shape[0], self.columns, key.shape[-1]))
@@ -40,7 +46,13 @@ class Region:
         return self.keys[layer], self.values[layer]
 
     def move(self, source: int, target: int, columns: int) -> None:
-        """Copy a slot's first columns to another slot."""
+        """Copy the first columns of a slot to another slot.
+
+        Args:
+            source: Slot to copy from.
+            target: Slot to copy to.
+            columns: How many.
+        """
         for x in (*self.keys, *self.values):
             x[target, :, :columns] = x[source, :, :columns]
 
@@ -94,7 +106,17 @@ class Step:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """See `posttrain.models.attention.Decoding`. softmax over prompt and own keys; soft caps and sinks as there."""
+        """Compute attention of new tokens over the prompt's and their own keys: `posttrain.models.attention.Decoding`.
+
+        Args:
+            query: (1, M, heads, size) of the new tokens.
+            key: Their keys, which are stored.
+            value: Their values, which are stored.
+            window: Columns that a token sees back; None: all.
+            scale: Factor of the scores.
+            softcap: Bound of the scores by tanh; None: none.
+            sinks: Score of an extra key of each head; None: none.
+        """
         backend = backend_for(query.device)
         if softcap is None and sinks is None:
             out = backend.decode_attention(self, query, key, value, window, scale)
@@ -159,7 +181,7 @@ class Step:
         return out.reshape(1, rows, heads, -1)
 
     def mask(self, window: int | None) -> Tensor:
-        """(M, 1, 1, columns): 0 where a row sees a key, -inf elsewhere."""
+        """Return (M, 1, 1, columns): 0 if a row sees a key, else -inf."""
         if window not in self.masks:
             device = self.column_M.device
             at = torch.arange(self.own_columns, device=device)[None]

@@ -10,22 +10,29 @@ GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def memory_bytes() -> float:
-    """Of main memory, what falls to this rank: never what happens to be free."""
+    """Return the share of main memory of this rank; free memory has no part in it."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return part(physical, group_limit(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 def part(physical: float, limit: float, ranks: int) -> float:
-    """min(physical, limit) / ranks, in bytes. ranks: processes on this machine (torchrun says how many)."""
+    """Return min(physical, limit) / ranks.
+
+    Args:
+        physical: Memory of the machine in bytes.
+        limit: Limit of the control groups in bytes.
+        ranks: Processes on this machine (torchrun sets it).
+    """
     return min(physical, limit) / max(1, ranks)
 
 
 def group_limit(groups: Path = GROUPS, membership: Path = MEMBERSHIP) -> float:
-    """The least memory in bytes that a control group of this process, or one above it, may use; inf: no limit.
+    """Return the smallest memory limit of this process's control groups and those above, in bytes; inf: no limit.
 
-    groups: where control groups are mounted (version 2: memory.max; version 1: memory/…/memory.limit_in_bytes).
-    membership: the process's groups, a line each: number:controllers:path. In a container the path may be the host's,
-    and is not there; the container's own group is then at the top.
+    Args:
+        groups: Where control groups are mounted (version 2: memory.max; version 1: memory/…/memory.limit_in_bytes).
+        membership: The process's groups, a line each: number:controllers:path. In a container the path may be the
+            host's, and is missing; the container's group is then at the top.
     """
     limits = [math.inf]
     lines = membership.read_text().splitlines() if membership.is_file() else []

@@ -85,7 +85,13 @@ class TurnSampler:
     def sample(
         self, requests: Sequence[Request], params: SamplingConfig, on_done: OnDone | None = None
     ) -> list[RolloutGroup]:
-        """Complete every request, `n` times each; order is kept."""
+        """Complete every request, `n` times each; order is kept.
+
+        Args:
+            requests: The prompts.
+            params: How tokens are drawn.
+            on_done: Called as each completion ends.
+        """
         if params.min_tokens:
             raise RecipeError("sampler.min_tokens would hold in every turn anew: leave it out with an environment")
         asked = params.model_copy(update={"stop": [*params.stop, *self.stops]})
@@ -218,9 +224,9 @@ class TurnSampler:
 
 
 def in_turns(rollout: Rollout, tokenizer: Any) -> list[tuple[bool, str]]:
-    """(whether the model wrote it, text) of the turns and replies that together are the rollout's text, in order.
+    """Return (True if the model wrote it, text) of the turns and replies that make up the rollout's text, in order.
 
-    Empty where no environment answered, and where a tokenizer writes the parts otherwise than the whole.
+    Empty if no environment answered, or if a tokenizer writes the parts differently from the whole.
     """
     if not rollout.replies or rollout.mask is None:
         return []
@@ -240,7 +246,7 @@ def in_turns(rollout: Rollout, tokenizer: Any) -> list[tuple[bool, str]]:
 
 
 def check(config: EnvironmentConfig, tokenizer: Any) -> None:
-    """Raises DataError where the chat template can't hold a reply as the settings want it."""
+    """Check that the chat template supports replies as set. Raises DataError."""
     if config.answers == "turn":
         if not getattr(tokenizer, "chat_template", None):
             raise DataError(
@@ -251,7 +257,16 @@ def check(config: EnvironmentConfig, tokenizer: Any) -> None:
 
 
 def reply_turn(config: EnvironmentConfig, tokenizer: Any, reply: str) -> str:
-    """What the chat template writes behind an assistant's text that a reply follows, up to the next turn's text."""
+    """Return what the chat template writes after an assistant's text and before the next one, with a reply between.
+
+    Args:
+        config: Settings of the environment.
+        tokenizer: The tokenizer with the template.
+        reply: The reply.
+
+    Raises:
+        DataError: The template can't write it.
+    """
     turns: list[Message] = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": MARK},

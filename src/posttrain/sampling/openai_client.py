@@ -180,7 +180,7 @@ class Server:
 
 
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Seconds to wait: of retry-after-ms, or of Retry-After as seconds or as a date; None without, or unreadable."""
+    """Return the seconds to wait, of retry-after-ms or Retry-After (seconds or a date); None if there are none."""
     try:
         if headers.get("retry-after-ms"):
             return max(0.0, float(headers["retry-after-ms"]) / 1000)

@@ -30,8 +30,17 @@ class OpenAISampler:
     def sample(
         self, requests: Sequence[Request], params: SamplingConfig, on_done: OnDone | None = None
     ) -> list[RolloutGroup]:
-        """One request a completion, each with a seed of its own. Raises ServerError where the server keeps failing,
-        ModelError for settings that the protocol does not have, DataError for a request without messages or prompt.
+        """Make one request for each completion, each with its seed.
+
+        Args:
+            requests: The prompts, as messages or text in their examples.
+            params: How tokens are drawn.
+            on_done: Called as each completion ends.
+
+        Raises:
+            ServerError: The server keeps failing.
+            ModelError: A setting is missing in the protocol.
+            DataError: A request has no messages and no prompt.
         """
         for name, off in (("top_k", 0), ("min_p", 0.0), ("min_tokens", 0), ("stop_tokens", [])):
             if getattr(params, name) != off:

@@ -37,11 +37,17 @@ class Sampler(Protocol):
     def sample(
         self, requests: Sequence[Request], params: SamplingConfig, on_done: OnDone | None = None
     ) -> list[RolloutGroup]:
-        """One group a request, in their order, `n` rollouts each."""
+        """Return one group for each request, in their order, with `n` rollouts each.
+
+        Args:
+            requests: The prompts.
+            params: How tokens are drawn.
+            on_done: Called as each completion ends.
+        """
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a turn: the model's and tokenizer's end tokens, and what the chat template puts behind a turn."""
+    """Return the tokens that end a turn, of the model, the tokenizer and the chat template."""
     ends = model.generation_config.eos_token_id
     found = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if tokenizer.eos_token_id is not None:

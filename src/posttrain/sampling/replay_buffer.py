@@ -15,19 +15,19 @@ PARTIAL = "partial"
 
 
 def plain(rollout: Rollout) -> dict[str, Any]:
-    """A rollout as JSON keeps it, to the bit."""
+    """Return a rollout as JSON keeps it, without loss."""
     return asdict(rollout)
 
 
 def rollout_of(values: Mapping[str, Any]) -> Rollout:
-    """What `plain` was made from."""
+    """Return the rollout that `plain` was made from."""
     given = {f.name: values[f.name] for f in fields(Rollout)}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     return Rollout(**{**given, "pieces": tuple(Piece(**p) for p in values["pieces"])})
 
 
 def oldest(rollout: Rollout, step: int) -> int:
-    """The step that its first token was sampled in; `step` where it does not say."""
+    """Return the step in which the first token was sampled; `step` if not recorded."""
     return rollout.pieces[0].step if rollout.pieces else step
 
 
@@ -45,16 +45,23 @@ class Growth:
     decode: Decode
 
     def asked(self, before: Rollout | None = None) -> int | None:
-        """Tokens to ask for next, of a new completion or of one that goes on; None: as many as the sampling allows."""
+        """Return how many tokens to sample next, of a new completion or after `before`; None: up to the limit."""
         if self.tokens is None:
             return None
         return min(self.tokens, self.sampling.max_tokens - (len(before.tokens) if before else 0))
 
     def grown(self, prompt: int, before: Rollout | None, piece: Rollout, step: int, temperature: float) -> Rollout:
-        """The completion with its newest piece, marked PARTIAL where only the piece's length ended it.
+        """Join a completion and its newest piece; it is marked PARTIAL if only the piece's length ended it.
 
-        prompt: its length in tokens. before: what there was (None: nothing). Each token keeps the log-probability that
-        it was sampled with. A stop string across the seam ends the completion where the sampler would have.
+        Each token keeps the log-probability that it was sampled with. A stop string across the seam ends the completion
+        where the sampler would have ended it.
+
+        Args:
+            prompt: Length of the prompt in tokens.
+            before: The completion so far; None: nothing.
+            piece: The newest tokens.
+            step: Step in which they were sampled.
+            temperature: Temperature at which they were sampled.
         """
         marked = replace(piece, pieces=(Piece(len(piece.tokens), step, temperature),))
         asked = self.asked(before)
@@ -112,9 +119,14 @@ class Replay:
         return len(old)
 
     def visit(self, problem: int, rollouts: Sequence[Rollout], success: float) -> Rollout | None:
-        """A group of fresh rollouts: what is kept of it; and for one without success, the kept one that stands in.
+        """Store the rare success of a group of fresh rollouts; return the stored one for a group without success.
 
-        success: the reward from which a rollout is one. A problem that is no longer rarely answered is kept no longer.
+        A problem that is no longer rarely solved is dropped.
+
+        Args:
+            problem: Number of the problem.
+            rollouts: The group.
+            success: Reward from which a rollout is a success.
         """
         right = [r for r in rollouts if r.reward >= success]
         if not right:

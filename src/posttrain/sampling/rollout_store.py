@@ -14,7 +14,7 @@ from posttrain.core.types import Piece, Rollout, RolloutGroup
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where a step's rollouts lie."""
+    """Return the file of a step's rollouts."""
     return folder / f"step-{step:06d}.parquet"
 
 
@@ -28,11 +28,17 @@ def write_rollouts(
     failures: Sequence[Sequence[Mapping[str, str]]] | None = None,
     turns: Callable[[Rollout], Sequence[tuple[bool, str]]] | None = None,
 ) -> Path:
-    """Write a step's rollouts, group by group.
+    """Write the rollouts of a step, group by group, as a whole or not at all.
 
-    advantages: one a rollout (None: it took no part). prompts: each group's rendered prompt. problems: the number of
-    its problem. failures: of each rollout, what went wrong with a reward, by the reward's name. turns: of a rollout,
-    the parts of its text, each with whether the model wrote it.
+    Args:
+        folder: Folder of the files.
+        step: Number of the step.
+        groups: The rollouts.
+        advantages: One for each rollout; None: it took no part.
+        prompts: Rendered prompt of each group.
+        problems: Number of the problem of each group.
+        failures: Message of each failed reward of each rollout, by name.
+        turns: Returns the parts of a rollout's text, each with True if the model wrote it.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -86,15 +92,17 @@ def write_rollouts(
 
 
 def rollout_steps(folder: Path) -> list[int]:
-    """Steps whose rollouts lie in a folder, ascending."""
+    """Return the steps whose rollouts are in a folder, in ascending order."""
     return sorted(int(p.stem[5:]) for p in folder.glob("step-*.parquet") if p.stem[5:].isdigit())
 
 
 def read_rollouts(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, what is kept as JSON (`answer`, `parts`, `steps`, `turns`, `pieces`, `failures`) as values.
+    """Read the rows of a file, with values in place of the JSON of some columns.
 
-    Files of before there were `mask`, `steps`, `turns` and `pieces` are read as rollouts without. Raises DataError
-    where it can't be read.
+    Older files without `mask`, `steps`, `turns` and `pieces` are read as rollouts without these.
+
+    Raises:
+        DataError: It can't be read.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -111,7 +119,7 @@ def read_rollouts(path: Path) -> list[dict[str, Any]]:
 
 
 def groups_of(rows: Sequence[Mapping[str, Any]]) -> list[RolloutGroup]:
-    """Rows of one step as the groups they came from; a rollout without a reward has NaN."""
+    """Return the groups that the rows of one step came from; a rollout without a reward has NaN."""
     by_group: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_group.setdefault(row["group"], []).append(row)

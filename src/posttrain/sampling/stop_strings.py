@@ -10,11 +10,16 @@ Decode = Callable[[Sequence[int], bool], str]
 
 
 def before_stop(tokens: Sequence[int], stops: Sequence[str], decode: Decode) -> str | None:
-    """The text before the stop string that the newest token completes; None: it completes none.
+    """Return the text before the stop string that the newest token completes; None: it completes none.
 
     An occurrence that was complete without the newest token does not count. Of several that it completes, the one that
-    begins first cuts. Stop strings are looked for with special tokens shown, so that they may name them; the text is
-    without them, and a special token in which a stop string begins is left out whole. No tokens or stop strings: None.
+    begins first cuts. Stop strings are searched with special tokens shown, so that they may name them; the text is
+    without them, and a special token in which a stop string begins is left out as a whole.
+
+    Args:
+        tokens: The completion so far.
+        stops: The stop strings.
+        decode: (tokens, leave out special tokens) -> text.
     """
     if not tokens or not stops:
         return None

@@ -18,17 +18,23 @@ CANDIDATES = 1024
 
 
 def stream(seed: int, completion: int, count: int) -> np.ndarray:
-    """Random numbers in [0, 1) for the tokens of one completion, from (seed, completion) alone (Philox, keyed)."""
+    """Return random numbers in [0, 1) for the tokens of one completion (Philox, keyed by seed and completion).
+
+    Args:
+        seed: Seed of the request.
+        completion: Number of the completion.
+        count: How many numbers.
+    """
     key = np.array([seed % 2**64, completion], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).random(count)
 
 
 def cut(z_M_V: Tensor, params: SamplingConfig) -> Tensor:
-    """Logits with what top_k, top_p and min_p leave out at -inf, in place. The likeliest token always stays.
+    """Set the logits that top_k, top_p and min_p leave out to -inf, in place. The likeliest token always stays.
 
     top_p keeps the fewest likeliest tokens whose probabilities sum to at least top_p (arXiv 1904.09751); min_p those at
     least min_p times as likely as the likeliest (arXiv 2407.01082). Of equally likely tokens at top_k's edge those stay
-    that torch.topk names.
+    that torch.topk returns.
     """
     vocabulary = z_M_V.shape[-1]
     if 0 < params.top_k < vocabulary:
@@ -53,12 +59,17 @@ def cut(z_M_V: Tensor, params: SamplingConfig) -> Tensor:
 def draw(
     z_M_V: Tensor, uniforms_M: Tensor, params: SamplingConfig, banned: Sequence[int] = (), short_M: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One token a row, and its log-probability under the distribution it was drawn from.
+    """Draw one token a row, with its log-probability under the distribution it was drawn from.
 
-    z_M_V: logits, temperature applied (not for temperature 0), float32; overwritten. uniforms_M: one number in [0, 1)
-    a row, float64. banned: tokens that rows marked in `short_M` can't have. The token is the first whose cumulative
-    probability exceeds the number. Temperature 0 takes the likeliest (the first of equals); its log-probability is that
-    at temperature 1.
+    The token is the first whose cumulative probability exceeds the random number. Temperature 0 takes the likeliest
+    (the first of equals); its log-probability is that at temperature 1.
+
+    Args:
+        z_M_V: Logits, temperature applied (not for temperature 0), float32; overwritten.
+        uniforms_M: One number in [0, 1) a row, float64.
+        params: How tokens are drawn.
+        banned: Tokens that rows marked in `short_M` can't have.
+        short_M: True for rows that are shorter than min_tokens.
     """
     if short_M is not None and len(banned):
         rows = short_M.nonzero()

@@ -50,11 +50,19 @@ class Outcome:
 
 
 def run(program: str, stdin: str = "", limits: SandboxConfig | None = None) -> Outcome:
-    """Run Python source under `limits`. Raises SandboxError where no sandbox can be had; never runs without one.
+    """Run Python source under `limits`, never without a sandbox.
 
-    The program sees Python's standard library, an empty folder of its own (/work, also its /tmp), `stdin`, and nothing
-    else; the order of its sets and its environment are the same every time. Source that does not compile is an error
-    like any other.
+    The program sees Python's standard library, an empty folder (/work, also its /tmp), `stdin`, and nothing else; the
+    order of its sets and its environment are the same every time. Source that does not compile is an error like any
+    other.
+
+    Args:
+        program: The source.
+        stdin: Its input.
+        limits: Its limits. None: the defaults.
+
+    Raises:
+        SandboxError: There is no sandbox on this machine.
     """
     require()
     return _run(program, stdin, limits or SandboxConfig())
@@ -62,7 +70,7 @@ def run(program: str, stdin: str = "", limits: SandboxConfig | None = None) -> O
 
 @lru_cache(maxsize=1)
 def require() -> None:
-    """Raises SandboxError, saying what is missing, where the sandbox does not work or does not hold."""
+    """Check that the sandbox works and isolates. Raises SandboxError, with what is missing."""
     if sys.platform != "linux" or not seccomp.known():
         raise SandboxError(
             "programs run only in a sandbox, and there is one for Linux on x86-64 and ARM64 only; this is "

@@ -37,12 +37,12 @@ NUMBERS: dict[str, tuple[int, int, tuple[int, ...]]] = {
 
 
 def known() -> bool:
-    """Whether this machine's system calls are known."""
+    """Return True if the filter has the system calls of this machine."""
     return platform.machine() in NUMBERS
 
 
 def program() -> bytes:
-    """The filter for this machine. Raises KeyError where its system calls are not known."""
+    """Return the filter for this machine. Raises KeyError if its system calls are not known."""
     audit, socket, numbers = NUMBERS[platform.machine()]
     code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, audit), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     if platform.machine() == "x86_64":
