@@ -25,14 +25,9 @@ ALLOWED = {
     "config",
     "core",
     "cpu",
-    "eval",
-    "judge",
     "losses",
     "methods",
     "models",
-    "rewards",
-    "sampling",
-    "sandbox",
     "trainer",
 }
 """Folders that are still to be rewritten: remove a name when its folder passes. Empty at the end."""

@@ -18,10 +18,10 @@ from posttrain.sampling.environments import environment
 
 OUTSIDE = """
 from posttrain.config.evaluation import EvaluationBase
-from posttrain.eval.evaluations import Evaluation
+from posttrain.eval.evaluation_tasks import EvaluationTask
 from posttrain.sampling.greedy import greedy
 
-class Lengths(Evaluation):
+class Lengths(EvaluationTask):
     class Config(EvaluationBase):
         texts: list[str]
 

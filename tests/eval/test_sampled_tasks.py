@@ -15,15 +15,15 @@ from posttrain.core.statistics import compare, summarize
 from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.eval import sampled_tasks as sampled
-from posttrain.eval.evaluations import Generate, Sample
+from posttrain.eval.evaluation_tasks import GenerateTask, SampleTask
 from posttrain.eval.tasks import evaluate_model
 
 LAB = {"kind": "lab", "size": 7, "held_out": True}
 
 
-def task(**changes: Any) -> Sample.Config:
+def task(**changes: Any) -> SampleTask.Config:
     base = {"name": "t", "problems": LAB, "n": 4, "judge": {"kind": "numeric"}}
-    return Sample.Config.model_validate({**base, **changes})
+    return SampleTask.Config.model_validate({**base, **changes})
 
 
 def rollout(text: str, right: bool, tokens: int = 3, **scores: float) -> Rollout:
@@ -117,7 +117,7 @@ MODEL = ModelConfig(source="tiny:llama")
 
 def test_the_whole_way_beside_another_kind(tmp_path: Path) -> None:
     data = {"source": "lab:sums", "rows": [0, 4], "chat": False}
-    other = Generate.Config.model_validate({"name": "g", "kind": "generate", "data": data, "max_new_tokens": 4})
+    other = GenerateTask.Config.model_validate({"name": "g", "kind": "generate", "data": data, "max_new_tokens": 4})
     summaries = evaluate_model(MODEL, [task(**RANDOM), other], tmp_path, 0, {"digits": digits})
     items = read_lines(tmp_path / "t.jsonl")
     assert len(items) == 7 and all(len(i["completions"]) == 4 for i in items)
@@ -138,7 +138,7 @@ def test_the_whole_way_beside_another_kind(tmp_path: Path) -> None:
 
 
 def test_it_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampled, "CHUNK", 10)  # two questions a chunk
+    monkeypatch.setattr(sampled, "COMPLETIONS_PER_CHUNK", 10)  # two questions a chunk
     evaluate_model(MODEL, [task(**RANDOM)], tmp_path / "calm", 0, {"digits": digits})
     calls = 0
 

@@ -14,7 +14,7 @@ from posttrain.core.files import read_lines
 from posttrain.core.statistics import compare, summarize, wins
 from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt
-from posttrain.eval.evaluations import Score
+from posttrain.eval.evaluation_tasks import ScoreTask
 from posttrain.eval.scored_tasks import answer_statistics, scored_item
 from posttrain.report import build_report
 from posttrain.report.terminal import summary_table
@@ -100,7 +100,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         ({"scorer": {"kind": "self_consistency"}}, "compares the answers of a prompt"),
     ):
         with pytest.raises(ValidationError, match=why):
-            Score.Config.model_validate({**base, **changes})
+            ScoreTask.Config.model_validate({**base, **changes})
 
 
 def test_a_scorer_that_gives_all_the_same_is_named(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from posttrain.core.errors import CheckpointError, DataError, RecipeError
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.data.comparisons import AnswerPair
 from posttrain.judge.answer_store import Store
-from posttrain.judge.asker import Answer, Ask, Asker, OnAnswer
+from posttrain.judge.asker import Asker, JudgeAnswer, JudgeRequest, OnAnswer
 from posttrain.judge.judge_prompts import question, read_label
-from posttrain.judge.judge_summary import summarize
-from posttrain.judge.labels import OPPOSED, Judge, Judged, Score, Verdict, above, combined
+from posttrain.judge.judge_summary import summarize_judge
+from posttrain.judge.labels import OPPOSED, AnswerScore, Judge, JudgedPair, Verdict, above, combined
 from posttrain.judge.local_judge import _alone
 from posttrain.judge.server_judge import label_probabilities
 from posttrain.rewards import RewardStack
@@ -193,16 +193,16 @@ class Counting:
     def account(self) -> dict[str, Any]:
         return {"seconds": 0.0}
 
-    def answer(self, asks: Sequence[Ask], on_answer: OnAnswer) -> None:
+    def answer(self, asks: Sequence[JudgeRequest], on_answer: OnAnswer) -> None:
         for i, ask in enumerate(asks):
             if len(self.asked) == self.fails_at:
                 raise RuntimeError("broke down")
             self.asked.append(ask.messages[0]["content"])
-            on_answer([(i, Answer("A", {"A": 0.9, "B": 0.1}, "label", 10, 1, 0.5))])
+            on_answer([(i, JudgeAnswer("A", {"A": 0.9, "B": 0.1}, "label", 10, 1, 0.5))])
 
 
-def ask(text: str, **changes: Any) -> Ask:
-    return Ask(({"role": "user", "content": text},), **changes)
+def ask(text: str, **changes: Any) -> JudgeRequest:
+    return JudgeRequest(({"role": "user", "content": text},), **changes)
 
 
 def test_nothing_is_asked_twice_and_what_was_answered_stays(tmp_path: Path) -> None:
@@ -272,7 +272,9 @@ def test_both_answers_of_a_pair_are_scored_by_the_same_principles(tmp_path: Path
             asked: list[str] = []
             answer = judge.asker.backend.answer
 
-            def watched(asks: Sequence[Ask], on_answer: OnAnswer, asked: list[str] = asked, go: Any = answer) -> None:
+            def watched(
+                asks: Sequence[JudgeRequest], on_answer: OnAnswer, asked: list[str] = asked, go: Any = answer
+            ) -> None:
                 asked += [a.messages[-1]["content"] for a in asks]
                 go(asks, on_answer)
 
@@ -295,15 +297,15 @@ def test_a_pair_whose_means_and_draws_say_the_opposite_gets_no_label(tmp_path: P
             "c": {"1": 0.9, "4": 0.1, "5": 0},
         }
 
-        def scores(prompts: Any, answers: Sequence[str], *rest: Any) -> list[Score]:
+        def scores(prompts: Any, answers: Sequence[str], *rest: Any) -> list[AnswerScore]:
             worth = judge.config.scale
-            return [Score(sum(worth[x] * p for x, p in said[t].items()), Verdict(said[t], 1.0)) for t in answers]
+            return [AnswerScore(sum(worth[x] * p for x, p in said[t].items()), Verdict(said[t], 1.0)) for t in answers]
 
         judge._scores = scores  # type: ignore[method-assign]
         one, other = judge.compare([AnswerPair("p", "a", "b", "f:1"), AnswerPair("p", "b", "c", "f:2")])
     assert one.p_a is None and one.why == OPPOSED and one.scores == pytest.approx((3.4, 4.0))
     assert other.p_a == pytest.approx(0.95) and other.margin == pytest.approx(4 - 1.3)
-    report = summarize([one, other])
+    report = summarize_judge([one, other])
     assert report["left_out"] == {OPPOSED: 1} and report["unlabelled"] == [{"source": "f:1", "why": OPPOSED}]
 
 
@@ -311,14 +313,14 @@ def test_a_question_beyond_the_context_is_left_out_and_said(tmp_path: Path) -> N
     with opened(tmp_path) as judge:
         judged = judge.compare([AnswerPair("p", "word " * 500, "x"), PAIRS[0]])
     assert judged[0].p_a is None and "too long" in judged[0].why and judged[1].p_a is not None
-    report = summarize(judged)
+    report = summarize_judge(judged)
     assert (report["pairs"], report["judged"], report["left_out"]) == (2, 1, {"refused": 1})
     assert "1 of 2 pairs got no label" in report["warnings"][0]
 
 
-def verdicts(orders: Sequence[tuple[float, float]], human: Sequence[float | None], **more: Any) -> list[Judged]:
+def verdicts(orders: Sequence[tuple[float, float]], human: Sequence[float | None], **more: Any) -> list[JudgedPair]:
     return [
-        Judged(AnswerPair("p", "aaa", "b", f"r:{i}", h), sum(o) / 2, sum(o) - 1, o, **more)
+        JudgedPair(AnswerPair("p", "aaa", "b", f"r:{i}", h), sum(o) / 2, sum(o) - 1, o, **more)
         for i, (o, h) in enumerate(zip(orders, human, strict=True))
     ]
 
@@ -327,7 +329,7 @@ def test_the_report_by_hand() -> None:
     """Four pairs: both orders agree in three; the first place is named in 5 of 8 questions; people agree in two, a tie
     counts half."""
     orders = [(0.9, 0.8), (0.9, 0.1), (0.2, 0.3), (0.6, 0.7)]
-    r = summarize(verdicts(orders, [0.9, 0.9, 0.9, 0.6]))
+    r = summarize_judge(verdicts(orders, [0.9, 0.9, 0.9, 0.6]))
     assert r["consistency"]["value"] == 0.75 and r["consistency"]["n"] == 4
     # first places: .9 .2 | .9 .9 | .2 .7 | .6 .3 -> five over one half
     assert r["position"]["first"]["value"] == 5 / 8
@@ -343,7 +345,7 @@ def test_the_report_by_hand() -> None:
     low, high = r["people"]["agreement"]["low"], r["people"]["agreement"]["high"]
     assert low < 0.625 < high
     # Wilson by hand for 2 of 2: from 1 / (1 + 1.96^2 / 2) = 0.3424
-    two = summarize(verdicts([(0.9, 0.8)] * 2, [0.9, 0.9]))
+    two = summarize_judge(verdicts([(0.9, 0.8)] * 2, [0.9, 0.9]))
     assert two["people"]["agreement"]["low"] == pytest.approx(0.3424, abs=1e-4)
 
 
@@ -362,14 +364,14 @@ def test_the_report_by_hand() -> None:
 def test_judges_that_can_not_be_trusted_are_said(
     orders: list[tuple[float, float]], human: list[float | None], said: str
 ) -> None:
-    assert any(said in w for w in summarize(verdicts(orders, human))["warnings"])
+    assert any(said in w for w in summarize_judge(verdicts(orders, human))["warnings"])
 
 
 def test_a_good_judge_gets_no_warning() -> None:
     orders = [(0.9, 0.8), (0.1, 0.2)] * 20
-    assert summarize(verdicts(orders, [0.9, 0.1] * 20))["warnings"] == []
-    same = [Judged(AnswerPair("p", "a", "b"), 0.5, 0.0, None, (5.0, 5.0))] * 4
-    assert any("always gives the same score, 5.00" in w for w in summarize(same)["warnings"])
+    assert summarize_judge(verdicts(orders, [0.9, 0.1] * 20))["warnings"] == []
+    same = [JudgedPair(AnswerPair("p", "a", "b"), 0.5, 0.0, None, (5.0, 5.0))] * 4
+    assert any("always gives the same score, 5.00" in w for w in summarize_judge(same)["warnings"])
 
 
 def test_a_judge_as_reward(tmp_path: Path) -> None:

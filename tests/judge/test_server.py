@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
-from posttrain.config import JudgeConfig, ModelConfig, RefineConfig, SamplingConfig, ServerConfig
+from posttrain.config import JudgeConfig, ModelConfig, SamplingConfig, ServerConfig
 from posttrain.core.errors import DataError, ModelError, ServerError
 from posttrain.data.prompts import RenderedPrompt
-from posttrain.judge.labels import Judge, Judged
+from posttrain.judge.labels import Judge, JudgedPair
+from posttrain.methods.data.critique_revision import RefineConfig
 from posttrain.methods.data.revision_chain import read_chains
 from posttrain.methods.data.revision_rows import run_refine
 from posttrain.sampling.openai_client import Server, _Limits, retry_after
@@ -44,7 +45,7 @@ def config(url: str, model: Path, store: Path, **changes: Any) -> JudgeConfig:
     return JudgeConfig(server=behind, store=str(store), answer_tokens=1, **changes)
 
 
-def compare(settings: JudgeConfig) -> tuple[list[Judged], dict[str, Any]]:
+def compare(settings: JudgeConfig) -> tuple[list[JudgedPair], dict[str, Any]]:
     with Judge.open(settings) as judge:
         return judge.compare(PAIRS), judge.asker.cost()
 
@@ -60,7 +61,7 @@ def local(judge_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return said
 
 
-def said(judged: list[Judged]) -> list[bool]:
+def said(judged: list[JudgedPair]) -> list[bool]:
     assert all(j.orders is not None and set(j.orders) <= {0.0, 1.0} for j in judged)  # read from text: hard labels
     return [x == 1.0 for j in judged for x in (j.orders or ())]
 

@@ -18,7 +18,7 @@ import posttrain
 from posttrain.config import RLConfig
 from posttrain.core.errors import CheckpointError, DataError, RewardError
 from posttrain.core.files import read_lines
-from posttrain.eval.evaluations import Sample, Score
+from posttrain.eval.evaluation_tasks import SampleTask, ScoreTask
 from posttrain.methods.data.ai_feedback import FeedbackConfig
 from posttrain.methods.data.critique_revision import RefineConfig
 from posttrain.methods.data.rejection import RejectionConfig
@@ -108,11 +108,11 @@ def overrides(name: str, chats: Path) -> list[str]:
         own = str(stage.data.source).startswith(("packaged:", "lab:", "stage:"))
         given += [] if own else [f"stages.{i}.data.source={chats}"]
     for i, task in enumerate(recipe.evaluate):
-        if isinstance(task, Score.Config):
+        if isinstance(task, ScoreTask.Config):
             given += [f"evaluate.{i}.{s}" for s in ("problems.data.rows=[9100, 9106]", "sampler.max_tokens=6")]
             given += tiny_judge(f"evaluate.{i}.scorer.judge", chats) if task.scorer.kind == "judge" else []
             continue
-        if isinstance(task, Sample.Config):
+        if isinstance(task, SampleTask.Config):
             few = {"lab": "size=6", "rows": "data.rows=[0, 6]", "human_eval": "rows=[0, 2]"}[task.problems.kind]
             given += [f"evaluate.{i}.{s}" for s in ("n=2", "k=[]", "sampler.max_tokens=6", f"problems.{few}")]
             continue

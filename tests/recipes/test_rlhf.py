@@ -13,7 +13,7 @@ import yaml
 import posttrain
 from posttrain.core.files import read_lines
 from posttrain.recipe.parsing import dump_recipe
-from posttrain.sampling.rollout_store import path_of, read_rollouts
+from posttrain.sampling.rollout_store import read_rollouts, rollouts_path
 
 PAGE = Path(__file__).parents[2] / "docs" / "rlhf.md"
 
@@ -60,7 +60,7 @@ def test_each_round_starts_from_the_last_policy_and_samples_and_labels_anew(roun
     assert {r["prompt"] for r in first} & {r["prompt"] for r in second}  # the same beginnings,
     assert not {r["chosen"] for r in first} & {r["chosen"] for r in second}  # and other answers to them
     for rows, folder in ((first, "0-labels"), (second, "3-labels.2")):
-        sampled = read_rollouts(path_of(rounds / "stages" / folder / "rollouts", 1))
+        sampled = read_rollouts(rollouts_path(rounds / "stages" / folder / "rollouts", 1))
         texts = {r["completion"].rstrip() for r in sampled}
         assert {r["chosen"] for r in rows} <= texts and {r["rejected"] for r in rows} <= texts
         assert all(r["labels"] == "judge" and r["prompt"].startswith("Movie review: ") for r in rows)
@@ -71,7 +71,7 @@ def test_the_answers_of_a_round_are_those_of_the_policy_that_it_starts_from(roun
     import torch
     from transformers import AutoModelForCausalLM
 
-    row = read_rollouts(path_of(rounds / "stages" / "3-labels.2" / "rollouts", 1))[0]
+    row = read_rollouts(rollouts_path(rounds / "stages" / "3-labels.2" / "rollouts", 1))[0]
     ids = torch.tensor([[*row["prompt_tokens"], *row["tokens"]]])
     start = len(row["prompt_tokens"])
     found = {}
@@ -87,7 +87,7 @@ def test_the_answers_of_a_round_are_those_of_the_policy_that_it_starts_from(roun
 def test_the_reward_of_a_round_is_its_own_reward_model_s(rounds: Path) -> None:
     from posttrain.rewards.reward_model_scorer import RewardModel
 
-    row = read_rollouts(path_of(rounds / "stages" / "5-policy.2" / "rollouts", 1))[0]
+    row = read_rollouts(rollouts_path(rounds / "stages" / "5-policy.2" / "rollouts", 1))[0]
     prompt = [{"role": "user", "content": row["prompt"]}]
     scores = {
         name: RewardModel(str(rounds / "stages" / name / "reward_model"), normalise=True)(
@@ -144,7 +144,7 @@ def test_a_reward_model_teaches_by_other_methods_too(method: str, tmp_path: Path
     from posttrain.rewards.reward_model_scorer import RewardModel
 
     scorer = RewardModel(str(folder / "0-proxy" / "reward_model"))
-    kept = read_rollouts(path_of(folder / "1-policy" / "rollouts", 1))
+    kept = read_rollouts(rollouts_path(folder / "1-policy" / "rollouts", 1))
     asked = [rows[int(r["source"].split(":")[-1]) - 1]["prompt"] for r in kept]
     scores = scorer([[{"role": "user", "content": a}] for a in asked], [r["completion"] for r in kept])
     assert [r["parts"]["proxy"] for r in kept] == pytest.approx(scores, abs=1e-4)

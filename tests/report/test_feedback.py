@@ -7,8 +7,8 @@ from rich.console import Console
 
 from posttrain.cli import inspect_rollouts as browse
 from posttrain.data.comparisons import AnswerPair
-from posttrain.judge.judge_summary import summarize
-from posttrain.judge.labels import Judged
+from posttrain.judge.judge_summary import summarize_judge
+from posttrain.judge.labels import JudgedPair
 from posttrain.report import build_report
 from tests.report.test_page import Page, check_offline
 
@@ -17,7 +17,7 @@ def write_feedback(folder, evil):
     """A stage that compared: the judge agrees with people in three pairs of four, and says nothing of a fifth."""
     orders = [(0.9, 0.8), (0.7, 0.6), (0.2, 0.3), (0.6, 0.9)]
     judged = [
-        Judged(
+        JudgedPair(
             AnswerPair(f"p{i} {evil}", "a longer answer", f"b {evil}", f"r:{i}", 0.8),
             sum(o) / 2,
             sum(o) - 1,
@@ -27,7 +27,7 @@ def write_feedback(folder, evil):
         )
         for i, o in enumerate(orders)
     ]
-    judged.append(Judged(AnswerPair("p", "a", "b", "r:9", 0.8), None, why="refused: 400"))
+    judged.append(JudgedPair(AnswerPair("p", "a", "b", "r:9", 0.8), None, why="refused: 400"))
     cost = {"questions": 10, "from_store": 4, "prompt_tokens": 1200, "completion_tokens": 10, "new_prompt_tokens": 700}
     cost |= {"new_completion_tokens": 6, "seconds": 12.0, "requests": 9, "retries": {"429": 2, "timed out": 1}}
     about = {
@@ -39,7 +39,9 @@ def write_feedback(folder, evil):
     }
     stage = folder / "stages" / "2-ai"
     stage.mkdir(parents=True)
-    (stage / "judge.json").write_text(json.dumps({"name": "ai", "judge": about, **summarize(judged), "cost": cost}))
+    (stage / "judge.json").write_text(
+        json.dumps({"name": "ai", "judge": about, **summarize_judge(judged), "cost": cost})
+    )
     raters = {"alpha": {"nominal": 0.25, "interval": 0.7982}, "units": 60, "ratings_per_unit": 18.75}
     (stage / "raters.json").write_text(json.dumps({"name": "ai", **raters}))
 

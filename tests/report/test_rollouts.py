@@ -23,7 +23,7 @@ from posttrain.report import build_report
 from posttrain.report.load import read
 from posttrain.report.rollouts import phases, spark, views
 from posttrain.sampling import engine
-from posttrain.sampling.rollout_store import groups_of, path_of, read_rollouts, rollout_steps, write_rollouts
+from posttrain.sampling.rollout_store import groups_of, read_rollouts, rollout_steps, rollouts_path, write_rollouts
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_the_page_shows_what_was_kept(run: Path) -> None:
         assert found and float(found[1]) == pytest.approx(last[name]), name
     assert "&lt;b&gt;+&lt;/b&gt;" in page and "<b>+</b>" not in page
     (view,) = views(read(run))
-    rows = {s: read_rollouts(path_of(stage / "rollouts", s)) for s in rollout_steps(stage / "rollouts")}
+    rows = {s: read_rollouts(rollouts_path(stage / "rollouts", s)) for s in rollout_steps(stage / "rollouts")}
     assert view.steps == 3 and set(rows) == {1, 2, 3}
     best = max(r["reward"] for r in rows[3] if r["reward"] is not None)
     worst = min(r["reward"] for r in rows[3] if r["reward"] is not None)
@@ -130,7 +130,7 @@ def test_the_page_says_where_the_time_went(run: Path) -> None:
     for p in view.phases:
         found = re.search(rf'data-metric="rollouts.rl.phases.{p.name}" data-value="([^"]+)"', page)
         assert found and float(found[1]) == p.seconds
-    rows = [r for s in (1, 2, 3) for r in read_rollouts(path_of(run / "stages" / "0-rl" / "rollouts", s))]
+    rows = [r for s in (1, 2, 3) for r in read_rollouts(rollouts_path(run / "stages" / "0-rl" / "rollouts", s))]
     sampled = sum(len(r["tokens"]) for r in rows)  # those without a reward were sampled too
     assert {p.name: p.tokens for p in view.phases}["sampling"] == sampled
     assert {p.name: p.tokens for p in view.phases}["training"] == sum(t["learned_tokens"] for t in timings)
@@ -153,7 +153,7 @@ def shown(run: Path, **options: Any) -> str:
 
 
 def test_the_terminal_pages_through_rollouts(run: Path) -> None:
-    rows = read_rollouts(path_of(run / "stages" / "0-rl" / "rollouts", 2))
+    rows = read_rollouts(rollouts_path(run / "stages" / "0-rl" / "rollouts", 2))
     text = shown(run, step=2, groups=4)
     assert text.count("problem ") == 4 and text.count(" tokens, ") == 16
     for row in rows:
@@ -250,11 +250,11 @@ def test_replies_of_an_environment_are_marked(run: Path, tmp_path: Path) -> None
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     rollouts = folder / "stages" / "0-rl" / "rollouts"
-    (group, *_) = groups_of(read_rollouts(path_of(rollouts, 3)))
+    (group, *_) = groups_of(read_rollouts(rollouts_path(rollouts, 3)))
     one = replace(group.rollouts[0], text="<7+4>=11 <b>", reward=1.0)
     turns = [(True, "<7+4>"), (False, "=11 <b>")]
     write_rollouts(rollouts, 3, [replace(group, rollouts=[one])], [[0.5]], ["ask"], [1], None, lambda _: turns)
-    assert read_rollouts(path_of(rollouts, 3))[0]["turns"] == [[True, "<7+4>"], [False, "=11 <b>"]]
+    assert read_rollouts(rollouts_path(rollouts, 3))[0]["turns"] == [[True, "<7+4>"], [False, "=11 <b>"]]
     page = build_report(folder).read_text()
     assert '&lt;7+4&gt;<span class="reply">=11 &lt;b&gt;</span></p>' in page and "<dt>replies</dt><dd>1</dd>" in page
     out = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard")
@@ -267,11 +267,11 @@ def test_parts_of_the_reward_on_the_page_and_in_the_terminal(run: Path) -> None:
     folder = run / "stages" / "0-rl" / "rollouts"
     (view,) = views(read(run))
     assert [p.name for p in view.parts] == ["reward", "picky", "right"]
-    first = [r["parts"]["picky"] for r in read_rollouts(path_of(folder, 1)) if r["reward"] is not None]
+    first = [r["parts"]["picky"] for r in read_rollouts(rollouts_path(folder, 1)) if r["reward"] is not None]
     picky = view.parts[1]
     assert picky.early == pytest.approx(sum(first) / len(first))
     last: dict[int, list[float]] = {}
-    for r in read_rollouts(path_of(folder, 3)):
+    for r in read_rollouts(rollouts_path(folder, 3)):
         if r["reward"] is not None:
             last.setdefault(r["group"], []).append(r["parts"]["picky"])
     every = [v for values in last.values() for v in values]

@@ -166,7 +166,7 @@ def test_another_signature_is_refused_before_anything_runs(name: str, form: str,
 
 
 def test_an_object_that_is_no_reward_is_refused() -> None:
-    with pytest.raises(RewardError, match="makes a Uncallable, which can't be called"):
+    with pytest.raises(RewardError, match="makes a Uncallable, not a function"):
         RewardStack(RewardsConfig.model_validate([{"kind": "my_rewards:Uncallable", "isolated": False}]))
     with pytest.raises(RewardError, match="unexpected keyword argument 'wrod'"):
         term = {"kind": "function", "function": "my_rewards:shortest", "options": {"wrod": 1}}

@@ -10,13 +10,13 @@ from posttrain.config.sandbox import SandboxConfig
 from posttrain.rewards.outcome import LabelError
 from posttrain.rewards.programs import Program, UnitTests, code_in
 from posttrain.rewards.verifiers import Numeric
-from posttrain.sandbox import SandboxError, require
+from posttrain.sandbox import SandboxError, require_sandbox
 
 
 @pytest.fixture(scope="module", autouse=True)
 def sandboxed() -> None:
     try:
-        require()
+        require_sandbox()
     except SandboxError as error:
         pytest.skip(str(error))
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 from posttrain.config import ReplayConfig, SamplingConfig
 from posttrain.core.types import Piece, Rollout
-from posttrain.sampling.replay_buffer import PARTIAL, Growth, Replay, plain, rollout_of
+from posttrain.sampling.replay_buffer import PARTIAL, Growth, Replay, rollout_from_json, rollout_to_json
 
 
 def letters(tokens: Sequence[int], plain: bool) -> str:
     """Token 0 ends a text and is special; 1 to 26 are letters."""
-    return "".join("$" if t == 0 else chr(96 + t) for t in tokens if t or not plain)
+    return "".join("$" if t == 0 else chr(96 + t) for t in tokens if t or not rollout_to_json)
 
 
 def growth(tokens: int | None = 3, context: int = 100, **sampling: object) -> Growth:
@@ -86,9 +86,9 @@ def test_rare_successes_are_kept_and_stand_in() -> None:
 
 def test_state_comes_back_to_the_bit() -> None:
     odd = Rollout((1, 2), (-0.1234567890123456789, -1e-30), "end", "é", {"a": 1 / 3}, 1 / 3, pieces=(Piece(2, 3, 1.1),))
-    assert rollout_of(json.loads(json.dumps(plain(odd)))) == odd
+    assert rollout_from_json(json.loads(json.dumps(rollout_to_json(odd)))) == odd
     turns = Rollout((1, 2), (-0.5, 0.0), "stop", mask=(True, False), steps={"s": ((0, 1, 0.5),)})
-    back = rollout_of(json.loads(json.dumps(plain(turns))))
+    back = rollout_from_json(json.loads(json.dumps(rollout_to_json(turns))))
     assert back.mask == (True, False) and list(back.own) == [0] and list(back.steps["s"][0]) == [0, 1, 0.5]
     replay = Replay(ReplayConfig(), 3)
     replay.visit(7, [right(0, 0.5), *[right(0, 0.1, 0.0)] * 5], 1.0)

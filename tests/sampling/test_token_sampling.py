@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from posttrain.config import SamplingConfig
-from posttrain.sampling.token_sampling import cut, draw, stream
+from posttrain.sampling.token_sampling import cut, draw_tokens, stream
 
 P = [0.1, 0.4, 0.2, 0.3]
 
@@ -24,7 +24,7 @@ def kept(**settings: Any) -> list[int]:
 
 def test_the_first_token_whose_cumulative_probability_exceeds_the_number() -> None:
     numbers = [0.0, 0.09, 0.11, 0.49, 0.51, 0.69, 0.71, 0.999999]
-    tokens, logprobs = draw(logits(P, 8), torch.tensor(numbers, dtype=torch.float64), SamplingConfig())
+    tokens, logprobs = draw_tokens(logits(P, 8), torch.tensor(numbers, dtype=torch.float64), SamplingConfig())
     assert tokens.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert logprobs.exp().tolist() == pytest.approx([0.1, 0.1, 0.4, 0.4, 0.2, 0.2, 0.3, 0.3], abs=1e-6)
 
@@ -41,18 +41,18 @@ def test_cut_offs_by_hand() -> None:
 
 
 def test_logprobs_are_those_of_what_was_left() -> None:
-    tokens, logprobs = draw(logits(P), torch.tensor([0.5], dtype=torch.float64), SamplingConfig(top_k=2))
+    tokens, logprobs = draw_tokens(logits(P), torch.tensor([0.5], dtype=torch.float64), SamplingConfig(top_k=2))
     assert tokens.tolist() == [1] and float(logprobs.exp()) == pytest.approx(0.4 / 0.7, abs=1e-6)
 
 
 def test_greedy_takes_the_first_of_equals_and_says_its_probability() -> None:
-    tokens, logprobs = draw(logits([0.2, 0.4, 0.4]), torch.zeros(1).double(), SamplingConfig(temperature=0))
+    tokens, logprobs = draw_tokens(logits([0.2, 0.4, 0.4]), torch.zeros(1).double(), SamplingConfig(temperature=0))
     assert tokens.tolist() == [1] and float(logprobs.exp()) == pytest.approx(0.4, abs=1e-6)
 
 
 def test_banned_tokens_only_in_the_rows_marked() -> None:
     numbers = torch.full((2,), 0.3, dtype=torch.float64)
-    tokens, logprobs = draw(logits(P, 2), numbers, SamplingConfig(), [1], torch.tensor([True, False]))
+    tokens, logprobs = draw_tokens(logits(P, 2), numbers, SamplingConfig(), [1], torch.tensor([True, False]))
     assert tokens.tolist() == [2, 1]
     assert logprobs.exp().tolist() == pytest.approx([0.2 / 0.6, 0.4], abs=1e-6)
 
@@ -63,7 +63,7 @@ def test_the_same_token_as_a_slow_search(vocabulary: int) -> None:
     z = torch.tensor(rng.normal(0, 3, (64, vocabulary)), dtype=torch.float32)
     z[:, rng.integers(0, vocabulary, vocabulary // 3)] = -torch.inf
     numbers = torch.tensor([0.0, *rng.random(62), 1 - 1e-16])
-    tokens, _ = draw(z.clone(), numbers, SamplingConfig())
+    tokens, _ = draw_tokens(z.clone(), numbers, SamplingConfig())
     p = z.double().softmax(-1)
     for row, token, u in zip(p, tokens.tolist(), numbers.tolist(), strict=True):
         cumulative = row.cumsum(0)
@@ -90,7 +90,7 @@ def test_top_p_over_a_large_vocabulary_equals_a_full_sort(settings: dict[str, An
 
 def test_frequencies() -> None:
     numbers = torch.tensor(stream(3, 1, 20_000))
-    tokens, _ = draw(logits(P, 20_000), numbers, SamplingConfig())
+    tokens, _ = draw_tokens(logits(P, 20_000), numbers, SamplingConfig())
     share = torch.bincount(tokens, minlength=4) / 20_000
     assert share.tolist() == pytest.approx(P, abs=0.012)  # 3.5 standard errors
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.config.sandbox import SandboxConfig
-from posttrain.sandbox import Outcome, SandboxError, require
-from posttrain.sandbox import process as run
+from posttrain.sandbox import ProgramResult, SandboxError, require_sandbox
+from posttrain.sandbox import run_program as run
 
 LIMITS = SandboxConfig(seconds=3, memory_mb=128, processes=8, output_kb=16, files_mb=4)
 SECRET = "the quick brown secret"
@@ -22,7 +22,7 @@ SECRET = "the quick brown secret"
 @pytest.fixture(scope="module", autouse=True)
 def sandboxed() -> None:
     try:
-        require()
+        require_sandbox()
     except SandboxError as error:
         pytest.skip(str(error))
 
@@ -36,7 +36,7 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ended(outcome: Outcome, *wanted: str) -> None:
+def ended(outcome: ProgramResult, *wanted: str) -> None:
     assert outcome.status in wanted, outcome
     assert outcome.seconds < LIMITS.seconds + 2
     assert len(outcome.stdout) + len(outcome.stderr) <= LIMITS.output_kb << 10

@@ -172,7 +172,7 @@ def _extras(line: Line, problems: list[str]) -> None:
     from posttrain.recipe.machine_checks import OPTIONAL_PACKAGES, is_installed
 
     try:
-        sandbox.require()
+        sandbox.require_sandbox()
         line("sandbox", "works (programs as rewards)")
     except sandbox.SandboxError as error:
         line("sandbox", f"{error} (programs as rewards)")  # not a problem: most runs need none

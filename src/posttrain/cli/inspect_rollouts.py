@@ -18,7 +18,7 @@ from posttrain.report import rollouts
 from posttrain.report.chains import amounts, stages_with_chains
 from posttrain.report.judge_figures import feedback_lines
 from posttrain.report.reward_hacking import repetition, suspicious
-from posttrain.sampling.rollout_store import groups_of, path_of, read_rollouts, rollout_steps
+from posttrain.sampling.rollout_store import groups_of, read_rollouts, rollout_steps, rollouts_path
 
 SORTS = ("order", "best", "worst", "suspicious")
 
@@ -152,7 +152,7 @@ def print_rollouts(
     if chosen not in steps:
         near = sorted(steps, key=lambda s: abs(s - chosen))[:3]
         raise DataError(f"no rollouts of step {chosen}; there are {len(steps)}, the nearest at {sorted(near)}")
-    rows = read_rollouts(path_of(folder, chosen))
+    rows = read_rollouts(rollouts_path(folder, chosen))
     ordered = _ordered(rows, sort)
     if problem is not None:
         rows = [r for r in rows if r["problem"] == problem]

@@ -54,7 +54,7 @@ REWARDS: dict[str, str] = {
     "valid_steps": "posttrain.rewards.step_rewards:ValidSteps",
     "agreement": "posttrain.rewards.step_rewards:Agreement",
     "process": "posttrain.rewards.step_rewards:ProcessScorer",
-    "preference": "posttrain.rewards.model_rewards:Preference",
+    "preference": "posttrain.rewards.model_rewards:ScorerReward",
     "reward_model": "posttrain.rewards.model_rewards:ScalarReward",
     "process_reward": "posttrain.rewards.model_rewards:StepReward",
     "judge": "posttrain.judge.judge_reward:JudgeReward",
@@ -76,13 +76,13 @@ ENVIRONMENTS: dict[str, str] = {
 """Environments: classes with a nested `Config`, and the methods start(example) and step(state, text)."""
 
 EVALUATIONS: dict[str, str] = {
-    "choice": "posttrain.eval.evaluations:Choice",
-    "generate": "posttrain.eval.evaluations:Generate",
-    "perplexity": "posttrain.eval.evaluations:Perplexity",
-    "sample": "posttrain.eval.evaluations:Sample",
-    "score": "posttrain.eval.evaluations:Score",
+    "choice": "posttrain.eval.evaluation_tasks:ChoiceTask",
+    "generate": "posttrain.eval.evaluation_tasks:GenerateTask",
+    "perplexity": "posttrain.eval.evaluation_tasks:PerplexityTask",
+    "sample": "posttrain.eval.evaluation_tasks:SampleTask",
+    "score": "posttrain.eval.evaluation_tasks:ScoreTask",
 }
-"""Evaluations: subclasses of `posttrain.eval.evaluations.Evaluation`."""
+"""Evaluations: subclasses of `posttrain.eval.evaluation_tasks.EvaluationTask`."""
 
 ADVANTAGES: dict[str, str] = {
     "grpo": "posttrain.methods.rl.compute_advantages:grpo_advantages",

@@ -10,7 +10,7 @@ import torch
 from posttrain.core.errors import DataError
 from posttrain.core.types import Sample as TrainingSample
 from posttrain.data.encoding import prompt_tokens, prompt_with_completion
-from posttrain.eval.evaluations import Choice, Chunk, EvaluationRun, Generate, Items
+from posttrain.eval.evaluation_tasks import ChoiceTask, Chunk, EvaluationItems, EvaluationRun, GenerateTask
 from posttrain.models.language_model import LanguageModel
 from posttrain.sampling.greedy import greedy
 
@@ -18,7 +18,7 @@ CHUNK_TOKENS = 8192
 """Tokens of one forward pass: also how much is done again after a crash."""
 
 
-def _in_chunks(sizes: Sequence[int], compute: Callable[[range], Items]) -> Iterator[Chunk]:
+def _in_chunks(sizes: Sequence[int], compute: Callable[[range], EvaluationItems]) -> Iterator[Chunk]:
     """Yield consecutive items whose sizes add up to at most CHUNK_TOKENS (one item at least) as chunks."""
 
     def chunk(start: int, end: int) -> Chunk:
@@ -51,7 +51,7 @@ def score(model: LanguageModel, samples: Sequence[TrainingSample]) -> list[tuple
     ]
 
 
-def choice_chunks(run: EvaluationRun, config: Choice.Config) -> Iterator[Chunk]:
+def choice_chunks(run: EvaluationRun, config: ChoiceTask.Config) -> Iterator[Chunk]:
     """Compute the accuracy of the likeliest choice: argmax over c of log p(c | prompt), summed or a token's mean.
 
     Raises:
@@ -67,7 +67,7 @@ def choice_chunks(run: EvaluationRun, config: Choice.Config) -> Iterator[Chunk]:
             )
         sets.append([(c, prompt_with_completion(row, c, run.tokenizer, config.data)) for c in choices])
 
-    def compute(numbers: range) -> Items:
+    def compute(numbers: range) -> EvaluationItems:
         scores = iter(score(run.model, [s for i in numbers for _, s in sets[i]]))
         items = []
         for i in numbers:
@@ -84,11 +84,11 @@ def choice_chunks(run: EvaluationRun, config: Choice.Config) -> Iterator[Chunk]:
     return _in_chunks([sum(len(s) for _, s in choices) for choices in sets], compute)
 
 
-def generate_chunks(run: EvaluationRun, config: Generate.Config) -> Iterator[Chunk]:
+def generate_chunks(run: EvaluationRun, config: GenerateTask.Config) -> Iterator[Chunk]:
     """Compute the accuracy of greedy answers that match the expected one."""
     prompts = [prompt_tokens(row, run.tokenizer, config.data) for row in run.data.rows]
 
-    def compute(numbers: range) -> Items:
+    def compute(numbers: range) -> EvaluationItems:
         items = []
         answers = greedy(run.model, run.tokenizer, [prompts[i] for i in numbers], config.max_new_tokens)
         for i, answer in zip(numbers, answers, strict=True):
@@ -104,14 +104,14 @@ def generate_chunks(run: EvaluationRun, config: Generate.Config) -> Iterator[Chu
 def perplexity_chunks(run: EvaluationRun) -> Iterator[Chunk]:
     """Compute the negative log-likelihood of the loss tokens of each row."""
 
-    def compute(numbers: range) -> Items:
+    def compute(numbers: range) -> EvaluationItems:
         scores = score(run.model, [run.data.samples[i] for i in numbers])
         return [{"id": i, "nll": -total, "tokens": count} for i, (total, count) in zip(numbers, scores, strict=True)]
 
     return _in_chunks([len(s) for s in run.data.samples], compute)
 
 
-def greedy_answers(run: EvaluationRun, config: Choice.Config | Generate.Config) -> Items:
+def greedy_answers(run: EvaluationRun, config: ChoiceTask.Config | GenerateTask.Config) -> EvaluationItems:
     """Return greedy answers to the first rows, for reading side by side."""
     rows = run.data.rows[: config.show]
     prompts = [prompt_tokens(row, run.tokenizer, config.data) for row in rows]

@@ -24,21 +24,21 @@ from posttrain.core.statistics import interval_of_means
 from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.eval import pass_at_k as inference
-from posttrain.eval.evaluations import Chunk, EvaluationRun, Items, Sample
+from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun, SampleTask
 from posttrain.rewards import programs
 from posttrain.rewards.answer_extraction import find, normal, number_of
-from posttrain.rewards.stack import RewardStack, Scored
+from posttrain.rewards.stack import RewardStack, ScoredGroups
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request, Sampler
 
-CHUNK = 256
+COMPLETIONS_PER_CHUNK = 256
 """Completions of one chunk, approximately: also how much is done again after a crash."""
 
 
-def sample_chunks(run: EvaluationRun, task: Sample.Config) -> Iterator[Chunk]:
+def sample_chunks(run: EvaluationRun, task: SampleTask.Config) -> Iterator[Chunk]:
     """Sample n completions and the likeliest one of each problem, and judge them."""
     if task.vote == "program":
-        sandbox.require()
+        sandbox.require_sandbox()
     terms = [task.judge.model_copy(update={"name": "judge"}), *task.rank_by]
     rewards = run.until.enter_context(RewardStack(RewardsConfig(terms=terms), run.functions))
     sampler = LocalSampler(run.model, run.tokenizer, **task.sampler.limits())
@@ -49,7 +49,7 @@ def in_chunks(
     run: EvaluationRun,
     completions: int,
     stream: int,
-    compute: Callable[[Mapping[int, RenderedPrompt], np.ndarray, Track], Items],
+    compute: Callable[[Mapping[int, RenderedPrompt], np.ndarray, Track], EvaluationItems],
 ) -> Iterator[Chunk]:
     """Yield the prompts of an evaluation in chunks of about CHUNK completions.
 
@@ -60,7 +60,7 @@ def in_chunks(
         compute: Makes the items from (prompts by number, seeds of all prompts, progress).
     """
     prompts = run.data.items
-    size = max(1, CHUNK // completions)
+    size = max(1, COMPLETIONS_PER_CHUNK // completions)
     seeds = np.random.SeedSequence([run.seed, stream]).generate_state(len(prompts), np.uint64)
 
     def chunk(numbers: range) -> Chunk:
@@ -72,12 +72,12 @@ def in_chunks(
 
 def _items(
     sampler: Sampler,
-    task: Sample.Config,
+    task: SampleTask.Config,
     rewards: RewardStack,
     prompts: Mapping[int, RenderedPrompt],
     seeds: np.ndarray,
     track: Track,
-) -> Items:
+) -> EvaluationItems:
     """Sample and judge the completions of a chunk's problems."""
     total, done = len(prompts) * (task.n + 1), 0
 
@@ -101,7 +101,7 @@ def _items(
     ]
 
 
-def _judged(scored: Scored) -> Iterator[list[Rollout]]:
+def _judged(scored: ScoredGroups) -> Iterator[list[Rollout]]:
     """Every group with its rollouts in their places; one that a reward failed on has what the others gave."""
     failed = {(e.group, e.index): e.rollout for e in scored.excluded}
     for g, group in enumerate(scored.groups):
@@ -111,7 +111,7 @@ def _judged(scored: Scored) -> Iterator[list[Rollout]]:
 
 
 def sampled_item(
-    task: Sample.Config, number: int, question: RenderedPrompt, sampled: Sequence[Rollout], greedy: Rollout
+    task: SampleTask.Config, number: int, question: RenderedPrompt, sampled: Sequence[Rollout], greedy: Rollout
 ) -> dict[str, Any]:
     """Return one problem with its completions, the likeliest answer, and the values of the curves.
 
@@ -139,7 +139,7 @@ def sampled_item(
     return {**item, "value": headline_of(task, item)}
 
 
-def _completion(task: Sample.Config, rollout: Rollout) -> dict[str, Any]:
+def _completion(task: SampleTask.Config, rollout: Rollout) -> dict[str, Any]:
     """judge: its number (None: it failed, which counts as wrong). scores: those that rank; None where one failed."""
     judge = rollout.rewards.get("judge")
     out: dict[str, Any] = {
@@ -156,7 +156,7 @@ def _completion(task: Sample.Config, rollout: Rollout) -> dict[str, Any]:
     return out
 
 
-def answer_of(text: str, task: Sample.Config) -> str | None:
+def answer_of(text: str, task: SampleTask.Config) -> str | None:
     """Return the answer of a completion that votes count; None if it has none.
 
     Numbers are written in one way, other text without spaces, case and typesetting.
@@ -179,7 +179,7 @@ def _printed(text: str, limits: SandboxConfig) -> str | None:
     return programs.printed(text, limits)
 
 
-def curves_of(task: Sample.Config, completions: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+def curves_of(task: SampleTask.Config, completions: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Return the values of a problem at each k, by strategy: mean, pass, vote, best:NAME, weighted:NAME."""
     ks = [k for k in task.sizes if k <= len(completions)]
     right = torch.tensor([c["right"] for c in completions], dtype=torch.float64)
@@ -200,7 +200,7 @@ def curves_of(task: Sample.Config, completions: Sequence[Mapping[str, Any]]) -> 
     return {name: [round(float(v), 12) for v in values] for name, values in out.items()}
 
 
-def headline_of(task: Sample.Config, item: Mapping[str, Any]) -> float:
+def headline_of(task: SampleTask.Config, item: Mapping[str, Any]) -> float:
     """Return the number of one problem that tables compare."""
     if task.headline == "greedy":
         return float(item["greedy"]["right"])
@@ -208,7 +208,7 @@ def headline_of(task: Sample.Config, item: Mapping[str, Any]) -> float:
     return float(item["curves"][name][-1])
 
 
-def summary_of(task: Sample.Config, items: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+def summary_of(task: SampleTask.Config, items: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
     """Return what the report shows besides the headline: curves, tokens, greedy accuracy, failures.
 
     strategies: [{name, points: [{k, tokens, value, low, high}]}], where the tokens of a problem are those of the

@@ -15,14 +15,14 @@ import numpy as np
 from posttrain.core.progress import Track
 from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt
-from posttrain.eval.evaluations import Chunk, EvaluationRun, Items, Score
+from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun, ScoreTask
 from posttrain.eval.sampled_tasks import in_chunks
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request, Sampler
 
 
-def score_chunks(run: EvaluationRun, task: Score.Config) -> Iterator[Chunk]:
+def score_chunks(run: EvaluationRun, task: ScoreTask.Config) -> Iterator[Chunk]:
     """Sample n answers to each prompt, and score them."""
     rewards = run.until.enter_context(RewardStack([task.scorer], run.functions))
     sampler = LocalSampler(run.model, run.tokenizer, **task.sampler.limits())
@@ -31,12 +31,12 @@ def score_chunks(run: EvaluationRun, task: Score.Config) -> Iterator[Chunk]:
 
 def _items(
     sampler: Sampler,
-    task: Score.Config,
+    task: ScoreTask.Config,
     rewards: RewardStack,
     prompts: Mapping[int, RenderedPrompt],
     seeds: np.ndarray,
     track: Track,
-) -> Items:
+) -> EvaluationItems:
     track.phase("sampling")
     requests = [Request(p.tokens, task.n, int(seeds[i]), p.problem) for i, p in prompts.items()]
     groups = sampler.sample(requests, task.sampler)

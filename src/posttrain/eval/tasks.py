@@ -13,9 +13,10 @@ from posttrain.config import EvaluationConfig, ModelConfig
 from posttrain.core.files import Lines, read_lines, write_json
 from posttrain.core.progress import Track
 from posttrain.core.statistics import summarize
-from posttrain.eval.evaluations import Chunk, EvaluationRun, Functions, Items, make_evaluation
+from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun, make_evaluation
 from posttrain.models.language_model import LanguageModel, verify
 from posttrain.models.loading import context_length, load_model
+from posttrain.rewards.reward import RewardFunctions
 
 
 def evaluate_model(
@@ -23,7 +24,7 @@ def evaluate_model(
     tasks: Sequence[EvaluationConfig],
     folder: Path,
     seed: int = 0,
-    functions: Functions | None = None,
+    functions: RewardFunctions | None = None,
 ) -> list[dict[str, Any]]:
     """Open a model and run evaluations on it, without those whose files are in the folder already.
 
@@ -85,7 +86,7 @@ def run_task(task: EvaluationConfig, run: EvaluationRun, folder: Path) -> dict[s
     return _leave(folder, summary, evaluation.examples(run, items), began)
 
 
-def _kept(folder: Path, name: str, chunks: Sequence[Chunk]) -> Items:
+def _kept(folder: Path, name: str, chunks: Sequence[Chunk]) -> EvaluationItems:
     """Return the items of all chunks, without computing those again that an interrupted process has left."""
     folder.mkdir(parents=True, exist_ok=True)
     work = folder / f"{name}.partial.jsonl"
@@ -109,7 +110,7 @@ def _kept(folder: Path, name: str, chunks: Sequence[Chunk]) -> Items:
     return read_lines(work)
 
 
-def _leave(folder: Path, summary: dict[str, Any], samples: Items, began: float) -> dict[str, Any]:
+def _leave(folder: Path, summary: dict[str, Any], samples: EvaluationItems, began: float) -> dict[str, Any]:
     """Write the files of a finished evaluation, the summary last: it shows that the others are complete."""
     name = summary["task"]
     summary["seconds"] = round(time.perf_counter() - began, 2)

@@ -15,7 +15,7 @@ READING = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class JudgeRequest:
     """One question. labels: what the verdict may be; empty: free text is wanted (a rationale).
 
     max_tokens: longest answer. attempt: 0, then 1, 2, ... where the answer could not be read; it seeds what is drawn.
@@ -37,7 +37,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class JudgeAnswer:
     """What came back. probabilities: of each label, as the judge's own tokens give them, not scaled to sum to 1; None
     where there are none, and the text has to be read. refused: why the judge would not take the question."""
 
@@ -50,17 +50,17 @@ class Answer:
     refused: str = ""
 
 
-OnAnswer = Callable[[Sequence[tuple[int, Answer]]], None]
+OnAnswer = Callable[[Sequence[tuple[int, JudgeAnswer]]], None]
 """Called with (number of the question, answer) of those that have just been answered."""
 
 
-class Backend(Protocol):
+class JudgeBackend(Protocol):
     """Who answers: a model held here, or a server."""
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that distinguish this judge's answers from another's."""
 
-    def answer(self, asks: Sequence[Ask], on_answer: OnAnswer) -> None:
+    def answer(self, asks: Sequence[JudgeRequest], on_answer: OnAnswer) -> None:
         """Answer all, in any order. Raises where it can't go on; what was handed to on_answer stands."""
 
     def account(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Backend(Protocol):
 class Asker:
     """A backend with its store."""
 
-    def __init__(self, backend: Backend, store: Store) -> None:
+    def __init__(self, backend: JudgeBackend, store: Store) -> None:
         self.backend, self.store = backend, store
         self.judge = {**backend.identity(), "reading": READING}
         self.counts: Counter[str] = Counter()
@@ -78,7 +78,7 @@ class Asker:
         self.seconds = 0.0
         self.seen: set[str] = set()
 
-    def __call__(self, asks: Sequence[Ask], on_done: Callable[[int], None] | None = None) -> list[Answer]:
+    def __call__(self, asks: Sequence[JudgeRequest], on_done: Callable[[int], None] | None = None) -> list[JudgeAnswer]:
         """The answer of each, in order. Questions that are the same are asked once. on_done: how many have come."""
         keys = [key_of(self.judge, a.content()) for a in asks]
         known = self.store.get(list(dict.fromkeys(keys)))
@@ -91,7 +91,7 @@ class Asker:
         if on_done is not None:
             on_done(done)
 
-        def keep(answered: Sequence[tuple[int, Answer]]) -> None:
+        def keep(answered: Sequence[tuple[int, JudgeAnswer]]) -> None:
             nonlocal done
             # A refusal is no answer: it may be lifted, and costs nothing to get again.
             refused.update({wanted[i]: asdict(a) for i, a in answered if a.refused})
@@ -113,7 +113,7 @@ class Asker:
             self.tokens["completion"] += known[k]["completion_tokens"]
             self.seconds += known[k]["seconds"]
         self.seen |= set(keys)
-        return [Answer(**known[k]) for k in keys]
+        return [JudgeAnswer(**known[k]) for k in keys]
 
     def cost(self) -> dict[str, Any]:
         """Return counts of questions and tokens for the labels, and of those that are new; and the backend's counts.

@@ -12,7 +12,7 @@ from posttrain.config.judge import JudgeConfig
 from posttrain.config.rewards import Form, RewardTermConfig
 from posttrain.core.errors import ServerError
 from posttrain.rewards.outcome import LabelError
-from posttrain.rewards.reward import Functions, Reward
+from posttrain.rewards.reward import Reward, RewardFunctions
 
 DOWN = 60.0
 """Seconds for which a failed server counts as down, so that the batch's other completions do not each wait for it."""
@@ -42,7 +42,7 @@ class JudgeReward(Reward):
 
     config: Config
 
-    def open(self, functions: Functions) -> None:
+    def open(self, functions: RewardFunctions) -> None:
         """Open the judge's store, and check its settings."""
         from posttrain.judge.labels import Judge  # imports torch
 

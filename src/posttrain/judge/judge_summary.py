@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain.core.statistics import mean_interval
 from posttrain.judge.judge_prompts import as_text
-from posttrain.judge.labels import Judged
+from posttrain.judge.labels import JudgedPair
 
 ALWAYS = 0.95
 """A judge that names the same place at least this often is said to look at nothing else."""
@@ -17,7 +17,7 @@ LONG = 2000
 """Characters of a text that are kept of a disagreement."""
 
 
-def summarize(judged: Sequence[Judged], show: int = 10) -> dict[str, Any]:
+def summarize_judge(judged: Sequence[JudgedPair], show: int = 10) -> dict[str, Any]:
     """Return the numbers of the report; shares have 95% intervals (Wilson's). Pairs without a label are `left_out`.
 
     A judge's ties (p = 1/2) count half in agreements. Sections without data (no human labels, no orders) are absent.
@@ -45,7 +45,7 @@ def share(hits: Sequence[float]) -> dict[str, Any]:
     return {"value": statistics.fmean(hits), "low": low, "high": high, "n": len(hits)}
 
 
-def _orders(ok: Sequence[Judged]) -> dict[str, Any]:
+def _orders(ok: Sequence[JudgedPair]) -> dict[str, Any]:
     both = [j.orders for j in ok if j.orders is not None]
     if not both:
         return {}
@@ -61,7 +61,7 @@ def _orders(ok: Sequence[Judged]) -> dict[str, Any]:
     }
 
 
-def _scores(ok: Sequence[Judged]) -> dict[str, Any]:
+def _scores(ok: Sequence[JudgedPair]) -> dict[str, Any]:
     scores = [x for j in ok if j.scores is not None for x in j.scores]
     if not scores:
         return {}
@@ -69,7 +69,7 @@ def _scores(ok: Sequence[Judged]) -> dict[str, Any]:
     return {"scores": {"mean": statistics.fmean(scores), "spread": spread, "least": min(scores), "most": max(scores)}}
 
 
-def _lengths(ok: Sequence[Judged]) -> dict[str, Any]:
+def _lengths(ok: Sequence[JudgedPair]) -> dict[str, Any]:
     """How often the longer answer wins: by the judge, and by people on the same pairs."""
     unequal = [j for j in ok if len(j.pair.a) != len(j.pair.b) and j.p_a != 0.5]
     if not unequal:
@@ -87,7 +87,7 @@ def _lengths(ok: Sequence[Judged]) -> dict[str, Any]:
     return {"length": out}
 
 
-def _humans(ok: Sequence[Judged]) -> dict[str, Any]:
+def _humans(ok: Sequence[JudgedPair]) -> dict[str, Any]:
     """Agreement with people on the better answer. Chance is 1/2, as a pair has no order: kappa = 2 a - 1."""
     told = [j for j in ok if j.pair.human is not None and j.pair.human != 0.5]
     if not told:
@@ -115,10 +115,10 @@ def _hit(p: float | None, human: float | None) -> float:
     return 0.5 if p == 0.5 else float((p > 0.5) == (human > 0.5))
 
 
-def _disagreements(ok: Sequence[Judged], show: int) -> list[dict[str, Any]]:
+def _disagreements(ok: Sequence[JudgedPair], show: int) -> list[dict[str, Any]]:
     """Where judge and people are surest of opposite answers; without people, where the orders differ most."""
 
-    def gap(j: Judged) -> float:
+    def gap(j: JudgedPair) -> float:
         assert j.p_a is not None
         if j.pair.human is not None:
             return abs(j.p_a - j.pair.human) if _hit(j.p_a, j.pair.human) == 0 else 0.0

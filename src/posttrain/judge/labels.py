@@ -14,7 +14,7 @@ from posttrain.core.errors import RecipeError
 from posttrain.core.files import cache_folder
 from posttrain.data.comparisons import AnswerPair, Prompt
 from posttrain.judge.answer_store import Store
-from posttrain.judge.asker import Answer, Ask, Asker, Backend
+from posttrain.judge.asker import Asker, JudgeAnswer, JudgeBackend, JudgeRequest
 from posttrain.judge.judge_prompts import messages, question, read_label
 from posttrain.judge.local_judge import LocalJudge
 from posttrain.judge.principles import by_content, read_principles
@@ -39,7 +39,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class AnswerScore:
     """expectation: of the score; None where there is no verdict, and why says why."""
 
     expectation: float | None
@@ -48,7 +48,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class JudgedPair:
     """A pair with its label. p_a: the probability that a is better; margin: a over b, in points of the score, or
     2 p_a - 1. orders: p_a where a stood first, and where b did (pairwise). scores: of a and b. p_a is None where there
     is no label, and why says why."""
@@ -64,7 +64,7 @@ class Judged:
     why: str = ""
 
 
-OnDone = Callable[[int, int], None]
+OnQuestions = Callable[[int, int], None]
 """Called with (questions answered, questions in this turn)."""
 
 
@@ -90,7 +90,7 @@ class Judge:
                 f"principles_per_question is {config.principles_per_question}, and {config.principles} holds "
                 f"{len(principles)}"
             )
-        backend: Backend
+        backend: JudgeBackend
         if config.server is not None:
             backend = RemoteJudge(config.server)
         else:
@@ -109,7 +109,7 @@ class Judge:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def compare(self, pairs: Sequence[AnswerPair], on_done: OnDone | None = None) -> list[Judged]:
+    def compare(self, pairs: Sequence[AnswerPair], on_done: OnQuestions | None = None) -> list[JudgedPair]:
         """Label every pair, in order; a pair without a label has p_a None, and the reason in `why`.
 
         pairwise: P(a) is the mean of both orders (or of their logits, `combine`). score: the probability that a score
@@ -128,7 +128,7 @@ class Judge:
         for i, pair in enumerate(pairs):
             (one, why), (two, also) = verdicts[2 * i], verdicts[2 * i + 1]
             if one is None or two is None:
-                out.append(Judged(pair, None, why=why or also))
+                out.append(JudgedPair(pair, None, why=why or also))
                 continue
             first, second = self.config.labels
             orders = one.probabilities[first], two.probabilities[second]
@@ -136,10 +136,12 @@ class Judge:
             masses = [v.mass for v in (one, two) if v.mass is not None]
             mass = sum(masses) / len(masses) if masses else None
             said = tuple(v.rationale for v in (one, two) if v.rationale)
-            out.append(Judged(pair, p_a, 2 * p_a - 1, orders, None, mass, drawn[i], said))
+            out.append(JudgedPair(pair, p_a, 2 * p_a - 1, orders, None, mass, drawn[i], said))
         return out
 
-    def score(self, prompts: Sequence[Prompt], answers: Sequence[str], on_done: OnDone | None = None) -> list[Score]:
+    def score(
+        self, prompts: Sequence[Prompt], answers: Sequence[str], on_done: OnQuestions | None = None
+    ) -> list[AnswerScore]:
         """Return the expected score of each answer over the probabilities of the scale (or the score in its text).
 
         Args:
@@ -160,8 +162,8 @@ class Judge:
         prompts: Sequence[Prompt],
         answers: Sequence[str],
         drawn: Sequence[Sequence[int]],
-        on_done: OnDone | None,
-    ) -> list[Score]:
+        on_done: OnQuestions | None,
+    ) -> list[AnswerScore]:
         """`score` by the principles with these numbers."""
         asked = [
             question(self.config, prompt, [answer], [self.principles[i] for i in numbers])
@@ -170,12 +172,14 @@ class Judge:
         out = []
         for verdict, why in self._verdicts(asked, tuple(self.config.scale), on_done):
             if verdict is None:
-                out.append(Score(None, None, why))
+                out.append(AnswerScore(None, None, why))
             else:
-                out.append(Score(sum(self.config.scale[s] * p for s, p in verdict.probabilities.items()), verdict))
+                out.append(
+                    AnswerScore(sum(self.config.scale[s] * p for s, p in verdict.probabilities.items()), verdict)
+                )
         return out
 
-    def _by_score(self, pairs: Sequence[AnswerPair], on_done: OnDone | None) -> list[Judged]:
+    def _by_score(self, pairs: Sequence[AnswerPair], on_done: OnQuestions | None) -> list[JudgedPair]:
         both = [(p.prompt, t) for p in pairs for t in (p.a, p.b)]
         drawn = [self._draw(p.prompt, sorted((p.a, p.b))) for p in pairs]  # both answers by the same principles
         twice = [numbers for numbers in drawn for _ in range(2)]
@@ -184,7 +188,7 @@ class Judge:
         for i, pair in enumerate(pairs):
             a, b = scores[2 * i], scores[2 * i + 1]
             if a.verdict is None or b.verdict is None or a.expectation is None or b.expectation is None:
-                out.append(Judged(pair, None, why=a.why or b.why))
+                out.append(JudgedPair(pair, None, why=a.why or b.why))
                 continue
             p_a = above(a.verdict.probabilities, b.verdict.probabilities, self.config.scale)
             masses = [v.mass for v in (a.verdict, b.verdict) if v.mass is not None]
@@ -192,9 +196,9 @@ class Judge:
             margin, said = a.expectation - b.expectation, (a.verdict.rationale, b.verdict.rationale)
             rationales, means = said if any(said) else (), (a.expectation, b.expectation)
             if (p_a - 0.5) * margin < 0:  # as where people's means say one thing and most pairs of ratings the other
-                out.append(Judged(pair, None, margin, None, means, mass, drawn[i], rationales, OPPOSED))
+                out.append(JudgedPair(pair, None, margin, None, means, mass, drawn[i], rationales, OPPOSED))
                 continue
-            out.append(Judged(pair, p_a, margin, None, means, mass, drawn[i], rationales))
+            out.append(JudgedPair(pair, p_a, margin, None, means, mass, drawn[i], rationales))
         return out
 
     def _draw(self, prompt: Prompt, answers: Sequence[str]) -> tuple[int, ...]:
@@ -206,17 +210,17 @@ class Judge:
         return tuple(sorted(int(i) for i in rng.choice(len(self.principles), wanted, replace=False)))
 
     def _verdicts(
-        self, asked: Sequence[str], labels: Sequence[str], on_done: OnDone | None
+        self, asked: Sequence[str], labels: Sequence[str], on_done: OnQuestions | None
     ) -> list[tuple[Verdict | None, str]]:
         """(verdict, "") of each question, or (None, why not)."""
         config = self.config
-        rationales: list[Answer | None] = [None] * len(asked)
+        rationales: list[JudgeAnswer | None] = [None] * len(asked)
         if config.rationale:
-            first = [Ask(messages(config, q, "")[:1], (), config.rationale) for q in asked]
+            first = [JudgeRequest(messages(config, q, "")[:1], (), config.rationale) for q in asked]
             rationales = list(self.asker(first, _counter(on_done, len(first))))
         out: list[tuple[Verdict | None, str]] = [(None, "")] * len(asked)
         left = []
-        asks: dict[int, Ask] = {}
+        asks: dict[int, JudgeRequest] = {}
         for i, q in enumerate(asked):
             r = rationales[i]
             if r is not None and r.refused:
@@ -224,7 +228,7 @@ class Judge:
                 out[i] = (None, f"refused: {r.refused}")
                 continue
             turns = messages(config, q, None if r is None else r.text)
-            asks[i] = Ask(turns, tuple(labels), config.answer_tokens, 0, config.opening, config.seed)
+            asks[i] = JudgeRequest(turns, tuple(labels), config.answer_tokens, 0, config.opening, config.seed)
             left.append(i)
         for attempt in range(config.attempts):
             if not left:
@@ -247,11 +251,11 @@ class Judge:
         return out
 
 
-def _counter(on_done: OnDone | None, total: int) -> Callable[[int], None] | None:
+def _counter(on_done: OnQuestions | None, total: int) -> Callable[[int], None] | None:
     return None if on_done is None else lambda done: on_done(done, total)
 
 
-def _verdict(answer: Answer, labels: Sequence[str], rationale: str) -> Verdict | None:
+def _verdict(answer: JudgeAnswer, labels: Sequence[str], rationale: str) -> Verdict | None:
     if answer.probabilities is not None:
         mass = sum(answer.probabilities.values())
         if mass > 0:

@@ -11,15 +11,15 @@ import torch
 from posttrain.config import ModelConfig, SamplingConfig
 from posttrain.core.types import Sample
 from posttrain.data import chat_template as chat
-from posttrain.judge.asker import Answer, Ask, OnAnswer
+from posttrain.judge.asker import JudgeAnswer, JudgeRequest, OnAnswer
 from posttrain.models.language_model import LanguageModel, verify
 from posttrain.models.loading import context_length, load_model, resolve
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request
 
-CHUNK_TOKENS = 8192
+FORWARD_TOKENS = 8192
 """Tokens of one forward pass: also how much is asked again after a crash."""
-AT_ONCE = 32
+RATIONALES_AT_ONCE = 32
 """Rationales sampled together."""
 
 
@@ -40,13 +40,13 @@ class LocalJudge:
     def account(self) -> dict[str, Any]:
         return {"seconds": round(self.seconds, 2)}
 
-    def answer(self, asks: Sequence[Ask], on_answer: OnAnswer) -> None:
+    def answer(self, asks: Sequence[JudgeRequest], on_answer: OnAnswer) -> None:
         began = time.perf_counter()
         model, tokenizer, context = self._open()
         prompts = [self._tokens(a, tokenizer) for a in asks]
         room = [context - len(p) for p in prompts]
         long = [
-            (i, Answer(refused=f"too long: {len(p)} tokens, and the judge's context is {context}"))
+            (i, JudgeAnswer(refused=f"too long: {len(p)} tokens, and the judge's context is {context}"))
             for i, p in enumerate(prompts)
             if room[i] < (asks[i].max_tokens if not asks[i].labels else 8)
         ]
@@ -57,8 +57,8 @@ class LocalJudge:
         for chunk in _chunks(verdicts, [len(p) for p in prompts]):
             on_answer(self._verdicts(chunk, asks, prompts, model, tokenizer))
         free = [i for i in left if not asks[i].labels]
-        for start in range(0, len(free), AT_ONCE):
-            on_answer(self._texts(free[start : start + AT_ONCE], asks, prompts, model, tokenizer))
+        for start in range(0, len(free), RATIONALES_AT_ONCE):
+            on_answer(self._texts(free[start : start + RATIONALES_AT_ONCE], asks, prompts, model, tokenizer))
         self.seconds += time.perf_counter() - began
 
     def _open(self) -> tuple[LanguageModel, Any, int]:
@@ -69,7 +69,7 @@ class LocalJudge:
             self.opened = model, tokenizer, context_length(self.config) or 2**31
         return self.opened
 
-    def _tokens(self, ask: Ask, tokenizer: Any) -> list[int]:
+    def _tokens(self, ask: JudgeRequest, tokenizer: Any) -> list[int]:
         """The question as the model sees it: by its chat template, or as plain text where it has none."""
         if getattr(tokenizer, "chat_template", None):
             text = chat.render_chat(tokenizer, ask.messages, generation=True)
@@ -82,11 +82,11 @@ class LocalJudge:
     def _verdicts(
         self,
         chunk: Sequence[int],
-        asks: Sequence[Ask],
+        asks: Sequence[JudgeRequest],
         prompts: Sequence[list[int]],
         model: LanguageModel,
         tokenizer: Any,
-    ) -> list[tuple[int, Answer]]:
+    ) -> list[tuple[int, JudgeAnswer]]:
         began = time.perf_counter()
         samples: list[Sample] = []
         plan: list[tuple[int, list[tuple[str, tuple[int, ...]]]]] = []
@@ -110,17 +110,17 @@ class LocalJudge:
             for label, tokens in ways:
                 probabilities[label] += _alone(tokens, found)
             best = max(probabilities, key=lambda x: probabilities[x])
-            out.append((i, Answer(best, probabilities, "label", len(prompts[i]), 1, seconds)))
+            out.append((i, JudgeAnswer(best, probabilities, "label", len(prompts[i]), 1, seconds)))
         return out
 
     def _texts(
         self,
         chunk: Sequence[int],
-        asks: Sequence[Ask],
+        asks: Sequence[JudgeRequest],
         prompts: Sequence[list[int]],
         model: LanguageModel,
         tokenizer: Any,
-    ) -> list[tuple[int, Answer]]:
+    ) -> list[tuple[int, JudgeAnswer]]:
         began = time.perf_counter()
         longest = max(asks[i].max_tokens for i in chunk)
         params = SamplingConfig(temperature=0.0, max_tokens=longest)
@@ -130,7 +130,7 @@ class LocalJudge:
         out = []
         for i, group in zip(chunk, groups, strict=True):
             r = group.rollouts[0]
-            made = Answer(r.text.strip(), None, r.finish, len(prompts[i]), len(r.tokens), seconds)
+            made = JudgeAnswer(r.text.strip(), None, r.finish, len(prompts[i]), len(r.tokens), seconds)
             out.append((i, made))
         return out
 
@@ -139,7 +139,7 @@ def _chunks(numbers: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int
     """Neighbours, up to CHUNK_TOKENS: the two orders of a pair lie together, and share what they begin with."""
     run: list[int] = []
     for i in numbers:
-        if run and sum(lengths[j] for j in run) + lengths[i] > CHUNK_TOKENS:
+        if run and sum(lengths[j] for j in run) + lengths[i] > FORWARD_TOKENS:
             yield run
             run = []
         run.append(i)

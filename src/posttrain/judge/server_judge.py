@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.config import ServerConfig
-from posttrain.judge.asker import Answer, Ask, OnAnswer
+from posttrain.judge.asker import JudgeAnswer, JudgeRequest, OnAnswer
 from posttrain.sampling.openai_client import Reply, Server
 
 TOP = 20
@@ -39,11 +39,11 @@ class RemoteJudge:
             "waited_seconds": round(counts["waited ms"] / 1000, 2),
         }
 
-    def answer(self, asks: Sequence[Ask], on_answer: OnAnswer) -> None:
+    def answer(self, asks: Sequence[JudgeRequest], on_answer: OnAnswer) -> None:
         bodies = [self._body(a) for a in asks]
         self.server.ask(bodies, lambda i, reply: on_answer([(i, _answer(asks[i], reply))]))
 
-    def _body(self, ask: Ask) -> dict[str, Any]:
+    def _body(self, ask: JudgeRequest) -> dict[str, Any]:
         body: dict[str, Any] = {
             "messages": [dict(m) for m in ask.messages],
             "max_tokens": ask.max_tokens,
@@ -56,11 +56,11 @@ class RemoteJudge:
         return body
 
 
-def _answer(ask: Ask, reply: Reply) -> Answer:
+def _answer(ask: JudgeRequest, reply: Reply) -> JudgeAnswer:
     if reply.refused:
-        return Answer(refused=reply.refused, seconds=reply.seconds)
+        return JudgeAnswer(refused=reply.refused, seconds=reply.seconds)
     probabilities = label_probabilities(reply.tops, ask.labels) if ask.labels and reply.tops else None
-    return Answer(
+    return JudgeAnswer(
         reply.text.strip(), probabilities, reply.finish, reply.prompt_tokens, reply.completion_tokens, reply.seconds
     )
 

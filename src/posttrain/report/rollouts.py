@@ -10,7 +10,7 @@ from typing import Any
 from posttrain.core.errors import DataError
 from posttrain.report.load import JsonDict, Run
 from posttrain.report.reward_hacking import follow_rewards, repetition
-from posttrain.sampling.rollout_store import groups_of, path_of, read_rollouts, rollout_steps
+from posttrain.sampling.rollout_store import groups_of, read_rollouts, rollout_steps, rollouts_path
 
 WATCHED = 60
 """Steps that are searched for drift; if there are more, evenly spread ones."""
@@ -114,7 +114,7 @@ def view(
     rows: dict[int, list[dict[str, Any]]] = {}
     for step in dict.fromkeys(steps[i * (len(steps) - 1) // max(1, count - 1)] for i in range(count)):
         try:
-            rows[step] = read_rollouts(path_of(folder, step))
+            rows[step] = read_rollouts(rollouts_path(folder, step))
         except DataError as error:
             notes.append(str(error))
     readable = list(rows)

@@ -2,13 +2,13 @@
 
 from posttrain.config.rewards import CustomRewardConfig, RewardConfig, RewardsConfig, RewardTermConfig
 from posttrain.core.errors import RewardError
-from posttrain.rewards.answer_extraction import Answer, find
+from posttrain.rewards.answer_extraction import ExtractedAnswer, find
 from posttrain.rewards.outcome import LabelError
 from posttrain.rewards.reward import Reward
-from posttrain.rewards.stack import Excluded, RewardStack, Scored
+from posttrain.rewards.stack import Excluded, RewardStack, ScoredGroups
 
 __all__ = [
-    "Answer",
+    "ExtractedAnswer",
     "CustomRewardConfig",
     "Excluded",
     "LabelError",
@@ -18,6 +18,6 @@ __all__ = [
     "RewardStack",
     "RewardTermConfig",
     "RewardsConfig",
-    "Scored",
+    "ScoredGroups",
     "find",
 ]

@@ -12,12 +12,12 @@ from fractions import Fraction
 
 from posttrain.config.rewards import Extract
 
-LONGEST = 300
+LONGEST_NUMBER = 300
 """Characters of a number that are read; a longer one is none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ExtractedAnswer:
     """text: without its marks, stripped. how: tag, boxed, hashes, last_line or whole."""
 
     text: str
@@ -28,7 +28,7 @@ class Answer:
         return self.how in ("tag", "boxed", "hashes")
 
 
-def find(text: str, how: Extract = "auto") -> Answer | None:
+def find(text: str, how: Extract = "auto") -> ExtractedAnswer | None:
     r"""Return the answer in a completion; None if it is missing (an empty text, no such mark, an empty mark).
 
     Text before ``</think>`` is no answer, and a ``<think>`` that is never closed leaves none (``whole`` takes the text
@@ -54,8 +54,8 @@ def find(text: str, how: Extract = "auto") -> Answer | None:
     return find(text, "last_line") if how == "auto" else None
 
 
-def _answer(text: str, how: str) -> Answer | None:
-    return Answer(text.strip(), how) if text.strip() else None
+def _answer(text: str, how: str) -> ExtractedAnswer | None:
+    return ExtractedAnswer(text.strip(), how) if text.strip() else None
 
 
 def _tag(text: str) -> str | None:
@@ -86,7 +86,7 @@ FINDERS = {"tag": _tag, "boxed": _boxed, "hashes": _hashes}
 """In the order in which auto tries them."""
 
 
-def plain(text: str) -> str:
+def bare_text(text: str) -> str:
     r"""Text without what typesets it: $…$, \(…\), \text{…}, Markdown's stars, quotes, a final full stop."""
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\[()\[\]]", "", text).strip()
@@ -99,7 +99,7 @@ def plain(text: str) -> str:
 
 def normal(text: str, ignore_case: bool = True) -> str:
     """Return `plain` text with single spaces, for comparison."""
-    out = " ".join(plain(text).split())
+    out = " ".join(bare_text(text).split())
     return out.casefold() if ignore_case else out
 
 
@@ -128,7 +128,7 @@ def _fraction_text(match: re.Match[str]) -> str:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    if len(match.group()) > LONGEST:
+    if len(match.group()) > LONGEST_NUMBER:
         return None
     try:
         if match["whole"]:
@@ -144,7 +144,7 @@ def _fraction(digits: str) -> Fraction:
     return Fraction(digits.replace(",", ""))
 
 
-def number_of(answer: Answer) -> Fraction | None:
+def number_of(answer: ExtractedAnswer) -> Fraction | None:
     """Return the number of an answer: the last of a line or text; the only one in a tag, a box or after ####.
 
     Two numbers in a mark are a hedge, and none. x = 5 is one number, 2 + 3 = 5 are three.

@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 from posttrain.config.rewards import Form, RewardTermConfig
 from posttrain.core.errors import RewardError
 from posttrain.core.imports import load_object
-from posttrain.rewards.reward import Functions, Reward
+from posttrain.rewards.reward import Reward, RewardFunctions
 
 
-class Preference(Reward):
+class ScorerReward(Reward):
     """Return a scorer's numbers unchanged: no scaling, any range."""
 
     class Config(RewardTermConfig):
@@ -29,7 +29,7 @@ class Preference(Reward):
 
     config: Config
 
-    def open(self, functions: Functions) -> None:
+    def open(self, functions: RewardFunctions) -> None:
         """Import the scorer."""
         self.scorer = load_object(self.config.scorer, functions, RewardError)
 
@@ -90,7 +90,7 @@ class ScalarReward(ModelReward):
 
     config: Config
 
-    def open(self, functions: Functions) -> None:
+    def open(self, functions: RewardFunctions) -> None:
         """Load the model."""
         from posttrain.rewards.reward_model_scorer import RewardModel  # imports torch
 
@@ -120,7 +120,7 @@ class StepReward(ModelReward):
 
     config: Config
 
-    def open(self, functions: Functions) -> None:
+    def open(self, functions: RewardFunctions) -> None:
         """Load the model."""
         from posttrain.rewards.reward_model_scorer import ProcessReward  # imports torch
 

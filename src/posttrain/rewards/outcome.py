@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from posttrain.core.errors import PosttrainError
 
-Example = Mapping[str, Any]
+ExampleRow = Mapping[str, Any]
 TRACE = 3000
 """Characters of a traceback that are kept, from its end."""
 
@@ -21,7 +21,7 @@ class LabelError(PosttrainError, ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RewardOutcome:
     """The outcome of a call for one rollout: a value, or a failure.
 
     Attributes:
@@ -53,7 +53,7 @@ def as_number(value: Any) -> float:
 
 def attempt(
     function: Callable[..., Any], args: Sequence[Any], count: int | None = None, steps: bool = False
-) -> list[Outcome]:
+) -> list[RewardOutcome]:
     """Call a reward and check its result; an exception becomes an outcome.
 
     Args:
@@ -76,21 +76,21 @@ def attempt(
         if len(values) != (1 if count is None else count):
             raise ValueError(f"expected {count} numbers, one a completion, and the reward returned {len(values)}")
     except MemoryError:
-        return [Outcome(failure="died", message="out of memory", trace=_trace())] * (count or 1)
+        return [RewardOutcome(failure="died", message="out of memory", trace=_trace())] * (count or 1)
     except (Exception, SystemExit) as error:
         message = f"{type(error).__name__}: {error}"[:TRACE]
-        return [Outcome(failure="error", message=message, trace=_trace())] * (count or 1)
+        return [RewardOutcome(failure="error", message=message, trace=_trace())] * (count or 1)
     return [_checked(v, steps) for v in values]
 
 
-def _checked(value: Any, steps: bool = False) -> Outcome:
+def _checked(value: Any, steps: bool = False) -> RewardOutcome:
     try:
         if steps:
             scored = tuple(sorted(_step(s) for s in value))
-            return Outcome(sum(s[2] for s in scored) / max(1, len(scored)), steps=scored)
-        return Outcome(as_number(value))
+            return RewardOutcome(sum(s[2] for s in scored) / max(1, len(scored)), steps=scored)
+        return RewardOutcome(as_number(value))
     except Exception as error:
-        return Outcome(failure="error", message=str(error)[:TRACE])
+        return RewardOutcome(failure="error", message=str(error)[:TRACE])
 
 
 def _step(value: Any) -> tuple[int, int, float]:
@@ -104,7 +104,7 @@ def _trace() -> str:
     return traceback.format_exc()[-TRACE:]
 
 
-def labels(example: Example, column: str) -> list[str]:
+def labels(example: ExampleRow, column: str) -> list[str]:
     """Return the right answers of an example as text. Raises LabelError if it has none, or one that is no text."""
     if example.get(column) is None:
         columns = sorted(k for k, v in example.items() if v is not None)

@@ -15,8 +15,8 @@ from posttrain import sandbox
 from posttrain.config.rewards import RewardTermConfig
 from posttrain.config.sandbox import SandboxConfig
 from posttrain.rewards.answer_extraction import numbers_in
-from posttrain.rewards.outcome import Example, LabelError, labels
-from posttrain.rewards.reward import Functions, Reward
+from posttrain.rewards.outcome import ExampleRow, LabelError, labels
+from posttrain.rewards.reward import Reward, RewardFunctions
 from posttrain.rewards.verifiers import label_answer
 
 _DEFINED = re.compile(r"^def solution\(\s*\)", re.MULTILINE)
@@ -62,7 +62,7 @@ def printed(text: str, limits: SandboxConfig) -> str | None:
         return None
     if _DEFINED.search(code) and not _CALLED.search(code):
         code += "\nprint(solution())\n"
-    done = sandbox.run(code, limits=limits)
+    done = sandbox.run_program(code, limits=limits)
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     return lines[-1] if done.status == "ok" and lines else None
 
@@ -86,9 +86,9 @@ class SandboxedConfig(RewardTermConfig):
 class SandboxedReward(Reward):
     """Base of the rewards that run the program of a completion."""
 
-    def open(self, functions: Functions) -> None:
+    def open(self, functions: RewardFunctions) -> None:
         """Check that there is a sandbox."""
-        sandbox.require()
+        sandbox.require_sandbox()
 
 
 class Program(SandboxedReward):
@@ -109,7 +109,7 @@ class Program(SandboxedReward):
 
     config: Config
 
-    def __call__(self, text: str, example: Example) -> float:
+    def __call__(self, text: str, example: ExampleRow) -> float:
         """Run the program. Raises LabelError without a label, SandboxError if nothing can be run."""
         right = labels(example, self.config.label)
         line = printed(text, self.config.limits)
@@ -142,7 +142,7 @@ class UnitTests(SandboxedReward):
 
     config: Config
 
-    def __call__(self, text: str, example: Example) -> float:
+    def __call__(self, text: str, example: ExampleRow) -> float:
         """Run the program with its tests. Raises LabelError if the example has no tests."""
         config = self.config
         tests = example.get(config.tests)
@@ -159,5 +159,5 @@ class UnitTests(SandboxedReward):
         if example.get(config.entry_point):
             lines.append(f"check({example[config.entry_point]})")
         mark = secrets.token_hex(16)  # the program can't know it, so it can't print it early
-        done = sandbox.run("\n".join([*lines, f"print({mark!r})"]), limits=config.limits)
+        done = sandbox.run_program("\n".join([*lines, f"print({mark!r})"]), limits=config.limits)
         return float(done.status == "ok" and done.stdout.rstrip().endswith(mark))

@@ -16,9 +16,9 @@ from posttrain.config.rewards import CustomRewardConfig, RewardTermConfig
 from posttrain.core.errors import RewardError
 from posttrain.core.imports import load_object
 
-Functions = Mapping[str, Callable[..., Any]]
+RewardFunctions = Mapping[str, Callable[..., Any]]
 """Callables given from Python, by name."""
-EXPECTED = {
+SIGNATURES = {
     "completion": "a reward gets (text, example): the text of one completion, and its row as a dict",
     "group": "a reward of a group gets (texts, example): the texts of a prompt's completions, and their row as a dict",
     "batch": "a scorer gets (prompts, completions), two lists of the same length",
@@ -34,11 +34,11 @@ class Reward:
 
     Config: ClassVar[type[RewardTermConfig]] = RewardTermConfig
 
-    def __init__(self, config: Any, functions: Functions | None = None) -> None:
+    def __init__(self, config: Any, functions: RewardFunctions | None = None) -> None:
         self.config = config
         self.open(functions or {})
 
-    def open(self, functions: Functions) -> None:
+    def open(self, functions: RewardFunctions) -> None:
         """Import or load what the reward needs; `functions` are given from Python, by name.
 
         Raises:
@@ -58,7 +58,7 @@ class FunctionReward(Reward):
 
     config: Config
 
-    def open(self, functions: Functions) -> None:
+    def open(self, functions: RewardFunctions) -> None:
         """Import the function and check that it can be called."""
         function = load_object(self.config.function, functions, RewardError)
         check_signature(function, self.config.options, self.config.form, self.config.function)
@@ -87,7 +87,7 @@ class RewardTerm:
         return self.config.title
 
 
-def reward_term(config: RewardTermConfig, functions: Functions) -> RewardTerm:
+def reward_term(config: RewardTermConfig, functions: RewardFunctions) -> RewardTerm:
     """Return a reward ready to be called; a reward that runs in a worker process is made there.
 
     Raises:
@@ -97,7 +97,7 @@ def reward_term(config: RewardTermConfig, functions: Functions) -> RewardTerm:
     return RewardTerm(config, None if isolated else build_reward(config, functions))
 
 
-def build_reward(config: RewardTermConfig, functions: Functions) -> Callable[..., Any]:
+def build_reward(config: RewardTermConfig, functions: RewardFunctions) -> Callable[..., Any]:
     """Return the reward of settings, with what it needs imported.
 
     Raises:
@@ -130,7 +130,7 @@ def check_signature(function: Any, options: Mapping[str, Any], form: str, name: 
         RewardError: It can't be called so, or has the signature of TRL's reward functions.
     """
     if not callable(function):
-        raise RewardError(f"reward {name!r} makes a {type(function).__name__}, which can't be called: {EXPECTED[form]}")
+        raise RewardError(f"reward {name!r} makes a {type(function).__name__}, not a function: {SIGNATURES[form]}")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # a built-in function may have none
@@ -138,6 +138,6 @@ def check_signature(function: Any, options: Mapping[str, Any], form: str, name: 
     try:
         signature.bind(None, None, **options)
     except TypeError as error:
-        raise RewardError(f"reward {name!r} takes {signature}: {error}. Expected: {EXPECTED[form]}") from error
+        raise RewardError(f"reward {name!r} takes {signature}: {error}. Expected: {SIGNATURES[form]}") from error
     if form != "batch" and {"completions", "prompts"} & set(signature.parameters):
-        raise RewardError(f"reward {name!r} takes {signature}, as TRL's rewards do. Here {EXPECTED[form]}")
+        raise RewardError(f"reward {name!r} takes {signature}, as TRL's rewards do. Here {SIGNATURES[form]}")

@@ -11,10 +11,10 @@ from typing import Any
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.core.errors import RewardError
 from posttrain.core.types import Rollout, RolloutGroup, Step
-from posttrain.rewards.outcome import LabelError, Outcome, attempt
+from posttrain.rewards.outcome import LabelError, RewardOutcome, attempt
 from posttrain.rewards.reward import RewardTerm, reward_term
 from posttrain.rewards.token_spans import token_spans, tokens_of
-from posttrain.rewards.worker_pool import Call, Pool
+from posttrain.rewards.worker_pool import Pool, RewardCall
 
 SHOWN = 3
 """Number of failures of a reward that are kept with message and traceback."""
@@ -42,7 +42,7 @@ class Excluded:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class ScoredGroups:
     """What a call returns.
 
     Attributes:
@@ -125,7 +125,7 @@ class RewardStack:
             if name in self.accounts:
                 self.accounts[name] = Account(first=[], **counts)
 
-    def __call__(self, groups: Sequence[RolloutGroup]) -> Scored:
+    def __call__(self, groups: Sequence[RolloutGroup]) -> ScoredGroups:
         """Score every rollout by every reward.
 
         A rollout that a reward failed on is left out of its group and listed in `excluded`, with the numbers of the
@@ -157,9 +157,9 @@ class RewardStack:
         before = {name: (a.errors, a.timeouts, a.died) for name, a in self.accounts.items()}
         self._count(outcomes)
         self._check_limits()
-        return Scored(scored, excluded, self._metrics(scored, excluded, outcomes, before))
+        return ScoredGroups(scored, excluded, self._metrics(scored, excluded, outcomes, before))
 
-    def _steps(self, rollout: Rollout, each: Mapping[str, Outcome]) -> dict[str, list[Step]]:
+    def _steps(self, rollout: Rollout, each: Mapping[str, RewardOutcome]) -> dict[str, list[Step]]:
         """Return the tokens of the scored steps, by reward, without steps that have no token (after the text)."""
         scored = {name: o.steps for name, o in each.items() if o.steps is not None}
         if not scored or self.tokenizer is None:
@@ -171,11 +171,11 @@ class RewardStack:
             out[name] = [step for step in in_tokens if step[1] > step[0]]
         return out
 
-    def _outcomes(self, groups: Sequence[RolloutGroup]) -> dict[str, list[dict[int, Outcome]]]:
+    def _outcomes(self, groups: Sequence[RolloutGroup]) -> dict[str, list[dict[int, RewardOutcome]]]:
         """Return the outcome of each sampled rollout, by reward, group and place."""
         sampled = [[i for i, r in enumerate(g.rollouts) if r.finish != "error"] for g in groups]
-        results: dict[str, list[dict[int, Outcome]]] = {t.name: [{} for _ in groups] for t in self.terms}
-        calls: list[Call] = []
+        results: dict[str, list[dict[int, RewardOutcome]]] = {t.name: [{} for _ in groups] for t in self.terms}
+        calls: list[RewardCall] = []
         targets: list[tuple[str, int, list[int]]] = []
         for term in self.terms:
             config, into = term.config, results[term.name]
@@ -188,12 +188,12 @@ class RewardStack:
                         continue
                     if config.needs_several and len(group.rollouts) == 1:
                         # A single answer was sampled (a held-out problem's): nothing to agree with, and no failure.
-                        into[g][places[0]] = Outcome()
+                        into[g][places[0]] = RewardOutcome()
                         continue
                     args, count = _arguments(term, group, places)
                     if term.function is None:
                         limit = config.timeout * (count or 1)
-                        calls.append(Call(self._slot[term.name], args, count, limit, config.scores_steps))
+                        calls.append(RewardCall(self._slot[term.name], args, count, limit, config.scores_steps))
                         targets.append((term.name, g, places))
                     else:
                         got = attempt(term.function, args, count, config.scores_steps)
@@ -208,7 +208,7 @@ class RewardStack:
         term: RewardTerm,
         groups: Sequence[RolloutGroup],
         sampled: list[list[int]],
-        into: list[dict[int, Outcome]],
+        into: list[dict[int, RewardOutcome]],
     ) -> None:
         """Score pairs of prompt and completion in batches; if a batch raises, score each of its pairs alone."""
         column, size = getattr(term.config, "prompt", "prompt"), getattr(term.config, "batch_size", 64)
@@ -218,7 +218,7 @@ class RewardStack:
                 error = LabelError(
                     f"the example has no {column!r} to score a completion with; it has {sorted(group.example)}"
                 )
-                into[g].update({i: Outcome(failure="error", message=f"LabelError: {error}") for i in sampled[g]})
+                into[g].update({i: RewardOutcome(failure="error", message=f"LabelError: {error}") for i in sampled[g]})
             else:
                 pairs.extend((g, i, group.example[column], group.rollouts[i].text) for i in sampled[g])
         assert term.function is not None
@@ -231,7 +231,7 @@ class RewardStack:
             for (g, i, _, _), outcome in zip(batch, got, strict=True):
                 into[g][i] = outcome
 
-    def _count(self, outcomes: Mapping[str, list[dict[int, Outcome]]]) -> None:
+    def _count(self, outcomes: Mapping[str, list[dict[int, RewardOutcome]]]) -> None:
         for name, of_groups in outcomes.items():
             account = self.accounts[name]
             for g, of_rollouts in enumerate(of_groups):
@@ -270,7 +270,7 @@ class RewardStack:
         self,
         groups: Sequence[RolloutGroup],
         excluded: Sequence[Excluded],
-        outcomes: Mapping[str, list[dict[int, Outcome]]],
+        outcomes: Mapping[str, list[dict[int, RewardOutcome]]],
         before: Mapping[str, tuple[int, int, int]],
     ) -> dict[str, float]:
         """Return means and standard deviations over the scored rollouts (absent if there are none), and failures."""

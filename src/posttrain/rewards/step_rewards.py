@@ -20,8 +20,8 @@ from posttrain.core.arithmetic import LONGEST, NotArithmetic, evaluate
 from posttrain.core.errors import RewardError
 from posttrain.core.imports import load_object
 from posttrain.rewards.answer_extraction import numbers_in
-from posttrain.rewards.outcome import Example, LabelError
-from posttrain.rewards.reward import Functions, Reward
+from posttrain.rewards.outcome import ExampleRow, LabelError
+from posttrain.rewards.reward import Reward, RewardFunctions
 
 ScoredSpans = list[tuple[int, int, float]]
 """Of each step: its first character, one past its last, its score."""
@@ -66,7 +66,7 @@ class ValidSteps(Reward):
 
     config: Config
 
-    def __call__(self, text: str, example: Example) -> ScoredSpans:
+    def __call__(self, text: str, example: ExampleRow) -> ScoredSpans:
         """Check every step."""
         checked = ((a, b, true_line(step)) for a, b, step in split(text, self.config.separator))
         return [(a, b, 1.0 if true else self.config.wrong) for a, b, true in checked if true is not None]
@@ -175,7 +175,7 @@ class Agreement(Reward):
 
     config: Config
 
-    def __call__(self, texts: Sequence[str], example: Example) -> list[ScoredSpans]:
+    def __call__(self, texts: Sequence[str], example: ExampleRow) -> list[ScoredSpans]:
         """Compare the results. Raises LabelError for a label that is missing or has no number."""
         results = [
             [(a, b, value) for a, b, step in split(text, self.config.separator) if (value := result(step)) is not None]
@@ -200,7 +200,7 @@ def result(step: str) -> Fraction | None:
     return numbers[0] if before else numbers[-1]
 
 
-def _intermediate(example: Example, label: str) -> set[Fraction]:
+def _intermediate(example: ExampleRow, label: str) -> set[Fraction]:
     """The numbers of a label: a list of them, or a worked solution, of which each line's result counts."""
     value = example.get(label)
     if value is None:
@@ -243,11 +243,11 @@ class ProcessScorer(Reward):
 
     config: Config
 
-    def open(self, functions: Functions) -> None:
+    def open(self, functions: RewardFunctions) -> None:
         """Import the scorer."""
         self.scorer = load_object(self.config.scorer, functions, RewardError)
 
-    def __call__(self, text: str, example: Example) -> ScoredSpans:
+    def __call__(self, text: str, example: ExampleRow) -> ScoredSpans:
         """Call the scorer. Raises LabelError if the example has no prompt."""
         if example.get(self.config.prompt) is None:
             raise LabelError(f"the example has no {self.config.prompt!r} to score steps with; it has {sorted(example)}")

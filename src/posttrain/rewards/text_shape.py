@@ -12,8 +12,8 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.rewards import RewardTermConfig
-from posttrain.rewards.outcome import Example, LabelError
-from posttrain.rewards.reward import Functions, Reward
+from posttrain.rewards.outcome import ExampleRow, LabelError
+from posttrain.rewards.reward import Reward, RewardFunctions
 
 
 class Format(Reward):
@@ -57,11 +57,11 @@ class Format(Reward):
 
     config: Config
 
-    def open(self, functions: Functions) -> None:
+    def open(self, functions: RewardFunctions) -> None:
         """Compile the pattern."""
         self.pattern = None if self.config.pattern is None else re.compile(self.config.pattern, re.DOTALL)
 
-    def __call__(self, text: str, example: Example) -> float:
+    def __call__(self, text: str, example: ExampleRow) -> float:
         """Check the pattern, or that every tag opens and closes once, in order, with text inside and none outside."""
         if self.pattern is not None:
             return float(self.pattern.fullmatch(text) is not None)
@@ -117,7 +117,7 @@ class Length(Reward):
 
     config: Config
 
-    def __call__(self, text: str, example: Example) -> float:
+    def __call__(self, text: str, example: ExampleRow) -> float:
         """Compute the penalty. Raises LabelError if tokens are counted and the example has no count."""
         config = self.config
         if config.unit == "tokens" and "completion_tokens" not in example:
@@ -143,7 +143,7 @@ class TruncationPenalty(Reward):
         is_correctness: ClassVar[bool] = False  # 0 is its best
         kind: Literal["truncation_penalty"] = "truncation_penalty"
 
-    def __call__(self, text: str, example: Example) -> float:
+    def __call__(self, text: str, example: ExampleRow) -> float:
         """Look at why the completion ended. Raises LabelError if the example does not say."""
         if "finish" not in example:
             raise LabelError("truncation_penalty needs finish in the example, which a RewardStack puts there")

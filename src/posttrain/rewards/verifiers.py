@@ -17,9 +17,17 @@ from pydantic import Field
 
 from posttrain.config.rewards import EXTRACT, Extract, Form, RewardTermConfig
 from posttrain.core.errors import MissingExtraError, RewardError
-from posttrain.rewards.answer_extraction import Answer, find, letter_of, normal, number_of, numbers_in, plain
-from posttrain.rewards.outcome import Example, LabelError, labels
-from posttrain.rewards.reward import Functions, Reward
+from posttrain.rewards.answer_extraction import (
+    ExtractedAnswer,
+    bare_text,
+    find,
+    letter_of,
+    normal,
+    number_of,
+    numbers_in,
+)
+from posttrain.rewards.outcome import ExampleRow, LabelError, labels
+from posttrain.rewards.reward import Reward, RewardFunctions
 
 LONGEST_EXPRESSION = 1000
 """Longest expression in characters that math-verify reads; deep brackets would only time out."""
@@ -43,7 +51,7 @@ class Exact(Reward):
 
     config: Config
 
-    def __call__(self, text: str, example: Example) -> float:
+    def __call__(self, text: str, example: ExampleRow) -> float:
         """Compare the answer. Raises LabelError without a label."""
         config = self.config
         right = [normal(label, config.ignore_case) for label in labels(example, config.label)]
@@ -69,7 +77,7 @@ class Numeric(Reward):
 
     config: Config
 
-    def __call__(self, text: str, example: Example) -> float:
+    def __call__(self, text: str, example: ExampleRow) -> float:
         """Compare the number. Raises LabelError if a label is not one number (after ####, if it has that)."""
         config, right = self.config, []
         for label in labels(example, config.label):
@@ -99,7 +107,7 @@ class Choice(Reward):
 
     config: Config
 
-    def __call__(self, text: str, example: Example) -> float:
+    def __call__(self, text: str, example: ExampleRow) -> float:
         """Compare the option.
 
         The label is a letter, the text of an option, or (a number that is no option's text) its index from 0. Raises
@@ -145,11 +153,11 @@ class Math(Reward):
 
     config: Config
 
-    def open(self, functions: Functions) -> None:
+    def open(self, functions: RewardFunctions) -> None:
         """Import math-verify."""
         import_math_verify()
 
-    def __call__(self, text: str, example: Example) -> float:
+    def __call__(self, text: str, example: ExampleRow) -> float:
         """Compare the expressions. Raises LabelError if a label can't be read."""
         answer = find(text, self.config.extract)
         golds = [label_answer(label) for label in labels(example, self.config.label)]
@@ -169,7 +177,7 @@ def import_math_verify() -> None:
     _parsed("1", True)
 
 
-def equal_expressions(gold: str, answer: Answer) -> bool:
+def equal_expressions(gold: str, answer: ExtractedAnswer) -> bool:
     """Return True if an answer is the same text as `gold`, or mathematically equal to it."""
     if normal(gold, ignore_case=False) == normal(answer.text, ignore_case=False):
         return True
@@ -184,7 +192,7 @@ def equal_expressions(gold: str, answer: Answer) -> bool:
 
 def _tidy(text: str) -> str:
     """Join thousands separated by spaces (math-verify reads 1 234 as 1 + 234), and make sums of mixed numbers."""
-    text = re.sub(r"(?<=[0-9])\\[,;:! ](?=[0-9]{3})", "", plain(text))  # thin spaces of typesetting
+    text = re.sub(r"(?<=[0-9])\\[,;:! ](?=[0-9]{3})", "", bare_text(text))  # thin spaces of typesetting
     text = re.sub(
         r"(?<![0-9.])([0-9]{1,3})((?:[ ~][0-9]{3})+)(?![0-9])", lambda m: m[1] + re.sub("[ ~]", "", m[2]), text
     )
@@ -215,14 +223,14 @@ class ReasoningGym(Reward):
 
     config: Config
 
-    def open(self, functions: Functions) -> None:
+    def open(self, functions: RewardFunctions) -> None:
         """Import reasoning-gym."""
         try:
             import reasoning_gym  # noqa: F401
         except ImportError as error:
             raise MissingExtraError("reasoning-gym is not installed: pip install 'posttrain[reasoning]'") from error
 
-    def __call__(self, text: str, example: Example) -> float:
+    def __call__(self, text: str, example: ExampleRow) -> float:
         """Score the answer. Raises LabelError if the example is not a reasoning-gym item."""
         entry = example.get("entry")
         if not isinstance(entry, Mapping) or "answer" not in entry or not example.get("task"):
@@ -274,12 +282,12 @@ class SelfConsistency(Reward):
 
     config: Config
 
-    def open(self, functions: Functions) -> None:
+    def open(self, functions: RewardFunctions) -> None:
         """Import math-verify if it compares."""
         if self.config.compare == "math":
             import_math_verify()
 
-    def __call__(self, texts: Sequence[str], example: Example) -> list[float]:
+    def __call__(self, texts: Sequence[str], example: ExampleRow) -> list[float]:
         """Compare all completions. Raises ValueError for a group of one."""
         if len(texts) < 2:
             raise ValueError("self_consistency compares the completions of a prompt: expected two or more, got one")
@@ -293,7 +301,7 @@ class SelfConsistency(Reward):
             for i, one in enumerate(different):  # every pair, since math-verify is not transitive
                 for two in different[i + 1 :]:
                     a, b = first[one], first[two]
-                    if equal_expressions(plain(a.text), b) or equal_expressions(plain(b.text), a):
+                    if equal_expressions(bare_text(a.text), b) or equal_expressions(bare_text(b.text), a):
                         alike[one] += counts[two]
                         alike[two] += counts[one]
         if self.config.mode == "share":
@@ -301,6 +309,6 @@ class SelfConsistency(Reward):
         top = max(alike.values(), default=0)
         return [float(k is not None and top > 1 and alike[k] == top) for k in keys]
 
-    def _key(self, answer: Answer) -> Any:
+    def _key(self, answer: ExtractedAnswer) -> Any:
         number = number_of(answer) if self.config.compare == "auto" else None
         return normal(answer.text) if number is None else number

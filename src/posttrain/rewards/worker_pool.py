@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from posttrain.core.errors import RewardError
-from posttrain.rewards.outcome import Outcome
+from posttrain.rewards.outcome import RewardOutcome
 from posttrain.rewards.worker import read_frame, write_frame
 
 WALL = 4.0
@@ -35,7 +35,7 @@ MEMORY_GIB = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class RewardCall:
     """One call of a reward.
 
     Attributes:
@@ -85,7 +85,7 @@ class Worker:
             if text:
                 print(f"reward: {text}", flush=True)
 
-    def call(self, call: Call) -> list[Outcome] | str:
+    def call(self, call: RewardCall) -> list[RewardOutcome] | str:
         """Return the outcomes of a call, or ``timeout`` or ``died``: then the process is of no more use."""
         return self._request((call.reward, call.args, call.count, call.limit, call.steps), WALL * call.limit)  # type: ignore[no-any-return]
 
@@ -152,9 +152,9 @@ class Pool:
         self._finalizer = weakref.finalize(self, _close_all, self.workers)
         self.workers[0] = Worker(rewards, memory_gib)
 
-    def run(self, calls: Sequence[Call]) -> list[list[Outcome]]:
+    def run(self, calls: Sequence[RewardCall]) -> list[list[RewardOutcome]]:
         """Return the outcomes of every call, in order."""
-        results: list[list[Outcome]] = [[] for _ in calls]
+        results: list[list[RewardOutcome]] = [[] for _ in calls]
         todo = iter(range(len(calls)))
         lock = threading.Lock()
 
@@ -172,13 +172,15 @@ class Pool:
                 list(threads.map(serve, range(slots)))
         return results
 
-    def _call(self, slot: int, call: Call) -> list[Outcome]:
+    def _call(self, slot: int, call: RewardCall) -> list[RewardOutcome]:
         """Make one call, and once more if the process dies, since something else may have killed it."""
         size = call.count or 1
         try:
             pickle.dumps(call.args)
         except Exception as error:
-            return [Outcome(failure="error", message=f"the example can't be sent to a worker process: {error}")] * size
+            return [
+                RewardOutcome(failure="error", message=f"the example can't be sent to a worker process: {error}")
+            ] * size
         words = ""
         for _ in range(2):
             worker = self.workers[slot] = self.workers[slot] or Worker(self.rewards, self.memory_gib)
@@ -190,9 +192,9 @@ class Pool:
             self.workers[slot] = None
             if answer == "timeout":
                 message = f"cut off: over {call.limit:g} s of processor time or {WALL * call.limit:g} s by the clock"
-                return [Outcome(failure="timeout", message=message)] * size
+                return [RewardOutcome(failure="timeout", message=message)] * size
         message = f"the worker process died twice in this call ({words}): out of memory, or a crash in native code"
-        return [Outcome(failure="died", message=message)] * size
+        return [RewardOutcome(failure="died", message=message)] * size
 
     def close(self) -> None:
         """End all processes. The pool can be used again: it starts new ones."""

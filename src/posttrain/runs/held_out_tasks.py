@@ -9,7 +9,7 @@ from typing import Any
 from posttrain.config import Recipe, RolloutConfig
 from posttrain.core.files import write_json, write_text
 from posttrain.core.statistics import summarize
-from posttrain.sampling.rollout_store import path_of, read_rollouts, rollout_steps
+from posttrain.sampling.rollout_store import read_rollouts, rollout_steps, rollouts_path
 
 
 def write_held_out_tasks(recipe: Recipe, path: Path) -> list[str]:
@@ -24,7 +24,9 @@ def write_held_out_tasks(recipe: Recipe, path: Path) -> list[str]:
         steps = rollout_steps(folder)
         if not isinstance(stage, RolloutConfig) or len(steps) < 2:
             continue
-        sides = [[r for r in read_rollouts(path_of(folder, s)) if not r["failures"]] for s in (steps[0], steps[-1])]
+        sides = [
+            [r for r in read_rollouts(rollouts_path(folder, s)) if not r["failures"]] for s in (steps[0], steps[-1])
+        ]
         both = {r["problem"] for r in sides[0]} & {r["problem"] for r in sides[1]}
         for config in stage.rewards.terms if both else []:
             part, credit = config.title, getattr(config, "partial", 0.0)

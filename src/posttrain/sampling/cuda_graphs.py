@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.sampling.kv_cache import Region, Step
+from posttrain.sampling.kv_cache import DecodingStep, Region
 
 COLUMNS = 128
 """The fewest columns that attention looks at."""
 
-Decode = Callable[[Tensor, Tensor, Step], Tensor]
+DecodeFunction = Callable[[Tensor, Tensor, DecodingStep], Tensor]
 """(tokens_M, position_M, step) -> hidden states (M, H)."""
 
 
@@ -56,7 +56,7 @@ class StaticSteps:
     """
 
     def __init__(
-        self, decode: Decode, own: Region, shared: Region | None, ranks: int, device: torch.device, graphs: bool
+        self, decode: DecodeFunction, own: Region, shared: Region | None, ranks: int, device: torch.device, graphs: bool
     ) -> None:
         self.decode, self.own, self.shared, self.ranks, self.graphs = decode, own, shared, ranks, graphs
         self.host = torch.zeros(6, own.slots, dtype=torch.long, pin_memory=device.type == "cuda")
@@ -105,7 +105,7 @@ class StaticSteps:
 
     def _compute(self, shape: Shape) -> Tensor:
         tokens, column, position, prompt, rank, length = self.inputs[:, : shape.rows]
-        step = Step(self.own, self.slots[: shape.rows], column, position, own_columns=shape.own_columns)
+        step = DecodingStep(self.own, self.slots[: shape.rows], column, position, own_columns=shape.own_columns)
         if self.shared is not None:
             step.shared, step.prompt_M, step.rank_M, step.prompt_length_M = self.shared, prompt, rank, length
             step.prompt_slots, step.prompt_columns, step.ranks = shape.prompts, shape.prompt_columns, self.ranks + 1

@@ -30,11 +30,11 @@ from posttrain.models import attention
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.max_length import alike_up_to, context, why_short
 from posttrain.sampling.cuda_graphs import StaticSteps
-from posttrain.sampling.kv_cache import Filling, Region, Step
+from posttrain.sampling.kv_cache import DecodingStep, Filling, Region
 from posttrain.sampling.memory import memory_bytes
 from posttrain.sampling.protocol import OnDone, Request, stop_tokens
 from posttrain.sampling.stop_strings import before_stop
-from posttrain.sampling.token_sampling import draw, stream
+from posttrain.sampling.token_sampling import draw_tokens, stream
 
 MAX_RUNNING = {"cpu": 128, "cuda": 512}
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -319,7 +319,7 @@ class _Session:
         def tensor(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, device=self.device)
 
-        step = Step(
+        step = DecodingStep(
             self.own, torch.arange(len(rows), device=self.device), tensor(columns), tensor(positions),
             own_columns=max(columns) + 1,
         )  # fmt: skip
@@ -351,7 +351,7 @@ class _Session:
         uniforms = torch.tensor([r.uniforms[t] for r, t in zip(rows, at, strict=True)], dtype=torch.float64)
         short = torch.tensor([t < self.params.min_tokens for t in at], device=self.device)
         banned = self.banned if self.params.min_tokens and bool(short.any()) else ()
-        tokens, logprobs = draw(logits, uniforms, self.params, banned, short if banned else None)
+        tokens, logprobs = draw_tokens(logits, uniforms, self.params, banned, short if banned else None)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             row.tokens.append(token)
             row.logprobs.append(logprob)

@@ -72,7 +72,7 @@ class Filling:
 
 
 @dataclass
-class Step:
+class DecodingStep:
     """Attention of one decoding step: M rows, each a completion's newest token, row i in slot i of the own region.
 
     slot_M: 0 to M - 1. column_M: where a row's key and value go in its slot; it sees columns 0 to column_M.

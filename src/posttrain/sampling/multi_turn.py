@@ -22,7 +22,7 @@ from posttrain.data.formats import BadRow
 from posttrain.sampling.environments import Environment
 from posttrain.sampling.protocol import OnDone, Request, Sampler
 
-CUT = " [cut]"
+REPLY_CUT = " [cut]"
 """Behind a reply that was longer than it may be."""
 MARK = "Qz7f0Xw"
 """Stands for an assistant's text, to find what a template writes behind it."""
@@ -210,7 +210,7 @@ class TurnSampler:
         """Tokens of a reply, and of what the template has around it; cut where it is too long."""
         ids = chat.continuation(self.tokenizer, reply)
         if len(ids) > self.config.max_reply:
-            reply = self._decode(ids[: self.config.max_reply]) + CUT
+            reply = self._decode(ids[: self.config.max_reply]) + REPLY_CUT
             ids = chat.continuation(self.tokenizer, reply)
         if self.config.answers == "inline":
             return ids

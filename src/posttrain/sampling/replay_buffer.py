@@ -14,12 +14,12 @@ PARTIAL = "partial"
 """Why a completion ended that is to go on in the next step."""
 
 
-def plain(rollout: Rollout) -> dict[str, Any]:
+def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
     """Return a rollout as JSON keeps it, without loss."""
     return asdict(rollout)
 
 
-def rollout_of(values: Mapping[str, Any]) -> Rollout:
+def rollout_from_json(values: Mapping[str, Any]) -> Rollout:
     """Return the rollout that `plain` was made from."""
     given = {f.name: values[f.name] for f in fields(Rollout)}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
@@ -139,7 +139,7 @@ class Replay:
         return None
 
     def state_dict(self) -> list[Any]:
-        return [[problem, plain(r)] for problem, r in self.kept.items()]
+        return [[problem, rollout_to_json(r)] for problem, r in self.kept.items()]
 
     def load_state_dict(self, numbers: Sequence[Any]) -> None:
-        self.kept = {int(problem): rollout_of(r) for problem, r in numbers}
+        self.kept = {int(problem): rollout_from_json(r) for problem, r in numbers}

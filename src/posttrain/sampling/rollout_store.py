@@ -13,7 +13,7 @@ from posttrain.core.errors import DataError
 from posttrain.core.types import Piece, Rollout, RolloutGroup
 
 
-def path_of(folder: Path, step: int) -> Path:
+def rollouts_path(folder: Path, step: int) -> Path:
     """Return the file of a step's rollouts."""
     return folder / f"step-{step:06d}.parquet"
 
@@ -84,7 +84,7 @@ def write_rollouts(
         ]
     )
     folder.mkdir(parents=True, exist_ok=True)
-    path = path_of(folder, step)
+    path = rollouts_path(folder, step)
     work = path.with_name(f".{path.name}.writing")
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), work, compression="zstd")
     os.replace(work, path)

@@ -56,7 +56,7 @@ def cut(z_M_V: Tensor, params: SamplingConfig) -> Tensor:
     return z_M_V
 
 
-def draw(
+def draw_tokens(
     z_M_V: Tensor, uniforms_M: Tensor, params: SamplingConfig, banned: Sequence[int] = (), short_M: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Draw one token a row, with its log-probability under the distribution it was drawn from.

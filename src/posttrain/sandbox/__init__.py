@@ -4,6 +4,6 @@ Built on bubblewrap (namespaces) with a filter of system calls, limits set insid
 memory, processes and output. Where that can't be had, `run` refuses; it never runs a program without.
 """
 
-from posttrain.sandbox.process import Outcome, SandboxError, require, run
+from posttrain.sandbox.bubblewrap import ProgramResult, SandboxError, require_sandbox, run_program
 
-__all__ = ["Outcome", "SandboxError", "require", "run"]
+__all__ = ["ProgramResult", "SandboxError", "require_sandbox", "run_program"]

@@ -106,7 +106,7 @@ def test_answers_of_the_policy_are_kept_and_sampled_once(tmp_path: Path, monkeyp
         return sample(self, requests, *rest)
 
     monkeypatch.setattr(LocalSampler, "sample", breaks)
-    monkeypatch.setattr("posttrain.judge.local_judge.CHUNK_TOKENS", 1000)
+    monkeypatch.setattr("posttrain.judge.local_judge.FORWARD_TOKENS", 1000)
     again = sampled(tmp_path) | {"judge": judge(tmp_path, store=str(tmp_path / "other.sqlite3"))}
     with pytest.raises(KeyboardInterrupt):
         posttrain.run(recipe(tmp_path, again), tmp_path / "broken")

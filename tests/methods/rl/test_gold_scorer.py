@@ -19,7 +19,7 @@ from posttrain.core.errors import RewardError
 from posttrain.core.files import read_lines
 from posttrain.core.progress import Phases
 from posttrain.methods.rl.gold_scorer import GoldScorer
-from posttrain.sampling.rollout_store import path_of, read_rollouts, rollout_steps
+from posttrain.sampling.rollout_store import read_rollouts, rollout_steps, rollouts_path
 
 STAGE: dict[str, Any] = {
     "method": "rloo",
@@ -61,7 +61,7 @@ def test_both_are_measured_on_the_same_samples(tmp_path: Path, adapter: dict[str
     records = {r["step"]: r for r in read_lines(stage / "metrics.jsonl")}
     assert "gold" not in records[1]
     for step in (0, 2, 3):
-        rows = read_rollouts(path_of(stage / "gold", step))
+        rows = read_rollouts(rollouts_path(stage / "gold", step))
         assert len(rows) == 10 and {r["problem"] for r in rows} == set(range(5))
         for r in rows:
             assert r["parts"] == {"proxy": proxy(r["completion"], None), "gold": gold(r["completion"], None)}
@@ -80,7 +80,7 @@ def test_both_are_measured_on_the_same_samples(tmp_path: Path, adapter: dict[str
 def test_the_kl_is_that_of_whole_completions(tmp_path: Path) -> None:
     """At step 3, from transformers' own logits of the model that was left and of the one that it began with."""
     stage = run(tmp_path / "run")
-    last = read_rollouts(path_of(stage / "gold", 3))
+    last = read_rollouts(rollouts_path(stage / "gold", 3))
     after = AutoModelForCausalLM.from_pretrained(stage / "model", dtype=torch.float32)
     from posttrain.models.tiny_model import tiny_model
 
@@ -125,7 +125,7 @@ def test_broken_off_while_it_measures_it_goes_on_to_the_same(tmp_path: Path, mon
     assert seen == [0, 2, 3, 3]
     assert read_lines(again / "metrics.jsonl") == read_lines(whole / "metrics.jsonl")
     for step in (0, 2, 3):
-        assert read_rollouts(path_of(again / "gold", step)) == read_rollouts(path_of(whole / "gold", step))
+        assert read_rollouts(rollouts_path(again / "gold", step)) == read_rollouts(rollouts_path(whole / "gold", step))
 
 
 def test_samples_that_gold_fails_on_are_counted_over_a_stop_too(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_samples_that_gold_fails_on_are_counted_over_a_stop_too(tmp_path: Path) 
         posttrain.run(recipe, tmp_path / "run", rewards=functions)
     records = {r["step"]: r for r in read_lines(tmp_path / "run/stages/0-policy/metrics.jsonl")}
     assert [records[s].get("gold_failed") for s in (0, 1, 2)] == [1, None, 1]
-    assert len(read_rollouts(path_of(tmp_path / "run/stages/0-policy/gold", 2))) == 9
+    assert len(read_rollouts(rollouts_path(tmp_path / "run/stages/0-policy/gold", 2))) == 9
     with pytest.raises(RewardError, match="failed too often: 3 errors"):
         posttrain.run(recipe, tmp_path / "run", rewards=functions)
 

@@ -20,13 +20,13 @@ from posttrain.data.comparisons import AnswerPair, Candidate, LeftOut, labelled_
 from posttrain.data.human_feedback import Answers
 from posttrain.data.prompts import PromptSet, RenderedPrompt, uses_chat_template
 from posttrain.data.rows import SHOWN_ROWS
-from posttrain.judge.judge_summary import summarize
-from posttrain.judge.labels import Judge, Judged, describe
+from posttrain.judge.judge_summary import summarize_judge
+from posttrain.judge.labels import Judge, JudgedPair, describe
 from posttrain.methods.data.ai_feedback import FeedbackConfig
 from posttrain.methods.data.row_making import open_sampler
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request
-from posttrain.sampling.rollout_store import groups_of, path_of, read_rollouts, write_rollouts
+from posttrain.sampling.rollout_store import groups_of, read_rollouts, rollouts_path, write_rollouts
 from posttrain.trainer.policy import save_atomically
 
 AT_ONCE = 256
@@ -64,7 +64,7 @@ def run_feedback(
             judged = judge_pairs(judge, pairs, config.name)
         rows = [_row(j, config.judge) for j in judged if j.p_a is not None and j.p_a != 0.5]
         unlabelled = [{"source": j.pair.source, "reason": j.why or "a tie"} for j in judged if j.p_a in (None, 0.5)]
-        report = {"name": config.name, "judge": describe(config.judge), **summarize(judged, config.show)}
+        report = {"name": config.name, "judge": describe(config.judge), **summarize_judge(judged, config.show)}
         report |= {
             "answers_left_out": dict(dropped),
             "answers_left_out_shown": dropped.all[:SHOWN_ROWS],
@@ -98,9 +98,9 @@ def _by_people(source: Answers | PromptSet, pairs: Sequence[AnswerPair]) -> list
     ]
 
 
-def judge_pairs(judge: Judge, pairs: Sequence[AnswerPair], title: str) -> list[Judged]:
+def judge_pairs(judge: Judge, pairs: Sequence[AnswerPair], title: str) -> list[JudgedPair]:
     """All pairs, some at a time, with progress."""
-    out: list[Judged] = []
+    out: list[JudgedPair] = []
     with Track(f"{title}: judging", len(pairs)) as track:
         for start in range(0, len(pairs), AT_ONCE):
             part = pairs[start : start + AT_ONCE]
@@ -114,7 +114,7 @@ def judge_pairs(judge: Judge, pairs: Sequence[AnswerPair], title: str) -> list[J
     return out
 
 
-def _row(j: Judged, config: JudgeConfig) -> dict[str, Any]:
+def _row(j: JudgedPair, config: JudgeConfig) -> dict[str, Any]:
     """A row with the judge's details; what it says of a is turned round where b was chosen."""
     assert j.p_a is not None
     first = j.p_a > 0.5
@@ -153,7 +153,7 @@ def _sampled(
     with Track(f"{title}: sampling", len(questions)) as track:
         for lot, start in enumerate(range(0, len(questions), size), 1):
             numbers = range(start, min(start + size, len(questions)))
-            path = path_of(folder / "rollouts", lot)
+            path = rollouts_path(folder / "rollouts", lot)
             if not path.exists():
                 sampler = sampler or open_sampler(model, config.sampler)
                 requests = [

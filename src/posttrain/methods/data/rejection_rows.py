@@ -26,7 +26,7 @@ from posttrain.methods.data.row_making import alone, chunked, leave_data, open_s
 from posttrain.methods.rl.collect_rollouts import with_failed
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.protocol import Request
-from posttrain.sampling.rollout_store import path_of, read_rollouts, rollout_steps, write_rollouts
+from posttrain.sampling.rollout_store import read_rollouts, rollout_steps, rollouts_path, write_rollouts
 from posttrain.trainer.stage import Functions
 
 CHUNK = 256
@@ -56,7 +56,7 @@ def run_rejection(
         _sample(config, model, questions, folder, chunks, left, seed, functions)
     rows, problems, dropped = [], [], Counter[str]()
     for c in range(len(chunks)):
-        for of_problem in _by_problem(read_rollouts(path_of(folder / "rollouts", c + 1))):
+        for of_problem in _by_problem(read_rollouts(rollouts_path(folder / "rollouts", c + 1))):
             kept, reasons = select(config, of_problem)
             dropped.update(reasons)
             question = questions[of_problem[0]["problem"]]

@@ -20,9 +20,9 @@ from posttrain.core.progress import Phases
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.methods.rl.hooks import Hook
-from posttrain.rewards.stack import Excluded, RewardStack, Scored
+from posttrain.rewards.stack import Excluded, RewardStack, ScoredGroups
 from posttrain.sampling.protocol import Request, Sampler
-from posttrain.sampling.replay_buffer import PARTIAL, Growth, plain, rollout_of
+from posttrain.sampling.replay_buffer import PARTIAL, Growth, rollout_from_json, rollout_to_json
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,15 @@ class PromptGroup:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""
-        excluded = [[i, {**asdict(e), "rollout": plain(e.rollout)}] for i, e in sorted(self.excluded.items())]
+        excluded = [[i, {**asdict(e), "rollout": rollout_to_json(e.rollout)}] for i, e in sorted(self.excluded.items())]
         values = {"problem": self.problem, "born": self.born, "scored": self.scored}
-        return {**values, "rollouts": [plain(r) for r in self.rollouts], "excluded": excluded}
+        return {**values, "rollouts": [rollout_to_json(r) for r in self.rollouts], "excluded": excluded}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> PromptGroup:
         """Return the group that `state_dict` was called on."""
-        rollouts = tuple(rollout_of(r) for r in state["rollouts"])
-        excluded = {i: Excluded(**{**e, "rollout": rollout_of(e["rollout"])}) for i, e in state["excluded"]}
+        rollouts = tuple(rollout_from_json(r) for r in state["rollouts"])
+        excluded = {i: Excluded(**{**e, "rollout": rollout_from_json(e["rollout"])}) for i, e in state["excluded"]}
         return cls(state["problem"], state["born"], rollouts, excluded, state["scored"])
 
 
@@ -256,12 +256,12 @@ class RolloutCollector:
         question = self.questions[group.problem]
         return RolloutGroup(question.tokens, question.problem, rollouts)
 
-    def as_scored(self, groups: Sequence[PromptGroup]) -> Scored:
+    def as_scored(self, groups: Sequence[PromptGroup]) -> ScoredGroups:
         """Return groups in the form in which rewards give them; replayed completions are the last of their group."""
         excluded = [
             replace(e, group=g, index=i) for g, group in enumerate(groups) for i, e in sorted(group.excluded.items())
         ]
-        return Scored([self._as_group(g, [*g.kept, *g.replayed]) for g in groups], excluded, {})
+        return ScoredGroups([self._as_group(g, [*g.kept, *g.replayed]) for g in groups], excluded, {})
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on besides the weights."""
@@ -299,7 +299,7 @@ def sample_groups(
         return distributed.map_over_ranks(requests, lambda mine: sampler.sample(mine, sampling, count))
 
 
-def score_groups(rewards: RewardStack, groups: Sequence[RolloutGroup]) -> Scored:
+def score_groups(rewards: RewardStack, groups: Sequence[RolloutGroup]) -> ScoredGroups:
     """Score every group; each rank scores a part, and all get the rewards of all. Metrics are those of this rank."""
     if distributed.world() == 1:
         return rewards(groups)
@@ -312,7 +312,7 @@ def score_groups(rewards: RewardStack, groups: Sequence[RolloutGroup]) -> Scored
 
     results = distributed.map_over_ranks(groups, part)
     excluded = [replace(e, group=g) for g, (_, failed) in enumerate(results) for e in failed]
-    return Scored([group for group, _ in results], excluded, metrics)
+    return ScoredGroups([group for group, _ in results], excluded, metrics)
 
 
 def has_signal(rollouts: Sequence[Rollout]) -> bool:
@@ -364,7 +364,7 @@ Failures = list[list[dict[str, str]]]
 """By group and rollout: what failed, by the name of the reward."""
 
 
-def with_failed(scored: Scored) -> tuple[list[RolloutGroup], list[set[int]], Failures]:
+def with_failed(scored: ScoredGroups) -> tuple[list[RolloutGroup], list[set[int]], Failures]:
     """Return groups with the completions without a reward put back, the places of these, and what failed."""
     groups, places, failures = [], [], Failures()
     for g, group in enumerate(scored.groups):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -17,13 +17,13 @@ from posttrain.config.settings import DataConfig, SamplerConfig
 from posttrain.core.errors import RecipeError
 from posttrain.core.imports import load_object
 from posttrain.core.progress import Track
+from posttrain.rewards.reward import RewardFunctions
 
 if TYPE_CHECKING:
     from posttrain.models.language_model import LanguageModel
 
-Items = list[dict[str, Any]]
-Functions = Mapping[str, Callable[..., Any]]
-Chunk = tuple[int, Callable[[Track], Items]]
+EvaluationItems = list[dict[str, Any]]
+Chunk = tuple[int, Callable[[Track], EvaluationItems]]
 """A number of items, and the function that makes them: what is done again after a crash."""
 
 
@@ -44,11 +44,11 @@ class EvaluationRun:
     tokenizer: Any
     data: Any
     seed: int
-    functions: Functions
+    functions: RewardFunctions
     until: ExitStack
 
 
-class Evaluation:
+class EvaluationTask:
     """Base of evaluations: a subclass has a nested class `Config`, and the methods `read` and `chunks`."""
 
     Config: ClassVar[type[EvaluationBase]] = EvaluationBase
@@ -72,24 +72,26 @@ class Evaluation:
         """Return the chunks of items, the same ones whenever an evaluation is started again."""
         raise NotImplementedError
 
-    def summary(self, items: Items, seed: int) -> dict[str, Any]:
+    def summary(self, items: EvaluationItems, seed: int) -> dict[str, Any]:
         """Return what the summary has besides the metric."""
         return {}
 
-    def examples(self, run: EvaluationRun, items: Items) -> Items:
+    def examples(self, run: EvaluationRun, items: EvaluationItems) -> EvaluationItems:
         """Return the answers for the report: prompt, expected and output of each."""
         return [{name: i.get(name, "") for name in ("prompt", "expected", "output")} for i in items[: self.config.show]]
 
 
-def make_evaluation(config: EvaluationBase) -> Evaluation:
+def make_evaluation(config: EvaluationBase) -> EvaluationTask:
     """Return the evaluation of settings.
 
     Raises:
         RecipeError: It can't be imported, or is no evaluation.
     """
     made = load_object(EVALUATIONS.get(config.kind, config.kind))(config)
-    if not isinstance(made, Evaluation):
-        raise RecipeError(f"evaluation {config.kind!r} must be a subclass of posttrain.eval.evaluations.Evaluation")
+    if not isinstance(made, EvaluationTask):
+        raise RecipeError(
+            f"evaluation {config.kind!r} must be a subclass of posttrain.eval.evaluation_tasks.EvaluationTask"
+        )
     return made
 
 
@@ -99,7 +101,7 @@ class RowsConfig(EvaluationBase):
     data: DataConfig
 
 
-class RowsEvaluation(Evaluation):
+class RowsEvaluation(EvaluationTask):
     """Base of the evaluations that read rows."""
 
     def read(self, tokenizer: Any, context: int | None) -> Any:
@@ -108,14 +110,14 @@ class RowsEvaluation(Evaluation):
 
         return prepare(self.config.data, tokenizer, context=context)
 
-    def examples(self, run: EvaluationRun, items: Items) -> Items:
+    def examples(self, run: EvaluationRun, items: EvaluationItems) -> EvaluationItems:
         """Return greedy answers to the first items."""
         from posttrain.eval.likelihood_tasks import greedy_answers
 
         return greedy_answers(run, self.config)
 
 
-class Choice(RowsEvaluation):
+class ChoiceTask(RowsEvaluation):
     """Accuracy of the likeliest choice."""
 
     class Config(RowsConfig):
@@ -140,7 +142,7 @@ class Choice(RowsEvaluation):
         return choice_chunks(run, self.config)
 
 
-class Generate(RowsEvaluation):
+class GenerateTask(RowsEvaluation):
     """Accuracy of greedy answers that match the expected one."""
 
     class Config(RowsConfig):
@@ -162,7 +164,7 @@ class Generate(RowsEvaluation):
         return generate_chunks(run, self.config)
 
 
-class Perplexity(RowsEvaluation):
+class PerplexityTask(RowsEvaluation):
     """The exponential of the mean negative log-likelihood of the loss tokens."""
 
     class Config(RowsConfig):
@@ -179,7 +181,7 @@ class Perplexity(RowsEvaluation):
 
         return perplexity_chunks(run)
 
-    def examples(self, run: EvaluationRun, items: Items) -> Items:
+    def examples(self, run: EvaluationRun, items: EvaluationItems) -> EvaluationItems:
         """Return none: nothing is generated."""
         return []
 
@@ -196,7 +198,7 @@ class ProblemsEvaluationConfig(EvaluationBase):
         return self.problems
 
 
-class ProblemsEvaluation(Evaluation):
+class ProblemsEvaluation(EvaluationTask):
     """Base of the evaluations that sample answers."""
 
     def read(self, tokenizer: Any, context: int | None) -> Any:
@@ -206,7 +208,7 @@ class ProblemsEvaluation(Evaluation):
         return load_prompts(self.config.problems, tokenizer, context=context)
 
 
-class Sample(ProblemsEvaluation):
+class SampleTask(ProblemsEvaluation):
     """Accuracy of many completions of each problem, by pass@k, votes and choices, against the tokens they take."""
 
     class Config(ProblemsEvaluationConfig):
@@ -245,7 +247,7 @@ class Sample(ProblemsEvaluation):
         )
 
         @model_validator(mode="after")
-        def _fits(self) -> Sample.Config:
+        def _fits(self) -> SampleTask.Config:
             bad = [k for k in self.k if not 1 <= k <= self.n]
             if bad:
                 raise ValueError(f"k holds {bad[0]}, and there are {self.n} completions (n): expected 1 to {self.n}")
@@ -283,14 +285,14 @@ class Sample(ProblemsEvaluation):
 
         return sample_chunks(run, self.config)
 
-    def summary(self, items: Items, seed: int) -> dict[str, Any]:
+    def summary(self, items: EvaluationItems, seed: int) -> dict[str, Any]:
         """Return the curves, tokens, greedy accuracy and failures."""
         from posttrain.eval.sampled_tasks import summary_of
 
         return summary_of(self.config, items, seed)
 
 
-class Score(ProblemsEvaluation):
+class ScoreTask(ProblemsEvaluation):
     """Mean score of sampled answers, and how often the trained model's answer scores above the first model's."""
 
     class Config(ProblemsEvaluationConfig):
@@ -302,7 +304,7 @@ class Score(ProblemsEvaluation):
         n: int = Field(1, ge=1, le=64, description="Answers sampled to each prompt.")
 
         @model_validator(mode="after")
-        def _fits(self) -> Score.Config:
+        def _fits(self) -> ScoreTask.Config:
             if self.sampler.temperature == 0 and self.n > 1:
                 raise ValueError("sampler.temperature is 0: all n answers would be the same. Raise it, or set n to 1")
             if self.scorer.compares_completions:
@@ -317,7 +319,7 @@ class Score(ProblemsEvaluation):
 
         return score_chunks(run, self.config)
 
-    def summary(self, items: Items, seed: int) -> dict[str, Any]:
+    def summary(self, items: EvaluationItems, seed: int) -> dict[str, Any]:
         """Return counts, failures and lengths of the answers."""
         from posttrain.eval.scored_tasks import answer_statistics
 

@@ -35,7 +35,7 @@ class SandboxError(PosttrainError, RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ProgramResult:
     """How a program ended.
 
     status: ok (exit code 0), error (another, or a signal), or the limit that ended it. stdout, stderr: what it wrote,
@@ -49,7 +49,7 @@ class Outcome:
     seconds: float
 
 
-def run(program: str, stdin: str = "", limits: SandboxConfig | None = None) -> Outcome:
+def run_program(program: str, stdin: str = "", limits: SandboxConfig | None = None) -> ProgramResult:
     """Run Python source under `limits`, never without a sandbox.
 
     The program sees Python's standard library, an empty folder (/work, also its /tmp), `stdin`, and nothing else; the
@@ -64,12 +64,12 @@ def run(program: str, stdin: str = "", limits: SandboxConfig | None = None) -> O
     Raises:
         SandboxError: There is no sandbox on this machine.
     """
-    require()
+    require_sandbox()
     return _run(program, stdin, limits or SandboxConfig())
 
 
 @lru_cache(maxsize=1)
-def require() -> None:
+def require_sandbox() -> None:
     """Check that the sandbox works and isolates. Raises SandboxError, with what is missing."""
     if sys.platform != "linux" or not seccomp.known():
         raise SandboxError(
@@ -158,7 +158,7 @@ def _command(limits: SandboxConfig, fds: dict[str, int]) -> list[str]:
     return [*out, "--", str(python), "-s", "/inside.py", "/main.py", *inside]
 
 
-def _run(program: str, stdin: str, limits: SandboxConfig) -> Outcome:
+def _run(program: str, stdin: str, limits: SandboxConfig) -> ProgramResult:
     with contextlib.ExitStack() as stack:
 
         def keep(fd: int) -> int:
@@ -188,7 +188,7 @@ def _run(program: str, stdin: str, limits: SandboxConfig) -> Outcome:
         code = process.wait()
         status: Status = ended or ("ok" if code == 0 else "error")
         text = [b.decode("utf-8", "replace") for b in (out, err)]
-        return Outcome(status, text[0], text[1], -1 if ended else code, time.monotonic() - began)
+        return ProgramResult(status, text[0], text[1], -1 if ended else code, time.monotonic() - began)
 
 
 def _watch(process: subprocess.Popen[bytes], limits: SandboxConfig, until: float) -> tuple[Status | None, bytes, bytes]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from posttrain.config.sandbox import SandboxConfig
-from posttrain.sandbox import SandboxError, require
-from posttrain.sandbox import process as run
+from posttrain.sandbox import SandboxError, require_sandbox
+from posttrain.sandbox import run_program as run
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +14,7 @@ def sandboxed(request: pytest.FixtureRequest) -> None:
     if "without" in request.node.name:
         return
     try:
-        require()
+        require_sandbox()
     except SandboxError as error:
         pytest.skip(str(error))
 
@@ -56,9 +56,9 @@ def test_what_was_written_before_a_limit_is_kept() -> None:
 
 def test_a_machine_without_a_sandbox_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    require.cache_clear()
+    require_sandbox.cache_clear()
     try:
         with pytest.raises(SandboxError, match="bubblewrap .* is not installed"):
             run("print(1)")
     finally:
-        require.cache_clear()
+        require_sandbox.cache_clear()
