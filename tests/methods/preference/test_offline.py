@@ -25,7 +25,7 @@ from posttrain.methods.rl.sequence_logprobs import TrainingSequence
 from posttrain.models.adapters import attach
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
-from posttrain.runs.registry import prepare
+from posttrain.runs.registry import prepare_stage
 from posttrain.trainer import reference_model as reference_module
 from posttrain.trainer.reference_model import Reference, answer_sums, fingerprint, sums_of, without_adapters
 from posttrain.trainer.stage import StageContext
@@ -356,19 +356,19 @@ def test_held_out_rows_that_are_trained_on_are_left_out(tmp_path: Path) -> None:
     trained, held = write(tmp_path / "a.jsonl", rows[:4]), write(tmp_path / "b.jsonl", [*rows[4:], turned])
     config = config_of("dpo", data={"source": trained}, held_out={"data": {"source": held}})
     setting = StageContext(tiny_tokenizer(), None)
-    (_, one), (title, other) = prepare(config, setting).data
+    (_, one), (title, other) = prepare_stage(config, setting).data
     assert title == "preference held out" and (one.stats["used"], other.stats["used"]) == (4, 2)
     assert other.stats["dropped"] == {"trained on too": 1}
     same = config_of("dpo", data={"source": trained}, held_out={"data": {"source": trained}})
     with pytest.raises(DataError, match=r"4 of 4 held-out rows are trained on too \(for example a.jsonl:1\)"):
-        prepare(same, setting)
+        prepare_stage(same, setting)
 
 
 def test_kto_needs_both_kinds(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "completion": f"{i}", "label": True} for i in range(3)]
     config = config_of("kto", data={"source": write(tmp_path / "a.jsonl", rows)})
     with pytest.raises(DataError, match="all 3 answers are good ones, and kto learns by telling good ones from bad"):
-        prepare(config, StageContext(tiny_tokenizer(), None))
+        prepare_stage(config, StageContext(tiny_tokenizer(), None))
 
 
 # ------------------------------------------------------------------------------------------- online

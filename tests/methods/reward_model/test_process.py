@@ -23,7 +23,7 @@ from posttrain.models.tiny_model import tiny_tokenizer
 from posttrain.rewards.model_rewards import StepReward
 from posttrain.rewards.reward_model_scorer import ProcessReward
 from posttrain.rewards.stack import RewardStack
-from posttrain.runs.registry import prepare
+from posttrain.runs.registry import prepare_stage
 from posttrain.trainer.stage import StageContext
 from posttrain.trainer.train_step import Learner
 
@@ -63,7 +63,7 @@ def settings(path: Path, **changes: Any) -> ProcessRewardConfig:
 
 
 def carry_out(config: ProcessRewardConfig, folder: Path, judge: Judge, on_step: Any = None) -> dict[str, Any]:
-    made = prepare(config, StageContext(TOKENIZER, 2048, {"judge": judge}))
+    made = prepare_stage(config, StageContext(TOKENIZER, 2048, {"judge": judge}))
     return made.run(SOURCE, folder, 5, on_step)
 
 
@@ -229,7 +229,7 @@ def test_labels_that_are_there_train_one_as_well(tmp_path: Path) -> None:
     labels = {"kind": "rows", "data": {"source": str(path), "rows": [0, 16]}}
     labels |= {"held_out": {"source": str(path), "rows": [16, 24]}}
     config = ProcessRewardConfig.model_validate({"labels": labels, "batch_size": 4, "max_steps": 3})
-    told = prepare(config, StageContext(TOKENIZER, 2048, {})).run(SOURCE, tmp_path / "out", 0, None)
+    told = prepare_stage(config, StageContext(TOKENIZER, 2048, {})).run(SOURCE, tmp_path / "out", 0, None)
     assert told["held_out"]["before"]["chains"] == 8 and told["held_out"]["after"]["steps"] == 8 * 2 + 2
     assert [m["step"] for m in read_lines(tmp_path / "out" / "metrics.jsonl")] == [0, 1, 2, 3]  # 0: before
     scores = [p for _, _, p in ProcessReward(str(tmp_path / "out" / "reward_model")).step_scores("1 + 1 =", "a\nb\n2")]
