@@ -185,7 +185,7 @@ def test_a_server_that_keeps_failing_ends_the_run_and_what_it_said_stays(
     store = tmp_path / "judge.sqlite3"
     with proxied(server, lambda n, q: "500" if n >= 10 else "") as proxy:
         settings = config(proxy.url, judge_folder, store, server={"retries": 2})
-        with pytest.raises(ServerError, match=r"failed 3 times in a row.*500: no.*run again to go on"):
+        with pytest.raises(ServerError, match=r"failed 3 times in a row.*500: no.*run again to resume"):
             compare(settings)
         assert len(proxy.passed) == 10
         proxy.fault = lambda n, q: ""

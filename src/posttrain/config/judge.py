@@ -48,13 +48,15 @@ class ServerConfig(Config):
 
 
 class JudgeConfig(Config):
-    """A judge: a model held here, or one behind a server."""
+    """A judge: a model in this process, or one behind a server."""
 
-    model: ModelConfig | None = Field(None, description="A model held here; its labels are its own probabilities.")
+    model: ModelConfig | None = Field(
+        None, description="A model in this process; its labels are its own probabilities."
+    )
     server: ServerConfig | None = Field(None, description="A model behind a server.")
     mode: Literal["pairwise", "score"] = Field(
         "pairwise",
-        description="pairwise: which of two answers is better, asked in both orders; score: each answer by itself on a scale, 1 to 10, by expectation.",
+        description="pairwise: which of two answers is better, asked in both orders; score: each answer alone on a scale, 1 to 10, by expectation.",
     )
     question: str = Field(
         "", description="What is asked of the answers. Empty: which is better (pairwise), how good it is (score)."
@@ -79,7 +81,7 @@ class JudgeConfig(Config):
         description="What may be said of an answer, and what it is worth (score); words do better than numbers with small models: {negative: 0, positive: 1}.",
     )
     opening: str = Field(
-        "", description='Begins the judge\'s reply, which goes on with the label (a model held here; also "").'
+        "", description="Text that begins the judge's reply, before the label (for a model in this process)."
     )
     combine: Literal["probabilities", "logits"] = Field(
         "probabilities",
@@ -102,7 +104,9 @@ class JudgeConfig(Config):
         if (self.model is None) == (self.server is None):
             raise ValueError("a judge is either a model (judge.model.source) or behind a server (judge.server.model)")
         if self.server is not None and self.opening:
-            raise ValueError("opening is for a model held here; say in question or template how a server's is to reply")
+            raise ValueError(
+                "opening is for a model in this process; for a server, put the form of the reply into question or template"
+            )
         unused = {"pairwise": ("scale",), "score": ("labels", "combine")}[self.mode]
         asked = {n for _, n, _, _ in string.Formatter().parse(self.template or "")}
         unused = () if asked & ({"scale"} if self.mode == "pairwise" else {"a", "b"}) else unused

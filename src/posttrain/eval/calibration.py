@@ -37,23 +37,23 @@ def reliability(
     Raises:
         ValueError: Lengths differ, or a number is outside its range.
     """
-    said, was = np.asarray(probabilities, dtype=np.float64), np.asarray(outcomes, dtype=np.float64)
-    if said.shape != was.shape or said.ndim != 1:
-        raise ValueError(f"expected as many probabilities as outcomes, got {said.shape} and {was.shape}")
+    stated, was = np.asarray(probabilities, dtype=np.float64), np.asarray(outcomes, dtype=np.float64)
+    if stated.shape != was.shape or stated.ndim != 1:
+        raise ValueError(f"expected as many probabilities as outcomes, got {stated.shape} and {was.shape}")
     if bins < 1 or not 0 <= low < 1:
         raise ValueError(f"expected at least one bin and 0 <= low < 1, got {bins} and {low}")
-    if len(said) and not (said.min() >= low and said.max() <= 1 and was.min() >= 0 and was.max() <= 1):
+    if len(stated) and not (stated.min() >= low and stated.max() <= 1 and was.min() >= 0 and was.max() <= 1):
         raise ValueError(f"expected probabilities in [{low}, 1] and outcomes in [0, 1]")
-    place = np.minimum(((said - low) / (1 - low) * bins).astype(int), bins - 1)
+    place = np.minimum(((stated - low) / (1 - low) * bins).astype(int), bins - 1)
     out = []
     for b in range(bins):
-        mine = place == b
-        if not mine.any():
+        in_bin = place == b
+        if not in_bin.any():
             continue
-        down, up = mean_interval(was[mine].tolist())
+        down, up = mean_interval(was[in_bin].tolist())
         edges = [low + (1 - low) * i / bins for i in (b, b + 1)]
-        entry = {"from": edges[0], "to": edges[1], "n": int(mine.sum()), "said": float(said[mine].mean())}
-        out.append({**entry, "was": float(was[mine].mean()), "low": down, "high": up})
+        entry = {"from": edges[0], "to": edges[1], "n": int(in_bin.sum()), "said": float(stated[in_bin].mean())}
+        out.append({**entry, "was": float(was[in_bin].mean()), "low": down, "high": up})
     return out
 
 
@@ -115,9 +115,9 @@ def judged_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     longer = np.array([i["chosen_tokens"] - i["rejected_tokens"] for i in items], dtype=np.float64)
     decided = p != 0.5
     right = np.where(d == 0, 0.5, ((d > 0) == (p > 0.5)).astype(np.float64))[decided].tolist()
-    said = 1 / (1 + np.exp(-np.abs(d)))
+    stated = 1 / (1 + np.exp(-np.abs(d)))
     was = np.where(d > 0, p, np.where(d < 0, 1 - p, 0.5))
-    table = reliability(said.tolist(), was.tolist(), low=0.5)
+    table = reliability(stated.tolist(), was.tolist(), low=0.5)
     out: dict[str, Any] = {"pairs": len(items), "undecided": int((~decided).sum())}
     if right:
         low, high = mean_interval(right)

@@ -146,12 +146,12 @@ def weighted_vote_of_k(
     out = []
     for k in ks:
         subsets = _subsets(n, k, draws)
-        there = subsets @ of_NA
-        sums = (subsets @ weight_NA).masked_fill(there == 0, -torch.inf)
+        present = subsets @ of_NA
+        sums = (subsets @ weight_NA).masked_fill(present == 0, -torch.inf)
         top = sums.amax(1, keepdim=True)
         # Sums of the same weights in another order differ in their last bits, and are a tie all the same.
-        won = (sums >= top - 1e-9 * top.abs().clamp(min=1)) & (there > 0)
-        accuracy = torch.where(there > 0, (subsets @ right_NA) / there.clamp(min=1), torch.zeros_like(there))
+        won = (sums >= top - 1e-9 * top.abs().clamp(min=1)) & (present > 0)
+        accuracy = torch.where(present > 0, (subsets @ right_NA) / present.clamp(min=1), torch.zeros_like(present))
         out.append(((accuracy * won).sum(1) / won.sum(1).clamp(min=1)).mean())
     return torch.stack(out)
 

@@ -163,8 +163,8 @@ def answer_of(text: str, task: SampleTask.Config) -> str | None:
     """
     assert task.vote is not None
     if task.vote == "program":
-        said = _printed(text, getattr(task.judge, "limits", SandboxConfig()))
-        answer = find(said, "whole") if said is not None else None
+        line = _printed(text, getattr(task.judge, "limits", SandboxConfig()))
+        answer = find(line, "whole") if line is not None else None
     else:
         answer = find(text, task.vote)
     if answer is None:

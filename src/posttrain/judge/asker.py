@@ -55,13 +55,13 @@ OnAnswer = Callable[[Sequence[tuple[int, JudgeAnswer]]], None]
 
 
 class JudgeBackend(Protocol):
-    """Who answers: a model held here, or a server."""
+    """Answers the questions: a model in this process, or a server."""
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that distinguish this judge's answers from another's."""
 
     def answer(self, asks: Sequence[JudgeRequest], on_answer: OnAnswer) -> None:
-        """Answer all, in any order. Raises where it can't go on; what was handed to on_answer stands."""
+        """Answer all, in any order. If it raises, the answers that on_answer got are kept."""
 
     def account(self) -> dict[str, Any]:
         """Return counts of requests, retries and the like since it was made."""

@@ -68,19 +68,19 @@ def question(config: JudgeConfig, prompt: Prompt, answers: Sequence[str], princi
     return template.format_map(fields)
 
 
-def messages(config: JudgeConfig, asked: str, rationale: str | None = None) -> tuple[Message, ...]:
+def messages(config: JudgeConfig, question_text: str, rationale: str | None = None) -> tuple[Message, ...]:
     """Return the turns of a question; with a rationale, also the turn that asks for the verdict after it.
 
     Args:
         config: The judge.
-        asked: The question.
+        question_text: The question.
         rationale: The judge's explanation. None: the verdict is asked for at once.
     """
     if rationale is None:
-        return ({"role": "user", "content": asked},)
+        return ({"role": "user", "content": question_text},)
     verdict = VERDICT[config.mode].format(a=config.labels[0], b=config.labels[1], scale=scale_in_words(config))
     return (
-        {"role": "user", "content": asked + EXPLAIN},
+        {"role": "user", "content": question_text + EXPLAIN},
         {"role": "assistant", "content": rationale},
         {"role": "user", "content": verdict},
     )
@@ -99,11 +99,11 @@ def read_label(text: str, labels: Sequence[str]) -> str | None:
     edge, after = r"(?<![\w.])", r"(?![\w])(?!\.[0-9])"
     begins = re.match(rf"\W*(?:(?:answer|score|rating|verdict)\W+)?({names}){after}", plain, re.IGNORECASE)
     if begins:
-        found = {begins[1]}
+        named = {begins[1]}
     else:
         # Labels of one letter count in their own case alone: "a" is also a word.
         flags = 0 if any(len(x) == 1 for x in labels) else re.IGNORECASE
-        found = {m[1] for m in re.finditer(rf"{edge}({names}){after}", plain, flags)}
+        named = {m[1] for m in re.finditer(rf"{edge}({names}){after}", plain, flags)}
     by_name: Mapping[str, str] = {x.lower(): x for x in labels}
-    read = {by_name[x.lower()] for x in found}
+    read = {by_name[x.lower()] for x in named}
     return read.pop() if len(read) == 1 else None

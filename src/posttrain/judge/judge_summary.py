@@ -183,15 +183,15 @@ def warnings(s: Mapping[str, Any]) -> list[str]:
     if people and people["agreement"]["high"] < 0.5:
         out.append("It says the opposite of what people say: is the question the right way round?")
     length = s.get("length", {})
-    mine, theirs = length.get("longer"), length.get("longer_by_people")
-    if mine and theirs and (mine["low"] > theirs["high"] or mine["high"] < theirs["low"]):
-        more = "more" if mine["value"] > theirs["value"] else "less"
+    longer, by_people = length.get("longer"), length.get("longer_by_people")
+    if longer and by_people and (longer["low"] > by_people["high"] or longer["high"] < by_people["low"]):
+        more = "more" if longer["value"] > by_people["value"] else "less"
         out.append(
-            f"It takes the longer answer {more} often than people do: {mine['value']:.0%} against "
-            f"{theirs['value']:.0%}."
+            f"It takes the longer answer {more} often than people do: {longer['value']:.0%} against "
+            f"{by_people['value']:.0%}."
         )
-    elif mine and not theirs and (mine["low"] > 0.7 or mine["high"] < 0.3):
-        which, often = ("longer", mine["value"]) if mine["value"] > 0.5 else ("shorter", 1 - mine["value"])
+    elif longer and not by_people and (longer["low"] > 0.7 or longer["high"] < 0.3):
+        which, often = ("longer", longer["value"]) if longer["value"] > 0.5 else ("shorter", 1 - longer["value"])
         out.append(f"It takes the {which} answer in {often:.0%} of the pairs.")
     return out
 

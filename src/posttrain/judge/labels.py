@@ -117,13 +117,13 @@ class Judge:
         """
         if self.config.mode == "score":
             return self._by_score(pairs, on_done)
-        asked, drawn = [], []
+        questions, drawn = [], []
         for p in pairs:
             chosen = self._draw(p.prompt, sorted((p.a, p.b)))
             drawn.append(chosen)
             listed = [self.principles[i] for i in chosen]
-            asked += [question(self.config, p.prompt, order, listed) for order in ((p.a, p.b), (p.b, p.a))]
-        verdicts = self._verdicts(asked, self.config.labels, on_done)
+            questions += [question(self.config, p.prompt, order, listed) for order in ((p.a, p.b), (p.b, p.a))]
+        verdicts = self._verdicts(questions, self.config.labels, on_done)
         out = []
         for i, pair in enumerate(pairs):
             (one, why), (two, also) = verdicts[2 * i], verdicts[2 * i + 1]
@@ -135,8 +135,8 @@ class Judge:
             p_a = combined(orders, self.config.combine)
             masses = [v.mass for v in (one, two) if v.mass is not None]
             mass = sum(masses) / len(masses) if masses else None
-            said = tuple(v.rationale for v in (one, two) if v.rationale)
-            out.append(JudgedPair(pair, p_a, 2 * p_a - 1, orders, None, mass, drawn[i], said))
+            explained = tuple(v.rationale for v in (one, two) if v.rationale)
+            out.append(JudgedPair(pair, p_a, 2 * p_a - 1, orders, None, mass, drawn[i], explained))
         return out
 
     def score(
@@ -165,12 +165,12 @@ class Judge:
         on_done: OnQuestions | None,
     ) -> list[AnswerScore]:
         """`score` by the principles with these numbers."""
-        asked = [
+        questions = [
             question(self.config, prompt, [answer], [self.principles[i] for i in numbers])
             for prompt, answer, numbers in zip(prompts, answers, drawn, strict=True)
         ]
         out = []
-        for verdict, why in self._verdicts(asked, tuple(self.config.scale), on_done):
+        for verdict, why in self._verdicts(questions, tuple(self.config.scale), on_done):
             if verdict is None:
                 out.append(AnswerScore(None, None, why))
             else:
@@ -193,8 +193,8 @@ class Judge:
             p_a = above(a.verdict.probabilities, b.verdict.probabilities, self.config.scale)
             masses = [v.mass for v in (a.verdict, b.verdict) if v.mass is not None]
             mass = sum(masses) / len(masses) if masses else None
-            margin, said = a.expectation - b.expectation, (a.verdict.rationale, b.verdict.rationale)
-            rationales, means = said if any(said) else (), (a.expectation, b.expectation)
+            margin, explained = a.expectation - b.expectation, (a.verdict.rationale, b.verdict.rationale)
+            rationales, means = explained if any(explained) else (), (a.expectation, b.expectation)
             if (p_a - 0.5) * margin < 0:  # as where people's means say one thing and most pairs of ratings the other
                 out.append(JudgedPair(pair, None, margin, None, means, mass, drawn[i], rationales, OPPOSED))
                 continue
@@ -210,18 +210,18 @@ class Judge:
         return tuple(sorted(int(i) for i in rng.choice(len(self.principles), wanted, replace=False)))
 
     def _verdicts(
-        self, asked: Sequence[str], labels: Sequence[str], on_done: OnQuestions | None
+        self, questions: Sequence[str], labels: Sequence[str], on_done: OnQuestions | None
     ) -> list[tuple[Verdict | None, str]]:
         """(verdict, "") of each question, or (None, why not)."""
         config = self.config
-        rationales: list[JudgeAnswer | None] = [None] * len(asked)
+        rationales: list[JudgeAnswer | None] = [None] * len(questions)
         if config.rationale:
-            first = [JudgeRequest(messages(config, q, "")[:1], (), config.rationale) for q in asked]
+            first = [JudgeRequest(messages(config, q, "")[:1], (), config.rationale) for q in questions]
             rationales = list(self.asker(first, _counter(on_done, len(first))))
-        out: list[tuple[Verdict | None, str]] = [(None, "")] * len(asked)
+        out: list[tuple[Verdict | None, str]] = [(None, "")] * len(questions)
         left = []
         asks: dict[int, JudgeRequest] = {}
-        for i, q in enumerate(asked):
+        for i, q in enumerate(questions):
             r = rationales[i]
             if r is not None and r.refused:
                 self.counts["refused"] += 1
@@ -236,8 +236,8 @@ class Judge:
             answers = self.asker([replace(asks[i], attempt=attempt) for i in left], _counter(on_done, len(left)))
             unread = []
             for i, answer in zip(left, answers, strict=True):
-                said = rationales[i]
-                verdict = _verdict(answer, labels, "" if said is None else said.text)
+                explained = rationales[i]
+                verdict = _verdict(answer, labels, "" if explained is None else explained.text)
                 if answer.refused:
                     self.counts["refused"] += 1
                     out[i] = (None, f"refused: {answer.refused}")

@@ -1,4 +1,4 @@
-"""A judge held here: labels by the likelihood of their own tokens, nothing drawn; rationales by the sampler."""
+"""A judge in this process: labels by the likelihood of their tokens, without sampling; rationales by the sampler."""
 
 from __future__ import annotations
 
@@ -105,10 +105,10 @@ class LocalJudge:
         seconds = (time.perf_counter() - began) / len(chunk)
         out = []
         for i, ways in plan:
-            found = {tokens: next(joint) for _, tokens in ways}
+            joint_probabilities = {tokens: next(joint) for _, tokens in ways}
             probabilities = dict.fromkeys(asks[i].labels, 0.0)
             for label, tokens in ways:
-                probabilities[label] += _alone(tokens, found)
+                probabilities[label] += _alone(tokens, joint_probabilities)
             best = max(probabilities, key=lambda x: probabilities[x])
             out.append((i, JudgeAnswer(best, probabilities, "label", len(prompts[i]), 1, seconds)))
         return out
@@ -160,8 +160,8 @@ def _ways(labels: Sequence[str], tokenizer: Any) -> list[tuple[str, tuple[int, .
     return [(label, tokens) for tokens, label in out.items()]
 
 
-def _alone(tokens: tuple[int, ...], found: dict[tuple[int, ...], float]) -> float:
+def _alone(tokens: tuple[int, ...], joint_probabilities: dict[tuple[int, ...], float]) -> float:
     """The probability of these tokens and no longer label: that of "1" is without that of "10"."""
-    longer = [t for t in found if len(t) > len(tokens) and t[: len(tokens)] == tokens]
+    longer = [t for t in joint_probabilities if len(t) > len(tokens) and t[: len(tokens)] == tokens]
     nearest = [t for t in longer if not any(u != t and t[: len(u)] == u for u in longer)]
-    return max(0.0, found[tokens] - sum(found[t] for t in nearest))
+    return max(0.0, joint_probabilities[tokens] - sum(joint_probabilities[t] for t in nearest))

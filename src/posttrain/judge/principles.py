@@ -25,10 +25,10 @@ def read_principles(path: str) -> list[str]:
         text = packaged_or_own(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"principles {path!r} can't be read: {error}. Expected a text file with one a line") from error
-    found = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
-    if not found:
+    principles = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+    if not principles:
         raise DataError(f"principles {path!r} holds none: expected one a line")
-    return found
+    return principles
 
 
 def by_content(*content: Any) -> np.random.Generator:

@@ -11,7 +11,7 @@ from posttrain.judge.asker import JudgeAnswer, JudgeRequest, OnAnswer
 from posttrain.sampling.openai_client import Reply, Server
 
 TOP = 20
-"""Alternatives asked for of each token: as many as the protocol allows."""
+"""Alternatives requested for each token: the most that the protocol allows."""
 
 
 class RemoteJudge:
@@ -78,21 +78,21 @@ def label_probabilities(
     if at is None:
         return None
     token, alternatives = tops[at]
-    said = _spelt(token.strip(), labels)
-    if not _owner(said, labels):
+    spelt = _spelt(token.strip(), labels)
+    if not _owner(spelt, labels):
         return None
     out = dict.fromkeys(labels, 0.0)
     for text, logprob in alternatives.items():
         owner = _owner(_spelt(text.strip(), labels), labels)
         if owner:
             out[owner] += math.exp(logprob)
-    longer = [x for x in labels if x != said and x.startswith(said)]
-    if said in out and longer and at + 1 < len(tops):
-        here = math.exp(alternatives[token])
+    longer = [x for x in labels if x != spelt and x.startswith(spelt)]
+    if spelt in out and longer and at + 1 < len(tops):
+        shared = math.exp(alternatives[token])
         for x in longer:
-            share = here * sum(math.exp(p) for t, p in tops[at + 1][1].items() if t and said + t == x)
+            share = shared * sum(math.exp(p) for t, p in tops[at + 1][1].items() if t and spelt + t == x)
             out[x] += share
-            out[said] = max(0.0, out[said] - share)
+            out[spelt] = max(0.0, out[spelt] - share)
     return out if any(out.values()) else None
 
 
@@ -100,8 +100,8 @@ def _owner(text: str, labels: Sequence[str]) -> str:
     """The label that a token stands for: itself, or the only one that it begins (two characters at least)."""
     if text in labels:
         return text
-    found = [x for x in labels if len(text) > 1 and x.startswith(text)]
-    return found[0] if len(found) == 1 else ""
+    owners = [x for x in labels if len(text) > 1 and x.startswith(text)]
+    return owners[0] if len(owners) == 1 else ""
 
 
 def _spelt(text: str, labels: Sequence[str]) -> str:

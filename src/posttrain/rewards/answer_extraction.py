@@ -66,15 +66,15 @@ def _tag(text: str) -> str | None:
 
 def _boxed(text: str) -> str | None:
     r"""Content of the box that closes last: of \boxed{…} and \fbox{…}; of one inside another, the outer one."""
-    found: str | None = None
+    content: str | None = None
     open_at: list[int | None] = []  # where each open brace's content starts, where it is a box's
     for match in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
         if match.group() == "}":
             start = open_at.pop() if open_at else None
-            found = found if start is None else text[start : match.start()]
+            content = content if start is None else text[start : match.start()]
         elif match.group()[-1] == "{" and len(match.group()) != 2:  # \{ is no brace
             open_at.append(match.end() if len(match.group()) > 1 else None)
-    return found
+    return content
 
 
 def _hashes(text: str) -> str | None:
@@ -149,10 +149,10 @@ def number_of(answer: ExtractedAnswer) -> Fraction | None:
 
     Two numbers in a mark are a hedge, and none. x = 5 is one number, 2 + 3 = 5 are three.
     """
-    found = numbers_in(answer.text)
-    if not found or (answer.marked and len(found) > 1):
+    numbers = numbers_in(answer.text)
+    if not numbers or (answer.marked and len(numbers) > 1):
         return None
-    return found[-1]
+    return numbers[-1]
 
 
 def letter_of(text: str, options: Sequence[str], count: int) -> int | None:
@@ -176,8 +176,8 @@ def letter_of(text: str, options: Sequence[str], count: int) -> int | None:
         letters = {alone[1].upper()}
     elif led:
         letters = {led[1]}
-        said = normal(led[2])
-        if said in low and (low.count(said) > 1 or low.index(said) != ord(led[1]) - 65):
+        option_text = normal(led[2])
+        if option_text in low and (low.count(option_text) > 1 or low.index(option_text) != ord(led[1]) - 65):
             return None
     else:
         named = r"\b(?i:answer|option|choice)(?:\s+is)?\s*:?\s*[*$(]*([A-Z])\b(?!['’])"

@@ -120,7 +120,7 @@ class RewardModel:
     """A reward model, or an ensemble. Call it with prompts and completions, pair by pair: a number for each.
 
     An ensemble's members are each centred on their own mean before they are combined, since the level of a reward that
-    was learnt from pairs means nothing. combine, spread: see `functional.reward.combine_members`. normalise: rewards
+    was trained on pairs means nothing. combine, spread: see `combine_members`. normalise: rewards
     get mean 0 and standard deviation 1 on the held-out answers. Raises ModelError for a model that can't be opened, or
     whose mean is needed and not known.
     """
@@ -138,9 +138,9 @@ class RewardModel:
         self.members = open_members(path, "sequence", device, dtype)
         several = len(self.members) > 1
         if (several or normalise) and any(m.mean is None or not m.std for m in self.members):
-            what = "an ensemble's members" if several else "normalise"
+            subject = "an ensemble's members" if several else "normalise"
             raise ModelError(
-                f"reward model {path}: {what} needs the mean and standard deviation of its rewards, which posttrain "
+                f"reward model {path}: {subject} needs the mean and standard deviation of its rewards, which posttrain "
                 f"keeps in {INDEX} and other makers' models don't have. Use one such model at a time, normalise: false"
             )
 
@@ -152,8 +152,8 @@ class RewardModel:
             for ids in tokens:
                 m.fits(ids)
             pad = padding(m.model)
-            found = scores_at(m.model, tokens, [[score_index(ids, pad)] for ids in tokens], BUDGET)
-            rows.append(torch.stack([f[0, 0] for f in found]) if found else torch.zeros(0))
+            outputs = scores_at(m.model, tokens, [[score_index(ids, pad)] for ids in tokens], BUDGET)
+            rows.append(torch.stack([f[0, 0] for f in outputs]) if outputs else torch.zeros(0))
         return torch.stack(rows)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
@@ -187,19 +187,19 @@ class ProcessReward:
     def steps(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[list[StepScore]]:
         """Return the steps of each completion in order, with their scores."""
         spans = [split_steps(c, self.separator) for c in completions]
-        there = [i for i, s in enumerate(spans) if s]
+        with_steps = [i for i, s in enumerate(spans) if s]
         chains = [
             StepChain(
                 self.member.prompt(prompts[i]), [completions[i][a:b] for a, b in spans[i]], [0.0] * len(spans[i]), 0
             )
-            for i in there
+            for i in with_steps
         ]
         samples = chain_samples(chains, self.member.tokenizer)
         for s in samples:
             self.member.fits(s.tokens)
-        found = scores_at(self.member.model, [s.tokens for s in samples], [s.meta["ends"] for s in samples], BUDGET)
+        outputs = scores_at(self.member.model, [s.tokens for s in samples], [s.meta["ends"] for s in samples], BUDGET)
         out: list[list[StepScore]] = [[] for _ in completions]
-        for i, numbers in zip(there, found, strict=True):
+        for i, numbers in zip(with_steps, outputs, strict=True):
             likely = step_logits(numbers).sigmoid().tolist()
             out[i] = [(a, b, p) for (a, b), p in zip(spans[i], likely, strict=True)]
         return out

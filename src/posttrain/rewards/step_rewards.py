@@ -38,9 +38,9 @@ def split(text: str, separator: str) -> Iterator[tuple[int, int, str]]:
     at, seen = 0, set()
     for piece in text.split(separator):
         end = min(at + len(piece) + len(separator), len(text))
-        said = " ".join(piece.split())
-        if said and said not in seen:
-            seen.add(said)
+        written = " ".join(piece.split())
+        if written and written not in seen:
+            seen.add(written)
             yield at, end, piece
         at = end
 
@@ -90,11 +90,11 @@ def _holds(before: str, behind: str) -> bool | None:
     left, right = _left(before), _right(behind)
     if left is None or right is None or not (left[1] or right[1]):
         return None
-    exact, said = left[0], right[0]
-    if exact == said:
+    exact, written = left[0], right[0]
+    if exact == written:
         return True
     places = right[2]
-    return bool(places) and abs(exact - said) <= Fraction(1, 2 * 10**places)
+    return bool(places) and abs(exact - written) <= Fraction(1, 2 * 10**places)
 
 
 def _tidy(text: str) -> str:
@@ -109,7 +109,7 @@ def _left(text: str) -> tuple[Fraction, bool] | None:
     leads = text[: len(text) - len(side)].rstrip()
     tail = _tidy(side)
     if leads and tail[:1] and tail[0] in OPERATORS:
-        return None  # 3 apples + 4: what it goes on from can't be read
+        return None  # 3 apples + 4: the left side can't be read
     for at, char in enumerate(tail):
         before = tail[:at].rstrip()[-1:]
         if char in " \t" or (at and before in OPERATORS) or (at and tail[at - 1] not in " \t([{"):
@@ -135,10 +135,10 @@ def _right(text: str) -> tuple[Fraction, bool, int] | None:
         except NotArithmetic:
             continue
         if rest[:1].isdigit() or (rest[:1] and rest[0] in OPERATORS and re.match(r".\s*[0-9(]", rest)):
-            return None  # it goes on in a way that can't be read
-        said = side[:end].strip().rstrip(",").rstrip(".")
-        decimal = re.fullmatch(r"[-−]?[0-9,]*\.([0-9]+)", said)
-        return value, _operates(said), len(decimal[1]) if decimal else 0
+            return None  # the rest can't be read
+        written = side[:end].strip().rstrip(",").rstrip(".")
+        decimal = re.fullmatch(r"[-−]?[0-9,]*\.([0-9]+)", written)
+        return value, _operates(written), len(decimal[1]) if decimal else 0
     return None
 
 
@@ -209,11 +209,11 @@ def _intermediate(example: ExampleRow, label: str) -> set[Fraction]:
             f"the example has no intermediate results {label!r} (it has {have}); name their column with `label:`"
         )
     if isinstance(value, list | tuple):
-        found = [numbers_in(str(v)) for v in value]
-        bad = [v for v, n in zip(value, found, strict=True) if len(n) != 1]
+        parsed = [numbers_in(str(v)) for v in value]
+        bad = [v for v, n in zip(value, parsed, strict=True) if len(n) != 1]
         if bad:
             raise LabelError(f"label {label!r} holds {str(bad[0])[:80]!r}: expected one number in each")
-        numbers = {n[0] for n in found}
+        numbers = {n[0] for n in parsed}
     else:
         numbers = {r for line in str(value).splitlines() if (r := result(line)) is not None}
     if not numbers:

@@ -138,7 +138,7 @@ class TruncationPenalty(Reward):
     """
 
     class Config(RewardTermConfig):
-        """0 if the completion ended by itself, -1 if a limit cut it off."""
+        """0 if the completion is complete, -1 if a limit cut it off."""
 
         is_correctness: ClassVar[bool] = False  # 0 is its best
         kind: Literal["truncation_penalty"] = "truncation_penalty"

@@ -360,7 +360,7 @@ class _Session:
                 self._leave(row, finish, text)
 
     def _finish(self, row: _Row) -> tuple[str, str | None]:
-        """Why a row ends with its newest token ("": it goes on), and its text where that was needed to know."""
+        """Return why a row ends with its newest token ("": it continues), and its text if that was needed."""
         token = row.tokens[-1]
         if token in self.sampler.ends:
             return "end", None

@@ -1,6 +1,6 @@
-"""Completions in turns: the model writes, an environment answers, the model goes on; itself a sampler.
+"""Completions in turns: the model writes, an environment answers, the model continues; itself a sampler.
 
-All completions of a call are taken a turn at a time: those that go on are the next call's prompts, with what was
+All completions of a call are taken a turn at a time: those that continue are the next call's prompts, with what was
 written and answered so far as part of them. What the model wrote is never tokenized again; a reply is tokenized by
 itself and put behind it. Everything is a function of the request's seed, the completion's number and the turn.
 """
@@ -30,7 +30,7 @@ MARK = "Qz7f0Xw"
 
 @dataclass
 class _Dialogue:
-    """A completion in the making. limit: tokens that the model may write. finish: why it ended ("": it goes on)."""
+    """A completion in the making. limit: tokens that the model may write. finish: why it ended ("": it continues)."""
 
     index: int
     number: int
@@ -94,7 +94,7 @@ class TurnSampler:
         """
         if params.min_tokens:
             raise RecipeError("sampler.min_tokens would hold in every turn anew: leave it out with an environment")
-        asked = params.model_copy(update={"stop": [*params.stop, *self.stops]})
+        turn_params = params.model_copy(update={"stop": [*params.stop, *self.stops]})
         out: list[list[_Dialogue]] = [[] for _ in requests]
         live: list[_Dialogue] = []
         for i, request in enumerate(requests):
@@ -105,7 +105,7 @@ class TurnSampler:
             live += out[i]
         todo, members = list(requests), out
         while live:
-            self._round(todo, members, params, asked, on_done)
+            self._round(todo, members, params, turn_params, on_done)
             live = [d for d in live if not d.finish]
             todo, members = [d.next_request() for d in live], [[d] for d in live]
         return [
@@ -118,7 +118,7 @@ class TurnSampler:
         todo: Sequence[Request],
         members: Sequence[Sequence[_Dialogue]],
         params: SamplingConfig,
-        asked: SamplingConfig,
+        turn_params: SamplingConfig,
         on_done: OnDone | None,
     ) -> None:
         """One turn of every completion in `members` (by request), and its answer."""
@@ -135,7 +135,7 @@ class TurnSampler:
             self._turn(members[i][j], rollout, params)
             tell(members[i][j])
 
-        for i, group in enumerate(self.sampler.sample(todo, asked, ended)):
+        for i, group in enumerate(self.sampler.sample(todo, turn_params, ended)):
             for j, (rollout, dialogue) in enumerate(zip(group.rollouts, members[i], strict=True)):
                 if (i, j) not in taken:
                     ended(i, j, rollout)
@@ -189,21 +189,21 @@ class TurnSampler:
         dialogue.finish = finish
         dialogue.text = self._decode(dialogue.tokens[:-1] if ended else dialogue.tokens, skip=True)
 
-    def _ask(self, request: Request, what: str, *args: Any) -> Any:
+    def _ask(self, request: Request, method: str, *args: Any) -> Any:
         """Call the environment; what it raises says where."""
         try:
-            found = getattr(self.environment, what)(*args)
-            if what == "step":
-                reply, done = found
+            returned = getattr(self.environment, method)(*args)
+            if method == "step":
+                reply, done = returned
                 if not (reply is None or isinstance(reply, str)) or not isinstance(done, bool):
-                    raise TypeError(f"expected (text or None, True or False), and got {found!r}")
-            return found
+                    raise TypeError(f"expected (text or None, True or False), and got {returned!r}")
+            return returned
         except Exception as error:
             name = getattr(self.config, "function", self.config.kind)
             source = request.example.get("source", "an example")
             raise PosttrainError(
-                f"environment {name}: {what} failed for {source}: {type(error).__name__}: {error}. What a model writes "
-                "may be anything: answer it with an error in words instead"
+                f"environment {name}: {method} failed for {source}: {type(error).__name__}: {error}. A model's "
+                "text can be anything: reply with an error in words instead"
             ) from error
 
     def _tokens(self, reply: str, turn: Rollout) -> list[int]:

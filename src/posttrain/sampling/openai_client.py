@@ -24,7 +24,7 @@ REFUSED = {400, 413, 422}
 LONGEST_WAIT = 60.0
 """Seconds between two attempts at most, unless the server names more."""
 PATIENCE = 900.0
-"""Seconds that a server may ask to wait for; one that names more ends the run, which can go on later."""
+"""Longest wait in seconds that a server may request; a longer one ends the run, which can be resumed later."""
 T = TypeVar("T")
 
 
@@ -71,7 +71,7 @@ class Server:
         self.counts: Counter[str] = Counter()
         self.seconds = 0.0
         self._random = random.Random()
-        self._limits = _Limits(config)  # for as long as this lives: one call goes on where the other ended
+        self._limits = _Limits(config)  # shared by all calls
 
     def ask(self, requests: Sequence[Mapping[str, Any]], on_reply: Callable[[int, Reply], None]) -> None:
         """Make all requests (bodies without the model); on_reply(number, reply) as each is answered, one at a time.
@@ -146,7 +146,7 @@ class Server:
         raise ServerError(
             f"{self.base_url} failed {self.config.retries + 1} times in a row on one request, the last time with: "
             f"{reason}. "
-            "What was answered is kept; run again to go on, or raise server.retries"
+            "The answers so far are kept; run again to resume, or raise server.retries"
         )
 
     def _arguments(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,9 +159,9 @@ class Server:
         """(what kind, in words, seconds to wait as the server says). Raises ServerError for what no retry mends."""
         status, code = error.status_code, str(getattr(error, "code", "") or "")
         body = error.body if isinstance(error.body, dict) else {}
-        said = str(body.get("message") or body.get("detail") or error.message)[:500]
+        told = str(body.get("message") or body.get("detail") or error.message)[:500]
         if status in REFUSED:
-            return "refused", f"{status}: {said}", None
+            return "refused", f"{status}: {told}", None
         if code == "insufficient_quota" or (status not in AGAIN and status < 500):
             hints = {
                 401: "is the key right?",
@@ -169,14 +169,14 @@ class Server:
                 404: "are server.base_url (with /v1) and server.model right?",
             }
             hint = hints.get(status, "is there credit left?" if code else "")
-            raise ServerError(f"{self.base_url} answered {status}: {said} ({hint})".replace(" ()", ""))
+            raise ServerError(f"{self.base_url} answered {status}: {told} ({hint})".replace(" ()", ""))
         wait = retry_after(error.response.headers)
         if wait is not None and wait > PATIENCE:
             raise ServerError(
                 f"{self.base_url} answered {status} and asks to wait {wait:,.0f} s. "
-                "What was answered is kept; run again then"
+                "The answers so far are kept; run again then"
             )
-        return str(status), f"{status}: {said}", wait
+        return str(status), f"{status}: {told}", wait
 
 
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:

@@ -49,8 +49,8 @@ class Sampler(Protocol):
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Return the tokens that end a turn, of the model, the tokenizer and the chat template."""
     ends = model.generation_config.eos_token_id
-    found = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if tokenizer.eos_token_id is not None:
-        found.append(tokenizer.eos_token_id)
+        ids.append(tokenizer.eos_token_id)
     end = end_of_turn_token(tokenizer)
-    return sorted({*found, *([end] if end is not None else [])})
+    return sorted({*ids, *([end] if end is not None else [])})

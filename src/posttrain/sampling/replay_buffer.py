@@ -11,7 +11,7 @@ from posttrain.core.types import Piece, Rollout
 from posttrain.sampling.stop_strings import Decode, before_stop
 
 PARTIAL = "partial"
-"""Why a completion ended that is to go on in the next step."""
+"""Finish of a completion that continues in the next step."""
 
 
 def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
@@ -21,9 +21,9 @@ def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
 
 def rollout_from_json(values: Mapping[str, Any]) -> Rollout:
     """Return the rollout that `plain` was made from."""
-    given = {f.name: values[f.name] for f in fields(Rollout)}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    return Rollout(**{**given, "pieces": tuple(Piece(**p) for p in values["pieces"])})
+    restored = {f.name: values[f.name] for f in fields(Rollout)}
+    restored = {name: tuple(v) if isinstance(v, list) else v for name, v in restored.items()}
+    return Rollout(**{**restored, "pieces": tuple(Piece(**p) for p in values["pieces"])})
 
 
 def oldest(rollout: Rollout, step: int) -> int:
@@ -64,11 +64,11 @@ class Growth:
             temperature: Temperature at which they were sampled.
         """
         marked = replace(piece, pieces=(Piece(len(piece.tokens), step, temperature),))
-        asked = self.asked(before)
-        if asked is None:
+        requested = self.asked(before)
+        if requested is None:
             return marked
         whole = marked if before is None else self._joined(before, marked)
-        short = len(piece.tokens) < asked  # what ended it was the context
+        short = len(piece.tokens) < requested  # what ended it was the context
         room = min(self.sampling.max_tokens, self.context - prompt) - len(whole.tokens)
         if whole.finish == "length" and not short and room > 0:
             return replace(whole, finish=PARTIAL)
@@ -112,7 +112,7 @@ class Replay:
         """By problem, the newest last."""
 
     def expire(self, step: int) -> int:
-        """Drop what is too old to be learnt from in this step; how many that was."""
+        """Drop rollouts that are too old for this step; return how many."""
         old = [p for p, r in self.kept.items() if step - oldest(r, step) > self.bound]
         for problem in old:
             del self.kept[problem]

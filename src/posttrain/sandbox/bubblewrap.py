@@ -83,18 +83,18 @@ def require_sandbox() -> None:
         )
     probe = "import os, socket\nprint(sorted(os.listdir('/work')), os.getpid() < 10)\ntry: socket.socket()\n"
     probe += "except PermissionError: print('alone')"
-    found = _run(probe, "", SandboxConfig(seconds=20))
-    if found.stdout != "[] True\nalone\n":
+    probed = _run(probe, "", SandboxConfig(seconds=20))
+    if probed.stdout != "[] True\nalone\n":
         raise SandboxError(
             "programs run only in a sandbox, and bubblewrap's does not work here: "
-            f"{(found.stderr or found.stdout).strip()[-400:] or found.status}. User namespaces must be allowed "
+            f"{(probed.stderr or probed.stdout).strip()[-400:] or probed.status}. User namespaces must be allowed "
             "(Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0; in a container: see its seccomp profile)"
         )
 
 
 @lru_cache(maxsize=1)
 def _interpreter() -> Path:
-    """The interpreter that the environment at hand was made from; the system's where nobody else may enter that one's
+    """Return the interpreter of this environment; the system's if nobody else may enter that one's
     folder and root asks."""
     own = Path(os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable))
     if os.geteuid() == 0 and not all(p.stat().st_mode & stat.S_IXOTH for p in own.parents):
@@ -175,10 +175,10 @@ def _run(program: str, stdin: str, limits: SandboxConfig) -> ProgramResult:
             # The kernel does not count root's processes, so nobody in particular runs it: a number for each caller.
             number = 30000 + os.getpid() % 30000
             who = {"user": number, "group": number, "extra_groups": []}
-        given = keep(_sealed(stdin.encode("utf-8", "replace")))
+        stdin_fd = keep(_sealed(stdin.encode("utf-8", "replace")))
         began = time.monotonic()
         process = subprocess.Popen(
-            _command(limits, fds), stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, cwd="/",
+            _command(limits, fds), stdin=stdin_fd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, cwd="/",
             env={"PATH": "/usr/bin"}, pass_fds=list(fds.values()), start_new_session=True, **who,
         )  # fmt: skip
         try:

@@ -2,7 +2,7 @@
 
 Namespaces keep a program from seeing anything; this keeps it from what they leave open: memory that no limit counts
 (memfd, System V shared memory), sockets of families that know no namespaces (vsock), and the interfaces to the kernel
-that exploits have gone through most. What is refused fails with EPERM, and a program goes on.
+that exploits have gone through most. What is refused fails with EPERM, and a program continues.
 """
 
 from __future__ import annotations
