@@ -11,9 +11,15 @@ Everything here is loaded when first used, so that importing posttrain costs not
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# OpenMP's threads spin where they wait for each other: at libgomp's default for so long that they keep a core from a
+# thread that shares it with another program. It is read when torch is loaded; a user's own choice wins.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "10000"
 
 if TYPE_CHECKING:
     from posttrain.config import (
