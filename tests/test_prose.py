@@ -25,7 +25,6 @@ ALLOWED = {
     "config",
     "core",
     "cpu",
-    "losses",
     "methods",
     "models",
     "trainer",

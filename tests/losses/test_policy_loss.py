@@ -76,7 +76,7 @@ def test_cispo_by_hand() -> None:
 
 def test_reinforce_and_entropy_by_hand() -> None:
     logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
-    loss = policy.reinforce(logprobs, torch.tensor([3.0, -0.5]))
+    loss = policy.reinforce_loss(logprobs, torch.tensor([3.0, -0.5]))
     assert loss.tolist() == [3.0, -1.0]
     loss.sum().backward()
     assert logprobs.grad is not None and logprobs.grad.tolist() == [-3.0, 0.5]
@@ -137,7 +137,7 @@ def ours_grpo(new: Tensor, old: Tensor, ref: Tensor, a: Tensor, i: Tensor, n: Te
 
 # (new, old, reference, advantages_N, sequence_N, lengths_R) -> loss a token and metrics; aggregation
 METHODS: dict[str, tuple[Ours, Aggregation]] = {
-    "reinforce": (lambda new, old, ref, a, i, n: (policy.reinforce(new, a), {}), "constant"),
+    "reinforce": (lambda new, old, ref, a, i, n: (policy.reinforce_loss(new, a), {}), "constant"),
     "grpo": (ours_grpo, "sequence"),
     "dr_grpo": (ours_grpo, "constant"),
     "dapo": (ours_grpo, "token"),
@@ -339,7 +339,7 @@ def test_only_the_new_policy_and_the_values_have_a_gradient() -> None:
         policy.sequence_token_ratio(new, old, index, lengths),
     ]
     losses = [policy.clipped(ratio, scores)[0] for ratio in ratios]
-    losses += [policy.cispo(ratios[0], new, scores)[0], policy.reinforce(new, scores)]
+    losses += [policy.cispo(ratios[0], new, scores)[0], policy.reinforce_loss(new, scores)]
     losses += [kl.kl(new, reference, e) for e in ("k1", "k2", "k3")]
     losses += [policy.value_loss(new, old, scores)[0]]
     torch.stack(losses).sum().backward()

@@ -9,10 +9,10 @@ import torch
 
 from posttrain.losses.reward_loss import (
     bradley_terry,
+    bradley_terry_metrics,
     centring,
     combine_members,
     combine_steps,
-    pair_metrics,
     step_logits,
     step_loss,
     step_metrics,
@@ -55,7 +55,7 @@ def test_bradley_terry_equals_a_slow_loop_and_holds_far_out() -> None:
 def test_centring_and_metrics_by_hand() -> None:
     chosen, rejected = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([2.0, -3.0, 0.5])
     torch.testing.assert_close(centring(chosen, rejected, 0.01), torch.tensor([0.09, 0.25, 0.01]))
-    found = {k: float(v) for k, v in pair_metrics(chosen, rejected).items()}
+    found = {k: float(v) for k, v in bradley_terry_metrics(chosen, rejected).items()}
     assert found == {"accuracy": 1.5, "margin": 0.0, "reward": -0.5}  # wrong, right, a tie
 
 
@@ -93,7 +93,10 @@ def test_combining_by_hand() -> None:
 
 def test_nothing_gives_nothing_and_the_wrong_thing_an_error() -> None:
     none = torch.zeros(0)
-    assert bradley_terry(none, none, none, none).shape == (0,) and float(pair_metrics(none, none)["accuracy"]) == 0
+    assert (
+        bradley_terry(none, none, none, none).shape == (0,)
+        and float(bradley_terry_metrics(none, none)["accuracy"]) == 0
+    )
     with pytest.raises(ValueError, match="one length"):
         bradley_terry(torch.zeros(2), torch.zeros(3))
     with pytest.raises(ValueError, match=r"probabilities_P must lie in \[0, 1\], and go from 0.5 to 1.5"):

@@ -18,24 +18,26 @@ Scale = Literal["group", "batch", "none"]
 
 
 def _group_sum(values_R: Tensor, group_R: Tensor) -> Tensor:
-    """Sum over each group, float64, of shape P."""
+    """Sum the values of each group: float64, of shape P."""
     groups = int(group_R.max()) + 1 if len(group_R) else 0
     return torch.zeros(groups, dtype=torch.float64, device=values_R.device).index_add(0, group_R, values_R.double())
 
 
 def _counts(group_R: Tensor) -> Tensor:
-    """How many sequences each group has, float64, of shape P; at least 1, for division."""
+    """Count the sequences of each group: float64, of shape P; at least 1, for division."""
     return _group_sum(torch.ones_like(group_R, dtype=torch.float64), group_R).clamp(min=1)
 
 
 def _centred(rewards_R: Tensor, group_R: Tensor) -> Tensor:
-    """r - mean of its group, float64; exactly 0 where the group's rewards are equal, whatever rounding does."""
+    """Compute r - mean of its group, float64; exactly 0 where the group's rewards are equal, whatever rounding does."""
     mean_P = _group_sum(rewards_R, group_R) / _counts(group_R)
     return torch.where(mixed_groups(rewards_R, group_R)[group_R], rewards_R.double() - mean_P[group_R], 0.0)
 
 
 def mixed_groups(rewards_R: Tensor, group_R: Tensor) -> Tensor:
-    """Groups whose rewards differ, bool of shape P: dynamic sampling keeps these and draws again for the others.
+    """Find the groups whose rewards differ: bool of shape P.
+
+    Dynamic sampling keeps these and draws again for the others.
 
     Source: DAPO, arXiv 2503.14476 eq. 11, 0 < number of correct ones < G, for rewards of any value. A group of one, or
     an index that no sequence has, is not mixed.
@@ -47,7 +49,7 @@ def mixed_groups(rewards_R: Tensor, group_R: Tensor) -> Tensor:
 
 
 def reinforce(rewards_R: Tensor, baseline: Tensor | float | None = None) -> Tensor:
-    """REINFORCE with a baseline: A = r - b, of shape R.
+    """Compute REINFORCE's advantages with a baseline: A = r - b, of shape R.
 
     Source: Williams 1992. baseline: None for the batch's mean (slightly biased: each reward is in its own baseline,
     which shrinks the gradient by (R-1)/R; `leave_one_out` with every group index 0 is the unbiased one), a number,
@@ -62,9 +64,12 @@ def reinforce(rewards_R: Tensor, baseline: Tensor | float | None = None) -> Tens
 
 
 def moving_average(previous: float | None, rewards_R: Tensor, decay: float = 0.9) -> float:
-    """b' = decay b + (1 - decay) mean(r), the baseline for the *next* batch; the mean itself where there is no b yet.
+    """Compute the baseline for the *next* batch: b' = decay b + (1 - decay) mean(r).
 
-    An empty batch changes nothing (and is 0 where there is no b yet).
+    Args:
+        previous: The baseline b so far. None: the result is the mean.
+        rewards_R: Rewards of this batch. If it is empty, b stays (0 if missing).
+        decay: Weight of the baseline so far.
     """
     if not len(rewards_R):
         return previous or 0.0
@@ -73,7 +78,9 @@ def moving_average(previous: float | None, rewards_R: Tensor, decay: float = 0.9
 
 
 def leave_one_out(rewards_R: Tensor, group_R: Tensor) -> Tensor:
-    """RLOO: A_i = r_i - mean of the other rewards of its group = n / (n - 1) (r_i - mean of the group), shape R.
+    """Compute RLOO's advantages: A_i = r_i - mean of the other rewards of its group, of shape R.
+
+        A_i = n / (n - 1) (r_i - mean of the group)
 
     Source: arXiv 2402.14740 (Kool et al. 2019). Unbiased: no reward is in its own baseline. A group of one has no
     others: 0.
@@ -84,19 +91,33 @@ def leave_one_out(rewards_R: Tensor, group_R: Tensor) -> Tensor:
 
 
 def remax(rewards_R: Tensor, greedy_rewards_P: Tensor, group_R: Tensor) -> Tensor:
-    """ReMax: A = r - reward of the greedy completion of the same prompt, shape R. Source: arXiv 2310.10505.
+    """Compute ReMax's advantages: A = r - reward of the greedy completion of the same prompt, of shape R.
 
-    A group of one is as good as any here: the baseline isn't made from it.
+    Source: arXiv 2310.10505. A group of one is as good as any here: the baseline isn't made from it.
+
+    Args:
+        rewards_R: Rewards of the sampled completions.
+        greedy_rewards_P: Reward of the greedy completion of each prompt.
+        group_R: Index of the prompt of each completion.
     """
     return rewards_R - greedy_rewards_P[group_R]
 
 
 def group_relative(rewards_R: Tensor, group_R: Tensor, scale: Scale = "group", epsilon: float = 1e-4) -> Tensor:
-    """GRPO: A = (r - mean of the group) / (s + epsilon), shape R; s by `scale`.
+    """Compute GRPO's advantages: A = (r - mean of the group) / (s + epsilon), of shape R; s by `scale`.
 
-    group: standard deviation within the group (GRPO, arXiv 2402.03300 section 4.1.2). batch: of all rewards of the
-    batch. none: no division (Dr. GRPO, arXiv 2503.20783: dividing weighs very easy and very hard prompts up).
-    Standard deviations with n - 1. A group of one, or of equal rewards: 0. Raises ValueError for an unknown scale.
+    A group of one, or of equal rewards, gives 0.
+
+    Args:
+        rewards_R: Rewards.
+        group_R: Index of the group of each reward.
+        scale: group: the standard deviation within the group (GRPO, arXiv 2402.03300 section 4.1.2). batch: that of all
+            rewards of the batch. none: no division (Dr. GRPO, arXiv 2503.20783: dividing gives very easy and very hard
+            prompts more weight). Standard deviations with n - 1.
+        epsilon: Added to the standard deviation.
+
+    Raises:
+        ValueError: The scale is unknown.
     """
     centred_R = _centred(rewards_R, group_R)
     if scale == "group":
@@ -110,14 +131,15 @@ def group_relative(rewards_R: Tensor, group_R: Tensor, scale: Scale = "group", e
 
 
 def _deviation(values: Tensor) -> Tensor:
-    """Standard deviation with n - 1, float64; 0 for less than two values."""
+    """Compute the standard deviation with n - 1, float64; 0 for less than two values."""
     return values.double().std() if len(values) > 1 else torch.zeros((), dtype=torch.float64, device=values.device)
 
 
 def whiten(values_N: Tensor, epsilon: float = 1e-8) -> Tensor:
-    """(v - mean) / (s + epsilon) over the whole batch, s with n - 1. Values that are all equal, or one alone, give 0.
+    """Compute (v - mean) / (s + epsilon) over the whole batch, s with n - 1.
 
-    Source: PPO's advantage normalisation (arXiv 2006.05990 section 3); the global normalisation of REINFORCE++.
+    Values that are all equal, or one alone, give 0. Source: PPO's advantage normalisation (arXiv 2006.05990 section 3);
+    the global normalisation of REINFORCE++.
     """
     if not len(values_N) or bool(values_N.min() == values_N.max()):
         return torch.zeros_like(values_N)
@@ -126,10 +148,15 @@ def whiten(values_N: Tensor, epsilon: float = 1e-8) -> Tensor:
 
 
 def returns(rewards_N: Tensor, sequence_N: Tensor, gamma: float = 1.0) -> Tensor:
-    """Discounted rewards to go within each sequence: G_t = sum_{k >= 0} gamma^k r_{t+k}, of shape N.
+    """Compute the discounted rewards to go within each sequence: G_t = sum_{k >= 0} gamma^k r_{t+k}, of shape N.
 
-    Tokens of a sequence lie next to one another, in order. By doubling: after k rounds each token holds the sum over
-    the 2^k tokens from itself on, so that a batch costs log2(longest) passes and no loop over tokens.
+    By doubling: after k rounds each token holds the sum over the 2^k tokens from itself on, so that a batch costs
+    log2(longest) passes and no loop over tokens.
+
+    Args:
+        rewards_N: Rewards of tokens; those of a sequence lie next to one another, in order.
+        sequence_N: Index of the sequence of each token.
+        gamma: Discount.
     """
     total_N = rewards_N
     longest = int(sequence_N.bincount().max()) if len(sequence_N) else 0
@@ -145,13 +172,22 @@ def returns(rewards_N: Tensor, sequence_N: Tensor, gamma: float = 1.0) -> Tensor
 def gae(
     rewards_N: Tensor, values_N: Tensor, sequence_N: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over ragged sequences: (advantages_N, returns_N = advantages + values).
+    """Compute generalised advantage estimates over ragged sequences.
 
         delta_t = r_t + gamma V_{t+1} - V_t      A_t = sum_{k >= 0} (gamma lam)^k delta_{t+k}
 
-    Source: arXiv 1506.02438 eq. 16; for language models arXiv 2203.02155. V after a sequence's last token is 0,
-    whether it ended by itself or was cut off. values_N: V before each token is sampled; taken as constant. lam = 1:
-    return minus value; lam = 0: delta alone. N = 0 gives empty tensors.
+    Source: arXiv 1506.02438 eq. 16; for language models arXiv 2203.02155. V after a sequence's last token is 0, however
+    it ended. N = 0 gives empty tensors.
+
+    Args:
+        rewards_N: Rewards of tokens.
+        values_N: V before each token is sampled; taken as constant.
+        sequence_N: Index of the sequence of each token.
+        gamma: Discount.
+        lam: 1: return minus value; 0: delta alone.
+
+    Returns:
+        (advantages_N, returns_N = advantages + values).
     """
     values_N = values_N.detach()
     next_N = torch.zeros_like(values_N)
@@ -161,9 +197,13 @@ def gae(
 
 
 def reinforce_plus_plus(rewards_N: Tensor, sequence_N: Tensor, gamma: float = 1.0) -> Tensor:
-    """REINFORCE++: rewards to go, whitened over all tokens of the global batch; shape N.
+    """Compute REINFORCE++'s advantages: rewards to go, whitened over all tokens of the global batch; shape N.
 
-    Source: arXiv 2501.03262. rewards_N: `kl.token_rewards` with k1, the penalty a token at a time.
-    A batch whose returns are all equal gives 0.
+    Source: arXiv 2501.03262. A batch whose returns are all equal gives 0.
+
+    Args:
+        rewards_N: `kl.token_rewards` with k1, the penalty a token at a time.
+        sequence_N: Index of the sequence of each token.
+        gamma: Discount.
     """
     return whiten(returns(rewards_N, sequence_N, gamma))

@@ -19,18 +19,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Metrics = dict[str, Tensor]
+"""Sums over tokens, pairs or steps, by name."""
 Aggregation = Literal["token", "sequence", "constant"]
 
 
 def token_weights(kind: Aggregation, sequence_N: Tensor, lengths_R: Tensor, constant: float | None = None) -> Tensor:
-    """What each token counts in the sum, float32 of shape N: the column w_t above.
+    """Compute what each token counts in the sum, float32 of shape N: the column w_t above.
 
     Sources: token: DAPO, arXiv 2503.14476 section 3.3; sequence: GRPO, arXiv 2402.03300 eq. 3; constant: Dr. GRPO,
-    arXiv 2503.20783 section 3.2, `constant` being the longest length a completion may have. To leave sequences out of
-    the loss (truncated ones, say), multiply by keep_R[sequence_N]; whether D counts them is the caller's choice.
+    arXiv 2503.20783 section 3.2. To leave sequences out of the loss (truncated ones, for example), multiply by
+    keep_R[sequence_N]; whether D counts them is the caller's choice. An empty sequence has no token and so no weight.
 
-    sequence_N: int64. lengths_R: int64, of whole sequences. An empty sequence has no token and so no weight; N = 0
-    gives an empty tensor. Raises ValueError for an unknown kind or a constant that is missing or not positive.
+    Args:
+        kind: Kind of aggregation.
+        sequence_N: Index of the sequence of each token, int64.
+        lengths_R: Tokens of each whole sequence, int64.
+        constant: For kind constant: the longest length that a completion may have.
+
+    Raises:
+        ValueError: The kind is unknown, or the constant is missing or not positive.
     """
     weights = torch.ones(len(sequence_N), dtype=torch.float32, device=sequence_N.device)
     if kind == "token":
@@ -45,16 +53,22 @@ def token_weights(kind: Aggregation, sequence_N: Tensor, lengths_R: Tensor, cons
 
 
 def denominator(kind: Aggregation, lengths_R: Tensor) -> float:
-    """D of the global batch: its tokens for kind token, else its sequences, empty ones included. At least 1.
+    """Compute D of the global batch: its tokens for kind token, else its sequences, empty ones included. At least 1.
 
     lengths_R: of *every* sequence of the global batch, also of those without signal that are never computed: they
-    are zeros of the mean, and leaving them out would make the step larger the fewer groups had something to teach.
+    are zeros of the mean, and leaving them out would make the step larger the fewer groups have a gradient.
     """
     return max(1.0, float(lengths_R.sum()) if kind == "token" else float(len(lengths_R)))
 
 
 def reduce(values_N: Tensor, weights_N: Tensor, denominator: float) -> Tensor:
-    """sum_t w_t l_t / D, a scalar: this micro-batch's share of the loss. N = 0 gives 0, and gradients of 0."""
+    """Compute sum_t w_t l_t / D, a scalar: this micro-batch's share of the loss.
+
+    Args:
+        values_N: Losses l_t of tokens; N = 0 gives 0, and gradients of 0.
+        weights_N: Weights w_t (`token_weights`).
+        denominator: D of the global batch.
+    """
     return (values_N * weights_N).sum() / denominator
 
 
@@ -68,10 +82,22 @@ def sequence_index(lengths_R: Tensor, tokens: int | None = None) -> Tensor:
 
 
 def sequence_sum(values_N: Tensor, sequence_N: Tensor, sequences: int) -> Tensor:
-    """Sum over each sequence's tokens, of shape R = `sequences`; an empty sequence gives 0. Differentiable."""
+    """Sum over each sequence's tokens, of shape R; an empty sequence gives 0. Differentiable.
+
+    Args:
+        values_N: Values of tokens.
+        sequence_N: Index of the sequence of each token.
+        sequences: R.
+    """
     return values_N.new_zeros(sequences).index_add(0, sequence_N, values_N)
 
 
 def sequence_mean(values_N: Tensor, sequence_N: Tensor, lengths_R: Tensor) -> Tensor:
-    """Mean over each sequence's tokens, of shape R; an empty sequence gives 0. Differentiable."""
+    """Average over each sequence's tokens, of shape R; an empty sequence gives 0. Differentiable.
+
+    Args:
+        values_N: Values of tokens.
+        sequence_N: Index of the sequence of each token.
+        lengths_R: Tokens of each sequence.
+    """
     return sequence_sum(values_N, sequence_N, len(lengths_R)) / lengths_R.clamp(min=1)

@@ -13,11 +13,20 @@ HELD = 0.2
 
 
 def adaptive_kl(beta: float, kl: float, target: float, gain: float = 0.1) -> float:
-    """The KL penalty's coefficient for the next step: e = clip(KL / target - 1, -0.2, 0.2), beta' = beta (1 + K e).
+    """Compute the KL penalty's coefficient for the next step.
 
-    Source: arXiv 1909.08593 section 2.2 (there K = 0.1 and the KL of whole continuations). beta: of this step, and 0
-    stays 0. kl: measured in this step, in the target's unit. Raises ValueError unless target and gain are positive, and
-    where a number is not finite.
+        e = clip(KL / target - 1, -0.2, 0.2)        beta' = beta (1 + K e)
+
+    Source: arXiv 1909.08593 section 2.2 (there K = 0.1 and the KL of whole continuations).
+
+    Args:
+        beta: Coefficient of this step; 0 stays 0.
+        kl: KL measured in this step, in the target's unit.
+        target: KL to keep.
+        gain: K.
+
+    Raises:
+        ValueError: Target or gain is not positive, or a number is not finite.
     """
     _check(beta, kl, target, gain)
     return beta * (1 + gain * max(-HELD, min(HELD, kl / target - 1)))
@@ -26,14 +35,23 @@ def adaptive_kl(beta: float, kl: float, target: float, gain: float = 0.1) -> flo
 def toward_entropy(
     value: float, entropy: float, target: float, gain: float = 0.2, low: float = 0.0, high: float = math.inf
 ) -> float:
-    """What raises entropy (a temperature, a bonus's coefficient) for the next step, raised where entropy is low.
+    """Compute a value that raises entropy (a temperature, a bonus's coefficient) for the next step.
 
         e = clip(1 - H / target, -0.2, 0.2)        value' = clip(value (1 + K e), low, high)
 
     The form is that of `adaptive_kl` with the sign turned. A temperature that holds the entropy of what is sampled:
     arXiv 2506.13284 (chosen by hand there); a coefficient that does: arXiv 1812.05905 section 5, 2505.22312 (MAGIC).
-    entropy: measured in this step, in the target's unit. A value of 0 stays at max(0, low). Raises ValueError unless
-    target and gain are positive, and low <= high, and where a number is not finite.
+
+    Args:
+        value: Value of this step; 0 stays at max(0, low).
+        entropy: Entropy measured in this step, in the target's unit.
+        target: Entropy to keep.
+        gain: K.
+        low: Lower bound of the result.
+        high: Upper bound of the result.
+
+    Raises:
+        ValueError: Target or gain is not positive, low exceeds high, or a number is not finite.
     """
     _check(value, entropy, target, gain)
     if not low <= high:

@@ -19,7 +19,7 @@ _places: dict[int, tuple[nn.Parameter, Tensor]] = {}
 
 @contextmanager
 def added_in_place(places: Iterable[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
-    """Within it, gradients of these parameters may be added to the tensors beside them, each of its parameter's shape.
+    """Let gradients of these parameters be added, within the context, to the tensors beside them, each of its shape.
 
     Such a gradient never passes a hook on the parameter, nor `torch.autograd.grad`.
     """
@@ -32,7 +32,7 @@ def added_in_place(places: Iterable[tuple[nn.Parameter, Tensor]]) -> Iterator[No
 
 
 def place_of(weight: Tensor) -> Tensor | None:
-    """What to add a gradient of `weight` to, with what has been added so far in it; None where it is to be returned."""
+    """Return the tensor to add a gradient of `weight` to, which holds the sum so far; None if it is to be returned."""
     found = _places.get(weight.data_ptr())
     if found is None or found[1].shape != weight.shape or found[1].dtype != weight.dtype:
         return None

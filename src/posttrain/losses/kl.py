@@ -31,12 +31,18 @@ MAX_LOG = 20.0
 
 
 def kl(logprobs_N: Tensor, reference_logprobs_N: Tensor, estimator: Estimator = "k3") -> Tensor:
-    """KL(pi || pi_ref) at each sampled token, nats, of shape N; formulas and gradients in the module's docstring.
+    """Estimate KL(pi || pi_ref) at each sampled token, in nats, of shape N; formulas are in the module's docstring.
 
-    logprobs_N: of the policy; gradients flow here. reference_logprobs_N: of the reference, taken as constant. For use
-    in the reward, detach the result. Both finite. Where the reference exceeds the policy by more than 20 nats, k3
-    counts e^20 with no gradient through that term; N = 0 gives an empty tensor. Raises ValueError for an unknown
-    estimator.
+    For use in the reward, detach the result. If the reference exceeds the policy by more than 20 nats, k3 counts e^20
+    with no gradient through that term; N = 0 gives an empty tensor.
+
+    Args:
+        logprobs_N: Log-probabilities under the policy, finite; gradients flow here.
+        reference_logprobs_N: Those under the reference, finite, taken as constant.
+        estimator: k1, k2 or k3.
+
+    Raises:
+        ValueError: The estimator is unknown.
     """
     d = logprobs_N - reference_logprobs_N.detach()
     if estimator == "k1":
@@ -49,23 +55,33 @@ def kl(logprobs_N: Tensor, reference_logprobs_N: Tensor, estimator: Estimator = 
 
 
 def sequence_kl(logprobs_N: Tensor, reference_logprobs_N: Tensor, sequence_N: Tensor, sequences: int) -> Tensor:
-    """KL(pi || pi_ref) of whole completions, nats, estimated from each sampled one; of shape R = `sequences`.
-
-        KL_i = sum_t k3_t
+    """Estimate KL(pi || pi_ref) of whole completions, in nats, from each sampled one: KL_i = sum_t k3_t, of shape R.
 
     The divergence of a sequence is the sum of its tokens' divergences, each given the tokens before it (the chain
     rule), so that the mean over completions drawn from pi is unbiased; it is never negative, as a sum of k1 may be.
-    logprobs_N, reference_logprobs_N: as `kl` takes them; sequence_N: the completion of each token. One without tokens
-    gives 0.
+
+    Args:
+        logprobs_N: As `kl` takes them.
+        reference_logprobs_N: Likewise.
+        sequence_N: Index of the completion of each token.
+        sequences: R. A completion without tokens gives 0.
     """
     return sequence_sum(kl(logprobs_N, reference_logprobs_N, "k3"), sequence_N, sequences)
 
 
 def token_rewards(rewards_R: Tensor, kl_N: Tensor, beta: float, sequence_N: Tensor) -> Tensor:
-    """KL in the reward, a token at a time: r_t = -beta kl_t, plus the sequence's reward at its last token; shape N.
+    """Put the KL into the reward, a token at a time: r_t = -beta kl_t, plus the sequence's reward at its last token.
 
-    Source: InstructGPT, arXiv 2203.02155 section 3.5; REINFORCE++, arXiv 2501.03262. kl_N is detached here; k1
-    is the estimator that gives the right gradient. The reward of an empty sequence has no token to go to and is lost.
+    Shape N.
+
+    Source: InstructGPT, arXiv 2203.02155 section 3.5; REINFORCE++, arXiv 2501.03262. The reward of an empty sequence
+    has no token and is lost.
+
+    Args:
+        rewards_R: Rewards of sequences.
+        kl_N: KL of tokens, detached here; k1 is the estimator that gives the right gradient.
+        beta: Coefficient of the penalty.
+        sequence_N: Index of the sequence of each token.
     """
     rewards_N = -beta * kl_N.detach()
     last = torch.ones_like(sequence_N, dtype=torch.bool)
@@ -74,8 +90,14 @@ def token_rewards(rewards_R: Tensor, kl_N: Tensor, beta: float, sequence_N: Tens
 
 
 def penalised_rewards(rewards_R: Tensor, kl_N: Tensor, beta: float, sequence_N: Tensor) -> Tensor:
-    """KL in the reward, a sequence at a time: r - beta sum_t kl_t, of shape R. Source: RLOO, arXiv 2402.14740.
+    """Put the KL into the reward, a sequence at a time: r - beta sum_t kl_t, of shape R.
 
-    kl_N is detached here; k1 gives the right gradient. An empty sequence keeps its reward.
+    Source: RLOO, arXiv 2402.14740. An empty sequence keeps its reward.
+
+    Args:
+        rewards_R: Rewards of sequences.
+        kl_N: KL of tokens, detached here; k1 gives the right gradient.
+        beta: Coefficient of the penalty.
+        sequence_N: Index of the sequence of each token.
     """
     return rewards_R - beta * sequence_sum(kl_N.detach(), sequence_N, len(rewards_R)).to(rewards_R.dtype)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posttrain.losses.checks import require
+from posttrain.losses.argument_checks import require_all
 from posttrain.losses.gradient_accumulation import place_of
 
 CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
@@ -35,7 +35,7 @@ the layers' activations of as many tokens take."""
 
 @dataclass(frozen=True)
 class Head:
-    """An output head: weight_V_H, optional bias_V, a scale on the logits, and a tanh soft cap (None: none)."""
+    """Hold an output head: weight_V_H, optional bias_V, a scale on the logits, and a tanh soft cap (None: none)."""
 
     weight_V_H: Tensor
     bias_V: Tensor | None = None
@@ -44,12 +44,12 @@ class Head:
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """How many positions go through the head at a time."""
+    """Return how many positions go through the head at a time."""
     return max(1, CHUNK_BYTES.get(device.type, 64 << 20) // (4 * vocabulary))
 
 
 def _of_rows(temperature: float | Tensor, s: slice) -> float | Tensor:
-    """The temperature of a chunk's positions, as it divides their logits."""
+    """Return the temperature of a chunk's positions, in a shape that divides their logits."""
     return temperature[s, None] if isinstance(temperature, Tensor) else temperature
 
 
@@ -62,12 +62,12 @@ def _logits(
     t: float | Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
-    """float32 logits of a chunk, temperature applied, in `out` or a fresh tensor, that the caller may overwrite."""
+    """Compute float32 logits of a chunk, temperature applied, in `out` or fresh memory; the caller may overwrite them."""
     return _finished(torch.mm(h, weight.t(), out=out).float(), bias, scale, softcap, t)
 
 
 def _finished(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None, t: float | Tensor) -> Tensor:
-    """What follows the product, in place."""
+    """Apply what follows the product, in place."""
     if bias is not None:
         z += bias
     if scale != 1.0:
@@ -80,7 +80,7 @@ def _finished(z: Tensor, bias: Tensor | None, scale: float, softcap: float | Non
 
 
 def _through_cap(d: Tensor, z: Tensor | None, scale: float, softcap: float | None, t: float | Tensor) -> Tensor:
-    """d loss / d z turned, in place, into d loss / d (W h + b)."""
+    """Turn d loss / d z, in place, into d loss / d (W h + b)."""
     if softcap is not None and z is not None:
         d *= 1.0 - (z * (t / softcap)).square_()
     factor = scale / t
@@ -90,9 +90,15 @@ def _through_cap(d: Tensor, z: Tensor | None, scale: float, softcap: float | Non
 def head_logits(
     hidden_N_H: Tensor, head: Head, temperature: float = 1.0, product: Callable[[Tensor, Tensor], Tensor] = F.linear
 ) -> Tensor:
-    """z of the module's text, (N, V) float32: for the few positions that are sampled from. Not for training.
+    """Compute z of the module's docstring, (N, V) float32, for the few positions that are sampled from.
 
-    product: makes h W^T.
+    Not for training.
+
+    Args:
+        hidden_N_H: Hidden states.
+        head: The output head.
+        temperature: Divides the logits.
+        product: Computes h W^T.
     """
     z = product(hidden_N_H, head.weight_V_H).float().contiguous()
     return _finished(z, head.bias_V, head.scale, head.softcap, temperature)
@@ -169,7 +175,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _room(hidden: Tensor, weight: Tensor) -> Tensor | None:
-    """Memory for the exponentials of all positions' logits, float32, where they may be kept; None where not."""
+    """Return memory for the exponentials of all positions' logits, float32, if they may be kept; else None."""
     kept_bytes = 4 * len(hidden) * weight.shape[0]
     if kept_bytes > KEPT_BYTES.get(hidden.device.type, 0):
         return None
@@ -195,21 +201,30 @@ def _push(
 def linear_logprobs(
     hidden_N_H: Tensor, head: Head, targets_N: Tensor, temperature: float | Tensor = 1.0, entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and on request the entropy of its distribution, in nats.
+    """Compute the log-probability of each target, and on request the entropy of its distribution, in nats.
 
-    hidden_N_H: the hidden states that predict the targets. targets_N: token ids, int64. temperature: as it was when
-    sampling, one number or one for each target (shape N, a constant). Returns (logprobs_N, entropies_N), float32;
-    entropies are zeros where not asked for. Both are differentiable in the hidden states, the head's weight and its
-    bias. Peak memory beyond the arguments and their gradients: one chunk of logits, whatever N is; where a gradient is
-    wanted, on a CPU, all logits if they take no more than `KEPT_BYTES`. N = 0 gives empty tensors.
+    Both are differentiable in the hidden states, the head's weight and its bias. Peak memory beyond the arguments and
+    their gradients: one chunk of logits, whatever N is; on a CPU, with gradients, all logits if they take no more than
+    `KEPT_BYTES`. N = 0 gives empty tensors.
 
-    Raises ValueError for a temperature that is not positive, or not one for each target.
+    Args:
+        hidden_N_H: The hidden states that predict the targets.
+        head: The output head.
+        targets_N: Token ids, int64.
+        temperature: As it was when sampling: one number, or one for each target (shape N, a constant).
+        entropy: Compute the entropies; they are zeros otherwise.
+
+    Returns:
+        (logprobs_N, entropies_N), float32.
+
+    Raises:
+        ValueError: A temperature is not positive (see `argument_checks.require_all`), or there is not one for each target.
     """
     if isinstance(temperature, Tensor):
         if temperature.shape != targets_N.shape:
             raise ValueError(f"{len(targets_N)} targets, but temperatures of shape {tuple(temperature.shape)}")
         given, temperature = temperature, temperature.detach().float()
-        require(given > 0, lambda: _not_positive(float(given.min())))
+        require_all(given > 0, lambda: _not_positive(float(given.min())))
     elif not temperature > 0:
         raise ValueError(_not_positive(temperature))
     return _LinearLogprobs.apply(  # type: ignore[no-any-return]
@@ -277,11 +292,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     hidden_N_H: Tensor, head: Head, targets_N: Tensor, coefficients_N: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """sum_n c_n * -log p(y_n), with its gradients made chunk by chunk on the way (the head costs 3 products, not 4).
+    """Compute sum_n c_n * -log p(y_n), with its gradients chunk by chunk on the way (the head costs 3 products, not 4).
 
-    coefficients_N: what each token's negative log-likelihood counts, its share of the global denominator already in
-    it. Returns (loss, nll_N, hits_N): the scalar, and for metrics the negative log-likelihood of each target and
-    whether it was the likeliest token (not differentiable). N = 0 gives loss 0. One backward pass only.
+    N = 0 gives loss 0. One backward pass only.
+
+    Args:
+        hidden_N_H: The hidden states that predict the targets.
+        head: The output head.
+        targets_N: Token ids, int64.
+        coefficients_N: What each token's negative log-likelihood counts, its share of the global denominator included.
+
+    Returns:
+        (loss, nll_N, hits_N): the scalar; for metrics the negative log-likelihood of each target, and whether it was
+            the
+        likeliest token (not differentiable).
     """
     return _LinearCrossEntropy.apply(  # type: ignore[no-any-return]
         hidden_N_H, head.weight_V_H, head.bias_V, targets_N, coefficients_N, head.scale, head.softcap

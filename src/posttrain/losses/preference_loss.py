@@ -30,17 +30,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posttrain.losses.checks import require_probabilities, require_vectors
+from posttrain.losses.aggregation import Metrics
+from posttrain.losses.argument_checks import require_probabilities, require_vectors
 
-Metrics = dict[str, Tensor]
 LOG_HALF = -0.6931471805599453
 
 
 def expected(loss: Callable[[Tensor], Tensor], h_P: Tensor, probability_P: Tensor | None) -> Tensor:
-    """p loss(h) + (1 - p) loss(-h), of shape P: the loss of a pair whose label is uncertain.
+    """Compute p loss(h) + (1 - p) loss(-h), of shape P: the loss of a pair whose label is uncertain.
 
-    probability_P: p, in [0, 1]; None: 1, the plain loss. At p = 1/2 both answers weigh alike, and what is left pulls
-    h towards 0. Raises ValueError for another shape or a number out of range.
+    At p = 1/2 both answers have the same weight, and what is left pulls h towards 0.
+
+    Args:
+        loss: Loss of h.
+        h_P: Differences of the two answers.
+        probability_P: p, in [0, 1]. None: 1, the plain loss.
+
+    Raises:
+        ValueError: Shapes differ, or a number is out of range.
     """
     if probability_P is None:
         return loss(h_P)
@@ -51,9 +58,15 @@ def expected(loss: Callable[[Tensor], Tensor], h_P: Tensor, probability_P: Tenso
 
 
 def log_ratio(logprobs: Tensor, reference: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """log pi(y|x) / pi_ref(y|x), of the shape of both; lengths: divided by them. Differentiable in logprobs.
+    """Compute log pi(y|x) / pi_ref(y|x), of the shape of both. Differentiable in logprobs.
 
-    Where policy and reference are the same, 0. Raises ValueError for shapes that differ.
+    Args:
+        logprobs: Under the policy.
+        reference: Under the reference. Where both are the same: 0.
+        lengths: If given, the ratios are divided by them.
+
+    Raises:
+        ValueError: Shapes differ.
     """
     require_vectors(logprobs, reference)
     difference = logprobs - reference.detach()
@@ -61,19 +74,24 @@ def log_ratio(logprobs: Tensor, reference: Tensor, lengths: Tensor | None = None
 
 
 def per_token(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums over answers' tokens, divided by how many those are; an answer without tokens keeps its 0."""
+    """Divide sums over answers' tokens by their number; an answer without tokens keeps its 0."""
     require_vectors(values, lengths)
     return values / lengths.clamp(min=1)
 
 
 def dpo(h_P: Tensor, beta: float = 0.1, probability_P: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
-    """-log sigma(beta h), of shape P. Source: DPO, arXiv 2305.18290 eq. 7.
+    """Compute -log sigma(beta h), of shape P. Source: DPO, arXiv 2305.18290 eq. 7.
 
-    h_P: difference of the two log ratios, nats. beta > 0: per nat; the strength of the KL constraint that it stands
-    for. With per-token log ratios it is length-normalised DPO, Tulu 3, arXiv 2411.15124 section 5.1 (there beta is 5).
-    smoothing: e in [0, 1/2), the share of labels that are wrong; e > 0 is conservative DPO (cDPO), Mitchell 2023
-    eq. 3: -(1-e) log sigma(beta h) - e log sigma(-beta h), least at sigma(beta h) = 1 - e. With a soft label p,
-    p(1-e) + (1-p)e takes the place of p. h = 0: log 2, whatever beta, p and e are.
+    With log-probabilities in place of log ratios it is CPO's (arXiv 2401.08417), with per-token log ratios
+    length-normalised DPO, Tulu 3, arXiv 2411.15124 section 5.1 (there beta is 5). h = 0: log 2, whatever beta, p and e
+    are.
+
+    Args:
+        h_P: Difference of the two log ratios, nats.
+        beta: Positive, per nat: the strength of the KL constraint that it stands for.
+        probability_P: See `expected`; with smoothing, p(1-e) + (1-p)e takes the place of p.
+        smoothing: e in [0, 1/2), the share of labels that are wrong; e > 0 is conservative DPO (cDPO), Mitchell 2023
+            eq. 3: -(1-e) log sigma(beta h) - e log sigma(-beta h), least at sigma(beta h) = 1 - e.
     """
     _positive(beta)
     if smoothing:
@@ -84,10 +102,16 @@ def dpo(h_P: Tensor, beta: float = 0.1, probability_P: Tensor | None = None, smo
 
 
 def robust_dpo(h_P: Tensor, beta: float = 0.1, smoothing: float = 0.1, probability_P: Tensor | None = None) -> Tensor:
-    """((1-e) dpo(h) - e dpo(-h)) / (1 - 2e), of shape P. Source: robust DPO, arXiv 2403.00409 section 3.
+    """Compute ((1-e) dpo(h) - e dpo(-h)) / (1 - 2e), of shape P. Source: robust DPO, arXiv 2403.00409 section 3.
 
-    Its expectation over labels of which a share e, `smoothing`, is flipped is DPO's loss on the true ones. e = 0 is
-    DPO. Can be negative, and has no lower bound: where h is large, -e dpo(-h) goes on falling. h = 0: log 2.
+    Its expectation over labels of which a share e is flipped is DPO's loss on the true ones. e = 0 is DPO. It can be
+    negative and has no lower bound: for large h, -e dpo(-h) keeps falling. h = 0: log 2.
+
+    Args:
+        h_P: As for `dpo`.
+        beta: As for `dpo`.
+        smoothing: e.
+        probability_P: See `expected`.
     """
     _positive(beta)
     _share(smoothing)
@@ -100,9 +124,14 @@ def robust_dpo(h_P: Tensor, beta: float = 0.1, smoothing: float = 0.1, probabili
 
 
 def ipo(h_P: Tensor, beta: float = 0.1, probability_P: Tensor | None = None) -> Tensor:
-    """(h - 1 / (2 beta))^2, of shape P. Source: IPO, arXiv 2310.12036 eq. 17, where beta is called tau.
+    """Compute (h - 1 / (2 beta))^2, of shape P. Source: IPO, arXiv 2310.12036 eq. 17, where beta is called tau.
 
-    h is pulled to 1 / (2 beta) and no further, also where the data are of one mind. h = 0: 1 / (4 beta^2).
+    h is pulled to 1 / (2 beta) and no further, even if all labels agree. h = 0: 1 / (4 beta^2).
+
+    Args:
+        h_P: Difference of the two log ratios, nats.
+        beta: Positive.
+        probability_P: See `expected`.
     """
     _positive(beta)
     return expected(lambda h: (h - 1 / (2 * beta)).square(), h_P, probability_P)
@@ -122,17 +151,24 @@ def hinge(chosen_P: Tensor, rejected_P: Tensor, *, beta: float = 0.1) -> Tensor:
 
 
 def simpo(h_P: Tensor, beta: float = 2.0, gamma: float = 1.0, probability_P: Tensor | None = None) -> Tensor:
-    """-log sigma(beta h - gamma), of shape P. Source: SimPO, arXiv 2405.14734 eq. 6.
+    """Compute -log sigma(beta h - gamma), of shape P. Source: SimPO, arXiv 2405.14734 eq. 6.
 
-    h_P: log pi(y_w)/n_w - log pi(y_l)/n_l, nats a token: no reference. gamma >= 0: by how much the better answer's
-    reward, beta log pi / n, is to exceed the other's. h = 0: log(1 + e^gamma).
+    h = 0: log(1 + e^gamma).
+
+    Args:
+        h_P: log pi(y_w)/n_w - log pi(y_l)/n_l, nats a token: no reference.
+        beta: Positive.
+        gamma: By how much the better answer's reward, beta log pi / n, is to exceed the other's; 0 or more.
+        probability_P: See `expected`.
     """
     _positive(beta)
     return expected(lambda h: -F.logsigmoid(beta * h - gamma), h_P, probability_P)
 
 
 def log_odds(mean_logprobs: Tensor) -> Tensor:
-    """log(P / (1 - P)) of P = exp(log pi(y) / n), of the same shape. Source: ORPO, arXiv 2403.07691 eq. 2 and 4.
+    """Compute log(P / (1 - P)) of P = exp(log pi(y) / n), of the same shape. Source: ORPO, arXiv 2403.07691 eq.
+
+    2 and 4.
 
     mean_logprobs: nats a token, below 0. At 0 or above, as rounding may have it, P is taken as 1 - 1e-6.
     """
@@ -144,17 +180,23 @@ def log_odds(mean_logprobs: Tensor) -> Tensor:
 
 
 def orpo(h_P: Tensor, beta: float = 0.1, probability_P: Tensor | None = None) -> Tensor:
-    """-beta log sigma(log odds(y_w) - log odds(y_l)), of shape P. Source: ORPO, arXiv 2403.07691 eq. 6 and 7.
+    """Compute -beta log sigma(log odds(y_w) - log odds(y_l)), of shape P. Source: ORPO, arXiv 2403.07691 eq. 6 and 7.
 
-    h_P: difference of the two `log_odds`. beta: the paper's lambda, what this part counts beside `nll`. h = 0:
-    beta log 2.
+    h = 0: beta log 2.
+
+    Args:
+        h_P: Difference of the two `log_odds`.
+        beta: The paper's lambda, the weight of this part beside `nll`.
+        probability_P: See `expected`.
     """
     _positive(beta)
     return expected(lambda h: -beta * F.logsigmoid(h), h_P, probability_P)
 
 
 def nll(logprobs: Tensor, lengths: Tensor) -> Tensor:
-    """-log pi(y) / n, of the same shape: the mean over an answer's tokens, so that long answers count as short ones.
+    """Compute -log pi(y) / n, of the same shape.
+
+    The mean over an answer's tokens, so that long answers count as short ones.
 
     Source: ORPO, arXiv 2403.07691 eq. 2; added to DPO, arXiv 2404.19733 eq. 1. An answer without tokens: 0.
     """
@@ -162,9 +204,9 @@ def nll(logprobs: Tensor, lengths: Tensor) -> Tensor:
 
 
 def kl_estimate(log_ratios_U: Tensor) -> Tensor:
-    """max(0, mean of log pi(y'|x) / pi_ref(y'|x)), a scalar, a constant. Source: KTO, arXiv 2402.01306 section 4.
+    """Compute max(0, mean of log pi(y'|x) / pi_ref(y'|x)), a scalar constant. Source: KTO, arXiv 2402.01306 section 4.
 
-    log_ratios_U: of answers to *other* prompts, put behind these ones, over the whole global batch. It is a baseline,
+    log_ratios_U: of answers to *other* prompts, put after these ones, over the whole global batch. It is a baseline,
     rather than an unbiased estimate of the KL divergence, and gets no gradient. U = 0: 0.
     """
     if not log_ratios_U.numel():
@@ -180,11 +222,20 @@ def kto(
     good: float = 1.0,
     bad: float = 1.0,
 ) -> Tensor:
-    """good (1 - sigma(beta (r - z))) of good answers, bad (1 - sigma(beta (z - r))) of others; shape U.
+    """Compute good (1 - sigma(beta (r - z))) of good answers, bad (1 - sigma(beta (z - r))) of others; shape U.
 
-    Source: KTO, arXiv 2402.01306 section 4, lambda - v(x, y). r: log_ratios_U, nats. desirable_U: bool. kl: z, of
-    `kl_estimate`. good, bad: lambda_D and lambda_U; the paper keeps good n_good / (bad n_bad) within 1 and 4/3.
-    r = z: half of the weight. Raises ValueError where desirable_U is not bool or of another shape.
+    Source: KTO, arXiv 2402.01306 section 4, lambda - v(x, y). r = z: half of the weight.
+
+    Args:
+        log_ratios_U: r, nats.
+        desirable_U: Whether each answer is a good one, bool.
+        kl: z, of `kl_estimate`.
+        beta: Positive.
+        good: lambda_D; the paper keeps good n_good / (bad n_bad) within 1 and 4/3.
+        bad: lambda_U.
+
+    Raises:
+        ValueError: desirable_U is not bool or has another shape.
     """
     _positive(beta)
     if desirable_U.dtype != torch.bool or desirable_U.shape != log_ratios_U.shape:
@@ -196,10 +247,10 @@ def kto(
 
 
 def pair_metrics(rewards_chosen_P: Tensor, rewards_rejected_P: Tensor) -> Metrics:
-    """Sums over pairs of implicit rewards: each answer's, their difference, and how often the better one's is higher.
+    """Sum over pairs of implicit rewards: each answer's, their difference, and how often the better one's is higher.
 
     rewards: beta times an answer's side of h: beta log pi/pi_ref for DPO (arXiv 2305.18290 eq. 5, less a number of the
-    prompt's own), beta log pi (/ n) where there is no reference. Equal rewards count as half right.
+    prompt's own), beta log pi (/ n) if there is no reference. Equal rewards count as half right.
     """
     require_vectors(rewards_chosen_P, rewards_rejected_P)
     better, worse = rewards_chosen_P.detach(), rewards_rejected_P.detach()

@@ -19,7 +19,7 @@ Relative = Literal["group", "centred", "leave_one_out", "batch"]
 
 
 def relative_steps(scores_K: Tensor, group_K: Tensor, completion_K: Tensor, kind: Relative) -> Tensor:
-    """What each step did better than was to be expected of a step of that prompt; shape K, dtype of the scores.
+    """Compute how much better each step did than expected of a step of that prompt; shape K, dtype of the scores.
 
         group          (s - mean) / (deviation + 1e-4), over all steps of the group
         centred        s - mean over all steps of the group
@@ -27,9 +27,15 @@ def relative_steps(scores_K: Tensor, group_K: Tensor, completion_K: Tensor, kind
         batch          s - mean over all steps of the batch
 
     Source: group, arXiv 2402.03300 section 4.1.3 (deviation with n - 1, as in `group_relative`); the others are the
-    same with the baseline of Dr. GRPO, RLOO and REINFORCE. A long completion has more steps and weighs more in the
+    same with the baseline of Dr. GRPO, RLOO and REINFORCE. A long completion has more steps and a larger weight in the
     mean. Equal scores give exactly 0 (batch: to rounding, unless all of the batch are equal), and so does a completion
     whose group has no other with steps (leave_one_out), or a step alone. K = 0 gives an empty tensor.
+
+    Args:
+        scores_K: Scores of steps.
+        group_K: Index of the prompt of each step.
+        completion_K: Index of the completion of each step.
+        kind: See above.
     """
     if scores_K.dim() != 1 or not len(scores_K) == len(group_K) == len(completion_K):
         raise ValueError(
@@ -54,15 +60,26 @@ def relative_steps(scores_K: Tensor, group_K: Tensor, completion_K: Tensor, kind
 
 
 def at_last_tokens(values_K: Tensor, last_K: Tensor, sequence_N: Tensor) -> Tensor:
-    """Token rewards: each step's value at its last token, 0 elsewhere; shape N. Steps that end together add up."""
+    """Compute token rewards: each step's value at its last token, 0 elsewhere; shape N. Steps that end together add up.
+
+    Args:
+        values_K: Values of steps.
+        last_K: Place of each step's last token among the N tokens.
+        sequence_N: Index of the sequence of each token.
+    """
     if len(last_K) and not 0 <= int(last_K.min()) <= int(last_K.max()) < len(sequence_N):
         raise ValueError(f"last tokens must be from 0 to {len(sequence_N) - 1}, and are up to {int(last_K.max())}")
     return values_K.new_zeros(len(sequence_N)).index_add(0, last_K, values_K)
 
 
 def from_steps_on(values_K: Tensor, last_K: Tensor, sequence_N: Tensor) -> Tensor:
-    """A_t = sum of the values of the steps of t's completion that end at t or later; shape N.
+    """Compute A_t = sum of the values of the steps of t's completion that end at t or later; shape N.
 
-    Source: arXiv 2402.03300 section 4.1.3. Tokens behind the last step with a score, and completions without one: 0.
+    Source: arXiv 2402.03300 section 4.1.3. Tokens after the last step with a score, and completions without one: 0.
+
+    Args:
+        values_K: Values of steps.
+        last_K: Place of each step's last token among the N tokens.
+        sequence_N: Index of the sequence of each token.
     """
     return returns(at_last_tokens(values_K, last_K, sequence_N), sequence_N)

@@ -13,25 +13,30 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from posttrain.losses.checks import require_probabilities, require_vectors
-
-Metrics = dict[str, Tensor]
+from posttrain.losses.aggregation import Metrics
+from posttrain.losses.argument_checks import require_probabilities, require_vectors
 
 
 def bradley_terry(
     chosen_P: Tensor, rejected_P: Tensor, margins_P: Tensor | None = None, probabilities_P: Tensor | None = None
 ) -> Tensor:
-    """How badly two rewards explain which answer was preferred, in nats, of shape P.
+    """Compute how badly two rewards explain which answer was preferred, in nats, of shape P.
 
         d = r_chosen - r_rejected - margin;    -p log sigma(d) - (1 - p) log sigma(-d)
 
     Source: Bradley & Terry 1952; Stiennon et al., arXiv 2009.01325, section 3.4; margins: Llama 2, arXiv 2307.09288
     eq. 2; soft labels: RLAIF, arXiv 2309.00267, section 2 (cross-entropy with the judge's distribution).
-    margins_P: by how much the chosen answer's reward is to be ahead; None: 0. probabilities_P: that `chosen` is the
-    better one, in [0, 1]; None: 1. The loss is least where r_chosen - r_rejected = logit(p) + margin.
+    The loss is least where r_chosen - r_rejected = logit(p) + margin. Degenerate: equal rewards, no margin: log 2
+    whatever p is. p = 1/2 and no margin pulls the two rewards together.
 
-    Degenerate: equal rewards, no margin: log 2 whatever p is. p = 1/2 and no margin pulls the two rewards together.
-    Raises ValueError where shapes differ or a probability lies outside [0, 1].
+    Args:
+        chosen_P: Rewards of the chosen answers.
+        rejected_P: Rewards of the rejected answers.
+        margins_P: By how much the chosen answer's reward is to be ahead. None: 0.
+        probabilities_P: p, that `chosen` is the better one, in [0, 1]. None: 1.
+
+    Raises:
+        ValueError: Shapes differ, or a probability lies outside [0, 1].
     """
     require_vectors(chosen_P, rejected_P, *(t for t in (margins_P, probabilities_P) if t is not None))
     d_P = chosen_P - rejected_P
@@ -44,10 +49,17 @@ def bradley_terry(
 
 
 def centring(chosen_P: Tensor, rejected_P: Tensor, coefficient: float) -> Tensor:
-    """coefficient (r_chosen + r_rejected)^2, of shape P: keeps rewards around 0, which pairs alone leave open.
+    """Compute coefficient (r_chosen + r_rejected)^2, of shape P: keeps rewards around 0, which pairs alone leave open.
 
-    Source: Eisenstein et al., arXiv 2312.09244 (0.01 is usual). Degenerate: a coefficient of 0 gives zeros.
-    Raises ValueError where shapes differ or the coefficient is negative.
+    Source: Eisenstein et al., arXiv 2312.09244.
+
+    Args:
+        chosen_P: Rewards of the chosen answers.
+        rejected_P: Rewards of the rejected answers.
+        coefficient: 0.01 is usual; 0 gives zeros.
+
+    Raises:
+        ValueError: Shapes differ, or the coefficient is negative.
     """
     require_vectors(chosen_P, rejected_P)
     if coefficient < 0:
@@ -55,9 +67,11 @@ def centring(chosen_P: Tensor, rejected_P: Tensor, coefficient: float) -> Tensor
     return coefficient * (chosen_P + rejected_P) ** 2
 
 
-def pair_metrics(chosen_P: Tensor, rejected_P: Tensor) -> Metrics:
-    """Sums over pairs: accuracy (chosen above rejected; a tie counts 1/2), margin r_chosen - r_rejected, and reward,
-    the mean of the two. Raises ValueError where shapes differ."""
+def bradley_terry_metrics(chosen_P: Tensor, rejected_P: Tensor) -> Metrics:
+    """Sum over pairs: accuracy (chosen above rejected; a tie counts 1/2), margin r_chosen - r_rejected, and reward.
+
+    reward: the mean of the two. Raises ValueError if shapes differ.
+    """
     require_vectors(chosen_P, rejected_P)
     d_P = (chosen_P - rejected_P).detach()
     right_P = (d_P > 0).to(d_P.dtype) + 0.5 * (d_P == 0).to(d_P.dtype)
@@ -65,13 +79,13 @@ def pair_metrics(chosen_P: Tensor, rejected_P: Tensor) -> Metrics:
 
 
 def step_loss(logits_N: Tensor, targets_N: Tensor) -> Tensor:
-    """Cross-entropy of a step being right, in nats, of shape N: -t log sigma(l) - (1 - t) log sigma(-l).
+    """Compute the cross-entropy of a step being right, in nats, of shape N: -t log sigma(l) - (1 - t) log sigma(-l).
 
     Source: Math-Shepherd, arXiv 2312.08935 eq. 2, at the end of each step. targets_N: the share of completions from
     there that end right (soft, eq. 4), or 0 or 1 (hard, eq. 3).
 
-    Degenerate: l = 0 gives log 2 whatever the target. Raises ValueError where shapes differ or a target lies outside
-    [0, 1].
+    Degenerate: l = 0 gives log 2 whatever the target. Raises ValueError if shapes differ or a target lies outside [0,
+    1].
     """
     require_vectors(logits_N, targets_N)
     require_probabilities(targets_N, "targets_N")
@@ -79,7 +93,7 @@ def step_loss(logits_N: Tensor, targets_N: Tensor) -> Tensor:
 
 
 def step_logits(scores_N_L: Tensor) -> Tensor:
-    """log odds that a step is right, of shape N, from a head of one label (its score) or of two (right minus wrong).
+    """Compute log odds that a step is right, of shape N, from a head of one label (its score) or two (right minus wrong).
 
     With two labels the second is `right`: softmax(l)_1 = sigma(l_1 - l_0). Raises ValueError for any other number.
     """
@@ -89,20 +103,29 @@ def step_logits(scores_N_L: Tensor) -> Tensor:
 
 
 def step_metrics(logits_N: Tensor, targets_N: Tensor) -> Metrics:
-    """Sums over steps: accuracy (sigma(l) and the target on the same side of 1/2; a target of 1/2 counts as right) and
-    score, sigma(l). Raises ValueError where shapes differ."""
+    """Sum over steps: accuracy (sigma(l) and the target on the same side of 1/2), and score, sigma(l).
+
+    A target of 1/2 counts as right. Raises ValueError if shapes differ.
+    """
     require_vectors(logits_N, targets_N)
     scores_N = logits_N.detach().sigmoid()
     return {"accuracy": ((scores_N >= 0.5) == (targets_N >= 0.5)).to(scores_N.dtype).sum(), "score": scores_N.sum()}
 
 
 def combine_members(scores_K_N: Tensor, kind: str = "mean", spread: float = 1.0) -> Tensor:
-    """One reward of K members' rewards of N answers, of shape N.
+    """Combine K members' rewards of N answers into one reward each, of shape N.
 
-    mean; min: the lowest, K members' worst case; conservative: mean - spread * standard deviation over the members
-    (of the K, not an estimate from them). Source: Coste et al., arXiv 2310.02743, section 3.2 (worst-case and
-    uncertainty-weighted optimisation, there with the variance). K = 1 gives the member's own whatever the kind.
-    Raises ValueError for another kind, no members, or a shape that is not (K, N).
+    Source: Coste et al., arXiv 2310.02743, section 3.2 (worst-case and uncertainty-weighted optimisation, there with
+    the variance). K = 1 gives the member's own whatever the kind.
+
+    Args:
+        scores_K_N: Rewards.
+        kind: mean; min: the lowest, K members' worst case; conservative: mean - spread * standard deviation over the
+            members (of the K, not an estimate from them).
+        spread: See conservative.
+
+    Raises:
+        ValueError: The kind is another, there are no members, or the shape is not (K, N).
     """
     if scores_K_N.ndim != 2 or not len(scores_K_N):
         raise ValueError(f"expected scores of shape (members, answers), got {tuple(scores_K_N.shape)}")
@@ -116,8 +139,10 @@ def combine_members(scores_K_N: Tensor, kind: str = "mean", spread: float = 1.0)
 
 
 def combine_steps(scores: Sequence[float], kind: str = "min") -> float:
-    """One number of the scores of a chain's steps: min (arXiv 2312.08935, section 3.4), product (arXiv 2305.20050,
-    section 2.4), last or mean. No steps: 0. Raises ValueError for another kind."""
+    """Combine the scores of a chain's steps into one number. No steps: 0. Raises ValueError for another kind.
+
+    kind: min (arXiv 2312.08935, section 3.4), product (arXiv 2305.20050, section 2.4), last or mean.
+    """
     if kind not in ("min", "product", "last", "mean"):
         raise ValueError(f"expected min, product, last or mean, got {kind!r}")
     if not scores:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from posttrain.core.errors import ModelError
 from posttrain.core.ragged import RaggedBatch, pack
 from posttrain.core.types import Sample
-from posttrain.losses.checks import require
+from posttrain.losses.argument_checks import require_all
 from posttrain.losses.linear_logprobs import Head
 from posttrain.models import attention
 from posttrain.models.backends import Backend, backend_for
@@ -148,7 +148,7 @@ class LanguageModel(nn.Module):
             bias = None if head.bias is None else head.bias.float()
             return torch.nn.functional.linear(hidden[targets].float(), head.weight.float(), bias)
         predictors = batch.predictors_T[targets]
-        require(predictors >= 0, lambda: "the first token of a sequence was asked for; no hidden state predicts it")
+        require_all(predictors >= 0, lambda: "the first token of a sequence was asked for; no hidden state predicts it")
         hidden_N_H, tokens_N = hidden[predictors], batch.tokens_T[targets]
         if want == "cross_entropy":
             if coefficients_N is None:

@@ -21,7 +21,7 @@ from posttrain.core.ragged import RaggedBatch
 from posttrain.core.types import Sample
 from posttrain.data.preference_rows import Pair
 from posttrain.eval.calibration import judged_pairs
-from posttrain.losses.reward_loss import bradley_terry, centring, combine_members, pair_metrics
+from posttrain.losses.reward_loss import bradley_terry, bradley_terry_metrics, centring, combine_members
 from posttrain.methods.reward_model.pairwise import RewardModelConfig
 from posttrain.methods.reward_model.scorer_training import Measured, leave_scorer, open_scorer, whole
 from posttrain.models.classification_head import padding, score_index, scores_at
@@ -191,7 +191,7 @@ def pair_loss(config: RewardModelConfig) -> LossFunction:
         losses = bradley_terry(chosen, rejected, margins, probabilities)
         if config.centring:
             losses = losses + centring(chosen, rejected, config.centring)
-        metrics = pair_metrics(chosen, rejected)
+        metrics = bradley_terry_metrics(chosen, rejected)
         metrics["score"] = metrics.pop("reward")
         return losses.sum() / pairs, {name: value.double() / pairs for name, value in metrics.items()}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def require(condition: Tensor, message: Callable[[], str]) -> None:
+def require_all(condition: Tensor, message: Callable[[], str]) -> None:
     """Raise ValueError unless every value of `condition` is true.
 
     On a GPU the check runs on the device and the host does not wait for it: a false value is reported at the next
@@ -37,7 +37,7 @@ def require_vectors(*tensors: Tensor) -> None:
 
 def require_probabilities(values: Tensor, name: str) -> None:
     """Raise ValueError unless all values lie in [0, 1]."""
-    require(
+    require_all(
         (values >= 0) & (values <= 1),
         lambda: f"{name} must lie in [0, 1], and go from {values.min():g} to {values.max():g}",
     )
