@@ -62,7 +62,7 @@ def _logits(
     t: float | Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Compute float32 logits of a chunk, temperature applied, in `out` or fresh memory; the caller may overwrite them."""
+    """Compute float32 logits of a chunk, temperature applied, in `out` or fresh memory that may be overwritten."""
     return _finished(torch.mm(h, weight.t(), out=out).float(), bias, scale, softcap, t)
 
 
@@ -218,7 +218,7 @@ def linear_logprobs(
         (logprobs_N, entropies_N), float32.
 
     Raises:
-        ValueError: A temperature is not positive (see `argument_checks.require_all`), or there is not one for each target.
+        ValueError: A temperature is not positive, or there is not one for each target.
     """
     if isinstance(temperature, Tensor):
         if temperature.shape != targets_N.shape:

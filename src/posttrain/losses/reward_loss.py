@@ -93,9 +93,10 @@ def step_loss(logits_N: Tensor, targets_N: Tensor) -> Tensor:
 
 
 def step_logits(scores_N_L: Tensor) -> Tensor:
-    """Compute log odds that a step is right, of shape N, from a head of one label (its score) or two (right minus wrong).
+    """Compute log odds that a step is right, of shape N, from a head of one label (its score) or two.
 
-    With two labels the second is `right`: softmax(l)_1 = sigma(l_1 - l_0). Raises ValueError for any other number.
+    With two labels, (wrong, right), they are the difference: softmax(l)_1 = sigma(l_1 - l_0).
+    Raises ValueError for another number of labels.
     """
     if scores_N_L.ndim != 2 or scores_N_L.shape[1] not in (1, 2):
         raise ValueError(f"expected scores of shape (N, 1) or (N, 2), got {tuple(scores_N_L.shape)}")
