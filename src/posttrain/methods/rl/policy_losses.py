@@ -62,7 +62,7 @@ def reinforce_policy_loss(batch: PolicyLossInputs) -> tuple[Tensor, dict[str, Te
     from posttrain.losses import policy_loss as formulas
 
     if batch.single_update:
-        return formulas.reinforce(batch.logprobs_N, batch.advantages_N), {}
+        return formulas.reinforce_loss(batch.logprobs_N, batch.advantages_N), {}
     return clipped_policy_loss(batch)
 
 

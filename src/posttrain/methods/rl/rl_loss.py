@@ -131,7 +131,7 @@ def policy_gradient_loss(batch: TrainingBatch, fresh: bool, extremes: Extremes) 
             entropy=settings.entropy_coef != 0,
             probe=settings.critic is None or settings.critic.detach,
         )  # fmt: skip
-        logprobs, sequence, sampled = out[0], sequence_index(lengths), flat(batch.logprobs.sampled)
+        logprobs, sequence, sampled = out[0], sequence_index(lengths, len(targets)), flat(batch.logprobs.sampled)
         old = logprobs.detach() if batch.logprobs.old is None else flat(batch.logprobs.old)
         ratio = ratio_of(settings.ratio, logprobs, old, sequence, lengths, by_token)
         inputs = PolicyLossInputs(
