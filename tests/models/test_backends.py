@@ -58,10 +58,10 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def generic(monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs on a GPU, on a CPU."""
-    monkeypatch.setattr(backends, "backend_for", lambda device: backends.Backend())
+    monkeypatch.setattr(backends, "backend_for", lambda device: backends.DeviceBackend())
     for module in ("models.attention", "models.language_model", "models.loading", "sampling.kv_cache"):
         __import__(f"posttrain.{module}")
-        monkeypatch.setattr(f"posttrain.{module}.backend_for", lambda device: backends.Backend())
+        monkeypatch.setattr(f"posttrain.{module}.backend_for", lambda device: backends.DeviceBackend())
 
 
 def preference(model: LanguageModel, batch: RaggedBatch, count: float) -> tuple[Tensor, dict[str, Tensor]]:

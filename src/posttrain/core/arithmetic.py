@@ -7,7 +7,7 @@ import re
 import warnings
 from fractions import Fraction
 
-LONGEST = 200
+MAX_CHARACTERS = 200
 """Characters of an expression."""
 BITS = 512
 """Of a number's numerator or denominator, in between too: about 150 digits."""
@@ -23,18 +23,18 @@ _SIGNS = str.maketrans(dict(zip("×·÷−–{}[]", "**/--()()", strict=True)))
 
 
 class NotArithmetic(ValueError):
-    """An expression that can't be worked out; the message says why, for the model to read."""
+    """Report an expression that can't be evaluated; the message says why, for the model to read."""
 
 
 def evaluate(text: str) -> Fraction:
-    """The exact value of an expression: + - * / // % ** (also ^ × · ÷ −), brackets, decimals, 1,234 and 1e3.
+    """Compute the exact value of an expression: + - * / // % ** (also ^ × · ÷ −), brackets, decimals, 1,234 and 1e3.
 
     Names, calls, comparisons and everything else are refused, as are expressions of over 200 characters, exponents
-    over 256 or that are no whole number, and numbers of over about 150 digits, in between too. 0.1 is one tenth.
-    Raises NotArithmetic.
+    over 256 or that are not whole numbers, and numbers of over about 150 digits, in intermediate results too. 0.1 is
+    one tenth. Raises NotArithmetic.
     """
-    if len(text) > LONGEST:
-        raise NotArithmetic(f"longer than {LONGEST} characters")
+    if len(text) > MAX_CHARACTERS:
+        raise NotArithmetic(f"longer than {MAX_CHARACTERS} characters")
     plain = text.strip().translate(_SIGNS).replace("^", "**")
     plain = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), plain)
     if not plain:
@@ -97,7 +97,7 @@ def _bounded(value: Fraction) -> Fraction:
 
 
 def written(value: Fraction) -> str:
-    """A number as people write it: 25, -0.5; rounded to 12 places where it has more: 0.333333333333."""
+    """Write a number as people do: 25, -0.5; rounded to 12 places if it has more: 0.333333333333."""
     if value.denominator == 1:
         return str(value.numerator)
     places = DIGITS

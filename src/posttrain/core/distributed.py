@@ -38,7 +38,7 @@ def world() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the rank that writes files and shows progress."""
+    """Return True on the rank that writes files and shows progress."""
     return rank() == 0
 
 
@@ -48,7 +48,7 @@ def barrier() -> None:
 
 
 def from_main(value: Any) -> Any:
-    """Rank 0's value, on every rank (any picklable object)."""
+    """Return rank 0's value, on every rank (any picklable object)."""
     if world() == 1:
         return value
     box = [value]
@@ -57,7 +57,7 @@ def from_main(value: Any) -> Any:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """Every rank's value, in the order of ranks, on every rank (any picklable object; every rank must call)."""
+    """Return every rank's value, in the order of ranks, on every rank (picklable objects; every rank must call)."""
     if world() == 1:
         return [value]
     box = [None] * world()
@@ -66,9 +66,9 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def map_over_ranks(items: Sequence[X], work: Callable[[list[X]], Sequence[Y]]) -> list[Y]:
-    """`work` on all items, an equal part of them on each rank: what it makes of each item, in order, on every rank.
+    """Apply `work` to all items, an equal part of them on each rank, and return all results in order on every rank.
 
-    work: a list of items -> as many results, picklable; it may be given none. Every rank must call.
+    work: a list of items -> one result each, picklable; the list may be empty. Every rank must call.
     """
     n = world()
     out: dict[int, Y] = {}
@@ -79,8 +79,11 @@ def map_over_ranks(items: Sequence[X], work: Callable[[list[X]], Sequence[Y]]) -
 
 @contextmanager
 def summon_full_params(model: nn.Module) -> Iterator[None]:
-    """The weights of a model that is spread over ranks, whole on each, for as long as it takes: forward passes in there
-    are each rank's own affair, as many as it likes. Nothing is trained meanwhile. Every rank must enter and leave."""
+    """Make the weights of a sharded model whole on each rank within the context.
+
+    Each rank may then run forward passes of its own, any number. Nothing is trained meanwhile. Every rank must enter
+    and leave.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
@@ -96,9 +99,15 @@ def summon_full_params(model: nn.Module) -> Iterator[None]:
 
 
 def shard(model: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
-    """FSDP2 over all ranks, a layer at a time and then the rest; in place. Parameters stay float32 at rest.
+    """Shard a model with FSDP2 over all ranks, a layer at a time and then the rest; in place.
 
-    dtype: compute dtype; all-gathers carry it, gradients are summed in float32.
+    Parameters stay float32 at rest.
+
+    Args:
+        model: The model.
+        layers: Its repeated layers.
+        dtype: Compute dtype; all-gathers carry it, gradients are summed in float32.
+        device: Device of this rank.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -114,6 +123,6 @@ def shard(model: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, dev
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be spread over ranks (every rank must call)."""
+    """Return the whole of a tensor that may be sharded over ranks (every rank must call)."""
     gather = getattr(tensor, "full_tensor", None)
     return gather() if gather is not None else tensor

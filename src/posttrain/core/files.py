@@ -11,13 +11,13 @@ from typing import Any
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Compute the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error behind an exception, however it was wrapped; None where there is none."""
+    """Return the operating system's error behind an exception, however it was wrapped; None if there is none."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         if isinstance(error, OSError):
@@ -32,7 +32,7 @@ def os_error(error: BaseException | None) -> OSError | None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether a full disk (or quota) is what an exception comes from; safetensors has the system's words alone."""
+    """Return True if an exception comes from a full disk (or quota); safetensors has only the system's words."""
     reason = os_error(error)
     if reason is not None:
         return reason.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -59,12 +59,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of JSON, indented, keys as given."""
+    """Write a value as JSON with `write_text`, indented, in the order of its keys."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON Lines file; a last line that was cut off by a crash is left out. No file: no records."""
+    """Return the records of a JSON Lines file, without a last line that a crash cut off. No file: no records."""
     if not path.exists():
         return []
     records = []
@@ -79,7 +79,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Lines:
-    """A JSON Lines file that goes on from a given number of records: what a crash left behind them is cut off."""
+    """Append to a JSON Lines file after a given number of records; what a crash left after them is cut off."""
 
     def __init__(self, path: Path, keep: int) -> None:
         self.path = path
@@ -106,7 +106,7 @@ class Lines:
 
 
 def cache_folder() -> Path:
-    """$POSTTRAIN_CACHE, else the user's cache folder."""
+    """Return $POSTTRAIN_CACHE, or the user's cache folder."""
     if os.environ.get("POSTTRAIN_CACHE"):
         return Path(os.environ["POSTTRAIN_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain"

@@ -17,14 +17,14 @@ PHASE_SECONDS = 4.0
 
 
 def clock(seconds: float) -> str:
-    """3:07, or 1:02:03."""
+    """Write seconds as 3:07, or 1:02:03."""
     whole = max(0, round(seconds))
     hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Track:
-    """One long job: `update` after each unit, with what to show. The estimate comes from this process's own pace."""
+    """Show the progress of one long job. The estimate comes from the pace of this process."""
 
     def __init__(
         self, what: str, total: int, done: int = 0, shown: bool = True, console: Console | None = None
@@ -47,7 +47,7 @@ class Track:
             self.task = self.bar.add_task(what, total=total, completed=done, text="")
 
     def update(self, done: int, **values: Any) -> None:
-        """`done` units are finished; `values` are shown as name and value, in order."""
+        """Report that `done` units are finished; `values` are shown as name and value, in order."""
         self.done = done
         now = time.monotonic()
         fresh = done - self.first
@@ -61,7 +61,7 @@ class Track:
             self._line(text)
 
     def phase(self, text: str) -> None:
-        """What is being done within the unit at hand; a part of long ones shows that it moves."""
+        """Report what is being done within the current unit; outside a terminal, now and then."""
         if self.bar is not None:
             self.bar.update(self.task, text=text)
         elif self.shown:
@@ -98,7 +98,7 @@ def _short(value: Any) -> str:
 
 
 class Phases:
-    """Seconds by phase, and the phase on the screen."""
+    """Measure seconds by phase, and show the current phase."""
 
     def __init__(self, track: Track) -> None:
         self.track = track

@@ -51,11 +51,11 @@ class RaggedBatch:
 
     @property
     def total(self) -> int:
-        """T, the number of tokens that are computed."""
+        """Return T, the number of tokens that are computed."""
         return int(self.tokens_T.numel())
 
     def chain(self, segment: int) -> list[int]:
-        """The segment and its ancestors, root first."""
+        """Return the segment and its ancestors, root first."""
         chain = []
         while segment >= 0:
             chain.append(segment)
@@ -63,7 +63,7 @@ class RaggedBatch:
         return chain[::-1]
 
     def to(self, device: torch.device | str) -> RaggedBatch:
-        """The same batch with its tensors on another device."""
+        """Return the same batch with its tensors on another device."""
         names = ("tokens_T", "positions_T", "weights_T", "predictors_T", "targets_N")
         moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
         for name in ("rows", "weighted_rows"):
@@ -72,14 +72,14 @@ class RaggedBatch:
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if len(different) else n
 
 
 class _Builder:
-    """Lays samples out depth first, a shared prefix once."""
+    """Lay samples out depth first, a shared prefix once."""
 
     def __init__(self, samples: Sequence[Sample], min_shared: int) -> None:
         self.tokens = [np.asarray(s.tokens, dtype=np.int64) for s in samples]
@@ -92,7 +92,7 @@ class _Builder:
         self.total = 0
 
     def emit(self, members: list[int], low: int, high: int, parent: int) -> int:
-        """One segment: tokens low..high of its members, which all agree there."""
+        """Lay one segment: tokens low..high of its members, which all agree there."""
         if high <= low:
             return parent
         start, end = self.total, self.total + high - low
@@ -107,7 +107,7 @@ class _Builder:
         return len(self.segments) - 1
 
     def lay(self, members: list[int], depth: int, parent: int) -> None:
-        """Members are sorted by tokens and share their first `depth` tokens, which are laid already."""
+        """Lay members, which are sorted by tokens and share their first `depth` tokens (laid already)."""
         i = 0
         while i < len(members):
             j, shared = i + 1, len(self.tokens[members[i]])
@@ -130,9 +130,15 @@ def pack(samples: Sequence[Sample], share_prefixes: bool = True, min_shared: int
     """Lay samples end to end, computing a prefix that several of them share once.
 
     Weights of a shared token are summed, so that any loss that is a weighted sum over tokens is the same with and
-    without sharing. ``share_prefixes=False`` gives every sample one segment of its own.
+    without sharing.
 
-    Raises ValueError for no samples or an empty one.
+    Args:
+        samples: At least one, none empty.
+        share_prefixes: False gives every sample one segment.
+        min_shared: Shortest prefix that is shared, in tokens.
+
+    Raises:
+        ValueError: There are no samples, or one is empty.
     """
     if not samples:
         raise ValueError("pack() needs at least one sample, and got none")
@@ -176,9 +182,16 @@ def pack(samples: Sequence[Sample], share_prefixes: bool = True, min_shared: int
 def micro_batches(lengths: Sequence[int], budget: int, groups: Sequence[int] | None = None) -> list[list[int]]:
     """Split items into as few balanced micro-batches as a token budget allows.
 
-    Longest first into the lightest bin (LPT), with ceil(total / budget) bins or, where that can't hold them, more.
-    An item longer than the budget gets a micro-batch of its own (it can't be split). `groups` keeps items with the
-    same number together (a prompt with its completions). Returns lists of indices; deterministic; no empty list.
+    Longest first into the lightest bin (LPT), with ceil(total / budget) bins or, if that can't hold them, more. An item
+    longer than the budget gets a micro-batch alone (it can't be split).
+
+    Args:
+        lengths: Tokens of each item.
+        budget: Most tokens of a micro-batch.
+        groups: Items with the same number stay together (a prompt with its completions).
+
+    Returns:
+        Lists of indices; deterministic; no empty list.
     """
     if budget < 1:
         raise ValueError(f"the token budget must be at least 1, and is {budget}")

@@ -29,13 +29,18 @@ _CHUNK = 4_000_000  # indices drawn at a time, so that memory stays near 100 MB 
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
-    """Score interval of a proportion.
+    """Compute the score interval of a proportion.
 
     (p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = successes / n, z the normal quantile of the level.
     Source: Wilson 1927, JASA 22:209; method 3 of Newcombe 1998, Statistics in Medicine 17:857.
 
-    Degenerate: n = 0 knows nothing, (0, 1). successes = 0 starts at exactly 0, successes = n ends at exactly 1.
-    Raises ValueError unless 0 <= successes <= n and 0 < level < 1.
+    Args:
+        successes: 0 gives an interval that starts at exactly 0, n one that ends at exactly 1.
+        n: Number of trials; 0 gives (0, 1).
+        level: Confidence level.
+
+    Raises:
+        ValueError: Not 0 <= successes <= n, or not 0 < level < 1.
     """
     if not 0 <= successes <= n:
         raise ValueError(f"expected 0 <= successes <= n, got {successes} of {n}")
@@ -50,10 +55,14 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:
-    """Interval of a mean: Wilson's where all values are 0 or 1, else the percentile bootstrap's.
+    """Compute the interval of a mean: Wilson's if all values are 0 or 1, else the percentile bootstrap's.
 
-    One value, or values that are all alike, say nothing of how they vary: the bootstrap then gives the value itself
-    twice. Raises ValueError for no values.
+    One value, or values that are all alike, do not show how they vary: the bootstrap then gives the value itself twice.
+
+    Args:
+        values: At least one.
+        level: Confidence level.
+        seed: Seed of the bootstrap.
     """
     if not values:
         raise ValueError("no values to take the mean of")
@@ -66,7 +75,13 @@ def mean_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -
 
 
 def interval_of_means(table: NDArray[np.float64], level: float = 0.95, seed: int = 0) -> list[Interval]:
-    """The interval of each column's mean, rows being items: as `mean_interval`, with the same draws for all columns."""
+    """Compute the interval of each column's mean, rows being items, with the same draws for all columns.
+
+    Args:
+        table: (items, columns), at least one row.
+        level: Confidence level.
+        seed: Seed of the bootstrap. See `mean_interval`.
+    """
     if table.ndim != 2 or not len(table):
         raise ValueError(f"expected a table with at least one row, got shape {table.shape}")
     n = len(table)
@@ -82,11 +97,24 @@ def interval_of_means(table: NDArray[np.float64], level: float = 0.95, seed: int
 def mean_difference(
     before: Sequence[float], after: Sequence[float], level: float = 0.95, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, Interval, float]:
-    """Mean after minus mean before on the same items, its interval and two-sided p-value, by paired bootstrap.
+    """Compute mean after minus mean before on the same items, its interval and two-sided p-value, by paired bootstrap.
 
     With x the mean of the items' differences in a draw, p as in :func:`perplexity_difference`. Source: Efron &
-    Tibshirani 1993, sections 13.3 and 15.4. Returns (difference, (low, high), p). Degenerate: equal values give
-    (0, no width, 1.0). Raises DataError where the two are not as many, ValueError for none.
+    Tibshirani 1993, sections 13.3 and 15.4. Degenerate: equal values give (0, no width, 1.0).
+
+    Args:
+        before: Values before.
+        after: Values after, of the same items in the same order.
+        level: Confidence level.
+        draws: Bootstrap samples.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        (difference, (low, high), p).
+
+    Raises:
+        DataError: The two have different lengths.
+        ValueError: There are no values.
     """
     if len(before) != len(after):
         raise DataError(f"expected the same items before and after, got {len(before)} before and {len(after)} after")
@@ -100,7 +128,7 @@ def mean_difference(
 
 
 def mcnemar_exact(gained: int, lost: int) -> float:
-    """Two-sided exact p-value that items changed in both directions equally often.
+    """Compute the two-sided exact p-value that items changed in both directions equally often.
 
     p = min(1, 2 sum_{k=0}^{min(gained, lost)} C(m, k) / 2^m), m = gained + lost: only items that changed count.
     Source: McNemar 1947, Psychometrika 12:153, with the binomial in place of chi-squared.
@@ -118,21 +146,28 @@ def mcnemar_exact(gained: int, lost: int) -> float:
 
 
 def paired_difference(both: int, gained: int, lost: int, neither: int, level: float = 0.95) -> tuple[float, Interval]:
-    """Accuracy after minus accuracy before on the same items, and its interval.
+    """Compute accuracy after minus accuracy before on the same items, and its interval.
 
     With d = p_after - p_before, Wilson limits (l, h) of each, and phi the correlation of the paired table:
         low  = d - sqrt((p_a - l_a)^2 - 2 phi (p_a - l_a)(h_b - p_b) + (h_b - p_b)^2)
         high = d + sqrt((h_a - p_a)^2 - 2 phi (h_a - p_a)(p_b - l_b) + (p_b - l_b)^2)
-    phi = (both neither - gained lost) / sqrt(product of the four margins), its numerator reduced by n/2 where it is
-    positive, to no less than 0.
+    phi = (both neither - gained lost) / sqrt(product of the four margins), its numerator reduced by n/2 if it is
+    positive, to no less than 0; a margin of zero makes phi 0.
     Source: method 10 of Newcombe 1998, Statistics in Medicine 17:2635; its properties are reviewed in Fagerland,
     Lydersen & Laake 2014, Statistics in Medicine 33:2850. Chosen over the interval of Agresti & Min 2005 because it
     is built from the very Wilson intervals printed beside it, stays within [-1, 1], and keeps a width when no
-    item changed (theirs adds pseudo-counts).
+    item changed (theirs adds pseudo-counts). It is not the inverse of the exact test: near p = 0.05 one may exclude
+    zero where the other does not.
 
-    both, neither: items right, or wrong, both times. Degenerate: a margin of zero makes phi 0. The interval is not
-    the inverse of the exact test: near p = 0.05 one may exclude zero where the other does not.
-    Raises ValueError for negative counts or no items.
+    Args:
+        both: Items right both times.
+        gained: Items that went from wrong to right.
+        lost: Items that went from right to wrong.
+        neither: Items wrong both times.
+        level: Confidence level.
+
+    Raises:
+        ValueError: A count is negative, or there are no items.
     """
     n = both + gained + lost + neither
     if min(both, gained, lost, neither) < 0 or n == 0:
@@ -154,9 +189,9 @@ def paired_difference(both: int, gained: int, lost: int, neither: int, level: fl
 
 
 def perplexity(items: Sequence[Loss]) -> float:
-    """exp(sum of negative log-likelihoods / number of tokens); items are (nats, tokens).
+    """Compute exp(sum of negative log-likelihoods / number of tokens); items are (nats, tokens).
 
-    Raises DataError where there is no token at all; infinite beyond the range of a float.
+    Raises DataError if there is no token at all; infinite beyond the range of a float.
     """
     nll, count = _columns(items)
     return float(_ratio(nll.sum(), count.sum()))
@@ -165,11 +200,20 @@ def perplexity(items: Sequence[Loss]) -> float:
 def perplexity_interval(
     items: Sequence[Loss], level: float = 0.95, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, float, float]:
-    """(value, low, high): :func:`perplexity` and its percentile bootstrap interval. Items are drawn with
-    replacement, not tokens, since the tokens of an item depend on each other.
+    """Compute :func:`perplexity` and its percentile bootstrap interval.
 
+    Items are drawn with replacement, not tokens, since the tokens of an item depend on each other.
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
     Degenerate: one item, or equal items, give an interval of no width.
+
+    Args:
+        items: (nats, tokens) of each item.
+        level: Confidence level.
+        draws: Bootstrap samples.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        (value, low, high).
     """
     low, high = _percentiles(_resample(_columns(items), draws=draws, seed=seed)[0], level)
     return perplexity(items), low, high
@@ -184,15 +228,23 @@ def perplexity_difference(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> tuple[float, Interval, float]:
-    """Perplexity after minus before (or after / before), its interval and two-sided p-value, on the same items.
+    """Compute perplexity after minus before (or after / before), its interval and p-value, on the same items.
 
     Paired bootstrap: the same items are drawn for both models, so what makes an item hard for both cancels. With x
     the difference in a draw, p = min(1, 2 (1 + min(#{x <= 0}, #{x >= 0})) / (draws + 1)), at least 2 / (draws + 1).
     Source: Efron & Tibshirani 1993, sections 13.3 and 15.4 (counting the sample itself, hence the ones);
     the pairing as in Koehn 2004, EMNLP, section 5.
 
-    before, after: (nats, tokens) of each item, in the same order; token counts differ where tokenizers do.
-    Returns (difference, (low, high), p). Degenerate: identical models give (0 or 1, no width, 1.0).
+    Args:
+        before: (nats, tokens) of each item before.
+        after: The same items after, in the same order; token counts differ if tokenizers do.
+        ratio: after / before instead of the difference.
+        level: Confidence level.
+        draws: Bootstrap samples.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        (difference, (low, high), two-sided p). Degenerate: identical models give (0 or 1, no width, 1.0).
     """
     if len(before) != len(after):
         raise DataError(f"expected the same items before and after, got {len(before)} before and {len(after)} after")
@@ -205,11 +257,21 @@ def perplexity_difference(
 
 
 def summarize(items: Sequence[Item], kind: str, *, level: float = 0.95, seed: int = 0) -> dict[str, Any]:
-    """{"metric", "value", "low", "high", "n", "interval"} of one model on one task.
+    """Compute the figures of one model on one task.
 
-    items: for kind choice and generate each has ``correct``; for perplexity ``nll`` and ``tokens``; for sample
-    ``value``, an accuracy between 0 and 1; for score ``value``, any number, or None where no answer could be scored,
-    which counts in ``unscored`` alone. Raises DataError for no items or an unknown kind.
+    Args:
+        items: For kind choice and generate each has ``correct``; for perplexity ``nll`` and ``tokens``; for sample
+            ``value``, an accuracy between 0 and 1; for score ``value``, any number, or None if no answer could be
+            scored, which counts in ``unscored`` alone.
+        kind: Kind of the task.
+        level: Confidence level.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        {"metric", "value", "low", "high", "n", "interval"}.
+
+    Raises:
+        DataError: There are no items, or the kind is unknown.
     """
     missing = sum(i["value"] is None for i in items) if kind == "score" else 0
     if missing:
@@ -237,14 +299,23 @@ def summarize(items: Sequence[Item], kind: str, *, level: float = 0.95, seed: in
 def compare(
     before: Sequence[Item], after: Sequence[Item], kind: str, *, task: str = "", level: float = 0.95, seed: int = 0
 ) -> dict[str, Any]:
-    """One entry of ``comparison.json``: two models on the same items, matched by ``id``, in any order.
+    """Compute one entry of ``comparison.json``: two models on the same items, matched by ``id``, in any order.
 
     difference is after minus before, with its interval (low, high). Accuracy: method 10 of Newcombe and McNemar's
     exact test; perplexity, and accuracies of several samples: paired bootstrap. gained and lost count the items that
     went from wrong to right and back; for perplexity, those whose loss per token fell and rose; for samples, those
-    whose accuracy rose and fell; for scores, those whose mean rose and fell, and ``wins`` (see there). Without ``task``
-    the entry has no such key.
-    Raises DataError where an id comes twice or is missing on one side, or there are no items.
+    whose accuracy rose and fell; for scores, those whose mean rose and fell, and ``wins`` (see there).
+
+    Args:
+        before: Items of the model before, as `summarize` takes them.
+        after: Items of the model after.
+        kind: Kind of the task.
+        task: Name of the task; without it the entry has no such key.
+        level: Confidence level.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        DataError: An id comes twice or is missing on one side, or there are no items.
     """
     old, new = _by_id(before, "before"), _by_id(after, "after")
     if old.keys() != new.keys():
@@ -288,14 +359,25 @@ def compare(
 
 
 def wins(before: Sequence[Item], after: Sequence[Item], *, level: float = 0.95, seed: int = 0) -> dict[str, float]:
-    """How often an answer after scores above one before, both to the same prompt; ties count half.
+    """Compute how often an answer after scores above one before, both to the same prompt; ties count half.
 
         win rate = mean over prompts of the mean over x, y of [x > y] + [x = y] / 2
 
-    x: the prompt's scores after; y: those before. before, after: items of kind score, prompt by prompt in the same
-    order. Returns value, low, high: the interval is the bootstrap's over prompts (Wilson's where every prompt is won or
-    lost whole). 1/2: neither is better.
-    Raises DataError where the two are not as many, ValueError for none.
+    x: the prompt's scores after; y: those before. The interval is the bootstrap's over prompts (Wilson's if every
+    prompt is won or lost whole). 1/2: neither is better.
+
+    Args:
+        before: Items of kind score.
+        after: The same prompts, in the same order.
+        level: Confidence level.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        value, low, high.
+
+    Raises:
+        DataError: The two have different lengths.
+        ValueError: There are no items.
     """
     if len(before) != len(after):
         raise DataError(f"expected the same prompts before and after, got {len(before)} and {len(after)}")
@@ -308,7 +390,7 @@ def wins(before: Sequence[Item], after: Sequence[Item], *, level: float = 0.95, 
 
 
 def _sharp(values: Sequence[float]) -> bool:
-    """Whether every item is right or wrong, and none in between."""
+    """Return True if every item is right or wrong, and none in between."""
     return all(v in (0.0, 1.0) for v in values)
 
 
@@ -335,7 +417,7 @@ def _ratio(nll: Any, count: Any) -> Any:
 
 
 def _resample(*models: Columns, draws: int, seed: int) -> list[NDArray[np.float64]]:
-    """Perplexities of each model in ``draws`` resamples of the items, the same items for all."""
+    """Compute perplexities of each model in ``draws`` resamples of the items, the same items for all."""
     rng, n = np.random.default_rng(seed), len(models[0][0])
     out = [np.empty(draws) for _ in models]
     step = max(1, _CHUNK // n)

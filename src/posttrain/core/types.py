@@ -115,18 +115,18 @@ class Rollout:
 
     @property
     def length(self) -> int:
-        """How many tokens the model wrote."""
+        """Return how many tokens the model wrote."""
         return len(self.tokens) if self.mask is None else sum(self.mask)
 
     @property
     def replies(self) -> int:
-        """How many times an environment answered: runs of tokens that the model did not write."""
+        """Count the replies of an environment: runs of tokens that the model did not write."""
         mask = self.mask or ()
         return sum(not mine and (i == 0 or mask[i - 1]) for i, mine in enumerate(mask))
 
     @property
     def own(self) -> Sequence[int]:
-        """Places of the tokens that the model wrote, ascending."""
+        """Return the places of the tokens that the model wrote, ascending."""
         return range(len(self.tokens)) if self.mask is None else [i for i, mine in enumerate(self.mask) if mine]
 
 

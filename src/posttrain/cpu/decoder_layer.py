@@ -37,7 +37,7 @@ class Places(Protocol):
     """By layer; for as long as no weight changes."""
 
     def places(self, key: Tensor, value: Tensor) -> tuple[Any, Any, Tensor, Any]:
-        """(own, shared, columns, prompts) of the next layer, as `Kernels.attend` takes them."""
+        """Return (own, shared, columns, prompts) of the next layer, as `Kernels.attend` takes them."""
 
 
 def speed_up(model: nn.Module) -> int:
@@ -83,7 +83,7 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any
     if layer is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
     cosine, sine = (x[0].contiguous() for x in positions)
-    if any(x.shape != (hidden_states.shape[1], layer.size) or not native.plain(x) for x in (cosine, sine)):
+    if any(x.shape != (hidden_states.shape[1], layer.size) or not native.is_plain(x) for x in (cosine, sine)):
         return type(self).forward(self, hidden_states, *args, **kwargs)
     if self.in_one_call is None:
         number, expected = step.layer, type(self).forward(self, hidden_states, *args, **kwargs)
@@ -122,7 +122,7 @@ def _described(layer: Any) -> native.Layer | None:
     if any(m is None for m in matrices):
         return None
     tensors = [t for m in matrices if m is not None for t in m[1]] + [n.weight for n in norms if n is not None]
-    if not all(map(native.plain, tensors)):
+    if not all(map(native.is_plain, tensors)):
         return None
     described = native.Layer(**dict(zip(native.Layer.MATRICES, (m[0] for m in matrices if m is not None), strict=True)))
     size, hidden, inner = int(attention.head_dim), len(norms[0].weight), described.gate.n

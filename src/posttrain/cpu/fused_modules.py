@@ -164,7 +164,7 @@ def _norm_forward(shift: float) -> Callable[..., Tensor]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         eps: Any = getattr(self, "variance_epsilon", None) or getattr(self, "eps", None)
         tokens = hidden_states.flatten(-2) if hidden_states.ndim == 4 else hidden_states  # norms of heads: as many rows
-        if cpu.few_rows(tokens) and hidden_states.is_contiguous() and native.plain(self.weight):
+        if cpu.few_rows(tokens) and hidden_states.is_contiguous() and native.is_plain(self.weight):
             kernels = native.kernels()
             if kernels is not None:
                 return kernels.rms_norm(hidden_states, self.weight, float(eps), shift)
@@ -174,7 +174,7 @@ def _norm_forward(shift: float) -> Callable[..., Tensor]:
 
 
 def _gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    """act(gate) * up where no gradient is wanted; through the compiled kernel where it has this one."""
+    """Compute act(gate) * up without a gradient; with the compiled kernel if it has this activation."""
     if kind == "silu" and cpu.few_rows(gate) and gate.is_contiguous() and up.is_contiguous():
         kernels = native.kernels()
         if kernels is not None:
@@ -195,8 +195,10 @@ def _mlp_forward(kind: str) -> Callable[..., Tensor]:
 
 
 def low_rank(module: Any) -> tuple[Any, Tensor, Tensor, float] | None:
-    """(linear, A, B, scale) of peft's linear module, where it is x W^T + b + scale (x A^T) B^T with W frozen; None
-    where its adapters are off, merged, several or of another kind."""
+    """Return (linear, A, B, scale) of peft's linear module: x W^T + b + scale (x A^T) B^T with W frozen.
+
+    None if its adapters are off, merged, several or of another kind.
+    """
     names = module.active_adapters
     if len(names) != 1 or module.disable_adapters or module.merged or module.base_layer.weight.requires_grad:
         return None
@@ -217,7 +219,7 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def adapted(module: Any) -> bool:
-    """Whether a module is peft's linear one with the forward of this file."""
+    """Return True if a module is peft's linear one with the forward of this file."""
     return getattr(vars(module).get("forward"), "__func__", None) is _lora_forward
 
 
@@ -232,7 +234,7 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
 
 
 def _same(module: Any, forward: Callable[..., Tensor], width: int) -> bool:
-    """Whether the fused forward gives what the module's own gives, on a few random rows, training and sampling."""
+    """Check that the fused forward gives what the module's own gives, on a few random rows, training and sampling."""
     weight = next(module.parameters())
     x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight)
     if isinstance(module, nn.Embedding):

@@ -90,8 +90,11 @@ class Kernels:
         self.lib.use_whole_vectors(self._whole_vectors())
 
     def _whole_vectors(self) -> bool:
-        """Whether 24 rows take as long as two vectors of 16: found out by timing both, since one processor multiplies a
-        vector in one go and another in two, and neither says so. The results are the same."""
+        """Measure whether 24 rows take as long as two vectors of 16.
+
+        One processor multiplies a vector at once and another in two parts, and neither reports it. The results are the
+        same.
+        """
         x, weight = (torch.ones(n, 512, dtype=torch.float32, device="cpu") for n in (24, 480))
         times = []
         for whole in (False, True):
@@ -105,14 +108,20 @@ class Kernels:
         return times[1] < 1.1 * times[0]
 
     def use_threads(self) -> None:
-        """As many as torch uses now."""
+        """Use as many threads as torch does now."""
         count = torch.get_num_threads()
         if count != self.threads:
             self.lib.use_threads(*self.entries, count)
             self.threads = count
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + b; x (..., K), weight (N, K) contiguous with N >= LEAST_COLUMNS."""
+        """Compute x W^T + b.
+
+        Args:
+            x: (..., K).
+            weight: (N, K), contiguous, with N >= LEAST_COLUMNS.
+            bias: (N,).
+        """
         if not x.is_contiguous():
             x = x.contiguous()
         *before, k = x.shape
@@ -125,14 +134,21 @@ class Kernels:
         return y
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """silu(gate) * up, both contiguous and of one shape."""
+        """Compute silu(gate) * up, both contiguous and of one shape."""
         y = torch.empty_like(gate)
         self.use_threads()
         self.lib.gated(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, shift: float) -> Tensor:
-        """x / sqrt(mean(x^2) + eps) (weight + shift) over the last dimension; x contiguous."""
+        """Compute x / sqrt(mean(x^2) + eps) (weight + shift) over the last dimension.
+
+        Args:
+            x: Contiguous.
+            weight: Of the last dimension.
+            eps: Added to the mean.
+            shift: Added to the weight.
+        """
         y = torch.empty_like(x)
         self.lib.rms_norm(
             x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1], x.shape[-1], eps, shift
@@ -140,7 +156,13 @@ class Kernels:
         return y
 
     def rotate(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """x cos + (-x_2, x_1) sin; x (heads, M, size) with last stride 1, cosine and sine (M, size) contiguous."""
+        """Compute x cos + (-x_2, x_1) sin.
+
+        Args:
+            x: (heads, M, size) with last stride 1.
+            cosine: (M, size), contiguous.
+            sine: (M, size), contiguous.
+        """
         y = torch.empty_like(x)
         strides = [(ctypes.c_long * 2)(t.stride(0), t.stride(1)) for t in (x, y)]
         self.lib.rotate(
@@ -159,7 +181,18 @@ class Kernels:
         columns: Tensor,
         prompts: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """A whole decoder layer for x (M, hidden), cosine and sine (M, size), all contiguous; the rest as `attend`."""
+        """Compute a whole decoder layer.
+
+        Args:
+            layer: Its weights.
+            x: (M, hidden), contiguous.
+            cosine: (M, size), contiguous.
+            sine: (M, size), contiguous.
+            own: As `attend` takes it, and so the others.
+            shared: Likewise.
+            columns: Likewise.
+            prompts: Likewise.
+        """
         y = torch.empty_like(x)
         self.use_threads()
         sizes = (ctypes.c_long * 3)(len(x), own[0].shape[2], 0 if shared is None else shared[0].shape[2])
@@ -170,7 +203,10 @@ class Kernels:
         return y
 
     def draw(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """(tokens, log-probabilities), as `sampling.token_sampling`; logits (M, V) contiguous, uniforms float64."""
+        """Draw (tokens, log-probabilities), as `sampling.token_sampling`.
+
+        Logits (M, V) contiguous, uniforms float64.
+        """
         rows, vocabulary = logits.shape
         tokens, logprobs = torch.empty(rows, dtype=torch.long), logits.new_empty(rows)
         self.use_threads()
@@ -181,8 +217,15 @@ class Kernels:
         return tokens, logprobs
 
     def absorb(self, z: Tensor, top: Tensor, total: Tensor, weighted: Tensor | None, keep: bool) -> None:
-        """Add a tile of logits z (M, V) to each row's softmax, in place: top (the largest so far), total (sum of
-        e^(z - top)), weighted (that of e^(z - top) (z - top)). keep: z becomes e^(z - top). All contiguous."""
+        """Add a tile of logits to each row's softmax, in place. All tensors are contiguous.
+
+        Args:
+            z: Logits (M, V).
+            top: The largest so far.
+            total: Sum of e^(z - top).
+            weighted: Sum of e^(z - top) (z - top), if wanted.
+            keep: z becomes e^(z - top).
+        """
         self.use_threads()
         at = 0 if weighted is None else weighted.data_ptr()
         self.lib.absorb(z.data_ptr(), top.data_ptr(), total.data_ptr(), at, *z.shape, keep)
@@ -199,11 +242,21 @@ class Kernels:
         window: int | None,
         scale: float,
     ) -> Tensor:
-        """(heads, M, size) queries, keys, values of the newest tokens -> (M, heads, size).
+        """Compute attention of the newest tokens.
 
-        own, shared: (keys, values), (slots, kv heads, columns, size) contiguous; row i is in slot i of own. columns:
-        where each row's newest token goes. prompts: (slot in shared, length) of each row. window: how many of the last
-        positions are seen, the newest included (None: all).
+        Args:
+            query: (heads, M, size).
+            key: (kv heads, M, size).
+            value: (kv heads, M, size).
+            own: (keys, values), (slots, kv heads, columns, size) contiguous; row i is in slot i.
+            shared: Keys and values of prompts, likewise.
+            columns: Where each row's newest token goes.
+            prompts: (slot in shared, length) of each row.
+            window: How many of the last positions are seen, the newest included (None: all).
+            scale: Multiplies the scores.
+
+        Returns:
+            (M, heads, size).
         """
         heads, rows, size = query.shape
         kv = key.shape[0]
@@ -224,7 +277,7 @@ class Kernels:
 
 
 def kernels() -> Kernels | None:
-    """The compiled kernels, or None where they can't be had (`why` says so); found out once a process."""
+    """Return the compiled kernels, or None if they are not available (`why` has the reason); found once a process."""
     if "kernels" not in _state:
         _state["kernels"] = None
         try:
@@ -234,20 +287,19 @@ def kernels() -> Kernels | None:
     return _state["kernels"]  # type: ignore[no-any-return]
 
 
-def plain(weight: Tensor) -> bool:
-    """Whether these are numbers in a row that a kernel can read: float32 without gaps on the CPU, no tensor of another
-    kind."""
+def is_plain(weight: Tensor) -> bool:
+    """Return True for a tensor that a kernel can read: float32 without gaps on the CPU, no subclass."""
     known = type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu"
     return known and weight.dtype == torch.float32 and weight.is_contiguous()
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether `Kernels.linear` can take this matrix."""
-    return plain(weight) and weight.shape[0] >= LEAST_COLUMNS
+    """Return True if `Kernels.linear` can take this matrix."""
+    return is_plain(weight) and weight.shape[0] >= LEAST_COLUMNS
 
 
 def why() -> str:
-    """In words: that the kernels are in use, or why not."""
+    """Write that the kernels are in use, or why not."""
     return "compiled kernels" if kernels() is not None else f"torch ({_state['why']})"
 
 

@@ -29,9 +29,16 @@ NOTHING = -1e30
 def head_logprobs(
     hidden_N_H: Tensor, head: Head, targets_N: Tensor, temperature: float | Tensor = 1.0, entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`linear_logprobs`, in tiles of the vocabulary where that can be: float32 on a CPU, compiled kernels, no soft cap.
+    """Compute `linear_logprobs`, in tiles of the vocabulary if possible: float32, compiled kernels, no soft cap.
 
-    The same arguments, results and errors.
+    The same results and errors.
+
+    Args:
+        hidden_N_H: As there, and so the others.
+        head: Likewise.
+        targets_N: Likewise.
+        temperature: Likewise.
+        entropy: Likewise.
     """
     t = temperature
     positive = bool((t > 0).all()) if isinstance(t, Tensor) else t > 0
@@ -48,9 +55,15 @@ def head_logprobs(
 def head_cross_entropy(
     hidden_N_H: Tensor, head: Head, targets_N: Tensor, coefficients_N: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`linear_cross_entropy` in such tiles, where all exponentials may be kept: three products here as there.
+    """Compute `linear_cross_entropy` in such tiles, if all exponentials may be kept: three products here as there.
 
-    The same arguments and results, but that of several likeliest tokens each counts as a hit.
+    The same results, except that of several likeliest tokens each counts as a hit.
+
+    Args:
+        hidden_N_H: As there, and so the others.
+        head: Likewise.
+        targets_N: Likewise.
+        coefficients_N: Likewise.
     """
     few = 4 * len(targets_N) * len(head.weight_V_H) <= logprobs.KEPT_BYTES["cpu"]
     kernels = _kernels(hidden_N_H, head) if few else None
@@ -66,7 +79,7 @@ def head_cross_entropy(
 def _kernels(hidden: Tensor, head: Head) -> native.Kernels | None:
     """The compiled kernels, where they take this head and there is anything for them to do; else None."""
     weight, bias = head.weight_V_H, head.bias_V
-    plain = native.plain(weight) and (bias is None or native.plain(bias)) and head.softcap is None
+    plain = native.is_plain(weight) and (bias is None or native.is_plain(bias)) and head.softcap is None
     fits = plain and weight.device.type == "cpu" and hidden.dtype == torch.float32 and len(hidden) > 0
     return native.kernels() if fits else None
 

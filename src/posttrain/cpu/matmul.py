@@ -70,16 +70,24 @@ def _full_precision() -> bool:
 
 
 def few_rows(x: Tensor) -> bool:
-    """Whether x (..., K) is decoding's kind of work on a CPU: few rows, no gradient wanted, float32."""
+    """Return True if x (..., K) has few rows, no gradient is wanted and it is float32: decoding's kind of work."""
     if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu":
         return False
     return 0 < x.numel() <= FEW_ROWS * x.shape[-1]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. Few rows go through the compiled kernels; where there are none, over oneDNN, they are computed as
-    (W x^T)^T, which it does in two thirds of the time: it splits the many rows of W over threads and registers, where x
-    has too few. What comes out is then a transposed view."""
+    """Compute x W^T + b.
+
+    Few rows go through the compiled kernels; without them, over oneDNN, they are computed as (W x^T)^T, which takes two
+    thirds of the time: it splits the many rows of W over threads and registers, where x has too few. The result is then
+    a transposed view.
+
+    Args:
+        x: (..., K).
+        weight: (N, K).
+        bias: (N,).
+    """
     if not few_rows(x):
         return F.linear(x, weight, bias)
     kernels = native.kernels()
@@ -99,8 +107,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @contextmanager
 def small_products() -> Iterator[None]:
-    """Batches of small products, such as decoding's attention, through torch's default route: oneDNN sets up each of
-    them anew and copies what is no whole tensor, which takes longer than the product."""
+    """Send batches of small products, such as decoding's attention, through torch's default route.
+
+    oneDNN sets up each of them anew and copies what is no whole tensor, which takes longer than the product.
+    """
     if _state.get("route") != "onednn":
         yield
         return

@@ -39,7 +39,10 @@ _known: dict[int, tuple[StorageWeakRef, torch.Size, _Way]] | None = None
 
 
 def asked() -> bool:
-    """Whether anybody wants to know how tensors are made. Not while layers are compiled: what there is then is none."""
+    """Return True if ways to recompute tensors are collected.
+
+    Never while layers are compiled: nothing is known there.
+    """
     return _known is not None and not torch.compiler.is_compiling()
 
 

@@ -25,7 +25,7 @@ shape (a millisecond each), and lengths hardly ever repeat."""
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """Queries q0..q1 over keys k0..k1. `mask` (queries, m) is added to the scores of the last m keys.
 
     `q_end` and `k_end`: where the rounded tile ends. Keys from k1 on are masked, queries from q1 on count for nothing.
@@ -44,7 +44,7 @@ class Call:
     """Which queries see none of the keys (a window has passed them all)."""
 
 
-def calls_for(plan: Any, window: int | None) -> list[Call]:
+def calls_for(plan: Any, window: int | None) -> list[AttentionCall]:
     """Return the calls that cover a plan's batch, for one sliding window (None: none)."""
     if window not in plan.cache:
         plan.cache[window] = _calls(plan.batch, window)
@@ -73,7 +73,7 @@ def _none_of(extra: int) -> Tensor:
     return torch.full((1, extra), -torch.inf)
 
 
-def _calls(batch: RaggedBatch, window: int | None) -> list[Call]:
+def _calls(batch: RaggedBatch, window: int | None) -> list[AttentionCall]:
     """Every segment over itself in tiles of queries, and every parent's keys for its descendants' queries."""
     calls = []
     position, limit = batch.positions_T, batch.total
@@ -89,7 +89,7 @@ def _calls(batch: RaggedBatch, window: int | None) -> list[Call]:
             k_end = end_of(k0, q1)
             hidden = None if window is None else _window_mask(position[q0:q1], position[k0:q1], window, causal=True)
             mask = _causal_mask(q1 - q0, k_end - q1) if hidden is None else _with_extra(hidden, k_end - q1)
-            calls.append(Call(q0, q1, k0, q1, end_of(q0, q1), k_end, alone, mask))
+            calls.append(AttentionCall(q0, q1, k0, q1, end_of(q0, q1), k_end, alone, mask))
         for q0 in range(end, batch.subtree_ends[i], TILE):
             q1 = min(q0 + TILE, batch.subtree_ends[i])
             mask = None if window is None else _window_mask(position[q0:q1], position[start:end], window, causal=False)
@@ -97,7 +97,7 @@ def _calls(batch: RaggedBatch, window: int | None) -> list[Call]:
             if blind is None or not bool(blind.all()):
                 k_end = end_of(start, end)
                 mask = _with_extra(mask, k_end - end)
-                calls.append(Call(q0, q1, start, end, end_of(q0, q1), k_end, False, mask, blind))
+                calls.append(AttentionCall(q0, q1, start, end, end_of(q0, q1), k_end, False, mask, blind))
     return calls
 
 
@@ -126,7 +126,7 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(kv_heads, -1, x.shape[-1])
 
 
-def _scores(c: Call, q: Tensor, k: Tensor) -> Tensor:
+def _scores(c: AttentionCall, q: Tensor, k: Tensor) -> Tensor:
     """q k^T, masked; (kv heads, groups * queries, keys), fresh memory. q carries the scale already."""
     s = torch.bmm(q, k.transpose(1, 2))
     if c.mask is not None:
@@ -190,7 +190,7 @@ class TreeAttention(torch.autograd.Function):
         return d_query, d_key, d_value, None, None, None
 
 
-def _merge(out: Tensor, lse: Tensor, c: Call, part: Tensor, part_lse: Tensor) -> None:
+def _merge(out: Tensor, lse: Tensor, c: AttentionCall, part: Tensor, part_lse: Tensor) -> None:
     """Fold one call's output into what its queries have so far, in place."""
     out, lse = out[:, c.q0 : c.q1], lse[:, c.q0 : c.q1]
     if c.alone:

@@ -20,12 +20,18 @@ LARGEST = 512
 
 
 def table(batch: RaggedBatch) -> Tensor:
-    """(3, S) int64: where segments start and end, and their parents."""
+    """Make (3, S) int64: where segments start and end, and their parents."""
     return torch.tensor([batch.starts, batch.ends, batch.parents], dtype=torch.long)
 
 
 def kernels_for(query: Tensor, key: Tensor, value: Tensor) -> native.Kernels | None:
-    """The compiled kernels, where they take these (heads, T, size), else None."""
+    """Return the compiled kernels, if they take these tensors, else None.
+
+    Args:
+        query: (heads, T, size).
+        key: (key heads, T, size).
+        value: (key heads, T, size).
+    """
     size = query.shape[-1]
     plain = all(type(x) is Tensor and x.dtype == torch.float32 and x.stride(-1) == 1 for x in (query, key, value))
     if not plain or size % WIDEST or size > LARGEST or key.shape != value.shape or query.shape[0] % key.shape[0]:
@@ -73,9 +79,19 @@ def forward(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """((heads, T, size) out, (heads, T) log-sum-exps); out lies in memory as (T, heads, size).
+    """Compute attention. Tokens after the last segment get 0 and -inf.
 
-    Tokens behind the last segment get 0 and -inf.
+    Args:
+        kernels: The compiled kernels.
+        query: (heads, T, size).
+        key: (key heads, T, size).
+        value: (key heads, T, size).
+        segments: `table` of the batch.
+        window: Sliding window (None: none).
+        scale: Multiplies the scores.
+
+    Returns:
+        ((heads, T, size) output, which lies in memory as (T, heads, size); (heads, T) log-sum-exps).
     """
     heads, total, size = query.shape
     out, lse = query.new_empty(total, heads, size), query.new_empty(heads, total)
@@ -101,7 +117,20 @@ def backward(
     lse: Tensor,
     d_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value."""
+    """Compute the gradients of query, key and value.
+
+    Args:
+        kernels: As `forward` takes them, and so the next ones.
+        query: Likewise.
+        key: Likewise.
+        value: Likewise.
+        segments: Likewise.
+        window: Likewise.
+        scale: Likewise.
+        out: Result of `forward`.
+        lse: Result of `forward`.
+        d_out: Gradient of the output.
+    """
     d_out = d_out if d_out.stride(-1) == 1 and d_out.dtype == torch.float32 else d_out.float().contiguous()
     d_query, d_key, d_value = (query.new_zeros(query.shape) for _ in range(3))
     asked = _asked((query, key, value, d_out), segments, window)

@@ -49,6 +49,15 @@ def attach_low_rank(hf: Any, config: AdapterConfig, seed: int, task: Task) -> An
 
     lora: W + (alpha / r) B A (arXiv 2106.09685). rslora: alpha / sqrt(r) (arXiv 2312.03732). dora: magnitude and
     direction are separate (arXiv 2402.09353).
+
+    Args:
+        hf: A transformers model.
+        config: Settings.
+        seed: Not used: torch's generator is seeded already.
+        task: peft's task type.
+
+    Raises:
+        ModelError: No module has one of the target names.
     """
     from peft import LoraConfig, get_peft_model
 

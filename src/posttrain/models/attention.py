@@ -40,7 +40,17 @@ class Decoding(Protocol):
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """(1, heads, M, size) in, (1, M, heads, size) out; called once a layer, in their order."""
+        """Compute attention: (1, heads, M, size) in, (1, M, heads, size) out; called once a layer, in their order.
+
+        Args:
+            query: Queries of the newest tokens.
+            key: Their keys.
+            value: Their values.
+            window: How many of the last positions are visible (None: all).
+            scale: Multiplies the scores.
+            softcap: Scores become c tanh(score / c).
+            sinks: One learned score a head, see `plain_attention`.
+        """
 
 
 @dataclass
@@ -87,7 +97,7 @@ def _varlen(batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor, int, int]:
 
 @lru_cache(maxsize=1)
 def _varlen_parameters() -> frozenset[str]:
-    """Which arguments this torch's varlen attention takes (they grew over its releases); empty: there is none."""
+    """Return the parameters of this torch's varlen attention (they grew over its releases); empty if it has none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -105,7 +115,7 @@ def _can_varlen(query: Tensor, value: Tensor, window: int | None) -> bool:
 def _varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: int | None, scale: float
 ) -> Tensor:
-    """One kernel call; (1, heads, T, size) in, (1, T, heads, size) out."""
+    """Compute attention in one kernel call; (1, heads, T, size) in, (1, T, heads, size) out."""
     from torch.nn.attention.varlen import varlen_attn
 
     gather, cu_q, cu_k, longest_q, longest_k = plan.varlen()
@@ -139,10 +149,20 @@ def plain_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T) v a segment at a time, keys of all ancestors in front; any device, differentiable.
+    """Compute softmax(scale q k^T) v a segment at a time, over the keys of its chain; any device, differentiable.
 
-    softcap: scores become c tanh(score / c). sinks: one learnt score a head that takes part in the softmax and
-    carries no value. (1, heads, T, size) in, (1, T, heads, size) out; zeros for tokens behind the last segment.
+    Args:
+        query: (1, heads, T, size).
+        key: (1, key heads, T, size).
+        value: (1, key heads, T, size).
+        plan: The batch.
+        window: Sliding window.
+        scale: Multiplies the scores.
+        softcap: Scores become c tanh(score / c).
+        sinks: One learned score a head that takes part in the softmax and carries no value.
+
+    Returns:
+        (1, T, heads, size); zeros for tokens after the last segment.
     """
     batch, repeat = plan.batch, query.shape[1] // key.shape[1]
     outs = []
@@ -180,7 +200,24 @@ def ragged_attention(
     ragged: Plan | Decoding | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The function transformers calls; see the module's text. Returns ((1, T, heads, size), None)."""
+    """Compute attention for transformers, which calls this function; see the module's docstring.
+
+    Args:
+        module: The attention module, not used.
+        query: (1, heads, T, size).
+        key: (1, key heads, T, size).
+        value: (1, key heads, T, size).
+        attention_mask: Must be None: the batch's segments are the mask.
+        scaling: Multiplies the scores. None: 1 / sqrt(size).
+        dropout: Must be 0.
+        sliding_window: Sliding window.
+        softcap: Soft cap of the scores.
+        s_aux: Attention sinks.
+        ragged: Plan of the batch, or a decoding step.
+
+    Returns:
+        ((1, T, heads, size), None).
+    """
     if ragged is None:
         raise RuntimeError("posttrain attention was called without a ragged batch; use LanguageModel, not its .hf")
     if dropout:
@@ -206,7 +243,7 @@ def ragged_attention(
 
 
 def register() -> None:
-    """Make the function known to transformers under NAME. No mask function is registered, so no mask is made."""
+    """Register the function with transformers under NAME. No mask function is registered, so no mask is made."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, ragged_attention)

@@ -23,7 +23,7 @@ Product = Callable[[Tensor, Tensor], Tensor]
 """(x, weight) -> x weight^T."""
 
 
-class Backend:
+class DeviceBackend:
     """Compute with plain PyTorch operations, on any device. Methods that return None leave the work to the caller."""
 
     tile = 1
@@ -42,19 +42,43 @@ class Backend:
     def logprobs(
         self, hidden_N_H: Tensor, head: Head, targets_N: Tensor, temperature: float | Tensor, entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        """Compute `linear_logprobs`."""
+        """Compute `linear_logprobs`.
+
+        Args:
+            hidden_N_H: As there, and so the others.
+            head: Likewise.
+            targets_N: Likewise.
+            temperature: Likewise.
+            entropy: Likewise.
+        """
         return linear_logprobs(hidden_N_H, head, targets_N, temperature, entropy)
 
     def cross_entropy(
         self, hidden_N_H: Tensor, head: Head, targets_N: Tensor, coefficients_N: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute `linear_cross_entropy`."""
+        """Compute `linear_cross_entropy`.
+
+        Args:
+            hidden_N_H: As there, and so the others.
+            head: Likewise.
+            targets_N: Likewise.
+            coefficients_N: Likewise.
+        """
         return linear_cross_entropy(hidden_N_H, head, targets_N, coefficients_N)
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: int | None, scale: float
     ) -> Tensor | None:
-        """Compute attention over a ragged batch: (1, heads, T, size) in, (1, T, heads, size) out."""
+        """Compute attention over a ragged batch: (1, heads, T, size) in, (1, T, heads, size) out.
+
+        Args:
+            query: Queries.
+            key: Keys.
+            value: Values.
+            plan: The batch.
+            window: Sliding window (None: none).
+            scale: Multiplies the scores.
+        """
         return None
 
     def linear(self, rows: int) -> Product:
@@ -64,7 +88,16 @@ class Backend:
     def decode_attention(
         self, step: Any, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
     ) -> Tensor | None:
-        """Compute attention of one new token of each sequence (`posttrain.sampling.kv_cache.Step`)."""
+        """Compute attention of one new token of each sequence.
+
+        Args:
+            step: A `posttrain.sampling.kv_cache.Step`.
+            query: (1, heads, M, size).
+            key: (1, key heads, M, size).
+            value: (1, key heads, M, size).
+            window: Sliding window (None: none).
+            scale: Multiplies the scores.
+        """
         return None
 
     def small_products(self) -> AbstractContextManager[None]:
@@ -80,7 +113,7 @@ class Backend:
         return {"float32_products": "default", "decoding": "torch"}
 
 
-class CPUBackend(Backend):
+class CPUBackend(DeviceBackend):
     """Compute on a CPU, with `posttrain.cpu`."""
 
     tile = 32
@@ -136,10 +169,10 @@ class CPUBackend(Backend):
 
 
 @lru_cache
-def _backend(device_type: str) -> Backend:
-    return CPUBackend() if device_type == "cpu" else Backend()
+def _backend(device_type: str) -> DeviceBackend:
+    return CPUBackend() if device_type == "cpu" else DeviceBackend()
 
 
-def backend_for(device: torch.device) -> Backend:
+def backend_for(device: torch.device) -> DeviceBackend:
     """Return the backend of a device; one object for each kind of device."""
     return _backend(device.type)

@@ -39,11 +39,20 @@ def _auto(layout: Layout) -> Any:
 
 
 def open_head(config: ModelConfig, layout: Layout, seed: int = 0, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """(transformers model for classification, tokenizer), on its device.
+    """Open a transformers model for classification, and its tokenizer, on its device.
 
-    A source that is such a model already is opened as it is; a causal language model lends its trunk and gets a new
-    head of one label, drawn from N(0, 1 / (H + 1)) with `seed` (arXiv 2009.01325, appendix B). Raises ModelError for
-    a source that can't be opened, a type that transformers has no such model of, and other numbers of labels.
+    A source that is such a model already is opened as it is; a causal language model gives its trunk and gets a new
+    head of one label, drawn from N(0, 1 / (H + 1)) with `seed` (arXiv 2009.01325, appendix B).
+
+    Args:
+        config: Source of the model.
+        layout: sequence or token.
+        seed: Seed of a new head.
+        dtype: Overrides the configured one.
+
+    Raises:
+        ModelError: The source can't be opened, transformers has no such model of its type, or it has another number of
+            labels.
     """
     if has_head(config, layout):
         return _opened(config, layout, dtype)
@@ -54,7 +63,7 @@ def open_head(config: ModelConfig, layout: Layout, seed: int = 0, dtype: torch.d
 
 
 def has_head(config: ModelConfig, layout: Layout) -> bool:
-    """Whether a source is a model for classification. Raises ModelError where it is one of the other layout."""
+    """Return True for a source that is a model for classification. Raises ModelError if it has the other layout."""
     from transformers import AutoConfig
 
     found = resolve(config.source)
@@ -91,7 +100,7 @@ def _opened(config: ModelConfig, layout: Layout, dtype: torch.dtype | None) -> t
 
 
 def _with_head(causal: Any, tokenizer: Any, layout: Layout, seed: int) -> Any:
-    """The causal model's trunk under a new head."""
+    """Put the causal model's trunk under a new head."""
     settings = causal.config
     settings.num_labels = 1
     if layout == "token":
@@ -125,7 +134,7 @@ def _with_head(causal: Any, tokenizer: Any, layout: Layout, seed: int) -> Any:
 
 
 def score_index(tokens: Sequence[int], padding: int | None) -> int:
-    """Where transformers' models for sequence classification read: the last token that is not the padding token.
+    """Find where transformers' models for sequence classification read: the last token that is not the padding token.
 
     A tokenizer whose padding is its end token makes that the token before the end, there as here. Nothing but padding:
     the first.
@@ -134,7 +143,7 @@ def score_index(tokens: Sequence[int], padding: int | None) -> int:
 
 
 def padding(model: LanguageModel) -> int | None:
-    """The padding token in the model's settings."""
+    """Return the padding token in the model's settings."""
     return getattr(model.base.config.get_text_config(), "pad_token_id", None)
 
 
@@ -142,10 +151,15 @@ def padding(model: LanguageModel) -> int | None:
 def scores_at(
     model: LanguageModel, sequences: Sequence[Sequence[int]], places: Sequence[Sequence[int]], budget: int = 4096
 ) -> list[Tensor]:
-    """The head's numbers at the given places of each sequence, (places, labels) float32 on the CPU, in order.
+    """Compute the head's numbers at the given places of each sequence, (places, labels) float32 on the CPU, in order.
 
-    Sequences that begin alike go into the same pass and their common beginning is computed once; budget: tokens that
-    a pass computes. Raises ValueError for an empty sequence.
+    Sequences with a common beginning share a pass, which computes the beginning once.
+
+    Args:
+        model: A model for classification.
+        sequences: Token ids, none empty.
+        places: Places in each sequence.
+        budget: Tokens that a pass computes.
     """
     out: list[Tensor] = [torch.zeros(0)] * len(sequences)
     for mine in _alike(sequences, budget if model.ragged else 1):
@@ -158,7 +172,7 @@ def scores_at(
 
 
 def _alike(sequences: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
-    """Indices in passes of at most `budget` tokens to compute (or one sequence), neighbours in the order of tokens."""
+    """Group indices into passes of at most `budget` tokens to compute (or one sequence), in the order of tokens."""
     passes: list[list[int]] = []
     total, before = 0, tuple[int, ...]()
     for i in sorted(range(len(sequences)), key=lambda i: (tuple(sequences[i]), i)):
@@ -208,7 +222,14 @@ def save_head(
 ) -> None:
     """Write the model to `folder` in transformers' layout, adapters merged. Every rank must call; rank 0 writes.
 
-    The model is used up.
+    Args:
+        model: The model; it can't be used afterwards.
+        tokenizer: Its tokenizer.
+        source: The source that was trained.
+        layout: sequence or token.
+        folder: Where to write.
+        adapter: Settings of its adapters, if any.
+        seed: Seed of the stage.
     """
 
     def again() -> Any:

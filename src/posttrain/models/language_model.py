@@ -15,7 +15,7 @@ from posttrain.core.types import Sample
 from posttrain.losses.argument_checks import require_all
 from posttrain.losses.linear_logprobs import Head
 from posttrain.models import attention
-from posttrain.models.backends import Backend, backend_for
+from posttrain.models.backends import DeviceBackend, backend_for
 from posttrain.models.max_length import check_length
 
 STATEFUL = ("linear_attention", "mamba", "conv", "recurrent", "rwkv", "chunked_attention")
@@ -23,15 +23,15 @@ STATEFUL = ("linear_attention", "mamba", "conv", "recurrent", "rwkv", "chunked_a
 
 
 def _base(hf: Any) -> Any:
-    """transformers' own model inside a peft wrapper, or the model itself."""
+    """Return transformers' model inside a peft wrapper, or the model itself."""
     return hf.get_base_model() if hasattr(hf, "get_base_model") else hf
 
 
 class LanguageModel(nn.Module):
-    """Wraps a decoder-only model of transformers, with or without peft adapters in it.
+    """Run a decoder-only model of transformers, with or without peft adapters in it, on ragged batches.
 
-    `forward` is the only way in while training, so that FSDP's hooks on the root see every pass. The output head is
-    never run by transformers: hidden states of the positions asked for go through it in chunks.
+    `forward` is the only entry while training, so that FSDP's hooks on the root see every pass. The output head is
+    never run by transformers: hidden states of the requested positions go through it in chunks.
     """
 
     def __init__(self, hf: Any) -> None:
@@ -48,21 +48,21 @@ class LanguageModel(nn.Module):
 
     @property
     def base(self) -> Any:
-        """The transformers model."""
+        """Return the transformers model."""
         return _base(self.hf)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device of the weights."""
         return next(self.hf.parameters()).device
 
     @property
-    def backend(self) -> Backend:
-        """How the device computes."""
+    def backend(self) -> DeviceBackend:
+        """Return how the device computes."""
         return backend_for(self.device)
 
     def head(self) -> Head:
-        """The output head with the transforms that the model type applies to its logits."""
+        """Return the output head with the transforms that the model type applies to its logits."""
         config = self.base.config.get_text_config()
         linear = self.base.get_output_embeddings()
         if linear is None or not hasattr(linear, "weight"):
@@ -74,14 +74,14 @@ class LanguageModel(nn.Module):
         return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
 
     def add_value_head(self) -> None:
-        """A critic: V = w h / sqrt(H) + b of a hidden state, float32, zero at first. Not saved with the model."""
+        """Add a critic: V = w h / sqrt(H) + b of a hidden state, float32, zero at first. Not saved with the model."""
         head = self.base.get_output_embeddings().weight
         self.value = nn.Linear(head.shape[1], 1, device=head.device)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
 
     def scorer(self) -> nn.Linear:
-        """The head of a model for classification (transformers calls it score or classifier), trained copy first."""
+        """Return the head of a model for classification (named score or classifier), the trained copy first."""
         head = getattr(self.base, "score", None) or getattr(self.base, "classifier", None)
         copies = getattr(head, "modules_to_save", None)  # peft keeps what is trained beside what was there
         head = copies["default"] if copies is not None else head
@@ -90,9 +90,9 @@ class LanguageModel(nn.Module):
         return head
 
     def hidden_T_H(self, batch: RaggedBatch) -> Tensor:
-        """Final hidden states of every token of the batch, as the output head takes them.
+        """Compute final hidden states of every token of the batch, as the output head takes them.
 
-        Raises ModelError for a sequence so long that it would change those beside it (`models.context`).
+        Raises ModelError for a sequence so long that it would change those beside it (`max_length`).
         """
         check_length(self.base.config, max(len(row) for row in batch.rows))
         decoder = self.base.get_decoder()
@@ -130,14 +130,22 @@ class LanguageModel(nn.Module):
         entropy: bool = False,
         probe: bool = True,
     ) -> Any:
-        """What `want` names, at `targets_N` (T-indices of the tokens asked for; None: those that carry loss).
+        """Compute what `want` names, at `targets_N`.
 
-        cross_entropy: (loss, nll_N, hits_N) of `functional.linear_cross_entropy` with `coefficients_N`.
-        logprobs: (logprobs_N, entropies_N) of `functional.linear_logprobs`. values: these and values_N, what the critic
-        expects before each token is there (probe: its gradient stays out of the model). scores: float32 numbers of the
-        head of a model for classification, (N, labels), once each token has been read (`models.heads`). hidden:
-        hidden_T_H.
-        Raises ValueError when a first token of a sequence is asked for: nothing predicts it (scores: it may be).
+        Args:
+            batch: A ragged batch.
+            want: cross_entropy: (loss, nll_N, hits_N) of `linear_cross_entropy` with `coefficients_N`. logprobs:
+                (logprobs_N, entropies_N) of `linear_logprobs`. values: these and values_N, what the critic expects
+                before each token is there. scores: float32 numbers of the head of a model for classification, (N,
+                labels), once each token has been read. hidden: hidden_T_H.
+            targets_N: T-indices of tokens. None: those that carry loss.
+            coefficients_N: Of cross_entropy. None: the weights.
+            temperature: Divides the logits.
+            entropy: Compute entropies too.
+            probe: The critic's gradient stays out of the model.
+
+        Raises:
+            ValueError: A first token of a sequence is among the targets: nothing predicts it (scores: it may be).
         """
         hidden = self.hidden_T_H(batch)
         if want == "hidden":
@@ -163,7 +171,7 @@ class LanguageModel(nn.Module):
         return *logprobs, self.value(seen).squeeze(-1)
 
     def pack(self, samples: list[Sample], share_prefixes: bool = True) -> RaggedBatch:
-        """`pack`, on the model's device, with shared prefixes where the model type allows them."""
+        """Pack samples on the model's device, with shared prefixes if the model type allows them."""
         return pack(samples, share_prefixes and self.ragged).to(self.device)
 
 
@@ -204,7 +212,7 @@ def no_dropout(model: nn.Module) -> None:
 
 
 def _supports_ragged(base: Any) -> bool:
-    """Whether attention goes through transformers' interface and nothing else carries state along the sequence."""
+    """Return True if attention goes through transformers' interface and no other state runs along the sequence."""
     config = base.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     stateful = sorted(k for k in kinds if any(s in k for s in STATEFUL)) or getattr(base, "_is_stateful", False)

@@ -35,7 +35,7 @@ log = logging.getLogger("posttrain")
 
 
 def quiet() -> None:
-    """transformers' bars for loading and saving, and its notes on renamed methods, drown what the user asked for."""
+    """Switch off transformers' progress bars for loading and saving, and its notes on renamed methods."""
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
@@ -50,7 +50,7 @@ class Resolved:
     kind: str  # folder | hub | tiny
 
     def sha256(self) -> str:
-        """One hash of the weight files, for the manifest; empty where there are none on this disk."""
+        """Compute one hash of the weight files, for the manifest; empty if there are none on this disk."""
         return _folder_hash(Path(self.location)) if self.kind == "folder" else ""
 
 
@@ -70,7 +70,7 @@ def resolve(source: str) -> Resolved:
 
 
 def lab_folder(seed: int, kind: str = "sums") -> Path:
-    """Where the laboratory of a seed is kept, made or not."""
+    """Return the folder of the laboratory of a seed, made or not."""
     return cache_folder() / "lab" / f"{'' if kind == 'sums' else f'{kind}-'}{seed}-{LAB_VERSION}"
 
 
@@ -151,7 +151,7 @@ def restore_pre_tokenizer(tokenizer: Any, gguf: Path) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA (this rank's), else MPS, else CPU. Raises ModelError for a device that is not there."""
+    """Pick a device: auto is CUDA (this rank's), else MPS, else CPU. Raises ModelError for one that is not there."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -166,7 +166,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 on a GPU that has it, float32 elsewhere."""
+    """Pick a dtype: auto is bfloat16 on a GPU that has it, float32 elsewhere."""
     if name == "auto":
         half = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if half else torch.float32
@@ -174,7 +174,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer, with the recipe's chat template where it gives one."""
+    """Load the model's tokenizer, with the recipe's chat template if it has one."""
     from transformers import AutoTokenizer
 
     found = resolve(config.source)
@@ -193,9 +193,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def context_length(config: ModelConfig) -> int | None:
-    """How long a sequence may be in tokens, by the model's configuration alone (None: it names nothing).
+    """Return how long a sequence may be in tokens, by the model's configuration alone (None: it names nothing).
 
-    Warns where that is less than the model is made for: see `models.context`.
+    Warns if that is less than the model is made for: see `max_length`.
     """
     from transformers import AutoConfig
 
@@ -221,7 +221,7 @@ def _base_location(location: str) -> str:
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """(transformers model, tokenizer), on its device. `dtype` overrides the configured one.
+    """Load a transformers model, on its device, and its tokenizer. `dtype` overrides the configured one.
 
     Raises ModelError for a source that can't be opened, with what to do.
     """

@@ -20,7 +20,7 @@ PAIRS = (("short_factor", "long_factor"), ("short_mscale", "long_mscale"))
 
 
 def context(settings: Any) -> int | None:
-    """Longest sequence in tokens, by a transformers configuration (None: it names none)."""
+    """Return the longest sequence in tokens, by a transformers configuration (None: it names none)."""
     text = settings.get_text_config()
     named = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     lengths = [int(n) for n in (named, alike_up_to(settings)) if n]
@@ -28,7 +28,7 @@ def context(settings: Any) -> int | None:
 
 
 def alike_up_to(settings: Any) -> int | None:
-    """Longest call in tokens whose rotary frequencies are those of any shorter one (None: they never change)."""
+    """Return the longest call whose rotary frequencies are those of any shorter one (None: they never change)."""
     text = settings.get_text_config()
     named = getattr(text, "max_position_embeddings", None)
     lengths = []
@@ -50,7 +50,7 @@ def check_length(settings: Any, length: int) -> None:
 
 
 def why_short(settings: Any) -> str:
-    """What bounds sequences at `alike_up_to`, and what to do; a sentence or two for messages."""
+    """Write what bounds sequences at `alike_up_to`, and what to do; a sentence or two for messages."""
     text = settings.get_text_config()
     kinds = sorted({_kind(rope) for rope in _ropes(text)} - {"default"})
     bound = alike_up_to(settings)

@@ -25,11 +25,19 @@ def save_trained(
     seed: int,
     end_token: int | None,
 ) -> None:
-    """Write weights, configuration and tokenizer to `folder`; adapters, where there are any, to `folder`/../adapter.
+    """Write weights, configuration and tokenizer to `folder`; adapters, if any, to `folder`/../adapter.
 
-    Every rank must call; rank 0 writes. merged=False leaves the adapter alone in `folder` (peft's format, naming its
-    base). `end_token` is added to the tokens that end generation: a model taught to close its turn must stop there.
-    The policy is used up.
+    Every rank must call; rank 0 writes.
+
+    Args:
+        policy: The trained model; it can't be used afterwards.
+        tokenizer: Its tokenizer.
+        source: The source that was trained.
+        folder: Where to write.
+        adapter: Settings of its adapters, if any.
+        merged: False leaves the adapter alone in `folder` (peft's format, naming its base).
+        seed: Seed of the stage.
+        end_token: Added to the tokens that end generation: a model trained to close its turn must stop there.
     """
 
     def again() -> Any:
@@ -54,9 +62,9 @@ def save_trained(
 
 
 def gathered(policy: LanguageModel, again: Callable[[], Any]) -> Any:
-    """The transformers model with its trained weights, whole; None on ranks that write nothing. Every rank must call.
+    """Return the transformers model with its trained weights, whole; None on ranks that write nothing.
 
-    again: opens what was trained once more, in float32 on the CPU, for weights that are spread over ranks.
+    Every rank must call. again: opens what was trained once more, in float32 on the CPU, for weights that are sharded.
     """
     if distributed.world() == 1:
         return policy.hf

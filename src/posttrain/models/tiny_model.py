@@ -12,7 +12,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def tiny_tokenizer() -> Any:
-    """Byte-level tokenizer (256 bytes and three special tokens) with a ChatML template; reproduces any text exactly."""
+    """Make a byte-level tokenizer (256 bytes, three special tokens) with a ChatML template; it reproduces any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -33,9 +33,16 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_model(model_type: str, vocabulary: int = 259, seed: int = 0, **changes: Any) -> Any:
-    """A random causal language model of a transformers type: 2 layers, width 32, float32, made from `seed` alone.
+    """Make a random causal language model of a transformers type: 2 layers, width 32, float32.
 
-    `changes` go into the configuration. Raises ValueError (transformers' own) for an unknown type.
+    Args:
+        model_type: Type of the model.
+        vocabulary: Size of the vocabulary.
+        seed: Decides the weights.
+        changes: Go into the configuration.
+
+    Raises:
+        ValueError: The type is unknown (transformers' own).
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from posttrain.config.rewards import Form, RewardTermConfig
-from posttrain.core.arithmetic import LONGEST, NotArithmetic, evaluate
+from posttrain.core.arithmetic import MAX_CHARACTERS, NotArithmetic, evaluate
 from posttrain.core.errors import RewardError
 from posttrain.core.imports import load_object
 from posttrain.rewards.answer_extraction import numbers_in
@@ -103,7 +103,7 @@ def _tidy(text: str) -> str:
 
 def _left(text: str) -> tuple[Fraction, bool] | None:
     """(value, whether it has an operator) of the expression that a text ends with; the longest that can be read."""
-    match = _LEFT.search(text[-LONGEST:])
+    match = _LEFT.search(text[-MAX_CHARACTERS:])
     assert match is not None
     side = match.group()
     leads = text[: len(text) - len(side)].rstrip()
@@ -123,7 +123,7 @@ def _left(text: str) -> tuple[Fraction, bool] | None:
 
 def _right(text: str) -> tuple[Fraction, bool, int] | None:
     """(value, whether it has an operator, places behind the point) of the expression that a text begins with."""
-    match = _RIGHT.match(text[:LONGEST])
+    match = _RIGHT.match(text[:MAX_CHARACTERS])
     assert match is not None
     side = _tidy(match.group())
     for end in range(len(side), 0, -1):

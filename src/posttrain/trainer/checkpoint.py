@@ -26,11 +26,21 @@ def name_of(step: int) -> str:
 
 
 def save(folder: Path, step: int, tensors: dict[str, Any], numbers: dict[str, Any], keep: int) -> Path:
-    """Write step's checkpoint under `folder` and delete all but the newest `keep`.
+    """Write a step's checkpoint under `folder` and delete all but the newest `keep`.
 
     The files are written into a folder of another name, hashed, flushed to disk and only then renamed, so that a
     folder called step-NNNNNN is complete. Sharded tensors are written by the ranks that hold them (every rank must
-    call). Raises CheckpointError when the disk is full or can't be written; what was there before stays.
+    call).
+
+    Args:
+        folder: Folder of the checkpoints.
+        step: Number of finished steps.
+        tensors: Tensors by name.
+        numbers: Plain values, as JSON.
+        keep: How many checkpoints to keep.
+
+    Raises:
+        CheckpointError: The disk is full or can't be written; earlier checkpoints stay.
     """
     final, work = folder / name_of(step), folder / f".{name_of(step)}.writing"
     if distributed.is_main():
@@ -73,14 +83,14 @@ def save(folder: Path, step: int, tensors: dict[str, Any], numbers: dict[str, An
 
 
 def found(folder: Path) -> list[int]:
-    """Steps whose checkpoints lie in a folder, ascending (complete by name; not yet verified)."""
+    """Return the steps of the checkpoints in a folder, ascending (complete by name; not yet verified)."""
     if not folder.is_dir():
         return []
     return sorted(int(p.name[5:]) for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit())
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: each must be there with the checksum it was written with."""
+    """Return what is wrong with a checkpoint's files, or None: each must have the checksum it was written with."""
     try:
         sums = json.loads((path / "checksums.json").read_text())
         for name, expected in sums.items():
@@ -96,8 +106,8 @@ def damage(path: Path) -> str | None:
 def load_newest(folder: Path, tensors: dict[str, Any]) -> dict[str, Any] | None:
     """Load the newest undamaged checkpoint into `tensors`, in place; return its numbers, or None if there is none.
 
-    A damaged one is set aside under another name, with a warning, and the one before it is used. A checkpoint of
-    tensors of other names or shapes raises CheckpointError: it belongs to another recipe or model.
+    A damaged one is renamed, with a warning, and the one before it is used. A checkpoint of tensors with other names or
+    shapes raises CheckpointError: it belongs to another recipe or model.
     """
     for step in reversed(found(folder)):
         path = folder / name_of(step)
@@ -118,7 +128,7 @@ def load_newest(folder: Path, tensors: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _check(path: Path, tensors: dict[str, Any]) -> None:
-    """Names and shapes must be those of this model: distributed checkpoint would load a part and be silent."""
+    """Check that names and shapes are those of this model: distributed checkpoint would load a part silently."""
     metadata = FileSystemReader(path).read_metadata().state_dict_metadata
     stored = {k.removeprefix("tensors."): tuple(getattr(v, "size", ())) for k, v in metadata.items()}
     wanted = {k: tuple(v.shape) for k, v in tensors.items()}

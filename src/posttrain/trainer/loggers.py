@@ -18,7 +18,7 @@ Sink = Callable[[str, int, dict[str, float]], None]
 
 
 class _TensorBoard:
-    """One event folder a stage; steps that are made again after a kill replace those of the time before."""
+    """Write one event folder a stage; steps that are repeated after a kill replace the earlier ones."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -42,7 +42,7 @@ def _to_logger(tracked: Any, stage: str, step: int, values: dict[str, float]) ->
 
 
 class Trackers:
-    """The trackers that a recipe switches on, opened before training so that a missing package stops the run early."""
+    """Open the trackers that a recipe switches on, before training, so that a missing package stops the run early."""
 
     def __init__(self, config: TrackConfig, folder: Path, recipe: Recipe) -> None:
         self.sinks: list[Sink] = []
@@ -73,7 +73,7 @@ class Trackers:
             self.closers.append(tracked.finish)
 
     def on_step(self, stage: str) -> OnStep | None:
-        """What the loop calls after each step; None when nothing is switched on."""
+        """Return what the loop calls after each step; None if nothing is switched on."""
         if not self.sinks:
             return None
 

@@ -29,12 +29,12 @@ OnStep = Callable[[int, dict[str, float], dict[str, float]], None]
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop, has written a checkpoint, and can go on."""
+    """Report that the run was asked to stop, has written a checkpoint, and can be resumed."""
 
 
 @dataclass(frozen=True)
 class LoopResult:
-    """What a finished loop did in all (over every process that worked on it)."""
+    """Hold the totals of a finished loop (over every process that worked on it)."""
 
     steps: int
     skipped: int
@@ -44,7 +44,17 @@ class LoopResult:
 
 
 def steps_for(count: int, batch_size: int, epochs: float, max_steps: int | None = None) -> tuple[int, int]:
-    """(steps, samples drawn in all): as many as `epochs` passes over `count` samples need, capped by `max_steps`."""
+    """Count the steps, and the samples drawn in total, of `epochs` passes over `count` samples.
+
+    Args:
+        count: Number of samples.
+        batch_size: Samples a step.
+        epochs: Passes.
+        max_steps: Most steps.
+
+    Returns:
+        (steps, samples drawn in total).
+    """
     drawn = max(1, round(count * epochs))
     steps = -(-drawn // batch_size)
     return min(steps, max_steps or steps), drawn
@@ -53,9 +63,19 @@ def steps_for(count: int, batch_size: int, epochs: float, max_steps: int | None 
 def permutation_batches(
     samples: Sequence[Sample], batch_size: int, epochs: float, seed: int, max_steps: int | None = None
 ) -> tuple[BatchAt, int]:
-    """(batch_at, total steps): every epoch a fresh permutation, drawn from (seed, epoch) alone.
+    """Draw batches: every epoch a fresh permutation, from (seed, epoch) alone.
 
-    Batches run over the seam between epochs; the last one is smaller where the samples don't fill it.
+    Batches run over the boundary between epochs; the last one is smaller if the samples don't fill it.
+
+    Args:
+        samples: All samples.
+        batch_size: Samples a step.
+        epochs: Passes.
+        seed: Seed of the permutations.
+        max_steps: Most steps.
+
+    Returns:
+        (batch_at, total steps).
     """
     count = len(samples)
     steps, wanted = steps_for(count, batch_size, epochs, max_steps)
@@ -125,11 +145,22 @@ def train(
     epoch_of: Callable[[int], float | None] | None = None,
     shown: Sequence[str] = ("loss",),
 ) -> LoopResult:
-    """Run the trainer to its last step from wherever the newest checkpoint in `folder` left it.
+    """Run the trainer from the newest checkpoint in `folder` to its last step.
 
-    metrics.jsonl gets one record a step (and one before the first, where the trainer has one), the same in every run of
-    the same recipe; timings.jsonl what differs from run to run. Records beyond the checkpoint that is gone on from are
-    cut off, since their steps are made again. shown: metrics that progress shows.
+    metrics.jsonl gets one record a step (and one before the first, if the trainer has one), the same in every run of
+    the same recipe; timings.jsonl gets what differs from run to run. Records after the checkpoint that is resumed are
+    cut off, since their steps are repeated.
+
+    Args:
+        learner: Its state goes into the checkpoints.
+        trainer: Takes the steps.
+        folder: The stage's folder.
+        checkpoint_every: Steps between checkpoints.
+        keep: How many checkpoints to keep.
+        title: Title of the progress bar.
+        on_step: Called with (step, metrics, timings) after each step.
+        epoch_of: Gives the epoch after a number of steps, for the metrics.
+        shown: Metrics that progress shows.
     """
     checkpoints = folder / "checkpoints"
     state = learner.state_dict()
@@ -186,7 +217,7 @@ def train(
 def _records(
     step: int, result: StepResult, learner: Learner, totals: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metrics, timings) of a step; the stage's totals grow."""
+    """Return (metrics, timings) of a step, and add it to the stage's totals."""
     memory = memory_mb(learner.device)
     totals["seconds"] += result.seconds
     totals["tokens"] += result.tokens
@@ -207,7 +238,7 @@ def _open(folder: Path, metrics: int, timings: int) -> tuple[Lines, Lines]:
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM ask for a stop after this step; a second one stops at once."""
+    """Let SIGINT and SIGTERM ask for a stop after this step; a second one stops at once."""
     asked: list[int] = []
     before: dict[int, Any] = {}
 
@@ -230,7 +261,7 @@ def _stop_requests() -> Iterator[list[int]]:
 
 
 def memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: of the GPU's allocator, or of this process on a CPU."""
+    """Return the peak memory in MiB: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -238,5 +269,5 @@ def memory_mb(device: torch.device) -> float:
 
 
 def now() -> str:
-    """The time, for manifests."""
+    """Return the time, for manifests."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

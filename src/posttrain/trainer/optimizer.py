@@ -13,11 +13,16 @@ from posttrain.core.distributed import full_tensor
 
 
 def lr_at(step: int, total: int, config: OptimizerConfig) -> float:
-    """Learning rate of step 0 .. total - 1.
+    """Compute the learning rate of a step.
 
     Warm-up: lr (step + 1) / (w + 1) while step < w. After it, with t = (step - w) / (total - w):
     constant: lr; linear: lr - (lr - min_lr) t; cosine: min_lr + (lr - min_lr) (1 + cos(pi t)) / 2.
-    `warmup` below 1 is a fraction of `total`. A total of 0 steps, or one all warm-up, never divides by zero.
+    A total of 0 steps, or one all warm-up, never divides by zero.
+
+    Args:
+        step: 0 .. total - 1.
+        total: Number of steps.
+        config: Settings; `warmup` below 1 is a fraction of `total`.
     """
     warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
     if step < warmup:
@@ -31,9 +36,9 @@ def lr_at(step: int, total: int, config: OptimizerConfig) -> float:
 
 
 class Optimizer:
-    """AdamW on float32 masters of the trainable parameters (the parameters themselves where they are float32).
+    """Run AdamW on float32 masters of the trainable parameters (the parameters themselves if they are float32).
 
-    Where parameters are 16-bit, each micro-batch's gradient is added into a float32 one as soon as backward has made
+    If parameters are 16-bit, each micro-batch's gradient is added into a float32 one as soon as backward has made
     it, so that neither accumulation nor update loses bits.
     """
 
@@ -104,7 +109,7 @@ class Optimizer:
         return [g for n in self.sets[prefix] if (g := self.masters[n].grad) is not None]
 
     def step(self, lr: float) -> None:
-        """One update at this learning rate; gradients are gone afterwards."""
+        """Update once at this learning rate, and clear the gradients."""
         for group in self.adamw.param_groups:
             group["lr"] = lr * group["factor"]
         self.adamw.step()
@@ -121,7 +126,7 @@ class Optimizer:
             self.masters[name].grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Master weights and moments by name; the tensors themselves, so that loading into them loads the optimizer."""
+        """Return master weights and moments by name; the tensors themselves, so that they can be loaded in place."""
         out: dict[str, Tensor] = {}
         for name, m in self.masters.items():
             out[f"weight.{name}"] = m.detach()
@@ -130,7 +135,7 @@ class Optimizer:
         return out
 
     def update_parameters(self) -> None:
-        """Bring the working weights in line after `state_dict()`'s tensors were overwritten."""
+        """Copy the masters to the working weights, after `state_dict()`'s tensors were overwritten."""
         with torch.no_grad():
             for name, p in self.parameters.items():
                 if self.masters[name] is not p:
@@ -138,12 +143,12 @@ class Optimizer:
 
 
 def _can_fuse(tensors: Iterable[Tensor]) -> bool:
-    """Whether torch's fused AdamW takes all of these (CPU and CUDA do)."""
+    """Return True if torch's fused AdamW takes all of these (CPU and CUDA do)."""
     return all(t.device.type in ("cpu", "cuda") for t in tensors)
 
 
 def _places(parameters: Sequence[nn.Parameter]) -> dict[int, Tensor]:
-    """Where on a CPU each parameter's gradient goes, by its id: one block of memory, taken once.
+    """Allocate each parameter's gradient on a CPU in one block of memory, once; by the parameter's id.
 
     Gradients live longer than the activations among which backward makes them. Left where they are made they cut the
     heap into pieces that the next pass's activations don't fit: a gigabyte for a model of half of one.

@@ -35,7 +35,13 @@ class LoadedPolicy:
 
 
 def open_policy(config: TrainConfig, model: ModelConfig, seed: int) -> LoadedPolicy:
-    """Open `model` for training with the adapter that `config` asks for."""
+    """Open `model` for training with the adapter that `config` asks for.
+
+    Args:
+        config: Settings of the stage.
+        model: Source of the model.
+        seed: Seed of the adapter's weights.
+    """
     device = pick_device(model.device)
     distributed.start(device)
     hf, tokenizer = load_model(model, pick_dtype(model.dtype, device))

@@ -29,7 +29,7 @@ from posttrain.losses.aggregation import sequence_index, sequence_sum
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_model, pick_dtype
 
-CHUNK = 256
+UNITS_PER_CHUNK = 256
 """Units (a pair, an answer) that are computed and written together."""
 LAYOUT = "3"
 """Part of the hash: raised when what is kept changes."""
@@ -39,10 +39,10 @@ Unit = Sequence[Sample]
 
 
 def answer_sums(model: LanguageModel, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
-    """(log-probability, tokens) of every sample's answer, the tokens of it that carry weight; in nats.
+    """Compute (log-probability, tokens) of every sample's answer: the tokens of it that carry weight; in nats.
 
-    Sums are float64 (but on MPS, which has none): ratios are small differences of them, and of a thousand nats float32
-    keeps 1e-4. A sample without any is there to keep ranks in step; its sum is 0 and has no gradient.
+    Sums are float64 (except on MPS, which has none): ratios are small differences of them, and of a thousand nats
+    float32 keeps 1e-4. A sample without any such token keeps ranks in step; its sum is 0 and has no gradient.
     """
     rows = batch.weighted_rows
     lengths = torch.tensor([len(row) for row in rows], device=batch.tokens_T.device)
@@ -53,7 +53,13 @@ def answer_sums(model: LanguageModel, batch: RaggedBatch) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def sums_of(model: LanguageModel, units: Sequence[Unit], systems: SystemsConfig) -> list[list[float]]:
-    """Log-probability of every sample of every unit; those of a unit are computed together, their prompt once."""
+    """Compute the log-probability of every sample of every unit; those of a unit together, their prompt once.
+
+    Args:
+        model: The model.
+        units: The units.
+        systems: Settings of micro-batches.
+    """
     sizes = [len(unit[0]) + sum(len(s) - int(s.meta["shared"]) for s in unit[1:]) for unit in units]
     out: list[list[float]] = [[] for _ in units]
     for chosen in micro_batches(sizes, systems.budget(model.device.type)):
@@ -66,9 +72,9 @@ def sums_of(model: LanguageModel, units: Sequence[Unit], systems: SystemsConfig)
 
 
 class Reference:
-    """The model that a stage starts from, as the judge of answers: the policy itself, without its adapters.
+    """Compute log-probabilities under the model that a stage starts from: the policy itself, without its adapters.
 
-    To be made, and asked, before anything is trained.
+    It must be created, and used, before anything is trained.
     """
 
     def __init__(self, policy: LanguageModel, systems: SystemsConfig) -> None:
@@ -77,8 +83,8 @@ class Reference:
         self.folder = cache_folder() / "reference" / self.model_hash[:32]
 
     def sums(self, units: Sequence[Unit], title: str) -> list[list[float]]:
-        """Log-probability of every sample of every unit, from the cache where it is there."""
-        chunks = [units[i : i + CHUNK] for i in range(0, len(units), CHUNK)]
+        """Return the log-probability of every sample of every unit, from the cache if it is there."""
+        chunks = [units[i : i + UNITS_PER_CHUNK] for i in range(0, len(units), UNITS_PER_CHUNK)]
         paths = [self.folder / f"{_hash_units(chunk)}.npy" for chunk in chunks]
         missing = [i for i, path in enumerate(paths) if _read(path) is None]
         mine = missing[distributed.rank() :: distributed.world()]
@@ -105,9 +111,13 @@ class Reference:
 
 
 def frozen_beside(policy: LanguageModel, model: ModelConfig, adapted: bool) -> LanguageModel:
-    """What gives the numbers of the model that a stage starts from, for completions that aren't known beforehand.
+    """Return the model that a stage starts from, for completions that aren't known in advance.
 
-    adapted: the policy itself, to be asked `without_adapters`; else a second, frozen model beside it.
+    Args:
+        policy: The policy.
+        model: Source of the model.
+        adapted: The policy has adapters: it is returned itself, to be used `without_adapters`; else a second, frozen
+            model.
     """
     if adapted:
         return policy
@@ -117,7 +127,7 @@ def frozen_beside(policy: LanguageModel, model: ModelConfig, adapted: bool) -> L
 
 @contextmanager
 def without_adapters(policy: LanguageModel) -> Iterator[None]:
-    """The model below its adapters; the model itself where there are none."""
+    """Switch adapters off within the context; a model that has none is used as it is."""
     if hasattr(policy.hf, "disable_adapter"):
         with policy.hf.disable_adapter():
             yield
@@ -126,7 +136,7 @@ def without_adapters(policy: LanguageModel) -> Iterator[None]:
 
 
 def fingerprint(model: LanguageModel) -> str:
-    """A hash of what decides a model's numbers: weights without adapters, configuration, dtype, kind of device."""
+    """Compute a hash of what decides a model's numbers: weights without adapters, configuration, dtype, device type."""
     config = model.base.config.to_dict()
     for beside in ("_name_or_path", "transformers_version"):
         config.pop(beside, None)

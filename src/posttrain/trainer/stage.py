@@ -141,7 +141,7 @@ class Stage:
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        """The manifest's entries of the data that was read."""
+        """Return the manifest's entries of the data that was read."""
         return [{"stage": title, **data.stats} for title, data in self.data]
 
     def about(self) -> dict[str, Any]:

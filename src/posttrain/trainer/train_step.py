@@ -35,7 +35,7 @@ whose name ends with `_max` the largest is taken instead. A loss must not read a
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. `metrics` holds only what is the same in every run of the same recipe."""
+    """Hold what one step did. `metrics` holds only what is the same in every run of the same recipe."""
 
     metrics: dict[str, float]
     seconds: float
@@ -47,7 +47,7 @@ class StepResult:
 
 
 class Learner:
-    """Model, optimizer and schedule; `step` is all there is to it. Its whole state goes in and out of a checkpoint."""
+    """Take optimizer steps on global batches. Its whole state goes in and out of a checkpoint."""
 
     max_skipped = 5
     """Non-finite steps in a row before the run stops."""
@@ -84,7 +84,7 @@ class Learner:
         self.optimizer = Optimizer(model.named_parameters(), optimizer, rates)
 
     def step(self, samples: Sequence[Sample], loss: LossFunction | None = None) -> StepResult:
-        """One step on a global batch (the same list on every rank).
+        """Take one step on a global batch (the same list on every rank).
 
         Samples without any weight cost nothing. A non-finite loss or gradient leaves the weights as they are, and is
         counted; after `max_skipped` in a row NonFiniteError is raised. A batch without any weight makes no step.
@@ -116,7 +116,7 @@ class Learner:
         return StepResult(record, time.perf_counter() - began, tokens, computed, rounds)
 
     def _split(self, samples: Sequence[Sample]) -> tuple[list[list[int]], int]:
-        """This rank's micro-batches, and how many passes every rank makes."""
+        """Return this rank's micro-batches, and how many passes every rank makes."""
         world, budget = distributed.world(), self.systems.budget(self.device.type)
         units = _units(samples, budget)
         shares: list[list[int]] = [[] for _ in range(world)]
@@ -161,7 +161,10 @@ class Learner:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on: tensors (loaded in place) and, under 'numbers', plain values."""
+        """Return all state that the next step depends on.
+
+        Tensors (loaded in place) and, under 'numbers', plain values.
+        """
         numbers = {"steps_done": self.steps_done, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
         return {"tensors": self.optimizer.state_dict(), "numbers": numbers}
 
@@ -197,7 +200,13 @@ def _joined(name: str, one: float, other: float) -> float:
 
 
 def cross_entropy(model: LanguageModel, batch: RaggedBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Supervised fine-tuning's loss: sum of w_t * -log p(y_t | before) / denominator, with the accuracy's sum."""
+    """Compute supervised fine-tuning's loss: sum of w_t * -log p(y_t | before) / denominator, with the accuracy's sum.
+
+    Args:
+        model: The model.
+        batch: A micro-batch.
+        denominator: Sum of the global batch's weights.
+    """
     targets = batch.targets_N
     weights = batch.weights_T[targets]
     loss, _, hits = model(batch, "cross_entropy", targets, weights / denominator)
@@ -205,11 +214,11 @@ def cross_entropy(model: LanguageModel, batch: RaggedBatch, denominator: float) 
 
 
 def _units(samples: Sequence[Sample], budget: int) -> list[tuple[int, list[int]]]:
-    """(tokens to compute, samples) of what stays together in a micro-batch.
+    """Return (tokens to compute, samples) of what stays together in a micro-batch.
 
-    Samples that name the same ``group`` in their meta share their first ``shared`` tokens, computed once: as many of
-    them stay together as the budget allows; all of them, whatever it is, where they say that they are ``whole`` only
-    together (a pair of answers). Any other sample is by itself.
+    Samples that name the same ``group`` in their meta share their first ``shared`` tokens, computed once: they stay
+    together up to the budget, or all of them, whatever it is, if they are marked ``whole`` (a pair of answers). Any
+    other sample is alone.
     """
     units: list[tuple[int, list[int]]] = []
     newest: dict[Any, int] = {}
@@ -227,11 +236,11 @@ def _units(samples: Sequence[Sample], budget: int) -> list[tuple[int, list[int]]
 
 
 def decoder_layers(model: LanguageModel) -> list[torch.nn.Module]:
-    """The repeated layers of the decoder, as its model type lists them in `_no_split_modules`."""
+    """Return the repeated layers of the decoder, as its model type lists them in `_no_split_modules`."""
     names = set(getattr(model.base, "_no_split_modules", None) or ())
     return [m for m in model.base.modules() if type(m).__name__ in names]
 
 
 def _weightless(sample: Sample) -> Sample:
-    """The same tokens carrying no loss: a pass that keeps ranks in step and adds nothing."""
+    """Return the same tokens without loss: a pass that keeps ranks in step and adds nothing."""
     return Sample(sample.tokens, [0.0] * len(sample), sample.source)

@@ -206,7 +206,7 @@ def test_each_method_moves_what_it_means_to() -> None:
 def test_reference_numbers_are_kept_by_content(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = random_pairs(5)
     policy = LanguageModel(tiny_model("llama"))
-    monkeypatch.setattr(reference_module, "CHUNK", 2)
+    monkeypatch.setattr(reference_module, "UNITS_PER_CHUNK", 2)
     first = judged(Reference(policy, SystemsConfig()), laid_out(pairs, 0, None), "reference")
     plain = tiny_model("llama")
     with torch.no_grad():
