@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +78,7 @@ def print_chains(
     rounds = [r for c in found for r in c.rounds]
     usable = sum(r.usable for r in rounds)
     out.print(f"{usable} of {len(rounds)} rounds ended in a revision of use; {min(groups, len(shown))} chains shown")
-    if out.is_terminal and min(groups, len(shown)) > 2:
-        with out.pager(styles=True):
-            _print_chains(shown[:groups], out)
-    else:
+    with out.pager(styles=True) if out.is_terminal and min(groups, len(shown)) > 2 else nullcontext():
         _print_chains(shown[:groups], out)
     return True
 
@@ -161,10 +160,7 @@ def print_rollouts(
         ordered = [g for g in ordered if g[0]["problem"] == problem]
     shown = ordered[:groups]
     title = f"{folder.parent.name}, {'held out, ' if held_out else ''}step {chosen} of {steps[0]} to {steps[-1]}"
-    if out.is_terminal and sum(len(g) for g in shown) > 8:
-        with out.pager(styles=True):
-            _print(shown, rows, title, out)
-    else:
+    with out.pager(styles=True) if out.is_terminal and sum(len(g) for g in shown) > 8 else nullcontext():
         _print(shown, rows, title, out)
 
 
@@ -220,16 +216,11 @@ def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], out
         out.print(table)
 
 
-def _short(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3g}"
+def _short(value: float | None, form: str = ".3g") -> str:
+    return "none" if value is None else format(value, form)
 
 
-def _signed(value: float | None) -> str:
-    return "none" if value is None else f"{value:+.2f}"
-
-
-def _percent(value: float | None) -> str:
-    return "none" if value is None else f"{value:.0%}"
+_signed, _percent = partial(_short, form="+.2f"), partial(_short, form=".0%")
 
 
 def _ordered(rows: Sequence[dict[str, Any]], sort: str) -> list[list[dict[str, Any]]]:
