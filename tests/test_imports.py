@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import posttrain
+from posttrain.config.names import METHODS
 
 ROOT = Path(posttrain.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
@@ -38,7 +39,11 @@ LIGHT = {f"core.{m}" for m in ("errors", "files", "imports", "progress", "types"
 LIGHT |= {"config", "cli.main", "__init__"} | {
     f"recipe.{m}" for m in ("machine_checks", "documents", "messages", "model_sources", "parsing", "schema")
 }
-"""Modules that load without torch and its like; cli.main and the package itself without pydantic and yaml too."""
+LIGHT |= {path.split(":")[0].removeprefix("posttrain.") for path in METHODS.values()}
+"""Modules that load without torch and its like; cli.main and the package itself without pydantic and yaml too.
+
+Those of every method are among them: a recipe is checked without torch.
+"""
 HEAVY = {"torch", "transformers", "datasets", "peft", "safetensors", "pandas", "pyarrow", "trl", "gguf"}
 
 

@@ -21,12 +21,12 @@ from posttrain.config import JudgeConfig, ModelConfig, SamplingConfig, ServerCon
 from posttrain.core.errors import DataError, ModelError, ServerError
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.judge.labels import Judge, JudgedPair
-from posttrain.methods.data.critique_revision import RefineConfig
+from posttrain.methods.data.critique_revision import CritiqueRevision, RefineConfig
 from posttrain.methods.data.revision_chain import read_chains
-from posttrain.methods.data.revision_rows import run_refine
 from posttrain.sampling.openai_client import Server, _Limits, retry_after
 from posttrain.sampling.openai_sampler import OpenAISampler
 from posttrain.sampling.protocol import Request
+from posttrain.trainer.stage import StageContext
 from tests.judge.serving import PAIRS, Fault, Proxy, environment
 
 
@@ -298,17 +298,19 @@ def test_a_server_writes_answers_and_critiques(server: str, judge_folder: Path, 
     """This one never ends a text, so that all are cut; one request an answer and a critique, turns in their order."""
     with proxied(server, lambda n, q: "400" if q == "refuse" else "") as proxy:
         behind = {"model": str(judge_folder), "base_url": proxy.url, "backoff": 0.02}
-        stage = {
+        settings = {
             "problems": {"kind": "lab"},
             "server": behind,
             "revisions": 1,
             "critique": "Well?",
             "revision": "Again.",
         }
-        config = RefineConfig.model_validate({**stage, "sampler": {"max_tokens": 2}, "critique_tokens": 3})
+        config = RefineConfig.model_validate({**settings, "sampler": {"max_tokens": 2}, "critique_tokens": 3})
         asked = [RenderedPrompt([1], q, {"messages": [{"role": "user", "content": q}]}) for q in ("one", "refuse")]
+        stage = CritiqueRevision(config, StageContext(None, None))
+        stage.prompts, stage.principles, stage.examples = asked, [], []
         with pytest.raises(DataError, match="made no row of 2 chains"):
-            run_refine(config, ModelConfig(source="tiny:llama"), asked, tmp_path)
+            stage.run(ModelConfig(source="tiny:llama"), tmp_path, 0)
         one, refused = read_chains(tmp_path / "chains")
         assert set(one.initial.text) <= {"A", "B"} and (len(one.initial.text), one.initial.finish) == (2, "length")
         assert one.rounds[0].critique is not None and len(one.rounds[0].critique.text) == 3

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from posttrain.cli import inspect_rollouts as browse
 from posttrain.core.errors import DataError
-from posttrain.methods.data.revision_chain import BY_VERDICT, Chain, Round, Text, stats_of, write_chains
+from posttrain.methods.data.revision_chain import BY_VERDICT, Chain, Round, Text, chain_stats, write_chains
 from posttrain.report import build_report
 from posttrain.report.chains import EACH, KEPT, choose_chains
 from tests.report.test_page import Page, check_offline
@@ -40,7 +40,7 @@ def write(folder, evil):
     stage = folder / "stages" / "3-revise"
     write_chains(stage / "chains", 1, chains[:4])
     write_chains(stage / "chains", 2, chains[4:])
-    return stage, stats_of(chains, PRINCIPLES, 7, 1.0)
+    return stage, chain_stats(chains, PRINCIPLES, 7, 1.0)
 
 
 def test_on_the_page(make_run, evil):

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.core.errors import DataError
-from posttrain.methods.data.revision_chain import Chain, outcome, read_chains
+from posttrain.methods.data.revision_chain import Chain, drop_reason, read_chains
 from posttrain.methods.data.revision_chain import Text as Written
 from posttrain.report import rollouts
 from posttrain.report.chains import amounts, stages_with_chains
@@ -95,7 +95,7 @@ def _print_chains(shown: Sequence[Chain], out: Console) -> None:
                     _print_text(name, text, "green" if r.usable else "red" if r.why else "yellow", out)
             if r.why:
                 out.print(Text(f"not used: {r.why}", style="red"))
-        why = outcome(c)
+        why = drop_reason(c)
         ended = f"ended early: {c.stopped}  " if c.stopped else ""
         rewards = "  ".join(f"{name} {change}" for name, change in amounts(c))
         out.print(Text(f"{ended}{f'no row: {why}' if why else 'gave a row'}  {rewards}".rstrip(), style="bold"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.core.errors import DataError
-from posttrain.methods.data.revision_chain import Chain, chunks_there, outcome, read_chains
+from posttrain.methods.data.revision_chain import Chain, drop_reason, finished_chunks, read_chains
 from posttrain.report.formatting import format_number
 from posttrain.report.load import numbered_folders, read_json
 
@@ -30,7 +30,7 @@ class ChainsView:
 
 def stages_with_chains(run: Path) -> list[Path]:
     """Return the folders of the stages that kept chains, in order."""
-    return [p for p in numbered_folders(run / "stages") if chunks_there(p / "chains")]
+    return [p for p in numbered_folders(run / "stages") if finished_chunks(p / "chains")]
 
 
 def chain_views(run: Path, notes: list[str]) -> list[ChainsView]:
@@ -56,7 +56,7 @@ def choose_chains(chains: Sequence[Chain]) -> list[tuple[str, Chain]]:
     found: dict[str, list[tuple[str, Chain]]] = {"": []}
     for c in chains:
         ended = f"ended early: {c.stopped}" if c.stopped else ""
-        for why in (outcome(c) or ended, *(r.why for r in c.rounds if r.why)):
+        for why in (drop_reason(c) or ended, *(r.why for r in c.rounds if r.why)):
             group = found.setdefault(why, [])
             if len(group) < (EACH if why else KEPT):
                 group.append((why or "gave a row", c))

@@ -174,7 +174,7 @@ def test_thumbs_stay_thumbs_and_what_can_not_be_labelled_is_refused(tmp_path: Pa
     made = read_lines(result.folder / "stages" / "0-feedback" / "data" / "rows.jsonl")
     assert [(r["completion"], r["label"]) for r in made] == [("good", True), ("worse", False)]
     path.write_text(json.dumps({"prompt": "p", "completions": ["a", "b"]}) + "\n")
-    with pytest.raises(DataError, match="labels are to be people's, and these rows carry none"):
+    with pytest.raises(DataError, match="labels: human needs people's labels, and these rows have none"):
         posttrain.run(recipe(tmp_path, {**stage, "answers": {**answers, "kind": "candidates"}}), tmp_path / "none")
     with pytest.raises(ValueError, match="nobody has labelled sampled answers"):
         recipe(tmp_path, {**sampled(tmp_path), "labels": "human", "judge": None})

@@ -17,12 +17,13 @@ from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt, load_prompts
 from posttrain.data.sft_rows import prepare
 from posttrain.methods.data import revision_chain as chains
-from posttrain.methods.data.critique_revision import RefineConfig
-from posttrain.methods.data.revision_chain import Chain, chunks_there, rows_of, stats_of
-from posttrain.methods.data.revision_rows import Loop, _writer, run_refine
+from posttrain.methods.data.critique_revision import RefineConfig, RevisionLoop, open_writer
+from posttrain.methods.data.revision_chain import Chain, chain_stats, finished_chunks, rows_of_chain
 from posttrain.models.tiny_model import tiny_tokenizer
 from posttrain.rewards.stack import RewardStack
+from posttrain.runs.registry import prepare as make_stage
 from posttrain.sampling.engine import LocalSampler
+from posttrain.trainer.stage import StageContext
 
 TOKENIZER = tiny_tokenizer()
 PROBLEMS = {
@@ -58,7 +59,7 @@ def carried(script: dict[str, list[Any]], stack: RewardStack | None = None, **ch
     }
     streams = np.zeros((len(script), 1 + 2 * config.revisions), np.uint64)
     principles = PRINCIPLES if config.principles else []
-    made = Loop(config, write, principles, (), stack, lambda text: None)(questions, streams)
+    made = RevisionLoop(config, write, principles, (), stack, lambda text: None)(questions, streams)
     assert not any(left.values()), left  # all that the script has was asked for
     return made, heard
 
@@ -87,12 +88,12 @@ def test_every_outcome_is_counted_under_its_reason() -> None:
         "revision: cut at the longest length", "revision: the same as the answer", "revision: the same as the critique",
         "critique: refused", "",
     ]  # fmt: skip
-    rows = [row for c in made for row in rows_of(c, "last")]
+    rows = [row for c in made for row in rows_of_chain(c, "last")]
     assert [(r["messages"][0]["content"], r["messages"][1]["content"]) for r in rows] == [
         ("good", "Short."), ("mended", "whole"),
     ]  # fmt: skip
     assert rows[0]["initial"] == "Long." and rows[0]["revision"] == 1 and rows[0]["principle"] in PRINCIPLES
-    stats = stats_of(made, PRINCIPLES, len(rows), None)
+    stats = chain_stats(made, PRINCIPLES, len(rows), None)
     assert stats["chains"] == 12 == stats["rows"] + sum(stats["dropped"].values())
     assert stats["dropped"] == {
         "no revision could be used": 7, "first answer: refused": 2, "first answer: empty": 1,
@@ -112,9 +113,9 @@ def test_a_later_round_begins_from_the_newest_answer_that_could_be_used() -> Non
     assert heard[6][0][3] == ("assistant", "c3")
     assert {r.principle for r in chain.rounds[:2]} == {0, 1} and chain.rounds[2].principle == chain.rounds[0].principle
     assert [r.says for r in chain.rounds] == [PRINCIPLES[r.principle or 0] for r in chain.rounds]
-    assert [r["messages"][-1]["content"] for r in rows_of(chain, "all")] == ["two", "four"]
-    assert [r["revision"] for r in rows_of(chain, "all")] == [1, 2]
-    assert [r["messages"][-1]["content"] for r in rows_of(chain, "last")] == ["four"]
+    assert [r["messages"][-1]["content"] for r in rows_of_chain(chain, "all")] == ["two", "four"]
+    assert [r["revision"] for r in rows_of_chain(chain, "all")] == [1, 2]
+    assert [r["messages"][-1]["content"] for r in rows_of_chain(chain, "last")] == ["four"]
 
 
 def test_it_stops_by_its_own_verdict() -> None:
@@ -128,10 +129,10 @@ def test_it_stops_by_its_own_verdict() -> None:
     made, heard = carried(script, principles=None, revisions=2, satisfied="no change")
     assert heard[4][0][2] == ("user", "Name the specific ways in which your last answer could be better.")
     assert [c.stopped for c in made] == [chains.BY_VERDICT, chains.BY_VERDICT, "", chains.BY_VERDICT]
-    rows = [row for c in made for row in rows_of(c, "last")]
+    rows = [row for c in made for row in rows_of_chain(c, "last")]
     assert [r["messages"][-1]["content"] for r in rows] == ["fine", "fine", "best", "whole"]
     assert [r["revision"] for r in rows] == [0, 1, 2, 1] and "principle" not in rows[0]
-    stats = stats_of(made, [], 4, None)
+    stats = chain_stats(made, [], 4, None)
     assert (stats["rounds"], stats["usable"], stats["unusable"], stats["dropped"]) == (7, 4, {}, {})
     assert stats["stopped"] == {chains.BY_VERDICT: 3} and stats["rounds"] == stats["usable"] + 3
 
@@ -158,14 +159,14 @@ def test_it_stops_by_a_reward_and_says_what_the_rounds_changed() -> None:
     assert [c.stopped for c in made] == [chains.BY_REWARD, chains.BY_REWARD, "", "", ""]
     assert made[4].initial.reward is None and "no number for this" in made[4].initial.failures["length"]
     assert [c.answer.reward for c in made] == [-2, -2, -5, -3, -5] and made[2].answer.parts == {"length": -5.0}
-    stats = stats_of(made, PRINCIPLES, 5, -2)
+    stats = chain_stats(made, PRINCIPLES, 5, -2)
     assert stats["rewards"] == {
         "chains": 4,
         "failed": 1,
         "first_and_last": {"reward": [-2.5, -3.0], "length": [-2.5, -3.0]},  # (2+4+3+1)/4, (2+2+5+3)/4
         "reached": {"first": 2, "last": 2, "gained": 1, "lost": 1},
     }
-    (row,) = rows_of(made[0], "last")
+    (row,) = rows_of_chain(made[0], "last")
     assert row["messages"][-1]["content"] == "ab" and row["revision"] == 0 and row["reward"] == -2
 
 
@@ -195,8 +196,8 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_rows(tmp_path: Path, monkey
     (tmp_path / "p.txt").write_text("# two of them\nBe short.\n\nBe kind.\n")
     config = settings(principles=str(tmp_path / "p.txt"), **REAL)
     questions = load_prompts(config.problems, TOKENIZER, context=None).items
-    given: Any = {"seed": 1, "functions": {"even": even}, "texts": (["Be short.", "Be kind."], [])}
-    calm = run_refine(config, MODEL, questions, tmp_path / "calm", **given)
+    context = StageContext(TOKENIZER, None, {"even": even})
+    calm = make_stage(config, context).run(MODEL, tmp_path / "calm", 1)
     sample, calls = LocalSampler.sample, []
 
     def dies(self: Any, requests: Any, *rest: Any) -> Any:
@@ -207,10 +208,10 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_rows(tmp_path: Path, monkey
 
     monkeypatch.setattr(LocalSampler, "sample", dies)
     with pytest.raises(KeyboardInterrupt):
-        run_refine(config, MODEL, questions, tmp_path / "killed", **given)
+        make_stage(config, context).run(MODEL, tmp_path / "killed", 1)
     killed = tmp_path / "killed"
-    assert chunks_there(killed / "chains") == [1] and not (killed / "data").exists()
-    again = run_refine(config, MODEL, questions, killed, **given)
+    assert finished_chunks(killed / "chains") == [1] and not (killed / "data").exists()
+    again = make_stage(config, context).run(MODEL, killed, 1)
     assert {**again, "seconds": 0} == {**calm, "seconds": 0}
     for name in (*(f"chains/chunk-{c:06d}.jsonl" for c in (1, 2)), "data/rows.jsonl", "data/stats.json"):
         assert (tmp_path / "calm" / name).read_bytes() == (killed / name).read_bytes()
@@ -227,7 +228,7 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_rows(tmp_path: Path, monkey
 
 def test_what_leaves_no_room_is_counted_and_not_asked() -> None:
     config = settings(sampler={"max_tokens": 8})
-    write = _writer(config, MODEL)
+    write = open_writer(config, MODEL)
     long, short = ([{"role": "user", "content": "x" * n}] for n in (3000, 5))
     one, two = write([(long, 1), (short, 1)], config.sampler, 8, lambda *_: None)
     assert (one.finish, one.text) == ("error", "no room in the context") and 0 < len(two.tokens) <= 8
@@ -245,7 +246,7 @@ def test_nothing_usable_and_problems_in_plain_text_are_errors_that_say_why(tmp_p
 
     with pytest.raises(DataError, match=r"made no row of 8 chains \(8 no revision could be used, "):
         posttrain.run(recipe(critique_tokens=2), tmp_path / "none")
-    assert chunks_there(tmp_path / "none" / "stages" / "0-refine" / "chains") == [1]  # there to be looked at
+    assert finished_chunks(tmp_path / "none" / "stages" / "0-refine" / "chains") == [1]  # there to be looked at
     with pytest.raises(DataError, match="critiques are turns of a chat"):
         posttrain.run(recipe(problems={"kind": "lab"}), tmp_path / "plain")
     with pytest.raises(DataError, match=r"principles .*none.txt' can't be read"):

@@ -15,11 +15,12 @@ from posttrain.core.files import read_lines
 from posttrain.data.prompt_sources import HumanEvalPrompts, LabPrompts, RowPrompts
 from posttrain.data.prompts import load_prompts
 from posttrain.data.sft_rows import prepare
-from posttrain.methods.data import rejection_rows
-from posttrain.methods.data.rejection import RejectionConfig
-from posttrain.methods.data.rejection_rows import row_of, run_rejection, select
+from posttrain.methods.data import rejection
+from posttrain.methods.data.rejection import RejectionConfig, select, sft_row
 from posttrain.models.tiny_model import tiny_tokenizer
+from posttrain.runs.registry import prepare as make_stage
 from posttrain.sampling.rollout_store import rollout_steps
+from posttrain.trainer.stage import StageContext
 
 TOKENIZER = tiny_tokenizer()
 MODEL = ModelConfig(source="tiny:llama")
@@ -79,7 +80,7 @@ def read_back(tmp_path: Path, question: Any, completion: str, chat: bool) -> Any
         "source": "s",
     }
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row_of(question, row)) + "\n")
+    path.write_text(json.dumps(sft_row(question, row)) + "\n")
     (sample,) = prepare(DataConfig(source=str(path), chat=chat), TOKENIZER).samples
     return sample
 
@@ -120,16 +121,16 @@ def even(text: str, example: dict[str, Any]) -> float:
     return float(len(text) % 2 == 0)
 
 
-def questions(config: RejectionConfig) -> Any:
-    return load_prompts(config.problems, TOKENIZER, context=None).items
+def carry_out(config: RejectionConfig, folder: Path, reward: Any) -> dict[str, Any]:
+    return make_stage(config, StageContext(TOKENIZER, None, {"even": reward})).run(MODEL, folder, 1)
 
 
 def test_it_goes_on_where_it_was_killed_and_accounts_for_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rejection_rows, "CHUNK", 32)  # four problems a chunk
+    monkeypatch.setattr(rejection, "COMPLETIONS_PER_CHUNK", 32)  # four problems a chunk
     config = settings(n=8)
-    calm = run_rejection(config, MODEL, questions(config), tmp_path / "calm", seed=1, functions={"even": even})
+    calm = carry_out(config, tmp_path / "calm", even)
     calls = 0
 
     def dies(text: str, example: dict[str, Any]) -> float:
@@ -140,9 +141,9 @@ def test_it_goes_on_where_it_was_killed_and_accounts_for_everything(
         return even(text, example)
 
     with pytest.raises(KeyboardInterrupt):
-        run_rejection(config, MODEL, questions(config), tmp_path / "killed", seed=1, functions={"even": dies})
+        carry_out(config, tmp_path / "killed", dies)
     assert rollout_steps(tmp_path / "killed" / "rollouts") == [1] and not (tmp_path / "killed" / "data").exists()
-    again = run_rejection(config, MODEL, questions(config), tmp_path / "killed", seed=1, functions={"even": dies})
+    again = carry_out(config, tmp_path / "killed", dies)
     assert {**again, "seconds": 0} == {**calm, "seconds": 0}
     for name in ("rows.jsonl", "problems.jsonl", "stats.json"):
         one, two = (tmp_path / side / "data" / name for side in ("calm", "killed"))
@@ -158,7 +159,7 @@ def test_it_goes_on_where_it_was_killed_and_accounts_for_everything(
 def test_nothing_kept_is_an_error_that_says_why(tmp_path: Path) -> None:
     config = settings(problems={"kind": "lab", "size": 2}, n=2, threshold=2.0, sampler={"max_tokens": 4})
     with pytest.raises(DataError, match=r"kept none of 4 completions \(4 below the threshold\)"):
-        run_rejection(config, MODEL, questions(config), tmp_path, functions={"even": even})
+        carry_out(config, tmp_path, even)
     assert rollout_steps(tmp_path / "rollouts") == [1]  # what was sampled is there to be looked at
 
 

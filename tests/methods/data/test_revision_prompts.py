@@ -14,12 +14,12 @@ from pydantic import ValidationError
 from posttrain.core.errors import DataError
 from posttrain.judge.principles import read_principles
 from posttrain.methods.data.critique_revision import RefineConfig
-from posttrain.methods.data.revision_prompts import Example, draw, read_examples, turns
+from posttrain.methods.data.revision_prompts import FinishedRound, draw_principles, read_examples, revision_turns
 
 SYSTEM = {"role": "system", "content": "Be good."}
 ASKED = [SYSTEM, {"role": "user", "content": "Hello?"}]
-SHORT = Example("Hi?", "Hi, hi, hi.", "Be short.", "Three words too many.", "Hi.")
-KIND = Example("Who?", "None of you.", "Be kind.", "It is rude.", "A friend.")
+SHORT = FinishedRound("Hi?", "Hi, hi, hi.", "Be short.", "Three words too many.", "Hi.")
+KIND = FinishedRound("Who?", "None of you.", "Be kind.", "It is rude.", "A friend.")
 
 
 def settings(**changes: Any) -> RefineConfig:
@@ -39,8 +39,8 @@ def test_a_critique_and_a_revision_are_asked_for_in_these_words() -> None:
         ("assistant", "Hello there, you."),
         ("user", critique),
     ]
-    assert said(turns(settings(), [], ASKED, "Hello there, you.", "Be short.")) == first
-    assert said(turns(settings(), [], ASKED, "Hello there, you.", "Be short.", "It is long.")) == [
+    assert said(revision_turns(settings(), [], ASKED, "Hello there, you.", "Be short.")) == first
+    assert said(revision_turns(settings(), [], ASKED, "Hello there, you.", "Be short.", "It is long.")) == [
         *first,
         ("assistant", "It is long."),
         ("user", revision),
@@ -49,10 +49,10 @@ def test_a_critique_and_a_revision_are_asked_for_in_these_words() -> None:
 
 def test_words_of_one_s_own_and_none_of_a_principle() -> None:
     own = settings(critique="Is it {principle}?", revision="Mend {{it}}.")
-    assert said(turns(own, [], ASKED[1:], "a", "Be short.", "No."))[1:] == [
+    assert said(revision_turns(own, [], ASKED[1:], "a", "Be short.", "No."))[1:] == [
         ("assistant", "a"), ("user", "Is it Be short.?"), ("assistant", "No."), ("user", "Mend {it}."),
     ]  # fmt: skip
-    plain = turns(settings(principles=None), [KIND], ASKED, "a", None, "c")
+    plain = revision_turns(settings(principles=None), [KIND], ASKED, "a", None, "c")
     assert said(plain) == [
         ("system", "Be good."),
         ("user", "Who?"),
@@ -71,7 +71,7 @@ def test_words_of_one_s_own_and_none_of_a_principle() -> None:
 
 def test_examples_of_the_principle_come_first_and_all_where_it_has_none() -> None:
     def shown(principle: str) -> list[str]:
-        asked = turns(settings(), [SHORT, KIND], ASKED, "a", principle)
+        asked = revision_turns(settings(), [SHORT, KIND], ASKED, "a", principle)
         return [m["content"] for m in asked if m["content"] in ("Hi?", "Who?")]
 
     assert shown("Be short.") == ["Hi?"] and shown("Be kind.") == ["Who?"] and shown("Be true.") == ["Hi?", "Who?"]
@@ -79,17 +79,17 @@ def test_examples_of_the_principle_come_first_and_all_where_it_has_none() -> Non
 
 def test_principles_are_drawn_by_content_and_seed_alone() -> None:
     prompts = [[{"role": "user", "content": f"question {i}"}] for i in range(300)]
-    drawn = [draw(5, p, 3, 0) for p in prompts]
+    drawn = [draw_principles(5, p, 3, 0) for p in prompts]
     for i in np.random.default_rng(1).permutation(len(prompts)):  # in any order, again
-        assert draw(5, prompts[i], 3, 0) == drawn[i]
-        assert draw(5, prompts[i], 2, 0) == drawn[i][:2]  # more rounds change none before them
+        assert draw_principles(5, prompts[i], 3, 0) == drawn[i]
+        assert draw_principles(5, prompts[i], 2, 0) == drawn[i][:2]  # more rounds change none before them
     assert all(len(set(d)) == 3 for d in drawn)
     counts = Counter(d[0] for d in drawn)
     assert set(counts) == set(range(5)) and max(counts.values()) < 90  # 60 each; 90 is 4.3 standard deviations off
-    assert sum(draw(5, p, 3, 1) != d for p, d in zip(prompts, drawn, strict=True)) > 250
-    seven = draw(3, prompts[0], 7, 0)
+    assert sum(draw_principles(5, p, 3, 1) != d for p, d in zip(prompts, drawn, strict=True)) > 250
+    seven = draw_principles(3, prompts[0], 7, 0)
     assert sorted(seven[:3]) == sorted(seven[3:6]) == [0, 1, 2] and seven[6] == seven[0]
-    assert draw(0, prompts[0], 4, 0) == []
+    assert draw_principles(0, prompts[0], 4, 0) == []
 
 
 def test_what_ships_is_read_and_fits_together() -> None:
@@ -113,7 +113,7 @@ def test_a_bad_example_is_named_by_its_line(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             read_examples(str(path))
     path.write_text("\n")
-    with pytest.raises(DataError, match="holds none"):
+    with pytest.raises(DataError, match="is empty"):
         read_examples(str(path))
     with pytest.raises(DataError, match="can't be read"):
         read_examples(str(tmp_path / "none.jsonl"))

@@ -1,34 +1,68 @@
-"""Critique and revision: the model answers, criticises its answer by a principle, and rewrites it."""
+"""Critique and revision: the model answers, criticises its answer by a principle, and rewrites it.
+
+Sources: constitutional AI, arXiv 2212.08073 section 3.1 (a principle drawn for every revision, revisions of revisions);
+self-refine, arXiv 2303.17651 (no principle, until the critique or a reward is satisfied). Everything written is stored
+in chains/, and every round and every chain is counted: used, or not for one reason. See docs/constitutional.md.
+"""
 
 from __future__ import annotations
 
 import string
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.judge import ServerConfig
 from posttrain.config.problems import ProblemsConfig
 from posttrain.config.rewards import RewardsConfig
-from posttrain.config.settings import NAME, ModelConfig, SamplerConfig, StageBase
+from posttrain.config.settings import NAME, ModelConfig, SamplerConfig, SamplingConfig
 from posttrain.core.errors import DataError
-from posttrain.trainer.stage import Stage
+from posttrain.core.progress import Track
+from posttrain.core.types import Message, Rollout, RolloutGroup
+from posttrain.methods.data import revision_chain as chains
+from posttrain.methods.data.data_stage import (
+    DataStage,
+    DataStageConfig,
+    chunked,
+    open_sampler,
+    refuse_torchrun,
+    save_rows,
+)
+from posttrain.methods.data.revision_chain import Chain, Round, Text
+from posttrain.methods.data.revision_prompts import (
+    FinishedRound,
+    draw_principles,
+    matching_examples,
+    read_examples,
+    revision_turns,
+)
+from posttrain.rewards.stack import RewardStack
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import numpy as np
 
-    from posttrain.trainer.loop import OnStep
+    from posttrain.data.prompts import RenderedPrompt
+    from posttrain.sampling.protocol import Sampler
+
+Conversations = Sequence[tuple[Sequence[Message], int]]
+"""Turns so far, and a seed, of each conversation."""
+Writer = Callable[[Conversations, SamplingConfig, int, Callable[..., None]], list[Rollout]]
+"""(conversations, sampling settings, most tokens, called as each ends) -> the next turn of each."""
 
 
-class RefineConfig(StageBase):
-    """Critique and revision: a model's own answers, criticised and rewritten by itself, kept as rows to learn from."""
-
-    makes: ClassVar[Literal["model", "data", "reward_model"]] = "data"
+class RefineConfig(DataStageConfig):
+    """Critique and revision: a model criticises and rewrites its answers, which become rows to train on."""
 
     method: Literal["refine"] = "refine"
     name: str = Field("refine", pattern=NAME, description="Name of the stage's folder in the run.")
-    problems: ProblemsConfig = Field(description="What is asked; in chat, since critiques are turns of it.")
-    model: ModelConfig | None = Field(None, description="A model that writes instead of the policy at hand.")
+    problems: ProblemsConfig = Field(
+        description="Prompts; rendered as chat, since critiques are turns of a conversation."
+    )
+    model: ModelConfig | None = Field(None, description="A model that writes instead of the policy.")
     server: ServerConfig | None = Field(None, description="A model behind a server that writes instead.")
     principles: str | None = Field(
         None,
@@ -37,15 +71,15 @@ class RefineConfig(StageBase):
     revisions: int = Field(2, ge=1, description="Rounds of critique and revision.")
     critique: str | None = Field(
         None,
-        description="What asks for a critique, with the field {principle}. None: the words in docs/constitutional.md.",
+        description="Request for a critique, with the field {principle}. None: the words in docs/constitutional.md.",
     )
     revision: str | None = Field(
         None,
-        description="What asks for the revision, with the field {principle}. None: the words in docs/constitutional.md.",
+        description="Request for the revision, with the field {principle}. None: the words in docs/constitutional.md.",
     )
     examples: str | None = Field(
         None,
-        description="JSON Lines file with finished rounds (prompt, answer, principle, critique, revision): those of the principle at hand, or all where it has none, come before each request. packaged:NAME: ships with posttrain. None: none.",
+        description="JSON Lines file with finished rounds (prompt, answer, principle, critique, revision): those of the round's principle, or all if it has none, come before each request. packaged:NAME: ships with posttrain. None: none.",
     )
     sampler: SamplerConfig = Field(SamplerConfig(), description="How answers, critiques and revisions are drawn.")
     critique_tokens: int = Field(128, ge=1, description="Longest critique in tokens.")
@@ -55,7 +89,7 @@ class RefineConfig(StageBase):
         description="Words of a critique (case does not count) that end its chain: its answer needs no change. None: every round is carried out.",
     )
     rewards: RewardsConfig | None = Field(
-        None, description="Numbers for every answer of a chain, for the account and for stop_at. None: none."
+        None, description="Rewards of every answer of a chain, for stats.json and for stop_at. None: none."
     )
     stop_at: float | None = Field(
         None,
@@ -65,17 +99,15 @@ class RefineConfig(StageBase):
     keep: Literal["last", "all"] = Field(
         "last", description="Rows of each chain: its last answer, or every revision that could be used."
     )
-    seed: int = Field(0, ge=0, description="Draws the principles, with what was asked.")
-    prompts_at_once: int = Field(32, ge=1, description="Chains carried through between two writes to the disk.")
+    seed: int = Field(0, ge=0, description="Draws the principles, together with the prompt.")
+    prompts_at_once: int = Field(32, ge=1, description="Chains that are completed between two writes to the disk.")
 
     @model_validator(mode="after")
     def _fits(self) -> RefineConfig:
         if self.model is not None and self.server is not None:
-            raise ValueError(
-                "either a model writes (model.source) or one behind a server (server.model): leave one out"
-            )
+            raise ValueError("either a model writes (model.source) or one behind a server (server.model): remove one")
         if self.stop_at is not None and self.rewards is None:
-            raise ValueError("stop_at is a reward, and there is none: give rewards")
+            raise ValueError("stop_at is a reward, and the stage has none: set rewards")
         if self.critique_tokens < self.sampler.min_tokens:
             raise ValueError(
                 f"critique_tokens ({self.critique_tokens}) is below sampler.min_tokens ({self.sampler.min_tokens}): no "
@@ -91,42 +123,217 @@ class RefineConfig(StageBase):
             allowed = {"principle"} if self.principles else set()
             if fields - allowed:
                 have = "{principle}" if allowed else "none without principles"
-                raise ValueError(f"{name} has the field {sorted(fields - allowed)[0]!r}, and there may be: {have}")
+                raise ValueError(f"{name} has the field {sorted(fields - allowed)[0]!r}, and it may have: {have}")
             named = named or bool(fields) or template is None
         if self.principles and not named:
             raise ValueError("principles are drawn, and neither critique nor revision names {principle}")
         return self
 
 
-class CritiqueRevision(Stage):
-    """Carry chains of critique and revision through, and write their answers as rows."""
+class CritiqueRevision(DataStage):
+    """Write chains of critiques and revisions, chunk by chunk in chains/, and save their answers as rows."""
 
     Config = RefineConfig
     title = "Critique and revision"
 
     def prepare(self) -> list[tuple[str, Any]]:
-        """Render the problems; read principles and examples."""
-        from posttrain.data.prompts import load_prompts, uses_chat_template
+        """Render the prompts; read principles and examples."""
+        from posttrain.data.prompts import uses_chat_template
         from posttrain.judge.principles import read_principles
-        from posttrain.methods.data.revision_prompts import read_examples
         from posttrain.sampling.openai_sampler import OpenAISampler
 
         config = self.config
-        principles = read_principles(config.principles) if config.principles is not None else []
-        self.texts = principles, read_examples(config.examples) if config.examples is not None else []
+        self.principles = read_principles(config.principles) if config.principles is not None else []
+        self.examples = read_examples(config.examples) if config.examples is not None else []
         if config.server is not None:
-            OpenAISampler(config.server)  # a key or a package that is missing is reported now
+            OpenAISampler(config.server)  # a missing key or package is reported now
         if not uses_chat_template(config.problems, self.context.tokenizer):
             raise DataError(
-                f"stage {config.name}: critiques are turns of a chat, and these problems are asked in plain text. Leave "
-                "out problems.template and data.chat=false; for a model without a chat template give model.chat_template"
+                f"stage {config.name}: critiques are turns of a chat, and these prompts are plain text. Remove "
+                "problems.template and data.chat=false; for a model without a chat template set model.chat_template"
             )
-        prompts = load_prompts(config.problems, self.context.tokenizer, context=self.context.context)
-        self.prompts = prompts.items
-        return [(config.name, prompts)]
+        return self.load_prompts(config.problems)
 
-    def run(self, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None = None) -> dict[str, Any]:
-        from posttrain.methods.data.revision_rows import run_refine
+    def make(self, model: ModelConfig, folder: Path, seed: int) -> dict[str, Any]:
+        config = self.config
+        refuse_torchrun(config.method)
+        chunks = chunked(len(self.prompts), config.prompts_at_once)
+        finished = set(chains.finished_chunks(folder / "chains"))
+        if missing := {c: part for c, part in chunks.items() if c not in finished}:
+            self._write(model, folder / "chains", missing, seed)
+        made = chains.read_chains(folder / "chains")
+        rows = [row for chain in made for row in chains.rows_of_chain(chain, config.keep)]
+        stats = chains.chain_stats(made, self.principles, len(rows), config.stop_at)
+        if not rows:
+            why = ", ".join(f"{n:,} {reason}" for reason, n in {**stats["dropped"], **stats["unusable"]}.items())
+            raise DataError(
+                f"stage {config.name} made no row of {len(made):,} chains ({why}). Raise sampler.max_tokens or "
+                "critique_tokens, add examples, or use a larger model; posttrain inspect RUN shows what was written"
+            )
+        save_rows(folder, {"rows": rows}, stats)
+        counts = {"chains": len(made), "rows kept": len(rows)}
+        counts |= {"rounds": stats["rounds"], "revisions usable": stats["usable"]}
+        for title, name in (("round", "unusable"), ("stopped", "stopped"), ("chain dropped", "dropped")):
+            counts |= {f"{title}: {why}": n for why, n in stats[name].items()}
+        return {"made": counts, "tokens": stats["tokens"]}
 
-        functions = self.context.functions
-        return run_refine(self.config, model, self.prompts, folder, texts=self.texts, seed=seed, functions=functions)
+    def _write(self, model: ModelConfig, folder: Path, missing: Mapping[int, range], seed: int) -> None:
+        import numpy as np
+
+        config, total = self.config, len(self.prompts)
+        with ExitStack() as stack:
+            track = stack.enter_context(Track(config.name, total, total - sum(map(len, missing.values()))))
+            rewards = None
+            if config.rewards is not None:
+                rewards = stack.enter_context(RewardStack(config.rewards, self.context.functions))
+            writer = open_writer(config, model)
+            loop = RevisionLoop(config, writer, self.principles, self.examples, rewards, track.phase)
+            streams = np.random.SeedSequence([seed, 6]).generate_state(total * (1 + 2 * config.revisions), np.uint64)
+            for c, part in missing.items():
+                made = loop({i: self.prompts[i] for i in part}, streams.reshape(total, -1))
+                chains.write_chains(folder, c, made)
+                usable = [r.usable for chain in made for r in chain.rounds]
+                track.update(track.done + len(made), revisions_usable=f"{sum(usable)}/{len(usable)}")
+
+
+def open_writer(config: RefineConfig, model: ModelConfig) -> Writer:
+    """Open the model or server that writes.
+
+    The next turn of a conversation that leaves no room in the context has the finish `error`, like a refusal.
+    """
+    from posttrain.data import chat_template as chat
+    from posttrain.sampling.openai_sampler import OpenAISampler
+    from posttrain.sampling.protocol import Request
+
+    sampler: Sampler
+    if config.server is not None:
+        sampler, tokenizer, context = OpenAISampler(config.server), None, 2**31
+    else:
+        local = open_sampler(config.model or model, config.sampler)
+        sampler, tokenizer, context = local, local.tokenizer, local.context
+
+    def write(
+        conversations: Conversations, sampling: SamplingConfig, max_tokens: int, on_done: Callable[..., None]
+    ) -> list[Rollout]:
+        tokens: list[list[int]] = [[] for _ in conversations]
+        if tokenizer is not None:
+            texts = [chat.render_chat(tokenizer, turns, generation=True) for turns, _ in conversations]
+            tokens = chat.tokenize(tokenizer, texts)
+        fits = [i for i, t in enumerate(tokens) if len(t) < context]
+        requests = [Request(tokens[i], 1, conversations[i][1], {"messages": conversations[i][0]}) for i in fits]
+        groups = sampler.sample(requests, sampling.model_copy(update={"max_tokens": max_tokens}), on_done)
+        out = [Rollout((), (), "error", chains.NO_ROOM) for _ in conversations]
+        for i, group in zip(fits, groups, strict=True):
+            out[i] = group.rollouts[0]
+        return out
+
+    return write
+
+
+@dataclass
+class RevisionLoop:
+    """Write chains, all of a chunk side by side.
+
+    Attributes:
+        config: Settings of the stage.
+        write: Writes the next turn of each conversation.
+        principles: Principles to draw from; empty: none.
+        examples: Finished rounds that are shown before each request.
+        rewards: Score every answer. None: no rewards.
+        report: Called with a line of progress.
+    """
+
+    config: RefineConfig
+    write: Writer
+    principles: Sequence[str]
+    examples: Sequence[FinishedRound]
+    rewards: RewardStack | None
+    report: Callable[[str], None]
+
+    def __call__(self, prompts: Mapping[int, RenderedPrompt], streams: np.ndarray) -> list[Chain]:
+        """Return the chains of these prompts, by number; a prompt's row of `streams` seeds its samples."""
+        config = self.config
+        conversations = [(p.problem["messages"], int(streams[i][0])) for i, p in prompts.items()]
+        firsts = self._answers("answers", conversations, list(prompts.values()))
+        out = []
+        for (i, p), first in zip(prompts.items(), firsts, strict=True):
+            turns: list[Message] = [{"role": m["role"], "content": m["content"]} for m in p.problem["messages"]]
+            out.append(Chain(i, str(p.problem.get("source", "")), turns, first))
+        drawn = {c.problem: draw_principles(len(self.principles), c.prompt, config.revisions, config.seed) for c in out}
+        for n in range(config.revisions):
+            open_chains = []
+            for c in out:
+                if not c.stopped and self._reached(c.answer):
+                    c.stopped = chains.BY_REWARD
+                if not c.stopped and not chains.no_answer(c):
+                    number = drawn[c.problem][n] if self.principles else None
+                    c.rounds.append(Round(number, "" if number is None else self.principles[number]))
+                    open_chains.append(c)
+            self._critiques(n, open_chains, streams)
+            self._revisions(n, [c for c in open_chains if not c.rounds[-1].why and not c.stopped], prompts, streams)
+        return out
+
+    def _critiques(self, n: int, open_chains: Sequence[Chain], streams: np.ndarray) -> None:
+        conversations = [(self._turns(c), int(streams[c.problem][1 + 2 * n])) for c in open_chains]
+        written = self._next_turns(f"critiques {n + 1}", conversations, self.config.critique_tokens)
+        for c, rollout in zip(open_chains, written, strict=True):
+            text = _text(rollout)
+            why = chains.fault(text)
+            c.rounds[-1].critique, c.rounds[-1].why = text, f"critique: {why}" if why else ""
+            verdict = self.config.satisfied
+            # A truncated first answer is always rewritten: it has no end.
+            if not why and verdict and verdict.lower() in text.text.lower() and not chains.fault(c.answer):
+                c.stopped = chains.BY_VERDICT
+
+    def _revisions(
+        self, n: int, open_chains: Sequence[Chain], prompts: Mapping[int, RenderedPrompt], streams: np.ndarray
+    ) -> None:
+        conversations = [(self._turns(c), int(streams[c.problem][2 + 2 * n])) for c in open_chains]
+        texts = self._answers(f"revisions {n + 1}", conversations, [prompts[c.problem] for c in open_chains])
+        for c, text in zip(open_chains, texts, strict=True):
+            last = c.rounds[-1]
+            assert last.critique is not None
+            shown = [("that of an example", e.revision) for e in matching_examples(self.examples, last.says or None)]
+            why = chains.fault(text, [("the answer", c.answer.text), ("the critique", last.critique.text), *shown])
+            last.why, last.revision = f"revision: {why}" if why else "", text
+
+    def _turns(self, chain: Chain) -> list[Message]:
+        """Return the conversation whose next turn is the critique of the last round, or its revision."""
+        last = chain.rounds[-1]
+        critique = last.critique.text if last.critique is not None else None
+        return revision_turns(self.config, self.examples, chain.prompt, chain.answer.text, last.says or None, critique)
+
+    def _answers(self, title: str, conversations: Conversations, prompts: Sequence[RenderedPrompt]) -> list[Text]:
+        """Return first answers or revisions, with their rewards if the stage has any."""
+        written = self._next_turns(title, conversations, self.config.sampler.max_tokens)
+        if self.rewards is None or not written:
+            return [_text(r) for r in written]
+        from posttrain.methods.rl.collect_rollouts import with_failed
+
+        stripped = [replace(r, text=r.text.strip()) for r in written]  # rewards see the text that the row will have
+        groups = [RolloutGroup(p.tokens, p.problem, [r]) for p, r in zip(prompts, stripped, strict=True)]
+        scored, _, failures = with_failed(self.rewards(groups))
+        out = []
+        for group, failed in zip(scored, failures, strict=True):
+            r = group.rollouts[0]
+            lost = failed[0] if r.finish != "error" else {}  # a refused answer is no failure of a reward
+            out.append(_text(r, None if failed[0] else r.reward, dict(r.rewards), dict(lost)))
+        return out
+
+    def _next_turns(self, title: str, conversations: Conversations, max_tokens: int) -> list[Rollout]:
+        ended = 0
+
+        def count(*_: Any) -> None:
+            nonlocal ended
+            ended += 1
+            self.report(f"{title}, {ended}/{len(conversations)}")
+
+        return self.write(conversations, self.config.sampler, max_tokens, count) if conversations else []
+
+    def _reached(self, answer: Text) -> bool:
+        least = self.config.stop_at
+        return least is not None and answer.reward is not None and answer.reward >= least and not chains.fault(answer)
+
+
+def _text(rollout: Rollout, reward: float | None = None, parts: Any = None, failures: Any = None) -> Text:
+    return Text(rollout.text.strip(), rollout.finish, len(rollout.tokens), reward, parts or {}, failures or {})

@@ -1,12 +1,11 @@
-"""A chain of critiques and revisions: what was written, what of it could be used, and what comes of it.
+"""Chains of critiques and revisions: the texts, which of them can be used, and the rows that they become.
 
-Every round ends in one outcome: its revision could be used, or it could not for one reason. So does every chain: rows,
-or none for one reason. The account adds up.
+Every round has one outcome: its revision is used, or is not for one reason. So does every chain: rows, or none for one
+reason. The counts add up.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.core.errors import DataError
-from posttrain.core.files import read_lines, write_text
+from posttrain.core.files import read_lines, write_lines
 from posttrain.core.types import Message
 
-CUT = "cut at the longest length"
+TRUNCATED = "cut at the longest length"
 NO_ROOM = "no room in the context"
 BY_REWARD = "its reward was reached"
 BY_VERDICT = "its critique asked for no change"
@@ -26,10 +25,15 @@ BY_VERDICT = "its critique asked for no change"
 
 @dataclass(slots=True)
 class Text:
-    """Something that was written. finish: why it ended, as a rollout's; `error` with the reason as its text.
+    """Hold a text of the model.
 
-    tokens: how many (0: a server's, not known). reward: of an answer, None where there is none; parts, failures: its
-    parts, and what went wrong with one, by name.
+    Attributes:
+        text: The text; the reason if the finish is `error`.
+        finish: Why it ended, as of a rollout.
+        tokens: Number of tokens. 0: unknown (a server wrote it).
+        reward: Reward of an answer. None: none.
+        parts: The reward's terms by name.
+        failures: Error message by the name of the reward that failed.
     """
 
     text: str
@@ -42,9 +46,15 @@ class Text:
 
 @dataclass(slots=True)
 class Round:
-    """One critique and one revision. principle: its number, and says: its words. why: the reason why its revision can't
-    be used, as none of a round that failed is: the answer stays as it was. No revision and no reason: the critique was
-    content with the answer."""
+    """Hold one critique and one revision.
+
+    Attributes:
+        principle: Number of the principle. None: no principle.
+        says: Text of the principle.
+        critique: The critique.
+        revision: The revision. None with an empty `why`: the critique requested no change.
+        why: Reason why the revision can't be used; the answer then stays as it was.
+    """
 
     principle: int | None
     says: str
@@ -54,13 +64,22 @@ class Round:
 
     @property
     def usable(self) -> bool:
-        """Whether its revision is the chain's next answer."""
+        """Return True if the revision is the chain's next answer."""
         return self.revision is not None and not self.why
 
 
 @dataclass(slots=True)
 class Chain:
-    """A prompt, its first answer, and the rounds. stopped: why it ended before its last round; empty: it did not."""
+    """Hold a prompt, its first answer, and the rounds.
+
+    Attributes:
+        problem: Number of the prompt.
+        source: Place of the prompt's row.
+        prompt: Turns of the prompt.
+        initial: The first answer.
+        rounds: The rounds.
+        stopped: Why the chain ended before its last round. Empty: it did not.
+    """
 
     problem: int
     source: str
@@ -71,75 +90,83 @@ class Chain:
 
     @property
     def revisions(self) -> list[Text]:
-        """Revisions that could be used, in order."""
+        """Return the usable revisions, in order."""
         return [r.revision for r in self.rounds if r.revision is not None and r.usable]
 
     @property
     def answer(self) -> Text:
-        """The newest that can be used: what a further round begins from."""
+        """Return the newest usable answer, from which a further round starts."""
         return ([self.initial] + self.revisions)[-1]
 
 
 def fault(text: Text, before: Sequence[tuple[str, str]] = ()) -> str:
-    """Why a text can't be used: refused, no room for it, empty, cut, or a text that is there already, but for spaces.
+    """Return why a text can't be used; empty if it can.
 
-    before: (name, text) of those. Empty: it can be used.
+    A text is unusable if it was refused, had no room in the context, is empty or truncated, or equals one of the
+    earlier texts, `before` (name, text), except for spaces.
     """
     if text.finish == "error":
         return NO_ROOM if text.text == NO_ROOM else "refused"
     if not text.text.strip():
         return "empty"
     if text.finish == "length":
-        return CUT
+        return TRUNCATED
     return next((f"the same as {name}" for name, other in before if text.text.split() == other.split()), "")
 
 
-def without_answer(chain: Chain) -> str:
-    """Why there is nothing to criticise. A first answer that was cut is criticised too: its revision has an end."""
+def no_answer(chain: Chain) -> str:
+    """Return why there is nothing to criticise; empty for an answer. A truncated one counts: its revision can end."""
     why = fault(chain.initial)
-    return "" if why in ("", CUT) else f"first answer: {why}"
+    return "" if why in ("", TRUNCATED) else f"first answer: {why}"
 
 
-def outcome(chain: Chain) -> str:
-    """Why a chain gives no row; empty where it gives one."""
-    why = without_answer(chain)
-    if why:
-        return why
-    return "" if chain.revisions or chain.stopped else "no revision could be used"
+def drop_reason(chain: Chain) -> str:
+    """Return why a chain gives no row; empty if it gives one."""
+    return no_answer(chain) or ("" if chain.revisions or chain.stopped else "no revision could be used")
 
 
-def rows_of(chain: Chain, keep: str) -> list[dict[str, Any]]:
-    """What supervised fine-tuning reads: the turns as they were asked, and an answer as the last.
+def rows_of_chain(chain: Chain, keep: str) -> list[dict[str, Any]]:
+    """Return rows for supervised fine-tuning: the prompt's turns, and an answer as the last.
 
-    keep: last, the chain's last answer (its first where no change was called for); all, every revision that could be
-    used, or that answer where there was none.
+    keep: "last", the chain's last answer (its first if no change was requested); "all", every usable revision, or
+    the first answer without any.
     """
-    if outcome(chain):
+    if drop_reason(chain):
         return []
     chosen = (chain.revisions or [chain.initial]) if keep == "all" else [chain.answer]
-    said = {id(r.revision): r.says for r in chain.rounds}
+    principles = {id(r.revision): r.says for r in chain.rounds}
     out = []
     for text in chosen:
-        about: dict[str, Any] = {"problem": chain.problem, "source": chain.source, "initial": chain.initial.text}
-        about["revision"] = chain.revisions.index(text) + 1 if chain.revisions else 0
-        if said.get(id(text)):
-            about["principle"] = said[id(text)]
+        row: dict[str, Any] = {"messages": [*chain.prompt, {"role": "assistant", "content": text.text}]}
+        row |= {"problem": chain.problem, "source": chain.source, "initial": chain.initial.text}
+        row["revision"] = chain.revisions.index(text) + 1 if chain.revisions else 0
+        if principles.get(id(text)):
+            row["principle"] = principles[id(text)]
         if text.reward is not None:
-            about |= {"reward": text.reward, "parts": text.parts}
-        out.append({"messages": [*chain.prompt, {"role": "assistant", "content": text.text}], **about})
+            row |= {"reward": text.reward, "parts": text.parts}
+        out.append(row)
     return out
 
 
-def stats_of(chains: Sequence[Chain], principles: Sequence[str], rows: int, stop_at: float | None) -> dict[str, Any]:
-    """The account. Rounds: usable ones, unusable ones by reason, and those whose critique asked for no change (stopped)
-    sum to all. Chains: those with rows and those dropped by reason do."""
+def chain_stats(chains: Sequence[Chain], principles: Sequence[str], rows: int, stop_at: float | None) -> dict[str, Any]:
+    """Return stats.json.
+
+    Rounds: usable ones, unusable ones by reason, and those whose critique requested no change (stopped) sum to all.
+    Chains: those with rows and those dropped by reason do.
+
+    Args:
+        chains: All chains of the stage.
+        principles: The stage's principles.
+        rows: Number of rows.
+        stop_at: Reward from which an answer needs no round. None: not used.
+    """
     rounds = [r for c in chains for r in c.rounds]
     texts = [t for c in chains for t in (c.initial, *(x for r in c.rounds for x in (r.critique, r.revision) if x))]
-    dropped = Counter(why for c in chains if (why := outcome(c)))
+    dropped = Counter(why for c in chains if (why := drop_reason(c)))
     by_principle: list[dict[str, Any]] = [
-        {"principle": p, "rounds": len(of), "usable": sum(r.usable for r in of)}
+        {"principle": p, "rounds": len(drawn), "usable": sum(r.usable for r in drawn)}
         for i, p in enumerate(principles)
-        for of in [[r for r in rounds if r.principle == i]]
+        for drawn in [[r for r in rounds if r.principle == i]]
     ]
     return {
         "chains": len(chains),
@@ -157,55 +184,57 @@ def stats_of(chains: Sequence[Chain], principles: Sequence[str], rows: int, stop
 
 
 def _rewards(chains: Sequence[Chain], stop_at: float | None) -> dict[str, Any]:
-    """Of chains whose first and last answers both have a reward: the means, and at stop_at how many changed sides."""
+    """Return the mean rewards of first and last answers (of chains where both have one), and the changes at stop_at."""
     pairs = [
         (c.initial, c.answer)
         for c in chains
-        if not without_answer(c) and c.initial.reward is not None and c.answer.reward is not None
+        if not no_answer(c) and c.initial.reward is not None and c.answer.reward is not None
     ]
     failed = sum(bool(t.failures) for c in chains for t in (c.initial, *(r.revision for r in c.rounds if r.revision)))
     if not pairs:
         return {"failed": failed} if failed else {}
-    names = ["reward", *pairs[0][0].parts]
     sides = {
-        name: [
-            math.fsum(float((t.reward or 0.0) if name == "reward" else t.parts.get(name, 0.0)) for t in side)
-            / len(pairs)
-            for side in zip(*pairs, strict=True)
-        ]
-        for name in names
-    }
+        name: [math.fsum(float({**t.parts, "reward": t.reward}.get(name) or 0.0) for t in side) / len(pairs)
+               for side in zip(*pairs, strict=True)]
+        for name in ("reward", *pairs[0][0].parts)
+    }  # fmt: skip
     out: dict[str, Any] = {"chains": len(pairs), "failed": failed, "first_and_last": sides}
     if stop_at is not None:
-        was, now = ([(t.reward or 0.0) >= stop_at for t in side] for side in zip(*pairs, strict=True))
-        out["reached"] = {"first": sum(was), "last": sum(now)}
-        out["reached"]["gained"] = sum(b and not a for a, b in zip(was, now, strict=True))
-        out["reached"]["lost"] = sum(a and not b for a, b in zip(was, now, strict=True))
+        first, last = ([(t.reward or 0.0) >= stop_at for t in side] for side in zip(*pairs, strict=True))
+        gained, lost = (sum(x > y for x, y in zip(*sides, strict=True)) for sides in ((last, first), (first, last)))
+        out["reached"] = {"first": sum(first), "last": sum(last), "gained": gained, "lost": lost}
     return out
 
 
-def path_of(folder: Path, chunk: int) -> Path:
-    """Where a chunk's chains lie; the first has number 1."""
+def _path(folder: Path, chunk: int) -> Path:
     return folder / f"chunk-{chunk:06d}.jsonl"
 
 
-def chunks_there(folder: Path) -> list[int]:
-    """Numbers of the chunks that are finished, ascending."""
+def finished_chunks(folder: Path) -> list[int]:
+    """Return the numbers of the finished chunks, ascending from 1."""
     return sorted(int(p.stem[6:]) for p in folder.glob("chunk-*.jsonl") if p.stem[6:].isdigit())
 
 
 def write_chains(folder: Path, chunk: int, chains: Sequence[Chain]) -> None:
-    """Write a chunk, whole or not at all."""
+    """Write a chunk, whole or not at all.
+
+    Args:
+        folder: Folder of the chains.
+        chunk: Number of the chunk, from 1.
+        chains: Chains of the chunk.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(asdict(c), ensure_ascii=False) + "\n" for c in chains)
-    write_text(path_of(folder, chunk), lines)
+    write_lines(_path(folder, chunk), [asdict(c) for c in chains])
 
 
 def read_chains(folder: Path, chunk: int | None = None) -> list[Chain]:
-    """The chains of a chunk, or of all. Raises DataError where a file does not hold any."""
-    paths = [path_of(folder, c) for c in (chunks_there(folder) if chunk is None else [chunk])]
+    """Read the chains of a chunk (None: of all chunks).
+
+    Raises:
+        DataError: A file holds something else.
+    """
     out = []
-    for path in paths:
+    for path in [_path(folder, c) for c in (finished_chunks(folder) if chunk is None else [chunk])]:
         try:
             out += [_chain(record) for record in read_lines(path)]
         except (TypeError, KeyError, ValueError) as error:

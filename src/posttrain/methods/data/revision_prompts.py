@@ -1,17 +1,19 @@
-"""What is asked for a critique and for a revision, word for word, and which principle a round goes by."""
+"""The requests for critiques and revisions, word for word, and the principle of each round."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.core.errors import DataError
 from posttrain.core.types import Message
 from posttrain.data.readers import packaged_or_own
 from posttrain.judge.principles import by_content
-from posttrain.methods.data.critique_revision import RefineConfig
+
+if TYPE_CHECKING:
+    from posttrain.methods.data.critique_revision import RefineConfig
 
 CRITIQUE = "Name the specific ways in which your last answer goes against this principle: {principle}"
 REVISION = "Write your answer again so that it keeps to this principle: {principle} Reply with the new answer alone."
@@ -20,8 +22,8 @@ REVISION_ALONE = "Write your answer again, better by what you said of it. Reply 
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """A finished round, shown before the one that is asked for."""
+class FinishedRound:
+    """Hold a finished round, which is shown before a request."""
 
     prompt: str
     answer: str
@@ -30,10 +32,16 @@ class Example:
     revision: str
 
 
-def draw(count: int, messages: Sequence[Message], rounds: int, seed: int) -> list[int]:
-    """Numbers of the principles of a prompt's rounds: by its content and the seed, whatever else is asked.
+def draw_principles(count: int, messages: Sequence[Message], rounds: int, seed: int) -> list[int]:
+    """Return the numbers of the principles of a prompt's rounds, a function of its content and the seed.
 
-    Each comes once before any comes again: the rounds go through a shuffled list of all. No principles: none.
+    The rounds go through a shuffled list of all principles, so that each comes once before any is repeated.
+
+    Args:
+        count: Number of principles. 0: the result is empty.
+        messages: The prompt.
+        rounds: Number of rounds.
+        seed: Seed of the stage's draws.
     """
     if not count:
         return []
@@ -41,59 +49,61 @@ def draw(count: int, messages: Sequence[Message], rounds: int, seed: int) -> lis
     return [int(order[i % count]) for i in range(rounds)]
 
 
-def critique_request(config: RefineConfig, principle: str | None) -> str:
-    """What the user's turn behind an answer says to have it criticised."""
-    template = config.critique or (CRITIQUE_ALONE if principle is None else CRITIQUE)
-    return template.format(principle=principle)
-
-
-def revision_request(config: RefineConfig, principle: str | None) -> str:
-    """What the user's turn behind a critique says to have the answer rewritten."""
-    template = config.revision or (REVISION_ALONE if principle is None else REVISION)
-    return template.format(principle=principle)
-
-
-def turns(
+def revision_turns(
     config: RefineConfig,
-    examples: Sequence[Example],
-    asked: Sequence[Message],
+    examples: Sequence[FinishedRound],
+    prompt: Sequence[Message],
     answer: str,
     principle: str | None,
     critique: str | None = None,
 ) -> list[Message]:
-    """The conversation whose next turn is a critique (critique: None) or, where that is there, a revision.
+    """Return the conversation whose next turn is a critique or a revision.
 
-    A system message stays first, behind it come the examples of this principle, or all where it has none. A later
-    round begins from the newest answer: what came before that is not shown.
+    A system message stays first, followed by the examples. A later round starts from the newest answer; earlier ones
+    are not shown.
+
+    Args:
+        config: Settings of the stage.
+        examples: Finished rounds; those of the principle are shown, or all if it has none.
+        prompt: Turns of the prompt.
+        answer: The answer to criticise.
+        principle: Principle of the round. None: no principle.
+        critique: Critique of the answer, to request a revision. None: request the critique.
     """
-    head = [m for m in asked[:1] if m["role"] == "system"]
+    head = [m for m in prompt[:1] if m["role"] == "system"]
     out = list(head)
-    for e in fitting(examples, principle):
+    for e in matching_examples(examples, principle):
         out.append({"role": "user", "content": e.prompt})
         out += _round(config, e.answer, e.principle if principle is not None else None, e.critique)
         out.append({"role": "assistant", "content": e.revision})
-    out += asked[len(head) :]
+    out += prompt[len(head) :]
     return [*out, *_round(config, answer, principle, critique)]
 
 
-def fitting(examples: Sequence[Example], principle: str | None) -> list[Example]:
-    """The examples that a round is shown: those of its principle, or all where it has none."""
+def matching_examples(examples: Sequence[FinishedRound], principle: str | None) -> list[FinishedRound]:
+    """Return the examples that a round shows: those of its principle, or all if it has none."""
     return [e for e in examples if e.principle == principle] or list(examples)
 
 
 def _round(config: RefineConfig, answer: str, principle: str | None, critique: str | None) -> list[Message]:
+    request = config.critique or (CRITIQUE_ALONE if principle is None else CRITIQUE)
     out: list[Message] = [
         {"role": "assistant", "content": answer},
-        {"role": "user", "content": critique_request(config, principle)},
+        {"role": "user", "content": request.format(principle=principle)},
     ]
     if critique is not None:
+        request = config.revision or (REVISION_ALONE if principle is None else REVISION)
         out.append({"role": "assistant", "content": critique})
-        out.append({"role": "user", "content": revision_request(config, principle)})
+        out.append({"role": "user", "content": request.format(principle=principle)})
     return out
 
 
-def read_examples(path: str) -> list[Example]:
-    """One a line. Raises DataError where the file can't be read or a line is no finished round."""
+def read_examples(path: str) -> list[FinishedRound]:
+    """Read finished rounds, one a line.
+
+    Raises:
+        DataError: The file can't be read, or a line is no finished round.
+    """
     try:
         lines = packaged_or_own(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -103,18 +113,18 @@ def read_examples(path: str) -> list[Example]:
         if line.strip():
             out.append(_example(f"{path}:{number}", line))
     if not out:
-        raise DataError(f"examples {path!r} holds none: expected one a line")
+        raise DataError(f"examples {path!r} is empty: expected one example a line")
     return out
 
 
-def _example(place: str, line: str) -> Example:
-    names = Example.__slots__
+def _example(place: str, line: str) -> FinishedRound:
+    names = FinishedRound.__slots__
     try:
         row: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: no JSON: {error}") from error
-    have = row if isinstance(row, dict) else {}
-    missing = [n for n in names if not isinstance(have.get(n), str) or not have[n].strip()]
+    fields = row if isinstance(row, dict) else {}
+    missing = [n for n in names if not isinstance(fields.get(n), str) or not fields[n].strip()]
     if missing:
         raise DataError(f"{place}: {missing[0]!r} is missing or no text; expected an object with {', '.join(names)}")
-    return Example(*(have[n].strip() for n in names))
+    return FinishedRound(*(fields[n].strip() for n in names))
