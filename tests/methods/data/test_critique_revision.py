@@ -21,7 +21,7 @@ from posttrain.methods.data.critique_revision import RefineConfig, RevisionLoop,
 from posttrain.methods.data.revision_chain import Chain, chain_stats, finished_chunks, rows_of_chain
 from posttrain.models.tiny_model import tiny_tokenizer
 from posttrain.rewards.stack import RewardStack
-from posttrain.runs.registry import prepare as make_stage
+from posttrain.runs.registry import prepare_stage
 from posttrain.sampling.engine import LocalSampler
 from posttrain.trainer.stage import StageContext
 
@@ -197,7 +197,7 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_rows(tmp_path: Path, monkey
     config = settings(principles=str(tmp_path / "p.txt"), **REAL)
     questions = load_prompts(config.problems, TOKENIZER, context=None).items
     context = StageContext(TOKENIZER, None, {"even": even})
-    calm = make_stage(config, context).run(MODEL, tmp_path / "calm", 1)
+    calm = prepare_stage(config, context).run(MODEL, tmp_path / "calm", 1)
     sample, calls = LocalSampler.sample, []
 
     def dies(self: Any, requests: Any, *rest: Any) -> Any:
@@ -208,10 +208,10 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_rows(tmp_path: Path, monkey
 
     monkeypatch.setattr(LocalSampler, "sample", dies)
     with pytest.raises(KeyboardInterrupt):
-        make_stage(config, context).run(MODEL, tmp_path / "killed", 1)
+        prepare_stage(config, context).run(MODEL, tmp_path / "killed", 1)
     killed = tmp_path / "killed"
     assert finished_chunks(killed / "chains") == [1] and not (killed / "data").exists()
-    again = make_stage(config, context).run(MODEL, killed, 1)
+    again = prepare_stage(config, context).run(MODEL, killed, 1)
     assert {**again, "seconds": 0} == {**calm, "seconds": 0}
     for name in (*(f"chains/chunk-{c:06d}.jsonl" for c in (1, 2)), "data/rows.jsonl", "data/stats.json"):
         assert (tmp_path / "calm" / name).read_bytes() == (killed / name).read_bytes()

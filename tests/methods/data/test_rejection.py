@@ -18,7 +18,7 @@ from posttrain.data.sft_rows import prepare
 from posttrain.methods.data import rejection
 from posttrain.methods.data.rejection import RejectionConfig, select, sft_row
 from posttrain.models.tiny_model import tiny_tokenizer
-from posttrain.runs.registry import prepare as make_stage
+from posttrain.runs.registry import prepare_stage
 from posttrain.sampling.rollout_store import rollout_steps
 from posttrain.trainer.stage import StageContext
 
@@ -122,7 +122,7 @@ def even(text: str, example: dict[str, Any]) -> float:
 
 
 def carry_out(config: RejectionConfig, folder: Path, reward: Any) -> dict[str, Any]:
-    return make_stage(config, StageContext(TOKENIZER, None, {"even": reward})).run(MODEL, folder, 1)
+    return prepare_stage(config, StageContext(TOKENIZER, None, {"even": reward})).run(MODEL, folder, 1)
 
 
 def test_it_goes_on_where_it_was_killed_and_accounts_for_everything(

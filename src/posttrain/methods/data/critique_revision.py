@@ -107,7 +107,7 @@ class RefineConfig(DataStageConfig):
         if self.model is not None and self.server is not None:
             raise ValueError("either a model writes (model.source) or one behind a server (server.model): remove one")
         if self.stop_at is not None and self.rewards is None:
-            raise ValueError("stop_at is a reward, and the stage has none: set rewards")
+            raise ValueError("stop_at is a reward, and there is none: give rewards")
         if self.critique_tokens < self.sampler.min_tokens:
             raise ValueError(
                 f"critique_tokens ({self.critique_tokens}) is below sampler.min_tokens ({self.sampler.min_tokens}): no "
@@ -123,7 +123,7 @@ class RefineConfig(DataStageConfig):
             allowed = {"principle"} if self.principles else set()
             if fields - allowed:
                 have = "{principle}" if allowed else "none without principles"
-                raise ValueError(f"{name} has the field {sorted(fields - allowed)[0]!r}, and it may have: {have}")
+                raise ValueError(f"{name} has the field {sorted(fields - allowed)[0]!r}, and there may be: {have}")
             named = named or bool(fields) or template is None
         if self.principles and not named:
             raise ValueError("principles are drawn, and neither critique nor revision names {principle}")
