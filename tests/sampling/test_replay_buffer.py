@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from posttrain.config import ReplayConfig, SamplingConfig
 from posttrain.core.types import Piece, Rollout
-from posttrain.sampling.replay_buffer import PARTIAL, Growth, Replay, rollout_from_json, rollout_to_json
+from posttrain.methods.rl.replay import Replay
+from posttrain.sampling.replay_buffer import PARTIAL, Growth, rollout_from_json, rollout_to_json
 
 
 def letters(tokens: Sequence[int], plain: bool) -> str:
@@ -70,7 +71,7 @@ def right(step: int, surprise: float, reward: float = 1.0) -> Rollout:
 
 def test_rare_successes_are_kept_and_stand_in() -> None:
     wrong = [right(0, 0.1, 0.0)] * 7
-    replay = Replay(ReplayConfig(rare=0.25, size=2), bound=3)
+    replay = Replay(ReplayConfig(rare=0.25, size=2), max_staleness=3)
     assert replay.visit(5, wrong, 1.0) is None and not replay.kept
     assert replay.visit(5, [*wrong[:6], right(0, 0.9), right(0, 0.3)], 1.0) is None
     assert replay.kept[5] == right(0, 0.3)  # the least surprising

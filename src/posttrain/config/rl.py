@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.config.explore import ExplorationConfig
 from posttrain.config.names import ADVANTAGES, KL_ESTIMATORS, POLICY_LOSSES
 from posttrain.config.open_functions import open_function
+from posttrain.config.open_kinds import unknown_name
 from posttrain.config.problems import ProblemsConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.settings import (
@@ -21,6 +22,7 @@ from posttrain.config.settings import (
     SamplingConfig,
     TrainConfig,
 )
+from posttrain.core.imports import is_import_path
 
 AdvantagesConfig = Annotated[Any, open_function(ADVANTAGES, "advantage")]
 PolicyLossConfig = Annotated[Any, open_function(POLICY_LOSSES, "policy loss")]
@@ -238,6 +240,13 @@ class RLConfig(RolloutConfig):
         None, gt=0, description="Upper bound of importance weights that correct for the sampler's numbers. None: none."
     )
     exploration: ExplorationConfig = ExplorationConfig()
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        if method not in RL_PRESETS and not is_import_path(method):
+            raise ValueError(unknown_name(method, RL_PRESETS, "RL method"))
+        return method
 
     @model_validator(mode="before")
     @classmethod

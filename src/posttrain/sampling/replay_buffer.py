@@ -1,12 +1,12 @@
-"""Rollouts that outlive their step: rare successes that are kept, and completions that are not done yet."""
+"""Rollouts that outlive their step, as plain values; and completions that grow piece by piece."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from posttrain.config import ReplayConfig, SamplingConfig
+from posttrain.config import SamplingConfig
 from posttrain.core.types import Piece, Rollout
 from posttrain.sampling.stop_strings import Decode, before_stop
 
@@ -97,49 +97,3 @@ class Growth:
         if kept < len(tokens):
             pieces = (*pieces[:-1], replace(last, tokens=last.tokens - (len(tokens) - kept)))
         return Rollout(tokens[:kept], logprobs[:kept], finish, text, pieces=pieces)
-
-
-class Replay:
-    """One rare success a problem, the newest; the least surprising of its group (arXiv 2510.02245 finds those to serve
-    best). Its state goes in and out of a checkpoint.
-
-    bound: steps that a kept one's oldest token may be old.
-    """
-
-    def __init__(self, config: ReplayConfig, bound: int) -> None:
-        self.config, self.bound = config, bound
-        self.kept: dict[int, Rollout] = {}
-        """By problem, the newest last."""
-
-    def expire(self, step: int) -> int:
-        """Drop rollouts that are too old for this step; return how many."""
-        old = [p for p, r in self.kept.items() if step - oldest(r, step) > self.bound]
-        for problem in old:
-            del self.kept[problem]
-        return len(old)
-
-    def visit(self, problem: int, rollouts: Sequence[Rollout], success: float) -> Rollout | None:
-        """Store the rare success of a group of fresh rollouts; return the stored one for a group without success.
-
-        A problem that is no longer rarely solved is dropped.
-
-        Args:
-            problem: Number of the problem.
-            rollouts: The group.
-            success: Reward from which a rollout is a success.
-        """
-        right = [r for r in rollouts if r.reward >= success]
-        if not right:
-            return self.kept.get(problem) if rollouts else None
-        self.kept.pop(problem, None)
-        if len(right) <= self.config.rare * len(rollouts):
-            self.kept[problem] = max(right, key=lambda r: sum(r.logprobs) / max(1, len(r.tokens)))
-            while len(self.kept) > self.config.size:
-                del self.kept[next(iter(self.kept))]
-        return None
-
-    def state_dict(self) -> list[Any]:
-        return [[problem, rollout_to_json(r)] for problem, r in self.kept.items()]
-
-    def load_state_dict(self, numbers: Sequence[Any]) -> None:
-        self.kept = {int(problem): rollout_from_json(r) for problem, r in numbers}

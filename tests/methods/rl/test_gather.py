@@ -17,7 +17,7 @@ from posttrain.methods.rl.adaptive_group_size import rescale_by_group_size
 from posttrain.methods.rl.collect_rollouts import PromptGroup, RolloutCollector
 from posttrain.methods.rl.hooks import Hook
 from posttrain.methods.rl.partial_rollouts import PartialRollouts
-from posttrain.methods.rl.replay import ReplaySuccesses
+from posttrain.methods.rl.replay import Replay
 from posttrain.methods.rl.rl_trainer import RLTrainer, hooks_of, joined_metrics
 from posttrain.methods.rl.sequence_logprobs import temperatures
 from posttrain.methods.rl.step_recorder import StepRecorder
@@ -187,7 +187,7 @@ def test_a_rare_success_stands_in_where_there_is_none(tmp_path: Path) -> None:
     exp = work(config, tmp_path, once)
     first = exp.step(0, QUIET).metrics
     assert first["replay_kept"] == 1 and first["replayed"] == 0
-    ((problem, kept),) = hook(exp, ReplaySuccesses).store.kept.items()
+    ((problem, kept),) = hook(exp, Replay).kept.items()
     problems, batch, collected = collect(exp, 1)
     assert problem in problems and collected["replayed"] == 1 and collected["reward"] == 0
     (at,) = [i for i, s in enumerate(batch.sequences) if s.replayed]

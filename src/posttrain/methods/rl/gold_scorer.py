@@ -25,9 +25,9 @@ from posttrain.losses.kl import sequence_kl
 from posttrain.methods.rl.collect_rollouts import RolloutCollector, sample_groups, score_groups
 from posttrain.methods.rl.sequence_logprobs import (
     TrainingSequence,
-    policy_logprobs,
     reference_logprobs,
     sampler_is_exact,
+    sequence_outputs,
 )
 from posttrain.models.language_model import LanguageModel
 from posttrain.rewards.stack import RewardStack
@@ -125,7 +125,7 @@ class GoldScorer:
         if sampler_is_exact(self.policy, self.config.sampler):
             own = tuple(s.sampled_logprobs() for s in sequences)
         else:
-            own, _ = policy_logprobs(self.config, sequences, self.policy)
+            own, _ = sequence_outputs(self.config, sequences, self.policy)
         lengths = torch.tensor([s.length for s in sequences])
         found = sequence_kl(torch.cat(own), torch.cat(reference), sequence_index(lengths), len(sequences))
         return [float(x) for x in found.double()]

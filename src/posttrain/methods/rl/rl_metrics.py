@@ -5,18 +5,10 @@ from __future__ import annotations
 from posttrain.core.types import Metric
 
 RL_TITLES = {
-    "grpo": "GRPO",
-    "dr_grpo": "Dr. GRPO",
-    "dapo": "DAPO",
-    "gspo": "GSPO",
-    "cispo": "CISPO",
-    "rloo": "RLOO",
-    "reinforce": "REINFORCE",
-    "reinforce_pp": "REINFORCE++",
-    "reinforce_pp_baseline": "REINFORCE++ with a baseline",
-    "remax": "ReMax",
-    "ppo": "PPO",
-}
+    "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO", "gspo": "GSPO", "cispo": "CISPO", "rloo": "RLOO",
+    "reinforce": "REINFORCE", "reinforce_pp": "REINFORCE++", "reinforce_pp_baseline": "REINFORCE++ with a baseline",
+    "remax": "ReMax", "ppo": "PPO",
+}  # fmt: skip
 ROLLOUT_METRICS = (
     Metric("reward", "Reward", "mean over rollouts", "Reward", "higher"),
     Metric("reward/*", "Reward: *", "mean over rollouts", "Reward", "higher"),

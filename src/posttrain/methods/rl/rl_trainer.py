@@ -20,7 +20,7 @@ from posttrain.methods.rl.compute_advantages import Advantages, compute_advantag
 from posttrain.methods.rl.curriculum import Curriculum
 from posttrain.methods.rl.hooks import Hook
 from posttrain.methods.rl.partial_rollouts import PartialRollouts
-from posttrain.methods.rl.replay import ReplaySuccesses
+from posttrain.methods.rl.replay import Replay
 from posttrain.methods.rl.rl_loss import Extremes, TrainingBatch, policy_gradient_loss
 from posttrain.methods.rl.sequence_logprobs import Logprobs, TrainingSequence, compute_logprobs, training_sequences
 from posttrain.methods.rl.steering import Steering
@@ -46,7 +46,7 @@ def hooks_of(config: RLConfig, problems: int, seed: int) -> list[Hook]:
     if explore.curriculum is not None:
         hooks.append(Curriculum(explore.curriculum, problems, seed=seed, success=explore.success))
     if explore.replay is not None:
-        hooks.append(ReplaySuccesses(config, seed))
+        hooks.append(Replay(explore.replay, explore.max_staleness, seed=seed, success=explore.success))
     if explore.entropy_target is not None or config.kl.target is not None:
         hooks.append(Steering(config))
     return hooks

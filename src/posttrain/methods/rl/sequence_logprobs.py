@@ -133,25 +133,40 @@ def compute_logprobs(
     before, values, exact = sampled, None, sampler_is_exact(policy, settings.sampler)
     many = not settings.single_update
     if settings.critic is not None or ((many or settings.kl_in_reward) and not exact):
-        own, values = policy_logprobs(settings, sequences, policy, values=settings.critic is not None)
+        own, of_critic = sequence_outputs(settings, sequences, policy, values=settings.critic is not None)
+        values = None if settings.critic is None else of_critic
         before = tuple(s if r.age else o for r, s, o in zip(sequences, sampled, own, strict=True))
     against = None if reference is None else reference_logprobs(settings, sequences, reference)
     return Logprobs(sampled, before, before if many else None, against, values)
 
 
-def policy_logprobs(
-    settings: RolloutConfig, sequences: Sequence[TrainingSequence], policy: LanguageModel, values: bool = False
-) -> tuple[Tensors, Tensors | None]:
-    """Return the policy's log-probabilities, and the critic's values.
+@torch.no_grad()
+def sequence_outputs(
+    settings: RolloutConfig, sequences: Sequence[TrainingSequence], model: LanguageModel, values: bool = False
+) -> tuple[Tensors, Tensors]:
+    """Return a model's log-probabilities of the sequences, and the critic's values (without them: the same again).
 
     Args:
-        settings: Settings of the step.
+        settings: Settings of the step: temperature and token budget.
         sequences: The whole batch; each rank computes a part.
-        policy: The model.
+        model: The model.
         values: Compute the critic's values as well.
     """
-    found = model_outputs(settings, sequences, policy, "values" if values else "logprobs", (0, 2) if values else (0,))
-    return tuple(f[0] for f in found), tuple(f[1] for f in found) if values else None
+    want, columns = ("values", (0, 2)) if values else ("logprobs", (0, 0))
+
+    def compute(mine: Sequence[TrainingSequence]) -> list[Tensors]:
+        out: list[Tensors] = [(torch.zeros(0), torch.zeros(0)) for _ in mine]  # an empty completion has no output
+        for places, batch, targets in forward_batches(model, mine, settings.systems.budget(model.device.type)):
+            part = [mine[i] for i in places]
+            outputs = model(batch, want, targets, temperature=temperatures(settings.sampler, part, targets.device))
+            lengths = [s.length for s in part]
+            split = [outputs[c].float().cpu().split(lengths) for c in columns]
+            for i, *tensors in zip(places, *split, strict=True):
+                out[i] = tuple(tensors)
+        return out
+
+    found = by_group_over_ranks(sequences, compute)
+    return tuple(f[0] for f in found), tuple(f[1] for f in found)
 
 
 def reference_logprobs(
@@ -165,40 +180,7 @@ def reference_logprobs(
         frozen: That model, or the policy whose adapters are switched off.
     """
     with without_adapters(frozen):
-        return tuple(f[0] for f in model_outputs(settings, sequences, frozen, "logprobs", (0,)))
-
-
-@torch.no_grad()
-def model_outputs(
-    settings: RolloutConfig,
-    sequences: Sequence[TrainingSequence],
-    model: LanguageModel,
-    want: str,
-    columns: Sequence[int],
-) -> list[Tensors]:
-    """Return outputs of a model for the tokens that the policy wrote, for each sequence; each rank computes a part.
-
-    Args:
-        settings: Settings of the step: temperature and token budget.
-        sequences: The whole batch.
-        model: The model.
-        want: Kind of forward pass: logprobs or values.
-        columns: Numbers of the outputs to return.
-    """
-
-    def compute(mine: Sequence[TrainingSequence]) -> list[Tensors]:
-        out = [tuple(torch.zeros(0) for _ in columns) for _ in mine]  # an empty completion has no output
-        for places, batch, targets in forward_batches(model, mine, settings.systems.budget(model.device.type)):
-            part = [mine[i] for i in places]
-            temperature = temperatures(settings.sampler, part, targets.device)
-            outputs = model(batch, want, targets, temperature=temperature)
-            lengths = [s.length for s in part]
-            split = [outputs[c].float().cpu().split(lengths) for c in columns]
-            for i, *tensors in zip(places, *split, strict=True):
-                out[i] = tuple(tensors)
-        return out
-
-    return by_group_over_ranks(sequences, compute)
+        return sequence_outputs(settings, sequences, frozen)[0]
 
 
 def by_group_over_ranks(
