@@ -20,7 +20,6 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 DOCS = sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), *ROOT.glob("*.md")])
 
 ALLOWED = {
-    "README.md",
     "__init__.py",
     "config",
     "methods",
