@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -151,16 +151,12 @@ class RolloutConfig(TrainConfig):
 
 
 REINFORCE = {"policy_loss": "reinforce", "ratio": "sequence", "loss_aggregation": "seq-mean-token-sum"}
+MEANS = {"loss_aggregation": "seq-mean-token-mean"}
 RL_PRESETS: dict[str, dict[str, Any]] = {
-    "grpo": {"advantages": "grpo", "loss_aggregation": "seq-mean-token-mean"},
+    "grpo": {"advantages": "grpo", **MEANS},
     "dr_grpo": {"advantages": "dr_grpo", "loss_aggregation": "seq-mean-token-sum-norm"},
     "dapo": {"advantages": "grpo", "clip": {"low": 0.2, "high": 0.28}},
-    "gspo": {
-        "advantages": "grpo",
-        "ratio": "sequence-mean",
-        "clip": {"low": 3e-4, "high": 4e-4},
-        "loss_aggregation": "seq-mean-token-mean",
-    },
+    "gspo": {"advantages": "grpo", "ratio": "sequence-mean", "clip": {"low": 3e-4, "high": 4e-4}, **MEANS},
     "cispo": {"advantages": "grpo", "policy_loss": "cispo", "clip": {"low": 1.0, "high": 4.0}},
     "rloo": {"advantages": "rloo", **REINFORCE},
     "reinforce": {"advantages": "reinforce", **REINFORCE},
@@ -185,7 +181,7 @@ def with_preset(values: Any, preset: Mapping[str, Any]) -> Any:
     out = dict(values)
     for name, own in preset.items():
         given = out.get(name)
-        if given is None:
+        if given is None and not (name == "critic" and name in out):  # critic: null switches it off
             out[name] = own
         elif isinstance(given, Mapping) and name in ("advantages", "policy_loss"):
             out[name] = given if "name" in given else {"name": own, **given}
@@ -265,71 +261,56 @@ class RLConfig(RolloutConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> RLConfig:
-        if self.prompts_per_step % self.mini_batches:
-            raise ValueError(
-                f"prompts_per_step ({self.prompts_per_step}) must be a multiple of mini_batches ({self.mini_batches})"
-            )
-        if self.environment is not None and self.sampler.min_tokens:
-            raise ValueError("sampler.min_tokens would hold in every turn anew: leave it out with an environment")
-        name = self.advantages.name
-        if name in COMPARING and self.group_size < 2:
-            raise ValueError(f"{name} compares the completions of a prompt: group_size must be 2 or more")
-        for part, setting in INPUTS.items():
-            if name == part and not getattr(self, setting):
-                raise ValueError(f"advantages {name} need {setting}, which is off")
-            if name in ADVANTAGES and name != part and getattr(self, setting):
-                raise ValueError(f"{setting} serves advantages {part} or your own, and these are {name}: leave it out")
-        clip = {
-            k
-            for k, v in self.clip
-            if v != {"low": 0.2, "high": 0.2, **RL_PRESETS.get(self.method, {}).get("clip", {})}.get(k)
-        }
-        if clip and self.single_update:
-            raise ValueError(
-                f"clip.{', clip.'.join(sorted(clip))}: with one update per batch the ratio is 1 and nothing is clipped. "
-                "Leave out, or set mini_batches or ppo_epochs above 1"
-            )
-        if self.clip.dual and self.policy_loss.name == "cispo":
-            raise ValueError("clip.dual bounds a ratio's loss, and cispo's weight is bounded already: leave it out")
+        for mistake in (*self._mistakes(), *self._exploration_mistakes()):
+            raise ValueError(mistake)
         return self
 
-    @model_validator(mode="after")
-    def _explores(self) -> RLConfig:
-        explore, sampler = self.exploration, self.sampler
-        steps = any(p.scores_steps for p in self.rewards.terms)
+    def _mistakes(self) -> Iterator[str]:
+        """Yield settings that contradict one another or would do nothing."""
+        if self.prompts_per_step % self.mini_batches:
+            yield f"prompts_per_step ({self.prompts_per_step}) must be a multiple of mini_batches ({self.mini_batches})"
+        if self.environment is not None and self.sampler.min_tokens:
+            yield "sampler.min_tokens would hold in every turn anew: leave it out with an environment"
+        name = self.advantages.name
+        if name in COMPARING and self.group_size < 2:
+            yield f"{name} compares the completions of a prompt: group_size must be 2 or more"
+        for part, setting in INPUTS.items():
+            if name == part and not getattr(self, setting):
+                yield f"advantages {name} need {setting}, which is off"
+            if name in ADVANTAGES and name != part and getattr(self, setting):
+                yield f"{setting} serves advantages {part} or your own, and these are {name}: leave it out"
+        own = ClipConfig.model_validate(RL_PRESETS.get(self.method, {}).get("clip", {}))
+        clip = sorted(f"clip.{k}" for k, v in self.clip if v != getattr(own, k))
+        if clip and self.single_update:
+            yield (
+                f"{', '.join(clip)}: with one update per batch the ratio is 1 and nothing is clipped. Leave out, or set "
+                "mini_batches or ppo_epochs above 1"
+            )
+        if self.clip.dual and self.policy_loss.name == "cispo":
+            yield "clip.dual bounds a ratio's loss, and cispo's weight is bounded already: leave it out"
+
+    def _exploration_mistakes(self) -> Iterator[str]:
+        explore, sampler, rewards = self.exploration, self.sampler, self.rewards.terms
+        steps = any(p.scores_steps for p in rewards)
         if explore.dynamic_sampling and self.group_size == 1 and not steps and explore.replay is None:
-            raise ValueError(
-                "dynamic_sampling replaces groups whose rewards are all equal, as one of one is: raise group_size"
-            )
+            yield "dynamic_sampling replaces groups whose rewards are all equal, as one of one is: raise group_size"
         if explore.entropy_target is not None:
-            low, high = explore.entropy_target.bounds(sampler.temperature)
+            temperature = sampler.temperature
+            low, high = explore.entropy_target.bounds(temperature)
             if low > high:
-                raise ValueError(f"entropy_target.low ({low:g}) must not be above entropy_target.high ({high:g})")
-            if explore.entropy_target.control == "temperature" and not low <= sampler.temperature <= high:
-                raise ValueError(
-                    f"sampler.temperature ({sampler.temperature:g}) must be within entropy_target's {low:g} to {high:g}"
-                )
+                yield f"entropy_target.low ({low:g}) must not be above entropy_target.high ({high:g})"
+            if explore.entropy_target.control == "temperature" and not low <= temperature <= high:
+                yield f"sampler.temperature ({temperature:g}) must be within entropy_target's {low:g} to {high:g}"
         if explore.adaptive_group_size is not None:
-            first = explore.adaptive_group_size.first
+            first, whole = explore.adaptive_group_size.first, [p.title for p in rewards if p.compares_completions]
             if first >= self.group_size:
-                raise ValueError(f"adaptive_group_size.first ({first}) must be below group_size ({self.group_size})")
-            whole = [p.title for p in self.rewards.terms if p.compares_completions]
+                yield f"adaptive_group_size.first ({first}) must be below group_size ({self.group_size})"
             if whole:
-                raise ValueError(
-                    "adaptive_group_size scores completions before their group is complete, and reward "
-                    f"{whole[0]!r} needs all"
-                )
-        cut = truncating_setting(sampler)
+                yield f"adaptive_group_size scores completions before a group is complete, and {whole[0]!r} needs all"
+        cut, tokens = truncating_setting(sampler), explore.partial_rollouts
         if explore.off_policy and cut is not None:
-            raise ValueError(
-                f"replay and partial_rollouts need log-probabilities of the whole distribution: leave out sampler.{cut}"
-            )
-        tokens = explore.partial_rollouts
+            yield f"replay and partial_rollouts need log-probabilities of whole distributions: leave out sampler.{cut}"
         if tokens is not None and self.environment is not None:
-            raise ValueError(
-                "partial_rollouts cuts completions in the middle of a turn, which an environment can't answer: use one "
-                "of them"
-            )
+            yield "partial_rollouts cuts completions in the middle of a turn, which an environment can't answer: use one"
         if tokens is not None and tokens >= sampler.max_tokens:
-            raise ValueError(f"partial_rollouts ({tokens}) must be below sampler.max_tokens ({sampler.max_tokens})")
-        return self
+            yield f"partial_rollouts ({tokens}) must be below sampler.max_tokens ({sampler.max_tokens})"

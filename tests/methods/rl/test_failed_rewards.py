@@ -118,6 +118,7 @@ def test_the_same_settings_are_taken_where_they_do_something() -> None:
     settings("ppo", advantages={"gamma": 0.9})
     settings("reinforce_pp", advantages={"gamma": 0.9})
     settings("grpo", advantages="gae", critic={})
+    assert settings("ppo", advantages="rloo", critic=None).critic is None
     settings("grpo", clip={"high": 0.3}, mini_batches=2)
     settings("grpo", clip={"high": 0.3}, exploration={"partial_rollouts": 4, "max_staleness": 4})
     settings("grpo", exploration={"success": 0.5, "curriculum": {}})

@@ -33,7 +33,7 @@ class OnlineDPOConfig(RolloutConfig):
 
     @property
     def preset(self) -> str:
-        """The method whose loss is applied to a pair."""
+        """Return the method whose loss is applied to a pair."""
         return self.loss
 
     @model_validator(mode="after")

@@ -93,7 +93,7 @@ class PromptGroup:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """The scored groups of a step, and metrics of the completions that were sampled for them."""
+    """Hold the scored groups of a step, and metrics of the completions that were sampled for them."""
 
     groups: tuple[PromptGroup, ...]
     metrics: Mapping[str, float]
@@ -144,7 +144,13 @@ class RolloutCollector:
         """Completions and tokens that were sampled in the current step."""
 
     def collect(self, step: int, sampling: SamplingConfig, phases: Phases) -> RolloutBatch:
-        """Return the groups of a step, complete and scored. `sampling`: how completions are drawn in this step."""
+        """Return the groups of a step, complete and scored.
+
+        Args:
+            step: Number of the step.
+            sampling: How completions are drawn in this step.
+            phases: Times the parts.
+        """
         self.samples = self.tokens = drawn = 0
         groups: list[PromptGroup] = []
         for attempt in range(self.attempts):  # dynamic sampling replaces groups without signal in further attempts
@@ -244,24 +250,14 @@ class RolloutCollector:
     def _score(self, groups: Sequence[PromptGroup], phases: Phases) -> list[PromptGroup]:
         """Return the groups with rewards for what is new in those that are complete."""
         todo = [i for i, g in enumerate(groups) if g.complete and g.scored < len(g.rollouts)]
-        unscored = [self._as_group(groups[i], groups[i].rollouts[groups[i].scored :]) for i in todo]
+        asked = [(groups[i], self.questions[groups[i].problem]) for i in todo]
+        unscored = [RolloutGroup(q.tokens, q.problem, g.rollouts[g.scored :]) for g, q in asked]
         with phases("reward"):
             outcome = score_groups(self.rewards, unscored)
         out = list(groups)
         for n, i in enumerate(todo):
             out[i] = groups[i].with_rewards(outcome.groups[n], [e for e in outcome.excluded if e.group == n])
         return out
-
-    def _as_group(self, group: PromptGroup, rollouts: Sequence[Rollout]) -> RolloutGroup:
-        question = self.questions[group.problem]
-        return RolloutGroup(question.tokens, question.problem, rollouts)
-
-    def as_scored(self, groups: Sequence[PromptGroup]) -> ScoredGroups:
-        """Return groups in the form in which rewards give them; replayed completions are the last of their group."""
-        excluded = [
-            replace(e, group=g, index=i) for g, group in enumerate(groups) for i, e in sorted(group.excluded.items())
-        ]
-        return ScoredGroups([self._as_group(g, [*g.kept, *g.replayed]) for g in groups], excluded, {})
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on besides the weights."""
@@ -373,5 +369,10 @@ def with_failed(scored: ScoredGroups) -> tuple[list[RolloutGroup], list[set[int]
         count = len(failed) + len(group.rollouts)
         groups.append(replace(group, rollouts=[failed[i].rollout if i in failed else next(kept) for i in range(count)]))
         places.append(set(failed))
-        failures.append([{e.reward: f"{e.failure}: {e.message}"} if (e := failed.get(i)) else {} for i in range(count)])
+        failures.append([failure_of(failed.get(i)) for i in range(count)])
     return groups, places, failures
+
+
+def failure_of(excluded: Excluded | None) -> dict[str, str]:
+    """Return what failed by the name of the reward; empty if nothing did."""
+    return {} if excluded is None else {excluded.reward: f"{excluded.failure}: {excluded.message}"}

@@ -25,11 +25,23 @@ class Hook:
         return settings
 
     def choose_prompts(self, step: int, attempt: int, prompts: list[int]) -> list[int]:
-        """Return the numbers of the prompts to sample, as many as in `prompts`."""
+        """Return the numbers of the prompts to sample.
+
+        Args:
+            step: Number of the step.
+            attempt: 0, or the round of dynamic sampling.
+            prompts: Numbers chosen so far; as many are returned.
+        """
         return prompts
 
     def before_sampling(self, step: int, attempt: int, prompts: Sequence[int]) -> list[PromptGroup]:
-        """Return groups of earlier steps that are continued."""
+        """Return groups of earlier steps that are continued.
+
+        Args:
+            step: Number of the step.
+            attempt: 0, or the round of dynamic sampling.
+            prompts: Numbers of the prompts that are sampled.
+        """
         return []
 
     def first_completions(self, group_size: int) -> int:

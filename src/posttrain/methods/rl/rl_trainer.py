@@ -24,7 +24,7 @@ from posttrain.methods.rl.replay import Replay
 from posttrain.methods.rl.rl_loss import Extremes, TrainingBatch, policy_gradient_loss
 from posttrain.methods.rl.sequence_logprobs import Logprobs, TrainingSequence, compute_logprobs, training_sequences
 from posttrain.methods.rl.steering import Steering
-from posttrain.methods.rl.step_recorder import StepRecorder, greedy_answers
+from posttrain.methods.rl.step_recorder import StepRecorder, likeliest_completions
 from posttrain.models.language_model import LanguageModel
 from posttrain.trainer.loop import Trainer
 from posttrain.trainer.train_step import Learner, StepResult
@@ -121,7 +121,7 @@ class RLTrainer(Trainer):
     def _greedy_rewards(self, settings: RLConfig, rollouts: RolloutBatch, phases: Phases) -> tuple[list[float], float]:
         """Return the reward of the likeliest answer to each prompt (NaN if it failed), and the number that failed."""
         questions = [self.collector.questions[i] for i in rollouts.problems]
-        groups = greedy_answers(self.collector, questions, phases)
+        groups = likeliest_completions(self.collector, questions, phases)
         with phases("reward"):
             scored = score_groups(self.collector.rewards, groups)
         rewards = [outcome_reward(settings, g.rollouts[0]) if g.rollouts else math.nan for g in scored.groups]

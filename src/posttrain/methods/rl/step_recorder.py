@@ -20,6 +20,7 @@ from posttrain.methods.rl.collect_rollouts import (
     RolloutBatch,
     RolloutCollector,
     counts_of_rank,
+    failure_of,
     means_by_reward,
     sample_groups,
     score_groups,
@@ -85,11 +86,14 @@ class StepRecorder:
         means = defaultdict[int, list[float]](list)
         for s, a in zip(sequences, advantages, strict=True):
             means[s.group].append(float(a.mean()) if s.length else 0.0)
-        groups, places, failures = with_failed(self.collector.as_scored(rollouts.groups))
-        columns: list[list[float | None]] = []
-        for g, group in enumerate(groups):
-            of_group = iter(means[g])
-            columns.append([None if i in places[g] else next(of_group, None) for i in range(len(group.rollouts))])
+        groups, columns, failures = [], [], []
+        for g, group in enumerate(rollouts.groups):
+            question, failed, of_group = self.collector.questions[group.problem], group.excluded, iter(means[g])
+            places = range(len(group.rollouts) + len(group.replayed))
+            written = [failed[i].rollout if i in failed else r for i, r in enumerate(group.rollouts)]
+            groups.append(RolloutGroup(question.tokens, question.problem, [*written, *group.replayed]))
+            columns.append([None if i in failed else next(of_group, None) for i in places])
+            failures.append([failure_of(failed.get(i)) for i in places])
         if distributed.is_main():
             texts, numbers = [self.collector.questions[i].text for i in rollouts.problems], rollouts.problems
             write_rollouts(self.folder / "rollouts", step + 1, groups, columns, texts, numbers, failures, self.turns)
@@ -125,7 +129,7 @@ class StepRecorder:
     def _greedy(self, step: int, phases: Phases) -> dict[str, float]:
         """Return the mean reward of greedy answers with its 95% interval; the answers are kept."""
         with phases("held_out"):
-            groups = greedy_answers(self.collector, self.held_out, Phases(phases.track))
+            groups = likeliest_completions(self.collector, self.held_out, Phases(phases.track))
             scored = score_groups(self.collector.rewards, groups)
             texts, numbers = [q.text for q in self.held_out], list(range(len(self.held_out)))
             kept, _, failures = with_failed(scored)
@@ -151,7 +155,7 @@ class StepRecorder:
             self.gold.scorer.load_state_dict(counts_of_rank(state.get("gold", ())))
 
 
-def greedy_answers(
+def likeliest_completions(
     collector: RolloutCollector, questions: Sequence[RenderedPrompt], phases: Phases
 ) -> list[RolloutGroup]:
     """Return the likeliest completion of each prompt, without rewards.
