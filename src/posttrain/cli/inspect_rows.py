@@ -202,8 +202,11 @@ def plan(stage: EpochsConfig, lengths: Sequence[int], device: str, unit: str = "
     """
     from posttrain.core.ragged import micro_batches
     from posttrain.trainer.loop import steps_for
+    from posttrain.trainer.token_budget import CPU_TOKENS, LEAST
 
-    count, budget = len(lengths), stage.systems.budget(device)
+    count, budget = len(lengths), stage.systems.tokens_per_micro_batch or (CPU_TOKENS if device == "cpu" else LEAST)
+    chosen = device == "cuda" and stage.systems.tokens_per_micro_batch is None
+    limit = f"{budget:,} tokens" + (" (or more, if the GPU's memory holds more)" if chosen else "")
     steps, _ = steps_for(count, stage.batch_size, stage.epochs)
     capped, _ = steps_for(count, stage.batch_size, stage.epochs, stage.max_steps)
     shown = [lengths[i : i + stage.batch_size] for i in range(0, count, stage.batch_size)][: min(capped, 200)]
@@ -213,6 +216,6 @@ def plan(stage: EpochsConfig, lengths: Sequence[int], device: str, unit: str = "
     cut = f" (max_steps; {stage.epochs:g} epochs are {steps:,})" if capped < steps else ""
     return (
         f"{capped:,} step{'s' * (capped != 1)}{cut} of {stage.batch_size} {unit}, about {mean:,.0f} tokens; {spread} "
-        f"micro-batch{'es' * (spread != '1')} a step of at most {budget:,} tokens; {sum(n > budget for n in lengths)} "
+        f"micro-batch{'es' * (spread != '1')} a step of at most {limit}; {sum(n > budget for n in lengths)} "
         f"{unit} are longer than that"
     )

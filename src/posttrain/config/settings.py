@@ -182,7 +182,7 @@ class SystemsConfig(Config):
     tokens_per_micro_batch: int | None = Field(
         None,
         ge=1,
-        description="Token budget of one forward and backward pass; lower it when memory runs out. The result is the same for any value. None: 4096 on a GPU; 768 on a CPU, which more tokens make no faster.",
+        description="Token budget of one forward and backward pass; lower it when memory runs out. The result is the same for any value. None: 768 on a CPU, which more tokens make no faster; on a GPU a power of two from 4096 to 65536, by the memory that is free once the model is loaded.",
     )
     activation_checkpointing: bool = Field(
         False,
@@ -190,10 +190,6 @@ class SystemsConfig(Config):
     )
     share_prefixes: bool = Field(True, description="Compute a prefix that several samples of a micro-batch share once.")
     compile: bool = Field(False, description="torch.compile the model's layers (needs a C++ compiler on a CPU).")
-
-    def budget(self, device: str) -> int:
-        """Tokens of a micro-batch on a device of this type (cpu, cuda)."""
-        return self.tokens_per_micro_batch or (768 if device == "cpu" else 4096)
 
     @model_validator(mode="after")
     def _one(self) -> SystemsConfig:

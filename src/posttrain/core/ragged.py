@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.core.transfer import all_to_device, to_device
 from posttrain.core.types import Sample
 
 MIN_SHARED = 16
@@ -64,11 +65,14 @@ class RaggedBatch:
 
     def to(self, device: torch.device | str) -> RaggedBatch:
         """Return the same batch with its tensors on another device."""
-        names = ("tokens_T", "positions_T", "weights_T", "predictors_T", "targets_N")
-        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
-        for name in ("rows", "weighted_rows"):
-            moved[name] = tuple(row.to(device) for row in getattr(self, name))
-        return replace(self, **moved)
+        device, count = torch.device(device), len(self.rows)
+        names = ("tokens_T", "positions_T", "predictors_T", "targets_N")
+        indices = [*(getattr(self, name) for name in names), *self.rows, *self.weighted_rows]
+        moved = all_to_device(indices, device)
+        rows = moved[len(names) :]
+        found: dict[str, Any] = dict(zip(names, moved, strict=False))
+        weights = to_device(self.weights_T, device)
+        return replace(self, **found, weights_T=weights, rows=tuple(rows[:count]), weighted_rows=tuple(rows[count:]))
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

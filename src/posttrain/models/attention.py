@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from posttrain.core.ragged import RaggedBatch
+from posttrain.core.transfer import to_device
 from posttrain.models.backends import backend_for
 
 NAME = "posttrain"
@@ -85,14 +86,8 @@ def _varlen(batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor, int, int]:
         cu_k.append(cu_k[-1] + sum(batch.ends[s] - batch.starts[s] for s in chain))
     longest_q = max(b - a for a, b in zip(cu_q, cu_q[1:], strict=False))
     longest_k = max(b - a for a, b in zip(cu_k, cu_k[1:], strict=False))
-    as_int = {"dtype": torch.int32, "device": device}
-    return (
-        torch.cat(gather).to(device),
-        torch.tensor(cu_q, **as_int),  # type: ignore[arg-type]
-        torch.tensor(cu_k, **as_int),  # type: ignore[arg-type]
-        longest_q,
-        longest_k,
-    )
+    starts = (to_device(torch.tensor(cu, dtype=torch.int32), device) for cu in (cu_q, cu_k))
+    return to_device(torch.cat(gather), device), *starts, longest_q, longest_k  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=1)
@@ -167,7 +162,8 @@ def plain_attention(
     batch, repeat = plan.batch, query.shape[1] // key.shape[1]
     outs = []
     for i, (start, end) in enumerate(zip(batch.starts, batch.ends, strict=True)):
-        index = torch.cat([torch.arange(batch.starts[s], batch.ends[s]) for s in batch.chain(i)]).to(query.device)
+        index = torch.cat([torch.arange(batch.starts[s], batch.ends[s]) for s in batch.chain(i)])
+        index = to_device(index, query.device)
         k, v = (x[:, :, index].repeat_interleave(repeat, dim=1) for x in (key, value))
         scores = torch.matmul(query[:, :, start:end], k.transpose(-1, -2)).float() * scale
         if softcap is not None:

@@ -45,6 +45,7 @@ class LanguageModel(nn.Module):
         no_dropout(hf)
         self.backend.replace_forwards(hf)
         self.value: nn.Linear | None = None
+        self.token_budget: int | None = None  # see `trainer.token_budget`
 
     @property
     def base(self) -> Any:

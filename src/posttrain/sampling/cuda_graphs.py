@@ -5,6 +5,9 @@ CUDA graph starts them all at once, but its shapes and addresses are fixed. So r
 to a few sizes; what is between the real number and the rounded one is computed and thrown away; inputs lie in buffers
 that stay where they are. A shape runs as it is when it comes for the first time (which is a graph's warm-up too) and is
 recorded the second time.
+
+Regions and graphs are kept from one call of the sampler to the next (`KeptSteps`): training writes weights in place, so
+a graph that reads them stays valid for as long as they lie at the same addresses.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain.sampling.kv_cache import DecodingStep, Region
 
 COLUMNS = 128
 """The fewest columns that attention looks at."""
+MOST_GRAPHS = 64
+"""Graphs kept for one pair of regions; each takes a few MiB of the GPU's memory. The least recently used go first."""
 
 DecodeFunction = Callable[[Tensor, Tensor, DecodingStep], Tensor]
 """(tokens_M, position_M, step) -> hidden states (M, H)."""
@@ -49,7 +54,7 @@ class Shape:
 
 
 class StaticSteps:
-    """The decoding steps of one session. Row i lies in slot i of `own`.
+    """Decoding steps over one pair of regions. Row i lies in slot i of `own`.
 
     ranks: the most completions that a prompt has. graphs: record and replay (CUDA); without, the same shapes are
     computed one kernel after the other, anywhere. Row buffers are filled in one copy a step.
@@ -97,7 +102,7 @@ class StaticSteps:
         if self.graphs and shape in self.seen and shape not in self.recorded:
             self._record(shape)
         if shape in self.recorded:
-            graph, hidden = self.recorded[shape]
+            graph, hidden = self.recorded[shape] = self.recorded.pop(shape)  # the newest is last
             graph.replay()
             return hidden
         self.seen.add(shape)
@@ -128,3 +133,88 @@ class StaticSteps:
             return
         self.pool = graph.pool()
         self.recorded[shape] = (graph, hidden)
+        if len(self.recorded) > MOST_GRAPHS:
+            del self.recorded[next(iter(self.recorded))]
+
+    def bytes(self) -> int:
+        """Return the memory of the regions."""
+        return self.own.bytes() + (self.shared.bytes() if self.shared is not None else 0)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a pair of regions, and the most completions of a prompt. They depend on nothing but the call."""
+
+    slots: int
+    columns: int
+    prompts: int
+    prompt_columns: int
+    ranks: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the regions hold."""
+        return self.slots * self.columns + self.prompts * self.prompt_columns
+
+
+class KeptSteps:
+    """Steps of earlier calls of a sampler, with their regions and graphs, to be used again."""
+
+    def __init__(self) -> None:
+        self.known: dict[Layout, StaticSteps] = {}
+        self.weights: tuple[Any, ...] = ()
+
+    def take(
+        self,
+        layout: Layout,
+        model: nn.Module,
+        decode: DecodeFunction,
+        device: torch.device,
+        token_bytes: int,
+        allowed: float,
+    ) -> StaticSteps:
+        """Return steps for a call: those kept for the layout, emptied, or new ones.
+
+        Args:
+            layout: Sizes of the regions.
+            model: The model; if its weights are no longer where they were, nothing that is kept is valid.
+            decode: The model's decoding step.
+            device: Where it computes.
+            token_bytes: Bytes of a token's keys and values.
+            allowed: Bytes that all regions together may take; kept ones are dropped, oldest first, to make room.
+        """
+        weights = state_of(model)
+        if weights != self.weights:
+            self.clear()
+            self.weights = weights
+        steps = self.known.pop(layout, None)
+        self._shrink(allowed - layout.tokens * token_bytes)
+        if steps is None:
+            shared = Region(layout.prompts, layout.prompt_columns) if layout.prompts else None
+            own = Region(layout.slots, layout.columns)
+            return StaticSteps(decode, own, shared, layout.ranks, device, device.type == "cuda")
+        for region in (steps.own, steps.shared):
+            if region is not None:
+                region.reset()
+        return steps
+
+    def keep(self, layout: Layout, steps: StaticSteps, most: float) -> None:
+        """Keep steps for a later call, if all that is kept takes no more than `most` bytes."""
+        self.known[layout] = steps
+        self._shrink(most)
+
+    def clear(self) -> None:
+        """Release regions and graphs."""
+        self.known.clear()
+
+    def _shrink(self, most: float) -> None:
+        while self.known and sum(steps.bytes() for steps in self.known.values()) > most:
+            del self.known[next(iter(self.known))]
+
+
+def state_of(model: nn.Module) -> tuple[Any, ...]:
+    """Return what a recorded step holds on to: addresses of weights, and which adapters take part."""
+    modules: list[Any] = [m for m in model.modules() if hasattr(type(m), "disable_adapters")]
+    adapters = [(m.disable_adapters, str(m.active_adapters), getattr(m, "merged", False)) for m in modules]
+    places = [x.data_ptr() for x in (*model.parameters(), *model.buffers())]
+    return (*places, *adapters)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from posttrain.losses.linear_logprobs import head_logits
 from posttrain.models import attention
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.max_length import alike_up_to, context, why_short
-from posttrain.sampling.cuda_graphs import StaticSteps
+from posttrain.sampling.cuda_graphs import KeptSteps, Layout, StaticSteps, rounded
 from posttrain.sampling.kv_cache import DecodingStep, Filling, Region
 from posttrain.sampling.memory import memory_bytes
 from posttrain.sampling.protocol import OnDone, Request, stop_tokens
@@ -40,6 +41,8 @@ MAX_RUNNING = {"cpu": 128, "cuda": 512}
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
 MEMORY_SHARE = {"cpu": 0.2, "cuda": 0.3}
 """Of the memory that there is for this process, for keys and values."""
+KEPT_SHARE = 0.5
+"""Of what keys and values may take, what may stay between two calls, with the steps that were recorded over it."""
 WAITING_FOR = 8
 """Prompts enter once one slot in so many is free."""
 PLACES = 3
@@ -110,6 +113,8 @@ class LocalSampler:
         self.static_shapes = model.device.type == "cuda" if static_shapes is None else static_shapes
         self.ends = frozenset(stop_tokens(model.base, tokenizer))
         self.context = context(model.base.config) or 2**31
+        self.kept = KeptSteps()
+        self._token_bytes = 0
 
     @torch.inference_mode()
     def sample(
@@ -133,7 +138,10 @@ class LocalSampler:
         training = self.model.training
         self.model.eval()
         try:
-            _Session(self, prompts, params, on_done).work()
+            session = _Session(self, prompts, params, on_done)
+            session.work()
+            if session.static is not None:
+                self.kept.keep(session.layout, session.static, self.allowed_bytes() * KEPT_SHARE)
         finally:
             self.model.train(training)
         return [
@@ -160,26 +168,28 @@ class LocalSampler:
 
     def bytes_per_token(self) -> int:
         """Return the bytes of a token's keys and values, measured by computing one."""
+        if self._token_bytes:
+            return self._token_bytes
         sizes: list[int] = []
 
         def keep(key: Tensor, value: Tensor) -> None:
             sizes.append(key.element_size() * (key[:, 0].numel() + value[:, 0].numel()))
 
         self.prefill([[0]], keep)
-        return sum(sizes)
+        self._token_bytes = sum(sizes)
+        return self._token_bytes
+
+    def release(self) -> None:
+        """Give up the memory that is kept for the next call."""
+        self.kept.clear()
 
     def prefill(self, prompts: Sequence[Sequence[int]], keep: Any) -> tuple[list[Tensor], Tensor]:
         """Compute prompts: (rows of the ragged batch, hidden states that predict each prompt's first new token)."""
         batch = pack([Sample(list(t), [0.0] * len(t)) for t in prompts]).to(self.model.device)
         if isinstance(keep, Filling):
             keep.rows = list(batch.rows)
-        hidden = self._decoder(batch.tokens_T, batch.positions_T, attention.Plan(batch, keep=keep))
+        hidden = _decode(self.model, batch.tokens_T, batch.positions_T, attention.Plan(batch, keep=keep))
         return list(batch.rows), hidden[torch.stack([row[-1] for row in batch.rows])]
-
-    def _decoder(self, tokens: Tensor, positions: Tensor, ragged: Any) -> Tensor:
-        decoder = self.model.base.get_decoder()
-        out = decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, ragged=ragged)
-        return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def allowed_bytes(self) -> float:
         """Return the bytes for keys and values, which do not depend on free memory: completions must not."""
@@ -193,6 +203,17 @@ class LocalSampler:
     def decode(self, tokens: Sequence[int], plain: bool) -> str:
         """Text of tokens; plain: special tokens are left out."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=plain))
+
+
+def _decode(model: LanguageModel, tokens: Tensor, positions: Tensor, ragged: Any) -> Tensor:
+    decoder = model.base.get_decoder()
+    out = decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, ragged=ragged)
+    return out.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+def _roomy(n: int) -> int:
+    """Return the size of a region that is kept: n rounded up, 0 for 0."""
+    return rounded(n, 1 << 62) if n else 0
 
 
 class _Session:
@@ -212,28 +233,36 @@ class _Session:
         shared = any(p.request.n > 1 for p in prompts)
         longest = max(len(p.request.tokens) for p in prompts)
         columns = max(p.limit + (0 if shared else len(p.request.tokens)) for p in prompts)
-        slots, at_once = self._sizes(prompts, longest if shared else 0, columns)
-        self.own = Region(slots, columns)
-        self.shared = Region(at_once, longest) if shared else None
-        self.free_slots = list(range(slots))
-        self.free_prompts = list(range(at_once)) if shared else []
+        slots, at_once, self.layout = self._sizes(prompts, longest if shared else 0, columns)
         self.static: StaticSteps | None = None
         if sampler.static_shapes:
-            ranks = max(p.request.n for p in prompts)
-            graphs = self.device.type == "cuda"
-            self.static = StaticSteps(sampler._decoder, self.own, self.shared, min(ranks, slots), self.device, graphs)
+            room = sampler.allowed_bytes()
+            # Not a method of the sampler: what is kept must not keep the sampler alive.
+            decode, token_bytes = partial(_decode, sampler.model), sampler.bytes_per_token()
+            self.static = sampler.kept.take(self.layout, sampler.model, decode, self.device, token_bytes, room)
+            self.own, self.shared = self.static.own, self.static.shared
+        else:
+            self.own, self.shared = Region(slots, columns), Region(at_once, longest) if shared else None
+        self.free_slots = list(range(slots))
+        self.free_prompts = list(range(at_once)) if shared else []
 
-    def _sizes(self, prompts: list[_Prompt], prompt_columns: int, columns: int) -> tuple[int, int]:
-        """(completions, prompts) that the memory holds at once."""
+    def _sizes(self, prompts: list[_Prompt], prompt_columns: int, columns: int) -> tuple[int, int, Layout]:
+        """(completions, prompts) that the memory holds at once, and the sizes of the regions.
+
+        Regions that are kept have a few sizes, by rounding up what this call needs, whatever earlier calls needed.
+        """
         room = self.sampler.allowed_bytes() / self.sampler.bytes_per_token()
         total = sum(p.request.n for p in prompts)
-        mean = total / len(prompts)
-        for slots in range(min(self.sampler.max_running, total), 0, -1):
-            for places in range(PLACES, 0, -1):
-                # No more than slots: a prompt that has all of its completions started holds one at least.
-                at_once = min(len(prompts), slots, 1 + int(places * slots / mean))
-                if slots * columns + at_once * prompt_columns <= room:
-                    return slots, at_once
+        mean, most = total / len(prompts), max(p.request.n for p in prompts)
+        for size in (_roomy, int) if self.sampler.static_shapes else (int,):
+            for slots in range(min(self.sampler.max_running, total), 0, -1):
+                for places in range(PLACES, 0, -1):
+                    # No more than slots: a prompt that has all of its completions started holds one at least.
+                    at_once = min(len(prompts), slots, 1 + int(places * slots / mean))
+                    held = size(at_once) if prompt_columns else 0
+                    layout = Layout(size(slots), size(columns), held, size(prompt_columns), min(most, slots))
+                    if layout.tokens <= room:
+                        return slots, at_once, layout
         needed = (columns + prompt_columns) * self.sampler.bytes_per_token() / 2**20
         raise ModelError(
             f"the longest completion with its prompt takes {needed:.3g} MiB of keys and values, and "
@@ -327,32 +356,38 @@ class _Session:
             step.shared, step.prompt_M, step.rank_M = self.shared, tensor(prompts), tensor(ranks)
             step.prompt_length_M, step.prompt_columns = tensor(lengths), max(lengths)
             step.prompt_slots, step.ranks = max(taken) + 1, max(taken.values())
-        self._draw(list(rows), self._logits(self.sampler._decoder(tensor(tokens), step.position_M, step)))
+        self._draw(list(rows), self._logits(_decode(self.sampler.model, tensor(tokens), step.position_M, step)))
 
     def _close_gaps(self) -> None:
         """Move the last rows to where others left, so that M rows lie in slots 0 to M - 1 and nothing else is read."""
         rows = self.rows
         rows.sort(key=lambda r: r.slot)
+        moves = []
         for row in reversed(rows):
             if row.slot < len(rows):
                 break
             computed = len(row.tokens) - 1 + (len(row.prompt.request.tokens) if self.shared is None else 0)
             free = heapq.heappop(self.free_slots)
-            self.own.move(row.slot, free, computed)
+            moves.append((row.slot, free, computed))
             heapq.heappush(self.free_slots, row.slot)
             row.slot = free
             if self.shared is None:
                 row.prompt.slot = free
+        self.own.move(moves)
         rows.sort(key=lambda r: r.slot)
 
     def _draw(self, rows: list[_Row], logits: Tensor) -> None:
         """Give each row its next token; let those that ended go."""
         at = [len(r.tokens) for r in rows]
         uniforms = torch.tensor([r.uniforms[t] for r, t in zip(rows, at, strict=True)], dtype=torch.float64)
-        short = torch.tensor([t < self.params.min_tokens for t in at], device=self.device)
+        short = torch.tensor([t < self.params.min_tokens for t in at])
         banned = self.banned if self.params.min_tokens and bool(short.any()) else ()
-        tokens, logprobs = draw_tokens(logits, uniforms, self.params, banned, short if banned else None)
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+        drawn = draw_tokens(logits, uniforms, self.params, banned, short if banned else None)
+        if self.device.type == "cuda":
+            # The only place where a step waits for the GPU. float64 holds tokens and log-probabilities exactly.
+            drawn = tuple(torch.stack([x.double() for x in drawn]).cpu())
+        tokens, logprobs = drawn[0].long().tolist(), drawn[1].tolist()
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             row.tokens.append(token)
             row.logprobs.append(logprob)
             finish, text = self._finish(row)

@@ -8,12 +8,14 @@ prompts lie in the own region too, and there is one product less.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from posttrain.core.transfer import to_device
 from posttrain.models.backends import backend_for
 
 _KeysValues = tuple[Tensor, Tensor]
@@ -45,16 +47,35 @@ class Region:
             self.values.append(value.new_zeros(self.slots, value.shape[0], self.columns, value.shape[-1]))
         return self.keys[layer], self.values[layer]
 
-    def move(self, source: int, target: int, columns: int) -> None:
-        """Copy the first columns of a slot to another slot.
+    def move(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        """Copy the first columns of slots to other slots: (source, target, columns); no target is a source."""
+        tensors = (*self.keys, *self.values)
+        if not moves or not tensors:
+            return
+        if _in_one(tensors[0]):
+            sources, targets = (to_device(torch.tensor([m[i] for m in moves]), tensors[0].device) for i in (0, 1))
+            columns = max(m[2] for m in moves)
+            for x in tensors:
+                x[targets, :, :columns] = x[sources, :, :columns]
+            return
+        for x in tensors:
+            for source, target, columns in moves:
+                x[target, :, :columns] = x[source, :, :columns]
 
-        Args:
-            source: Slot to copy from.
-            target: Slot to copy to.
-            columns: How many.
-        """
+    def reset(self) -> None:
+        """Make the region as good as new; its memory stays where it is."""
         for x in (*self.keys, *self.values):
-            x[target, :, :columns] = x[source, :, :columns]
+            x.zero_()
+        self.layers.clear()
+
+    def bytes(self) -> int:
+        """Return the memory that keys and values take."""
+        return sum(x.nbytes for x in (*self.keys, *self.values))
+
+
+def _in_one(x: Tensor) -> bool:
+    """Return whether slots are written in one operation: on a GPU its launch takes longer than the copy."""
+    return x.device.type != "cpu"
 
 
 class Filling:
@@ -62,13 +83,28 @@ class Filling:
 
     def __init__(self, region: Region, rows: list[Tensor], slots: list[int]) -> None:
         self.region, self.rows, self.slots, self.layer = region, rows, slots, 0
+        self.places: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, key: Tensor, value: Tensor) -> None:
         keys, values = self.region.at(self.layer, key, value)
         self.layer += 1
+        if _in_one(key):
+            slot_K, column_K, row_K = self._places(key.device)
+            keys[slot_K, :, column_K] = key[:, row_K].transpose(0, 1)
+            values[slot_K, :, column_K] = value[:, row_K].transpose(0, 1)
+            return
         for row, slot in zip(self.rows, self.slots, strict=True):
             keys[slot, :, : len(row)] = key[:, row]
             values[slot, :, : len(row)] = value[:, row]
+
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return slot, column and T-index of every token of every prompt."""
+        if self.places is None:
+            lengths = [len(row) for row in self.rows]
+            slots = torch.tensor(self.slots).repeat_interleave(torch.tensor(lengths))
+            columns = torch.cat([torch.arange(n) for n in lengths])
+            self.places = to_device(slots, device), to_device(columns, device), torch.cat(self.rows)
+        return self.places
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from posttrain.config import SamplingConfig
+from posttrain.core.transfer import to_device
 from posttrain.models.backends import backend_for
 
 BLOCK = 256
@@ -66,19 +67,20 @@ def draw_tokens(
 
     Args:
         z_M_V: Logits, temperature applied (not for temperature 0), float32; overwritten.
-        uniforms_M: One number in [0, 1) a row, float64.
+        uniforms_M: One number in [0, 1) a row, float64, on the host or the device.
         params: How tokens are drawn.
         banned: Tokens that rows marked in `short_M` can't have.
-        short_M: True for rows that are shorter than min_tokens.
+        short_M: True for rows that are shorter than min_tokens; on the host.
     """
+    device = z_M_V.device
     if short_M is not None and len(banned):
-        rows = short_M.nonzero()
-        z_M_V[rows, torch.as_tensor(list(banned), device=z_M_V.device)] = -torch.inf
+        rows, columns = to_device(short_M.nonzero(), device), to_device(torch.as_tensor(list(banned)), device)
+        z_M_V[rows, columns] = -torch.inf
     if params.temperature == 0:
         lse, tokens = z_M_V.logsumexp(-1), z_M_V.argmax(-1)
         return tokens, z_M_V.gather(-1, tokens[:, None]).squeeze(-1) - lse
     cut(z_M_V, params)
-    drawn = backend_for(z_M_V.device).draw(z_M_V, uniforms_M)
+    drawn = backend_for(device).draw(z_M_V, uniforms_M)
     if drawn is not None:
         return drawn
     lse = z_M_V.logsumexp(-1, keepdim=True)
@@ -88,7 +90,7 @@ def draw_tokens(
         p = torch.nn.functional.pad(p, (0, BLOCK - vocabulary % BLOCK))
     p = p.view(count, -1, BLOCK)
     blocks = p.sum(-1, dtype=torch.float64).cumsum(-1)
-    target = uniforms_M.to(blocks.device)[:, None] * blocks[:, -1:]
+    target = to_device(uniforms_M, device)[:, None] * blocks[:, -1:]
     block = _pick(blocks, target)
     before = torch.where(block > 0, blocks.gather(-1, (block - 1).clamp_min(0)), 0.0)
     inner = p[torch.arange(count, device=p.device), block[:, 0]].double().cumsum(-1)

@@ -28,6 +28,7 @@ from posttrain.core.types import Sample
 from posttrain.losses.aggregation import sequence_index, sequence_sum
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_model, pick_dtype
+from posttrain.trainer.token_budget import token_budget
 
 UNITS_PER_CHUNK = 256
 """Units (a pair, an answer) that are computed and written together."""
@@ -62,7 +63,7 @@ def sums_of(model: LanguageModel, units: Sequence[Unit], systems: SystemsConfig)
     """
     sizes = [len(unit[0]) + sum(len(s) - int(s.meta["shared"]) for s in unit[1:]) for unit in units]
     out: list[list[float]] = [[] for _ in units]
-    for chosen in micro_batches(sizes, systems.budget(model.device.type)):
+    for chosen in micro_batches(sizes, token_budget(systems, model)):
         flat = [s for i in chosen for s in units[i]]
         sums, _ = answer_sums(model, model.pack(flat, systems.share_prefixes))
         left = iter(sums.tolist())

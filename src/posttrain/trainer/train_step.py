@@ -23,6 +23,7 @@ from posttrain.core.types import Sample
 from posttrain.losses.gradient_accumulation import added_in_place
 from posttrain.models.language_model import LanguageModel
 from posttrain.trainer.optimizer import Optimizer, lr_at
+from posttrain.trainer.token_budget import token_budget
 
 LossFunction = Callable[[LanguageModel, RaggedBatch, float], tuple[Tensor, dict[str, Tensor]]]
 """(model, micro-batch, global denominator) -> (this micro-batch's share of the loss, scalar tensors for metrics).
@@ -66,6 +67,7 @@ class Learner:
         self.skipped = 0
         self.skipped_in_a_row = 0
         model.train()
+        token_budget(systems, model)  # chosen before the optimizer takes its memory, and before ranks share weights
         if systems.activation_checkpointing:
             base = model.base  # transformers renamed this; the old name warns in newer releases
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -117,7 +119,7 @@ class Learner:
 
     def _split(self, samples: Sequence[Sample]) -> tuple[list[list[int]], int]:
         """Return this rank's micro-batches, and how many passes every rank makes."""
-        world, budget = distributed.world(), self.systems.budget(self.device.type)
+        world, budget = distributed.world(), token_budget(self.systems, self.model)
         units = _units(samples, budget)
         shares: list[list[int]] = [[] for _ in range(world)]
         loads = [0] * world
@@ -166,12 +168,16 @@ class Learner:
         Tensors (loaded in place) and, under 'numbers', plain values.
         """
         numbers = {"steps_done": self.steps_done, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        if self.model.token_budget is not None:
+            numbers["token_budget"] = self.model.token_budget
         return {"tensors": self.optimizer.state_dict(), "numbers": numbers}
 
     def load_state_dict(self, numbers: dict[str, Any]) -> None:
         """Restore the plain values, after the tensors of `state_dict()` were overwritten in place."""
         self.steps_done, self.skipped = int(numbers["steps_done"]), int(numbers["skipped"])
         self.skipped_in_a_row = int(numbers["skipped_in_a_row"])
+        # Another amount of memory may be free now; with another budget sums would round otherwise.
+        self.model.token_budget = numbers.get("token_budget", self.model.token_budget)
         self.optimizer.update_parameters()
 
 

@@ -29,6 +29,7 @@ from posttrain.models.language_model import LanguageModel
 from posttrain.rewards.reward_model_scorer import INDEX
 from posttrain.trainer.loop import OnStep, permutation_batches, train
 from posttrain.trainer.policy import save_atomically, summary
+from posttrain.trainer.token_budget import token_budget
 from posttrain.trainer.train_step import Learner, LossFunction
 
 SAMPLED = 256
@@ -108,7 +109,7 @@ def _member(
     opened = open_scorer(config, model, "sequence", seed)
     policy, pad = opened.policy, padding(opened.policy)
     at, steps = permutation_batches(pairs, config.batch_size, config.epochs, seed, config.max_steps)  # type: ignore[arg-type]
-    budget = config.systems.budget(policy.device.type)
+    budget = token_budget(config.systems, policy)
     systems = whole(config.systems, policy, [len(p.chosen) + len(p.rejected) - p.prompt for p in pairs])
     learner = Learner(policy, config.optimizer, systems, steps)
     every = config.held_out.every if config.held_out is not None else 0

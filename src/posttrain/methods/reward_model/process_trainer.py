@@ -32,6 +32,7 @@ from posttrain.sampling.engine import LocalSampler
 from posttrain.trainer.loop import OnStep, permutation_batches, train
 from posttrain.trainer.policy import summary
 from posttrain.trainer.stage import Functions
+from posttrain.trainer.token_budget import token_budget
 from posttrain.trainer.train_step import Learner
 
 
@@ -107,7 +108,7 @@ def run_process_reward(
     there is one. Returns what the manifest says of the stage.
     """
     opened = open_scorer(config, model, "token", seed)
-    policy, budget = opened.policy, config.systems.budget(opened.policy.device.type)
+    policy, budget = opened.policy, token_budget(config.systems, opened.policy)
     samples, rest = chains.samples, held_out.samples
     batch_at, steps = permutation_batches(samples, config.batch_size, config.epochs, seed, config.max_steps)
     learner = Learner(policy, config.optimizer, config.systems, steps)

@@ -18,6 +18,7 @@ from posttrain.models.loading import pick_device, pick_dtype
 from posttrain.rewards.reward_model_scorer import INDEX
 from posttrain.trainer.loop import BatchAt
 from posttrain.trainer.policy import LoadedPolicy, save_atomically
+from posttrain.trainer.token_budget import token_budget
 from posttrain.trainer.train_step import Learner, LossFunction, StepResult
 
 Measure = Callable[[int, Track], dict[str, float]]
@@ -78,4 +79,4 @@ def leave_scorer(
 
 def whole(systems: SystemsConfig, model: LanguageModel, sizes: Sequence[int]) -> SystemsConfig:
     """The same settings with room in a micro-batch for each of these: what is compared can't be cut in two."""
-    return systems.model_copy(update={"tokens_per_micro_batch": max(systems.budget(model.device.type), *sizes, 1)})
+    return systems.model_copy(update={"tokens_per_micro_batch": max(token_budget(systems, model), *sizes, 1)})

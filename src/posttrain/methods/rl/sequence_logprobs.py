@@ -18,6 +18,7 @@ from posttrain.methods.rl.collect_rollouts import PromptGroup
 from posttrain.models.language_model import LanguageModel
 from posttrain.sampling.replay_buffer import oldest
 from posttrain.trainer.reference_model import without_adapters
+from posttrain.trainer.token_budget import token_budget
 
 Tensors = tuple[Tensor, ...]
 """A tensor of each sequence, on the CPU: one number for each token that the model wrote."""
@@ -156,7 +157,7 @@ def sequence_outputs(
 
     def compute(mine: Sequence[TrainingSequence]) -> list[Tensors]:
         out: list[Tensors] = [(torch.zeros(0), torch.zeros(0)) for _ in mine]  # an empty completion has no output
-        for places, batch, targets in forward_batches(model, mine, settings.systems.budget(model.device.type)):
+        for places, batch, targets in forward_batches(model, mine, token_budget(settings.systems, model)):
             part = [mine[i] for i in places]
             outputs = model(batch, want, targets, temperature=temperatures(settings.sampler, part, targets.device))
             lengths = [s.length for s in part]
