@@ -58,7 +58,7 @@ ITEMS = [
     Item("varlen", "attention:probe", 8),
     Item("models", "models:check", 25),
     Item("masters", "models:masters", 8),
-    Item("sampler", "sampler:check", 40),
+    Item("sampler", "sampler:check", 45),
     Item("sft", "recipes:sft", 30),
     Item("dpo", "recipes:dpo", 25),
     Item("grpo", "recipes:grpo", 50),
@@ -69,6 +69,7 @@ ITEMS = [
     Item("speed sft 0.5B", "speed:sft_qwen", 20),
     Item("profile", "speed:profile", 15),
     Item("speed trl 135M", "speed:trl", 25),
+    Item("speed sft 135M, compiled", "speed:sft_compiled", 40),
 ]
 
 
@@ -146,9 +147,9 @@ def carried_out(item: Item, folder: Path, dry: bool, left: float) -> dict[str, A
 
 def told(results: dict[str, dict[str, Any]], seconds: float) -> str:
     """The table, with what failed below it; short enough to be read in a log's end."""
-    lines = [f"{'item':<18}{'':<9}{'seconds':>8}"]
+    lines = [f"{'item':<26}{'':<9}{'seconds':>8}"]
     for name, r in results.items():
-        lines.append(f"{name:<18}{r['status']:<9}{r.get('seconds', 0):>8.1f}  {r.get('note', '')[:150]}")
+        lines.append(f"{name:<26}{r['status']:<9}{r.get('seconds', 0):>8.1f}  {r.get('note', '')[:150]}")
     bad = {n: r for n, r in results.items() if r["status"] == "failed"}
     room = (SHOWN - sum(map(len, lines))) // max(1, len(bad))
     for name, r in bad.items():

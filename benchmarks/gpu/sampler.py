@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gpu.base import DRY, SMALL, Account, Where, build, byte_tokenizer
 from posttrain.config import SamplingConfig
 from posttrain.core.types import Rollout, Sample
 from posttrain.models.language_model import LanguageModel
+from posttrain.sampling import engine
 from posttrain.sampling.cuda_graphs import StaticSteps
-from posttrain.sampling.engine import LocalSampler
+from posttrain.sampling.engine import LocalSampler, _Session
 from posttrain.sampling.protocol import Request
 
 
@@ -79,10 +81,33 @@ def logprob_difference(a: Sequence[Rollout], b: Sequence[Rollout]) -> float:
     worst = 0.0
     for x, y in zip(a, b, strict=True):
         for t, u, p, q in zip(x.tokens, y.tokens, x.logprobs, y.logprobs, strict=False):
-            worst = max(worst, abs(p - q))
-            if t != u:
+            if t != u:  # these are log-probabilities of different tokens
                 break
+            worst = max(worst, abs(p - q))
     return worst
+
+
+@contextmanager
+def forced(answers: Sequence[Rollout], requests: Sequence[Request]) -> Iterator[None]:
+    """Let samplers draw the tokens of these answers, and keep the log-probabilities that they give to them."""
+    numbers = [(i, j) for i, request in enumerate(requests) for j in range(request.n)]
+    tokens = {number: answer.tokens for number, answer in zip(numbers, answers, strict=True)}
+    kept = _Session._draw, engine.draw_tokens
+
+    def _draw(self: Any, rows: Any, logits: Tensor) -> None:
+        given = torch.tensor([tokens[r.prompt.index, r.number][len(r.tokens)] for r in rows], device=logits.device)
+
+        def draw(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+            return given, z.log_softmax(-1).gather(1, given[:, None]).squeeze(1)
+
+        engine.draw_tokens = draw  # type: ignore[assignment]
+        kept[0](self, rows, logits)
+
+    _Session._draw = _draw  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _Session._draw, engine.draw_tokens = kept  # type: ignore[method-assign]
 
 
 def learner_difference(
@@ -125,15 +150,18 @@ def one(name: str, kind: str, n: int, dtype: torch.dtype, where: Where, account:
     tokenizer = byte_tokenizer(shape["vocab_size"])
     requests, longest = asked(where, n, shape["vocab_size"]), where.pick(180, 12)
     plain = LocalSampler(model, tokenizer, static_shapes=False, max_running=64)
-    static = LocalSampler(model, tokenizer, static_shapes=True, max_running=64)
+    static, stepwise = (LocalSampler(model, tokenizer, static_shapes=True, max_running=64) for _ in range(2))
     tight = dtype == torch.float32
+    bound = 1e-3 if tight else 0.15
     for temperature in (0.0, 1.0):
         label = f"{name}, temperature {temperature:g}"
-        expected = drawn(plain, requests, temperature, longest)
         with watched(record=False):
-            stepwise = drawn(static, requests, temperature, longest)
+            expected = drawn(stepwise, requests, temperature, longest)
+        static.release()
         with watched() as graphs:
             replayed = drawn(static, requests, temperature, longest)
+        with watched() as kept:
+            again = drawn(static, requests, temperature, longest)
         for key in ("recorded", "replayed"):
             account.numbers[f"{label}: graphs {key}"] = getattr(graphs, key)
         if where.cuda:
@@ -141,15 +169,32 @@ def one(name: str, kind: str, n: int, dtype: torch.dtype, where: Where, account:
                 f"{label}: recorded", graphs.recorded > 0 and not graphs.refused, " ".join(graphs.refused)[:300]
             )
             account.true(f"{label}: replayed", graphs.replayed > graphs.recorded)
-        account.at_most(f"{label}: other completions with graphs than without", 1 - same(replayed, stepwise), 0.0)
-        account.at_most(f"{label}: log-probabilities with graphs", logprob_difference(replayed, stepwise), 1e-6)
-        # In bfloat16 logits come in coarse steps, and another number of rows rounds otherwise: ties are drawn apart.
-        account.at_most(
-            f"{label}: other completions than plain steps", 1 - same(replayed, expected), 0.02 if tight else 1
-        )
-        bound = 1e-3 if tight else 0.15
-        account.at_most(f"{label}: log-probabilities of plain steps", logprob_difference(replayed, expected), bound)
+            account.numbers[f"{label}: recorded by the next call"] = kept.recorded
+            account.true(f"{label}: kept", kept.replayed > graphs.replayed)
+        agree(f"{label}: with graphs", replayed, expected, account)
+        agree(f"{label}: with graphs of the call before", again, expected, account)
+        if tight:  # bfloat16 rounds otherwise with another number of rows, and another token may be drawn
+            other = drawn(plain, requests, temperature, longest)
+            account.at_most(f"{label}: other completions than plain steps", 1 - same(replayed, other), 0.02)
+        with forced(replayed, requests):
+            scored = drawn(plain, requests, temperature, longest)
+        account.true(f"{label}: the same tokens", same(scored, replayed) == 1.0)
+        account.at_most(f"{label}: log-probabilities of plain steps", logprob_difference(replayed, scored), bound)
         if temperature:
             largest, mean = learner_difference(model, requests, replayed)
             account.at_most(f"{label}: log-probabilities, learner's, largest", largest, bound)
             account.at_most(f"{label}: log-probabilities, learner's, mean", mean, 1e-4 if tight else 0.02)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.05)  # in place, as training does it: graphs must read the new weights
+    with watched(record=False):
+        expected = drawn(stepwise, requests, 1.0, longest)
+    found = drawn(static, requests, 1.0, longest)
+    account.true(f"{name}: other weights, other tokens", same(found, replayed) < 1.0)
+    agree(f"{name}: graphs after weights have changed", found, expected, account)
+
+
+def agree(label: str, found: Sequence[Rollout], expected: Sequence[Rollout], account: Account) -> None:
+    """The same kernels on the same numbers: the same bits."""
+    account.at_most(f"{label}: other completions", 1 - same(found, expected), 0.0)
+    account.at_most(f"{label}: log-probabilities", logprob_difference(found, expected), 1e-6)

@@ -16,13 +16,12 @@ from posttrain.core.types import Sample
 from posttrain.models.language_model import LanguageModel
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request
+from posttrain.trainer.token_budget import token_budget
 from posttrain.trainer.train_step import Learner
 
 QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
         "num_key_value_heads": 2, "vocab_size": 151936}  # fmt: skip
 """The shape of Qwen2-0.5B."""
-BUDGET = 16384
-"""Tokens of a micro-batch."""
 
 
 def low(where: Where) -> torch.dtype:
@@ -53,12 +52,19 @@ def taught(batch: Batch) -> list[Sample]:
     return [Sample(c["input_ids"], [0.0, *map(float, c["completion_mask"][1:])]) for c in batch]
 
 
-def trained(where: Where, kind: str, shape: dict[str, int], account: Account, steps: int) -> None:
+def systems(where: Where, **more: Any) -> SystemsConfig:
+    """The defaults; small micro-batches in a dry run."""
+    return SystemsConfig(tokens_per_micro_batch=where.pick(None, 200), **more)
+
+
+def trained(
+    where: Where, kind: str, shape: dict[str, int], account: Account, steps: int, compiled: bool = False
+) -> None:
     """Full fine-tuning with the learner, tokens a second after two steps to warm up."""
     hf = build(shape, low(where), where.device, kind)
     work = batches(where, steps + 2, shape["vocab_size"])
-    systems = SystemsConfig(tokens_per_micro_batch=where.pick(BUDGET, 200))
-    learner = Learner(LanguageModel(hf), OptimizerConfig(schedule="constant", warmup=0), systems, steps + 2)
+    model, config = LanguageModel(hf), systems(where, compile=compiled)
+    learner = Learner(model, OptimizerConfig(schedule="constant", warmup=0), config, steps + 2)
     rates, done = [], []
     for batch in work:
         where.wait()
@@ -74,7 +80,7 @@ def trained(where: Where, kind: str, shape: dict[str, int], account: Account, st
         "tokens per second": round(median(rates[2:]), 1), "peak MiB": peak,
         "of the card's rate": round(median(done[2:]) / rate, 4), "card's TFLOP/s": round(rate / 1e12, 2),
         "of its own products' rate": round(median(done[2:]) / own, 4), "own products' TFLOP/s": round(own / 1e12, 2),
-        "tokens a step": counts(work[0])["tokens"],
+        "tokens a step": counts(work[0])["tokens"], "tokens per micro-batch": token_budget(config, model),
     })  # fmt: skip
     account.note = f"{median(rates[2:]):.0f} tokens/s, {median(done[2:]) / rate:.1%} of {rate / 1e12:.0f} TFLOP/s"
 
@@ -82,6 +88,19 @@ def trained(where: Where, kind: str, shape: dict[str, int], account: Account, st
 def sft_smol(where: Where) -> Account:
     account = Account()
     trained(where, "llama", where.pick(SMOL, DRY), account, where.pick(8, 2))
+    return account
+
+
+def sft_compiled(where: Where) -> Account:
+    """With systems.compile, where torch can compile for this device."""
+    account = Account()
+    if where.dry:
+        account.note = "compiling on a CPU takes too long for a dry run"
+        return account
+    try:
+        trained(where, "llama", SMOL, account, 6, compiled=True)
+    except Exception as error:  # no compiler, no headers: nothing that this program can help
+        account.note = f"torch.compile does not work here: {type(error).__name__}: {str(error)[:200]}"
     return account
 
 
@@ -101,6 +120,7 @@ def sampling(where: Where) -> Account:
     for name, prompts, n in (("512 rows", where.pick(64, 2), 8), ("16 rows", where.pick(16, 2), 1)):
         requests = [Request([5 + i] * where.pick(64, 4), n, i) for i in range(prompts)]
         for graphs in (True, False):
+            sampler.release()
             seconds = []
             with watched(graphs) as found:
                 for _ in range(2):
@@ -121,8 +141,8 @@ def sampling(where: Where) -> Account:
 def profile(where: Where) -> Account:
     """What one SFT step's time goes into: the largest kernels, and the share of the time that the GPU is busy."""
     account, shape = Account(), where.pick(SMOL, DRY)
-    learner = Learner(LanguageModel(build(shape, low(where), where.device)), OptimizerConfig(),
-                      SystemsConfig(tokens_per_micro_batch=where.pick(BUDGET, 200)), 4)  # fmt: skip
+    model = LanguageModel(build(shape, low(where), where.device))
+    learner = Learner(model, OptimizerConfig(), systems(where), 4)
     samples = [taught(batch) for batch in batches(where, 3, shape["vocab_size"])]
     learner.step(samples[0])
     learner.step(samples[1])

@@ -10,7 +10,7 @@ import torch
 from posttrain.config import SamplingConfig
 from posttrain.core.types import RolloutGroup
 from posttrain.sampling import kv_cache
-from posttrain.sampling.cuda_graphs import KeptSteps, Layout, state_of
+from posttrain.sampling.cuda_graphs import KeptSteps, RegionSizes, state_of
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request
 from tests.sampling.test_engine import prompts, sampler, tokens
@@ -92,7 +92,7 @@ def test_older_steps_make_room_for_a_call() -> None:
     s, kept = static(), KeptSteps()
 
     def take(columns: int, allowed: float) -> None:
-        layout = Layout(4, columns, 0, 0, 1)
+        layout = RegionSizes(4, columns, 0, 0, 1)
         steps = kept.take(layout, s.model, lambda *_: torch.zeros(1), s.model.device, 8, allowed)
         steps.own.at(0, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))  # 8 bytes a token
         kept.keep(layout, steps, allowed)

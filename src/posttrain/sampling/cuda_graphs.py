@@ -142,7 +142,7 @@ class StaticSteps:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RegionSizes:
     """Sizes of a pair of regions, and the most completions of a prompt. They depend on nothing but the call."""
 
     slots: int
@@ -153,7 +153,7 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the regions hold."""
+        """Return how many tokens the regions hold."""
         return self.slots * self.columns + self.prompts * self.prompt_columns
 
 
@@ -161,12 +161,12 @@ class KeptSteps:
     """Steps of earlier calls of a sampler, with their regions and graphs, to be used again."""
 
     def __init__(self) -> None:
-        self.known: dict[Layout, StaticSteps] = {}
+        self.known: dict[RegionSizes, StaticSteps] = {}
         self.weights: tuple[Any, ...] = ()
 
     def take(
         self,
-        layout: Layout,
+        layout: RegionSizes,
         model: nn.Module,
         decode: DecodeFunction,
         device: torch.device,
@@ -198,8 +198,14 @@ class KeptSteps:
                 region.reset()
         return steps
 
-    def keep(self, layout: Layout, steps: StaticSteps, most: float) -> None:
-        """Keep steps for a later call, if all that is kept takes no more than `most` bytes."""
+    def keep(self, layout: RegionSizes, steps: StaticSteps, most: float) -> None:
+        """Keep steps for a later call, if all that is kept takes no more than `most` bytes.
+
+        Args:
+            layout: Sizes of the regions.
+            steps: The steps.
+            most: Limit in bytes; kept steps are dropped, the least recently used first.
+        """
         self.known[layout] = steps
         self._shrink(most)
 

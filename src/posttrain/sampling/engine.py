@@ -30,7 +30,7 @@ from posttrain.losses.linear_logprobs import head_logits
 from posttrain.models import attention
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.max_length import alike_up_to, context, why_short
-from posttrain.sampling.cuda_graphs import KeptSteps, Layout, StaticSteps, rounded
+from posttrain.sampling.cuda_graphs import KeptSteps, RegionSizes, StaticSteps, rounded
 from posttrain.sampling.kv_cache import DecodingStep, Filling, Region
 from posttrain.sampling.memory import memory_bytes
 from posttrain.sampling.protocol import OnDone, Request, stop_tokens
@@ -246,7 +246,7 @@ class _Session:
         self.free_slots = list(range(slots))
         self.free_prompts = list(range(at_once)) if shared else []
 
-    def _sizes(self, prompts: list[_Prompt], prompt_columns: int, columns: int) -> tuple[int, int, Layout]:
+    def _sizes(self, prompts: list[_Prompt], prompt_columns: int, columns: int) -> tuple[int, int, RegionSizes]:
         """(completions, prompts) that the memory holds at once, and the sizes of the regions.
 
         Regions that are kept have a few sizes, by rounding up what this call needs, whatever earlier calls needed.
@@ -260,7 +260,7 @@ class _Session:
                     # No more than slots: a prompt that has all of its completions started holds one at least.
                     at_once = min(len(prompts), slots, 1 + int(places * slots / mean))
                     held = size(at_once) if prompt_columns else 0
-                    layout = Layout(size(slots), size(columns), held, size(prompt_columns), min(most, slots))
+                    layout = RegionSizes(size(slots), size(columns), held, size(prompt_columns), min(most, slots))
                     if layout.tokens <= room:
                         return slots, at_once, layout
         needed = (columns + prompt_columns) * self.sampler.bytes_per_token() / 2**20
