@@ -10,7 +10,7 @@ import torch
 from posttrain.config import OptimizerConfig, SystemsConfig
 from posttrain.core.types import Sample
 from posttrain.models import attention, language_model
-from posttrain.models.backends import Backend
+from posttrain.models.backends import DeviceBackend
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model
 from posttrain.trainer.token_budget import bytes_per_token, suited_budget, token_budget
@@ -57,7 +57,7 @@ def kept(model: LanguageModel, count: int) -> int:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
 def test_the_estimate_is_near_what_a_pass_keeps(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    plain = Backend()
+    plain = DeviceBackend()
     for module in (language_model, attention):
         monkeypatch.setattr(module, "backend_for", lambda device: plain)
     monkeypatch.setattr(attention, "plain_attention", flash)
