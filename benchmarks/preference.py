@@ -139,7 +139,7 @@ def run_ours(job: Job, pairs: list[Pair]) -> dict[str, Any]:
     from posttrain.data.preference_rows import Pair as OurPair
     from posttrain.methods.preference.objectives import objective, pair_loss, pair_samples
     from posttrain.methods.preference.offline import PreferenceConfig
-    from posttrain.methods.preference.pair_trainer import judged, laid_out
+    from posttrain.methods.preference.pair_trainer import preference_data, with_reference
     from posttrain.models.language_model import LanguageModel
     from posttrain.models.loading import load_model
     from posttrain.trainer.reference_model import Reference
@@ -155,7 +155,9 @@ def run_ours(job: Job, pairs: list[Pair]) -> dict[str, Any]:
     model, _ = load_model(ModelConfig(source=job.model, device="cpu"))
     policy, systems = LanguageModel(model), SystemsConfig(**job.settings)
     began = now()
-    reference = judged(Reference(policy, systems), laid_out(made, job.seed, None), "reference").reference or []
+    reference = (
+        with_reference(Reference(policy, systems), preference_data(made, job.seed, None), "reference").reference or []
+    )
     marks = [now()]
     config = OptimizerConfig(lr=job.lr, schedule="constant", warmup=0, weight_decay=0.0, max_grad_norm=1.0)
     steps = range(0, len(made), job.batch)

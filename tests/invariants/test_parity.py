@@ -15,7 +15,7 @@ from posttrain.core.types import Rollout, Sample
 from posttrain.data.preference_rows import Pair
 from posttrain.methods.preference.objectives import objective, pair_loss, pair_samples
 from posttrain.methods.preference.offline import PreferenceConfig
-from posttrain.methods.preference.pair_trainer import judged, laid_out
+from posttrain.methods.preference.pair_trainer import preference_data, with_reference
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model
 from posttrain.trainer.reference_model import Reference
@@ -128,7 +128,7 @@ def test_dpo_steps_equal_the_flat_loop(tmp_path: Path, monkeypatch: pytest.Monke
     systems = SystemsConfig(tokens_per_micro_batch=100)
     hf = tiny_model("llama")
     policy = LanguageModel(hf)
-    reference = judged(Reference(policy, systems), laid_out(pairs, 0, None), "reference").reference
+    reference = with_reference(Reference(policy, systems), preference_data(pairs, 0, None), "reference").reference
     assert reference is not None
     config = OptimizerConfig(lr=1e-3, warmup=2, max_grad_norm=0.5, schedule="cosine")
     learner = Learner(policy, config, systems, total_steps=5)

@@ -109,13 +109,13 @@ class Recipe(Config):
         return self
 
     def in_order(self) -> list[tuple[str, StageConfig]]:
-        """(folder name, stage) of every round, in the order they are carried out."""
+        """Return (folder name, stage) of every round, in the order in which they run."""
         rounds = [[(s.name if r == 1 else f"{s.name}.{r}", s) for s in self.stages] for r in range(1, self.rounds + 1)]
         return [(f"{i}-{name}", stage) for i, (name, stage) in enumerate(s for r in rounds for s in r)]
 
 
 def references(settings: Config) -> list[str]:
-    """Names of the stages whose results these settings ask for, as stage:NAME or stage:NAME/FILE."""
+    """Return the names of the stages whose results these settings use, as stage:NAME or stage:NAME/FILE."""
     out: list[str] = []
 
     def walk(value: Any) -> None:

@@ -25,6 +25,8 @@ from posttrain.trainer.train_step import Learner, LossFunction, StepResult
 
 BatchAt = Callable[[int], Sequence[Sample]]
 """The global batch of a step: a pure function of its number, so that the data position is the step."""
+Measure = Callable[[int, Track], dict[str, float]]
+"""(steps done, progress) -> numbers for metrics.jsonl."""
 OnStep = Callable[[int, dict[str, float], dict[str, float]], None]
 
 
@@ -123,14 +125,40 @@ class Trainer(Protocol):
 
 
 class BatchTrainer(Trainer):
-    """Take one optimizer step on each global batch, a pure function of the step's number."""
+    """Take one optimizer step on each global batch, a pure function of the step's number, and measure in between."""
 
-    def __init__(self, learner: Learner, batch_at: BatchAt, loss: LossFunction | None = None) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        batch_at: BatchAt,
+        loss: LossFunction | None = None,
+        measure: Measure | None = None,
+        every: int = 0,
+    ) -> None:
+        """Make a trainer.
+
+        Args:
+            learner: Model and optimizer.
+            batch_at: Batch of each step.
+            loss: Loss of a micro-batch. None: cross-entropy.
+            measure: Measures held-out data before the first step and after the last. None: nothing is measured.
+            every: Steps between further measurements. 0: none.
+        """
         self.learner, self.batch_at, self.loss = learner, batch_at, loss
-        self.steps = learner.total_steps
+        self.measure, self.every, self.steps = measure, every, learner.total_steps
 
     def step(self, step: int, track: Track) -> StepResult:
+        result, done = self.update(step), step + 1
+        if self.measure is not None and (done == self.steps or (self.every and done % self.every == 0)):
+            result.metrics.update(self.measure(done, track))
+        return result
+
+    def update(self, step: int) -> StepResult:
+        """Take one optimizer step."""
         return self.learner.step(self.batch_at(step), self.loss)
+
+    def initial_record(self, track: Track) -> dict[str, Any] | None:
+        return self.measure(0, track) if self.measure is not None else None
 
 
 def train(

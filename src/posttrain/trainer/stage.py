@@ -106,6 +106,33 @@ class Stage:
         """Return the token that ends a turn after training, for the model's generation settings; None: unchanged."""
         return None
 
+    def save(self, policy: LoadedPolicy, run: StageRun) -> None:
+        """Save the trained model as `folder`/model."""
+        from posttrain.trainer.policy import save_policy
+
+        save_policy(policy, self.config, run.model, run.folder, run.seed, self.end_token(policy))
+
+    def read_held_out(self, load: Callable[[Any], Any], data: Any, held_out: Any) -> tuple[Any, Any]:
+        """Read training data, and held-out data without what is also trained on.
+
+        Args:
+            load: Reads data (a subclass of `posttrain.data.rows.PreparedItems`) by its settings.
+            data: Settings of the training data.
+            held_out: Settings of the held-out data. None: none.
+
+        Returns:
+            Both, the second None if there is none; `self.data` gets them with their titles.
+        """
+        from posttrain.data.rows import drop_training_overlap
+
+        name, trained = self.config.name, load(data)
+        self.data = [(name, trained)]
+        if held_out is None:
+            return trained, None
+        held = drop_training_overlap(load(held_out), trained, f"stage {name}")
+        self.data.append((f"{name} held out", held))
+        return trained, held
+
     def run(self, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None = None) -> dict[str, Any]:
         """Open the policy, train it from the newest checkpoint in `folder`, and save it as `folder`/model.
 
@@ -119,7 +146,7 @@ class Stage:
             The stage's entry in the manifest.
         """
         from posttrain.trainer.loop import train
-        from posttrain.trainer.policy import save_policy, summary
+        from posttrain.trainer.policy import summary
 
         with ExitStack() as resources:
             run = StageRun(model, folder, seed, resources)
@@ -136,7 +163,7 @@ class Stage:
                 epoch_of=lambda step: step * self.config.batch_size / len(self.rows) if self.rows else None,
                 shown=self.progress,
             )
-        save_policy(policy, self.config, model, folder, seed, self.end_token(policy))
+        self.save(policy, run)
         return summary(result, policy)
 
     @property

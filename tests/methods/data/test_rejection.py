@@ -128,7 +128,7 @@ def carry_out(config: RejectionConfig, folder: Path, reward: Any) -> dict[str, A
 def test_it_goes_on_where_it_was_killed_and_accounts_for_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rejection, "COMPLETIONS_PER_CHUNK", 32)  # four problems a chunk
+    monkeypatch.setattr(rejection, "SAMPLED_TOGETHER", 32)  # four problems a chunk
     config = settings(n=8)
     calm = carry_out(config, tmp_path / "calm", even)
     calls = 0

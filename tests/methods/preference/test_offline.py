@@ -20,7 +20,7 @@ from posttrain.methods.preference.objectives import PRESETS, answer_sample, kto_
 from posttrain.methods.preference.offline import PreferenceConfig
 from posttrain.methods.preference.online import OnlineDPOConfig
 from posttrain.methods.preference.online_trainer import best_and_worst
-from posttrain.methods.preference.pair_trainer import judged, laid_out, measure
+from posttrain.methods.preference.pair_trainer import measure_preferences, preference_data, with_reference
 from posttrain.methods.rl.sequence_logprobs import TrainingSequence
 from posttrain.models.adapters import attach
 from posttrain.models.language_model import LanguageModel
@@ -159,7 +159,7 @@ def test_every_loss_of_a_step_by_the_model_s_own_forward(method: str) -> None:
 
 def test_kto_does_not_depend_on_how_it_is_split() -> None:
     answers = random_answers(7)
-    given = laid_out(answers, 0, None, mismatch=True)
+    given = preference_data(answers, 0, None, mismatch=True)
     refs = sums_of(LanguageModel(tiny_model("llama", seed=1)), given.units, SystemsConfig())
     found = []
     for budget in (4096, 90, 1):
@@ -207,7 +207,7 @@ def test_reference_numbers_are_kept_by_content(tmp_path: Path, cache: Path, monk
     pairs = random_pairs(5)
     policy = LanguageModel(tiny_model("llama"))
     monkeypatch.setattr(reference_module, "UNITS_PER_CHUNK", 2)
-    first = judged(Reference(policy, SystemsConfig()), laid_out(pairs, 0, None), "reference")
+    first = with_reference(Reference(policy, SystemsConfig()), preference_data(pairs, 0, None), "reference")
     plain = tiny_model("llama")
     with torch.no_grad():
         for p, (chosen, rejected) in zip(pairs, first.reference or [], strict=True):
@@ -224,14 +224,17 @@ def test_reference_numbers_are_kept_by_content(tmp_path: Path, cache: Path, monk
         return real(model, units, systems)
 
     monkeypatch.setattr(reference_module, "sums_of", counted)
-    again = judged(Reference(policy, SystemsConfig()), laid_out(pairs, 0, None), "reference")
+    again = with_reference(Reference(policy, SystemsConfig()), preference_data(pairs, 0, None), "reference")
     assert again.reference == first.reference and not calls  # nothing is computed twice
     files[1].write_bytes(files[1].read_bytes()[:-3])  # cut short: as if it were not there
-    mended = judged(Reference(policy, SystemsConfig()), laid_out(pairs, 0, None), "reference")
+    mended = with_reference(Reference(policy, SystemsConfig()), preference_data(pairs, 0, None), "reference")
     assert mended.reference == first.reference and len(calls) == 1
     other = LanguageModel(tiny_model("llama", seed=1))
-    assert judged(Reference(other, SystemsConfig()), laid_out(pairs, 0, None), "r").reference != first.reference
-    judged(Reference(policy, SystemsConfig()), laid_out(random_pairs(5, seed=9), 0, None), "r")
+    assert (
+        with_reference(Reference(other, SystemsConfig()), preference_data(pairs, 0, None), "r").reference
+        != first.reference
+    )
+    with_reference(Reference(policy, SystemsConfig()), preference_data(random_pairs(5, seed=9), 0, None), "r")
     assert len(calls) == 7  # another model, other rows: three chunks each
 
 
@@ -277,25 +280,25 @@ def test_the_reference_of_adapters_is_the_model_below_them() -> None:
 def test_mismatched_answers() -> None:
     """Every prompt gets another item's answer; none that is its own, none that makes it too long."""
     answers = random_answers(9)
-    made = laid_out(answers, 0, None, mismatch=True)
+    made = preference_data(answers, 0, None, mismatch=True)
     for a, (m,) in zip(answers, made.mismatched, strict=True):
         assert list(m.tokens[: a.prompt]) == list(a.sample.tokens[: a.prompt]) and m.meta["shared"] == a.prompt
         assert list(m.tokens[a.prompt :]) != list(a.sample.tokens[a.prompt :])
     assert [list(u[0].tokens) for u in made.mismatched] == [
-        list(u[0].tokens) for u in laid_out(answers, 0, None, mismatch=True).mismatched
+        list(u[0].tokens) for u in preference_data(answers, 0, None, mismatch=True).mismatched
     ]
-    short = laid_out(answers, 0, 30, mismatch=True)
+    short = preference_data(answers, 0, 30, mismatch=True)
     assert all(len(m[0]) <= 30 for m in short.mismatched if m) and not all(short.mismatched)
-    assert laid_out(answers[:1], 0, None, mismatch=True).mismatched == [()]
+    assert preference_data(answers[:1], 0, None, mismatch=True).mismatched == [()]
 
 
 # ------------------------------------------------------------------------------------------- held out
 def test_held_out_by_hand() -> None:
     """A model that is its own reference tells nothing apart: half right, no margin. Another one: counted by hand."""
     pairs, frozen = random_pairs(5, seed=4), LanguageModel(tiny_model("llama"))
-    given = judged(Reference(frozen, SystemsConfig()), laid_out(pairs, 0, None), "r")
+    given = with_reference(Reference(frozen, SystemsConfig()), preference_data(pairs, 0, None), "r")
     config = config_of("dpo")
-    same = measure(objective(config), frozen, given, config)
+    same = measure_preferences(objective(config), frozen, given, config)
     assert same["held_out_margin"] == pytest.approx(0, abs=1e-5)
     policy = tiny_model("llama", seed=2)
     margins = []
@@ -303,7 +306,7 @@ def test_held_out_by_hand() -> None:
         for p, (c, r) in zip(pairs, given.reference or [], strict=True):
             better, worse = (float(slow_logprob(policy, s, p.prompt)) for s in (p.chosen, p.rejected))
             margins.append(0.1 * ((better - c) - (worse - r)))
-    found = measure(objective(config), LanguageModel(policy), given, config)
+    found = measure_preferences(objective(config), LanguageModel(policy), given, config)
     assert found["held_out_accuracy"] == sum(m > 0 for m in margins) / 5
     assert found["held_out_margin"] == pytest.approx(sum(margins) / 5, abs=1e-5)
 
@@ -311,7 +314,7 @@ def test_held_out_by_hand() -> None:
 def test_held_out_labels_by_hand() -> None:
     """Single answers: of all couples of a good and a bad one, how many are ranked right."""
     answers, frozen = random_answers(6), LanguageModel(tiny_model("llama"))
-    given = judged(Reference(frozen, SystemsConfig()), laid_out(answers, 0, None), "r")
+    given = with_reference(Reference(frozen, SystemsConfig()), preference_data(answers, 0, None), "r")
     policy, config = tiny_model("llama", seed=2), config_of("kto")
     with torch.no_grad():
         rewards = [
@@ -321,7 +324,7 @@ def test_held_out_labels_by_hand() -> None:
     couples = [
         rewards[i] - rewards[j] for i in range(6) for j in range(6) if answers[i].desirable and not answers[j].desirable
     ]
-    found = measure(objective(config), LanguageModel(policy), given, config)
+    found = measure_preferences(objective(config), LanguageModel(policy), given, config)
     assert found["held_out_accuracy"] == sum(c > 0 for c in couples) / len(couples) and len(couples) == 8
     assert found["held_out_margin"] == pytest.approx(sum(couples) / 8, abs=1e-5)
 

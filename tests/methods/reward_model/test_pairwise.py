@@ -19,15 +19,15 @@ from posttrain.core.files import read_lines
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.data.preference_rows import Pair, prepare_pairs
 from posttrain.losses.reward_loss import combine_members
-from posttrain.methods.reward_model.pairwise import RewardModelConfig
-from posttrain.methods.reward_model.pairwise_trainer import pair_loss, pair_samples, run_reward_model
-from posttrain.methods.reward_model.scorer_training import whole
+from posttrain.methods.reward_model.pairwise import RewardModelConfig, RewardModelStage
+from posttrain.methods.reward_model.pairwise_trainer import bradley_terry_loss, scored_samples, with_room_for
 from posttrain.models.classification_head import open_head
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_tokenizer
 from posttrain.rewards.model_rewards import ScalarReward
 from posttrain.rewards.reward_model_scorer import RewardModel
 from posttrain.rewards.stack import RewardStack
+from posttrain.trainer.stage import StageContext
 from posttrain.trainer.train_step import Learner
 
 TOKENIZER = tiny_tokenizer()
@@ -72,9 +72,19 @@ def read(config: RewardModelConfig) -> tuple[list[Pair], list[Pair]]:
     return tuple(prepare_pairs(d, TOKENIZER, context=2048).items for d in (config.data, config.held_out.data))  # type: ignore[return-value]
 
 
+def carry_out(
+    config: RewardModelConfig, pairs: list[Pair], held_out: list[Pair], folder: Path, seed: int = 0, on_step: Any = None
+) -> dict[str, Any]:
+    stage = RewardModelStage(config, StageContext(TOKENIZER, 2048))
+    stage.rows, stage.held_out = pairs, held_out
+    return stage.run(ModelConfig(source="tiny:llama"), folder, seed, on_step)
+
+
 def gradients(config: RewardModelConfig, pairs: list[Pair], systems: SystemsConfig) -> tuple[dict[str, float], Any]:
     model = LanguageModel(open_head(ModelConfig(source="tiny:llama"), "sequence", 1)[0])
-    one = Learner(model, OptimizerConfig(), whole(systems, model, [len(p.chosen) + len(p.rejected) for p in pairs]), 4)
+    one = Learner(
+        model, OptimizerConfig(), with_room_for(systems, model, [len(p.chosen) + len(p.rejected) for p in pairs]), 4
+    )
     found: dict[str, torch.Tensor] = {}
 
     def keep(norms: object = None) -> float:
@@ -82,14 +92,15 @@ def gradients(config: RewardModelConfig, pairs: list[Pair], systems: SystemsConf
         return 1.0
 
     one.optimizer.clip = keep  # type: ignore[method-assign]
-    samples = [s for i, p in enumerate(pairs) for s in pair_samples(p, i, 0)]
-    return one.step(samples, pair_loss(config)).metrics, found
+    samples = [s for i, p in enumerate(pairs) for s in scored_samples(p, i, 0)]
+    return one.step(samples, bradley_terry_loss(config)).metrics, found
 
 
 def test_hard_labels_count_as_certain(tmp_path: Path) -> None:
     pairs = [p for p in read(settings(tmp_path))[0] if p.probability == 0.9][:2]
     soft, hard = (
-        [s.meta["p"] for i, p in enumerate(pairs) for s in pair_samples(p, i, 0, certain)] for certain in (False, True)
+        [s.meta["p"] for i, p in enumerate(pairs) for s in scored_samples(p, i, 0, certain)]
+        for certain in (False, True)
     )
     assert soft == [0.9] * 4 and hard == [1.0] * 4
 
@@ -98,9 +109,8 @@ def test_a_stage_with_hard_labels_trains_as_on_rows_without_probabilities(tmp_pa
     config = settings(tmp_path, labels="hard", max_steps=2)
     pairs, held_out = read(config)
     certain = [replace(p, probability=1.0) for p in pairs]
-    model = ModelConfig(source="tiny:llama")
-    run_reward_model(config, model, pairs, held_out, tmp_path / "hard")
-    run_reward_model(config.model_copy(update={"labels": "soft"}), model, certain, held_out, tmp_path / "soft")
+    carry_out(config, pairs, held_out, tmp_path / "hard")
+    carry_out(config.model_copy(update={"labels": "soft"}), certain, held_out, tmp_path / "soft")
     one, two = (json.loads((tmp_path / f / "held_out.json").read_text())["after"] for f in ("hard", "soft"))
     assert one == two
 
@@ -142,7 +152,7 @@ def test_the_step_is_the_same_for_any_budget_order_and_sharing(tmp_path: Path) -
 def test_a_prompt_is_computed_once_for_both_answers(tmp_path: Path) -> None:
     pair = read(settings(tmp_path))[0][0]
     model = LanguageModel(open_head(ModelConfig(source="tiny:llama"), "sequence")[0])
-    batch = model.pack(pair_samples(pair, 0, 0))
+    batch = model.pack(scored_samples(pair, 0, 0))
     assert batch.total <= len(pair.chosen) + len(pair.rejected) - pair.prompt
 
 
@@ -157,8 +167,7 @@ def test_it_learns_an_easy_preference_and_what_was_killed_ends_in_the_same_bits(
     config = settings(tmp_path, adapter=adapter, max_steps=20, epochs=9, checkpoint_every=5,
                       batch_size=16, optimizer={"lr": 5e-2 if adapter else 1e-2})  # fmt: skip
     pairs, held_out = read(config)
-    source = ModelConfig(source="tiny:llama")
-    told = run_reward_model(config, source, pairs, held_out, tmp_path / "calm", seed=3)
+    told = carry_out(config, pairs, held_out, tmp_path / "calm", seed=3)
     before, after = told["held_out"]["before"], told["held_out"]["after"]
     assert before["accuracy"] < 0.75 and after["accuracy"] > 0.93, told
     steps = [m["step"] for m in read_lines(tmp_path / "calm" / "metrics.jsonl") if "held_out_accuracy" in m]
@@ -173,8 +182,8 @@ def test_it_learns_an_easy_preference_and_what_was_killed_ends_in_the_same_bits(
 
     for at in (3, 13):
         with pytest.raises(Killed):
-            run_reward_model(config, source, pairs, held_out, tmp_path / "killed", seed=3, on_step=kill(at))
-    run_reward_model(config, source, pairs, held_out, tmp_path / "killed", seed=3)
+            carry_out(config, pairs, held_out, tmp_path / "killed", seed=3, on_step=kill(at))
+    carry_out(config, pairs, held_out, tmp_path / "killed", seed=3)
     for name in ("metrics.jsonl", "held_out.json", "held_out/before.jsonl", "held_out/after.jsonl",
                  "reward_model/reward.json"):  # fmt: skip
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "calm" / name).read_text(), name
@@ -188,7 +197,7 @@ def test_an_ensemble_and_its_use_as_a_reward(tmp_path: Path) -> None:
     config = settings(tmp_path, members=2, adapter={"r": 4})
     pairs, held_out = read(config)
     folder = tmp_path / "stage"
-    run_reward_model(config, ModelConfig(source="tiny:llama"), pairs, held_out, folder)
+    carry_out(config, pairs, held_out, folder)
     assert not (folder / "members").exists()
     assert sorted(p.name for p in (folder / "reward_model").iterdir()) == ["0", "1", "reward.json"]
     items = read_lines(folder / "held_out" / "after.jsonl")
@@ -220,7 +229,7 @@ def test_an_ensemble_and_its_use_as_a_reward(tmp_path: Path) -> None:
 def test_empty_and_overlong_completions_are_scored_or_said(tmp_path: Path) -> None:
     config = settings(tmp_path, held_out=None)
     pairs = prepare_pairs(config.data, TOKENIZER, context=2048).items
-    told = run_reward_model(config, ModelConfig(source="tiny:llama"), pairs, [], tmp_path / "stage")
+    told = carry_out(config, pairs, [], tmp_path / "stage")
     assert "held_out" not in told and not (tmp_path / "stage" / "held_out.json").exists()
     model = RewardModel(str(tmp_path / "stage" / "reward_model"))
     (empty,) = model(["hello"], [""])

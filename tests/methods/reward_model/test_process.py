@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
-from posttrain.config import ModelConfig, OptimizerConfig, SystemsConfig
+from posttrain.config import DataConfig, ModelConfig, OptimizerConfig, SystemsConfig
 from posttrain.core.files import read_lines
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.data.process_rows import PreparedChains, StepChain, chain_samples
-from posttrain.methods.reward_model.process import ProcessRewardConfig
-from posttrain.methods.reward_model.process_trainer import chain_loss, run_process_reward
+from posttrain.methods.reward_model.process import ProcessRewardConfig, ProcessRewardStage, RowLabelsConfig
+from posttrain.methods.reward_model.process_trainer import chain_loss
 from posttrain.models.classification_head import open_head
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_tokenizer
@@ -180,10 +180,14 @@ def test_loss_and_gradient_equal_a_slow_loop_and_no_split_changes_them() -> None
 
 
 def test_it_learns_where_chains_go_wrong_and_scores_as_it_was_trained(tmp_path: Path) -> None:
-    config = settings(tmp_path, labels={"kind": "rollouts"}, separator="\n", max_steps=45, epochs=30, batch_size=16,
+    config = settings(tmp_path, separator="\n", max_steps=45, epochs=30, batch_size=16,
                       optimizer={"lr": 1e-2}, checkpoint_every=100)  # fmt: skip
     train, rest = (PreparedChains(chain_samples(chains(n, seed), TOKENIZER)) for n, seed in ((120, 0), (40, 1)))
-    told = run_process_reward(config, SOURCE, train, rest, tmp_path / "out", seed=0)
+    labels = RowLabelsConfig(data=DataConfig(source="made here"))
+    stage = ProcessRewardStage(config.model_copy(update={"labels": labels}), StageContext(TOKENIZER, 2048))
+    stage.chains, stage.held_out = train, rest
+    stage.index = {"kind": "process_reward", "members": [{"folder": "."}], "chat": True, "separator": "\n"}
+    told = stage.run(SOURCE, tmp_path / "out", 0)
     before, after = told["held_out"]["before"], told["held_out"]["after"]
     assert before["auc"] < 0.85 and after["auc"] > 0.95 and after["accuracy"] > 0.9, told
     folder = tmp_path / "out" / "reward_model"

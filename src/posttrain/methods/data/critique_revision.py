@@ -105,7 +105,9 @@ class RefineConfig(DataStageConfig):
     @model_validator(mode="after")
     def _fits(self) -> RefineConfig:
         if self.model is not None and self.server is not None:
-            raise ValueError("either a model writes (model.source) or one behind a server (server.model): remove one")
+            raise ValueError(
+                "either a model writes (model.source) or one behind a server (server.model): leave one out"
+            )
         if self.stop_at is not None and self.rewards is None:
             raise ValueError("stop_at is a reward, and there is none: give rewards")
         if self.critique_tokens < self.sampler.min_tokens:

@@ -33,7 +33,7 @@ from posttrain.sampling.rollout_store import read_rollouts, rollout_steps, rollo
 if TYPE_CHECKING:
     from posttrain.data.prompts import RenderedPrompt
 
-COMPLETIONS_PER_CHUNK = 256
+SAMPLED_TOGETHER = 256
 """Completions of one chunk, about: sampled together, stored in one file, sampled again after a crash."""
 
 
@@ -81,7 +81,7 @@ class RejectionSampling(DataStage):
     def make(self, model: ModelConfig, folder: Path, seed: int) -> dict[str, Any]:
         config = self.config
         refuse_torchrun(config.method)
-        chunks = chunked(len(self.prompts), max(1, COMPLETIONS_PER_CHUNK // config.n))
+        chunks = chunked(len(self.prompts), max(1, SAMPLED_TOGETHER // config.n))
         finished = set(rollout_steps(folder / "rollouts"))
         if missing := {c: part for c, part in chunks.items() if c not in finished}:
             self._sample(model, folder / "rollouts", missing, seed)

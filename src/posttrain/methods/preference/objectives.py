@@ -1,4 +1,4 @@
-"""The preference methods: what each is a choice of, and the loss that the learner is given.
+"""The preference methods as presets, and the losses of the learner.
 
 The formulas are in `posttrain.losses.preference_loss`; docs/preference.md says where they come from.
 """
@@ -21,13 +21,13 @@ from posttrain.models.language_model import LanguageModel
 from posttrain.trainer.reference_model import answer_sums
 from posttrain.trainer.train_step import LossFunction
 
-PairLoss = Callable[["Objective", Tensor, Tensor | None], Tensor]
+PairLossFunction = Callable[["Objective", Tensor, Tensor | None], Tensor]
 """(objective, difference h_P of the two answers' scores, probability_P that chosen is better) -> losses_P."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preference method is a choice of.
+    """Define a preference method.
 
     Attributes:
         loss: Losses of pairs. None: of single answers (KTO).
@@ -37,7 +37,7 @@ class Preset:
         beta, smoothing, nll: Values if the recipe gives none.
     """
 
-    loss: PairLoss | None
+    loss: PairLossFunction | None
     reference: bool = True
     per_token: bool = False
     odds: bool = False
@@ -82,7 +82,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Objective:
-    """A preset with its numbers settled.
+    """Hold a preset with its numbers.
 
     Attributes:
         own_loss: A loss from outside in place of the preset's: (scores of chosen, of rejected) -> losses, shape P each.
@@ -106,16 +106,15 @@ def objective(config: Any) -> Objective:
             `own_loss`, desirable_weight and undesirable_weight.
     """
     preset = PRESETS[config.preset]
-    given = (config.beta, config.label_smoothing, config.gamma, config.nll_weight)
-    given += tuple(getattr(config, f"{side}_weight", None) for side in ("desirable", "undesirable"))
-    own = (preset.beta, preset.smoothing, 1.0, preset.nll, 1.0, 1.0)
-    numbers = (o if g is None else g for g, o in zip(given, own, strict=True))
-    beta, smoothing, gamma, nll, good, bad = numbers
+    names = ("beta", "label_smoothing", "gamma", "nll_weight", "desirable_weight", "undesirable_weight")
+    defaults = (preset.beta, preset.smoothing, 1.0, preset.nll, 1.0, 1.0)
+    settings = (getattr(config, name, None) for name in names)
+    beta, smoothing, gamma, nll, good, bad = (d if s is None else s for s, d in zip(settings, defaults, strict=True))
     return Objective(preset, beta, smoothing, gamma, nll, good, bad, getattr(config, "own_loss", None))
 
 
 def pair_samples(pair: Pair, number: int) -> tuple[Sample, Sample]:
-    """Chosen and rejected as the learner takes them: together in a pass, whatever it holds, their prompt once."""
+    """Return chosen and rejected as samples that stay in one pass and share their prompt."""
     meta = {"group": number, "shared": pair.prompt, "whole": True, "number": number}
     chosen, rejected = pair.chosen, pair.rejected
     return (
@@ -125,7 +124,7 @@ def pair_samples(pair: Pair, number: int) -> tuple[Sample, Sample]:
 
 
 def answer_sample(answer: Unpaired, number: int) -> Sample:
-    """A single answer as the learner takes it."""
+    """Return a single answer as a sample."""
     sample = answer.sample
     return Sample(sample.tokens, sample.weights, answer.source, {"shared": answer.prompt, "number": number})
 
@@ -174,76 +173,83 @@ def pair_losses(objective: Objective, chosen_P: Tensor, rejected_P: Tensor, prob
 
 
 def pair_loss(
-    what: Objective, pairs: Sequence[Pair], reference: Sequence[Sequence[float]] | None, count: int | None = None
+    objective: Objective, pairs: Sequence[Pair], reference: Sequence[Sequence[float]] | None, count: int | None = None
 ) -> LossFunction:
-    """The loss of one optimizer step on `pairs`, all of that step's, each laid out by `pair_samples` with its number.
+    """Return the loss of one optimizer step.
 
-    reference: log-probabilities of (chosen, rejected), pair by pair; None where the method takes none. count: by what
-    losses are divided where that is not the number of pairs (prompts that gave no pair count as zeros of the mean).
+    Args:
+        objective: Method and numbers.
+        pairs: All pairs of the step; their samples are made by `pair_samples` with their numbers.
+        reference: Log-probabilities of (chosen, rejected) of each pair. None: the method has no reference.
+        count: Divisor of the losses, if prompts without a pair count as zeros of the mean. None: the number of pairs.
     """
-    divisor, there = count or len(pairs), max(1, len(pairs))
+    divisor, total = count or len(pairs), max(1, len(pairs))
     soft = any(p.probability != 1 for p in pairs)
 
     def loss(model: LanguageModel, batch: RaggedBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         sums, lengths = answer_sums(model, batch)
         places = {(s.meta["number"], s.meta["chosen"]): i for i, s in enumerate(batch.samples) if "number" in s.meta}
-        mine = sorted({number for number, _ in places})
-        if not mine:
+        numbers = sorted({number for number, _ in places})
+        if not numbers:
             return sums.sum() * 0, {}
         sides = []
         for side, chosen in enumerate((True, False)):
-            at = torch.tensor([places[n, chosen] for n in mine], device=sums.device)
-            given = None if reference is None else _column(reference, mine, side, sums)
-            sides.append((sums[at], lengths[at], pair_scores(what, sums[at], given, lengths[at])))
+            at = torch.tensor([places[n, chosen] for n in numbers], device=sums.device)
+            reference_P = None if reference is None else _column(reference, numbers, side, sums)
+            sides.append((sums[at], lengths[at], pair_scores(objective, sums[at], reference_P, lengths[at])))
         (chosen_sums, chosen_lengths, better), (rejected_sums, _, worse) = sides
-        probability = torch.tensor([pairs[n].probability for n in mine]).to(sums) if soft else None
-        losses = pair_losses(what, better, worse, probability)
+        probability = torch.tensor([pairs[n].probability for n in numbers]).to(sums) if soft else None
+        losses = pair_losses(objective, better, worse, probability)
         likelihood = pref.nll(chosen_sums, chosen_lengths)
-        if what.nll:
-            losses = losses + what.nll * likelihood
+        if objective.nll:
+            losses = losses + objective.nll * likelihood
         metrics = {
-            **pref.pair_metrics(what.beta * better, what.beta * worse),
+            **pref.pair_metrics(objective.beta * better, objective.beta * worse),
             "log_ratio": (better - worse).detach().sum(),
             "logp_chosen": chosen_sums.detach().sum(),
             "logp_rejected": rejected_sums.detach().sum(),
             "nll": likelihood.detach().sum(),
         }
-        return losses.sum() / divisor, {name: value.double() / there for name, value in metrics.items()}
+        return losses.sum() / divisor, {name: value.double() / total for name, value in metrics.items()}
 
     return loss
 
 
-def _column(reference: Sequence[Sequence[float]], mine: Sequence[int], side: int, like: Tensor) -> Tensor:
-    return torch.tensor([reference[n][side] for n in mine], dtype=torch.float64).to(like)
+def _column(reference: Sequence[Sequence[float]], numbers: Sequence[int], side: int, like: Tensor) -> Tensor:
+    return torch.tensor([reference[n][side] for n in numbers], dtype=torch.float64).to(like)
 
 
 def kto_loss(
-    what: Objective, answers: Sequence[Unpaired], reference: Sequence[Sequence[float]], kl: float
+    objective: Objective, answers: Sequence[Unpaired], reference: Sequence[Sequence[float]], kl: float
 ) -> LossFunction:
-    """The loss of one optimizer step on `answers`, all of that step's, each laid out by `answer_sample`.
+    """Return the loss of one optimizer step of KTO.
 
-    reference: log-probability of each, as a list of one. kl: the batch's `kl_estimate`.
+    Args:
+        objective: Method and numbers.
+        answers: All answers of the step; their samples are made by `answer_sample` with their numbers.
+        reference: Log-probability of each under the reference, as a list of one.
+        kl: The batch's `kl_estimate`.
     """
     count = len(answers)
     good = sum(a.desirable for a in answers)
 
     def loss(model: LanguageModel, batch: RaggedBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         sums, lengths = answer_sums(model, batch)
-        there = [i for i, s in enumerate(batch.samples) if "number" in s.meta]
-        if not there:
+        places = [i for i, s in enumerate(batch.samples) if "number" in s.meta]
+        if not places:
             return sums.sum() * 0, {}
-        sums, lengths = sums[there], lengths[there]
-        mine = [batch.samples[i].meta["number"] for i in there]
-        desirable = torch.tensor([answers[n].desirable for n in mine], device=sums.device)
-        ratios = pref.log_ratio(sums, _column(reference, mine, 0, sums))
-        losses = pref.kto(ratios, desirable, kl, what.beta, what.good, what.bad)
-        rewards = what.beta * ratios.detach()
+        sums, lengths = sums[places], lengths[places]
+        numbers = [batch.samples[i].meta["number"] for i in places]
+        desirable = torch.tensor([answers[n].desirable for n in numbers], device=sums.device)
+        ratios = pref.log_ratio(sums, _column(reference, numbers, 0, sums))
+        losses = pref.kto(ratios, desirable, kl, objective.beta, objective.good, objective.bad)
+        rewards = objective.beta * ratios.detach()
         metrics = {
             "reward_desirable": rewards[desirable].sum() / max(1, good),
             "reward_undesirable": rewards[~desirable].sum() / max(1, count - good),
             "nll": pref.nll(sums.detach(), lengths).sum() / count,
         }
-        metrics["kl"] = torch.tensor(kl * len(mine) / count)
+        metrics["kl"] = torch.tensor(kl * len(numbers) / count)
         return losses.sum() / count, metrics
 
     return loss

@@ -39,7 +39,13 @@ NLL: Any = Field(
 
 
 def check_loss(loss: str, label_smoothing: float | None, gamma: float | None) -> None:
-    """Settings that belong to another loss are errors."""
+    """Raise ValueError for settings that belong to another loss.
+
+    Args:
+        loss: Name of the loss.
+        label_smoothing: The setting. None: not set.
+        gamma: The setting. None: not set.
+    """
     if label_smoothing is not None and loss not in ("cdpo", "robust_dpo"):
         raise ValueError(f"label_smoothing belongs to cdpo and robust_dpo, and this is {loss}")
     if gamma is not None and loss != "simpo":
@@ -100,12 +106,12 @@ class PreferenceConfig(EpochsConfig):
 
     @property
     def preset(self) -> str:
-        """The method that defines the answers' scores."""
+        """Return the method that defines the answers' scores."""
         return self.method
 
     @property
     def own_loss(self) -> Any:
-        """The loss from outside, its settings applied; None: the method's own."""
+        """Return the loss from outside with its settings; None: the method's loss."""
         return self.loss.load({}) if self.loss is not None else None
 
 
@@ -151,41 +157,29 @@ class Preference(Stage):
         self.title = TITLES[config.method]
 
     def prepare(self) -> list[tuple[str, Any]]:
-        """Read the rows; held-out ones that are also trained on are left out of the held-out ones."""
         from posttrain.data.preference_rows import prepare_pairs, prepare_unpaired
-        from posttrain.data.rows import drop_training_overlap
 
         config, context = self.config, self.context
         read: Any = prepare_unpaired if config.method == "kto" else prepare_pairs
-        prepared = read(config.data, context.tokenizer, context=context.context)
-        self._check_labels(prepared, f"stage {config.name}")
-        self.rows, self.held_out = prepared.items, list[Any]()
-        data = [(config.name, prepared)]
-        if config.held_out is not None:
-            held = read(config.held_out.data, context.tokenizer, context=context.context)
-            held = drop_training_overlap(held, prepared, f"stage {config.name}")
-            self._check_labels(held, f"stage {config.name}, held out")
-            self.held_out = held.items
-            data.append((f"{config.name} held out", held))
-        return data
-
-    def _check_labels(self, prepared: Any, where: str) -> None:
-        if self.config.method != "kto":
-            return
-        good = sum(u.desirable for u in prepared.items)
-        if good in (0, len(prepared.items)):
-            raise DataError(
-                f"{where}: all {len(prepared.items):,} answers are {'good' if good else 'bad'} ones, and kto learns by "
-                "telling good ones from bad. Give rows of both; of good ones alone: method: sft"
-            )
+        trained, held_out = self.read_held_out(
+            lambda data: read(data, context.tokenizer, context=context.context),
+            config.data,
+            config.held_out.data if config.held_out else None,
+        )
+        self.rows, self.held_out = trained.items, held_out.items if held_out else []
+        for answers, place in ((self.rows, ""), (self.held_out, ", held out")) if config.method == "kto" else ():
+            good = sum(answer.desirable for answer in answers)
+            if answers and good in (0, len(answers)):
+                raise DataError(
+                    f"stage {config.name}{place}: all {len(answers):,} answers are {'good' if good else 'bad'} ones, and "
+                    "kto learns by telling good ones from bad. Give rows of both; of good ones alone: method: sft"
+                )
+        return self.data
 
     def trainer(self, policy: LoadedPolicy, run: StageRun) -> PairTrainer:
         from posttrain.methods.preference.pair_trainer import pair_trainer
 
-        self.items, trainer = pair_trainer(
-            self.config, policy.policy, self.rows, self.held_out, run.seed, self.context.context
-        )
-        return trainer
+        return pair_trainer(self.config, policy.policy, self.rows, self.held_out, run.seed, self.context.context)
 
     def end_token(self, policy: LoadedPolicy) -> int | None:
-        return infer_trained_eos([unit[0] for unit in self.items.units])
+        return infer_trained_eos([r.sample if self.config.method == "kto" else r.chosen for r in self.rows])

@@ -1,9 +1,9 @@
-"""Direct preference optimisation: pairs or labelled answers, the reference's numbers, steps, held-out preferences."""
+"""Train on pairs or labelled answers: samples, the reference's log-probabilities, steps, held-out preferences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,7 @@ import torch
 
 from posttrain.core.progress import Track
 from posttrain.core.types import Sample
-from posttrain.data.preference_rows import (
-    Pair,
-    Unpaired,
-)
+from posttrain.data.preference_rows import Pair, Unpaired
 from posttrain.losses import preference_loss as pref
 from posttrain.methods.preference.objectives import (
     Objective,
@@ -27,113 +24,128 @@ from posttrain.methods.preference.objectives import (
 )
 from posttrain.methods.preference.offline import PreferenceConfig
 from posttrain.models.language_model import LanguageModel
-from posttrain.trainer.loop import Trainer, permutation_batches
+from posttrain.trainer.loop import BatchAt, BatchTrainer, permutation_batches
 from posttrain.trainer.reference_model import Reference, Unit, sums_of
 from posttrain.trainer.train_step import Learner, StepResult
 
-Items = Sequence[Pair | Unpaired]
-Sums = Sequence[Sequence[float]]
+PreferenceItems = Sequence[Pair | Unpaired]
 
 
 @dataclass(frozen=True)
-class Preferences:
-    """Items of a source as the learner takes them, and what the reference says of each.
+class PreferenceData:
+    """Hold items as samples, and their log-probabilities under the reference.
 
-    units: the samples of each item. mismatched: KTO's, by item, an answer to another prompt behind this one; empty
-    where none fits. reference, mismatched_reference: log-probabilities of these, item by item.
+    Attributes:
+        items: Pairs, or single answers (KTO).
+        units: Samples of each item.
+        reference: Log-probabilities of these under the reference. None: not needed.
+        mismatched: KTO: an answer to another prompt after this prompt, by item; empty if none fits.
+        mismatched_reference: Log-probabilities of these under the reference.
     """
 
-    items: Items
+    items: PreferenceItems
     units: list[Unit]
-    reference: Sums | None = None
+    reference: Sequence[Sequence[float]] | None = None
     mismatched: list[Unit] = field(default_factory=list)
-    mismatched_reference: Sums = ()
+    mismatched_reference: Sequence[Sequence[float]] = ()
 
 
-class PairTrainer(Trainer):
-    """Train on batches of pairs or answers, one optimizer step each."""
+class PairTrainer(BatchTrainer):
+    """Train on batches of pairs or answers, one optimizer step each.
+
+    Attributes:
+        train_on: Items to train on.
+    """
 
     def __init__(
         self,
         config: PreferenceConfig,
         learner: Learner,
-        batch_at: Callable[[int], Sequence[Any]],
-        train_on: Preferences,
-        held_out: Preferences | None,
+        batch_at: BatchAt,
+        train_on: PreferenceData,
+        held_out: PreferenceData | None,
     ) -> None:
-        self.config, self.learner, self.what = config, learner, objective(config)
-        self.batch_at, self.train_on, self.held_out = batch_at, train_on, held_out
-        self.steps = learner.total_steps
+        self.config, self.objective, self.train_on = config, objective(config), train_on
 
-    def step(self, step: int, track: Track) -> StepResult:
-        chosen: Sequence[int] = self.batch_at(step)
-        items: list[Any] = [self.train_on.items[i] for i in chosen]
-        given = self.train_on.reference
-        reference = None if given is None else [given[i] for i in chosen]
-        if self.config.method == "kto":
-            kl = self._kl(chosen)
-            samples = [answer_sample(item, n) for n, item in enumerate(items)]
-            result = self.learner.step(samples, kto_loss(self.what, items, reference or [], kl))
-            result.metrics["margin"] = result.metrics["reward_desirable"] - result.metrics["reward_undesirable"]
-        else:
+        def measure(step: int, track: Track) -> dict[str, float]:
+            track.phase("held-out preferences")
+            assert held_out is not None
+            return measure_preferences(self.objective, learner.model, held_out, config)
+
+        every = config.held_out.every if config.held_out else 0
+        super().__init__(learner, batch_at, None, measure if held_out else None, every)
+
+    def update(self, step: int) -> StepResult:
+        numbers: Any = self.batch_at(step)
+        items: list[Any] = [self.train_on.items[i] for i in numbers]
+        sums = self.train_on.reference
+        reference = None if sums is None else [sums[i] for i in numbers]
+        if self.config.method != "kto":
             samples = [s for n, pair in enumerate(items) for s in pair_samples(pair, n)]
-            result = self.learner.step(samples, pair_loss(self.what, items, reference))
-        last, every = step + 1 == self.steps, self.config.held_out.every if self.config.held_out else 0
-        if every and (last or (step + 1) % every == 0):
-            result.metrics.update(self.measure(track))
+            return self.learner.step(samples, pair_loss(self.objective, items, reference))
+        samples = [answer_sample(item, n) for n, item in enumerate(items)]
+        loss = kto_loss(self.objective, items, reference or [], self._kl(numbers))
+        result = self.learner.step(samples, loss)
+        result.metrics["margin"] = result.metrics["reward_desirable"] - result.metrics["reward_undesirable"]
         return result
 
-    def _kl(self, chosen: Sequence[int]) -> float:
-        """KTO's baseline over the whole batch, before any of its losses, so that these may be computed in parts."""
-        there = [i for i in chosen if self.train_on.mismatched[i]]
-        units = [self.train_on.mismatched[i] for i in there]
-        policy = sums_of(self.learner.model, units, self.config.systems)
-        given = [self.train_on.mismatched_reference[i][0] for i in there]
-        return float(pref.kl_estimate(_exact([p[0] for p in policy]) - _exact(given)))
-
-    def measure(self, track: Track) -> dict[str, float]:
-        """Of the held-out preferences: how often, and by how much, the better answer has the higher reward."""
-        assert self.held_out is not None
-        track.phase("held-out preferences")
-        return measure(self.what, self.learner.model, self.held_out, self.config)
-
-    def initial_record(self, track: Track) -> dict[str, Any] | None:
-        return self.measure(track) if self.held_out is not None else None
+    def _kl(self, numbers: Sequence[int]) -> float:
+        """Return KTO's baseline over the whole batch, before any loss, so that losses can be computed in parts."""
+        matched = [i for i in numbers if self.train_on.mismatched[i]]
+        policy = sums_of(self.learner.model, [self.train_on.mismatched[i] for i in matched], self.config.systems)
+        reference = [self.train_on.mismatched_reference[i][0] for i in matched]
+        return float(pref.kl_estimate(_exact([p[0] for p in policy]) - _exact(reference)))
 
 
-def measure(what: Objective, model: LanguageModel, held_out: Preferences, config: PreferenceConfig) -> dict[str, float]:
-    """held_out_accuracy, held_out_margin of the implicit rewards (and held_out_loss of pairs).
+def measure_preferences(
+    objective: Objective, model: LanguageModel, held_out: PreferenceData, config: PreferenceConfig
+) -> dict[str, float]:
+    """Compute held_out_accuracy and held_out_margin of the implicit rewards.
 
-    Of single answers, accuracy is the share of (good, bad) couples that are ranked right: the area under the ROC curve.
+    For single answers, accuracy is the share of (good, bad) couples that are ranked right: the area under the ROC curve.
+
+    Args:
+        objective: Method and numbers.
+        model: The policy.
+        held_out: Held-out preferences.
+        config: Settings of the stage.
     """
     sums = sums_of(model, held_out.units, config.systems)
     if config.method == "kto":
-        rewards = what.beta * (_exact(sums)[:, 0] - _exact(held_out.reference)[:, 0])
+        rewards = objective.beta * (_exact(sums)[:, 0] - _exact(held_out.reference)[:, 0])
         good = torch.tensor([u.desirable for u in held_out.items])  # type: ignore[union-attr]
         over = rewards[good][:, None] - rewards[~good][None]
         right = (over > 0).double() + 0.5 * (over == 0).double()
         return {"held_out_accuracy": float(right.mean()), "held_out_margin": float(over.mean())}
     lengths = torch.tensor([[sum(w != 0 for w in s.weights) for s in unit] for unit in held_out.units])
-    both, given = _exact(sums), None if held_out.reference is None else _exact(held_out.reference)
+    policy, reference = _exact(sums), None if held_out.reference is None else _exact(held_out.reference)
     better, worse = (
-        pair_scores(what, both[:, i], None if given is None else given[:, i], lengths[:, i]) for i in (0, 1)
+        pair_scores(objective, policy[:, i], None if reference is None else reference[:, i], lengths[:, i])
+        for i in (0, 1)
     )
-    metrics = pref.pair_metrics(what.beta * better, what.beta * worse)
+    metrics = pref.pair_metrics(objective.beta * better, objective.beta * worse)
     return {f"held_out_{name}": float(metrics[name]) / len(sums) for name in ("accuracy", "margin")}
 
 
 def _exact(sums: Any) -> torch.Tensor:
-    """Log-probabilities of whole answers, of which differences are taken: float32 would keep 1e-4 of a thousand."""
+    """Return log-probabilities in float64: float32 would keep only 1e-4 in a difference of thousands."""
     return torch.tensor(sums, dtype=torch.float64)
 
 
-def laid_out(items: Items, seed: int, context: int | None, mismatch: bool = False) -> Preferences:
-    """Items as the learner takes them; mismatch: with an answer of another item behind each prompt (for KTO)."""
-    units: list[Unit] = []
-    for n, item in enumerate(items):
-        units.append(pair_samples(item, n) if isinstance(item, Pair) else (answer_sample(item, n),))
+def preference_data(items: PreferenceItems, seed: int, context: int | None, mismatch: bool = False) -> PreferenceData:
+    """Return items as samples.
+
+    Args:
+        items: Pairs, or single answers.
+        seed: Seeds the mismatched answers.
+        context: The model's context length in tokens. None: unknown.
+        mismatch: Add the answer of another item after each prompt (KTO).
+    """
+    units: list[Unit] = [
+        pair_samples(item, n) if isinstance(item, Pair) else (answer_sample(item, n),) for n, item in enumerate(items)
+    ]
     if not mismatch:
-        return Preferences(items, units)
+        return PreferenceData(items, units)
     order = np.random.default_rng([seed, 3]).permutation(len(items))
     limit = context or 2**62
     mismatched: list[Unit] = [()] * len(items)
@@ -147,29 +159,35 @@ def laid_out(items: Items, seed: int, context: int | None, mismatch: bool = Fals
                 weights = [0.0] * len(prompt) + [1.0] * len(taken)
                 mismatched[i] = (Sample([*prompt, *taken], weights, own.source, {"shared": len(prompt)}),)
                 break
-    return Preferences(items, units, mismatched=mismatched)
+    return PreferenceData(items, units, mismatched=mismatched)
 
 
-def judged(reference: Reference, given: Preferences, title: str) -> Preferences:
-    """The same with the reference's log-probabilities."""
-    there = [i for i, unit in enumerate(given.mismatched) if unit]
-    sums = reference.sums([*given.units, *(given.mismatched[i] for i in there)], title)
-    count = len(given.units)
-    mismatched: list[Sequence[float]] = [()] * len(given.mismatched)
-    for i, made in zip(there, sums[count:], strict=True):
-        mismatched[i] = made
-    return Preferences(given.items, given.units, sums[:count], given.mismatched, mismatched)
+def with_reference(reference: Reference, data: PreferenceData, title: str) -> PreferenceData:
+    """Return the data with the reference's log-probabilities.
+
+    Args:
+        reference: The model before the first step.
+        data: Items as samples.
+        title: Title of the progress line.
+    """
+    matched = [i for i, unit in enumerate(data.mismatched) if unit]
+    sums = reference.sums([*data.units, *(data.mismatched[i] for i in matched)], title)
+    count = len(data.units)
+    mismatched: list[Sequence[float]] = [()] * len(data.mismatched)
+    for i, values in zip(matched, sums[count:], strict=True):
+        mismatched[i] = values
+    return replace(data, reference=sums[:count], mismatched_reference=mismatched)
 
 
 def pair_trainer(
     config: PreferenceConfig,
     policy: LanguageModel,
-    items: Items,
-    held_out: Items,
+    items: PreferenceItems,
+    held_out: PreferenceItems,
     seed: int,
     context: int | None,
-) -> tuple[Preferences, PairTrainer]:
-    """Return the rows as the learner takes them, with the reference's log-probabilities, and the trainer over them.
+) -> PairTrainer:
+    """Return the trainer over the rows, with the reference's log-probabilities.
 
     Args:
         config: Settings of the stage.
@@ -179,13 +197,13 @@ def pair_trainer(
         seed: Seeds the order of the rows.
         context: The model's context length in tokens.
     """
-    train_on = laid_out(items, seed, context, config.method == "kto")
-    held = laid_out(held_out, seed, context) if held_out else None
+    train_on = preference_data(items, seed, context, config.method == "kto")
+    held = preference_data(held_out, seed, context) if held_out else None
     if objective(config).preset.reference:
         reference = Reference(policy, config.systems)
-        train_on = judged(reference, train_on, f"{config.name}: reference")
-        held = judged(reference, held, f"{config.name}: reference, held out") if held else None
+        train_on = with_reference(reference, train_on, f"{config.name}: reference")
+        held = with_reference(reference, held, f"{config.name}: reference, held out") if held else None
     numbers: Any = range(len(items))
     batch_at, steps = permutation_batches(numbers, config.batch_size, config.epochs, seed, config.max_steps)
     learner = Learner(policy, config.optimizer, config.systems, steps)
-    return train_on, PairTrainer(config, learner, batch_at, train_on, held)
+    return PairTrainer(config, learner, batch_at, train_on, held)

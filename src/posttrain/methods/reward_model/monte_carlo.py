@@ -1,7 +1,7 @@
-"""Labels for the steps of chains by Monte Carlo: from each step's end the policy goes on, and is judged where it ends.
+"""Labels for the steps of chains by Monte Carlo: the policy continues from each step's end, and the end is judged.
 
-Source: Math-Shepherd, arXiv 2312.08935, section 3.2. Labelled chains are kept, a line a problem, so that a run that was
-killed goes on behind the last whole batch of problems; a batch is a function of (seed, its number) and the policy.
+Source: Math-Shepherd, arXiv 2312.08935, section 3.2. Labelled chains are stored, a line a problem, so that an
+interrupted run resumes after the last whole batch of problems; a batch is a function of (seed, its number) and the policy.
 """
 
 from __future__ import annotations
@@ -20,35 +20,41 @@ from posttrain.data.process_rows import PreparedChains, StepChain, chain_samples
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.methods.reward_model.process import RolloutLabelsConfig
 from posttrain.rewards.stack import RewardStack
-from posttrain.sampling.protocol import Request, Sampler
+from posttrain.sampling.engine import LocalSampler
+from posttrain.sampling.protocol import Request
 
-Row = dict[str, Any]
+LabelledRow = dict[str, Any]
 
 
 class Labeller:
-    """Samples chains, cuts them into steps, goes on from each, judges, and writes what came of it."""
+    """Sample chains, split them into steps, continue from each, judge the ends, and write the labels."""
 
     def __init__(
         self,
         config: RolloutLabelsConfig,
         separator: str,
-        sampler: Sampler,
-        tokenizer: Any,
+        sampler: LocalSampler,
         rewards: RewardStack,
         seed: int,
     ) -> None:
         self.config, self.separator = config, separator
-        self.sampler, self.tokenizer, self.rewards, self.seed = sampler, tokenizer, rewards, seed
+        self.sampler, self.tokenizer, self.rewards, self.seed = sampler, sampler.tokenizer, rewards, seed
 
-    def label(self, questions: Sequence[RenderedPrompt], path: Path, title: str) -> None:
-        """Add a row for each question to the file, but for those that are there."""
-        size, total = self.config.problems_per_batch, len(questions)
+    def label(self, prompts: Sequence[RenderedPrompt], path: Path, title: str) -> None:
+        """Add a row to the file for each prompt that has none yet.
+
+        Args:
+            prompts: The prompts.
+            path: The file.
+            title: Title of the progress line.
+        """
+        size, total = self.config.problems_per_batch, len(prompts)
         done = len(read_lines(path)) if path.exists() else 0
         done = total if done >= total else done - done % size
         lines = Lines(path, done)
         with Track(title, total, done) as track:
             for start in range(done, total, size):
-                rows = self.batch(questions[start : start + size], start, track)
+                rows = self.batch(prompts[start : start + size], start, track)
                 for row in rows:
                     lines.add(row)
                 lines.sync()
@@ -56,18 +62,24 @@ class Labeller:
                 track.update(start + len(rows), right_steps=sum(steps) / max(1, len(steps)))
         lines.close()
 
-    def batch(self, questions: Sequence[RenderedPrompt], start: int, track: Track) -> list[Row]:
-        """Label the chains of some problems. start: number of the first, for its random stream."""
+    def batch(self, prompts: Sequence[RenderedPrompt], start: int, track: Track) -> list[LabelledRow]:
+        """Label the chains of some prompts.
+
+        Args:
+            prompts: The prompts.
+            start: Number of the first, for its random stream.
+            track: Progress.
+        """
         config = self.config
-        streams = np.random.SeedSequence([self.seed, 3, start]).generate_state(2 * len(questions), np.uint64)
+        streams = np.random.SeedSequence([self.seed, 3, start]).generate_state(2 * len(prompts), np.uint64)
         track.phase("sampling chains")
-        asked = [
-            Request(q.tokens, config.chains, int(s), q.problem) for q, s in zip(questions, streams[::2], strict=True)
+        requests_for_chains = [
+            Request(q.tokens, config.chains, int(s), q.problem) for q, s in zip(prompts, streams[::2], strict=True)
         ]
-        groups = self.sampler.sample(asked, config.sampler)
+        groups = self.sampler.sample(requests_for_chains, config.sampler)
         ends = self._judged(groups)
         requests: list[Request] = []
-        where: list[tuple[int, int, int]] = []  # question, chain, step
+        where: list[tuple[int, int, int]] = []  # prompt, chain, step
         spans: list[list[list[tuple[int, int]]]] = []
         for g, group in enumerate(groups):
             spans.append([split_steps(r.text, self.separator) for r in group.rollouts])
@@ -83,12 +95,12 @@ class Labeller:
                     prompt = [*group.prompt, *rollout.tokens[:cut]]
                     requests.append(Request(prompt, config.completions, stream, group.example, left))
                     where.append((g, c, k))
-        track.phase(f"going on from {len(requests):,} steps, {config.completions} times each")
+        track.phase(f"continuing from {len(requests):,} steps, {config.completions} times each")
         shares = self._shares(requests, where, groups)
-        return [self._row(q, start + g, groups[g], spans[g], ends[g], shares, g) for g, q in enumerate(questions)]
+        return [self._row(q, start + g, groups[g], spans[g], ends[g], shares, g) for g, q in enumerate(prompts)]
 
     def _tokens_of(self, rollout: Rollout, end: int) -> int:
-        """How many of its tokens hold the first `end` characters: a step ends with a token."""
+        """Return how many of its tokens hold the first `end` characters: a step ends with a token."""
         low, high = 1, len(rollout.tokens)
         while low < high:  # the text of more tokens is never shorter
             middle = (low + high) // 2
@@ -104,14 +116,14 @@ class Labeller:
     def _shares(
         self, requests: list[Request], where: list[tuple[int, int, int]], groups: Sequence[RolloutGroup]
     ) -> dict[tuple[int, int, int], list[bool | None]]:
-        """By step, whether each completion from there ends right (None: it could not be judged)."""
+        """Return by step if each completion from there ends right (None: it could not be judged)."""
         whole = []
-        for (g, c, _), going_on in zip(where, self.sampler.sample(requests, self.config.sampler), strict=True):
+        for (g, c, _), continued in zip(where, self.sampler.sample(requests, self.config.sampler), strict=True):
             group = groups[g]
-            cut = len(going_on.prompt) - len(group.prompt)
+            cut = len(continued.prompt) - len(group.prompt)
             before = list(group.rollouts[c].tokens[:cut])
             joined = []
-            for r in going_on.rollouts:
+            for r in continued.rollouts:
                 tokens = [*before, *r.tokens]
                 kept = tokens[:-1] if r.finish in ("end", "stop") else tokens
                 text = self._text(kept) if r.finish != "stop" else self._text(before) + r.text
@@ -120,7 +132,7 @@ class Labeller:
         return dict(zip(where, self._judged(whole), strict=True))
 
     def _judged(self, groups: Sequence[RolloutGroup]) -> list[list[bool | None]]:
-        """Whether each rollout ends right; None where a reward failed on it."""
+        """Return if each rollout ends right; None if a reward failed on it."""
         if not groups:
             return []
         scored = self.rewards(groups)
@@ -135,14 +147,14 @@ class Labeller:
 
     def _row(
         self,
-        question: RenderedPrompt,
+        prompt: RenderedPrompt,
         number: int,
         group: RolloutGroup,
         spans: Sequence[Sequence[tuple[int, int]]],
         ends: Sequence[bool | None],
         shares: dict[tuple[int, int, int], list[bool | None]],
         g: int,
-    ) -> Row:
+    ) -> LabelledRow:
         chains = []
         for c, rollout in enumerate(group.rollouts):
             outcomes = [shares.get((g, c, k), []) for k in range(len(spans[c]) - 1)] + [[ends[c]]]
@@ -157,11 +169,11 @@ class Labeller:
                     "finish": rollout.finish,
                 }
             )
-        answer = question.problem.get("answer")
+        answer = prompt.problem.get("answer")
         return {
             "problem": number,
-            "source": question.problem.get("source", ""),
-            "prompt": question.problem.get("prompt", question.text),
+            "source": prompt.problem.get("source", ""),
+            "prompt": prompt.problem.get("prompt", prompt.text),
             "answer": answer,
             "chains": chains,
         }
@@ -173,13 +185,19 @@ class Labeller:
         return float(any(known)) if self.config.targets == "hard" else sum(known) / len(known)
 
 
-def labelled(rows: Sequence[Row], questions: Sequence[RenderedPrompt], tokenizer: Any) -> PreparedChains:
-    """Labelled rows as the learner takes them. Chains without a step, or without any label, are counted in the stats.
+def labelled_chains(rows: Sequence[LabelledRow], prompts: Sequence[RenderedPrompt], tokenizer: Any) -> PreparedChains:
+    """Tokenize labelled rows. Chains without a step, or without any label, are counted in the stats.
 
-    Raises DataError where no chain is left.
+    Args:
+        rows: Labelled rows.
+        prompts: Their prompts.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        DataError: No chain is left.
     """
     chains, without, unlabelled = list[StepChain](), 0, 0
-    for row, q in zip(rows, questions, strict=True):
+    for row, q in zip(rows, prompts, strict=True):
         for i, c in enumerate(row["chains"]):
             unlabelled += sum(t is None for t in c["targets"])
             if all(t is None for t in c["targets"]):

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from posttrain.config.settings import NAME, DataConfig, EpochsConfig, ModelConfig
+from posttrain.config.settings import NAME, DataConfig, ModelConfig
 from posttrain.core.types import Metric
 from posttrain.methods.preference.offline import HeldOutPairsConfig
+from posttrain.methods.reward_model.scorer_stage import ScorerConfig
 from posttrain.trainer.stage import Stage
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from posttrain.data.preference_rows import Pair
     from posttrain.trainer.loop import OnStep
-
-
-class ScorerConfig(EpochsConfig):
-    """What both kinds have: the result is a model for classification that later stages name; the policy passes by."""
-
-    makes: ClassVar[Literal["model", "data", "reward_model"]] = "reward_model"
-
-    @model_validator(mode="after")
-    def _merged(self) -> ScorerConfig:
-        if not self.merge:
-            raise ValueError("merge is false, and a reward model is saved whole, its adapters merged: leave merge out")
-        return self
 
 
 class RewardModelConfig(ScorerConfig):
@@ -39,10 +30,10 @@ class RewardModelConfig(ScorerConfig):
     batch_size: int = Field(16, ge=1, description="Pairs a step, over all ranks.")
     labels: Literal["soft", "hard"] = Field(
         "soft",
-        description="soft: a pair counts by its probability; hard: as if that were 1, for labels that are mild by the way they are made (a judge's scores).",
+        description="soft: a pair counts by its probability; hard: as if that were 1, for labels whose probabilities are not calibrated (a judge's scores).",
     )
     margin_scale: float = Field(
-        0.0, ge=0, description="Factor on the rows' margins (by how much the chosen answer is to be ahead). 0: unused."
+        0.0, ge=0, description="Factor on the rows' margins (the least difference of the two rewards). 0: unused."
     )
     centring: float = Field(
         0.0, ge=0, description="Coefficient of (r_chosen + r_rejected)^2, which keeps rewards around 0. 0: none."
@@ -71,23 +62,20 @@ class RewardModelStage(Stage):
         Metric("held_out_calibration_error", "Calibration error", "", "Held out", "lower"),
     )
 
-    def prepare(self) -> list[tuple[str, Any]]:
-        """Read the pairs; held-out ones that are also trained on are left out of the held-out ones."""
-        from posttrain.data.preference_rows import prepare_pairs
-        from posttrain.data.rows import drop_training_overlap
+    held_out: Sequence[Pair] = ()
 
-        config, context = self.config, self.context
-        prepared = prepare_pairs(config.data, context.tokenizer, context=context.context)
-        self.pairs, self.held_out = prepared.items, list[Any]()
-        data = [(config.name, prepared)]
-        if config.held_out is not None:
-            held = prepare_pairs(config.held_out.data, context.tokenizer, context=context.context)
-            held = drop_training_overlap(held, prepared, f"stage {config.name}")
-            data.append((f"{config.name} held out", held))
-            self.held_out = held.items
-        return data
+    def prepare(self) -> list[tuple[str, Any]]:
+        from posttrain.data.preference_rows import prepare_pairs
+
+        def load(data: DataConfig) -> Any:
+            return prepare_pairs(data, self.context.tokenizer, context=self.context.context)
+
+        settings = self.config.held_out
+        trained, held_out = self.read_held_out(load, self.config.data, settings.data if settings else None)
+        self.rows, self.held_out = trained.items, held_out.items if held_out else ()
+        return self.data
 
     def run(self, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None = None) -> dict[str, Any]:
-        from posttrain.methods.reward_model.pairwise_trainer import run_reward_model
+        from posttrain.methods.reward_model.pairwise_trainer import train_members
 
-        return run_reward_model(self.config, model, self.pairs, self.held_out, folder, seed=seed, on_step=on_step)
+        return train_members(self, model, folder, seed, on_step)

@@ -7,79 +7,79 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from posttrain.config import ModelConfig
+from posttrain.config import ModelConfig, SystemsConfig
 from posttrain.core import distributed
-from posttrain.core.files import write_json, write_text
+from posttrain.core.files import write_json, write_lines
 from posttrain.core.progress import Track
 from posttrain.core.ragged import RaggedBatch
 from posttrain.core.types import Sample
 from posttrain.data.preference_rows import Pair
 from posttrain.eval.calibration import judged_pairs
 from posttrain.losses.reward_loss import bradley_terry, bradley_terry_metrics, centring, combine_members
-from posttrain.methods.reward_model.pairwise import RewardModelConfig
-from posttrain.methods.reward_model.scorer_training import Measured, leave_scorer, open_scorer, whole
+from posttrain.methods.reward_model.pairwise import RewardModelConfig, RewardModelStage
+from posttrain.methods.reward_model.scorer_stage import ScorerStage
 from posttrain.models.classification_head import padding, score_index, scores_at
 from posttrain.models.language_model import LanguageModel
 from posttrain.rewards.reward_model_scorer import INDEX
-from posttrain.trainer.loop import OnStep, permutation_batches, train
-from posttrain.trainer.policy import save_atomically, summary
+from posttrain.trainer.loop import BatchTrainer, OnStep, permutation_batches
+from posttrain.trainer.policy import LoadedPolicy, save_atomically
+from posttrain.trainer.stage import StageRun
 from posttrain.trainer.token_budget import token_budget
 from posttrain.trainer.train_step import Learner, LossFunction
 
-SAMPLED = 256
-"""Training pairs that a reward's mean and standard deviation are taken of where nothing is held out."""
-Scored = list[tuple[float, float]]
-"""(reward of chosen, of rejected) of each held-out pair."""
+UNMEASURED_PAIRS = 256
+"""Training pairs from which a reward's mean and standard deviation are taken if nothing is held out."""
+PairScores = list[tuple[float, float]]
+"""(reward of chosen, of rejected) of each pair."""
 
 
-def run_reward_model(
-    config: RewardModelConfig,
-    model: ModelConfig,
-    pairs: Sequence[Pair],
-    held_out: Sequence[Pair],
-    folder: Path,
-    *,
-    seed: int = 0,
-    on_step: OnStep | None = None,
+def train_members(
+    stage: RewardModelStage, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None
 ) -> dict[str, Any]:
-    """Train on `pairs`; the result is `folder`/reward_model, a folder that transformers opens (members 0, 1, ... of an
-    ensemble in folders of their own), with what is measured on `held_out` in `folder`/held_out.json and held_out/.
+    """Train the members of an ensemble in turn and save them together as `folder`/reward_model.
 
-    Goes on from the newest checkpoint in `folder` where there is one; on_step hears of the first member. Returns what
-    the manifest says of the stage.
+    Args:
+        stage: The stage, its pairs read.
+        model: The model to start from.
+        folder: The stage's folder; held_out.json and held_out/ get what is measured.
+        seed: Seed of the first member.
+        on_step: Called after each step of the first member.
+
+    Returns:
+        The stage's entry in the manifest.
     """
+    config, members = stage.config, folder / "members"
     if distributed.is_main():
-        (folder / "members").mkdir(parents=True, exist_ok=True)
+        members.mkdir(parents=True, exist_ok=True)
     records = []
     for k in range(config.members):
-        record = folder / "members" / f"{k}.json"
-        if not record.exists() or not (folder / "members" / str(k)).is_dir():
-            _member(config, model, pairs, held_out, folder, k, seed, on_step if k == 0 else None)
-        records.append(json.loads(record.read_text()))
-    measured = _held_out(config, held_out, records, folder) if held_out else {}
+        member = RewardModelMember(stage, k, members)
+        if not member.record.exists() or not (members / str(k)).is_dir():
+            work = folder if k == 0 else folder / f"member-{k}"
+            member.run(model, work, seed + 1_000_003 * k, on_step if k == 0 else None)
+        records.append(json.loads(member.record.read_text()))
+    measured = _save_held_out(config, stage.held_out, records, folder) if stage.held_out else {}
 
     def write(work: Path) -> None:
         if not distributed.is_main():
             return
-        for k in range(config.members):
-            target = work if config.members == 1 else work / str(k)
-            shutil.copytree(folder / "members" / str(k), target, copy_function=_link)
-        entries = [
-            {"folder": "." if config.members == 1 else str(k), "mean": r["mean"], "std": r["std"]}
-            for k, r in enumerate(records)
-        ]
-        settings = {"chat": config.data.chat, "system": config.data.system}
-        write_json(work / INDEX, {"kind": "reward_model", "members": entries, **settings})
+        entries = []
+        for k, record in enumerate(records):
+            name = "." if config.members == 1 else str(k)
+            shutil.copytree(members / str(k), work / name, copy_function=_link)
+            entries.append({"folder": name, "mean": record["mean"], "std": record["std"]})
+        write_json(work / INDEX, _index(config, entries))
 
     save_atomically(folder / "reward_model", write)
     if distributed.is_main():
-        shutil.rmtree(folder / "members")
+        shutil.rmtree(members)
     out: dict[str, Any] = {**records[0]["account"], "members": config.members}
     for name in ("steps", "skipped_steps", "seconds", "tokens"):
         out[name] = sum(r["account"][name] for r in records)
@@ -93,73 +93,90 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _member(
-    config: RewardModelConfig,
-    model: ModelConfig,
-    pairs: Sequence[Pair],
-    held_out: Sequence[Pair],
-    folder: Path,
-    k: int,
-    seed: int,
-    on_step: OnStep | None,
-) -> None:
-    """Train member k; leave it in members/k, and what was measured in members/k.json."""
-    seed = seed + 1_000_003 * k
-    work = folder if k == 0 else folder / f"member-{k}"
-    opened = open_scorer(config, model, "sequence", seed)
-    policy, pad = opened.policy, padding(opened.policy)
-    at, steps = permutation_batches(pairs, config.batch_size, config.epochs, seed, config.max_steps)  # type: ignore[arg-type]
-    budget = token_budget(config.systems, policy)
-    systems = whole(config.systems, policy, [len(p.chosen) + len(p.rejected) - p.prompt for p in pairs])
-    learner = Learner(policy, config.optimizer, systems, steps)
-    every = config.held_out.every if config.held_out is not None else 0
-    before, after = folder / "members" / f"{k}.before.json", Scored()
+def _index(config: RewardModelConfig, members: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"kind": "reward_model", "members": members, "chat": config.data.chat, "system": config.data.system}
 
-    def measure(step: int, track: Track) -> dict[str, float]:
+
+class RewardModelMember(ScorerStage):
+    """Train one reward model and save it as members/NUMBER, with what was measured in members/NUMBER.json."""
+
+    layout = "sequence"
+
+    def __init__(self, stage: RewardModelStage, number: int, members: Path) -> None:
+        config = stage.config
+        title = config.name if config.members == 1 else f"{config.name}, member {number + 1} of {config.members}"
+        # The name is only the title of the progress line: names of stages may hold no spaces.
+        super().__init__(config.model_copy(update={"name": title}), stage.context)
+        self.rows, self.held_out, self.out = stage.rows, stage.held_out, members / str(number)
+        self.record, self.before = members / f"{number}.json", members / f"{number}.before.json"
+        self.after: PairScores = []
+
+    def folder_of_model(self, run: StageRun) -> Path:
+        return self.out
+
+    def trainer(self, policy: LoadedPolicy, run: StageRun) -> BatchTrainer:
+        config, pad = self.config, padding(policy.policy)
+        self.score = partial(score_pairs, policy.policy, budget=token_budget(config.systems, policy.policy))
+        batch_at, steps = permutation_batches(self.rows, config.batch_size, config.epochs, run.seed, config.max_steps)
+
+        def samples_at(step: int) -> list[Sample]:
+            pairs: Any = batch_at(step)
+            return [s for i, p in enumerate(pairs) for s in scored_samples(p, i, pad, config.labels == "hard")]
+
+        sizes = [len(p.chosen) + len(p.rejected) - p.prompt for p in self.rows]
+        systems = with_room_for(config.systems, policy.policy, sizes)
+        learner = Learner(policy.policy, config.optimizer, systems, steps)
+        if not self.held_out:
+            return BatchTrainer(learner, samples_at, bradley_terry_loss(config))
+        return BatchTrainer(learner, samples_at, bradley_terry_loss(config), self.measure, config.held_out.every)
+
+    def measure(self, step: int, track: Track) -> dict[str, float]:
+        """Score the held-out pairs."""
         track.phase("held-out pairs")
-        found = score_pairs(policy, held_out, pad, budget)
+        self.after = self.score(self.held_out)
         if step == 0 and distributed.is_main():
-            write_json(before, found)
-        after[:] = found
-        judged = judged_pairs(items_of(held_out, found))
+            write_json(self.before, self.after)
+        judged = judged_pairs(held_out_items(self.held_out, self.after))
         numbers = {f"held_out_{n}": judged[n] for n in ("accuracy", "loss", "margin") if n in judged}
         interval = {f"held_out_accuracy_{n}": judged[n] for n in ("low", "high") if n in judged}
         return numbers | interval | {"held_out_calibration_error": judged["calibration"]["error"]}
 
-    def batch_at(step: int) -> list[Sample]:
-        batch: Any = at(step)
-        return [s for i, pair in enumerate(batch) for s in pair_samples(pair, i, pad, config.labels == "hard")]
+    def save(self, policy: LoadedPolicy, run: StageRun) -> None:
+        if self.held_out and not self.after:  # resumed after the last step
+            self.after = self.score(self.held_out)
+        rewards = torch.tensor(self.after or self.score(self.rows[:UNMEASURED_PAIRS]), dtype=torch.float64)
+        self.moments = {"mean": float(rewards.mean()), "std": float(rewards.std(correction=0))}
+        self.index = _index(self.config, [{"folder": ".", **self.moments}])
+        super().save(policy, run)
 
-    result = train(
-        learner,
-        Measured(learner, batch_at, pair_loss(config), measure if held_out else None, every),
-        work,
-        checkpoint_every=config.checkpoint_every,
-        keep=config.keep_checkpoints,
-        title=config.name if config.members == 1 else f"{config.name}, member {k + 1} of {config.members}",
-        on_step=on_step,
-        epoch_of=lambda step: step * config.batch_size / len(pairs),
-        shown=("loss", "accuracy", "held_out_accuracy"),
-    )
-    if held_out and not after:  # gone on with behind the last step
-        after[:] = score_pairs(policy, held_out, pad, budget)
-    rewards = after or score_pairs(policy, pairs[:SAMPLED], pad, budget)
-    flat = torch.tensor(rewards, dtype=torch.float64).flatten()
-    kept = {"mean": float(flat.mean()), "std": float(flat.std(correction=0)), "account": summary(result, opened)}
-    if distributed.is_main():
-        kept |= {"before": json.loads(before.read_text()), "after": after} if held_out else {}
-        write_json(folder / "members" / f"{k}.json", kept)
-    entry = {"folder": ".", "mean": kept["mean"], "std": kept["std"]}
-    settings = {"chat": config.data.chat, "system": config.data.system}
-    index = {"kind": "reward_model", "members": [entry], **settings}
-    leave_scorer(opened, config, model, "sequence", folder / "members" / str(k), seed, index)
+    def run(self, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None = None) -> dict[str, Any]:
+        account = super().run(model, folder, seed, on_step)
+        if distributed.is_main():
+            scores = {"before": json.loads(self.before.read_text()), "after": self.after} if self.held_out else {}
+            write_json(self.record, {**self.moments, "account": account, **scores})
+        distributed.barrier()
+        return account
 
 
-def pair_samples(pair: Pair, number: int, pad: int | None, hard: bool = False) -> list[Sample]:
-    """Both answers of a pair as the learner takes them: half its weight each, on the token at which the head is read.
+def with_room_for(systems: SystemsConfig, model: LanguageModel, sizes: Sequence[int]) -> SystemsConfig:
+    """Return settings whose micro-batches have room for the largest pair, which is not split.
 
-    number: the pair's in its batch, by which the loss finds the two; a prompt of the pair is computed once. hard: the
-    answer that is more likely the better one counts as better for certain.
+    Args:
+        systems: The stage's settings.
+        model: The model that is trained.
+        sizes: Tokens of each pair.
+    """
+    return systems.model_copy(update={"tokens_per_micro_batch": max(token_budget(systems, model), *sizes, 1)})
+
+
+def scored_samples(pair: Pair, number: int, pad: int | None, hard: bool = False) -> list[Sample]:
+    """Return both answers of a pair, each with half of its weight on the token at which the head is read.
+
+    Args:
+        pair: The pair; its prompt is computed once.
+        number: Number in the batch, by which the loss finds the two.
+        pad: Padding token of the model.
+        hard: The chosen answer counts as better with probability 1.
     """
     out, p = [], 1.0 if hard else pair.probability
     for side, sample in (("chosen", pair.chosen), ("rejected", pair.rejected)):
@@ -170,8 +187,8 @@ def pair_samples(pair: Pair, number: int, pad: int | None, hard: bool = False) -
     return out
 
 
-def pair_loss(config: RewardModelConfig) -> LossFunction:
-    """The mean over the batch's pairs (the denominator is their number) of Bradley-Terry's loss and the centring."""
+def bradley_terry_loss(config: RewardModelConfig) -> LossFunction:
+    """Return the mean over the batch's pairs (the denominator is their number) of Bradley-Terry's loss and centring."""
 
     def loss(model: LanguageModel, batch: RaggedBatch, pairs: float) -> tuple[Tensor, dict[str, Tensor]]:
         device = batch.tokens_T.device
@@ -199,16 +216,21 @@ def pair_loss(config: RewardModelConfig) -> LossFunction:
     return loss
 
 
-def score_pairs(model: LanguageModel, pairs: Sequence[Pair], pad: int | None, budget: int) -> Scored:
-    """Rewards of both answers of each pair."""
-    samples = [s for p in pairs for s in (p.chosen, p.rejected)]
-    found = scores_at(model, [s.tokens for s in samples], [[score_index(s.tokens, pad)] for s in samples], budget)
-    numbers = [float(f[0, 0]) for f in found]
-    return list(zip(numbers[::2], numbers[1::2], strict=True))
+def score_pairs(model: LanguageModel, pairs: Sequence[Pair], budget: int) -> PairScores:
+    """Return the rewards of both answers of each pair.
+
+    Args:
+        model: The reward model.
+        pairs: The pairs.
+        budget: Tokens of a forward pass.
+    """
+    pad, tokens = padding(model), [s.tokens for p in pairs for s in (p.chosen, p.rejected)]
+    scores = [float(s[0, 0]) for s in scores_at(model, tokens, [[score_index(t, pad)] for t in tokens], budget)]
+    return list(zip(scores[::2], scores[1::2], strict=True))
 
 
-def items_of(pairs: Sequence[Pair], scores: Scored) -> list[dict[str, Any]]:
-    """Held-out pairs with their rewards, as `judged_pairs` takes them."""
+def held_out_items(pairs: Sequence[Pair], scores: PairScores) -> list[dict[str, Any]]:
+    """Return held-out pairs with their rewards, as `judged_pairs` takes them."""
     return [
         {
             "chosen": c,
@@ -221,34 +243,34 @@ def items_of(pairs: Sequence[Pair], scores: Scored) -> list[dict[str, Any]]:
     ]
 
 
-def _held_out(
+def _save_held_out(
     config: RewardModelConfig, pairs: Sequence[Pair], records: Sequence[dict[str, Any]], folder: Path
 ) -> dict[str, Any]:
-    """Write every held-out pair with its rewards, before and after, and what they come to; return the latter in short.
+    """Write each held-out pair with its rewards before and after, and held_out.json; return the latter's main numbers.
 
-    An ensemble's reward is the mean of its members' after each was centred on its own mean.
+    An ensemble's reward is the mean of its members' rewards, each centred on the member's mean.
     """
     summary: dict[str, Any] = {"kind": "reward_model", "members": config.members}
     for when in ("before", "after"):
         scores = torch.tensor([r[when] for r in records], dtype=torch.float64)  # members, pairs, 2
         centred = scores - scores.mean((1, 2), keepdim=True) if config.members > 1 else scores
         joined = combine_members(centred.flatten(1)).view(-1, 2).tolist()
-        items = items_of(pairs, joined)
+        items = held_out_items(pairs, joined)
         summary[when] = judged_pairs(items)
         if config.members > 1:
-            each = [judged_pairs(items_of(pairs, r[when])).get("accuracy") for r in records]
+            each = [judged_pairs(held_out_items(pairs, r[when])).get("accuracy") for r in records]
             spread = centred.flatten(1).std(0, correction=0)
             summary[when] |= {"members": each, "spread": float(spread.mean())}
         if not distributed.is_main():
             continue
-        lines = []
+        rows = []
         for i, (p, item) in enumerate(zip(pairs, items, strict=True)):
-            said = {"prompt": p.row.get("prompt_text"), "chosen_text": p.row.get("completion")}
             each_one = {"each": scores[:, i].tolist()} if config.members > 1 else {}
-            told = {"id": i, "source": p.source, **item, **each_one, **said, "rejected_text": p.row.get("rejected")}
-            lines.append(json.dumps(told, ensure_ascii=False) + "\n")
+            names = {"prompt": "prompt_text", "chosen_text": "completion", "rejected_text": "rejected"}
+            texts = {ours: p.row.get(name) for ours, name in names.items()}
+            rows.append({"id": i, "source": p.source, **item, **each_one, **texts})
         (folder / "held_out").mkdir(exist_ok=True)
-        write_text(folder / "held_out" / f"{when}.jsonl", "".join(lines))
+        write_lines(folder / "held_out" / f"{when}.jsonl", rows)
     if distributed.is_main():
         write_json(folder / "held_out.json", summary)
     short = ("pairs", "accuracy", "low", "high", "loss", "margin")

@@ -10,23 +10,26 @@ from posttrain.config.problems import ProblemsConfig
 from posttrain.config.rewards import RewardsConfig
 from posttrain.config.settings import NAME, Config, DataConfig, ModelConfig, SamplerConfig
 from posttrain.core.types import Metric
-from posttrain.methods.reward_model.pairwise import ScorerConfig
-from posttrain.trainer.stage import Stage
+from posttrain.methods.reward_model.scorer_stage import ScorerConfig, ScorerStage
+from posttrain.trainer.stage import StageRun
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from posttrain.trainer.loop import OnStep
+    from posttrain.trainer.loop import BatchTrainer, OnStep
+    from posttrain.trainer.policy import LoadedPolicy
 
 
 class RolloutLabelsConfig(Config):
-    """Labels by Monte Carlo: from the end of each step of a chain the policy goes on some times; the share that ends
-    right is the step's label."""
+    """Labels by Monte Carlo: the policy continues several times from the end of each step of a chain; the share of
+    continuations that end right is the step's label."""
 
     kind: Literal["rollouts"] = "rollouts"
     problems: ProblemsConfig
-    held_out: ProblemsConfig | None = Field(None, description="Problems whose chains are measured on, labelled alike.")
-    rewards: RewardsConfig = Field(description="What says whether a chain ends right.")
+    held_out: ProblemsConfig | None = Field(
+        None, description="Problems whose chains are measured on, labelled in the same way."
+    )
+    rewards: RewardsConfig = Field(description="Rewards that decide if a chain ends right.")
     right: float = Field(1.0, description="A chain is right where its reward is at least this.")
     sampler: SamplerConfig = SamplerConfig()
     chains: int = Field(4, ge=1, description="Chains sampled for each problem.")
@@ -35,7 +38,7 @@ class RolloutLabelsConfig(Config):
         "soft", description="soft: the share of completions that end right; hard: 1 where any does, else 0."
     )
     problems_per_batch: int = Field(
-        16, ge=1, description="Problems labelled at a time; what a killed run had labelled is kept by whole batches."
+        16, ge=1, description="Problems labelled at a time; an interrupted run keeps whole batches."
     )
 
     @model_validator(mode="after")
@@ -46,7 +49,7 @@ class RolloutLabelsConfig(Config):
 
 
 class RowLabelsConfig(Config):
-    """Labels that are there: rows with prompt, steps (a list of texts; or completions) and labels (one number each)."""
+    """Labels from rows with prompt, steps (a list of texts; or completions) and labels (one number each)."""
 
     kind: Literal["rows"] = "rows"
     data: DataConfig
@@ -69,7 +72,7 @@ class ProcessRewardConfig(ScorerConfig):
     batch_size: int = Field(16, ge=1, description="Chains a step, over all ranks.")
 
 
-class ProcessRewardStage(Stage):
+class ProcessRewardStage(ScorerStage):
     """Train a process reward model on labelled chains, or on chains that the policy labels by Monte Carlo."""
 
     Config = ProcessRewardConfig
@@ -82,37 +85,42 @@ class ProcessRewardStage(Stage):
         Metric("held_out_auc", "AUC", "", "Held out", "higher"),
     )
 
+    layout = "token"
+
     def prepare(self) -> list[tuple[str, Any]]:
-        """Render the problems or read the labelled rows; held-out ones that are trained on too are left out."""
+        """Render the prompts, or read the labelled rows."""
         from posttrain.data.process_rows import PreparedChains, read_step_chains
         from posttrain.data.prompts import load_prompts, uses_chat_template
-        from posttrain.data.rows import drop_training_overlap
 
-        config, tokenizer, context = self.config, self.context.tokenizer, self.context.context
-        labels = config.labels
-        self.index: dict[str, Any] = {"kind": "process_reward", "separator": config.separator}
-        train: Any
-        held: Any = None
+        labels, tokenizer, context = self.config.labels, self.context.tokenizer, self.context.context
+        self.index = {"kind": "process_reward", "members": [{"folder": "."}]}
+        separator = self.config.separator
         if isinstance(labels, RolloutLabelsConfig):
-            train = load_prompts(labels.problems, tokenizer, context=context)
-            if labels.held_out is not None:
-                held = load_prompts(labels.held_out, tokenizer, context=context)
-                held = drop_training_overlap(held, train, f"stage {config.name}")
-            self.index |= {"chat": uses_chat_template(labels.problems, tokenizer), "template": labels.problems.template}
+            self.prompts = self.read_held_out(
+                lambda data: load_prompts(data, tokenizer, context=context), labels.problems, labels.held_out
+            )
+            chat = {"chat": uses_chat_template(labels.problems, tokenizer), "separator": separator}
+            self.index |= {**chat, "template": labels.problems.template}
         else:
-            train = read_step_chains(labels.data, tokenizer, config.separator, context=context)
-            if labels.held_out is not None:
-                held = read_step_chains(labels.held_out, tokenizer, config.separator, context=context)
-                held = drop_training_overlap(held, train, f"stage {config.name}")
-            self.index |= {"chat": labels.data.chat, "system": labels.data.system}
-        self.train, self.held_out = train, held if held is not None else PreparedChains([])
-        return [(config.name, train), *([(f"{config.name} held out", held)] if held is not None else [])]
+            self.chains, held_out = self.read_held_out(
+                lambda data: read_step_chains(data, tokenizer, separator, context=context), labels.data, labels.held_out
+            )
+            self.held_out = held_out or PreparedChains([])
+            self.index |= {"chat": labels.data.chat, "separator": separator, "system": labels.data.system}
+        return self.data
+
+    def trainer(self, policy: LoadedPolicy, run: StageRun) -> BatchTrainer:
+        from posttrain.methods.reward_model.process_trainer import process_trainer
+
+        return process_trainer(self.config, policy, self.rows, self.held_out.samples, run)
 
     def run(self, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None = None) -> dict[str, Any]:
-        from posttrain.methods.reward_model.process_trainer import label, run_process_reward
+        from posttrain.methods.reward_model.process_trainer import label_prompts, save_held_out
 
-        parts = self.train, self.held_out
         if isinstance(self.config.labels, RolloutLabelsConfig):
-            prompts: tuple[Any, Any] = self.train.items, self.held_out.items
-            parts = label(self.config, model, *prompts, folder, seed, self.context.functions)
-        return run_process_reward(self.config, model, *parts, folder, seed=seed, on_step=on_step, index=self.index)
+            self.chains, self.held_out = label_prompts(
+                self.config, model, *self.prompts, folder, seed, self.context.functions
+            )
+        self.rows = self.chains.samples
+        entry = super().run(model, folder, seed, on_step) | {"labels": self.chains.stats}
+        return entry | ({"held_out": save_held_out(folder)} if self.held_out.samples else {})

@@ -1,0 +1,75 @@
+"""The part that training a reward model and a process reward model have in common: opening, saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import model_validator
+
+from posttrain.config.settings import EpochsConfig
+from posttrain.core.files import write_json
+from posttrain.trainer.stage import Stage, StageRun
+
+if TYPE_CHECKING:
+    from posttrain.trainer.policy import LoadedPolicy
+
+
+class ScorerConfig(EpochsConfig):
+    """Settings of both kinds. They leave a model with a head that scores, which later stages name."""
+
+    makes = "reward_model"
+
+    @model_validator(mode="after")
+    def _merged(self) -> ScorerConfig:
+        if not self.merge:
+            raise ValueError("merge is false, and a reward model is saved whole, its adapters merged: leave merge out")
+        return self
+
+
+class ScorerStage(Stage):
+    """Train a model with a head that scores.
+
+    Attributes:
+        layout: "sequence", a score of a whole text, or "token", one at the end of each step.
+        index: What is saved beside the model, to score as in training.
+    """
+
+    layout: ClassVar[Literal["sequence", "token"]]
+    progress = ("loss", "accuracy", "held_out_accuracy")
+    index: dict[str, Any]
+
+    def open(self, run: StageRun) -> LoadedPolicy:
+        """Open the model under a head that scores, checked against transformers' own forward pass."""
+        from posttrain.core import distributed
+        from posttrain.models.adapters import attach, count_parameters
+        from posttrain.models.classification_head import open_head, verify_scores
+        from posttrain.models.language_model import LanguageModel
+        from posttrain.models.loading import pick_device, pick_dtype
+        from posttrain.trainer.policy import LoadedPolicy
+
+        device = pick_device(run.model.device)
+        distributed.start(device)
+        hf, tokenizer = open_head(run.model, self.layout, run.seed, pick_dtype(run.model.dtype, device))
+        if self.config.adapter is not None:
+            hf = attach(hf, self.config.adapter, run.seed, "SEQ_CLS")
+        policy = LanguageModel(hf)
+        verify_scores(policy, self.layout)
+        return LoadedPolicy(policy, tokenizer, *count_parameters(policy))
+
+    def folder_of_model(self, run: StageRun) -> Path:
+        """Return the folder in which the model is saved."""
+        return run.folder / "reward_model"
+
+    def save(self, policy: LoadedPolicy, run: StageRun) -> None:
+        from posttrain.core import distributed
+        from posttrain.models.classification_head import save_head
+        from posttrain.rewards.reward_model_scorer import INDEX
+        from posttrain.trainer.policy import save_atomically
+
+        def write(work: Path) -> None:
+            save_head(policy.policy, policy.tokenizer, run.model, self.layout, work, self.config.adapter, run.seed)
+            if distributed.is_main():
+                write_json(work / INDEX, self.index)
+
+        save_atomically(self.folder_of_model(run), write)
