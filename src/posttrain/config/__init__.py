@@ -12,23 +12,12 @@ from pydantic import Field, model_validator
 
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.config.evaluation import EvaluationConfig
-from posttrain.config.explore import (
-    AdaptiveGroupSizeConfig,
-    CurriculumConfig,
-    EntropyTargetConfig,
-    ExplorationConfig,
-    ReplayConfig,
-)
+from posttrain.config.explore import CurriculumConfig, ReplayConfig
 from posttrain.config.judge import JudgeConfig, ServerConfig
 from posttrain.config.names import METHODS
 from posttrain.config.open_kinds import open_kind
 from posttrain.config.rewards import RewardConfig, RewardsConfig
-from posttrain.config.rl import (
-    HeldOutConfig,
-    KLConfig,
-    RLConfig,
-    RolloutConfig,
-)
+from posttrain.config.rl import RLConfig, RolloutConfig
 from posttrain.config.settings import (
     NAME,
     AdapterConfig,
@@ -38,11 +27,9 @@ from posttrain.config.settings import (
     EpochsConfig,
     ModelConfig,
     OptimizerConfig,
-    SamplerConfig,
     SamplingConfig,
     StageBase,
     SystemsConfig,
-    TrainConfig,
 )
 
 METHOD_KIND = open_kind(METHODS, "method", tag="method", default="sft")
@@ -81,13 +68,10 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _unique(self) -> Recipe:
-        for what, names in (
-            ("stages", [s.name for s in self.stages]),
-            ("evaluations", [t.name for t in self.evaluate]),
-        ):
-            double = sorted({n for n in names if names.count(n) > 1})
-            if double:
-                raise ValueError(f"two {what} are named {double[0]!r}; give each a name of its own")
+        for kind, entries in (("stages", self.stages), ("evaluations", self.evaluate)):
+            names = [entry.name for entry in entries]
+            if double := sorted({n for n in names if names.count(n) > 1}):
+                raise ValueError(f"two {kind} are named {double[0]!r}; give each a different name")
         if not self.stages and not self.evaluate:
             raise ValueError("a recipe needs at least one stage or one evaluation")
         earlier: list[str] = []
@@ -131,19 +115,14 @@ def references(settings: Config) -> list[str]:
 
 __all__ = [
     "AdapterConfig",
-    "AdaptiveGroupSizeConfig",
     "ClassesConfig",
     "Config",
     "CurriculumConfig",
     "DataConfig",
-    "EntropyTargetConfig",
     "EnvironmentConfig",
-    "ExplorationConfig",
     "EpochsConfig",
     "EvaluationConfig",
-    "HeldOutConfig",
     "JudgeConfig",
-    "KLConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RLConfig",
@@ -152,14 +131,12 @@ __all__ = [
     "RewardConfig",
     "RewardsConfig",
     "RolloutConfig",
-    "SamplerConfig",
     "SamplingConfig",
     "ServerConfig",
     "StageBase",
     "StageConfig",
     "SystemsConfig",
     "TrackConfig",
-    "TrainConfig",
     "METHOD_KIND",
     "references",
 ]

@@ -25,7 +25,7 @@ from posttrain.core.ragged import RaggedBatch
 from posttrain.core.transfer import to_device
 from posttrain.models.backends import backend_for
 
-NAME = "posttrain"
+IMPLEMENTATION_NAME = "posttrain"
 
 
 class Decoding(Protocol):
@@ -239,7 +239,7 @@ def ragged_attention(
 
 
 def register() -> None:
-    """Register the function with transformers under NAME. No mask function is registered, so no mask is made."""
+    """Register the function with transformers; without a mask function, so that no mask is made."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, ragged_attention)
+    AttentionInterface.register(IMPLEMENTATION_NAME, ragged_attention)

@@ -201,7 +201,7 @@ def verify_scores(model: LanguageModel, layout: Layout) -> float:
         theirs = base(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits.float().cpu()[0]
     finally:
         if model.ragged:
-            base.set_attn_implementation(attention.NAME)
+            base.set_attn_implementation(attention.IMPLEMENTATION_NAME)
     difference = float((ours - theirs.reshape(ours.shape)).abs().max())
     if not difference <= (1e-3 if next(base.parameters()).dtype == torch.float32 else 0.3):
         raise ModelError(

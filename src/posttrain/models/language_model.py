@@ -40,7 +40,7 @@ class LanguageModel(nn.Module):
         self.hf = hf
         self.ragged = _supports_ragged(_base(hf))
         if self.ragged:
-            _base(hf).set_attn_implementation(attention.NAME)
+            _base(hf).set_attn_implementation(attention.IMPLEMENTATION_NAME)
         check_trainable(hf)
         no_dropout(hf)
         self.backend.replace_forwards(hf)
@@ -246,7 +246,7 @@ def verify(model: LanguageModel, tolerance: float | None = None) -> float:
         logits = base(input_ids=tokens[None].to(model.device), use_cache=False).logits[0, :-1].float()
     finally:
         if model.ragged:
-            base.set_attn_implementation(attention.NAME)
+            base.set_attn_implementation(attention.IMPLEMENTATION_NAME)
     theirs = logits.log_softmax(-1).gather(1, tokens[1:, None].to(model.device)).squeeze(1)
     difference = float((ours - theirs).abs().max())
     if tolerance is None:

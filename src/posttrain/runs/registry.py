@@ -51,5 +51,5 @@ def resolved(stage: Settings, made: Mapping[str, Path]) -> Settings:
 
 def made_in(run: Path, recipe: Recipe) -> dict[str, Path]:
     """Return what the stages of a run have made so far, the newest of each name, as `resolved` takes it."""
-    there = [(stage.name, run / "stages" / name / stage.makes) for name, stage in recipe.in_order()]
-    return {name: result for name, result in there if result.is_dir()}
+    results = [(stage.name, run / "stages" / name / stage.makes) for name, stage in recipe.in_order()]
+    return {name: result for name, result in results if result.is_dir()}
