@@ -1,4 +1,4 @@
-"""Every setting there is, checked as a whole before anything heavy loads (nothing here imports torch).
+"""All settings, checked as a whole before anything heavy loads (nothing here imports torch).
 
 A recipe is a model, a list of stages and a list of evaluations. Field descriptions are the reference: the command
 line and the documentation print them.
@@ -55,7 +55,7 @@ class Recipe(Config):
     rounds: int = Field(
         1,
         ge=1,
-        description="Times that the list of stages is gone through, each time from where it ended; folders of later rounds are NAME.2, NAME.3.",
+        description="Times that the list of stages is carried out, each time from the last model; folders of later rounds are NAME.2, NAME.3.",
     )
     evaluate: list[EvaluationConfig] = Field(
         default_factory=list, description="Measured before the first stage and after the last, on the same items."

@@ -14,7 +14,9 @@ class Pairing(Config):
     """How answers to the same prompt become pairs."""
 
     pairs_per_prompt: int = Field(
-        0, ge=0, description="Pairs of each prompt's answers, drawn so that every answer is used alike. 0: all pairs."
+        0,
+        ge=0,
+        description="Pairs of each prompt's answers, drawn so that every answer is used equally often. 0: all pairs.",
     )
     seed: int = Field(0, ge=0, description="Draws the pairs: two stages with the same one label the same pairs.")
 
@@ -28,8 +30,8 @@ class RatingsConfig(Pairing):
         None,
         description="Column with the ratings: a list, numbers separated by commas, {rater: rating}, or one number a row (rows of the same answer are put together).",
     )
-    rater: str | None = Field(None, description="Column that says who rated, where a row holds one rating.")
-    mean: str | None = Field(None, description="Column with the mean, where the single ratings are not there.")
+    rater: str | None = Field(None, description="Column that names the rater, if a row holds one rating.")
+    mean: str | None = Field(None, description="Column with the mean, if the single ratings are missing.")
     spread: str | None = Field(None, description="Column with the ratings' standard deviation, beside mean.")
     min_margin: float = Field(
         0.0, ge=0, description="Pairs whose means differ by less are left out, and counted. 0: only equal ones."
@@ -54,7 +56,7 @@ class PairsConfig(Config):
 
     kind: Literal["pairs"] = "pairs"
     data: DataConfig
-    rater: str | None = Field(None, description="Column that says who chose, for the agreement between raters.")
+    rater: str | None = Field(None, description="Column that names who chose, for the agreement between raters.")
 
 
 class CandidatesConfig(Pairing):
@@ -73,11 +75,11 @@ class ThumbsConfig(Pairing):
     label: str = Field(
         "label", description="Column with up or down: true, 1, up, good, yes; false, 0, -1, down, bad, no."
     )
-    rater: str | None = Field(None, description="Column that says who it was, for the agreement between raters.")
+    rater: str | None = Field(None, description="Column that names the rater, for the agreement between raters.")
 
 
 class SamplesConfig(Pairing):
-    """Answers sampled from the policy at hand."""
+    """Answers sampled from the policy."""
 
     kind: Literal["samples"] = "samples"
     problems: ProblemsConfig

@@ -35,7 +35,7 @@ class ModelConfig(Config):
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     chat_template: str | None = Field(
         None,
-        description="Jinja chat template (text or path of a file) in place of the tokenizer's own; needed for base models that have none.",
+        description="Jinja chat template (text or path of a file) that replaces the tokenizer's; needed for base models without one.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that ships with the model.")
 
@@ -86,7 +86,7 @@ class DataConfig(Config):
         "openassistant",
         "gsm8k",
         "flan",
-    ] = Field("auto", description="How a row is laid out; auto recognises it from the columns and says which it took.")
+    ] = Field("auto", description="How a row is laid out; auto recognises it from the columns and reports its choice.")
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="Renames before the layout is applied: {ours: theirs}, for example {prompt: question}.",
@@ -100,7 +100,7 @@ class DataConfig(Config):
     completion: str | None = Field(None, description="Template with {column} fields that makes the completion.")
     loss_on: Literal["completion", "assistant", "all"] = Field(
         "completion",
-        description="Which tokens are learnt: the last assistant turn, every assistant turn, or all tokens.",
+        description="Tokens that get a loss: the last assistant turn, every assistant turn, or all tokens.",
     )
     chat: bool = Field(
         True,
@@ -109,7 +109,7 @@ class DataConfig(Config):
     max_tokens: int | None = Field(
         None,
         ge=2,
-        description="Longest sample in tokens; None: the model's context length. A longer row is a bad row, or is cut where on_long says so.",
+        description="Longest sample in tokens; None: the model's context length. A longer row is a bad row, or is truncated (on_long).",
     )
     on_bad_row: Literal["stop", "skip"] = Field(
         "stop",
@@ -162,12 +162,12 @@ class OptimizerConfig(Config):
 
     lr: float = Field(2e-5, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="What the learning rate does after warm-up."
+        "cosine", description="Course of the learning rate after warm-up."
     )
     warmup: float = Field(
         0.05, ge=0, description="Steps of linear warm-up; below 1: that fraction of all steps. 0: none."
     )
-    min_lr: float = Field(0.0, ge=0, description="Where linear and cosine schedules end.")
+    min_lr: float = Field(0.0, ge=0, description="Final value of the linear and cosine schedules.")
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(
@@ -221,12 +221,12 @@ class TrainConfig(StageBase):
 
     adapter: AdapterConfig | None = Field(None, description="Train adapters on a frozen model. None: every weight.")
     merge: bool = Field(
-        True, description="Merge adapters into the final model's weights (the adapter is kept beside it)."
+        True, description="Merge adapters into the final model's weights (the adapter is saved as well)."
     )
     systems: SystemsConfig = SystemsConfig()
     checkpoint_every: int = Field(25, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(
-        2, ge=2, description="How many to keep; two at least, so that a damaged one can be done without."
+        2, ge=2, description="Number of checkpoints to keep; at least two, in case one is damaged."
     )
 
 
@@ -235,7 +235,9 @@ class EpochsConfig(TrainConfig):
 
     batch_size: int = Field(16, ge=1, description="Rows a step, over all ranks.")
     epochs: float = Field(1.0, gt=0, description="Passes over the data.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after this many steps. None: as many as epochs need.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after this many steps. None: the number that epochs need."
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
@@ -252,7 +254,7 @@ class SamplingConfig(Config):
     )
     max_tokens: int = Field(256, ge=1, description="Longest completion in tokens.")
     min_tokens: int = Field(0, ge=0, description="End and stop tokens can't be drawn before this many tokens.")
-    stop: list[str] = Field(default_factory=list, description="Strings that end a completion; left out of its text.")
+    stop: list[str] = Field(default_factory=list, description="Strings that end a completion; not part of its text.")
     stop_tokens: list[int] = Field(
         default_factory=list, description="Token ids that end a completion, besides the model's own."
     )

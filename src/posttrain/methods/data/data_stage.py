@@ -28,7 +28,7 @@ class DataStage(Stage):
     """Make rows, `folder`/data/rows.jsonl, by `make`.
 
     Attributes:
-        prompts: What the model is asked, for methods that sample; set by `load_prompts`.
+        prompts: Prompts of a method that samples; set by `load_prompts`.
     """
 
     prompts: Sequence[RenderedPrompt]
