@@ -30,7 +30,7 @@ GRPO = {
     "method": "grpo",
     "name": "rl",
     "rewards": {"terms": [{"kind": "length", "unit": "characters", "target": 24, "width": 60}]},
-    "optimizer": {"lr": 3e-4},
+    "optimizer": {"lr": 1e-4},  # at 3e-4 the policy of one run in two collapsed to a uniform distribution
     "checkpoint_every": 100,
 }
 
