@@ -146,3 +146,25 @@ def test_files_and_functions_stay_short() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 assert length < 80, f"{name_of(path)}.{node.name} has {length} lines"
+
+
+def modules_imported(node: ast.AST, names: dict[str, Path]) -> Iterator[str]:
+    """Modules of the package imported below `node`, inside functions too; what only type checkers see is left out."""
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child):
+            continue
+        if isinstance(child, ast.ImportFrom) and child.module and child.module.startswith("posttrain"):
+            package = child.module.removeprefix("posttrain").lstrip(".")
+            for alias in child.names:
+                inner = f"{package}.{alias.name}".lstrip(".")
+                yield inner if inner in names else package
+        yield from modules_imported(child, names)
+
+
+def test_no_circle_of_modules() -> None:
+    names = {name_of(p): p for p in MODULES if name_of(p) != "__init__"}  # the public face loads names lazily
+    edges = {n: set(modules_imported(ast.parse(p.read_text()), names)) & set(names) - {n} for n, p in names.items()}
+    while edges:  # remove what imports nothing that is left, until only circles are left
+        leaves = {name for name, others in edges.items() if not others & set(edges)}
+        assert leaves, f"modules import each other in a circle, or are imported by one: {sorted(edges)}"
+        edges = {name: others for name, others in edges.items() if name not in leaves}

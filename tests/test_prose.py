@@ -19,12 +19,6 @@ SOURCE = ROOT / "src" / "posttrain"
 MODULES = sorted(SOURCE.rglob("*.py"))
 DOCS = sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), *ROOT.glob("*.md")])
 
-ALLOWED = {
-    "__init__.py",
-    "methods",
-}
-"""Folders that are still to be rewritten: remove a name when its folder passes. Empty at the end."""
-
 NOT_A_VERB = set(
     "what whether how where who when which why the a an this that these those it its one two all every each some any "
     "no none true false for of in on at as if with without by to from also only same".split()
@@ -149,17 +143,11 @@ def names_in_two_modules() -> dict[str, list[Path]]:
 
 @pytest.mark.parametrize("path", [*MODULES, *DOCS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_docstrings_imports_and_docs(path: Path) -> None:
-    if folder_of(path) not in ALLOWED:
-        assert not problems_in(path), "\n".join(problems_in(path))
+    assert not problems_in(path), "\n".join(problems_in(path))
 
 
 def test_no_public_name_and_no_file_name_twice() -> None:
-    for name, paths in names_in_two_modules().items():
-        assert {folder_of(p) for p in paths} & ALLOWED, f"{name} is in {', '.join(str(p) for p in paths)}"
-
-
-def test_the_list_of_folders_to_do_names_folders_that_exist() -> None:
-    assert not ALLOWED - {folder_of(p) for p in [*MODULES, *DOCS]}
+    assert not names_in_two_modules()
 
 
 def test_the_checks_find_what_they_are_for() -> None:
@@ -178,7 +166,7 @@ def test_the_checks_find_what_they_are_for() -> None:
 
 
 if __name__ == "__main__":
-    wanted = set(sys.argv[1:]) or ALLOWED
+    wanted = set(sys.argv[1:]) or {folder_of(p) for p in [*MODULES, *DOCS]}
     for one in [*MODULES, *DOCS]:
         if folder_of(one) in wanted:
             print(*problems_in(one), sep="\n", end="\n" if problems_in(one) else "")

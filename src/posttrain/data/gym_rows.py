@@ -10,10 +10,9 @@ from urllib.parse import parse_qsl
 import yaml
 
 from posttrain.core.errors import DataError, MissingExtraError
-from posttrain.data.prompt_sources import GymPrompts
 
 GYM_PREFIX = "reasoning-gym:"
-DEFAULT_SIZE = GymPrompts.Config.model_fields["size"].default
+DEFAULT_SIZE = 500
 """Number of items if a source does not say, as for problems."""
 
 

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from posttrain.config.problems import PromptConfig
 from posttrain.config.settings import DataConfig
 from posttrain.core.errors import DataError, MissingExtraError
+from posttrain.data.gym_rows import DEFAULT_SIZE, make_items
 
 PromptRow = dict[str, Any]
 """One problem: `messages` (the turns), `prompt` (text of the last user turn), `answer`, `source`, and whatever else the
@@ -82,7 +83,7 @@ class GymPrompts:
 
         kind: Literal["reasoning-gym"] = "reasoning-gym"
         name: str = Field(description="Name of the reasoning-gym data set, for example gsm_symbolic.")
-        size: int = Field(500, ge=1, description="How many problems are made.")
+        size: int = Field(DEFAULT_SIZE, ge=1, description="How many problems are made.")
         seed: int = Field(0, ge=0, description="Seeds them; another seed for held-out ones.")
         options: dict[str, Any] = Field(default_factory=dict, description="Settings of that data set.")
         system: str | None = Field(None, description="System message put first.")
@@ -94,8 +95,6 @@ class GymPrompts:
 
     def load(self) -> list[PromptRow]:
         """Return the items of the data set. Raises DataError, and MissingExtraError without reasoning-gym."""
-        from posttrain.data.gym_rows import make_items
-
         c = self.config
         return [
             {

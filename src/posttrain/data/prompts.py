@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.config import DataConfig
 from posttrain.config.problems import PROMPTS
 from posttrain.data import chat_template as chat
 from posttrain.data.encoding import require_chat_template, without_end
 from posttrain.data.formats import BadRow, Record, Row, make_message, required_field, to_record
-from posttrain.data.prompt_sources import PromptRow, RowPrompts
 from posttrain.data.rows import BadRows, PreparedItems, Rows, count_repeats, manifest_entry, open_rows
+
+if TYPE_CHECKING:
+    from posttrain.data.prompt_sources import PromptRow, RowPrompts
 
 NO_ANSWER = "(no answer)"
 """Stands for the answer of a problem that has none; no reward takes it for a right one."""

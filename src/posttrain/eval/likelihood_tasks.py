@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from posttrain.core.errors import DataError
-from posttrain.core.types import Sample as TrainingSample
 from posttrain.data.encoding import prompt_tokens, prompt_with_completion
-from posttrain.eval.evaluation_tasks import ChoiceTask, Chunk, EvaluationItems, EvaluationRun, GenerateTask
-from posttrain.models.language_model import LanguageModel
 from posttrain.sampling.greedy import greedy
+
+if TYPE_CHECKING:
+    from posttrain.core.types import Sample as TrainingSample
+    from posttrain.eval.evaluation_tasks import ChoiceTask, Chunk, EvaluationItems, EvaluationRun, GenerateTask
+    from posttrain.models.language_model import LanguageModel
 
 CHUNK_TOKENS = 8192
 """Tokens of one forward pass: also how much is done again after a crash."""

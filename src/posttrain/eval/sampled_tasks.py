@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,17 +19,19 @@ import torch
 from posttrain import sandbox
 from posttrain.config.rewards import RewardsConfig
 from posttrain.config.sandbox import SandboxConfig
-from posttrain.core.progress import Track
 from posttrain.core.statistics import interval_of_means
-from posttrain.core.types import Rollout
-from posttrain.data.prompts import RenderedPrompt
 from posttrain.eval import pass_at_k as inference
-from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun, SampleTask
 from posttrain.rewards import programs
 from posttrain.rewards.answer_extraction import find, normal, number_of
 from posttrain.rewards.stack import RewardStack, ScoredGroups
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request, Sampler
+
+if TYPE_CHECKING:
+    from posttrain.core.progress import Track
+    from posttrain.core.types import Rollout
+    from posttrain.data.prompts import RenderedPrompt
+    from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun, SampleTask
 
 COMPLETIONS_PER_CHUNK = 256
 """Completions of one chunk, approximately: also how much is done again after a crash."""

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from posttrain.core.progress import Track
-from posttrain.core.types import Rollout
-from posttrain.data.prompts import RenderedPrompt
-from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun, ScoreTask
 from posttrain.eval.sampled_tasks import in_chunks
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request, Sampler
+
+if TYPE_CHECKING:
+    from posttrain.core.progress import Track
+    from posttrain.core.types import Rollout
+    from posttrain.data.prompts import RenderedPrompt
+    from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun, ScoreTask
 
 
 def score_chunks(run: EvaluationRun, task: ScoreTask.Config) -> Iterator[Chunk]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.core import distributed
 from posttrain.core.progress import Phases, Track
 from posttrain.data.preference_rows import Pair
 from posttrain.methods.preference.objectives import objective, pair_loss, pair_samples
-from posttrain.methods.preference.online import OnlineDPOConfig
-from posttrain.methods.rl.collect_rollouts import RolloutCollector
 from posttrain.methods.rl.sequence_logprobs import TrainingSequence, training_sequences
-from posttrain.methods.rl.step_recorder import StepRecorder
-from posttrain.models.language_model import LanguageModel
 from posttrain.trainer.loop import Trainer
 from posttrain.trainer.reference_model import sums_of, without_adapters
-from posttrain.trainer.train_step import Learner, StepResult
+
+if TYPE_CHECKING:
+    from posttrain.methods.preference.online import OnlineDPOConfig
+    from posttrain.methods.rl.collect_rollouts import RolloutCollector
+    from posttrain.methods.rl.step_recorder import StepRecorder
+    from posttrain.models.language_model import LanguageModel
+    from posttrain.trainer.train_step import Learner, StepResult
 
 
 class OnlinePairTrainer(Trainer):

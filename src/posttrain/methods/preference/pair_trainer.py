@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from posttrain.core.progress import Track
 from posttrain.core.types import Sample
 from posttrain.data.preference_rows import Pair, Unpaired
 from posttrain.losses import preference_loss as pref
@@ -22,11 +21,14 @@ from posttrain.methods.preference.objectives import (
     pair_samples,
     pair_scores,
 )
-from posttrain.methods.preference.offline import PreferenceConfig
-from posttrain.models.language_model import LanguageModel
 from posttrain.trainer.loop import BatchAt, BatchTrainer, permutation_batches
 from posttrain.trainer.reference_model import Reference, Unit, sums_of
 from posttrain.trainer.train_step import Learner, StepResult
+
+if TYPE_CHECKING:
+    from posttrain.core.progress import Track
+    from posttrain.methods.preference.offline import PreferenceConfig
+    from posttrain.models.language_model import LanguageModel
 
 PreferenceItems = Sequence[Pair | Unpaired]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,11 +17,13 @@ from posttrain.core.files import Lines, read_lines
 from posttrain.core.progress import Track
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.data.process_rows import PreparedChains, StepChain, chain_samples, split_steps
-from posttrain.data.prompts import RenderedPrompt
-from posttrain.methods.reward_model.process import RolloutLabelsConfig
-from posttrain.rewards.stack import RewardStack
-from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request
+
+if TYPE_CHECKING:
+    from posttrain.data.prompts import RenderedPrompt
+    from posttrain.methods.reward_model.process import RolloutLabelsConfig
+    from posttrain.rewards.stack import RewardStack
+    from posttrain.sampling.engine import LocalSampler
 
 LabelledRow = dict[str, Any]
 

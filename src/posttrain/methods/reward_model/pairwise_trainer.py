@@ -9,30 +9,32 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from posttrain.config import ModelConfig, SystemsConfig
 from posttrain.core import distributed
 from posttrain.core.files import write_json, write_lines
-from posttrain.core.progress import Track
-from posttrain.core.ragged import RaggedBatch
-from posttrain.core.types import Sample
-from posttrain.data.preference_rows import Pair
 from posttrain.eval.calibration import judged_pairs
 from posttrain.losses.reward_loss import bradley_terry, bradley_terry_metrics, centring, combine_members
-from posttrain.methods.reward_model.pairwise import RewardModelConfig, RewardModelStage
 from posttrain.methods.reward_model.scorer_stage import ScorerStage
 from posttrain.models.classification_head import padding, score_index, scores_at
-from posttrain.models.language_model import LanguageModel
 from posttrain.rewards.reward_model_scorer import INDEX
 from posttrain.trainer.loop import BatchTrainer, OnStep, permutation_batches
 from posttrain.trainer.policy import LoadedPolicy, save_atomically
-from posttrain.trainer.stage import StageRun
 from posttrain.trainer.token_budget import token_budget
 from posttrain.trainer.train_step import Learner, LossFunction
+
+if TYPE_CHECKING:
+    from posttrain.config import ModelConfig, SystemsConfig
+    from posttrain.core.progress import Track
+    from posttrain.core.ragged import RaggedBatch
+    from posttrain.core.types import Sample
+    from posttrain.data.preference_rows import Pair
+    from posttrain.methods.reward_model.pairwise import RewardModelConfig, RewardModelStage
+    from posttrain.models.language_model import LanguageModel
+    from posttrain.trainer.stage import StageRun
 
 UNMEASURED_PAIRS = 256
 """Training pairs from which a reward's mean and standard deviation are taken if nothing is held out."""

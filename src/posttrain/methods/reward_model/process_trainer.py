@@ -4,34 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from posttrain.config import ModelConfig
 from posttrain.core import distributed
 from posttrain.core.errors import ModelError
 from posttrain.core.files import read_lines, write_json, write_lines
-from posttrain.core.progress import Track
-from posttrain.core.ragged import RaggedBatch
-from posttrain.core.types import Sample
 from posttrain.data.process_rows import PreparedChains
-from posttrain.data.prompts import PromptSet
 from posttrain.eval.calibration import judged_steps
 from posttrain.losses.reward_loss import step_logits, step_loss, step_metrics
 from posttrain.methods.data.data_stage import open_sampler
 from posttrain.methods.reward_model.monte_carlo import Labeller, labelled_chains
-from posttrain.methods.reward_model.process import ProcessRewardConfig, RolloutLabelsConfig
 from posttrain.models.classification_head import has_head, scores_at
-from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_tokenizer
 from posttrain.rewards.stack import RewardStack
 from posttrain.trainer.loop import BatchTrainer, permutation_batches
-from posttrain.trainer.policy import LoadedPolicy
-from posttrain.trainer.stage import Functions, StageRun
 from posttrain.trainer.token_budget import token_budget
 from posttrain.trainer.train_step import Learner
+
+if TYPE_CHECKING:
+    from posttrain.config import ModelConfig
+    from posttrain.core.progress import Track
+    from posttrain.core.ragged import RaggedBatch
+    from posttrain.core.types import Sample
+    from posttrain.data.prompts import PromptSet
+    from posttrain.methods.reward_model.process import ProcessRewardConfig
+    from posttrain.models.language_model import LanguageModel
+    from posttrain.trainer.policy import LoadedPolicy
+    from posttrain.trainer.stage import Functions, StageRun
 
 
 def label_prompts(
@@ -60,8 +62,7 @@ def label_prompts(
     Raises:
         ModelError: The stage runs under torchrun, or the model is a process reward model.
     """
-    labels = config.labels
-    assert isinstance(labels, RolloutLabelsConfig)
+    labels: Any = config.labels
     if distributed.world() > 1:
         raise ModelError("chains are labelled in one process so far; start it without torchrun")
     if has_head(model, "token"):

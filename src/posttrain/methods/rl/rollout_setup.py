@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
+from typing import TYPE_CHECKING
 
 from posttrain.config.rl import RLConfig, RolloutConfig
 from posttrain.methods.rl.collect_rollouts import RolloutCollector
 from posttrain.methods.rl.gold_scorer import GoldScorer
-from posttrain.methods.rl.hooks import Hook
-from posttrain.methods.rl.rl_stage import StagePrompts
 from posttrain.methods.rl.step_recorder import StepRecorder
-from posttrain.models.language_model import LanguageModel
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.environments import environment
 from posttrain.sampling.multi_turn import TurnSampler, in_turns
-from posttrain.sampling.protocol import Sampler
-from posttrain.trainer.policy import LoadedPolicy
 from posttrain.trainer.reference_model import frozen_beside
-from posttrain.trainer.stage import Functions, StageRun
+
+if TYPE_CHECKING:
+    from posttrain.methods.rl.hooks import Hook
+    from posttrain.methods.rl.rl_stage import StagePrompts
+    from posttrain.models.language_model import LanguageModel
+    from posttrain.sampling.protocol import Sampler
+    from posttrain.trainer.policy import LoadedPolicy
+    from posttrain.trainer.stage import Functions, StageRun
 
 
 def open_rollouts(
