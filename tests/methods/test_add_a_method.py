@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from posttrain.core import imports
 from posttrain.core.errors import RecipeError
 from posttrain.recipe.parsing import load_recipe
 from tests.invariants import warm
@@ -26,7 +29,12 @@ EXAMPLES = [  # recipe, module, most lines, misspelt setting, metric that must h
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(imports, "_FOLDERS", [])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    modules = [name.removesuffix(".py") for name in FILES]
+    for name in modules:  # other tests have modules of these names too
+        sys.modules.pop(name, None)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     sums = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}", "answer": str(2 * i)} for i in range(24)]
@@ -34,7 +42,9 @@ def folder(tmp_path: Path) -> Path:
     for name, rows in (("rows", sums), ("pairs", pairs), ("problems", sums)):
         kept = [{k: v for k, v in r.items() if k != ("completion" if name == "problems" else "answer")} for r in rows]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
-    return tmp_path
+    yield tmp_path
+    for name in modules:
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(("recipe", "module", "most"), [e[:3] for e in EXAMPLES])

@@ -14,9 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
@@ -24,6 +22,9 @@ from posttrain.core.files import file_hash
 from posttrain.data.gym_rows import GYM_PREFIX, gym_source_rows
 from posttrain.data.synthetic import sum_chains as chains
 from posttrain.data.synthetic import sums
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NumberedRows = Iterator[tuple[int, dict[str, Any]]]
 ENDINGS = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
@@ -77,6 +78,8 @@ def read_table(config: DataConfig) -> Table:
 
 def in_order(config: DataConfig, count: int) -> np.ndarray:
     """Return the indices of the configured rows of `count`, shuffled, then cut. Raises DataError if there are fewer."""
+    import numpy as np
+
     order = np.arange(count)
     if config.shuffle_seed is not None:
         order = np.random.default_rng(config.shuffle_seed).permutation(count)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
+
 
 from posttrain.core.errors import DataError
 from posttrain.data.readers import packaged_or_own
@@ -34,4 +36,6 @@ def read_principles(path: str) -> list[str]:
 def by_content(*content: Any) -> np.random.Generator:
     """Return a random generator that depends on the values (of JSON) alone, wherever and whenever it is made."""
     text = json.dumps(list(content), sort_keys=True).encode()
+    import numpy as np
+
     return np.random.default_rng(int.from_bytes(hashlib.sha256(text).digest()[:8], "big"))
