@@ -37,7 +37,7 @@ StageConfig = Annotated[StageBase, METHOD_KIND]
 
 
 class TrackConfig(Config):
-    """Where metrics go besides the run's own folder."""
+    """Settings of metric loggers besides the run's folder."""
 
     tensorboard: bool = Field(False, description="Write TensorBoard events into the run (extra: track).")
     wandb: str | None = Field(None, description="Weights & Biases project (extra: track). None: off.")

@@ -11,7 +11,7 @@ from posttrain.config.settings import Config, DataConfig, SamplerConfig
 
 
 class Pairing(Config):
-    """How answers to the same prompt become pairs."""
+    """Settings of making pairs from answers to the same prompt."""
 
     pairs_per_prompt: int = Field(
         0,

@@ -12,7 +12,7 @@ from posttrain.config.settings import Config
 
 
 class PromptConfig(Config):
-    """How prompts from any source are put to the model."""
+    """Settings of rendering prompts of any source."""
 
     template: str | None = Field(
         None,

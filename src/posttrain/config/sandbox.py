@@ -8,7 +8,7 @@ from posttrain.config.settings import Config
 
 
 class SandboxConfig(Config):
-    """What a program may use. There is no network, and no file but its own, whatever is set here."""
+    """Limits of a program. There is no network, and no file but its own, whatever is set here."""
 
     seconds: float = Field(5.0, gt=0, le=600, description="Time by the clock; as much processor time per process.")
     memory_mb: int = Field(512, ge=32, description="Memory of all its processes together, MiB.")

@@ -177,7 +177,7 @@ class OptimizerConfig(Config):
 
 
 class SystemsConfig(Config):
-    """How the step is computed. Nothing here changes what the step computes."""
+    """Settings of computing a step. Nothing here changes what the step computes."""
 
     tokens_per_micro_batch: int | None = Field(
         None,
@@ -202,7 +202,7 @@ class SystemsConfig(Config):
 
 
 class StageBase(Config):
-    """What every stage has, whatever it does. A value ``stage:NAME`` stands for what the stage of that name made."""
+    """Settings of every stage. A value ``stage:NAME`` stands for what the stage of that name made."""
 
     makes: ClassVar[Literal["model", "data", "reward_model"]] = "model"
     """What the stage leaves in its folder: only a model is handed on to the next stage; others are named to be used."""
@@ -217,7 +217,7 @@ class StageBase(Config):
 
 
 class TrainConfig(StageBase):
-    """What every stage that trains a model has."""
+    """Settings of every stage that trains a model."""
 
     adapter: AdapterConfig | None = Field(None, description="Train adapters on a frozen model. None: every weight.")
     merge: bool = Field(
@@ -231,7 +231,7 @@ class TrainConfig(StageBase):
 
 
 class EpochsConfig(TrainConfig):
-    """What every stage has that goes over rows of data, batch by batch."""
+    """Settings of every stage that trains on rows in epochs."""
 
     batch_size: int = Field(16, ge=1, description="Rows a step, over all ranks.")
     epochs: float = Field(1.0, gt=0, description="Passes over the data.")
@@ -242,7 +242,7 @@ class EpochsConfig(TrainConfig):
 
 
 class SamplingConfig(Config):
-    """How completions are drawn. Cut-offs apply in this order: temperature, top_k, top_p, min_p."""
+    """Settings of drawing completions. Cut-offs apply in this order: temperature, top_k, top_p, min_p."""
 
     temperature: float = Field(1.0, ge=0, description="Divides the logits; 0 takes the likeliest token every time.")
     top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0: all.")

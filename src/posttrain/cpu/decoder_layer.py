@@ -30,7 +30,7 @@ GIVEN = {"self", "hidden_states", "position_embeddings", "attention_mask", "past
 
 
 class Places(Protocol):
-    """What a layer needs to know of a decoding step; see `posttrain.sampling.kv_cache.Step`."""
+    """Inputs of a layer in a decoding step; see `posttrain.sampling.kv_cache.Step`."""
 
     layer: int
     known: dict[int, native.Layer | None]

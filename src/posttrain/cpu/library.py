@@ -358,7 +358,7 @@ def _compiled() -> Path:
 
 
 def _processor() -> bytes:
-    """What -march=native depends on: a cache folder may be shared by machines."""
+    """Return what -march=native depends on: machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
@@ -369,7 +369,7 @@ def _processor() -> bytes:
 
 @torch.no_grad()
 def _right(k: Kernels) -> bool:
-    """Whether products, norms and gates are torch's to rounding, on shapes that reach every tile."""
+    """Return whether products, norms and gates equal torch's up to rounding, on shapes that reach every tile."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:  # whatever kind of number is usual elsewhere

@@ -1,4 +1,4 @@
-"""What makes a CPU fast: the quicker route for matrix products, and memory that is not given back.
+"""Speed on a CPU: the quicker route for matrix products, and memory that is not given back.
 
 torch's default float32 products on x86 go through MKL, which keeps to 256-bit instructions on processors that are
 not Intel's; oneDNN, which torch also carries, uses 512-bit ones: twice the rate on such a machine. torch takes
@@ -56,7 +56,7 @@ def _try_onednn() -> bool:
 
 
 def _full_precision() -> bool:
-    """Whether products in every layout that training uses keep float32's accuracy (bfloat16's error: 1,000 times)."""
+    """Return whether products in all layouts keep float32's accuracy (bfloat16's error: 1,000 times)."""
     generator = torch.Generator().manual_seed(0)
     for rows, inner, columns in ((1, 576, 96), (33, 512, 160), (257, 1024, 96)):
         a = torch.randn(rows, inner, generator=generator)

@@ -21,7 +21,7 @@ SLACK = 64
 
 @dataclass
 class _Way:
-    """How one tensor is made, for as many as were promised it; made once for all of them."""
+    """Recipe of a tensor that several consumers were promised; computed once for all of them."""
 
     make: Callable[[], Tensor]
     waiting: int = 0

@@ -44,7 +44,7 @@ def kernels_for(query: Tensor, key: Tensor, value: Tensor) -> native.Kernels | N
 @torch.inference_mode(False)  # the first to ask may be a sampler
 @torch.no_grad()
 def _right(kernels: native.Kernels) -> bool:
-    """Whether results and gradients are those of a softmax in float64, on a prompt of 70 tokens with two answers."""
+    """Return whether results and gradients equal a softmax in float64, on a prompt of 70 tokens with two answers."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, d_out = (torch.randn(n, 130, 32, generator=generator) for n in (2, 1, 1, 2))
     segments = torch.tensor([[0, 70, 125], [70, 125, 130], [-1, 0, 0]])

@@ -1,4 +1,4 @@
-"""How well a reward model's numbers agree with what people, or outcomes, say: accuracy, calibration, length bias, AUC.
+"""Agreement of a reward model with people or outcomes: accuracy, calibration, length bias, AUC.
 
 Functions of numbers that import numpy alone, as `posttrain.core.statistics`, whose intervals they use.
 """

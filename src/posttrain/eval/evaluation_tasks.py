@@ -29,7 +29,7 @@ Chunk = tuple[int, Callable[[Track], EvaluationItems]]
 
 @dataclass(frozen=True)
 class EvaluationRun:
-    """What an evaluation works with.
+    """Inputs of an evaluation.
 
     Attributes:
         model: The model, in evaluation mode.

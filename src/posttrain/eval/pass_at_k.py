@@ -1,4 +1,4 @@
-"""What k completions of a question are worth when N >= k were sampled: pass@k, votes, the best by a score.
+"""Value of k completions of a question when N >= k were sampled: pass@k, votes, the best by a score.
 
 Each is the mean over all subsets of size k of the N, so that one set of samples gives the whole curve, and a curve's
 points differ by k alone and not by which completions were drawn. A choice between equals is even: its mean is taken.

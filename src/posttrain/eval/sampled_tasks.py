@@ -177,7 +177,7 @@ def answer_of(text: str, task: SampleTask.Config) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _printed(text: str, limits: SandboxConfig) -> str | None:
-    """What the program prints; samples of a question are often the same program."""
+    """Return what the program prints; samples of a question are often the same program."""
     return programs.printed(text, limits)
 
 

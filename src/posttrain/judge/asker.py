@@ -38,7 +38,7 @@ class JudgeRequest:
 
 @dataclass(frozen=True, slots=True)
 class JudgeAnswer:
-    """What came back. probabilities: of each label, as the judge's own tokens give them, not scaled to sum to 1; None
+    """A judge's answer. probabilities: of each label, as the judge's own tokens give them, not scaled to sum to 1; None
     where there are none, and the text has to be read. refused: why the judge would not take the question."""
 
     text: str = ""

@@ -1,4 +1,4 @@
-"""What a judge is asked, word for word, and how its words are read where it gives no probabilities."""
+"""Prompts of a judge, word for word, and reading of its words if it gives no probabilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to think of a judge: does it stand by its word in both orders, favour a place or length, agree with people."""
+"""Quality of a judge: consistency in both orders, bias to a position or length, agreement with people."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _scores(ok: Sequence[JudgedPair]) -> dict[str, Any]:
 
 
 def _lengths(ok: Sequence[JudgedPair]) -> dict[str, Any]:
-    """How often the longer answer wins: by the judge, and by people on the same pairs."""
+    """Return how often the longer answer wins: by the judge, and by people on the same pairs."""
     unequal = [j for j in ok if len(j.pair.a) != len(j.pair.b) and j.p_a != 0.5]
     if not unequal:
         return {}
@@ -116,7 +116,7 @@ def _hit(p: float | None, human: float | None) -> float:
 
 
 def _disagreements(ok: Sequence[JudgedPair], show: int) -> list[dict[str, Any]]:
-    """Where judge and people are surest of opposite answers; without people, where the orders differ most."""
+    """Return pairs with opposite answers of judge and people, surest first; without people, of the two orders."""
 
     def gap(j: JudgedPair) -> float:
         assert j.p_a is not None

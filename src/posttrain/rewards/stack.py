@@ -43,7 +43,7 @@ class Excluded:
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroups:
-    """What a call returns.
+    """Result of a call.
 
     Attributes:
         groups: In their order, each rollout with its rewards, without those in `excluded` (a group may be empty).

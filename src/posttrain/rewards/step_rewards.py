@@ -143,7 +143,7 @@ def _right(text: str) -> tuple[Fraction, bool, int] | None:
 
 
 def _operates(text: str) -> bool:
-    """Whether there is an operator between two numbers, and not only a sign."""
+    """Return whether there is an operator between two numbers, and not only a sign."""
     return re.search(rf"[0-9.)\]}}]\s*[{re.escape(OPERATORS)}]", text) is not None
 
 

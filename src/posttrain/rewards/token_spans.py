@@ -47,7 +47,7 @@ def token_spans(tokenizer: Any, tokens: Sequence[int], text: str) -> Spans:
 
 
 def _ends(tokenizer: Any, tokens: Sequence[int]) -> tuple[list[int | None], str]:
-    """How many characters are certain after each token (None: it leaves one unfinished), a stretch at a time.
+    """Yield how many characters are certain after each token (None: it leaves one unfinished), a stretch at a time.
 
     And the text as the stretches give it: the whole text, unless a stretch changes what stands before it.
     """
@@ -71,7 +71,7 @@ def _ends(tokenizer: Any, tokens: Sequence[int]) -> tuple[list[int | None], str]
 
 
 def _slow_ends(tokenizer: Any, tokens: Sequence[int], whole: str) -> list[int | None]:
-    """The same by decoding every beginning from the first token on."""
+    """Yield the same by decoding every beginning from the first token on."""
     ends: list[int | None] = []
     for i in range(len(tokens)):
         text = _decode(tokenizer, tokens[: i + 1])

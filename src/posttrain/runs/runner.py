@@ -43,7 +43,7 @@ NOT_HASHED = ("checkpoints", "report.html", "manifest.json", ".lock", "tensorboa
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a finished run left things, and what it measured.
+    """Paths and measurements of a finished run.
 
     Attributes:
         folder: Folder of the run.

@@ -45,7 +45,7 @@ def rounded(n: int, most: int, least: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a graph is recorded for."""
+    """Shape that a graph is recorded for."""
 
     rows: int
     own_columns: int

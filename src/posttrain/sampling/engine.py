@@ -149,7 +149,7 @@ class LocalSampler:
         ]
 
     def _limit(self, i: int, request: Request, params: SamplingConfig) -> int:
-        """How many tokens a completion of this prompt may have."""
+        """Return how many tokens a completion of this prompt may have."""
         length = len(request.tokens)
         if not length:
             raise DataError(f"prompt {i} has no tokens; give at least one (the beginning-of-text token, say)")

@@ -42,7 +42,7 @@ def greedy(
 def _generated(
     model: LanguageModel, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 16
 ) -> list[list[int]]:
-    """The same by `generate`: prompts of like length together, padded on the left, which it masks."""
+    """Return greedy answers by `generate`: prompts of like length together, padded on the left, which it masks."""
     base = model.base
     ends = stop_tokens(base, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)

@@ -1,4 +1,4 @@
-"""How much memory there is for this process: the machine's, or what its control groups leave of it, shared by ranks."""
+"""Memory that this process may use: the machine's, or what its control groups leave of it, shared by ranks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def group_limit(groups: Path = GROUPS, membership: Path = MEMBERSHIP) -> float:
 
 
 def _read(file: Path) -> float:
-    """What a file of a limit says: `max`, or a number of bytes. inf where it is not there or may not be read."""
+    """Return the content of a limit's file: `max`, or a number of bytes. inf where it is not there or may not be read."""
     try:
         text = file.read_text().strip()
     except OSError:

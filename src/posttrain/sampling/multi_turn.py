@@ -130,7 +130,7 @@ class TurnSampler:
         taken: set[tuple[int, int]] = set()
 
         def ended(i: int, j: int, rollout: Rollout) -> None:
-            """What needs no answer is done as it ends, so that progress shows."""
+            """Report a completion that needs no answer as it ends, so that progress shows."""
             taken.add((i, j))
             self._turn(members[i][j], rollout, params)
             tell(members[i][j])

@@ -1,4 +1,4 @@
-"""What samples: prompts in, rollouts out. One small protocol for the engine here and for servers."""
+"""Protocol of samplers: prompts in, rollouts out; for the local engine and for servers."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def oldest(rollout: Rollout, step: int) -> int:
 
 @dataclass(frozen=True)
 class Growth:
-    """How completions grow piece by piece.
+    """Growth of completions in pieces over several steps.
 
     tokens: of a piece, at most (None: a completion ends in its step). sampling: as the settings have it. context: of
     the model, in tokens. decode: (tokens, leave out special ones) -> text.

@@ -36,7 +36,7 @@ class SandboxError(PosttrainError, RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class ProgramResult:
-    """How a program ended.
+    """Outcome of a program.
 
     status: ok (exit code 0), error (another, or a signal), or the limit that ended it. stdout, stderr: what it wrote,
     until then. code: exit code, 128 + signal where one ended it, -1 where a limit did. seconds: by the clock.

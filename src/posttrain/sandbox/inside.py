@@ -1,4 +1,4 @@
-"""What runs first in the sandbox: its limits, then the program. Imports nothing of posttrain: it runs alone."""
+"""First code in the sandbox: sets the limits, then runs the program. Imports nothing of posttrain: it runs alone."""
 
 import resource
 import sys

@@ -1,4 +1,4 @@
-"""What a fixed model says of given answers: log-probabilities of whole answers, computed once and kept.
+"""Log-probabilities of whole answers under a fixed model, computed once and kept.
 
 A preference method compares the policy with the model that it starts from. That model is open before the first step,
 and the answers are known: so its numbers are made then, a chunk at a time, and no second model is held. Chunks lie in

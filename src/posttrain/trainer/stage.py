@@ -24,7 +24,7 @@ Functions = Mapping[str, Callable[..., Any]]
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage may need to read its data.
+    """Inputs for reading a stage's data.
 
     Attributes:
         tokenizer: The model's tokenizer.
@@ -40,7 +40,7 @@ class StageContext:
 
 @dataclass(frozen=True)
 class StageRun:
-    """What a stage gets when its turn comes.
+    """Inputs of a stage's run.
 
     Attributes:
         model: The model to start from.

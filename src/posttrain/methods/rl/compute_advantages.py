@@ -48,7 +48,7 @@ class StepScores:
 
 @dataclass(frozen=True)
 class AdvantageInputs:
-    """What advantages are made from: R completions of the whole batch, with N tokens that the model wrote.
+    """Inputs of an advantage: R completions of the whole batch, with N tokens that the model wrote.
 
     Attributes:
         rewards_R: Weighted sum of the rewards of a completion, without those that score its steps; a KL penalty in

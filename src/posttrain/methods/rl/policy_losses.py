@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PolicyLossInputs:
-    """What a policy loss is made from: N tokens of R whole sequences of a micro-batch.
+    """Inputs of a policy loss: N tokens of R whole sequences of a micro-batch.
 
     Attributes:
         logprobs_N: Log-probabilities of the policy; the gradient flows through them.

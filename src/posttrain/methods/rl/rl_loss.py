@@ -33,7 +33,7 @@ AGGREGATIONS: dict[str, Aggregation] = {
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """What is trained on: the sequences of some groups, with log-probabilities, advantages, and the step's settings."""
+    """Sequences to train on: those of some groups, with log-probabilities, advantages, and the step's settings."""
 
     settings: RLConfig
     groups: int
