@@ -47,7 +47,7 @@ def group_limit(groups: Path = GROUPS, membership: Path = MEMBERSHIP) -> float:
 
 
 def _read(file: Path) -> float:
-    """Return the content of a limit's file: `max`, or a number of bytes. inf where it is not there or may not be read."""
+    """Return the content of a limit's file: `max`, or bytes; inf if it is missing or may not be read."""
     try:
         text = file.read_text().strip()
     except OSError:
