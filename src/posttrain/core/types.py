@@ -14,14 +14,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class Message(TypedDict):
-    """One turn of a conversation: ``role`` is system, user, assistant or tool."""
+    """One turn of a conversation, with the field names that chat templates read.
+
+    Attributes:
+        role: system, user, assistant or tool.
+        content: Text of the turn; empty for a turn that only calls tools.
+        reasoning_content: Reasoning before the answer, apart from `content`.
+        tool_calls: Calls of an assistant's turn: {"id", "type": "function", "function": {"name", "arguments"}}, the
+            arguments as an object.
+        tool_call_id: Call that a tool's turn answers.
+        name: Name of the tool, or of the speaker.
+        train: False: the turn carries no loss, whatever `loss_on` says.
+    """
 
     role: str
     content: str
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+    train: NotRequired[bool]
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,11 +47,16 @@ class Record:
         messages: Turns of the conversation; empty for plain text.
         text: Plain text; None for a conversation.
         extra: Other fields of the row that a method or a report uses.
+        tools: Descriptions (JSON schema) of the tools that the conversation may call, for the chat template.
+        template_args: Arguments of the chat template for this row (column `chat_template_kwargs`), such as
+            enable_thinking.
     """
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
     extra: Row | None = None
+    tools: tuple[Row, ...] = ()
+    template_args: Row | None = None
 
 
 @dataclass(frozen=True)
