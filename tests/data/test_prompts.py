@@ -37,18 +37,18 @@ def test_an_answer_s_first_words_are_gone_on_from(tmp_path: Path) -> None:
     """By hand, white space as it stands: of " A  dull\tfilm, though short." two words are " A  dull"."""
     text = {"text": "A  dull\tfilm, though short."}
     given = {"prompt": "Movie review:", "completion": " {text}", "chat": False}
-    config = rows(tmp_path / "r.jsonl", text, **given).model_copy(update={"opening": 2})
+    config = rows(tmp_path / "r.jsonl", text, **given).model_copy(update={"answer_prefix_words": 2})
     (problem,) = load_prompt_rows(config)
     assert problem["prompt"] == "Movie review: A  dull" and problem["answer"] == "\tfilm, though short."
     assert problem["messages"] == [{"role": "user", "content": "Movie review: A  dull"}]
     (question,) = load_prompts(config, tiny_tokenizer(), context=None).items
     assert question.text == "Movie review: A  dull"
-    short = rows(tmp_path / "s.jsonl", text, {"text": "So dull"}, **given).model_copy(update={"opening": 2})
+    short = rows(tmp_path / "s.jsonl", text, {"text": "So dull"}, **given).model_copy(update={"answer_prefix_words": 2})
     with pytest.raises(DataError, match=r"s.jsonl:2: an answer of no more than 2 words"):
         load_prompt_rows(short)
     for wrong in ({"answers": False}, {"data": {"source": "x.jsonl"}}, {"instruction": "Go on."}):
-        base = {"kind": "rows", "opening": 2, "data": {"source": "x.jsonl", "chat": False}}
-        with pytest.raises(ValueError, match="opening"):
+        base = {"kind": "rows", "answer_prefix_words": 2, "data": {"source": "x.jsonl", "chat": False}}
+        with pytest.raises(ValueError, match="answer_prefix_words"):
             RowPrompts.Config.model_validate({**base, **wrong})
 
 

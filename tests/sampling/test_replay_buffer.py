@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from posttrain.config import ReplayConfig, SamplingConfig
-from posttrain.core.types import Piece, Rollout
+from posttrain.core.types import PartialRollout, Rollout
 from posttrain.methods.rl.replay import Replay
 from posttrain.sampling.replay_buffer import PARTIAL, Growth, rollout_from_json, rollout_to_json
 
@@ -36,7 +36,7 @@ def test_a_completion_grows_and_remembers_what_sampled_it() -> None:
     assert third.finish == "end" and third.text == "abcdefg"
     assert list(third.tokens) == [1, 2, 3, 4, 5, 6, 7, 0]
     assert list(third.logprobs) == [*piece("abc").logprobs, *piece("def").logprobs, *piece("g$").logprobs]
-    assert third.pieces == (Piece(3, 4, 1.0), Piece(3, 5, 1.25), Piece(2, 7, 0.75))
+    assert third.pieces == (PartialRollout(3, 4, 1.0), PartialRollout(3, 5, 1.25), PartialRollout(2, 7, 0.75))
 
 
 def test_what_is_as_long_as_it_may_be_has_ended() -> None:
@@ -55,7 +55,7 @@ def test_a_stop_string_across_the_seam_ends_it_there() -> None:
     joined = g.grown(5, first, piece("def"), 1, 1.0)
     assert joined.finish == "stop" and joined.text == "ab"
     assert list(joined.tokens) == [1, 2, 3, 4, 5] and len(joined.logprobs) == 5
-    assert joined.pieces == (Piece(3, 0, 1.0), Piece(2, 1, 1.0))
+    assert joined.pieces == (PartialRollout(3, 0, 1.0), PartialRollout(2, 1, 1.0))
     inside = g.grown(5, first, replace(piece("xzz", "stop"), text="x"), 1, 1.0)
     assert inside.finish == "stop" and inside.text == "abcx" and len(inside.tokens) == 6
     assert g.grown(5, first, piece("xyx"), 1, 1.0).finish == PARTIAL
@@ -65,7 +65,7 @@ def test_a_stop_string_across_the_seam_ends_it_there() -> None:
 
 def right(step: int, surprise: float, reward: float = 1.0) -> Rollout:
     return Rollout(
-        (1, 2), (-surprise, -surprise), "end", "ab", {"right": reward}, reward, pieces=(Piece(2, step, 1.0),)
+        (1, 2), (-surprise, -surprise), "end", "ab", {"right": reward}, reward, pieces=(PartialRollout(2, step, 1.0),)
     )
 
 
@@ -86,7 +86,9 @@ def test_rare_successes_are_kept_and_stand_in() -> None:
 
 
 def test_state_comes_back_to_the_bit() -> None:
-    odd = Rollout((1, 2), (-0.1234567890123456789, -1e-30), "end", "é", {"a": 1 / 3}, 1 / 3, pieces=(Piece(2, 3, 1.1),))
+    odd = Rollout(
+        (1, 2), (-0.1234567890123456789, -1e-30), "end", "é", {"a": 1 / 3}, 1 / 3, pieces=(PartialRollout(2, 3, 1.1),)
+    )
     assert rollout_from_json(json.loads(json.dumps(rollout_to_json(odd)))) == odd
     turns = Rollout((1, 2), (-0.5, 0.0), "stop", mask=(True, False), steps={"s": ((0, 1, 0.5),)})
     back = rollout_from_json(json.loads(json.dumps(rollout_to_json(turns))))

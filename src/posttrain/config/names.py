@@ -206,6 +206,7 @@ RENAMED = {
     "eval": "evaluate",
     "parts": "terms",
     "opened": "prompt_ends_with_tag",
+    "opening": "answer_prefix_words",
 }
 """Old name, or the name that TRL, verl, transformers or another tool uses -> our name.
 

@@ -91,7 +91,7 @@ Step = tuple[int, int, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class PartialRollout:
     """A run of a rollout's tokens that were sampled together: how many, in which step (from 0), at what temperature."""
 
     tokens: int
@@ -123,7 +123,7 @@ class Rollout:
     reward: float = 0.0
     mask: Sequence[bool] | None = None
     steps: Mapping[str, Sequence[Step]] = field(default_factory=dict)
-    pieces: Sequence[Piece] = ()
+    pieces: Sequence[PartialRollout] = ()
 
     def __post_init__(self) -> None:
         if self.mask is not None and len(self.mask) != len(self.tokens):

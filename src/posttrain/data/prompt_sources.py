@@ -36,7 +36,7 @@ class RowPrompts:
             True,
             description="Rows have a right answer; false: only the column prompt is read, for rewards and judges that need no answer.",
         )
-        opening: int = Field(
+        answer_prefix_words: int = Field(
             0,
             ge=0,
             description="Number of words of the answer that are moved to the end of the prompt; the rest is the answer (plain text: data.chat false). 0: none.",
@@ -48,12 +48,18 @@ class RowPrompts:
 
         @model_validator(mode="after")
         def _opens(self) -> RowPrompts.Config:
-            if self.opening and not self.answers:
-                raise ValueError("opening takes the answer's first words, and answers is false: rows have none")
-            if self.opening and self.data.chat:
-                raise ValueError("opening: the text to continue is plain text, without turns. Set data.chat to false")
-            if self.opening and self.instruction:
-                raise ValueError("opening and instruction both go to the end of the prompt: leave the instruction out")
+            if self.answer_prefix_words and not self.answers:
+                raise ValueError(
+                    "answer_prefix_words takes the answer's first words, and answers is false: rows have none"
+                )
+            if self.answer_prefix_words and self.data.chat:
+                raise ValueError(
+                    "answer_prefix_words: the text to continue is plain text, without turns. Set data.chat to false"
+                )
+            if self.answer_prefix_words and self.instruction:
+                raise ValueError(
+                    "answer_prefix_words and instruction both go to the end of the prompt: leave the instruction out"
+                )
             return self
 
     def __init__(self, config: Config) -> None:

@@ -159,7 +159,7 @@ def rows_of_table(config: RowPrompts.Config) -> tuple[list[PromptRow], Rows]:
 
     def problem(row: Row, source: str) -> PromptRow:
         record = to_record(row, rows.layout, config.data) if config.answers else _prompt_alone(row, config.data)
-        return _problem(_move_first_words(record, config.opening), row, source, config.instruction)
+        return _problem(_move_first_words(record, config.answer_prefix_words), row, source, config.instruction)
 
     return rows.read(problem), rows
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from posttrain.config import SamplingConfig
-from posttrain.core.types import Piece, Rollout
+from posttrain.core.types import PartialRollout, Rollout
 from posttrain.sampling.stop_strings import Decode, before_stop
 
 PARTIAL = "partial"
@@ -23,7 +23,7 @@ def rollout_from_json(values: Mapping[str, Any]) -> Rollout:
     """Return the rollout that `plain` was made from."""
     restored = {f.name: values[f.name] for f in fields(Rollout)}
     restored = {name: tuple(v) if isinstance(v, list) else v for name, v in restored.items()}
-    return Rollout(**{**restored, "pieces": tuple(Piece(**p) for p in values["pieces"])})
+    return Rollout(**{**restored, "pieces": tuple(PartialRollout(**p) for p in values["pieces"])})
 
 
 def oldest(rollout: Rollout, step: int) -> int:
@@ -63,7 +63,7 @@ class Growth:
             step: Step in which they were sampled.
             temperature: Temperature at which they were sampled.
         """
-        marked = replace(piece, pieces=(Piece(len(piece.tokens), step, temperature),))
+        marked = replace(piece, pieces=(PartialRollout(len(piece.tokens), step, temperature),))
         requested = self.asked(before)
         if requested is None:
             return marked

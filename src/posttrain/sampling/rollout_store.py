@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.core.errors import DataError
-from posttrain.core.types import Piece, Rollout, RolloutGroup
+from posttrain.core.types import PartialRollout, Rollout, RolloutGroup
 
 
 def rollouts_path(folder: Path, step: int) -> Path:
@@ -135,7 +135,7 @@ def groups_of(rows: Sequence[Mapping[str, Any]]) -> list[RolloutGroup]:
                 math.nan if r["reward"] is None else r["reward"],
                 r["mask"],
                 {name: [(a, b, score) for a, b, score in steps] for name, steps in r["steps"].items()},
-                pieces=tuple(Piece(*p) for p in r["pieces"]),
+                pieces=tuple(PartialRollout(*p) for p in r["pieces"]),
             )
             for r in members
         ]

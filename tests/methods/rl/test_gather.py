@@ -12,7 +12,7 @@ import torch
 
 from posttrain.config import RLConfig
 from posttrain.core.progress import Track
-from posttrain.core.types import Piece, Rollout
+from posttrain.core.types import PartialRollout, Rollout
 from posttrain.methods.rl.adaptive_group_size import rescale_by_group_size
 from posttrain.methods.rl.collect_rollouts import PromptGroup, RolloutCollector
 from posttrain.methods.rl.hooks import Hook
@@ -211,7 +211,7 @@ def test_every_token_is_learnt_at_its_own_temperature() -> None:
     rolled = []
     for i in range(4):
         tokens = torch.randint(3, 250, (6,), generator=g).tolist()
-        pieces = (Piece(4, 0, 0.7), Piece(2, 1, 1.4))
+        pieces = (PartialRollout(4, 0, 0.7), PartialRollout(2, 1, 1.4))
         rolled.append(
             Case([5, 6, 7], Rollout(tokens, [-5.0] * 6, "end", reward=float(i % 2), pieces=pieces), i // 2, age=1)
         )

@@ -12,7 +12,7 @@ from posttrain.config import SamplingConfig
 from posttrain.config.rl import RLConfig, RolloutConfig, truncating_setting
 from posttrain.core import distributed
 from posttrain.core.ragged import RaggedBatch, micro_batches
-from posttrain.core.types import Piece, Rollout, Sample
+from posttrain.core.types import PartialRollout, Rollout, Sample
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.methods.rl.collect_rollouts import PromptGroup
 from posttrain.models.language_model import LanguageModel
@@ -223,7 +223,7 @@ def temperatures(
         sequences: Sequences of a forward pass.
         device: Device of the result.
     """
-    pieces = [s.rollout.pieces or [Piece(len(s.rollout.tokens), 0, sampling.temperature)] for s in sequences]
+    pieces = [s.rollout.pieces or [PartialRollout(len(s.rollout.tokens), 0, sampling.temperature)] for s in sequences]
     different = {p.temperature for of in pieces for p in of}
     if len(different) == 1:
         return different.pop()
