@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from posttrain.config import OptimizerConfig, SystemsConfig
+from posttrain.config import OptimizerConfig, RLConfig, SystemsConfig
 from posttrain.core.ragged import RaggedBatch
-from posttrain.core.types import Sample
-from posttrain.losses import policy_loss, preference_loss
-from posttrain.losses.aggregation import reduce, sequence_index, token_weights
-from posttrain.losses.kl import kl
+from posttrain.core.types import Rollout, Sample
+from posttrain.losses import preference_loss
+from posttrain.methods.rl.rl_loss import Extremes, policy_gradient_loss
 from posttrain.models import backends
 from posttrain.models.language_model import LanguageModel, verify
 from posttrain.models.tiny_model import tiny_model
 from posttrain.trainer.reference_model import answer_sums
 from posttrain.trainer.train_step import Learner
+from tests.methods.rl.cases import Case, batch_from
 
 WAITING = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "cpu")
 """Methods of a tensor that wait for a GPU to finish."""
@@ -72,24 +72,35 @@ def preference(model: LanguageModel, batch: RaggedBatch, count: float) -> tuple[
     return losses.sum() / count, {k: v / count for k, v in preference_loss.pair_metrics(sums[0::2], sums[1::2]).items()}
 
 
-def policy(model: LanguageModel, batch: RaggedBatch, count: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO with a KL penalty, an entropy bonus and temperatures that differ."""
-    targets = torch.cat(batch.weighted_rows)
-    lengths = torch.tensor([len(row) for row in batch.weighted_rows])
-    sequence = sequence_index(lengths, len(targets))
-    temperature = torch.full((len(targets),), 0.7)
-    logprobs, entropies = model(batch, "logprobs", targets, temperature=temperature, entropy=True)
-    old, advantages = logprobs.detach() - 0.1, sequence.float() - 0.5
-    ratio = policy_loss.token_ratio(logprobs, old)
-    values, metrics = policy_loss.clipped(ratio, advantages)
-    values = values + 0.1 * kl(logprobs, old) + policy_loss.entropy_bonus(entropies, 0.01)
-    metrics["ratio_max"] = ratio.detach().max()
-    return reduce(values, token_weights("sequence", sequence, lengths), count), metrics
+def rollouts() -> list[Case]:
+    """Two completions of each of four prompts, of different lengths, with what GRPO compares them with."""
+    cases = []
+    for i in range(8):
+        n = 3 + i // 2
+        rollout = Rollout(range(20, 20 + n), [-5.0] * n, "end", reward=float(i % 2))
+        advantages = torch.full((n,), i % 2 - 0.5)
+        cases.append(
+            Case([5, 6, 7, 8], rollout, i // 2, torch.full((n,), -5.1), torch.full((n,), -5.2), advantages=advantages)
+        )
+    return cases
 
 
-@pytest.mark.parametrize("loss", [None, preference, policy], ids=["sft", "preference", "policy"])
-def test_a_training_step_waits_for_the_device_once(loss: Any, generic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+POLICY = {
+    "method": "grpo",
+    "problems": {"kind": "lab"},
+    "rewards": [{"kind": "exact"}],
+    "mini_batches": 2,
+    "kl": {"coefficient": 0.1, "where": "loss"},
+    "entropy_coef": 0.01,
+    "importance_sampling_cap": 2.0,
+    "sampler": {"temperature": 0.7},
+}
+
+
+@pytest.mark.parametrize("method", ["sft", "preference", "grpo"])
+def test_a_training_step_waits_for_the_device_once(method: str, generic: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two micro-batches and the update: one `tolist` of everything that the step reports."""
+    loss = preference if method == "preference" else None
     model = LanguageModel(tiny_model("llama"))
     learner = Learner(model, OptimizerConfig(lr=1e-3), SystemsConfig(tokens_per_micro_batch=24), 2)
     prompts = [[5, 6, 7, 8, *range(20, 20 + i), 30 + a] for i in range(2, 6) for a in (0, 1)]
@@ -97,6 +108,10 @@ def test_a_training_step_waits_for_the_device_once(loss: Any, generic: None, mon
         Sample(p, [0.0] * 4 + [1.0] * (len(p) - 4), meta={"group": i // 2, "shared": 4, "whole": True})
         for i, p in enumerate(prompts)
     ]
+    if method == "grpo":
+        config = RLConfig.model_validate(POLICY)
+        samples = [case.sample(i) for i, case in enumerate(rollouts())]
+        loss = policy_gradient_loss(batch_from(config, rollouts()), False, Extremes())
     learner.step(samples, loss)
     with Waits(monkeypatch) as waits:
         result = learner.step(samples, loss)
