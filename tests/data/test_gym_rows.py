@@ -10,7 +10,7 @@ from reasoning_gym.factory import create_dataset
 
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
-from posttrain.data.formats import Record, to_record
+from posttrain.data.formats import Record
 from posttrain.data.gym_rows import gym_source_rows
 from posttrain.data.prompt_sources import GymPrompts
 from posttrain.data.prompts import load_prompt_rows
@@ -23,8 +23,7 @@ def config(query: str = "", **given: Any) -> DataConfig:
 
 
 def records(config: DataConfig) -> list[Record]:
-    rows = open_rows(config)
-    return rows.read(lambda row, source: to_record(row, rows.layout, config))
+    return open_rows(config).read(lambda row: row.record())
 
 
 def test_a_row_is_an_item_with_what_is_told_of_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.data.readers import Table, read_table
+from posttrain.data.rows import open_rows
 
 
 def read(*paths: Path | str) -> Table:
@@ -74,33 +76,99 @@ def test_the_reviews_that_come_along() -> None:
 
 
 BAD = {
-    "x.tsv": [("a\tb\n1\t2\n3\n", r"row 2 has 1 cells, and the header 2"), ("a\ta\n", "two columns are named 'a'")],
+    "x.tsv": [("a\ta\n", "two columns are named 'a'"), ("a,b\n1,2\n", r"separated by commas .* name the file \.csv")],
     "x.csv": [
-        ("a,b\n1,2,3\n", "row 1 has 3 cells"),
-        ('a,b\n1,2\n"x" y,3\n', r"row 2: not valid CSV.*quotes inside a cell are doubled"),
+        ("prompt;completion\n1,5;2\n", r"separated by semicolons \(columns prompt, completion\), .*with commas"),
+        ("a\tb\n1\t2\n", r"separated by tabs .*name the file \.tsv"),
+        ("sep=;\na;b\n", "a note for a spreadsheet. Remove this line"),
+        ('a,b\n1,2\n3,"4\n5,6\n7,8\n', "row 2: a quote opens a cell and is not closed.*3 lines later"),
+        ('"a" b,c\n', "the header is not valid CSV"),
+        ("naïve\n1\n".encode("latin-1"), "the header: expected UTF-8 text: byte 0xef"),
     ],
     "x.json": [
         ('{"a": 1}\n{"a": 2}\n', r"line 2: not valid JSON.*name the file \.jsonl"),
         ("3", "expected a list of objects, found int"),
-        ("[1]", "row 1: expected an object, found int"),
         ("", "holds no rows"),
+        ('{"train": [{"a": 1}], "test": [{"a": 2}]}', r"several tables.*\(train: 1 objects, test: 1 objects\).*jq -c"),
+        ('{"train": [{"a": 1}], "test": []}', r"several tables.*jq -c '\.\[\"train\"\]\[\]' x\.json > new\.jsonl"),
+        ('{"prompt": "a", "completion": "b"}', "one object with the fields 'prompt', 'completion'"),
+        ('{"prompt": {"0": "a"}, "answer": {"0": "b"}}', "as pandas writes.*orient='records', lines=True"),
+        ('{"a": ["x", "y"], "b": ["z"]}', r"columns of different lengths \(a: 2, b: 1\)"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[é]".encode("latin-1"), "expected UTF-8 text.*Save the file as UTF-8"),
     ],
-    "x.jsonl": [('{"a": 1}\n\n{"a": \n', "row 3: not valid JSON"), ("[1]\n", "row 1: expected an object, found list")],
+    "x.jsonl": [
+        ('{\n  "a": 1\n}\n{\n  "a": 2\n}\n', "indented JSON: an object takes several lines.*jq -c . x.jsonl"),
+        ('{"a": 1,\n "b": 2}\n', "indented JSON"),
+        ('{\n"a": "' + "x" * 2**20 + '"\n}\n', "indented JSON"),
+        ('[{"a": 1}]\n', r"a JSON list, and a \.jsonl file has one object a line\. Name the file \.json"),
+        ('[\n {"a": 1}\n]\n', "Name the file .json"),
+        ('{"a": 1}\r{"a": 2}\r', "carriage returns alone"),
+        ("{}\n".encode("utf-16"), "byte order mark says UTF-16"),
+    ],
     "x.parquet": [("PAR0", "not readable as Parquet")],
 }
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [(n, *case) for n, cases in BAD.items() for case in cases])
-def test_files_that_cannot_be_read_say_where(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_files_that_cannot_be_read_say_where(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     with pytest.raises(DataError, match=message) as error:
         read(write(tmp_path / name, content))
     assert name in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["x.tsv", "x.csv", "x.json", "x.jsonl"])
-def test_other_encodings_are_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match="expected UTF-8 text.*Save the file as UTF-8"):
-        read(write(tmp_path / name, "a\nnaïve\n".encode("latin-1")))
+BAD_ROWS = {
+    "x.tsv": [
+        ("a\tb\n1\t2\n3\n4\t5\n", 2, "wrong number of cells: it has 1, and the header has 2"),
+        ("a\n1\nnaïve\n2\n".encode("latin-1"), 2, "expected UTF-8 text: byte 0xef at 2"),
+    ],
+    "x.csv": [
+        ("a,b\n1,2,3\n4,5\n", 1, "wrong number of cells: it has 3, and the header has 2"),
+        ('a,b\n1,2\n"x" y,3\n4,5\n', 2, "not valid CSV: .*quotes inside a cell are doubled"),
+        ('a\n1\n"two\nnaïve"\n2\n'.encode("latin-1"), 2, "expected UTF-8 text: byte 0xef"),
+    ],
+    "x.json": [('[{"a": 1}, 2]', 2, "expected an object, found int"), ('[{"a": "\\ud83d"}, {"a": 1}]', 1, "lone surr")],
+    "x.jsonl": [
+        ('{"a": 1}\n\n{"a": \n{"a": 2}\n', 3, "not valid JSON: Expecting value"),
+        ('{"a": 1}\n[1]\n', 2, "expected an object, found list"),
+        ('{"a": 1}\n{"a": 1}{"a": 2}\n', 2, "not valid JSON: Extra data"),
+        ('{"a": 1}\n{"a": ' + "[" * 100_000 + "\n", 2, "not valid JSON: nested too deeply"),
+        ('{"a": 1}\n{"a": ' + "1" * 5000 + "}\n", 2, "not valid JSON: Exceeds the limit"),
+        (b'{"a": "\xe9"}\n{"a": 1}\n', 1, "expected UTF-8 text: byte 0xe9 at 7"),
+        ('{"a": 1}\n{"a": "cut \\ud83d"}\n', 2, r"lone surrogate: \\ud83d in 'a'"),
+        ('{"a": 1}\n{"a": [{"b": ["\\uDC00\\ud83d"]}]}\n', 2, r"lone surrogate: \\udc00 in 'a'"),
+        ('{"a": 1}\n{"a": {"\\udbff": 2}}\n', 2, r"lone surrogate: \\udbff in 'a'"),
+        ('{"a": 1}\n{"\\ud800": 2}\n', 2, "lone surrogate: .* in the name of a field"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "row", "reason"), [(n, *case) for n, cases in BAD_ROWS.items() for case in cases]
+)
+def test_a_row_that_cannot_be_read_is_a_bad_row(
+    tmp_path: Path, name: str, content: str | bytes, row: int, reason: str
+) -> None:
+    source = str(write(tmp_path / name, content))
+    rows = open_rows(DataConfig(source=source), "any")
+    read = rows.read(lambda r: r.row)
+    assert len(read) == len(rows.order) - rows.bad.count
+    first = rows.bad.rows[0]
+    assert (first["file"], first["row"]) == (name, row) and re.search(reason, first["reason"])
+    with pytest.raises(DataError, match=rf"{name}:{row}: "):
+        rows.check(len(read))
+
+
+def test_pairs_of_surrogates_are_characters(tmp_path: Path) -> None:
+    table = read(write(tmp_path / "x.jsonl", '{"a": "\\ud83d\\ude00 \\\\ud83d"}\n'))
+    assert table.rows == [{"a": "😀 \\ud83d"}] and not table.bad
+
+
+def test_a_source_without_any_readable_row(tmp_path: Path) -> None:
+    for name, content in (("x.jsonl", "{\n"), ("y.jsonl", "oops\nno\n"), ("x.tsv", "a\tb\n1\n")):
+        for policy in ("stop", "skip"):
+            with pytest.raises(DataError, match=f"{name}:1: (not valid JSON|wrong number)|indented JSON"):
+                open_rows(DataConfig(source=str(write(tmp_path / name, content)), on_bad_row=policy))
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from rich.markup import escape
 from posttrain.config import EpochsConfig, Recipe, RewardsConfig, StageConfig, references
 from posttrain.core.imports import is_import_path
 from posttrain.core.types import Sample
+from posttrain.data.bad_rows import SHOWN_ROWS
 from posttrain.data.human_feedback import Answers
 from posttrain.data.marked_text import BRACKETS, render_terminal
 from posttrain.data.preference_rows import PreparedPairs, PreparedUnpaired
 from posttrain.data.prompts import PromptSet
-from posttrain.data.rows import SHOWN_ROWS
 from posttrain.eval.tasks import task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device
 from posttrain.recipe.machine_checks import blocks

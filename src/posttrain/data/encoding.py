@@ -12,8 +12,8 @@ from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
 from posttrain.data import chat_template as chat
-from posttrain.data.formats import BadRow, Record, Row
-from posttrain.data.rows import Rows
+from posttrain.data.formats import BadRow, Record
+from posttrain.data.rows import Rows, SourceRow
 
 BATCH = 1000
 """Rows tokenized at a time."""
@@ -53,7 +53,7 @@ def token_limit(config: DataConfig, context: int | None) -> int:
 
 def encode_rows(
     rows: Rows,
-    read: Callable[[Row, str], tuple[Sequence[Record], Callable[..., _T]]],
+    read: Callable[[SourceRow], tuple[Sequence[Record], Callable[..., _T]]],
     tokenizer: Any,
     context: int | None,
 ) -> list[_T]:
@@ -61,8 +61,8 @@ def encode_rows(
 
     Args:
         rows: The rows.
-        read: Returns for a row and its place (`file:row`) the records to encode (one, or the two answers of a pair),
-            and a function that makes the item of their tokens and weights. Both may raise BadRow.
+        read: Returns for a row the records to encode (one, or the two answers of a pair), and a function that makes
+            the item of their tokens and weights. Both may raise BadRow.
         tokenizer: The tokenizer.
         context: The model's length in tokens.
 
@@ -70,7 +70,7 @@ def encode_rows(
         DataError: The tokenizer has no chat template, or rows can't be used.
     """
     config, limit, items = rows.config, token_limit(rows.config, context), list[_T]()
-    kept = rows.read(lambda row, source: (source, *read(row, source)))
+    kept = rows.read(lambda row: (row.source, *read(row)))
     if config.chat and any(record.messages for _, records, _ in kept for record in records):
         require_chat_template(tokenizer)
     starts = range(0, len(kept), BATCH)

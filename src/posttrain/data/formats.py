@@ -11,6 +11,7 @@ from typing import Any
 from posttrain.config import ClassesConfig, DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Message
+from posttrain.data.bad_rows import BadRow, FilteredRow
 from posttrain.data.readers import Table
 
 Row = dict[str, Any]
@@ -20,23 +21,6 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "bing", "bard", "output"), "assistant"),
     **dict.fromkeys(("tool", "function", "function_response", "observation", "ipython"), "tool"),
 }
-
-
-class BadRow(Exception):
-    """Signal that a row can't be used.
-
-    Attributes:
-        hint: Advice that is the same for all rows with this problem, such as a list of allowed values. A message about
-            many rows shows it once.
-    """
-
-    def __init__(self, reason: str, hint: str = "") -> None:
-        super().__init__(reason)
-        self.hint = hint
-
-
-class FilteredRow(Exception):
-    """Signal that the settings leave a row out, which is counted and is no error."""
 
 
 @dataclass(frozen=True)
@@ -295,11 +279,15 @@ def open_assistant(table: Table) -> Table:
     """
     known = {row.get("message_id") for row in table.rows}
     children: dict[Any, list[int]] = {}
-    for i, row in enumerate(table.rows):
+    readable = [(i, row) for i, row in enumerate(table.rows) if i not in table.bad]
+    for i, row in readable:
         children.setdefault(row.get("parent_id") or None, []).append(i)
     orphans = [i for parent, ids in children.items() if parent is not None and parent not in known for i in ids]
     out = Table(hashes=table.hashes)
-    for root in sorted([*children.get(None, []), *orphans]):
+    for root in sorted([*children.get(None, []), *orphans, *table.bad]):
+        if root in table.bad:
+            out.add(table.bad[root], table.places[root])
+            continue
         out.places.append(table.places[root])
         if table.rows[root].get("parent_id"):
             out.rows.append({"missing_parent": table.rows[root]["parent_id"]})

@@ -13,11 +13,12 @@ import numpy as np
 from posttrain.config import DataConfig
 from posttrain.config.feedback import CandidatesConfig, Pairing, PairsConfig, RatingsConfig, ThumbsConfig
 from posttrain.core.errors import DataError
+from posttrain.data.bad_rows import SHOWN_ROWS, BadRow
 from posttrain.data.comparisons import AnswerPair, Candidate, LeftOut, Prompt, pair_up
-from posttrain.data.formats import BadRow, Row, fill, read_number, recognise
+from posttrain.data.formats import Row, fill, read_number, recognise
 from posttrain.data.preference_rows import check_pair, two_records
 from posttrain.data.rater_agreement import krippendorff_alpha
-from posttrain.data.rows import SHOWN_ROWS, Rows, manifest_entry, open_rows
+from posttrain.data.rows import Rows, SourceRow, manifest_entry, open_rows
 
 _RowsConfig = RatingsConfig | PairsConfig | CandidatesConfig | ThumbsConfig
 THUMBS_UP = {"true", "1", "1.0", "up", "good", "yes", "+1", "👍", "thumbs_up"}
@@ -110,7 +111,7 @@ def read_answers(config: _RowsConfig, count: Callable[[str], int] = len) -> Answ
         [count(t) for t in texts],
         rows.bad,
         config.data.source,
-        sha256=rows.table.hashes,
+        sha256=rows.hashes,
         layout=config.kind,
         rows=total,
         examples=examples,
@@ -167,10 +168,10 @@ def _read_ratings(value: Any, name: str) -> tuple[dict[Any, float], bool]:
 def _merge_rows(reading: _Reading, config: RatingsConfig | ThumbsConfig) -> None:
     """Add the answer of each row to its prompt, with its ratings; a thumb is a rating of 0 or 1."""
 
-    def add(row: Row, source: str) -> None:
-        prompt, text = _read_answer(row, config.data)
+    def add(row: SourceRow) -> None:
+        prompt, text = _read_answer(row.row, row.config)
         candidate = _rated_candidate if isinstance(config, RatingsConfig) else _thumbed_candidate
-        reading.merge(prompt, candidate(row, text, source, config))  # type: ignore[arg-type]
+        reading.merge(prompt, candidate(row.row, text, row.source, config))  # type: ignore[arg-type]
 
     reading.rows.read(add)
     candidates = [c for group in reading.answers.values() for c in group.values()]
@@ -239,13 +240,14 @@ class _Choice:
 def _chosen(reading: _Reading, config: PairsConfig) -> list[AnswerPair]:
     """Put the rows of one pair together: the share of people who chose each answer."""
     rows, choices = reading.rows, dict[tuple[str, str, str], _Choice]()
-    layout = recognise(rows.table.rows[rows.order[0]], config.data.layout)
+    layout = recognise(rows.table.first, config.data.layout)
     if layout not in ("preference", "hh_rlhf"):
         raise DataError(f"{config.data.source}: expected pairs (prompt, chosen, rejected), and the layout is {layout}")
     reading.need(config.rater)
 
-    def add(row: Row, source: str) -> None:
-        prompt, chosen, rejected = _two_answers(row, layout, config.data)
+    def add(item: SourceRow) -> None:
+        row, source = item.row, item.source
+        prompt, chosen, rejected = _two_answers(row, layout, item.config)
         share = read_number(row["probability"], "probability") if row.get("probability") is not None else 1.0
         if not 0 <= share <= 1:
             raise BadRow(f"probability is {share}, expected 0 to 1")
@@ -287,8 +289,9 @@ def _two_answers(row: Row, layout: str, data: DataConfig) -> tuple[Prompt, str, 
 def _candidates(reading: _Reading, config: CandidatesConfig) -> list[AnswerPair]:
     reading.need(config.completions)
 
-    def add(row: Row, source: str) -> None:
-        prompt = _read_prompt({**row, "prompt": row.get("prompt") or row.get("instruction")}, config.data)
+    def add(item: SourceRow) -> None:
+        row, source = item.row, item.source
+        prompt = _read_prompt({**row, "prompt": row.get("prompt") or row.get("instruction")}, item.config)
         values = row.get(config.completions)
         if not isinstance(values, list) or not values:
             raise BadRow(f"{config.completions}: expected a list of answers")

@@ -13,10 +13,10 @@ from typing import Any
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Message, Sample
+from posttrain.data.bad_rows import SHOWN_ROWS, BadRow
 from posttrain.data.encoding import Encoded, encode_rows
 from posttrain.data.formats import (
     NO_COMPLETIONS,
-    BadRow,
     Record,
     Row,
     read_number,
@@ -24,7 +24,7 @@ from posttrain.data.formats import (
     row_completions,
     to_record,
 )
-from posttrain.data.rows import SHOWN_ROWS, PreparedItems, count_repeats, marked_example, open_rows
+from posttrain.data.rows import PreparedItems, SourceRow, count_repeats, marked_example, open_rows
 from posttrain.data.sft_rows import prompt_and_completion
 
 PAIRED = ("preference", "hh_rlhf", "ultrafeedback")
@@ -157,9 +157,9 @@ def prepare_pairs(config: DataConfig, tokenizer: Any, *, context: int | None = N
             f"rejected ({', '.join(PAIRED)}). Rows with single answers and a label are for method: kto"
         )
 
-    def read(row: Row, source: str) -> tuple[list[Record], Callable[[Encoded, Encoded], tuple[Pair, bool]]]:
-        two = _row_pair(row, rows.layout, config)
-        return [two.chosen, two.rejected], lambda c, r: (_pair(c, r, two, source), two.swapped)
+    def read(row: SourceRow) -> tuple[list[Record], Callable[[Encoded, Encoded], tuple[Pair, bool]]]:
+        two = _row_pair(row.row, row.layout, row.config)
+        return [two.chosen, two.rejected], lambda c, r: (_pair(c, r, two, row.source), two.swapped)
 
     made = encode_rows(rows, read, tokenizer, context)
     pairs = [pair for pair, _ in made]
@@ -189,20 +189,21 @@ def prepare_unpaired(config: DataConfig, tokenizer: Any, *, context: int | None 
     if config.classes is not None and len(config.classes.names) != 2:
         raise DataError(f"data.classes.names are {config.classes.names}: expected two, the bad one first")
     rows = open_rows(config)
-    if config.classes is None and not any("label" in row for row in rows.table.rows):
+    if config.classes is None and "label" not in rows.columns:
         raise DataError(
-            f"{config.source} has no column label (true or false), and its columns are {sorted(rows.table.rows[0])}. "
+            f"{config.source} has no column label (true or false), and its columns are {rows.columns}. "
             "Name it (data.columns: {label: thumbs_up}), or make it of a number: data.classes: {column: rating, "
             "cuts: [3], names: [bad, good]}"
         )
 
-    def read(row: Row, source: str) -> tuple[list[Record], Callable[[Encoded], Unpaired]]:
-        desirable = _is_good(row) if config.classes is None else row["label"] == config.classes.names[1]
-        record = to_record(row, rows.layout, config)
+    def read(row: SourceRow) -> tuple[list[Record], Callable[[Encoded], Unpaired]]:
+        classes, source = row.config.classes, row.source
+        desirable = _is_good(row.row) if classes is None else row.row["label"] == classes.names[1]
+        record = row.record()
         _check_answer(record, "the answer")
         if desirable:
             _check_repetition(record)
-        about = {**_other_columns(row), **prompt_and_completion(record, source), "label": desirable}
+        about = {**_other_columns(row.row), **prompt_and_completion(record, source), "label": desirable}
         return [record], lambda encoded: Unpaired(
             Sample(*encoded, source), _prompt_length(encoded[1]), desirable, source, about
         )

@@ -17,7 +17,7 @@ from posttrain.core.types import Sample
 from posttrain.data import chat_template as chat
 from posttrain.data.encoding import prompt_tokens, require_chat_template, token_limit
 from posttrain.data.formats import BadRow, Row, make_message, read_turns, required_field
-from posttrain.data.rows import PreparedItems, open_rows
+from posttrain.data.rows import PreparedItems, SourceRow, open_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +125,13 @@ def read_step_chains(
     rows = open_rows(config, layout="steps")
     groups: dict[tuple[int, ...], int] = {}
 
-    def chain_of(row: Row, source: str) -> StepChain:
-        steps, targets = _labelled_steps(row)
-        prompt = _prompt_ids(row, config, tokenizer)
+    def chain_of(row: SourceRow) -> StepChain:
+        steps, targets = _labelled_steps(row.row)
+        prompt = _prompt_ids(row.row, row.config, tokenizer)
         ended = [s if s.endswith(separator) else s + separator for s in steps[:-1]]
-        return StepChain(prompt, [*ended, steps[-1]], targets, groups.setdefault(tuple(prompt), len(groups)), source)
+        return StepChain(
+            prompt, [*ended, steps[-1]], targets, groups.setdefault(tuple(prompt), len(groups)), row.source
+        )
 
     limit, samples = token_limit(config, context), []
     for sample in chain_samples(rows.read(chain_of), tokenizer):

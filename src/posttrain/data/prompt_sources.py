@@ -77,7 +77,7 @@ class RowPrompts:
         from posttrain.data.prompts import rows_of_table
 
         prompts, rows = rows_of_table(self.config)
-        self.bad, self.hashes = rows.bad, rows.table.hashes
+        self.bad, self.hashes = rows.bad, rows.hashes
         return prompts
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config import DataConfig
 from posttrain.config.problems import PROMPTS
 from posttrain.data import chat_template as chat
+from posttrain.data.bad_rows import BadRow, BadRows, check_surrogates
 from posttrain.data.encoding import require_chat_template, without_end
-from posttrain.data.formats import BadRow, Record, Row, make_message, required_field, to_record
-from posttrain.data.rows import BadRows, PreparedItems, Rows, count_repeats, manifest_entry, open_rows
+from posttrain.data.formats import Record, Row, make_message, required_field, to_record
+from posttrain.data.rows import PreparedItems, Rows, SourceRow, count_repeats, manifest_entry, open_rows
 
 if TYPE_CHECKING:
     from posttrain.data.prompt_sources import PromptRow, RowPrompts
@@ -133,6 +134,7 @@ def _load(config: Any) -> tuple[Any, list[PromptRow], BadRows]:
     for i, row in enumerate(loaded):
         place = str(row.get("source") or f"{config.kind}:{i}")
         with bad.collect(place):
+            check_surrogates(dict(row))
             rows.append({**row, **_prompt_of(row), "answer": row.get("answer", NO_ANSWER), "source": place})
     return source, rows, bad
 
@@ -157,9 +159,9 @@ def rows_of_table(config: RowPrompts.Config) -> tuple[list[PromptRow], Rows]:
     """Read the rows of a table as problems: the conversation before the last turn, and the answer."""
     rows = open_rows(config.data, None if config.answers else "prompt")
 
-    def problem(row: Row, source: str) -> PromptRow:
-        record = to_record(row, rows.layout, config.data) if config.answers else _prompt_alone(row, config.data)
-        return _problem(_move_first_words(record, config.answer_prefix_words), row, source, config.instruction)
+    def problem(row: SourceRow) -> PromptRow:
+        record = row.record() if config.answers else _prompt_alone(row.row, row.config)
+        return _problem(_move_first_words(record, config.answer_prefix_words), row.row, row.source, config.instruction)
 
     return rows.read(problem), rows
 

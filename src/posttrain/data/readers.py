@@ -1,16 +1,10 @@
-"""Read rows from files and the Hub, with the number that a person would count and a hash of each file.
-
-TSV and JSON are read with the standard library: a tab-separated file has no quotes to interpret (reviews have many
-unpaired ones), and nothing guesses that the review "NA" is a missing value. Parquet and the Hub go through `datasets`.
-"""
+"""Read rows from files, the Hub and what is made here, with the place of each row and a hash of each file."""
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -19,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import file_hash
+from posttrain.data.bad_rows import BadRow
 from posttrain.data.gym_rows import GYM_PREFIX, gym_source_rows
 from posttrain.data.synthetic import sum_chains as chains
 from posttrain.data.synthetic import sums
+from posttrain.data.table_files import FILE_READERS, NumberedRows
 
 if TYPE_CHECKING:
     import numpy as np
 
-NumberedRows = Iterator[tuple[int, dict[str, Any]]]
-ENDINGS = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
+ENDINGS = tuple(FILE_READERS)
 
 
 @dataclass
@@ -35,15 +30,37 @@ class Table:
     """Hold rows as they are in their source.
 
     Attributes:
-        rows: The rows.
+        rows: The rows; {} in place of one that can't be read.
         places: File and row number of each. Numbers count from 1: the lines below the header (TSV), the records below
             it (CSV), the lines (JSONL), the list's members (JSON). Blank lines have a number and no row.
         hashes: SHA-256 of each file.
+        bad: Why a row can't be read, by its index.
+        text_only: Names of the sources whose cells hold text alone (TSV, CSV).
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     places: list[tuple[str, int]] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
+    bad: dict[int, BadRow] = field(default_factory=dict)
+    text_only: set[str] = field(default_factory=set)
+
+    def add(self, row: dict[str, Any] | BadRow, place: tuple[str, int]) -> None:
+        """Append a row, or why it can't be read."""
+        if isinstance(row, BadRow):
+            self.bad[len(self.rows)] = row
+            row = {}
+        self.rows.append(row)
+        self.places.append(place)
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """Return the first row that can be read; {} if none can."""
+        return next((row for i, row in enumerate(self.rows) if i not in self.bad), {})
+
+    @property
+    def columns(self) -> set[str]:
+        """Return the names of all columns."""
+        return set().union(*self.rows)
 
     def source(self, index: int) -> str:
         """Return the place of a row as `file:row`."""
@@ -59,14 +76,13 @@ def read_table(config: DataConfig) -> Table:
             _made(source, table)
             continue
         path = _locate(source)
-        rows = _from_hub(source, config) if path is None else READERS[path.suffix.lower()](path)
+        rows = _from_hub(source, config) if path is None else FILE_READERS[path.suffix.lower()](path)
         name = source if path is None or path.name in table.hashes else path.name
+        if path is not None and path.suffix.lower() in (".tsv", ".csv"):
+            table.text_only.add(name)
         try:
             for number, row in rows:
-                table.rows.append(row)
-                table.places.append((name, number))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: expected UTF-8 text: {error}. Save the file as UTF-8") from error
+                table.add(row, (name, number))
         except OSError as error:
             raise DataError(f"{path}: can't be read: {error}") from error
         if path is not None:
@@ -137,96 +153,6 @@ def packaged_or_own(source: str) -> Path:
     return path
 
 
-def _lines(path: Path) -> Iterator[str]:
-    # Split at line feeds only: text may contain other separators, at which str.splitlines would split.
-    with path.open(encoding="utf-8-sig", newline="") as f:
-        for line in f.read().split("\n"):
-            yield line.removesuffix("\r")
-
-
-def _tsv(path: Path) -> NumberedRows:
-    lines = _lines(path)
-    header = _header(path, next(lines).split("\t"))
-    for number, line in enumerate(lines, 1):
-        if line:
-            yield number, _zip(path, number, header, line.split("\t"))
-
-
-def _header(path: Path, names: list[str]) -> list[str]:
-    double = sorted({n for n in names if names.count(n) > 1})
-    if double:
-        raise DataError(f"{path}: two columns are named {double[0]!r}: {names}; give each a name of its own")
-    return names
-
-
-def _csv(path: Path) -> NumberedRows:
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as f:
-        reader = csv.reader(f, strict=True)
-        number = 0
-        try:
-            header = _header(path, next(reader, []))
-            for number, cells in enumerate(reader, 1):
-                if cells:
-                    yield number, _zip(path, number, header, cells)
-        except csv.Error as error:
-            hint = "tabs between cells? then name the file .tsv" if not number else "quotes inside a cell are doubled"
-            raise DataError(f"{path}: row {number + 1}: not valid CSV: {error} ({hint})") from error
-
-
-def _zip(path: Path, number: int, header: list[str], cells: list[str]) -> dict[str, Any]:
-    if len(cells) != len(header):
-        raise DataError(f"{path}: row {number} has {len(cells)} cells, and the header {len(header)}: {header}")
-    return dict(zip(header, cells, strict=True))
-
-
-def _jsonl(path: Path) -> NumberedRows:
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            yield number, _object(path, number, _parse(path, line, number))
-
-
-def _json(path: Path) -> NumberedRows:
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        return
-    value = _parse(path, text, None)
-    if isinstance(value, dict):  # {"data": [...]}, or columns
-        lists = [v for v in value.values() if isinstance(v, list)]
-        if len(lists) == 1 and all(isinstance(x, dict) for x in lists[0]):
-            value = lists[0]
-        elif lists and len(lists) == len(value) and len({len(v) for v in lists}) == 1:
-            value = [dict(zip(value, cells, strict=True)) for cells in zip(*lists, strict=True)]
-    if not isinstance(value, list):
-        raise DataError(f"{path}: expected a list of objects, found {type(value).__name__}")
-    for number, row in enumerate(value, 1):
-        yield number, _object(path, number, row)
-
-
-def _parse(path: Path, text: str, number: int | None) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"row {number}" if number is not None else f"line {error.lineno}"
-        hint = "" if number is not None else " (one object a line? then name the file .jsonl)"
-        raise DataError(f"{path}: {where}: not valid JSON: {error.msg}{hint}") from error
-
-
-def _object(path: Path, number: int, row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(f"{path}: row {number}: expected an object, found {type(row).__name__}")
-    return row
-
-
-def _parquet(path: Path) -> NumberedRows:
-    from datasets import Dataset
-
-    try:
-        yield from enumerate(Dataset.from_parquet(str(path), keep_in_memory=True), 1)
-    except Exception as error:  # pyarrow and datasets raise many kinds for a file that is not Parquet
-        raise DataError(f"{path}: not readable as Parquet: {error}") from error
-
-
 def _from_hub(name: str, config: DataConfig) -> NumberedRows:
     from datasets import load_dataset
 
@@ -239,6 +165,3 @@ def _from_hub(name: str, config: DataConfig) -> NumberedRows:
             f"{config.split}) it can't be opened: {first}. Expected a path ending in one of {', '.join(ENDINGS)}, "
             "packaged:NAME, or a Hub name that the network or the Hub's cache holds"
         ) from error
-
-
-READERS = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}

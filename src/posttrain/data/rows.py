@@ -6,88 +6,43 @@ Every reader of rows goes through `Rows.read`: nothing is cut or left out withou
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
-from posttrain.data.formats import BadRow, FilteredRow, Row, check_templates, class_label, open_assistant, recognise
+from posttrain.data.bad_rows import BadRows
+from posttrain.data.formats import Record, Row, check_templates, class_label, open_assistant, recognise, to_record
 from posttrain.data.marked_text import pieces
 from posttrain.data.readers import Table, in_order, read_table
+from posttrain.data.text_cells import check_text_cells
 
-SHOWN_ROWS = 10
-"""Rows that a message or a manifest names one by one."""
 _T = TypeVar("_T")
 
 
-@dataclass
-class BadRows:
-    """Collect rows that can't be used.
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """Hold a row with its place and the settings of its source.
 
     Attributes:
-        policy: "stop" for an error if there is a bad row, "skip" to leave them out.
-        filtered: Number of rows that data.classes.margin left out; they are not bad.
+        row: The row, with columns renamed; with data.classes its class is the field `label`.
+        source: Its place, `file:row`.
+        layout: Name of its layout.
+        config: Settings of the data.
     """
 
-    policy: Literal["stop", "skip"] = "stop"
-    filtered: int = 0
-    _entries: list[dict[str, Any]] = field(default_factory=list)
-    _hints: dict[str, None] = field(default_factory=dict)
+    row: Row
+    source: str
+    layout: str
+    config: DataConfig
 
-    def add(self, source: str, error: BadRow | str) -> None:
-        """Add a row by its place (`file:row`) and the reason why it can't be used."""
-        file, _, row = source.rpartition(":")
-        self._entries.append({"file": file, "row": int(row) if row.isdigit() else row, "reason": str(error)})
-        if hint := getattr(error, "hint", ""):
-            self._hints[hint] = None
-
-    @contextmanager
-    def collect(self, source: str) -> Iterator[None]:
-        """Catch BadRow and FilteredRow of the code inside and count them for the row at this place."""
-        try:
-            yield
-        except BadRow as error:
-            self.add(source, error)
-        except FilteredRow:
-            self.filtered += 1
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """Return file, row and reason of each bad row, by file and row number."""
-        return sorted(self._entries, key=lambda e: (e["file"], e["row"] if isinstance(e["row"], int) else 0))
-
-    @property
-    def counts(self) -> Counter[str]:
-        """Return the number of bad rows by reason, without the particulars of a row."""
-        return Counter(entry["reason"].split(":")[0].split(" (")[0] for entry in self._entries)
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        """Return the number of rows left out by reason, the filtered ones included."""
-        return dict(self.counts) | ({"filtered": self.filtered} if self.filtered else {})
-
-    def check(self, total: int, used: int) -> None:
-        """Raise DataError for bad rows if the policy is "stop", and in any case if no row can be used."""
-        if self._entries and (self.policy == "stop" or not used):
-            raise DataError(self._message(total))
-        if self.filtered and not used:
-            raise DataError(f"all {self.filtered:,} rows lie within data.classes.margin of a cut")
-
-    def _message(self, total: int) -> str:
-        count = len(self._entries)
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.counts.most_common())
-        lines = [f"{count:,} of {total:,} rows can't be used ({reasons}):"]
-        lines += [f"  {b['file']}:{b['row']}: {b['reason']}" for b in self.rows[:SHOWN_ROWS]]
-        lines += [f"  and {count - SHOWN_ROWS:,} more"] if count > SHOWN_ROWS else []
-        advice = "Fix these rows, or skip them with on_bad_row: skip beside their source (skipped rows are counted)"
-        if any("too long" in reason for reason in self.counts):
-            advice += "; on_long: truncate cuts long ones"
-        return "\n".join([*lines, *self._hints, advice])
+    def record(self) -> Record:
+        """Return the row as a record. Raises BadRow."""
+        return to_record(self.row, self.layout, self.config)
 
 
 @dataclass
@@ -111,20 +66,29 @@ class Rows:
     truncated: int = 0
 
     @property
+    def hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of each file, by its name."""
+        return self.table.hashes
+
+    @property
     def columns(self) -> list[str]:
         """Return the names of all columns, sorted."""
-        return sorted(set().union(*self.table.rows))
+        return sorted(self.table.columns)
 
-    def read(self, make: Callable[[Row, str], _T]) -> list[_T]:
-        """Return `make(row, "file:row")` of each row, in order; rows for which it raises BadRow are collected.
-
-        With data.classes the row has its class as `label`.
-        """
-        out, classes = [], self.config.classes
+    def read(self, make: Callable[[SourceRow], _T]) -> list[_T]:
+        """Return `make(row)` of each row, in order; rows for which it raises BadRow are collected."""
+        out = []
         for i in self.order:
-            row, source = self.table.rows[i], self.table.source(i)
+            source = self.table.source(i)
             with self.bad.collect(source):
-                out.append(make(row if classes is None else {**row, "label": class_label(row, classes)}, source))
+                if i in self.table.bad:
+                    raise self.table.bad[i]
+                row = self.table.rows[i]
+                if self.config.classes is not None:
+                    row = {**row, "label": class_label(row, self.config.classes)}
+                if self.table.places[i][0] in self.table.text_only:
+                    check_text_cells(row)
+                out.append(make(SourceRow(row, source, self.layout, self.config)))
         return out
 
     def check(self, used: int) -> None:
@@ -137,7 +101,7 @@ class Rows:
             [len(s) for s in samples],
             self.bad,
             self.config.source,
-            sha256=self.table.hashes,
+            sha256=self.hashes,
             layout=self.layout,
             rows=len(self.order),
             truncated=self.truncated,
@@ -158,24 +122,34 @@ def open_rows(config: DataConfig, layout: str | None = None) -> Rows:
         DataError: The source, the columns or the templates can't be used.
     """
     table = read_table(config)
-    _rename_columns(table.rows, config)
-    columns = set().union(*table.rows)
+    if len(table.bad) == len(table.rows):
+        _refuse_all(table, config)
+    _rename_columns(table, config)
+    columns = table.columns
     if config.classes is not None and config.classes.column not in columns:
         raise DataError(f"data.classes.column names {config.classes.column!r}, and the columns are {sorted(columns)}")
     check_templates(config, columns | ({"label"} if config.classes else set()))
     if layout is None:
-        layout = "template" if config.prompt is not None else recognise(table.rows[0], config.layout)
+        layout = "template" if config.prompt is not None else recognise(table.first, config.layout)
     if layout == "openassistant":
         table = open_assistant(table)
     return Rows(config, table, layout, in_order(config, len(table.rows)), BadRows(config.on_bad_row))
 
 
-def _rename_columns(rows: list[Row], config: DataConfig) -> None:
+def _refuse_all(table: Table, config: DataConfig) -> None:
+    """Raise DataError for a source of which no row can be read."""
+    bad = BadRows(config.on_bad_row)
+    for i, error in table.bad.items():
+        bad.add(table.source(i), error)
+    bad.check(len(table.rows), 0)
+
+
+def _rename_columns(table: Table, config: DataConfig) -> None:
     """Apply `columns: {prompt: question}`, by which the column question is called prompt."""
     for ours, theirs in config.columns.items():
-        if not any(theirs in row for row in rows):
-            raise DataError(f"data.columns.{ours} names {theirs!r}, and the columns are {sorted(rows[0])}")
-    for row in rows if config.columns else []:
+        if theirs not in table.columns:
+            raise DataError(f"data.columns.{ours} names {theirs!r}, and the columns are {sorted(table.first)}")
+    for row in table.rows if config.columns else []:
         renamed = {ours: row.get(theirs) for ours, theirs in config.columns.items()}
         for theirs in config.columns.values():
             row.pop(theirs, None)

@@ -9,8 +9,8 @@ from typing import Any
 from posttrain.config import DataConfig
 from posttrain.core.types import Sample
 from posttrain.data.encoding import Encoded, encode_rows
-from posttrain.data.formats import Record, Row, to_record
-from posttrain.data.rows import open_rows
+from posttrain.data.formats import Record
+from posttrain.data.rows import SourceRow, open_rows
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ def prepare(config: DataConfig, tokenizer: Any, *, context: int | None = None) -
     """
     rows = open_rows(config)
 
-    def read(row: Row, source: str) -> tuple[list[Record], Callable[[Encoded], tuple[Sample, dict[str, Any]]]]:
-        record = to_record(row, rows.layout, config)
-        prompt = prompt_and_completion(record, source)
-        return [record], lambda encoded: (Sample(*encoded, source, record.extra or {}), prompt)
+    def read(row: SourceRow) -> tuple[list[Record], Callable[[Encoded], tuple[Sample, dict[str, Any]]]]:
+        record = row.record()
+        prompt = prompt_and_completion(record, row.source)
+        return [record], lambda encoded: (Sample(*encoded, row.source, record.extra or {}), prompt)
 
     made = encode_rows(rows, read, tokenizer, context)
     samples = [sample for sample, _ in made]

@@ -24,7 +24,7 @@ from posttrain.core.errors import CheckpointError, PosttrainError
 from posttrain.core.files import file_hash, is_full, read_lines, write_json, write_text
 from posttrain.core.imports import import_folders
 from posttrain.core.statistics import compare
-from posttrain.data.rows import SHOWN_ROWS
+from posttrain.data.bad_rows import SHOWN_ROWS
 from posttrain.eval.tasks import evaluate_model, task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device, resolve
 from posttrain.recipe.parsing import load_recipe

@@ -121,7 +121,7 @@ class Feedback(DataStage):
         self, pairs: Sequence[AnswerPair], folder: Path, dropped: LeftOut
     ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
         """Write judge.json; return the rows, and the source and reason of each pair without a label."""
-        from posttrain.data.rows import SHOWN_ROWS
+        from posttrain.data.bad_rows import SHOWN_ROWS
         from posttrain.judge.judge_summary import summarize_judge
         from posttrain.judge.labels import Judge, describe
 
