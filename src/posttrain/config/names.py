@@ -206,7 +206,6 @@ RENAMED = {
     "eval": "evaluate",
     "parts": "terms",
     "opened": "prompt_ends_with_tag",
-    "opening": "answer_prefix_words",
 }
 """Old name, or the name that TRL, verl, transformers or another tool uses -> our name.
 
@@ -217,6 +216,7 @@ RENAMED_KINDS = {"ended": "truncation_penalty"}
 """Old value of a `kind` -> our value."""
 
 NO_SUCH_SETTING = {
+    "opening": "problems of kind rows: answer_prefix_words is the number of words of the answer that begin the prompt",
     "gamma": "RL: advantages: {gamma: 0.99} is the discount of ppo and reinforce_pp; simpo: the loss's own gamma",
     "lam": "advantages: {gae_lambda: 0.95} is lambda of generalized advantage estimation (ppo)",
     "gae_lambda": "advantages: {gae_lambda: 0.95} is lambda of generalized advantage estimation (ppo)",
