@@ -68,11 +68,13 @@ class Chat:
 
     def prompt_ids(self) -> list[int]:
         """Return the conversation so far as token ids, up to where the answer begins."""
+        from posttrain.data.chat_template import render_chat, tokenize
+
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer("\n".join(m["content"] for m in [*system, *self.messages]))["input_ids"])
-        text = self.tokenizer.apply_chat_template([*system, *self.messages], tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = render_chat(self.tokenizer, [*system, *self.messages], generation=True)
+        return tokenize(self.tokenizer, [text])[0]
 
     def ask(self, text: str) -> Iterator[str]:
         """Send `text`, yield the answer in pieces, and keep both in the conversation.

@@ -37,6 +37,10 @@ class ModelConfig(Config):
         None,
         description="Jinja chat template (text or path of a file) that replaces the tokenizer's; needed for base models without one.",
     )
+    chat_template_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of the chat template, such as {enable_thinking: false}, for training, evaluation, sampling and judging alike. A row's column chat_template_kwargs goes over them.",
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that ships with the model.")
 
 

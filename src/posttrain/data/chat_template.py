@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from posttrain.core.types import Message
-from posttrain.data.formats import BadRow
+from posttrain.data.bad_rows import BadRow
+from posttrain.data.template_source import apply_template, check_template_args, template_args, template_of
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,28 @@ class Rendered:
     answer_end: int = 0
 
 
-def render_chat(tokenizer: Any, messages: Sequence[Message], generation: bool = False) -> str:
+def render_chat(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    generation: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
+    arguments: Mapping[str, Any] | None = None,
+) -> str:
     """Return the template's text of a conversation.
 
     Args:
-        tokenizer: Tokenizer with the template.
+        tokenizer: Tokenizer with the template, and with the recipe's arguments of it.
         messages: Turns of the conversation.
         generation: Add the generation prompt.
+        tools: Descriptions of the tools that the conversation may call.
+        arguments: Arguments of the template for this conversation, over those of the recipe.
 
     Raises:
-        BadRow: The template refuses the conversation, with its own message.
+        BadRow: The template refuses the conversation, with its own message, or has no such argument.
     """
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
-    except Exception as error:  # a template may raise anything it likes
-        raise BadRow(f"the chat template refuses it: {error}") from error
-    return str(text)
+    if arguments:
+        check_template_args(template_of(tokenizer, tools or None), tuple(arguments))
+    return apply_template(tokenizer, messages, generation, list(tools) or None, template_args(tokenizer, arguments))
 
 
 def render_with_loss(

@@ -22,6 +22,7 @@ import torch
 from posttrain.config import ModelConfig
 from posttrain.core.errors import MissingExtraError, ModelError
 from posttrain.core.files import cache_folder, file_hash
+from posttrain.data.template_source import set_template_args
 from posttrain.models.backends import backend_for
 from posttrain.models.max_length import context, why_short
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
@@ -174,7 +175,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """Load the model's tokenizer, with the recipe's chat template if it has one."""
+    """Load the model's tokenizer, with the recipe's chat template and its arguments if it has any."""
     from transformers import AutoTokenizer
 
     found = resolve(config.source)
@@ -189,6 +190,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         path = Path(config.chat_template)
         is_file = "{" not in config.chat_template and path.is_file()
         tokenizer.chat_template = path.read_text() if is_file else config.chat_template
+    set_template_args(tokenizer, config.chat_template_args)
     return tokenizer
 
 

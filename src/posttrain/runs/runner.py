@@ -25,6 +25,7 @@ from posttrain.core.files import file_hash, is_full, read_lines, write_json, wri
 from posttrain.core.imports import import_folders
 from posttrain.core.statistics import compare
 from posttrain.data.bad_rows import SHOWN_ROWS
+from posttrain.data.template_source import fixed_date, template_date
 from posttrain.eval.tasks import evaluate_model, task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device, resolve
 from posttrain.recipe.parsing import load_recipe
@@ -83,7 +84,7 @@ def run(
     distributed.start(pick_device(recipe.model.device))
     path = Path(folder) if folder is not None else Path(recipe.output) / recipe.name
     try:
-        with open_run(path, recipe, fresh) as manifest:
+        with open_run(path, recipe, fresh) as manifest, fixed_date(_date_of_run(manifest)):
             return _Run(recipe, path, manifest, console, rewards or {}).carry_through()
     except Exception as error:
         if isinstance(error, PosttrainError) or not is_full(error):
@@ -92,6 +93,12 @@ def run(
             f"the disk is full, and {path} could not be written ({error}). What is finished there is intact: free some "
             "space and run the same command again to resume"
         ) from error
+
+
+def _date_of_run(manifest: Manifest) -> str:
+    """Return the day on which the run was made, which chat templates insert, also when it is resumed later."""
+    noted = manifest.values
+    return str(distributed.from_main(noted.get("date") or noted.get("created", "")[:10] or template_date()))
 
 
 class _Run:
@@ -152,6 +159,7 @@ class _Run:
         self.manifest.update(
             posttrain=posttrain.__version__,
             created=noted.get("created", now()),
+            date=template_date(),
             status="running",
             error=None,
             seed=recipe.seed,
