@@ -148,6 +148,7 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
         ("source", str(s.get("source", ""))),
         ("layout", str(s.get("layout", ""))),
         ("rows", f"{s.get('rows', 0):,}, used {s.get('used', 0):,}"),
+        *(("", describe_source(source)) for source in s.get("sources") or []),
         ("dropped", dropped or "none"),
         ("truncated", f"{s.get('truncated', 0):,}"),
         (
@@ -171,6 +172,12 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
     for out in s.get("left_out") or []:
         facts.append(("left out", f"{out['source']}: {out['reason']}"))
     return facts
+
+
+def describe_source(source: dict[str, Any]) -> str:
+    """Return a line about one of several sources: how many of its rows are taken and used."""
+    taken = f"{source['rows']:,} of {source['in_source']:,} rows"
+    return f"{source['source']}: {taken}, used {source['used']:,} (layout {source['layout']})"
 
 
 def histogram(lengths: Sequence[int], bins: int = 8) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from posttrain.config.names import ADAPTERS
 from posttrain.config.open_kinds import unknown_name
@@ -67,12 +67,10 @@ class ClassesConfig(Config):
         return self
 
 
-class DataConfig(Config):
-    """Rows from a file or the Hub, and how they become samples."""
+class RowSettings(Config):
+    """How rows are read and become samples: settings of a `data` block, and of one of its sources."""
 
-    source: str | list[str] = Field(
-        description="Path(s) of .tsv .csv .json .jsonl .parquet files, a Hub data set's name, packaged:NAME (ships with posttrain), lab:KIND (made here for the laboratory's model: calculator; chains of thought careful, words, program; sums, others, others_held_out without), reasoning-gym:NAME (made by reasoning-gym; with ?size=2000&seed=1&OPTION=VALUE), or stage:NAME (what an earlier stage made)."
-    )
+    source: Any = None
     split: str = Field("train", description="Split of a Hub data set.")
     subset: str | None = Field(None, description="Configuration name of a Hub data set.")
     layout: Literal[
@@ -129,6 +127,43 @@ class DataConfig(Config):
     shuffle_seed: int | None = Field(
         None, description="Seed of the shuffle done before rows are taken. None: file order."
     )
+
+
+class SourceConfig(RowSettings):
+    """One of several sources. What it sets holds for its rows in place of what the `data` block sets."""
+
+    source: str = Field(description="A path, a name on the Hub, or what else data.source may be.")
+    max_rows: int | None = Field(
+        None, ge=1, description="Most rows that are taken: the first ones after shuffling by shuffle_seed. None: all."
+    )
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out defaults: a value that is written down would override the block's when it is read again."""
+        return {name: value for name, value in dump(self).items() if name in self.model_fields_set}
+
+
+class DataConfig(RowSettings):
+    """Rows from files or the Hub, and how they become samples."""
+
+    source: str | list[str | SourceConfig] = Field(
+        description="Path of a .tsv .csv .json .jsonl .parquet file, a Hub data set's name, packaged:NAME (ships with posttrain), lab:KIND (made here for the laboratory's model: calculator; chains of thought careful, words, program; sums, others, others_held_out without), reasoning-gym:NAME (made by reasoning-gym; with ?size=2000&seed=1&OPTION=VALUE), or stage:NAME (what an earlier stage made). A list of these takes all rows of all; an entry may be settings: {source: ..., max_rows: 1000, system: ...}."
+    )
+
+    @property
+    def name(self) -> str:
+        """Return the sources, for messages and the manifest."""
+        return ", ".join(entry.source for entry in self.sources())
+
+    def sources(self) -> list[SourceConfig]:
+        """Return the sources, as settings."""
+        entries = [self.source] if isinstance(self.source, str) else self.source
+        return [SourceConfig(source=entry) if isinstance(entry, str) else entry for entry in entries]
+
+    def of_source(self, entry: SourceConfig) -> DataConfig:
+        """Return the settings for the rows of one source. `rows` is the source's: the block's counts all rows."""
+        own = {name: getattr(entry, name) for name in entry.model_fields_set & set(RowSettings.model_fields)}
+        return self.model_copy(update={"rows": None, **own, "source": entry.source})
 
 
 class AdapterConfig(Config):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from posttrain.core.errors import DataError
 
+Row = dict[str, Any]
 SHOWN_ROWS = 10
 """Rows that a message or a manifest names one by one."""
 LISTED_ROWS = 100_000
@@ -47,15 +48,21 @@ class BadRows:
 
     Attributes:
         policy: "stop" for an error if there is a bad row, "skip" to leave them out.
+        policies: The policies of files that have another one, by name.
         filtered: Number of rows that data.classes.margin left out; they are not bad.
         count: Number of bad rows.
+        stopping: Number of those that stop the run.
         counts: Number of bad rows by reason, without the particulars of a row.
+        by_file: Number of bad and filtered rows by file.
     """
 
     policy: Literal["stop", "skip"] = "stop"
+    policies: dict[str, Literal["stop", "skip"]] = field(default_factory=dict)
     filtered: int = 0
     count: int = 0
+    stopping: int = 0
     counts: Counter[str] = field(default_factory=Counter)
+    by_file: Counter[str] = field(default_factory=Counter)
     _entries: list[dict[str, Any]] = field(default_factory=list)
     _hints: dict[str, None] = field(default_factory=dict)
 
@@ -64,6 +71,8 @@ class BadRows:
         file, _, row = source.rpartition(":")
         reason = str(error)
         self.count += 1
+        self.by_file[file] += 1
+        self.stopping += self.policies.get(file, self.policy) == "stop"
         short = reason.split(":")[0].split(" (")[0]
         self.counts[short if short in self.counts or len(self.counts) < REASONS else "other reasons"] += 1
         if len(self._entries) < LISTED_ROWS:
@@ -80,6 +89,7 @@ class BadRows:
             self.add(source, error)
         except FilteredRow:
             self.filtered += 1
+            self.by_file[source.rpartition(":")[0]] += 1
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -92,8 +102,8 @@ class BadRows:
         return dict(self.counts) | ({"filtered": self.filtered} if self.filtered else {})
 
     def check(self, total: int, used: int) -> None:
-        """Raise DataError for bad rows if the policy is "stop", and in any case if no row can be used."""
-        if self.count and (self.policy == "stop" or not used):
+        """Raise DataError for bad rows whose policy is "stop", and in any case if no row can be used."""
+        if self.stopping or (self.count and not used):
             raise DataError(self._message(total))
         if self.filtered and not used:
             raise DataError(f"all {self.filtered:,} rows lie within data.classes.margin of a cut")

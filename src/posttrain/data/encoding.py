@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,13 +13,16 @@ from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
 from posttrain.data import chat_template as chat
 from posttrain.data.formats import BadRow, Record
-from posttrain.data.rows import Rows, SourceRow
+from posttrain.data.rows import PlacedRow, Rows
 
 BATCH = 1000
 """Rows tokenized at a time."""
+BATCH_CHARACTERS = 2_000_000
+"""Length of their texts, at most."""
 Encoded = tuple[list[int], list[float]]
 """Token ids and loss weights."""
 _T = TypeVar("_T")
+_Opened = tuple[int, tuple[PlacedRow, Sequence[Record], Callable[..., Any]]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def token_limit(config: DataConfig, context: int | None) -> int:
 
 def encode_rows(
     rows: Rows,
-    read: Callable[[SourceRow], tuple[Sequence[Record], Callable[..., _T]]],
+    read: Callable[[PlacedRow], tuple[Sequence[Record], Callable[..., _T]]],
     tokenizer: Any,
     context: int | None,
 ) -> list[_T]:
@@ -66,27 +69,73 @@ def encode_rows(
         tokenizer: The tokenizer.
         context: The model's length in tokens.
 
+    Returns:
+        The items, in the order of the rows.
+
     Raises:
         DataError: The tokenizer has no chat template, or rows can't be used.
     """
-    config, limit, items = rows.config, token_limit(rows.config, context), list[_T]()
-    kept = rows.read(lambda row: (row.source, *read(row)))
-    if config.chat and any(record.messages for _, records, _ in kept for record in records):
-        require_chat_template(tokenizer)
-    starts = range(0, len(kept), BATCH)
-    for start in track(starts, "tokenizing", transient=True, disable=len(kept) <= 5 * BATCH):
-        batch = []
-        for source, records, make in kept[start : start + BATCH]:
-            with rows.bad.collect(source):
-                batch.append((source, make, [_render(record, tokenizer, config) for record in records]))
-        encoded = iter(_encode([r for _, _, rendered in batch for r in rendered], tokenizer))
-        for source, make, rendered in batch:
-            parts = [next(encoded) for _ in rendered]
-            with rows.bad.collect(source):
-                items.append(make(*_fit(parts, limit, config)))
-                rows.truncated += any(len(tokens) > limit for tokens, _ in parts)
+    items = sorted(encode_stream(rows, read, tokenizer, context), key=lambda item: item[0])
     rows.check(len(items))
-    return items
+    return [item for _, item in items]
+
+
+def encode_stream(
+    rows: Rows,
+    read: Callable[[PlacedRow], tuple[Sequence[Record], Callable[..., _T]]],
+    tokenizer: Any,
+    context: int | None,
+) -> Iterator[tuple[int, _T]]:
+    """Yield the items that `encode_rows` makes, as the rows are in their files; only a few are in memory.
+
+    Args:
+        rows: The rows; the caller has to check them at the end.
+        read: As for `encode_rows`.
+        tokenizer: The tokenizer.
+        context: The model's length in tokens.
+
+    Returns:
+        (place in the order, item) of each row.
+    """
+
+    def opened(row: PlacedRow) -> tuple[PlacedRow, Sequence[Record], Callable[..., _T]]:
+        records, make = read(row)
+        if row.config.chat and any(record.messages for record in records):
+            require_chat_template(tokenizer)
+        return row, records, make
+
+    stream = rows.stream(opened)
+    total = len(rows.order)
+    for batch in _batches(track(stream, "tokenizing", total, transient=True, disable=total <= 5 * BATCH)):
+        rendered = []
+        for rank, (row, records, make) in batch:
+            with rows.bad.collect(row.source):
+                rendered.append((rank, row, make, [_render(record, tokenizer, row.config) for record in records]))
+        encoded = iter(_encode([r for *_, texts in rendered for r in texts], tokenizer))
+        for rank, row, make, texts in rendered:
+            parts, limit = [next(encoded) for _ in texts], token_limit(row.config, context)
+            with rows.bad.collect(row.source):
+                item = make(*_fit(parts, limit, row.config))
+                rows.truncated += any(len(tokens) > limit for tokens, _ in parts)
+                yield rank, item
+
+
+def _batches(items: Iterable[_Opened]) -> Iterator[list[_Opened]]:
+    """Divide rows into batches by their number and the length of their texts."""
+    batch: list[_Opened] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += sum(_length(record) for record in item[1][1])
+        if len(batch) == BATCH or size > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _length(record: Record) -> int:
+    return len(record.text or "") + sum(len(message["content"]) for message in record.messages)
 
 
 def _fit(parts: Sequence[Encoded], limit: int, config: DataConfig) -> list[Encoded]:

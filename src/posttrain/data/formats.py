@@ -11,10 +11,9 @@ from typing import Any
 from posttrain.config import ClassesConfig, DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Message
-from posttrain.data.bad_rows import BadRow, FilteredRow
+from posttrain.data.bad_rows import BadRow, FilteredRow, Row
 from posttrain.data.readers import Table
 
-Row = dict[str, Any]
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter", "instruction"), "user"),

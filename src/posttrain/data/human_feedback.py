@@ -15,10 +15,10 @@ from posttrain.config.feedback import CandidatesConfig, Pairing, PairsConfig, Ra
 from posttrain.core.errors import DataError
 from posttrain.data.bad_rows import SHOWN_ROWS, BadRow
 from posttrain.data.comparisons import AnswerPair, Candidate, LeftOut, Prompt, pair_up
-from posttrain.data.formats import Row, fill, read_number, recognise
+from posttrain.data.formats import Row, fill, read_number
 from posttrain.data.preference_rows import check_pair, two_records
 from posttrain.data.rater_agreement import krippendorff_alpha
-from posttrain.data.rows import Rows, SourceRow, manifest_entry, open_rows
+from posttrain.data.rows import PlacedRow, Rows, manifest_entry, open_rows
 
 _RowsConfig = RatingsConfig | PairsConfig | CandidatesConfig | ThumbsConfig
 THUMBS_UP = {"true", "1", "1.0", "up", "good", "yes", "+1", "👍", "thumbs_up"}
@@ -61,8 +61,8 @@ class _Reading:
     def need(self, *columns: str | None) -> None:
         """Raise DataError for a column that is missing."""
         for column in columns:
-            if column is not None and column not in self.rows.columns:
-                raise DataError(f"{self.config.data.source}: no column {column!r}; the columns are {self.rows.columns}")
+            if column is not None and not self.rows.has(column):
+                raise DataError(f"{self.config.data.name}: no column {column!r}; the columns are {self.rows.columns}")
 
     def merge(self, prompt: Prompt, candidate: Candidate) -> None:
         """Add an answer to a prompt; the ratings of rows with the same answer are put together. Raises BadRow."""
@@ -94,14 +94,14 @@ def read_answers(config: _RowsConfig, count: Callable[[str], int] = len) -> Answ
         DataError: Files or columns can't be read, no pair comes out, or (unless data.on_bad_row is skip) there are
             bad rows.
     """
-    rows = open_rows(config.data, layout=config.kind)
+    rows = open_rows(config.data, None if isinstance(config, PairsConfig) else config.kind)
     reading, total = _Reading(config, rows), len(rows.order)
     pairs = ANSWER_READERS[config.kind](reading, config)
     thumbs, left_out = reading.thumbs, reading.left_out
     rows.check(len(pairs) + len(thumbs))
     if not pairs and not thumbs:
         why = ", ".join(f"{n:,} {reason}" for reason, n in left_out.items()) or "every prompt has one answer alone"
-        raise DataError(f"{config.data.source}: no pair comes out of {total:,} rows ({why})")
+        raise DataError(f"{config.data.name}: no pair comes out of {total:,} rows ({why})")
     raters = _agreement(reading.units, isinstance(config, RatingsConfig))
     if certain := [max(p.human, 1 - p.human) for p in pairs if p.human is not None]:
         raters["mean_probability"] = fmean(certain)
@@ -110,11 +110,12 @@ def read_answers(config: _RowsConfig, count: Callable[[str], int] = len) -> Answ
     stats = manifest_entry(
         [count(t) for t in texts],
         rows.bad,
-        config.data.source,
+        config.data.name,
         sha256=rows.hashes,
         layout=config.kind,
         rows=total,
         examples=examples,
+        **rows.by_source(),
     )
     stats.update(used=reading.used, pairs=len(pairs), left_out=left_out.all[:SHOWN_ROWS])
     stats["dropped"] |= dict(left_out)
@@ -168,7 +169,7 @@ def _read_ratings(value: Any, name: str) -> tuple[dict[Any, float], bool]:
 def _merge_rows(reading: _Reading, config: RatingsConfig | ThumbsConfig) -> None:
     """Add the answer of each row to its prompt, with its ratings; a thumb is a rating of 0 or 1."""
 
-    def add(row: SourceRow) -> None:
+    def add(row: PlacedRow) -> None:
         prompt, text = _read_answer(row.row, row.config)
         candidate = _rated_candidate if isinstance(config, RatingsConfig) else _thumbed_candidate
         reading.merge(prompt, candidate(row.row, text, row.source, config))  # type: ignore[arg-type]
@@ -240,14 +241,15 @@ class _Choice:
 def _chosen(reading: _Reading, config: PairsConfig) -> list[AnswerPair]:
     """Put the rows of one pair together: the share of people who chose each answer."""
     rows, choices = reading.rows, dict[tuple[str, str, str], _Choice]()
-    layout = recognise(rows.table.first, config.data.layout)
-    if layout not in ("preference", "hh_rlhf"):
-        raise DataError(f"{config.data.source}: expected pairs (prompt, chosen, rejected), and the layout is {layout}")
+    if any(part.layout not in ("preference", "hh_rlhf") for part in rows.parts):
+        raise DataError(
+            f"{config.data.name}: expected pairs (prompt, chosen, rejected), and the layout is {rows.layout}"
+        )
     reading.need(config.rater)
 
-    def add(item: SourceRow) -> None:
+    def add(item: PlacedRow) -> None:
         row, source = item.row, item.source
-        prompt, chosen, rejected = _two_answers(row, layout, item.config)
+        prompt, chosen, rejected = _two_answers(row, item.layout, item.config)
         share = read_number(row["probability"], "probability") if row.get("probability") is not None else 1.0
         if not 0 <= share <= 1:
             raise BadRow(f"probability is {share}, expected 0 to 1")
@@ -289,7 +291,7 @@ def _two_answers(row: Row, layout: str, data: DataConfig) -> tuple[Prompt, str, 
 def _candidates(reading: _Reading, config: CandidatesConfig) -> list[AnswerPair]:
     reading.need(config.completions)
 
-    def add(item: SourceRow) -> None:
+    def add(item: PlacedRow) -> None:
         row, source = item.row, item.source
         prompt = _read_prompt({**row, "prompt": row.get("prompt") or row.get("instruction")}, item.config)
         values = row.get(config.completions)

@@ -24,7 +24,7 @@ from posttrain.data.formats import (
     row_completions,
     to_record,
 )
-from posttrain.data.rows import PreparedItems, SourceRow, count_repeats, marked_example, open_rows
+from posttrain.data.rows import PlacedRow, PreparedItems, count_repeats, marked_example, open_rows
 from posttrain.data.sft_rows import prompt_and_completion
 
 PAIRED = ("preference", "hh_rlhf", "ultrafeedback")
@@ -151,13 +151,13 @@ def prepare_pairs(config: DataConfig, tokenizer: Any, *, context: int | None = N
             "columns instead: data.columns: {prompt: ..., chosen: ..., rejected: ...}"
         )
     rows = open_rows(config)
-    if rows.layout not in PAIRED:
+    if any(part.layout not in PAIRED for part in rows.parts):
         raise DataError(
-            f"{config.source} is laid out as {rows.layout}, which holds no pairs: expected columns prompt, chosen and "
+            f"{config.name} is laid out as {rows.layout}, which holds no pairs: expected columns prompt, chosen and "
             f"rejected ({', '.join(PAIRED)}). Rows with single answers and a label are for method: kto"
         )
 
-    def read(row: SourceRow) -> tuple[list[Record], Callable[[Encoded, Encoded], tuple[Pair, bool]]]:
+    def read(row: PlacedRow) -> tuple[list[Record], Callable[[Encoded, Encoded], tuple[Pair, bool]]]:
         two = _row_pair(row.row, row.layout, row.config)
         return [two.chosen, two.rejected], lambda c, r: (_pair(c, r, two, row.source), two.swapped)
 
@@ -189,14 +189,14 @@ def prepare_unpaired(config: DataConfig, tokenizer: Any, *, context: int | None 
     if config.classes is not None and len(config.classes.names) != 2:
         raise DataError(f"data.classes.names are {config.classes.names}: expected two, the bad one first")
     rows = open_rows(config)
-    if config.classes is None and "label" not in rows.columns:
+    if config.classes is None and not rows.has("label"):
         raise DataError(
-            f"{config.source} has no column label (true or false), and its columns are {rows.columns}. "
+            f"{config.name} has no column label (true or false), and its columns are {rows.columns}. "
             "Name it (data.columns: {label: thumbs_up}), or make it of a number: data.classes: {column: rating, "
             "cuts: [3], names: [bad, good]}"
         )
 
-    def read(row: SourceRow) -> tuple[list[Record], Callable[[Encoded], Unpaired]]:
+    def read(row: PlacedRow) -> tuple[list[Record], Callable[[Encoded], Unpaired]]:
         classes, source = row.config.classes, row.source
         desirable = _is_good(row.row) if classes is None else row.row["label"] == classes.names[1]
         record = row.record()

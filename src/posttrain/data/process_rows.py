@@ -17,7 +17,7 @@ from posttrain.core.types import Sample
 from posttrain.data import chat_template as chat
 from posttrain.data.encoding import prompt_tokens, require_chat_template, token_limit
 from posttrain.data.formats import BadRow, Row, make_message, read_turns, required_field
-from posttrain.data.rows import PreparedItems, SourceRow, open_rows
+from posttrain.data.rows import PlacedRow, PreparedItems, open_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def read_step_chains(
     rows = open_rows(config, layout="steps")
     groups: dict[tuple[int, ...], int] = {}
 
-    def chain_of(row: SourceRow) -> StepChain:
+    def chain_of(row: PlacedRow) -> StepChain:
         steps, targets = _labelled_steps(row.row)
         prompt = _prompt_ids(row.row, row.config, tokenizer)
         ended = [s if s.endswith(separator) else s + separator for s in steps[:-1]]

@@ -8,7 +8,7 @@ the rows, with its settings as keyword-only parameters; `problems: {kind: "modul
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -64,20 +64,18 @@ class RowPrompts:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.title = config.data.source
-        self.bad: Any = None
-        self.hashes: Mapping[str, str] = {}
+        self.title = config.data.name
+        self.rows: Any = None
 
     def load(self) -> list[PromptRow]:
-        """Return the rows that can be used; `bad` and `hashes` then describe the others and the files.
+        """Return the rows that can be used; `rows` then knows the others and the files.
 
         Raises:
             DataError: The source or its columns can't be read.
         """
         from posttrain.data.prompts import rows_of_table
 
-        prompts, rows = rows_of_table(self.config)
-        self.bad, self.hashes = rows.bad, rows.hashes
+        prompts, self.rows = rows_of_table(self.config)
         return prompts
 
 

@@ -13,7 +13,7 @@ from posttrain.data import chat_template as chat
 from posttrain.data.bad_rows import BadRow, BadRows, check_surrogates
 from posttrain.data.encoding import require_chat_template, without_end
 from posttrain.data.formats import Record, Row, make_message, required_field, to_record
-from posttrain.data.rows import PreparedItems, Rows, SourceRow, count_repeats, manifest_entry, open_rows
+from posttrain.data.rows import PlacedRow, PreparedItems, Rows, count_repeats, manifest_entry, open_rows
 
 if TYPE_CHECKING:
     from posttrain.data.prompt_sources import PromptRow, RowPrompts
@@ -93,12 +93,13 @@ def load_prompts(config: Any, tokenizer: Any, *, context: int | None) -> PromptS
         [len(p.tokens) for p in items],
         bad,
         getattr(source, "title", config.kind),
-        sha256=getattr(source, "hashes", {}),
         layout=config.kind,
         rows=total,
         duplicates=count_repeats(tuple(p.tokens) for p in items),
         examples=[{"text": f"{p.source}, answer {p.problem['answer']}", "pieces": [[p.text, 0.0]]} for p in items[:3]],
     )
+    if hasattr(source, "rows"):
+        stats.update(sha256=source.rows.hashes, **source.rows.by_source())
     return PromptSet(items, stats)
 
 
@@ -129,7 +130,7 @@ def _load(config: Any) -> tuple[Any, list[PromptRow], BadRows]:
         loaded = list(source.load())
     else:
         loaded = list(source(**PROMPTS.own_settings(config)))
-    bad = getattr(source, "bad", None) or BadRows("skip")
+    bad = source.rows.bad if hasattr(source, "rows") else BadRows("skip")
     rows = []
     for i, row in enumerate(loaded):
         place = str(row.get("source") or f"{config.kind}:{i}")
@@ -159,7 +160,7 @@ def rows_of_table(config: RowPrompts.Config) -> tuple[list[PromptRow], Rows]:
     """Read the rows of a table as problems: the conversation before the last turn, and the answer."""
     rows = open_rows(config.data, None if config.answers else "prompt")
 
-    def problem(row: SourceRow) -> PromptRow:
+    def problem(row: PlacedRow) -> PromptRow:
         record = row.record() if config.answers else _prompt_alone(row.row, row.config)
         return _problem(_move_first_words(record, config.answer_prefix_words), row.row, row.source, config.instruction)
 

@@ -1,50 +1,233 @@
-"""Read rows from files, the Hub and what is made here, with the place of each row and a hash of each file."""
+"""Open sources of rows: files, the Hub, and what is made here, with the place of each row and a hash of the content."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import json
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import resources
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from posttrain.config import DataConfig
+from posttrain.config import DataConfig, SourceConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import file_hash
-from posttrain.data.bad_rows import BadRow
+from posttrain.data.bad_rows import BadRow, Row
 from posttrain.data.gym_rows import GYM_PREFIX, gym_source_rows
 from posttrain.data.synthetic import sum_chains as chains
 from posttrain.data.synthetic import sums
-from posttrain.data.table_files import FILE_READERS, NumberedRows
+from posttrain.data.table_files import FILE_READERS, FoundRow
 
 if TYPE_CHECKING:
     import numpy as np
 
 ENDINGS = tuple(FILE_READERS)
+HEAD_ROWS = 1000
+"""Rows in which columns are looked up before all rows are read for them."""
+HUB_BATCH = 256
+"""Rows of a Hub data set decoded at a time."""
+
+
+class RowSource(Protocol):
+    """Rows that can be read in order, or one at a time.
+
+    Attributes:
+        text_only: True if a cell can hold text alone (TSV, CSV).
+    """
+
+    text_only: bool
+
+    @property
+    def count(self) -> int:
+        """Return the number of rows, those included that can't be read."""
+
+    def scan(self, mask: Sequence[int] | None = None) -> Iterator[FoundRow]:
+        """Return the rows in order; with a mask (1 or 0 for each row) those that are wanted."""
+
+    def row_at(self, position: int) -> Row | BadRow:
+        """Return the row at a position that `scan` gave."""
+
+
+@dataclass
+class RowList:
+    """Hold rows in memory.
+
+    Attributes:
+        rows: The rows, or why one can't be read.
+        numbers: The number of each. None: they are counted from 1.
+    """
+
+    rows: Sequence[Row | BadRow] = ()
+    numbers: Sequence[int] | None = None
+    text_only: bool = False
+
+    @property
+    def count(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def scan(self, mask: Sequence[int] | None = None) -> Iterator[FoundRow]:
+        """Return the rows, or those that are wanted."""
+        for i, row in enumerate(self.rows):
+            if mask is None or mask[i]:
+                yield FoundRow(i, i + 1 if self.numbers is None else self.numbers[i], i, row)
+
+    def row_at(self, position: int) -> Row | BadRow:
+        """Return the row at an index."""
+        return self.rows[position]
+
+
+class HubRows:
+    """Read a data set of the Hub, which `datasets` keeps on the disk."""
+
+    text_only = False
+
+    def __init__(self, name: str, config: DataConfig) -> None:
+        from datasets import load_dataset
+
+        try:
+            self.data = load_dataset(name, config.subset, split=config.split)
+        except Exception as error:  # offline, missing, gated, no such split: all end here, with the library's own words
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"data source {name!r} is no file here, and as a Hub data set (subset {config.subset}, split "
+                f"{config.split}) it can't be opened: {first}. Expected a path ending in one of {', '.join(ENDINGS)}, "
+                "packaged:NAME, or a Hub name that the network or the Hub's cache holds"
+            ) from error
+
+    @property
+    def count(self) -> int:
+        """Return the number of rows."""
+        return len(self.data)
+
+    def scan(self, mask: Sequence[int] | None = None) -> Iterator[FoundRow]:
+        """Return the rows, or those that are wanted."""
+        wanted = range(len(self.data)) if mask is None else [i for i, w in enumerate(mask) if w]
+        for first in range(0, len(wanted), HUB_BATCH):
+            numbers = list(wanted[first : first + HUB_BATCH])
+            columns = self.data[numbers]
+            for i, cells in zip(numbers, zip(*columns.values(), strict=True), strict=True):
+                yield FoundRow(i, i + 1, i, dict(zip(columns, cells, strict=True)))
+
+    def row_at(self, position: int) -> Row | BadRow:
+        """Return the row at an index."""
+        return dict(self.data[position])
+
+
+@dataclass
+class Source:
+    """Describe one source of rows, which is opened when its rows are needed.
+
+    Attributes:
+        entry: What is set for this source.
+        config: Settings of its rows: those of the data block, with what is set for this source.
+        name: Name in the places of rows: a file's name, or its path if another file has the same name; numbered if a
+            source is named more than once.
+        path: The file. None: rows of the Hub, or made here.
+    """
+
+    entry: SourceConfig
+    config: DataConfig
+    name: str
+    path: Path | None = None
+
+    @cached_property
+    def rows(self) -> RowSource:
+        """Return the rows, opened. Raises DataError if they can't be."""
+        if self.path is not None:
+            return FILE_READERS[self.path.suffix.lower()](self.path)
+        source = self.entry.source
+        return RowList(_made_rows(source)) if is_made(source) else HubRows(source, self.config)
+
+    @cached_property
+    def hash(self) -> str | None:
+        """Return the SHA-256 of the file or of the rows that are made here; None for the Hub's."""
+        if self.path is not None:
+            self._state = _file_state(self.path)
+            return file_hash(self.path)
+        if not isinstance(self.rows, RowList):
+            return None
+        rows: Any = list(self.rows.rows)
+        hashed = [[r["question"], r["answer"]] for r in rows] if self.entry.source.startswith(GYM_PREFIX) else rows
+        return hashlib.sha256(json.dumps(hashed, default=repr).encode()).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raise DataError if the file has changed since it was hashed."""
+        if self.path is not None and self.hash is not None and self._state != _file_state(self.path):
+            raise DataError(f"{self.path}: the file changed while it was read. Run again once it is complete")
+
+    def scan(self, mask: Sequence[int] | None = None) -> Iterator[FoundRow]:
+        """Return the rows, or those for which `mask` is 1. Raises DataError if they can't be read."""
+        try:
+            yield from self.rows.scan(mask)
+        except OSError as error:
+            raise DataError(f"{self.path or self.name}: can't be read: {error}") from error
+
+    @cached_property
+    def first(self) -> Row | None:
+        """Return the first row that can be read; None if none can."""
+        return next((found.row for found in self.scan() if isinstance(found.row, dict)), None)
+
+    @cached_property
+    def columns(self) -> set[str]:
+        """Return the names of all columns, read from all rows."""
+        return set().union(*(found.row for found in self.scan() if isinstance(found.row, dict)))
+
+    @cached_property
+    def head_columns(self) -> set[str]:
+        """Return the names of the columns of the first rows."""
+        return set().union(*(found.row for found in islice(self.scan(), HEAD_ROWS) if isinstance(found.row, dict)))
+
+    def has(self, column: str) -> bool:
+        """Return True if any row has the column."""
+        return column in self.head_columns or column in self.columns
+
+
+def _file_state(path: Path) -> tuple[int, int]:
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns
+
+
+def is_made(source: str) -> bool:
+    """Return True for a source whose rows are made here."""
+    return source.startswith(("lab:", GYM_PREFIX))
+
+
+def find_sources(config: DataConfig) -> list[Source]:
+    """Return the sources of the data. Raises DataError for a file that does not exist."""
+    found: list[Source] = []
+    for entry in config.sources():
+        path = None if is_made(entry.source) else _locate(entry.source)
+        names = {other.name for other in found}
+        name = entry.source if path is None or path.name in names else path.name
+        if name in names:
+            name += f" ({1 + sum(other.entry.source == entry.source for other in found)})"
+        found.append(Source(entry, config.of_source(entry), name, path))
+    return found
 
 
 @dataclass
 class Table:
-    """Hold rows as they are in their source.
+    """Hold rows in memory.
 
     Attributes:
         rows: The rows; {} in place of one that can't be read.
-        places: File and row number of each. Numbers count from 1: the lines below the header (TSV), the records below
-            it (CSV), the lines (JSONL), the list's members (JSON). Blank lines have a number and no row.
+        places: File and row number of each.
         hashes: SHA-256 of each file.
         bad: Why a row can't be read, by its index.
-        text_only: Names of the sources whose cells hold text alone (TSV, CSV).
     """
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     places: list[tuple[str, int]] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
     bad: dict[int, BadRow] = field(default_factory=dict)
-    text_only: set[str] = field(default_factory=set)
 
-    def add(self, row: dict[str, Any] | BadRow, place: tuple[str, int]) -> None:
+    def add(self, row: Row | BadRow, place: tuple[str, int]) -> None:
         """Append a row, or why it can't be read."""
         if isinstance(row, BadRow):
             self.bad[len(self.rows)] = row
@@ -52,43 +235,17 @@ class Table:
         self.rows.append(row)
         self.places.append(place)
 
-    @property
-    def first(self) -> dict[str, Any]:
-        """Return the first row that can be read; {} if none can."""
-        return next((row for i, row in enumerate(self.rows) if i not in self.bad), {})
-
-    @property
-    def columns(self) -> set[str]:
-        """Return the names of all columns."""
-        return set().union(*self.rows)
-
-    def source(self, index: int) -> str:
-        """Return the place of a row as `file:row`."""
-        file, number = self.places[index]
-        return f"{file}:{number}"
-
 
 def read_table(config: DataConfig) -> Table:
     """Return all rows of the configured sources, in file order. Raises DataError for what can't be found or read."""
     table = Table()
-    for source in [config.source] if isinstance(config.source, str) else config.source:
-        if source.startswith(("lab:", GYM_PREFIX)):
-            _made(source, table)
-            continue
-        path = _locate(source)
-        rows = _from_hub(source, config) if path is None else FILE_READERS[path.suffix.lower()](path)
-        name = source if path is None or path.name in table.hashes else path.name
-        if path is not None and path.suffix.lower() in (".tsv", ".csv"):
-            table.text_only.add(name)
-        try:
-            for number, row in rows:
-                table.add(row, (name, number))
-        except OSError as error:
-            raise DataError(f"{path}: can't be read: {error}") from error
-        if path is not None:
-            table.hashes[name] = file_hash(path)
+    for source in find_sources(config):
+        for found in source.scan():
+            table.add(found.row, (source.name, found.number))
+        if source.hash is not None:
+            table.hashes[source.name] = source.hash
     if not table.rows:
-        raise DataError(f"{config.source} holds no rows")
+        raise DataError(f"{config.name} holds no rows")
     return table
 
 
@@ -102,27 +259,22 @@ def in_order(config: DataConfig, count: int) -> np.ndarray:
     if config.rows is not None:
         low, high = config.rows
         if not 0 <= low < high <= count:
-            raise DataError(f"data.rows is [{low}, {high}], and {config.source} has rows 0 to {count}")
+            raise DataError(f"data.rows is [{low}, {high}], and {config.name} has rows 0 to {count}")
         order = order[low:high]
     return order
 
 
-def _made(source: str, table: Table) -> None:
-    """Add rows that are made here: reasoning-gym:NAME, lab:calculator, lab:calculator:SEED, lab:KIND of chains."""
-    name, _, seed = source.removeprefix("lab:").partition(":")
+def _made_rows(source: str) -> list[Row]:
+    """Make the rows of reasoning-gym:NAME, lab:calculator, lab:calculator:SEED, lab:KIND of chains."""
     if source.startswith(GYM_PREFIX):
-        rows = gym_source_rows(source)
-    elif name == "calculator" and (seed or "0").isdigit():
-        rows = sums.calculator_rows(int(seed or 0), sums.CALL_ROWS)
-    elif name in chains.CHAIN_KINDS and not seed:
-        rows = chains.chain_rows(name)
-    else:
-        kinds = ", ".join(f"lab:{kind}" for kind in chains.CHAIN_KINDS)
-        raise DataError(f"data source {source!r}: expected lab:calculator, lab:calculator:SEED with a number, {kinds}")
-    table.rows += rows
-    table.places += [(source, number) for number in range(1, len(rows) + 1)]
-    hashed = [[r["question"], r["answer"]] for r in rows] if source.startswith(GYM_PREFIX) else rows
-    table.hashes[source] = hashlib.sha256(json.dumps(hashed, default=repr).encode()).hexdigest()
+        return gym_source_rows(source)
+    name, _, seed = source.removeprefix("lab:").partition(":")
+    if name == "calculator" and (seed or "0").isdigit():
+        return sums.calculator_rows(int(seed or 0), sums.CALL_ROWS)
+    if name in chains.CHAIN_KINDS and not seed:
+        return chains.chain_rows(name)
+    kinds = ", ".join(f"lab:{kind}" for kind in chains.CHAIN_KINDS)
+    raise DataError(f"data source {source!r}: expected lab:calculator, lab:calculator:SEED with a number, {kinds}")
 
 
 def _locate(source: str) -> Path | None:
@@ -151,17 +303,3 @@ def packaged_or_own(source: str) -> Path:
         have = sorted(p.name for p in folder.iterdir() if not p.name.startswith(("README", "LICENSE")))
         raise DataError(f"data source {source!r}: posttrain ships {have}, not this")
     return path
-
-
-def _from_hub(name: str, config: DataConfig) -> NumberedRows:
-    from datasets import load_dataset
-
-    try:
-        yield from enumerate(load_dataset(name, config.subset, split=config.split), 1)
-    except Exception as error:  # offline, missing, gated, no such split: all end here, with the library's own words
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"data source {name!r} is no file here, and as a Hub data set (subset {config.subset}, split "
-            f"{config.split}) it can't be opened: {first}. Expected a path ending in one of {', '.join(ENDINGS)}, "
-            "packaged:NAME, or a Hub name that the network or the Hub's cache holds"
-        ) from error

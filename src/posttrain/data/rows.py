@@ -6,7 +6,7 @@ Every reader of rows goes through `Rows.read`: nothing is cut or left out withou
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -16,29 +16,34 @@ from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
 from posttrain.data.bad_rows import BadRows
-from posttrain.data.formats import Record, Row, check_templates, class_label, open_assistant, recognise, to_record
+from posttrain.data.formats import Record, Row, to_record
 from posttrain.data.marked_text import pieces
-from posttrain.data.readers import Table, in_order, read_table
-from posttrain.data.text_cells import check_text_cells
+from posttrain.data.parts import Part, open_part
+from posttrain.data.readers import find_sources, in_order
+from posttrain.data.table_files import FoundRow
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class SourceRow:
+class PlacedRow:
     """Hold a row with its place and the settings of its source.
 
     Attributes:
         row: The row, with columns renamed; with data.classes its class is the field `label`.
         source: Its place, `file:row`.
         layout: Name of its layout.
-        config: Settings of the data.
+        config: Settings of its source.
+        part: Number of its source.
+        found: Where it is in the source.
     """
 
     row: Row
     source: str
     layout: str
     config: DataConfig
+    part: int
+    found: FoundRow
 
     def record(self) -> Record:
         """Return the row as a record. Raises BadRow."""
@@ -47,20 +52,18 @@ class SourceRow:
 
 @dataclass
 class Rows:
-    """Hold the rows of a source, with columns renamed.
+    """Hold the rows of all sources, which are read when they are needed.
 
     Attributes:
         config: Settings of the data.
-        table: All rows of the source.
-        layout: Name of their layout.
-        order: Indices of the rows that are taken, in their order.
+        parts: The sources, each with its settings and layout.
+        order: Numbers of the rows that are taken, in their order; rows are numbered through all parts.
         bad: Rows that can't be used, so far.
         truncated: Number of rows that were cut, so far.
     """
 
     config: DataConfig
-    table: Table
-    layout: str
+    parts: list[Part]
     order: np.ndarray
     bad: BadRows
     truncated: int = 0
@@ -68,28 +71,82 @@ class Rows:
     @property
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of each file, by its name."""
-        return self.table.hashes
+        return {part.source.name: part.source.hash for part in self.parts if part.source.hash is not None}
+
+    @property
+    def layout(self) -> str:
+        """Return the name of the layout; of several, their names."""
+        return ", ".join(dict.fromkeys(part.layout for part in self.parts))
 
     @property
     def columns(self) -> list[str]:
-        """Return the names of all columns, sorted."""
-        return sorted(self.table.columns)
+        """Return the names of the columns, sorted; of a large table those of its first rows."""
+        return sorted(set().union(*(part.head_columns for part in self.parts)))
 
-    def read(self, make: Callable[[SourceRow], _T]) -> list[_T]:
+    def has(self, column: str) -> bool:
+        """Return True if any row of any source has the column."""
+        return any(part.has(column) for part in self.parts)
+
+    def read(self, make: Callable[[PlacedRow], _T]) -> list[_T]:
         """Return `make(row)` of each row, in order; rows for which it raises BadRow are collected."""
-        out = []
-        for i in self.order:
-            source = self.table.source(i)
-            with self.bad.collect(source):
-                if i in self.table.bad:
-                    raise self.table.bad[i]
-                row = self.table.rows[i]
-                if self.config.classes is not None:
-                    row = {**row, "label": class_label(row, self.config.classes)}
-                if self.table.places[i][0] in self.table.text_only:
-                    check_text_cells(row)
-                out.append(make(SourceRow(row, source, self.layout, self.config)))
-        return out
+        scanned = self._scan()
+        if not self._in_file_order():
+            scanned = iter(sorted(scanned, key=lambda item: item[0]))
+        return [made for _, made in self._make(make, scanned)]
+
+    def stream(self, make: Callable[[PlacedRow], _T]) -> Iterator[tuple[int, _T]]:
+        """Yield (place in the order, `make(row)`) of each row, as the rows are in their files.
+
+        Rows for which it raises BadRow are collected. However large the sources, only one row is in memory.
+        """
+        return self._make(make, self._scan())
+
+    def _make(
+        self, make: Callable[[PlacedRow], _T], scanned: Iterator[tuple[int, Part, FoundRow]]
+    ) -> Iterator[tuple[int, _T]]:
+        for rank, part, found in scanned:
+            with self.bad.collect(part.place(found)):
+                values = part.values(found)
+                row = PlacedRow(values, part.place(found), part.layout, part.config, part.number, found)
+                yield rank, make(row)
+
+    def _scan(self) -> Iterator[tuple[int, Part, FoundRow]]:
+        """Yield (place in the order, source, row) of the rows that are taken, source by source in file order."""
+        for part, ranks in zip(self.parts, self._ranks_by_part(), strict=True):
+            for found in part.scan((ranks >= 0).tobytes()):
+                yield int(ranks[found.ordinal]), part, found
+            part.source.check_unchanged()
+
+    def _ranks_by_part(self) -> Iterator[np.ndarray]:
+        """Yield for each source the place in the order of each of its rows; -1 for a row that is not taken."""
+        ranks = np.full(sum(part.size for part in self.parts), -1, dtype=np.int64)
+        ranks[self.order] = np.arange(len(self.order))
+        first = 0
+        for part in self.parts:
+            of_part = ranks[first : first + part.size]
+            first += part.size
+            if part.selected is not None:
+                spread = np.full(part.rows.count, -1, dtype=np.int64)
+                spread[part.selected] = of_part
+                of_part = spread
+            yield of_part
+
+    def _in_file_order(self) -> bool:
+        selected = [part.selected for part in self.parts if part.selected is not None]
+        return all(bool(np.all(np.diff(numbers) > 0)) for numbers in [self.order, *selected])
+
+    def by_source(self) -> dict[str, Any]:
+        """Return the part of the manifest's entry about each of several sources; {} if there is one."""
+        if len(self.parts) == 1:
+            return {}
+        entries, first = [], 0
+        for part in self.parts:
+            taken = int(((self.order >= first) & (self.order < first + part.size)).sum())
+            first += part.size
+            used = taken - self.bad.by_file[part.source.name]
+            about = {"source": part.source.name, "layout": part.layout, "in_source": part.rows.count}
+            entries.append({**about, "rows": taken, "used": used})
+        return {"sources": entries}
 
     def check(self, used: int) -> None:
         """Raise DataError for bad rows unless they are to be skipped, and if none of the rows can be used."""
@@ -100,7 +157,7 @@ class Rows:
         return manifest_entry(
             [len(s) for s in samples],
             self.bad,
-            self.config.source,
+            self.config.name,
             sha256=self.hashes,
             layout=self.layout,
             rows=len(self.order),
@@ -108,66 +165,42 @@ class Rows:
             loss_tokens=sum(1 for s in samples for w in s.weights if w),
             duplicates=count_repeats(tuple(s.tokens) for s in samples),
             examples=[marked_example(s, tokenizer) for s in samples[:3]],
+            **self.by_source(),
         )
 
 
 def open_rows(config: DataConfig, layout: str | None = None) -> Rows:
-    """Read a source, rename its columns, and find the layout.
+    """Open all sources, and find the layout of each and the rows that are taken.
 
     Args:
         config: Settings of the data.
         layout: Name for the layout if the caller reads the columns itself. None: recognise it.
 
     Raises:
-        DataError: The source, the columns or the templates can't be used.
+        DataError: A source, its columns or the templates can't be used.
     """
-    table = read_table(config)
-    if len(table.bad) == len(table.rows):
-        _refuse_all(table, config)
-    _rename_columns(table, config)
-    columns = table.columns
-    if config.classes is not None and config.classes.column not in columns:
-        raise DataError(f"data.classes.column names {config.classes.column!r}, and the columns are {sorted(columns)}")
-    check_templates(config, columns | ({"label"} if config.classes else set()))
-    if layout is None:
-        layout = "template" if config.prompt is not None else recognise(table.first, config.layout)
-    if layout == "openassistant":
-        table = open_assistant(table)
-    return Rows(config, table, layout, in_order(config, len(table.rows)), BadRows(config.on_bad_row))
+    parts = [open_part(i, source, layout) for i, source in enumerate(find_sources(config))]
+    count = sum(part.size for part in parts)
+    bad = BadRows(config.on_bad_row, {part.source.name: part.config.on_bad_row for part in parts})
+    rows = Rows(config, parts, in_order(config, count), bad)
+    if all(part.source.first is None for part in parts):
+        rows.read(lambda row: row)
+        rows.check(0)
+    return rows
 
 
-def _refuse_all(table: Table, config: DataConfig) -> None:
-    """Raise DataError for a source of which no row can be read."""
-    bad = BadRows(config.on_bad_row)
-    for i, error in table.bad.items():
-        bad.add(table.source(i), error)
-    bad.check(len(table.rows), 0)
-
-
-def _rename_columns(table: Table, config: DataConfig) -> None:
-    """Apply `columns: {prompt: question}`, by which the column question is called prompt."""
-    for ours, theirs in config.columns.items():
-        if theirs not in table.columns:
-            raise DataError(f"data.columns.{ours} names {theirs!r}, and the columns are {sorted(table.first)}")
-    for row in table.rows if config.columns else []:
-        renamed = {ours: row.get(theirs) for ours, theirs in config.columns.items()}
-        for theirs in config.columns.values():
-            row.pop(theirs, None)
-        row.update(renamed)
-
-
-def manifest_entry(lengths: Sequence[int], bad: BadRows, source: str | Sequence[str], **fields: Any) -> dict[str, Any]:
+def manifest_entry(lengths: Sequence[int], bad: BadRows, source: str, **fields: Any) -> dict[str, Any]:
     """Return the entry of the manifest and of the report about prepared data.
 
     Args:
         lengths: Tokens of each sample.
         bad: Rows left out.
-        source: Name of the source, or names.
+        source: Name of the source.
         fields: `layout`, `rows` (taken from the source), and if they apply `sha256` (of each file), `truncated` (rows
-            that were cut), `loss_tokens`, `duplicates` (samples that repeat an earlier one), `examples`.
+            that were cut), `loss_tokens`, `duplicates` (samples that repeat an earlier one), `examples`, `sources`.
     """
     return {
-        "source": source if isinstance(source, str) else ", ".join(source),
+        "source": source,
         "sha256": {},
         "used": len(lengths),
         "dropped": bad.dropped,

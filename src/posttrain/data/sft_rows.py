@@ -10,7 +10,7 @@ from posttrain.config import DataConfig
 from posttrain.core.types import Sample
 from posttrain.data.encoding import Encoded, encode_rows
 from posttrain.data.formats import Record
-from posttrain.data.rows import SourceRow, open_rows
+from posttrain.data.rows import PlacedRow, open_rows
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def prepare(config: DataConfig, tokenizer: Any, *, context: int | None = None) -
     """
     rows = open_rows(config)
 
-    def read(row: SourceRow) -> tuple[list[Record], Callable[[Encoded], tuple[Sample, dict[str, Any]]]]:
+    def read(row: PlacedRow) -> tuple[list[Record], Callable[[Encoded], tuple[Sample, dict[str, Any]]]]:
         record = row.record()
         prompt = prompt_and_completion(record, row.source)
         return [record], lambda encoded: (Sample(*encoded, row.source, record.extra or {}), prompt)

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from posttrain.config import DataConfig, Recipe, ServerConfig, TrackConfig
+from posttrain.config import Recipe, RowSettings, ServerConfig, TrackConfig
 from posttrain.core.errors import DataError, PosttrainError, RecipeError
 from posttrain.core.files import cache_folder
 from posttrain.core.imports import is_import_path
@@ -81,10 +81,12 @@ def _problems(block: BaseModel, on_hub: set[str], data_on_hub: set[str]) -> Iter
     for name in ("source", "start"):
         given = values.get(name)
         for source in [given] if isinstance(given, str) else given or []:
+            if not isinstance(source, str):  # settings, which are a block too
+                continue
             if source.startswith("stage:") or (name, source) == ("start", "base"):
                 continue
             try:
-                if isinstance(block, DataConfig):
+                if isinstance(block, RowSettings):
                     _check_data(source, data_on_hub)
                     continue
                 model = find_model(source)
@@ -119,7 +121,7 @@ def _packages_needed(block: BaseModel, values: Mapping[str, Any]) -> Iterator[tu
         yield "", "openai"
     if isinstance(block, TrackConfig):
         yield from ((name, name) for name, value in values.items() if value)
-    if isinstance(block, DataConfig) and str(block.source).startswith("reasoning-gym:"):
+    if isinstance(block, RowSettings) and str(block.source).startswith("reasoning-gym:"):
         yield "source", "reasoning-gym"
 
 
