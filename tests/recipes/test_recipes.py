@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,41 @@ def test_an_unmerged_adapter_is_peft_s_own(tmp_path: Path, chats: Path) -> None:
     torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(ids).logits
     assert float((a - plain).abs().max()) > 1e-2
+
+
+def test_every_kind_of_stage_starts_from_an_unmerged_adapter(tmp_path: Path) -> None:
+    """SFT leaves an adapter; what trains next has SFT's loss at its first step, and the base is far away."""
+    rows = [{"prompt": f"Say {c}", "completion": c * 3} for c in "abcdefgh"]
+    pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "zq"} for r in rows]
+    for name, content in (("rows", rows), ("pairs", pairs)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(c) + "\n" for c in content))
+    train = {"batch_size": 8, "epochs": 1, "adapter": {"r": 2}, "start": "stage:sft", "optimizer": {"lr": 1e-3}}
+    sft = {"method": "sft", "data": {"source": str(tmp_path / "rows.jsonl")}, **train}
+    on_pairs = {**train, "data": {"source": str(tmp_path / "pairs.jsonl")}}
+    rl = {k: train[k] for k in ("adapter", "start")} | {
+        "problems": {"kind": "lab", "size": 4}, "rewards": [{"kind": "exact"}], "prompts_per_step": 2, "group_size": 2,
+        "steps": 1, "sampler": {"max_tokens": 4}, "held_out": None,
+    }  # fmt: skip
+    stages = [
+        sft | {"start": None, "epochs": 12, "merge": False, "optimizer": {"lr": 1e-2}, "adapter": {"r": 4}},
+        sft | {"name": "full", "adapter": None},
+        {"method": "dpo", "merge": False, **on_pairs},
+        {"method": "dpo", "name": "dpo_full", **on_pairs, "adapter": None},
+        {"method": "reward_model", **on_pairs},
+        {"method": "grpo", "merge": True, "kl": {"coefficient": 0.1}, **rl},
+    ]
+    recipe = {"name": "on-adapters", "model": {"source": "tiny:llama"}, "stages": stages, "evaluate": []}
+    result = posttrain.run(posttrain.Recipe.model_validate(recipe), tmp_path / "run")
+    first = {
+        p.parent.name.split("-", 1)[1]: read_lines(p)[0] for p in (result.folder / "stages").glob("*/metrics.jsonl")
+    }
+    assert first["sft"]["loss"] > first["full"]["loss"] + 0.05
+    assert first["preference"]["nll"] == pytest.approx(first["full"]["loss"], abs=1e-4)
+    assert first["dpo_full"]["nll"] == pytest.approx(first["full"]["loss"], abs=1e-4)
+    assert first["preference"]["loss"] == pytest.approx(math.log(2)) and first["rl"]["kl"] == pytest.approx(0, abs=1e-6)
+    records = {r["name"]: r for r in json.loads((result.folder / "manifest.json").read_text())["stages"]}
+    assert all(records[name]["start"]["base"] == "tiny:llama" for name in records if name != "sft")
+    assert records["preference"]["adapter"] == "combined" and records["rl"]["merge_difference"] < 1e-4
 
 
 def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(tmp_path: Path, chats: Path) -> None:

@@ -1,9 +1,8 @@
-"""Adapters through peft: attach them, save them in its format, merge them into the weights."""
+"""Adapters through peft: attach them, and merge them into the weights."""
 
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,9 @@ from posttrain.core.errors import ModelError
 from posttrain.core.imports import load_object
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
+MERGE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Largest difference of merged and unmerged logits, relative to the size of the logits: of the median token."""
+PROBE_TOKENS = 24
 
 
 def attach(hf: Any, config: AdapterConfig, seed: int, task: Task = "CAUSAL_LM") -> Any:
@@ -81,14 +83,95 @@ def attach_low_rank(hf: Any, config: AdapterConfig, seed: int, task: Task) -> An
         ) from error
 
 
-def save_adapter(peft_model: Any, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, as peft and other tools load them."""
-    peft_model.save_pretrained(folder)
+def merge(peft_model: Any, subject: str = "the adapters") -> tuple[Any, float]:
+    """Return the transformers model with the adapters added into its weights, and how far its logits moved by it.
+
+    The sum is made in float32 and rounded to the weights' dtype once. Input and output embeddings that share their
+    weights are separated first if an adapter changes one of them alone: the trained model has two different matrices.
+
+    Args:
+        peft_model: The peft model; it is used up.
+        subject: What is merged, for the message.
+
+    Returns:
+        The model, and the largest absolute difference between its logits before and after, on a few tokens.
+
+    Raises:
+        ModelError: peft can't merge this kind of adapter into these weights, or the merged model computes something
+            else.
+    """
+    base = peft_model.get_base_model()
+    before = _probe_logits(peft_model, base)
+    _separate_embeddings(base)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "already merged": layer by layer, below
+            for layer in [m for m in base.modules() if _is_tuner_layer(m)]:
+                _merge_layer(layer)
+            merged = peft_model.merge_and_unload()
+    except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+        kind = getattr(peft_model.active_peft_config.peft_type, "value", "")
+        raise ModelError(f"{subject}: {kind} can't be merged into this model's weights ({error})") from error
+    difference = (_probe_logits(merged, merged) - before).abs()
+    # By token and relative to the size of logits, the median: one token of a mixture of experts may change its expert.
+    moved = (difference.amax(-1) / before.abs().amax(-1).clamp_min(1.0)).median()
+    dtype = next(merged.parameters()).dtype
+    if not float(moved) <= MERGE_TOLERANCE.get(dtype, 0.1):
+        raise ModelError(
+            f"{subject}: the merged model is not the trained one. Its logits differ by up to "
+            f"{float(difference.max()):.3g} ({float(moved):.2g} of their size; {MERGE_TOLERANCE.get(dtype, 0.1):g} is "
+            f"allowed in {dtype}). Keep the adapter unmerged (merge: false), and please report its kind and the model"
+        )
+    return merged, float(difference.max())
 
 
-def merge(peft_model: Any) -> Any:
-    """Return the transformers model with the adapters added into its weights (the peft model is used up)."""
-    return peft_model.merge_and_unload()
+def _is_tuner_layer(module: Any) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer) and hasattr(module, "merge")
+
+
+def _merge_layer(layer: Any) -> None:
+    """Merge one layer's adapters, in float32 if its weights have fewer digits."""
+    inner = layer.get_base_layer()
+    dtypes = {p.dtype for p in inner.parameters()}
+    low = dtypes.pop() if len(dtypes) == 1 else None
+    if low not in (torch.bfloat16, torch.float16):
+        layer.merge()
+        return
+    layer.float()
+    layer.merge()
+    layer.to(low)
+
+
+def _separate_embeddings(base: Any) -> None:
+    """Give the output head its own copy of shared embeddings if adapters change input and output differently."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [get() for get in (base.get_input_embeddings, base.get_output_embeddings)]
+    if None in layers or not any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        return
+    inner = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
+    if inner[0].weight is not inner[1].weight:
+        return
+    inner[1].weight = torch.nn.Parameter(inner[1].weight.detach().clone(), requires_grad=False)
+    for settings in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
+        settings.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def _probe_logits(model: Any, base: Any) -> torch.Tensor:
+    """Return (tokens, outputs) of a few tokens from the whole vocabulary, float32 on the CPU."""
+    rows = base.get_input_embeddings().weight.shape[0]
+    order = torch.randperm(PROBE_TOKENS, generator=torch.Generator().manual_seed(0))
+    tokens = torch.linspace(1, rows - 1, PROBE_TOKENS).long()[order]
+    training = model.training
+    model.eval()
+    try:
+        logits = model(input_ids=tokens[None].to(next(base.parameters()).device), use_cache=False).logits
+    finally:
+        model.train(training)
+    return logits.float().cpu().reshape(-1, logits.shape[-1])
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

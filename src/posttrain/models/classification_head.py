@@ -11,6 +11,7 @@ What the two have in common is a linear layer on hidden states, and that is all 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +25,27 @@ from posttrain.models import attention
 from posttrain.models.adapters import attach, merge
 from posttrain.models.backends import backend_for
 from posttrain.models.language_model import LanguageModel
-from posttrain.models.loading import explained, load_model, load_tokenizer, pick_device, pick_dtype, quiet, resolve
-from posttrain.models.saving import gathered
+from posttrain.models.loading import (
+    OpenedModel,
+    base_settings,
+    explained,
+    load_settings,
+    load_tokenizer,
+    merge_start,
+    open_model,
+    pick_device,
+    pick_dtype,
+    quiet,
+    resolve,
+    source_adapter,
+)
+from posttrain.models.saving import gathered, restore_attention
 
 Layout = Literal["sequence", "token"]
 SUFFIX = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
 LABELS = {"sequence": (1,), "token": (1, 2)}
+ADAPTER_TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+"""peft's task types of adapters on such models."""
 
 
 def _auto(layout: Layout) -> Any:
@@ -39,6 +55,19 @@ def _auto(layout: Layout) -> Any:
 
 
 def open_head(config: ModelConfig, layout: Layout, seed: int = 0, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """Open a transformers model for classification, and its tokenizer: see `open_scorer`.
+
+    Args:
+        config: Source of the model.
+        layout: sequence or token.
+        seed: Seed of a new head.
+        dtype: Overrides the configured one.
+    """
+    opened = open_scorer(config, layout, seed, dtype)
+    return opened.hf, opened.tokenizer
+
+
+def open_scorer(config: ModelConfig, layout: Layout, seed: int = 0, dtype: torch.dtype | None = None) -> OpenedModel:
     """Open a transformers model for classification, and its tokenizer, on its device.
 
     A source that is such a model already is opened as it is; a causal language model gives its trunk and gets a new
@@ -54,31 +83,29 @@ def open_head(config: ModelConfig, layout: Layout, seed: int = 0, dtype: torch.d
         ModelError: The source can't be opened, transformers has no such model of its type, or it has another number of
             labels.
     """
-    if has_head(config, layout):
-        return _opened(config, layout, dtype)
-    hf, tokenizer = load_model(config, dtype)
-    if getattr(hf, "_hf_peft_config_loaded", False):
-        raise ModelError(f"model source {config.source!r} is an adapter on another model: merge it first (merge: true)")
-    return _with_head(hf, tokenizer, layout, seed), tokenizer
+    adapter = source_adapter(config)
+    if not has_head(config, layout):
+        opened = open_model(config, dtype)
+        return replace(opened, hf=_with_head(opened.hf, opened.tokenizer, layout, seed))
+    if adapter is None:
+        return OpenedModel(*_opened(config, layout, dtype), {})
+    return merge_start(open_scorer(base_settings(config, adapter), layout, seed, dtype), adapter, config)
 
 
 def has_head(config: ModelConfig, layout: Layout) -> bool:
     """Return True for a source that is a model for classification. Raises ModelError if it has the other layout."""
-    from transformers import AutoConfig
-
-    found = resolve(config.source)
-    if found.kind == "tiny" or not (found.kind == "hub" or (Path(found.location) / "config.json").exists()):
-        return False
-    with explained(config.source):
-        settings = AutoConfig.from_pretrained(
-            found.location, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    names = list(getattr(settings, "architectures", None) or ())
-    other: Layout = "token" if layout == "sequence" else "sequence"
-    if any(n.endswith(SUFFIX[other]) for n in names):
+    adapter = source_adapter(config)
+    if adapter is not None and adapter.settings.get("task_type") != "CAUSAL_LM":
+        task = adapter.settings.get("task_type")
+        there = next((name for name, known in ADAPTER_TASKS.items() if known == task), None)
+    else:
+        settings = load_settings(config)
+        names = list(getattr(settings, "architectures", None) or ())
+        there = next((name for name, end in SUFFIX.items() if any(n.endswith(end) for n in names)), None)
+    if there not in (None, layout):
         what = {"sequence": "a reward model (sequence classification)", "token": "a process reward model (of tokens)"}
-        raise ModelError(f"model source {config.source!r} is {what[other]}, where {what[layout]} is needed")
-    return any(n.endswith(SUFFIX[layout]) for n in names)
+        raise ModelError(f"model source {config.source!r} is {what[there]}, where {what[layout]} is needed")
+    return there == layout
 
 
 def _opened(config: ModelConfig, layout: Layout, dtype: torch.dtype | None) -> tuple[Any, Any]:
@@ -219,7 +246,7 @@ def save_head(
     folder: Path,
     adapter: AdapterConfig | None,
     seed: int,
-) -> None:
+) -> dict[str, Any]:
     """Write the model to `folder` in transformers' layout, adapters merged. Every rank must call; rank 0 writes.
 
     Args:
@@ -230,6 +257,9 @@ def save_head(
         folder: Where to write.
         adapter: Settings of its adapters, if any.
         seed: Seed of the stage.
+
+    Returns:
+        Notes for the manifest: how far merging moved the scores.
     """
 
     def again() -> Any:
@@ -238,8 +268,11 @@ def save_head(
 
     hf = gathered(model, again)
     if hf is None:
-        return
-    hf = merge(hf) if adapter is not None else hf
-    hf.set_attn_implementation("sdpa" if hf._supports_sdpa else "eager")
+        return {}
+    restore_attention(hf)
+    notes: dict[str, Any] = {}
+    if adapter is not None:
+        hf, notes["merge_difference"] = merge(hf)
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return notes

@@ -23,6 +23,7 @@ from posttrain.config import ModelConfig
 from posttrain.core.errors import MissingExtraError, ModelError
 from posttrain.core.files import cache_folder, file_hash
 from posttrain.data.template_source import set_template_args
+from posttrain.models.adapter_source import AdapterSource, find_adapter, merge_into_base
 from posttrain.models.backends import backend_for
 from posttrain.models.max_length import context, why_short
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
@@ -175,12 +176,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """Load the model's tokenizer, with the recipe's chat template and its arguments if it has any."""
+    """Load the model's tokenizer (an adapter without has its base's), with the recipe's chat template and arguments."""
     from transformers import AutoTokenizer
 
-    found = resolve(config.source)
+    found, adapter = resolve(config.source), source_adapter(config)
     if found.kind == "tiny":
         tokenizer = tiny_tokenizer()
+    elif adapter is not None and not adapter.has_tokenizer():
+        tokenizer = load_tokenizer(base_settings(config, adapter))
     else:
         with explained(config.source):
             tokenizer = AutoTokenizer.from_pretrained(
@@ -194,32 +197,59 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
+def source_adapter(config: ModelConfig) -> AdapterSource | None:
+    """Return the adapter at a source; None for a whole model."""
+    found = resolve(config.source)
+    return find_adapter(found.location, found.kind, config.revision)
+
+
+def base_settings(config: ModelConfig, adapter: AdapterSource) -> ModelConfig:
+    """Return the settings by which an adapter's base is opened."""
+    return config.model_copy(update={"source": adapter.base, "revision": adapter.base_revision})
+
+
+def load_settings(config: ModelConfig) -> Any:
+    """Load the configuration of the transformers model at a source; an adapter's is its base's. None: a tiny model."""
+    from transformers import AutoConfig
+
+    found, adapter = resolve(config.source), source_adapter(config)
+    if adapter is not None:
+        return load_settings(base_settings(config, adapter))
+    if found.kind == "tiny":
+        return None
+    with explained(config.source):
+        return AutoConfig.from_pretrained(
+            found.location, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+
+
 def context_length(config: ModelConfig) -> int | None:
     """Return how long a sequence may be in tokens, by the model's configuration alone (None: it names nothing).
 
     Warns if that is less than the model is made for: see `max_length`.
     """
-    from transformers import AutoConfig
-
-    found = resolve(config.source)
-    if found.kind == "tiny":
+    settings = load_settings(config)
+    if settings is None:
         return 2048
-    with explained(config.source):
-        settings = AutoConfig.from_pretrained(
-            _base_location(found.location), revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
     found_length, made_for = context(settings), getattr(settings.get_text_config(), "max_position_embeddings", None)
     if found_length is not None and found_length < (made_for or 0):
         warnings.warn(why_short(settings), stacklevel=2)
     return found_length
 
 
-def _base_location(location: str) -> str:
-    """A folder that holds an adapter alone names the model that it belongs to."""
-    file = Path(location) / "adapter_config.json"
-    if file.exists() and not (Path(location) / "config.json").exists():
-        return str(json.loads(file.read_text())["base_model_name_or_path"])
-    return location
+@dataclass(frozen=True)
+class OpenedModel:
+    """Hold a transformers model on its device.
+
+    Attributes:
+        hf: The model.
+        tokenizer: Its tokenizer.
+        notes: What was changed on opening it, for the manifest.
+    """
+
+    hf: Any
+    tokenizer: Any
+    notes: dict[str, Any]
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -227,25 +257,77 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None) -> tuple[A
 
     Raises ModelError for a source that can't be opened, with what to do.
     """
-    from transformers import AutoModelForCausalLM
+    opened = open_model(config, dtype)
+    return opened.hf, opened.tokenizer
 
+
+def open_model(config: ModelConfig, dtype: torch.dtype | None = None) -> OpenedModel:
+    """Do what `load_model` does, and tell what was changed: an adapter that was merged into its base.
+
+    Args:
+        config: Source of the model.
+        dtype: Overrides the configured one.
+
+    Raises:
+        ModelError: The source can't be opened, with what to do.
+    """
     quiet()
     device = pick_device(config.device)
     dtype = dtype or pick_dtype(config.dtype, device)
     backend_for(device).tune()
-    found = resolve(config.source)
+    found, adapter = resolve(config.source), source_adapter(config)
+    if adapter is not None:
+        _check_causal(config, adapter)
+        return merge_start(open_model(base_settings(config, adapter), dtype), adapter, config)
     tokenizer = load_tokenizer(config)
     if found.kind == "tiny":
-        return tiny_model(found.location, len(tokenizer)).to(device=device, dtype=dtype), tokenizer
+        return OpenedModel(tiny_model(found.location, len(tokenizer)).to(device=device, dtype=dtype), tokenizer, {})
     with explained(config.source):
-        model = AutoModelForCausalLM.from_pretrained(
-            found.location,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=dtype,
-            attn_implementation="eager",
+        hf = _from_pretrained(found.location, config, dtype)
+    return OpenedModel(hf.to(device), tokenizer, {})
+
+
+def _from_pretrained(location: str, config: ModelConfig, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        location,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        dtype=dtype,
+        attn_implementation="eager",
+    )
+
+
+def merge_start(base: OpenedModel, adapter: AdapterSource, config: ModelConfig) -> OpenedModel:
+    """Return the model that an adapter makes of its base, merged in memory.
+
+    Args:
+        base: The base; it is used up.
+        adapter: The adapter.
+        config: Source of the adapter.
+
+    Raises:
+        ModelError: The adapter does not fit, or can't be merged.
+    """
+    from transformers import GenerationConfig
+
+    log.info("merging the adapter %s into its base, %s", adapter.location, adapter.base)
+    hf, difference = merge_into_base(base.hf, adapter)
+    if (Path(adapter.location) / "generation_config.json").is_file():  # which tokens end a turn
+        hf.generation_config = GenerationConfig.from_pretrained(adapter.location)
+    tokenizer = load_tokenizer(config) if adapter.has_tokenizer() else base.tokenizer
+    start = {"adapter": config.source, "base": adapter.base, "merge_difference": difference}
+    return OpenedModel(hf, tokenizer, {**base.notes, "start": start})
+
+
+def _check_causal(config: ModelConfig, adapter: AdapterSource) -> None:
+    task = adapter.settings.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise ModelError(
+            f"model source {config.source!r} is an adapter of another kind of model (task_type {task}), where a causal "
+            "language model is needed"
         )
-    return model.to(device), tokenizer
 
 
 class explained:

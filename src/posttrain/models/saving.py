@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,13 @@ import torch
 
 from posttrain.config import AdapterConfig, ModelConfig
 from posttrain.core import distributed
-from posttrain.models.adapters import attach, merge, save_adapter
+from posttrain.core.files import link_or_copy
+from posttrain.models.adapter_export import OWN_BASE, write_adapter
+from posttrain.models.adapters import attach, merge
 from posttrain.models.language_model import LanguageModel
-from posttrain.models.loading import load_model
+from posttrain.models.loading import load_model, source_adapter
+
+log = logging.getLogger("posttrain")
 
 
 def save_trained(
@@ -24,7 +30,7 @@ def save_trained(
     merged: bool,
     seed: int,
     end_token: int | None,
-) -> None:
+) -> dict[str, Any]:
     """Write weights, configuration and tokenizer to `folder`; adapters, if any, to `folder`/../adapter.
 
     Every rank must call; rank 0 writes.
@@ -38,6 +44,9 @@ def save_trained(
         merged: False leaves the adapter alone in `folder` (peft's format, naming its base).
         seed: Seed of the stage.
         end_token: Added to the tokens that end generation: a model trained to close its turn must stop there.
+
+    Returns:
+        Notes for the manifest: what the adapter that was written is based on, and how far merging moved the logits.
     """
 
     def again() -> Any:
@@ -46,19 +55,53 @@ def save_trained(
 
     hf = gathered(policy, again)
     if hf is None:
-        return
+        return {}
+    restore_attention(hf)
+    notes: dict[str, Any] = {}
     if adapter is not None:
-        save_adapter(hf, folder.parent / "adapter")
-        tokenizer.save_pretrained(folder.parent / "adapter")
+        notes = _save_adapter(hf, tokenizer, source, folder.parent / "adapter", end_token, merged)
         if not merged:
-            save_adapter(hf, folder)
-            tokenizer.save_pretrained(folder)
-            return
-        hf = merge(hf)
-    hf.set_attn_implementation("sdpa" if hf._supports_sdpa else "eager")
+            shutil.copytree(folder.parent / "adapter", folder, copy_function=link_or_copy, dirs_exist_ok=True)
+            return notes
+        hf, notes["merge_difference"] = merge(hf)
+    _write_whole(hf, tokenizer, folder, end_token)
+    return notes
+
+
+def _write_whole(hf: Any, tokenizer: Any, folder: Path, end_token: int | None) -> None:
     _end_at(hf.generation_config, end_token)
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _save_adapter(
+    peft_model: Any, tokenizer: Any, source: ModelConfig, folder: Path, end_token: int | None, merged: bool
+) -> dict[str, Any]:
+    """Write the adapter with its tokenizer, and its base if that exists nowhere else; return notes for the manifest."""
+    start = source_adapter(source)
+    made = write_adapter(peft_model, folder, source, start)
+    if made == "on start":
+        assert start is not None
+        reason = f"it was trained on top of {start.location} and does not make one adapter with that"
+        if merged:
+            log.info("the adapter is not saved alone: %s. The merged model is saved whole", reason)
+            shutil.rmtree(folder)
+            return {"adapter": f"not saved alone: {reason}"}
+        log.info("the adapter is saved with its base, in %s/%s: %s", folder, OWN_BASE, reason)
+        base, _ = load_model(source.model_copy(update={"device": "cpu"}), next(peft_model.parameters()).dtype)
+        restore_attention(base)
+        _write_whole(base, tokenizer, folder / OWN_BASE, None)
+    tokenizer.save_pretrained(folder)
+    ends = peft_model.get_base_model().generation_config
+    _end_at(ends, end_token)
+    ends.save_pretrained(folder)
+    return {"adapter": made}
+
+
+def restore_attention(hf: Any) -> None:
+    """Let a model compute attention as transformers does, in place of posttrain's ragged attention."""
+    base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+    base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
 
 
 def gathered(policy: LanguageModel, again: Callable[[], Any]) -> Any:

@@ -7,7 +7,6 @@ checkpoint. The same recipe ends in the same weights and metrics however often i
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +20,7 @@ import posttrain
 from posttrain.config import EvaluationConfig, Recipe, StageConfig, references
 from posttrain.core import distributed
 from posttrain.core.errors import CheckpointError, PosttrainError
-from posttrain.core.files import file_hash, is_full, read_lines, write_json, write_text
+from posttrain.core.files import file_hash, is_full, link_or_copy, read_lines, write_json, write_text
 from posttrain.core.imports import import_folders
 from posttrain.core.statistics import compare
 from posttrain.data.bad_rows import SHOWN_ROWS
@@ -274,7 +273,7 @@ class _Run:
             final, work = path / "model", path / ".model.writing"
             if not final.is_dir():
                 shutil.rmtree(work, ignore_errors=True)
-                shutil.copytree(self.model.source, work, copy_function=_link)
+                shutil.copytree(self.model.source, work, copy_function=link_or_copy)
                 work.rename(final)
             if tasks:
                 config = recipe.model.model_copy(update={"source": str(final)})
@@ -309,11 +308,3 @@ class _Run:
         if (path / "model").is_dir():
             self.print(f"chat    {program_name()} chat {path}")
         return RunResult(path, path / "model", report, comparison)
-
-
-def _link(source: str, target: str) -> None:
-    """Link a file of the last stage into model/, or copy it if the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from posttrain.config.settings import ModelConfig, TrainConfig
 from posttrain.core import distributed
 from posttrain.models.adapters import attach, count_parameters
 from posttrain.models.language_model import LanguageModel, verify
-from posttrain.models.loading import load_model, pick_device, pick_dtype
+from posttrain.models.loading import open_model, pick_device, pick_dtype
 from posttrain.models.saving import save_trained
 from posttrain.trainer.loop import LoopResult
 
@@ -26,12 +26,15 @@ class LoadedPolicy:
         tokenizer: Its tokenizer.
         parameters: Number of parameters.
         trainable: Number of parameters that are trained.
+        notes: What opening and saving changed, for the manifest: adapters that were merged, and how far that moved the
+            logits.
     """
 
     policy: LanguageModel
     tokenizer: Any
     parameters: int
     trainable: int
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def open_policy(config: TrainConfig, model: ModelConfig, seed: int) -> LoadedPolicy:
@@ -44,12 +47,11 @@ def open_policy(config: TrainConfig, model: ModelConfig, seed: int) -> LoadedPol
     """
     device = pick_device(model.device)
     distributed.start(device)
-    hf, tokenizer = load_model(model, pick_dtype(model.dtype, device))
-    if config.adapter is not None:
-        hf = attach(hf, config.adapter, seed)
+    opened = open_model(model, pick_dtype(model.dtype, device))
+    hf = opened.hf if config.adapter is None else attach(opened.hf, config.adapter, seed)
     policy = LanguageModel(hf)
     verify(policy)
-    return LoadedPolicy(policy, tokenizer, *count_parameters(policy))
+    return LoadedPolicy(policy, opened.tokenizer, *count_parameters(policy), dict(opened.notes))
 
 
 def save_policy(
@@ -67,7 +69,9 @@ def save_policy(
     """
 
     def write(work: Path) -> None:
-        save_trained(loaded.policy, loaded.tokenizer, model, work, config.adapter, config.merge, seed, end_token)
+        loaded.notes.update(
+            save_trained(loaded.policy, loaded.tokenizer, model, work, config.adapter, config.merge, seed, end_token)
+        )
 
     save_atomically(folder / "model", write)
 
@@ -95,4 +99,5 @@ def summary(result: LoopResult, loaded: LoadedPolicy) -> dict[str, Any]:
         "peak_memory_mb": round(result.peak_memory_mb, 1),
         "parameters": loaded.parameters,
         "trainable": loaded.trainable,
+        **loaded.notes,
     }

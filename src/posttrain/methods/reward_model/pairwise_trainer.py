@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from posttrain.core import distributed
-from posttrain.core.files import write_json, write_lines
+from posttrain.core.files import link_or_copy, write_json, write_lines
 from posttrain.eval.calibration import judged_pairs
 from posttrain.losses.reward_loss import bradley_terry, bradley_terry_metrics, centring, combine_members
 from posttrain.methods.reward_model.scorer_stage import ScorerStage
@@ -75,7 +74,7 @@ def train_members(
         entries = []
         for k, record in enumerate(records):
             name = "." if config.members == 1 else str(k)
-            shutil.copytree(members / str(k), work / name, copy_function=_link)
+            shutil.copytree(members / str(k), work / name, copy_function=link_or_copy)
             entries.append({"folder": name, "mean": record["mean"], "std": record["std"]})
         write_json(work / INDEX, _index(config, entries))
 
@@ -86,13 +85,6 @@ def train_members(
     for name in ("steps", "skipped_steps", "seconds", "tokens"):
         out[name] = sum(r["account"][name] for r in records)
     return out | ({"held_out": measured} if measured else {})
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _index(config: RewardModelConfig, members: list[dict[str, Any]]) -> dict[str, Any]:

@@ -43,19 +43,18 @@ class ScorerStage(Stage):
         """Open the model under a head that scores, checked against transformers' own forward pass."""
         from posttrain.core import distributed
         from posttrain.models.adapters import attach, count_parameters
-        from posttrain.models.classification_head import open_head, verify_scores
+        from posttrain.models.classification_head import open_scorer, verify_scores
         from posttrain.models.language_model import LanguageModel
         from posttrain.models.loading import pick_device, pick_dtype
         from posttrain.trainer.policy import LoadedPolicy
 
         device = pick_device(run.model.device)
         distributed.start(device)
-        hf, tokenizer = open_head(run.model, self.layout, run.seed, pick_dtype(run.model.dtype, device))
-        if self.config.adapter is not None:
-            hf = attach(hf, self.config.adapter, run.seed, "SEQ_CLS")
-        policy = LanguageModel(hf)
+        opened = open_scorer(run.model, self.layout, run.seed, pick_dtype(run.model.dtype, device))
+        adapter = self.config.adapter
+        policy = LanguageModel(opened.hf if adapter is None else attach(opened.hf, adapter, run.seed, "SEQ_CLS"))
         verify_scores(policy, self.layout)
-        return LoadedPolicy(policy, tokenizer, *count_parameters(policy))
+        return LoadedPolicy(policy, opened.tokenizer, *count_parameters(policy), dict(opened.notes))
 
     def folder_of_model(self, run: StageRun) -> Path:
         """Return the folder in which the model is saved."""
@@ -68,7 +67,9 @@ class ScorerStage(Stage):
         from posttrain.trainer.policy import save_atomically
 
         def write(work: Path) -> None:
-            save_head(policy.policy, policy.tokenizer, run.model, self.layout, work, self.config.adapter, run.seed)
+            policy.notes.update(
+                save_head(policy.policy, policy.tokenizer, run.model, self.layout, work, self.config.adapter, run.seed)
+            )
             if distributed.is_main():
                 write_json(work / INDEX, self.index)
 
