@@ -153,7 +153,7 @@ BAD = {
         ({"prompt": "p", "completion": "x", "r": "1,good"}, "r is 'good', expected a number"),
         ({"prompt": "p", "completion": "x", "r": "1,inf"}, "r is 'inf', expected a number"),
     ],
-    "thumbs": [({"prompt": "p", "completion": "x", "label": "maybe"}, "label is 'maybe', expected up or down")],
+    "thumbs": [({"prompt": "p", "completion": "x", "label": "maybe"}, "label out of range: it is 'maybe'")],
     "candidates": [
         ({"prompt": "p", "completions": "x"}, "completions: expected a list of answers"),
         ({"prompt": "p", "completions": ["x", "y", ""]}, "empty answer"),  # nor are the others of the row used

@@ -241,7 +241,7 @@ def test_bad_labelled_rows(tmp_path: Path) -> None:
     fine = {"prompt": "q", "completion": "a", "label": True}
     for change, reason in (
         ({"label": None}, "missing field 'label'"),
-        ({"label": "perhaps"}, "label out of range: it is 'perhaps', expected one of true, yes"),
+        ({"label": "perhaps"}, "label out of range: it is 'perhaps', which is neither good nor bad"),
         ({"completion": " "}, "the answer is empty"),
         ({"completion": "q"}, "the chosen answer equals the prompt"),
         ({"completion": None}, "missing field 'completion'"),

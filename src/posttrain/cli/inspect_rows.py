@@ -24,6 +24,8 @@ from posttrain.rewards.stack import RewardStack
 from posttrain.runs.registry import prepare_stage
 from posttrain.trainer.stage import StageContext
 
+FIELD_TITLES = {"unused": "no effect", "passed_on": "to rewards", "ignored": "ignored"}
+"""Counts of fields that nothing was trained on, and their titles."""
 BAR = 40
 """Columns of the histogram's longest bar."""
 
@@ -156,6 +158,7 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
             f"{tokens:,}, {loss:,} carry loss{share}; median {s.get('median', 0)}, longest {s.get('longest', 0)}",
         ),
     ]
+    facts += [(title, fields_in_words(s[key])) for key, title in FIELD_TITLES.items() if s.get(key)]
     if s.get("duplicates"):
         facts.append(("duplicates", f"{s['duplicates']:,} samples are there more than once"))
     if s.get("swapped"):
@@ -178,6 +181,18 @@ def describe_source(source: dict[str, Any]) -> str:
     """Return a line about one of several sources: how many of its rows are taken and used."""
     taken = f"{source['rows']:,} of {source['in_source']:,} rows"
     return f"{source['source']}: {taken}, used {source['used']:,} (layout {source['layout']})"
+
+
+def fields_in_words(counts: dict[str, int]) -> str:
+    """Return columns, and fields inside of columns, with the number of rows in which they have a value."""
+    inside = {name: n for name, n in counts.items() if "[]." in name}
+    columns = {name: n for name, n in counts.items() if name not in inside}
+    parts = [("column", columns), ("field", inside)]
+    return "; ".join(
+        f"{noun}{'s' * (len(named) != 1)} " + ", ".join(f"{name} {n:,}" for name, n in named.items())
+        for noun, named in parts
+        if named
+    )
 
 
 def histogram(lengths: Sequence[int], bins: int = 8) -> list[str]:

@@ -93,6 +93,10 @@ class RowSettings(Config):
         default_factory=dict,
         description="Renames before the layout is applied: {ours: theirs}, for example {prompt: question}.",
     )
+    ignore: list[str] = Field(
+        default_factory=list,
+        description="Columns, fields of turns and types of content parts that are left out (and counted), for example [images]; needed for those that would change the meaning of a row.",
+    )
     classes: ClassesConfig | None = Field(None, description="Makes the field 'label' from a numeric column.")
     system: str | None = Field(None, description="System message put first in every conversation.")
     prompt: str | None = Field(

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import string
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.config import ClassesConfig, DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Message
 from posttrain.data.bad_rows import BadRow, FilteredRow, Row
-from posttrain.data.readers import Table
-
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter", "instruction"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "bing", "bard", "output"), "assistant"),
-    **dict.fromkeys(("tool", "function", "function_response", "observation", "ipython"), "tool"),
-}
+from posttrain.data.cells import (
+    is_missing,
+    missing_field,
+    parse_json,
+    read_number,
+    read_text,
+    required_field,
+)
+from posttrain.data.row_context import add_context, read_row_tools, read_template_args
+from posttrain.data.row_fields import SourceRow, source_row
+from posttrain.data.turns import make_message, read_turns
 
 
 @dataclass(frozen=True)
@@ -53,136 +55,99 @@ class RowLayout:
     """
 
     needs: tuple[str, ...]
-    map: Callable[[Row], Record]
+    map: Callable[[SourceRow], Record]
     fits: Callable[[Row], bool] = lambda row: True
 
 
-def required_field(row: Row, name: str) -> Any:
-    """Return a field of a row. Raises BadRow if it is missing or null."""
-    if row.get(name) is None:
-        raise BadRow(f"missing field {name!r}")
-    return row[name]
+def _part(row: SourceRow, value: Any, role: str, name: str) -> list[Message]:
+    """Return the turns of a column that holds text, one turn, or a list of turns."""
+    if isinstance(value, dict) and value.keys() & {"role", "from"}:
+        value = [value]
+    if isinstance(value, list):
+        return read_turns(value, name, row.notes)
+    text = read_text(value, name)
+    return [make_message(role, text)]
 
 
-def make_message(role: Any, content: Any) -> Message:
-    """Return one turn with one of our four roles; `content` is text or a list of text parts. Raises BadRow."""
-    ours = ROLES.get(str(role).lower())
-    if ours is None:
-        raise BadRow(f"unknown role {role!r}", f"Known roles: {', '.join(sorted(ROLES))}")
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        content = "".join(p["text"] for p in content)
-    if not isinstance(content, str):
-        raise BadRow(f"content of the {role} turn is {type(content).__name__}, expected text")
-    return {"role": ours, "content": content}
+def _exchange(row: SourceRow, prompt: str, completion: str) -> tuple[Message, ...]:
+    """Return the turns of a column with the prompt and a column with the completion."""
+    asked = _part(row, required_field(row, prompt), "user", prompt)
+    return (*asked, *_part(row, required_field(row, completion), "assistant", completion))
 
 
-def read_turns(value: Any) -> list[Message]:
-    """Return the turns of a list in either spelling: role and content, or from and value. Raises BadRow."""
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise BadRow("expected a list of turns, each with role and content")
-    contents = (m["content"] if m.get("content") is not None else m.get("value") for m in value)
-    return [make_message(m.get("role") or m.get("from"), content) for m, content in zip(value, contents, strict=True)]
+def _extra(row: SourceRow, *names: str) -> Row:
+    """Return fields that stay with the record; nothing is trained on them, so they don't count as read."""
+    return {n: row.peek(n) for n in ("id", "choices", *names) if row.peek(n) is not None}
 
 
-def _conversation(prompt: Any, completion: Any) -> tuple[Message, ...]:
-    """Return the turns of a prompt and a completion, each given as text or as turns."""
-    parts = (("user", prompt, "prompt"), ("assistant", completion, "completion"))
-    both = (
-        read_turns(value) if isinstance(value, list) else [make_message(role, _text(value, name))]
-        for role, value, name in parts
-    )
-    return tuple(m for turns in both for m in turns)
+def _required_extra(row: SourceRow, name: str) -> Row:
+    if is_missing(row.peek(name)):
+        raise missing_field(name, row.peek(name))
+    return _extra(row, name)
 
 
-def _text(value: Any, name: str) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise BadRow(f"{name} is {type(value).__name__}, expected text")
-    return value
-
-
-def read_number(value: Any, name: str, finite: bool = False) -> float:
-    """Return a cell as a number.
-
-    Args:
-        value: The cell.
-        name: Name of the column, for messages.
-        finite: Refuse infinity too.
-
-    Raises:
-        BadRow: The cell holds no number, or "nan".
-    """
-    try:
-        out = float(value)
-    except (TypeError, ValueError) as error:
-        raise BadRow(f"{name} is {value!r}, expected a number") from error
-    if math.isnan(out):
-        raise BadRow(f"{name} is not a number")
-    if finite and math.isinf(out):
-        raise BadRow(f"{name} is {value!r}, expected a number that is finite")
-    return out
-
-
-def _extra(row: Row, *names: str) -> Row:
-    return {n: row[n] for n in ("id", "choices", *names) if row.get(n) is not None}
-
-
-def _pair_of(prompt: str, completion: str) -> Callable[[Row], Record]:
+def _pair_of(prompt: str, completion: str) -> Callable[[SourceRow], Record]:
     """Return a mapping for a layout that is a column with the prompt and a column with the completion."""
-
-    def mapping(row: Row) -> Record:
-        messages = _conversation(required_field(row, prompt), required_field(row, completion))
-        return Record(messages, extra=_extra(row, "rating"))
-
-    return mapping
+    return lambda row: Record(_exchange(row, prompt, completion), extra=_extra(row, "rating"))
 
 
-def _turns_of(column: str) -> Callable[[Row], Record]:
-    return lambda row: Record(tuple(read_turns(required_field(row, column))), extra=_extra(row))
+def _turns_of(column: str) -> Callable[[SourceRow], Record]:
+    return lambda row: Record(tuple(read_turns(required_field(row, column), column, row.notes)), extra=_extra(row))
 
 
-def _open_assistant_tree(row: Row) -> Record:
+def _open_assistant_tree(row: SourceRow) -> Record:
     """Map a row that `open_assistant` made of a tree."""
-    if "missing_parent" in row:
-        raise BadRow(f"its parent is not in the file: {row['missing_parent']}")
     if not row["messages"]:
         raise BadRow("no answer in this tree")
     return _turns_of("messages")(row)
 
 
-def _verifiable(row: Row) -> Record:
-    answer = required_field(row, "answer")
-    return Record(_conversation(required_field(row, "prompt"), answer), extra={**_extra(row), "answer": answer})
+def _verifiable(row: SourceRow) -> Record:
+    return Record(_exchange(row, "prompt", "answer"), extra={**_extra(row), "answer": row["answer"]})
 
 
-def _rated(row: Row) -> Record:
-    extra = {**_extra(row), "rating": required_field(row, "rating")}
-    if row.get("completion") is not None:
-        return Record(_conversation(required_field(row, "prompt"), row["completion"]), extra=extra)
-    return Record(text=_text(required_field(row, "text"), "text"), extra=extra)
+def _rated(row: SourceRow) -> Record:
+    extra = _required_extra(row, "rating")
+    if not is_missing(row.peek("completion")) or ("completion" in row and is_missing(row.peek("text"))):
+        return Record(_exchange(row, "prompt", "completion"), extra=extra)
+    return Record(text=_plain_text(row), extra=extra)
 
 
-def _preference(row: Row) -> Record:
+def _preference(row: SourceRow) -> Record:
     """Map a pair to its chosen answer, as supervised fine-tuning reads it; the rejected one goes to `extra`."""
     chosen = required_field(row, "chosen")
-    extra = {**_extra(row), "rejected": required_field(row, "rejected")}
-    if not isinstance(chosen, list):
-        return Record(_conversation(required_field(row, "prompt"), chosen), extra=extra)
-    conversation = read_turns(chosen)
-    whole = conversation[0]["role"] in ("system", "user")
-    prompt = () if whole or row.get("prompt") is None else _conversation(row["prompt"], ".")[:-1]
-    return Record((*prompt, *conversation), extra=extra)
+    extra = _required_extra(row, "rejected")
+    answer = _part(row, chosen, "assistant", "chosen")
+    if answer[0]["role"] not in ("system", "user"):
+        answer = [*_prompt_turns(row, needed=isinstance(chosen, str)), *answer]
+    return Record(tuple(answer), extra=extra)
 
 
-def _ultrafeedback(row: Row) -> Record:
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "inputs", "conversations", "messages")
+"""Columns that can hold the prompt of a pair; the first one with a value does."""
+
+
+def _prompt_turns(row: SourceRow, needed: bool) -> list[Message]:
+    column = next((name for name in PROMPT_COLUMNS if not is_missing(row.peek(name))), None)
+    if column is None:
+        if needed:
+            raise missing_field("prompt", row.peek("prompt"))
+        return []
+    if column in ("conversations", "messages"):
+        return read_turns(row[column], column, row.notes)
+    if column == "instruction":
+        return [make_message("user", _instruction(row))]
+    return _part(row, row[column], "user", column)
+
+
+def _ultrafeedback(row: SourceRow) -> Record:
     """Map a row to the completion with the highest overall score, the first of equals."""
     completions = row_completions(row)
     if not completions:
         raise BadRow(NO_COMPLETIONS)
     best = max(completions, key=lambda c: read_number(c.get("overall_score") or 0, "overall_score"))
-    messages = _conversation(required_field(row, "instruction"), required_field(best, "response"))
-    return Record(messages, extra=_extra(row))
+    asked = _part(row, required_field(row, "instruction"), "user", "instruction")
+    return Record((*asked, *_part(row, required_field(best, "response"), "assistant", "response")), extra=_extra(row))
 
 
 NO_COMPLETIONS = "completions: expected a list of objects, each with response and overall_score"
@@ -190,20 +155,28 @@ NO_COMPLETIONS = "completions: expected a list of objects, each with response an
 
 def row_completions(row: Row) -> list[Row]:
     """Return the completions of a row in the ultrafeedback layout. Raises BadRow."""
-    completions = required_field(row, "completions")
+    completions = parse_json(required_field(row, "completions"), "completions")
     if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
         raise BadRow(NO_COMPLETIONS)
+    if isinstance(row, SourceRow):
+        for completion in completions:
+            row.notes.note_unread(completion, ("response", "overall_score"), "completions[].")
     return completions
 
 
-def _alpaca(row: Row) -> Record:
-    prompt, more = _text(required_field(row, "instruction"), "instruction"), _text(row.get("input") or "", "input")
-    if more.strip():
-        prompt = f"{prompt}\n\n{more}"
-    return Record(_conversation(prompt, required_field(row, "output")), extra=_extra(row))
+def _instruction(row: SourceRow) -> str:
+    """Return the prompt of Alpaca's columns: the instruction, and its input if there is one."""
+    prompt = read_text(required_field(row, "instruction"), "instruction")
+    more = "" if is_missing(row.get("input")) else read_text(row["input"], "input")
+    return f"{prompt}\n\n{more}" if more.strip() else prompt
 
 
-def _hh(row: Row) -> Record:
+def _alpaca(row: SourceRow) -> Record:
+    asked = make_message("user", _instruction(row))
+    return Record((asked, *_part(row, required_field(row, "output"), "assistant", "output")), extra=_extra(row))
+
+
+def _hh(row: SourceRow) -> Record:
     """Map the chosen one of two "\\n\\nHuman: …\\n\\nAssistant: …" dialogues."""
     messages: list[Message] = []
     for part in str(required_field(row, "chosen")).split("\n\nHuman:")[1:]:
@@ -212,17 +185,22 @@ def _hh(row: Row) -> Record:
         messages.extend(make_message("assistant", a.strip()) for a in answers)
     if not messages:
         raise BadRow("no '\\n\\nHuman:' turn in it")
-    return Record(tuple(messages), extra={**_extra(row), "rejected": required_field(row, "rejected")})
+    return Record(tuple(messages), extra=_required_extra(row, "rejected"))
 
 
-def _gsm8k(row: Row) -> Record:
-    answer = _text(required_field(row, "answer"), "answer")
-    final = answer.rsplit("####", 1)[-1].strip()
-    return Record(_conversation(required_field(row, "question"), answer), extra={**_extra(row), "answer": final})
+def _gsm8k(row: SourceRow) -> Record:
+    messages = _exchange(row, "question", "answer")
+    final = read_text(row["answer"], "answer").rsplit("####", 1)[-1].strip()
+    return Record(messages, extra={**_extra(row), "answer": final})
 
 
-def _plain(row: Row) -> Record:
-    return Record(text=_text(required_field(row, "text"), "text"), extra=_extra(row))
+def _plain_text(row: SourceRow) -> str:
+    text = read_text(required_field(row, "text"), "text")
+    return text
+
+
+def _plain(row: SourceRow) -> Record:
+    return Record(text=_plain_text(row), extra=_extra(row))
 
 
 LAYOUTS: dict[str, RowLayout] = {
@@ -268,48 +246,6 @@ def recognise(row: Row, wanted: str) -> str:
     )
 
 
-def open_assistant(table: Table) -> Table:
-    """Make one conversation of each message tree, from the root along the best-ranked answers.
-
-    A message whose parent is not in the file becomes a row with the parent's id as `missing_parent`.
-
-    Raises:
-        DataError: No message begins a tree.
-    """
-    known = {row.get("message_id") for row in table.rows}
-    children: dict[Any, list[int]] = {}
-    readable = [(i, row) for i, row in enumerate(table.rows) if i not in table.bad]
-    for i, row in readable:
-        children.setdefault(row.get("parent_id") or None, []).append(i)
-    orphans = [i for parent, ids in children.items() if parent is not None and parent not in known for i in ids]
-    out = Table(hashes=table.hashes)
-    for root in sorted([*children.get(None, []), *orphans, *table.bad]):
-        if root in table.bad:
-            out.add(table.bad[root], table.places[root])
-            continue
-        out.places.append(table.places[root])
-        if table.rows[root].get("parent_id"):
-            out.rows.append({"missing_parent": table.rows[root]["parent_id"]})
-            continue
-        path = [root]
-        while answers := set(children.get(table.rows[path[-1]].get("message_id") or "", ())) - set(path):
-            path.append(min(answers, key=lambda i: (_rank(table.rows[i]), i)))
-        turns = [{"role": table.rows[i].get("role"), "content": table.rows[i].get("text")} for i in path]
-        while turns and ROLES.get(str(turns[-1]["role"]).lower()) != "assistant":
-            turns.pop()  # a question that nobody answered teaches nothing
-        out.rows.append({"messages": turns})
-    if not out.rows:
-        raise DataError("no message of this OpenAssistant file begins a tree: expected some without a parent_id")
-    return out
-
-
-def _rank(row: Row) -> float:
-    try:
-        return read_number(row.get("rank"), "rank")
-    except BadRow:  # questions, and answers that nobody ranked, come last
-        return math.inf
-
-
 def class_label(row: Row, classes: ClassesConfig) -> str:
     """Return the class of a row's number. Raises BadRow if it is no number, FilteredRow within the margin of a cut."""
     value = read_number(required_field(row, classes.column), classes.column)
@@ -324,7 +260,7 @@ def fill(template: str, row: Row) -> str:
     for text, name, _, _ in string.Formatter().parse(template):
         out.append(text)
         if name is not None:
-            out.append(_text(required_field(row, name), name))
+            out.append(read_text(required_field(row, name), name))
     return "".join(out)
 
 
@@ -355,11 +291,27 @@ def to_record(row: Row, layout: str, config: DataConfig) -> Record:
     Raises:
         BadRow: The row can't be used.
     """
+    own = source_row(row, config.ignore)
     if config.prompt is not None and config.completion is not None:
-        record = Record(_conversation(fill(config.prompt, row), fill(config.completion, row)), extra=_extra(row))
-    else:
-        record = LAYOUTS[layout].map(row)
-    if config.system and record.messages:
-        rest = record.messages[1:] if record.messages[0]["role"] == "system" else record.messages
-        record = Record((make_message("system", config.system), *rest), extra=record.extra)
-    return record
+        asked, answer = make_message("user", fill(config.prompt, own)), fill(config.completion, own)
+        system = [make_message("system", config.system)] if config.system else []
+        return Record((*system, asked, make_message("assistant", answer)), extra=_extra(own))
+    record = LAYOUTS[layout].map(own)
+    if record.text is not None:
+        return record
+    messages = add_context(record.messages, own, config.system)
+    _check_train_flags(messages, config)
+    return replace(record, messages=messages, tools=read_row_tools(own), template_args=read_template_args(own))
+
+
+def _check_train_flags(messages: Sequence[Message], config: DataConfig) -> None:
+    """Refuse a flag that asks for loss outside of the assistant's turns, unless all turns have one."""
+    for i, message in enumerate(messages):
+        if message.get("train") and config.loss_on != "all":
+            raise BadRow(
+                f"a turn of the {message['role']} asks for loss (turn {i + 1})",
+                "Loss is on turns of the assistant, or with data.loss_on: all on every turn; data.ignore: [NAME OF THE "
+                "FLAG] leaves such flags out",
+            )
+        if "train" in message and message["train"]:
+            del message["train"]

@@ -13,16 +13,20 @@ import numpy as np
 from posttrain.config import DataConfig
 from posttrain.config.feedback import CandidatesConfig, Pairing, PairsConfig, RatingsConfig, ThumbsConfig
 from posttrain.core.errors import DataError
-from posttrain.data.bad_rows import SHOWN_ROWS, BadRow
+from posttrain.data.bad_rows import SHOWN_ROWS, BadRow, Row
+from posttrain.data.cells import is_good_label, is_missing, read_number
 from posttrain.data.comparisons import AnswerPair, Candidate, LeftOut, Prompt, pair_up
-from posttrain.data.formats import Row, fill, read_number
+from posttrain.data.formats import fill
 from posttrain.data.preference_rows import check_pair, two_records
 from posttrain.data.rater_agreement import krippendorff_alpha
+from posttrain.data.row_context import TEMPLATE_COLUMNS, TOOL_COLUMNS, add_context
+from posttrain.data.row_fields import MEDIA, SourceRow
 from posttrain.data.rows import PlacedRow, Rows, manifest_entry, open_rows
+from posttrain.data.turns import make_message, read_turns, without_flags
 
 _RowsConfig = RatingsConfig | PairsConfig | CandidatesConfig | ThumbsConfig
-THUMBS_UP = {"true", "1", "1.0", "up", "good", "yes", "+1", "👍", "thumbs_up"}
-THUMBS_DOWN = {"false", "0", "0.0", "-1", "-1.0", "down", "bad", "no", "👎", "thumbs_down"}
+NOT_SHOWN = (*MEDIA, *TOOL_COLUMNS, *TEMPLATE_COLUMNS)
+"""Columns that a judge and the rows made here could not show."""
 
 
 @dataclass(frozen=True)
@@ -116,24 +120,30 @@ def read_answers(config: _RowsConfig, count: Callable[[str], int] = len) -> Answ
         rows=total,
         examples=examples,
         **rows.by_source(),
+        **rows.fields.entry(),
     )
     stats.update(used=reading.used, pairs=len(pairs), left_out=left_out.all[:SHOWN_ROWS])
     stats["dropped"] |= dict(left_out)
     return Answers(pairs, stats, raters, thumbs, left_out.all)
 
 
-def _read_prompt(row: Row, data: DataConfig) -> Prompt:
-    value: Any = fill(data.prompt, row) if data.prompt is not None else row.get("prompt")
-    if isinstance(value, list):
-        if not value or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
-            raise BadRow("prompt: expected text, or a list of turns with role and content")
-        return value
+def _read_prompt(row: SourceRow, data: DataConfig, column: str = "prompt") -> Prompt:
+    if data.prompt is not None:
+        return _nonempty(fill(data.prompt, row))
+    value = row.get(column)
+    turns = read_turns(value, column, row.notes) if isinstance(value, list) and value else []
+    turns = turns or [make_message("user", _nonempty(value))]
+    whole = [dict(turn) for turn in without_flags(add_context(turns, row, data.system))]
+    return str(whole[0]["content"]) if isinstance(value, str) and len(whole) == 1 else whole
+
+
+def _nonempty(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise BadRow("empty prompt" if value is None or value == "" else "prompt is no text")
+        raise BadRow("empty prompt" if is_missing(value) or value == "" else "prompt is no text")
     return value
 
 
-def _read_answer(row: Row, data: DataConfig) -> tuple[Prompt, str]:
+def _read_answer(row: SourceRow, data: DataConfig) -> tuple[Prompt, str]:
     prompt = _read_prompt(row, data)
     value: Any = fill(data.completion, row) if data.completion is not None else row.get("completion")
     return prompt, _checked(value, prompt)
@@ -141,13 +151,19 @@ def _read_answer(row: Row, data: DataConfig) -> tuple[Prompt, str]:
 
 def _checked(value: Any, prompt: Prompt) -> str:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        value = value[0].get("content")
+        value = _plain_answer(read_turns(value, "the answer")[0])
     if not isinstance(value, str) or not value.strip():
-        raise BadRow("empty answer" if value is None or isinstance(value, str) else "the answer is no text")
+        raise BadRow("empty answer" if is_missing(value) or isinstance(value, str) else "the answer is no text")
     last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     if value.strip() == last.strip():
         raise BadRow("the answer is the prompt again")
     return value
+
+
+def _plain_answer(message: Mapping[str, Any]) -> str:
+    if message.get("tool_calls") or message.get("reasoning_content"):
+        raise BadRow("the answer calls tools or has reasoning apart from its text, and only texts are compared here")
+    return str(message["content"])
 
 
 def _read_ratings(value: Any, name: str) -> tuple[dict[Any, float], bool]:
@@ -174,7 +190,7 @@ def _merge_rows(reading: _Reading, config: RatingsConfig | ThumbsConfig) -> None
         candidate = _rated_candidate if isinstance(config, RatingsConfig) else _thumbed_candidate
         reading.merge(prompt, candidate(row.row, text, row.source, config))  # type: ignore[arg-type]
 
-    reading.rows.read(add)
+    reading.rows.read(add, NOT_SHOWN)
     candidates = [c for group in reading.answers.values() for c in group.values()]
     reading.units = [list(c.ratings.values()) for c in candidates]
     reading.used = len(candidates)
@@ -262,7 +278,7 @@ def _chosen(reading: _Reading, config: PairsConfig) -> list[AnswerPair]:
             choice.raters.add(rater)
         choice.shares.append(share if chosen == a else 1 - share)
 
-    rows.read(add)
+    rows.read(add, NOT_SHOWN)
     pairs = []
     for c in choices.values():
         reading.used += len(c.shares)
@@ -275,7 +291,7 @@ def _chosen(reading: _Reading, config: PairsConfig) -> list[AnswerPair]:
     return pairs
 
 
-def _two_answers(row: Row, layout: str, data: DataConfig) -> tuple[Prompt, str, str]:
+def _two_answers(row: SourceRow, layout: str, data: DataConfig) -> tuple[Prompt, str, str]:
     """Return prompt, chosen and rejected of a row. Raises BadRow."""
     records = two_records(row, layout, data)
     check_pair(*records)
@@ -284,7 +300,7 @@ def _two_answers(row: Row, layout: str, data: DataConfig) -> tuple[Prompt, str, 
         raise BadRow("empty prompt")
     single = len(turns) == 1 and turns[0]["role"] == "user"
     prompt: Prompt = str(turns[0]["content"]) if single else turns
-    chosen, rejected = (_checked(record.messages[-1]["content"], prompt) for record in records)
+    chosen, rejected = (_checked(_plain_answer(record.messages[-1]), prompt) for record in records)
     return prompt, chosen, rejected
 
 
@@ -293,7 +309,7 @@ def _candidates(reading: _Reading, config: CandidatesConfig) -> list[AnswerPair]
 
     def add(item: PlacedRow) -> None:
         row, source = item.row, item.source
-        prompt = _read_prompt({**row, "prompt": row.get("prompt") or row.get("instruction")}, item.config)
+        prompt = _read_prompt(row, item.config, "instruction" if is_missing(row.peek("prompt")) else "prompt")
         values = row.get(config.completions)
         if not isinstance(values, list) or not values:
             raise BadRow(f"{config.completions}: expected a list of answers")
@@ -304,7 +320,7 @@ def _candidates(reading: _Reading, config: CandidatesConfig) -> list[AnswerPair]
         group.update({len(group) + i: c for i, c in enumerate(candidates)})
         reading.used += 1
 
-    reading.rows.read(add)
+    reading.rows.read(add, NOT_SHOWN)
     return reading.pairs(config)
 
 
@@ -317,11 +333,9 @@ def _listed_candidate(value: Any, prompt: Prompt, source: str) -> Candidate:
 
 
 def _thumbed_candidate(row: Row, text: str, source: str, config: ThumbsConfig) -> Candidate:
-    word = str(row.get(config.label)).strip().lower()
-    if word not in THUMBS_UP | THUMBS_DOWN:
-        raise BadRow(f"{config.label} is {row.get(config.label)!r}, expected up or down (true, 1, ...)")
+    up = is_good_label(row.get(config.label), config.label)
     rater = 0 if config.rater is None else row.get(config.rater)
-    return Candidate(text, source, {rater: float(word in THUMBS_UP)}, config.rater is not None)
+    return Candidate(text, source, {rater: float(up)}, config.rater is not None)
 
 
 def _thumbs(reading: _Reading, config: ThumbsConfig) -> list[AnswerPair]:

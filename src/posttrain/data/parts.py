@@ -12,8 +12,10 @@ import numpy as np
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.data.bad_rows import BadRow
-from posttrain.data.formats import Row, check_templates, class_label, open_assistant, recognise
+from posttrain.data.formats import Row, check_templates, class_label, recognise
+from posttrain.data.message_trees import open_assistant
 from posttrain.data.readers import RowList, RowSource, Source, Table, in_order
+from posttrain.data.row_fields import SourceRow
 from posttrain.data.table_files import FoundRow
 from posttrain.data.text_cells import check_text_cells
 
@@ -54,15 +56,15 @@ class Part:
         """Return the place of a row as `file:row`."""
         return f"{self.source.name}:{found.number}"
 
-    def values(self, found: FoundRow) -> Row:
+    def values(self, found: FoundRow) -> SourceRow:
         """Return a row with columns renamed and its class as `label`. Raises BadRow, FilteredRow."""
         if isinstance(found.row, BadRow):
             raise found.row
-        row = rename(found.row, self.config)
+        row = SourceRow(rename(found.row, self.config), self.config.ignore)
         if self.config.classes is not None:
-            row = {**row, "label": class_label(row, self.config.classes)}
+            row["label"] = class_label(row, self.config.classes)
         if self.rows.text_only:
-            check_text_cells(row)
+            check_text_cells(dict(row))
         return row
 
     @cached_property

@@ -7,32 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Message, Sample
-from posttrain.data.bad_rows import SHOWN_ROWS, BadRow
+from posttrain.data.bad_rows import SHOWN_ROWS, BadRow, Row
+from posttrain.data.cells import is_good_label, is_missing, missing_field, read_number, required_field
 from posttrain.data.encoding import Encoded, encode_rows
-from posttrain.data.formats import (
-    NO_COMPLETIONS,
-    Record,
-    Row,
-    read_number,
-    required_field,
-    row_completions,
-    to_record,
-)
+from posttrain.data.formats import NO_COMPLETIONS, Record, row_completions, to_record
+from posttrain.data.row_context import read_history
+from posttrain.data.row_fields import SourceRow, source_row
 from posttrain.data.rows import PlacedRow, PreparedItems, count_repeats, marked_example, open_rows
 from posttrain.data.sft_rows import prompt_and_completion
+from posttrain.data.turns import answer_text, read_turns, says_nothing, without_flags
 
 PAIRED = ("preference", "hh_rlhf", "ultrafeedback")
 """Layouts that hold two answers."""
 ANSWERS = ("prompt", "chosen", "rejected", "completion", "completions", "instruction", "probability", "margin", "text")
 """Columns that `row` of a pair has under other names."""
-YES = ("true", "yes", "good", "1", "1.0")
-NO = ("false", "no", "bad", "0", "0.0")
+LABEL_COLUMNS = ("label", "kto_tag")
+"""Columns that can say whether an answer is good; kto_tag is LLaMA-Factory's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +114,7 @@ class PreparedUnpaired(PreparedItems[Unpaired]):
 
 @dataclass(frozen=True)
 class _RowPair:
-    """Hold the two answers of a row, the better one first."""
+    """Hold the two answers of a row, the better one first, and its other columns."""
 
     row: Row
     chosen: Record
@@ -189,7 +185,7 @@ def prepare_unpaired(config: DataConfig, tokenizer: Any, *, context: int | None 
     if config.classes is not None and len(config.classes.names) != 2:
         raise DataError(f"data.classes.names are {config.classes.names}: expected two, the bad one first")
     rows = open_rows(config)
-    if config.classes is None and not rows.has("label"):
+    if config.classes is None and not any(rows.has(name) for name in LABEL_COLUMNS):
         raise DataError(
             f"{config.name} has no column label (true or false), and its columns are {rows.columns}. "
             "Name it (data.columns: {label: thumbs_up}), or make it of a number: data.classes: {column: rating, "
@@ -199,7 +195,7 @@ def prepare_unpaired(config: DataConfig, tokenizer: Any, *, context: int | None 
     def read(row: PlacedRow) -> tuple[list[Record], Callable[[Encoded], Unpaired]]:
         classes, source = row.config.classes, row.source
         desirable = _is_good(row.row) if classes is None else row.row["label"] == classes.names[1]
-        record = row.record()
+        record = _without_flags(row.record(), "the answer")
         _check_answer(record, "the answer")
         if desirable:
             _check_repetition(record)
@@ -246,7 +242,7 @@ def _other_columns(row: Row) -> Row:
     return {k: v for k, v in row.items() if k not in ANSWERS}
 
 
-def _row_pair(row: Row, layout: str, config: DataConfig) -> _RowPair:
+def _row_pair(row: SourceRow, layout: str, config: DataConfig) -> _RowPair:
     """Return the answers of a row, checked. Raises BadRow."""
     if layout == "ultrafeedback":
         chosen, rejected, margin = _best_and_worst(row, config)
@@ -266,7 +262,7 @@ def _row_pair(row: Row, layout: str, config: DataConfig) -> _RowPair:
     if swapped:
         chosen, rejected, probability = rejected, chosen, 1 - probability
     _check_repetition(chosen)
-    return _RowPair(row, chosen, rejected, probability, margin, swapped)
+    return _RowPair(_other_columns(row), chosen, rejected, probability, margin, swapped)
 
 
 def two_records(row: Row, layout: str, config: DataConfig) -> tuple[Record, Record]:
@@ -278,16 +274,28 @@ def two_records(row: Row, layout: str, config: DataConfig) -> tuple[Record, Reco
         config: Settings of the data.
 
     Raises:
-        BadRow: A field is missing, the two answers differ in form, or the column prompt differs from the conversation.
+        BadRow: A field is missing, the two answers differ in form, the column prompt differs from the conversation, or
+            a flag of an answer asks for no loss.
     """
+    row = source_row(row, config.ignore)
     answers = [required_field(row, name) for name in ("chosen", "rejected")]
-    in_turns = isinstance(answers[0], list)
-    if layout == "preference" and in_turns != isinstance(answers[1], list):
+    in_turns = [isinstance(answer, list | dict) for answer in answers]
+    if layout == "preference" and in_turns[0] != in_turns[1]:
         raise BadRow("one answer is text and the other a list of turns")
-    chosen, rejected = (to_record({**row, "chosen": answer}, layout, config) for answer in answers)
-    if layout == "preference" and in_turns and row.get("prompt") is not None:
-        _check_same_prompt(row["prompt"], chosen.messages[:-1])
-    return chosen, rejected
+    chosen, rejected = (to_record(row.replaced(chosen=answer), layout, config) for answer in answers)
+    if layout == "preference" and isinstance(answers[0], list) and not is_missing(row.peek("prompt")):
+        _check_same_prompt(row, chosen.messages[:-1])
+    return _without_flags(chosen, "the chosen answer"), _without_flags(rejected, "the rejected answer")
+
+
+def _without_flags(record: Record, name: str) -> Record:
+    """Return a record without flags on its turns: the answer has loss and no other turn. Raises BadRow otherwise."""
+    if record.messages and record.messages[-1].get("train") is False:
+        raise BadRow(
+            f"{name} is marked as having no loss, and a preference is a loss on it",
+            "Leave such rows out, or the flag: data.ignore: [weight] (or train, training, ...)",
+        )
+    return replace(record, messages=without_flags(record.messages))
 
 
 def check_pair(chosen: Record, rejected: Record) -> None:
@@ -297,29 +305,40 @@ def check_pair(chosen: Record, rejected: Record) -> None:
     (*before, one), (*other_before, other) = chosen.messages, rejected.messages
     if before != other_before:
         raise BadRow("the prompts don't match" + _difference(before, other_before))
-    if one["content"].strip() == other["content"].strip():
+    if _comparable(one) == _comparable(other):
         raise BadRow("the two answers are equal")
+    if chosen.tools != rejected.tools or chosen.template_args != rejected.template_args:
+        raise BadRow("the prompts don't match (other tools or template arguments)")
 
 
-def _check_same_prompt(prompt: Any, before: Sequence[Mapping[str, Any]]) -> None:
+def _comparable(message: Message) -> Message:
+    return {**message, "content": message["content"].strip()}
+
+
+def _check_same_prompt(row: SourceRow, before: Sequence[Message]) -> None:
     """Check that a row's column `prompt` agrees with the turns before its answer. Raises BadRow.
 
-    A text must be one of the user's turns; a list must be all turns except the system's.
+    A text must be one of the user's turns; a list must be all turns except the system's and those of the column
+    `history`.
     """
+    prompt = row["prompt"]
     if isinstance(prompt, str):
         if prompt.strip() not in [m["content"].strip() for m in before if m["role"] == "user"]:
             raise BadRow("the prompts don't match (the column prompt is no turn of the chosen conversation)")
     elif isinstance(prompt, list) and prompt:
-        turns = [m for m in prompt if isinstance(m, dict) and m.get("role", m.get("from")) != "system"]
-        in_column = [m.get("content", m.get("value")) for m in turns]
-        in_conversation = [m["content"] for m in before if m["role"] != "system"]
+        in_column = [_without_role(m) for m in read_turns(prompt, "prompt", row.notes) if m["role"] != "system"]
+        in_conversation = [_without_role(m) for m in before if m["role"] != "system"][len(read_history(row)) :]
         if in_column[-1:] != in_conversation[-1:]:
             raise BadRow("the prompts don't match (the column prompt ends otherwise than the chosen conversation's)")
         if in_column != in_conversation:
             raise BadRow("the prompts don't match (the column prompt has other earlier turns than the conversation)")
 
 
-def _best_and_worst(row: Row, config: DataConfig) -> tuple[Record, Record, float]:
+def _without_role(message: Message) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if name not in ("role", "train")}
+
+
+def _best_and_worst(row: SourceRow, config: DataConfig) -> tuple[Record, Record, float]:
     """Return the first of the best completions, the last of the worst, and the difference of their scores.
 
     Answers without a score don't take part.
@@ -336,7 +355,7 @@ def _best_and_worst(row: Row, config: DataConfig) -> tuple[Record, Record, float
     worst = min(reversed(rated), key=lambda r: r[0])
     if best[0] == worst[0]:
         raise BadRow(f"a tie: all scores are {best[0]:g}")
-    one, other = (to_record({**row, "completions": [c]}, "ultrafeedback", config) for _, c in (best, worst))
+    one, other = (to_record(row.replaced(completions=[c]), "ultrafeedback", config) for _, c in (best, worst))
     return one, other, best[0] - worst[0]
 
 
@@ -347,15 +366,16 @@ def _check_answer(record: Record, name: str) -> None:
     *before, last = record.messages
     if last["role"] != "assistant":
         raise BadRow(f"the last turn is not the assistant's ({name} ends with the {last['role']}'s)")
-    if not last["content"].strip():
+    if says_nothing(last):
         raise BadRow(f"{name} is empty")
-    if not any(m["content"].strip() for m in before):
+    if all(says_nothing(m) for m in before):
         raise BadRow("empty prompt")
 
 
 def _check_repetition(record: Record) -> None:
     answer = record.messages[-1]["content"].strip()
-    if answer in (record.messages[-2]["content"].strip(), "".join(m["content"] for m in record.messages[:-1]).strip()):
+    before = [m["content"] for m in record.messages[:-1]]
+    if answer and answer in (before[-1].strip(), "".join(before).strip()):
         raise BadRow("the chosen answer equals the prompt")
 
 
@@ -366,13 +386,11 @@ def _difference(one: Sequence[Message], other: Sequence[Message]) -> str:
     return f" (turn {turn + 1} differs)"
 
 
-def _is_good(row: Row) -> bool:
-    if row.get("label") is None:
-        raise BadRow("missing field 'label'")
-    word = str(row["label"]).strip().lower()
-    if word not in (*YES, *NO):
-        raise BadRow(f"label out of range: it is {row['label']!r}, expected one of {', '.join((*YES, *NO))}")
-    return word in YES
+def _is_good(row: SourceRow) -> bool:
+    name = next((name for name in LABEL_COLUMNS if not is_missing(row.peek(name))), None)
+    if name is None:
+        raise missing_field("label", row.peek("label"))
+    return is_good_label(row[name], name)
 
 
 def _prompt_length(weights: Sequence[float]) -> int:
@@ -387,9 +405,9 @@ def _pair(chosen: Encoded, rejected: Encoded, two: _RowPair, source: str) -> Pai
     if chosen[0] == rejected[0]:
         raise BadRow("the two answers are equal (once cut or tokenized)")
     about = {
-        **_other_columns(two.row),
+        **two.row,
         **prompt_and_completion(two.chosen, source),
-        "rejected": two.rejected.messages[-1]["content"],
+        "rejected": answer_text(two.rejected.messages[-1]),
     }
     samples = Sample(*chosen, source), Sample(*rejected, source)
     return Pair(*samples, prompt, two.probability, two.margin, source, about)

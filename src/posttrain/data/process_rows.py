@@ -15,9 +15,13 @@ from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
 from posttrain.data import chat_template as chat
+from posttrain.data.bad_rows import BadRow
+from posttrain.data.cells import is_missing, parse_json, required_field
 from posttrain.data.encoding import prompt_tokens, require_chat_template, token_limit
-from posttrain.data.formats import BadRow, Row, make_message, read_turns, required_field
+from posttrain.data.row_context import add_context, read_row_tools, read_template_args
+from posttrain.data.row_fields import SourceRow
 from posttrain.data.rows import PlacedRow, PreparedItems, open_rows
+from posttrain.data.turns import make_message, read_turns, without_flags
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +133,8 @@ def read_step_chains(
         steps, targets = _labelled_steps(row.row)
         prompt = _prompt_ids(row.row, row.config, tokenizer)
         ended = [s if s.endswith(separator) else s + separator for s in steps[:-1]]
-        return StepChain(
-            prompt, [*ended, steps[-1]], targets, groups.setdefault(tuple(prompt), len(groups)), row.source
-        )
+        group = groups.setdefault(tuple(prompt), len(groups))
+        return StepChain(prompt, [*ended, steps[-1]], targets, group, row.source)
 
     limit, samples = token_limit(config, context), []
     for sample in chain_samples(rows.read(chain_of), tokenizer):
@@ -143,10 +146,11 @@ def read_step_chains(
     return PreparedChains(samples, rows.statistics(samples, tokenizer))
 
 
-def _labelled_steps(row: Row) -> tuple[list[str], list[float | None]]:
+def _labelled_steps(row: SourceRow) -> tuple[list[str], list[float | None]]:
     required_field(row, "prompt")
-    steps = row.get("steps") if row.get("steps") is not None else row.get("completions")
-    labels = required_field(row, "labels")
+    column = "steps" if not is_missing(row.peek("steps")) else "completions"
+    steps = parse_json(row.get(column), column)
+    labels = parse_json(required_field(row, "labels"), "labels")
     if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
         raise BadRow("steps: expected a list of texts, none empty")
     if not isinstance(labels, list) or len(labels) != len(steps):
@@ -158,13 +162,13 @@ def _labelled_steps(row: Row) -> tuple[list[str], list[float | None]]:
     return steps, targets
 
 
-def _prompt_ids(row: Row, config: DataConfig, tokenizer: Any) -> list[int]:
+def _prompt_ids(row: SourceRow, config: DataConfig, tokenizer: Any) -> list[int]:
     prompt = row["prompt"]
-    turns = read_turns(prompt) if isinstance(prompt, list) else [make_message("user", prompt)]
-    if config.system:
-        turns = [make_message("system", config.system), *(m for m in turns if m["role"] != "system")]
+    turns = read_turns(prompt, "prompt", row.notes) if isinstance(prompt, list) else [make_message("user", prompt)]
+    asked = {"messages": without_flags(add_context(turns, row, config.system))}
+    context = {"tools": read_row_tools(row), "template_args": read_template_args(row)}
     try:
-        tokens = prompt_tokens({"messages": turns}, tokenizer, config)
+        tokens = prompt_tokens({**asked, **context}, tokenizer, config)
     except DataError as error:
         raise BadRow(str(error)) from error
     if not tokens:
@@ -173,7 +177,7 @@ def _prompt_ids(row: Row, config: DataConfig, tokenizer: Any) -> list[int]:
 
 
 def _target(value: Any) -> float | None:
-    if value is None:
+    if is_missing(value):
         return None
     if isinstance(value, bool | int | float) and 0 <= value <= 1:
         return float(value)

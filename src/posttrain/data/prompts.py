@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config import DataConfig
 from posttrain.config.problems import PROMPTS
 from posttrain.data import chat_template as chat
-from posttrain.data.bad_rows import BadRow, BadRows, check_surrogates
+from posttrain.data.bad_rows import BadRow, BadRows, Row, check_surrogates
+from posttrain.data.cells import is_missing, read_text, required_field
 from posttrain.data.encoding import require_chat_template, without_end
-from posttrain.data.formats import Record, Row, make_message, required_field, to_record
+from posttrain.data.formats import Record, to_record
+from posttrain.data.row_context import TEMPLATE_COLUMNS, TOOL_COLUMNS
+from posttrain.data.row_fields import MEDIA, SourceRow
 from posttrain.data.rows import PlacedRow, PreparedItems, Rows, count_repeats, manifest_entry, open_rows
+from posttrain.data.turns import make_message, read_turns, says_nothing, without_flags
 
 if TYPE_CHECKING:
     from posttrain.data.prompt_sources import PromptRow, RowPrompts
@@ -99,7 +103,7 @@ def load_prompts(config: Any, tokenizer: Any, *, context: int | None) -> PromptS
         examples=[{"text": f"{p.source}, answer {p.problem['answer']}", "pieces": [[p.text, 0.0]]} for p in items[:3]],
     )
     if hasattr(source, "rows"):
-        stats.update(sha256=source.rows.hashes, **source.rows.by_source())
+        stats.update(sha256=source.rows.hashes, **source.rows.by_source(), **source.rows.fields.entry())
     return PromptSet(items, stats)
 
 
@@ -141,17 +145,30 @@ def _load(config: Any) -> tuple[Any, list[PromptRow], BadRows]:
 
 
 def _prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the turns of a prompt, and as `prompt` the text of the user's last turn."""
     prompt = row.get("prompt") if row.get("messages") is None else row["messages"]
-    messages = list(prompt) if isinstance(prompt, list | tuple) else [{"role": "user", "content": prompt}]
-    if not messages or messages[-1]["role"] != "user" or not str(messages[-1]["content"] or "").strip():
+    if isinstance(prompt, list | tuple):
+        messages = list(without_flags(read_turns(prompt, "prompt"))) if prompt else []
+    else:
+        messages = [] if is_missing(prompt) else [make_message("user", read_text(prompt, "prompt"))]
+    if not messages or says_nothing(messages[-1]):
         raise BadRow("empty question")
-    return {"messages": messages, "prompt": messages[-1]["content"]}
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise BadRow(f"the prompt ends with a turn of the {messages[-1]['role']}, expected the user's or a tool's")
+    user = [m["content"] for m in messages if m["role"] == "user"]
+    return {"messages": messages, "prompt": user[-1] if user else messages[-1]["content"]}
 
 
 def _render(row: PromptRow, template: str | None, tokenizer: Any | None) -> str:
     """Return a prompt as text, by the chat template of `tokenizer` if it is given."""
     if tokenizer is not None:
-        return chat.render_chat(tokenizer, row["messages"], generation=True)
+        return chat.render_chat(
+            tokenizer,
+            row["messages"],
+            generation=True,
+            tools=row.get("tools") or (),
+            arguments=row.get("template_args"),
+        )
     text = "".join(m["content"] for m in row["messages"])
     return text if template is None else template.replace("{question}", text)
 
@@ -162,15 +179,18 @@ def rows_of_table(config: RowPrompts.Config) -> tuple[list[PromptRow], Rows]:
 
     def problem(row: PlacedRow) -> PromptRow:
         record = row.record() if config.answers else _prompt_alone(row.row, row.config)
+        row.row.notes.passed_on = True
         return _problem(_move_first_words(record, config.answer_prefix_words), row.row, row.source, config.instruction)
 
-    return rows.read(problem), rows
+    return rows.read(problem, refused=MEDIA), rows
 
 
-def _prompt_alone(row: Row, data: DataConfig) -> Record:
+def _prompt_alone(row: SourceRow, data: DataConfig) -> Record:
     """Read the column prompt, text or turns (or data.prompt), with NO_ANSWER as the answer."""
-    prompt = row if data.prompt is not None else {"prompt": required_field(row, "prompt"), "completion": NO_ANSWER}
-    return Record(to_record(prompt, "prompt_completion", data).messages, extra={"answer": NO_ANSWER})
+    if data.prompt is None:
+        required_field(row, "prompt")
+        row = row.replaced(completion=NO_ANSWER)
+    return replace(to_record(row, "prompt_completion", data), extra={"answer": NO_ANSWER})
 
 
 def _move_first_words(record: Record, words: int) -> Record:
@@ -185,7 +205,7 @@ def _move_first_words(record: Record, words: int) -> Record:
     if first is None or not rest.strip():
         raise BadRow(f"an answer of no more than {words} words: nothing is left to continue with")
     turns = make_message("user", question["content"] + first[0]), make_message("assistant", rest)
-    return Record((*before, *turns), extra={**(record.extra or {}), "answer": rest})
+    return replace(record, messages=(*before, *turns), extra={**(record.extra or {}), "answer": rest})
 
 
 def _problem(record: Record, row: Row, source: str, instruction: str | None) -> PromptRow:
@@ -194,10 +214,13 @@ def _problem(record: Record, row: Row, source: str, instruction: str | None) -> 
         raise BadRow("no question and answer: expected a layout with both, such as verifiable (prompt, answer)")
     answer = (record.extra or {}).get("answer", record.messages[-1]["content"])
     if not str(answer).strip():
-        raise BadRow("empty answer")
-    messages: list[dict[str, Any]] = [dict(m) for m in record.messages[:-1]]
-    prompt = _prompt_of({"messages": messages})
+        calls = " (the last turn only calls tools)" if record.messages[-1].get("tool_calls") else ""
+        raise BadRow(f"empty answer{calls}")
+    prompt = _prompt_of({"messages": list(record.messages[:-1])})
     if instruction:
-        messages[-1]["content"] += "\n" + instruction
-        prompt["prompt"] = messages[-1]["content"]
-    return {**row, **(record.extra or {}), "answer": answer, "source": source, **prompt}
+        asked = next(m for m in reversed(prompt["messages"]) if m["role"] == "user")
+        asked["content"] = prompt["prompt"] = f"{asked['content']}\n{instruction}"
+    columns = {name: value for name, value in row.items() if name not in (*TOOL_COLUMNS, *TEMPLATE_COLUMNS)}
+    context = {"tools": list(record.tools), "template_args": record.template_args}
+    given = {name: value for name, value in context.items() if value}
+    return {**columns, **(record.extra or {}), "answer": answer, "source": source, **given, **prompt}

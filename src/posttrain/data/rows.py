@@ -16,12 +16,15 @@ from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
 from posttrain.data.bad_rows import BadRows
-from posttrain.data.formats import Record, Row, to_record
+from posttrain.data.formats import Record, to_record
 from posttrain.data.marked_text import pieces
 from posttrain.data.parts import Part, open_part
 from posttrain.data.readers import find_sources, in_order
+from posttrain.data.row_fields import LOSS_COLUMNS, MEDIA, FieldCounts, SourceRow, refuse_columns
 from posttrain.data.table_files import FoundRow
 
+REFUSED_COLUMNS = (*MEDIA, *LOSS_COLUMNS)
+"""Columns that make a bad row if they have a value, since it would change the row's meaning."""
 _T = TypeVar("_T")
 
 
@@ -38,7 +41,7 @@ class PlacedRow:
         found: Where it is in the source.
     """
 
-    row: Row
+    row: SourceRow
     source: str
     layout: str
     config: DataConfig
@@ -60,6 +63,7 @@ class Rows:
         order: Numbers of the rows that are taken, in their order; rows are numbered through all parts.
         bad: Rows that can't be used, so far.
         truncated: Number of rows that were cut, so far.
+        fields: Fields of the rows that had no effect, so far.
     """
 
     config: DataConfig
@@ -67,6 +71,7 @@ class Rows:
     order: np.ndarray
     bad: BadRows
     truncated: int = 0
+    fields: FieldCounts = field(default_factory=FieldCounts)
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -87,28 +92,39 @@ class Rows:
         """Return True if any row of any source has the column."""
         return any(part.has(column) for part in self.parts)
 
-    def read(self, make: Callable[[PlacedRow], _T]) -> list[_T]:
-        """Return `make(row)` of each row, in order; rows for which it raises BadRow are collected."""
+    def read(self, make: Callable[[PlacedRow], _T], refused: Sequence[str] = REFUSED_COLUMNS) -> list[_T]:
+        """Return `make(row)` of each row, in order; rows for which it raises BadRow are collected.
+
+        Fields that `make` does not read are counted. A column in `refused` makes a bad row, but not in a table whose
+        columns are named by templates.
+        """
         scanned = self._scan()
         if not self._in_file_order():
             scanned = iter(sorted(scanned, key=lambda item: item[0]))
-        return [made for _, made in self._make(make, scanned)]
+        return [made for _, made in self._make(make, scanned, refused)]
 
     def stream(self, make: Callable[[PlacedRow], _T]) -> Iterator[tuple[int, _T]]:
         """Yield (place in the order, `make(row)`) of each row, as the rows are in their files.
 
         Rows for which it raises BadRow are collected. However large the sources, only one row is in memory.
         """
-        return self._make(make, self._scan())
+        return self._make(make, self._scan(), REFUSED_COLUMNS)
 
     def _make(
-        self, make: Callable[[PlacedRow], _T], scanned: Iterator[tuple[int, Part, FoundRow]]
+        self,
+        make: Callable[[PlacedRow], _T],
+        scanned: Iterator[tuple[int, Part, FoundRow]],
+        refused: Sequence[str],
     ) -> Iterator[tuple[int, _T]]:
         for rank, part, found in scanned:
             with self.bad.collect(part.place(found)):
-                values = part.values(found)
-                row = PlacedRow(values, part.place(found), part.layout, part.config, part.number, found)
-                yield rank, make(row)
+                row = part.values(found)
+                if part.config.prompt is None:
+                    refuse_columns(row, refused)
+                placed = PlacedRow(row, part.place(found), part.layout, part.config, part.number, found)
+                made = make(placed)
+                self.fields.add(row)
+                yield rank, made
 
     def _scan(self) -> Iterator[tuple[int, Part, FoundRow]]:
         """Yield (place in the order, source, row) of the rows that are taken, source by source in file order."""
@@ -166,6 +182,7 @@ class Rows:
             duplicates=count_repeats(tuple(s.tokens) for s in samples),
             examples=[marked_example(s, tokenizer) for s in samples[:3]],
             **self.by_source(),
+            **self.fields.entry(),
         )
 
 
@@ -197,7 +214,8 @@ def manifest_entry(lengths: Sequence[int], bad: BadRows, source: str, **fields: 
         bad: Rows left out.
         source: Name of the source.
         fields: `layout`, `rows` (taken from the source), and if they apply `sha256` (of each file), `truncated` (rows
-            that were cut), `loss_tokens`, `duplicates` (samples that repeat an earlier one), `examples`, `sources`.
+            that were cut), `loss_tokens`, `duplicates` (samples that repeat an earlier one), `examples`, `sources`, and
+            what `FieldCounts.entry` returns.
     """
     return {
         "source": source,

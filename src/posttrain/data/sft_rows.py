@@ -11,6 +11,7 @@ from posttrain.core.types import Sample
 from posttrain.data.encoding import Encoded, encode_rows
 from posttrain.data.formats import Record
 from posttrain.data.rows import PlacedRow, open_rows
+from posttrain.data.turns import answer_text
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,12 @@ def prompt_and_completion(record: Record, source: str) -> dict[str, Any]:
     """Return the turns before the last one, the last user text and the completion, for evaluation and reports."""
     before = list(record.messages[:-1])
     user = [m["content"] for m in before if m["role"] == "user"]
-    completion = record.messages[-1]["content"] if record.messages else record.text
     return {
         **(record.extra or {}),
+        **({"tools": record.tools} if record.tools else {}),
+        **({"template_args": record.template_args} if record.template_args else {}),
         "source": source,
         "messages": before,
         "prompt_text": user[-1] if user else "",
-        "completion": completion,
+        "completion": answer_text(record.messages[-1]) if record.messages else record.text,
     }

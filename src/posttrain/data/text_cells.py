@@ -9,9 +9,11 @@ from typing import Any
 
 from posttrain.data.bad_rows import BadRow
 
-TURN_COLUMNS = ("prompt", "chosen", "rejected", "completion")
-"""Columns of text in which a list of turns is allowed too."""
-LIST_COLUMNS = ("messages", "conversations", "completions", "steps", "labels", "tools")
+TURN_COLUMNS = tuple(
+    "prompt chosen rejected completion instruction input output question answer inputs targets text".split()
+)
+"""Columns of text, in which other files may hold a list of turns."""
+LIST_COLUMNS = ("messages", "conversations", "history", "completions", "steps", "labels", "tools", "functions")
 """Columns that hold lists."""
 PRINTED_TURN = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 """Beginning of a list of turns, for what is neither JSON nor Python (an array as numpy prints it, a cut text)."""
@@ -30,7 +32,7 @@ def check_text_cells(row: dict[str, Any]) -> None:
             turns = isinstance(value, list) and any(isinstance(v, dict) and _is_turn(v) for v in value)
             if not kind and PRINTED_TURN.match(cell):
                 kind, turns = "printed", True
-            if turns or (isinstance(value, list) and column in LIST_COLUMNS):
+            if turns or (value and isinstance(value, list) and column in LIST_COLUMNS):
                 held = "a list of turns" if turns else "a list"
                 raise BadRow(f"a list as text: {column!r} holds {held} as {kind} text", HINT)
 
