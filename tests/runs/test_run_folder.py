@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 import posttrain
-from posttrain.core.errors import CheckpointError, DataError
+from posttrain.core.errors import CheckpointError, DataError, NonFiniteError, RecipeError
 from posttrain.core.imports import import_folders
 from posttrain.recipe.parsing import dump_recipe, load_recipe
-from posttrain.runs.run_folder import open_run
+from posttrain.runs.run_folder import has_results, open_run, run_path
 
 ROWS = [{"prompt": f"What is {i} plus {i}?", "completion": str(2 * i)} for i in range(8)]
 
@@ -114,3 +114,102 @@ def test_a_reward_beside_the_recipe_is_found_by_its_worker_and_on_resume(tmp_pat
     result, _ = run(load_recipe(path))
     manifest = json.loads((result.folder / "manifest.json").read_text())
     assert str(beside) in manifest["import_folders"] and manifest["status"] == "done"
+
+
+def test_fresh_leaves_a_run_alone_that_is_running(tmp_path: Path) -> None:
+    """The lock comes before the renaming: the process that works in the folder keeps it, and its files."""
+    recipe = recipe_for(tmp_path)
+    folder = tmp_path / "runs" / "small"
+    with open_run(folder, recipe, fresh=False) as manifest:
+        manifest.update(status="running")
+        with pytest.raises(CheckpointError, match="another process is working"):
+            open_run(folder, recipe, fresh=True).__enter__()
+        assert [p.name for p in (tmp_path / "runs").iterdir()] == ["small"]
+        assert json.loads((folder / "manifest.json").read_text())["status"] == "running"
+        folder.rename(tmp_path / "moved")  # as another process may do between opening the lock's file and locking it
+        (folder).mkdir()
+        (folder / ".lock").symlink_to(tmp_path / "moved" / ".lock")
+        with pytest.raises(CheckpointError, match="can't be written"):
+            open_run(folder, recipe, fresh=False).__enter__()
+
+
+def test_fresh_renames_runs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_for(tmp_path)
+    home = tmp_path / "home"
+    (home / "runs" / "precious").mkdir(parents=True)
+    (home / "runs" / "precious" / "recipe.yaml").write_text("")
+    monkeypatch.chdir(home)
+    for folder in (home, Path("."), Path("runs"), Path("runs/..")):
+        with pytest.raises(CheckpointError, match="holds no run"):
+            open_run(run_path(folder), recipe, fresh=True).__enter__()
+    assert (home / "runs" / "precious" / "recipe.yaml").is_file() and len(list(tmp_path.iterdir())) == 3
+    run_folder = home / "runs" / "x"
+    with open_run(run_folder, recipe, fresh=False) as manifest:
+        manifest.update(status="failed")
+    monkeypatch.chdir(run_folder)
+    with open_run(run_path(Path(".")), recipe, fresh=True):
+        assert sorted(p.name for p in (home / "runs").iterdir()) == ["precious", "x", "x.1"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "-x", "--fresh", ".hidden", "a" * 101, "a/b", "a\\b", "a\n", "ä"])
+def test_names_that_are_no_names_of_folders_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "named.yaml"
+    good = 'name: {}\nmodel: {{source: "tiny:llama"}}\nstages: [{{name: {}, data: {{source: a.jsonl}}}}]\n'
+    good += "evaluate: [{{kind: perplexity, name: {}, data: {{source: a.jsonl}}}}]\n"
+    for place in range(3):
+        values = ["a" * 100, "b" * 100, "c_.-9"]
+        values[place] = name
+        path.write_text(good.format(*map(json.dumps, values)))
+        with pytest.raises(RecipeError, match="expected at most 100 letters"):
+            load_recipe(path)
+    path.write_text(good.format("a", "b", "c"))
+    load_recipe(path)
+
+
+def test_a_run_does_not_mix_with_what_lies_in_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "small"
+    (folder / "model").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"holds model and no recipe\.yaml"):
+        open_run(folder, recipe_for(tmp_path), fresh=False).__enter__()
+    assert [p.name for p in folder.iterdir()] == [".lock", "model"] or not (folder / "recipe.yaml").exists()
+
+
+def test_a_wrong_path_is_reported_before_another_recipe(tmp_path: Path) -> None:
+    run(recipe_for(tmp_path))
+    with pytest.raises(RecipeError, match=r"source: '.*nope\.jsonl': there is no such file"):
+        run(recipe_for(tmp_path, f"stages.sft.data.source={tmp_path}/nope.jsonl"))
+
+
+def test_measurements_before_the_first_step_are_no_results(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "small"
+    stage = folder / "stages" / "0-sft"
+    with open_run(folder, recipe_for(tmp_path), fresh=False) as manifest:
+        manifest.update(status="failed")
+        (stage / "held_out").mkdir(parents=True)
+        (stage / "held_out" / "step-000000.parquet").write_text("x")
+        (stage / "metrics.jsonl").write_text('{"step": 0, "loss": 1}\n')
+    assert not has_results(folder)
+    (stage / "metrics.jsonl").write_text('{"step": 0, "loss": 1}\n{"step": 1, "loss": 1}\n')
+    assert has_results(folder)
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "inf", "NaN"])
+def test_settings_are_finite(tmp_path: Path, value: str) -> None:
+    recipe_for(tmp_path)
+    path = tmp_path / "small.yaml"
+    path.write_text(path.read_text().replace("max_steps: 1", f"max_steps: 1, optimizer: {{lr: {value}}}"))
+    with pytest.raises(RecipeError, match=r"stages\.sft\.optimizer\.lr \(.*finite number"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match=r"stages\.sft\.epochs \(override.*finite number|at least|more than"):
+        recipe_for(tmp_path, f"stages.sft.epochs={value}")
+
+
+def test_weights_that_are_not_finite_after_the_last_step_end_the_run(tmp_path: Path) -> None:
+    """The loss of each step was finite: only what the last step left is not."""
+    recipe = recipe_for(tmp_path, "stages.sft.optimizer.lr=1e38", "stages.sft.optimizer.warmup=0")
+    recipe = recipe.model_copy(update={"stages": [recipe.stages[0].model_copy(update={"epochs": 0.5})]})
+    with pytest.raises(NonFiniteError, match=r"after step 1 \d+ of \d+ trained weights .*not finite"):
+        run(recipe)
+    manifest = json.loads((tmp_path / "runs" / "small" / "manifest.json").read_text())
+    assert manifest["status"] == "failed" and "not finite" in manifest["error"]
+    assert not (tmp_path / "runs" / "small" / "model").exists()

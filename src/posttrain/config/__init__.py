@@ -53,14 +53,19 @@ class Recipe(Config):
     description: str = Field("", description="One line for `posttrain recipes list`.")
     model: ModelConfig
     seed: int = Field(0, ge=0, description="Seeds everything random.")
-    stages: list[StageConfig] = Field(default_factory=list, description="Each starts from what the one before left.")
+    stages: list[StageConfig] = Field(
+        default_factory=list, max_length=100, description="Each starts from what the one before left."
+    )
     rounds: int = Field(
         1,
         ge=1,
+        le=1000,
         description="Times that the list of stages is carried out, each time from the last model; folders of later rounds are NAME.2, NAME.3.",
     )
     evaluate: list[EvaluationConfig] = Field(
-        default_factory=list, description="Measured before the first stage and after the last, on the same items."
+        default_factory=list,
+        max_length=100,
+        description="Measured before the first stage and after the last, on the same items.",
     )
     evaluate_stages: bool = Field(
         False, description="Measure after every stage that makes a model too, not only after the last."
@@ -74,6 +79,10 @@ class Recipe(Config):
             names = [entry.name for entry in entries]
             if double := sorted({n for n in names if names.count(n) > 1}):
                 raise ValueError(f"two {kind} are named {double[0]!r}; give each a different name")
+        tasks = {task.name for task in self.evaluate}
+        files = {f"{name}.{part}" for name in tasks for part in ("samples", "partial")}
+        if clash := sorted(tasks & files):
+            raise ValueError(f"evaluation {clash[0]!r} has the name of another one's files; give it a different name")
         if not self.stages and not self.evaluate:
             raise ValueError("a recipe needs at least one stage or one evaluation")
         earlier: list[str] = []

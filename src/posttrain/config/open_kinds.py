@@ -169,6 +169,6 @@ def _settings_class(part: Any, name: str, tag: str, base: type[BaseModel], from_
         "__doc__": model.__doc__,
         "__annotations__": {tag: Literal[name]},
         tag: name,
-        "model_config": ConfigDict(extra="forbid", frozen=True),
+        "model_config": ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False),
     }
     return type(model.__name__, (model,) if issubclass(model, base) else (model, base), body)

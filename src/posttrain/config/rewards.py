@@ -35,7 +35,11 @@ class RewardTermConfig(Config):
     needs_several: ClassVar[bool] = False
 
     kind: str = Field(description="Name of the reward, or package.module:name of your own class or function.")
-    name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="Name in metrics and rollouts. Empty: the kind.")
+    name: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.-]{0,99})?$",
+        description="Name in metrics and rollouts. Empty: the kind.",
+    )
     weight: float = Field(1.0, allow_inf_nan=False, description="Factor in the sum; 0: logged, but not trained on.")
     timeout: float = Field(
         5.0,

@@ -11,14 +11,14 @@ from posttrain.config.names import ADAPTERS
 from posttrain.config.open_kinds import unknown_name
 from posttrain.core.imports import is_import_path, load_object
 
-NAME = r"^[A-Za-z0-9_.-]+$"
-"""What stages, tasks and runs may be called."""
+NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
+"""What stages, tasks and runs may be called: they name files, so none is hidden, an option, or a folder above."""
 
 
 class Config(BaseModel):
-    """Base of all settings: unknown keys are errors, and settings do not change once checked."""
+    """Base of all settings: unknown keys are errors, numbers are finite, and settings do not change once checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Config):

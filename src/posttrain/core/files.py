@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.core.errors import CheckpointError
+
 
 def file_hash(path: Path) -> str:
     """Compute the SHA-256 of a file, in hexadecimal."""
@@ -78,38 +80,92 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file that posttrain wrote.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged, it holds no JSON ({error}). Put it back from a copy") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON Lines file, without a last line that a crash cut off. No file: no records."""
+    """Return the records of a JSON Lines file, without a last line that a crash cut off. No file: no records.
+
+    Raises:
+        CheckpointError: Another line is damaged.
+    """
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # text may hold other ends of lines, which JSON leaves
-        if not line:
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    *lines, last = path.read_bytes().split(b"\n")  # text may hold other ends of lines, which JSON leaves
+    for number, line in enumerate(lines, 1):
+        record = _record(line) if line else {}
+        if record is None:
+            raise CheckpointError(f"{path}:{number} is damaged: expected a JSON object, found {line[:60]!r}")
+        records += [record] if line else []
+    cut = _record(last)
+    return records if cut is None else [*records, cut]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return the object on a line; None for anything else."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 class Lines:
-    """Append to a JSON Lines file after a given number of records; what a crash left after them is cut off."""
+    """Append to a JSON Lines file after a given number of records; what a crash left after them is cut off.
 
-    def __init__(self, path: Path, keep: int) -> None:
-        self.path = path
+    Attributes:
+        sha256: Hash of the records so far; a checkpoint that counts on them keeps its value (`digest`).
+    """
+
+    def __init__(self, path: Path, keep: int, digest: str | None = None) -> None:
+        """Open the file.
+
+        Args:
+            path: The file.
+            keep: Number of records to keep.
+            digest: Hash of these records. None: unknown.
+
+        Raises:
+            CheckpointError: The file holds fewer records, or others.
+        """
+        self.path, self.sha256 = path, hashlib.sha256()
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = path.read_bytes().splitlines(keepends=True)[:keep] if path.exists() else []
-        if len(kept) < keep:
-            raise OSError(f"{path} should hold {keep} records and holds {len(kept)}")
-        size = sum(len(line) for line in kept)
+        found = path.read_bytes().split(b"\n") if path.exists() else []
+        whole = [line for line in found[:keep] if _record(line) is not None]
+        if len(whole) < keep:
+            raise CheckpointError(f"{path} should hold {keep} records and holds {len(whole)}")
+        kept = b"".join(line + b"\n" for line in whole)
+        self.sha256.update(kept)
+        if digest not in (None, self.digest):
+            raise CheckpointError(f"{path} holds other records than were written (checksum differs)")
         self.file = path.open("ab")
-        if self.file.tell() != size:
-            self.file.truncate(size)
+        if self.file.tell() < len(kept):  # a crash cut off the end of the last line alone
+            self.file.write(b"\n")
+        self.file.truncate(len(kept))
+
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256 of the records so far, in hexadecimal."""
+        return self.sha256.hexdigest()
 
     def add(self, record: dict[str, Any]) -> None:
         """Append one record; it has left the process when this returns."""
-        self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        self.sha256.update(line)
+        self.file.write(line)
         self.file.flush()
 
     def sync(self) -> None:

@@ -112,4 +112,4 @@ def signature_settings(function: Callable[..., Any]) -> type[BaseModel]:
                 fields[p.name] = (kind, ... if p.default is inspect.Parameter.empty else p.default)
     except (TypeError, ValueError, NameError) as error:
         raise RecipeError(f"the parameters of function {name!r} can't be read as settings: {error}") from error
-    return create_model(name, __config__=ConfigDict(extra="forbid", frozen=True), **fields)
+    return create_model(name, __config__=ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False), **fields)

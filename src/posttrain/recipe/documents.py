@@ -7,7 +7,9 @@ beside PyYAML (which transformers and the Hub's client need anyway) to save thes
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,15 +19,86 @@ from posttrain.config import Recipe
 from posttrain.core.errors import RecipeError
 from posttrain.recipe.schema import Key, dotted
 
+MAX_CHARACTERS = 500_000
+"""Longest text of a recipe."""
+MAX_VALUES = 5_000
+"""Most keys and values of a recipe, counted again for each alias that stands for them."""
+MAX_DEPTH = 40
+"""Most mappings and lists inside of one another."""
+MAX_PROBLEMS = 20
+"""Most problems that one message lists."""
+MAX_INTEGER = 2**63 - 1
+"""Largest size of an integer: what files, torch and numpy hold."""
+
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2."""
+    """SafeLoader with the scalars of YAML 1.2, and with limits, so that no text keeps it busy."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def __init__(self, text: str) -> None:
+        self.count = self.depth = 0
+        super().__init__(text)
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        # A bracket may begin a key, so the scanner reads far ahead of what is composed: it needs the limit as well.
+        if self.flow_level > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(None, None, f"more than {MAX_DEPTH} levels of nesting", self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        mark = self.peek_event().start_mark
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(None, None, f"more than {MAX_DEPTH} levels of nesting", mark)
+        self.count_value(mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def count_value(self, mark: yaml.Mark) -> None:
+        """Count one value more. Raises MarkedYAMLError if there are too many."""
+        self.count += 1
+        if self.count > MAX_VALUES:
+            raise yaml.MarkedYAMLError(None, None, f"more than {MAX_VALUES:,} values, aliases resolved", mark)
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
         text = self.construct_scalar(node)
         return int(text, 0) if text.lstrip("+-")[:2] in ("0x", "0o") else int(text)
+
+    def scalar(self, node: yaml.ScalarNode) -> Any:
+        """Return the value of a scalar. Raises MarkedYAMLError for one that is not what its tag says."""
+        try:
+            value = self.construct_object(node)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            problem = f"{node.value[:40]!r} of {len(node.value):,} characters is no {node.tag.rpartition(':')[2]}"
+            raise yaml.MarkedYAMLError(None, None, problem, node.start_mark) from error
+        if isinstance(value, str):
+            return _joined(value)
+        if not isinstance(value, bool | int | float | None):
+            problem = f"expected text, a number, true, false or null, got {node.tag.rpartition(':')[2]}"
+            raise yaml.MarkedYAMLError(None, None, problem, node.start_mark)
+        return value
+
+
+def _joined(text: str) -> str:
+    """Return text with each pair of surrogates ("\\ud83d\\ude00", as JSON writes it) as the character that it is."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
+def refused_values(value: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
+    """Yield the key of each value that no setting can have, whatever its type, and why."""
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from refused_values(inner, (*key, name))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield key, f"expected a finite number, got {value}"
+    elif isinstance(value, int) and abs(value) > MAX_INTEGER:
+        yield key, f"expected an integer of at most {MAX_INTEGER}, got one of {value.bit_length()} bits"
+    elif isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        yield key, f"{value[:40]!r} holds half of a character (a lone surrogate), which no file can hold"
 
 
 class _Dumper(yaml.SafeDumper):
@@ -58,12 +131,16 @@ class Document:
     Attributes:
         data: Plain mappings, lists and scalars.
         places: Where each key was written: "FILE:LINE" or "override KEY=VALUE".
-        problems: Messages so far.
+        problems: Messages so far, at most MAX_PROBLEMS.
+        more: Problems beyond them.
+        refused: Keys whose value has a message already.
     """
 
     data: Any = None
     places: dict[Key, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    more: int = 0
+    refused: set[Key] = field(default_factory=set)
 
     def place(self, key: Key) -> str:
         """Return where `key` was written, else where the nearest key above or below it was."""
@@ -73,38 +150,59 @@ class Document:
         below = (place for k, place in self.places.items() if key and k[: len(key)] == key)
         return next(below, "")
 
+    @property
+    def full(self) -> bool:
+        """Return True if further problems are only counted: to find the right key for each takes time."""
+        return len(self.problems) >= MAX_PROBLEMS
+
+    def note(self, message: str) -> None:
+        """Add a message to the problems, or count it if there are many."""
+        if self.full:
+            self.more += 1
+        else:
+            self.problems.append(message if len(message) <= 2000 else f"{message[:2000]}…")
+
     def add_problem(self, key: Key, message: str) -> None:
         """Note what is wrong with a key, after its name and place."""
-        place = self.place(key)
-        self.problems.append(f"{dotted(key, self.data)}{f' ({place})' if place else ''}: {message}")
+        place = "" if self.full else self.place(key)
+        self.note("" if self.full else f"{dotted(key, self.data)}{f' ({place})' if place else ''}: {message}")
 
 
 def parse_document(text: str, origin: str) -> Document:
     """Return YAML text as a Document; `origin` is the name of the file in messages.
 
     Raises:
-        RecipeError: The text is not valid YAML, or an alias contains itself.
+        RecipeError: The text is not valid YAML, is too large, holds a value that no setting can have, or an alias
+            contains itself.
     """
     document = Document()
+    if len(text) > MAX_CHARACTERS:
+        raise RecipeError(f"{origin}: a recipe has at most {MAX_CHARACTERS:,} characters, and this has {len(text):,}")
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        document.data = _build(loader, node, (), document, origin, ()) if node is not None else None
+        document.data = _load(text, document, origin)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"{origin}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {problem}") from error
+        raise RecipeError(f"{origin}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {problem[:300]}") from error
     return document
 
 
 def parse_value(text: str) -> Any:
     """Return a YAML value. Raises yaml.YAMLError."""
+    if len(text) > MAX_CHARACTERS:
+        raise yaml.YAMLError(f"more than {MAX_CHARACTERS:,} characters")
+    return _load(text, Document(), "value")
+
+
+def _load(text: str, document: Document, origin: str) -> Any:
     loader = _Loader(text)
     node = loader.get_single_node()
-    return loader.construct_document(node) if node is not None else None
+    loader.count = 0
+    return _build(loader, node, (), document, origin, ()) if node is not None else None
 
 
 def _build(loader: _Loader, node: yaml.Node, key: Key, doc: Document, origin: str, above: tuple[int, ...]) -> Any:
+    loader.count_value(node.start_mark)
     if id(node) in above:
         raise RecipeError(
             f"{origin}:{node.start_mark.line + 1}: {dotted(key, doc.data)} contains itself through an alias"
@@ -114,11 +212,16 @@ def _build(loader: _Loader, node: yaml.Node, key: Key, doc: Document, origin: st
         for i, item in enumerate(node.value):
             doc.places[(*key, i)] = f"{origin}:{item.start_mark.line + 1}"
         return [_build(loader, item, (*key, i), doc, origin, above) for i, item in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+    if isinstance(node, yaml.ScalarNode):
+        return loader.scalar(node)
+    assert isinstance(node, yaml.MappingNode)
     out: dict[str, Any] = {}
     merged: dict[str, Any] = {}
     for name_node, inner in node.value:
+        if not isinstance(name_node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(
+                None, None, "expected text as a key, got a list or mapping", name_node.start_mark
+            )
         name, line = str(name_node.value), f"{origin}:{name_node.start_mark.line + 1}"
         if name == "<<":
             for part in inner.value if isinstance(inner, yaml.SequenceNode) else [inner]:
@@ -128,7 +231,7 @@ def _build(loader: _Loader, node: yaml.Node, key: Key, doc: Document, origin: st
                 merged = {**value, **merged}
             continue
         if name in out:
-            doc.problems.append(f"{dotted((*key, name), doc.data)} ({line}): this key is given twice; keep one")
+            doc.note(f"{dotted((*key, name), doc.data)} ({line}): this key is given twice; keep one")
         doc.places[(*key, name)] = line
         out[name] = _build(loader, inner, (*key, name), doc, origin, above)
     return {**merged, **out}

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from posttrain.config import Recipe
 from posttrain.config.open_kinds import unknown_name
-from posttrain.recipe.documents import Document
+from posttrain.recipe.documents import MAX_PROBLEMS, Document
 from posttrain.recipe.schema import Key, child, inside, list_field, model_for, unknown_key
 
 EXPECTED_TYPES = {
@@ -33,7 +33,7 @@ WORDS = {
     "less_than": "expected less than {lt}",
     "less_than_equal": "expected at most {le}",
     "multiple_of": "expected a multiple of {multiple_of}",
-    "string_pattern_mismatch": "expected letters, digits and the characters _ . - only",
+    "string_pattern_mismatch": "expected at most 100 letters, digits and the characters _ . -, the first no . or -",
     "string_too_short": "expected at least {min_length} characters",
     "too_short": "expected at least {min_length} items",
     "too_long": "expected at most {max_length} items",
@@ -46,10 +46,15 @@ def explain(error: ValidationError, doc: Document) -> None:
     found: dict[Key, list[str]] = {}
     values: dict[Key, str] = {}
     for one in error.errors():
+        if len(found) >= MAX_PROBLEMS:
+            doc.more += 1
+            continue
         key, model = _locate(one["loc"], doc.data)
         message, value = _message(one, key, model, doc)
         if one["type"].startswith("union_tag_"):
             key = (*key, _tag(one))
+        if key in doc.refused:
+            continue
         found.setdefault(key, []).append(message)
         if value:
             values[key] = f", got {short(one['input'])}"

@@ -16,9 +16,19 @@ from pydantic import ValidationError
 from posttrain.config import Recipe
 from posttrain.core.errors import RecipeError
 from posttrain.core.imports import add_import_folder
-from posttrain.recipe.documents import Document, dump_recipe, parse_document, parse_value
+from posttrain.recipe.documents import (
+    MAX_CHARACTERS,
+    Document,
+    dump_recipe,
+    parse_document,
+    parse_value,
+    refused_values,
+)
 from posttrain.recipe.messages import explain, short
 from posttrain.recipe.schema import Key, child, dotted, inside, item_names, list_field, model_for, options
+
+MAX_EXTENDED = 20
+"""Most recipes that extend one another."""
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -43,6 +53,9 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     if folder is not None:
         _resolve_paths(document.data, folder)
         _add_import_folders(folder)
+    for key, message in refused_values(document.data):
+        document.add_problem(key, message)
+        document.refused.add(key)
     _name_stages(document.data)
     recipe: Recipe | None = None
     try:
@@ -50,8 +63,9 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     except ValidationError as error:
         explain(error, document)
     if document.problems or recipe is None:
-        count = len(document.problems)
+        count = len(document.problems) + document.more
         lines = "".join(f"\n  {p}" for p in document.problems)
+        lines += f"\n  and {document.more:,} more" if document.more else ""
         raise RecipeError(f"{origin} has {count} problem{'s' * (count != 1)}:{lines}")
     return recipe
 
@@ -92,8 +106,9 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 def _read(path_or_name: str | Path, extending: tuple[str, ...] = ()) -> tuple[Document, str, Path | None]:
     """Return a recipe merged with the one that it extends, unchecked; its name in messages; its folder."""
     text, origin, folder = _open(path_or_name)
-    if origin in extending:
-        raise RecipeError(f"{extending[0]} extends itself: {' extends '.join((*extending, origin))}")
+    if origin in extending or len(extending) > MAX_EXTENDED:
+        told = "itself" if origin in extending else f"more than {MAX_EXTENDED} recipes one after the other"
+        raise RecipeError(f"{extending[0]} extends {told}: {' extends '.join((*extending, origin))}")
     document = parse_document(text, origin)
     if not isinstance(document.data, dict):
         raise RecipeError(f"{origin}: expected a mapping with name, model and stages, got {document.data!r}")
@@ -127,6 +142,11 @@ def _open(path_or_name: str | Path) -> tuple[str, str, Path | None]:
         problem = "a folder without a recipe.yaml, so no run" if path.is_dir() else "no such file"
         raise RecipeError(f"no recipe {named!r}: {problem}.{hint} Recipes of posttrain:\n{in_columns(have)}")
     try:
+        size = path.stat().st_size
+        if size > 4 * MAX_CHARACTERS:
+            raise RecipeError(
+                f"{path}: a recipe has at most {MAX_CHARACTERS:,} characters, and this has {size:,} bytes"
+            )
         return path.read_text(encoding="utf-8"), str(path_or_name), path.parent
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: can't be read as UTF-8 text: {error}") from error
@@ -185,7 +205,7 @@ def _apply_override(doc: Document, override: str) -> None:
     """Put one ``key=value`` into the document, or note why it can't be."""
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
-        doc.problems.append(f"{override!r}: expected key=value, for example stages.sft.optimizer.lr=1e-4")
+        doc.note(f"{override!r}: expected key=value, for example stages.sft.optimizer.lr=1e-4")
         return
     _put(doc, name.strip(), override, f"override {override}", lambda tp, old: _value(text, tp))
 
@@ -216,7 +236,7 @@ def _put(doc: Document, name: str, source: str, place: str, value: Callable[[Any
             doc.places[key[:depth]] = place
         block = block[part]
         if not isinstance(block, dict | list):
-            doc.problems.append(f"{source!r}: {part} is {block!r} and has no settings inside; replace it as a whole")
+            doc.note(f"{source!r}: {part} is {short(block)} and has no settings inside; replace it as a whole")
             return None
     old = inside(block, last)
     block[last] = value(child(tp, last, block), old)
@@ -239,7 +259,9 @@ def _extend(base: Document, doc: Document) -> None:
         key = _put(base, name, name, doc.place((name,)), lambda _, old, new=new: merged(old, new))  # type: ignore[misc]
         if key is not None:
             base.places |= {(*key, *k[1:]): place for k, place in doc.places.items() if k[0] == name}
-    base.problems += doc.problems
+    for problem in doc.problems:
+        base.note(problem)
+    base.more += doc.more
 
 
 def _find(doc: Document, name: str, source: str) -> Key | None:
@@ -262,7 +284,7 @@ def _find(doc: Document, name: str, source: str) -> Key | None:
                 part = int(parts.pop(0))
             else:
                 there = ", ".join(f"{i} ({n})" if n else str(i) for i, n in enumerate(names)) or "empty"
-                doc.problems.append(f"{source!r}: {dotted(key, doc.data)} has no {parts[0]!r}; there is: {there}")
+                doc.note(f"{source!r}: {dotted(key, doc.data)} has no {parts[0]!r}; there is: {there}")
                 return None
         key.append(part)
         value, tp = inside(value, part), child(tp, part, value)

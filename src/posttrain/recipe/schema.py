@@ -14,10 +14,13 @@ from posttrain.config import Recipe
 from posttrain.config.names import NO_SUCH_SETTING, RENAMED
 from posttrain.config.open_kinds import OpenKind
 from posttrain.core.errors import RecipeError
+from posttrain.core.imports import is_import_path
 
 Key = tuple[str | int, ...]
 TAGS = ("method", "kind")
 """Settings whose value selects one of several classes for the other settings beside it."""
+MAX_ITEMS = 100
+"""Most items of a list that have names; a recipe has fewer stages and evaluations."""
 _REQUIRED = object()
 
 
@@ -132,9 +135,10 @@ def model_for(tp: Any, value: Any) -> type[BaseModel] | None:
     Returns None for an annotation without settings classes.
     """
     kinds = open_kind_of(tp)
-    if kinds is not None and isinstance(value, Mapping):
+    kind = str(value.get(kinds.tag, kinds.default)) if kinds is not None and isinstance(value, Mapping) else ""
+    if kinds is not None and (kind in kinds.names or is_import_path(kind)):
         try:
-            return kinds.settings_class(str(value.get(kinds.tag, kinds.default)))
+            return kinds.settings_class(kind)
         except RecipeError:  # reported where the recipe is checked
             pass
     found = _models(tp)
@@ -186,7 +190,7 @@ def item_names(tp: Any, items: Sequence[Any]) -> list[str]:
     """
     names: list[str] = []
     for i, item in enumerate(items):
-        model = model_for(child(tp, i, items), item) if isinstance(item, Mapping) else None
+        model = model_for(child(tp, i, items), item) if isinstance(item, Mapping) and i < MAX_ITEMS else None
         default = model.model_fields["name"].default if model and "name" in model.model_fields else None
         name = str(item.get("name") or (default if isinstance(default, str) else "")) if model else ""
         unique, number = name, 2

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from posttrain.core.errors import CheckpointError
+from posttrain.core.errors import CheckpointError, RecipeError
+from posttrain.recipe.documents import parse_document
 
 JsonDict = dict[str, Any]
 
@@ -211,8 +210,8 @@ def _recipe(path: Path, notes: list[str]) -> tuple[str, JsonDict]:
         return "", {}
     text, recipe = path.read_text(encoding="utf-8", errors="replace"), None
     try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        recipe = parse_document(text, "recipe.yaml").data
+    except RecipeError as error:
         notes.append(f"recipe.yaml can't be read: {str(error).splitlines()[0]}")
     return text, recipe if isinstance(recipe, dict) else {}
 

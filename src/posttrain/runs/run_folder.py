@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,9 +19,11 @@ from typing import Any
 from posttrain.config import Recipe
 from posttrain.core import distributed
 from posttrain.core.errors import CheckpointError, RecipeError
-from posttrain.core.files import write_json, write_text
+from posttrain.core.files import read_lines, write_json, write_text
+from posttrain.recipe.machine_checks import check_machine
 from posttrain.recipe.parsing import differences, dump_recipe, load_recipe
 
+ANOTHER_FOLDER = "Put runs into a folder that can be written: output=FOLDER, or --folder FOLDER"
 OF_A_RUN = ("stages", "evaluations", "bad_rows", "tensorboard", "manifest.json", "report.html")
 
 
@@ -56,9 +59,7 @@ def open_run(path: Path, recipe: Recipe, fresh: bool) -> Iterator[Manifest]:
     with ExitStack() as stack:
         if distributed.is_main():
             if fresh and path.exists():
-                with _locked(path):
-                    number = next(n for n in range(1, 10_000) if not path.with_name(f"{path.name}.{n}").exists())
-                    path.rename(path.with_name(f"{path.name}.{number}"))
+                _set_aside(path)
             path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(path))
             _claim(path, recipe)
@@ -66,20 +67,54 @@ def open_run(path: Path, recipe: Recipe, fresh: bool) -> Iterator[Manifest]:
         yield Manifest(path)
 
 
+def run_path(folder: Path) -> Path:
+    """Return the path of a run's folder with a name at its end, so that it can be renamed: not `.` or `..`."""
+    return folder if folder.name not in ("", "..") else folder.resolve()
+
+
+def _set_aside(path: Path) -> None:
+    """Rename the folder of a run that no process works on to NAME.1, NAME.2 and so on."""
+    is_run = (path / "recipe.yaml").is_file() or all((path / name).is_file() for name in ("manifest.json", ".lock"))
+    if not is_run and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(f"{path} holds no run (no recipe.yaml), and --fresh renames nothing else")
+    with _locked(path):
+        number = next(n for n in range(1, 10_000) if not os.path.lexists(path.with_name(f"{path.name}.{n}")))
+        path.rename(path.with_name(f"{path.name}.{number}"))
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock of a run's folder; the system releases it when the process ends, however it ends."""
-    with (path / ".lock").open("w") as f:
+    file = path / ".lock"
+    another = CheckpointError(f"another process is working on {path}; wait for it, or stop it first")
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be written: {error.strerror}. {ANOTHER_FOLDER}") from error
+    try:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise another from error
         except OSError as error:
-            raise CheckpointError(f"another process is working on {path}; wait for it, or stop it first") from error
+            raise CheckpointError(f"{path} can't be locked: {error.strerror}. {ANOTHER_FOLDER}") from error
+        # Another process may have renamed the folder between the opening and the lock: then this is another run's.
+        if not file.exists() or not os.path.samestat(os.fstat(descriptor), file.stat()):
+            raise another
         yield
+    finally:
+        os.close(descriptor)
 
 
 def _claim(path: Path, recipe: Recipe) -> None:
     """Write the recipe into a new folder, or make sure that the folder's run is of this recipe."""
     stored = path / "recipe.yaml"
+    foreign = [] if stored.exists() else [name for name in (*OF_A_RUN, "model") if os.path.lexists(path / name)]
+    if foreign:
+        raise CheckpointError(
+            f"{path} holds {foreign[0]} and no recipe.yaml, so it is no run, and a run would mix its files with these. "
+            "Give the run another name (name=...) or folder (--folder)"
+        )
     if stored.exists():
         earlier: Recipe | None = None
         try:
@@ -89,7 +124,9 @@ def _claim(path: Path, recipe: Recipe) -> None:
             different = [str(error)]
         if not different:
             return
-        if not (path / "manifest.json").is_file() or _has_results(path):
+        begun = any(os.path.lexists(path / name) for name in (*OF_A_RUN, "model"))
+        if begun and (not (path / "manifest.json").is_file() or has_results(path)):
+            check_machine(recipe)  # a wrong path in this recipe is the more likely mistake
             raise CheckpointError(
                 f"{path} holds a run of another recipe ({'; '.join(different[:5])}). Resume that one with "
                 f"`posttrain run {path}`, give this one another name (name=...), or set the old one aside with --fresh"
@@ -103,7 +140,14 @@ def _claim(path: Path, recipe: Recipe) -> None:
     write_text(stored, dump_recipe(recipe))
 
 
-def _has_results(path: Path) -> bool:
-    """Return True if a stage has written anything: a step, a rollout, a checkpoint, labels."""
-    files = (file for file in (path / "stages").rglob("*") if file.is_file() and file.name != "method.json")
-    return any(file.stat().st_size for file in files)
+def has_results(path: Path) -> bool:
+    """Return True if a stage of the run at `path` has made a step, a completion to train on, a checkpoint or a label.
+
+    Measurements before the first step are no results: a recipe that was corrected makes them again.
+    """
+    for file in (path / "stages").rglob("*"):
+        if file.name in ("method.json", "step-000000.parquet") or not file.is_file() or not file.stat().st_size:
+            continue
+        if file.name not in ("metrics.jsonl", "timings.jsonl") or any(r.get("step") != 0 for r in read_lines(file)):
+            return True
+    return False

@@ -33,7 +33,7 @@ from posttrain.report.terminal import sampling_tables, summary_table
 from posttrain.runs import registry
 from posttrain.runs.held_out_tasks import write_held_out_tasks
 from posttrain.runs.machine import machine, program_name
-from posttrain.runs.run_folder import Manifest, open_run
+from posttrain.runs.run_folder import Manifest, open_run, run_path
 from posttrain.trainer.loggers import Trackers
 from posttrain.trainer.loop import now
 from posttrain.trainer.stage import Stage, StageContext
@@ -81,7 +81,7 @@ def run(
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     console = console or Console(quiet=not distributed.is_main())
     distributed.start(pick_device(recipe.model.device))
-    path = Path(folder) if folder is not None else Path(recipe.output) / recipe.name
+    path = run_path(Path(folder) if folder is not None else Path(recipe.output) / recipe.name)
     try:
         with open_run(path, recipe, fresh) as manifest, fixed_date(_date_of_run(manifest)):
             return _Run(recipe, path, manifest, console, rewards or {}).carry_through()

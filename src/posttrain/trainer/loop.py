@@ -203,15 +203,18 @@ def train(
     with Track(title, total, done, shown=main) as track, _stop_requests() as asked:
         first = trainer.initial_record(track) if numbers is None else None
         before = int((numbers or {}).get("before", first is not None))
-        files = _open(folder, 0 if numbers is None else done + before, done) if main else None
+        written = (numbers or {}).get("records", [None, None])
+        files = _open(folder, (0 if numbers is None else done + before, done), written) if main else None
         if files and first is not None:
             files[0].add({"step": 0, **first})
 
         def save() -> None:
+            learner.check_weights()  # here, where the weights are copied anyway, and not in each step
             for f in files or ():
                 f.sync()
             state = learner.state_dict()
             values = {**state["numbers"], **trainer.state_dict(), "totals": totals, "before": before}
+            values["records"] = [f.digest for f in files or ()]
             checkpoint.save(checkpoints, done, state["tensors"], values, keep)
 
         saved = done if numbers is not None else -1
@@ -255,13 +258,17 @@ def _records(
     return {"step": step, **result.metrics}, {**timing, **result.timing}
 
 
-def _open(folder: Path, metrics: int, timings: int) -> tuple[Lines, Lines]:
+def _open(folder: Path, counts: Sequence[int], digests: Sequence[str | None]) -> tuple[Lines, Lines]:
     try:
-        return Lines(folder / "metrics.jsonl", metrics), Lines(folder / "timings.jsonl", timings)
-    except OSError as error:
+        metrics, timings = (
+            Lines(folder / name, count, digest)
+            for name, count, digest in zip(("metrics.jsonl", "timings.jsonl"), counts, digests, strict=True)
+        )
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{error}: the checkpoint counts on records that are gone. Put the file back, or start over with --fresh"
+            f"{error}: the checkpoint counts on these records. Put the file back, or start over with --fresh"
         ) from error
+    return metrics, timings
 
 
 @contextmanager

@@ -125,6 +125,14 @@ class Optimizer:
             p.grad = None
             self.masters[name].grad = None
 
+    def not_finite(self) -> list[str]:
+        """Return the names of the weights with an infinite or NaN value (every rank must call)."""
+        norm = torch.nn.utils.get_total_norm
+        weights = {name: p.detach() for name, p in self.parameters.items()}
+        if not weights or math.isfinite(float(full_tensor(norm(weights.values(), math.inf)))):
+            return []
+        return [name for name, w in weights.items() if not math.isfinite(float(full_tensor(norm([w], math.inf))))]
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return master weights and moments by name; the tensors themselves, so that they can be loaded in place."""
         out: dict[str, Tensor] = {}

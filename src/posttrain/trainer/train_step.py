@@ -162,6 +162,16 @@ class Learner:
         record.update({k: v for k, v in totals.items() if k != "loss"})
         return record
 
+    def check_weights(self) -> None:
+        """Raise NonFiniteError if the weights are not finite: the loss that shows it is the one of the next step."""
+        broken = self.optimizer.not_finite()
+        if broken:
+            raise NonFiniteError(
+                f"after step {self.steps_done} {len(broken)} of {len(self.optimizer.parameters)} trained weights hold "
+                f"values that are not finite (the first: {broken[0]}), and none of them is kept. Checkpoints from "
+                "before are intact. Try a lower optimizer.lr, longer optimizer.warmup, or model.dtype=float32"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """Return all state that the next step depends on.
 
