@@ -168,9 +168,10 @@ class Lines:
         self.file.write(line)
         self.file.flush()
 
-    def sync(self) -> None:
-        """Flush to the disk (before a checkpoint that counts on these records)."""
+    def sync(self) -> str:
+        """Flush to the disk (before a checkpoint that counts on these records), and return their hash."""
         os.fsync(self.file.fileno())
+        return self.digest
 
     def close(self) -> None:
         self.file.close()

@@ -203,18 +203,15 @@ def train(
     with Track(title, total, done, shown=main) as track, _stop_requests() as asked:
         first = trainer.initial_record(track) if numbers is None else None
         before = int((numbers or {}).get("before", first is not None))
-        written = (numbers or {}).get("records", [None, None])
-        files = _open(folder, (0 if numbers is None else done + before, done), written) if main else None
+        files = _open(folder, done, before, numbers or {}) if main else None
         if files and first is not None:
             files[0].add({"step": 0, **first})
 
         def save() -> None:
             learner.check_weights()  # here, where the weights are copied anyway, and not in each step
-            for f in files or ():
-                f.sync()
+            counted = {"totals": totals, "before": before, "records": [f.sync() for f in files or ()]}
             state = learner.state_dict()
-            values = {**state["numbers"], **trainer.state_dict(), "totals": totals, "before": before}
-            values["records"] = [f.digest for f in files or ()]
+            values = {**state["numbers"], **trainer.state_dict(), **counted}
             checkpoint.save(checkpoints, done, state["tensors"], values, keep)
 
         saved = done if numbers is not None else -1
@@ -258,7 +255,16 @@ def _records(
     return {"step": step, **result.metrics}, {**timing, **result.timing}
 
 
-def _open(folder: Path, counts: Sequence[int], digests: Sequence[str | None]) -> tuple[Lines, Lines]:
+def _open(folder: Path, done: int, before: int, numbers: dict[str, Any]) -> tuple[Lines, Lines]:
+    """Open metrics.jsonl and timings.jsonl after the records that a checkpoint counts on.
+
+    Args:
+        folder: Folder of the stage.
+        done: Steps that are done.
+        before: Records of metrics.jsonl from before the first step.
+        numbers: Values of the checkpoint, if there is one.
+    """
+    counts, digests = (done + before if numbers else 0, done), numbers.get("records", [None, None])
     try:
         metrics, timings = (
             Lines(folder / name, count, digest)
