@@ -19,7 +19,7 @@ from posttrain.config import Recipe
 from posttrain.core.errors import RecipeError
 from posttrain.recipe.schema import Key, dotted
 
-MAX_CHARACTERS = 500_000
+MAX_RECIPE = 500_000
 """Longest text of a recipe."""
 MAX_VALUES = 5_000
 """Most keys and values of a recipe, counted again for each alias that stands for them."""
@@ -176,8 +176,8 @@ def parse_document(text: str, origin: str) -> Document:
             contains itself.
     """
     document = Document()
-    if len(text) > MAX_CHARACTERS:
-        raise RecipeError(f"{origin}: a recipe has at most {MAX_CHARACTERS:,} characters, and this has {len(text):,}")
+    if len(text) > MAX_RECIPE:
+        raise RecipeError(f"{origin}: a recipe has at most {MAX_RECIPE:,} characters, and this has {len(text):,}")
     try:
         document.data = _load(text, document, origin)
     except yaml.YAMLError as error:
@@ -189,8 +189,8 @@ def parse_document(text: str, origin: str) -> Document:
 
 def parse_value(text: str) -> Any:
     """Return a YAML value. Raises yaml.YAMLError."""
-    if len(text) > MAX_CHARACTERS:
-        raise yaml.YAMLError(f"more than {MAX_CHARACTERS:,} characters")
+    if len(text) > MAX_RECIPE:
+        raise yaml.YAMLError(f"more than {MAX_RECIPE:,} characters")
     return _load(text, Document(), "value")
 
 

@@ -17,7 +17,7 @@ from posttrain.config import Recipe
 from posttrain.core.errors import RecipeError
 from posttrain.core.imports import add_import_folder
 from posttrain.recipe.documents import (
-    MAX_CHARACTERS,
+    MAX_RECIPE,
     Document,
     dump_recipe,
     parse_document,
@@ -143,10 +143,8 @@ def _open(path_or_name: str | Path) -> tuple[str, str, Path | None]:
         raise RecipeError(f"no recipe {named!r}: {problem}.{hint} Recipes of posttrain:\n{in_columns(have)}")
     try:
         size = path.stat().st_size
-        if size > 4 * MAX_CHARACTERS:
-            raise RecipeError(
-                f"{path}: a recipe has at most {MAX_CHARACTERS:,} characters, and this has {size:,} bytes"
-            )
+        if size > 4 * MAX_RECIPE:
+            raise RecipeError(f"{path}: a recipe has at most {MAX_RECIPE:,} characters, and this has {size:,} bytes")
         return path.read_text(encoding="utf-8"), str(path_or_name), path.parent
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: can't be read as UTF-8 text: {error}") from error
