@@ -7,8 +7,9 @@ from pydantic import ValidationError
 
 from posttrain.config.rewards import RewardsConfig
 from posttrain.config.sandbox import SandboxConfig
+from posttrain.rewards.code_blocks import code_in
 from posttrain.rewards.outcome import LabelError
-from posttrain.rewards.programs import Program, UnitTests, code_in
+from posttrain.rewards.programs import Program, UnitTests
 from posttrain.rewards.verifiers import Numeric
 from posttrain.sandbox import SandboxError, require_sandbox
 
@@ -26,7 +27,7 @@ def sandboxed() -> None:
     [
         ("print(1)", "print(1)"),
         ("Well:\n```python\nprint(1)\n```\nso", "print(1)\n"),
-        ("```py\na = 1\n```\nand\n```\nb = 2\n```", "b = 2\n"),
+        ("```py\na = 1\n```\nand\n```\nb = 2\n```", "a = 1\n"),
         ("```json\n{}\n```", None),
         ("```bash\nls\n```\n```python\nx\n```", "x\n"),
         ("```python\nprint(1)\nprint(2)", "print(1)\nprint(2)"),
@@ -130,3 +131,34 @@ def test_human_eval_s_canonical_solutions_pass_and_broken_ones_fail() -> None:
         results = list(threads.map(both, problems))
     assert [p["task_id"] for p, (right, _) in zip(problems, results, strict=True) if right != 1.0] == []
     assert [p["task_id"] for p, (_, wrong) in zip(problems, results, strict=True) if wrong != 0.0] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```python\ndef add(a, b):\n    return a + b\n```\nExample usage:\n```python\nprint(add(int(input()), 1))\n```",
+        "```python\ndef add(a, b):\n    return a + b\n\nif __name__ == '__main__':\n    print(int(input()))\n```\n"
+        "```\n3\n```",
+        "```python\nimport atexit, threading, time\natexit.register(print, 'bye')\ndef add(a, b):\n    return a + b\n"
+        "threading.Thread(target=lambda: (time.sleep(0.1), print('late'))).start()\n```",
+        "\ufefffrom __future__ import annotations\ndef add(a: A, b: B):\n    return a + b",
+    ],
+)
+def test_right_programs_as_models_write_them(text: str) -> None:
+    example = {"test": ["assert add(1, 2) == 3"], "head": "def add(a, b):\n    '''Add.'''\n"}
+    assert UnitTests(UnitTests.Config())(text, example) == 1.0
+    assert UnitTests(UnitTests.Config(prefix="head"))(text, example) == 1.0
+
+
+def test_a_bare_block_after_a_program_is_not_the_program() -> None:
+    text = "```python\nprint(41)\n```\n```\nprint(42)\n```"
+    assert Program(Program.Config())(text, {"answer": "42"}) == 0.0
+
+
+def test_tests_that_can_not_be_run_are_an_error_of_the_example() -> None:
+    with pytest.raises(LabelError, match="the tests in 'test' can't be run: the tests don't compile"):
+        UnitTests(UnitTests.Config())("def f(): pass", {"test": "assert f( == 1"})
+    with pytest.raises(LabelError, match="2 inputs and 1 outputs"):
+        UnitTests(UnitTests.Config())("print(1)", {"test": {"inputs": ["1", "2"], "outputs": ["1"]}})
+    with pytest.raises(LabelError, match=r"expected cases of input and output in the tests, and got \['in'\]"):
+        UnitTests(UnitTests.Config())("print(1)", {"test": [{"in": "1"}]})

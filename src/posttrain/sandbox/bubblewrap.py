@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -121,8 +121,37 @@ def _sealed(data: bytes) -> int:
     return fd
 
 
-def _command(limits: SandboxConfig, fds: dict[str, int]) -> list[str]:
-    """bubblewrap's command line."""
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What runs in a sandbox.
+
+    Attributes:
+        target: Path there of the Python source that runs after the limits are set.
+        files: Contents of the files that it sees besides the system's, by path there.
+        arguments: Of the target.
+        stdin: Its input.
+        pipes: File descriptors that it inherits.
+        lasting: True for a server of many jobs, each of which has its own limit of processor time.
+    """
+
+    target: str
+    files: Mapping[str, bytes]
+    arguments: Sequence[str] = ()
+    stdin: bytes = b""
+    pipes: Sequence[int] = ()
+    lasting: bool = False
+
+
+def resource_limits(limits: SandboxConfig) -> dict[str, int]:
+    """Return the limits that the kernel holds for each process, by their names in `resource`."""
+    return {
+        "CORE": 0, "CPU": int(limits.seconds) + 1, "FSIZE": limits.files_mb << 20, "NOFILE": 64,
+        "NPROC": limits.processes + 1, "AS": (limits.memory_mb + BASE_MB) << 20,
+    }  # fmt: skip
+
+
+def _command(launch: Launch, limits: SandboxConfig, fds: dict[str, int], seccomp_fd: int) -> list[str]:
+    """Return bubblewrap's command line."""
     python = _interpreter()
     prefix = python.parent.parent
     files = str(limits.files_mb << 20)
@@ -142,71 +171,95 @@ def _command(limits: SandboxConfig, fds: dict[str, int]) -> list[str]:
     out += [
         "--proc", "/proc", "--dev", "/dev", "--size", "65536", "--tmpfs", "/dev/shm", "--remount-ro", "/dev/shm",
         "--remount-ro", "/dev", "--size", files, "--tmpfs", "/work", "--symlink", "work", "/tmp", "--chdir", "/work",
-        "--ro-bind-data", str(fds["inside"]), "/inside.py", "--ro-bind-data", str(fds["program"]), "/main.py",
-        "--remount-ro", "/", "--seccomp", str(fds["filter"]),
     ]  # fmt: skip
+    for target, fd in fds.items():
+        out += ["--ro-bind-data", str(fd), target]
+    out += ["--remount-ro", "/", "--seccomp", str(seccomp_fd)]
     for name, value in {
         "PATH": "/usr/bin:/bin", "HOME": "/work", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
         "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1",
     }.items():  # fmt: skip
         out += ["--setenv", name, value]
-    settings = {
-        "CORE": 0, "CPU": int(limits.seconds) + 1, "FSIZE": limits.files_mb << 20, "NOFILE": 64,
-        "NPROC": limits.processes + 1, "AS": (limits.memory_mb + BASE_MB) << 20,
-    }  # fmt: skip
+    settings = {n: v for n, v in resource_limits(limits).items() if not (launch.lasting and n == "CPU")}
     inside = [str(x) for pair in settings.items() for x in pair]
-    return [*out, "--", str(python), "-s", "/inside.py", "/main.py", *inside]
+    return [*out, "--", str(python), "-s", "/inside.py", launch.target, *inside, "--", *launch.arguments]
 
 
-def _run(program: str, stdin: str, limits: SandboxConfig) -> ProgramResult:
+def start(launch: Launch, limits: SandboxConfig) -> subprocess.Popen[bytes]:
+    """Start a sandbox."""
     with contextlib.ExitStack() as stack:
 
-        def keep(fd: int) -> int:
+        def sealed(data: bytes) -> int:
+            fd = _sealed(data)
             stack.callback(os.close, fd)
             return fd
 
-        fds = {
-            "inside": keep(_sealed((Path(__file__).parent / "inside.py").read_bytes())),
-            "program": keep(_sealed(program.encode("utf-8", "replace"))),
-            "filter": keep(_sealed(seccomp.program())),
-        }
+        inside = (Path(__file__).parent / "inside.py").read_bytes()
+        fds = {path: sealed(data) for path, data in {"/inside.py": inside, **launch.files}.items()}
+        seccomp_fd = sealed(seccomp.program())
         who: dict[str, Any] = {}
         if os.geteuid() == 0:
             # The kernel does not count root's processes, so nobody in particular runs it: a number for each caller.
             number = 30000 + os.getpid() % 30000
             who = {"user": number, "group": number, "extra_groups": []}
-        stdin_fd = keep(_sealed(stdin.encode("utf-8", "replace")))
-        began = time.monotonic()
-        process = subprocess.Popen(
-            _command(limits, fds), stdin=stdin_fd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, cwd="/",
-            env={"PATH": "/usr/bin"}, pass_fds=list(fds.values()), start_new_session=True, **who,
+        return subprocess.Popen(
+            _command(launch, limits, fds, seccomp_fd), stdin=sealed(launch.stdin), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, bufsize=0, cwd="/", env={"PATH": "/usr/bin"}, start_new_session=True,
+            pass_fds=[*fds.values(), seccomp_fd, *launch.pipes], **who,
         )  # fmt: skip
-        try:
-            ended, out, err = _watch(process, limits, began + limits.seconds)
-        finally:
-            _end(process)
-        code = process.wait()
-        status: Status = ended or ("ok" if code == 0 else "error")
-        text = [b.decode("utf-8", "replace") for b in (out, err)]
-        return ProgramResult(status, text[0], text[1], -1 if ended else code, time.monotonic() - began)
 
 
-def _watch(process: subprocess.Popen[bytes], limits: SandboxConfig, until: float) -> tuple[Status | None, bytes, bytes]:
-    """Read until the program ends or breaks a limit: (that limit, output, errors)."""
+def _run(program: str, stdin: str, limits: SandboxConfig) -> ProgramResult:
+    began = time.monotonic()
+    files = {"/main.py": program.encode("utf-8", "replace")}
+    process = start(Launch("/main.py", files, stdin=stdin.encode("utf-8", "replace")), limits)
+    try:
+        ended, out, err = watch(process, limits, began + limits.seconds)
+    finally:
+        end(process)
+    code = process.wait()
+    status: Status = ended or ("ok" if code == 0 else "error")
+    text = [b.decode("utf-8", "replace") for b in (out, err)]
+    return ProgramResult(status, text[0], text[1], -1 if ended else code, time.monotonic() - began)
+
+
+def watch(
+    process: subprocess.Popen[bytes], limits: SandboxConfig, until: float, verdict: int | None = None
+) -> tuple[Status | None, bytes, bytes]:
+    """Read the output of a sandbox until its program ends or breaks a limit.
+
+    Args:
+        process: The sandbox.
+        limits: Its limits.
+        until: When its time is over, by the monotonic clock.
+        verdict: A file descriptor: once it can be read, nothing else matters. Until then, an ended program is no end.
+
+    Returns:
+        The limit that it broke (None: none), its output and its errors.
+    """
     assert process.stdout and process.stderr
     got = {process.stdout: bytearray(), process.stderr: bytearray()}
     ended: Status | None = None
     with selectors.DefaultSelector() as selector:
         for stream in got:
             selector.register(stream, selectors.EVENT_READ)
+        if verdict is not None:
+            selector.register(verdict, selectors.EVENT_READ)
         looked = 0.0
-        while selector.get_map() and ended is None:
-            for key, _ in selector.select(TICK):
+        while ended is None:
+            events = selector.select(TICK)
+            if any(key.fd == verdict for key, _ in events):
+                break
+            for key, _ in events:
                 stream = key.fileobj  # type: ignore[assignment]
                 data = os.read(stream.fileno(), 65536)
                 got[stream] += data
                 if not data:
                     selector.unregister(stream)
+            # A program that closed its output is watched until it ends.
+            silent = not any(stream in selector.get_map() for stream in got)
+            if silent and verdict is None and process.poll() is not None:
+                break
             now = time.monotonic()
             if sum(map(len, got.values())) > limits.output_kb << 10:
                 ended = "output"
@@ -215,13 +268,11 @@ def _watch(process: subprocess.Popen[bytes], limits: SandboxConfig, until: float
             elif now - looked >= TICK:
                 looked = now
                 ended = _excess(process.pid, limits)
+            if silent and verdict is None and ended is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(TICK)  # nothing is left to select on
     room = limits.output_kb << 10
     out = bytes(got[process.stdout][:room])
-    if ended is None:  # both closed: what is left is to end, or to hang without a voice
-        try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            ended = "timeout"
     return ended, out, bytes(got[process.stderr][: room - len(out)])
 
 
@@ -248,7 +299,7 @@ def _family(pid: int) -> Iterator[int]:
                 todo += map(int, Path(f"/proc/{one}/task/{task}/children").read_text().split())
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """Kill what is left: the namespace's first process, with which the kernel ends all others in it."""
     for pid in reversed(list(_family(process.pid))) if process.poll() is None else []:
         with contextlib.suppress(OSError):

@@ -3,10 +3,11 @@
 import resource
 import sys
 
-for name, value in zip(sys.argv[2::2], sys.argv[3::2], strict=True):
+target, end = sys.argv[1], sys.argv.index("--")
+for name, value in zip(sys.argv[2:end:2], sys.argv[3:end:2], strict=True):
     resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (int(value), int(value)))
-with open(sys.argv[1], encoding="utf-8") as file:
+with open(target, encoding="utf-8") as file:
     source = file.read()
-sys.argv[:] = ["main.py"]
-del file, name, value, resource, sys
-exec(compile(source, "main.py", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
+sys.argv[:] = ["main.py", *sys.argv[end + 1 :]]
+del file, name, value, resource, sys, end
+exec(compile(source, target[1:], "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
