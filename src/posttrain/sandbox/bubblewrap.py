@@ -185,7 +185,7 @@ def _command(launch: Launch, limits: SandboxConfig, fds: dict[str, int], seccomp
     return [*out, "--", str(python), "-s", "/inside.py", launch.target, *inside, "--", *launch.arguments]
 
 
-def start(launch: Launch, limits: SandboxConfig) -> subprocess.Popen[bytes]:
+def start_sandbox(launch: Launch, limits: SandboxConfig) -> subprocess.Popen[bytes]:
     """Start a sandbox."""
     with contextlib.ExitStack() as stack:
 
@@ -212,18 +212,18 @@ def start(launch: Launch, limits: SandboxConfig) -> subprocess.Popen[bytes]:
 def _run(program: str, stdin: str, limits: SandboxConfig) -> ProgramResult:
     began = time.monotonic()
     files = {"/main.py": program.encode("utf-8", "replace")}
-    process = start(Launch("/main.py", files, stdin=stdin.encode("utf-8", "replace")), limits)
+    process = start_sandbox(Launch("/main.py", files, stdin=stdin.encode("utf-8", "replace")), limits)
     try:
-        ended, out, err = watch(process, limits, began + limits.seconds)
+        ended, out, err = watch_sandbox(process, limits, began + limits.seconds)
     finally:
-        end(process)
+        end_sandbox(process)
     code = process.wait()
     status: Status = ended or ("ok" if code == 0 else "error")
     text = [b.decode("utf-8", "replace") for b in (out, err)]
     return ProgramResult(status, text[0], text[1], -1 if ended else code, time.monotonic() - began)
 
 
-def watch(
+def watch_sandbox(
     process: subprocess.Popen[bytes], limits: SandboxConfig, until: float, verdict: int | None = None
 ) -> tuple[Status | None, bytes, bytes]:
     """Read the output of a sandbox until its program ends or breaks a limit.
@@ -299,7 +299,7 @@ def _family(pid: int) -> Iterator[int]:
                 todo += map(int, Path(f"/proc/{one}/task/{task}/children").read_text().split())
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end_sandbox(process: subprocess.Popen[bytes]) -> None:
     """Kill what is left: the namespace's first process, with which the kernel ends all others in it."""
     for pid in reversed(list(_family(process.pid))) if process.poll() is None else []:
         with contextlib.suppress(OSError):

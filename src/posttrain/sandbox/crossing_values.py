@@ -21,9 +21,9 @@ from posttrain.sandbox.remote_objects import RemoteObject, checked
 if TYPE_CHECKING:
     from posttrain.sandbox.program_channel import ProgramChannel
 
-DEEPEST = 210
+_DEEPEST = 210
 """Levels of nested containers."""
-VALUES: dict[type, Any] = {
+_VALUES: dict[type, Any] = {
     fractions.Fraction: lambda v: (v.numerator, v.denominator),
     decimal.Decimal: lambda v: (str(v),),
     datetime.date: lambda v: (v.year, v.month, v.day),
@@ -32,9 +32,9 @@ VALUES: dict[type, Any] = {
     datetime.timedelta: lambda v: (v.days, v.seconds, v.microseconds),
 }
 """Values of the standard library that cross, and the arguments that make them again."""
-MAKERS: dict[str, Any] = {kind.__name__: kind for kind in VALUES}
-PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
-VIEWS: tuple[Any, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_MAKERS: dict[str, Any] = {kind.__name__: kind for kind in _VALUES}
+_PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
+_VIEWS: tuple[Any, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 
 
 class Encoder:
@@ -60,8 +60,8 @@ class Encoder:
         Raises:
             TestsFault: There is no such value.
         """
-        if depth > DEEPEST:
-            raise self.channel.fault(f"the tests pass a value nested deeper than {DEEPEST} levels")
+        if depth > _DEEPEST:
+            raise self.channel.fault(f"the tests pass a value nested deeper than {_DEEPEST} levels")
         if value is None or type(value) in (bool, int, float, complex, str, bytes):
             return value
         for kind in (list, tuple):
@@ -74,7 +74,7 @@ class Encoder:
             return (..., "set" if isinstance(value, set) else "frozenset", items)
         if isinstance(value, bytearray):
             return (..., "value", "builtins", "bytearray", (bytes(value),))
-        for plain in PLAIN:
+        for plain in _PLAIN:
             if isinstance(value, plain):
                 return plain(value)
         return self._other(value, depth)
@@ -90,14 +90,14 @@ class Encoder:
             return (..., "record", place)
         if kind is range:
             return (..., "range", value.start, value.stop, value.step)
-        if kind in VALUES and getattr(value, "tzinfo", None) is None:
-            return (..., "value", kind.__module__, kind.__name__, VALUES[kind](value))
+        if kind in _VALUES and getattr(value, "tzinfo", None) is None:
+            return (..., "value", kind.__module__, kind.__name__, _VALUES[kind](value))
         if isinstance(value, type) and hasattr(value, "posttrain_number"):
             return (..., "object", value.posttrain_number)
         own_name = str(getattr(value, "__name__", ""))
         if isinstance(value, type) and vars(builtins).get(own_name) is value:
             return (..., "type", own_name)
-        if kind in VIEWS:
+        if kind in _VIEWS:
             return [self.encode(v, depth + 1) for v in value]
         functions = self.channel.functions
         if hasattr(kind, "__next__"):
@@ -125,7 +125,7 @@ class Decoder:
         """
         if value is None or type(value) in (bool, int, float, str):
             return value
-        if type(value) is not list or not value or type(value[0]) is not str or depth > DEEPEST:
+        if type(value) is not list or not value or type(value[0]) is not str or depth > _DEEPEST:
             raise ValueError("no tagged value")
         tag, rest = value[0], value[1:]
         if tag in ("l", "t", "s", "z"):
@@ -149,7 +149,7 @@ class Decoder:
             return dict(items).items() if rest[0] == "items" else dict.fromkeys(items).keys()
         if tag == "x":
             arguments = self.decode(rest[1], depth + 1)
-            return MAKERS[rest[0]](*(checked(a, str if rest[0] == "Decimal" else int) for a in arguments))
+            return _MAKERS[rest[0]](*(checked(a, str if rest[0] == "Decimal" else int) for a in arguments))
         if tag == "N":
             return _named_tuple(checked(rest[0], str), tuple(self.decode(rest[1])))(*self.decode(rest[2], depth + 1))
         return self._object(tag, rest, depth)

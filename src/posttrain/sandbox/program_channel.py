@@ -16,9 +16,9 @@ from typing import Any
 from posttrain.sandbox.crossing_values import Decoder, Encoder
 from posttrain.sandbox.remote_objects import ProgramExit, ProgramFailed, TestsFault, checked
 
-LONGEST = 1 << 24
+_LONGEST = 1 << 24
 """Bytes of a frame."""
-BATCH = 256
+_BATCH = 256
 """Items of an iterator that are fetched at once; of a generator, one."""
 NEVER_RAISED = (StopIteration, StopAsyncIteration, GeneratorExit, KeyboardInterrupt)
 """Exceptions with which a program could end a loop of the tests."""
@@ -77,8 +77,8 @@ class ProgramChannel:
         if self.broken:
             raise ProgramFailed(self.broken)
         size = int.from_bytes(self._read(4), "big")
-        if size > LONGEST:
-            raise self.fail(f"a value of over {LONGEST >> 20} MiB")
+        if size > _LONGEST:
+            raise self.fail(f"a value of over {_LONGEST >> 20} MiB")
         try:
             frame = json.loads(self._read(size).decode("ascii"))
         except (ValueError, RecursionError, MemoryError) as error:
@@ -224,7 +224,7 @@ class ProgramChannel:
             if type(reply) is not tuple or [type(x) for x in reply] != [list, bool]:
                 raise self.fail("items of another form")
             items, ended = reply[0][::-1], reply[1]
-            batch = min(BATCH, 2 * batch) if kind == "iterator" else 1
+            batch = min(_BATCH, 2 * batch) if kind == "iterator" else 1
         if not items:
             self.ahead[number] = ([], True, 1)
             raise StopIteration

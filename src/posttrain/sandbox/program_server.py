@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-DEEPEST = 200
+_DEEPEST = 200
 """Levels of nested containers that cross."""
-TEXT_KB = 64
+_TEXT_KB = 64
 """Printed text of one call that crosses."""
-SMALL = 1 << 62
-VALUES = {
+_SMALL = 1 << 62
+_VALUES = {
     ("fractions", "Fraction"): lambda v: (v.numerator, v.denominator),
     ("decimal", "Decimal"): lambda v: (str(v),),
     ("datetime", "date"): lambda v: (v.year, v.month, v.day),
@@ -40,9 +40,9 @@ VALUES = {
     ("datetime", "timedelta"): lambda v: (v.days, v.seconds, v.microseconds),
 }
 """Values of the standard library that cross, and the arguments that make them again."""
-TAGS: dict[type, str] = {list: "l", tuple: "t", set: "s", frozenset: "z"}
-PLAIN: tuple[Any, ...] = (bool, int, float, str, list, tuple, set, frozenset, dict, bytes, bytearray)
-VIEWS = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"}
+_TAGS: dict[type, str] = {list: "l", tuple: "t", set: "s", frozenset: "z"}
+_PLAIN: tuple[Any, ...] = (bool, int, float, str, list, tuple, set, frozenset, dict, bytes, bytearray)
+_VIEWS = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"}
 
 
 def receive_frame(fd: int) -> bytes:
@@ -67,7 +67,7 @@ def send_frame(fd: int, text: str) -> None:
         view = view[os.write(fd, view) :]
 
 
-class Server:
+class ProgramServer:
     """The program's objects, by number, and the pipes to its tests."""
 
     def __init__(self, names: dict[str, Any], requests: int, replies: int) -> None:
@@ -100,7 +100,7 @@ class Server:
             sys.stdout = out
         text = printed.getvalue()
         if text:
-            reply = f'"printed",{quoted(text[: TEXT_KB << 10])},{reply}'
+            reply = f'"printed",{quoted(text[: _TEXT_KB << 10])},{reply}'
         send_frame(self.replies, f"[{number},{reply}]")
 
     def raised(self, error: BaseException) -> str:
@@ -160,7 +160,14 @@ class Server:
         return '"value",' + self.encode((items, False))
 
     def do_function(self, name: str, of: int, arguments: Any, objects: Any) -> str:
-        """Apply a built-in function: len, bool, str, repr, iter; getitem and the like."""
+        """Apply a function to an object.
+
+        Args:
+            name: len, bool, str, repr, iter, or one of those below.
+            of: Number of the object.
+            arguments: Its other arguments.
+            objects: Records among them.
+        """
         self.made = self.new_records(objects)
         functions: dict[str, Callable[..., Any]] = {
             "getitem": lambda a, key: a[key],
@@ -177,23 +184,29 @@ class Server:
     # Values that leave
 
     def encode(self, value: Any, depth: int = 0, inside: bool = False) -> str:
-        """Return a value as tagged JSON; what is not plain stays here, and its number leaves."""
+        """Return a value as tagged JSON; what is not plain stays here, and its number leaves.
+
+        Args:
+            value: The value.
+            depth: Its level in the value that crosses.
+            inside: True if records that it holds go to the table of that value.
+        """
         kind = type(value)
         if value is None:
             return "null"
         if kind is bool:
             return "true" if value else "false"
         if kind is int:
-            return str(value) if -SMALL < value < SMALL else f'["n","{value:x}"]'
+            return str(value) if -_SMALL < value < _SMALL else f'["n","{value:x}"]'
         if kind is str:
             return quoted(value)
         if kind is float:
             return {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}.get(repr(value), repr(value))
-        if depth > DEEPEST:
-            raise ValueError(f"a value nested deeper than {DEEPEST} levels")
+        if depth > _DEEPEST:
+            raise ValueError(f"a value nested deeper than {_DEEPEST} levels")
         if not inside:
             return self.with_records(value)
-        tag = TAGS.get(kind)
+        tag = _TAGS.get(kind)
         if tag:
             return f'["{tag}"' + "".join(["," + self.encode(v, depth + 1, True) for v in value]) + "]"
         if kind is dict:
@@ -229,15 +242,15 @@ class Server:
             return f'["c",{self.encode(value.real)},{self.encode(value.imag)}]'
         if kind is range:
             return f'["g",{value.start},{value.stop},{value.step}]'
-        if kind in VIEWS:
-            return f'["v","{VIEWS[kind]}",{self.encode(list(value), depth + 1, True)}]'
-        parts = VALUES.get((kind.__module__, kind.__name__))
+        if kind in _VIEWS:
+            return f'["v","{_VIEWS[kind]}",{self.encode(list(value), depth + 1, True)}]'
+        parts = _VALUES.get((kind.__module__, kind.__name__))
         if parts is not None and not getattr(value, "tzinfo", None):
             return f'["x","{kind.__name__}",{self.encode(parts(value), depth + 1, True)}]'
         if isinstance(value, tuple) and hasattr(kind, "_fields"):  # a named tuple
             fields = self.encode(list(kind._fields))
             return f'["N",{quoted(kind.__name__)},{fields},{self.encode(tuple(value), depth, True)}]'
-        for plain in PLAIN:
+        for plain in _PLAIN:
             if isinstance(value, plain):
                 return self.encode(plain(value), depth, True)
         if hasattr(kind, "tolist"):  # arrays and numbers of numpy
@@ -347,7 +360,7 @@ def main() -> None:
     sys.argv[:] = ["solution.py"]
     module = type(sys)("solution")
     sys.modules["solution"] = module
-    server = Server(module.__dict__, requests, replies)
+    server = ProgramServer(module.__dict__, requests, replies)
     try:
         exec(compiled(), module.__dict__)
     except BaseException as error:

@@ -66,7 +66,7 @@ class TestsProcess:
             "/posttrain/sandbox/tests_server.py", files, [str(theirs.fileno())], pipes=[theirs.fileno()], lasting=True
         )
         with theirs:
-            self.process = bubblewrap.start(launch, limits)
+            self.process = bubblewrap.start_sandbox(launch, limits)
         self._drain()
         self._finalizer = weakref.finalize(self, _close, self.process, self.control)
 
@@ -107,7 +107,7 @@ def _read_all(stream: Any) -> None:
 
 def _close(process: subprocess.Popen[bytes], control: socket.socket) -> None:
     control.close()
-    bubblewrap.end(process)
+    bubblewrap.end_sandbox(process)
 
 
 _OF_THREAD = threading.local()
@@ -196,14 +196,16 @@ def _run_once(
     try:
         server.send(job, [tests_write, tests_read])
         pipes = [program_reads, program_writes]
-        process = bubblewrap.start(bubblewrap.Launch("/server.py", files, [str(p) for p in pipes], pipes=pipes), limits)
+        process = bubblewrap.start_sandbox(
+            bubblewrap.Launch("/server.py", files, [str(p) for p in pipes], pipes=pipes), limits
+        )
     finally:  # the two sandboxes hold them now: an end that closes is noticed on the other side
         for fd in (program_reads, tests_write, tests_read, program_writes):
             os.close(fd)
     try:
-        ended, _, _ = bubblewrap.watch(process, limits, until, server.control.fileno())
+        ended, _, _ = bubblewrap.watch_sandbox(process, limits, until, server.control.fileno())
     finally:
-        bubblewrap.end(process)
+        bubblewrap.end_sandbox(process)
     verdict = server.verdict(GRACE)
     if verdict is None:
         server.close()

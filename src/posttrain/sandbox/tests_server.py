@@ -150,7 +150,13 @@ def define_head(source: str, names: Names) -> None:
 
 
 def run_tests_of(names: Names, tests: ast.Module, entry_point: str) -> None:
-    """Run the source of the tests, then `check`, test functions and unittest's cases."""
+    """Run the source of the tests, then `check`, test functions and unittest's cases.
+
+    Args:
+        names: Their global names.
+        tests: The source.
+        entry_point: Expression that `check` is called with. Empty: it is not called.
+    """
     cases: list[type] = []
 
     def run_cases(*_: Any, **__: Any) -> None:
@@ -274,7 +280,13 @@ def _hint(tests: ast.Module) -> str:
 
 
 def run_job(job: dict[str, Any], pipes: list[int], control: socket.socket) -> None:
-    """Run one job and send its verdict."""
+    """Run one job and send its verdict.
+
+    Args:
+        job: The tests, and what goes with them.
+        pipes: To and from the program.
+        control: Where the verdict goes.
+    """
     for name, value in job["limits"].items():
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
