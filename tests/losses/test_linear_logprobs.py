@@ -221,3 +221,45 @@ def test_peak_memory_is_free_of_positions_times_vocabulary(how: str) -> None:
 
 def test_the_memory_test_can_fail() -> None:
     assert peak(2_200, "plain") - peak(200, "plain") > 240  # 2,000 x 32,000 x 4 bytes = 244 MiB once
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("scale", "cap", "t"), [(1.0, None, 1.0), (0.25, None, 0.7), (1.0, 5.0, 1.3)])
+def test_adapters_of_the_head_equal_a_weight_that_holds_them(
+    scale: float, cap: float | None, t: float, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two low-rank adapters and three rows of their own, W frozen or not; both functions, and logits to sample from."""
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", {"cpu": 1 << 20 if keep else 0})
+    h, w, bias, y = make(True)
+    g = torch.Generator().manual_seed(5)
+    a1, b1, a2, b2, rows = (
+        torch.randn(*shape, generator=g).mul_(0.3).requires_grad_()
+        for shape in ((3, 16), (50, 3), (2, 16), (50, 2), (3, 16))
+    )
+    ids = torch.tensor([int(y[0]), 49, 7])
+    whole = (w + 1.5 * b1 @ a1 - 0.5 * b2 @ a2).index_copy(0, ids, rows)
+    head = Head(w, bias, scale, cap, ((a1, b1, 1.5), (a2, b2, -0.5)), (ids, rows))
+    slow_lp, slow_entropy = slow(h, whole, bias, y, scale, cap, t)
+    lp, entropy = linear_logprobs(h, head, y, t, entropy=True)
+    torch.testing.assert_close(lp.double(), slow_lp, atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy.double(), slow_entropy, atol=1e-5, rtol=0)
+    weights = torch.randn(2, 23, generator=g)
+    theirs = (weights[0] * slow_lp + weights[1] * slow_entropy).sum()
+    for leaves in ([h, w, bias, a1, b1, a2, b2, rows], [h, a1, b1, rows], [rows]):
+        frozen = [x for x in (h, w, bias, a1, b1, a2, b2, rows) if not any(x is leaf for leaf in leaves)]
+        expected = torch.autograd.grad(theirs, leaves, retain_graph=True)
+        for x in frozen:
+            x.requires_grad_(False)
+        lp, entropy = linear_logprobs(h, head, y, t, entropy=True)
+        found = torch.autograd.grad((weights[0] * lp + weights[1] * entropy).sum(), leaves)
+        for x, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, e.float(), atol=3e-5, rtol=1e-4)
+        plain = torch.autograd.grad(linear_logprobs(h, head, y)[0].sum(), leaves)
+        loss, nll, _ = linear_cross_entropy(h, head, y, torch.ones(23))
+        torch.testing.assert_close(nll, -linear_logprobs(h, head, y)[0].detach(), atol=1e-5, rtol=0)
+        for x, e in zip(torch.autograd.grad(-loss, leaves), plain, strict=True):
+            torch.testing.assert_close(x, e, atol=3e-5, rtol=1e-4)
+        for x in frozen:
+            x.requires_grad_(True)
+    z = logprobs.head_logits(h, head, t)
+    torch.testing.assert_close(z.log_softmax(-1).gather(1, y[:, None])[:, 0].double(), slow_lp, atol=1e-5, rtol=0)

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from pydantic import ValidationError
 
 from posttrain.config import AdapterConfig, OptimizerConfig, SystemsConfig
@@ -63,9 +63,10 @@ def test_an_unknown_kind_gets_the_nearest_name() -> None:
     [
         PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
         PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"]),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"], use_dora=True),
+        LoHaConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"]),
     ],
-    ids=["prompt", "prefix", "head"],
+    ids=["prompt", "prefix", "dora head", "loha head"],
 )
 def test_parameters_that_would_get_no_gradient_are_refused(config: Any) -> None:
     with pytest.raises(ModelError, match="would get no gradient"):

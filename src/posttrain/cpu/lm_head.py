@@ -80,7 +80,9 @@ def _kernels(hidden: Tensor, head: Head) -> native.Kernels | None:
     """The compiled kernels, where they take this head and there is anything for them to do; else None."""
     weight, bias = head.weight_V_H, head.bias_V
     plain = native.is_plain(weight) and (bias is None or native.is_plain(bias)) and head.softcap is None
-    fits = plain and weight.device.type == "cpu" and hidden.dtype == torch.float32 and len(hidden) > 0
+    fits = (
+        plain and not head.adapted and weight.device.type == "cpu" and hidden.dtype == torch.float32 and len(hidden) > 0
+    )
     return native.kernels() if fits else None
 
 

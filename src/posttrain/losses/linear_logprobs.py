@@ -15,7 +15,7 @@ The temperature is one number, or one for each position.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,12 +35,29 @@ the layers' activations of as many tokens take."""
 
 @dataclass(frozen=True)
 class Head:
-    """Hold an output head: weight_V_H, optional bias_V, a scale on the logits, and a tanh soft cap (None: none)."""
+    """Hold an output head.
+
+    Attributes:
+        weight_V_H: W.
+        bias_V: b. None: none.
+        scale: Multiplies the logits.
+        softcap: Of tanh. None: none.
+        low_rank: (A of shape R H, B of shape V R, factor) of each low-rank adapter: W + factor B A takes the place of
+            W, which is never made.
+        rows: (token ids, weights of shape K H) that take the place of these tokens' rows of W. None: none.
+    """
 
     weight_V_H: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    low_rank: tuple[tuple[Tensor, Tensor, float], ...] = ()
+    rows: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def adapted(self) -> bool:
+        """Return True if adapters change the weight."""
+        return bool(self.low_rank) or self.rows is not None
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
@@ -53,17 +70,91 @@ def _of_rows(temperature: float | Tensor, s: slice) -> float | Tensor:
     return temperature[s, None] if isinstance(temperature, Tensor) else temperature
 
 
-def _logits(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    t: float | Tensor,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Compute float32 logits of a chunk, temperature applied, in `out` or fresh memory that may be overwritten."""
-    return _finished(torch.mm(h, weight.t(), out=out).float(), bias, scale, softcap, t)
+@dataclass
+class _Terms:
+    """Tensors whose products are the logits of N positions, and their gradients: W h + s B (A h) + b, rows replaced.
+
+    `low` (N, R) holds s A h of all adapters side by side and `low_b` (V, R) their B; `rows` (N, K) the logits of the
+    tokens `ids`, whose rows of W are replaced. Both are made outside, by autograd.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    low: Tensor | None
+    low_b: Tensor | None
+    rows: Tensor | None
+    ids: Tensor | None
+
+    def logits(self, s: slice, scale: float, softcap: float | None, t: float | Tensor, out: Tensor | None) -> Tensor:
+        """Compute float32 logits of a chunk, temperature applied, in `out` or fresh memory that may be overwritten."""
+        z = torch.mm(self.hidden[s], self.weight.t(), out=out).float()
+        low, rows = (None if x is None else x[s] for x in (self.low, self.rows))
+        return _finished(_adapted(z, low, self.low_b, rows, self.ids), self.bias, scale, softcap, t)
+
+    def gradients(self, needed: Sequence[bool], whole: Tensor | None = None) -> list[Tensor | None]:
+        """Return room for the gradients of all but `ids`, float32 where they are sums; `whole` for the weight's."""
+        sums = (False, True, True, False, True, False)
+        out: list[Tensor | None] = []
+        for x, need, is_sum in zip(self._given, needed, sums, strict=True):
+            dtype = torch.float32 if is_sum and x is not None else None
+            out.append(None if x is None or not need else torch.zeros_like(x, dtype=dtype))
+        if whole is not None:
+            out[1] = whole
+        return out
+
+    def finished(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return gradients in the dtypes of what they belong to."""
+        pairs = zip(gradients, self._given, strict=True)
+        return [None if d is None or x is None else d.to(x.dtype) for d, x in pairs]
+
+    @property
+    def _given(self) -> tuple[Tensor | None, ...]:
+        return self.hidden, self.weight, self.bias, self.low, self.low_b, self.rows
+
+    def push(self, d: Tensor, s: slice, gradients: Sequence[Tensor | None]) -> None:
+        """Carry a chunk's d loss / d logits, which is overwritten, back to everything that needs it."""
+        d_hidden, d_weight, d_bias, d_low, d_low_b, d_rows = gradients
+        if d_bias is not None:
+            d_bias += d.sum(0)
+        if self.ids is not None:
+            if d_rows is not None:
+                d_rows[s] = d[:, self.ids].to(d_rows.dtype)
+            d.index_fill_(1, self.ids, 0.0)
+        if self.low is not None and self.low_b is not None:
+            if d_low is not None:
+                torch.mm(d, self.low_b.to(d.dtype), out=d_low[s])
+            if d_low_b is not None:
+                d_low_b.addmm_(d.t(), self.low[s])
+        low = d.to(self.hidden.dtype)
+        if d_hidden is not None:
+            torch.mm(low, self.weight, out=d_hidden[s])
+        if d_weight is not None:
+            if d_weight.dtype == self.hidden.dtype:
+                d_weight.addmm_(low.t(), self.hidden[s])
+            else:
+                d_weight += torch.mm(low.t(), self.hidden[s])
+
+
+def _adapted(z: Tensor, low: Tensor | None, low_b: Tensor | None, rows: Tensor | None, ids: Tensor | None) -> Tensor:
+    """Add to the products what adapters change, in place."""
+    if low is not None and low_b is not None:
+        z.addmm_(low, low_b.t().to(z.dtype))
+    if rows is not None and ids is not None:
+        z.index_copy_(1, ids, rows.to(z.dtype))
+    return z
+
+
+def _adapter_terms(hidden: Tensor, head: Head) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return (low, low_b, rows, ids) of `_Terms`, in float32 but for the ids."""
+    low = low_b = rows = ids = None
+    if head.low_rank:
+        low = torch.cat([factor * F.linear(hidden.to(a.dtype), a).float() for a, _, factor in head.low_rank], -1)
+        low_b = torch.cat([b.float() for _, b, _ in head.low_rank], -1)
+    if head.rows is not None:
+        ids, weights = head.rows
+        rows = F.linear(hidden.to(weights.dtype), weights).float()
+    return low, low_b, rows, ids
 
 
 def _finished(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None, t: float | Tensor) -> Tensor:
@@ -101,25 +192,29 @@ def head_logits(
         product: Computes h W^T.
     """
     z = product(hidden_N_H, head.weight_V_H).float().contiguous()
+    if head.adapted:
+        z = _adapted(z, *_adapter_terms(hidden_N_H, head))
     return _finished(z, head.bias_V, head.scale, head.softcap, temperature)
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """(hidden, weight, bias, targets) -> (log-probabilities, entropies). Backward takes the exponentials that forward
+    """(those of `_Terms`, targets) -> (log-probabilities, entropies). Backward takes the exponentials that forward
     kept, if they are few enough; else it makes each chunk again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, softcap, temperature, entropy):  # type: ignore[no-untyped-def]
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        terms, (targets, scale, softcap, temperature, entropy) = _Terms(*inputs[:7]), inputs[7:]
+        hidden, weight = terms.hidden, terms.weight
         rows = chunk_rows(weight.shape[0], hidden.device)
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         top, total = torch.empty_like(logprobs), torch.empty_like(logprobs)
         entropies = torch.zeros_like(logprobs)
-        wanted = any(ctx.needs_input_grad[:3]) and softcap is None
+        wanted = any(ctx.needs_input_grad[:6]) and softcap is None
         kept = _room(hidden, weight) if wanted else None
         for i in range(0, len(hidden), rows):
             s = slice(i, i + rows)
             out = kept[s] if kept is not None and not entropy and kept.dtype == hidden.dtype else None
-            z = _logits(hidden[s], weight, bias, scale, softcap, _of_rows(temperature, s), out)
+            z = terms.logits(s, scale, softcap, _of_rows(temperature, s), out)
             torch.amax(z, -1, out=top[s])
             logprobs[s] = z.gather(1, targets[s, None]).squeeze(1)
             if entropy:
@@ -132,7 +227,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if entropy:
                 entropies[s] = top[s] + total[s].log() - z.mul_(p).sum(-1) / total[s]
         lse = top + total.log()
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, total, entropies)
+        ctx.save_for_backward(*inputs[:8], lse, total, entropies)
         ctx.settings = scale, softcap, temperature
         ctx.kept = kept
         ctx.set_materialize_grads(False)
@@ -140,22 +235,19 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_logprobs, d_entropies):  # type: ignore[no-untyped-def]
-        hidden, weight, bias, targets, lse, total, entropies = ctx.saved_tensors
+        terms, (targets, lse, total, entropies) = _Terms(*ctx.saved_tensors[:7]), ctx.saved_tensors[7:]
         scale, softcap, temperature = ctx.settings
-        need_h, need_w, need_b = ctx.needs_input_grad[:3]
         kept, ctx.kept = ctx.kept, None  # it is overwritten: a second backward pass makes it again
         d_logprobs = torch.zeros_like(lse) if d_logprobs is None else d_logprobs
-        rows = chunk_rows(weight.shape[0], hidden.device)
-        d_hidden = torch.empty_like(hidden) if need_h else None
-        place = place_of(weight) if need_w else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_w and place is None else place
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_b and bias is not None else None
-        for i in range(0, len(hidden), rows):
+        rows = chunk_rows(terms.weight.shape[0], terms.hidden.device)
+        place = place_of(terms.weight) if ctx.needs_input_grad[1] else None
+        gradients = terms.gradients(ctx.needs_input_grad[:6], place)
+        for i in range(0, len(terms.hidden), rows):
             s = slice(i, i + rows)
             if kept is not None and d_entropies is None:
                 z, d = None, kept[s].mul_((-d_logprobs[s] / total[s])[:, None])
             else:
-                z = _logits(hidden[s], weight, bias, scale, softcap, _of_rows(temperature, s))
+                z = terms.logits(s, scale, softcap, _of_rows(temperature, s), None)
                 # As few chunks of logits as what comes after needs: z itself only where there is a cap.
                 logp = z.sub(lse[s, None]) if softcap is not None else z.sub_(lse[s, None])
                 if d_entropies is not None:
@@ -164,14 +256,10 @@ class _LinearLogprobs(torch.autograd.Function):
                 else:
                     d = logp.exp_().mul_(-d_logprobs[s, None])
             d.scatter_add_(1, targets[s, None], d_logprobs[s, None].to(d.dtype))
-            d = _through_cap(d, z, scale, softcap, _of_rows(temperature, s))
-            _push(d, hidden, weight, s, d_hidden, d_weight, d_bias)
-        return (
-            d_hidden,
-            None if d_weight is None or place is not None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(bias.dtype),
-            *(None,) * 5,
-        )
+            terms.push(_through_cap(d, z, scale, softcap, _of_rows(temperature, s)), s, gradients)
+        if place is not None:
+            gradients[1] = None
+        return *terms.finished(gradients), *(None,) * 6
 
 
 def _room(hidden: Tensor, weight: Tensor) -> Tensor | None:
@@ -180,22 +268,6 @@ def _room(hidden: Tensor, weight: Tensor) -> Tensor | None:
     if kept_bytes > KEPT_BYTES.get(hidden.device.type, 0):
         return None
     return torch.empty(len(hidden), weight.shape[0], dtype=torch.float32, device=hidden.device)
-
-
-def _push(
-    d: Tensor, hidden: Tensor, weight: Tensor, s: slice, d_h: Tensor | None, d_w: Tensor | None, d_b: Tensor | None
-) -> None:
-    """Carry a chunk's d loss / d logits back to hidden states, weight and bias."""
-    low = d.to(hidden.dtype)
-    if d_h is not None:
-        torch.mm(low, weight, out=d_h[s])
-    if d_w is not None:
-        if d_w.dtype == hidden.dtype:
-            d_w.addmm_(low.t(), hidden[s])
-        else:
-            d_w += torch.mm(low.t(), hidden[s])
-    if d_b is not None:
-        d_b += d.sum(0)
 
 
 def linear_logprobs(
@@ -227,9 +299,8 @@ def linear_logprobs(
         require_all(given > 0, lambda: _not_positive(float(given.min())))
     elif not temperature > 0:
         raise ValueError(_not_positive(temperature))
-    return _LinearLogprobs.apply(  # type: ignore[no-any-return]
-        hidden_N_H, head.weight_V_H, head.bias_V, targets_N, head.scale, head.softcap, temperature, entropy
-    )
+    terms = hidden_N_H, head.weight_V_H, head.bias_V, *_adapter_terms(hidden_N_H, head)
+    return _LinearLogprobs.apply(*terms, targets_N, head.scale, head.softcap, temperature, entropy)  # type: ignore[no-any-return]
 
 
 def _not_positive(temperature: float) -> str:
@@ -237,20 +308,19 @@ def _not_positive(temperature: float) -> str:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """(hidden, weight, bias, targets, coefficients) -> (sum of coefficients * nll, nll); gradients made in forward."""
+    """(those of `_Terms`, targets, coefficients) -> (sum of coefficients * nll, nll); gradients made in forward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, coefficients, scale, softcap):  # type: ignore[no-untyped-def]
-        need_h, need_w, need_b = ctx.needs_input_grad[:3]
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        terms, (targets, coefficients, scale, softcap) = _Terms(*inputs[:7]), inputs[7:]
+        hidden, weight, needed = terms.hidden, terms.weight, ctx.needs_input_grad[:6]
         rows = chunk_rows(weight.shape[0], hidden.device)
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if need_h else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_b and bias is not None else None
+        gradients = terms.gradients(needed)
         for i in range(0, len(hidden), rows):
             s = slice(i, i + rows)
-            z = _logits(hidden[s], weight, bias, scale, softcap, 1.0)
+            z = terms.logits(s, scale, softcap, 1.0, None)
             top, best = z.max(-1)
             target = z.gather(1, targets[s, None]).squeeze(1)
             raw = z.clone() if softcap is not None else z
@@ -258,13 +328,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = p.sum(-1)
             nll[s] = top + total.log() - target
             hits[s] = best == targets[s]
-            if need_h or need_w:
+            if any(needed):
                 c = coefficients[s].float()
                 p.mul_((c / total)[:, None])
                 p.scatter_add_(1, targets[s, None], -c[:, None])
-                _push(_through_cap(p, raw, scale, softcap, 1.0), hidden, weight, s, d_hidden, d_weight, d_bias)
-        ctx.gradients = d_hidden, d_weight, d_bias
-        ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
+                terms.push(_through_cap(p, raw, scale, softcap, 1.0), s, gradients)
+        ctx.gradients, ctx.weight = gradients, weight
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs[:6]]
         ctx.mark_non_differentiable(nll, hits)
         return (nll.double() * coefficients.double()).sum().float(), nll, hits
 
@@ -272,21 +342,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss, _nll, _hits):  # type: ignore[no-untyped-def]
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass; call it again")
-        d_hidden, d_weight, d_bias = ctx.gradients
-        weight, ctx.weight, ctx.gradients = ctx.weight, None, None
-        place = None if d_weight is None else place_of(weight)
+        gradients, ctx.gradients, weight, ctx.weight = ctx.gradients, None, ctx.weight, None
+        place = None if gradients[1] is None else place_of(weight)
         if place is not None:
-            place.addcmul_(d_weight, d_loss)  # `alpha=float(d_loss)` would read a tensor
-            d_weight = None
-        for d in (d_hidden, d_weight, d_bias):
+            place.addcmul_(gradients[1], d_loss)  # `alpha=float(d_loss)` would read a tensor
+            gradients[1] = None
+        for d in gradients:
             if d is not None:
                 d.mul_(d_loss)
-        return (
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(ctx.bias_dtype),
-            *(None,) * 4,
-        )
+        finished = (None if d is None else d.to(dtype) for d, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return *finished, *(None,) * 5
 
 
 def linear_cross_entropy(
@@ -307,6 +372,5 @@ def linear_cross_entropy(
             the
         likeliest token (not differentiable).
     """
-    return _LinearCrossEntropy.apply(  # type: ignore[no-any-return]
-        hidden_N_H, head.weight_V_H, head.bias_V, targets_N, coefficients_N, head.scale, head.softcap
-    )
+    terms = hidden_N_H, head.weight_V_H, head.bias_V, *_adapter_terms(hidden_N_H, head)
+    return _LinearCrossEntropy.apply(*terms, targets_N, coefficients_N, head.scale, head.softcap)  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ from posttrain.losses.linear_logprobs import Head
 from posttrain.models import attention
 from posttrain.models.backends import DeviceBackend, backend_for
 from posttrain.models.max_length import check_length
+from posttrain.models.output_head import head_parameters, output_head
 
 STATEFUL = ("linear_attention", "mamba", "conv", "recurrent", "rwkv", "chunked_attention")
 """Layer types whose state runs through a sequence: segments can't share a prefix or lie end to end."""
@@ -63,16 +64,8 @@ class LanguageModel(nn.Module):
         return backend_for(self.device)
 
     def head(self) -> Head:
-        """Return the output head with the transforms that the model type applies to its logits."""
-        config = self.base.config.get_text_config()
-        linear = self.base.get_output_embeddings()
-        if linear is None or not hasattr(linear, "weight"):
-            raise ModelError(f"{type(self.base).__name__} has no linear output head; a causal language model is needed")
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
+        """Return the output head, adapters included, with the transforms that the model type applies to its logits."""
+        return output_head(self.base)
 
     def add_value_head(self) -> None:
         """Add a critic: V = w h / sqrt(H) + b of a hidden state, float32, zero at first. Not saved with the model."""
@@ -180,7 +173,7 @@ def check_trainable(hf: Any) -> None:
     """Check that every trainable parameter takes part in the forward pass of `LanguageModel`.
 
     It runs the decoder, and multiplies by the output head's weight: what peft adds around the model (virtual tokens of
-    prompt learning) or on top of the head's weight would get no gradient.
+    prompt learning), or on top of the head's weight in another way than `output_head` knows, would get no gradient.
 
     Raises:
         ModelError: A trainable parameter would be ignored.
@@ -189,8 +182,7 @@ def check_trainable(hf: Any) -> None:
     head = getattr(base, "get_output_embeddings", lambda: None)()
     used = {id(p) for p in base.parameters()}
     if head is not None:
-        own = {id(p) for p in (getattr(head, "weight", None), getattr(head, "bias", None)) if p is not None}
-        used -= {id(p) for p in head.parameters()} - own
+        used -= {id(p) for p in head.parameters()} - head_parameters(base)
     ignored = [name for name, p in hf.named_parameters() if p.requires_grad and id(p) not in used]
     peft_config = getattr(hf, "active_peft_config", None)
     if ignored or getattr(peft_config, "is_prompt_learning", False):
@@ -198,7 +190,7 @@ def check_trainable(hf: Any) -> None:
         raise ModelError(
             f"{kind}: {', '.join(ignored[:3]) or 'its virtual tokens'} would get no gradient: posttrain runs the "
             "decoder and its output head's weight, and nothing around them. Use adapters inside the decoder's layers "
-            "(lora, dora, rslora, or another of peft's kinds for linear layers)"
+            "(lora, dora, rslora, or another of peft's kinds for linear layers); the output head takes lora and rslora"
         )
 
 

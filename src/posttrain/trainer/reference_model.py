@@ -142,11 +142,15 @@ def fingerprint(model: LanguageModel) -> str:
     for beside in ("_name_or_path", "transformers_version"):
         config.pop(beside, None)
     digest = hashlib.sha256(json.dumps([LAYOUT, config, model.device.type], sort_keys=True, default=str).encode())
-    adapters = f".{getattr(getattr(model.hf, 'base_model', None), 'prefix', 'lora_')}"  # peft's tuners name theirs so
+    prefix = getattr(getattr(model.hf, "base_model", None), "prefix", "lora_")  # peft's tuners name theirs so
+    trained = (f".{prefix}", ".modules_to_save.", ".trainable_tokens_delta.")
     weights = {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): p
+        name.removeprefix("base_model.model.")
+        .replace(".token_adapter.", ".")
+        .replace(".base_layer.", ".")
+        .replace(".original_module.", "."): p
         for name, p in model.hf.named_parameters()
-        if adapters not in name
+        if not any(part in name for part in trained)
     }
     for name in sorted(weights):
         tensor = weights[name].detach().contiguous().cpu()
