@@ -18,6 +18,6 @@ Overrides = Annotated[
 
 def make_console() -> Console:
     """Return the console that commands print to."""
-    from rich.console import Console
+    from posttrain.core.console import VisibleConsole
 
-    return Console(highlight=False, emoji=False)
+    return VisibleConsole()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain.core.errors import ModelError
+from posttrain.core.visible_text import visible
 
 if TYPE_CHECKING:
     from posttrain.config import ModelConfig
@@ -39,7 +40,7 @@ def chat_command(
     chat = Chat.open(config, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
     if prompt is not None:
         for piece in chat.ask(prompt):
-            typer.echo(piece, nl=False)
+            typer.echo(visible(piece), nl=False)
         typer.echo()
     else:
         chat.loop()
@@ -199,10 +200,10 @@ class Chat:
         pieces = self.ask(line)
         try:
             for piece in pieces:
-                print(piece, end="", flush=True)
+                print(visible(piece), end="", flush=True)
         except KeyboardInterrupt:
             pieces.close()  # type: ignore[attr-defined]
             print(" [stopped]", end="")
         except ModelError as error:
-            print(f"error: {error}", end="")
+            print(visible(f"error: {error}"), end="")
         print()

@@ -35,12 +35,12 @@ def print_findings(console: Console) -> bool:
     """Print what was found; return True if there is no problem."""
     problems: list[str] = []
     for title, part in (("versions", _versions), ("machine", _machine), ("extras", _extras)):
-        console.print(f"[bold]{title}[/]")
-        part(lambda name, value: console.print(f"  {name:<14} {value}", markup=False, soft_wrap=True), problems)
+        console.print(title, style="bold")
+        part(lambda name, value: console.print(f"  {name:<14} {value}", soft_wrap=True), problems)
     if problems:
-        console.print("[bold]problems[/]")
+        console.print("problems", style="bold")
         for problem in problems:
-            console.print(f"  - {problem}", markup=False, soft_wrap=True)
+            console.print(f"  - {problem}", soft_wrap=True)
     else:
         console.print("no problems found")
     return not problems

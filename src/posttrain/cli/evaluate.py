@@ -107,7 +107,7 @@ def print_evaluation(recipe: Recipe, model: ModelConfig, folder: Path, against: 
         out.print(of_samples)
     if against is not None:
         out.print(comparison_table(recipe, against, folder, [s["metric"] for s in summaries]))
-    out.print(f"items and answers  {folder}", markup=False, soft_wrap=True)
+    out.print(f"items and answers  {folder}", soft_wrap=True)
 
 
 def comparison_table(recipe: Recipe, other: Path, folder: Path, metrics: Sequence[str]) -> Table:
@@ -147,4 +147,4 @@ def _interval(side: dict[str, Any], metric: str, key: str = "value") -> str:
     from posttrain.report.formatting import format_score
 
     value, low, high = (format_score(side.get(k), metric, key == "difference") for k in (key, "low", "high"))
-    return f"{value} \\[{low}, {high}]"  # escaped: brackets are rich's markup
+    return f"{value} [{low}, {high}]"

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.core.errors import DataError
+from posttrain.core.visible_text import visible
 from posttrain.methods.data.revision_chain import Chain, drop_reason, read_chains
 from posttrain.methods.data.revision_chain import Text as Written
 from posttrain.report import rollouts
@@ -23,6 +24,11 @@ from posttrain.report.reward_hacking import repetition, suspicious
 from posttrain.sampling.rollout_store import groups_of, read_rollouts, rollout_steps, rollouts_path
 
 SORTS = ("order", "best", "worst", "suspicious")
+
+
+def plain(text: str, style: str = "") -> Text:
+    """Return text from a run for the terminal; its width is that of what is shown."""
+    return Text(visible(text), style=style)
 
 
 def print_feedback(run: Path, out: Console, rows: int) -> bool:
@@ -38,7 +44,7 @@ def print_feedback(run: Path, out: Console, rows: int) -> bool:
     """
     found = feedback_lines(run, rows)
     for line in found:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
     return bool(found)
 
 
@@ -86,27 +92,27 @@ def print_chains(
 def _print_chains(shown: Sequence[Chain], out: Console) -> None:
     for c in shown:
         prompt = "\n\n".join(m["content"] if len(c.prompt) == 1 else f"{m['role']}: {m['content']}" for m in c.prompt)
-        out.print(Panel(Text(prompt), title=Text(f"problem {c.problem}  {c.source}"), title_align="left"))
+        out.print(Panel(plain(prompt), title=plain(f"problem {c.problem}  {c.source}"), title_align="left"))
         _print_text("first answer", c.initial, "yellow", out)
         for i, r in enumerate(c.rounds, 1):
-            out.print(Text(f"round {i}" + (f"  {r.says}" if r.says else ""), style="bold"))
+            out.print(plain(f"round {i}" + (f"  {r.says}" if r.says else ""), style="bold"))
             for name, text in (("critique", r.critique), ("revision", r.revision)):
                 if text is not None:
                     _print_text(name, text, "green" if r.usable else "red" if r.why else "yellow", out)
             if r.why:
-                out.print(Text(f"not used: {r.why}", style="red"))
+                out.print(plain(f"not used: {r.why}", style="red"))
         why = drop_reason(c)
         ended = f"ended early: {c.stopped}  " if c.stopped else ""
         rewards = "  ".join(f"{name} {change}" for name, change in amounts(c))
-        out.print(Text(f"{ended}{f'no row: {why}' if why else 'gave a row'}  {rewards}".rstrip(), style="bold"))
+        out.print(plain(f"{ended}{f'no row: {why}' if why else 'gave a row'}  {rewards}".rstrip(), style="bold"))
         out.print()
 
 
 def _print_text(name: str, text: Written, style: str, out: Console) -> None:
     reward = "" if text.reward is None else f", reward {text.reward:.3g}"
     failed = "".join(f", {part}: {message}" for part, message in text.failures.items())
-    out.print(Text(f"{name}  {text.tokens} tokens, {text.finish}{reward}{failed}", style=style))
-    out.print(Text(text.text or "(empty)"))
+    out.print(plain(f"{name}  {text.tokens} tokens, {text.finish}{reward}{failed}", style=style))
+    out.print(plain(text.text or "(empty)"))
 
 
 def print_rollouts(
@@ -201,9 +207,9 @@ def _print_view(view: rollouts.RolloutsView, out: Console) -> None:
     drift = [(n, _short(a), _short(b), _signed(r)) for n, a, b, r in view.drift]
     _table("Shape", ["measure", "early", "late", "correlation with the reward"], drift, out)
     for warning in view.warnings:
-        out.print(f"worth a look: {warning}", style="yellow", highlight=False)
+        out.print(f"worth a look: {warning}", style="yellow")
     if not view.warnings:
-        out.print("nothing drifted that would be worth a look", highlight=False)
+        out.print("nothing drifted that would be worth a look")
 
 
 def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], out: Console) -> None:
@@ -248,11 +254,11 @@ def _print(groups: Sequence[list[dict[str, Any]]], rows: Sequence[dict[str, Any]
     count = len({r["group"] for r in rows})
     mean = f", mean reward {sum(rewards) / len(rewards):.3f}" if rewards else ""
     out.rule(title)
-    out.print(f"{count} groups, {len(rows)} rollouts{mean}; {len(groups)} groups shown", highlight=False)
+    out.print(f"{count} groups, {len(rows)} rollouts{mean}; {len(groups)} groups shown")
     for group in groups:
         first = group[0]
         head = f"problem {first['problem']}  {first['source']}  answer {first['answer']}"
-        out.print(Panel(Text(first["prompt"].strip() or "(empty)"), title=Text(head), title_align="left"))
+        out.print(Panel(plain(first["prompt"].strip() or "(empty)"), title=plain(head), title_align="left"))
         best = max((r["reward"] for r in group if r["reward"] is not None), default=None)
         for row in group:
             out.print(_line(row, best))
@@ -264,9 +270,9 @@ def _completion(row: dict[str, Any]) -> Text:
     """The text; what an environment replied in another colour."""
     text = Text()
     for mine, part in row["turns"]:
-        text.append(part, style="" if mine else "cyan")
+        text.append(visible(part), style="" if mine else "cyan")
     if not row["turns"]:
-        text.append(row["completion"] or "(empty)")
+        text.append(visible(row["completion"]) or "(empty)")
     text.rstrip()
     return text
 
@@ -285,4 +291,4 @@ def _line(row: dict[str, Any], best: float | None) -> Text:
     if again > 0.2:
         parts.append(f"{again:.0%} repeated")
     parts += [f"{name}: {message}" for name, message in row["failures"].items()]
-    return Text("  ".join(parts), style=f"bold {style}")
+    return plain("  ".join(parts), style=f"bold {style}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from posttrain.config import EpochsConfig, Recipe, RewardsConfig, StageConfig, references
 from posttrain.core.imports import is_import_path
@@ -85,13 +85,14 @@ def _samples(
     if stage is not None and lengths:
         unit = "pairs" if isinstance(prepared, PreparedPairs) else "samples"
         told = plan(stage, getattr(prepared, "sizes", lengths), pick_device(device).type, unit)
-        out.print(f"plan       {told}", markup=False, soft_wrap=True)
+        out.print(f"plan       {told}", soft_wrap=True)
     colours = out.color_system is not None and not out.no_color
     how = "coloured" if colours else "in {} {}".format(*BRACKETS)
     for title, sample in _titled(prepared, rows):
         marked = sum(w != 0 for w in sample.weights)
         what = "of the answer" if title.startswith(("pair", "answer")) else "carry loss"
-        out.print(f"\n[bold]{title}[/]  {len(sample)} tokens, {marked} {what} ({how})  {sample.source}")
+        out.print()
+        out.print(Text.assemble((title, "bold"), f"  {len(sample)} tokens, {marked} {what} ({how})  {sample.source}"))
         out.print(render_terminal(sample, tokenizer, colours), soft_wrap=True)
     out.print()
 
@@ -109,35 +110,37 @@ def _titled(prepared: Any, rows: int) -> list[tuple[str, Sample]]:
 
 def _numbers(stats: dict[str, Any], lengths: Sequence[int], out: Console) -> None:
     for label, value in _facts(stats):
-        out.print(f"{label:<10} {value}", markup=False, soft_wrap=True)
+        out.print(f"{label:<10} {value}", soft_wrap=True)
     if lengths:
         out.print("lengths in tokens")
         for line in histogram(lengths):
-            out.print(f"  {line}", markup=False, soft_wrap=True)
+            out.print(f"  {line}", soft_wrap=True)
 
 
 def _questions(asked: PromptSet, rows: int, out: Console) -> None:
     """Problems of a reinforcement-learning stage, as the model is asked them."""
     _numbers(asked.stats, [len(q.tokens) for q in asked.items], out)
     for i, q in enumerate(asked.items[:rows]):
-        out.print(f"\n[bold]problem {i}[/] {len(q.tokens)} tokens  {q.problem['source']}")
-        out.print(q.text, markup=False, soft_wrap=True)
-        out.print(f"answer     {q.problem['answer']}", markup=False, soft_wrap=True)
+        out.print()
+        out.print(Text.assemble((f"problem {i}", "bold"), f" {len(q.tokens)} tokens  {q.problem['source']}"))
+        out.print(q.text, soft_wrap=True)
+        out.print(f"answer     {q.problem['answer']}", soft_wrap=True)
     out.print()
 
 
 def _answers(answers: Answers, rows: int, out: Console) -> None:
     """Answers with what people said of them: the pairs to be judged, or the thumbs."""
     _numbers(answers.stats, [], out)
-    out.print(f"pairs      {len(answers.pairs):,}", markup=False)
+    out.print(f"pairs      {len(answers.pairs):,}")
     said = describe_agreement(answers.raters)
     if said:
-        out.print(said, markup=False, highlight=False, soft_wrap=True)
+        out.print(said, soft_wrap=True)
     for i, p in enumerate(answers.pairs[:rows]):
         people = "" if p.human is None else f"  people prefer the first: {p.human:.2f}, margin {p.margin or 0:+.2f}"
-        out.print(f"\n[bold]pair {i}[/]  {escape(p.source + people)}", highlight=False, soft_wrap=True)
+        out.print()
+        out.print(Text.assemble((f"pair {i}", "bold"), f"  {p.source}{people}"), soft_wrap=True)
         for text in (str(p.prompt), p.a, p.b):
-            out.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
+            out.print(f"  {text}", soft_wrap=True)
     out.print()
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import logging
 import os
 import sys
+import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +25,8 @@ from posttrain.cli.report import report_command
 from posttrain.cli.run import run_command
 from posttrain.core.errors import PosttrainError, RecipeError
 from posttrain.core.files import cache_folder, os_error
+from posttrain.core.secrets import hide_secrets
+from posttrain.core.visible_text import visible
 
 
 class _Group(TyperGroup):
@@ -29,16 +36,20 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except PosttrainError as error:
-            typer.echo(f"error: {error}", err=True)
+            _echo_error(error)
             raise typer.Exit(2 if isinstance(error, RecipeError) else 1) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         except Exception as error:
-            message = _unwritable_cache(error)
+            message = _unwritable_cache(error) or _refused_by_the_system(error)
             if message is None:
                 raise
-            typer.echo(f"error: {message}", err=True)
+            _echo_error(message)
             raise typer.Exit(1) from None
+
+
+def _echo_error(error: object) -> None:
+    typer.echo(f"error: {visible(hide_secrets(str(error)))}", err=True)
 
 
 def _unwritable_cache(error: Exception) -> str | None:
@@ -47,11 +58,20 @@ def _unwritable_cache(error: Exception) -> str | None:
     if reason is None or not reason.filename:
         return None
     hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    failed = Path(str(reason.filename))
+    failed = Path(os.fsdecode(reason.filename))
     for folder, variable in ((cache_folder(), "POSTTRAIN_CACHE"), (hub, "HF_HOME")):
         if folder == failed or folder in failed.parents or failed in folder.parents:
             return f"the cache folder {folder} can't be written ({reason.strerror}): set {variable} to another folder"
     return None
+
+
+def _refused_by_the_system(error: Exception) -> str | None:
+    """Return a message if the operating system refused to open or write a file, which is no fault of the program."""
+    if not isinstance(error, OSError) or not error.filename:
+        return None
+    writable = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+    hint = ". Runs go elsewhere with output=FOLDER or --folder FOLDER" if writable else ""
+    return f"{os.fsdecode(error.filename)[:300]}: {error.strerror}{hint}"
 
 
 app = typer.Typer(
@@ -86,12 +106,34 @@ def _main(
     pass
 
 
+class _VisibleFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(hide_secrets(super().format(record)))
+
+
+def _show_text_as_it_is() -> None:
+    """Let nothing that comes from files, models or servers be obeyed by the terminal: warnings, log lines, errors."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode ends no command
+    handler = logging.StreamHandler()
+    handler.setFormatter(_VisibleFormatter("%(message)s"))
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("posttrain").addHandler(handler)
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **more: visible(plain(*args, **more))
+
+
 def main() -> None:
     """Run the command line."""
+    _show_text_as_it_is()
     try:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        sys.stderr.write(visible(hide_secrets(traceback.format_exc())))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

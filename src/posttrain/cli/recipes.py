@@ -21,12 +21,13 @@ def list_recipes() -> None:
     """Print names and descriptions."""
     import yaml
     from rich.table import Table
+    from rich.text import Text
 
     from posttrain.recipe.parsing import shipped
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, file in shipped().items():
-        table.add_row(f"[bold]{name}[/]", yaml.safe_load(file.read_text(encoding="utf-8")).get("description", ""))
+        table.add_row(Text(name, style="bold"), yaml.safe_load(file.read_text(encoding="utf-8")).get("description", ""))
     make_console().print(table)
 
 
@@ -82,6 +83,8 @@ def _recipe_text(name: str) -> str:
 
 def _print_settings(name: str, part: str | None) -> None:
     """Print one line for each setting of the stages (or of `part`), grouped by block."""
+    from rich.text import Text
+
     from posttrain.recipe.parsing import load_recipe
     from posttrain.recipe.schema import dotted, settings
 
@@ -101,13 +104,16 @@ def _print_settings(name: str, part: str | None) -> None:
         names = tuple(str(s.key[-1]) for s in found)
         first = seen.setdefault(names, block)
         repeated = part is None and len(names) > 2 and first != block
-        console.print(f"\n[bold]{block}[/]{f': the same settings as {first}' if repeated else ''}", soft_wrap=True)
+        console.print()
+        console.print(
+            Text.assemble((block, "bold"), f": the same settings as {first}" if repeated else ""), soft_wrap=True
+        )
         for s in found if not repeated else []:
             default = f" = {s.default}" + (f", here {s.value}" if s.value else "") if s.default else ""
             line = f"  {s.key[-1]}{default}  ({s.type})  {s.description}".rstrip()
             if part is None and len(line) > 120:  # whole descriptions are for one block
                 line = f"{line[:119].rstrip()}…"
-            console.print(line, markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
     if part is None:
         console.print(
             f"\nWhole descriptions: posttrain recipes show {name} --fields {next(iter(groups))}", soft_wrap=True

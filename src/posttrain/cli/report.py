@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from posttrain.core.errors import RecipeError
+from posttrain.core.visible_text import visible
 
 
 def report_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
@@ -16,4 +17,4 @@ def report_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Fold
         raise RecipeError(f"{run} is not a run's folder (no manifest.json in it)")
     from posttrain.report import build_report
 
-    typer.echo(str(build_report(run)))
+    typer.echo(visible(build_report(run)))

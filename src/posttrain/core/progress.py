@@ -8,7 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from posttrain.core.console import VisibleConsole
+from posttrain.core.visible_text import visible
 
 QUIET_SECONDS = 10.0
 """Seconds between lines where there is no terminal."""
@@ -31,7 +35,7 @@ class Track:
     ) -> None:
         self.what, self.total, self.first, self.done = what, total, done, done
         self.began = self.last_line = self.last_update = time.monotonic()
-        self.console = console or Console(stderr=False)
+        self.console = console or VisibleConsole()
         self.shown = shown
         self.last_phase = ""
         self.bar: Progress | None = None
@@ -40,11 +44,11 @@ class Track:
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", markup=False),
             )
             self.bar = Progress(*columns, console=self.console)
             self.bar.start()
-            self.task = self.bar.add_task(what, total=total, completed=done, text="")
+            self.task = self.bar.add_task(escape(visible(what)), total=total, completed=done, text="")
 
     def update(self, done: int, **values: Any) -> None:
         """Report that `done` units are finished; `values` are shown as name and value, in order."""
@@ -55,7 +59,7 @@ class Track:
         parts = [f"{k.replace('_', ' ')} {_short(v)}" for k, v in values.items()]
         text = "  ".join([*parts, f"left {clock(left)}"])
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, text=text)
+            self.bar.update(self.task, completed=done, text=visible(text))
         elif self.shown and (now - self.last_update >= QUIET_SECONDS or done >= self.total):  # phases hide no result
             self.last_line = self.last_update = now
             self._line(text)
@@ -63,7 +67,7 @@ class Track:
     def phase(self, text: str) -> None:
         """Report what is being done within the current unit; outside a terminal, now and then."""
         if self.bar is not None:
-            self.bar.update(self.task, text=text)
+            self.bar.update(self.task, text=visible(text))
         elif self.shown:
             new = text.split(" ")[0] != self.last_phase
             if time.monotonic() - self.last_line < (PHASE_SECONDS if new else QUIET_SECONDS):
@@ -74,7 +78,7 @@ class Track:
     def _line(self, text: str) -> None:
         """Print one record as one line, however long, with the time."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        line = f"{stamp}  {self.what} {self.done}/{self.total}  {text}"
+        line = visible(f"{stamp}  {self.what} {self.done}/{self.total}  {text}")
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         self.console.file.flush()
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
+from posttrain.core.visible_text import visible
 from posttrain.report.evaluations import strategy
 from posttrain.report.formatting import format_p, format_score
 from posttrain.report.load import read
@@ -24,21 +26,22 @@ def summary_table(run_folder: Path) -> Table:
     for name in ("before", "after", "difference", "p"):
         table.add_column(name, justify="right", no_wrap=True)
     run = read(Path(run_folder))
-    table.caption = "\n".join(f"! {note}" for note in run.flat) or None
+    notes = "\n".join(f"! {note}" for note in run.flat)
+    table.caption = Text(visible(notes)) if notes else None
     for row in run.rows():
 
-        def span(side: dict[str, Any] | None, key: str = "value", metric: str = row.metric) -> str:
+        def span(side: dict[str, Any] | None, key: str = "value", metric: str = row.metric) -> Text:
             if side is None:
-                return "–"
+                return Text("–")
             sign = key == "difference"
             value, low, high = (format_score(side.get(k), metric, sign) for k in (key, "low", "high"))
-            return f"{value}\n\\[{low}, {high}]"  # escaped: brackets are rich's markup
+            return Text(f"{value}\n[{low}, {high}]")  # a text: in a string brackets are rich's markup
 
         won = (row.comparison or {}).get("wins")
-        beats = f"\nwins {won['value']:.3f}\n\\[{won['low']:.3f}, {won['high']:.3f}]" if won else ""
+        beats = f"\nwins {won['value']:.3f}\n[{won['low']:.3f}, {won['high']:.3f}]" if won else ""
         p = format_p((row.comparison or {}).get("p_value"))
         table.add_row(
-            f"{row.task}\n{row.n:,} items{beats}",
+            Text(visible(f"{row.task}\n{row.n:,} items{beats}")),
             span(row.before),
             span(row.after),
             span(row.comparison, "difference"),
@@ -67,7 +70,7 @@ def sampling_tables(folder: Path) -> list[Table]:
                 value, low, high = (
                     format_score(entry["points"][i][key], "accuracy") for key in ("value", "low", "high")
                 )
-                cells.append(f"{value}\n\\[{low}, {high}]")
-            table.add_row(strategy(entry["name"]), *cells)
+                cells.append(Text(f"{value}\n[{low}, {high}]"))
+            table.add_row(Text(visible(strategy(entry["name"]))), *cells)
         tables.append(table)
     return tables

@@ -19,10 +19,13 @@ from rich.console import Console
 import posttrain
 from posttrain.config import EvaluationConfig, Recipe, StageConfig, references
 from posttrain.core import distributed
+from posttrain.core.console import VisibleConsole
 from posttrain.core.errors import CheckpointError, PosttrainError
 from posttrain.core.files import file_hash, is_full, link_or_copy, read_lines, write_json, write_text
 from posttrain.core.imports import import_folders
+from posttrain.core.secrets import hide_secrets
 from posttrain.core.statistics import compare
+from posttrain.core.visible_text import visible
 from posttrain.data.bad_rows import SHOWN_ROWS
 from posttrain.data.template_source import fixed_date, template_date
 from posttrain.eval.tasks import evaluate_model, task_data
@@ -79,7 +82,7 @@ def run(
         PosttrainError: Data, model or rewards of the recipe can't be used; raised before training starts.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    console = console or Console(quiet=not distributed.is_main())
+    console = console or VisibleConsole(quiet=not distributed.is_main())
     distributed.start(pick_device(recipe.model.device))
     path = run_path(Path(folder) if folder is not None else Path(recipe.output) / recipe.name)
     try:
@@ -137,12 +140,12 @@ class _Run:
             self.print(f"stopped; resume with: {program_name()} run {self.path}")
             raise
         except Exception as error:
-            self.note_end(status="failed", error=str(error) or type(error).__name__)
+            self.note_end(status="failed", error=hide_secrets(str(error)) or type(error).__name__)
             raise
         return self.close()
 
     def print(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(visible(line), highlight=False, markup=False, soft_wrap=True)
 
     def note_end(self, **values: Any) -> None:
         """Write how the run ended; a full disk does not hide the error that ended it."""
