@@ -12,6 +12,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import torch
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -140,6 +141,7 @@ def test_inspect_shows_rollouts_of_a_run(tmp_path: Path) -> None:
 
 def test_chat_shows_what_the_model_writes() -> None:
     """A tiny model of random weights writes random bytes, control characters among them."""
+    torch.manual_seed(0)
     done = CliRunner().invoke(
         app, ["chat", "tiny:llama", "-p", "hello", "--temperature", "5", "--max-new-tokens", "200"], env=ENV
     )
