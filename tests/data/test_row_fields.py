@@ -18,6 +18,7 @@ from posttrain.data.preference_rows import prepare_pairs, prepare_unpaired
 from posttrain.data.process_rows import read_step_chains
 from posttrain.data.prompt_sources import RowPrompts
 from posttrain.data.prompts import load_prompts
+from posttrain.data.rows import open_rows
 from posttrain.data.sft_rows import prepare
 from tests.data.tokenizers import byte_level
 
@@ -281,3 +282,25 @@ def test_labels_under_other_names(tmp_path: Path) -> None:
 def test_what_fields_in_words_says() -> None:
     assert fields_in_words({"source": 1200}) == "column source 1,200"
     assert fields_in_words({"m[].a": 1, "m[].b": 2, "c": 1}) == "column c 1; fields m[].a 1, m[].b 2"
+
+
+def test_nulls_that_arrow_fills_in_are_no_values(tmp_path: Path) -> None:
+    """Arrow gives every object of a column all fields; a JSON file's null stays what it is."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    def calls(**arguments: Any) -> list[dict[str, Any]]:
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        return [ASK, {"role": "assistant", "content": None, "tool_calls": [call]}]
+
+    rows = [{"messages": calls(city="Oslo")}, {"messages": calls(city="Rome", day=None, hour=3)}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = {}
+    for kind in ("parquet", "jsonl"):
+        opened = open_rows(DataConfig(source=str(tmp_path / f"x.{kind}")))
+        made = opened.read(lambda row: row.record())
+        read[kind] = [r.messages[-1]["tool_calls"][0]["function"]["arguments"] for r in made]
+        assert not opened.fields.entry()
+    assert read["parquet"] == [{"city": "Oslo"}, {"city": "Rome", "hour": 3}]
+    assert read["jsonl"] == [{"city": "Oslo"}, {"city": "Rome", "day": None, "hour": 3}]

@@ -200,3 +200,10 @@ def test_make_message_and_answer_text() -> None:
         'Wait.\n{"name": "weather", "arguments": {"city": "Oslo"}}'
     )
     assert answer_text(make_message("assistant", "")) == ""
+
+
+def test_lists_by_field_are_a_conversation() -> None:
+    """As `datasets` hands out its older type of a list of objects."""
+    assert read_turns({"from": ["human", "gpt"], "value": ["a", "4"]}) == [{"role": "user", "content": "a"}, FINE]
+    with pytest.raises(BadRow, match="expected a list of turns"):
+        read_turns({"from": ["human", "gpt"], "value": ["a"]})

@@ -28,6 +28,21 @@ def is_empty(value: Any) -> bool:
     return is_missing(value) or (isinstance(value, list | tuple | dict) and not value)
 
 
+def without_nulls(row: Row) -> Row:
+    """Return a row of an Arrow table without the nulls inside of its lists and objects.
+
+    Arrow gives all objects of a column the same fields: a call {"city": "Oslo"} comes back as {"city": "Oslo", "date":
+    null} if another call has a date.
+    """
+    return {name: _pruned(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _pruned(inner) for name, inner in value.items() if inner is not None}
+    return [_pruned(inner) for inner in value] if isinstance(value, list) else value
+
+
 def required_field(row: Row, name: str) -> Any:
     """Return a field of a row. Raises BadRow if it is missing, null, NaN or infinite."""
     value = row.get(name)

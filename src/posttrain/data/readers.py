@@ -18,6 +18,7 @@ from posttrain.config import DataConfig, SourceConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import file_hash
 from posttrain.data.bad_rows import BadRow, Row
+from posttrain.data.cells import without_nulls
 from posttrain.data.gym_rows import GYM_PREFIX, gym_source_rows
 from posttrain.data.synthetic import sum_chains as chains
 from posttrain.data.synthetic import sums
@@ -112,11 +113,11 @@ class HubRows:
             numbers = list(wanted[first : first + HUB_BATCH])
             columns = self.data[numbers]
             for i, cells in zip(numbers, zip(*columns.values(), strict=True), strict=True):
-                yield FoundRow(i, i + 1, i, dict(zip(columns, cells, strict=True)))
+                yield FoundRow(i, i + 1, i, without_nulls(dict(zip(columns, cells, strict=True))))
 
     def row_at(self, position: int) -> Row | BadRow:
         """Return the row at an index."""
-        return dict(self.data[position])
+        return without_nulls(dict(self.data[position]))
 
 
 @dataclass

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from posttrain.core.errors import DataError
 from posttrain.data.bad_rows import BadRow, Row, check_surrogates
+from posttrain.data.cells import without_nulls
 from posttrain.data.file_shapes import check_encoding, check_header, check_json_value, check_lines
 
 MAX_LINE_BYTES = 2**28
@@ -409,13 +410,13 @@ class ParquetFile(TableFile):
 
 
 def arrow_rows(batch: Any) -> Iterator[Row | BadRow]:
-    """Return the rows of a record batch; one with text that is not UTF-8 is a BadRow."""
+    """Return the rows of a record batch, without nulls inside of cells; one with text that is not UTF-8 is a BadRow."""
     try:
-        yield from batch.to_pylist()
+        yield from map(without_nulls, batch.to_pylist())
     except UnicodeDecodeError:  # raised before the first row is handed out
         for i in range(batch.num_rows):
             try:
-                row = batch.slice(i, 1).to_pylist()[0]
+                row: Row | BadRow = without_nulls(batch.slice(i, 1).to_pylist()[0])
             except UnicodeDecodeError as error:
                 row = not_utf8(error)
             yield row

@@ -55,7 +55,7 @@ def read_turns(value: Any, name: str = "messages", notes: FieldNotes | None = No
     Raises:
         BadRow: The value is no conversation, or a turn can't be used.
     """
-    value = parse_json(value, name)
+    value = _as_list(parse_json(value, name))
     if not isinstance(value, list | tuple) or not value or not all(isinstance(turn, dict) for turn in value):
         raise BadRow("expected a list of turns, each with role and content")
     notes = FieldNotes() if notes is None else notes
@@ -116,6 +116,15 @@ def says_nothing(message: Message) -> bool:
 def without_flags(messages: Sequence[Message]) -> tuple[Message, ...]:
     """Return turns without their flags on loss, which have no meaning where no turn of a prompt has loss."""
     return tuple({k: v for k, v in m.items() if k != "train"} for m in messages)  # type: ignore[misc]
+
+
+def _as_list(value: Any) -> Any:
+    """Return a conversation that is an object of lists ({"role": [...], "content": [...]}) as a list of turns."""
+    if not isinstance(value, dict) or not value.keys() & {"role", "from"}:
+        return value
+    if not all(isinstance(cells, list) for cells in value.values()) or len({len(c) for c in value.values()}) > 1:
+        return value
+    return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
 
 
 def _role(turn: dict[str, Any], where: str) -> tuple[str, str]:
