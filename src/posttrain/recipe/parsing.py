@@ -25,6 +25,7 @@ from posttrain.recipe.documents import (
     refused_values,
 )
 from posttrain.recipe.messages import explain, short
+from posttrain.recipe.other_data import data_sources, leave_out_descriptions
 from posttrain.recipe.schema import Key, child, dotted, inside, item_names, list_field, model_for, options
 
 MAX_EXTENDED = 20
@@ -35,8 +36,9 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     """Read a recipe, apply overrides, and check it as a whole.
 
     A recipe with ``extends: NAME`` (or a path relative to its own file) is that recipe with its own keys put in. Keys
-    may be dotted, as in ``stages.labels: {labels: judge}``. Mappings are merged, everything else is replaced. Modules
-    in the current folder and beside the recipe can be imported afterwards.
+    may be dotted, as in ``stages.labels: {labels: judge}``. Mappings are merged, everything else is replaced. Settings
+    that describe a table (templates, classes, rows, ...) go with it if its source is replaced. Modules in the current
+    folder and beside the recipe can be imported afterwards.
 
     Args:
         path_or_name: Path of a YAML file, folder of a run (for its recipe.yaml), or name of a shipped recipe.
@@ -48,8 +50,10 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     document, origin, folder = _read(path_or_name)
     add_import_folder(Path.cwd())
+    sources = data_sources(document.data)
     for override in overrides:
         _apply_override(document, override)
+    leave_out_descriptions(document, sources, lambda key: _overridden(document, key))
     if folder is not None:
         _resolve_paths(document.data, folder)
         _add_import_folders(folder)
@@ -208,6 +212,11 @@ def _apply_override(doc: Document, override: str) -> None:
     _put(doc, name.strip(), override, f"override {override}", lambda tp, old: _value(text, tp))
 
 
+def _overridden(doc: Document, key: Key) -> bool:
+    """Return True if an override gave the value of a key, or of a key above it."""
+    return any(doc.places.get(key[:end], "").startswith("override ") for end in range(1, len(key) + 1))
+
+
 def _put(doc: Document, name: str, source: str, place: str, value: Callable[[Any, Any], Any]) -> Key | None:
     """Set the setting with a dotted name.
 
@@ -247,6 +256,7 @@ def _put(doc: Document, name: str, source: str, place: str, value: Callable[[Any
 
 def _extend(base: Document, doc: Document) -> None:
     """Put a recipe's own keys, dotted or not, into the recipe that it extends."""
+    sources = data_sources(base.data)
 
     def merged(old: Any, new: Any) -> Any:
         if not (isinstance(old, dict) and isinstance(new, dict)):
@@ -257,6 +267,8 @@ def _extend(base: Document, doc: Document) -> None:
         key = _put(base, name, name, doc.place((name,)), lambda _, old, new=new: merged(old, new))  # type: ignore[misc]
         if key is not None:
             base.places |= {(*key, *k[1:]): place for k, place in doc.places.items() if k[0] == name}
+    own = set(doc.places.values())
+    leave_out_descriptions(base, sources, lambda key: base.places.get(key) in own)
     for problem in doc.problems:
         base.note(problem)
     base.more += doc.more

@@ -1,0 +1,71 @@
+"""Another table in place of the recipe's: what describes the old one goes with it, and every removal is logged."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from posttrain.config import Recipe
+from posttrain.recipe.documents import dump_recipe
+from posttrain.recipe.other_data import OF_THE_TABLE, data_sources
+from posttrain.recipe.parsing import load_recipe, shipped
+
+
+@pytest.fixture(autouse=True)
+def _log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "posttrain")
+
+
+def test_the_documented_command_of_kto(caplog: pytest.LogCaptureFixture) -> None:
+    stage = load_recipe("kto", ["stages.kto.data.source=thumbs.jsonl"]).stages[0]
+    data = stage.data  # type: ignore[attr-defined]
+    assert (data.prompt, data.completion, data.classes, data.rows) == (None, None, None, None)
+    assert data.shuffle_seed == 1 and stage.held_out is None  # type: ignore[attr-defined]
+    first, second = caplog.messages
+    assert first.startswith("stages.kto.data: classes, prompt, completion, rows described 'packaged:movie_reviews.tsv'")
+    assert second.startswith("stages.kto.held_out is left out: it held out rows of 'packaged:movie_reviews.tsv'")
+
+
+def test_what_is_written_with_the_source_stays(caplog: pytest.LogCaptureFixture) -> None:
+    given = ["stages.kto.data.rows=[0, 9]", "stages.kto.data.source=t.jsonl", "stages.kto.held_out.data.source=h.jsonl"]
+    stage = load_recipe("kto", given).stages[0]
+    assert stage.data.rows == (0, 9) and stage.data.classes is None  # type: ignore[attr-defined]
+    held = stage.held_out.data  # type: ignore[attr-defined]
+    assert (held.source, held.prompt, held.rows) == ("h.jsonl", None, None)
+    whole = load_recipe("kto", ["stages.kto.data={source: t.jsonl, prompt: '{a}', completion: '{b}'}"]).stages[0]
+    assert whole.data.prompt == "{a}" and whole.held_out is None  # type: ignore[attr-defined]
+    templates = ["stages.sft.data.source=t.tsv", "stages.sft.data.prompt={a}", "stages.sft.data.completion={b}"]
+    data = load_recipe("quickstart", templates).stages[0].data  # type: ignore[attr-defined]
+    assert (data.prompt, data.completion, data.classes) == ("{a}", "{b}", None)
+
+
+def test_the_same_source_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    same = load_recipe("kto", ["stages.kto.data.source=packaged:movie_reviews.tsv", "stages.kto.data.rows=[0, 10]"])
+    assert same.stages[0].data.classes is not None and same.stages[0].held_out is not None  # type: ignore[attr-defined]
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_data_block_of_the_recipes(name: str) -> None:
+    """In whichever place a shipped recipe names a table, nothing that describes it stays with another one."""
+    recipe = load_recipe(name)
+    for key in data_sources(recipe.model_dump(mode="json")):
+        dotted = ".".join(map(str, key))
+        changed = load_recipe(name, [f"{dotted}.source=other.jsonl"])
+        block: object = changed.model_dump(mode="json")
+        for part in key:
+            block = block[part]  # type: ignore[index]
+        assert isinstance(block, dict) and not any(block[n] for n in OF_THE_TABLE if n != "layout" and n != "split")
+
+
+def test_a_recipe_that_extends_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: kto\nname: mine\nstages.kto:\n  data: {source: thumbs.jsonl, rows: [0, 5]}\n")
+    stage = load_recipe(path).stages[0]
+    assert stage.data.rows == (0, 5) and stage.data.prompt is None  # type: ignore[attr-defined]
+    assert stage.held_out is None and len(caplog.messages) == 2  # type: ignore[attr-defined]
+    (tmp_path / "again.yaml").write_text(dump_recipe(load_recipe(path)))
+    caplog.clear()
+    assert isinstance(load_recipe(tmp_path / "again.yaml"), Recipe) and not caplog.messages
