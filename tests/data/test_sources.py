@@ -125,5 +125,5 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     rows = open_rows(DataConfig(source=path))
     assert rows.hashes
     write(Path(path), chats("one", 5))
-    with pytest.raises(DataError, match="the file changed while it was read"):
+    with pytest.raises(DataError, match="the file changed after it was opened"):
         rows.read(lambda row: row)

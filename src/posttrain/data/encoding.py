@@ -13,7 +13,8 @@ from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
 from posttrain.data import chat_template as chat
 from posttrain.data.formats import BadRow, Record
-from posttrain.data.rows import PlacedRow, Rows
+from posttrain.data.parts import PlacedRow
+from posttrain.data.rows import Rows
 
 BATCH = 1000
 """Rows tokenized at a time."""

@@ -17,11 +17,12 @@ from posttrain.data.bad_rows import SHOWN_ROWS, BadRow, Row
 from posttrain.data.cells import is_good_label, is_missing, read_number
 from posttrain.data.comparisons import AnswerPair, Candidate, LeftOut, Prompt, pair_up
 from posttrain.data.formats import fill
+from posttrain.data.parts import PlacedRow
 from posttrain.data.preference_rows import check_pair, two_records
 from posttrain.data.rater_agreement import krippendorff_alpha
 from posttrain.data.row_context import TEMPLATE_COLUMNS, TOOL_COLUMNS, add_context
 from posttrain.data.row_fields import MEDIA, SourceRow
-from posttrain.data.rows import PlacedRow, Rows, manifest_entry, open_rows
+from posttrain.data.rows import Rows, manifest_entry, open_rows
 from posttrain.data.turns import make_message, read_turns, without_flags
 
 _RowsConfig = RatingsConfig | PairsConfig | CandidatesConfig | ThumbsConfig

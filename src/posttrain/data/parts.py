@@ -1,4 +1,4 @@
-"""One source of a table: its settings, its layout, and the rows that are taken from it."""
+"""One of several sources: its settings, its layout, and the rows that are taken from it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,37 @@ import numpy as np
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.data.bad_rows import BadRow
-from posttrain.data.formats import Row, check_templates, class_label, recognise
+from posttrain.data.formats import Record, Row, check_templates, class_label, recognise, to_record
 from posttrain.data.message_trees import open_assistant
 from posttrain.data.readers import RowList, RowSource, Source, Table, in_order
 from posttrain.data.row_fields import SourceRow
 from posttrain.data.table_files import FoundRow
 from posttrain.data.text_cells import check_text_cells
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRow:
+    """Hold a row with its place and the settings of its source.
+
+    Attributes:
+        row: The row, with columns renamed; with data.classes its class is the field `label`.
+        source: Its place, `file:row`.
+        layout: Name of its layout.
+        config: Settings of its source.
+        part: Number of its source.
+        found: Where it is in the source.
+    """
+
+    row: SourceRow
+    source: str
+    layout: str
+    config: DataConfig
+    part: int
+    found: FoundRow
+
+    def record(self) -> Record:
+        """Return the row as a record. Raises BadRow."""
+        return to_record(self.row, self.layout, self.config)
 
 
 @dataclass
@@ -52,11 +77,20 @@ class Part:
         """Return the rows for which `mask` is 1, in file order."""
         return self.source.scan(mask) if self.rows is self.source.rows else self.rows.scan(mask)
 
+    def read(self, found: FoundRow) -> PlacedRow:
+        """Return a row with its place and settings. Raises BadRow, FilteredRow."""
+        return PlacedRow(self._values(found), self.place(found), self.layout, self.config, self.number, found)
+
+    def read_again(self, position: int, number: int) -> PlacedRow:
+        """Return a row that was read before, by its position and number."""
+        self.source.check_unchanged()
+        return self.read(FoundRow(-1, number, position, self.rows.row_at(position)))
+
     def place(self, found: FoundRow) -> str:
         """Return the place of a row as `file:row`."""
         return f"{self.source.name}:{found.number}"
 
-    def values(self, found: FoundRow) -> SourceRow:
+    def _values(self, found: FoundRow) -> SourceRow:
         """Return a row with columns renamed and its class as `label`. Raises BadRow, FilteredRow."""
         if isinstance(found.row, BadRow):
             raise found.row

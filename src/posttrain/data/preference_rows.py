@@ -17,9 +17,10 @@ from posttrain.data.bad_rows import SHOWN_ROWS, BadRow, Row
 from posttrain.data.cells import is_good_label, is_missing, missing_field, read_number, required_field
 from posttrain.data.encoding import Encoded, encode_rows
 from posttrain.data.formats import NO_COMPLETIONS, Record, row_completions, to_record
+from posttrain.data.parts import PlacedRow
 from posttrain.data.row_context import read_history
 from posttrain.data.row_fields import SourceRow, source_row
-from posttrain.data.rows import PlacedRow, PreparedItems, count_repeats, marked_example, open_rows
+from posttrain.data.rows import PreparedItems, count_repeats, marked_example, open_rows
 from posttrain.data.sft_rows import prompt_and_completion
 from posttrain.data.turns import answer_text, read_turns, says_nothing, without_flags
 

@@ -18,9 +18,10 @@ from posttrain.data import chat_template as chat
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.cells import is_missing, parse_json, required_field
 from posttrain.data.encoding import prompt_tokens, require_chat_template, token_limit
+from posttrain.data.parts import PlacedRow
 from posttrain.data.row_context import add_context, read_row_tools, read_template_args
 from posttrain.data.row_fields import SourceRow
-from posttrain.data.rows import PlacedRow, PreparedItems, open_rows
+from posttrain.data.rows import PreparedItems, open_rows
 from posttrain.data.turns import make_message, read_turns, without_flags
 
 

@@ -14,9 +14,10 @@ from posttrain.data.bad_rows import BadRow, BadRows, Row, check_surrogates
 from posttrain.data.cells import is_missing, read_text, required_field
 from posttrain.data.encoding import require_chat_template, without_end
 from posttrain.data.formats import Record, to_record
+from posttrain.data.parts import PlacedRow
 from posttrain.data.row_context import TEMPLATE_COLUMNS, TOOL_COLUMNS
 from posttrain.data.row_fields import MEDIA, SourceRow
-from posttrain.data.rows import PlacedRow, PreparedItems, Rows, count_repeats, manifest_entry, open_rows
+from posttrain.data.rows import PreparedItems, Rows, count_repeats, manifest_entry, open_rows
 from posttrain.data.turns import make_message, read_turns, says_nothing, without_flags
 
 if TYPE_CHECKING:

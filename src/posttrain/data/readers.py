@@ -157,10 +157,25 @@ class Source:
         hashed = [[r["question"], r["answer"]] for r in rows] if self.entry.source.startswith(GYM_PREFIX) else rows
         return hashlib.sha256(json.dumps(hashed, default=repr).encode()).hexdigest()
 
+    @cached_property
+    def identity(self) -> str:
+        """Return a value that differs if the rows may: the hash, or what `datasets` names a data set of the Hub by."""
+        return self.hash or str(self.rows.data._fingerprint if isinstance(self.rows, HubRows) else self.name)
+
+    @property
+    def size(self) -> int:
+        """Return how many bytes the rows take where they are; 0 if they are made here."""
+        if self.path is not None:
+            return _file_state(self.path)[0]
+        return int(self.rows.data.data.nbytes) if isinstance(self.rows, HubRows) else 0
+
     def check_unchanged(self) -> None:
         """Raise DataError if the file has changed since it was hashed."""
-        if self.path is not None and self.hash is not None and self._state != _file_state(self.path):
-            raise DataError(f"{self.path}: the file changed while it was read. Run again once it is complete")
+        if self.path is None or self.hash is None or self._state == (state := _file_state(self.path)):
+            return
+        if file_hash(self.path) != self.hash:
+            raise DataError(f"{self.path}: the file changed after it was opened. Run again once it is complete")
+        self._state = state
 
     def scan(self, mask: Sequence[int] | None = None) -> Iterator[FoundRow]:
         """Return the rows, or those for which `mask` is 1. Raises DataError if they can't be read."""

@@ -16,41 +16,16 @@ from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
 from posttrain.data.bad_rows import BadRows
-from posttrain.data.formats import Record, to_record
 from posttrain.data.marked_text import pieces
-from posttrain.data.parts import Part, open_part
-from posttrain.data.readers import find_sources, in_order
-from posttrain.data.row_fields import LOSS_COLUMNS, MEDIA, FieldCounts, SourceRow, refuse_columns
+from posttrain.data.parts import Part, PlacedRow, open_part
+from posttrain.data.readers import Source, find_sources, in_order
+from posttrain.data.row_fields import LOSS_COLUMNS, MEDIA, FieldCounts, refuse_columns
+from posttrain.data.sample_store import SampleStore
 from posttrain.data.table_files import FoundRow
 
 REFUSED_COLUMNS = (*MEDIA, *LOSS_COLUMNS)
 """Columns that make a bad row if they have a value, since it would change the row's meaning."""
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedRow:
-    """Hold a row with its place and the settings of its source.
-
-    Attributes:
-        row: The row, with columns renamed; with data.classes its class is the field `label`.
-        source: Its place, `file:row`.
-        layout: Name of its layout.
-        config: Settings of its source.
-        part: Number of its source.
-        found: Where it is in the source.
-    """
-
-    row: SourceRow
-    source: str
-    layout: str
-    config: DataConfig
-    part: int
-    found: FoundRow
-
-    def record(self) -> Record:
-        """Return the row as a record. Raises BadRow."""
-        return to_record(self.row, self.layout, self.config)
 
 
 @dataclass
@@ -118,12 +93,11 @@ class Rows:
     ) -> Iterator[tuple[int, _T]]:
         for rank, part, found in scanned:
             with self.bad.collect(part.place(found)):
-                row = part.values(found)
+                row = part.read(found)
                 if part.config.prompt is None:
-                    refuse_columns(row, refused)
-                placed = PlacedRow(row, part.place(found), part.layout, part.config, part.number, found)
-                made = make(placed)
-                self.fields.add(row)
+                    refuse_columns(row.row, refused)
+                made = make(row)
+                self.fields.add(row.row)
                 yield rank, made
 
     def _scan(self) -> Iterator[tuple[int, Part, FoundRow]]:
@@ -168,35 +142,42 @@ class Rows:
         """Raise DataError for bad rows unless they are to be skipped, and if none of the rows can be used."""
         self.bad.check(len(self.order), used)
 
-    def statistics(self, samples: Sequence[Sample], tokenizer: Any) -> dict[str, Any]:
+    def statistics(self, samples: Sequence[Sample] | SampleStore, tokenizer: Any) -> dict[str, Any]:
         """Return the manifest's entry about these rows and the samples made of them."""
+        if isinstance(samples, SampleStore):
+            lengths, loss_tokens, duplicates = samples.lengths, samples.loss_tokens, samples.repeats
+        else:
+            lengths = np.array([len(s) for s in samples])
+            loss_tokens = sum(1 for s in samples for w in s.weights if w)
+            duplicates = count_repeats(tuple(s.tokens) for s in samples)
         return manifest_entry(
-            [len(s) for s in samples],
+            lengths,
             self.bad,
             self.config.name,
             sha256=self.hashes,
             layout=self.layout,
             rows=len(self.order),
             truncated=self.truncated,
-            loss_tokens=sum(1 for s in samples for w in s.weights if w),
-            duplicates=count_repeats(tuple(s.tokens) for s in samples),
+            loss_tokens=loss_tokens,
+            duplicates=duplicates,
             examples=[marked_example(s, tokenizer) for s in samples[:3]],
             **self.by_source(),
             **self.fields.entry(),
         )
 
 
-def open_rows(config: DataConfig, layout: str | None = None) -> Rows:
+def open_rows(config: DataConfig, layout: str | None = None, sources: Sequence[Source] | None = None) -> Rows:
     """Open all sources, and find the layout of each and the rows that are taken.
 
     Args:
         config: Settings of the data.
         layout: Name for the layout if the caller reads the columns itself. None: recognise it.
+        sources: The sources, if they were found before.
 
     Raises:
         DataError: A source, its columns or the templates can't be used.
     """
-    parts = [open_part(i, source, layout) for i, source in enumerate(find_sources(config))]
+    parts = [open_part(i, source, layout) for i, source in enumerate(sources or find_sources(config))]
     count = sum(part.size for part in parts)
     bad = BadRows(config.on_bad_row, {part.source.name: part.config.on_bad_row for part in parts})
     rows = Rows(config, parts, in_order(config, count), bad)
@@ -206,7 +187,7 @@ def open_rows(config: DataConfig, layout: str | None = None) -> Rows:
     return rows
 
 
-def manifest_entry(lengths: Sequence[int], bad: BadRows, source: str, **fields: Any) -> dict[str, Any]:
+def manifest_entry(lengths: Sequence[int] | np.ndarray, bad: BadRows, source: str, **fields: Any) -> dict[str, Any]:
     """Return the entry of the manifest and of the report about prepared data.
 
     Args:
@@ -224,9 +205,9 @@ def manifest_entry(lengths: Sequence[int], bad: BadRows, source: str, **fields: 
         "dropped": bad.dropped,
         "bad_rows": bad.rows,
         "truncated": 0,
-        "tokens": sum(lengths),
+        "tokens": int(np.sum(lengths, dtype=np.int64)),
         "loss_tokens": 0,
-        "longest": max(lengths, default=0),
+        "longest": int(np.max(lengths, initial=0)),
         "median": int(np.median(lengths)) if len(lengths) else 0,
         "duplicates": 0,
         "examples": [],

@@ -361,6 +361,7 @@ class ParquetFile(TableFile):
         import pyarrow.parquet as pq
 
         self.path = path
+        self._reached: tuple[int, Iterator[FoundRow]] = (0, iter(()))
         with self._errors():
             # With a buffer, pages are read as they are decoded, not all of a row group at once.
             self.file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
@@ -389,13 +390,25 @@ class ParquetFile(TableFile):
                 first += size
 
     def row_at(self, position: int) -> Row | BadRow:
+        # Rows of a group can only be decoded from its first one, so the place reached is kept for the row after it.
+        reached, rows = self._reached
+        if not reached <= position:
+            rows = iter(())
+        found = next((f for f in rows if f.position == position), None)
+        if found is None:
+            group, first = self._group_of(position)
+            rows = self._scan_group(group, first, None)
+            found = next(f for f in rows if f.position == position)
+        self._reached = position + 1, rows
+        return found.row
+
+    def _group_of(self, position: int) -> tuple[int, int]:
+        """Return the row group of a row, and its first row."""
         first = 0
         for group in range(self.file.metadata.num_row_groups):
             size = self.file.metadata.row_group(group).num_rows
             if position < first + size:
-                mask = bytearray(first + size)
-                mask[position] = 1
-                return next(self._scan_group(group, first, mask)).row
+                return group, first
             first += size
         raise IndexError(position)
 

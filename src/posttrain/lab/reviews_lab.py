@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class ReviewsLab:
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     @cached_property
-    def samples(self) -> list[Sample]:
+    def samples(self) -> Sequence[Sample]:
         """Return the reviews that are trained on."""
         return prepare(reviews_data(TRAINED_ROWS), self.tokenizer).samples
 
