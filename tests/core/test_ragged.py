@@ -11,8 +11,9 @@ from posttrain.core.ragged import micro_batches, pack
 from posttrain.core.types import Sample
 from posttrain.cpu import tiled_attention
 from posttrain.models import attention
-from posttrain.models.language_model import LanguageModel, verify
+from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model
+from posttrain.models.verification import verify
 from tests.conftest import family
 
 TYPES = [

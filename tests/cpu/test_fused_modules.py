@@ -104,6 +104,18 @@ def test_what_differs_is_left_alone() -> None:
     assert "forward" not in odd[0].__dict__
 
 
+def test_a_layer_that_differs_from_the_first_is_left_alone() -> None:
+    """In its activation or in a number: the comparison of one layer holds for its like alone."""
+    model = tiny_model("llama")
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.act_fn = nn.Tanh()
+    model.model.layers[1].input_layernorm.variance_epsilon = 0.5
+    own = copy.deepcopy(model)
+    fuse(model)
+    assert "forward" in vars(first) and "forward" not in vars(second)
+    check(own, model)
+
+
 @pytest.mark.parametrize("padding", [None, 2])
 def test_an_embedding_s_gradient_in_its_place_equals_torch_s(padding: int | None) -> None:
     """Repeated tokens add up, the padding token's row learns nothing, and tied weights add to what the head left."""

@@ -19,8 +19,9 @@ from posttrain.core.types import Rollout, Sample
 from posttrain.losses import preference_loss
 from posttrain.methods.rl.rl_loss import Extremes, policy_gradient_loss
 from posttrain.models import backends
-from posttrain.models.language_model import LanguageModel, verify
+from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model
+from posttrain.models.verification import verify
 from posttrain.trainer.reference_model import answer_sums
 from posttrain.trainer.train_step import Learner
 from tests.methods.rl.cases import Case, batch_from

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.config import AdapterConfig, EpochsConfig, ModelConfig, SamplingConfig
 from posttrain.core.types import Sample
-from posttrain.models.language_model import LanguageModel, verify
+from posttrain.models.language_model import LanguageModel
 from posttrain.models.saving import restore_attention
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+from posttrain.models.verification import verify
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request
 from posttrain.trainer.policy import open_policy, save_policy

@@ -344,10 +344,27 @@ def _fuse_rotary(attention: nn.Module) -> bool:
     return True
 
 
+def _signature(module: nn.Module) -> tuple[Any, ...]:
+    """Return what two modules must have in common for the comparison of one to hold for the other.
+
+    Classes of all parts and their plain attributes: layers of one model may differ in an activation or a sparsity.
+    """
+    if type(module) in (nn.Linear, nn.Embedding):
+        return (type(module),)
+    plain = (bool, int, float, str)
+    return tuple(
+        (
+            type(m),
+            *sorted((k, v) for k, v in vars(m).items() if isinstance(v, plain) and k not in ("training", "layer_idx")),
+        )
+        for m in module.modules()
+    )
+
+
 def fuse(model: nn.Module) -> dict[str, int]:
     """Replace what can be replaced, in place; returns how many modules of each type were (adapted ones as "LoRA")."""
     done: dict[str, int] = {}
-    known: dict[tuple[type, int], Callable[..., Tensor] | None] = {}
+    known: dict[tuple[Any, ...], Callable[..., Tensor] | None] = {}
     for module in model.modules():
         if type(module).__name__.endswith("Attention") and _fuse_rotary(module):
             done["apply_rotary_pos_emb"] = 1
@@ -356,7 +373,7 @@ def fuse(model: nn.Module) -> dict[str, int]:
         options, width = _candidates(module)
         if not options:
             continue
-        key = type(module), width
+        key = width, *_signature(module)
         if key not in known:
             known[key] = next((f for f in options if _same(module, f, width)), None)
         chosen = known[key]

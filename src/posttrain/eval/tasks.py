@@ -14,8 +14,9 @@ from posttrain.core.files import Lines, read_lines, write_json
 from posttrain.core.progress import Track
 from posttrain.core.statistics import summarize
 from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun, make_evaluation
-from posttrain.models.language_model import LanguageModel, verify
+from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import context_length, load_model
+from posttrain.models.verification import verify
 from posttrain.rewards.reward import RewardFunctions
 
 

@@ -12,8 +12,9 @@ from posttrain.config import ModelConfig, SamplingConfig
 from posttrain.core.types import Sample
 from posttrain.data import chat_template as chat
 from posttrain.judge.asker import JudgeAnswer, JudgeRequest, OnAnswer
-from posttrain.models.language_model import LanguageModel, verify
+from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import context_length, load_model, resolve
+from posttrain.models.verification import verify
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from posttrain.core.errors import ModelError
 from posttrain.core.ragged import RaggedBatch, pack
@@ -17,10 +19,9 @@ from posttrain.losses.linear_logprobs import Head
 from posttrain.models import attention
 from posttrain.models.backends import DeviceBackend, backend_for
 from posttrain.models.max_length import check_length
+from posttrain.models.model_types import decoder_of, still, warn_one_at_a_time, why_not_ragged
 from posttrain.models.output_head import head_parameters, output_head
-
-STATEFUL = ("linear_attention", "mamba", "conv", "recurrent", "rwkv", "chunked_attention")
-"""Layer types whose state runs through a sequence: segments can't share a prefix or lie end to end."""
+from posttrain.models.router_loss import RouterLoss, Routing, multiplicity, routing_of
 
 
 def _base(hf: Any) -> Any:
@@ -39,19 +40,55 @@ class LanguageModel(nn.Module):
         super().__init__()
         attention.register()
         self.hf = hf
-        self.ragged = _supports_ragged(_base(hf))
-        if self.ragged:
-            _base(hf).set_attn_implementation(attention.IMPLEMENTATION_NAME)
-        check_trainable(hf)
-        no_dropout(hf)
-        self.backend.replace_forwards(hf)
+        self.ragged = True
         self.value: nn.Linear | None = None
         self.token_budget: int | None = None  # see `trainer.token_budget`
+        self.router_loss = RouterLoss.of(_base(hf))
+        self._routings: list[Routing] | None = None
+        self._checkpointed = False
+        self._own_attention: str | None = None
+        still(hf)
+        self._choose_attention()
+        check_trainable(hf)
+        self.backend.replace_forwards(hf)
+
+    def _choose_attention(self) -> None:
+        """Let attention take ragged batches if the model type can; else compute one sequence at a time, and warn."""
+        reason = why_not_ragged(self.base)
+        if reason is None:
+            self._own_attention = self.base.config.get_text_config()._attn_implementation
+            self.base.set_attn_implementation(attention.IMPLEMENTATION_NAME)
+            samples = [Sample([0, 1, 2], [0.0, 0.0, 1.0]), Sample([0, 1, 1], [0.0, 0.0, 1.0])]
+            try:
+                with torch.no_grad():
+                    self.hidden_T_H(pack(samples).to(self.device))
+                return
+            except Exception as error:  # whatever the model type does with a batch that it can't take
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        self.compute_one_at_a_time()
+        warn_one_at_a_time(self.base, reason)
+
+    def compute_one_at_a_time(self) -> None:
+        """Compute every sequence by the model's own attention, in a pass of its own, from now on."""
+        if self.ragged and self._own_attention is not None:
+            self.base.set_attn_implementation(self._own_attention)
+        self.ragged = False
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        """Set the mode of the critic and of what is added around the model; the model itself stays `still`."""
+        super().train(mode)
+        still(self.hf)
+        return self
 
     @property
     def base(self) -> Any:
         """Return the transformers model."""
         return _base(self.hf)
+
+    @property
+    def decoder(self) -> Any:
+        """Return the part of the transformers model that computes hidden states."""
+        return decoder_of(self.base)
 
     @property
     def device(self) -> torch.device:
@@ -89,30 +126,57 @@ class LanguageModel(nn.Module):
         Raises ModelError for a sequence so long that it would change those beside it (`max_length`).
         """
         check_length(self.base.config, max(len(row) for row in batch.rows))
-        decoder = self.base.get_decoder()
         if self.ragged:
             extra = -batch.total % self.backend.tile  # tokens that no other sees
             tokens, positions = (
                 torch.nn.functional.pad(x, (0, extra))[None] for x in (batch.tokens_T, batch.positions_T)
             )
             with self._lean():
-                out = decoder(input_ids=tokens, position_ids=positions, use_cache=False, ragged=attention.Plan(batch))
-            return out.last_hidden_state[0, : batch.total]  # type: ignore[no-any-return]
+                return self._decode(batch, None, input_ids=tokens, position_ids=positions, ragged=attention.Plan(batch))
         # One sequence at a time: right for any model, whatever state runs through it.
         hidden: Tensor | None = None
         for row in batch.rows:
-            h = decoder(input_ids=batch.tokens_T[row][None], use_cache=False).last_hidden_state[0]
+            h = self._decode(batch, row, input_ids=batch.tokens_T[row][None])
             hidden = h.new_zeros(batch.total, h.shape[-1]) if hidden is None else hidden
             hidden = hidden.index_copy(0, row, h)
         assert hidden is not None
         return hidden
 
+    def _decode(self, batch: RaggedBatch, row: Tensor | None, **inputs: Any) -> Tensor:
+        """Run the decoder on all tokens of a batch or on those of `row`; (tokens, H)."""
+        wanted = self.router_loss is not None and self._routings is not None
+        if self.router_loss is not None:  # the configuration asks for them in every pass
+            inputs["output_router_logits"] = wanted
+        out = self.decoder(use_cache=False, **inputs)
+        if wanted and self.router_loss is not None and self._routings is not None:
+            weights = multiplicity(batch) if row is None else multiplicity(batch)[row]
+            self._routings.append(routing_of(out.router_logits, weights, self.router_loss.per_token))
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden[: batch.total] if row is None else hidden
+
+    @contextmanager
+    def routings(self) -> Iterator[list[Routing]]:
+        """Collect, within the context, the routing of every forward pass; of models with a `router_loss` alone."""
+        before, self._routings = self._routings, []
+        try:
+            yield self._routings
+        finally:
+            self._routings = before
+
+    def checkpoint_layers(self, layers: Sequence[nn.Module]) -> None:
+        """Keep, of these layers, only their inputs for backward, and recompute the rest.
+
+        transformers' own way of it works in training mode alone, in which the model is not (`still`).
+        """
+        self._checkpointed = True
+        for layer in layers:
+            layer.forward = partial(_recomputed, layer.forward)  # type: ignore[method-assign]
+
     def _lean(self) -> AbstractContextManager[None]:
         """Return the context of a forward pass: without activations that are cheap to recompute, if it trains."""
-        # Checkpointing has hooks of its own; its name has changed in transformers.
-        names = [n for n in ("is_activation_checkpointing", "is_gradient_checkpointing") if hasattr(self.base, n)]
-        recomputed = bool(names) and bool(getattr(self.base, names[0]))
-        return self.backend.lean() if torch.is_grad_enabled() and not recomputed else nullcontext()
+        # Checkpointed layers have hooks of their own.
+        lean = torch.is_grad_enabled() and not self._checkpointed
+        return self.backend.lean() if lean else nullcontext()
 
     def forward(
         self,
@@ -194,59 +258,8 @@ def check_trainable(hf: Any) -> None:
         )
 
 
-def no_dropout(model: nn.Module) -> None:
-    """Switch every dropout off: with it a step would depend on how its batch is split, and resume on random states."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-def _supports_ragged(base: Any) -> bool:
-    """Return True if attention goes through transformers' interface and no other state runs along the sequence."""
-    config = base.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    stateful = sorted(k for k in kinds if any(s in k for s in STATEFUL)) or getattr(base, "_is_stateful", False)
-    if getattr(base, "_supports_attention_backend", False) and not stateful:
-        return True
-    warnings.warn(
-        f"{config.model_type}: its attention can't be shared ({stateful or 'no attention interface'}); "
-        "sequences are computed one at a time, which is right but slow",
-        stacklevel=3,
-    )
-    return False
-
-
-@torch.no_grad()
-def verify(model: LanguageModel, tolerance: float | None = None) -> float:
-    """Compare ragged log-probabilities with the model's own logits on a few tokens; return the largest difference.
-
-    Guards against a model type whose head or attention does something that we do not know of. Raises ModelError.
-    """
-    base, vocabulary = model.base, model.base.get_output_embeddings().weight.shape[0]
-    tokens = torch.arange(1, 13) * 7919 % vocabulary
-    sample = Sample(tokens.tolist(), [0.0] + [1.0] * 11)
-    twin = Sample([*sample.tokens[:8], *sample.tokens[2:6]], [0.0] + [1.0] * 11)
-    batch = pack([sample, twin], model.ragged, min_shared=4).to(model.device)
-    targets = batch.rows[0][1:]
-    ours = model(batch, targets_N=targets)[0]
-    if model.ragged:
-        base.set_attn_implementation("eager")
-    try:
-        logits = base(input_ids=tokens[None].to(model.device), use_cache=False).logits[0, :-1].float()
-    finally:
-        if model.ragged:
-            base.set_attn_implementation(attention.IMPLEMENTATION_NAME)
-    theirs = logits.log_softmax(-1).gather(1, tokens[1:, None].to(model.device)).squeeze(1)
-    difference = float((ours - theirs).abs().max())
-    if tolerance is None:
-        tolerance = 1e-3 if ours.dtype == next(base.parameters()).dtype else 0.3
-    if not difference <= tolerance:
-        raise ModelError(
-            f"{base.config.model_type}: log-probabilities of the ragged forward differ from the model's own by "
-            f"{difference:.2g} (tolerance {tolerance:g}). Its attention or output head does something unknown to "
-            "posttrain; please report the model type"
-        )
-    return difference
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # No random number is drawn in a layer (`still`): the generators' states need not be kept.
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

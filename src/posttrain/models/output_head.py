@@ -12,6 +12,7 @@ import torch
 
 from posttrain.core.errors import ModelError
 from posttrain.losses.linear_logprobs import Head
+from posttrain.models.model_types import logit_transforms
 
 
 def output_head(base: Any) -> Head:
@@ -24,9 +25,13 @@ def output_head(base: Any) -> Head:
     linear = base.get_output_embeddings()
     if linear is None or not hasattr(linear, "weight"):
         raise ModelError(f"{type(base).__name__} has no linear output head; a causal language model is needed")
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    scale, softcap = logit_transforms(config)
     weight, bias, low_rank, rows = _parts(linear)
-    return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None), low_rank, rows)
+    used = getattr(config, "unpadded_vocab_size", None)
+    if used is not None and used < len(weight):  # Inkling drops the logits of rows that are no tokens
+        weight, bias = weight[:used], None if bias is None else bias[:used]
+        low_rank = tuple((a, b[:used], factor) for a, b, factor in low_rank)
+    return Head(weight, bias, scale, softcap, low_rank, rows)
 
 
 def head_parameters(base: Any) -> set[int]:

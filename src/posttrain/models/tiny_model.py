@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
+
+from posttrain.core.errors import ModelError
+from posttrain.models.tiny_sizes import tiny_settings
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -33,7 +37,7 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_model(model_type: str, vocabulary: int = 259, seed: int = 0, **changes: Any) -> Any:
-    """Make a random causal language model of a transformers type: 2 layers, width 32, float32.
+    """Make a random causal language model of a transformers type: two layers (more if it has more kinds), float32.
 
     Args:
         model_type: Type of the model.
@@ -42,38 +46,28 @@ def tiny_model(model_type: str, vocabulary: int = 259, seed: int = 0, **changes:
         changes: Go into the configuration.
 
     Raises:
-        ValueError: The type is unknown (transformers' own).
+        ModelError: The type is unknown, or a tiny model of it can't be made; with the nearest names.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    sizes: dict[str, Any] = {
-        "vocab_size": vocabulary,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 2048,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    if model_type == "gpt2":
-        sizes = {
-            "vocab_size": vocabulary,
-            "n_embd": 32,
-            "n_layer": 2,
-            "n_head": 4,
-            "n_positions": 2048,
-            "bos_token_id": 0,
-            "eos_token_id": 2,
-        }
-    elif model_type in ("phi", "phi3"):
-        # These derive the head size from the width; phi's rotary part must leave an even size.
-        del sizes["head_dim"]
-    config = AutoConfig.for_model(model_type, **{**sizes, **changes})
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    known = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) & set(CONFIG_MAPPING))
+    if model_type not in known:
+        near = difflib.get_close_matches(model_type, known, 5, 0.5)
+        what = "has no causal language model" if model_type in CONFIG_MAPPING else "is no model type of transformers"
+        raise ModelError(
+            f"tiny:{model_type}: {model_type!r} {what}"
+            f"{'; did you mean ' + ' or '.join('tiny:' + n for n in near) + '?' if near else ' (tiny:llama is one)'}"
+        )
+    try:
+        config = CONFIG_MAPPING[model_type](**tiny_settings(CONFIG_MAPPING[model_type], vocabulary, changes))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:
+        last = str(error).strip().splitlines()[-1].strip() if str(error).strip() else ""
+        raise ModelError(
+            f"tiny:{model_type}: no small model of this type could be made ({type(error).__name__}: {last}); give a "
+            "folder with a config.json instead"
+        ) from error

@@ -24,6 +24,7 @@ COMMON = (
     Metric("loss", "Loss", "", "Training", "lower"),
     Metric("grad_norm", "Gradient norm", "before clipping", "Training"),
     Metric("lr", "Learning rate", "", "Training"),
+    Metric("router_loss", "Router loss", "balance of experts", "Training", "lower"),
     Metric("tokens_per_second", "Speed", "tokens/s", "Speed and memory", "higher"),
     Metric("memory_mb", "Memory", "peak so far, MB", "Speed and memory", "lower"),
     Metric("seconds", "Time", "s/step", "Speed and memory", "lower"),

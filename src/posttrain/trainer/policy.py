@@ -11,9 +11,10 @@ from typing import Any
 from posttrain.config.settings import ModelConfig, TrainConfig
 from posttrain.core import distributed
 from posttrain.models.adapters import attach, count_parameters
-from posttrain.models.language_model import LanguageModel, verify
+from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import open_model, pick_device, pick_dtype
 from posttrain.models.saving import save_trained
+from posttrain.models.verification import verify
 from posttrain.trainer.loop import LoopResult
 
 

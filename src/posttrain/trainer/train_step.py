@@ -22,6 +22,8 @@ from posttrain.core.ragged import RaggedBatch, micro_batches
 from posttrain.core.types import Sample
 from posttrain.losses.gradient_accumulation import added_in_place
 from posttrain.models.language_model import LanguageModel
+from posttrain.models.model_types import decoder_layers
+from posttrain.models.router_loss import Routing, add_up
 from posttrain.trainer.optimizer import Optimizer, lr_at
 from posttrain.trainer.token_budget import token_budget
 
@@ -68,11 +70,9 @@ class Learner:
         self.skipped_in_a_row = 0
         model.train()
         token_budget(systems, model)  # chosen before the optimizer takes its memory, and before ranks share weights
+        layers = decoder_layers(model.base)
         if systems.activation_checkpointing:
-            base = model.base  # transformers renamed this; the old name warns in newer releases
-            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        layers = decoder_layers(model)
+            model.checkpoint_layers(layers)
         if systems.compile:
             for layer in layers:
                 layer.compile(dynamic=True)
@@ -98,12 +98,19 @@ class Learner:
         split, rounds = self._split(useful)
         made: list[tuple[str, Tensor]] = []
         computed = 0
-        for i in range(rounds):
-            # Every rank makes as many passes (FSDP gathers in step); a spare one repeats a sample at weight 0.
-            mine = [useful[j] for j in split[i]] if i < len(split) else [_weightless(useful[0])]
+        # Every rank makes as many passes (FSDP gathers in step); a spare one repeats a sample at weight 0.
+        spare = [[_weightless(s)] for s in useful[:1]] * (rounds - len(split))
+        chosen = [[useful[j] for j in m] for m in split] + spare
+        routing = self._count_routing(chosen)
+        for mine in chosen:
             batch = self.model.pack(mine, self.systems.share_prefixes)
             computed += batch.total
-            value, metrics = loss(self.model, batch, denominator)
+            with self.model.routings() as routings:
+                value, metrics = loss(self.model, batch, denominator)
+            if self.model.router_loss is not None:
+                own = next(r for r in reversed(routings) if r.probabilities_E.requires_grad)
+                metrics["router_loss"] = self.model.router_loss.share(own, own if routing is None else routing)
+                value = value + self.model.router_loss.coefficient * metrics["router_loss"]
             with added_in_place(self.optimizer.places):
                 # FSDP averages over ranks; the loss's denominator is global already.
                 (value * distributed.world()).backward()
@@ -116,6 +123,24 @@ class Learner:
         tokens = sum(len(s) for s in samples)
         record.update(tokens=tokens, loss_tokens=denominator)
         return StepResult(record, time.perf_counter() - began, tokens, computed, rounds)
+
+    def _count_routing(self, chosen: Sequence[Sequence[Sample]]) -> Routing | None:
+        """Count, over the whole step, how often routers choose each expert; only for a loss that needs it beforehand.
+
+        That costs one more forward pass, unless the step is a single micro-batch.
+        """
+        if self.model.router_loss is None or not chosen or (len(chosen) == 1 and distributed.world() == 1):
+            return None
+        found: list[Routing] = []
+        with torch.no_grad():
+            for mine in chosen:
+                with self.model.routings() as routings:
+                    self.model(self.model.pack(list(mine), self.systems.share_prefixes), "hidden")
+                found += routings
+        own = add_up(found)
+        parts = distributed.all_gather_object([own.counts_E.cpu(), own.probabilities_E.cpu(), own.rows_.cpu()])
+        counts, probabilities, rows = (torch.stack(p).sum(0).to(self.device) for p in zip(*parts, strict=True))
+        return Routing(counts, probabilities, rows)
 
     def _split(self, samples: Sequence[Sample]) -> tuple[list[list[int]], int]:
         """Return this rank's micro-batches, and how many passes every rank makes."""
@@ -249,12 +274,6 @@ def _units(samples: Sequence[Sample], budget: int) -> list[tuple[int, list[int]]
             newest[group] = len(units)
         units.append((size, [i]))
     return units
-
-
-def decoder_layers(model: LanguageModel) -> list[torch.nn.Module]:
-    """Return the repeated layers of the decoder, as its model type lists them in `_no_split_modules`."""
-    names = set(getattr(model.base, "_no_split_modules", None) or ())
-    return [m for m in model.base.modules() if type(m).__name__ in names]
 
 
 def _weightless(sample: Sample) -> Sample:

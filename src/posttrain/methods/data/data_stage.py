@@ -72,8 +72,9 @@ def chunked(count: int, size: int) -> dict[int, range]:
 
 def open_sampler(model: ModelConfig, config: SamplerConfig) -> LocalSampler:
     """Return a sampler over a model that is not trained, checked against the model's own forward pass."""
-    from posttrain.models.language_model import LanguageModel, verify
+    from posttrain.models.language_model import LanguageModel
     from posttrain.models.loading import load_model, pick_device, pick_dtype
+    from posttrain.models.verification import verify
     from posttrain.sampling.engine import LocalSampler
 
     hf, tokenizer = load_model(model, pick_dtype(model.dtype, pick_device(model.device)))

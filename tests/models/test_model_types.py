@@ -1,0 +1,129 @@
+"""Model types that compute something of their own: right, or one sentence that says why not; never a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from posttrain.core.errors import ModelError
+from posttrain.core.types import Sample
+from posttrain.models import model_types
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.tiny_model import tiny_model
+from posttrain.models.verification import verify
+from tests.conftest import family
+
+HEADS: list[tuple[str, dict[str, Any]]] = [
+    ("falcon_h1", {"lm_head_multiplier": 0.0390625, "embedding_multiplier": 5.656, "key_multiplier": 0.39}),
+    ("hyperclovax", {"logits_scaling": 0.125}),
+    ("granite", {"logits_scaling": 8.0}),
+    ("recurrent_gemma", {"logits_soft_cap": 3.0}),
+    ("xlstm", {"output_logit_soft_cap": 3.0}),
+    ("minicpm3", {"dim_model_base": 8}),
+    ("inkling_text", {"logits_mup_width_multiplier": 4.0}),
+]
+ALONE = ["llama4_text", "nemotron", "doge", "deepseek_v32", "inkling_text"]
+"""Types that take no ragged batch, though their class says that attention goes through transformers' interface."""
+
+
+def of(kind: str, **changes: Any) -> LanguageModel:
+    """A model of this type; its warnings are another test's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = LanguageModel(tiny_model(kind, **changes))
+        verify(model)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "changes"), HEADS, ids=[t for t, _ in HEADS])
+def test_the_head_s_transforms(kind: str, changes: dict[str, Any]) -> None:
+    """Multipliers, divisors and soft caps, where logits are large enough to show them."""
+    hf = tiny_model(kind, **changes)
+    with torch.no_grad():
+        hf.get_output_embeddings().weight.mul_(40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = LanguageModel(hf)
+        assert verify(model) < 1e-4
+    plain = dataclasses.replace(model.head(), scale=1.0, softcap=None)
+    model.head = lambda: plain  # type: ignore[method-assign]
+    with pytest.raises(ModelError, match="output head differ"):
+        verify(model)
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_what_takes_no_ragged_batch_is_computed_one_at_a_time(kind: str) -> None:
+    """Said so once, and equal to the model's own logits, sequence by sequence."""
+    model_types._one_at_a_time.clear()
+    with pytest.warns(UserWarning, match=f"{kind}: its attention can't be shared"):
+        model = LanguageModel(tiny_model(kind))
+        verify(model)
+    assert not model.ragged
+    samples = family()
+    batch = model.pack(samples)
+    logprobs = model(batch)[0].detach()
+    found = torch.zeros(batch.total).index_copy(0, batch.targets_N, logprobs)
+    for sample, row in zip(samples, batch.rows, strict=True):
+        tokens = torch.tensor(sample.tokens)
+        logits = model.base(tokens[None], use_cache=False).logits[0, :-1]
+        own = logits.log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1).detach()
+        torch.testing.assert_close(found[row[1:]], own, atol=1e-5, rtol=0)
+
+
+def test_llama_4_s_chunks_are_honoured() -> None:
+    """A token does not see the chunk before its own: changing it changes nothing."""
+    model = of("llama4_text", attention_chunk_size=8, layer_types=["chunked_attention"] * 2)
+    one, other = [5] * 8 + list(range(20, 28)), [9] * 8 + list(range(20, 28))
+    first, second = (model(model.pack([Sample(t, [0.0] * 9 + [1.0] * 7)]))[0] for t in (one, other))
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("bert", "depend on later tokens"),
+        ("xlm-roberta", "depend on later tokens"),
+        ("modernbert-decoder", "output head differ"),
+        ("rembert", "can't compute log-probabilities"),
+    ],
+)
+def test_what_can_not_be_trained_is_refused_in_a_sentence(kind: str, message: str) -> None:
+    with pytest.raises(ModelError, match=f"{kind}: .*{message}"):
+        of(kind)
+
+
+def test_a_ragged_batch_that_goes_wrong_later_is_noticed() -> None:
+    """An attention that ignores which segment a token belongs to: computed one at a time, in this process for good."""
+    hf = tiny_model("helium")
+    model = LanguageModel(hf)
+    assert model.ragged
+
+    def mix_neighbours(module: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        before = torch.nn.functional.pad(out[0], (0, 0, 1, 0))[:, :-1]
+        return (out[0] + before, *out[1:]) if kwargs.get("ragged") is not None else out
+
+    hf.model.layers[0].self_attn.register_forward_hook(mix_neighbours, with_kwargs=True)
+    with pytest.warns(UserWarning, match="other numbers on a ragged batch"):
+        verify(model)
+    assert not model.ragged
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not LanguageModel(tiny_model("helium")).ragged
+    model_types._one_at_a_time.clear()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("lama", r"no model type of transformers; did you mean .*tiny:llama"),
+        ("vit", "has no causal language model"),
+        ("gemma3n", "no small model of this type could be made.*folder"),
+    ],
+)
+def test_an_unknown_tiny_model_gives_the_nearest_names(kind: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        tiny_model(kind)
