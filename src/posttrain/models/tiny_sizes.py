@@ -92,7 +92,7 @@ def tiny_settings(config_class: Any, vocabulary: int, changes: dict[str, Any]) -
         changes: Override everything else.
     """
     fields = set(getattr(config_class, "__dataclass_fields__", {}))
-    settings = {name: value for name, value in SIZES.items() if name in fields}
+    settings: dict[str, Any] = {name: size for name, size in SIZES.items() if name in fields}
     if "kv_lora_rank" in fields:  # latent attention: each head has keys of its own
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     settings |= {"vocab_size": vocabulary, **BYTES}
