@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-NAMES: dict[str, int] = {
+SIZES_OF_NAMES: dict[str, int] = {
     # width
     "hidden_size n_embd d_model emb_dim embedding_dim dim embedding_size word_embed_proj_dim": 32,
     "input_embedding_size lru_width attention_hidden_size": 32,
@@ -41,7 +41,7 @@ NAMES: dict[str, int] = {
     "max_source_positions max_target_positions": 64,
     "rotary_dim": 4,
 }
-SIZES = {name: size for names, size in NAMES.items() for name in names.split()}
+SIZES = {name: size for names, size in SIZES_OF_NAMES.items() for name in names.split()}
 """Values by the names of transformers' configurations; only those that a type has are used."""
 BYTES = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 SUB_SIZES: dict[str, Any] = {

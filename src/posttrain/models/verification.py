@@ -29,7 +29,7 @@ TOKENS = 12
 """Length of the sequences that are compared, where no sliding window is longer."""
 LONGEST_WINDOW = 128
 """Up to this size of a sliding window, sequences are longer than the window."""
-TOLERANCE = 2e-4
+SINGLE_TOLERANCE = 2e-4
 """Largest error of log-probabilities in float32: its root mean square over the vocabulary, of their spread there."""
 HALF_TOLERANCE = 0.1
 """The same in 16 bit, for the median of all positions: rounding may send a single token to another expert."""
@@ -96,7 +96,7 @@ def _compared(model: LanguageModel) -> tuple[float, str | None]:
     theirs, heads = _their_pass(model, samples)
     shared = next(i for i, (a, b) in enumerate(zip(*(s.tokens for s in samples[:2]), strict=True)) if a != b)
     leak = (theirs[0, :shared] - theirs[1, :shared]).square().mean(-1).sqrt() / theirs[0, :shared].std(-1)
-    if not float(leak.median()) <= (TOLERANCE if single else HALF_TOLERANCE):
+    if not float(leak.median()) <= (SINGLE_TOLERANCE if single else HALF_TOLERANCE):
         return float("nan"), "its predictions depend on later tokens: it is no decoder-only language model"
     spread = theirs.std(-1).clamp_min(1e-6)
     error = (ours - theirs).square().mean(-1).sqrt() / spread
@@ -105,12 +105,12 @@ def _compared(model: LanguageModel) -> tuple[float, str | None]:
     difference = float((of_targets[0] - of_targets[1]).abs().max())
     if heads is not None:
         head_error = (heads - theirs).square().mean(-1).sqrt() / spread
-        if not float(head_error.max()) <= (TOLERANCE if single else HALF_HEAD_TOLERANCE):
+        if not float(head_error.max()) <= (SINGLE_TOLERANCE if single else HALF_HEAD_TOLERANCE):
             return difference, (
                 f"the logits of posttrain's output head differ from the model's own by {head_error.max():.2g} of their "
                 "spread: the type does something unknown to them. Please report it"
             )
-    if not (float(error.max()) <= TOLERANCE if single else float(error.median()) <= HALF_TOLERANCE):
+    if not (float(error.max()) <= SINGLE_TOLERANCE if single else float(error.median()) <= HALF_TOLERANCE):
         return difference, (
             f"log-probabilities of posttrain's forward pass differ from the model's own by {difference:.2g} nats, "
             f"{error.max():.2g} of their spread. It is no decoder-only language model, or its attention does something "
