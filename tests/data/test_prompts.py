@@ -13,9 +13,9 @@ import pytest
 from posttrain.config import DataConfig
 from posttrain.config.problems import PROMPTS
 from posttrain.core.errors import DataError
+from posttrain.data.held_out_rows import drop_training_overlap
 from posttrain.data.prompt_sources import GymPrompts, HumanEvalPrompts, LabPrompts, RowPrompts
 from posttrain.data.prompts import NO_ANSWER, load_prompt_rows, load_prompts
-from posttrain.data.rows import drop_training_overlap
 from posttrain.models.tiny_model import tiny_tokenizer
 
 

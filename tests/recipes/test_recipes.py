@@ -146,11 +146,11 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
         if isinstance(stage, RewardModelConfig | ProcessRewardConfig):
             measured = isinstance(stage, ProcessRewardConfig) or stage.held_out is not None
             assert [m["step"] for m in metrics] == ([0, 1, 2] if measured else [1, 2])
-            assert ("held_out_accuracy" in metrics[-1]) == measured
+            assert ("held_out/accuracy" in metrics[-1]) == measured
             continue
         if isinstance(stage, PreferenceConfig) and stage.held_out:
             first = metrics.pop(0)
-            assert {"held_out_accuracy", "held_out_margin"} <= first.keys() & metrics[-1].keys()
+            assert {"held_out/accuracy", "held_out/margin"} <= first.keys() & metrics[-1].keys()
         if isinstance(stage, PreferenceConfig):
             assert all("margin" in m for m in metrics)
         assert [m["step"] for m in metrics] == [1, 2] and all(m["loss"] > 0 for m in metrics)

@@ -94,14 +94,14 @@ def test_what_never_changes_is_folded_away():
 def test_held_out_values_are_points_with_their_intervals():
     rows = records(loss=[5.0, 4.0, 3.0, 2.0])
     for row, value in ((rows[1], 0.25), (rows[3], 0.75)):
-        row |= {"held_out_accuracy": value, "held_out_accuracy_low": value - 0.1, "held_out_accuracy_high": value + 0.2}
-    described = [{"name": "held_out_accuracy", "title": "Accuracy", "group": "Held out"}]
+        row |= {"held_out/accuracy": value, "held_out/accuracy_low": value - 0.1, "held_out/accuracy_high": value + 0.2}
+    described = [{"name": "held_out/accuracy", "title": "Accuracy", "group": "Held out"}]
     found = charts_of(stage_charts(stage(rows, {"metrics": described})))
-    assert list(found) == ["held_out_accuracy", "loss"]  # the limits are no charts of their own
-    (series,) = json.loads(found["held_out_accuracy"].data)["series"]
+    assert list(found) == ["held_out/accuracy", "loss"]  # the limits are no charts of their own
+    (series,) = json.loads(found["held_out/accuracy"].data)["series"]
     assert (series["x"], series["y"], series["points"]) == ([2, 4], [0.25, 0.75], True)
     assert (series["low"], series["high"]) == ([0.15, 0.65], [0.45, 0.95])
-    assert found["held_out_accuracy"].band == "95% interval" and "points" not in found["loss"].data
+    assert found["held_out/accuracy"].band == "95% interval" and "points" not in found["loss"].data
 
 
 def test_noise_is_smoothed_and_schedules_are_not():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -208,7 +208,9 @@ class OptimizerConfig(Config):
         "cosine", description="Course of the learning rate after warm-up."
     )
     warmup: float = Field(
-        0.05, ge=0, description="Steps of linear warm-up; below 1: that fraction of all steps. 0: none."
+        0.05,
+        ge=0,
+        description="Steps of linear warm-up; below 1: that fraction of all steps, rounded, and at least one step. 0: none.",
     )
     min_lr: float = Field(0.0, ge=0, description="Final value of the linear and cosine schedules.")
     betas: tuple[float, float] = (0.9, 0.999)
@@ -279,9 +281,57 @@ class EpochsConfig(TrainConfig):
     batch_size: int = Field(16, ge=1, description="Rows a step, over all ranks.")
     epochs: float = Field(1.0, gt=0, description="Passes over the data.")
     max_steps: int | None = Field(
-        None, ge=1, description="Stop after this many steps. None: the number that epochs need."
+        None,
+        ge=1,
+        description="Number of steps, in place of epochs: the data repeats, or part of it is used. None: the number that epochs need.",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class EarlyStoppingConfig(Config):
+    """When a stage ends before its last step: once the held-out loss no longer falls."""
+
+    patience: int = Field(
+        3, ge=1, description="Measurements in a row without a lower held-out loss after which the stage ends."
+    )
+    min_delta: float = Field(0.0, ge=0, description="The loss must fall by more than this to count as lower.")
+
+
+class MeasuredConfig(EpochsConfig):
+    """Settings of stages that measure rows held out while they train, and keep their best weights."""
+
+    held_out: Annotated[float, Field(gt=0, lt=1)] | DataConfig | None = Field(
+        None,
+        description="Rows that are measured and never trained on: a fraction of the stage's own rows (0.05), or settings of other rows. None: nothing is measured.",
+    )
+    max_held_out: int = Field(500, ge=1, description="Most rows that a fraction holds out.")
+    evaluate_every: int | None = Field(
+        None,
+        ge=0,
+        description="Steps between measurements of the held-out rows, which are also measured before the first step and after the last. 0: only then. None: a tenth of all steps.",
+    )
+    keep_best: bool = Field(
+        True, description="With held_out: the stage's model has the weights of the step with the lowest held-out loss."
+    )
+    early_stopping: EarlyStoppingConfig | None = Field(
+        None, description="With held_out: stop once the held-out loss no longer falls. None: take all steps."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_form(cls, values: Any) -> Any:
+        """Read `held_out: {data: {...}, every: 50}`, as it was written before, as two settings."""
+        held_out = values.get("held_out") if isinstance(values, dict) else None
+        if not isinstance(held_out, dict) or "data" not in held_out or held_out.keys() - {"data", "every"}:
+            return values
+        every = {"evaluate_every": held_out["every"]} if "every" in held_out else {}
+        return {**every, **values, "held_out": held_out["data"]}
+
+    @model_validator(mode="after")
+    def _measured(self) -> MeasuredConfig:
+        if self.held_out is None and self.early_stopping is not None:
+            raise ValueError("early_stopping needs a held-out loss: set held_out, for example to 0.05")
+        return self
 
 
 class SamplingConfig(Config):

@@ -35,6 +35,7 @@ class Track:
     ) -> None:
         self.what, self.total, self.first, self.done = what, total, done, done
         self.began = self.last_line = self.last_update = time.monotonic()
+        self.aside = self.aside_left = 0.0
         self.console = console or VisibleConsole()
         self.shown = shown
         self.last_phase = ""
@@ -55,13 +56,25 @@ class Track:
         self.done = done
         now = time.monotonic()
         fresh = done - self.first
-        left = (now - self.began) / fresh * (self.total - done) if fresh > 0 else 0.0
+        left = (now - self.began - self.aside) / fresh * (self.total - done) + self.aside_left if fresh > 0 else 0.0
         parts = [f"{k.replace('_', ' ')} {_short(v)}" for k, v in values.items()]
         text = "  ".join([*parts, f"left {clock(left)}"])
         if self.bar is not None:
             self.bar.update(self.task, completed=done, text=visible(text))
         elif self.shown and (now - self.last_update >= QUIET_SECONDS or done >= self.total):  # phases hide no result
             self.last_line = self.last_update = now
+            self._line(text)
+
+    def set_aside(self, seconds: float, left: float) -> None:
+        """Count seconds as spent on other work than the units, and expect `left` more seconds of it."""
+        self.aside += seconds
+        self.aside_left = left
+
+    def say(self, text: str) -> None:
+        """Print a line about the job, at once."""
+        if self.bar is not None:
+            self.console.print(f"{self.what}: {text}", highlight=False, markup=False, soft_wrap=True)
+        elif self.shown:
             self._line(text)
 
     def phase(self, text: str) -> None:

@@ -77,6 +77,7 @@ class Metric:
         group: Heading under which the report draws it. Groups appear in the order of their first metric; those that
             are named "Details" or have no name are folded away.
         better: `higher`, `lower`, or empty if neither is better.
+        over: Name of another metric, in whose chart it is drawn as a second curve. Empty: it has a chart.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Metric:
     unit: str = ""
     group: str = ""
     better: str = ""
+    over: str = ""
 
 
 Step = tuple[int, int, float]

@@ -91,9 +91,10 @@ class PreparedPairs(PreparedItems[Pair]):
         """Return the number of tokens to compute of each pair, its prompt once."""
         return [len(p.chosen) + len(p.rejected) - p.prompt for p in self.items]
 
-    def contents(self) -> list[Hashable]:
-        """Return the tokens of each pair; two pairs are the same whichever answer is the better one."""
-        return [frozenset((tuple(p.chosen.tokens), tuple(p.rejected.tokens))) for p in self.items]
+    def content(self, number: int) -> Hashable:
+        """Return the tokens of a pair; two pairs are the same whichever answer is the better one."""
+        pair = self.items[number]
+        return frozenset((tuple(pair.chosen.tokens), tuple(pair.rejected.tokens)))
 
 
 class PreparedUnpaired(PreparedItems[Unpaired]):
@@ -108,9 +109,13 @@ class PreparedUnpaired(PreparedItems[Unpaired]):
         """Return the first `count` answers, each alone with its label."""
         return [[("desirable" if u.desirable else "undesirable", u.sample)] for u in self.items[:count]]
 
-    def contents(self) -> list[Hashable]:
-        """Return the tokens of each answer."""
-        return [tuple(u.sample.tokens) for u in self.items]
+    def content(self, number: int) -> Hashable:
+        """Return the tokens of an answer, after its prompt."""
+        return tuple(self.items[number].sample.tokens)
+
+    def label_of(self, number: int) -> bool:
+        """Return True if an answer is a good one."""
+        return self.items[number].desirable
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,9 @@ class PreparedChains(PreparedItems[Sample]):
         """Return the samples."""
         return self.items
 
-    def contents(self) -> list[Hashable]:
-        """Return the tokens of each chain."""
-        return [tuple(s.tokens) for s in self.items]
+    def content(self, number: int) -> Hashable:
+        """Return the tokens of a chain."""
+        return tuple(self.items[number].tokens)
 
 
 def split_steps(text: str, separator: str) -> list[tuple[int, int]]:

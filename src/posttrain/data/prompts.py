@@ -56,9 +56,9 @@ class PromptSet(PreparedItems[RenderedPrompt]):
         "away than the problems' size"
     )
 
-    def contents(self) -> list[Hashable]:
-        """Return the text of each prompt."""
-        return [prompt.text for prompt in self.items]
+    def content(self, number: int) -> Hashable:
+        """Return the text of a prompt."""
+        return self.items[number].text
 
 
 def load_prompts(config: Any, tokenizer: Any, *, context: int | None) -> PromptSet:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 
 import numpy as np
 
@@ -231,6 +231,25 @@ def count_repeats(items: Iterable[Hashable]) -> int:
     return sum(n - 1 for n in Counter(items).values())
 
 
+class Chosen(Sequence[_T]):
+    """Hold some items of a sequence by their numbers: nothing is copied, so that the sequence may lie on a disk."""
+
+    def __init__(self, items: Sequence[_T], numbers: Sequence[int] | np.ndarray) -> None:
+        self.items, self.numbers = items, np.asarray(numbers, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, place: int) -> _T: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[_T]: ...
+    def __getitem__(self, place: int | slice) -> _T | list[_T]:
+        if isinstance(place, slice):
+            return [self.items[int(i)] for i in self.numbers[place]]
+        return self.items[int(self.numbers[place])]
+
+
 @dataclass(frozen=True)
 class PreparedItems(Generic[_T]):
     """Hold prepared data item by item, so that held-out data can be compared with training data.
@@ -245,40 +264,21 @@ class PreparedItems(Generic[_T]):
 
     noun: ClassVar[str] = "rows"
     advice: ClassVar[str] = (
-        "Give held_out.data other rows: with data.rows [0, 2000], [2000, 2200] of the same shuffled file, for instance"
+        "Give held_out other rows (data.rows: [0, 2000], held_out.rows: [2000, 2200] of the same shuffled file), or a "
+        "fraction of the stage's own (held_out: 0.05)"
     )
 
-    def contents(self) -> list[Hashable]:
-        """Return a value for each item that is equal for items with the same content."""
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def content(self, number: int) -> Hashable:
+        """Return a value of an item that is equal for items with the same content."""
         raise NotImplementedError
 
+    def place(self, number: int) -> str:
+        """Return the place of an item, `file:row`."""
+        return str(self.items[number].source)  # type: ignore[attr-defined]
 
-P = TypeVar("P", bound=PreparedItems[Any])
-
-
-def drop_training_overlap(held_out: P, trained: PreparedItems[Any], where: str) -> P:
-    """Return held-out data without the items that are also trained on, which would measure memory.
-
-    Args:
-        held_out: Held-out data.
-        trained: Training data.
-        where: Name of the stage, for messages.
-
-    Returns:
-        The remaining items; the others are counted as dropped.
-
-    Raises:
-        DataError: More than nine in ten are trained on: the two are the same rows by mistake.
-    """
-    known = set(trained.contents())
-    overlap = [content in known for content in held_out.contents()]
-    left = [item for item, trained_on in zip(held_out.items, overlap, strict=True) if not trained_on]
-    same, total = sum(overlap), len(overlap)
-    if same > 0.9 * total:
-        example = held_out.items[overlap.index(True)].source
-        raise DataError(
-            f"{where}: {same} of {total} held-out {held_out.noun} are trained on too (for example {example}). "
-            f"{held_out.advice}"
-        )
-    dropped = held_out.stats["dropped"] | ({"trained on too": same} if same else {})
-    return replace(held_out, items=left, stats={**held_out.stats, "used": len(left), "dropped": dropped})
+    def take(self, numbers: Sequence[int] | np.ndarray) -> Self:
+        """Return the items with these numbers, in this order; the statistics are a copy of those of all items."""
+        return replace(self, items=[self.items[i] for i in numbers], stats=dict(self.stats))

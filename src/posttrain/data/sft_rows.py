@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, ClassVar, overload
+
+import numpy as np
+
 
 from posttrain.config import DataConfig
 from posttrain.core.types import Sample
@@ -14,7 +17,7 @@ from posttrain.data.encoding import Encoded, encode_stream
 from posttrain.data.formats import Record
 from posttrain.data.parts import PlacedRow
 from posttrain.data.readers import Source, find_sources
-from posttrain.data.rows import Rows, open_rows
+from posttrain.data.rows import Chosen, PreparedItems, Rows, open_rows
 from posttrain.data.sample_cache import cache_key, cached_store, is_cached
 from posttrain.data.sample_store import SampleStore, SampleWriter, vocabulary_size
 from posttrain.data.turns import answer_text
@@ -33,6 +36,27 @@ class Prepared:
     samples: Sequence[Sample]
     stats: dict[str, Any]
     rows: Sequence[dict[str, Any]] = field(default_factory=list)
+
+    noun: ClassVar[str] = PreparedItems.noun
+    advice: ClassVar[str] = PreparedItems.advice
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def content(self, number: int) -> Hashable:
+        """Return a value of a sample that is equal for samples with the same tokens."""
+        samples = self.samples
+        return samples.content(number) if isinstance(samples, SampleStore) else tuple(samples[number].tokens)
+
+    def place(self, number: int) -> str:
+        """Return the place of a sample's row, `file:row`."""
+        return self.samples[number].source
+
+    def take(self, numbers: Sequence[int] | np.ndarray) -> Prepared:
+        """Return the samples with these numbers, in this order; the statistics are a copy of those of all samples."""
+        samples = self.samples
+        taken = samples.take(numbers) if isinstance(samples, SampleStore) else Chosen(samples, numbers)
+        return Prepared(taken, dict(self.stats), Chosen(self.rows, numbers) if self.rows else ())
 
 
 class PromptRows(Sequence[dict[str, Any]]):

@@ -14,7 +14,11 @@ from posttrain.sampling.protocol import Request, stop_tokens
 
 
 def greedy(
-    model: LanguageModel, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: LanguageModel,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stops: Sequence[int] = (),
 ) -> list[list[int]]:
     """Return the likeliest tokens until an end token (left out of the answer) or `max_new_tokens`.
 
@@ -25,26 +29,33 @@ def greedy(
         tokenizer: Its tokenizer.
         prompts: Token ids, generation prompt included.
         max_new_tokens: Longest answer.
+        stops: Tokens that end an answer, besides the model's own.
 
     Returns:
         The answers, in order.
     """
     if not model.ragged:
-        return _generated(model, tokenizer, prompts, max_new_tokens)
+        return _generated(model, tokenizer, prompts, max_new_tokens, stops)
     sampler = LocalSampler(model, tokenizer)
     requests = [Request(list(p), 1, 0) for p in prompts]
-    groups = sampler.sample(requests, SamplingConfig(temperature=0.0, max_tokens=max_new_tokens))
+    params = SamplingConfig(temperature=0.0, max_tokens=max_new_tokens, stop_tokens=list(stops))
+    groups = sampler.sample(requests, params)
     rollouts = [g.rollouts[0] for g in groups]
     return [list(r.tokens[:-1] if r.finish in ("end", "stop") else r.tokens) for r in rollouts]
 
 
 @torch.no_grad()
 def _generated(
-    model: LanguageModel, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 16
+    model: LanguageModel,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stops: Sequence[int] = (),
+    batch_size: int = 16,
 ) -> list[list[int]]:
     """Return greedy answers by `generate`: prompts of like length together, padded on the left, which it masks."""
     base = model.base
-    ends = stop_tokens(base, tokenizer)
+    ends = list(dict.fromkeys([*stop_tokens(base, tokenizer), *stops]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -19,6 +19,8 @@ from posttrain.core.errors import CheckpointError
 from posttrain.core.files import file_hash, os_error, sync_folder, write_json
 
 log = logging.getLogger("posttrain")
+BEST = "best-"
+"""Beginning of the name of a folder with the weights of the best step so far."""
 
 
 def name_of(step: int) -> str:
@@ -28,9 +30,8 @@ def name_of(step: int) -> str:
 def save(folder: Path, step: int, tensors: dict[str, Any], numbers: dict[str, Any], keep: int) -> Path:
     """Write a step's checkpoint under `folder` and delete all but the newest `keep`.
 
-    The files are written into a folder of another name, hashed, flushed to disk and only then renamed, so that a
-    folder called step-NNNNNN is complete. Sharded tensors are written by the ranks that hold them (every rank must
-    call).
+    Sharded tensors are written by the ranks that hold them (every rank must call). Weights of a best step that no
+    kept checkpoint names as its `best_step` are deleted too.
 
     Args:
         folder: Folder of the checkpoints.
@@ -42,7 +43,57 @@ def save(folder: Path, step: int, tensors: dict[str, Any], numbers: dict[str, An
     Raises:
         CheckpointError: The disk is full or can't be written; earlier checkpoints stay.
     """
-    final, work = folder / name_of(step), folder / f".{name_of(step)}.writing"
+    final = _write(folder, name_of(step), step, tensors, numbers)
+    if distributed.is_main():
+        for old in found(folder)[:-keep]:
+            shutil.rmtree(folder / name_of(old), ignore_errors=True)
+        named = {_numbers(folder / name_of(kept)).get("best_step") for kept in found(folder)}
+        for path in folder.glob(f"{BEST}*"):
+            if path.name[len(BEST) :].isdigit() and int(path.name[len(BEST) :]) not in named:
+                shutil.rmtree(path, ignore_errors=True)
+    distributed.barrier()
+    return final
+
+
+def save_best(folder: Path, step: int, weights: dict[str, Any]) -> Path:
+    """Write the weights of a step beside the checkpoints, where `keep` of `save` does not count (every rank must call).
+
+    Args:
+        folder: Folder of the checkpoints.
+        step: Number of finished steps.
+        weights: The trained weights by name.
+
+    Raises:
+        CheckpointError: The disk is full or can't be written.
+    """
+    return _write(folder, f"{BEST}{step:06d}", step, weights, {})
+
+
+def load_best(folder: Path, step: int, weights: dict[str, Any]) -> str | None:
+    """Load the weights that `save_best` wrote, in place (every rank must call).
+
+    Args:
+        folder: Folder of the checkpoints.
+        step: Number of finished steps.
+        weights: The tensors to overwrite, by name.
+
+    Returns:
+        What is wrong with the files; None: they were loaded.
+    """
+    path = folder / f"{BEST}{step:06d}"
+    wrong: str | None = distributed.from_main(damage(path) if distributed.is_main() else None)
+    if wrong is None:
+        _load(path, weights)
+    return wrong
+
+
+def _write(folder: Path, name: str, step: int, tensors: dict[str, Any], numbers: dict[str, Any]) -> Path:
+    """Write tensors and values as `folder`/`name`, whole or not at all.
+
+    The files are written into a folder of another name, hashed, flushed to disk and only then renamed, so that a
+    folder with this name is complete.
+    """
+    final, work = folder / name, folder / f".{name}.writing"
     if distributed.is_main():
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -59,27 +110,33 @@ def save(folder: Path, step: int, tensors: dict[str, Any], numbers: dict[str, An
             shutil.rmtree(final, ignore_errors=True)
             os.rename(work, final)
             sync_folder(folder)
-            for old in found(folder)[:-keep]:
-                shutil.rmtree(folder / name_of(old), ignore_errors=True)
     except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
         shutil.rmtree(work, ignore_errors=True)
-        reason = os_error(error)
-        # torch's archive writer hides the operating system's word; what did not fit tells as well.
-        needed = sum(t.numel() * t.element_size() for t in tensors.values()) / distributed.world()
-        if reason is None and isinstance(error, RuntimeError | dcp.api.CheckpointException):
-            short = shutil.disk_usage(folder).free < 1.1 * needed
-            reason = OSError(errno.ENOSPC, "No space left on device") if short else None
-        if reason is None:
+        problem = _disk_problem(error, folder, step, tensors)
+        if problem is None:
             raise
-        full = reason.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full" if full else str(reason)
-        raise CheckpointError(
-            f"the checkpoint of step {step} could not be written to {folder}: {what}. Everything before it is intact; "
-            f"{'free some space' if full else 'mend that'} and run the same command again to go on from "
-            f"{'step ' + str(found(folder)[-1]) if found(folder) else 'the beginning of the stage'}"
-        ) from error
+        raise problem from error
     distributed.barrier()
     return final
+
+
+def _disk_problem(error: BaseException, folder: Path, step: int, tensors: dict[str, Any]) -> CheckpointError | None:
+    """Return the error of a disk that is full or can't be written; None if `error` is about something else."""
+    reason = os_error(error)
+    # torch's archive writer hides the operating system's word; what did not fit tells as well.
+    needed = sum(t.numel() * t.element_size() for t in tensors.values()) / distributed.world()
+    if reason is None and isinstance(error, RuntimeError | dcp.api.CheckpointException):
+        short = shutil.disk_usage(folder).free < 1.1 * needed
+        reason = OSError(errno.ENOSPC, "No space left on device") if short else None
+    if reason is None:
+        return None
+    full = reason.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "the disk is full" if full else str(reason)
+    return CheckpointError(
+        f"the checkpoint of step {step} could not be written to {folder}: {what}. Everything before it is intact; "
+        f"{'free some space' if full else 'mend that'} and run the same command again to go on from "
+        f"{'step ' + str(found(folder)[-1]) if found(folder) else 'the beginning of the stage'}"
+    )
 
 
 def found(folder: Path) -> list[int]:
@@ -119,12 +176,20 @@ def load_newest(folder: Path, tensors: dict[str, Any]) -> dict[str, Any] | None:
                 os.rename(path, path.with_name(f"damaged-{path.name}"))
             distributed.barrier()
             continue
-        _check(path, tensors)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch.distributed.*")
-            dcp.load({"tensors": tensors}, storage_reader=FileSystemReader(path))
-        return json.loads((path / "numbers.json").read_text())  # type: ignore[no-any-return]
+        _load(path, tensors)
+        return _numbers(path)
     return None
+
+
+def _load(path: Path, tensors: dict[str, Any]) -> None:
+    _check(path, tensors)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed.*")
+        dcp.load({"tensors": tensors}, storage_reader=FileSystemReader(path))
+
+
+def _numbers(path: Path) -> dict[str, Any]:
+    return json.loads((path / "numbers.json").read_text())  # type: ignore[no-any-return]
 
 
 def _check(path: Path, tensors: dict[str, Any]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from posttrain.core.files import Lines
 from posttrain.core.progress import Track
 from posttrain.core.types import Sample
 from posttrain.trainer import checkpoint
+from posttrain.trainer.best_step import BestStep
 from posttrain.trainer.train_step import Learner, LossFunction, StepResult
 
 BatchAt = Callable[[int], Sequence[Sample]]
@@ -36,30 +38,34 @@ class Stopped(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class LoopResult:
-    """Hold the totals of a finished loop (over every process that worked on it)."""
+    """Hold the totals of a finished loop (over every process that worked on it).
+
+    Attributes:
+        more: What the trainer adds to the stage's entry in the manifest.
+    """
 
     steps: int
     skipped: int
     seconds: float
     tokens: int
     peak_memory_mb: float
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 def steps_for(count: int, batch_size: int, epochs: float, max_steps: int | None = None) -> tuple[int, int]:
-    """Count the steps, and the samples drawn in total, of `epochs` passes over `count` samples.
+    """Count the steps, and the samples drawn in total: `max_steps` steps, or `epochs` passes over `count` samples.
 
     Args:
         count: Number of samples.
         batch_size: Samples a step.
-        epochs: Passes.
-        max_steps: Most steps.
+        epochs: Passes, if `max_steps` is None.
+        max_steps: Number of steps, whatever `epochs` is. None: what `epochs` needs.
 
     Returns:
         (steps, samples drawn in total).
     """
-    drawn = max(1, round(count * epochs))
-    steps = -(-drawn // batch_size)
-    return min(steps, max_steps or steps), drawn
+    drawn = max(1, round(count * epochs)) if max_steps is None else max_steps * batch_size
+    return -(-drawn // batch_size), drawn
 
 
 def permutation_batches(
@@ -72,9 +78,9 @@ def permutation_batches(
     Args:
         samples: All samples.
         batch_size: Samples a step.
-        epochs: Passes.
+        epochs: Passes, if `max_steps` is None.
         seed: Seed of the permutations.
-        max_steps: Most steps.
+        max_steps: Number of steps, in as many passes as they take. None: what `epochs` needs.
 
     Returns:
         (batch_at, total steps).
@@ -103,10 +109,12 @@ class Trainer(Protocol):
 
     Attributes:
         steps: Number of steps in total.
+        stopped: True if the stage is to end after the step that was taken last.
     """
 
     learner: Learner
     steps: int
+    stopped: bool = False
 
     def step(self, step: int, track: Track) -> StepResult:
         """Take step number `step`, counted from 0."""
@@ -123,6 +131,10 @@ class Trainer(Protocol):
         """Restore what `state_dict` returned."""
         return None
 
+    def finish(self, done: int) -> dict[str, Any]:
+        """Bring the model into its final state after `done` steps; return what the stage's manifest entry gets."""
+        return {}
+
 
 class BatchTrainer(Trainer):
     """Take one optimizer step on each global batch, a pure function of the step's number, and measure in between."""
@@ -134,6 +146,7 @@ class BatchTrainer(Trainer):
         loss: LossFunction | None = None,
         measure: Measure | None = None,
         every: int = 0,
+        best: BestStep | None = None,
     ) -> None:
         """Make a trainer.
 
@@ -143,22 +156,68 @@ class BatchTrainer(Trainer):
             loss: Loss of a micro-batch. None: cross-entropy.
             measure: Measures held-out data before the first step and after the last. None: nothing is measured.
             every: Steps between further measurements. 0: none.
+            best: Chooses the step whose weights the model gets, by what is measured. None: the last step.
         """
         self.learner, self.batch_at, self.loss = learner, batch_at, loss
         self.measure, self.every, self.steps = measure, every, learner.total_steps
+        self.best = best if measure is not None else None
+        self.held_out_seconds = 0.0
 
     def step(self, step: int, track: Track) -> StepResult:
         result, done = self.update(step), step + 1
-        if self.measure is not None and (done == self.steps or (self.every and done % self.every == 0)):
-            result.metrics.update(self.measure(done, track))
+        if self.measure is not None and self._due(done):
+            before = self.held_out_seconds
+            result.metrics.update(self._measured(self.measure, done, track))
+            result.timing["held_out_seconds"] = self.held_out_seconds - before
         return result
 
     def update(self, step: int) -> StepResult:
         """Take one optimizer step."""
         return self.learner.step(self.batch_at(step), self.loss)
 
+    def _due(self, done: int) -> bool:
+        """Return True if held-out data are measured after `done` steps."""
+        return done == self.steps or bool(self.every and done % self.every == 0)
+
+    def _measured(self, measure: Measure, done: int, track: Track) -> dict[str, float]:
+        """Measure, and keep the time apart from that of the steps, in the estimate of the time left too."""
+        began = time.perf_counter()
+        numbers = measure(done, track)
+        if self.best is not None:
+            self.best.note(done, numbers.get(self.best.metric, math.nan))
+        seconds = time.perf_counter() - began
+        self.held_out_seconds += seconds
+        regular = self.steps // self.every - done // self.every if self.every else 0
+        at_the_end = done < self.steps and not (self.every and self.steps % self.every == 0)
+        track.set_aside(seconds, seconds * (regular + at_the_end))
+        return numbers
+
+    @property
+    def stopped(self) -> bool:  # type: ignore[override]
+        return self.best is not None and self.best.stopped
+
     def initial_record(self, track: Track) -> dict[str, Any] | None:
-        return self.measure(0, track) if self.measure is not None else None
+        return self._measured(self.measure, 0, track) if self.measure is not None else None
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.measure is None:
+            return {}
+        return {"held_out_seconds": self.held_out_seconds, **(self.best.state_dict() if self.best else {})}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.measure is not None:
+            self.held_out_seconds = float(state.get("held_out_seconds", 0.0))
+        if self.best is not None:
+            self.best.load_state_dict(state)
+
+    def finish(self, done: int) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        if self.measure is not None:
+            out["held_out_seconds"] = round(self.held_out_seconds, 2)
+        if self.best is not None:
+            self.best.restore(done)
+            out |= self.best.summary(done)
+        return out
 
 
 def train(
@@ -172,8 +231,9 @@ def train(
     on_step: OnStep | None = None,
     epoch_of: Callable[[int], float | None] | None = None,
     shown: Sequence[str] = ("loss",),
+    plan: str = "",
 ) -> LoopResult:
-    """Run the trainer from the newest checkpoint in `folder` to its last step.
+    """Run the trainer from the newest checkpoint in `folder` to its last step, or to the one after which it stops.
 
     metrics.jsonl gets one record a step (and one before the first, if the trainer has one), the same in every run of
     the same recipe; timings.jsonl gets what differs from run to run. Records after the checkpoint that is resumed are
@@ -189,18 +249,17 @@ def train(
         on_step: Called with (step, metrics, timings) after each step.
         epoch_of: Gives the epoch after a number of steps, for the metrics.
         shown: Metrics that progress shows.
+        plan: Line on the steps to come, shown before the first.
     """
     checkpoints = folder / "checkpoints"
-    state = learner.state_dict()
-    numbers = checkpoint.load_newest(checkpoints, state["tensors"])
-    if numbers is not None:
-        learner.load_state_dict(numbers)
-        trainer.load_state_dict(numbers)
+    numbers = _resume(learner, trainer, checkpoints)
     totals = {"seconds": 0.0, "tokens": 0, "peak_memory_mb": 0.0, **(numbers or {}).get("totals", {})}
     done = 0 if numbers is None else int(numbers["step"])
     main, total = distributed.is_main(), trainer.steps
 
     with Track(title, total, done, shown=main) as track, _stop_requests() as asked:
+        if plan:
+            track.say(plan)
         first = trainer.initial_record(track) if numbers is None else None
         before = int((numbers or {}).get("before", first is not None))
         files = _open(folder, done, before, numbers or {}) if main else None
@@ -215,7 +274,7 @@ def train(
             checkpoint.save(checkpoints, done, state["tensors"], values, keep)
 
         saved = done if numbers is not None else -1
-        while done < total:
+        while done < total and not trainer.stopped:
             result = trainer.step(done, track)
             done += 1
             record, timing = _records(done, result, learner, totals)
@@ -230,16 +289,26 @@ def train(
             values = {name.replace("/", " "): record[name] for name in shown if name in record}
             track.update(done, **values, tokens_per_s=float(timing["tokens_per_second"]), lr=record["lr"])
             stopping = bool(distributed.from_main(bool(asked)))
-            if done % checkpoint_every == 0 or done == total or stopping:
+            if done % checkpoint_every == 0 or done == total or stopping or trainer.stopped:
                 save()
                 saved = done
-            if stopping and done < total:
+            if stopping and done < total and not trainer.stopped:
                 raise Stopped(f"stopped at step {done} of {total}, checkpoint written")
         if saved != done:
             save()
     for f in files or ():
         f.close()
-    return LoopResult(done, learner.skipped, totals["seconds"], int(totals["tokens"]), totals["peak_memory_mb"])
+    more = trainer.finish(done)
+    return LoopResult(done, learner.skipped, totals["seconds"], int(totals["tokens"]), totals["peak_memory_mb"], more)
+
+
+def _resume(learner: Learner, trainer: Trainer, checkpoints: Path) -> dict[str, Any] | None:
+    """Load the newest checkpoint; return its plain values, or None if there is none."""
+    numbers = checkpoint.load_newest(checkpoints, learner.state_dict()["tensors"])
+    if numbers is not None:
+        learner.load_state_dict(numbers)
+        trainer.load_state_dict(numbers)
+    return numbers
 
 
 def _records(

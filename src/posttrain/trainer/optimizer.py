@@ -22,9 +22,11 @@ def lr_at(step: int, total: int, config: OptimizerConfig) -> float:
     Args:
         step: 0 .. total - 1.
         total: Number of steps.
-        config: Settings; `warmup` below 1 is a fraction of `total`.
+        config: Settings; `warmup` below 1 is a fraction of `total`, of which a step is left even if it rounds to none.
     """
-    warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+    warmup = int(config.warmup)
+    if 0 < config.warmup < 1:
+        warmup = max(1, round(config.warmup * total))
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     t = min(1.0, (step - warmup) / max(1, total - warmup))

@@ -98,6 +98,7 @@ def summary(result: LoopResult, loaded: LoadedPolicy) -> dict[str, Any]:
         "seconds": round(result.seconds, 2),
         "tokens": result.tokens,
         "peak_memory_mb": round(result.peak_memory_mb, 1),
+        **result.more,
         "parameters": loaded.parameters,
         "trainable": loaded.trainable,
         **loaded.notes,

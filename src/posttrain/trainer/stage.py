@@ -118,19 +118,22 @@ class Stage:
         Args:
             load: Reads data (a subclass of `posttrain.data.rows.PreparedItems`) by its settings.
             data: Settings of the training data.
-            held_out: Settings of the held-out data. None: none.
+            held_out: Settings of the held-out data, or the fraction of the training data that is held out (by
+                `config.max_held_out` and the data's shuffle_seed, so that runs with other seeds measure the same
+                rows). None: none.
 
         Returns:
             Both, the second None if there is none; `self.data` gets them with their titles.
         """
-        from posttrain.data.rows import drop_training_overlap
+        from posttrain.data.held_out_rows import drop_training_overlap, hold_out
 
-        name, trained = self.config.name, load(data)
-        self.data = [(name, trained)]
-        if held_out is None:
-            return trained, None
-        held = drop_training_overlap(load(held_out), trained, f"stage {name}")
-        self.data.append((f"{name} held out", held))
+        name, trained, held = self.config.name, load(data), None
+        if isinstance(held_out, float):
+            most, seed = self.config.max_held_out, data.shuffle_seed or 0
+            trained, held = hold_out(trained, held_out, most, seed, self.context.tokenizer, f"stage {name}")
+        elif held_out is not None:
+            held = drop_training_overlap(load(held_out), trained, f"stage {name}")
+        self.data = [(name, trained), *([] if held is None else [(f"{name} held out", held)])]
         return trained, held
 
     def run(self, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None = None) -> dict[str, Any]:
@@ -160,11 +163,34 @@ class Stage:
                 keep=self.config.keep_checkpoints,
                 title=self.config.name,
                 on_step=on_step,
-                epoch_of=lambda step: step * self.config.batch_size / len(self.rows) if self.rows else None,
+                epoch_of=self.epoch_after,
                 shown=self.progress,
+                plan=self.plan(trainer.steps),
             )
         self.save(policy, run)
-        return summary(result, policy)
+        epochs = self.epoch_after(result.steps)
+        return summary(result, policy) | ({"epochs": round(epochs, 4)} if epochs is not None else {})
+
+    def epoch_after(self, step: int) -> float | None:
+        """Return the number of passes over the rows after a number of steps; None: the method has no epochs."""
+        from posttrain.trainer.loop import steps_for
+
+        config = self.config
+        if not self.rows:
+            return None
+        _, drawn = steps_for(len(self.rows), config.batch_size, config.epochs, config.max_steps)
+        return min(step * config.batch_size, drawn) / len(self.rows)  # type: ignore[no-any-return]
+
+    def plan(self, steps: int) -> str:
+        """Return a line on the steps that the stage will take, for the log; empty: the method has no epochs."""
+        epochs = self.epoch_after(steps)
+        if epochs is None:
+            return ""
+        config, rows = self.config, len(self.rows)
+        given = " (max_steps)" if config.max_steps is not None else ""
+        line = f"{steps:,} step{'s' * (steps != 1)}{given} of {config.batch_size} rows, {epochs:.4g} epochs of {rows:,}"
+        held_out = [data for title, data in self.data if title.endswith(" held out")]
+        return line + "".join(f"; {data.stats['used']:,} held-out rows are measured" for data in held_out)
 
     @property
     def entries(self) -> list[dict[str, Any]]:

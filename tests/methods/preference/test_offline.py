@@ -299,7 +299,7 @@ def test_held_out_by_hand() -> None:
     given = with_reference(Reference(frozen, SystemsConfig()), preference_data(pairs, 0, None), "r")
     config = config_of("dpo")
     same = measure_preferences(objective(config), frozen, given, config)
-    assert same["held_out_margin"] == pytest.approx(0, abs=1e-5)
+    assert same["held_out/margin"] == pytest.approx(0, abs=1e-5)
     policy = tiny_model("llama", seed=2)
     margins = []
     with torch.no_grad():
@@ -307,8 +307,19 @@ def test_held_out_by_hand() -> None:
             better, worse = (float(slow_logprob(policy, s, p.prompt)) for s in (p.chosen, p.rejected))
             margins.append(0.1 * ((better - c) - (worse - r)))
     found = measure_preferences(objective(config), LanguageModel(policy), given, config)
-    assert found["held_out_accuracy"] == sum(m > 0 for m in margins) / 5
-    assert found["held_out_margin"] == pytest.approx(sum(margins) / 5, abs=1e-5)
+    assert found["held_out/accuracy"] == sum(m > 0 for m in margins) / 5
+    assert found["held_out/margin"] == pytest.approx(sum(margins) / 5, abs=1e-5)
+    assert found["held_out/loss"] == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in margins) / 5, abs=1e-5)
+    what, data, plain = objective(config_of("orpo")), preference_data(pairs, 0, None), tiny_model("llama", seed=2)
+    orpo = measure_preferences(what, LanguageModel(policy), data, config)
+    with torch.no_grad():
+        means = [
+            [float(slow_logprob(plain, s, p.prompt)) / (len(s) - p.prompt) for s in (p.chosen, p.rejected)]
+            for p in pairs
+        ]
+    odds = [[x - math.log(1 - math.exp(x)) for x in row] for row in means]
+    losses = [0.1 * math.log(1 + math.exp(r - c)) - x for (c, r), (x, _) in zip(odds, means, strict=True)]
+    assert orpo["held_out/loss"] == pytest.approx(sum(losses) / 5, abs=1e-5)
 
 
 def test_held_out_labels_by_hand() -> None:
@@ -325,8 +336,11 @@ def test_held_out_labels_by_hand() -> None:
         rewards[i] - rewards[j] for i in range(6) for j in range(6) if answers[i].desirable and not answers[j].desirable
     ]
     found = measure_preferences(objective(config), LanguageModel(policy), given, config)
-    assert found["held_out_accuracy"] == sum(c > 0 for c in couples) / len(couples) and len(couples) == 8
-    assert found["held_out_margin"] == pytest.approx(sum(couples) / 8, abs=1e-5)
+    assert found["held_out/accuracy"] == sum(c > 0 for c in couples) / len(couples) and len(couples) == 8
+    assert found["held_out/margin"] == pytest.approx(sum(couples) / 8, abs=1e-5)
+    signs = [1 if a.desirable else -1 for a in answers]
+    losses = [1 - 1 / (1 + math.exp(-s * r)) for s, r in zip(signs, rewards, strict=True)]  # the baseline is 0 here
+    assert found["held_out/loss"] == pytest.approx(sum(losses) / 6, abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- settings, getting ready

@@ -61,7 +61,8 @@ def settings(path: Path, **changes: Any) -> RewardModelConfig:
     source = write(path / "pairs.jsonl", rows(260, 0))
     base: dict[str, Any] = {
         "data": {"source": source, "rows": [0, 200]},
-        "held_out": {"every": 8, "data": {"source": source, "rows": [200, 250]}},
+        "held_out": {"source": source, "rows": [200, 250]},
+        "evaluate_every": 8,
     }
     base |= {"batch_size": 8, "max_steps": 6, "optimizer": {"lr": 1e-3}, "checkpoint_every": 2}
     return RewardModelConfig.model_validate({**base, **changes})
@@ -69,7 +70,7 @@ def settings(path: Path, **changes: Any) -> RewardModelConfig:
 
 def read(config: RewardModelConfig) -> tuple[list[Pair], list[Pair]]:
     assert config.held_out is not None
-    return tuple(prepare_pairs(d, TOKENIZER, context=2048).items for d in (config.data, config.held_out.data))  # type: ignore[return-value]
+    return tuple(prepare_pairs(d, TOKENIZER, context=2048).items for d in (config.data, config.held_out))  # type: ignore[return-value]
 
 
 def carry_out(
@@ -170,7 +171,7 @@ def test_it_learns_an_easy_preference_and_what_was_killed_ends_in_the_same_bits(
     told = carry_out(config, pairs, held_out, tmp_path / "calm", seed=3)
     before, after = told["held_out"]["before"], told["held_out"]["after"]
     assert before["accuracy"] < 0.75 and after["accuracy"] > 0.93, told
-    steps = [m["step"] for m in read_lines(tmp_path / "calm" / "metrics.jsonl") if "held_out_accuracy" in m]
+    steps = [m["step"] for m in read_lines(tmp_path / "calm" / "metrics.jsonl") if "held_out/accuracy" in m]
     assert steps == [0, 8, 16, 20]
 
     def kill(at: int) -> Any:

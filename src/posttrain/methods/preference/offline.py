@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from posttrain.config.names import PREFERENCE_LOSSES
 from posttrain.config.open_functions import FunctionConfig, open_function
-from posttrain.config.settings import NAME, Config, DataConfig, EpochsConfig, OptimizerConfig
+from posttrain.config.settings import NAME, DataConfig, MeasuredConfig, OptimizerConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Metric
 from posttrain.methods.sft import infer_trained_eos
@@ -59,24 +59,18 @@ class PreferenceOptimizerConfig(OptimizerConfig):
         1e-6, gt=0, description="Peak learning rate; adapters take about ten times that of full fine-tuning."
     )
     warmup: float = Field(
-        0.1, ge=0, description="Steps of linear warm-up; below 1: that fraction of all steps. 0: none."
+        0.1,
+        ge=0,
+        description="Steps of linear warm-up; below 1: that fraction of all steps, rounded, and at least one step. 0: none.",
     )
 
 
-class HeldOutPairsConfig(Config):
-    """Preferences that are never trained on: how often, and by how much, the model prefers the better answer."""
-
-    data: DataConfig
-    every: int = Field(50, ge=1, description="Steps between; also before the first and after the last.")
-
-
-class PreferenceConfig(EpochsConfig):
+class PreferenceConfig(MeasuredConfig):
     """Direct preference optimisation: better answers made likelier than worse ones, without a reward model."""
 
     method: str
     name: str = Field("preference", pattern=NAME, description="Name of the stage's folder in the run.")
     data: DataConfig
-    held_out: HeldOutPairsConfig | None = None
     loss: LossConfig | None = Field(
         None,
         description="A loss from outside, module:function(chosen, rejected, *, settings) of the answers' scores as the method has them (dpo: log ratios to the reference; simpo: log-probabilities a token); its settings beside its name. None: the method's own.",
@@ -134,10 +128,11 @@ class Preference(Stage):
     Config = PreferenceConfig
     metrics = (
         Metric("loss", "Loss", "", "Preferences", "lower"),
+        Metric("held_out/loss", "Held out", "", "Preferences", "lower", over="loss"),
         Metric("accuracy", "Accuracy", "share of pairs ranked correctly", "Preferences", "higher"),
+        Metric("held_out/accuracy", "Held out", "share of pairs", "Preferences", "higher", over="accuracy"),
         Metric("margin", "Margin", "implicit reward, chosen − rejected", "Preferences", "higher"),
-        Metric("held_out_accuracy", "Accuracy", "share of held-out pairs ranked correctly", "Held out", "higher"),
-        Metric("held_out_margin", "Margin", "implicit reward, chosen − rejected", "Held out", "higher"),
+        Metric("held_out/margin", "Held out", "implicit reward", "Preferences", "higher", over="margin"),
         Metric("reward_chosen", "Chosen answers", "implicit reward", "Implicit rewards and likelihoods"),
         Metric("reward_rejected", "Rejected answers", "implicit reward", "Implicit rewards and likelihoods"),
         Metric("reward_desirable", "Desirable answers", "implicit reward", "Implicit rewards and likelihoods"),
@@ -150,7 +145,7 @@ class Preference(Stage):
         Metric("kl", "KL baseline", "nats/answer", "Implicit rewards and likelihoods"),
         Metric("log_ratio", "Log-ratio difference", "nats, chosen − rejected", "Details"),
     )
-    progress = ("loss", "accuracy", "margin", "held_out_accuracy")
+    progress = ("loss", "accuracy", "margin", "held_out/accuracy")
 
     def __init__(self, config: Any, context: Any) -> None:
         super().__init__(config, context)
@@ -164,7 +159,7 @@ class Preference(Stage):
         trained, held_out = self.read_held_out(
             lambda data: read(data, context.tokenizer, context=context.context),
             config.data,
-            config.held_out.data if config.held_out else None,
+            config.held_out,
         )
         self.rows, self.held_out = trained.items, held_out.items if held_out else []
         for answers, place in ((self.rows, ""), (self.held_out, ", held out")) if config.method == "kto" else ():
@@ -179,7 +174,7 @@ class Preference(Stage):
     def trainer(self, policy: LoadedPolicy, run: StageRun) -> PairTrainer:
         from posttrain.methods.preference.pair_trainer import pair_trainer
 
-        return pair_trainer(self.config, policy.policy, self.rows, self.held_out, run.seed, self.context.context)
+        return pair_trainer(self.config, policy.policy, self.rows, self.held_out, run, self.context.context)
 
     def end_token(self, policy: LoadedPolicy) -> int | None:
         return infer_trained_eos([r.sample if self.config.method == "kto" else r.chosen for r in self.rows])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from posttrain.core.types import Sample
 from posttrain.data.preference_rows import Pair, Unpaired
@@ -18,17 +19,22 @@ from posttrain.methods.preference.objectives import (
     kto_loss,
     objective,
     pair_loss,
+    pair_losses,
     pair_samples,
     pair_scores,
 )
+from posttrain.trainer.best_step import best_step, measured_every
 from posttrain.trainer.loop import BatchAt, BatchTrainer, permutation_batches
 from posttrain.trainer.reference_model import Reference, Unit, sums_of
 from posttrain.trainer.train_step import Learner, StepResult
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from posttrain.core.progress import Track
     from posttrain.methods.preference.offline import PreferenceConfig
     from posttrain.models.language_model import LanguageModel
+    from posttrain.trainer.stage import StageRun
 
 PreferenceItems = Sequence[Pair | Unpaired]
 
@@ -66,6 +72,7 @@ class PairTrainer(BatchTrainer):
         batch_at: BatchAt,
         train_on: PreferenceData,
         held_out: PreferenceData | None,
+        folder: Path | None = None,
     ) -> None:
         self.config, self.objective, self.train_on = config, objective(config), train_on
 
@@ -74,8 +81,10 @@ class PairTrainer(BatchTrainer):
             assert held_out is not None
             return measure_preferences(self.objective, learner.model, held_out, config)
 
-        every = config.held_out.every if config.held_out else 0
-        super().__init__(learner, batch_at, None, measure if held_out else None, every)
+        steps = learner.total_steps
+        best = best_step(config, learner.model, folder, steps, "held_out/loss") if held_out and folder else None
+        every = measured_every(config, steps)
+        super().__init__(learner, batch_at, None, measure if held_out else None, every, best)
 
     def update(self, step: int) -> StepResult:
         numbers: Any = self.batch_at(step)
@@ -95,14 +104,13 @@ class PairTrainer(BatchTrainer):
         """Return KTO's baseline over the whole batch, before any loss, so that losses can be computed in parts."""
         matched = [i for i in numbers if self.train_on.mismatched[i]]
         policy = sums_of(self.learner.model, [self.train_on.mismatched[i] for i in matched], self.config.systems)
-        reference = [self.train_on.mismatched_reference[i][0] for i in matched]
-        return float(pref.kl_estimate(_exact([p[0] for p in policy]) - _exact(reference)))
+        return _kl([p[0] for p in policy], [self.train_on.mismatched_reference[i][0] for i in matched])
 
 
 def measure_preferences(
     objective: Objective, model: LanguageModel, held_out: PreferenceData, config: PreferenceConfig
 ) -> dict[str, float]:
-    """Compute held_out_accuracy and held_out_margin of the implicit rewards.
+    """Compute the loss, and the accuracy and margin of the implicit rewards, as held_out/loss and so on.
 
     For single answers, accuracy is the share of (good, bad) couples that are ranked right: the area under the ROC curve.
 
@@ -112,21 +120,51 @@ def measure_preferences(
         held_out: Held-out preferences.
         config: Settings of the stage.
     """
-    sums = sums_of(model, held_out.units, config.systems)
+    policy = _exact(sums_of(model, held_out.units, config.systems))
+    reference = None if held_out.reference is None else _exact(held_out.reference)
     if config.method == "kto":
-        rewards = objective.beta * (_exact(sums)[:, 0] - _exact(held_out.reference)[:, 0])
-        good = torch.tensor([u.desirable for u in held_out.items])  # type: ignore[union-attr]
-        over = rewards[good][:, None] - rewards[~good][None]
-        right = (over > 0).double() + 0.5 * (over == 0).double()
-        return {"held_out_accuracy": float(right.mean()), "held_out_margin": float(over.mean())}
-    lengths = torch.tensor([[sum(w != 0 for w in s.weights) for s in unit] for unit in held_out.units])
-    policy, reference = _exact(sums), None if held_out.reference is None else _exact(held_out.reference)
+        assert reference is not None
+        ratios = pref.log_ratio(policy[:, 0], reference[:, 0])
+        numbers = _answer_numbers(objective, held_out.items, ratios, _baseline(model, held_out, config))
+    else:
+        lengths = torch.tensor([[sum(w != 0 for w in s.weights) for s in unit] for unit in held_out.units])
+        numbers = _pair_numbers(objective, held_out.items, policy, reference, lengths)
+    return {f"held_out/{name}": value for name, value in numbers.items()}
+
+
+def _baseline(model: LanguageModel, held_out: PreferenceData, config: PreferenceConfig) -> float:
+    """Return KTO's baseline over all held-out answers."""
+    matched = [i for i, unit in enumerate(held_out.mismatched) if unit]
+    policy = sums_of(model, [held_out.mismatched[i] for i in matched], config.systems)
+    return _kl([p[0] for p in policy], [held_out.mismatched_reference[i][0] for i in matched])
+
+
+def _kl(policy: Sequence[float], reference: Sequence[float]) -> float:
+    return float(pref.kl_estimate(_exact(policy) - _exact(reference)))
+
+
+def _answer_numbers(objective: Objective, answers: PreferenceItems, ratios: Tensor, kl: float) -> dict[str, float]:
+    good = torch.tensor([a.desirable for a in answers])  # type: ignore[union-attr]
+    losses = pref.kto(ratios, good, kl, objective.beta, objective.good, objective.bad)
+    over = objective.beta * (ratios[good][:, None] - ratios[~good][None])
+    right = (over > 0).double() + 0.5 * (over == 0).double()
+    return {"loss": float(losses.mean()), "accuracy": float(right.mean()), "margin": float(over.mean())}
+
+
+def _pair_numbers(
+    objective: Objective, pairs: PreferenceItems, policy: Tensor, reference: Tensor | None, lengths: Tensor
+) -> dict[str, float]:
     better, worse = (
         pair_scores(objective, policy[:, i], None if reference is None else reference[:, i], lengths[:, i])
         for i in (0, 1)
     )
+    probability = torch.tensor([p.probability for p in pairs], dtype=torch.float64)  # type: ignore[union-attr]
+    losses = pair_losses(objective, better, worse, probability if bool((probability != 1).any()) else None)
+    if objective.nll:
+        losses = losses + objective.nll * pref.nll(policy[:, 0], lengths[:, 0])
     metrics = pref.pair_metrics(objective.beta * better, objective.beta * worse)
-    return {f"held_out_{name}": float(metrics[name]) / len(sums) for name in ("accuracy", "margin")}
+    shares = {name: float(metrics[name]) / len(pairs) for name in ("accuracy", "margin")}
+    return {"loss": float(losses.mean()), **shares}
 
 
 def _exact(sums: Any) -> torch.Tensor:
@@ -186,7 +224,7 @@ def pair_trainer(
     policy: LanguageModel,
     items: PreferenceItems,
     held_out: PreferenceItems,
-    seed: int,
+    run: StageRun,
     context: int | None,
 ) -> PairTrainer:
     """Return the trainer over the rows, with the reference's log-probabilities.
@@ -196,11 +234,12 @@ def pair_trainer(
         policy: The model to train, as it is before the first step: the reference.
         items: Pairs (KTO: single answers) to train on.
         held_out: The same, to measure on. Empty: nothing is measured.
-        seed: Seeds the order of the rows.
+        run: Folder of the stage, and the seed of the order of the rows.
         context: The model's context length in tokens.
     """
-    train_on = preference_data(items, seed, context, config.method == "kto")
-    held = preference_data(held_out, seed, context) if held_out else None
+    seed, kto = run.seed, config.method == "kto"
+    train_on = preference_data(items, seed, context, kto)
+    held = preference_data(held_out, seed, context, kto) if held_out else None
     if objective(config).preset.reference:
         reference = Reference(policy, config.systems)
         train_on = with_reference(reference, train_on, f"{config.name}: reference")
@@ -208,4 +247,4 @@ def pair_trainer(
     numbers: Any = range(len(items))
     batch_at, steps = permutation_batches(numbers, config.batch_size, config.epochs, seed, config.max_steps)
     learner = Learner(policy, config.optimizer, config.systems, steps)
-    return PairTrainer(config, learner, batch_at, train_on, held)
+    return PairTrainer(config, learner, batch_at, train_on, held, run.folder)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from posttrain.config.settings import NAME, DataConfig, ModelConfig
+from posttrain.config.settings import NAME, DataConfig, MeasuredConfig, ModelConfig
 from posttrain.core.types import Metric
-from posttrain.methods.preference.offline import HeldOutPairsConfig
 from posttrain.methods.reward_model.scorer_stage import ScorerConfig
 from posttrain.trainer.stage import Stage
 
@@ -20,13 +19,12 @@ if TYPE_CHECKING:
     from posttrain.trainer.loop import OnStep
 
 
-class RewardModelConfig(ScorerConfig):
+class RewardModelConfig(ScorerConfig, MeasuredConfig):
     """A reward model: -log sigma(r_chosen - r_rejected - margin) over pairs of answers."""
 
     method: Literal["reward_model"] = "reward_model"
     name: str = Field("reward_model", pattern=NAME, description="Name of the stage's folder in the run.")
     data: DataConfig = Field(description="Pairs: prompt, chosen, rejected; optionally probability and margin.")
-    held_out: HeldOutPairsConfig | None = None
     batch_size: int = Field(16, ge=1, description="Pairs a step, over all ranks.")
     labels: Literal["soft", "hard"] = Field(
         "soft",
@@ -53,13 +51,13 @@ class RewardModelStage(Stage):
     title = "Reward model training"
     metrics = (
         Metric("loss", "Loss", "nats/pair", "Training", "lower"),
+        Metric("held_out/loss", "Held out", "nats/pair", "Training", "lower", over="loss"),
         Metric("accuracy", "Accuracy", "share of pairs ranked correctly", "Training", "higher"),
+        Metric("held_out/accuracy", "Held out", "share of pairs", "Training", "higher", over="accuracy"),
         Metric("margin", "Margin", "reward, chosen − rejected", "Training", "higher"),
+        Metric("held_out/margin", "Held out", "reward", "Training", "higher", over="margin"),
         Metric("score", "Mean reward", "", "Training"),
-        Metric("held_out_accuracy", "Accuracy", "share of pairs ranked correctly", "Held out", "higher"),
-        Metric("held_out_loss", "Loss", "nats/pair", "Held out", "lower"),
-        Metric("held_out_margin", "Margin", "reward, chosen − rejected", "Held out", "higher"),
-        Metric("held_out_calibration_error", "Calibration error", "", "Held out", "lower"),
+        Metric("held_out/calibration_error", "Calibration error", "", "Held out", "lower"),
     )
 
     held_out: Sequence[Pair] = ()
@@ -70,8 +68,7 @@ class RewardModelStage(Stage):
         def load(data: DataConfig) -> Any:
             return prepare_pairs(data, self.context.tokenizer, context=self.context.context)
 
-        settings = self.config.held_out
-        trained, held_out = self.read_held_out(load, self.config.data, settings.data if settings else None)
+        trained, held_out = self.read_held_out(load, self.config.data, self.config.held_out)
         self.rows, self.held_out = trained.items, held_out.items if held_out else ()
         return self.data
 

@@ -20,6 +20,7 @@ from posttrain.losses.reward_loss import bradley_terry, bradley_terry_metrics, c
 from posttrain.methods.reward_model.scorer_stage import ScorerStage
 from posttrain.models.classification_head import padding, score_index, scores_at
 from posttrain.rewards.reward_model_scorer import INDEX
+from posttrain.trainer.best_step import best_step, measured_every
 from posttrain.trainer.loop import BatchTrainer, OnStep, permutation_batches
 from posttrain.trainer.policy import LoadedPolicy, save_atomically
 from posttrain.trainer.token_budget import token_budget
@@ -102,6 +103,7 @@ class RewardModelMember(ScorerStage):
         # The name is only the title of the progress line: names of stages may hold no spaces.
         super().__init__(config.model_copy(update={"name": title}), stage.context)
         self.rows, self.held_out, self.out = stage.rows, stage.held_out, members / str(number)
+        self.data = stage.data
         self.record, self.before = members / f"{number}.json", members / f"{number}.before.json"
         self.after: PairScores = []
 
@@ -122,7 +124,9 @@ class RewardModelMember(ScorerStage):
         learner = Learner(policy.policy, config.optimizer, systems, steps)
         if not self.held_out:
             return BatchTrainer(learner, samples_at, bradley_terry_loss(config))
-        return BatchTrainer(learner, samples_at, bradley_terry_loss(config), self.measure, config.held_out.every)
+        best = best_step(config, policy.policy, run.folder, steps, "held_out/loss")
+        every = measured_every(config, steps)
+        return BatchTrainer(learner, samples_at, bradley_terry_loss(config), self.measure, every, best)
 
     def measure(self, step: int, track: Track) -> dict[str, float]:
         """Score the held-out pairs."""
@@ -131,12 +135,12 @@ class RewardModelMember(ScorerStage):
         if step == 0 and distributed.is_main():
             write_json(self.before, self.after)
         judged = judged_pairs(held_out_items(self.held_out, self.after))
-        numbers = {f"held_out_{n}": judged[n] for n in ("accuracy", "loss", "margin") if n in judged}
-        interval = {f"held_out_accuracy_{n}": judged[n] for n in ("low", "high") if n in judged}
-        return numbers | interval | {"held_out_calibration_error": judged["calibration"]["error"]}
+        numbers = {f"held_out/{n}": judged[n] for n in ("accuracy", "loss", "margin") if n in judged}
+        interval = {f"held_out/accuracy_{n}": judged[n] for n in ("low", "high") if n in judged}
+        return numbers | interval | {"held_out/calibration_error": judged["calibration"]["error"]}
 
     def save(self, policy: LoadedPolicy, run: StageRun) -> None:
-        if self.held_out and not self.after:  # resumed after the last step
+        if self.held_out and (self.config.keep_best or not self.after):  # of another step than the last, or resumed
             self.after = self.score(self.held_out)
         rewards = torch.tensor(self.after or self.score(self.rows[:UNMEASURED_PAIRS]), dtype=torch.float64)
         self.moments = {"mean": float(rewards.mean()), "std": float(rewards.std(correction=0))}

@@ -81,8 +81,8 @@ class ProcessRewardStage(ScorerStage):
         Metric("loss", "Loss", "nats/step", "Training", "lower"),
         Metric("accuracy", "Accuracy", "share of steps on the right side of 1/2", "Training", "higher"),
         Metric("score", "Mean score", "of the steps", "Training"),
-        Metric("held_out_accuracy", "Accuracy", "share of steps on the right side of 1/2", "Held out", "higher"),
-        Metric("held_out_auc", "AUC", "", "Held out", "higher"),
+        Metric("held_out/accuracy", "Accuracy", "share of steps on the right side of 1/2", "Held out", "higher"),
+        Metric("held_out/auc", "AUC", "", "Held out", "higher"),
     )
 
     layout = "token"

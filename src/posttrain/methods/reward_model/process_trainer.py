@@ -114,7 +114,7 @@ def process_trainer(
             write_lines(path, items)
         judged = judged_steps(items)
         names = {"accuracy": "accuracy", "low": "accuracy_low", "high": "accuracy_high", "auc": "auc"}
-        return {f"held_out_{names[n]}": judged[n] for n in names if judged[n] is not None}
+        return {f"held_out/{names[n]}": judged[n] for n in names if judged[n] is not None}
 
     return BatchTrainer(learner, batch_at, chain_loss, measure if held_out else None, config.measure_every)
 

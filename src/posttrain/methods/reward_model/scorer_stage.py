@@ -36,7 +36,7 @@ class ScorerStage(Stage):
     """
 
     layout: ClassVar[Literal["sequence", "token"]]
-    progress = ("loss", "accuracy", "held_out_accuracy")
+    progress = ("loss", "accuracy", "held_out/accuracy")
     index: dict[str, Any]
 
     def open(self, run: StageRun) -> LoadedPolicy:

@@ -35,8 +35,8 @@ class RolloutStage(Stage):
 
     def prepare(self) -> list[tuple[str, Any]]:
         """Read the prompts, and check the rewards and the environment."""
+        from posttrain.data.held_out_rows import drop_training_overlap
         from posttrain.data.prompts import load_prompts
-        from posttrain.data.rows import drop_training_overlap
         from posttrain.rewards.stack import RewardStack
 
         config: RolloutConfig = self.config

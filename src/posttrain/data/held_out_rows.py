@@ -1,0 +1,189 @@
+"""Rows that are measured and never trained on: a part of a stage's own data, or other data without copies of it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar, Protocol, Self, TypeVar
+
+import numpy as np
+
+from posttrain.core.errors import DataError
+from posttrain.core.types import Sample
+from posttrain.data.rows import marked_example
+
+log = logging.getLogger("posttrain")
+
+
+class Comparable(Protocol):
+    """Rows by number, whose contents can be compared: `PreparedItems`, and the rows of supervised fine-tuning.
+
+    Attributes:
+        stats: Entry of the manifest and of the report about them.
+        noun: The rows in messages.
+        advice: What to do if rows are trained on and held out.
+    """
+
+    noun: ClassVar[str]
+    advice: ClassVar[str]
+
+    @property
+    def stats(self) -> dict[str, Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def place(self, number: int) -> str:
+        """Return the place of a row, `file:row`."""
+
+    def content(self, number: int) -> Hashable:
+        """Return a value of a row that is equal for rows with the same content."""
+
+    def take(self, numbers: Sequence[int] | np.ndarray) -> Self:
+        """Return the rows with these numbers, in this order."""
+
+
+P = TypeVar("P", bound=Comparable)
+
+
+def hold_out(
+    data: P, fraction: float, most: int, seed: int, tokenizer: Any, where: str = "held_out"
+) -> tuple[P, P | None]:
+    """Divide data into rows to train on and rows to measure.
+
+    round(fraction * rows) rows are measured, at least one and at most `most`. Rows that occur more than once are
+    trained on, all of them: a measured copy would measure memory.
+
+    Args:
+        data: Prepared rows (`PreparedItems` or `Prepared`).
+        fraction: Part of the rows to measure.
+        most: Most rows to measure.
+        seed: Seed of the choice.
+        tokenizer: Its tokenizer, for the examples in the statistics.
+        where: Name of the stage, for messages.
+
+    Returns:
+        (rows to train on, rows to measure); the second is None, with a warning, if no row can be spared.
+    """
+    count = len(data)
+    wanted = min(most, max(1, round(fraction * count)), count - 1)
+    chosen = _choose(data, wanted, seed) if wanted > 0 else []
+    if not chosen:
+        reason = "a single row" if count < 2 else f"{count:,} rows, each of which occurs more than once"
+        log.warning("%s: nothing is held out of %s, so nothing is measured during training", where, reason)
+        return data, None
+    measured = np.asarray(sorted(chosen))
+    others = np.delete(np.arange(count), measured)
+    trained, held_out = data.take(others), data.take(measured)
+    _describe(data, trained, held_out, tokenizer)
+    return trained, held_out
+
+
+def _choose(data: Any, wanted: int, seed: int) -> list[int]:
+    """Return the numbers of up to `wanted` rows without a copy, of both labels if the rows have any."""
+    order = np.random.default_rng([seed, 5]).permutation(len(data))
+    chosen: list[int] = []
+    at, size = 0, 2 * wanted + 32
+    # A few candidates at a time: of data larger than memory, only the contents of candidates are kept.
+    while len(chosen) < wanted and at < len(order):
+        candidates = order[at : at + size].tolist()
+        single = _without_copy(data, candidates)
+        chosen += [i for i in candidates if i in single][: wanted - len(chosen)]
+        at, size = at + size, 4 * size
+    return _both_labels(data, chosen, order)
+
+
+def _without_copy(data: Any, numbers: Sequence[int]) -> set[int]:
+    """Return those of the rows whose content no other row has."""
+    if data.stats.get("duplicates") == 0 and not data.stats.get("contradictory"):
+        return set(numbers)
+    contents = {i: data.content(i) for i in numbers}
+    wanted = set(contents.values())
+    counts = Counter(content for i in range(len(data)) if (content := data.content(i)) in wanted)
+    return {i for i, content in contents.items() if counts[content] == 1}
+
+
+def _both_labels(data: Any, chosen: list[int], order: np.ndarray) -> list[int]:
+    """Return the chosen rows with one of the other label in place of the last, if all have the same."""
+    label = getattr(data, "label_of", None)
+    if label is None or not chosen or len({label(i) for i in chosen}) > 1:
+        return chosen
+    others = [i for i in order.tolist() if label(i) != label(chosen[0])]
+    single = _without_copy(data, others) if len(others) > 1 else set()  # the last one of its label is trained on
+    other = next((i for i in others if i in single), None)
+    return chosen if other is None else [*(chosen[:-1] or chosen), other]
+
+
+def _describe(data: Any, trained: Any, held_out: Any, tokenizer: Any) -> None:
+    """Write into the statistics of both parts what differs from those of all rows."""
+    stats, samples = data.stats, held_out.samples
+    tokens, loss_tokens = sum(map(len, samples)), sum(1 for s in samples for w in s.weights if w)
+    trained.stats.update(_lengths(trained.samples))
+    trained.stats.update(
+        used=stats["used"] - len(held_out),
+        held_out=len(held_out),
+        tokens=stats["tokens"] - tokens,
+        loss_tokens=stats["loss_tokens"] - loss_tokens,
+        examples=examples(trained, tokenizer),
+    )
+    for name in ("swapped", "contradictory", "contradictions", "bad_rows_file"):
+        held_out.stats.pop(name, None)
+    held_out.stats.update(_lengths(samples))
+    held_out.stats.update(
+        rows=len(held_out),
+        used=len(held_out),
+        dropped={},
+        bad_rows=[],
+        truncated=0,
+        duplicates=0,
+        tokens=tokens,
+        loss_tokens=loss_tokens,
+        examples=examples(held_out, tokenizer),
+    )
+    if hasattr(data, "label_of"):
+        for part in (trained, held_out):
+            part.stats["desirable"] = sum(part.label_of(i) for i in range(len(part)))
+
+
+def _lengths(samples: Sequence[Sample]) -> dict[str, int]:
+    lengths = [len(s) for s in samples]
+    return {"longest": max(lengths), "median": int(np.median(lengths))}
+
+
+def examples(data: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """Return the first rows as examples for the report, the answers of a pair with their labels."""
+    if hasattr(data, "labelled"):
+        answers = [labelled for item in data.labelled(2) for labelled in item]
+        return [marked_example(sample, tokenizer, label=label) for label, sample in answers]
+    return [marked_example(sample, tokenizer) for sample in data.samples[:3]]
+
+
+def drop_training_overlap(held_out: P, trained: Comparable, where: str) -> P:
+    """Return held-out data without the items that are also trained on, which would measure memory.
+
+    Args:
+        held_out: Held-out data.
+        trained: Training data.
+        where: Name of the stage, for messages.
+
+    Returns:
+        The remaining items; the others are counted as dropped.
+
+    Raises:
+        DataError: More than nine in ten are trained on: the two are the same rows by mistake.
+    """
+    contents = [held_out.content(i) for i in range(len(held_out))]
+    # The contents of held-out rows are few; those of all trained rows may not fit in memory.
+    wanted = set(contents)
+    known = {content for i in range(len(trained)) if (content := trained.content(i)) in wanted}
+    left = [i for i, content in enumerate(contents) if content not in known]
+    total, same = len(contents), len(contents) - len(left)
+    if same > 0.9 * total:
+        example = held_out.place(next(i for i, content in enumerate(contents) if content in known))
+        raise DataError(
+            f"{where}: {same} of {total} held-out {held_out.noun} are trained on too (for example {example}). "
+            f"{held_out.advice}"
+        )
+    out = held_out.take(left)
+    out.stats.update(used=len(left), dropped=held_out.stats["dropped"] | ({"trained on too": same} if same else {}))
+    return out

@@ -1,0 +1,211 @@
+"""Measure held-out rows during supervised fine-tuning: loss, accuracy, and answers to a few of their prompts."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from posttrain.config import DataConfig, SystemsConfig
+from posttrain.core import distributed
+from posttrain.core.errors import DataError
+from posttrain.core.files import write_json
+from posttrain.core.ragged import micro_batches
+from posttrain.core.types import Sample
+from posttrain.data.encoding import prompt_tokens
+from posttrain.methods.sft import infer_trained_eos
+from posttrain.models.language_model import LanguageModel
+from posttrain.sampling.greedy import greedy
+from posttrain.trainer.token_budget import token_budget
+
+if TYPE_CHECKING:
+    from posttrain.core.progress import Track
+    from posttrain.data.sft_rows import Prepared
+    from posttrain.methods.sft import SFT
+    from posttrain.trainer.policy import LoadedPolicy
+
+log = logging.getLogger("posttrain")
+FOLDER = "held_out"
+"""Folder of a stage in which each measurement is kept, as step-NNNNNN.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowScore:
+    """Hold what a model makes of the loss tokens of one row.
+
+    Attributes:
+        nll: Sum of their negative log-likelihoods, each times the token's weight, in nats.
+        hits: Sum of the weights of those that were the likeliest token.
+        weight: Sum of their weights.
+        tokens: Number of them.
+    """
+
+    nll: float
+    hits: float
+    weight: float
+    tokens: int
+
+
+class HeldOutMeasurement:
+    """Measure the held-out rows of a stage; called with (steps done, progress), it returns numbers for metrics.jsonl.
+
+    The loss is a mean over all loss tokens of the rows, as that of a training step is. Neither the random state nor the
+    optimizer is touched. Each measurement is kept as a file: every row's loss, and the answers.
+    """
+
+    def __init__(self, stage: SFT, policy: LoadedPolicy, rows: Prepared, folder: Path) -> None:
+        """Choose the prompts that are answered.
+
+        Args:
+            stage: The stage, its data read.
+            policy: The model that is trained.
+            rows: The held-out rows.
+            folder: The stage's folder.
+        """
+        self.config, self.model, self.tokenizer = stage.config, policy.policy, policy.tokenizer
+        self.samples = [rows.samples[i] for i in range(len(rows))]
+        self.folder = folder / FOLDER
+        end = infer_trained_eos(stage.rows)
+        self.stops = [] if end is None else [end]
+        self.chosen: list[dict[str, Any]] = []
+        self.prompts: list[list[int]] = []
+        self.no_answers = self._choose_prompts(rows, stage.context.context) if self.config.held_out_answers else ""
+
+    def __call__(self, step: int, track: Track) -> dict[str, float]:
+        track.phase("held-out rows")
+        scores = score_rows(self.model, self.samples, self.config.systems)
+        weight = math.fsum(s.weight for s in scores)
+        loss, accuracy = (math.fsum(getattr(s, name) for s in scores) / weight for name in ("nll", "hits"))
+        answers = self._answers() if self.prompts else []
+        if distributed.is_main():
+            self._keep(step, loss, accuracy, scores, answers)
+        return {"held_out/loss": loss, "held_out/accuracy": accuracy}
+
+    def _choose_prompts(self, rows: Prepared, context: int | None) -> str:
+        """Choose the first prompts that can be answered; return why there is none, or ""."""
+        of = self.config.held_out if isinstance(self.config.held_out, DataConfig) else self.config.data
+        reason = "the held-out rows are texts without a prompt"
+        for i in range(len(rows)):
+            row = rows.rows[i]
+            if not row["messages"]:
+                continue
+            try:
+                tokens = prompt_tokens(row, self.tokenizer, of)
+            except DataError as error:
+                reason = str(error)
+                continue
+            if not tokens or (context is not None and len(tokens) >= context):
+                reason = "the held-out prompts leave no room for an answer in the model's context"
+                continue
+            self.chosen.append(row)
+            self.prompts.append(tokens)
+            if len(self.prompts) == self.config.held_out_answers:
+                break
+        expected = [len(self.tokenizer(str(row["completion"]))["input_ids"]) for row in self.chosen]
+        self.longest = min(self.config.answer_tokens, 16 + 2 * max(expected, default=0))
+        return "" if self.prompts else reason
+
+    def _answers(self) -> list[dict[str, Any]]:
+        """Return the model's greedy answers; none, with a warning, if it can't be sampled from (every rank must call)."""
+        if not _room_for_whole_model(self.model):
+            return self._give_up("the whole model does not fit beside its shards")
+        with distributed.summon_full_params(self.model):
+            answers = distributed.map_over_ranks(self.prompts, self._greedy)
+        failed = next((a for a in answers if isinstance(a, str)), None)
+        if failed is not None:
+            return self._give_up(failed)
+        return [
+            {
+                "prompt": row["prompt_text"],
+                "expected": row["completion"],
+                "output": self.tokenizer.decode(answer, skip_special_tokens=True),
+            }
+            for row, answer in zip(self.chosen, answers, strict=True)
+        ]
+
+    def _greedy(self, prompts: list[list[int]]) -> list[list[int] | str]:
+        """Return the tokens of each answer, or the reason why there is none."""
+        try:
+            return list(greedy(self.model, self.tokenizer, prompts, self.longest, self.stops)) if prompts else []
+        except Exception as error:  # answers are for people to read: a model that can't be sampled from still trains
+            return [f"{type(error).__name__}: {error}"] * len(prompts)
+
+    def _give_up(self, reason: str) -> list[dict[str, Any]]:
+        self.prompts, self.no_answers = [], reason
+        log.warning("%s: held-out prompts are not answered: %s", self.config.name, reason)
+        return []
+
+    def _keep(
+        self, step: int, loss: float, accuracy: float, scores: Sequence[RowScore], answers: list[dict[str, Any]]
+    ) -> None:
+        """Write the file of a measurement; those of later steps, which a killed process left, are deleted."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for later, path in measurements(self.folder).items():
+            if later > step:
+                path.unlink()
+        rows = [
+            {"id": i, "source": sample.source, "nll": s.nll, "tokens": s.tokens}
+            for i, (sample, s) in enumerate(zip(self.samples, scores, strict=True))
+        ]
+        value = {"step": step, "loss": loss, "accuracy": accuracy, "answers": answers, "no_answers": self.no_answers}
+        write_json(self.folder / f"step-{step:06d}.json", {**value, "rows": rows})
+
+
+def measurements(folder: Path) -> dict[int, Path]:
+    """Return the files of a stage's measurements by step, ascending."""
+    found = {int(p.stem[5:]): p for p in folder.glob("step-*.json") if p.stem[5:].isdigit()}
+    return dict(sorted(found.items()))
+
+
+@torch.no_grad()
+def score_rows(model: LanguageModel, samples: Sequence[Sample], systems: SystemsConfig) -> list[RowScore]:
+    """Compute the loss of each row; the ranks share the rows, and every rank must call and gets all scores.
+
+    Args:
+        model: The model, sharded or not.
+        samples: The rows.
+        systems: Settings of micro-batches.
+    """
+    plan = micro_batches([len(s) for s in samples], token_budget(systems, model))
+    rank, world = (distributed.rank(), distributed.world()) if distributed.world() > 1 else (0, 1)
+    own: dict[int, RowScore] = {}
+    training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(plan), world):
+            # Every rank makes as many passes (FSDP gathers in step); a spare one repeats the first.
+            numbers = plan[first + rank] if first + rank < len(plan) else plan[0]
+            own |= zip(numbers, _score(model, [samples[i] for i in numbers], systems), strict=True)
+    finally:
+        model.train(training)
+    scores: dict[int, RowScore] = {}
+    for part in distributed.all_gather_object(own):
+        scores |= part
+    return [scores[i] for i in range(len(samples))]
+
+
+def _score(model: LanguageModel, samples: list[Sample], systems: SystemsConfig) -> list[RowScore]:
+    batch = model.pack(samples, systems.share_prefixes)
+    targets = batch.targets_N
+    _, nll_N, hits_N = model(batch, "cross_entropy", targets)
+    nll_T, hits_T = (torch.zeros(batch.total, dtype=torch.float64) for _ in range(2))
+    nll_T[targets.cpu()], hits_T[targets.cpu()] = nll_N.double().cpu(), hits_N.double().cpu()
+    out = []
+    for row, sample in zip(batch.rows, samples, strict=True):
+        weights = torch.tensor(list(sample.weights), dtype=torch.float64)
+        nll, hits = (float((values_T[row.cpu()] * weights).sum()) for values_T in (nll_T, hits_T))
+        out.append(RowScore(nll, hits, float(weights.sum()), int((weights != 0).sum())))
+    return out
+
+
+def _room_for_whole_model(model: LanguageModel) -> bool:
+    """Return True if every rank's GPU has room for the whole model; on a CPU, and on one rank, it has."""
+    if distributed.world() == 1 or model.device.type != "cuda":
+        return True
+    needed = sum(p.numel() for p in model.parameters()) * 2.5  # bytes: 16-bit weights, and some for keys and values
+    return min(distributed.all_gather_object(torch.cuda.mem_get_info(model.device)[0])) > needed
