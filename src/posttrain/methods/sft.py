@@ -74,7 +74,8 @@ class SFT(Stage):
         learner = Learner(policy.policy, config.optimizer, config.systems, steps)
         if self.held_out is None:
             return BatchTrainer(learner, batch_at)
-        measure = HeldOutMeasurement(self, policy, self.held_out, run.folder)
+        end, context = infer_trained_eos(self.rows), self.context.context
+        measure = HeldOutMeasurement(config, policy, self.held_out, run.folder, context, [] if end is None else [end])
         best = best_step(config, policy.policy, run.folder, steps, "held_out/loss")
         return BatchTrainer(learner, batch_at, None, measure, measured_every(config, steps), best)
 

@@ -18,7 +18,6 @@ from posttrain.core.files import write_json
 from posttrain.core.ragged import micro_batches
 from posttrain.core.types import Sample
 from posttrain.data.encoding import prompt_tokens
-from posttrain.methods.sft import infer_trained_eos
 from posttrain.models.language_model import LanguageModel
 from posttrain.sampling.greedy import greedy
 from posttrain.trainer.token_budget import token_budget
@@ -26,7 +25,6 @@ from posttrain.trainer.token_budget import token_budget
 if TYPE_CHECKING:
     from posttrain.core.progress import Track
     from posttrain.data.sft_rows import Prepared
-    from posttrain.methods.sft import SFT
     from posttrain.trainer.policy import LoadedPolicy
 
 log = logging.getLogger("posttrain")
@@ -58,23 +56,25 @@ class HeldOutMeasurement:
     optimizer is touched. Each measurement is kept as a file: every row's loss, and the answers.
     """
 
-    def __init__(self, stage: SFT, policy: LoadedPolicy, rows: Prepared, folder: Path) -> None:
+    def __init__(
+        self, config: Any, policy: LoadedPolicy, rows: Prepared, folder: Path, context: int | None, stops: Sequence[int]
+    ) -> None:
         """Choose the prompts that are answered.
 
         Args:
-            stage: The stage, its data read.
+            config: Settings of the stage (`SFTConfig`).
             policy: The model that is trained.
             rows: The held-out rows.
             folder: The stage's folder.
+            context: The model's length in tokens. None: unknown.
+            stops: Tokens that end an answer, besides the model's own.
         """
-        self.config, self.model, self.tokenizer = stage.config, policy.policy, policy.tokenizer
+        self.config, self.model, self.tokenizer, self.stops = config, policy.policy, policy.tokenizer, stops
         self.samples = [rows.samples[i] for i in range(len(rows))]
         self.folder = folder / FOLDER
-        end = infer_trained_eos(stage.rows)
-        self.stops = [] if end is None else [end]
         self.chosen: list[dict[str, Any]] = []
         self.prompts: list[list[int]] = []
-        self.no_answers = self._choose_prompts(rows, stage.context.context) if self.config.held_out_answers else ""
+        self.no_answers = self._choose_prompts(rows, context) if self.config.held_out_answers else ""
 
     def __call__(self, step: int, track: Track) -> dict[str, float]:
         track.phase("held-out rows")

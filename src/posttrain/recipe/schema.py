@@ -66,7 +66,7 @@ def settings(
         standard = info.get_default(call_default_factory=True) if not info.is_required() else _REQUIRED
         standard = getattr(default, name, standard)
         found = model_for(annotation, inner)
-        known = found is not None and (inner is not None or len(_models(annotation)) == 1)
+        known = found is not None and _is_block(annotation, inner)
         text = "" if isinstance(standard, BaseModel) else _value_text(standard)
         changed = _value_text(inner) if isinstance(value, dict) and name in value and not known else text
         here = "" if changed == text else changed
@@ -123,6 +123,13 @@ def open_kind_of(tp: Any) -> OpenKind | None:
         return next((m for m in get_args(tp)[1:] if isinstance(m, OpenKind)), None) or open_kind_of(get_args(tp)[0])
     alternatives = get_args(tp) if get_origin(tp) in (Union, types.UnionType) else ()
     return next((found for a in alternatives if (found := open_kind_of(a))), None)
+
+
+def _is_block(tp: Any, value: Any) -> bool:
+    """Return True if a value is a block of settings; of null, if a block is all that may stand there otherwise."""
+    if value is None:
+        return len(_models(tp)) == 1 and not {float, int, str, bool} & {o for o in options(tp) if isinstance(o, type)}
+    return not isinstance(value, float | int | str)
 
 
 def _models(tp: Any) -> list[type[BaseModel]]:

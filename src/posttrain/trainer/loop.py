@@ -277,10 +277,7 @@ def train(
         while done < total and not trainer.stopped:
             result = trainer.step(done, track)
             done += 1
-            record, timing = _records(done, result, learner, totals)
-            epoch = epoch_of(done) if epoch_of is not None else None
-            if epoch is not None:
-                record["epoch"] = round(epoch, 4)
+            record, timing = _records(done, result, learner, totals, epoch_of)
             if files:
                 files[0].add(record)
                 files[1].add(timing)
@@ -312,7 +309,11 @@ def _resume(learner: Learner, trainer: Trainer, checkpoints: Path) -> dict[str, 
 
 
 def _records(
-    step: int, result: StepResult, learner: Learner, totals: dict[str, Any]
+    step: int,
+    result: StepResult,
+    learner: Learner,
+    totals: dict[str, Any],
+    epoch_of: Callable[[int], float | None] | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (metrics, timings) of a step, and add it to the stage's totals."""
     memory = memory_mb(learner.device)
@@ -321,7 +322,9 @@ def _records(
     totals["peak_memory_mb"] = max(totals["peak_memory_mb"], memory)
     timing = {"step": step, "seconds": result.seconds, "tokens_per_second": result.tokens / result.seconds}
     timing.update(memory_mb=memory, computed_tokens=result.computed_tokens, micro_batches=result.micro_batches)
-    return {"step": step, **result.metrics}, {**timing, **result.timing}
+    epoch = epoch_of(step) if epoch_of is not None else None
+    of_epoch = {} if epoch is None else {"epoch": round(epoch, 4)}
+    return {"step": step, **result.metrics, **of_epoch}, {**timing, **result.timing}
 
 
 def _open(folder: Path, done: int, before: int, numbers: dict[str, Any]) -> tuple[Lines, Lines]:
