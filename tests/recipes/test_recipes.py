@@ -91,10 +91,9 @@ def overrides(name: str, chats: Path) -> list[str]:
         if isinstance(stage, RewardModelConfig):
             pairs = chats.with_name("pairs.jsonl")
             own = str(stage.data.source).startswith("stage:")
-            if not own:
-                given += [f"stages.{i}.data.source={pairs}", f"stages.{i}.held_out.data.source={pairs}"]
-            if not own or stage.held_out is not None:
-                given += [f"stages.{i}.data.rows=[0, 25]", f"stages.{i}.held_out.data.rows=[25, 35]"]
+            given += [] if own else [f"stages.{i}.data.source={pairs}"]
+            if own and stage.held_out is not None:
+                given += [f"stages.{i}.data.rows=[0, 25]", f"stages.{i}.held_out.rows=[25, 35]"]
             continue
         if isinstance(stage, ProcessRewardConfig):
             small = ("problems.size=6", "held_out.size=20", "sampler.max_tokens=12", "chains=2", "completions=2")
@@ -104,7 +103,6 @@ def overrides(name: str, chats: Path) -> list[str]:
             packaged = str(stage.data.source).startswith("packaged:")
             rows = f"data.source={chats.with_name('pairs.jsonl')}"
             given += [f"stages.{i}.{'data.rows=[0, 40]' if packaged else rows}"]
-            given += [f"stages.{i}.held_out.data.rows=[9000, 9020]"] if stage.held_out else []
             continue
         own = str(stage.data.source).startswith(("packaged:", "lab:", "stage:"))
         given += [] if own else [f"stages.{i}.data.source={chats}"]
@@ -148,9 +146,12 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
             assert [m["step"] for m in metrics] == ([0, 1, 2] if measured else [1, 2])
             assert ("held_out/accuracy" in metrics[-1]) == measured
             continue
-        if isinstance(stage, PreferenceConfig) and stage.held_out:
+        if stage.held_out:
             first = metrics.pop(0)
-            assert {"held_out/accuracy", "held_out/margin"} <= first.keys() & metrics[-1].keys()
+            both = {"held_out/loss", "held_out/accuracy"}
+            assert (both | {"held_out/margin"} if isinstance(stage, PreferenceConfig) else both) <= (
+                first.keys() & metrics[-1].keys()
+            )
         if isinstance(stage, PreferenceConfig):
             assert all("margin" in m for m in metrics)
         assert [m["step"] for m in metrics] == [1, 2] and all(m["loss"] > 0 for m in metrics)

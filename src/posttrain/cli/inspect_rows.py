@@ -56,7 +56,7 @@ def print_data(recipe: Recipe, only: str | None, rows: int, out: Console) -> Non
             elif isinstance(data, Answers):
                 _answers(data, rows, out)
             else:
-                trained = stage if isinstance(stage, EpochsConfig) else None
+                trained = stage if isinstance(stage, EpochsConfig) and not title.endswith(" held out") else None
                 _samples(data, trained, tokenizer, rows, out, recipe.model.device)
     for task in recipe.evaluate:
         if only in (None, task.name):
@@ -148,11 +148,12 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
     """The manifest's entry of this data, in words."""
     tokens, loss = s.get("tokens", 0), s.get("loss_tokens", 0)
     share = f" ({loss / tokens:.0%})" if tokens else ""
+    held_out = f", held out {s['held_out']:,}" if s.get("held_out") else ""
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in (s.get("dropped") or {}).items() if count)
     facts = [
         ("source", str(s.get("source", ""))),
         ("layout", str(s.get("layout", ""))),
-        ("rows", f"{s.get('rows', 0):,}, used {s.get('used', 0):,}"),
+        ("rows", f"{s.get('rows', 0):,}, used {s.get('used', 0):,}{held_out}"),
         *(("", describe_source(source)) for source in s.get("sources") or []),
         ("dropped", dropped or "none"),
         ("truncated", f"{s.get('truncated', 0):,}"),
@@ -232,15 +233,14 @@ def plan(stage: EpochsConfig, lengths: Sequence[int], device: str, unit: str = "
     count, budget = len(lengths), stage.systems.tokens_per_micro_batch or (CPU_TOKENS if device == "cpu" else LEAST)
     chosen = device == "cuda" and stage.systems.tokens_per_micro_batch is None
     limit = f"{budget:,} tokens" + (" (or more, if the GPU's memory holds more)" if chosen else "")
-    steps, _ = steps_for(count, stage.batch_size, stage.epochs)
-    capped, _ = steps_for(count, stage.batch_size, stage.epochs, stage.max_steps)
-    shown = [lengths[i : i + stage.batch_size] for i in range(0, count, stage.batch_size)][: min(capped, 200)]
+    steps, drawn = steps_for(count, stage.batch_size, stage.epochs, stage.max_steps)
+    shown = [lengths[i : i + stage.batch_size] for i in range(0, count, stage.batch_size)][: min(steps, 200)]
     micro = [len(micro_batches(batch, budget)) for batch in shown]
     spread = f"{min(micro)}" if min(micro) == max(micro) else f"{min(micro)} to {max(micro)}"
     mean = sum(sum(batch) for batch in shown) / len(shown)
-    cut = f" (max_steps; {stage.epochs:g} epochs are {steps:,})" if capped < steps else ""
+    given = "max_steps, " if stage.max_steps is not None else ""
+    passes = f"{spread} micro-batch{'es' * (spread != '1')} a step of at most {limit}"
     return (
-        f"{capped:,} step{'s' * (capped != 1)}{cut} of {stage.batch_size} {unit}, about {mean:,.0f} tokens; {spread} "
-        f"micro-batch{'es' * (spread != '1')} a step of at most {limit}; {sum(n > budget for n in lengths)} "
-        f"{unit} are longer than that"
+        f"{steps:,} step{'s' * (steps != 1)} ({given}{drawn / count:.4g} epochs) of {stage.batch_size} {unit}, about "
+        f"{mean:,.0f} tokens; {passes}; {sum(n > budget for n in lengths)} {unit} are longer than that"
     )

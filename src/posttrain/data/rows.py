@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 import numpy as np
 
 from posttrain.config import DataConfig
-from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.marked_text import pieces

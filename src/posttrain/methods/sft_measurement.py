@@ -102,6 +102,8 @@ class HeldOutMeasurement:
             if not tokens or (context is not None and len(tokens) >= context):
                 reason = "the held-out prompts leave no room for an answer in the model's context"
                 continue
+            if tokens in self.prompts:
+                continue
             self.chosen.append(row)
             self.prompts.append(tokens)
             if len(self.prompts) == self.config.held_out_answers:
@@ -121,7 +123,7 @@ class HeldOutMeasurement:
             return self._give_up(failed)
         return [
             {
-                "prompt": row["prompt_text"],
+                "prompt": row["prompt_text"] if len(row["messages"]) == 1 else row["messages"],
                 "expected": row["completion"],
                 "output": self.tokenizer.decode(answer, skip_special_tokens=True),
             }

@@ -17,6 +17,7 @@ from posttrain.report.chains import amounts, chain_views
 from posttrain.report.charts import stage_charts
 from posttrain.report.judge_figures import read_feedback
 from posttrain.report.load import Run, read
+from posttrain.report.measured_stages import measured_stages
 from posttrain.report.reward_models import gold, held_out
 from posttrain.report.rollouts import views
 
@@ -87,6 +88,7 @@ def render_page(run: Run) -> str:
         amounts=amounts,
         feedback=read_feedback(run.folder, run.notes),
         held_out=held_out(run),
+        measured=measured_stages(run),
         gold=gold(run),
         recipe=formatting.yaml_markup(run.recipe_text),
         style=Markup(f"/* uPlot 1.6.32, MIT licence */\n{plot_style}\n{page['style.css']}"),

@@ -30,6 +30,7 @@ COMMON = (
     Metric("seconds", "Time", "s/step", "Speed and memory", "lower"),
     Metric("phases/sample", "Time: sampling", "s/step", "Speed and memory", "lower"),
     Metric("phases/learn", "Time: training", "s/step", "Speed and memory", "lower"),
+    Metric("held_out_seconds", "Time: held-out rows", "s/measurement", "Details", "lower"),
     Metric("sampled_tokens", "Sampled tokens", "per step", "Speed and memory"),
     Metric("learned_tokens", "Trained tokens", "per step, prompts included", "Speed and memory"),
     Metric("phases/*", "Time: *", "s/step", "Details", "lower"),
@@ -142,24 +143,60 @@ def stage_charts(stage: StageLog) -> StageCharts:
     columns = _columns(stage.metrics) | {k: v for k, v in _columns(map(_flat, stage.timings)).items() if k != "step"}
     groups: dict[str, list[Chart]] = {}
     constant, equal, drawn = [], [], dict[tuple[Any, ...], str]()
+    over = _drawn_over(known, columns)
     longest = max((len(x) for x, _ in columns.values()), default=0)
     for key in _in_order(columns, known):
         metric, (x, y) = describe_metric(key, known), columns[key]
+        if key in over.values():
+            continue
         values, low, high = (*x, *y), *(columns.get(f"{key}_{side}", ((), ()))[1] for side in ("low", "high"))
-        if len(set(y)) == 1 or (max(map(abs, y)) < ROUNDING and min(y) < 0 < max(y)):
+        second = over.get(key)
+        if second is None and (len(set(y)) == 1 or (max(map(abs, y)) < ROUNDING and min(y) < 0 < max(y))):
             constant.append((key, _titled(metric), 0.0 if len(set(y)) > 1 else y[-1]))
-        elif values in drawn:
+        elif second is None and values in drawn:
             equal.append((key, _titled(metric), drawn[values], y[-1]))
         else:
             drawn[values] = metric.title
             series = Series("", x, y, *((low, high) if len(low) == len(high) == len(y) else ()))
             chart = _chart(metric, f"{stage.name}.{key}", series, longest)
+            if second is not None:
+                chart = _with_second(chart, describe_metric(second, known), *columns[second], stage.chosen)
             marks = skipped if any(key in r for r in stage.metrics) else ()
             groups.setdefault(metric.group or "Other", []).append(replace(chart, marks=marks))
     shown = [(title, charts) for title, charts in groups.items() if title not in FOLDED_GROUPS]
     folded = [(title, charts) for title, charts in groups.items() if title in FOLDED_GROUPS]
     single = any(len(columns[key][0]) == 1 for key, _, _ in constant)
     return StageCharts(shown, folded, constant, single, equal, skipped)
+
+
+def _drawn_over(known: Sequence[Metric], columns: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metrics that are drawn in the chart of another one, by the name of that one."""
+    return {m.over: m.name for m in known if m.over and m.name in columns and m.over in columns}
+
+
+def _with_second(
+    chart: Chart, metric: Metric, x: Sequence[float], y: Sequence[float], chosen: Mapping[str, Any]
+) -> Chart:
+    """Return the chart with a second curve in it, and a mark at the step whose weights the model has.
+
+    Args:
+        chart: Chart of the first curve.
+        metric: Metric of the second curve.
+        x: Its steps.
+        y: Its values.
+        chosen: Content of the stage's best_step.json; empty: no step was chosen.
+    """
+    (first,), step = chart.series, chosen.get("model_step")
+    # Limits that `thin` gives to a long curve are left out: the chart's caption explains those of the first curve.
+    second = replace(thin(Series(metric.title.lower(), x, y))[0], low=(), high=(), style="s5", points=len(x) <= POINTS)
+    series = [replace(first, name="training"), second]
+    if step is not None and step in x:
+        series.append(
+            Series(f"the model: step {step:,}", [step], [y[list(x).index(step)]], style="s3", line="none", points=True)
+        )
+    spoken = f"{chart.spoken}; {metric.title.lower()} from {format_number(y[0])} to {format_number(y[-1])}"
+    log = chart.log and min(y) > 0
+    return replace(chart, series=series, spoken=spoken, log=log)
 
 
 def describe_metric(key: str, known: Sequence[Metric]) -> Metric:

@@ -24,6 +24,7 @@ class StageLog:
         method: Content of method.json: name, title and metrics of the method. Empty in runs from before that file.
         metrics: One record a step, ascending; the last record if a step was run twice.
         timings: The same of what differs from run to run.
+        chosen: Content of best_step.json: the step whose weights the model has. Empty if none was chosen, or not yet.
     """
 
     name: str
@@ -31,6 +32,7 @@ class StageLog:
     method: JsonDict
     metrics: list[JsonDict]
     timings: list[JsonDict]
+    chosen: JsonDict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -228,9 +230,10 @@ def _stage(folder: Path, notes: list[str]) -> StageLog:
         by_step = {r["step"]: r for r in _lines(folder / name, notes) if isinstance(r.get("step"), int)}
         return [by_step[s] for s in sorted(by_step)]
 
-    method = read_json(folder / "method.json", notes)
+    method, chosen = (read_json(folder / name, notes) for name in ("method.json", "best_step.json"))
+    method, chosen = (value if isinstance(value, dict) else {} for value in (method, chosen))
     metrics, timings = steps("metrics.jsonl"), steps("timings.jsonl")
-    return StageLog(folder.name.split("-", 1)[1], folder, method if isinstance(method, dict) else {}, metrics, timings)
+    return StageLog(folder.name.split("-", 1)[1], folder, method, metrics, timings, chosen)
 
 
 def _evaluations(folder: Path, notes: list[str]) -> dict[str, Evaluation]:

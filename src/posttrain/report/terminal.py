@@ -10,9 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.core.visible_text import visible
-from posttrain.report.evaluations import strategy
+from posttrain.report.evaluations import samples, strategy
 from posttrain.report.formatting import format_p, format_score
 from posttrain.report.load import read
+
+SHOWN_ANSWERS = 5
+"""Rows of a table of answers."""
+ANSWER_CHARACTERS = 240
+"""Longest text in such a table."""
 
 
 def summary_table(run_folder: Path) -> Table:
@@ -48,6 +53,34 @@ def summary_table(run_folder: Path) -> Table:
             p,
         )
     return table
+
+
+def answer_tables(run_folder: Path) -> list[Table]:
+    """Return a table for each task of a loss whose model also answered some prompts: answers before and after.
+
+    Long texts are cut; the report shows them whole.
+
+    Raises:
+        CheckpointError: There is no such folder.
+    """
+    run, tables = read(Path(run_folder)), []
+    for row in run.rows():
+        found = samples(row, run) if row.kind == "perplexity" else None
+        if found is None or not found.greedy:
+            continue
+        table = Table(title=f"{row.task}: greedy answers to the same prompts", show_lines=True)
+        for name in ("prompt", "expected", "before", "after"):
+            table.add_column(name, overflow="fold", ratio=1)
+        for card in found.greedy[:SHOWN_ANSWERS]:
+            table.add_row(*(Text(_cut(text)) for text in (card.prompt, card.expected, card.before, card.after)))
+        tables.append(table)
+    return tables
+
+
+def _cut(text: str) -> str:
+    """Return the text in one paragraph without control characters, and at most ANSWER_CHARACTERS of it."""
+    flat = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return flat if len(flat) <= ANSWER_CHARACTERS else f"{flat[: ANSWER_CHARACTERS - 1].rstrip()}…"
 
 
 def sampling_tables(folder: Path) -> list[Table]:

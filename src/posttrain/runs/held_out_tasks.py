@@ -1,4 +1,4 @@
-"""Held-out answers of RL stages as evaluations: the first and the last, compared like those of any other task."""
+"""What stages measured on held-out rows as evaluations: before and after, compared like those of any other task."""
 
 from __future__ import annotations
 
@@ -7,42 +7,74 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config import Recipe, RolloutConfig
-from posttrain.core.files import write_json, write_text
+from posttrain.core.files import write_json, write_lines
 from posttrain.core.statistics import summarize
+from posttrain.methods.sft_measurement import FOLDER, measurements
 from posttrain.sampling.rollout_store import read_rollouts, rollout_steps, rollouts_path
+from posttrain.trainer.best_step import CHOSEN_STEP
 
 
-def write_held_out_tasks(recipe: Recipe, path: Path) -> list[str]:
-    """Write the held-out answers before and after each RL stage as items of an evaluation, and return their names.
+def write_held_out_tasks(recipe: Recipe, path: Path) -> list[tuple[str, str]]:
+    """Write what each stage measured before its first step and at the step of its model as items of an evaluation.
+
+    Returns:
+        (name of the task, kind) of each.
+    """
+    tasks: list[tuple[str, str]] = []
+    for folder_name, stage in recipe.in_order():
+        folder, name = path / "stages" / folder_name / FOLDER, folder_name.split("-", 1)[1]
+        if isinstance(stage, RolloutConfig):
+            tasks += _rollout_task(stage, folder, name, path)
+        else:
+            tasks += _loss_task(folder, f"{name}-held_out", path)
+    return tasks
+
+
+def _loss_task(folder: Path, task: str, path: Path) -> list[tuple[str, str]]:
+    """Write the loss of every held-out row of a stage of supervised fine-tuning, and the answers to a few of them."""
+    found, chosen = measurements(folder), folder.parent / CHOSEN_STEP
+    if not found or not chosen.is_file():
+        return []
+    step_of_model = json.loads(chosen.read_text(encoding="utf-8"))["model_step"]
+    if not {0, step_of_model} <= found.keys():
+        return []
+    for moment, step in (("before", 0), ("after", step_of_model)):
+        measured = json.loads(found[step].read_text(encoding="utf-8"))
+        target = path / "evaluations" / moment
+        target.mkdir(parents=True, exist_ok=True)
+        items = [{name: row[name] for name in ("id", "source", "nll", "tokens")} for row in measured["rows"]]
+        write_lines(target / f"{task}.jsonl", items)
+        write_json(target / f"{task}.samples.json", measured["answers"])
+        summary = {"task": task, "kind": "perplexity", **summarize(items, "perplexity"), "seconds": 0, "step": step}
+        write_json(target / f"{task}.json", summary)
+    return [(task, "perplexity")]
+
+
+def _rollout_task(stage: RolloutConfig, folder: Path, name: str, path: Path) -> list[tuple[str, str]]:
+    """Write the first and the last answers to the held-out problems of a stage of RL.
 
     An answer is correct if the first reward that says right or wrong is 1. Such a reward is 0, 1 or its partial credit
     for every answer. A stage without one has only its curve of rewards.
     """
-    names = []
-    for folder_name, stage in recipe.in_order():
-        folder = path / "stages" / folder_name / "held_out"
-        steps = rollout_steps(folder)
-        if not isinstance(stage, RolloutConfig) or len(steps) < 2:
-            continue
-        sides = [
-            [r for r in read_rollouts(rollouts_path(folder, s)) if not r["failures"]] for s in (steps[0], steps[-1])
-        ]
-        both = {r["problem"] for r in sides[0]} & {r["problem"] for r in sides[1]}
-        for config in stage.rewards.terms if both else []:
-            part, credit = config.title, getattr(config, "partial", 0.0)
-            if config.is_correctness and {r["parts"].get(part) for side in sides for r in side} <= {0.0, credit, 1.0}:
-                name = f"{folder_name.split('-', 1)[1]}-{part}"
-                names.append(name)
-                for moment, side in zip(("before", "after"), sides, strict=True):
-                    _write_items(path / "evaluations" / moment, name, part, [r for r in side if r["problem"] in both])
-                break
-    return names
+    steps = rollout_steps(folder)
+    if len(steps) < 2:
+        return []
+    sides = [[r for r in read_rollouts(rollouts_path(folder, s)) if not r["failures"]] for s in (steps[0], steps[-1])]
+    both = {r["problem"] for r in sides[0]} & {r["problem"] for r in sides[1]}
+    for config in stage.rewards.terms if both else []:
+        part, credit = config.title, getattr(config, "partial", 0.0)
+        if config.is_correctness and {r["parts"].get(part) for side in sides for r in side} <= {0.0, credit, 1.0}:
+            task = f"{name}-{part}"
+            for moment, side in zip(("before", "after"), sides, strict=True):
+                _write_items(path / "evaluations" / moment, task, part, [r for r in side if r["problem"] in both])
+            return [(task, "generate")]
+    return []
 
 
 def _write_items(folder: Path, name: str, part: str, rows: list[dict[str, Any]]) -> None:
     columns = {"id": "problem", "prompt": "prompt", "expected": "answer", "output": "completion"}
     items = [{**{ours: r[key] for ours, key in columns.items()}, "correct": r["parts"][part] == 1.0} for r in rows]
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{name}.jsonl", "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items))
+    write_lines(folder / f"{name}.jsonl", items)
     summary = {"task": name, "kind": "generate", **summarize(items, "generate"), "seconds": 0}
     write_json(folder / f"{name}.json", summary)

@@ -32,7 +32,8 @@ from posttrain.eval.tasks import evaluate_model, task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device, resolve
 from posttrain.recipe.parsing import load_recipe
 from posttrain.report import build_report, judge_figures
-from posttrain.report.terminal import sampling_tables, summary_table
+from posttrain.report.measured_stages import held_out_lines
+from posttrain.report.terminal import answer_tables, sampling_tables, summary_table
 from posttrain.runs import registry
 from posttrain.runs.held_out_tasks import write_held_out_tasks
 from posttrain.runs.machine import machine, program_name
@@ -282,7 +283,7 @@ class _Run:
                 config = recipe.model.model_copy(update={"source": str(final)})
                 evaluate_model(config, tasks, evaluations / "after", recipe.seed, self.functions)
         compared = [(task.name, str(task.measures)) for task in tasks if (evaluations / "after").is_dir()]
-        compared += [(name, "generate") for name in write_held_out_tasks(recipe, path)]
+        compared += write_held_out_tasks(recipe, path)
         if compared:
             comparison = []
             for name, kind in compared:
@@ -304,9 +305,14 @@ class _Run:
         comparison = json.loads(file.read_text()) if file.exists() else []
         if evaluations.is_dir():
             newest = evaluations / ("after" if (evaluations / "after").is_dir() else "before")
-            for table in (summary_table(path), *sampling_tables(newest)):
+            for table in (summary_table(path), *answer_tables(path), *sampling_tables(newest)):
                 self.console.print(table)
-        for line in [*judge_figures.feedback_lines(path), f"run     {path}", f"report  {report}"]:
+        for line in [
+            *held_out_lines(path),
+            *judge_figures.feedback_lines(path),
+            f"run     {path}",
+            f"report  {report}",
+        ]:
             self.print(line)
         if (path / "model").is_dir():
             self.print(f"chat    {program_name()} chat {path}")

@@ -13,6 +13,8 @@ from torch import nn
 from posttrain.config.settings import EarlyStoppingConfig, MeasuredConfig
 from posttrain.trainer import checkpoint
 
+CHOSEN_STEP = "best_step.json"
+"""File in a stage's folder with the summary of its best step."""
 log = logging.getLogger("posttrain")
 
 

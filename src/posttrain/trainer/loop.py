@@ -283,6 +283,7 @@ def train(
                 files[1].add(timing)
                 if on_step is not None:
                     on_step(done, record, timing)
+            track.total = done if trainer.stopped else total
             values = {name.replace("/", " "): record[name] for name in shown if name in record}
             track.update(done, **values, tokens_per_s=float(timing["tokens_per_second"]), lr=record["lr"])
             stopping = bool(distributed.from_main(bool(asked)))

@@ -148,6 +148,9 @@ class Stage:
         Returns:
             The stage's entry in the manifest.
         """
+        from posttrain.core import distributed
+        from posttrain.core.files import write_json
+        from posttrain.trainer.best_step import CHOSEN_STEP
         from posttrain.trainer.loop import train
         from posttrain.trainer.policy import summary
 
@@ -167,6 +170,9 @@ class Stage:
                 shown=self.progress,
                 plan=self.plan(trainer.steps),
             )
+        if "model_step" in result.more and distributed.is_main():
+            timeless = {name: value for name, value in result.more.items() if name != "held_out_seconds"}
+            write_json(folder / CHOSEN_STEP, timeless)
         self.save(policy, run)
         epochs = self.epoch_after(result.steps)
         return summary(result, policy) | ({"epochs": round(epochs, 4)} if epochs is not None else {})
