@@ -89,3 +89,14 @@ def test_nothing_is_shown_where_nothing_is_to_be(monkeypatch: pytest.MonkeyPatch
     track.phase("learn")
     track.update(2)
     assert out.getvalue() == ""
+
+
+def test_time_set_aside_is_no_part_of_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of ten units in 30 s, of which 20 s were for other work: 5 s each, 40 s left, and 7 s of other work."""
+    time, out = Clock(monkeypatch), io.StringIO()
+    track = Track("job", 10, console=Console(file=out, width=200))
+    time.now = 30.0
+    track.set_aside(20.0, 7.0)
+    track.update(2)
+    track.say("10 units of work")
+    assert records(out) == ["job 2/10  left 0:47", "job 2/10  10 units of work"]

@@ -70,6 +70,34 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
         checkpoint.load_newest(tmp_path, {"weight.a": torch.zeros(5, 3), "step.a": torch.tensor(0.0)})
 
 
+def weights(value: float) -> dict[str, torch.Tensor]:
+    return {"a": torch.full((4, 3), value)}
+
+
+def test_the_weights_of_the_best_step_stay_as_long_as_a_checkpoint_names_them(tmp_path: Path) -> None:
+    """Whatever the checkpoint that a run is resumed from: the weights that it names are there."""
+
+    def best() -> list[str]:
+        return sorted(p.name for p in tmp_path.glob("best-*"))
+
+    checkpoint.save_best(tmp_path, 2, weights(2.0))
+    for step in (3, 4, 5):
+        checkpoint.save(tmp_path, step, tensors(0.0), {"best_step": 2}, keep=2)
+    assert best() == ["best-000002"] and checkpoint.found(tmp_path) == [4, 5]  # not counted by `keep`
+    checkpoint.save_best(tmp_path, 6, weights(6.0))
+    assert best() == ["best-000002", "best-000006"]  # killed here, step 5 is resumed, which names step 2
+    checkpoint.save(tmp_path, 6, tensors(0.0), {"best_step": 6}, keep=2)
+    assert best() == ["best-000002", "best-000006"]  # should step 6 be damaged, step 5 is resumed
+    checkpoint.save(tmp_path, 7, tensors(0.0), {"best_step": 6}, keep=2)
+    assert best() == ["best-000006"]
+    into = weights(0.0)
+    assert checkpoint.load_best(tmp_path, 6, into) is None and bool((into["a"] == 6).all())
+    data = next((tmp_path / "best-000006").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    assert "checksum differs" in str(checkpoint.load_best(tmp_path, 6, into))
+    assert "No such file" in str(checkpoint.load_best(tmp_path, 8, into)) and bool((into["a"] == 6).all())
+
+
 FULL = """
 import sys, torch
 from pathlib import Path

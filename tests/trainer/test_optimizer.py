@@ -24,6 +24,17 @@ def test_schedules_by_hand() -> None:
     assert lr_at(0, 1, OptimizerConfig(lr=1.0, warmup=5)) == pytest.approx(1 / 6)  # all warm-up: no division by zero
 
 
+def test_a_fraction_of_warm_up_is_at_least_one_step() -> None:
+    """5% of 10 steps is half a step, which would round to none; 0 is none, and a number of steps stays as it is."""
+
+    def warm(warmup: float, total: int) -> list[float]:
+        config = OptimizerConfig(lr=1.0, schedule="constant", warmup=warmup)
+        return [r for s in range(total) if (r := lr_at(s, total, config)) < 1]
+
+    assert warm(0.05, 10) == warm(0.01, 3) == warm(0.05, 1) == [0.5]
+    assert warm(0.0, 10) == [] and warm(0.05, 50) == [1 / 3, 2 / 3] and warm(2, 10) == [1 / 3, 2 / 3]
+
+
 def matrices(dtype: torch.dtype) -> list[tuple[str, torch.nn.Parameter]]:
     g = torch.Generator().manual_seed(0)
     return [
