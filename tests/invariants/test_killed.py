@@ -28,6 +28,10 @@ stages:
       completion: "{mean_rating}"
       rows: [0, 400]
       shuffle_seed: 1
+    held_out: {<<: *rated, rows: [1200, 1230]}
+    evaluate_every: 20
+    held_out_answers: 2
+    answer_tokens: 4
     adapter: {r: 4}
     batch_size: 4
     epochs: 1.5
@@ -157,7 +161,7 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], str, dict[str, str]]
     files = [p for m in made if m.is_dir() for p in sorted(m.rglob("model.safetensors"))]
     weights = {f"{p.relative_to(folder)} {n}": w for p in files for n, w in load_file(p).items()}
     items = {str(p.relative_to(folder)): p.read_text() for p in sorted((folder / "evaluations").rglob("*.jsonl"))}
-    for pattern in ("*/held_out/*.jsonl", "*/member-*/metrics.jsonl", "*/reward_model/reward.json"):
+    for pattern in ("*/held_out/*.json*", "*/best_step.json", "*/member-*/metrics.jsonl", "*/reward_model/reward.json"):
         items |= {str(p.relative_to(folder)): p.read_text() for p in sorted((folder / "stages").glob(pattern))}
     for p in sorted((folder / "stages").rglob("*.parquet")):
         items[str(p.relative_to(folder))] = repr(read_rollouts(p))
@@ -176,9 +180,12 @@ def records(folder: Path) -> int:
 
 @pytest.mark.slow
 def test_killed_five_times_ends_bit_identical(tmp_path: Path) -> None:
-    """SIGKILL five times in one run: once before or while it evaluates, then at four random steps."""
+    """SIGKILL five times in one run: once before or while it evaluates, then at four random steps.
+
+    150 steps and the record before the first. Items: three tasks before and after; held-out rows before, after 20, 40,
+    ..., 140 and 150 steps; the step that was chosen."""
     rng = random.Random(time.time_ns())  # other moments every time: the outcome may not depend on them
-    check_killed(tmp_path, RECIPE, [0, *sorted(rng.sample(range(3, 145), 4))], rng, (150, 4))
+    check_killed(tmp_path, RECIPE, [0, *sorted(rng.sample(range(3, 145), 4))], rng, (151, 6 + 9 + 1))
 
 
 @pytest.mark.slow
@@ -208,7 +215,7 @@ def test_preference_killed_three_times_ends_bit_identical(tmp_path: Path) -> Non
     ]
     (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     rng = random.Random(time.time_ns())
-    check_killed(tmp_path, PREFERENCE, [0, *sorted(rng.sample(range(2, 27), 2))], rng, (31, 0))
+    check_killed(tmp_path, PREFERENCE, [0, *sorted(rng.sample(range(2, 27), 2))], rng, (31, 1))
 
 
 @pytest.mark.slow
@@ -218,7 +225,7 @@ def test_an_ensemble_of_reward_models_killed_three_times_ends_bit_identical(tmp_
     letters = ["".join(rng.choice("abcdefgh ") for _ in range(12)) for _ in range(120)]
     rows = [{"prompt": f"about {i}", "chosen": f"{x} q{i}", "rejected": f"{x} j{i}"} for i, x in enumerate(letters)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    check_killed(tmp_path, REWARD_MODEL, [0, rng.randrange(3, 28), rng.randrange(36, 60)], rng, (33, 4))
+    check_killed(tmp_path, REWARD_MODEL, [0, rng.randrange(3, 28), rng.randrange(36, 60)], rng, (33, 5))
 
 
 def check_killed(tmp_path: Path, text: str, targets: list[int], rng: random.Random, counts: tuple[int, int]) -> None:

@@ -110,3 +110,27 @@ def test_noise_is_smoothed_and_schedules_are_not():
     assert smoothable([v + rng.gauss(0, 0.1) for v in falling]) and not smoothable(falling)
     warm = [min(i / 6, 0.5 * (1 + math.cos(math.pi * i / 60))) for i in range(60)]
     assert not smoothable(warm) and not smoothable([1.0] * 60) and not smoothable([0.0, 1.0] * 3)
+
+
+def test_a_held_out_curve_is_drawn_over_the_training_curve_with_the_step_of_the_model():
+    """At its own steps; with a logarithmic axis only if both are positive; alone if there is no training curve."""
+    described = [
+        {"name": "loss", "title": "Loss", "group": "Training"},
+        {"name": "held_out/loss", "title": "Held out", "group": "Training", "over": "loss"},
+    ]
+    rows = [{"step": 0, "held_out/loss": 6.0}, *records(loss=[5.0, 4.0, 3.5, 3.0])]
+    rows[2]["held_out/loss"], rows[4]["held_out/loss"] = 4.5, 4.75
+    log = StageLog("s", Path("0-s"), {"metrics": described}, rows, [], {"model_step": 2})
+    found = charts_of(stage_charts(log))
+    assert list(found) == ["loss"]
+    training, held_out, model = json.loads(found["loss"].data)["series"]
+    assert (training["name"], training["x"], training["y"]) == ("training", [1, 2, 3, 4], [5, 4, 3.5, 3])
+    assert (held_out["name"], held_out["x"], held_out["y"]) == ("held out", [0, 2, 4], [6, 4.5, 4.75])
+    assert held_out["points"] and model == {
+        "name": "the model: step 2", "x": [2], "y": [4.5], "style": "s3", "line": "none", "points": True
+    }  # fmt: skip
+    assert "held out from 6 to 4.75" in found["loss"].spoken and found["loss"].log and found["loss"].last == 3.0
+    alone = stage_charts(
+        stage([{"step": 0, "held_out/loss": 6.0}, {"step": 1, "held_out/loss": 5.0}], {"metrics": described})
+    )
+    assert list(charts_of(alone)) == ["held_out/loss"]

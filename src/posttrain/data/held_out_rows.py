@@ -126,9 +126,10 @@ def _describe(data: Any, trained: Any, held_out: Any, tokenizer: Any) -> None:
         loss_tokens=stats["loss_tokens"] - loss_tokens,
         examples=examples(trained, tokenizer),
     )
-    for name in ("swapped", "contradictory", "contradictions", "bad_rows_file"):
-        held_out.stats.pop(name, None)
-    held_out.stats.update(_lengths(samples))
+    # The rest is about all rows, and stands in the entry of those that are trained on.
+    about = {name: stats[name] for name in ("source", "sha256", "layout") if name in stats}
+    held_out.stats.clear()
+    held_out.stats.update(about, **_lengths(samples))
     held_out.stats.update(
         rows=len(held_out),
         used=len(held_out),

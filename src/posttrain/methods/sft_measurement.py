@@ -95,7 +95,7 @@ class HeldOutMeasurement:
             if not row["messages"]:
                 continue
             try:
-                tokens = prompt_tokens(row, self.tokenizer, of)
+                tokens = before_answer(self.samples[i]) or prompt_tokens(row, self.tokenizer, of)
             except DataError as error:
                 reason = str(error)
                 continue
@@ -156,6 +156,17 @@ class HeldOutMeasurement:
         ]
         value = {"step": step, "loss": loss, "accuracy": accuracy, "answers": answers, "no_answers": self.no_answers}
         write_json(self.folder / f"step-{step:06d}.json", {**value, "rows": rows})
+
+
+def before_answer(sample: Sample) -> list[int]:
+    """Return the tokens before the last answer: what the model reads when it answers, as the row was encoded.
+
+    Empty if the sample has no loss, or if the loss begins with the first token that can have one: then the weights tell
+    nothing about where the answer begins.
+    """
+    end = max((i for i, weight in enumerate(sample.weights) if weight), default=0)
+    start = next((i for i in range(end, -1, -1) if not sample.weights[i]), -1) + 1
+    return list(sample.tokens[:start]) if start > 1 else []
 
 
 def measurements(folder: Path) -> dict[int, Path]:

@@ -20,7 +20,7 @@ from posttrain.core.files import read_lines
 from posttrain.core.types import Sample
 from posttrain.methods import sft_measurement
 from posttrain.methods.sft import SFT, SFTConfig
-from posttrain.methods.sft_measurement import measurements, score_rows
+from posttrain.methods.sft_measurement import before_answer, measurements, score_rows
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_tokenizer
 from posttrain.models.tiny_model import tiny_model
@@ -273,3 +273,12 @@ def test_a_number_of_its_own_for_the_old_form_and_what_does_not_go_together() ->
     ):
         with pytest.raises(ValueError, match=message):
             SFTConfig.model_validate({**old, "held_out": None, **changes})
+
+
+def test_the_prompt_is_what_stands_before_the_last_answer() -> None:
+    def before(*weights: float) -> list[int]:
+        return before_answer(Sample(list(range(len(weights))), weights))
+
+    assert before(0, 0, 1, 1, 0) == [0, 1] and before(0, 0, 1, 0, 0, 0.5) == [0, 1, 2, 3, 4]
+    assert before(0, 1, 1) == [] == before(0, 0) == before(0, 1)
+    assert before(0, 1, 0, 1) == [0, 1, 2]
