@@ -147,8 +147,9 @@ def _describe(data: Any, trained: Any, held_out: Any, tokenizer: Any) -> None:
 
 
 def _lengths(samples: Sequence[Sample]) -> dict[str, int]:
-    lengths = [len(s) for s in samples]
-    return {"longest": max(lengths), "median": int(np.median(lengths))}
+    known = getattr(samples, "lengths", None)  # of samples that lie on a disk
+    lengths = np.array([len(s) for s in samples]) if known is None else known
+    return {"longest": int(lengths.max()), "median": int(np.median(lengths))}
 
 
 def examples(data: Any, tokenizer: Any) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, overload
 
 import numpy as np
 
-
 from posttrain.config import DataConfig
 from posttrain.core.types import Sample
 from posttrain.data.encoding import Encoded, encode_stream

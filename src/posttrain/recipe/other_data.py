@@ -21,7 +21,7 @@ OF_THE_TABLE = ("layout", "columns", "ignore", "classes", "prompt", "completion"
 
 def data_sources(value: Any, key: Key = ()) -> dict[Key, Any]:
     """Return the source of every data block of a recipe, by the key of the block."""
-    if isinstance(value, dict) and key[-1:] == ("data",) and "source" in value:
+    if isinstance(value, dict) and key[-1:] in (("data",), ("held_out",)) and "source" in value:
         return {key: value["source"]}
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return {k: source for name, item in inner for k, source in data_sources(item, (*key, name)).items()}

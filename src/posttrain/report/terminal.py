@@ -68,7 +68,7 @@ def answer_tables(run_folder: Path) -> list[Table]:
         found = samples(row, run) if row.kind == "perplexity" else None
         if found is None or not found.greedy:
             continue
-        table = Table(title=f"{row.task}: greedy answers to the same prompts", show_lines=True)
+        table = Table(title=f"{visible(row.task)}: greedy answers to the same prompts", show_lines=True)
         for name in ("prompt", "expected", "before", "after"):
             table.add_column(name, overflow="fold", ratio=1)
         for card in found.greedy[:SHOWN_ANSWERS]:
@@ -78,8 +78,8 @@ def answer_tables(run_folder: Path) -> list[Table]:
 
 
 def _cut(text: str) -> str:
-    """Return the text in one paragraph without control characters, and at most ANSWER_CHARACTERS of it."""
-    flat = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    """Return the text in one paragraph as a terminal may show it, and at most ANSWER_CHARACTERS of it."""
+    flat = visible(" ".join(text.split()))
     return flat if len(flat) <= ANSWER_CHARACTERS else f"{flat[: ANSWER_CHARACTERS - 1].rstrip()}…"
 
 
