@@ -10,6 +10,7 @@ import pytest
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.row_fields import FieldNotes
 from posttrain.data.turns import answer_text, make_message, read_turn, read_turns
+from posttrain.judge.judge_prompts import as_text
 
 OSLO = {"name": "weather", "arguments": {"city": "Oslo"}}
 AS_JSON = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
@@ -207,3 +208,10 @@ def test_lists_by_field_are_a_conversation() -> None:
     assert read_turns({"from": ["human", "gpt"], "value": ["a", "4"]}) == [{"role": "user", "content": "a"}, FINE]
     with pytest.raises(BadRow, match="expected a list of turns"):
         read_turns({"from": ["human", "gpt"], "value": ["a"]})
+
+
+def test_a_judge_reads_calls_as_json() -> None:
+    turns = read_turns([ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}, RESULT])
+    assert as_text([dict(turn) for turn in turns]) == (
+        'User: a\n\nAssistant: {"name": "weather", "arguments": {"city": "Oslo"}}\n\nTool: 4 degrees'
+    )

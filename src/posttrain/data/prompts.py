@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config import DataConfig
 from posttrain.config.problems import PROMPTS
+from posttrain.core.errors import DataError
 from posttrain.data import chat_template as chat
 from posttrain.data.bad_rows import BadRow, BadRows, Row, check_surrogates
 from posttrain.data.cells import is_missing, read_text, required_field
@@ -192,6 +193,20 @@ def _prompt_alone(row: SourceRow, data: DataConfig) -> Record:
         required_field(row, "prompt")
         row = row.replaced(completion=NO_ANSWER)
     return replace(to_record(row, "prompt_completion", data), extra={"answer": NO_ANSWER})
+
+
+def template_columns(problem: PromptRow) -> dict[str, Any]:
+    """Return the columns by which rows made of a problem have its tools and template arguments."""
+    columns = {"tools": problem.get("tools"), "chat_template_kwargs": problem.get("template_args")}
+    return {name: value for name, value in columns.items() if value}
+
+
+def require_plain_context(prompts: Sequence[RenderedPrompt], where: str) -> None:
+    """Check that no prompt has tools or template arguments. Raises DataError; `where` tells what can't show them."""
+    for prompt in prompts:
+        if columns := template_columns(prompt.problem):
+            names = " and ".join(columns)
+            raise DataError(f"{where} can't show {names}, which {prompt.source} has. Leave such rows out")
 
 
 def _move_first_words(record: Record, words: int) -> Record:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.core.types import Message
@@ -102,7 +102,7 @@ def read_turn(turn: dict[str, Any], place: str = "", number: int = 0, notes: Fie
     return messages
 
 
-def answer_text(message: Message) -> str:
+def answer_text(message: Message | Mapping[str, Any]) -> str:
     """Return what a turn says as text for reports and judges: its content, then its calls as JSON, one a line."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls") or ()]
     return "\n".join([*([message["content"]] if message["content"] else []), *calls])

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from posttrain.config.judge import JudgeConfig
 from posttrain.core.types import Message
 from posttrain.data.comparisons import Prompt
+from posttrain.data.turns import answer_text
 
 PAIRWISE = """{principles}Here are two answers to the same prompt.
 
@@ -45,7 +46,7 @@ def as_text(prompt: Prompt) -> str:
         return prompt
     if len(prompt) == 1:
         return str(prompt[0]["content"])
-    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in prompt)
+    return "\n\n".join(f"{m['role'].capitalize()}: {answer_text(m)}" for m in prompt)
 
 
 def question(config: JudgeConfig, prompt: Prompt, answers: Sequence[str], principles: Sequence[str]) -> str:

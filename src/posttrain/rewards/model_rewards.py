@@ -43,6 +43,8 @@ class ModelRewardConfig(RewardTermConfig):
 
     form: ClassVar[Form] = "batch"
     is_correctness: ClassVar[bool] = False  # such a number is neither right nor wrong
+    reads_context: ClassVar[bool] = True
+    """The prompt of a row with tools or template arguments is an object with `messages`, `tools`, `template_args`."""
 
     prompt: str = Field("messages", description="Column with the prompt: a list of turns, or the text of a user.")
     batch_size: int = Field(64, ge=1, description="Completions in a call.")

@@ -8,7 +8,7 @@ other people's making has none, and is rendered by its tokenizer's chat template
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,26 +51,31 @@ class Member:
         """Return the settings by which rows are rendered."""
         return DataConfig(source="-", chat=self.chat)
 
-    def messages(self, prompt: Any) -> list[dict[str, str]]:
-        """Return a prompt as turns, under the system message that the model was trained with."""
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        if self.system is None:
-            return turns
-        return [{"role": "system", "content": self.system}, *(m for m in turns if m["role"] != "system")]
+    def row(self, prompt: Any) -> dict[str, Any]:
+        """Return a prompt (text, turns, or an object with turns as `messages`) as a row.
+
+        The system message is the one that the model was trained with.
+        """
+        row = dict(prompt) if isinstance(prompt, Mapping) else {"messages": prompt}
+        turns = row["messages"]
+        turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else [dict(m) for m in turns]
+        if self.system is not None:
+            turns = [{"role": "system", "content": self.system}, *(m for m in turns if m["role"] != "system")]
+        return {**row, "messages": turns}
 
     def prompt(self, prompt: Any) -> list[int]:
         """Return the tokens of a prompt as the model saw it in training."""
-        turns = self.messages(prompt)
+        row = self.row(prompt)
         if self.template is not None:
-            text = self.template.replace("{question}", "".join(m["content"] for m in turns))
-            turns = [{"role": "user", "content": text}]
-        return prompt_tokens({"messages": turns}, self.tokenizer, self.data)
+            text = self.template.replace("{question}", "".join(m["content"] for m in row["messages"]))
+            row["messages"] = [{"role": "user", "content": text}]
+        return prompt_tokens(row, self.tokenizer, self.data)
 
     def answer(self, prompt: Any, completion: str) -> list[int]:
         """Prompt and completion as in training, the end of the turn included; an empty completion is the end alone."""
         if completion.strip():
-            row = {"messages": self.messages(prompt)}
-            return list(prompt_with_completion(row, completion, self.tokenizer, self.data, end=True).tokens)
+            sample = prompt_with_completion(self.row(prompt), completion, self.tokenizer, self.data, end=True)
+            return list(sample.tokens)
         end = chat.end_of_turn_token(self.tokenizer) if self.chat else None
         end = self.tokenizer.eos_token_id if end is None else end
         return [*self.prompt(prompt), *([] if end is None else [end])]

@@ -220,7 +220,11 @@ class RewardStack:
                 )
                 into[g].update({i: RewardOutcome(failure="error", message=f"LabelError: {error}") for i in sampled[g]})
             else:
-                pairs.extend((g, i, group.example[column], group.rollouts[i].text) for i in sampled[g])
+                prompt = group.example[column]
+                context = {k: group.example[k] for k in ("tools", "template_args") if group.example.get(k)}
+                if context and column == "messages" and getattr(term.config, "reads_context", False):
+                    prompt = {"messages": prompt, **context}
+                pairs.extend((g, i, prompt, group.rollouts[i].text) for i in sampled[g])
         assert term.function is not None
         steps = term.config.scores_steps
         for start in range(0, len(pairs), size):

@@ -81,6 +81,8 @@ class OpenAISampler:
 
 
 def _messages(i: int, example: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if example.get("tools") or example.get("template_args"):
+        raise DataError(f"prompt {i} has tools or template arguments, which a server is not given. Sample it locally")
     if example.get("messages"):
         return [dict(m) for m in example["messages"]]
     if isinstance(example.get("prompt"), str):

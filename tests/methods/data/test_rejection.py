@@ -168,3 +168,23 @@ def test_settings_that_contradict_each_other() -> None:
         settings(sampler={"temperature": 0})
     with pytest.raises(ValidationError, match="keep is none"):
         settings(keep=None, rank_by={"kind": "length", "max": 9})
+
+
+def test_rows_keep_the_tools_and_turns_of_their_problem(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "weather"}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    turns = [
+        {"role": "user", "content": "Weather in Oslo?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "4 degrees", "name": "weather"},
+    ]
+    given = {"prompt": turns, "answer": "4", "tools": json.dumps([tool]), "chat_template_kwargs": {"kind": "b"}}
+    (tmp_path / "p.jsonl").write_text(json.dumps(given) + "\n")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template + "{% if tools %}{{ kind }}{% endif %}"
+    config = RowPrompts.Config(data=DataConfig(source=str(tmp_path / "p.jsonl")))
+    (problem,) = load_prompts(config, tokenizer, context=None).items
+    assert problem.text.endswith("b") and problem.problem["prompt"] == "Weather in Oslo?"
+    row = sft_row(problem, {**sampled("It is 4.")[0], "answer": "4", "problem": 0, "source": "p:1"})
+    assert row["messages"] == [*turns, {"role": "assistant", "content": "It is 4."}]
+    assert row["tools"] == [tool] and row["chat_template_kwargs"] == {"kind": "b"}

@@ -66,13 +66,16 @@ class Feedback(DataStage):
         """Read the rows, or render the prompts; check the judge's principles, key and store."""
         from posttrain.data.chat_template import tokenize
         from posttrain.data.human_feedback import read_answers
+        from posttrain.data.prompts import require_plain_context
         from posttrain.judge.labels import Judge
 
         config, tokenizer = self.config, self.context.tokenizer
         if config.judge is not None:
             Judge.open(config.judge).close()
         if isinstance(config.answers, SamplesConfig):
-            return self.load_prompts(config.answers.problems)
+            data = self.load_prompts(config.answers.problems)
+            require_plain_context(self.prompts, f"stage {config.name}: pairs of answers")
+            return data
         self.answers = read_answers(config.answers, lambda text: len(tokenize(tokenizer, [text])[0]))
         if config.labels == "human" and not self.answers.thumbs and all(p.human is None for p in self.answers.pairs):
             raise DataError(

@@ -140,7 +140,7 @@ class CritiqueRevision(DataStage):
 
     def prepare(self) -> list[tuple[str, Any]]:
         """Render the prompts; read principles and examples."""
-        from posttrain.data.prompts import uses_chat_template
+        from posttrain.data.prompts import require_plain_context, uses_chat_template
         from posttrain.judge.principles import read_principles
         from posttrain.sampling.openai_sampler import OpenAISampler
 
@@ -154,7 +154,9 @@ class CritiqueRevision(DataStage):
                 f"stage {config.name}: critiques are turns of a chat, and these prompts are plain text. Remove "
                 "problems.template and data.chat=false; for a model without a chat template set model.chat_template"
             )
-        return self.load_prompts(config.problems)
+        data = self.load_prompts(config.problems)
+        require_plain_context(self.prompts, f"stage {config.name}: critique and revision")
+        return data
 
     def make(self, model: ModelConfig, folder: Path, seed: int) -> dict[str, Any]:
         config = self.config
@@ -259,7 +261,7 @@ class RevisionLoop:
         firsts = self._answers("answers", conversations, list(prompts.values()))
         out = []
         for (i, p), first in zip(prompts.items(), firsts, strict=True):
-            turns: list[Message] = [{"role": m["role"], "content": m["content"]} for m in p.problem["messages"]]
+            turns: list[Message] = [dict(m) for m in p.problem["messages"]]  # type: ignore[misc]
             out.append(Chain(i, str(p.problem.get("source", "")), turns, first))
         drawn = {c.problem: draw_principles(len(self.principles), c.prompt, config.revisions, config.seed) for c in out}
         for n in range(config.revisions):

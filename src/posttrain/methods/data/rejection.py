@@ -200,10 +200,13 @@ def select(config: RejectionConfig, sampled: Sequence[dict[str, Any]]) -> tuple[
 
 def sft_row(prompt: RenderedPrompt, row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row for supervised fine-tuning: the prompt's turns, and the completion as the last."""
-    turns = [{"role": m["role"], "content": m["content"]} for m in prompt.problem["messages"]]
+    from posttrain.data.prompts import template_columns
+
+    turns = [dict(m) for m in prompt.problem["messages"]]
     answer = {"role": "assistant", "content": row["completion"]}
+    context = template_columns(prompt.problem)
     numbers = {"answer": row["answer"], "reward": row["reward"], "parts": row["parts"], "tokens": len(row["tokens"])}
-    return {"messages": [*turns, answer], **numbers, "problem": row["problem"], "source": row["source"]}
+    return {"messages": [*turns, answer], **context, **numbers, "problem": row["problem"], "source": row["source"]}
 
 
 def _count(
