@@ -19,7 +19,7 @@ from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.data.comparisons import AnswerPair
 from posttrain.judge.answer_store import Store
 from posttrain.judge.asker import Asker, JudgeAnswer, JudgeRequest, OnAnswer
-from posttrain.judge.judge_prompts import question, read_label
+from posttrain.judge.judge_prompts import mark_of, question, read_label
 from posttrain.judge.judge_summary import summarize_judge
 from posttrain.judge.labels import OPPOSED, AnswerScore, Judge, JudgedPair, Verdict, above, combined
 from posttrain.judge.local_judge import _alone
@@ -49,7 +49,9 @@ def test_labels_are_the_models_own_probabilities_in_both_orders(judge_folder: Pa
         expected = []
         for first, second, mine in ((j.pair.a, j.pair.b, "A"), (j.pair.b, j.pair.a, "B")):
             text = question(judge.config, j.pair.prompt, (first, second), ())
-            assert f"Answer A: {first}\n\nAnswer B: {second}\n\nWhich answer is better? Reply with A or B only." in text
+            mark = mark_of(str(j.pair.prompt), *sorted((first, second)))
+            told = text.replace(f"<{mark}>", "<").replace(f"</{mark}>", ">")
+            assert f"Answer A: <{first}>\n\nAnswer B: <{second}>\n\nWhich answer is better? Reply with A or B" in told
             ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
             ids = list(ids if isinstance(ids, list) else ids["input_ids"])
             mass = {}

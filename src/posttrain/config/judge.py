@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import string
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from posttrain.config.settings import Config, ModelConfig
+from posttrain.core.secrets import has_credentials
+
+KEY_NAMES = re.compile(r"^(authorization|password|secret|(api|access|auth|secret)[-_]?(key|token))$", re.IGNORECASE)
+"""Names of fields that hold keys."""
 
 
 class ServerConfig(Config):
@@ -46,6 +52,30 @@ class ServerConfig(Config):
         description="Further fields of each request; null takes one away: {max_tokens: null, max_completion_tokens: 16}.",
     )
 
+    @model_validator(mode="after")
+    def _no_keys(self) -> ServerConfig:
+        # Messages must not quote the address: it may hold a password.
+        if self.base_url is not None:
+            if has_credentials(self.base_url):
+                raise ValueError(
+                    "base_url holds a user name, password or key, and a recipe is copied into the run and its report. "
+                    "Write the key into an environment variable and name it in api_key_env; an address with a password "
+                    "can stand in the variable OPENAI_BASE_URL"
+                )
+            parts = urlsplit(self.base_url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("base_url must begin with http:// or https:// and a host, and end with /v1")
+        keys = [name for name in self.options if KEY_NAMES.search(name)]
+        if keys:
+            raise ValueError(
+                f"options.{keys[0]} would be copied into the run and its report: write the key into an environment "
+                "variable and name it in api_key_env"
+            )
+        fixed = sorted({"model", "messages", "stream"} & self.options.keys())
+        if fixed:
+            raise ValueError(f"options.{fixed[0]} can't be changed: posttrain writes it")
+        return self
+
 
 class JudgeConfig(Config):
     """A judge: a model in this process, or one behind a server."""
@@ -63,7 +93,7 @@ class JudgeConfig(Config):
     )
     template: str | None = Field(
         None,
-        description="The whole question, with the fields {prompt}, {first}, {second} (pairwise) or {answer} (score), {question} and {principles}. None: the one in docs/feedback.md.",
+        description="The whole question, with the fields {prompt}, {first}, {second} (pairwise) or {answer} (score), {question}, {principles} and {mark}. <{mark}> before a text and </{mark}> after it show where it ends: no text can hold its own mark. None: the one in docs/feedback.md.",
     )
     principles: str | None = Field(
         None,
@@ -123,7 +153,7 @@ class JudgeConfig(Config):
             raise ValueError(f"scale needs at least two names with different worths, got {self.scale}")
         if self.template is not None:
             wanted = ("first", "second") if self.mode == "pairwise" else ("answer",)
-            allowed = {*wanted, "prompt", "question", "principles", "a", "b", "scale"}
+            allowed = {*wanted, "prompt", "question", "principles", "a", "b", "scale", "mark"}
             fields = {name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None}
             if not set(wanted) <= fields or not fields <= allowed:
                 raise ValueError(

@@ -70,9 +70,14 @@ def write_text(path: Path, text: str) -> None:
     os.replace(work, path)
 
 
+def as_json(value: Any) -> str:
+    """Return a value as the text of a JSON file, indented, in the order of its keys."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON with `write_text`, indented, in the order of its keys."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write a value as JSON with `write_text`."""
+    write_text(path, as_json(value))
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from html import escape
 from urllib.parse import quote
 
 HIDDEN = "***"
 SHORTEST = 8
 """Shortest value that is taken for a secret: shorter ones stand in ordinary text too."""
+LONG = 16
+"""Length from which a value stands in no text by chance."""
 _NAMES = re.compile(r"(API_?KEY|_KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 """Names of environment variables whose values are secret."""
 _IN_ADDRESS = re.compile(r"(?<=://)[^/\s@'\"]+@")
@@ -17,6 +20,10 @@ _IN_QUERY = re.compile(
     r"([?&](?:api[-_]?key|key|token|access[-_]token|secret|password|sig|signature)=)[^&\s'\"]+", re.I
 )
 _IN_HEADER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.I)
+_IN_FIELD = re.compile(
+    r"\b((?:authorization|api[-_]?key|password|secret|access[-_]token)[\"']?\s*[:=]\s*[\"']?)(?!Bearer|Basic)[^\s\"',;&})]+",
+    re.I,
+)
 _KEYS = re.compile(r"\b(sk-|hf_|gsk_|ghp_|github_pat_)(?:[A-Za-z0-9]{24,}|(?<=sk-)[A-Za-z0-9_-]{20,})")
 _known: set[str] = set()
 
@@ -30,10 +37,10 @@ def add_secret(value: str) -> None:
 def secret_values() -> list[str]:
     """Return the keys that are known, and the values of environment variables that are named like keys, longest first.
 
-    Each also as it stands in JSON and in addresses.
+    Each also as it stands in JSON, in addresses and in HTML.
     """
     values = _known | {v for name, v in os.environ.items() if _NAMES.search(name) and len(v) >= SHORTEST}
-    spellings = {s for v in values for s in (v, quote(v, safe=""), quote(v), json.dumps(v)[1:-1])}
+    spellings = {s for v in values for s in (v, quote(v, safe=""), quote(v), json.dumps(v)[1:-1], escape(v))}
     return sorted(spellings, key=len, reverse=True)
 
 
@@ -50,7 +57,13 @@ def hide_secrets(text: str) -> str:
     """
     text = _IN_ADDRESS.sub(f"{HIDDEN}@", hide_values(text))
     text = _IN_HEADER.sub(rf"\1 {HIDDEN}", _IN_QUERY.sub(rf"\1{HIDDEN}", text))
+    text = _IN_FIELD.sub(rf"\1{HIDDEN}", text)
     return _KEYS.sub(rf"\1{HIDDEN}", text)
+
+
+def holds_secret(text: str) -> bool:
+    """Return True if a known key stands in a text; short ones may do so by chance."""
+    return any(len(value) >= LONG and value in text for value in secret_values())
 
 
 def has_credentials(address: str) -> bool:

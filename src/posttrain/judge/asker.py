@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from posttrain.core.errors import CheckpointError
 from posttrain.core.types import Message
 from posttrain.judge.answer_store import Store, key_of
 
@@ -108,12 +109,18 @@ class Asker:
         if wanted:
             self.backend.answer([fresh[k] for k in wanted], keep)
             known |= self.store.get(wanted) | refused
+        try:
+            answers = {k: JudgeAnswer(**known[k]) for k in set(keys)}
+        except TypeError as error:
+            raise CheckpointError(
+                f"{self.store.path} holds an answer of another version: {error}. Move it away"
+            ) from error
         for k in set(keys) - self.seen:
-            self.tokens["prompt"] += known[k]["prompt_tokens"]
-            self.tokens["completion"] += known[k]["completion_tokens"]
-            self.seconds += known[k]["seconds"]
+            self.tokens["prompt"] += answers[k].prompt_tokens
+            self.tokens["completion"] += answers[k].completion_tokens
+            self.seconds += answers[k].seconds
         self.seen |= set(keys)
-        return [JudgeAnswer(**known[k]) for k in keys]
+        return [answers[k] for k in keys]
 
     def cost(self) -> dict[str, Any]:
         """Return counts of questions and tokens for the labels, and of those that are new; and the backend's counts.

@@ -23,7 +23,7 @@ class RemoteJudge:
     def identity(self) -> dict[str, Any]:
         return {
             "kind": "server",
-            "base_url": self.server.base_url,
+            "base_url": self.server.address,
             "model": self.config.model,
             "logprobs": self.config.logprobs,
             "options": self.config.options,

@@ -17,6 +17,7 @@ import yaml
 
 from posttrain.config import Recipe
 from posttrain.core.errors import RecipeError
+from posttrain.core.secrets import holds_secret
 from posttrain.recipe.schema import Key, dotted
 
 MAX_RECIPE = 500_000
@@ -99,6 +100,8 @@ def refused_values(value: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
         yield key, f"expected an integer of at most {MAX_INTEGER}, got one of {value.bit_length()} bits"
     elif isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
         yield key, f"{value[:40]!r} holds half of a character (a lone surrogate), which no file can hold"
+    elif isinstance(value, str) and holds_secret(value):
+        yield key, "holds a key, and a recipe is copied into the run and its report: name the key's variable instead"
 
 
 class _Dumper(yaml.SafeDumper):

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from posttrain.config import Recipe
 from posttrain.core.errors import RecipeError
 from posttrain.core.imports import add_import_folder
+from posttrain.core.secrets import hide_secrets
 from posttrain.recipe.documents import (
     MAX_RECIPE,
     Document,
@@ -70,7 +71,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         count = len(document.problems) + document.more
         lines = "".join(f"\n  {p}" for p in document.problems)
         lines += f"\n  and {document.more:,} more" if document.more else ""
-        raise RecipeError(f"{origin} has {count} problem{'s' * (count != 1)}:{lines}")
+        raise RecipeError(hide_secrets(f"{origin} has {count} problem{'s' * (count != 1)}:{lines}"))
     return recipe
 
 

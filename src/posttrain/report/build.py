@@ -12,6 +12,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from posttrain.core.secrets import hide_values
 from posttrain.report import evaluations, formatting
 from posttrain.report.chains import amounts, chain_views
 from posttrain.report.charts import stage_charts
@@ -44,7 +45,7 @@ def build_report(run_folder: Path) -> Path:
     target = run.folder / "report.html"
     scratch = target.with_suffix(f".{os.getpid()}.tmp")
     try:
-        scratch.write_text(render_page(run), encoding="utf-8")
+        scratch.write_text(hide_values(render_page(run)), encoding="utf-8")
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)

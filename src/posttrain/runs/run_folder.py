@@ -19,7 +19,8 @@ from typing import Any
 from posttrain.config import Recipe
 from posttrain.core import distributed
 from posttrain.core.errors import CheckpointError, RecipeError
-from posttrain.core.files import read_lines, write_json, write_text
+from posttrain.core.files import as_json, read_lines, write_text
+from posttrain.core.secrets import hide_values
 from posttrain.recipe.machine_checks import check_machine
 from posttrain.recipe.parsing import differences, dump_recipe, load_recipe
 
@@ -38,7 +39,7 @@ class Manifest:
         """Set values and write the file."""
         self.values.update(values)
         if distributed.is_main():
-            write_json(self.path, self.values)
+            write_text(self.path, hide_values(as_json(self.values)))
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 from posttrain.config import ServerConfig
 from posttrain.core.errors import MissingExtraError, ServerError
+from posttrain.core.secrets import add_secret, hide_secrets, hide_values
+from posttrain.sampling.bounded_body import Broken, Redirected, limit_answer
 
 AGAIN = {408, 409, 425, 429}
 """Statuses that may go away; so may every 5xx."""
@@ -25,6 +27,10 @@ LONGEST_WAIT = 60.0
 """Seconds between two attempts at most, unless the server names more."""
 PATIENCE = 900.0
 """Longest wait in seconds that a server may request; a longer one ends the run, which can be resumed later."""
+LONGEST_TEXT = 500
+"""Characters of a server's own words in a message."""
+MOST_TOKENS = 10**9
+"""Largest count of tokens that is believed."""
 T = TypeVar("T")
 
 
@@ -40,10 +46,6 @@ class Reply:
     completion_tokens: int = 0
     seconds: float = 0.0
     refused: str = ""
-
-
-class Broken(Exception):
-    """An answer that can't be used: no JSON, cut off, or something else in it."""
 
 
 class Server:
@@ -68,6 +70,8 @@ class Server:
                 "(server.api_key_env)"
             )
         self.key = os.environ[name] if name is not None else "none"
+        add_secret(self.key)
+        self.address = hide_secrets(self.base_url)
         self.counts: Counter[str] = Counter()
         self.seconds = 0.0
         self._random = random.Random()
@@ -88,9 +92,17 @@ class Server:
     async def _all(self, requests: Sequence[Mapping[str, Any]], on_reply: Callable[[int, Reply], None]) -> None:
         waiting = iter(enumerate(requests))
         failed: list[BaseException] = []
-        # Our own retries count against the limits, and know of broken answers; so the client's are switched off.
+        # Our own retries count against the limits, and know of broken answers; so the client's are switched off. A
+        # redirect would hand the questions to another host, and its answers would become labels.
+        transport = self.openai.DefaultAsyncHttpxClient(
+            follow_redirects=False, headers={"Accept-Encoding": "gzip"}, event_hooks={"response": [limit_answer]}
+        )
         async with self.openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=self.key, max_retries=0, timeout=self.config.timeout
+            base_url=self.base_url,
+            api_key=self.key,
+            max_retries=0,
+            timeout=self.config.timeout,
+            http_client=transport,
         ) as client:
 
             async def work() -> None:
@@ -111,7 +123,7 @@ class Server:
 
     async def _one(self, client: Any, body: Mapping[str, Any], failed: Sequence[BaseException]) -> Reply:
         """One request, as often as it takes."""
-        reason, limits = "", self._limits
+        reason, limits, arguments = "", self._limits, self._arguments(body)
         for attempt in range(self.config.retries + 1):
             if failed:
                 raise ServerError(f"given up, since another request failed: {reason or failed[0]}")
@@ -120,8 +132,8 @@ class Server:
             began = time.perf_counter()
             try:
                 async with asyncio.timeout(self.config.timeout):
-                    raw = await client.chat.completions.with_raw_response.create(**self._arguments(body))
-                reply = _read(raw.http_response.content, time.perf_counter() - began)
+                    raw = await client.chat.completions.with_raw_response.create(**arguments)
+                reply = read_reply(raw.http_response.content, time.perf_counter() - began)
                 limits.settle(cost, reply.prompt_tokens + reply.completion_tokens)
                 return reply
             except self.openai.APIStatusError as error:
@@ -129,12 +141,8 @@ class Server:
                 if kind == "refused":
                     self.counts["refused"] += 1
                     return Reply(refused=reason, seconds=time.perf_counter() - began)
-            except (TimeoutError, self.openai.APITimeoutError):
-                kind, reason, wait = "timed out", f"no answer within {self.config.timeout:g} s", None
-            except self.openai.APIConnectionError as error:
-                kind, reason, wait = "connection", f"connection failed: {error.__cause__ or error}", None
-            except Broken as error:
-                kind, reason, wait = "broken answer", str(error), None
+            except Exception as error:
+                kind, reason, wait = self._failure(error)
             self.counts[f"retries: {kind}"] += attempt < self.config.retries
             if attempt < self.config.retries:
                 step = min(LONGEST_WAIT, self.config.backoff * 2**attempt) * self._random.uniform(0.5, 1)
@@ -144,22 +152,39 @@ class Server:
                 self.counts["waited ms"] += round(1000 * step)
                 await asyncio.sleep(step)
         raise ServerError(
-            f"{self.base_url} failed {self.config.retries + 1} times in a row on one request, the last time with: "
+            f"{self.address} failed {self.config.retries + 1} times in a row on one request, the last time with: "
             f"{reason}. "
             "The answers so far are kept; run again to resume, or raise server.retries"
         )
 
     def _arguments(self, body: Mapping[str, Any]) -> dict[str, Any]:
         merged = {"model": self.config.model, **body, **self.config.options}
-        merged = {k: v for k, v in merged.items() if v is not None}
+        merged = {k: whole_text(v) for k, v in merged.items() if v is not None}
         named = {k: merged.pop(k) for k in ("model", "messages")}
         return {**named, "extra_body": merged}
+
+    def _failure(self, error: Exception) -> tuple[str, str, None]:
+        """(what kind, in words, no time to wait) of an error without a status. Raises ServerError for a redirect."""
+        if isinstance(error, TimeoutError | self.openai.APITimeoutError):
+            return "timed out", f"no answer within {self.config.timeout:g} s", None
+        connection = isinstance(error, self.openai.APIConnectionError)
+        cause = error.__cause__ or error if connection else error
+        if isinstance(cause, Redirected):
+            to = hide_secrets(cause.location)[:LONGEST_TEXT]
+            raise ServerError(
+                f"{self.address} answered {cause.status}, a redirect to {to}. It is not followed: it would give the "
+                "questions to another address. If that is the right one, write it as server.base_url"
+            ) from error
+        told = hide_secrets(f"{cause}" if isinstance(cause, Broken) else f"{type(cause).__name__}: {cause}")
+        broken = isinstance(cause, Broken) or not connection  # whatever an answer can make the client's library raise
+        reason = told if isinstance(cause, Broken) else f"{'not readable' if broken else 'connection failed'}: {told}"
+        return "broken answer" if broken else "connection", reason[:LONGEST_TEXT], None
 
     def _status(self, error: Any) -> tuple[str, str, float | None]:
         """(what kind, in words, seconds to wait as the server says). Raises ServerError for what no retry mends."""
         status, code = error.status_code, str(getattr(error, "code", "") or "")
         body = error.body if isinstance(error.body, dict) else {}
-        told = str(body.get("message") or body.get("detail") or error.message)[:500]
+        told = hide_secrets(str(body.get("message") or body.get("detail") or error.message))[:LONGEST_TEXT]
         if status in REFUSED:
             return "refused", f"{status}: {told}", None
         if code == "insufficient_quota" or (status not in AGAIN and status < 500):
@@ -169,11 +194,11 @@ class Server:
                 404: "are server.base_url (with /v1) and server.model right?",
             }
             hint = hints.get(status, "is there credit left?" if code else "")
-            raise ServerError(f"{self.base_url} answered {status}: {told} ({hint})".replace(" ()", ""))
+            raise ServerError(f"{self.address} answered {status}: {told} ({hint})".replace(" ()", ""))
         wait = retry_after(error.response.headers)
         if wait is not None and wait > PATIENCE:
             raise ServerError(
-                f"{self.base_url} answered {status} and asks to wait {wait:,.0f} s. "
+                f"{self.address} answered {status} and asks to wait {wait:,.0f} s. "
                 "The answers so far are kept; run again then"
             )
         return str(status), f"{status}: {told}", wait
@@ -191,7 +216,7 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
             return max(0.0, float(value))
         except ValueError:
             return max(0.0, parsedate_to_datetime(value).timestamp() - (time.time() if now is None else now))
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
@@ -224,31 +249,58 @@ class _Limits:
         self.held = max(self.held, time.monotonic() + seconds)
 
 
-def _read(content: bytes, seconds: float) -> Reply:
-    """A body of the protocol. Raises Broken where it is something else."""
+def read_reply(content: bytes, seconds: float) -> Reply:
+    """Return the reply in a body of the protocol.
+
+    Raises:
+        Broken: The body is something else: no JSON, JSON of another form, or numbers that can't be.
+    """
     try:
         body = json.loads(content)
         choice = body["choices"][0]
         text = choice["message"]["content"]
         finish = choice.get("finish_reason")
         usage = body.get("usage") or {}
-        prompt, completion = (int(usage.get(k) or 0) for k in ("prompt_tokens", "completion_tokens"))
+        prompt, completion = (_count(usage.get(k)) for k in ("prompt_tokens", "completion_tokens"))
         tops = _tops((choice.get("logprobs") or {}).get("content"))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        shown = content[:120].decode(errors="replace")
-        raise Broken(f"not a chat completion ({type(error).__name__}: {error}): {shown!r}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
+        shown = hide_secrets(content[:2000].decode(errors="replace"))[:120]
+        raise Broken(f"not a chat completion ({type(error).__name__}: {str(error)[:200]}): {shown!r}") from error
+    finish = finish if isinstance(finish, str) else ""
     if text is None and finish in ("content_filter", "length"):
         text = ""
     if not isinstance(text, str):
         raise Broken(f"expected text in the answer, got {type(text).__name__}")
-    return Reply(text, str(finish or ""), tops, prompt, completion, seconds)
+    return Reply(hide_values(whole_text(text)), finish[:40], tops, prompt, completion, seconds)
+
+
+def whole_text(value: Any) -> Any:
+    """Return a value of JSON in which U+FFFD stands for each half of a character, which no file can hold."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if not value.isascii() else value
+    if isinstance(value, Mapping):
+        return {whole_text(k): whole_text(v) for k, v in value.items()}
+    return [whole_text(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _count(value: Any) -> int:
+    number = 0 if value is None else int(value)
+    if not 0 <= number <= MOST_TOKENS:
+        raise ValueError(f"a count of {str(value)[:40]} tokens")
+    return number
+
+
+def _logprob(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value <= 0.01:  # NaN is not
+        raise ValueError(f"{str(value)[:40]} is no log-probability")
+    return min(0.0, float(value))
 
 
 def _tops(content: Any) -> list[tuple[str, dict[str, float]]] | None:
     if not content:
         return None
     return [
-        (str(t["token"]), {str(o["token"]): float(o["logprob"]) for o in [*(t.get("top_logprobs") or []), t]})
+        (str(t["token"]), {str(o["token"]): _logprob(o["logprob"]) for o in [*(t.get("top_logprobs") or []), t]})
         for t in content
     ]
 

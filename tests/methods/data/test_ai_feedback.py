@@ -50,7 +50,9 @@ def test_people_and_a_judge_label_the_same_texts(tmp_path: Path) -> None:
     result = posttrain.run(recipe(tmp_path, human, ai), tmp_path / "run", console=Console(file=screen, width=500))
     stages = result.folder / "stages"
     mine, theirs = (read_lines(stages / f / "data" / "rows.jsonl") for f in ("0-human", "1-ai"))
-    assert 15 <= len(mine) <= 20 and len(mine) == len(theirs)
+    ties = {u["source"] for u in read_lines(stages / "1-ai" / "left_out.jsonl") if u["reason"] == "a tie"}
+    assert 15 <= len(mine) <= 20 and len(ties) < 3
+    mine = [r for r in mine if r["source"] not in ties]
     assert [r["source"] for r in mine] == [r["source"] for r in theirs]
     for r, s in zip(mine, theirs, strict=True):
         assert {r["chosen"], r["rejected"]} == {s["chosen"], s["rejected"]}
@@ -65,8 +67,9 @@ def test_people_and_a_judge_label_the_same_texts(tmp_path: Path) -> None:
     said = screen.getvalue()  # what is wrong with the judge is said when its stage ends, and once more with the report
     assert found["warnings"] and all(f"! 1-ai: {w}" in said.replace("\n", " ") for w in found["warnings"])
     assert said.index("! 1-ai") < said.index("feedback of stage")
-    agree = sum(r["chosen"] == s["chosen"] for r, s in zip(mine, theirs, strict=True)) / len(mine)
-    assert found["people"]["agreement"]["value"] == pytest.approx(agree) and found["cost"]["questions"] == 2 * len(mine)
+    judged = len(mine) + len(ties)
+    agree = (sum(r["chosen"] == s["chosen"] for r, s in zip(mine, theirs, strict=True)) + len(ties) / 2) / judged
+    assert found["people"]["agreement"]["value"] == pytest.approx(agree) and found["cost"]["questions"] == 2 * judged
     shown = "\n".join(report.feedback_lines(result.folder, 2))
     assert "Krippendorff's alpha" in shown and "agrees with people" in shown and f"{agree:.3f}" in shown
     page = result.report.read_text()
