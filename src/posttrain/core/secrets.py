@@ -8,10 +8,10 @@ import re
 from html import escape
 from urllib.parse import quote
 
-HIDDEN = "***"
+REDACTED = "***"
 SHORTEST = 8
 """Shortest value that is taken for a secret: shorter ones stand in ordinary text too."""
-LONG = 16
+LONG_SECRET = 16
 """Length from which a value stands in no text by chance."""
 _NAMES = re.compile(r"(API_?KEY|_KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 """Names of environment variables whose values are secret."""
@@ -47,7 +47,7 @@ def secret_values() -> list[str]:
 def hide_values(text: str) -> str:
     """Return text without the values of `secret_values`."""
     for value in secret_values():
-        text = text.replace(value, HIDDEN)
+        text = text.replace(value, REDACTED)
     return text
 
 
@@ -55,15 +55,15 @@ def hide_secrets(text: str) -> str:
     """Return a message without known keys, and without what looks like one: user names and passwords in addresses,
     keys in their queries, contents of authorization headers, keys of well-known forms.
     """
-    text = _IN_ADDRESS.sub(f"{HIDDEN}@", hide_values(text))
-    text = _IN_HEADER.sub(rf"\1 {HIDDEN}", _IN_QUERY.sub(rf"\1{HIDDEN}", text))
-    text = _IN_FIELD.sub(rf"\1{HIDDEN}", text)
-    return _KEYS.sub(rf"\1{HIDDEN}", text)
+    text = _IN_ADDRESS.sub(f"{REDACTED}@", hide_values(text))
+    text = _IN_HEADER.sub(rf"\1 {REDACTED}", _IN_QUERY.sub(rf"\1{REDACTED}", text))
+    text = _IN_FIELD.sub(rf"\1{REDACTED}", text)
+    return _KEYS.sub(rf"\1{REDACTED}", text)
 
 
 def holds_secret(text: str) -> bool:
     """Return True if a known key stands in a text; short ones may do so by chance."""
-    return any(len(value) >= LONG and value in text for value in secret_values())
+    return any(len(value) >= LONG_SECRET and value in text for value in secret_values())
 
 
 def has_credentials(address: str) -> bool:
