@@ -9,13 +9,16 @@ from rich.console import Console
 from rich.text import Text
 
 from posttrain.config import EpochsConfig, Recipe, RewardsConfig, StageConfig, references
+from posttrain.core.epoch_order import epoch_size
 from posttrain.core.imports import is_import_path
 from posttrain.core.types import Sample
 from posttrain.data.bad_rows import SHOWN_ROWS
 from posttrain.data.human_feedback import Answers
 from posttrain.data.marked_text import BRACKETS, render_terminal
+from posttrain.data.mixing import row_weights
 from posttrain.data.preference_rows import PreparedPairs, PreparedUnpaired
 from posttrain.data.prompts import PromptSet
+from posttrain.data.sample_store import SampleStore
 from posttrain.eval.tasks import task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device
 from posttrain.recipe.machine_checks import blocks
@@ -80,11 +83,13 @@ def _check_rewards(stage: StageConfig, tokenizer: Any) -> None:
 def _samples(
     prepared: Any, stage: EpochsConfig | None, tokenizer: Any, rows: int, out: Console, device: str = "auto"
 ) -> None:
-    lengths = [len(s) for s in prepared.samples]
+    samples = prepared.samples
+    lengths = samples.lengths.tolist() if isinstance(samples, SampleStore) else [len(s) for s in samples]
     _numbers(prepared.stats, lengths, out)
     if stage is not None and lengths:
         unit = "pairs" if isinstance(prepared, PreparedPairs) else "samples"
-        told = plan(stage, getattr(prepared, "sizes", lengths), pick_device(device).type, unit)
+        sizes = getattr(prepared, "sizes", lengths)
+        told = plan(stage, sizes, pick_device(device).type, unit, epoch_size(len(sizes), row_weights(prepared)))
         out.print(f"plan       {told}", soft_wrap=True)
     colours = out.color_system is not None and not out.no_color
     how = "coloured" if colours else "in {} {}".format(*BRACKETS)
@@ -184,7 +189,8 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
 def describe_source(source: dict[str, Any]) -> str:
     """Return a line about one of several sources: how many of its rows are taken and used."""
     taken = f"{source['rows']:,} of {source['in_source']:,} rows"
-    return f"{source['source']}: {taken}, used {source['used']:,} (layout {source['layout']})"
+    weight = f", weight {source['weight']:g}" if "weight" in source else ""
+    return f"{source['source']}: {taken}, used {source['used']:,} (layout {source['layout']}{weight})"
 
 
 def fields_in_words(counts: dict[str, int]) -> str:
@@ -217,7 +223,9 @@ def histogram(lengths: Sequence[int], bins: int = 8) -> list[str]:
     ]
 
 
-def plan(stage: EpochsConfig, lengths: Sequence[int], device: str, unit: str = "samples") -> str:
+def plan(
+    stage: EpochsConfig, lengths: Sequence[int], device: str, unit: str = "samples", in_epoch: int | None = None
+) -> str:
     """Return a sentence on the steps of a stage, and on the micro-batches that the token budget makes of each.
 
     Args:
@@ -225,6 +233,7 @@ def plan(stage: EpochsConfig, lengths: Sequence[int], device: str, unit: str = "
         lengths: Tokens of each sample or pair, before shared prefixes save any.
         device: Type of the device, which decides the default budget.
         unit: What a batch consists of, `samples` or `pairs`.
+        in_epoch: Number of them drawn in an epoch. None: each once.
     """
     from posttrain.core.ragged import micro_batches
     from posttrain.trainer.loop import steps_for
@@ -233,14 +242,16 @@ def plan(stage: EpochsConfig, lengths: Sequence[int], device: str, unit: str = "
     count, budget = len(lengths), stage.systems.tokens_per_micro_batch or (CPU_TOKENS if device == "cpu" else LEAST)
     chosen = device == "cuda" and stage.systems.tokens_per_micro_batch is None
     limit = f"{budget:,} tokens" + (" (or more, if the GPU's memory holds more)" if chosen else "")
-    steps, drawn = steps_for(count, stage.batch_size, stage.epochs, stage.max_steps)
+    in_epoch = in_epoch or count
+    steps, drawn = steps_for(in_epoch, stage.batch_size, stage.epochs, stage.max_steps)
     shown = [lengths[i : i + stage.batch_size] for i in range(0, count, stage.batch_size)][: min(steps, 200)]
     micro = [len(micro_batches(batch, budget)) for batch in shown]
     spread = f"{min(micro)}" if min(micro) == max(micro) else f"{min(micro)} to {max(micro)}"
     mean = sum(sum(batch) for batch in shown) / len(shown)
     given = "max_steps, " if stage.max_steps is not None else ""
     passes = f"{spread} micro-batch{'es' * (spread != '1')} a step of at most {limit}"
+    epochs = f"{given}{drawn / in_epoch:.4g} epochs"
     return (
-        f"{steps:,} step{'s' * (steps != 1)} ({given}{drawn / count:.4g} epochs) of {stage.batch_size} {unit}, about "
-        f"{mean:,.0f} tokens; {passes}; {sum(n > budget for n in lengths)} {unit} are longer than that"
+        f"{steps:,} step{'s' * (steps != 1)} ({epochs}) of {stage.batch_size} {unit}, about {mean:,.0f} tokens; "
+        f"{passes}; {sum(n > budget for n in lengths)} {unit} are longer than that"
     )

@@ -137,6 +137,12 @@ class SourceConfig(RowSettings):
     """One of several sources. What it sets holds for its rows in place of what the `data` block sets."""
 
     source: str = Field(description="A path, a name on the Hub, or what else data.source may be.")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="How often a row is trained on in an epoch, on average. 2: twice. 0.5: half of the rows, and the others in the next epoch.",
+    )
     max_rows: int | None = Field(
         None, ge=1, description="Most rows that are taken: the first ones after shuffling by shuffle_seed. None: all."
     )
@@ -151,7 +157,7 @@ class DataConfig(RowSettings):
     """Rows from files or the Hub, and how they become samples."""
 
     source: str | list[str | SourceConfig] = Field(
-        description="Path of a .tsv .csv .json .jsonl .parquet file, a Hub data set's name, packaged:NAME (ships with posttrain), lab:KIND (made here for the laboratory's model: calculator; chains of thought careful, words, program; sums, others, others_held_out without), reasoning-gym:NAME (made by reasoning-gym; with ?size=2000&seed=1&OPTION=VALUE), or stage:NAME (what an earlier stage made). A list of these takes all rows of all; an entry may be settings: {source: ..., max_rows: 1000, system: ...}."
+        description="Path of a .tsv .csv .json .jsonl .parquet file, a Hub data set's name, packaged:NAME (ships with posttrain), lab:KIND (made here for the laboratory's model: calculator; chains of thought careful, words, program; sums, others, others_held_out without), reasoning-gym:NAME (made by reasoning-gym; with ?size=2000&seed=1&OPTION=VALUE), or stage:NAME (what an earlier stage made). A list of these takes all rows of all; an entry may be settings: {source: ..., weight: 2, max_rows: 1000, system: ...}."
     )
 
     @property

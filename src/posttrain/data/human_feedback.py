@@ -17,6 +17,7 @@ from posttrain.data.bad_rows import SHOWN_ROWS, BadRow, Row
 from posttrain.data.cells import is_good_label, is_missing, read_number
 from posttrain.data.comparisons import AnswerPair, Candidate, LeftOut, Prompt, pair_up
 from posttrain.data.formats import fill
+from posttrain.data.mixing import refuse_weights
 from posttrain.data.parts import PlacedRow
 from posttrain.data.preference_rows import check_pair, two_records
 from posttrain.data.rater_agreement import krippendorff_alpha
@@ -99,6 +100,7 @@ def read_answers(config: _RowsConfig, count: Callable[[str], int] = len) -> Answ
         DataError: Files or columns can't be read, no pair comes out, or (unless data.on_bad_row is skip) there are
             bad rows.
     """
+    refuse_weights(config.data, "feedback")
     rows = open_rows(config.data, None if isinstance(config, PairsConfig) else config.kind)
     reading, total = _Reading(config, rows), len(rows.order)
     pairs = ANSWER_READERS[config.kind](reading, config)

@@ -15,6 +15,7 @@ from posttrain.data.bad_rows import BadRow, BadRows, Row, check_surrogates
 from posttrain.data.cells import is_missing, read_text, required_field
 from posttrain.data.encoding import require_chat_template, without_end
 from posttrain.data.formats import Record, to_record
+from posttrain.data.mixing import refuse_weights
 from posttrain.data.parts import PlacedRow
 from posttrain.data.row_context import TEMPLATE_COLUMNS, TOOL_COLUMNS
 from posttrain.data.row_fields import MEDIA, SourceRow
@@ -177,6 +178,7 @@ def _render(row: PromptRow, template: str | None, tokenizer: Any | None) -> str:
 
 def rows_of_table(config: RowPrompts.Config) -> tuple[list[PromptRow], Rows]:
     """Read the rows of a table as problems: the conversation before the last turn, and the answer."""
+    refuse_weights(config.data, "prompts")
     rows = open_rows(config.data, None if config.answers else "prompt")
 
     def problem(row: PlacedRow) -> PromptRow:

@@ -126,7 +126,7 @@ class Rows:
 
     def by_source(self) -> dict[str, Any]:
         """Return the part of the manifest's entry about each of several sources; {} if there is one."""
-        if len(self.parts) == 1:
+        if len(self.parts) == 1 and self.parts[0].source.entry.weight == 1:
             return {}
         entries, first = [], 0
         for part in self.parts:
@@ -134,7 +134,8 @@ class Rows:
             first += part.size
             used = taken - self.bad.by_file[part.source.name]
             about = {"source": part.source.name, "layout": part.layout, "in_source": part.rows.count}
-            entries.append({**about, "rows": taken, "used": used})
+            weight = part.source.entry.weight
+            entries.append({**about, "rows": taken, "used": used, **({"weight": weight} if weight != 1 else {})})
         return {"sources": entries}
 
     def check(self, used: int) -> None:

@@ -106,8 +106,10 @@ class RowsEvaluation(EvaluationTask):
 
     def read(self, tokenizer: Any, context: int | None) -> Any:
         """Read and tokenize the rows."""
+        from posttrain.data.mixing import refuse_weights
         from posttrain.data.sft_rows import prepare
 
+        refuse_weights(self.config.data, f"evaluation {self.config.name}")
         return prepare(self.config.data, tokenizer, context=context)
 
     def examples(self, run: EvaluationRun, items: EvaluationItems) -> EvaluationItems:

@@ -70,7 +70,9 @@ class SFT(Stage):
         from posttrain.trainer.train_step import Learner
 
         config = self.config
-        batch_at, steps = permutation_batches(self.rows, config.batch_size, config.epochs, run.seed, config.max_steps)
+        batch_at, steps = permutation_batches(
+            self.rows, config.batch_size, config.epochs, run.seed, config.max_steps, run.weights
+        )
         learner = Learner(policy.policy, config.optimizer, config.systems, steps)
         if self.held_out is None:
             return BatchTrainer(learner, batch_at)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from posttrain.core import distributed
+from posttrain.core.epoch_order import RowWeights, epoch_order, epoch_size
 from posttrain.core.errors import CheckpointError
 from posttrain.core.files import Lines
 from posttrain.core.progress import Track
@@ -69,7 +70,12 @@ def steps_for(count: int, batch_size: int, epochs: float, max_steps: int | None 
 
 
 def permutation_batches(
-    samples: Sequence[Sample], batch_size: int, epochs: float, seed: int, max_steps: int | None = None
+    samples: Sequence[Sample],
+    batch_size: int,
+    epochs: float,
+    seed: int,
+    max_steps: int | None = None,
+    weights: RowWeights | None = None,
 ) -> tuple[BatchAt, int]:
     """Draw batches: every epoch a fresh permutation, from (seed, epoch) alone.
 
@@ -81,18 +87,19 @@ def permutation_batches(
         epochs: Passes, if `max_steps` is None.
         seed: Seed of the permutations.
         max_steps: Number of steps, in as many passes as they take. None: what `epochs` needs.
+        weights: How often each sample is drawn in an epoch. None: each once.
 
     Returns:
         (batch_at, total steps).
     """
-    count = len(samples)
+    count = epoch_size(len(samples), weights)
     steps, wanted = steps_for(count, batch_size, epochs, max_steps)
     orders: dict[int, np.ndarray] = {}
 
     def order(epoch: int) -> np.ndarray:
         if epoch not in orders:
             orders.clear()
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(count)
+            orders[epoch] = epoch_order(seed, epoch, len(samples), weights)
         return orders[epoch]
 
     def batch_at(step: int) -> Sequence[Sample]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from posttrain.config.settings import ModelConfig, StageBase
+from posttrain.config.settings import DataConfig, ModelConfig, StageBase
+from posttrain.core.epoch_order import RowWeights, epoch_size
 from posttrain.core.types import Metric
 
 if TYPE_CHECKING:
@@ -47,12 +49,14 @@ class StageRun:
         folder: The stage's folder in the run.
         seed: Seeds everything random in the stage.
         resources: Closed after training (samplers, worker processes).
+        weights: How often each row is drawn in an epoch. None: each once.
     """
 
     model: ModelConfig
     folder: Path
     seed: int
     resources: ExitStack
+    weights: RowWeights | None = None
 
 
 class Stage:
@@ -126,12 +130,15 @@ class Stage:
             Both, the second None if there is none; `self.data` gets them with their titles.
         """
         from posttrain.data.held_out_rows import drop_training_overlap, hold_out
+        from posttrain.data.mixing import refuse_weights
 
         name, trained, held = self.config.name, load(data), None
         if isinstance(held_out, float):
             most, seed = self.config.max_held_out, data.shuffle_seed or 0
             trained, held = hold_out(trained, held_out, most, seed, self.context.tokenizer, f"stage {name}")
         elif held_out is not None:
+            if isinstance(held_out, DataConfig):
+                refuse_weights(held_out, f"stage {name}: held_out")
             held = drop_training_overlap(load(held_out), trained, f"stage {name}")
         self.data = [(name, trained), *([] if held is None else [(f"{name} held out", held)])]
         return trained, held
@@ -155,7 +162,7 @@ class Stage:
         from posttrain.trainer.policy import summary
 
         with ExitStack() as resources:
-            run = StageRun(model, folder, seed, resources)
+            run = StageRun(model, folder, seed, resources, self.weights)
             policy = self.open(run)
             trainer = self.trainer(policy, run)
             result = train(
@@ -184,15 +191,23 @@ class Stage:
         config = self.config
         if not self.rows:
             return None
-        _, drawn = steps_for(len(self.rows), config.batch_size, config.epochs, config.max_steps)
-        return min(step * config.batch_size, drawn) / len(self.rows)  # type: ignore[no-any-return]
+        count = epoch_size(len(self.rows), self.weights)
+        _, drawn = steps_for(count, config.batch_size, config.epochs, config.max_steps)
+        return min(step * config.batch_size, drawn) / count  # type: ignore[no-any-return]
+
+    @cached_property
+    def weights(self) -> RowWeights | None:
+        """Return how often each of `rows` is drawn in an epoch, by the weights of their sources; None: each once."""
+        from posttrain.data.mixing import row_weights
+
+        return row_weights(self.data[0][1]) if self.data and self.rows else None
 
     def plan(self, steps: int) -> str:
         """Return a line on the steps that the stage will take, for the log; empty: the method has no epochs."""
         epochs = self.epoch_after(steps)
         if epochs is None:
             return ""
-        config, rows = self.config, len(self.rows)
+        config, rows = self.config, epoch_size(len(self.rows), self.weights)
         given = " (max_steps)" if config.max_steps is not None else ""
         line = f"{steps:,} step{'s' * (steps != 1)}{given} of {config.batch_size} rows, {epochs:.4g} epochs of {rows:,}"
         held_out = [data for title, data in self.data if title.endswith(" held out")]

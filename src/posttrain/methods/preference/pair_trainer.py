@@ -245,6 +245,8 @@ def pair_trainer(
         train_on = with_reference(reference, train_on, f"{config.name}: reference")
         held = with_reference(reference, held, f"{config.name}: reference, held out") if held else None
     numbers: Any = range(len(items))
-    batch_at, steps = permutation_batches(numbers, config.batch_size, config.epochs, seed, config.max_steps)
+    batch_at, steps = permutation_batches(
+        numbers, config.batch_size, config.epochs, seed, config.max_steps, run.weights
+    )
     learner = Learner(policy, config.optimizer, config.systems, steps)
     return PairTrainer(config, learner, batch_at, train_on, held, run.folder)

@@ -113,7 +113,9 @@ class RewardModelMember(ScorerStage):
     def trainer(self, policy: LoadedPolicy, run: StageRun) -> BatchTrainer:
         config, pad = self.config, padding(policy.policy)
         self.score = partial(score_pairs, policy.policy, budget=token_budget(config.systems, policy.policy))
-        batch_at, steps = permutation_batches(self.rows, config.batch_size, config.epochs, run.seed, config.max_steps)
+        batch_at, steps = permutation_batches(
+            self.rows, config.batch_size, config.epochs, run.seed, config.max_steps, run.weights
+        )
 
         def samples_at(step: int) -> list[Sample]:
             pairs: Any = batch_at(step)

@@ -101,7 +101,9 @@ def process_trainer(
         held_out: Chains to measure on; their scores are written to held_out/. Empty: nothing is measured.
         run: Folder and seed of the stage.
     """
-    batch_at, steps = permutation_batches(samples, config.batch_size, config.epochs, run.seed, config.max_steps)
+    batch_at, steps = permutation_batches(
+        samples, config.batch_size, config.epochs, run.seed, config.max_steps, run.weights
+    )
     learner = Learner(policy.policy, config.optimizer, config.systems, steps)
     budget = token_budget(config.systems, policy.policy)
 
