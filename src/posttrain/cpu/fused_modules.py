@@ -122,7 +122,8 @@ class _LoRALinear(torch.autograd.Function):
         y = F.linear(flat, weight, bias).addmm_(low, b.t(), alpha=scale)
         ctx.save_for_backward(flat, weight, a, b, low)
         ctx.scale, ctx.shape = scale, x.shape
-        return y.view(*x.shape[:-1], -1)
+        # No view: the model may write into it (Llama 4 adds its experts' output to that of the shared expert).
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]

@@ -11,6 +11,7 @@ from posttrain.config import AdapterConfig
 from posttrain.config.names import ADAPTERS
 from posttrain.core.errors import ModelError
 from posttrain.core.imports import load_object
+from posttrain.models.adapter_targets import default_targets
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -63,11 +64,18 @@ def attach_low_rank(hf: Any, config: AdapterConfig, seed: int, task: Task) -> An
     """
     from peft import LoraConfig, get_peft_model
 
+    modules, parameters = default_targets(hf) if config.target == "all-linear" else (config.target, [])
+    if parameters and config.kind == "dora":
+        raise ModelError(
+            "adapter.kind dora: DoRA can't adapt the experts of this model, which are one tensor a layer. Use lora or "
+            f"rslora, or name linear layers in adapter.target (such as {modules})"
+        )
     settings = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
-        target_modules=config.target,
+        target_modules=modules,
+        target_parameters=parameters or None,
         use_rslora=config.kind == "rslora",
         use_dora=config.kind == "dora",
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in hf.modules()),
