@@ -20,6 +20,7 @@ from posttrain.data.prompt_sources import RowPrompts
 from posttrain.data.prompts import load_prompts
 from posttrain.data.rows import open_rows
 from posttrain.data.sft_rows import prepare
+from posttrain.eval.evaluation_tasks import ChoiceTask
 from tests.data.tokenizers import byte_level
 
 TOKENIZER = byte_level("chatml")
@@ -197,6 +198,8 @@ def test_columns_of_templates_classes_and_renamed_ones(tmp_path: Path) -> None:
 def test_columns_of_other_kinds_of_rows(tmp_path: Path) -> None:
     pair = {**LAYOUTS["preference"], "margin": 2, "probability": 0.9, "source": "web"}
     assert prepare_pairs(config_of(tmp_path, [pair]), TOKENIZER).stats["unused"] == {"source": 1}
+    without = prepare_pairs(config_of(tmp_path, [pair]), TOKENIZER, margins=False)
+    assert without.stats["unused"] == {"margin": 1, "source": 1}
     many = LAYOUTS["ultrafeedback"]["completions"]
     row = {"instruction": "2+2?", "models": ["a"], "completions": [{**c, "model": "a"} for c in many]}
     stats = prepare_pairs(config_of(tmp_path, [row]), TOKENIZER).stats
@@ -277,6 +280,13 @@ def test_labels_in_the_usual_spellings() -> None:
 def test_labels_under_other_names(tmp_path: Path) -> None:
     rows = [{**LAYOUTS["sharegpt"], "kto_tag": tag} for tag in (True, False)]
     assert [u.desirable for u in prepare_unpaired(config_of(tmp_path, rows), TOKENIZER).items] == [True, False]
+
+
+def test_choices_of_rows_have_an_effect_on_an_evaluation_of_choices(tmp_path: Path) -> None:
+    data = config_of(tmp_path, [{**LAYOUTS["prompt_completion"], "choices": ["4", "5"], "id": 1}])
+    for choices, unused in ((None, {"id": 1}), (["4", "5"], {"choices": 1, "id": 1})):
+        task = ChoiceTask(ChoiceTask.Config(name="c", data=data, choices=choices))
+        assert task.read(TOKENIZER, None).stats["unused"] == unused
 
 
 def test_what_fields_in_words_says() -> None:

@@ -124,6 +124,7 @@ def write_run(folder: Path, steps: int = 125, status: str = "done") -> Path:
             "stage": "sft", "source": "packaged:movie_reviews", "sha256": {"movie_reviews.tsv": "ab" * 32},
             "layout": "prompt_completion", "rows": 2010, "used": 2000,
             "dropped": {"too long": 7, "empty completion": 3},
+            "unused": {"source": 1200, "messages[].lang": 7, EVIL: 1}, "ignored": {"images": 3},
             "bad_rows": [{"file": "movie_reviews.tsv", "row": 17, "reason": "too long: 3,012 tokens of 2,048"},
                          {"file": "movie_reviews.tsv", "row": 91, "reason": f"empty completion {EVIL}"}],
             "truncated": 0, "tokens": 225000, "loss_tokens": 6000, "longest": 188, "median": 71, "duplicates": 4,

@@ -99,6 +99,9 @@ def check_numbers(page: Page, folder: Path):
             assert page.metrics[f"data.{data['stage']}.{key}"].replace(",", "") == str(data[key])
         for reason, count in data["dropped"].items():
             assert page.metrics[f"data.{data['stage']}.dropped.{reason}"] == str(count)
+        for kind in ("unused", "ignored"):
+            for name, count in data[kind].items():
+                assert page.metrics[f"data.{data['stage']}.{kind}.{name}"] == f"{count:,}"
 
 
 def check_offline(page: Page, evil: str):

@@ -130,7 +130,9 @@ class _RowPair:
     swapped: bool
 
 
-def prepare_pairs(config: DataConfig, tokenizer: Any, *, context: int | None = None) -> PreparedPairs:
+def prepare_pairs(
+    config: DataConfig, tokenizer: Any, *, context: int | None = None, margins: bool = True
+) -> PreparedPairs:
     """Make pairs of rows laid out as preference, hh_rlhf or ultrafeedback (its best answer against its worst).
 
     Columns `probability` (that the chosen answer is the better one; below 0.5 the two change places, counted as
@@ -140,6 +142,7 @@ def prepare_pairs(config: DataConfig, tokenizer: Any, *, context: int | None = N
         config: Settings of the data.
         tokenizer: The tokenizer, with the chat template.
         context: The model's length in tokens.
+        margins: The loss uses margins. False: a column with them counts as one without effect.
 
     Raises:
         DataError: Settings don't fit, or (unless config.on_bad_row is skip) there are bad rows: equal answers, ties,
@@ -161,6 +164,8 @@ def prepare_pairs(config: DataConfig, tokenizer: Any, *, context: int | None = N
 
     def read(row: PlacedRow) -> tuple[list[Record], Callable[[Encoded, Encoded], tuple[Pair, bool]]]:
         two = _row_pair(row.row, row.layout, row.config)
+        if not margins:
+            row.row.notes.read.discard("margin")
         return [two.chosen, two.rejected], lambda c, r: (_pair(c, r, two, row.source), two.swapped)
 
     made = encode_rows(rows, read, tokenizer, context)

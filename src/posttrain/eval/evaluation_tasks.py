@@ -137,6 +137,13 @@ class ChoiceTask(RowsEvaluation):
 
     config: Config
 
+    def read(self, tokenizer: Any, context: int | None) -> Any:
+        """Read and tokenize the rows, whose column `choices` has an effect if the settings give no choices."""
+        data = super().read(tokenizer, context)
+        if self.config.choices is None and "unused" in data.stats:
+            data.stats["unused"].pop("choices", None)
+        return data
+
     def chunks(self, run: EvaluationRun) -> Iterable[Chunk]:
         """Score every choice of every row."""
         from posttrain.eval.likelihood_tasks import choice_chunks

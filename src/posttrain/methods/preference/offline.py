@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -155,7 +156,7 @@ class Preference(Stage):
         from posttrain.data.preference_rows import prepare_pairs, prepare_unpaired
 
         config, context = self.config, self.context
-        read: Any = prepare_unpaired if config.method == "kto" else prepare_pairs
+        read: Any = prepare_unpaired if config.method == "kto" else partial(prepare_pairs, margins=False)
         trained, held_out = self.read_held_out(
             lambda data: read(data, context.tokenizer, context=context.context),
             config.data,

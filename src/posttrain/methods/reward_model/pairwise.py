@@ -66,7 +66,8 @@ class RewardModelStage(Stage):
         from posttrain.data.preference_rows import prepare_pairs
 
         def load(data: DataConfig) -> Any:
-            return prepare_pairs(data, self.context.tokenizer, context=self.context.context)
+            margins = self.config.margin_scale != 0
+            return prepare_pairs(data, self.context.tokenizer, context=self.context.context, margins=margins)
 
         trained, held_out = self.read_held_out(load, self.config.data, self.config.held_out)
         self.rows, self.held_out = trained.items, held_out.items if held_out else ()
