@@ -86,3 +86,17 @@ def test_a_recipe_that_extends_another(reviews: str, tmp_path: Path, caplog: pyt
     (tmp_path / "again.yaml").write_text(dump_recipe(load_recipe(path)))
     caplog.clear()
     assert isinstance(load_recipe(tmp_path / "again.yaml"), Recipe) and not caplog.messages
+
+
+def test_settings_of_one_of_several_sources_are_no_other_table(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "mixed.yaml"
+    path.write_text(
+        "name: mixed\nmodel: {source: 'tiny:llama'}\nstages:\n  - method: sft\n    data:\n      prompt: '{a}'\n"
+        "      completion: '{b}'\n      source: [a.jsonl, {source: b.jsonl, weight: 2}]\n"
+    )
+    data = load_recipe(str(path), ["stages.sft.data.source.1.weight=3"]).stages[0].data  # type: ignore[attr-defined]
+    assert data.prompt == "{a}" and data.source[1].weight == 3 and not caplog.messages
+    data = load_recipe(str(path), ["stages.sft.data.source=[a.jsonl, c.jsonl]"]).stages[0].data  # type: ignore[attr-defined]
+    assert data.prompt is None and caplog.messages

@@ -186,6 +186,19 @@ def test_alternatives_of_one_value_are_one_problem(write) -> None:
     assert line.startswith("stages.sft.adapter.target (") and "'all-linear'" in line and "list" in line
 
 
+def test_a_mistake_inside_one_alternative_is_one_problem(write) -> None:
+    """A source is text or settings: what is wrong in the settings is said, not that they are no text."""
+    for wrong, message in (
+        (
+            "weihgt: 2",
+            "weihgt (",
+        ),
+        ("weight: -1", "weight ("),
+    ):
+        line = one(write(SMALL), "stages.0.data={source: [a.jsonl, {source: b.jsonl, " + wrong + "}]}")
+        assert line.startswith("stages.sft.data.source.1." + message), line
+
+
 def test_missing_settings_are_named_and_described(write) -> None:
     found = problems(write("name: x\nstages:\n  - {}\n"))
     assert any(p.startswith("model: required") or p.startswith("model (") and "required" in p for p in found)

@@ -45,11 +45,14 @@ def explain(error: ValidationError, doc: Document) -> None:
     """Add the errors of pydantic to the problems of `doc`; alternatives of one value become one problem."""
     found: dict[Key, list[str]] = {}
     values: dict[Key, str] = {}
-    for one in error.errors():
+    located = [(one, *_locate(one["loc"], doc.data, one["type"] == "extra_forbidden")) for one in error.errors()]
+    keys = {key for _, key, _ in located}
+    for one, key, model in located:
+        if one["type"].endswith("_type") and any(len(k) > len(key) and k[: len(key)] == key for k in keys):
+            continue  # another alternative has the form of the value, and says what is wrong inside of it
         if len(found) >= MAX_PROBLEMS:
             doc.more += 1
             continue
-        key, model = _locate(one["loc"], doc.data)
         message, value = _message(one, key, model, doc)
         if one["type"].startswith("union_tag_"):
             key = (*key, _tag(one))
@@ -99,10 +102,11 @@ def short(value: Any) -> str:
     return text if len(text) < 80 else f"{text[:77]}..."
 
 
-def _locate(location: Sequence[str | int], data: Any) -> tuple[Key, type[BaseModel] | None]:
+def _locate(location: Sequence[str | int], data: Any, unknown: bool) -> tuple[Key, type[BaseModel] | None]:
     """Return the key in the recipe for pydantic's location, and the settings class that its last part belongs to.
 
-    Parts of the location that name an alternative of a union are left out.
+    Parts of the location that name an alternative of a union are left out. With `unknown` the last part is a key that
+    the settings class does not have.
     """
     key: list[str | int] = []
     tp, value, owner = Recipe, data, None
@@ -113,7 +117,7 @@ def _locate(location: Sequence[str | int], data: Any) -> tuple[Key, type[BaseMod
             tp = inner
             continue
         present = isinstance(value, Mapping) and part in value
-        if inner is None and not (model is not None and (i == len(location) - 1 or present)):
+        if inner is None and not (model is not None and ((unknown and i == len(location) - 1) or present)):
             continue
         key.append(part)
         owner, tp, value = model, inner, inside(value, part)

@@ -37,7 +37,7 @@ def leave_out_descriptions(document: Document, before: dict[Key, Any], given: Ca
     """
     for key, source in data_sources(document.data).items():
         old = before.get(key)
-        if old is None or old == source:
+        if old is None or _names(old) == _names(source):
             continue
         block = _at(document.data, key)
         gone = [n for n in OF_THE_TABLE if block.get(n) is not None and (*key, n) in document.places]
@@ -62,6 +62,12 @@ def leave_out_descriptions(document: Document, before: dict[Key, Any], given: Ca
                 ),
             )
             _at(document.data, held[:-1])[held[-1]] = None
+
+
+def _names(source: Any) -> list[Any]:
+    """Return the names of the sources: other settings of an entry are no other table."""
+    entries = source if isinstance(source, list) else [source]
+    return [entry.get("source") if isinstance(entry, dict) else entry for entry in entries]
 
 
 def _held_out(document: Document, key: Key, old: Any, given: Callable[[Key], bool]) -> Iterator[Key]:
