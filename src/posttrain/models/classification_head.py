@@ -39,6 +39,7 @@ from posttrain.models.loading import (
     resolve,
     source_adapter,
 )
+from posttrain.models.portable_files import NEEDS_NEW, finish_folder
 from posttrain.models.saving import gathered, restore_attention
 
 Layout = Literal["sequence", "token"]
@@ -275,4 +276,4 @@ def save_head(
         hf, notes["merge_difference"] = merge(hf)
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return notes
+    return notes if finish_folder(folder) else notes | {"transformers": NEEDS_NEW}

@@ -17,6 +17,7 @@ from posttrain.models.adapter_export import OWN_BASE, write_adapter
 from posttrain.models.adapters import attach, merge
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_model, source_adapter
+from posttrain.models.portable_files import NEEDS_NEW, finish_folder
 
 log = logging.getLogger("posttrain")
 
@@ -64,14 +65,15 @@ def save_trained(
             shutil.copytree(folder.parent / "adapter", folder, copy_function=link_or_copy, dirs_exist_ok=True)
             return notes
         hf, notes["merge_difference"] = merge(hf)
-    _write_whole(hf, tokenizer, folder, end_token)
-    return notes
+    return notes | _write_whole(hf, tokenizer, folder, end_token)
 
 
-def _write_whole(hf: Any, tokenizer: Any, folder: Path, end_token: int | None) -> None:
+def _write_whole(hf: Any, tokenizer: Any, folder: Path, end_token: int | None) -> dict[str, Any]:
+    """Write a whole model; return notes for the manifest."""
     _end_at(hf.generation_config, end_token)
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return {} if finish_folder(folder) else {"transformers": NEEDS_NEW}
 
 
 def _save_adapter(
@@ -95,6 +97,7 @@ def _save_adapter(
     ends = peft_model.get_base_model().generation_config
     _end_at(ends, end_token)
     ends.save_pretrained(folder)
+    finish_folder(folder)
     return {"adapter": made}
 
 

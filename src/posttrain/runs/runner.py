@@ -37,6 +37,7 @@ from posttrain.report.terminal import answer_tables, sampling_tables, summary_ta
 from posttrain.runs import registry
 from posttrain.runs.held_out_tasks import write_held_out_tasks
 from posttrain.runs.machine import machine, program_name
+from posttrain.runs.model_card import write_cards
 from posttrain.runs.run_folder import Manifest, open_run, run_path
 from posttrain.trainer.loggers import Trackers
 from posttrain.trainer.loop import now
@@ -158,7 +159,7 @@ class _Run:
         """Read all data, evaluate, carry out the stages, evaluate again."""
         recipe, noted = self.recipe, self.manifest.values
         resumed = noted.get("resumed", -1) + 1
-        found = {key: getattr(recipe.model, key) for key in ("source", "dtype", "device")}
+        found = {key: getattr(recipe.model, key) for key in ("source", "revision", "dtype", "device")}
         self.manifest.update(
             posttrain=posttrain.__version__,
             created=noted.get("created", now()),
@@ -237,9 +238,10 @@ class _Run:
         records = self.manifest.values.get("stages", [])[:number]
         entry = {"name": name, "method": stage.method, "makes": stage.makes, "status": "running"}
         self.manifest.update(stages=[*records, entry])
-        if stage.start is not None:
-            source = self.recipe.model.source if stage.start == "base" else stage.start
-            model = model.model_copy(update={"source": source, "revision": None})
+        if stage.start == "base":
+            model = self.recipe.model
+        elif stage.start is not None:
+            model = model.model_copy(update={"source": stage.start, "revision": None})
         if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "method.json", prepared.about())
@@ -249,6 +251,8 @@ class _Run:
             self.manifest.update(model={**self.manifest.values["model"], **sizes})
         entry |= {"status": "done", "from": model.source, "to": str(folder / stage.makes), **done}
         self.manifest.update(stages=[*records, entry])
+        if distributed.is_main():
+            write_cards(self.path, self.recipe, self.manifest.values)
 
     def note_data(self, entries: list[dict[str, Any]]) -> None:
         """Note what was read in the manifest, with the first bad rows; if there are more, a file gets all of them."""
@@ -290,6 +294,7 @@ class _Run:
                 before, after = (read_lines(evaluations / side / f"{name}.jsonl") for side in ("before", "after"))
                 comparison.append({"task": name, **compare(before, after, kind)})
             write_json(evaluations / "comparison.json", comparison)
+        write_cards(path, recipe, self.manifest.values)
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and not set(NOT_HASHED) & {*p.parts}]
         artifacts = {str(p.relative_to(path)): file_hash(p) for p in files}
         self.manifest.update(artifacts=artifacts, status="done", finished=now())
