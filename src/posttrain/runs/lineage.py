@@ -18,7 +18,7 @@ LONGEST = 50
 
 
 @dataclass(frozen=True)
-class Step:
+class LineageStep:
     """Hold one stage on the way to a model.
 
     Attributes:
@@ -53,7 +53,7 @@ class Origin:
     package: str | None = None
 
 
-def trace(run: Path, manifest: Mapping[str, Any], number: int) -> tuple[list[Step], Origin]:
+def trace(run: Path, manifest: Mapping[str, Any], number: int) -> tuple[list[LineageStep], Origin]:
     """Return the stages that led to what stage `number` of a run made, oldest first, and the model they began with.
 
     Args:
@@ -61,7 +61,7 @@ def trace(run: Path, manifest: Mapping[str, Any], number: int) -> tuple[list[Ste
         manifest: Content of its manifest.
         number: Number of the stage.
     """
-    steps: list[Step] = []
+    steps: list[LineageStep] = []
     revision = None
     while len(steps) < LONGEST:
         records = manifest.get("stages", [])
@@ -69,7 +69,7 @@ def trace(run: Path, manifest: Mapping[str, Any], number: int) -> tuple[list[Ste
         name = re.sub(r"\.\d+$", "", str(record["name"]))
         titles = (name, record["name"], f"{name} held out")
         data = tuple(d for d in manifest.get("data", []) if d.get("stage") in titles)
-        steps.insert(0, Step(run.resolve().name, record, data))
+        steps.insert(0, LineageStep(run.resolve().name, record, data))
         source = str(record.get("from", ""))
         if source == manifest.get("model", {}).get("source"):
             revision = manifest["model"].get("revision")

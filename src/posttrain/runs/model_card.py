@@ -19,12 +19,22 @@ import posttrain
 from posttrain.config import Recipe
 from posttrain.core.files import read_lines, write_text
 from posttrain.report.formatting import format_score
-from posttrain.runs.lineage import Origin, Step, trace
+from posttrain.runs.lineage import LineageStep, Origin, trace
 
 log = logging.getLogger("posttrain")
-OF_THE_MACHINE = {"base_url", "api_key_env", "systems", "checkpoint_every", "keep_checkpoints", "output", "track", "store", "device"}
+OF_THE_MACHINE = {
+    "base_url",
+    "api_key_env",
+    "systems",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "output",
+    "track",
+    "store",
+    "device",
+}
 """Settings that say nothing about the model."""
-DATA_FILES = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
+_FILES = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
 KINDS = {"model": "text-generation", "adapter": "text-generation", "reward_model": "text-classification"}
 
 
@@ -88,14 +98,14 @@ def _card(
     return "\n\n".join(lines) + "\n"
 
 
-def _front(folder: Path, steps: Sequence[Step], origin: Origin) -> dict[str, Any]:
+def _front(folder: Path, steps: Sequence[LineageStep], origin: Origin) -> dict[str, Any]:
     """Return the front matter that the Hub reads."""
     adapter = (folder / "adapter_config.json").is_file()
     front: dict[str, Any] = {"license": origin.licence} if origin.licence else {}
     if origin.hub:
         front |= {"base_model": origin.hub, "base_model_relation": "adapter" if adapter else "finetune"}
     sources = [source for step in steps for data in step.data for source in _sources(data)]
-    names = sorted({s for s in sources if s.count("/") == 1 and not s.endswith(DATA_FILES) and ":" not in s})
+    names = sorted({s for s in sources if s.count("/") == 1 and not s.endswith(_FILES) and ":" not in s})
     front |= {"datasets": names} if names else {}
     library, pipeline = ("peft" if adapter else "transformers"), KINDS[folder.name]
     tags = ["posttrain", *dict.fromkeys(str(s.record["method"]) for s in steps)]
@@ -110,7 +120,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     return ["\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in row) + " |" for row in cells)]
 
 
-def _step_row(step: Step, run: Path) -> list[Any]:
+def _step_row(step: LineageStep, run: Path) -> list[Any]:
     record = step.record
     folder = run.parent / step.run if step.run != run.resolve().name else run
     place = Path(str(record.get("to", ""))).parent.name
@@ -123,7 +133,7 @@ def _step_row(step: Step, run: Path) -> list[Any]:
     return [step.run, record["name"], record["method"], record.get("steps", "–"), tokens, change]
 
 
-def _data_rows(step: Step) -> Iterator[list[Any]]:
+def _data_rows(step: LineageStep) -> Iterator[list[Any]]:
     for data in step.data:
         rows = data.get("used", data.get("rows", "–"))
         hashes = data.get("sha256") or {}
@@ -145,7 +155,7 @@ def _without_path(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_path(v) for v in value]
     if isinstance(value, str) and "\n" not in value:
-        is_path = value.startswith(("/", "~", "./", "../")) or value.endswith(DATA_FILES)
+        is_path = value.startswith(("/", "~", "./", "../")) or value.endswith(_FILES)
         return Path(value).name if is_path else value
     return value
 
