@@ -1,0 +1,91 @@
+"""Held-out rows measured by two ranks are those of one: losses, answers, the best step and its weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+import posttrain
+from posttrain.core.files import read_lines
+from posttrain.methods.sft_measurement import measurements
+
+SCRIPT = """
+import sys
+import posttrain
+for path in sys.argv[1:]:
+    posttrain.run(path)
+"""
+STAGE = {
+    "method": "sft",
+    "data": {"source": "rows.jsonl"},
+    "held_out": {"source": "other.jsonl"},
+    "evaluate_every": 2,
+    "held_out_answers": 3,  # an odd number: ranks answer different numbers of prompts
+    "answer_tokens": 6,
+    "batch_size": 8,
+    "max_steps": 40,
+    "early_stopping": {"patience": 1},
+    "checkpoint_every": 5,
+    "systems": {"tokens_per_micro_batch": 150},  # several passes, of unequal number on two ranks
+}
+STAGES = {
+    "full": {"optimizer": {"lr": 2e-2, "schedule": "constant", "warmup": 0}},
+    "lora": {"adapter": {"r": 4}, "max_steps": 4, "optimizer": {"lr": 1e-2, "schedule": "constant", "warmup": 0}},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both recipes carried through by one process, and by two: folders NAME-1 and NAME-2."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, letters, count in (("rows", "abcdefgh ", 48), ("other", "abcdefgh  ijk", 11)):
+        rng = random.Random(name)
+        texts = ["".join(rng.choice(letters) for _ in range(20)) for _ in range(count)]
+        lines = [json.dumps({"prompt": f"say {i}", "completion": t}) + "\n" for i, t in enumerate(texts)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    root = Path(__file__).parents[3]
+    (folder / "script.py").write_text(SCRIPT)
+    for processes in (1, 2):
+        paths = []
+        for name, more in STAGES.items():
+            recipe = {"name": f"{name}-{processes}", "model": {"source": "tiny:llama"}, "output": str(folder)}
+            paths.append(folder / f"{name}-{processes}.yaml")
+            paths[-1].write_text(yaml.safe_dump({**recipe, "stages": [{**STAGE, **more}]}))
+        if processes == 1:
+            for path in paths:
+                posttrain.run(str(path))
+            continue
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command = [sys.executable, *launcher, str(folder / "script.py"), *map(str, paths)]
+        environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}", "OMP_NUM_THREADS": "1"}
+        out = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+        assert out.returncode == 0, out.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_two_ranks_measure_and_choose_as_one(runs: Path, name: str) -> None:
+    one, two = (runs / f"{name}-{n}" / "stages" / "0-sft" for n in (1, 2))
+    chosen, again = (json.loads((side / "best_step.json").read_text()) for side in (one, two))
+    assert again.pop("held_out_loss") == pytest.approx(chosen.pop("held_out_loss"), abs=1e-4)
+    assert again == chosen and (name == "lora" or chosen["stopped_early"]["patience"] == 1)
+    losses, others = (
+        [m["held_out/loss"] for m in read_lines(side / "metrics.jsonl") if "held_out/loss" in m] for side in (one, two)
+    )
+    assert others == pytest.approx(losses, abs=1e-4) and len(losses) > 2
+    for a, b in zip(*(measurements(side / "held_out").values() for side in (one, two)), strict=True):
+        a, b = (json.loads(path.read_text()) for path in (a, b))
+        assert a["answers"] == b["answers"] and len(a["answers"]) == 3
+        assert [r["nll"] for r in b["rows"]] == pytest.approx([r["nll"] for r in a["rows"]], abs=1e-3)
+    weights, same = (load_file(runs / f"{name}-{n}" / "model" / "model.safetensors") for n in (1, 2))
+    assert weights.keys() == same.keys()
+    assert max(float((weights[n] - same[n]).abs().max()) for n in weights) < 1e-3
