@@ -5,7 +5,16 @@ from __future__ import annotations
 import inspect
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 from posttrain.config.names import ADAPTERS
 from posttrain.config.open_kinds import unknown_name
@@ -303,10 +312,17 @@ class EarlyStoppingConfig(Config):
     min_delta: float = Field(0.0, ge=0, description="The loss must fall by more than this to count as lower.")
 
 
+HeldOutRows = Annotated[
+    Annotated[float, Tag("fraction")] | Annotated[DataConfig, Tag("settings")],
+    Discriminator(lambda value: "fraction" if isinstance(value, float | int) else "settings"),
+]
+"""A fraction of a stage's own rows, or settings of other rows."""
+
+
 class MeasuredConfig(EpochsConfig):
     """Settings of stages that measure rows held out while they train, and keep their best weights."""
 
-    held_out: Annotated[float, Field(gt=0, lt=1)] | DataConfig | None = Field(
+    held_out: HeldOutRows | None = Field(
         None,
         description="Rows that are measured and never trained on: a fraction of the stage's own rows (0.05), or settings of other rows. None: nothing is measured.",
     )
@@ -326,9 +342,18 @@ class MeasuredConfig(EpochsConfig):
     @model_validator(mode="before")
     @classmethod
     def _earlier_form(cls, values: Any) -> Any:
-        """Read `held_out: {data: {...}, every: 50}`, as it was written before, as two settings."""
+        """Read `held_out: {data: {...}, every: 50}`, as it was written before, as two settings; check a fraction."""
         held_out = values.get("held_out") if isinstance(values, dict) else None
-        if not isinstance(held_out, dict) or "data" not in held_out or held_out.keys() - {"data", "every"}:
+        if held_out is None or isinstance(held_out, DataConfig):
+            return values
+        if not isinstance(held_out, dict):
+            if isinstance(held_out, bool | str | list) or not 0 < held_out < 1:
+                raise ValueError(
+                    f"held_out is {held_out!r}: expected a fraction of the rows between 0 and 1, such as 0.05, or "
+                    "settings of other rows, as in held_out: {source: other.jsonl}"
+                )
+            return values
+        if "data" not in held_out or held_out.keys() - {"data", "every"}:
             return values
         every = {"evaluate_every": held_out["every"]} if "every" in held_out else {}
         return {**every, **values, "held_out": held_out["data"]}

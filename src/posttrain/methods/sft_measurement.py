@@ -70,7 +70,7 @@ class HeldOutMeasurement:
             stops: Tokens that end an answer, besides the model's own.
         """
         self.config, self.model, self.tokenizer, self.stops = config, policy.policy, policy.tokenizer, stops
-        self.samples = [rows.samples[i] for i in range(len(rows))]
+        self.samples = rows.samples
         self.folder = folder / FOLDER
         self.chosen: list[dict[str, Any]] = []
         self.prompts: list[list[int]] = []
@@ -184,7 +184,9 @@ def score_rows(model: LanguageModel, samples: Sequence[Sample], systems: Systems
         samples: The rows.
         systems: Settings of micro-batches.
     """
-    plan = micro_batches([len(s) for s in samples], token_budget(systems, model))
+    lengths = getattr(samples, "lengths", None)  # of rows that lie on a disk, which are read when they are scored
+    lengths = [len(s) for s in samples] if lengths is None else lengths.tolist()
+    plan = micro_batches(lengths, token_budget(systems, model))
     rank, world = (distributed.rank(), distributed.world()) if distributed.world() > 1 else (0, 1)
     own: dict[int, RowScore] = {}
     training = model.training

@@ -140,6 +140,19 @@ def test_the_model_has_the_weights_of_the_step_with_the_lowest_loss(
     assert [t["step"] for t in timings if "held_out_seconds" in t] == list(losses)[1:]
 
 
+def test_16_bit_weights_of_the_best_step_are_restored(rows: Path, tmp_path: Path) -> None:
+    """Training keeps float32 masters: what is restored are the 16-bit weights that were measured."""
+    model = MODEL.model_copy(update={"dtype": "bfloat16"})
+    stage = stage_of(rows, held_out_answers=0)
+    done = stage.run(model, tmp_path, 0)
+    assert done["model_step"] < done["steps"] and stage.held_out is not None
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert next(hf.parameters()).dtype == torch.bfloat16
+    scores = score_rows(LanguageModel(hf), stage.held_out.samples, SystemsConfig())
+    loss = sum(s.nll for s in scores) / sum(s.weight for s in scores)
+    assert loss == pytest.approx(done["held_out_loss"]["best"], abs=1e-4)
+
+
 def test_it_stops_early_and_keeps_the_best(rows: Path, tmp_path: Path) -> None:
     settings = {"max_steps": 200, "early_stopping": {"patience": 2}}
     done = stage_of(rows, **settings).run(MODEL, tmp_path, 0)
@@ -267,8 +280,8 @@ def test_a_number_of_its_own_for_the_old_form_and_what_does_not_go_together() ->
     assert SFTConfig.model_validate(json.loads(config.model_dump_json())) == config
     for changes, message in (
         ({"held_out": None, "early_stopping": {}}, "early_stopping needs a held-out loss"),
-        ({"held_out": 0}, "greater than 0"),
-        ({"held_out": 1.0}, "less than 1"),
+        *(({"held_out": wrong}, "expected a fraction of the rows between 0 and 1") for wrong in (0, 1.0, 5, True, "a")),
+        ({"held_out": {"source": "b.jsonl", "evry": 1}}, "Extra inputs"),
         ({"held_out": 0.1, "early_stopping": {"patience": 0}}, "greater than or equal to 1"),
     ):
         with pytest.raises(ValueError, match=message):
