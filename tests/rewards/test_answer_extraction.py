@@ -7,7 +7,9 @@ from fractions import Fraction
 
 import pytest
 
-from posttrain.rewards.answer_extraction import find, letter_of, normal, numbers_in
+from posttrain.rewards.answer_extraction import find, normal, numbers_in
+from posttrain.rewards.number_reading import answer_number
+from posttrain.rewards.option_reading import option_of
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_numbers(text: str, expected: list[str]) -> None:
         ("B) London", None),  # a letter and another option's text
         ("paris", 1),
         ("The answer is (C)", 2),
-        ("the answer is c", None),
+        ("the answer is c", 2),
         ("Answer: A", 0),
         ("Answer: A. No, the answer is B", None),
         ("A dog", None),
@@ -99,7 +101,7 @@ def test_numbers(text: str, expected: list[str]) -> None:
     ],
 )
 def test_options(text: str, expected: int | None) -> None:
-    assert letter_of(text, ["London", "Paris", "Rome"], 3) == expected
+    assert option_of(text, ["London", "Paris", "Rome"], 3) == expected
 
 
 def test_normal() -> None:
@@ -117,5 +119,7 @@ def test_long_nonsense_takes_no_time(piece: str) -> None:
     answer = find(text)
     numbers_in(text)
     if answer is not None:
-        letter_of(answer.text, [], 26)
+        option_of(answer.text, ["one", "two"], 26)
+        for marked in (True, False):
+            answer_number(answer.text, marked)
     assert time.process_time() - begin < 2.0

@@ -22,7 +22,8 @@ from posttrain.config.sandbox import SandboxConfig
 from posttrain.core.statistics import interval_of_means
 from posttrain.eval import pass_at_k as inference
 from posttrain.rewards import programs
-from posttrain.rewards.answer_extraction import find, normal, number_of
+from posttrain.rewards.answer_extraction import find, normal
+from posttrain.rewards.number_reading import number_of
 from posttrain.rewards.stack import RewardStack, ScoredGroups
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request, Sampler

@@ -1,4 +1,4 @@
-r"""Finding the answer in a completion, and reading it: text, numbers, options.
+r"""Find the answer in a completion, as text.
 
 One place counts, never the best of several: a model paid for any of its guesses learns to guess often.
 """
@@ -6,7 +6,6 @@ One place counts, never the best of several: a model paid for any of its guesses
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -34,8 +33,8 @@ def find(text: str, how: Extract = "auto") -> ExtractedAnswer | None:
     Text before ``</think>`` is no answer, and a ``<think>`` that is never closed leaves none (``whole`` takes the text
     as it is). Of several marks of a kind the last complete one counts: ``\boxed{1} \boxed{2}`` is 2, ``\boxed{1}
     \boxed{2`` (cut off) is 1. ``tag``: <answer>…</answer>. ``boxed``: balanced braces, escaped ones not counted.
-    ``hashes``: the rest of the line after ####. ``last_line``: the last that is not blank. ``auto``: the first of tag,
-    boxed, hashes that is found, else the last line. A box in a tag or after hashes is opened.
+    ``hashes``: the rest of the line after ####. ``last_line``: the last that has a letter or digit, if any. ``auto``:
+    the first of tag, boxed, hashes that is found, else the last line. A box in a tag or after hashes is opened.
     """
     if how == "whole":
         return _answer(text, how)
@@ -45,6 +44,8 @@ def find(text: str, how: Extract = "auto") -> ExtractedAnswer | None:
         return None
     if how == "last_line":
         lines = [line for line in text.splitlines() if line.strip()]
+        worded = [line for line in lines if re.search(r"\w", re.sub(r"\\end\{\w+\*?\}", "", line))]
+        lines = worded or lines
         return _answer(lines[-1], how) if lines else None
     for kind, finder in FINDERS.items():
         inner = finder(text) if how in ("auto", kind) else None
@@ -142,47 +143,3 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 def _fraction(digits: str) -> Fraction:
     return Fraction(digits.replace(",", ""))
-
-
-def number_of(answer: ExtractedAnswer) -> Fraction | None:
-    """Return the number of an answer: the last of a line or text; the only one in a tag, a box or after ####.
-
-    Two numbers in a mark are a hedge, and none. x = 5 is one number, 2 + 3 = 5 are three.
-    """
-    numbers = numbers_in(answer.text)
-    if not numbers or (answer.marked and len(numbers) > 1):
-        return None
-    return numbers[-1]
-
-
-def letter_of(text: str, options: Sequence[str], count: int) -> int | None:
-    """Return the option that an answer names, counted from 0; None if it names none, or several.
-
-    B, (b), B., "B) Paris", "The answer is (B)", the text of an option. A letter with the text of another option, or two
-    letters after "answer", name none.
-
-    Args:
-        text: The answer.
-        options: Texts of the options, if known.
-        count: Number of options.
-    """
-    text = normal(text, ignore_case=False)
-    low = [normal(option) for option in options]
-    if low.count(text.casefold()) == 1:
-        return low.index(text.casefold())
-    alone = re.fullmatch(r"\(?([A-Za-z])[).:]?\)?", text)
-    led = re.fullmatch(r"\(?([A-Z])(?:[).:]|\s-)\)?\s+(.+)", text, re.DOTALL)
-    if alone:
-        letters = {alone[1].upper()}
-    elif led:
-        letters = {led[1]}
-        option_text = normal(led[2])
-        if option_text in low and (low.count(option_text) > 1 or low.index(option_text) != ord(led[1]) - 65):
-            return None
-    else:
-        named = r"\b(?i:answer|option|choice)(?:\s+is)?\s*:?\s*[*$(]*([A-Z])\b(?!['’])"
-        letters = {m[1] for m in re.finditer(named, text)}
-    if len(letters) != 1:
-        return None
-    index = ord(letters.pop()) - 65
-    return index if index < count else None

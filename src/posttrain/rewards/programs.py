@@ -16,8 +16,8 @@ from pydantic import Field, model_validator
 from posttrain import sandbox
 from posttrain.config.rewards import RewardTermConfig
 from posttrain.config.sandbox import SandboxConfig
-from posttrain.rewards.answer_extraction import numbers_in
 from posttrain.rewards.code_blocks import code_in, names_called
+from posttrain.rewards.number_reading import answer_number
 from posttrain.rewards.outcome import ExampleRow, LabelError, labels
 from posttrain.rewards.reward import Reward, RewardFunctions
 from posttrain.rewards.verifiers import label_answer
@@ -93,12 +93,13 @@ class Program(SandboxedReward):
         line = printed(text, self.config.limits)
         if line is None:
             return 0.0
-        numbers = numbers_in(line)
+        printed_number = answer_number(line, False)
         for label in right:
-            value = numbers_in(label_answer(label))
-            if (len(value) == 1 and numbers and abs(numbers[-1] - value[0]) <= self.config.tolerance) or line == label:
+            number = answer_number(label_answer(label), True)
+            close = number and printed_number and printed_number.equals(number, self.config.tolerance)
+            if close or line == label:
                 return 1.0
-        return self.config.partial if numbers else 0.0
+        return self.config.partial if printed_number else 0.0
 
 
 class UnitTests(SandboxedReward):

@@ -6,7 +6,6 @@ Sources: answers right or wrong as the reward, arXiv 2501.12948 section 2.2.2; a
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,21 +15,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from posttrain.config.rewards import EXTRACT, Extract, Form, RewardTermConfig
-from posttrain.core.errors import MissingExtraError, RewardError
-from posttrain.rewards.answer_extraction import (
-    ExtractedAnswer,
-    bare_text,
-    find,
-    letter_of,
-    normal,
-    number_of,
-    numbers_in,
-)
+from posttrain.core.errors import MissingExtraError
+from posttrain.rewards.answer_extraction import ExtractedAnswer, bare_text, find, normal
+from posttrain.rewards.math_equality import equal_expressions, import_math_verify, is_mathematics
+from posttrain.rewards.number_reading import answer_number, number_of
+from posttrain.rewards.option_reading import option_of
 from posttrain.rewards.outcome import ExampleRow, LabelError, labels
 from posttrain.rewards.reward import Reward, RewardFunctions
-
-LONGEST_EXPRESSION = 1000
-"""Longest expression in characters that math-verify reads; deep brackets would only time out."""
 
 
 class LabelledConfig(RewardTermConfig):
@@ -81,17 +72,15 @@ class Numeric(Reward):
         """Compare the number. Raises LabelError if a label is not one number (after ####, if it has that)."""
         config, right = self.config, []
         for label in labels(example, config.label):
-            numbers = numbers_in(label_answer(label))
-            if len(numbers) != 1:
-                raise LabelError(
-                    f"label {config.label!r} is {label[:80]!r}: expected one number in it, found {len(numbers)}"
-                )
-            right.append(numbers[0])
+            number = answer_number(label_answer(label), True)
+            if number is None:
+                raise LabelError(f"label {config.label!r} is {label[:80]!r}: expected one number, and nothing else")
+            right.append(number)
         answer = find(text, config.extract)
-        value = None if answer is None else number_of(answer)
+        value = None if answer is None else answer_number(answer.text, answer.marked)
         if value is None:
             return 0.0
-        close = any(abs(value - r) <= config.tolerance + config.relative * abs(r) for r in right)
+        close = any(value.equals(r, config.tolerance, config.relative) for r in right)
         return 1.0 if close else config.partial
 
 
@@ -119,7 +108,7 @@ class Choice(Reward):
         count = len(options) or config.letters
         right = set()
         for label in labels(example, config.label):
-            index = letter_of(label, options, count)
+            index = option_of(label, options, count)
             if index is None and re.fullmatch(r"[0-9]{1,2}", label) and int(label) < count:
                 index = int(label)
             if index is None:
@@ -127,7 +116,7 @@ class Choice(Reward):
                 raise LabelError(f"label {config.label!r} is {label[:80]!r}: expected one of {expected}")
             right.add(index)
         answer = find(text, config.extract)
-        return float(answer is not None and letter_of(answer.text, options, count) in right)
+        return float(answer is not None and option_of(answer.text, options, count) in right)
 
 
 def label_answer(label: str) -> str:
@@ -162,49 +151,9 @@ class Math(Reward):
         answer = find(text, self.config.extract)
         golds = [label_answer(label) for label in labels(example, self.config.label)]
         for gold in golds:
-            if not _parsed(_tidy(gold), True):
-                raise LabelError(f"label {self.config.label!r} is {gold[:80]!r}: math-verify reads no expression in it")
+            if not is_mathematics(gold):
+                raise LabelError(f"label {self.config.label!r} is {gold[:80]!r}: neither a number nor an expression")
         return float(answer is not None and any(equal_expressions(gold, answer) for gold in golds))
-
-
-def import_math_verify() -> None:
-    """Import math-verify and let it load its grammar, which must not count in the first call's time limit."""
-    try:
-        import math_verify  # noqa: F401
-    except ImportError as error:
-        raise RewardError("rewards of kind math need math-verify: pip install math-verify") from error
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limit is off
-    _parsed("1", True)
-
-
-def equal_expressions(gold: str, answer: ExtractedAnswer) -> bool:
-    """Return True if an answer is the same text as `gold`, or mathematically equal to it."""
-    if normal(gold, ignore_case=False) == normal(answer.text, ignore_case=False):
-        return True
-    if len(answer.text) > LONGEST_EXPRESSION:
-        return False
-    from math_verify import verify
-
-    right = _parsed(_tidy(gold), True)
-    parsed = _parsed(_tidy(answer.text) if answer.marked else answer.text, answer.marked)
-    return bool(verify(list(right), list(parsed), timeout_seconds=None))
-
-
-def _tidy(text: str) -> str:
-    """Join thousands separated by spaces (math-verify reads 1 234 as 1 + 234), and make sums of mixed numbers."""
-    text = re.sub(r"(?<=[0-9])\\[,;:! ](?=[0-9]{3})", "", bare_text(text))  # thin spaces of typesetting
-    text = re.sub(
-        r"(?<![0-9.])([0-9]{1,3})((?:[ ~][0-9]{3})+)(?![0-9])", lambda m: m[1] + re.sub("[ ~]", "", m[2]), text
-    )
-    return re.sub(r"(?<![0-9.])([0-9]+) +([0-9]+) ?/ ?([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}", text)
-
-
-@lru_cache(maxsize=256)
-def _parsed(text: str, whole: bool) -> tuple[Any, ...]:
-    # math-verify's time limit is off: it uses signals, and hides what it cuts off. The worker process has a limit.
-    from math_verify import parse
-
-    return tuple(parse(f"\\boxed{{{text}}}" if whole else text, parsing_timeout=None))
 
 
 class ReasoningGym(Reward):
