@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.data import table_files
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.table_files import FILE_READERS, TableFile
 
@@ -86,3 +87,13 @@ def test_a_text_of_a_parquet_file_that_is_not_utf8(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": texts}), tmp_path / "x.parquet")
     one, two, three = (found.row for found in FILE_READERS[".parquet"](tmp_path / "x.parquet").scan())
     assert (one, three) == ({"a": "fine"}, {"a": "too"}) and "expected UTF-8 text: byte 0xef" in str(two)
+
+
+def test_a_large_json_file_gets_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(table_files, "LARGE_JSON", 100)
+    file = write(tmp_path / "x.json", [{"a": "x" * 200}])
+    assert file.count == 1
+    (message,) = caplog.messages
+    assert "are read into memory at once. As .jsonl" in message and message.endswith("jq -c '.[]' x.json > new.jsonl")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rich.progress import track
-
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
+from posttrain.core.progress import Track
 from posttrain.core.types import Sample
 from posttrain.data import chat_template as chat
 from posttrain.data.formats import BadRow, Record
@@ -105,20 +105,28 @@ def encode_stream(
             require_chat_template(tokenizer)
         return row, records, make
 
-    stream = rows.stream(opened)
-    total = len(rows.order)
-    for batch in _batches(track(stream, "tokenizing", total, transient=True, disable=total <= 5 * BATCH)):
-        rendered = []
-        for rank, (row, records, make) in batch:
-            with rows.bad.collect(row.source):
-                rendered.append((rank, row, make, [_render(record, tokenizer, row.config) for record in records]))
-        encoded = iter(_encode([r for *_, texts in rendered for r in texts], tokenizer))
-        for rank, row, make, texts in rendered:
-            parts, limit = [next(encoded) for _ in texts], token_limit(row.config, context)
-            with rows.bad.collect(row.source):
-                item = make(*_fit(parts, limit, row.config))
-                rows.truncated += any(len(tokens) > limit for tokens, _ in parts)
-                yield rank, item
+    total, done = len(rows.order), 0
+    with Track("tokenizing", total, shown=total > 5 * BATCH and os.environ.get("RANK", "0") == "0") as progress:
+        for batch in _batches(rows.stream(opened)):
+            yield from _encode_batch(batch, rows, tokenizer, context)
+            done += len(batch)
+            progress.update(done)
+
+
+def _encode_batch(
+    batch: Sequence[_Opened], rows: Rows, tokenizer: Any, context: int | None
+) -> Iterator[tuple[int, Any]]:
+    rendered = []
+    for rank, (row, records, make) in batch:
+        with rows.bad.collect(row.source):
+            rendered.append((rank, row, make, [_render(record, tokenizer, row.config) for record in records]))
+    encoded = iter(_encode([r for *_, texts in rendered for r in texts], tokenizer))
+    for rank, row, make, texts in rendered:
+        parts, limit = [next(encoded) for _ in texts], token_limit(row.config, context)
+        with rows.bad.collect(row.source):
+            item = make(*_fit(parts, limit, row.config))
+            rows.truncated += any(len(tokens) > limit for tokens, _ in parts)
+            yield rank, item
 
 
 def _batches(items: Iterable[_Opened]) -> Iterator[list[_Opened]]:

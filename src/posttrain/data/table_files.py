@@ -10,7 +10,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -24,10 +26,13 @@ from posttrain.data.file_shapes import check_encoding, check_header, check_json_
 
 MAX_LINE_BYTES = 2**28
 """Bytes of a line; a longer one is no row of a table."""
+LARGE_JSON = 2**28
+"""Bytes from which a .json file gets a warning: it takes several times as much memory."""
 PARQUET_BATCH = 256
 """Rows decoded at a time."""
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 ENCODING_HINT = "Save the file as UTF-8"
+log = logging.getLogger("posttrain")
 
 
 class FoundRow(NamedTuple):
@@ -337,6 +342,13 @@ class JSONFile(TableFile):
     @cached_property
     def rows(self) -> list[Row | BadRow]:
         """Return all rows."""
+        size = self.path.stat().st_size
+        if size > LARGE_JSON:
+            log.warning(
+                "%s: %.1f GB of a .json file are read into memory at once. As .jsonl, its rows are read one by one: "
+                "jq -c '.[]' %s > new.jsonl",
+                *(self.path, size / 1e9, shlex.quote(self.path.name)),
+            )
         try:
             text = self.path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
