@@ -16,14 +16,16 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in code
     code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "tiny:llama").replace("max_steps=20", "max_steps=3")
-    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello to you"}]
-    (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 20)
+    user = [{"role": "user", "content": f"hello, I am number {i}"} for i in range(20)]
+    chats = [{"messages": [turn, {"role": "assistant", "content": "hello to you"}]} for turn in user]
+    (tmp_path / "chats.jsonl").write_text("".join(f"{json.dumps(chat)}\n" for chat in chats))
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out.split("\n")
     assert "runs/greeter/model runs/greeter/report.html" in printed
-    losses = [float(line) for line in printed if re.fullmatch(r"\d+\.\d+", line)]
-    assert len(losses) == 3 and losses[-1] < losses[0]
+    steps = [line.split() for line in printed if re.fullmatch(r"\d+ (None|[\d.]+) (None|[\d.]+)", line)]
+    assert [step for step, _, _ in steps] == ["0", "1", "2", "3"] and steps[0][1] == "None"
+    assert float(steps[3][1]) < float(steps[1][1]) and float(steps[3][2]) < float(steps[0][2])
     assert (tmp_path / "runs/greeter/model/model.safetensors").is_file()
 
 

@@ -34,10 +34,12 @@ def test_it_learns_and_transformers_says_the_same(tmp_path: Path) -> None:
     """The quickstart, cut to ten steps: the loss falls to less than half, and what is saved is what was trained."""
     changes = ["stages.sft.max_steps=10", "evaluate.0.data.rows=[9000, 9024]"]
     result = posttrain.run(posttrain.load_recipe("quickstart", changes), tmp_path / "run")
-    losses = [m["loss"] for m in read_lines(result.folder / "stages" / "0-sft" / "metrics.jsonl")]
+    metrics = read_lines(result.folder / "stages" / "0-sft" / "metrics.jsonl")
+    losses = [m["loss"] for m in metrics[1:]]
     assert sum(losses[-3:]) / 3 < 0.5 * sum(losses[:3]) / 3
+    assert metrics[-1]["held_out/loss"] < 0.5 * metrics[0]["held_out/loss"]
     items = read_lines(result.folder / "evaluations" / "after" / "sentiment.jsonl")
-    assert len(items) == json.loads((result.folder / "manifest.json").read_text())["data"][1]["used"]
+    assert len(items) == json.loads((result.folder / "manifest.json").read_text())["data"][-1]["used"]
 
     tokenizer = AutoTokenizer.from_pretrained(result.model)
     theirs = AutoModelForCausalLM.from_pretrained(result.model, dtype=torch.float32)
