@@ -113,7 +113,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_reward_model_of_other_makers_loads_and_scores(tmp_path: Path) -> None:
-    """A folder that transformers alone wrote, with no file of ours in it: rendered by its chat template."""
+    """A folder that transformers alone wrote, with no file of ours in it: its template's whole text is read."""
     hf, tokenizer = open_head(ModelConfig(source="tiny:qwen2"), "sequence", seed=5)
     hf.config.architectures = None
     hf.save_pretrained(tmp_path)
@@ -124,7 +124,8 @@ def test_a_reward_model_of_other_makers_loads_and_scores(tmp_path: Path) -> None
     for prompt, completion, score in zip(prompts, ["4", "3"], found, strict=True):
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         text = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": completion}], tokenize=False)
-        ids = tokenizer(text.rstrip("\n"), add_special_tokens=False, return_tensors="pt").input_ids
+        assert text.endswith("<|im_end|>\n")
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         assert score == pytest.approx(float(plain(ids).logits), abs=1e-4)
     with pytest.raises(ModelError, match="normalise needs the mean"):
         RewardModel(str(tmp_path), normalise=True)

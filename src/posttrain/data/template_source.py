@@ -59,6 +59,14 @@ def _date_table(date: str) -> dict[str, str]:
     return {code: moment.strftime(code) for code in _CODES.split()}
 
 
+def bake_date(source: str) -> str:
+    """Return a template that inserts the date that is inserted now, wherever and whenever it is rendered."""
+    if "strftime_now" not in source:
+        return source
+    table = json.dumps(_date_table(template_date()), ensure_ascii=False)
+    return f"{{% set posttrain_date = {table} %}}{_DATE_MACRO}{source}"
+
+
 def template_of(tokenizer: Any, tools: Sequence[Any] | None = None) -> str:
     """Return the source of the tokenizer's chat template; of several, the one that `tools` selects."""
     return str(tokenizer.get_chat_template(None, tools))

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a value by its type (gguf specification: 8 is a string, 9 an array)."""
 STRING = 8
 
@@ -28,8 +28,8 @@ def gguf_text(path: Path, name: str) -> str | None:
                     value = _string(file)
                     if key == name:
                         return value
-                elif kind in SIZES:
-                    file.seek(SIZES[kind], 1)
+                elif kind in VALUE_BYTES:
+                    file.seek(VALUE_BYTES[kind], 1)
                 else:
                     return None
     except (OSError, struct.error, UnicodeDecodeError):

@@ -2,7 +2,7 @@
 
 A prompt is a list of turns, or a user's text; it is rendered with the completion exactly as in training. What that
 takes (chat or plain text, a system message, the separator of steps) is kept beside the model in reward.json; a model of
-other people's making has none, and is rendered by its tokenizer's chat template where there is one.
+other people's making has none: the whole text of its tokenizer's chat template is read, if it has one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from posttrain.config import DataConfig, ModelConfig
 from posttrain.core.errors import DataError, ModelError
 from posttrain.data import chat_template as chat
+from posttrain.data.bad_rows import BadRow
 from posttrain.data.encoding import prompt_tokens, prompt_with_completion
 from posttrain.data.process_rows import StepChain, chain_samples, split_steps
 from posttrain.losses.reward_loss import combine_members, combine_steps, step_logits
@@ -34,7 +35,21 @@ StepScore = tuple[int, int, float]
 
 @dataclass(frozen=True)
 class Member:
-    """A model and how it is asked. mean, std: of its rewards on held-out answers (None: not known)."""
+    """Hold a model and how it is asked.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer.
+        chat: Conversations are rendered by the chat template. False: their texts are joined.
+        system: System message of training.
+        mean: Mean of its rewards on held-out answers. None: not known.
+        std: Their standard deviation.
+        separator: Between steps.
+        template: Plain text with {question} in it, by which problems were asked in place of a chat template.
+        first: Token ids put before a plain text, which the tokenizer does not add.
+        whole: The score is read at the last token that the chat template writes: a model of other makers, which were
+            trained on the whole text. False: at the end of the answer's turn.
+    """
 
     model: LanguageModel
     tokenizer: Any
@@ -44,7 +59,8 @@ class Member:
     std: float | None = None
     separator: str = "\n"
     template: str | None = None
-    """Plain text with {question} in it, by which problems were asked in place of a chat template."""
+    first: tuple[int, ...] = ()
+    whole: bool = False
 
     @property
     def data(self) -> DataConfig:
@@ -69,13 +85,23 @@ class Member:
         if self.template is not None:
             text = self.template.replace("{question}", "".join(m["content"] for m in row["messages"]))
             row["messages"] = [{"role": "user", "content": text}]
-        return prompt_tokens(row, self.tokenizer, self.data)
+        return [*self.first, *prompt_tokens(row, self.tokenizer, self.data)]
 
     def answer(self, prompt: Any, completion: str) -> list[int]:
         """Prompt and completion as in training, the end of the turn included; an empty completion is the end alone."""
+        if self.whole and self.chat:
+            row = self.row(prompt)
+            turns = [*row["messages"], {"role": "assistant", "content": completion}]
+            try:
+                text = chat.render_chat(
+                    self.tokenizer, turns, tools=row.get("tools") or (), arguments=row.get("template_args")
+                )
+            except BadRow as error:
+                raise DataError(f"{row.get('source', 'a row')}: {error}") from error
+            return chat.tokenize(self.tokenizer, [text])[0]
         if completion.strip():
             sample = prompt_with_completion(self.row(prompt), completion, self.tokenizer, self.data, end=True)
-            return list(sample.tokens)
+            return [*self.first, *sample.tokens]
         end = chat.end_of_turn_token(self.tokenizer) if self.chat else None
         end = self.tokenizer.eos_token_id if end is None else end
         return [*self.prompt(prompt), *([] if end is None else [end])]
@@ -114,7 +140,8 @@ def open_members(path: str | Sequence[str], layout: Layout, device: str = "auto"
         model = LanguageModel(hf).eval().requires_grad_(False)
         verify_scores(model, layout)
         templated = bool(getattr(tokenizer, "chat_template", None))
-        rest = {k: index[k] for k in ("system", "separator", "template") if k in index}
+        rest: dict[str, Any] = {k: index[k] for k in ("system", "separator", "template") if k in index}
+        rest |= {"first": tuple(index.get("first", ())), "whole": not file.exists()}
         out.append(
             Member(model, tokenizer, index.get("chat", templated), mean=entry.get("mean"), std=entry.get("std"), **rest)
         )

@@ -193,6 +193,12 @@ def _use(folder: Path, origin: Origin) -> list[str]:
         auto = "AutoModelForSequenceClassification" if head else "AutoModelForCausalLM"
         code = [f"from transformers import {auto}, AutoTokenizer", ""]
         code += [f'model = {auto}.from_pretrained("FOLDER")', 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")']
+        if head and (folder / "chat_template.jinja").is_file():
+            code += [
+                'turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]',
+                'inputs = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)',
+                "score = model(**inputs).logits",
+            ]
         return ["`FOLDER` is this folder:", "```python\n" + "\n".join(code) + "\n```"]
     settings = json.loads(file.read_text(encoding="utf-8"))
     base, revision = str(settings.get("base_model_name_or_path")), settings.get("revision")

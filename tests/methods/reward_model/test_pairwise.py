@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import posttrain
 from posttrain.config import ModelConfig, OptimizerConfig, SystemsConfig
@@ -239,6 +240,12 @@ def test_empty_and_overlong_completions_are_scored_or_said(tmp_path: Path) -> No
         "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n<|im_end|>", return_tensors="pt"
     ).input_ids
     assert empty == pytest.approx(float(hf(input_ids=ids).logits), abs=1e-4)
+    alone = AutoModelForSequenceClassification.from_pretrained(tmp_path / "stage" / "reward_model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "stage" / "reward_model")
+    for prompt, answer in (("hello", "good day"), ("how are you?", "bad\nweather ")):
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)  # as every tutorial has it
+        assert model([prompt], [answer]) == pytest.approx([float(alone(**ids).logits)], abs=1e-4)
     with pytest.raises(DataError, match=r"\d+ tokens, and the reward model reads 1 to 2048"):
         model(["hello"], ["a" * 3000])
 

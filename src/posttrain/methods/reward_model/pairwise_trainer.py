@@ -19,7 +19,8 @@ from posttrain.eval.calibration import judged_pairs
 from posttrain.losses.reward_loss import bradley_terry, bradley_terry_metrics, centring, combine_members
 from posttrain.methods.reward_model.scorer_stage import ScorerStage
 from posttrain.models.classification_head import padding, score_index, scores_at
-from posttrain.rewards.reward_model_scorer import INDEX
+from posttrain.rewards.reward_model_scorer import INDEX, Member
+from posttrain.rewards.score_template import scoring_tokenizer
 from posttrain.trainer.best_step import best_step, measured_every
 from posttrain.trainer.loop import BatchTrainer, OnStep, permutation_batches
 from posttrain.trainer.policy import LoadedPolicy, save_atomically
@@ -77,7 +78,7 @@ def train_members(
             name = "." if config.members == 1 else str(k)
             shutil.copytree(members / str(k), work / name, copy_function=link_or_copy)
             entries.append({"folder": name, "mean": record["mean"], "std": record["std"]})
-        write_json(work / INDEX, _index(config, entries))
+        write_json(work / INDEX, _index(config, entries, records[0]["first"]))
 
     save_atomically(folder / "reward_model", write)
     if distributed.is_main():
@@ -88,8 +89,9 @@ def train_members(
     return out | ({"held_out": measured} if measured else {})
 
 
-def _index(config: RewardModelConfig, members: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"kind": "reward_model", "members": members, "chat": config.data.chat, "system": config.data.system}
+def _index(config: RewardModelConfig, members: list[dict[str, Any]], first: list[int]) -> dict[str, Any]:
+    settings = {"chat": config.data.chat, "system": config.data.system, "first": first}
+    return {"kind": "reward_model", "members": members, **settings}
 
 
 class RewardModelMember(ScorerStage):
@@ -146,14 +148,17 @@ class RewardModelMember(ScorerStage):
             self.after = self.score(self.held_out)
         rewards = torch.tensor(self.after or self.score(self.rows[:UNMEASURED_PAIRS]), dtype=torch.float64)
         self.moments = {"mean": float(rewards.mean()), "std": float(rewards.std(correction=0))}
-        self.index = _index(self.config, [{"folder": ".", **self.moments}])
-        super().save(policy, run)
+        data, model = self.config.data, policy.policy
+        member = Member(model, policy.tokenizer, data.chat, data.system)
+        tokenizer, self.first = scoring_tokenizer(policy.tokenizer, data.chat, data.system, member.answer)
+        self.index = _index(self.config, [{"folder": ".", **self.moments}], self.first)
+        super().save(replace(policy, tokenizer=tokenizer), run)
 
     def run(self, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None = None) -> dict[str, Any]:
         account = super().run(model, folder, seed, on_step)
         if distributed.is_main():
             scores = {"before": json.loads(self.before.read_text()), "after": self.after} if self.held_out else {}
-            write_json(self.record, {**self.moments, "account": account, **scores})
+            write_json(self.record, {**self.moments, "first": self.first, "account": account, **scores})
         distributed.barrier()
         return account
 
