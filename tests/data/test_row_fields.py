@@ -71,8 +71,12 @@ def test_a_system_column_and_a_system_turn() -> None:
     assert list(to_record(row, "messages", CONFIG).messages) == [SYSTEM, ASK, SAY]
     assert list(to_record({**row, "history": [["1+1?", "2"]]}, "messages", CONFIG).messages) == WHOLE
     for other in ({"system": "Be wild"}, {"system_prompt": "Be wild"}):
-        with pytest.raises(BadRow, match=r"two different system messages \(column system.* and the first turn\)"):
+        with pytest.raises(BadRow, match=r"two different system messages \(column system.* and a first turn\)"):
             to_record({**row, **other}, "messages", CONFIG)
+    earlier = {"messages": [ASK, SAY], "history": [SYSTEM, EARLIER, REPLY]}
+    assert list(to_record(earlier, "messages", CONFIG).messages) == WHOLE
+    with pytest.raises(BadRow, match="two different system messages .column system and a first turn"):
+        to_record({**earlier, "system": "Be wild"}, "messages", CONFIG)
     mine = CONFIG.model_copy(update={"system": "Be brief"})  # of the recipe: it replaces both
     assert to_record({**row, "system": "Be wild"}, "messages", mine).messages[0]["content"] == "Be brief"
 

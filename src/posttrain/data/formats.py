@@ -160,7 +160,7 @@ def row_completions(row: Row) -> list[Row]:
         raise BadRow(NO_COMPLETIONS)
     if isinstance(row, SourceRow):
         for completion in completions:
-            row.notes.note_unread(completion, ("response", "overall_score"), "completions[].")
+            row.notes.note_unread(completion, {"response", "overall_score"}, "completions[].")
     return completions
 
 

@@ -27,7 +27,7 @@ from posttrain.data.rows import Rows, manifest_entry, open_rows
 from posttrain.data.turns import make_message, read_turns, without_flags
 
 _RowsConfig = RatingsConfig | PairsConfig | CandidatesConfig | ThumbsConfig
-NOT_SHOWN = (*MEDIA, *TOOL_COLUMNS, *TEMPLATE_COLUMNS)
+NOT_SHOWN = MEDIA | {*TOOL_COLUMNS, *TEMPLATE_COLUMNS}
 """Columns that a judge and the rows made here could not show."""
 
 

@@ -8,11 +8,12 @@ from typing import Any
 from posttrain.core.types import Message
 from posttrain.data.bad_rows import BadRow, Row
 from posttrain.data.cells import is_empty, parse_json, read_text
-from posttrain.data.row_fields import SourceRow
+from posttrain.data.row_fields import SourceRow, ignore_hint
 from posttrain.data.tool_calls import read_tools
 from posttrain.data.turns import make_message, read_turns
 
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
+CONTEXT_COLUMNS = {*SYSTEM_COLUMNS, "history"}
 TOOL_COLUMNS = ("tools", "functions")
 TEMPLATE_COLUMNS = ("chat_template_kwargs",)
 RESERVED = ("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message")
@@ -30,21 +31,23 @@ def add_context(turns: Sequence[Message], row: SourceRow, system: str | None) ->
     Raises:
         BadRow: A column can't be used, or the row has two different system messages.
     """
-    first = turns[0] if turns and turns[0]["role"] == "system" else None
-    message = make_message("system", system) if system else _system(row, first)
-    rest = turns[1:] if first is not None else turns
-    return (*([message] if message else []), *read_history(row), *rest)
+    if not system and CONTEXT_COLUMNS.isdisjoint(row):
+        return tuple(turns)
+    earlier = read_history(row)
+    firsts = [part[0] for part in (turns, earlier) if part and part[0]["role"] == "system"]
+    message = make_message("system", system) if system else _system(row, firsts)
+    rest = [turn for part in (earlier, turns) for turn in part if not any(turn is first for first in firsts)]
+    return (*([message] if message else []), *rest)
 
 
-def _system(row: SourceRow, first: Message | None) -> Message | None:
+def _system(row: SourceRow, firsts: Sequence[Message]) -> Message | None:
     """Return the system message of a row: its first turn, or a column's."""
     given = {name: read_text(row[name], name) for name in SYSTEM_COLUMNS if not is_empty(row.peek(name))}
-    texts = {text.strip() for text in (*given.values(), *([first["content"]] if first is not None else []))}
-    if len(texts) > 1:
-        places = [*(f"column {name}" for name in given), *(["the first turn"] if first is not None else [])]
-        raise BadRow(f"two different system messages ({' and '.join(places)})")
-    if first is not None or not given:
-        return first
+    if len({text.strip() for text in (*given.values(), *(first["content"] for first in firsts))}) > 1:
+        places = [*(f"column {name}" for name in given), *("a first turn" for _ in firsts)]
+        raise BadRow(f"two different system messages ({' and '.join(places)})", ignore_hint("system"))
+    if firsts or not given:
+        return firsts[0] if firsts else None
     return make_message("system", next(iter(given.values())))
 
 
@@ -56,7 +59,7 @@ def read_history(row: SourceRow) -> list[Message]:
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         return read_turns(value, "history", row.notes)
     if not isinstance(value, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
-        raise BadRow("history: expected a list of [prompt, answer] pairs, or of turns")
+        raise BadRow("history: expected a list of [prompt, answer] pairs, or of turns", ignore_hint("history"))
     texts = [read_text(text, "history") for pair in value for text in pair]
     return [make_message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
 

@@ -7,22 +7,22 @@ in other programs makes a bad row unless the settings say that it can be ignored
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.data.bad_rows import BadRow, Row
 from posttrain.data.cells import is_empty
 
-MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+MEDIA = frozenset(("image", "images", "audio", "audios", "video", "videos"))
 """Columns, fields of turns and types of their parts that are no text."""
-LOSS_COLUMNS = tuple(
+LOSS_COLUMNS = frozenset(
     "weight weights sample_weight loss_weight loss_scale mask loss_mask assistant_mask assistant_masks completion_mask "
     "input_ids logprobs kl KL ref_chosen_logps ref_rejected_logps reference_chosen_logps "
     "reference_rejected_logps".split()
 )
 """Columns that change a row's loss in other programs."""
-TURN_FIELDS = tuple(
+TURN_FIELDS = frozenset(
     "prefix partial train_detail training_detail loss_mask loss_weight loss_scale logprobs channel recipient "
     "tool_plan refusal input_ids token_ids".split()
 )
@@ -55,7 +55,7 @@ class FieldNotes:
         self.ignored.update(f"{place}{name}" for name in self.ignore & values.keys() if not is_empty(values[name]))
         return {name: value for name, value in values.items() if name not in self.ignore}
 
-    def note_unread(self, values: Mapping[str, Any], known: Iterable[str], place: str) -> None:
+    def note_unread(self, values: Mapping[str, Any], known: Set[str], place: str) -> None:
         """Note the fields of an object that have a value and that nothing reads.
 
         Args:
@@ -63,7 +63,7 @@ class FieldNotes:
             known: Fields that are read.
             place: What precedes the names of its fields, such as `messages[].`.
         """
-        if more := values.keys() - set(known):
+        if more := values.keys() - known:
             self.unread.update(f"{place}{name}" for name in more if not is_empty(values[name]))
 
 
@@ -105,9 +105,9 @@ def changes_meaning(name: str, value: Any) -> bool:
     return not (is_empty(value) or value is False or (name in NEUTRAL_AT_ONE and value == 1))
 
 
-def refuse_columns(row: SourceRow, names: Iterable[str]) -> None:
+def refuse_columns(row: SourceRow, names: Set[str]) -> None:
     """Raise BadRow if one of these columns has a value and was not read."""
-    for name in names:
+    for name in sorted(names & row.keys()):
         value = row.peek(name)
         if name not in row.notes.read and changes_meaning(name, value):
             what = "it would not reach the model"
@@ -138,10 +138,12 @@ class FieldCounts:
     def add(self, row: SourceRow) -> None:
         """Count the fields of a row after it was read."""
         notes = row.notes
-        left = [name for name in row.keys() - notes.read if not is_empty(row.peek(name))]
-        (self.passed_on if notes.passed_on else self.unused).update(left)
-        self.unused.update(notes.unread)
-        self.ignored.update(notes.ignored)
+        if left := row.keys() - notes.read:
+            counts = self.passed_on if notes.passed_on else self.unused
+            counts.update(name for name in left if not is_empty(row.peek(name)))
+        if notes.unread or notes.ignored:
+            self.unused.update(notes.unread)
+            self.ignored.update(notes.ignored)
 
     def entry(self) -> dict[str, dict[str, int]]:
         """Return the part of the manifest's entry about the fields, the most frequent first."""

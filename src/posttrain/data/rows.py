@@ -6,7 +6,7 @@ Every reader of rows goes through `Rows.read`: nothing is cut or left out withou
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 
@@ -22,7 +22,7 @@ from posttrain.data.row_fields import LOSS_COLUMNS, MEDIA, FieldCounts, refuse_c
 from posttrain.data.sample_store import SampleStore
 from posttrain.data.table_files import FoundRow
 
-REFUSED_COLUMNS = (*MEDIA, *LOSS_COLUMNS)
+REFUSED_COLUMNS = MEDIA | LOSS_COLUMNS
 """Columns that make a bad row if they have a value, since it would change the row's meaning."""
 _T = TypeVar("_T")
 
@@ -66,7 +66,7 @@ class Rows:
         """Return True if any row of any source has the column."""
         return any(part.has(column) for part in self.parts)
 
-    def read(self, make: Callable[[PlacedRow], _T], refused: Sequence[str] = REFUSED_COLUMNS) -> list[_T]:
+    def read(self, make: Callable[[PlacedRow], _T], refused: Set[str] = REFUSED_COLUMNS) -> list[_T]:
         """Return `make(row)` of each row, in order; rows for which it raises BadRow are collected.
 
         Fields that `make` does not read are counted. A column in `refused` makes a bad row, but not in a table whose
@@ -88,7 +88,7 @@ class Rows:
         self,
         make: Callable[[PlacedRow], _T],
         scanned: Iterator[tuple[int, Part, FoundRow]],
-        refused: Sequence[str],
+        refused: Set[str],
     ) -> Iterator[tuple[int, _T]]:
         for rank, part, found in scanned:
             with self.bad.collect(part.place(found)):

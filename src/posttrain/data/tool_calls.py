@@ -7,7 +7,7 @@ from typing import Any
 
 from posttrain.data.bad_rows import BadRow, Row
 from posttrain.data.cells import is_empty, parse_json
-from posttrain.data.row_fields import FieldNotes
+from posttrain.data.row_fields import FieldNotes, ignore_hint
 
 ARGUMENT_NAMES = ("arguments", "parameters", "input", "args")
 """Names under which a call holds its arguments; the first one is ours."""
@@ -62,10 +62,10 @@ def read_call(call: Any, where: str, notes: FieldNotes, place: str) -> dict[str,
             raise BadRow(f"{where}: the id of a call is {type(number).__name__}, expected text")
         out = {"id": str(number), **out}
     inside = call.get("function") is function
-    apart = () if inside else ("name", *ARGUMENT_NAMES)
-    notes.note_unread(call, ("id", "type", "function", *apart), place)
+    apart = {"name", *ARGUMENT_NAMES}
+    notes.note_unread(call, {"id", "type", "function"} | (set() if inside else apart), place)
     if inside:
-        notes.note_unread(function, ("name", *ARGUMENT_NAMES), f"{place}function.")
+        notes.note_unread(function, apart, f"{place}function.")
     return out
 
 
@@ -96,14 +96,15 @@ def read_tools(value: Any, column: str) -> tuple[Row, ...]:
     value = parse_json(value, column)
     tools = [value] if isinstance(value, dict) else value
     if not isinstance(tools, list | tuple):
-        raise BadRow(f"{column} is {type(value).__name__}, expected a list of tools, also as JSON")
+        kind = type(value).__name__
+        raise BadRow(f"{column} is {kind}, expected a list of tools, also as JSON", ignore_hint(column))
     return tuple(_tool(parse_json(tool, column), column) for tool in tools)
 
 
 def _tool(tool: Any, column: str) -> Row:
     function = tool.get("function") if isinstance(tool, dict) and "function" in tool else tool
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
-        raise BadRow(f"{column}: expected tools with a name, each alone or under 'function'")
+        raise BadRow(f"{column}: expected tools with a name, each alone or under 'function'", ignore_hint(column))
     if tool.get("type") not in (None, "function", "custom"):
         raise BadRow(f"{column}: a tool of type {tool['type']!r}, expected function")
     if function is tool:

@@ -30,10 +30,10 @@ CALL_ROLES = ("function_call", "tool_call")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TRAIN_FLAGS = ("train", "training", "trainable", "loss")
 MASK_FLAGS = ("mask", "masked")
-KNOWN_FIELDS = (
-    *("role", "from", "content", "value", "name", "tool_calls", "function_call", "weight"),
-    *(*REASONING, *TRAIN_FLAGS, *MASK_FLAGS),
-)
+REFUSED_FIELDS = TURN_FIELDS | MEDIA
+ASSISTANT_FIELDS = frozenset(("tool_calls", "function_call", *REASONING))
+KNOWN_FIELDS = frozenset(("role", "from", "content", "value", "name", "weight", *TRAIN_FLAGS, *MASK_FLAGS))
+KNOWN_FIELDS |= REFUSED_FIELDS | ASSISTANT_FIELDS
 TEXT_PARTS = ("text", "input_text", "output_text")
 THINKING_PARTS = ("thinking", "reasoning")
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
@@ -74,6 +74,8 @@ def read_turn(turn: dict[str, Any], place: str = "", number: int = 0, notes: Fie
     Raises:
         BadRow: The turn can't be used.
     """
+    if plain := _plain_turn(turn):
+        return [plain]
     notes = FieldNotes() if notes is None else notes
     turn = notes.without_ignored(turn, place)
     where = f" (turn {number})" if number else ""
@@ -97,9 +99,20 @@ def read_turn(turn: dict[str, Any], place: str = "", number: int = 0, notes: Fie
             message["tool_call_id"] = _named(turn["tool_call_id"], "tool_call_id", where)
         if trained is not None:
             message["train"] = trained
-    known = (*KNOWN_FIELDS, *TURN_FIELDS, *MEDIA, *(("tool_call_id",) if role == "tool" else ()))
-    notes.note_unread(turn, known, place)
+    notes.note_unread(turn, KNOWN_FIELDS | {"tool_call_id"} if role == "tool" else KNOWN_FIELDS, place)
     return messages
+
+
+def _plain_turn(turn: dict[str, Any]) -> Message | None:
+    """Return a turn with a role and a text and nothing else, as most are; None for any other."""
+    if len(turn) != 2:
+        return None
+    role = turn.get("role") or turn.get("from")
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
+    if not isinstance(role, str) or not isinstance(content, str) or role.lower() in CALL_ROLES:
+        return None
+    ours = ROLES.get(role.lower())
+    return None if ours is None else {"role": ours, "content": content}
 
 
 def answer_text(message: Message | Mapping[str, Any]) -> str:
@@ -142,13 +155,13 @@ def _role(turn: dict[str, Any], where: str) -> tuple[str, str]:
 
 def _refuse_fields(turn: dict[str, Any], role: str, where: str) -> None:
     """Refuse fields that other programs act on."""
-    for name in (*TURN_FIELDS, *MEDIA):
-        if changes_meaning(name, turn.get(name)):
+    for name in sorted(REFUSED_FIELDS & turn.keys()):
+        if changes_meaning(name, turn[name]):
             raise BadRow(f"{name!r} of a turn is not supported{where}", ignore_hint(name))
     if role == "assistant":
         return
-    for name in ("tool_calls", "function_call", *REASONING):
-        if not is_empty(turn.get(name)):
+    for name in sorted(ASSISTANT_FIELDS & turn.keys()):
+        if not is_empty(turn[name]):
             raise BadRow(f"{name!r} belongs to a turn of the assistant{where}: here the turn is the {role}'s")
 
 
@@ -231,10 +244,10 @@ class _Parts:
             self.notes.ignored.add(f"{place}type {kind}")
         elif kind in TEXT_PARTS and isinstance(part.get("text"), str):
             self.text.append(part["text"])
-            self.notes.note_unread(part, ("type", "text"), place)
+            self.notes.note_unread(part, {"type", "text"}, place)
         elif kind in THINKING_PARTS and self.role == "assistant":
             self.reasoning.append(_plain(_one_of(part, ("thinking", "reasoning", "text"), self.where), self.where))
-            self.notes.note_unread(part, ("type", "text", *THINKING_PARTS), place)
+            self.notes.note_unread(part, {"type", "text", *THINKING_PARTS}, place)
         elif kind == "tool_use" and self.role == "assistant":
             self.calls.append(read_call(part, f"tool_use of a turn{self.where}", self.notes, place))
         elif kind == "tool_result" and self.role == "user":
@@ -242,7 +255,7 @@ class _Parts:
             self.results.append({"role": "tool", "content": result})
             if not is_empty(part.get("tool_use_id")):
                 self.results[-1]["tool_call_id"] = _named(part["tool_use_id"], "tool_use_id", self.where)
-            self.notes.note_unread(part, ("type", "content", "tool_use_id"), place)
+            self.notes.note_unread(part, {"type", "content", "tool_use_id"}, place)
         else:
             what = f"a part of type {kind!r}" if kind else f"a part without a type, with fields {sorted(part)},"
             hint = ignore_hint(kind) if kind is not None and kind not in TEXT_PARTS else ""
