@@ -29,10 +29,12 @@ class RewardTermConfig(Config):
     Attributes:
         is_correctness: True if 1 means a right answer, so that held-out answers before and after can be compared by it.
         needs_several: True if a completion without others of its prompt gets no score.
+        cut_off_is_wrong: True if only the answer can make a call too long or too large: it then gets 0, and is counted.
     """
 
     is_correctness: ClassVar[bool] = True
     needs_several: ClassVar[bool] = False
+    cut_off_is_wrong: ClassVar[bool] = False
 
     kind: str = Field(description="Name of the reward, or package.module:name of your own class or function.")
     name: str = Field(

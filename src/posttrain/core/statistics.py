@@ -303,7 +303,8 @@ def compare(
 
     difference is after minus before, with its interval (low, high). Accuracy: method 10 of Newcombe and McNemar's
     exact test; perplexity, and accuracies of several samples: paired bootstrap. gained and lost count the items that
-    went from wrong to right and back; for perplexity, those whose loss per token fell and rose; for samples, those
+    went from wrong to right and back; failed, those whose grader failed on a side, which are wrong there (of scores:
+    left out on both sides); for perplexity, those whose loss per token fell and rose; for samples, those
     whose accuracy rose and fell; for scores, those whose mean rose and fell, and ``wins`` (see there).
 
     Args:
@@ -325,6 +326,10 @@ def compare(
             "Evaluate both models on the same data and rows"
         )
     pairs = [(old[i], new[i]) for i in old]
+    failed = {
+        side: sum(bool(i.get("failed")) or (kind == "score" and i["value"] is None) for i in items.values())
+        for side, items in (("before", old), ("after", new))
+    }
     if kind == "score":  # a prompt that one side has no score of can't be compared
         pairs = [(a, b) for a, b in pairs if a["value"] is not None and b["value"] is not None]
     # Both sides in the same order, so that the bootstrap draws the same items for both.
@@ -353,7 +358,7 @@ def compare(
         "before": {k: sides[0][k] for k in ("value", "low", "high", "n")},
         "after": {k: sides[1][k] for k in ("value", "low", "high", "n")},
         "difference": difference, "low": low, "high": high, "test": test, "p_value": p,
-        "n": len(pairs), "gained": gained, "lost": lost,
+        "n": len(pairs), "gained": gained, "lost": lost, **({"failed": failed} if any(failed.values()) else {}),
         **({"wins": wins(*zip(*pairs, strict=True), level=level, seed=seed)} if kind == "score" else {}),
     }  # fmt: skip
 

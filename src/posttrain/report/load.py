@@ -56,6 +56,15 @@ class TaskRow:
     comparison: JsonDict | None
 
     @property
+    def failed(self) -> str:
+        """Return how many answers the grader failed on, in words; empty if none."""
+        counts = (self.comparison or {}).get("failed")
+        if not isinstance(counts, Mapping):
+            return ""
+        meaning = "left out" if self.kind == "score" else "counted as wrong"
+        return f"grader failed: {counts.get('before', 0)} before, {counts.get('after', 0)} after ({meaning})"
+
+    @property
     def n(self) -> int:
         return int((self.comparison or self.after or self.before or {}).get("n", 0))
 

@@ -140,8 +140,8 @@ def follow_rewards(steps: Sequence[Sequence[RolloutGroup]], suspects: int = 5) -
 
     shape, markers = followed(SHAPE), followed(MARKERS)
     apart = [p for p in pairs if _moves_apart(p, parts)]
-    unrewarded = [not math.isfinite(r.reward) for groups in steps[-third:] for g in groups for r in g.rollouts]
-    warnings = _failures(unrewarded) + _drifts(shape, markers, _drifted(parts["reward"]) > 0)
+    unrewarded = [[not math.isfinite(r.reward) for g in groups for r in g.rollouts] for groups in steps]
+    warnings = _failures(unrewarded, third) + _drifts(shape, markers, _drifted(parts["reward"]) > 0)
     return {
         "steps": len(flat),
         "rollouts": len(everything),
@@ -224,9 +224,14 @@ def suspicious(steps: Sequence[Sequence[RolloutGroup]], count: int | None = None
     return [f for f in worst if f["score"] > 0][:count]
 
 
-def _failures(unrewarded: Sequence[bool]) -> list[str]:
-    share = statistics.fmean(unrewarded) if unrewarded else 0.0
-    return [f"{share:.0%} of rollouts got no reward (last third): a reward fails on them"] if share >= FAILING else []
+def _failures(unrewarded: Sequence[Sequence[bool]], third: int) -> list[str]:
+    """Name the share of rollouts without a reward, in the last third of the steps or in all of them."""
+    for steps, when in ((unrewarded[-third:], " (last third)"), (unrewarded, "")):
+        flat = [missing for step in steps for missing in step]
+        if flat and statistics.fmean(flat) >= FAILING:
+            count = f"{sum(flat):,} of {len(flat):,} rollouts ({statistics.fmean(flat):.0%})"
+            return [f"{count} got no reward{when}: a reward fails on them"]
+    return []
 
 
 def _drifts(shape: Mapping[str, Any], markers: Mapping[str, Any], rises: bool) -> list[str]:

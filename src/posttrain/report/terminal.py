@@ -46,7 +46,7 @@ def summary_table(run_folder: Path) -> Table:
         beats = f"\nwins {won['value']:.3f}\n[{won['low']:.3f}, {won['high']:.3f}]" if won else ""
         p = format_p((row.comparison or {}).get("p_value"))
         table.add_row(
-            Text(visible(f"{row.task}\n{row.n:,} items{beats}")),
+            Text(visible(f"{row.task}\n{row.n:,} items{beats}" + (f"\n{row.failed}" if row.failed else ""))),
             span(row.before),
             span(row.after),
             span(row.comparison, "difference"),

@@ -29,6 +29,7 @@ class RewardOutcome:
         failure: ``error`` (it raised, or returned no finite number), ``timeout``, ``died`` (memory ran out, or the
             worker process ended twice during this call).
         message, trace: Of the failure.
+        cut_off: Why an answer that the reward was cut off at counts as wrong, with value 0; None for other outcomes.
         steps: Of a reward that scores steps, (first character, one past the last, score) in order; value is their mean.
     """
 
@@ -36,6 +37,7 @@ class RewardOutcome:
     failure: Literal["error", "timeout", "died"] | None = None
     message: str = ""
     trace: str = ""
+    cut_off: Literal["timeout", "died"] | None = None
     steps: tuple[tuple[int, int, float], ...] | None = None
 
 

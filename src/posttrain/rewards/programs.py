@@ -49,6 +49,7 @@ class SandboxedConfig(RewardTermConfig):
     """Settings of rewards that run the program of a completion in the sandbox, never without (docs/sandbox.md)."""
 
     in_worker: ClassVar[bool] = True
+    cut_off_is_wrong: ClassVar[bool] = True
     limits: SandboxConfig = Field(default_factory=SandboxConfig, description="What a program may use.")
 
     @model_validator(mode="after")

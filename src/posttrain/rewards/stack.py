@@ -16,6 +16,8 @@ from posttrain.rewards.reward import RewardTerm, reward_term
 from posttrain.rewards.token_spans import token_spans, tokens_of
 from posttrain.rewards.worker_pool import Pool, RewardCall
 
+OFTEN = 0.05
+"""Share of failures above which a reward is named in the terminal."""
 SHOWN = 3
 """Number of failures of a reward that are kept with message and traceback."""
 NOT_SAMPLED = "sampling"
@@ -65,6 +67,8 @@ class Account:
     timeouts: int = 0
     died: int = 0
     first: list[dict[str, Any]] = field(default_factory=list)
+    named: bool = False
+    """True once the terminal has named it as failing often."""
 
     @property
     def cut_off(self) -> int:
@@ -110,9 +114,26 @@ class RewardStack:
         self.close()
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes, and name the rewards that failed often."""
+        for line in self.often_failed():
+            print(line, flush=True)
         if self.pool is not None:
             self.pool.close()
+
+    def often_failed(self) -> list[str]:
+        """Return a line for each reward that failed on more than 5% of its completions."""
+        out = []
+        for name, a in self.accounts.items():
+            failed, total = a.errors + a.cut_off, a.scored + a.errors + a.cut_off
+            if failed > OFTEN * total and not a.named:
+                a.named = True
+                config = next(t.config for t in self.terms if t.name == name)
+                meaning = "count as wrong" if config.cut_off_is_wrong else "have no reward"
+                cut = f", of which {a.cut_off:,} were cut off and {meaning}" if a.cut_off else ""
+                out.append(
+                    f"! reward {name!r} failed on {failed:,} of {total:,} completions ({failed / total:.0%}){cut}"
+                )
+        return out
 
     def state_dict(self) -> dict[str, dict[str, int]]:
         """Return how much was scored and failed so far, so that limits hold over a run that is interrupted."""
@@ -123,7 +144,8 @@ class RewardStack:
         self.accounts = {t.name: Account() for t in self.terms}
         for name, counts in numbers.items():
             if name in self.accounts:
-                self.accounts[name] = Account(first=[], **counts)
+                for count in COUNTS:
+                    setattr(self.accounts[name], count, int(counts[count]))
 
     def __call__(self, groups: Sequence[RolloutGroup]) -> ScoredGroups:
         """Score every rollout by every reward.
@@ -199,8 +221,10 @@ class RewardStack:
                         got = attempt(term.function, args, count, config.scores_steps)
                         into[g].update(zip(places, got, strict=True))
         if self.pool is not None and calls:
+            wrong = {t.name for t in self.terms if t.config.cut_off_is_wrong}
             for (name, g, places), got in zip(targets, self.pool.run(calls), strict=True):
-                results[name][g].update(zip(places, got, strict=True))
+                outcomes = [_counted_wrong(o) if name in wrong else o for o in got]
+                results[name][g].update(zip(places, outcomes, strict=True))
         return results
 
     def _batches(
@@ -240,12 +264,13 @@ class RewardStack:
             account = self.accounts[name]
             for g, of_rollouts in enumerate(of_groups):
                 for i, o in sorted(of_rollouts.items()):
-                    account.scored += o.value is not None
-                    account.errors += o.failure == "error"
-                    account.timeouts += o.failure == "timeout"
-                    account.died += o.failure == "died"
-                    if o.failure and len(account.first) < SHOWN:
-                        shown = {"group": g, "rollout": i, "failure": o.failure, "message": o.message, "trace": o.trace}
+                    failure = o.failure or o.cut_off
+                    account.scored += o.value is not None and failure is None
+                    account.errors += failure == "error"
+                    account.timeouts += failure == "timeout"
+                    account.died += failure == "died"
+                    if failure and len(account.first) < SHOWN:
+                        shown = {"group": g, "rollout": i, "failure": failure, "message": o.message, "trace": o.trace}
                         account.first.append(shown)
 
     def _check_limits(self) -> None:
@@ -293,6 +318,13 @@ class RewardStack:
             ):
                 out[f"reward/{name}/{failure}"] = float(now - then)
         return out
+
+
+def _counted_wrong(outcome: RewardOutcome) -> RewardOutcome:
+    """Return the outcome of an answer that a call was cut off at: wrong, so that a hanging grader never helps it."""
+    if outcome.failure not in ("timeout", "died"):
+        return outcome
+    return RewardOutcome(0.0, message=outcome.message, cut_off=outcome.failure)
 
 
 def _arguments(term: RewardTerm, group: RolloutGroup, places: Sequence[int]) -> tuple[tuple[Any, ...], int | None]:

@@ -138,6 +138,7 @@ class Math(Reward):
         """1 if math-verify finds the answer mathematically equal to the label, else 0."""
 
         in_worker: ClassVar[bool] = True
+        cut_off_is_wrong: ClassVar[bool] = True
         kind: Literal["math"] = "math"
 
     config: Config
@@ -163,6 +164,7 @@ class ReasoningGym(Reward):
         """The item's own score, by reasoning-gym (examples from a reasoning-gym task)."""
 
         in_worker: ClassVar[bool] = True
+        cut_off_is_wrong: ClassVar[bool] = True
         kind: Literal["reasoning_gym"] = "reasoning_gym"
         extract: Extract = Field("auto", description=EXTRACT)
         full_only: bool = Field(

@@ -54,16 +54,18 @@ def _rollout_task(stage: RolloutConfig, folder: Path, name: str, path: Path) -> 
     """Write the first and the last answers to the held-out problems of a stage of RL.
 
     An answer is correct if the first reward that says right or wrong is 1. Such a reward is 0, 1 or its partial credit
-    for every answer. A stage without one has only its curve of rewards.
+    for every answer. A stage without one has only its curve of rewards. An answer that this reward failed on counts as
+    wrong, and as failed.
     """
     steps = rollout_steps(folder)
     if len(steps) < 2:
         return []
-    sides = [[r for r in read_rollouts(rollouts_path(folder, s)) if not r["failures"]] for s in (steps[0], steps[-1])]
+    sides = [list(read_rollouts(rollouts_path(folder, s))) for s in (steps[0], steps[-1])]
     both = {r["problem"] for r in sides[0]} & {r["problem"] for r in sides[1]}
     for config in stage.rewards.terms if both else []:
         part, credit = config.title, getattr(config, "partial", 0.0)
-        if config.is_correctness and {r["parts"].get(part) for side in sides for r in side} <= {0.0, credit, 1.0}:
+        given = {r["parts"].get(part) for side in sides for r in side} - {None}
+        if config.is_correctness and given and given <= {0.0, credit, 1.0}:
             task = f"{name}-{part}"
             for moment, side in zip(("before", "after"), sides, strict=True):
                 _write_items(path / "evaluations" / moment, task, part, [r for r in side if r["problem"] in both])
@@ -73,7 +75,11 @@ def _rollout_task(stage: RolloutConfig, folder: Path, name: str, path: Path) -> 
 
 def _write_items(folder: Path, name: str, part: str, rows: list[dict[str, Any]]) -> None:
     columns = {"id": "problem", "prompt": "prompt", "expected": "answer", "output": "completion"}
-    items = [{**{ours: r[key] for ours, key in columns.items()}, "correct": r["parts"][part] == 1.0} for r in rows]
+    items = []
+    for r in rows:
+        given = r["parts"].get(part)
+        item = {**{ours: r[key] for ours, key in columns.items()}, "correct": given == 1.0}
+        items.append(item if given is not None else {**item, "failed": True})
     folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / f"{name}.jsonl", items)
     summary = {"task": name, "kind": "generate", **summarize(items, "generate"), "seconds": 0}
