@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from posttrain.config import DataConfig
-from posttrain.data.chat_template import end_of_turn_token, render_with_loss, tokenize_rendered
 from posttrain.data.encoding import prompt_tokens, prompt_with_completion
 from posttrain.data.formats import BadRow
+from posttrain.data.learnt_turns import render_with_loss
 from posttrain.data.marked_text import pieces, render_terminal
 from posttrain.data.sft_rows import prepare
+from posttrain.data.tokenizing import end_of_turn_token, tokenize_rendered
 
 from .tokenizers import TEMPLATES, byte_level, merging, sentencepiece
 
@@ -25,12 +26,12 @@ EXPECTED: dict[str, list[str]] = {
     "llama2": [" yes </s>", " end </s>"],
     "gemma": ["yes<end_of_turn>", "end<end_of_turn>"],
     "mistral": ["yes</s>", "end</s>"],
-    "phi3": ["yes<|end|>", "end<|end|>\n</s>"],
-    "qwen3": ["yes<|im_end|>", "<think>\n\n</think>\n\nend<|im_end|>"],
+    "phi3": ["yes<|end|>", "end<|end|>"],
+    "qwen3": ["<think>\n\n</think>\n\n" + turn for turn in BOTH],
     "zephyr": ["yes</s>", "end</s>"],
     "deepseek": ["yes<｜end▁of▁sentence｜>", "end<｜end▁of▁sentence｜>"],
-    "no_end": ["yes", "end</s>"],
-    "no_end_marks": ["yes", "end</s>"],
+    "no_end": ["yes</s>", "end</s>"],
+    "no_end_marks": ["yes<|user|>", "end</s>"],
     "ignores": ["<|im_start|>assistant\nyes<|im_end|>", "<|im_start|>assistant\nend<|im_end|>"],
     "needs_two": BOTH,
 }
@@ -45,13 +46,13 @@ TURNS = [
 def learnt(tokenizer: Any, messages: list[dict[str, str]], loss_on: str = "completion") -> list[str]:
     """The text of each run of tokens that carry loss, through the tokens."""
     rendered = render_with_loss(tokenizer, messages, loss_on)  # type: ignore[arg-type]
-    tokens, weights = tokenize_rendered(tokenizer, [rendered])[0]
     runs: list[list[int]] = []
-    for i, w in enumerate(weights):
-        if w and not weights[i - 1]:
-            runs.append([])
-        if w:
-            runs[-1].append(tokens[i])
+    for tokens, weights in tokenize_rendered(tokenizer, rendered):
+        for i, w in enumerate(weights):
+            if w and not weights[i - 1]:
+                runs.append([])
+            if w:
+                runs[-1].append(tokens[i])
     return [tokenizer.decode(run) for run in runs]
 
 
@@ -63,7 +64,7 @@ def test_loss_of_each_turn(name: str) -> None:
     single = [{"role": "user", "content": "end"}, {"role": "assistant", "content": "end"}]
     assert learnt(tokenizer, single) == EXPECTED[name][1:]
     text = tokenizer.apply_chat_template(TURNS, tokenize=False)
-    everything = tokenize_rendered(tokenizer, [render_with_loss(tokenizer, TURNS, "all")])[0]
+    everything = tokenize_rendered(tokenizer, render_with_loss(tokenizer, TURNS, "all"))[0]
     added = "</s>" if name.startswith("no_end") else ""
     assert tokenizer.decode(everything[0]) == text + added and everything[1] == [0.0] + [1.0] * (len(everything[0]) - 1)
 
@@ -124,7 +125,7 @@ def test_content_that_could_be_taken_for_something_else(name: str, content: str)
     head = {"qwen3": "<think>\n\n</think>\n\n", "ignores": "<|im_start|>assistant\n"}.get(name, "")
     assert learnt(tokenizer, turns) == [head + str(TRAPS[content]) + "<|im_end|>"]
     both = learnt(tokenizer, [*turns, *TURNS[2:]], "assistant")
-    assert both[0] == (head if name == "ignores" else "") + str(TRAPS[content]) + "<|im_end|>"
+    assert both[0] == head + str(TRAPS[content]) + "<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -152,16 +153,16 @@ def test_short_content_inside_the_name_of_the_end_token() -> None:
     tokenizer = byte_level("phi3")
     for content in ("e", "end", "|", "<|end|>", "d|>"):
         turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]
-        assert learnt(tokenizer, turns) == [content + "<|end|>\n</s>"]
-        assert learnt(tokenizer, [*turns, *TURNS[:2]], "assistant") == [content + "<|end|>", "yes<|end|>\n</s>"]
+        assert learnt(tokenizer, turns) == [content + "<|end|>"]
+        assert learnt(tokenizer, [*turns, *TURNS[:2]], "assistant") == [content + "<|end|>", "yes<|end|>"]
 
 
 def test_reasoning() -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>why</think>so"}]
     assert learnt(byte_level("qwen3"), turns) == ["<think>\nwhy\n</think>\n\nso<|im_end|>"]
-    # Before a later question the reasoning is gone, and what is left of the turn is learnt.
-    assert learnt(byte_level("qwen3"), [*turns, *TURNS[2:]], "assistant")[0] == "so<|im_end|>"
-    assert learnt(byte_level("deepseek"), turns) == ["so<｜end▁of▁sentence｜>"]
+    # Before a later question the reasoning is gone; the turn is learnt with it, in a text of its own.
+    assert learnt(byte_level("qwen3"), [*turns, *TURNS[2:]], "assistant")[0] == "<think>\nwhy\n</think>\n\nso<|im_end|>"
+    assert learnt(byte_level("deepseek"), turns) == ["<think>why</think>so<｜end▁of▁sentence｜>"]
     turns[1]["content"] = "<think>why</think>"
     with pytest.raises(BadRow, match="leaves nothing of turn 2 to train on"):
         learnt(byte_level("deepseek"), turns)
@@ -187,10 +188,10 @@ def test_system_message_and_what_templates_refuse() -> None:
 def test_a_template_that_changes_the_text_is_refused() -> None:
     tokenizer = byte_level()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}"
-    with pytest.raises(BadRow, match="changes turn 2"):
+    with pytest.raises(BadRow, match="changes turn 1, the user's"):
         learnt(tokenizer, TURNS[:2])
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + m.content }}<|im_end|>{% endfor %}"
-    with pytest.raises(BadRow, match="changes turn 2"):
+    with pytest.raises(BadRow, match="writes the text of turn 2 more than once"):
         learnt(tokenizer, TURNS[:2])
 
 
@@ -202,7 +203,7 @@ def test_tokens_that_would_straddle_the_border(make: Any) -> None:
         "{% for m in messages %}{{ m.role + ':' + ('' if m.role == 'user' else ' the ') + m.content "
     )
     tokenizer.chat_template += "}}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: th' }}{% endif %}"
-    rendered = render_with_loss(tokenizer, turns, "completion")  # type: ignore[arg-type]
+    (rendered,) = render_with_loss(tokenizer, turns, "completion")  # type: ignore[arg-type]
     tokens, weights = tokenize_rendered(tokenizer, [rendered])[0]
     prompt = tokenizer("user:aassistant: th", add_special_tokens=False)["input_ids"]
     assert tokenizer(rendered.text, add_special_tokens=False)["input_ids"][: len(prompt)] != prompt
@@ -213,7 +214,7 @@ def test_tokens_that_would_straddle_the_border(make: Any) -> None:
 @pytest.mark.parametrize("make", [merging, sentencepiece])
 def test_segments_give_the_tokens_of_the_whole_text(make: Any) -> None:
     tokenizer = make("llama3")
-    rendered = render_with_loss(tokenizer, TURNS, "all")  # type: ignore[arg-type]
+    (rendered,) = render_with_loss(tokenizer, TURNS, "all")  # type: ignore[arg-type]
     assert (
         tokenize_rendered(tokenizer, [rendered])[0][0]
         == tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
@@ -222,7 +223,7 @@ def test_segments_give_the_tokens_of_the_whole_text(make: Any) -> None:
 
 def test_pieces_join_to_the_text() -> None:
     tokenizer = sentencepiece("llama2")
-    rendered = render_with_loss(tokenizer, TURNS, "assistant")  # type: ignore[arg-type]
+    (rendered,) = render_with_loss(tokenizer, TURNS, "assistant")  # type: ignore[arg-type]
     from posttrain.core.types import Sample
 
     sample = Sample(*tokenize_rendered(tokenizer, [rendered])[0])

@@ -22,9 +22,7 @@ LLAMA3 = (
 NO_END = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"  # noqa: E501
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHATML
 LINES = "\n{% for m in messages %}\n<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n  {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"  # noqa: E501
-THINKING = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n' + ('<t>' if deep else '')").replace(
-    "{% for", "{{ 'deep ' if deep else 'shallow ' }}{% for", 1
-)
+THINKING = CHATML.replace("{% for", "{{ 'deep ' if deep else 'shallow ' }}{% for", 1)
 DATED = "{{ 'Today: ' + strftime_now('%d %B %Y') + '\n' }}" + CHATML
 CASES: dict[str, dict[str, Any]] = {
     "chatml": {"template": CHATML},

@@ -69,7 +69,8 @@ class Chat:
 
     def prompt_ids(self) -> list[int]:
         """Return the conversation so far as token ids, up to where the answer begins."""
-        from posttrain.data.chat_template import render_chat, tokenize
+        from posttrain.data.chat_template import render_chat
+        from posttrain.data.tokenizing import tokenize
 
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         if self.tokenizer.chat_template is None:

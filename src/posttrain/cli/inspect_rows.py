@@ -14,6 +14,7 @@ from posttrain.core.imports import is_import_path
 from posttrain.core.types import Sample
 from posttrain.data.bad_rows import SHOWN_ROWS
 from posttrain.data.human_feedback import Answers
+from posttrain.data.learnt_turns import NOTES
 from posttrain.data.marked_text import BRACKETS, render_terminal
 from posttrain.data.mixing import row_weights
 from posttrain.data.preference_rows import PreparedPairs, PreparedUnpaired
@@ -168,6 +169,9 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     facts += [(title, fields_in_words(s[key])) for key, title in FIELD_TITLES.items() if s.get(key)]
+    for name, number in (s.get("rendering") or {}).items():
+        unit = NOTES.get(name, "")
+        facts.append(("rendering", f"{name}: {number:,} {unit.removesuffix('s') if number == 1 else unit}".rstrip()))
     if s.get("duplicates"):
         facts.append(("duplicates", f"{s['duplicates']:,} samples are there more than once"))
     if s.get("swapped"):

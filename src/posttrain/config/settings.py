@@ -121,6 +121,10 @@ class RowSettings(Config):
         True,
         description="Render through the model's chat template; false joins prompt and completion as plain text and ends with the end-of-text token.",
     )
+    special_tokens: Literal["text", "allow"] = Field(
+        "text",
+        description="What special tokens spelt inside texts, such as <|im_end|> in an answer, become: text: ordinary text (counted and shown); allow: special tokens. A text that is rendered already (without a template, it begins or ends with one) keeps its own.",
+    )
     max_tokens: int | None = Field(
         None,
         ge=2,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.progress import Track
-from posttrain.core.types import Sample
-from posttrain.data import chat_template as chat
-from posttrain.data.formats import BadRow, Record
+from posttrain.core.types import Message, Sample
+from posttrain.data.bad_rows import BadRow
+from posttrain.data.chat_template import render_chat
+from posttrain.data.formats import Record
+from posttrain.data.learnt_turns import Rendered, render_with_loss
 from posttrain.data.parts import PlacedRow
+from posttrain.data.plain_text import PlainTurns, encode_plain, plain_prompts, plain_turns
 from posttrain.data.rows import Rows
+from posttrain.data.tokenizing import tokenize, tokenize_rendered
 
 BATCH = 1000
 """Rows tokenized at a time."""
@@ -24,20 +27,6 @@ Encoded = tuple[list[int], list[float]]
 """Token ids and loss weights."""
 _T = TypeVar("_T")
 _Opened = tuple[int, tuple[PlacedRow, Sequence[Record], Callable[..., Any]]]
-
-
-@dataclass(frozen=True)
-class PlainTurns:
-    """Hold turns that are joined without a template: (text, whether it carries loss).
-
-    Attributes:
-        turns: The turns.
-        apart: Tokenize each turn on its own, as the replies of an environment are. False: two turns, whose text is
-            tokenized as one.
-    """
-
-    turns: list[tuple[str, bool]]
-    apart: bool = False
 
 
 def require_chat_template(
@@ -120,13 +109,16 @@ def _encode_batch(
     for rank, (row, records, make) in batch:
         with rows.bad.collect(row.source):
             rendered.append((rank, row, make, [_render(record, tokenizer, row.config) for record in records]))
-    encoded = iter(_encode([r for *_, texts in rendered for r in texts], tokenizer))
-    for rank, row, make, texts in rendered:
-        parts, limit = [next(encoded) for _ in texts], token_limit(row.config, context)
+    encoded = iter(_encode([r for *_, several in rendered for texts in several for r in texts], tokenizer))
+    for rank, row, make, several in rendered:
+        # One record may be several samples (see `learnt_turns`); the two answers of a pair are one each.
+        parts = [[next(encoded) for _ in texts] for texts in several]
+        limit, samples = token_limit(row.config, context), list(zip(*parts, strict=True))
         with rows.bad.collect(row.source):
-            item = make(*_fit(parts, limit, row.config))
-            rows.truncated += any(len(tokens) > limit for tokens, _ in parts)
-            yield rank, item
+            items = [make(*_fit(sample, limit, row.config)) for sample in samples]
+            rows.truncated += any(len(tokens) > limit for sample in samples for tokens, _ in sample)
+            rows.add_notes(note for texts in several for r in texts for note in r.notes.items())
+            yield from ((rank, item) for item in items)
 
 
 def _batches(items: Iterable[_Opened]) -> Iterator[list[_Opened]]:
@@ -158,60 +150,27 @@ def _fit(parts: Sequence[Encoded], limit: int, config: DataConfig) -> list[Encod
     return cut
 
 
-def _render(record: Record, tokenizer: Any, config: DataConfig) -> chat.Rendered | PlainTurns:
-    if record.text is not None:
-        if not record.text.strip():
-            raise BadRow("empty text")
-        return PlainTurns([("", config.loss_on == "all"), (record.text, True)])
-    if config.chat:
-        return chat.render_with_loss(tokenizer, record.messages, config.loss_on)
-    *before, last = record.messages
-    if last["role"] != "assistant" or not last["content"].strip():
-        raise BadRow("empty completion" if last["role"] == "assistant" else "the last turn is not the assistant's")
-    if config.loss_on == "assistant" and any(m["role"] == "assistant" for m in before):
-        return PlainTurns([(m["content"], m["role"] == "assistant") for m in record.messages], apart=True)
-    prompt = "".join(m["content"] for m in before)
-    return PlainTurns([(prompt, config.loss_on == "all"), (last["content"], True)])
+def _render(record: Record, tokenizer: Any, config: DataConfig) -> Sequence[Rendered | PlainTurns]:
+    """Return the texts of a record: one, or several if turns of a conversation are learnt in texts of their own."""
+    if record.messages and config.chat:
+        return render_with_loss(
+            tokenizer, record.messages, config.loss_on, record.tools, record.template_args, config.special_tokens
+        )
+    return [plain_turns(record, tokenizer, config)]
 
 
-def _encode(rendered: Sequence[chat.Rendered | PlainTurns], tokenizer: Any) -> list[Encoded]:
+def _encode(rendered: Sequence[Rendered | PlainTurns], tokenizer: Any) -> list[Encoded]:
     """Return tokens and weights of each, tokenizing in few calls."""
-    from_chat = iter(chat.tokenize_rendered(tokenizer, [r for r in rendered if isinstance(r, chat.Rendered)]))
-    plain = [r for r in rendered if isinstance(r, PlainTurns)]
-    firsts = without_end(chat.tokenize(tokenizer, [r.turns[0][0] for r in plain], special=True), tokenizer)
-    wholes = without_end(
-        chat.tokenize(tokenizer, ["" if r.apart else "".join(t for t, _ in r.turns) for r in plain], special=True),
-        tokenizer,
-    )
-    from_plain = (_encode_plain(*parts, tokenizer) for parts in zip(plain, firsts, wholes, strict=True))
-    return [next(from_chat) if isinstance(r, chat.Rendered) else next(from_plain) for r in rendered]
-
-
-def without_end(encoded: Sequence[list[int]], tokenizer: Any) -> list[list[int]]:
-    """Return token ids without the end token that some tokenizers append."""
-    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
-
-
-def _encode_plain(plain: PlainTurns, first: list[int], whole: list[int], tokenizer: Any) -> Encoded:
-    """Return the first turn (with what the tokenizer puts first), the other turns, and the end of text with loss."""
-    pieces = [first]
-    if not plain.apart and whole[: len(first)] == first:
-        pieces.append(whole[len(first) :])
-    else:
-        pieces += [chat.continuation(tokenizer, text) for text, _ in plain.turns[1:]]
-    if tokenizer.eos_token_id is not None:
-        pieces.append([tokenizer.eos_token_id])
-    carries_loss = [*(loss for _, loss in plain.turns), True]
-    tokens = [t for piece in pieces for t in piece]
-    weights = [float(loss) for piece, loss in zip(pieces, carries_loss, strict=False) for _ in piece]
-    return tokens, [0.0, *weights[1:]] if weights else []
+    from_chat = iter(tokenize_rendered(tokenizer, [r for r in rendered if isinstance(r, Rendered)]))
+    from_plain = iter(encode_plain([r for r in rendered if isinstance(r, PlainTurns)], tokenizer))
+    return [next(from_chat) if isinstance(r, Rendered) else next(from_plain) for r in rendered]
 
 
 def prompt_tokens(row: dict[str, Any], tokenizer: Any, config: DataConfig) -> list[int]:
     """Return the token ids of a row's prompt, generation prompt included, as a model that answers it reads them.
 
     Args:
-        row: A row with `messages`, and `source` for messages of errors.
+        row: A row with `messages`, possibly `tools` and `template_args`, and `source` for messages of errors.
         tokenizer: The tokenizer.
         config: Settings of the data.
 
@@ -220,11 +179,21 @@ def prompt_tokens(row: dict[str, Any], tokenizer: Any, config: DataConfig) -> li
     """
     if not config.chat:
         text = "".join(m["content"] for m in row["messages"])
-        return without_end(chat.tokenize(tokenizer, [text], special=True), tokenizer)[0]
+        return plain_prompts([text], tokenizer, config.special_tokens)[0]
     try:
-        return chat.tokenize(tokenizer, [chat.render_chat(tokenizer, row["messages"], generation=True)])[0]
+        text = render_chat(tokenizer, row["messages"], True, **_template_fields(row, config))
     except BadRow as error:
         raise DataError(f"{row.get('source', 'a row')}: {error}") from error
+    return tokenize(tokenizer, [text])[0]
+
+
+def _template_fields(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
+    """Return what `render_chat` takes besides the turns."""
+    return {
+        "tools": row.get("tools") or (),
+        "arguments": row.get("template_args"),
+        "special_tokens": config.special_tokens,
+    }
 
 
 def prompt_with_completion(
@@ -233,7 +202,7 @@ def prompt_with_completion(
     """Return the row's prompt with a completion, whose tokens have weight 1.
 
     Args:
-        row: A row with `messages`, and `source` for messages of errors.
+        row: A row with `messages`, possibly `tools` and `template_args`, and `source` for messages of errors.
         completion: Text of the answer.
         tokenizer: The tokenizer.
         config: Settings of the data.
@@ -242,14 +211,14 @@ def prompt_with_completion(
     Raises:
         DataError: The completion is empty, or the chat template refuses the row.
     """
-    record = Record((*row["messages"], {"role": "assistant", "content": completion}))
+    answer: Message = {"role": "assistant", "content": completion}
+    tools, arguments = tuple(row.get("tools") or ()), row.get("template_args")
+    record = Record((*row["messages"], answer), tools=tools, template_args=arguments)
     try:
-        rendered = _render(record, tokenizer, config.model_copy(update={"loss_on": "completion"}))
+        (rendered,) = _render(record, tokenizer, config.model_copy(update={"loss_on": "completion"}))
     except BadRow as error:
         raise DataError(f"{row.get('source', 'a row')}: {error}") from error
-    if isinstance(rendered, chat.Rendered) and not end:
-        rendered = chat.Rendered(rendered.text, ((rendered.spans[-1][0], rendered.answer_end),))
+    if not end:
+        rendered = rendered.without_end()
     tokens, weights = _encode([rendered], tokenizer)[0]
-    if not isinstance(rendered, chat.Rendered) and not end and tokens[-1] == tokenizer.eos_token_id:
-        tokens, weights = tokens[:-1], weights[:-1]
     return Sample(tokens, weights, row.get("source", ""))

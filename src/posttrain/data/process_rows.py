@@ -14,7 +14,6 @@ from typing import Any
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
-from posttrain.data import chat_template as chat
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.cells import is_missing, parse_json, required_field
 from posttrain.data.encoding import prompt_tokens, require_chat_template, token_limit
@@ -22,6 +21,8 @@ from posttrain.data.parts import PlacedRow
 from posttrain.data.row_context import add_context, read_row_tools, read_template_args
 from posttrain.data.row_fields import SourceRow
 from posttrain.data.rows import PreparedItems, open_rows
+from posttrain.data.special_text import guard
+from posttrain.data.tokenizing import continuations, text_tokens
 from posttrain.data.turns import make_message, read_turns, without_flags
 
 
@@ -89,7 +90,8 @@ def split_steps(text: str, separator: str) -> list[tuple[int, int]]:
 
 def chain_samples(chains: Sequence[StepChain], tokenizer: Any) -> list[Sample]:
     """Return each chain as a sample to train on. Raises ValueError for a chain without a step or a label."""
-    ids = iter(chat.continuations(tokenizer, [s for c in chains for s in c.steps]))
+    control = text_tokens(tokenizer)
+    ids = iter(continuations(tokenizer, [guard(s, control) for c in chains for s in c.steps]))
     samples = []
     for c in chains:
         if len(c.steps) != len(c.targets) or all(t is None for t in c.targets):

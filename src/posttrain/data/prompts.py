@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -10,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config import DataConfig
 from posttrain.config.problems import PROMPTS
 from posttrain.core.errors import DataError
-from posttrain.data import chat_template as chat
 from posttrain.data.bad_rows import BadRow, BadRows, Row, check_surrogates
 from posttrain.data.cells import is_missing, read_text, required_field
-from posttrain.data.encoding import require_chat_template, without_end
+from posttrain.data.chat_template import Conversation
+from posttrain.data.encoding import require_chat_template
 from posttrain.data.formats import Record, to_record
+from posttrain.data.learnt_turns import CUT_REASONING, SPELT
 from posttrain.data.mixing import refuse_weights
 from posttrain.data.parts import PlacedRow
+from posttrain.data.plain_text import plain_prompts
 from posttrain.data.row_context import TEMPLATE_COLUMNS, TOOL_COLUMNS
 from posttrain.data.row_fields import MEDIA, SourceRow
 from posttrain.data.rows import PreparedItems, Rows, count_repeats, manifest_entry, open_rows
+from posttrain.data.special_text import restore
+from posttrain.data.tokenizing import tokenize
 from posttrain.data.turns import make_message, read_turns, says_nothing, without_flags
 
 if TYPE_CHECKING:
@@ -82,19 +87,22 @@ def load_prompts(config: Any, tokenizer: Any, *, context: int | None) -> PromptS
         where = "data." if data is not None else ""
         require_chat_template(tokenizer, f"{where}chat=false to ask in plain text, or problems.template")
     limit = min(getattr(data, "max_tokens", None) or 2**62, (context or 2**62) - 1)
+    special, notes = getattr(data, "special_tokens", "text"), Counter[str]()
     texts: list[tuple[PromptRow, str]] = []
     for row in rows:
         with bad.collect(row["source"]):
-            texts.append((row, _render(row, config.template, tokenizer if in_chat else None)))
+            text = _render(row, tokenizer, special, notes) if in_chat else _plain(row, config.template)
+            texts.append((row, text))
     items: list[RenderedPrompt] = []
-    encoded = chat.tokenize(tokenizer, [text for _, text in texts], special=not in_chat)
-    for (row, text), ids in zip(texts, encoded if in_chat else without_end(encoded, tokenizer), strict=True):
+    rendered = [text for _, text in texts]
+    encoded = tokenize(tokenizer, rendered) if in_chat else plain_prompts(rendered, tokenizer, special)
+    for (row, text), ids in zip(texts, encoded, strict=True):
         with bad.collect(row["source"]):
             if not ids:
                 raise BadRow("empty prompt")
             if len(ids) > limit:
                 raise BadRow(f"too long (the prompt has {len(ids)} tokens, and the limit is {limit})")
-            items.append(RenderedPrompt(ids, text, row))
+            items.append(RenderedPrompt(ids, restore(text), row))
     bad.check(total, len(items))
     stats = manifest_entry(
         [len(p.tokens) for p in items],
@@ -104,6 +112,7 @@ def load_prompts(config: Any, tokenizer: Any, *, context: int | None) -> PromptS
         rows=total,
         duplicates=count_repeats(tuple(p.tokens) for p in items),
         examples=[{"text": f"{p.source}, answer {p.problem['answer']}", "pieces": [[p.text, 0.0]]} for p in items[:3]],
+        rendering={name: number for name, number in notes.items() if number},
     )
     if hasattr(source, "rows"):
         stats.update(sha256=source.rows.hashes, **source.rows.by_source(), **source.rows.fields.entry())
@@ -162,16 +171,18 @@ def _prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"messages": messages, "prompt": user[-1] if user else messages[-1]["content"]}
 
 
-def _render(row: PromptRow, template: str | None, tokenizer: Any | None) -> str:
-    """Return a prompt as text, by the chat template of `tokenizer` if it is given."""
-    if tokenizer is not None:
-        return chat.render_chat(
-            tokenizer,
-            row["messages"],
-            generation=True,
-            tools=row.get("tools") or (),
-            arguments=row.get("template_args"),
-        )
+def _render(row: PromptRow, tokenizer: Any, special_tokens: str, notes: Counter[str]) -> str:
+    """Return a prompt by the chat template, and count in `notes` what is worth telling."""
+    tools, arguments = row.get("tools") or (), row.get("template_args")
+    conversation = Conversation(tokenizer, row["messages"], tools, arguments, special_tokens)
+    text = conversation.render(generation=True)
+    notes[CUT_REASONING] += conversation.check(text)
+    notes[SPELT] += conversation.specials.total()
+    return text
+
+
+def _plain(row: PromptRow, template: str | None) -> str:
+    """Return a prompt as plain text."""
     text = "".join(m["content"] for m in row["messages"])
     return text if template is None else template.replace("{question}", text)
 

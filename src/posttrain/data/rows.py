@@ -38,6 +38,7 @@ class Rows:
         bad: Rows that can't be used, so far.
         truncated: Number of rows that were cut, so far.
         fields: Fields of the rows that had no effect, so far.
+        notes: Numbers of what is worth telling about how the rows are rendered, so far.
     """
 
     config: DataConfig
@@ -46,6 +47,7 @@ class Rows:
     bad: BadRows
     truncated: int = 0
     fields: FieldCounts = field(default_factory=FieldCounts)
+    notes: Counter[str] = field(default_factory=Counter)
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -138,6 +140,11 @@ class Rows:
             entries.append({**about, "rows": taken, "used": used, **({"weight": weight} if weight != 1 else {})})
         return {"sources": entries}
 
+    def add_notes(self, notes: Iterable[tuple[str, int]]) -> None:
+        """Add to the numbers of what is worth telling about how the rows are rendered."""
+        for name, number in notes:
+            self.notes[name] += number
+
     def check(self, used: int) -> None:
         """Raise DataError for bad rows unless they are to be skipped, and if none of the rows can be used."""
         self.bad.check(len(self.order), used)
@@ -161,6 +168,7 @@ class Rows:
             loss_tokens=loss_tokens,
             duplicates=duplicates,
             examples=[marked_example(s, tokenizer) for s in samples[:3]],
+            rendering=dict(self.notes),
             **self.by_source(),
             **self.fields.entry(),
         )

@@ -14,6 +14,7 @@ from posttrain.config import DataConfig
 from posttrain.core.types import Sample
 from posttrain.data.encoding import Encoded, encode_stream
 from posttrain.data.formats import Record
+from posttrain.data.learnt_turns import OWN_TEXT
 from posttrain.data.parts import PlacedRow
 from posttrain.data.readers import Source, find_sources
 from posttrain.data.rows import Chosen, PreparedItems, Rows, open_rows
@@ -108,9 +109,9 @@ def prepare(config: DataConfig, tokenizer: Any, *, context: int | None = None) -
     """
     sources = find_sources(config)
     if not is_cached(sources):
-        prompts: dict[int, dict[str, Any]] = {}
+        prompts: list[tuple[int, dict[str, Any]]] = []
         store, stats = _tokenise(open_rows(config, sources=sources), tokenizer, context, prompts=prompts)
-        return Prepared(store, stats, [prompts[rank] for rank in sorted(prompts)])
+        return Prepared(store, stats, [row for _, row in sorted(prompts, key=lambda prompt: prompt[0])])
 
     def make(folder: Path) -> tuple[SampleStore, dict[str, Any]]:
         return _tokenise(open_rows(config, sources=sources), tokenizer, context, folder)
@@ -124,11 +125,11 @@ def _tokenise(
     tokenizer: Any,
     context: int | None,
     folder: Path | None = None,
-    prompts: dict[int, dict[str, Any]] | None = None,
+    prompts: list[tuple[int, dict[str, Any]]] | None = None,
 ) -> tuple[SampleStore, dict[str, Any]]:
     """Return the samples of all rows, in a folder or in memory, and the manifest's entry about them.
 
-    With `prompts`, it gets the prompt and completion of each sample, by the row's place in the order.
+    With `prompts`, it gets the prompt and completion of each sample, with the row's place in the order.
     """
 
     def read(row: PlacedRow) -> tuple[list[Record], Callable[[Encoded], tuple[Sample, PlacedRow, Record]]]:
@@ -141,10 +142,13 @@ def _tokenise(
         writer.add(rank, sample, row.part, row.found.number, row.found.position)
         count += 1
         if prompts is not None:
-            prompts[rank] = prompt_and_completion(record, row.source)
+            prompts.append((rank, prompt_and_completion(record, row.source)))
     rows.check(count)
     store = writer.finish()
-    return store, rows.statistics(store, tokenizer)
+    stats = rows.statistics(store, tokenizer)
+    if own := rows.notes[OWN_TEXT]:  # turns of some rows are samples of their own
+        stats.update(used=count - own, samples=count)
+    return store, stats
 
 
 def prompt_and_completion(record: Record, source: str) -> dict[str, Any]:

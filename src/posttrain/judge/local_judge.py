@@ -10,7 +10,9 @@ import torch
 
 from posttrain.config import ModelConfig, SamplingConfig
 from posttrain.core.types import Sample
-from posttrain.data import chat_template as chat
+from posttrain.data.chat_template import render_chat
+from posttrain.data.plain_text import plain_prompts
+from posttrain.data.tokenizing import continuation, tokenize
 from posttrain.judge.asker import JudgeAnswer, JudgeRequest, OnAnswer
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import context_length, load_model, resolve
@@ -73,11 +75,10 @@ class LocalJudge:
     def _tokens(self, ask: JudgeRequest, tokenizer: Any) -> list[int]:
         """The question as the model sees it: by its chat template, or as plain text where it has none."""
         if getattr(tokenizer, "chat_template", None):
-            text = chat.render_chat(tokenizer, ask.messages, generation=True)
-            return chat.tokenize(tokenizer, [text + ask.opening])[0]
+            text = render_chat(tokenizer, ask.messages, generation=True)
+            return tokenize(tokenizer, [text + ask.opening])[0]
         text = "\n\n".join(m["content"] for m in ask.messages) + "\n" + (ask.opening or "Answer:")
-        tokens = chat.tokenize(tokenizer, [text], special=True)[0]
-        return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token_id else tokens
+        return plain_prompts([text], tokenizer)[0]
 
     @torch.inference_mode()
     def _verdicts(
@@ -157,7 +158,7 @@ def _ways(labels: Sequence[str], tokenizer: Any) -> list[tuple[str, tuple[int, .
     for label in labels:
         forms = {label: None, label[:1].upper() + label[1:]: None} if len(label) > 1 else {label: None}
         for text in (space + form for form in forms for space in ("", " ")):
-            out.setdefault(tuple(chat.continuation(tokenizer, text)), label)
+            out.setdefault(tuple(continuation(tokenizer, text)), label)
     return [(label, tokens) for tokens, label in out.items()]
 
 

@@ -17,10 +17,11 @@ import torch
 
 from posttrain.config import DataConfig, ModelConfig
 from posttrain.core.errors import DataError, ModelError
-from posttrain.data import chat_template as chat
 from posttrain.data.bad_rows import BadRow
+from posttrain.data.chat_template import render_chat
 from posttrain.data.encoding import prompt_tokens, prompt_with_completion
 from posttrain.data.process_rows import StepChain, chain_samples, split_steps
+from posttrain.data.tokenizing import end_of_turn_token, tokenize
 from posttrain.losses.reward_loss import combine_members, combine_steps, step_logits
 from posttrain.models.classification_head import Layout, open_head, padding, score_index, scores_at, verify_scores
 from posttrain.models.language_model import LanguageModel
@@ -93,16 +94,16 @@ class Member:
             row = self.row(prompt)
             turns = [*row["messages"], {"role": "assistant", "content": completion}]
             try:
-                text = chat.render_chat(
+                text = render_chat(
                     self.tokenizer, turns, tools=row.get("tools") or (), arguments=row.get("template_args")
                 )
             except BadRow as error:
                 raise DataError(f"{row.get('source', 'a row')}: {error}") from error
-            return chat.tokenize(self.tokenizer, [text])[0]
+            return tokenize(self.tokenizer, [text])[0]
         if completion.strip():
             sample = prompt_with_completion(self.row(prompt), completion, self.tokenizer, self.data, end=True)
             return [*self.first, *sample.tokens]
-        end = chat.end_of_turn_token(self.tokenizer) if self.chat else None
+        end = end_of_turn_token(self.tokenizer) if self.chat else None
         end = self.tokenizer.eos_token_id if end is None else end
         return [*self.prompt(prompt), *([] if end is None else [end])]
 

@@ -17,8 +17,10 @@ from posttrain.config import SamplingConfig
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.core.errors import DataError, PosttrainError, RecipeError
 from posttrain.core.types import Message, Rollout, RolloutGroup
-from posttrain.data import chat_template as chat
+from posttrain.data.chat_template import TextSearch, render_chat
 from posttrain.data.formats import BadRow
+from posttrain.data.special_text import guard, restore
+from posttrain.data.tokenizing import continuation, text_tokens
 from posttrain.sampling.environments import Environment
 from posttrain.sampling.protocol import OnDone, Request, Sampler
 
@@ -208,16 +210,20 @@ class TurnSampler:
 
     def _tokens(self, reply: str, turn: Rollout) -> list[int]:
         """Tokens of a reply, and of what the template has around it; cut where it is too long."""
-        ids = chat.continuation(self.tokenizer, reply)
+        ids = self._as_text(reply)
         if len(ids) > self.config.max_reply:
             reply = self._decode(ids[: self.config.max_reply]) + REPLY_CUT
-            ids = chat.continuation(self.tokenizer, reply)
+            ids = self._as_text(reply)
         if self.config.answers == "inline":
             return ids
         behind = reply_turn(self.config, self.tokenizer, reply)
         if turn.finish == "end":  # the model has closed its turn itself
             behind = behind.removeprefix(self._decode(turn.tokens[-1:]))
-        return chat.continuation(self.tokenizer, behind)
+        return continuation(self.tokenizer, behind)
+
+    def _as_text(self, reply: str) -> list[int]:
+        """Return the tokens of a reply; special tokens that it spells are ordinary text."""
+        return continuation(self.tokenizer, guard(reply, text_tokens(self.tokenizer)))
 
     def _decode(self, tokens: Sequence[int], skip: bool = False) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip))
@@ -273,10 +279,10 @@ def reply_turn(config: EnvironmentConfig, tokenizer: Any, reply: str) -> str:
         {"role": config.role, "content": reply},
     ]
     try:
-        parts = chat.render_chat(tokenizer, turns, generation=True).split(MARK)
+        parts = render_chat(tokenizer, turns, generation=True).split(MARK)
     except BadRow as error:
         raise DataError(f"environment.answers: turn, role: {config.role}: {error}") from error
-    if len(parts) != 2 or reply.strip() not in parts[1]:
+    if len(parts) != 2 or not TextSearch(restore(parts[1])).has(reply):
         raise DataError(
             f"environment.answers is turn, and the chat template leaves out a {config.role} turn behind an "
             "assistant's: try another role, or answers: inline"

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from posttrain.config import SamplingConfig
 from posttrain.core.types import Rollout, RolloutGroup
-from posttrain.data.chat_template import end_of_turn_token
+from posttrain.data.tokenizing import end_of_turn_token
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,7 +181,10 @@ def test_rows_keep_the_tools_and_turns_of_their_problem(tmp_path: Path) -> None:
     given = {"prompt": turns, "answer": "4", "tools": json.dumps([tool]), "chat_template_kwargs": {"kind": "b"}}
     (tmp_path / "p.jsonl").write_text(json.dumps(given) + "\n")
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template + "{% if tools %}{{ kind }}{% endif %}"
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{% endfor %}{{ kind }}"
+    )
     config = RowPrompts.Config(data=DataConfig(source=str(tmp_path / "p.jsonl")))
     (problem,) = load_prompts(config, tokenizer, context=None).items
     assert problem.text.endswith("b") and problem.problem["prompt"] == "Weather in Oslo?"

@@ -64,9 +64,9 @@ class Feedback(DataStage):
 
     def prepare(self) -> list[tuple[str, Any]]:
         """Read the rows, or render the prompts; check the judge's principles, key and store."""
-        from posttrain.data.chat_template import tokenize
         from posttrain.data.human_feedback import read_answers
         from posttrain.data.prompts import require_plain_context
+        from posttrain.data.tokenizing import tokenize
         from posttrain.judge.labels import Judge
 
         config, tokenizer = self.config, self.context.tokenizer

@@ -205,7 +205,8 @@ def open_writer(config: RefineConfig, model: ModelConfig) -> Writer:
 
     The next turn of a conversation that leaves no room in the context has the finish `error`, like a refusal.
     """
-    from posttrain.data import chat_template as chat
+    from posttrain.data.chat_template import render_chat
+    from posttrain.data.tokenizing import tokenize
     from posttrain.sampling.openai_sampler import OpenAISampler
     from posttrain.sampling.protocol import Request
 
@@ -221,8 +222,8 @@ def open_writer(config: RefineConfig, model: ModelConfig) -> Writer:
     ) -> list[Rollout]:
         tokens: list[list[int]] = [[] for _ in conversations]
         if tokenizer is not None:
-            texts = [chat.render_chat(tokenizer, turns, generation=True) for turns, _ in conversations]
-            tokens = chat.tokenize(tokenizer, texts)
+            texts = [render_chat(tokenizer, turns, generation=True) for turns, _ in conversations]
+            tokens = tokenize(tokenizer, texts)
         fits = [i for i, t in enumerate(tokens) if len(t) < context]
         requests = [Request(tokens[i], 1, conversations[i][1], {"messages": conversations[i][0]}) for i in fits]
         groups = sampler.sample(requests, sampling.model_copy(update={"max_tokens": max_tokens}), on_done)

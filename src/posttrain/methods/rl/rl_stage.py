@@ -55,7 +55,7 @@ class RolloutStage(Stage):
         return [(name, trained), (f"{name} held out", others)]
 
     def end_token(self, policy: LoadedPolicy) -> int | None:
-        from posttrain.data.chat_template import end_of_turn_token
+        from posttrain.data.tokenizing import end_of_turn_token
 
         return end_of_turn_token(policy.tokenizer)
 

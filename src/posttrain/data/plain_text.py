@@ -1,0 +1,142 @@
+"""Encode rows that no chat template renders: plain texts, and prompts and completions that are joined as text.
+
+Such a text may be rendered already, by the code that made the file: it begins or ends with a special token. Its special
+tokens are kept then, and it gets one token that begins a text and one that ends it, not two.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from posttrain.config import DataConfig
+from posttrain.data.bad_rows import BadRow
+from posttrain.data.formats import Record
+from posttrain.data.learnt_turns import NO_END, RENDERED_TEXTS, SPELT
+from posttrain.data.special_text import guard
+from posttrain.data.tokenizing import continuation, special_tokens, text_tokens, tokenize
+
+
+@dataclass(frozen=True)
+class PlainTurns:
+    """Hold turns that are joined without a template: (text, whether it carries loss).
+
+    Attributes:
+        turns: The turns, guarded (see `special_text`).
+        apart: Tokenize each turn on its own, as the replies of an environment are. False: two turns, whose text is
+            tokenized as one.
+        end: The end token follows, with loss.
+        notes: Numbers of what is worth telling.
+    """
+
+    turns: list[tuple[str, bool]]
+    apart: bool = False
+    end: bool = True
+    notes: Mapping[str, int] = field(default_factory=dict)
+
+    def without_end(self) -> PlainTurns:
+        """Return the same turns without the token that ends the text."""
+        return replace(self, end=False)
+
+
+def plain_turns(record: Record, tokenizer: Any, config: DataConfig) -> PlainTurns:
+    """Return a record as turns of plain text.
+
+    Args:
+        record: The record.
+        tokenizer: The tokenizer.
+        config: Settings of the data.
+
+    Raises:
+        BadRow: The text or the completion is empty, or the tokenizer has no end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise BadRow(*NO_END)
+    if record.text is not None:
+        if not record.text.strip():
+            raise BadRow("empty text")
+        return _turns([("", config.loss_on == "all"), (record.text, True)], tokenizer, config)
+    *before, last = record.messages
+    if last["role"] != "assistant" or not last["content"].strip():
+        raise BadRow("empty completion" if last["role"] == "assistant" else "the last turn is not the assistant's")
+    extra = next((name for m in record.messages for name in ("tool_calls", "reasoning_content") if m.get(name)), None)
+    if extra or record.tools:
+        raise BadRow(f"{extra or 'tools'} can't be written as plain text: use a chat template (data.chat: true)")
+    if config.loss_on == "assistant" and any(m["role"] == "assistant" for m in before):
+        learnt = [(m["content"], m["role"] == "assistant" and m.get("train", True)) for m in record.messages]
+        return _turns(learnt, tokenizer, config, apart=True)
+    if not last.get("train", True):
+        raise BadRow("no turn to learn: each has train: false")
+    prompt = "".join(m["content"] for m in before)
+    return _turns([(prompt, config.loss_on == "all"), (last["content"], True)], tokenizer, config)
+
+
+def _turns(turns: list[tuple[str, bool]], tokenizer: Any, config: DataConfig, apart: bool = False) -> PlainTurns:
+    texts, notes = _prepared([text for text, _ in turns], tokenizer, config.special_tokens)
+    while texts[-1].rstrip().endswith(tokenizer.eos_token):  # the one that ends the text is added when it is encoded
+        texts[-1] = texts[-1].rstrip().removesuffix(tokenizer.eos_token)
+    return PlainTurns([(text, loss) for text, (_, loss) in zip(texts, turns, strict=True)], apart, True, notes)
+
+
+def _prepared(texts: Sequence[str], tokenizer: Any, special: str) -> tuple[list[str], dict[str, int]]:
+    """Return texts that belong together, and what is worth telling.
+
+    They are guarded unless they are rendered already; a token that begins the text is left to the tokenizer.
+    """
+    out, notes = list(texts), dict[str, int]()
+    whole = "".join(texts).strip()
+    if special != "allow" and whole.startswith(special_tokens(tokenizer)) or whole.endswith(special_tokens(tokenizer)):
+        notes = {RENDERED_TEXTS: 1}
+    elif special != "allow":
+        found: Counter[str] = Counter()
+        out = [guard(text, text_tokens(tokenizer), found) for text in texts]
+        notes = {SPELT: found.total()} if found else {}
+    first, begin = next((n for n, text in enumerate(out) if text), 0), str(tokenizer.bos_token or "")
+    if begin and out[first].startswith(begin):
+        while out[first].startswith(begin):
+            out[first] = out[first].removeprefix(begin)
+        if tokenizer.bos_token_id not in tokenize(tokenizer, ["a"], special=True)[0]:
+            out[first] = begin + out[first]
+    return out, notes
+
+
+def plain_prompts(texts: Sequence[str], tokenizer: Any, special: str = "text") -> list[list[int]]:
+    """Return the token ids of prompts in plain text, with what the tokenizer puts first.
+
+    Args:
+        texts: The prompts.
+        tokenizer: The tokenizer.
+        special: "text" or "allow", as for `render_chat`.
+    """
+    prepared = [_prepared([text], tokenizer, special)[0][0] for text in texts]
+    return _without_end(tokenize(tokenizer, prepared, special=True), tokenizer)
+
+
+def _without_end(encoded: Sequence[list[int]], tokenizer: Any) -> list[list[int]]:
+    """Return token ids without the end token that some tokenizers append."""
+    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
+
+
+def encode_plain(plain: Sequence[PlainTurns], tokenizer: Any) -> list[tuple[list[int], list[float]]]:
+    """Return tokens and weights of each, tokenizing in few calls."""
+    firsts = _without_end(tokenize(tokenizer, [p.turns[0][0] for p in plain], special=True), tokenizer)
+    joined = ["" if p.apart else "".join(text for text, _ in p.turns) for p in plain]
+    wholes = _without_end(tokenize(tokenizer, joined, special=True), tokenizer)
+    return [_encode(*parts, tokenizer) for parts in zip(plain, firsts, wholes, strict=True)]
+
+
+def _encode(plain: PlainTurns, first: list[int], whole: list[int], tokenizer: Any) -> tuple[list[int], list[float]]:
+    """Return the first turn (with what the tokenizer puts first), the other turns, and the end of text with loss."""
+    pieces = [first]
+    if not plain.apart and whole[: len(first)] == first:
+        pieces.append(whole[len(first) :])
+    else:
+        pieces += [continuation(tokenizer, text) for text, _ in plain.turns[1:]]
+    if plain.end:
+        pieces.append([tokenizer.eos_token_id])
+    carries_loss = [*(loss for _, loss in plain.turns), True]
+    tokens = [t for piece in pieces for t in piece]
+    weights = [float(loss) for piece, loss in zip(pieces, carries_loss, strict=False) for _ in piece]
+    return tokens, [0.0, *weights[1:]] if weights else []
