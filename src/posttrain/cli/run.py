@@ -16,6 +16,9 @@ def run_command(
     overrides: Overrides = None,
     folder: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/NAME]")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Set an earlier run in the folder aside, start over.")] = False,
+    accept_changed_data: Annotated[
+        bool, typer.Option("--accept-changed-data", help="Resume although files or packages have changed.")
+    ] = False,
 ) -> None:
     """Evaluate, train, evaluate again, and write a report. Resumes a run that was interrupted."""
     from posttrain.recipe.machine_checks import check_machine
@@ -33,4 +36,4 @@ def run_command(
     check_machine(checked)  # before torch is imported, which takes seconds
     from posttrain.runs.runner import run
 
-    run(checked, folder=folder, fresh=fresh)
+    run(checked, folder=folder, fresh=fresh, accept_changed_data=accept_changed_data)

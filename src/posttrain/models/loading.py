@@ -21,7 +21,7 @@ import torch
 
 from posttrain.config import ModelConfig
 from posttrain.core.errors import MissingExtraError, ModelError
-from posttrain.core.files import cache_folder, file_hash
+from posttrain.core.files import cache_folder, input_hash
 from posttrain.data.template_source import set_template_args
 from posttrain.models.adapter_source import AdapterSource, find_adapter, merge_into_base
 from posttrain.models.backends import backend_for
@@ -90,14 +90,14 @@ def _folder_hash(folder: Path) -> str:
     """One hash for a model's folder: of the hashes of its weight files."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
-        digest.update(f"{path.name} {file_hash(path)}\n".encode())
+        digest.update(f"{path.name} {input_hash(path)}\n".encode())
     return digest.hexdigest()
 
 
 @lru_cache(maxsize=8)
 def _convert(gguf: Path) -> Resolved:
     """GGUF to the Hugging Face layout in the cache, whole or not at all; later calls find it there."""
-    sha = file_hash(gguf)
+    sha = input_hash(gguf)
     target = cache_folder() / "models" / f"{gguf.stem}-{sha[:16]}-{CONVERTER}"
     if not (target / "config.json").exists():
         if importlib.util.find_spec("gguf") is None:

@@ -111,6 +111,14 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package.replace("-", "_")) is not None
 
 
+def packages_needed(block: BaseModel) -> list[str]:
+    """Return the optional packages that a block of settings needs."""
+    values = {name: getattr(block, name) for name in type(block).model_fields}
+    sources = [str(values.get(name)) for name in ("source", "start")]
+    gguf = any(source.startswith("package:") or source.endswith(".gguf") for source in sources)
+    return [package for _, package in _packages_needed(block, values)] + ["gguf"] * gguf
+
+
 def _packages_needed(block: BaseModel, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     kind = str(values.get("kind"))
     if kind in NEEDED_BY_KIND:

@@ -144,9 +144,28 @@ def check_hub(models: Iterable[str], data_sets: Iterable[str] = ()) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def hub_commit(kind: str, name: str, revision: str | None) -> str:
+    """Return the commit of a model or data set in the Hub's cache, "" if it is not there.
+
+    Args:
+        kind: models or datasets.
+        name: Name on the Hub.
+        revision: Branch, tag or commit. None: main.
+    """
+    try:
+        return (_hub_folder(kind, name) / "refs" / (revision or "main")).read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _hub_folder(kind: str, name: str) -> Path:
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"{kind}--{name.replace('/', '--')}"
+
+
 def _in_hub_cache(kind: str, name: str) -> bool:
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    folder = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"{kind}--{name.replace('/', '--')}"
+    folder = _hub_folder(kind, name)
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets") / name.replace("/", "___")
     return any((folder / "snapshots").glob("*/*")) or (kind == "datasets" and prepared.is_dir())
 

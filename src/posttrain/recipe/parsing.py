@@ -166,11 +166,12 @@ def in_columns(names: Sequence[str] | dict[str, Any], columns: int = 4) -> str:
 def _add_import_folders(folder: Path) -> None:
     """Let modules beside a recipe be imported; of a run, the folders that were noted when it was started."""
     try:
-        noted = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("import_folders", [])
-    except (OSError, ValueError):
-        noted = [str(folder)]
-    for path in noted:
-        add_import_folder(path)
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        manifest = None
+    noted = manifest.get("import_folders", []) if isinstance(manifest, dict) else [str(folder)]
+    for path in noted if isinstance(noted, list) else []:
+        add_import_folder(str(path))
 
 
 def _resolve_paths(value: Any, folder: Path) -> None:

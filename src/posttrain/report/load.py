@@ -172,6 +172,7 @@ def read(folder: Path) -> Run:
     text, recipe = _recipe(folder / "recipe.yaml", notes)
     comparison = read_json(folder / "evaluations" / "comparison.json", notes)
     before, after = (_evaluations(folder / "evaluations" / side, notes) for side in ("before", "after"))
+    notes += _changed_inputs(manifest)
     flat = [*_constant(before, "before"), *_constant(after, "after")]
     between = numbered_folders(folder / "evaluations")
     return Run(
@@ -208,7 +209,7 @@ def read_json(path: Path, notes: list[str], missing: str = "") -> Any:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         stage = path.parent.name.split("-", 1)
         where = f" of stage {stage[1]}" if stage[0].isdigit() and len(stage) > 1 else ""
         notes.append(f"{path.name}{where} can't be read: {error}")
@@ -225,6 +226,17 @@ def _recipe(path: Path, notes: list[str]) -> tuple[str, JsonDict]:
     except RecipeError as error:
         notes.append(f"recipe.yaml can't be read: {str(error).splitlines()[0]}")
     return text, recipe if isinstance(recipe, dict) else {}
+
+
+def _changed_inputs(manifest: Any) -> list[str]:
+    """Name the inputs that were changed, and accepted, while the run was under way."""
+    histories = manifest.get("inputs") if isinstance(manifest, dict) else None
+    notes = []
+    for name, history in histories.items() if isinstance(histories, dict) else ():
+        for entry in history if isinstance(history, list) else ():
+            if isinstance(entry, dict) and entry.get("accepted"):
+                notes.append(f"{name} changed while the run was under way, and was accepted on {entry.get('since')}")
+    return notes
 
 
 def _constant(evaluations: Mapping[str, Evaluation], side: str) -> list[str]:
@@ -269,7 +281,7 @@ def _lines(path: Path, notes: list[str]) -> Iterator[JsonDict]:
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line) if line.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             broken += 1
             continue
         if isinstance(record, dict):

@@ -8,10 +8,11 @@ report.html    the page of the run           model/               the final mode
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,27 +20,54 @@ from typing import Any
 from posttrain.config import Recipe
 from posttrain.core import distributed
 from posttrain.core.errors import CheckpointError, RecipeError
-from posttrain.core.files import as_json, read_lines, write_text
+from posttrain.core.files import as_json, read_lines, read_object, write_text
 from posttrain.core.secrets import hide_values
 from posttrain.recipe.machine_checks import check_machine
 from posttrain.recipe.parsing import differences, dump_recipe, load_recipe
+from posttrain.runs.inputs import find_inputs
 
 ANOTHER_FOLDER = "Put runs into a folder that can be written: output=FOLDER, or --folder FOLDER"
+CHECK_FIELD = "sha256_of_the_rest"
 OF_A_RUN = ("stages", "evaluations", "bad_rows", "tensorboard", "manifest.json", "report.html")
 
 
 class Manifest:
-    """manifest.json, rewritten as a whole at every change; only rank 0 writes."""
+    """manifest.json, rewritten as a whole at every change; only rank 0 writes.
+
+    Its last field is the hash of the others: what it says of inputs and results is what the run wrote.
+    """
 
     def __init__(self, folder: Path) -> None:
+        """Read the file.
+
+        Raises:
+            CheckpointError: It is damaged, or was changed.
+        """
         self.path = folder / "manifest.json"
-        self.values: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.values: dict[str, Any] = {}
+        if self.path.exists():
+            remedy = "or set this run aside and start over with --fresh"
+            try:
+                self.values = read_object(self.path)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}, {remedy}") from error
+            noted = self.values.pop(CHECK_FIELD, None)
+            if noted not in (None, _digest(self.values)):
+                raise CheckpointError(
+                    f"{self.path} is damaged or was changed: it is not what the run wrote (its checksum differs). Put "
+                    f"it back from a copy, {remedy}"
+                )
 
     def update(self, **values: Any) -> None:
-        """Set values and write the file."""
+        """Set values and write the file, without keys that are known."""
         self.values.update(values)
         if distributed.is_main():
-            write_text(self.path, hide_values(as_json(self.values)))
+            shown = json.loads(hide_values(json.dumps(self.values)))
+            write_text(self.path, as_json({**shown, CHECK_FIELD: _digest(shown)}))
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
@@ -134,11 +162,25 @@ def _claim(path: Path, recipe: Recipe) -> None:
             )
         evaluated = ("model", "evaluate", "seed")
         same = earlier is not None and all(getattr(earlier, name) == getattr(recipe, name) for name in evaluated)
+        kept = _of_evaluations(path, earlier) if same and earlier is not None else {}
         for name in OF_A_RUN:
             if name == "evaluations" and same:
                 continue
             shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink(missing_ok=True)
+        if any(kept.values()):
+            Manifest(path).update(**kept)
     write_text(stored, dump_recipe(recipe))
+
+
+def _of_evaluations(path: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return what the manifest notes of evaluations that stay: their checksums, and the inputs that they are of."""
+    try:
+        noted = Manifest(path).values
+    except CheckpointError:
+        return {}
+    read = find_inputs(recipe.model_copy(update={"stages": []}), {})
+    inputs = {name: history for name, history in noted.get("inputs", {}).items() if name in read}
+    return {"inputs": inputs, "evaluations": noted.get("evaluations", {})}
 
 
 def has_results(path: Path) -> bool:

@@ -17,10 +17,10 @@ from typing import Any
 from rich.console import Console
 
 import posttrain
-from posttrain.config import EvaluationConfig, Recipe, StageConfig, references
+from posttrain.config import EvaluationConfig, ModelConfig, Recipe, StageConfig, references
 from posttrain.core import distributed
 from posttrain.core.console import VisibleConsole
-from posttrain.core.errors import CheckpointError, PosttrainError
+from posttrain.core.errors import CheckpointError, DataError, PosttrainError
 from posttrain.core.files import file_hash, is_full, link_or_copy, read_lines, write_json, write_text
 from posttrain.core.imports import import_folders
 from posttrain.core.secrets import hide_secrets
@@ -38,6 +38,7 @@ from posttrain.runs import registry
 from posttrain.runs.held_out_tasks import write_held_out_tasks
 from posttrain.runs.machine import machine, program_name
 from posttrain.runs.model_card import write_cards
+from posttrain.runs.results import Results
 from posttrain.runs.run_folder import Manifest, open_run, run_path
 from posttrain.trainer.loggers import Trackers
 from posttrain.trainer.loop import now
@@ -69,6 +70,7 @@ def run(
     fresh: bool = False,
     console: Console | None = None,
     rewards: dict[str, Callable[..., Any]] | None = None,
+    accept_changed_data: bool = False,
 ) -> RunResult:
     """Carry a recipe through to its report, or resume the run in `folder`.
 
@@ -78,9 +80,12 @@ def run(
         fresh: Set an earlier run in the folder aside (under another name) and start over.
         console: Console for messages. None: standard output, of rank 0 alone.
         rewards: Functions by the names that the recipe uses for them.
+        accept_changed_data: Resume although files, modules or packages have changed since the run began. The manifest
+            keeps the earlier hashes as well.
 
     Raises:
-        CheckpointError: The folder holds a run of another recipe, or another process works on it.
+        CheckpointError: The folder holds a run of another recipe, another process works on it, inputs of the run have
+            changed, or a result of it is damaged.
         PosttrainError: Data, model or rewards of the recipe can't be used; raised before training starts.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -89,7 +94,8 @@ def run(
     path = run_path(Path(folder) if folder is not None else Path(recipe.output) / recipe.name)
     try:
         with open_run(path, recipe, fresh) as manifest, fixed_date(_date_of_run(manifest)):
-            return _Run(recipe, path, manifest, console, rewards or {}).carry_through()
+            one = _Run(recipe, path, manifest, console, rewards or {}, accept_changed_data)
+            return one.carry_through()
     except Exception as error:
         if isinstance(error, PosttrainError) or not is_full(error):
             raise
@@ -120,10 +126,13 @@ class _Run:
         manifest: Manifest,
         console: Console,
         functions: dict[str, Callable[..., Any]],
+        accept_changed: bool,
     ) -> None:
         self.recipe, self.path, self.manifest, self.console, self.functions = (
             recipe, path, manifest, console, functions,
         )  # fmt: skip
+        self.results = Results(path, manifest, self.print)
+        self.accept_changed = accept_changed
         self.made: dict[str, Path] = {}
         self.model = recipe.model
 
@@ -159,6 +168,7 @@ class _Run:
         """Read all data, evaluate, carry out the stages, evaluate again."""
         recipe, noted = self.recipe, self.manifest.values
         resumed = noted.get("resumed", -1) + 1
+        inputs = self.results.check_inputs(recipe, self.functions, self.accept_changed)
         found = {key: getattr(recipe.model, key) for key in ("source", "revision", "dtype", "device")}
         self.manifest.update(
             posttrain=posttrain.__version__,
@@ -171,6 +181,8 @@ class _Run:
             machine=machine(),
             model={**noted.get("model", {}), **found, "sha256": resolve(recipe.model.source).sha256()},
             resumed=resumed,
+            inputs=inputs,
+            recipe_sha256=file_hash(self.path / "recipe.yaml"),
         )
         if resumed:
             self.print(f"resuming {self.path}")
@@ -193,6 +205,7 @@ class _Run:
                 self.carry_out(stage, early.get(name), context, number, folder, trackers)
                 for warning in judge_figures.judge_warnings(folder):  # before a stage trains on such labels
                     self.print(f"! {name}: {warning}")
+            self.results.note_stage(number, name)
             self.made[stage.name] = result
             if stage.makes == "model":
                 self.model = self.model.model_copy(update={"source": str(result), "revision": None})
@@ -206,8 +219,14 @@ class _Run:
     def evaluate(self, tasks: list[EvaluationConfig], name: str) -> None:
         """Evaluate the current model on rank 0, into evaluations/`name`."""
         if tasks and distributed.is_main():
-            evaluate_model(self.model, tasks, self.path / "evaluations" / name, self.recipe.seed, self.functions)
+            self.measure(self.model, tasks, name)
         distributed.barrier()
+
+    def measure(self, model: ModelConfig, tasks: list[EvaluationConfig], name: str) -> None:
+        """Run what is missing of evaluations/`name`; what is there must be what was written."""
+        self.results.check_evaluation(name)
+        evaluate_model(model, tasks, self.path / "evaluations" / name, self.recipe.seed, self.functions)
+        self.results.note_evaluation(name)
 
     def task_entries(self, context: StageContext) -> list[dict[str, Any]]:
         """Return the manifest's entries of the data of evaluations, as far as it can be read now."""
@@ -230,6 +249,7 @@ class _Run:
         trackers: Trackers,
     ) -> None:
         """Carry out one stage and note it in the manifest; `prepared` is None if its data had to wait for a stage."""
+        self.results.check_used(references(stage), self.made, self.model.source if stage.start is None else "")
         stage = registry.resolved(stage, self.made)
         if prepared is None:
             prepared = registry.prepare_stage(stage, context)
@@ -266,9 +286,14 @@ class _Run:
                     write_text(self.path / name, "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad))
                 entry = {**entry, "bad_rows": bad[:SHOWN_ROWS], "bad_rows_file": name}
             new.append(entry)
-        replaced = {entry["stage"] for entry in new}
-        kept = [entry for entry in self.manifest.values.get("data", []) if entry["stage"] not in replaced]
-        self.manifest.update(data=kept + new)
+        noted = {entry["stage"]: entry for entry in self.manifest.values.get("data", [])}
+        for entry in new:  # what was read before other data were accepted stays in the lineage
+            old = noted.pop(entry["stage"], entry)
+            changed = old.get("sha256") != entry.get("sha256")
+            earlier = [{k: old.get(k) for k in ("sha256", "rows", "used")}] if changed else []
+            if earlier or "earlier" in old:
+                entry["earlier"] = [*old.get("earlier", []), *earlier]
+        self.manifest.update(data=[*noted.values(), *new])
 
     def finish(self) -> None:
         """Put the final model in place, evaluate it, compare it with the first one, and hash all files."""
@@ -276,7 +301,8 @@ class _Run:
         tasks = [registry.resolved(task, self.made) for task in recipe.evaluate]
         evaluations = path / "evaluations"
         if tasks:  # those that need what a stage made could not be measured before
-            evaluate_model(recipe.model, tasks, evaluations / "before", recipe.seed, self.functions)
+            self.measure(recipe.model, tasks, "before")
+        self.results.check_used([n for t in recipe.evaluate for n in references(t)], self.made, self.model.source)
         if self.made and self.model.source != recipe.model.source:
             final, work = path / "model", path / ".model.writing"
             if not final.is_dir():
@@ -285,14 +311,18 @@ class _Run:
                 work.rename(final)
             if tasks:
                 config = recipe.model.model_copy(update={"source": str(final)})
-                evaluate_model(config, tasks, evaluations / "after", recipe.seed, self.functions)
+                self.measure(config, tasks, "after")
         compared = [(task.name, str(task.measures)) for task in tasks if (evaluations / "after").is_dir()]
         compared += write_held_out_tasks(recipe, path)
         if compared:
             comparison = []
             for name, kind in compared:
-                before, after = (read_lines(evaluations / side / f"{name}.jsonl") for side in ("before", "after"))
-                comparison.append({"task": name, **compare(before, after, kind)})
+                sides = [evaluations / side / f"{name}.jsonl" for side in ("before", "after")]
+                try:
+                    compared_items = compare(read_lines(sides[0]), read_lines(sides[1]), kind)
+                except DataError as error:
+                    raise DataError(f"{sides[0]} and {sides[1]}: {error}") from error
+                comparison.append({"task": name, **compared_items})
             write_json(evaluations / "comparison.json", comparison)
         write_cards(path, recipe, self.manifest.values)
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and not set(NOT_HASHED) & {*p.parts}]
@@ -307,7 +337,7 @@ class _Run:
         path, report = self.path, self.report()
         evaluations = path / "evaluations"
         file = evaluations / "comparison.json"
-        comparison = json.loads(file.read_text()) if file.exists() else []
+        comparison = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         if evaluations.is_dir():
             newest = evaluations / ("after" if (evaluations / "after").is_dir() else "before")
             for table in (summary_table(path), *answer_tables(path), *sampling_tables(newest)):
