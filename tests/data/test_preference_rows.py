@@ -62,7 +62,7 @@ def test_each_layout(tmp_path: Path, name: str) -> None:
     assert (pair.probability, pair.margin) == (1.0, 7.0 if name == "ultrafeedback" else 0.0)
     assert pair.source == "rows.jsonl:1" and pair.row["raters"] == 3
     assert pair.row["messages"] == [ASK] and (pair.row["completion"], pair.row["rejected"]) == ("4", "5")
-    assert made.samples == [pair.chosen, pair.rejected]
+    assert list(made.samples) == [pair.chosen, pair.rejected]
 
 
 def test_plain_text(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
-from posttrain.data import sample_cache, sft_rows
+from posttrain.data import sample_cache, stored_items
 from posttrain.data.readers import find_sources
 from posttrain.data.sample_cache import ENTRY_HEADER, cache_key, cached_store, tokenizer_identity
 from posttrain.data.sample_store import TOKENS
@@ -47,7 +47,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise AssertionError("rows are tokenised again")
 
-    monkeypatch.setattr(sft_rows, "encode_stream", fail)
+    monkeypatch.setattr(stored_items, "encode_stream", fail)
 
 
 def content(prepared: Prepared) -> Any:

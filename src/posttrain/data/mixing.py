@@ -24,7 +24,8 @@ def row_weights(data: Any) -> RowWeights | None:
         return None
     samples = getattr(data, "samples", None)
     if isinstance(samples, SampleStore):
-        return RowWeights(np.asarray(samples.columns["part"]), weights)
+        per_item = max(1, len(samples) // max(1, len(data)))
+        return RowWeights(np.asarray(samples.columns["part"][::per_item]), weights)
     number = {source["source"]: i for i, source in enumerate(sources)}
     places = (data.place(i).rpartition(":")[0] for i in range(len(data)))
     return RowWeights(np.array([number[place] for place in places], dtype=np.int64), weights)

@@ -6,22 +6,27 @@ Both samples of a pair begin with the same prompt tokens, so that the prompt is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Message, Sample
-from posttrain.data.bad_rows import SHOWN_ROWS, BadRow, Row
+from posttrain.data.bad_rows import BadRow, Row
 from posttrain.data.cells import is_good_label, is_missing, missing_field, read_number, required_field
-from posttrain.data.encoding import Encoded, encode_rows
+from posttrain.data.encoding import Encoded
 from posttrain.data.formats import NO_COMPLETIONS, Record, row_completions, to_record
 from posttrain.data.parts import PlacedRow
 from posttrain.data.row_context import read_history
 from posttrain.data.row_fields import SourceRow, source_row
-from posttrain.data.rows import PreparedItems, count_repeats, marked_example, open_rows
+from posttrain.data.rows import PreparedItems, Rows, marked_example
+from posttrain.data.sample_store import SampleStore
 from posttrain.data.sft_rows import prompt_and_completion
+from posttrain.data.stored_items import store_items
+from posttrain.data.stored_pairs import Pair, StoredAnswers, StoredPairs, Unpaired
 from posttrain.data.turns import answer_text, read_turns, says_nothing, without_flags
 
 PAIRED = ("preference", "hh_rlhf", "ultrafeedback")
@@ -32,55 +37,14 @@ LABEL_COLUMNS = ("label", "kto_tag")
 """Columns that can say whether an answer is good; kto_tag is LLaMA-Factory's."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Hold two answers to one prompt.
-
-    Attributes:
-        chosen: Prompt and better answer, with loss on the answer's tokens, the one that ends the turn included.
-        rejected: Prompt and worse answer.
-        prompt: Number of tokens of the prompt, with which both samples begin.
-        probability: Probability that `chosen` is the better one, in (0.5, 1] (a soft label).
-        margin: By how much it is better, a difference of scores, at least 0.
-        source: Place of the row, `file:row`.
-        row: Prompt and answers as text (messages, prompt_text, completion, rejected) and the row's other columns.
-    """
-
-    chosen: Sample
-    rejected: Sample
-    prompt: int
-    probability: float = 1.0
-    margin: float = 0.0
-    source: str = ""
-    row: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Unpaired:
-    """Hold one answer that is good or bad.
-
-    Attributes:
-        sample: Prompt and answer.
-        prompt: Number of tokens of the prompt.
-        desirable: True for a good answer.
-        source: Place of the row, `file:row`.
-        row: Prompt and answer as text and the row's other columns.
-    """
-
-    sample: Sample
-    prompt: int
-    desirable: bool
-    source: str = ""
-    row: Mapping[str, Any] = field(default_factory=dict)
-
-
 class PreparedPairs(PreparedItems[Pair]):
     """Hold pairs and what the manifest and the report say about them."""
 
     @property
-    def samples(self) -> list[Sample]:
+    def samples(self) -> Sequence[Sample]:
         """Return chosen and rejected by turns."""
-        return [s for p in self.items for s in (p.chosen, p.rejected)]
+        items = self.items
+        return items.store if isinstance(items, StoredPairs) else [s for p in items for s in (p.chosen, p.rejected)]
 
     def labelled(self, count: int) -> list[list[tuple[str, Sample]]]:
         """Return the answers of the first `count` pairs, each with its label."""
@@ -89,33 +53,63 @@ class PreparedPairs(PreparedItems[Pair]):
     @property
     def sizes(self) -> list[int]:
         """Return the number of tokens to compute of each pair, its prompt once."""
-        return [len(p.chosen) + len(p.rejected) - p.prompt for p in self.items]
+        return pair_sizes(self.items)
 
     def content(self, number: int) -> Hashable:
-        """Return the tokens of a pair; two pairs are the same whichever answer is the better one."""
+        """Return a value of a pair; two pairs are the same whichever answer is the better one."""
+        if isinstance(self.items, StoredPairs):
+            return self.items.content(number)
         pair = self.items[number]
         return frozenset((tuple(pair.chosen.tokens), tuple(pair.rejected.tokens)))
+
+
+def pair_sizes(pairs: Sequence[Pair]) -> list[int]:
+    """Return the number of tokens to compute of each pair, its prompt once."""
+    if isinstance(pairs, StoredPairs):
+        return pairs.sizes
+    return [len(p.chosen) + len(p.rejected) - p.prompt for p in pairs]
 
 
 class PreparedUnpaired(PreparedItems[Unpaired]):
     """Hold single answers and what the manifest and the report say about them."""
 
     @property
-    def samples(self) -> list[Sample]:
+    def samples(self) -> Sequence[Sample]:
         """Return the samples of the answers."""
-        return [u.sample for u in self.items]
+        return answer_samples(self.items)
 
     def labelled(self, count: int) -> list[list[tuple[str, Sample]]]:
         """Return the first `count` answers, each alone with its label."""
         return [[("desirable" if u.desirable else "undesirable", u.sample)] for u in self.items[:count]]
 
     def content(self, number: int) -> Hashable:
-        """Return the tokens of an answer, after its prompt."""
+        """Return a value of an answer, after its prompt."""
+        if isinstance(self.items, StoredAnswers):
+            return self.items.store.content(number)
         return tuple(self.items[number].sample.tokens)
 
     def label_of(self, number: int) -> bool:
         """Return True if an answer is a good one."""
-        return self.items[number].desirable
+        return self.items.is_good(number) if isinstance(self.items, StoredAnswers) else self.items[number].desirable
+
+
+def answer_samples(answers: Sequence[Unpaired]) -> Sequence[Sample]:
+    """Return the samples of answers."""
+    return answers.store if isinstance(answers, StoredAnswers) else [u.sample for u in answers]
+
+
+def count_good(answers: Sequence[Unpaired]) -> int:
+    """Return the number of good answers."""
+    return answers.good if isinstance(answers, StoredAnswers) else sum(answer.desirable for answer in answers)
+
+
+def good_samples(items: Sequence[Pair] | Sequence[Unpaired]) -> Sequence[Sample]:
+    """Return the samples of the better answers of pairs, or of single answers."""
+    if isinstance(items, StoredPairs):
+        return items.chosen
+    if isinstance(items, StoredAnswers):
+        return items.store
+    return [item.chosen if isinstance(item, Pair) else item.sample for item in items]
 
 
 @dataclass(frozen=True)
@@ -155,27 +149,61 @@ def prepare_pairs(
             "data.prompt, data.completion and data.classes make one answer a row, and a pair has two. Name the "
             "columns instead: data.columns: {prompt: ..., chosen: ..., rejected: ...}"
         )
-    rows = open_rows(config)
-    if any(part.layout not in PAIRED for part in rows.parts):
-        raise DataError(
-            f"{config.name} is laid out as {rows.layout}, which holds no pairs: expected columns prompt, chosen and "
-            f"rejected ({', '.join(PAIRED)}). Rows with single answers and a label are for method: kto"
-        )
+    store, texts, stats = store_items(config, tokenizer, context, _PairReader(margins))
+    return PreparedPairs(StoredPairs(store, texts), stats)
 
-    def read(row: PlacedRow) -> tuple[list[Record], Callable[[Encoded, Encoded], tuple[Pair, bool]]]:
+
+class _PairReader:
+    """Read pairs."""
+
+    samples = 2
+    fields: tuple[tuple[str, str], ...] = (
+        ("prompt", "<u4"),
+        ("probability", "<f8"),
+        ("margin", "<f8"),
+        ("swapped", "u1"),
+    )
+
+    def __init__(self, margins: bool) -> None:
+        self.margins, self.kind = margins, f"pairs, {margins}"
+
+    def check(self, rows: Rows) -> None:
+        if any(part.layout not in PAIRED for part in rows.parts):
+            raise DataError(
+                f"{rows.config.name} is laid out as {rows.layout}, which holds no pairs: expected columns prompt, "
+                f"chosen and rejected ({', '.join(PAIRED)}). Rows with single answers and a label are for method: kto"
+            )
+
+    def parse(self, row: PlacedRow) -> _RowPair:
         two = _row_pair(row.row, row.layout, row.config)
-        if not margins:
+        if not self.margins:
             row.row.notes.read.discard("margin")
-        return [two.chosen, two.rejected], lambda c, r: (_pair(c, r, two, row.source), two.swapped)
+        return two
 
-    made = encode_rows(rows, read, tokenizer, context)
-    pairs = [pair for pair, _ in made]
-    out = PreparedPairs(pairs)
-    answers = [(tuple(p.chosen.tokens), tuple(p.rejected.tokens)) for p in pairs]
-    out.stats.update(rows.statistics(out.samples, tokenizer), used=len(pairs), swapped=sum(s for _, s in made))
-    out.stats.update(_contradictions([(pair, pair[::-1], p.source) for p, pair in zip(pairs, answers, strict=True)]))
-    out.stats.update(duplicates=count_repeats(answers), examples=_examples(out.labelled(2), tokenizer))
-    return out
+    def records(self, parsed: _RowPair) -> list[Record]:
+        return [parsed.chosen, parsed.rejected]
+
+    def make(self, parsed: _RowPair, encoded: Sequence[Encoded], source: str) -> tuple[list[Sample], dict[str, float]]:
+        """Return both answers. Raises BadRow if their tokens are not two answers to one prompt."""
+        chosen, rejected = encoded
+        prompt = _prompt_length(chosen[1])
+        if prompt != _prompt_length(rejected[1]) or chosen[0][:prompt] != rejected[0][:prompt]:
+            raise BadRow("the prompts don't match (once rendered: the chat template writes them otherwise)")
+        if chosen[0] == rejected[0]:
+            raise BadRow("the two answers are equal (once cut or tokenized)")
+        values = {"probability": parsed.probability, "margin": parsed.margin, "swapped": parsed.swapped}
+        return [Sample(*chosen, source), Sample(*rejected, source)], {"prompt": prompt, **values}
+
+    def about(self, parsed: _RowPair, source: str) -> dict[str, Any]:
+        rejected = answer_text(parsed.rejected.messages[-1])
+        return {**parsed.row, **prompt_and_completion(parsed.chosen, source), "rejected": rejected}
+
+    def statistics(self, rows: Rows, store: SampleStore, tokenizer: Any) -> dict[str, Any]:
+        pairs = StoredPairs(store, [])
+        swapped = int(np.count_nonzero(store.columns["swapped"][::2]))
+        examples = _examples(PreparedPairs(pairs).labelled(2), tokenizer)
+        stats = {**rows.statistics(store, tokenizer), "used": len(pairs), "swapped": swapped}
+        return {**stats, **pairs.repeats(), "examples": examples}
 
 
 def prepare_unpaired(config: DataConfig, tokenizer: Any, *, context: int | None = None) -> PreparedUnpaired:
@@ -195,33 +223,59 @@ def prepare_unpaired(config: DataConfig, tokenizer: Any, *, context: int | None 
     _check_loss_on(config)
     if config.classes is not None and len(config.classes.names) != 2:
         raise DataError(f"data.classes.names are {config.classes.names}: expected two, the bad one first")
-    rows = open_rows(config)
-    if config.classes is None and not any(rows.has(name) for name in LABEL_COLUMNS):
-        raise DataError(
-            f"{config.name} has no column label (true or false), and its columns are {rows.columns}. "
-            "Name it (data.columns: {label: thumbs_up}), or make it of a number: data.classes: {column: rating, "
-            "cuts: [3], names: [bad, good]}"
-        )
+    store, texts, stats = store_items(config, tokenizer, context, _AnswerReader())
+    return PreparedUnpaired(StoredAnswers(store, texts), stats)
 
-    def read(row: PlacedRow) -> tuple[list[Record], Callable[[Encoded], Unpaired]]:
-        classes, source = row.config.classes, row.source
+
+@dataclass(frozen=True)
+class _LabelledRecord:
+    """Hold the answer of a row, its label, and the row's other columns."""
+
+    row: Row
+    record: Record
+    desirable: bool
+
+
+class _AnswerReader:
+    """Read single answers with a label."""
+
+    kind, samples = "answers", 1
+    fields: tuple[tuple[str, str], ...] = (("prompt", "<u4"), ("desirable", "u1"))
+
+    def check(self, rows: Rows) -> None:
+        if rows.config.classes is None and not any(rows.has(name) for name in LABEL_COLUMNS):
+            raise DataError(
+                f"{rows.config.name} has no column label (true or false), and its columns are {rows.columns}. "
+                "Name it (data.columns: {label: thumbs_up}), or make it of a number: data.classes: {column: rating, "
+                "cuts: [3], names: [bad, good]}"
+            )
+
+    def parse(self, row: PlacedRow) -> _LabelledRecord:
+        classes = row.config.classes
         desirable = _is_good(row.row) if classes is None else row.row["label"] == classes.names[1]
         record = _without_flags(row.record(), "the answer")
         _check_answer(record, "the answer")
         if desirable:
             _check_repetition(record)
-        about = {**_other_columns(row.row), **prompt_and_completion(record, source), "label": desirable}
-        return [record], lambda encoded: Unpaired(
-            Sample(*encoded, source), _prompt_length(encoded[1]), desirable, source, about
-        )
+        return _LabelledRecord(_other_columns(row.row), record, desirable)
 
-    items = encode_rows(rows, read, tokenizer, context)
-    out = PreparedUnpaired(items)
-    answers = [(tuple(u.sample.tokens), u.desirable, u.source) for u in items]
-    out.stats.update(rows.statistics(out.samples, tokenizer), desirable=sum(u.desirable for u in items))
-    out.stats.update(_contradictions([((tokens, good), (tokens, not good), s) for tokens, good, s in answers]))
-    out.stats["examples"] = _examples(out.labelled(3), tokenizer)
-    return out
+    def records(self, parsed: _LabelledRecord) -> list[Record]:
+        return [parsed.record]
+
+    def make(
+        self, parsed: _LabelledRecord, encoded: Sequence[Encoded], source: str
+    ) -> tuple[list[Sample], dict[str, float]]:
+        values: dict[str, float] = {"prompt": _prompt_length(encoded[0][1]), "desirable": parsed.desirable}
+        return [Sample(*encoded[0], source)], values
+
+    def about(self, parsed: _LabelledRecord, source: str) -> dict[str, Any]:
+        return {**parsed.row, **prompt_and_completion(parsed.record, source), "label": parsed.desirable}
+
+    def statistics(self, rows: Rows, store: SampleStore, tokenizer: Any) -> dict[str, Any]:
+        answers = StoredAnswers(store, [])
+        examples = _examples(PreparedUnpaired(answers).labelled(3), tokenizer)
+        stats = {**rows.statistics(store, tokenizer), "desirable": answers.good}
+        return {**stats, **answers.repeats(), "examples": examples}
 
 
 def _examples(answers: Sequence[Sequence[tuple[str, Sample]]], tokenizer: Any) -> list[dict[str, Any]]:
@@ -233,20 +287,6 @@ def _check_loss_on(config: DataConfig) -> None:
         raise DataError(
             f"data.loss_on is {config.loss_on!r}, and preferences compare completions: leave it at completion"
         )
-
-
-def _contradictions(rows: Sequence[tuple[Hashable, Hashable, str]]) -> dict[str, Any]:
-    """Count the rows, each (content, its opposite, place), that say the opposite of an earlier one.
-
-    They are trained on all the same; both together teach nothing.
-    """
-    first: dict[Hashable, str] = {}
-    pairs = []
-    for content, opposite, source in rows:
-        if opposite in first:
-            pairs.append(f"{source} against {first[opposite]}")
-        first.setdefault(content, source)
-    return {"contradictory": len(pairs), "contradictions": pairs[:SHOWN_ROWS]} if pairs else {}
 
 
 def _other_columns(row: Row) -> Row:
@@ -406,19 +446,3 @@ def _is_good(row: SourceRow) -> bool:
 
 def _prompt_length(weights: Sequence[float]) -> int:
     return next(i for i, w in enumerate(weights) if w)
-
-
-def _pair(chosen: Encoded, rejected: Encoded, two: _RowPair, source: str) -> Pair:
-    """Return both answers as samples. Raises BadRow if their tokens are not two answers to one prompt."""
-    prompt = _prompt_length(chosen[1])
-    if prompt != _prompt_length(rejected[1]) or chosen[0][:prompt] != rejected[0][:prompt]:
-        raise BadRow("the prompts don't match (once rendered: the chat template writes them otherwise)")
-    if chosen[0] == rejected[0]:
-        raise BadRow("the two answers are equal (once cut or tokenized)")
-    about = {
-        **two.row,
-        **prompt_and_completion(two.chosen, source),
-        "rejected": answer_text(two.rejected.messages[-1]),
-    }
-    samples = Sample(*chosen, source), Sample(*rejected, source)
-    return Pair(*samples, prompt, two.probability, two.margin, source, about)

@@ -55,7 +55,7 @@ class PreparedChains(PreparedItems[Sample]):
     advice = "Give held_out other rows"
 
     @property
-    def samples(self) -> list[Sample]:
+    def samples(self) -> Sequence[Sample]:
         """Return the samples."""
         return self.items
 

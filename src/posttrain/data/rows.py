@@ -267,7 +267,7 @@ class PreparedItems(Generic[_T]):
         stats: Entry of the manifest and of the report about them.
     """
 
-    items: list[_T]
+    items: Sequence[_T]
     stats: dict[str, Any] = field(default_factory=dict)
 
     noun: ClassVar[str] = "rows"
@@ -285,8 +285,11 @@ class PreparedItems(Generic[_T]):
 
     def place(self, number: int) -> str:
         """Return the place of an item, `file:row`."""
-        return str(self.items[number].source)  # type: ignore[attr-defined]
+        place = getattr(self.items, "place", None)
+        return str(self.items[number].source if place is None else place(number))  # type: ignore[attr-defined]
 
     def take(self, numbers: Sequence[int] | np.ndarray) -> Self:
         """Return the items with these numbers, in this order; the statistics are a copy of those of all items."""
-        return replace(self, items=[self.items[i] for i in numbers], stats=dict(self.stats))
+        take = getattr(self.items, "take", None)  # of items that may lie on a disk
+        items = [self.items[i] for i in numbers] if take is None else take(numbers)
+        return replace(self, items=items, stats=dict(self.stats))

@@ -43,7 +43,9 @@ def is_cached(sources: Sequence[Source]) -> bool:
     return sum(source.size for source in sources) >= CACHED_FROM
 
 
-def cache_key(config: DataConfig, sources: Sequence[Source], tokenizer: Any, context: int | None) -> str:
+def cache_key(
+    config: DataConfig, sources: Sequence[Source], tokenizer: Any, context: int | None, kind: str = "sft"
+) -> str:
     """Return the name of the entry for these rows.
 
     Args:
@@ -51,6 +53,7 @@ def cache_key(config: DataConfig, sources: Sequence[Source], tokenizer: Any, con
         sources: Its sources.
         tokenizer: The tokenizer, with the chat template.
         context: The model's length in tokens.
+        kind: Kind of the items that are made of the rows.
     """
     described = {
         "format": FORMAT,
@@ -64,6 +67,7 @@ def cache_key(config: DataConfig, sources: Sequence[Source], tokenizer: Any, con
         "template": template_identity(tokenizer),
         "tokenizer": tokenizer_identity(tokenizer),
         "context": context,
+        "kind": kind,
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, overload
@@ -38,6 +38,7 @@ ENTRY = np.dtype(
 )
 BUFFER = 2**22
 """Bytes that are collected before they are written."""
+_PLACE = ("start", "length", "first_run", "runs", "check")
 TOKENS, RUNS, ENTRIES = "tokens.bin", "runs.bin", "entries.bin"
 
 
@@ -82,7 +83,7 @@ class SampleStore(Sequence[Sample]):
     """Give samples by number.
 
     Attributes:
-        columns: For each sample where it lies (fields of ENTRY without `rank`).
+        columns: For each sample where it lies (fields of ENTRY without `rank`), and the numbers kept with it.
     """
 
     def __init__(self, tokens: _Bytes, runs: _Bytes, columns: dict[str, np.ndarray], names: Sequence[str], dtype: str):
@@ -112,7 +113,7 @@ class SampleStore(Sequence[Sample]):
             number += len(self)
         if not 0 <= number < len(self):
             raise IndexError(number)
-        at = {name: int(column[number]) for name, column in self.columns.items()}
+        at = {name: int(self.columns[name][number]) for name in _PLACE}
         width = self.dtype.itemsize
         tokens = self._tokens.read(at["start"] * width, at["length"] * width)
         runs = self._runs.read(at["first_run"] * RUN.itemsize, at["runs"] * RUN.itemsize)
@@ -152,9 +153,9 @@ class SampleStore(Sequence[Sample]):
         """Return how many samples have the tokens of an earlier one."""
         return len(self) - len(np.unique(self.columns["content"]))
 
-    def take(self, numbers: Sequence[int] | np.ndarray) -> SampleStore:
+    def take(self, numbers: Sequence[int] | np.ndarray | slice) -> SampleStore:
         """Return the samples with these numbers, in this order; nothing is copied but where they lie."""
-        chosen = np.asarray(numbers, dtype=np.int64)
+        chosen = numbers if isinstance(numbers, slice) else np.asarray(numbers, dtype=np.int64)
         columns = {name: column[chosen] for name, column in self.columns.items()}
         return SampleStore(self._tokens, self._runs, columns, self.names, self.dtype.str)
 
@@ -162,15 +163,23 @@ class SampleStore(Sequence[Sample]):
 class SampleWriter:
     """Write samples one after the other, in any order of their rows."""
 
-    def __init__(self, names: Sequence[str], vocabulary: int, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        vocabulary: int,
+        folder: Path | None = None,
+        fields: Sequence[tuple[str, str]] = (),
+    ) -> None:
         """Begin a store.
 
         Args:
             names: Names of the sources.
             vocabulary: Number of token ids, which decides how large one is.
             folder: An empty folder for its files. None: the store is held in memory.
+            fields: (name, type) of numbers that are kept with each sample.
         """
-        self.names, self.folder = list(names), folder
+        self.names, self.folder, self._fields = list(names), folder, [name for name, _ in fields]
+        self._entry = np.dtype([*((n, ENTRY[n]) for n in ENTRY.names or ()), *fields])
         self.dtype = "<u2" if vocabulary <= 2**16 else "<u4"
         self._tokens = self._bytes(TOKENS)
         self._runs = self._bytes(RUNS)
@@ -179,7 +188,15 @@ class SampleWriter:
     def _bytes(self, name: str) -> _Bytes:
         return _Bytes() if self.folder is None else _FileBytes(self.folder / name, write=True)
 
-    def add(self, rank: int, sample: Sample, part: int, number: int, position: int) -> None:
+    def add(
+        self,
+        rank: int,
+        sample: Sample,
+        part: int,
+        number: int,
+        position: int,
+        values: Mapping[str, float] | None = None,
+    ) -> None:
         """Append a sample.
 
         Args:
@@ -188,6 +205,7 @@ class SampleWriter:
             part: Number of its source.
             number: Number of its row, as a person counts.
             position: Position of its row in the source.
+            values: Numbers to keep with it, by the names of `fields`.
         """
         tokens = np.array(sample.tokens, dtype=self.dtype).tobytes()
         weights = np.array(sample.weights, dtype=np.float64)
@@ -208,24 +226,25 @@ class SampleWriter:
             position,
             number,
             part,
+            *((values or {})[name] for name in self._fields),
         )
         self._tokens.append(tokens)
         self._runs.append(packed)
-        self._entries.append(np.array(entry, dtype=ENTRY).tobytes())
+        self._entries.append(np.array(entry, dtype=self._entry).tobytes())
 
     def finish(self) -> SampleStore:
         """Return the store, its samples in the order of their rows. In a folder, its arrays are files too."""
         for part in (self._tokens, self._runs, self._entries):
             part.finish()
         if self.folder is None:
-            entries = np.frombuffer(self._entries.read(0, self._entries.size), ENTRY)
+            entries = np.frombuffer(self._entries.read(0, self._entries.size), self._entry)
         elif self._entries.size:
-            entries = np.memmap(self.folder / ENTRIES, ENTRY, mode="r")
+            entries = np.memmap(self.folder / ENTRIES, self._entry, mode="r")
         else:
-            entries = np.empty(0, ENTRY)
+            entries = np.empty(0, self._entry)
         ranks = np.array(entries["rank"])
         order = np.argsort(ranks, kind="stable") if np.any(ranks[1:] < ranks[:-1]) else slice(None)
-        names = [name for name in ENTRY.names or () if name != "rank"]
+        names = [name for name in self._entry.names or () if name != "rank"]
         if self.folder is None:
             columns = {name: np.ascontiguousarray(entries[name][order]) for name in names}
             return SampleStore(self._tokens, self._runs, columns, self.names, self.dtype)
@@ -247,8 +266,7 @@ def open_store(folder: Path, names: Sequence[str], dtype: str) -> SampleStore:
         names: Names of the sources.
         dtype: Type of the token ids.
     """
-    fields = [name for name in ENTRY.names or () if name != "rank"]
-    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in fields}
+    columns = {path.stem: np.load(path, mmap_mode="r").view(np.ndarray) for path in sorted(folder.glob("*.npy"))}
     return SampleStore(_FileBytes(folder / TOKENS), _FileBytes(folder / RUNS), columns, names, dtype)
 
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from posttrain.config.rewards import CustomRewardConfig, RewardConfig, RewardsConfig
+from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.core.errors import RewardError
 from posttrain.core.types import Rollout, RolloutGroup, Step
 from posttrain.rewards.outcome import LabelError, RewardOutcome, attempt
 from posttrain.rewards.reward import RewardTerm, reward_term
-from posttrain.rewards.reward_log import RewardLog
 from posttrain.rewards.token_spans import token_spans, tokens_of
 from posttrain.rewards.worker_pool import Pool, RewardCall
 
@@ -90,7 +87,6 @@ class RewardStack:
         functions: Callables by name, for rewards that name one instead of an import path. They run in this process,
             without a time limit.
         tokenizer: Finds the tokens of scored steps. None: such rewards give their means alone.
-        log: File that gets what rewards print. None: it is shown only.
 
     Raises:
         RewardError: A reward can't be made.
@@ -101,17 +97,15 @@ class RewardStack:
         config: RewardsConfig | Sequence[RewardConfig],
         functions: Mapping[str, Callable[..., Any]] | None = None,
         tokenizer: Any = None,
-        log: Path | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.log = RewardLog(log) if log is not None else None
         self.config = config if isinstance(config, RewardsConfig) else RewardsConfig(terms=list(config))
         self.terms: list[RewardTerm] = [reward_term(t, functions or {}) for t in self.config.terms]
         self.accounts = {t.name: Account() for t in self.terms}
         isolated = [t for t in self.terms if t.function is None]
         self._slot = {t.name: i for i, t in enumerate(isolated)}
         specs = [t.config.model_dump(mode="json") for t in isolated]
-        self.pool = Pool(specs, self.config.workers, log=self.log) if isolated else None
+        self.pool = Pool(specs, self.config.workers) if isolated else None
 
     def __enter__(self) -> RewardStack:
         return self
@@ -125,9 +119,6 @@ class RewardStack:
             print(line, flush=True)
         if self.pool is not None:
             self.pool.close()
-        if self.log is not None and self.log.lines:
-            print(f"rewards printed {self.log.lines:,} line{'s' * (self.log.lines != 1)}: {self.log.path}", flush=True)
-            self.log.lines = 0
 
     def often_failed(self) -> list[str]:
         """Return a line for each reward that failed on more than 5% of its completions."""
@@ -227,9 +218,7 @@ class RewardStack:
                         calls.append(RewardCall(self._slot[term.name], args, count, limit, config.scores_steps))
                         targets.append((term.name, g, places))
                     else:
-                        own = self.log is not None and isinstance(config, CustomRewardConfig)
-                        with self.log.printed() if own and self.log else nullcontext():
-                            got = attempt(term.function, args, count, config.scores_steps)
+                        got = attempt(term.function, args, count, config.scores_steps)
                         into[g].update(zip(places, got, strict=True))
         if self.pool is not None and calls:
             wrong = {t.name for t in self.terms if t.config.cut_off_is_wrong}

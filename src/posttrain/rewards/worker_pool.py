@@ -22,7 +22,6 @@ from typing import IO, Any
 
 from posttrain.core.errors import RewardError
 from posttrain.rewards.outcome import RewardOutcome
-from posttrain.rewards.reward_log import RewardLog
 from posttrain.rewards.worker import read_frame, write_frame
 
 WALL = 4.0
@@ -57,12 +56,10 @@ class RewardCall:
 class Worker:
     """A process that calls rewards; what they print appears in the log of the run."""
 
-    def __init__(self, rewards: Sequence[dict[str, Any]], memory_gib: float, log: RewardLog | None = None) -> None:
-        self.log = log
+    def __init__(self, rewards: Sequence[dict[str, Any]], memory_gib: float) -> None:
         environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-        # -P: a file here hides no module. Not -m, which warns that the package has imported the module already.
-        command = [sys.executable, "-P", "-c", "from posttrain.rewards.worker import main; main()"]
-        # It must find this package wherever the parent found it.
+        command = [sys.executable, "-P", "-m", "posttrain.rewards.worker"]  # -P: a file here hides no module
+        # -m must find this package wherever the parent found it.
         environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
@@ -87,8 +84,6 @@ class Worker:
             self.printed.append(text)
             if text:
                 print(f"reward: {text}", flush=True)
-                if self.log is not None:
-                    self.log.write(text)
 
     def call(self, call: RewardCall) -> list[RewardOutcome] | str:
         """Return the outcomes of a call, or ``timeout`` or ``died``: then the process is of no more use."""
@@ -150,18 +145,12 @@ class Pool:
     the others start when there is work for them.
     """
 
-    def __init__(
-        self,
-        rewards: Sequence[dict[str, Any]],
-        workers: int = 2,
-        memory_gib: float = MEMORY_GIB,
-        log: RewardLog | None = None,
-    ) -> None:
-        self.rewards, self.log = rewards, log
+    def __init__(self, rewards: Sequence[dict[str, Any]], workers: int = 2, memory_gib: float = MEMORY_GIB) -> None:
+        self.rewards = rewards
         self.memory_gib = memory_gib
         self.workers: list[Worker | None] = [None] * workers
         self._finalizer = weakref.finalize(self, _close_all, self.workers)
-        self.workers[0] = Worker(rewards, memory_gib, log)
+        self.workers[0] = Worker(rewards, memory_gib)
 
     def run(self, calls: Sequence[RewardCall]) -> list[list[RewardOutcome]]:
         """Return the outcomes of every call, in order."""
@@ -194,7 +183,7 @@ class Pool:
             ] * size
         words = ""
         for _ in range(2):
-            worker = self.workers[slot] = self.workers[slot] or Worker(self.rewards, self.memory_gib, self.log)
+            worker = self.workers[slot] = self.workers[slot] or Worker(self.rewards, self.memory_gib)
             answer = worker.call(call)
             if not isinstance(answer, str):
                 return answer

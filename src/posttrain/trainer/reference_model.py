@@ -85,15 +85,16 @@ class Reference:
 
     def sums(self, units: Sequence[Unit], title: str) -> list[list[float]]:
         """Return the log-probability of every sample of every unit, from the cache if it is there."""
-        chunks = [units[i : i + UNITS_PER_CHUNK] for i in range(0, len(units), UNITS_PER_CHUNK)]
-        paths = [self.folder / f"{_hash_units(chunk)}.npy" for chunk in chunks]
+        # One chunk of units at a time is made: all of them may not fit in memory.
+        chunks = [slice(i, i + UNITS_PER_CHUNK) for i in range(0, len(units), UNITS_PER_CHUNK)]
+        paths = [self.folder / f"{_hash_units(units[chunk])}.npy" for chunk in chunks]
         missing = [i for i, path in enumerate(paths) if _read(path) is None]
         mine = missing[distributed.rank() :: distributed.world()]
         if mine:
-            self._fill(chunks, paths, mine, title)
+            self._fill(units, chunks, paths, mine, title)
         distributed.barrier()
         out: list[list[float]] = []
-        for chunk, path in zip(chunks, paths, strict=True):
+        for chunk, path in zip((units[c] for c in chunks), paths, strict=True):
             kept = _read(path)
             if kept is None or len(kept) != sum(map(len, chunk)):  # another machine's cache, or one that was cleared
                 with without_adapters(self.policy):
@@ -103,10 +104,12 @@ class Reference:
             out += [[next(left) for _ in unit] for unit in chunk]
         return out
 
-    def _fill(self, chunks: Sequence[Sequence[Unit]], paths: Sequence[Path], which: Sequence[int], title: str) -> None:
+    def _fill(
+        self, units: Sequence[Unit], chunks: Sequence[slice], paths: Sequence[Path], which: Sequence[int], title: str
+    ) -> None:
         with Track(title, len(which), shown=distributed.is_main()) as track, without_adapters(self.policy):
             for done, i in enumerate(which, 1):
-                made = sums_of(self.policy, chunks[i], self.systems)
+                made = sums_of(self.policy, units[chunks[i]], self.systems)
                 _write(paths[i], [x for unit in made for x in unit])
                 track.update(done)
 

@@ -289,7 +289,7 @@ def test_mismatched_answers() -> None:
     ]
     short = preference_data(answers, 0, 30, mismatch=True)
     assert all(len(m[0]) <= 30 for m in short.mismatched if m) and not all(short.mismatched)
-    assert preference_data(answers[:1], 0, None, mismatch=True).mismatched == [()]
+    assert list(preference_data(answers[:1], 0, None, mismatch=True).mismatched) == [()]
 
 
 # ------------------------------------------------------------------------------------------- held out

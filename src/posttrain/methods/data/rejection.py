@@ -121,7 +121,7 @@ class RejectionSampling(DataStage):
         total, kept = len(prompts) * config.n, 0
         before = done = total - sum(map(len, missing.values())) * config.n
         with (
-            RewardStack(_rewards(config), self.context.functions, log=folder.parent / "rewards.log") as rewards,
+            RewardStack(_rewards(config), self.context.functions) as rewards,
             Track(config.name, total, before) as track,
         ):
             for c, part in missing.items():

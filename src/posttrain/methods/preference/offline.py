@@ -153,7 +153,7 @@ class Preference(Stage):
         self.title = TITLES[config.method]
 
     def prepare(self) -> list[tuple[str, Any]]:
-        from posttrain.data.preference_rows import prepare_pairs, prepare_unpaired
+        from posttrain.data.preference_rows import count_good, prepare_pairs, prepare_unpaired
 
         config, context = self.config, self.context
         read: Any = prepare_unpaired if config.method == "kto" else partial(prepare_pairs, margins=False)
@@ -164,7 +164,7 @@ class Preference(Stage):
         )
         self.rows, self.held_out = trained.items, held_out.items if held_out else []
         for answers, place in ((self.rows, ""), (self.held_out, ", held out")) if config.method == "kto" else ():
-            good = sum(answer.desirable for answer in answers)
+            good = count_good(answers)
             if answers and good in (0, len(answers)):
                 raise DataError(
                     f"stage {config.name}{place}: all {len(answers):,} answers are {'good' if good else 'bad'} ones, and "
@@ -178,4 +178,6 @@ class Preference(Stage):
         return pair_trainer(self.config, policy.policy, self.rows, self.held_out, run, self.context.context)
 
     def end_token(self, policy: LoadedPolicy) -> int | None:
-        return infer_trained_eos([r.sample if self.config.method == "kto" else r.chosen for r in self.rows])
+        from posttrain.data.preference_rows import good_samples
+
+        return infer_trained_eos(good_samples(self.rows))

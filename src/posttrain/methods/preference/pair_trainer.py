@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -45,16 +45,16 @@ class PreferenceData:
 
     Attributes:
         items: Pairs, or single answers (KTO).
-        units: Samples of each item.
+        units: Samples of each item, made when they are asked for.
         reference: Log-probabilities of these under the reference. None: not needed.
         mismatched: KTO: an answer to another prompt after this prompt, by item; empty if none fits.
         mismatched_reference: Log-probabilities of these under the reference.
     """
 
     items: PreferenceItems
-    units: list[Unit]
+    units: Sequence[Unit]
     reference: Sequence[Sequence[float]] | None = None
-    mismatched: list[Unit] = field(default_factory=list)
+    mismatched: Sequence[Unit] = ()
     mismatched_reference: Sequence[Sequence[float]] = ()
 
 
@@ -181,25 +181,62 @@ def preference_data(items: PreferenceItems, seed: int, context: int | None, mism
         context: The model's context length in tokens. None: unknown.
         mismatch: Add the answer of another item after each prompt (KTO).
     """
-    units: list[Unit] = [
-        pair_samples(item, n) if isinstance(item, Pair) else (answer_sample(item, n),) for n, item in enumerate(items)
-    ]
+
+    def unit(n: int) -> Unit:
+        item = items[n]
+        return pair_samples(item, n) if isinstance(item, Pair) else (answer_sample(item, n),)
+
+    units = _Made(len(items), unit)
     if not mismatch:
         return PreferenceData(items, units)
-    order = np.random.default_rng([seed, 3]).permutation(len(items))
-    limit = context or 2**62
-    mismatched: list[Unit] = [()] * len(items)
+    partners = _partners(units, np.random.default_rng([seed, 3]).permutation(len(items)), context or 2**62)
+
+    def mismatched(n: int) -> Unit:
+        if partners[n] < 0:
+            return ()
+        (own,), (other,) = units[n], units[int(partners[n])]
+        prompt, taken = own.tokens[: own.meta["shared"]], other.tokens[other.meta["shared"] :]
+        weights = [0.0] * len(prompt) + [1.0] * len(taken)
+        return (Sample([*prompt, *taken], weights, own.source, {"shared": len(prompt)}),)
+
+    return PreferenceData(items, units, mismatched=_Made(len(items), mismatched))
+
+
+def _partners(units: Sequence[Unit], order: np.ndarray, limit: int) -> np.ndarray:
+    """Return for each answer the number of another one that fits after its prompt; -1 if none of 50 does."""
+    partners = np.full(len(units), -1, dtype=np.int64)
     for at, i in enumerate(order):
-        (own,) = units[i]
-        prompt, answer = list(own.tokens[: own.meta["shared"]]), list(own.tokens[own.meta["shared"] :])
-        for step in range(1, min(len(items), 50)):
-            (other,) = units[order[(at + step) % len(items)]]
+        (own,) = units[int(i)]
+        shared, answer = own.meta["shared"], list(own.tokens[own.meta["shared"] :])
+        for step in range(1, min(len(units), 50)):
+            partner = int(order[(at + step) % len(units)])
+            (other,) = units[partner]
             taken = list(other.tokens[other.meta["shared"] :])
-            if taken != answer and len(prompt) + len(taken) <= limit:
-                weights = [0.0] * len(prompt) + [1.0] * len(taken)
-                mismatched[i] = (Sample([*prompt, *taken], weights, own.source, {"shared": len(prompt)}),)
+            if taken != answer and shared + len(taken) <= limit:
+                partners[i] = partner
                 break
-    return PreferenceData(items, units, mismatched=mismatched)
+    return partners
+
+
+class _Made(Sequence[Unit]):
+    """Give samples that are made when they are asked for: those of all items may not fit in memory."""
+
+    def __init__(self, count: int, make: Callable[[int], Unit]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, number: int) -> Unit: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Unit]: ...
+    def __getitem__(self, number: int | slice) -> Unit | list[Unit]:
+        if isinstance(number, slice):
+            return [self._make(i) for i in range(*number.indices(self._count))]
+        if not -self._count <= number < self._count:
+            raise IndexError(number)
+        return self._make(number % self._count)
 
 
 def with_reference(reference: Reference, data: PreferenceData, title: str) -> PreferenceData:
@@ -211,8 +248,12 @@ def with_reference(reference: Reference, data: PreferenceData, title: str) -> Pr
         title: Title of the progress line.
     """
     matched = [i for i, unit in enumerate(data.mismatched) if unit]
-    sums = reference.sums([*data.units, *(data.mismatched[i] for i in matched)], title)
     count = len(data.units)
+
+    def unit(n: int) -> Unit:
+        return data.units[n] if n < count else data.mismatched[matched[n - count]]
+
+    sums = reference.sums(_Made(count + len(matched), unit), title)
     mismatched: list[Sequence[float]] = [()] * len(data.mismatched)
     for i, values in zip(matched, sums[count:], strict=True):
         mismatched[i] = values

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from posttrain.core import distributed
 from posttrain.core.files import link_or_copy, write_json, write_lines
+from posttrain.data.preference_rows import pair_sizes
 from posttrain.eval.calibration import judged_pairs
 from posttrain.losses.reward_loss import bradley_terry, bradley_terry_metrics, centring, combine_members
 from posttrain.methods.reward_model.scorer_stage import ScorerStage
@@ -123,8 +124,7 @@ class RewardModelMember(ScorerStage):
             pairs: Any = batch_at(step)
             return [s for i, p in enumerate(pairs) for s in scored_samples(p, i, pad, config.labels == "hard")]
 
-        sizes = [len(p.chosen) + len(p.rejected) - p.prompt for p in self.rows]
-        systems = with_room_for(config.systems, policy.policy, sizes)
+        systems = with_room_for(config.systems, policy.policy, pair_sizes(self.rows))
         learner = Learner(policy.policy, config.optimizer, systems, steps)
         if not self.held_out:
             return BatchTrainer(learner, samples_at, bradley_terry_loss(config))

@@ -71,7 +71,7 @@ def label_prompts(
     files = {name: folder / "labels" / f"{name}.jsonl" for name in parts}
     if any(len(read_lines(files[name])) < len(part) for name, part in parts.items()):
         sampler = open_sampler(model, labels.sampler)
-        with RewardStack(labels.rewards, functions, log=folder / "rewards.log") as rewards:
+        with RewardStack(labels.rewards, functions) as rewards:
             for i, (name, part) in enumerate(parts.items()):
                 # Held-out problems have a random stream that does not depend on the number of training problems.
                 labeller = Labeller(labels, config.separator, sampler, rewards, seed + 500_009 * i)

@@ -48,7 +48,7 @@ def open_rollouts(
         reference: The model that the stage started from, for the gold scorer.
     """
     policy, tokenizer = loaded.policy, loaded.tokenizer
-    rewards = run.resources.enter_context(RewardStack(config.rewards, functions, tokenizer, run.folder / "rewards.log"))
+    rewards = run.resources.enter_context(RewardStack(config.rewards, functions, tokenizer))
     local = LocalSampler(policy, tokenizer, **config.sampler.limits())
     sampler: Sampler = local
     turns = None
