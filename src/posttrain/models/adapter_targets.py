@@ -58,7 +58,13 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_experts_weight(hf: Any, name: str, parameter: torch.Tensor) -> bool:
-    """Return True for the matrices of all experts of a layer, which are one parameter of three dimensions."""
+    """Return True for the matrices of all experts of a layer, which are one parameter of three dimensions.
+
+    Args:
+        hf: A transformers model.
+        name: Name of the parameter in it.
+        parameter: The parameter.
+    """
     owner, _, last = name.rpartition(".")
     module = hf.get_submodule(owner)
     named = "Expert" in type(module).__name__ or owner.endswith("experts")

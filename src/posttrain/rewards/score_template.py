@@ -27,7 +27,7 @@ PROBES = (
      "2\n\nand more"),
     ([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}], "Because é."),
 )  # fmt: skip
-PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 ENDS = ("{{ TEXT }}", "{{ TEXT.rstrip() }}", "{{ TEXT.rstrip() }}{{ eos_token }}", "{{ TEXT }}{{ eos_token }}")
 """What may follow a template's text: the first that gives the scored tokens is taken."""
 
@@ -50,7 +50,9 @@ def scoring_tokenizer(tokenizer: Any, chat: bool, system: str | None, tokens: To
     saved = copy.deepcopy(tokenizer)
     first = _first_tokens(tokenizer)
     _add_nothing(saved)
-    sources = tokenizer.chat_template if chat else json.dumps(tokenizer.decode(first)).join(("{{ ", " }}")) + PLAIN
+    sources = (
+        tokenizer.chat_template if chat else json.dumps(tokenizer.decode(first)).join(("{{ ", " }}")) + PLAIN_TEMPLATE
+    )
     given = template_args(tokenizer) if chat else {}
     for end in ENDS:
         parts = sources if isinstance(sources, Mapping) else {"": sources}
