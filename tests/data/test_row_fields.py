@@ -245,6 +245,11 @@ def test_columns_that_change_the_meaning_are_refused_by_name(
         prepare(config_of(tmp_path, [{**LAYOUTS["messages"], name: neutral}]), TOKENIZER)
 
 
+def test_what_can_not_be_ignored() -> None:
+    with pytest.raises(ValueError, match="ignore: every turn needs content and role"):
+        DataConfig(source="x", ignore=["role", "content"])
+
+
 def test_a_row_weight_of_one_changes_nothing(tmp_path: Path) -> None:
     assert prepare(config_of(tmp_path, [{**LAYOUTS["messages"], "weight": 1.0}]), TOKENIZER).stats["unused"] == {
         "weight": 1

@@ -107,7 +107,9 @@ class RowSettings(Config):
         description="Columns, fields of turns and types of content parts that are left out (and counted), for example [images]; needed for those that would change the meaning of a row.",
     )
     classes: ClassesConfig | None = Field(None, description="Makes the field 'label' from a numeric column.")
-    system: str | None = Field(None, description="System message put first in every conversation.")
+    system: str | None = Field(
+        None, description="System message put first in every conversation, in place of the row's."
+    )
     prompt: str | None = Field(
         None,
         description="Template with {column} fields that makes the prompt (with completion: turns any table into instructions).",
@@ -144,6 +146,12 @@ class RowSettings(Config):
     shuffle_seed: int | None = Field(
         None, description="Seed of the shuffle done before rows are taken. None: file order."
     )
+
+    @model_validator(mode="after")
+    def _ignores_no_text(self) -> RowSettings:
+        if needed := {"role", "from", "content", "value"}.intersection(self.ignore):
+            raise ValueError(f"ignore: every turn needs {' and '.join(sorted(needed))}")
+        return self
 
 
 class SourceConfig(RowSettings):
