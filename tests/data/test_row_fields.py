@@ -256,6 +256,24 @@ def test_a_row_weight_of_one_changes_nothing(tmp_path: Path) -> None:
     }
 
 
+def test_plain_text_refuses_what_it_can_not_show(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    thought = {**SAY, "reasoning_content": "2+2"}
+    for more, turns, name in (
+        ({"tools": [TOOL]}, [ASK, SAY], "tools"),
+        ({"chat_template_kwargs": {"a": 1}}, [ASK, SAY], "(chat_template_kwargs|template_args)"),
+        ({}, [ASK, call, ASK, SAY], "tool_calls"),
+        ({}, [ASK, thought, ASK, SAY], "reasoning_content"),
+        ({}, [ASK, call], "tool_calls"),
+    ):
+        config = config_of(tmp_path, [{"messages": turns, **more}], chat=False)
+        with pytest.raises(DataError, match=f"rows.jsonl:1: {name} can't be written as plain text"):
+            prepare(config, TOKENIZER)
+        if turns[-1] != call:
+            with pytest.raises(DataError, match=f"rows.jsonl:1: {name} can't be written as plain text"):
+                load_prompts(RowPrompts.Config(data=config), TOKENIZER, context=None)
+
+
 NAN, INF = float("nan"), float("inf")
 
 

@@ -15,7 +15,7 @@ from posttrain.data.chat_template import render_chat
 from posttrain.data.formats import Record
 from posttrain.data.learnt_turns import Rendered, render_with_loss
 from posttrain.data.parts import PlacedRow
-from posttrain.data.plain_text import PlainTurns, encode_plain, plain_prompts, plain_turns
+from posttrain.data.plain_text import PlainTurns, encode_plain, join_texts, plain_prompts, plain_turns
 from posttrain.data.rows import Rows
 from posttrain.data.tokenizing import tokenize, tokenize_rendered
 
@@ -175,12 +175,11 @@ def prompt_tokens(row: dict[str, Any], tokenizer: Any, config: DataConfig) -> li
         config: Settings of the data.
 
     Raises:
-        DataError: The chat template refuses the row.
+        DataError: The chat template refuses the row, or plain text can't show it.
     """
-    if not config.chat:
-        text = "".join(m["content"] for m in row["messages"])
-        return plain_prompts([text], tokenizer, config.special_tokens)[0]
     try:
+        if not config.chat:
+            return plain_prompts([join_texts(row)], tokenizer, config.special_tokens)[0]
         text = render_chat(tokenizer, row["messages"], True, **_template_fields(row, config))
     except BadRow as error:
         raise DataError(f"{row.get('source', 'a row')}: {error}") from error

@@ -58,12 +58,10 @@ def plain_turns(record: Record, tokenizer: Any, config: DataConfig) -> PlainTurn
         if not record.text.strip():
             raise BadRow("empty text")
         return _turns([("", config.loss_on == "all"), (record.text, True)], tokenizer, config)
+    require_texts(record.messages, {"tools": record.tools, "chat_template_kwargs": record.template_args})
     *before, last = record.messages
     if last["role"] != "assistant" or not last["content"].strip():
         raise BadRow("empty completion" if last["role"] == "assistant" else "the last turn is not the assistant's")
-    extra = next((name for m in record.messages for name in ("tool_calls", "reasoning_content") if m.get(name)), None)
-    if extra or record.tools:
-        raise BadRow(f"{extra or 'tools'} can't be written as plain text: use a chat template (data.chat: true)")
     if config.loss_on == "assistant" and any(m["role"] == "assistant" for m in before):
         learnt = [(m["content"], m["role"] == "assistant" and m.get("train", True)) for m in record.messages]
         return _turns(learnt, tokenizer, config, apart=True)
@@ -71,6 +69,19 @@ def plain_turns(record: Record, tokenizer: Any, config: DataConfig) -> PlainTurn
         raise BadRow("no turn to learn: each has train: false")
     prompt = "".join(m["content"] for m in before)
     return _turns([(prompt, config.loss_on == "all"), (last["content"], True)], tokenizer, config)
+
+
+def require_texts(messages: Sequence[Mapping[str, Any]], columns: Mapping[str, Any]) -> None:
+    """Raise BadRow if turns, or columns beside them, say more than plain text can show."""
+    names = [name for m in messages for name in ("tool_calls", "reasoning_content") if m.get(name)]
+    if names := [*names, *(name for name, value in columns.items() if value)]:
+        raise BadRow(f"{names[0]} can't be written as plain text: use a chat template (data.chat: true)")
+
+
+def join_texts(row: Mapping[str, Any]) -> str:
+    """Return the turns of a row's prompt as one text. Raises BadRow if they say more than text can show."""
+    require_texts(row["messages"], {name: row.get(name) for name in ("tools", "template_args")})
+    return "".join(m["content"] for m in row["messages"])
 
 
 def _turns(turns: list[tuple[str, bool]], tokenizer: Any, config: DataConfig, apart: bool = False) -> PlainTurns:

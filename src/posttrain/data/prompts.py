@@ -19,7 +19,7 @@ from posttrain.data.formats import Record, to_record
 from posttrain.data.learnt_turns import CUT_REASONING, SPELT
 from posttrain.data.mixing import refuse_weights
 from posttrain.data.parts import PlacedRow
-from posttrain.data.plain_text import plain_prompts
+from posttrain.data.plain_text import join_texts, plain_prompts
 from posttrain.data.row_context import TEMPLATE_COLUMNS, TOOL_COLUMNS
 from posttrain.data.row_fields import MEDIA, SourceRow
 from posttrain.data.rows import PreparedItems, Rows, count_repeats, manifest_entry, open_rows
@@ -183,7 +183,7 @@ def _render(row: PromptRow, tokenizer: Any, special_tokens: str, notes: Counter[
 
 def _plain(row: PromptRow, template: str | None) -> str:
     """Return a prompt as plain text."""
-    text = "".join(m["content"] for m in row["messages"])
+    text = join_texts(row)
     return text if template is None else template.replace("{question}", text)
 
 
