@@ -27,6 +27,7 @@ from posttrain.methods.preference.offline import PreferenceConfig
 from posttrain.methods.preference.online import OnlineDPOConfig
 from posttrain.methods.reward_model.pairwise import RewardModelConfig
 from posttrain.methods.reward_model.process import ProcessRewardConfig
+from posttrain.methods.sft import SFTConfig
 from posttrain.models.language_model import LanguageModel
 from posttrain.recipe.parsing import shipped
 from posttrain.sampling.greedy import greedy
@@ -165,7 +166,8 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
     assert ("model/model.safetensors" in manifest["artifacts"]) == makes_model
     held_out = [s for s in recipe.stages if isinstance(s, RLConfig | OnlineDPOConfig) and s.held_out is not None]
     judged = [s for s in held_out if any(p.is_correctness for p in s.rewards.terms)]  # right or wrong, and so compared
-    assert len(result.comparison) == len(recipe.evaluate) + len(judged)
+    measured = [s for s in recipe.stages if isinstance(s, SFTConfig) and s.held_out is not None]
+    assert len(result.comparison) == len(recipe.evaluate) + len(judged) + len(measured)
     assert "<html" in result.report.read_text()
     for opens, kind in (
         (AutoModelForSequenceClassification, RewardModelConfig),
