@@ -38,7 +38,9 @@ def evaluate_command(
     if not checked.evaluate:
         raise RecipeError(f"{recipe} has no evaluations; add some under `evaluate:`")
     # The recipe's dtype, device and chat template (which a base model needs), with another model.
-    of_model = checked.model.model_copy(update={"source": model, "revision": None})
+    of_model = checked.model
+    if model != of_model.source:
+        of_model = of_model.model_copy(update={"source": model, "revision": None, "quantization": None})
     check_machine(checked.model_copy(update={"stages": [], "model": of_model}))
     if against is not None:
         missing = [t.name for t in checked.evaluate if not (against / f"{t.name}.jsonl").is_file()]

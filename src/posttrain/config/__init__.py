@@ -28,11 +28,13 @@ from posttrain.config.settings import (
     MeasuredConfig,
     ModelConfig,
     OptimizerConfig,
+    QuantizationConfig,
     RowSettings,
     SamplingConfig,
     SourceConfig,
     StageBase,
     SystemsConfig,
+    TrainConfig,
 )
 
 METHOD_KIND = open_kind(METHODS, "method", tag="method", default="sft")
@@ -86,6 +88,13 @@ class Recipe(Config):
             raise ValueError(f"evaluation {clash[0]!r} has the name of another one's files; give it a different name")
         if not self.stages and not self.evaluate:
             raise ValueError("a recipe needs at least one stage or one evaluation")
+        if self.model.quantization is not None:
+            whole = [s.name for s in self.stages if isinstance(s, TrainConfig) and s.adapter is None]
+            if whole:
+                raise ValueError(
+                    f"stage {whole[0]!r} trains every weight, and model.quantization makes weights that can't be "
+                    "trained: add adapter: {kind: lora}, or remove model.quantization"
+                )
         earlier: list[str] = []
         for stage in self.stages:
             for name in references(stage):
@@ -137,6 +146,7 @@ __all__ = [
     "JudgeConfig",
     "MeasuredConfig",
     "ModelConfig",
+    "QuantizationConfig",
     "OptimizerConfig",
     "RLConfig",
     "Recipe",

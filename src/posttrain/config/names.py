@@ -188,6 +188,13 @@ RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "torch_compile": "compile",
     "torch_dtype": "dtype",
+    "load_in": "quantization",
+    "load_in_4bit": "quantization",
+    "quantization_config": "quantization",
+    "bnb_4bit_quant_type": "kind",
+    "bnb_4bit_use_double_quant": "double",
+    "double_quant": "double",
+    "bnb_4bit_compute_dtype": "compute_dtype",
     "save_steps": "checkpoint_every",
     "eval_steps": "evaluate_every",
     "eval_every": "evaluate_every",
@@ -227,6 +234,7 @@ RENAMED_KINDS = {"ended": "truncation_penalty"}
 """Old value of a `kind` -> our value."""
 
 NO_SUCH_SETTING = {
+    "load_in_8bit": "model.quantization has nf4 and fp4, 4 bit; a checkpoint that is stored in 8 bit opens as it is",
     "opening": "problems of kind rows: answer_prefix_words is the number of words of the answer that begin the prompt",
     "gamma": "RL: advantages: {gamma: 0.99} is the discount of ppo and reinforce_pp; simpo: the loss's own gamma",
     "lam": "advantages: {gae_lambda: 0.95} is lambda of generalized advantage estimation (ppo)",

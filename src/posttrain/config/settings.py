@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     Tag,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -28,6 +29,18 @@ class Config(BaseModel):
     """Base of all settings: unknown keys are errors, numbers are finite, and settings do not change once checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class QuantizationConfig(Config):
+    """Weights in 4 bit, made by bitsandbytes while a model is read; adapters are trained on them (QLoRA)."""
+
+    kind: Literal["nf4", "fp4"] = Field(
+        "nf4", description="Values of the 4 bits: quantiles of a normal distribution (nf4), or floating point (fp4)."
+    )
+    double: bool = Field(True, description="Quantise the scales of blocks too: 0.4 bit a weight less.")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Dtype of products; auto: the model's."
+    )
 
 
 class ModelConfig(Config):
@@ -51,6 +64,15 @@ class ModelConfig(Config):
         description="Arguments of the chat template, such as {enable_thinking: false}, for training, evaluation, sampling and judging alike. A row's column chat_template_kwargs goes over them.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that ships with the model.")
+    quantization: QuantizationConfig | None = Field(
+        None,
+        description="Quantise the weights while they are read: nf4, fp4, or a block {kind: nf4, double: true}. Stages then train adapters. None: as they are stored.",
+    )
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _kind_alone(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
 
 
 class ClassesConfig(Config):

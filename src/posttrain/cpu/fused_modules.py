@@ -254,6 +254,8 @@ def _same(module: Any, forward: Callable[..., Tensor], width: int) -> bool:
 def _candidates(module: Any) -> tuple[list[Callable[..., Tensor]], int]:
     """Fused forwards that a module might be the same as, and the width of its input."""
     name = type(module).__name__
+    if any(type(p) is not nn.Parameter or not p.is_floating_point() for p in module.parameters()):
+        return [], 0  # quantised, in one way or another
     weight = getattr(module, "weight", None)
     has_eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
     if name.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and weight.ndim == 1 and has_eps:

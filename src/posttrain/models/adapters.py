@@ -12,10 +12,13 @@ from posttrain.config.names import ADAPTERS
 from posttrain.core.errors import ModelError
 from posttrain.core.imports import load_object
 from posttrain.models.adapter_targets import default_targets
+from posttrain.models.quantization import dequantized, is_quantized
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 """Largest difference of merged and unmerged logits, relative to the size of the logits: of the median token."""
+QUANTIZED_TOLERANCE = 0.02
+"""The same at least, where the weights were quantised."""
 PROBE_TOKENS = 24
 
 
@@ -94,8 +97,9 @@ def attach_low_rank(hf: Any, config: AdapterConfig, seed: int, task: Task) -> An
 def merge(peft_model: Any, subject: str = "the adapters") -> tuple[Any, float]:
     """Return the transformers model with the adapters added into its weights, and how far its logits moved by it.
 
-    The sum is made in float32 and rounded to the weights' dtype once. Input and output embeddings that share their
-    weights are separated first if an adapter changes one of them alone: the trained model has two different matrices.
+    The sum is made in float32 and rounded to the weights' dtype once. Quantised weights become full ones first. Input
+    and output embeddings that share their weights are separated first if an adapter changes one of them alone: the
+    trained model has two different matrices.
 
     Args:
         peft_model: The peft model; it is used up.
@@ -110,6 +114,10 @@ def merge(peft_model: Any, subject: str = "the adapters") -> tuple[Any, float]:
     """
     base = peft_model.get_base_model()
     before = _probe_logits(peft_model, base)
+    # Kernels for weights in few bits round otherwise (in 8 bit the activations too).
+    least = QUANTIZED_TOLERANCE if is_quantized(peft_model) else 0.0
+    peft_model = dequantized(peft_model)
+    base = peft_model.get_base_model()
     _separate_embeddings(base)
     try:
         with warnings.catch_warnings():
@@ -124,10 +132,11 @@ def merge(peft_model: Any, subject: str = "the adapters") -> tuple[Any, float]:
     # By token and relative to the size of logits, the median: one token of a mixture of experts may change its expert.
     moved = (difference.amax(-1) / before.abs().amax(-1).clamp_min(1.0)).median()
     dtype = next(merged.parameters()).dtype
-    if not float(moved) <= MERGE_TOLERANCE.get(dtype, 0.1):
+    allowed = max(least, MERGE_TOLERANCE.get(dtype, 0.1))
+    if not float(moved) <= allowed:
         raise ModelError(
             f"{subject}: the merged model is not the trained one. Its logits differ by up to "
-            f"{float(difference.max()):.3g} ({float(moved):.2g} of their size; {MERGE_TOLERANCE.get(dtype, 0.1):g} is "
+            f"{float(difference.max()):.3g} ({float(moved):.2g} of their size; {allowed:g} is "
             f"allowed in {dtype}). Keep the adapter unmerged (merge: false), and please report its kind and the model"
         )
     return merged, float(difference.max())
@@ -184,5 +193,6 @@ def _probe_logits(model: Any, base: Any) -> torch.Tensor:
 
 def count_parameters(model: Any) -> tuple[int, int]:
     """Count all parameters, and the trainable ones."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    # Two weights of 4 bit are a byte.
+    sizes = [(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)

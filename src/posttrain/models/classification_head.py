@@ -28,7 +28,6 @@ from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import (
     OpenedModel,
     base_settings,
-    explained,
     load_settings,
     load_tokenizer,
     merge_start,
@@ -36,6 +35,7 @@ from posttrain.models.loading import (
     pick_device,
     pick_dtype,
     quiet,
+    read_weights,
     resolve,
     source_adapter,
 )
@@ -113,18 +113,12 @@ def _opened(config: ModelConfig, layout: Layout, dtype: torch.dtype | None) -> t
     quiet()
     device = pick_device(config.device)
     backend_for(device).tune()
-    with explained(config.source):
-        hf = _auto(layout).from_pretrained(
-            resolve(config.source).location,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=dtype or pick_dtype(config.dtype, device),
-            attn_implementation="eager",
-        )
+    dtype = dtype or pick_dtype(config.dtype, device)
+    hf, _ = read_weights(_auto(layout), resolve(config.source).location, config, device, dtype)
     if hf.config.num_labels not in LABELS[layout]:
         wanted = "one" if layout == "sequence" else "one or two"
         raise ModelError(f"model source {config.source!r} gives {hf.config.num_labels} numbers, and {wanted} is needed")
-    return hf.to(device), load_tokenizer(config)
+    return hf, load_tokenizer(config)
 
 
 def _with_head(causal: Any, tokenizer: Any, layout: Layout, seed: int) -> Any:

@@ -26,6 +26,13 @@ from posttrain.data.template_source import set_template_args
 from posttrain.models.adapter_source import AdapterSource, find_adapter, merge_into_base
 from posttrain.models.backends import backend_for
 from posttrain.models.max_length import context, why_short
+from posttrain.models.quantization import (
+    check_readable,
+    finish_reading,
+    method_of,
+    reading_arguments,
+    stored_quantization,
+)
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 from posttrain.recipe.model_sources import find_model, similar
 
@@ -205,7 +212,11 @@ def source_adapter(config: ModelConfig) -> AdapterSource | None:
 
 def base_settings(config: ModelConfig, adapter: AdapterSource) -> ModelConfig:
     """Return the settings by which an adapter's base is opened."""
-    return config.model_copy(update={"source": adapter.base, "revision": adapter.base_revision})
+    stored = stored_quantization(Path(adapter.location))
+    quantization = config.quantization if stored is None else stored
+    return config.model_copy(
+        update={"source": adapter.base, "revision": adapter.base_revision, "quantization": quantization}
+    )
 
 
 def load_settings(config: ModelConfig) -> Any:
@@ -218,9 +229,11 @@ def load_settings(config: ModelConfig) -> Any:
     if found.kind == "tiny":
         return None
     with explained(config.source):
-        return AutoConfig.from_pretrained(
+        settings = AutoConfig.from_pretrained(
             found.location, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+    check_readable(config, settings)
+    return settings
 
 
 def context_length(config: ModelConfig) -> int | None:
@@ -271,6 +284,8 @@ def open_model(config: ModelConfig, dtype: torch.dtype | None = None) -> OpenedM
     Raises:
         ModelError: The source can't be opened, with what to do.
     """
+    from transformers import AutoModelForCausalLM
+
     quiet()
     device = pick_device(config.device)
     dtype = dtype or pick_dtype(config.dtype, device)
@@ -280,23 +295,52 @@ def open_model(config: ModelConfig, dtype: torch.dtype | None = None) -> OpenedM
         _check_causal(config, adapter)
         return merge_start(open_model(base_settings(config, adapter), dtype), adapter, config)
     tokenizer = load_tokenizer(config)
-    if found.kind == "tiny":
-        return OpenedModel(tiny_model(found.location, len(tokenizer)).to(device=device, dtype=dtype), tokenizer, {})
+    if found.kind != "tiny":
+        hf, notes = read_weights(AutoModelForCausalLM, found.location, config, device, dtype)
+        return OpenedModel(hf, tokenizer, notes)
+    hf = tiny_model(found.location, len(tokenizer))
+    if config.quantization is None:
+        return OpenedModel(hf.to(device=device, dtype=dtype), tokenizer, {})
+    with tempfile.TemporaryDirectory() as folder:  # weights are quantised while they are read
+        hf.save_pretrained(folder)
+        hf, notes = read_weights(AutoModelForCausalLM, folder, config, device, dtype)
+    return OpenedModel(hf, tokenizer, notes)
+
+
+def read_weights(
+    kind: Any, location: str, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """Read a transformers model onto a device; return it with notes for the manifest.
+
+    Args:
+        kind: An Auto class of transformers.
+        location: Folder, or name on the Hub.
+        config: The model's settings in the recipe.
+        device: Device of the model.
+        dtype: Compute dtype.
+
+    Raises:
+        ModelError: The source can't be opened, with what to do.
+    """
+    from transformers import AutoConfig
+
+    own = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     with explained(config.source):
-        hf = _from_pretrained(found.location, config, dtype)
-    return OpenedModel(hf.to(device), tokenizer, {})
-
-
-def _from_pretrained(location: str, config: ModelConfig, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        location,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        dtype=dtype,
-        attn_implementation="eager",
-    )
+        settings = AutoConfig.from_pretrained(location, **own)
+    check_readable(config, settings)
+    arguments = reading_arguments(config, settings, device, dtype)
+    try:
+        with explained(config.source):
+            hf = kind.from_pretrained(location, dtype=dtype, attn_implementation="eager", **arguments, **own)
+    except (RuntimeError, ImportError, AttributeError, NotImplementedError) as error:
+        if not arguments:
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"model source {config.source!r}: its quantised weights can't be read here: {first}"
+        ) from error
+    hf = hf if "device_map" in arguments else hf.to(device)
+    return hf, finish_reading(hf, config, method_of(settings), dtype)
 
 
 def merge_start(base: OpenedModel, adapter: AdapterSource, config: ModelConfig) -> OpenedModel:

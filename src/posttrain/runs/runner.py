@@ -30,6 +30,7 @@ from posttrain.data.bad_rows import SHOWN_ROWS
 from posttrain.data.template_source import fixed_date, template_date
 from posttrain.eval.tasks import evaluate_model, task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device, resolve
+from posttrain.models.quantization import as_saved
 from posttrain.recipe.parsing import load_recipe
 from posttrain.report import build_report, judge_figures
 from posttrain.report.measured_stages import held_out_lines
@@ -225,6 +226,7 @@ class _Run:
     def measure(self, model: ModelConfig, tasks: list[EvaluationConfig], name: str) -> None:
         """Run what is missing of evaluations/`name`; what is there must be what was written."""
         self.results.check_evaluation(name)
+        model = model if model.source == self.recipe.model.source else as_saved(model)
         evaluate_model(model, tasks, self.path / "evaluations" / name, self.recipe.seed, self.functions)
         self.results.note_evaluation(name)
 

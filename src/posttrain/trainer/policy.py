@@ -13,6 +13,7 @@ from posttrain.core import distributed
 from posttrain.models.adapters import attach, count_parameters
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import open_model, pick_device, pick_dtype
+from posttrain.models.quantization import check_training
 from posttrain.models.saving import save_trained
 from posttrain.models.verification import verify
 from posttrain.trainer.loop import LoopResult
@@ -50,6 +51,7 @@ def open_policy(config: TrainConfig, model: ModelConfig, seed: int) -> LoadedPol
     distributed.start(device)
     opened = open_model(model, pick_dtype(model.dtype, device))
     hf = opened.hf if config.adapter is None else attach(opened.hf, config.adapter, seed)
+    check_training(hf, config.merge, distributed.world())
     policy = LanguageModel(hf)
     verify(policy)
     return LoadedPolicy(policy, opened.tokenizer, *count_parameters(policy), dict(opened.notes))

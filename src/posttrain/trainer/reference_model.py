@@ -155,6 +155,10 @@ def fingerprint(model: LanguageModel) -> str:
         for name, p in model.hf.named_parameters()
         if not any(part in name for part in trained)
     }
+    for name, module in model.hf.named_modules():  # the scales of quantised weights, which are no parameters
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        for part, tensor in {} if state is None else state.as_dict(packed=True).items():
+            weights[f"{name.removeprefix('base_model.model.').replace('.base_layer', '')}.{part}"] = tensor
     for name in sorted(weights):
         tensor = weights[name].detach().contiguous().cpu()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -46,13 +46,16 @@ class ScorerStage(Stage):
         from posttrain.models.classification_head import open_scorer, verify_scores
         from posttrain.models.language_model import LanguageModel
         from posttrain.models.loading import pick_device, pick_dtype
+        from posttrain.models.quantization import check_training
         from posttrain.trainer.policy import LoadedPolicy
 
         device = pick_device(run.model.device)
         distributed.start(device)
         opened = open_scorer(run.model, self.layout, run.seed, pick_dtype(run.model.dtype, device))
         adapter = self.config.adapter
-        policy = LanguageModel(opened.hf if adapter is None else attach(opened.hf, adapter, run.seed, "SEQ_CLS"))
+        hf = opened.hf if adapter is None else attach(opened.hf, adapter, run.seed, "SEQ_CLS")
+        check_training(hf, True, distributed.world())
+        policy = LanguageModel(hf)
         verify_scores(policy, self.layout)
         return LoadedPolicy(policy, opened.tokenizer, *count_parameters(policy), dict(opened.notes))
 
