@@ -64,7 +64,8 @@ class LanguageModel(nn.Module):
                     self.hidden_T_H(pack(samples).to(self.device))
                 return
             except Exception as error:  # whatever the model type does with a batch that it can't take
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                reason = f"on a ragged batch: {first}"
         self.compute_one_at_a_time()
         warn_one_at_a_time(self.base, reason)
 

@@ -40,7 +40,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "bitnet": ("accelerate",),
 }
 """Method of a quantised checkpoint -> the packages that transformers reads it with."""
-MODULES = {
+IMPORTED_AS = {
     "optimum-quanto": "optimum.quanto", "auto-round": "auto_round", "spqr-quant": "spqr_quant", "flute-kernel": "flute",
     "hadamard-transform": "fast_hadamard_transform", "amd-quark": "quark", "fbgemm-gpu": "fbgemm_gpu",
     "compressed-tensors": "compressed_tensors", "fp-quant": "fp_quant",
@@ -98,7 +98,7 @@ def check_readable(config: ModelConfig, settings: Any) -> None:
 
 def _installed(package: str) -> bool:
     try:
-        return importlib.util.find_spec(MODULES.get(package, package.replace("-", "_"))) is not None
+        return importlib.util.find_spec(IMPORTED_AS.get(package, package.replace("-", "_"))) is not None
     except ModuleNotFoundError:  # the parent of optimum.quanto
         return False
 

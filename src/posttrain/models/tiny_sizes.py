@@ -71,12 +71,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_text": {"vocab_size_per_layer_input": 259, "hidden_size_per_layer_input": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "llama4_text": {"attention_chunk_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "roc_bert": {"shape_vocab_size": 259, "pronunciation_vocab_size": 259},
+    "qwen4_exp_text": {"layer_types": None, "mlp_layer_types": None, "num_hidden_layers": 2},
     "reformer": {"is_decoder": True, "axial_pos_shape": [32, 64], "axial_pos_embds_dim": [16, 16]},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    },
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1]},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -96,6 +103,7 @@ def tiny_settings(config_class: Any, vocabulary: int, changes: dict[str, Any]) -
     if "kv_lora_rank" in fields:  # latent attention: each head has keys of its own
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     settings |= {"vocab_size": vocabulary, **BYTES}
+    settings |= _every_kind_of_layer(config_class, fields)
     for name, part in _parts(config_class).items():
         own = {k: v for k, v in SUB_SIZES.items() if k in part.__dataclass_fields__ and "text" not in name}
         settings[name] = {"model_type": part.model_type, **tiny_settings(part, vocabulary, own)}
@@ -109,3 +117,17 @@ def _parts(config_class: Any) -> dict[str, Any]:
     default = config_class() if any(c.__name__ == "AutoConfig" for c in named.values()) else None
     parts = {n: type(getattr(default, n)) if c.__name__ == "AutoConfig" else c for n, c in named.items()}
     return {n: c for n, c in parts.items() if getattr(c, "__dataclass_fields__", None)}
+
+
+def _every_kind_of_layer(config_class: Any, fields: set[str]) -> dict[str, Any]:
+    """Return settings that give the model one layer of each kind that its default configuration has, two at least."""
+    names = {"layer_types", "mlp_layer_types"} & fields
+    try:
+        default = config_class() if names else None
+    except ValueError:  # a default that its own checks refuse
+        return {}
+    kinds = {name: list(dict.fromkeys(getattr(default, name, None) or ())) for name in sorted(names)}
+    kinds = {name: different for name, different in kinds.items() if len(different) > 1}
+    layers = max([2, *map(len, kinds.values())])
+    lists = {name: [different[i % len(different)] for i in range(layers)] for name, different in kinds.items()}
+    return {"num_hidden_layers": layers, **lists} if lists else {}

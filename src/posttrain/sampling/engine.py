@@ -206,8 +206,7 @@ class LocalSampler:
 
 
 def _decode(model: LanguageModel, tokens: Tensor, positions: Tensor, ragged: Any) -> Tensor:
-    decoder = model.base.get_decoder()
-    out = decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, ragged=ragged)
+    out = model.decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, ragged=ragged)
     return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
