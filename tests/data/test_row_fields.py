@@ -214,9 +214,9 @@ def test_columns_of_other_kinds_of_rows(tmp_path: Path) -> None:
     read = read_step_chains(config_of(tmp_path, [steps]), TOKENIZER, "\n")
     assert read.stats["unused"] == {"answer": 1}
     assert TOKENIZER.decode(list(read.samples[0].tokens)).startswith("<|im_start|>system\nBe calm<|im_end|>")
-    problem = {**LAYOUTS["verifiable"], "level": 3, **BESIDE}
+    problem = {**LAYOUTS["verifiable"], "level": 3, "source": "web", **BESIDE}
     asked = load_prompts(RowPrompts.Config(data=config_of(tmp_path, [problem]), template=None), TOKENIZER, context=None)
-    assert asked.stats["passed_on"] == {"level": 1} and "unused" not in asked.stats
+    assert asked.stats["passed_on"] == {"level": 1} and asked.stats["unused"] == {"source": 1}
     assert asked.items[0].problem["messages"] == WHOLE[:-1] and asked.items[0].problem["level"] == 3
 
 

@@ -30,6 +30,8 @@ from posttrain.data.turns import make_message, read_turns, says_nothing, without
 if TYPE_CHECKING:
     from posttrain.data.prompt_sources import PromptRow, RowPrompts
 
+OWN_FIELDS = {"messages", "prompt", "answer", "source", "template_args"}
+"""Fields of a problem that take the place of the row's columns of these names."""
 NO_ANSWER = "(no answer)"
 """Stands for the answer of a problem that has none; no reward takes it for a right one."""
 
@@ -194,7 +196,7 @@ def rows_of_table(config: RowPrompts.Config) -> tuple[list[PromptRow], Rows]:
 
     def problem(row: PlacedRow) -> PromptRow:
         record = row.record() if config.answers else _prompt_alone(row.row, row.config)
-        row.row.notes.passed_on = True
+        row.row.notes.passed_on = row.row.keys() - OWN_FIELDS
         return _problem(_move_first_words(record, config.answer_prefix_words), row.row, row.source, config.instruction)
 
     return rows.read(problem, refused=MEDIA), rows
@@ -249,7 +251,8 @@ def _problem(record: Record, row: Row, source: str, instruction: str | None) -> 
     if instruction:
         asked = next(m for m in reversed(prompt["messages"]) if m["role"] == "user")
         asked["content"] = prompt["prompt"] = f"{asked['content']}\n{instruction}"
-    columns = {name: value for name, value in row.items() if name not in (*TOOL_COLUMNS, *TEMPLATE_COLUMNS)}
+    read = {*TOOL_COLUMNS, *TEMPLATE_COLUMNS, "template_args"}
+    columns = {name: value for name, value in row.items() if name not in read}
     context = {"tools": list(record.tools), "template_args": record.template_args}
     given = {name: value for name, value in context.items() if value}
     return {**columns, **(record.extra or {}), "answer": answer, "source": source, **given, **prompt}

@@ -39,14 +39,14 @@ class FieldNotes:
         read: Columns that were read.
         unread: Fields inside of columns that nothing reads, such as `messages[].id`.
         ignored: Fields with a value that were left out.
-        passed_on: True if the whole row reaches rewards and graders, which may read any column.
+        passed_on: Columns that reach rewards and graders, which may read any of them.
     """
 
     ignore: frozenset[str] = frozenset()
     read: set[str] = field(default_factory=set)
     unread: set[str] = field(default_factory=set)
     ignored: set[str] = field(default_factory=set)
-    passed_on: bool = False
+    passed_on: Set[str] = frozenset()
 
     def without_ignored(self, values: Mapping[str, Any], place: str = "") -> Row:
         """Return an object without the fields that the settings leave out; `place` is what precedes their names."""
@@ -139,8 +139,9 @@ class FieldCounts:
         """Count the fields of a row after it was read."""
         notes = row.notes
         if left := row.keys() - notes.read:
-            counts = self.passed_on if notes.passed_on else self.unused
-            counts.update(name for name in left if not is_empty(row.peek(name)))
+            for name in left:
+                if not is_empty(row.peek(name)):
+                    (self.passed_on if name in notes.passed_on else self.unused)[name] += 1
         if notes.unread or notes.ignored:
             self.unused.update(notes.unread)
             self.ignored.update(notes.ignored)
