@@ -59,6 +59,7 @@ ITEMS = [
     Item("models", "models:check", 25),
     Item("masters", "models:masters", 8),
     Item("sampler", "sampler:check", 45),
+    Item("quantized", "quantized:check", 30),
     Item("sft", "recipes:sft", 30),
     Item("dpo", "recipes:dpo", 25),
     Item("grpo", "recipes:grpo", 50),
