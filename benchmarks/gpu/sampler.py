@@ -92,7 +92,7 @@ def forced(answers: Sequence[Rollout], requests: Sequence[Request]) -> Iterator[
     """Let samplers draw the tokens of these answers, and keep the log-probabilities that they give to them."""
     numbers = [(i, j) for i, request in enumerate(requests) for j in range(request.n)]
     tokens = {number: answer.tokens for number, answer in zip(numbers, answers, strict=True)}
-    kept = _Session._draw, engine.draw_tokens
+    kept = _Session._draw, engine.draw_from_vocabulary
 
     def _draw(self: Any, rows: Any, logits: Tensor) -> None:
         given = torch.tensor([tokens[r.prompt.index, r.number][len(r.tokens)] for r in rows], device=logits.device)
@@ -100,14 +100,14 @@ def forced(answers: Sequence[Rollout], requests: Sequence[Request]) -> Iterator[
         def draw(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
             return given, z.log_softmax(-1).gather(1, given[:, None]).squeeze(1)
 
-        engine.draw_tokens = draw  # type: ignore[assignment]
+        engine.draw_from_vocabulary = draw  # type: ignore[assignment]
         kept[0](self, rows, logits)
 
     _Session._draw = _draw  # type: ignore[method-assign]
     try:
         yield
     finally:
-        _Session._draw, engine.draw_tokens = kept  # type: ignore[method-assign]
+        _Session._draw, engine.draw_from_vocabulary = kept  # type: ignore[method-assign]
 
 
 def learner_difference(

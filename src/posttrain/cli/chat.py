@@ -110,6 +110,7 @@ class Chat:
         import torch
         from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+        from posttrain.models.vocabulary import output_rows, textless_ids
         from posttrain.sampling.protocol import stop_tokens
 
         stop, failed = threading.Event(), list[BaseException]()
@@ -137,6 +138,7 @@ class Chat:
                     eos_token_id=ends or None,
                     pad_token_id=pad,
                     streamer=streamer,
+                    suppress_tokens=textless_ids(self.tokenizer, output_rows(self.model)) or None,
                     stopping_criteria=StoppingCriteriaList([Stop()]),
                 )
             except BaseException as error:  # the thread must end the stream, whatever happened

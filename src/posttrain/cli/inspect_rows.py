@@ -21,7 +21,7 @@ from posttrain.data.preference_rows import PreparedPairs, PreparedUnpaired
 from posttrain.data.prompts import PromptSet
 from posttrain.data.sample_store import SampleStore
 from posttrain.eval.tasks import task_data
-from posttrain.models.loading import context_length, load_tokenizer, pick_device
+from posttrain.models.loading import context_length, describe_vocabulary, load_tokenizer, pick_device
 from posttrain.recipe.machine_checks import blocks
 from posttrain.report.judge_figures import describe_agreement
 from posttrain.rewards.stack import RewardStack
@@ -44,6 +44,8 @@ def print_data(recipe: Recipe, only: str | None, rows: int, out: Console) -> Non
         out: Console to print to.
     """
     tokenizer, context = load_tokenizer(recipe.model), context_length(recipe.model)
+    if note := describe_vocabulary(recipe.model):
+        out.print(Text(f"model: {note}"))
     for stage in recipe.stages:
         if only not in (None, stage.name):
             continue

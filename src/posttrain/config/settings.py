@@ -43,6 +43,16 @@ class QuantizationConfig(Config):
     )
 
 
+class NewToken(Config):
+    """A token that is added to the tokenizer."""
+
+    token: str = Field(min_length=1, description="Text of the token.")
+    special: bool = Field(
+        False,
+        description="A mark of structure like <|im_end|>: left out of decoded text, and never read from a text. False: a part of texts like <think>.",
+    )
+
+
 class ModelConfig(Config):
     """Which model to start from, and how to hold it in memory."""
 
@@ -63,6 +73,10 @@ class ModelConfig(Config):
         default_factory=dict,
         description="Arguments of the chat template, such as {enable_thinking: false}, for training, evaluation, sampling and judging alike. A row's column chat_template_kwargs goes over them.",
     )
+    add_tokens: list[Annotated[str, Field(min_length=1)] | NewToken] = Field(
+        default_factory=list,
+        description='Tokens to add to the tokenizer: texts such as "<think>", or {token: "<|end|>", special: true}. The embedding gets a row for each, which starts at the mean of the others and is trained, with LoRA too.',
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that ships with the model.")
     quantization: QuantizationConfig | None = Field(
         None,
@@ -73,6 +87,13 @@ class ModelConfig(Config):
     @classmethod
     def _kind_alone(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _each_once(self) -> ModelConfig:
+        tokens = [t if isinstance(t, str) else t.token for t in self.add_tokens]
+        if twice := sorted({t for t in tokens if tokens.count(t) > 1}):
+            raise ValueError(f"add_tokens has {twice[0]!r} twice")
+        return self
 
 
 class ClassesConfig(Config):

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,27 @@ from posttrain.core.files import write_json
 from posttrain.models.adapter_source import PREFIXES, AdapterSource
 from posttrain.recipe.model_sources import find_model
 
+WEIGHTS_FILE = "adapter_model.safetensors"
 OWN_BASE = "base"
 """Folder beside an adapter that holds its base, if the base exists nowhere else."""
 MAY_DIFFER = set(
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha "
     "lora_dropout target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out use_rslora "
-    "rank_pattern alpha_pattern init_lora_weights".split()
+    "rank_pattern alpha_pattern init_lora_weights trainable_token_indices".split()
 )
 """Settings that plain low-rank adapters may have beside the defaults of peft's LoraConfig."""
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base as it is."""
+TOKEN_ROWS = re.compile(r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_delta")
 LOW_RANK = re.compile(r"base_model\.model\.(.+)\.(lora_(?:embedding_)?[AB])(?:\.weight)?")
 
 Factors = dict[str, dict[str, Tensor]]
 """Module -> name (lora_A, lora_B, lora_embedding_A, lora_embedding_B) -> tensor."""
 
 
-def write_adapter(peft_model: Any, folder: Path, source: ModelConfig, start: AdapterSource | None) -> str:
+def write_adapter(
+    peft_model: Any, folder: Path, source: ModelConfig, start: AdapterSource | None, new_tokens: Sequence[int] = ()
+) -> str:
     """Write the trained adapters to `folder`, those of `start` included.
 
     Args:
@@ -45,6 +50,8 @@ def write_adapter(peft_model: Any, folder: Path, source: ModelConfig, start: Ada
         folder: Where to write; an earlier adapter there is replaced.
         source: The model that was opened.
         start: The adapter at `source`, merged into the base when it was opened. None: a whole model.
+        new_tokens: Ids of tokens that got a row of the embedding when it was opened. If the adapter does not train
+            them, it is written with the whole embedding, which no other folder has.
 
     Returns:
         "alone": one adapter on the base. "combined": one adapter on the base of `start`, which is in it. "on start": it
@@ -54,6 +61,8 @@ def write_adapter(peft_model: Any, folder: Path, source: ModelConfig, start: Ada
     shutil.rmtree(folder, ignore_errors=True)
     peft_model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an empty form of peft's
+    if new_tokens:
+        _add_embedding(peft_model, folder / WEIGHTS_FILE)
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config = peft_model.get_base_model().config
     if start is None:
@@ -106,12 +115,13 @@ def _combine(start: AdapterSource, settings: dict[str, Any], folder: Path, peft_
     from peft import load_peft_weights
     from safetensors.torch import load_file, save_file
 
-    file = folder / "adapter_model.safetensors"
+    file = folder / WEIGHTS_FILE
     if not (_is_plain(start.settings) and _is_plain(settings) and file.is_file()):
         return False
     where = {"revision": start.revision} if start.revision else {}
-    first = _factors(load_peft_weights(start.location, device="cpu", **where), start.settings)
-    second = _factors(load_file(file), settings)
+    parts = [load_peft_weights(start.location, device="cpu", **where), load_file(file)]
+    rows, indices = _join_rows(parts, [start.settings, settings])
+    first, second = _factors(parts[0], start.settings), _factors(parts[1], settings)
     names = {name for name, _ in peft_model.get_base_model().named_modules()}
     if first is None or second is None or not first.keys() <= names:
         return False
@@ -121,6 +131,7 @@ def _combine(start: AdapterSource, settings: dict[str, Any], folder: Path, peft_
         for module, factors in both.items()
         for name, tensor in factors.items()
     }
+    weights |= {f"base_model.model.{module}.token_adapter.trainable_tokens_delta": t for module, t in rows.items()}
     ranks = {module: _rank(factors) for module, factors in both.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     other = {module: r for module, r in ranks.items() if r != rank}
@@ -138,9 +149,52 @@ def _combine(start: AdapterSource, settings: dict[str, Any], folder: Path, peft_
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
+        "trainable_token_indices": indices or None,
     }
     save_file(weights, file, metadata={"format": "pt"})
     return True
+
+
+def _join_rows(
+    parts: list[dict[str, Tensor]], settings: list[dict[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """Take the trained rows of tokens out of the tensors; of two for one token the later counts.
+
+    Returns:
+        Rows and token ids of each module.
+    """
+    joined: dict[str, dict[int, Tensor]] = {}
+    for weights, of in zip(parts, settings, strict=True):
+        for key in [k for k in weights if TOKEN_ROWS.fullmatch(k)]:
+            module = TOKEN_ROWS.fullmatch(key)[1]  # type: ignore[index]
+            indices = of["trainable_token_indices"]
+            if isinstance(indices, dict):
+                indices = next(ids for name, ids in indices.items() if module == name or module.endswith(f".{name}"))
+            joined.setdefault(module, {}).update(zip(indices, weights.pop(key).float(), strict=True))
+    rows = {module: torch.stack(list(of.values())) for module, of in joined.items()}
+    return rows, {module: list(of) for module, of in joined.items()}
+
+
+def _add_embedding(peft_model: Any, file: Path) -> None:
+    """Write the embedding and the output head beside the adapter, unless the adapter has the new tokens' rows."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from safetensors.torch import load_file, save_file
+
+    base, weights = peft_model.get_base_model(), load_file(file)
+    layers = [base.get_input_embeddings(), base.get_output_embeddings()]
+    covered = {m[1] for key in weights if (m := TOKEN_ROWS.fullmatch(key))}
+    inner = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
+    added, seen = {}, set[int]()
+    for layer, plain in zip(layers, inner, strict=True):
+        name = next((n for n, m in base.named_modules() if m is layer), None)
+        if name is None or name in covered or plain is None or hasattr(layer, "token_adapter"):
+            continue
+        if id(plain.weight) not in seen:  # once if both share it
+            place = f"base_model.model.{name}" + (".base_layer" if layer is not plain else "")
+            added[f"{place}.weight"] = plain.weight.detach().cpu().contiguous()
+        seen.add(id(plain.weight))
+    if added:
+        save_file({**weights, **added}, file, metadata={"format": "pt"})
 
 
 def _is_plain(settings: dict[str, Any]) -> bool:

@@ -7,13 +7,17 @@ added to the weights in float32, so what a stage trains next lies on top of it, 
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from posttrain.core.errors import ModelError
 from posttrain.models.adapters import merge
+from posttrain.models.vocabulary import embedding_rows, resize_embedding, set_mean_rows
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -107,12 +111,13 @@ def _find_base(name: str, folder: Path) -> str:
     return name
 
 
-def merge_into_base(base: Any, adapter: AdapterSource) -> tuple[Any, float]:
+def merge_into_base(base: Any, adapter: AdapterSource, tokens: int = 0) -> tuple[Any, float]:
     """Return the base with the adapter merged into its weights, and the largest difference of logits that this made.
 
     Args:
         base: The transformers model that the adapter belongs to, on its device. It is used up.
         adapter: The adapter.
+        tokens: Size of its tokenizer, for which the base gets rows first: the adapter may have trained them.
 
     Raises:
         ModelError: peft can't load the adapter, it does not fit the base, or its kind can't be merged.
@@ -124,6 +129,8 @@ def merge_into_base(base: Any, adapter: AdapterSource) -> tuple[Any, float]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what does not fit is an error below
+            weights = load_peft_weights(adapter.location, device=device, **where)
+            _fit_rows(base, adapter, weights, tokens)
             model = PeftModel.from_pretrained(base, adapter.location, torch_device=device, **where)
             if model.active_peft_config.is_prompt_learning:
                 kind = model.active_peft_config.peft_type.value
@@ -131,7 +138,6 @@ def merge_into_base(base: Any, adapter: AdapterSource) -> tuple[Any, float]:
                     f"adapter {adapter.location}: {kind} adds virtual tokens, which can't be merged into "
                     "weights. Start from an adapter inside the layers (lora, dora, ...), or from its base"
                 )
-            weights = load_peft_weights(adapter.location, device=device, **where)
             result = set_peft_model_state_dict(model, weights)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
@@ -150,3 +156,21 @@ def merge_into_base(base: Any, adapter: AdapterSource) -> tuple[Any, float]:
     for p in hf.parameters():  # peft froze them
         p.requires_grad_(p.is_floating_point())
     return hf, difference
+
+
+def _fit_rows(base: Any, adapter: AdapterSource, weights: dict[str, Any], tokens: int) -> None:
+    """Give the base's embedding the rows of the adapter's; without an embedding in the adapter, those of its tokens."""
+    rows, names = embedding_rows(base), set[str]()
+    for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+        names |= {name for name, m in base.named_modules() if m is module and m is not None}
+    whole = [
+        tensor.shape[0]
+        for key, tensor in weights.items()
+        if re.sub(r"^base_model\.model\.|(\.base_layer|\.modules_to_save)?\.weight$", "", key) in names
+    ]
+    whole += [t.shape[1] for key, t in weights.items() if key.endswith("lora_embedding_A")]
+    wanted = max(whole) if whole else max(tokens, rows)
+    if wanted != rows:
+        known = torch.arange(min(rows, wanted))
+        resize_embedding(base, wanted, f"adapter {adapter.location}")
+        set_mean_rows(base, list(range(rows, wanted)), known)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +15,9 @@ from posttrain.core.errors import ModelError
 from posttrain.core.imports import load_object
 from posttrain.models.adapter_targets import default_targets
 from posttrain.models.quantization import dequantized, is_quantized
+from posttrain.models.vocabulary import trainable_rows
 
+log = logging.getLogger("posttrain")
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 """Largest difference of merged and unmerged logits, relative to the size of the logits: of the median token."""
@@ -22,7 +26,7 @@ QUANTIZED_TOLERANCE = 0.02
 PROBE_TOKENS = 24
 
 
-def attach(hf: Any, config: AdapterConfig, seed: int, task: Task = "CAUSAL_LM") -> Any:
+def attach(hf: Any, config: AdapterConfig, seed: int, task: Task = "CAUSAL_LM", new_tokens: Sequence[int] = ()) -> Any:
     """Wrap a transformers model so that only its new adapters train; the same seed gives the same adapters.
 
     Args:
@@ -31,6 +35,8 @@ def attach(hf: Any, config: AdapterConfig, seed: int, task: Task = "CAUSAL_LM") 
             that returns a peft model: an instance of `peft.PeftModel`, whose trainable parameters are in its modules.
         seed: Seed of the new weights; torch's generator is seeded with it, and restored afterwards.
         task: peft's task type: SEQ_CLS for models with a classification head, which is then trained as a whole.
+        new_tokens: Ids of tokens without a trained row in the embedding. lora, rslora and dora train these rows too;
+            with a kind from outside they stay as they are.
 
     Returns:
         The peft model.
@@ -40,17 +46,26 @@ def attach(hf: Any, config: AdapterConfig, seed: int, task: Task = "CAUSAL_LM") 
     """
     from peft import PeftModel
 
+    options = dict(config.options)
+    if new_tokens and config.kind in ADAPTERS:
+        options["new_tokens"] = new_tokens
+    elif new_tokens:
+        log.warning(
+            "adapter.kind %s does not train the rows of %d new tokens: they stay at the mean of the others. lora, "
+            "rslora and dora train them", config.kind, len(new_tokens),
+        )  # fmt: skip
+
     with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(seed)
         # peft asks transformers for an attribute that was renamed.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        adapted = load_object(ADAPTERS.get(config.kind, config.kind))(hf, config, seed, task, **config.options)
+        adapted = load_object(ADAPTERS.get(config.kind, config.kind))(hf, config, seed, task, **options)
     if not isinstance(adapted, PeftModel):
         raise ModelError(f"adapter.kind {config.kind}: expected a peft model from it, got {type(adapted).__name__}")
     return adapted
 
 
-def attach_low_rank(hf: Any, config: AdapterConfig, seed: int, task: Task) -> Any:
+def attach_low_rank(hf: Any, config: AdapterConfig, seed: int, task: Task, *, new_tokens: Sequence[int] = ()) -> Any:
     """Attach low-rank adapters.
 
     lora: W + (alpha / r) B A (arXiv 2106.09685). rslora: alpha / sqrt(r) (arXiv 2312.03732). dora: magnitude and
@@ -61,6 +76,7 @@ def attach_low_rank(hf: Any, config: AdapterConfig, seed: int, task: Task) -> An
         config: Settings.
         seed: Not used: torch's generator is seeded already.
         task: peft's task type.
+        new_tokens: Ids of tokens whose rows of the embedding and of the output head are trained as they are.
 
     Raises:
         ModelError: No module has one of the target names.
@@ -83,6 +99,7 @@ def attach_low_rank(hf: Any, config: AdapterConfig, seed: int, task: Task) -> An
         use_dora=config.kind == "dora",
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in hf.modules()),
         task_type=task,
+        trainable_token_indices=trainable_rows(hf, new_tokens, [] if isinstance(modules, str) else modules) or None,
     )
     try:
         return get_peft_model(hf, settings)

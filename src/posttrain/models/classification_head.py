@@ -29,7 +29,6 @@ from posttrain.models.loading import (
     OpenedModel,
     base_settings,
     load_settings,
-    load_tokenizer,
     merge_start,
     open_model,
     pick_device,
@@ -38,6 +37,8 @@ from posttrain.models.loading import (
     read_weights,
     resolve,
     source_adapter,
+    tokenizer_and_new_ids,
+    with_rows,
 )
 from posttrain.models.portable_files import NEEDS_NEW, finish_folder
 from posttrain.models.saving import gathered, restore_attention
@@ -89,7 +90,8 @@ def open_scorer(config: ModelConfig, layout: Layout, seed: int = 0, dtype: torch
         opened = open_model(config, dtype)
         return replace(opened, hf=_with_head(opened.hf, opened.tokenizer, layout, seed))
     if adapter is None:
-        return OpenedModel(*_opened(config, layout, dtype), {})
+        hf, tokenizer, new = _opened(config, layout, dtype)
+        return with_rows(OpenedModel(hf, tokenizer, {}), new, config)
     return merge_start(open_scorer(base_settings(config, adapter), layout, seed, dtype), adapter, config)
 
 
@@ -109,7 +111,7 @@ def has_head(config: ModelConfig, layout: Layout) -> bool:
     return there == layout
 
 
-def _opened(config: ModelConfig, layout: Layout, dtype: torch.dtype | None) -> tuple[Any, Any]:
+def _opened(config: ModelConfig, layout: Layout, dtype: torch.dtype | None) -> tuple[Any, Any, list[int]]:
     quiet()
     device = pick_device(config.device)
     backend_for(device).tune()
@@ -118,7 +120,7 @@ def _opened(config: ModelConfig, layout: Layout, dtype: torch.dtype | None) -> t
     if hf.config.num_labels not in LABELS[layout]:
         wanted = "one" if layout == "sequence" else "one or two"
         raise ModelError(f"model source {config.source!r} gives {hf.config.num_labels} numbers, and {wanted} is needed")
-    return hf, load_tokenizer(config)
+    return hf, *tokenizer_and_new_ids(config)
 
 
 def _with_head(causal: Any, tokenizer: Any, layout: Layout, seed: int) -> Any:
@@ -258,8 +260,8 @@ def save_head(
     """
 
     def again() -> Any:
-        hf, _ = open_head(source.model_copy(update={"device": "cpu"}), layout, seed, torch.float32)
-        return hf if adapter is None else attach(hf, adapter, seed, "SEQ_CLS")
+        opened = open_scorer(source.model_copy(update={"device": "cpu"}), layout, seed, torch.float32)
+        return opened.hf if adapter is None else attach(opened.hf, adapter, seed, "SEQ_CLS", opened.new_tokens)
 
     hf = gathered(model, again)
     if hf is None:

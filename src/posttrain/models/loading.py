@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ from posttrain.models.quantization import (
     stored_quantization,
 )
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+from posttrain.models.vocabulary import add_tokens, embedding_rows, fit_embedding, vocabulary_size
 from posttrain.recipe.model_sources import find_model, similar
 
 CONVERTER = "1"
 """Part of the cache key: raised when the conversion of GGUF files changes."""
 LAB_VERSION = "2"
 """Part of the name of a laboratory's folder: raised when what `posttrain lab` makes changes."""
+SHOWN_TOKENS = 5
 log = logging.getLogger("posttrain")
 
 
@@ -183,7 +186,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """Load the model's tokenizer (an adapter without has its base's), with the recipe's chat template and arguments."""
+    """Load the model's tokenizer (an adapter without has its base's), with what the recipe adds and sets."""
+    return tokenizer_and_new_ids(config)[0]
+
+
+def tokenizer_and_new_ids(config: ModelConfig) -> tuple[Any, list[int]]:
+    """Do what `load_tokenizer` does, and return also the ids of tokens that the recipe adds to the source's."""
     from transformers import AutoTokenizer
 
     found, adapter = resolve(config.source), source_adapter(config)
@@ -196,12 +204,13 @@ def load_tokenizer(config: ModelConfig) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(
                 found.location, revision=config.revision, trust_remote_code=config.trust_remote_code
             )
+    new = add_tokens(tokenizer, config.add_tokens)
     if config.chat_template is not None:
         path = Path(config.chat_template)
         is_file = "{" not in config.chat_template and path.is_file()
         tokenizer.chat_template = path.read_text() if is_file else config.chat_template
     set_template_args(tokenizer, config.chat_template_args)
-    return tokenizer
+    return tokenizer, new
 
 
 def source_adapter(config: ModelConfig) -> AdapterSource | None:
@@ -211,12 +220,12 @@ def source_adapter(config: ModelConfig) -> AdapterSource | None:
 
 
 def base_settings(config: ModelConfig, adapter: AdapterSource) -> ModelConfig:
-    """Return the settings by which an adapter's base is opened."""
+    """Return the settings by which an adapter's base is opened: what else the recipe sets is for the adapter's."""
     stored = stored_quantization(Path(adapter.location))
     quantization = config.quantization if stored is None else stored
-    return config.model_copy(
-        update={"source": adapter.base, "revision": adapter.base_revision, "quantization": quantization}
-    )
+    own: dict[str, Any] = {"chat_template": None, "chat_template_args": {}, "add_tokens": []}
+    base = {"source": adapter.base, "revision": adapter.base_revision, "quantization": quantization}
+    return config.model_copy(update={**base, **own})
 
 
 def load_settings(config: ModelConfig) -> Any:
@@ -258,11 +267,13 @@ class OpenedModel:
         hf: The model.
         tokenizer: Its tokenizer.
         notes: What was changed on opening it, for the manifest.
+        new_tokens: Ids of tokens whose rows of the embedding were set on opening: nothing has trained them.
     """
 
     hf: Any
     tokenizer: Any
     notes: dict[str, Any]
+    new_tokens: tuple[int, ...] = ()
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -275,7 +286,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None) -> tuple[A
 
 
 def open_model(config: ModelConfig, dtype: torch.dtype | None = None) -> OpenedModel:
-    """Do what `load_model` does, and tell what was changed: an adapter that was merged into its base.
+    """Do what `load_model` does, and tell what was changed: adapters that were merged, rows that tokens were given.
 
     Args:
         config: Source of the model.
@@ -294,17 +305,52 @@ def open_model(config: ModelConfig, dtype: torch.dtype | None = None) -> OpenedM
     if adapter is not None:
         _check_causal(config, adapter)
         return merge_start(open_model(base_settings(config, adapter), dtype), adapter, config)
-    tokenizer = load_tokenizer(config)
+    tokenizer, new = tokenizer_and_new_ids(config)
     if found.kind != "tiny":
         hf, notes = read_weights(AutoModelForCausalLM, found.location, config, device, dtype)
-        return OpenedModel(hf, tokenizer, notes)
-    hf = tiny_model(found.location, len(tokenizer))
+        return with_rows(OpenedModel(hf, tokenizer, notes), new, config)
+    hf = tiny_model(found.location, len(tokenizer) - len(new))
     if config.quantization is None:
-        return OpenedModel(hf.to(device=device, dtype=dtype), tokenizer, {})
+        return with_rows(OpenedModel(hf.to(device=device, dtype=dtype), tokenizer, {}), new, config)
     with tempfile.TemporaryDirectory() as folder:  # weights are quantised while they are read
         hf.save_pretrained(folder)
         hf, notes = read_weights(AutoModelForCausalLM, folder, config, device, dtype)
-    return OpenedModel(hf, tokenizer, notes)
+    return with_rows(OpenedModel(hf, tokenizer, notes), new, config)
+
+
+def with_rows(opened: OpenedModel, new: Sequence[int], config: ModelConfig) -> OpenedModel:
+    """Return the model with a row of the embedding for every token of its tokenizer.
+
+    Args:
+        opened: The model.
+        new: Ids of tokens that the recipe added.
+        config: Source of the model.
+    """
+    rows = embedding_rows(opened.hf)
+    fresh = fit_embedding(opened.hf, opened.tokenizer, new, config.source)
+    if not fresh:
+        return opened
+    named = opened.tokenizer.convert_ids_to_tokens(fresh[:SHOWN_TOKENS])
+    note = {"new_tokens": len(fresh), "first": named, "rows_before": rows, "rows": embedding_rows(opened.hf)}
+    return replace(opened, notes={**opened.notes, "vocabulary": note}, new_tokens=tuple(fresh))
+
+
+def describe_vocabulary(config: ModelConfig) -> str | None:
+    """Return what `with_rows` will do to the model at a source, from its configuration alone; None: nothing."""
+    settings, (tokenizer, new) = load_settings(config), tokenizer_and_new_ids(config)
+    size, rows = vocabulary_size(tokenizer), getattr(settings and settings.get_text_config(), "vocab_size", None)
+    rows = size - len(new) if settings is None else rows
+    if rows is None or not (new or size > rows):
+        return None
+    adapter = source_adapter(config)
+    if adapter is not None and not new:  # the rows that its base lacks are the adapter's own
+        return None
+    fresh = sorted({*new, *range(rows, size)})
+    names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(fresh[:SHOWN_TOKENS])))
+    return (
+        f"the tokenizer has {size:,} tokens and the embedding {rows:,} rows: {len(fresh):,} tokens have no trained row "
+        f"({names}{', ...' if len(fresh) > SHOWN_TOKENS else ''}); theirs start at the mean of the others"
+    )
 
 
 def read_weights(
@@ -357,12 +403,12 @@ def merge_start(base: OpenedModel, adapter: AdapterSource, config: ModelConfig) 
     from transformers import GenerationConfig
 
     log.info("merging the adapter %s into its base, %s", adapter.location, adapter.base)
-    hf, difference = merge_into_base(base.hf, adapter)
+    tokenizer, new = tokenizer_and_new_ids(config)
+    hf, difference = merge_into_base(base.hf, adapter, vocabulary_size(tokenizer) - len(new))
     if (Path(adapter.location) / "generation_config.json").is_file():  # which tokens end a turn
         hf.generation_config = GenerationConfig.from_pretrained(adapter.location)
-    tokenizer = load_tokenizer(config) if adapter.has_tokenizer() else base.tokenizer
     start = {"adapter": config.source, "base": adapter.base, "merge_difference": difference}
-    return OpenedModel(hf, tokenizer, {**base.notes, "start": start})
+    return with_rows(OpenedModel(hf, tokenizer, {**base.notes, "start": start}), new, config)
 
 
 def _check_causal(config: ModelConfig, adapter: AdapterSource) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from posttrain.core.files import link_or_copy
 from posttrain.models.adapter_export import OWN_BASE, write_adapter
 from posttrain.models.adapters import attach, merge
 from posttrain.models.language_model import LanguageModel
-from posttrain.models.loading import base_settings, load_model, source_adapter
+from posttrain.models.loading import base_settings, load_model, open_model, source_adapter
 from posttrain.models.portable_files import NEEDS_NEW, finish_folder
 from posttrain.models.quantization import write_quantization
 
@@ -32,6 +32,7 @@ def save_trained(
     merged: bool,
     seed: int,
     end_token: int | None,
+    new_tokens: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Write weights, configuration and tokenizer to `folder`; adapters, if any, to `folder`/../adapter.
 
@@ -46,14 +47,15 @@ def save_trained(
         merged: False leaves the adapter alone in `folder` (peft's format, naming its base).
         seed: Seed of the stage.
         end_token: Added to the tokens that end generation: a model trained to close its turn must stop there.
+        new_tokens: Ids of tokens that got a row of the embedding when the source was opened.
 
     Returns:
         Notes for the manifest: what the adapter that was written is based on, and how far merging moved the logits.
     """
 
     def again() -> Any:
-        hf, _ = load_model(source.model_copy(update={"device": "cpu"}), torch.float32)
-        return hf if adapter is None else attach(hf, adapter, seed)
+        opened = open_model(source.model_copy(update={"device": "cpu"}), torch.float32)
+        return opened.hf if adapter is None else attach(opened.hf, adapter, seed, new_tokens=opened.new_tokens)
 
     hf = gathered(policy, again)
     if hf is None:
@@ -61,9 +63,10 @@ def save_trained(
     restore_attention(hf)
     notes: dict[str, Any] = {}
     if adapter is not None:
-        notes = _save_adapter(hf, tokenizer, source, folder.parent / "adapter", end_token, merged)
+        beside = folder.parent / "adapter"
+        notes = _save_adapter(hf, tokenizer, source, beside, end_token, merged, new_tokens)
         if not merged:
-            shutil.copytree(folder.parent / "adapter", folder, copy_function=link_or_copy, dirs_exist_ok=True)
+            shutil.copytree(beside, folder, copy_function=link_or_copy, dirs_exist_ok=True)
             return notes
         hf, notes["merge_difference"] = merge(hf)
     return notes | _write_whole(hf, tokenizer, folder, end_token)
@@ -78,11 +81,17 @@ def _write_whole(hf: Any, tokenizer: Any, folder: Path, end_token: int | None) -
 
 
 def _save_adapter(
-    peft_model: Any, tokenizer: Any, source: ModelConfig, folder: Path, end_token: int | None, merged: bool
+    peft_model: Any,
+    tokenizer: Any,
+    source: ModelConfig,
+    folder: Path,
+    end_token: int | None,
+    merged: bool,
+    new_tokens: Sequence[int],
 ) -> dict[str, Any]:
-    """Write the adapter with its tokenizer, and its base if that exists nowhere else; return notes for the manifest."""
+    """Write an adapter, its tokenizer, and its base if that exists nowhere else; return notes for the manifest."""
     start = source_adapter(source)
-    made = write_adapter(peft_model, folder, source, start)
+    made = write_adapter(peft_model, folder, source, start, new_tokens)
     if made == "on start":
         assert start is not None
         reason = f"it was trained on top of {start.location} and does not make one adapter with that"

@@ -92,7 +92,7 @@ def _card(
         "```yaml\n" + yaml.safe_dump(_settings(recipe, number), sort_keys=False, allow_unicode=True) + "```",
         *(["## Figures", *figures] if figures else []),
         "## Use",
-        *_use(folder, origin),
+        *_use(folder, origin, "vocabulary" in record),
         f"Versions of transformers: {record.get('transformers', '4.57 or newer')}.",
     ]
     return "\n\n".join(lines) + "\n"
@@ -185,8 +185,8 @@ def _metric(run: Path, task: str) -> str:
     return {"perplexity": "perplexity", "score": "score"}.get(str(kind), "accuracy")
 
 
-def _use(folder: Path, origin: Origin) -> list[str]:
-    """Return how the folder is opened with transformers and peft."""
+def _use(folder: Path, origin: Origin, tokens: bool) -> list[str]:
+    """Return how the folder is opened with transformers and peft; `tokens`: the tokenizer got new ones."""
     file = folder / "adapter_config.json"
     if not file.is_file():
         head = folder.name == "reward_model"
@@ -217,7 +217,10 @@ def _use(folder: Path, origin: Origin) -> list[str]:
         note = "The base is a folder; a relative path is seen from the folder of the run, where this code runs."
     code += [
         f"base = AutoModelForCausalLM.from_pretrained({opened})",
-        'model = PeftModel.from_pretrained(base, "FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
     ]
+    if tokens or settings.get("trainable_token_indices"):
+        rows = "max(len(tokenizer), base.get_input_embeddings().num_embeddings)"
+        code.append(f"base.resize_token_embeddings({rows})  # tokens were added")
+    code.append('model = PeftModel.from_pretrained(base, "FOLDER")')
     return [f"`FOLDER` is this folder. {note}".strip(), "```python\n" + "\n".join(code) + "\n```"]

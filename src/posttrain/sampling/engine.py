@@ -30,12 +30,13 @@ from posttrain.losses.linear_logprobs import head_logits
 from posttrain.models import attention
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.max_length import alike_up_to, context, why_short
+from posttrain.models.vocabulary import output_rows, textless_ids
 from posttrain.sampling.cuda_graphs import KeptSteps, RegionSizes, StaticSteps, rounded
 from posttrain.sampling.kv_cache import DecodingStep, Filling, Region
 from posttrain.sampling.memory import memory_bytes
 from posttrain.sampling.protocol import OnDone, Request, stop_tokens
 from posttrain.sampling.stop_strings import before_stop
-from posttrain.sampling.token_sampling import draw_tokens, stream
+from posttrain.sampling.token_sampling import draw_from_vocabulary, stream
 
 MAX_RUNNING = {"cpu": 128, "cuda": 512}
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -114,6 +115,7 @@ class LocalSampler:
         self.ends = frozenset(stop_tokens(model.base, tokenizer))
         self.context = context(model.base.config) or 2**31
         self.kept = KeptSteps()
+        self.textless = _textless(tokenizer, output_rows(model.base), model.device)
         self._token_bytes = 0
 
     @torch.inference_mode()
@@ -208,6 +210,16 @@ class LocalSampler:
 def _decode(model: LanguageModel, tokens: Tensor, positions: Tensor, ragged: Any) -> Tensor:
     out = model.decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, ragged=ragged)
     return out.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+def _textless(tokenizer: Any, rows: int, device: torch.device) -> Tensor | slice | None:
+    """Return the rows of the vocabulary that are no token of the tokenizer; None if all are."""
+    ids = textless_ids(tokenizer, rows)
+    if not ids:
+        return None
+    if ids == list(range(ids[0], rows)):
+        return slice(ids[0], rows)  # padding at the end, as most have it
+    return torch.tensor(ids, device=device)
 
 
 def _roomy(n: int) -> int:
@@ -381,7 +393,9 @@ class _Session:
         uniforms = torch.tensor([r.uniforms[t] for r, t in zip(rows, at, strict=True)], dtype=torch.float64)
         short = torch.tensor([t < self.params.min_tokens for t in at])
         banned = self.banned if self.params.min_tokens and bool(short.any()) else ()
-        drawn = draw_tokens(logits, uniforms, self.params, banned, short if banned else None)
+        drawn = draw_from_vocabulary(
+            logits, uniforms, self.params, self.sampler.textless, banned, short if banned else None
+        )
         if self.device.type == "cuda":
             # The only place where a step waits for the GPU. float64 holds tokens and log-probabilities exactly.
             drawn = tuple(torch.stack([x.double() for x in drawn]).cpu())

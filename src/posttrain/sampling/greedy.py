@@ -9,6 +9,7 @@ import torch
 
 from posttrain.config import SamplingConfig
 from posttrain.models.language_model import LanguageModel
+from posttrain.models.vocabulary import output_rows, textless_ids
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request, stop_tokens
 
@@ -56,6 +57,7 @@ def _generated(
     """Return greedy answers by `generate`: prompts of like length together, padded on the left, which it masks."""
     base = model.base
     ends = list(dict.fromkeys([*stop_tokens(base, tokenizer), *stops]))
+    textless = textless_ids(tokenizer, output_rows(base)) or None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -80,6 +82,7 @@ def _generated(
                 top_k=None,
                 eos_token_id=ends or None,
                 pad_token_id=pad,
+                suppress_tokens=textless,
             )
             for row, i in enumerate(chosen):
                 answer = out[row, width:].tolist()

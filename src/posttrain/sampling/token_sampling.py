@@ -57,6 +57,38 @@ def cut(z_M_V: Tensor, params: SamplingConfig) -> Tensor:
     return z_M_V
 
 
+def draw_from_vocabulary(
+    z_M_V: Tensor,
+    uniforms_M: Tensor,
+    params: SamplingConfig,
+    textless: Tensor | slice | None,
+    banned: Sequence[int] = (),
+    short_M: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Do what `draw_tokens` does, without ever drawing ids that no token of the tokenizer has.
+
+    Log-probabilities stay those of the model's whole distribution, as a learner computes them, unless cut-offs apply:
+    with m the probability of such ids, a token is drawn with its probability over 1 - m.
+
+    Args:
+        z_M_V: As there, and so the others.
+        uniforms_M: Likewise.
+        params: Likewise.
+        textless: Ids that no token has. None: there are none.
+        banned: Likewise.
+        short_M: Likewise.
+    """
+    if textless is None:
+        return draw_tokens(z_M_V, uniforms_M, params, banned, short_M)
+    without_M = z_M_V[:, textless].logsumexp(-1)
+    z_M_V[:, textless] = -torch.inf
+    tokens, logprobs_M = draw_tokens(z_M_V, uniforms_M, params, banned, short_M)
+    if params.top_k or params.top_p < 1 or params.min_p > 0:
+        return tokens, logprobs_M
+    drawn_from_M = z_M_V.gather(-1, tokens[:, None]).squeeze(-1) - logprobs_M
+    return tokens, logprobs_M - torch.nn.functional.softplus(without_M - drawn_from_M)
+
+
 def draw_tokens(
     z_M_V: Tensor, uniforms_M: Tensor, params: SamplingConfig, banned: Sequence[int] = (), short_M: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ class LoadedPolicy:
         trainable: Number of parameters that are trained.
         notes: What opening and saving changed, for the manifest: adapters that were merged, and how far that moved the
             logits.
+        new_tokens: Ids of tokens that got a row of the embedding on opening.
     """
 
     policy: LanguageModel
@@ -37,6 +38,7 @@ class LoadedPolicy:
     parameters: int
     trainable: int
     notes: dict[str, Any] = field(default_factory=dict)
+    new_tokens: tuple[int, ...] = ()
 
 
 def open_policy(config: TrainConfig, model: ModelConfig, seed: int) -> LoadedPolicy:
@@ -50,11 +52,11 @@ def open_policy(config: TrainConfig, model: ModelConfig, seed: int) -> LoadedPol
     device = pick_device(model.device)
     distributed.start(device)
     opened = open_model(model, pick_dtype(model.dtype, device))
-    hf = opened.hf if config.adapter is None else attach(opened.hf, config.adapter, seed)
+    hf = opened.hf if config.adapter is None else attach(opened.hf, config.adapter, seed, new_tokens=opened.new_tokens)
     check_training(hf, config.merge, distributed.world())
     policy = LanguageModel(hf)
     verify(policy)
-    return LoadedPolicy(policy, opened.tokenizer, *count_parameters(policy), dict(opened.notes))
+    return LoadedPolicy(policy, opened.tokenizer, *count_parameters(policy), dict(opened.notes), opened.new_tokens)
 
 
 def save_policy(
@@ -72,9 +74,8 @@ def save_policy(
     """
 
     def write(work: Path) -> None:
-        loaded.notes.update(
-            save_trained(loaded.policy, loaded.tokenizer, model, work, config.adapter, config.merge, seed, end_token)
-        )
+        settings = config.adapter, config.merge, seed, end_token, loaded.new_tokens
+        loaded.notes.update(save_trained(loaded.policy, loaded.tokenizer, model, work, *settings))
 
     save_atomically(folder / "model", write)
 

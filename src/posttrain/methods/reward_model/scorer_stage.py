@@ -53,7 +53,7 @@ class ScorerStage(Stage):
         distributed.start(device)
         opened = open_scorer(run.model, self.layout, run.seed, pick_dtype(run.model.dtype, device))
         adapter = self.config.adapter
-        hf = opened.hf if adapter is None else attach(opened.hf, adapter, run.seed, "SEQ_CLS")
+        hf = opened.hf if adapter is None else attach(opened.hf, adapter, run.seed, "SEQ_CLS", opened.new_tokens)
         check_training(hf, True, distributed.world())
         policy = LanguageModel(hf)
         verify_scores(policy, self.layout)
