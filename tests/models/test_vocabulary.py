@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.config import AdapterConfig, EpochsConfig, ModelConfig, NewToken, SamplingConfig
 from posttrain.core.types import Sample
+from posttrain.data.sample_store import vocabulary_size
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import describe_vocabulary, load_model, load_tokenizer, open_model
 from posttrain.models.saving import restore_attention
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
-from posttrain.models.vocabulary import textless_ids, vocabulary_size
+from posttrain.models.vocabulary import textless_ids
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.greedy import greedy
 from posttrain.sampling.protocol import Request

@@ -23,6 +23,7 @@ import torch
 from posttrain.config import ModelConfig
 from posttrain.core.errors import MissingExtraError, ModelError
 from posttrain.core.files import cache_folder, input_hash
+from posttrain.data.sample_store import vocabulary_size
 from posttrain.data.template_source import set_template_args
 from posttrain.models.adapter_source import AdapterSource, find_adapter, merge_into_base
 from posttrain.models.backends import backend_for
@@ -35,7 +36,7 @@ from posttrain.models.quantization import (
     stored_quantization,
 )
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
-from posttrain.models.vocabulary import add_tokens, embedding_rows, fit_embedding, vocabulary_size
+from posttrain.models.vocabulary import add_tokens, embedding_rows, fit_embedding
 from posttrain.recipe.model_sources import find_model, similar
 
 CONVERTER = "1"

@@ -15,13 +15,9 @@ from torch import Tensor
 
 from posttrain.config import NewToken
 from posttrain.core.errors import ModelError
+from posttrain.data.sample_store import vocabulary_size
 
 log = logging.getLogger("posttrain")
-
-
-def vocabulary_size(tokenizer: Any) -> int:
-    """Return the largest token id plus one: the rows that an embedding must have."""
-    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str | NewToken]) -> list[int]:
@@ -88,7 +84,16 @@ def output_rows(hf: Any) -> int:
 
 
 def resize_embedding(hf: Any, rows: int, source: str) -> None:
-    """Give a model's embedding and output head this number of rows, in place. Raises ModelError if it can't be."""
+    """Give a model's embedding and output head this number of rows, in place.
+
+    Args:
+        hf: A transformers model.
+        rows: The number of rows.
+        source: Name of the model, for messages.
+
+    Raises:
+        ModelError: The model's embedding can't be resized.
+    """
     try:
         with torch.random.fork_rng():
             hf.resize_token_embeddings(rows, mean_resizing=False)
