@@ -116,6 +116,27 @@ def test_a_ragged_batch_that_goes_wrong_later_is_noticed() -> None:
     model_types._one_at_a_time.clear()
 
 
+def test_a_window_that_is_not_honoured_is_noticed() -> None:
+    """Sequences are longer than a small window; of twelve tokens this would be right."""
+    hf = tiny_model("mistral", sliding_window=24)
+    for layer in hf.model.layers:
+        layer.self_attn.sliding_window = None  # what our attention is given; the model's own mask has the window
+    model = LanguageModel(hf)
+    with pytest.warns(UserWarning, match="mistral: .*other numbers on a ragged batch"):
+        verify(model)
+    model_types._one_at_a_time.clear()
+
+
+def test_in_16_bit_a_head_that_is_a_little_off_is_noticed() -> None:
+    """By 5%, where the log-probabilities of a random model differ by 0.02 nats: the head is compared alone."""
+    model = LanguageModel(tiny_model("llama").to(torch.bfloat16))
+    verify(model)
+    off = dataclasses.replace(model.head(), scale=1.05)
+    model.head = lambda: off  # type: ignore[method-assign]
+    with pytest.raises(ModelError, match="output head differ"):
+        verify(model)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

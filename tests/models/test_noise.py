@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from posttrain.config import OptimizerConfig, SystemsConfig
+from posttrain.config import ModelConfig, OptimizerConfig, SystemsConfig
 from posttrain.core.errors import ModelError
 from posttrain.core.types import Sample
+from posttrain.models.classification_head import open_head, verify_scores
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model
 from posttrain.models.verification import verify
@@ -67,7 +68,7 @@ class Noisy(torch.nn.Module):
     """A layer that drops in evaluation mode too, as `F.dropout(x, p)` does."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.dropout(x, 0.1)
+        return torch.nn.functional.dropout(x, 0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -76,6 +77,16 @@ def test_noise_that_stays_is_refused(dtype: torch.dtype) -> None:
     hf.model.layers[1].mlp.act_fn = torch.nn.Sequential(hf.model.layers[1].mlp.act_fn, Noisy())
     with pytest.raises(ModelError, match="llama: two forward passes over the same tokens differ"):
         verify(LanguageModel(hf))
+
+
+def test_a_reward_model_with_noise_is_refused() -> None:
+    hf, _ = open_head(ModelConfig(source="tiny:llama"), "sequence")
+    assert verify_scores(LanguageModel(hf), "sequence") < 1e-5
+    hf, _ = open_head(ModelConfig(source="tiny:llama"), "sequence")
+    hf.score.weight.data.mul_(10)
+    hf.model.layers[1].mlp.act_fn = torch.nn.Sequential(hf.model.layers[1].mlp.act_fn, Noisy())
+    with pytest.raises(ModelError, match="llama: posttrain's scores differ"):
+        verify_scores(LanguageModel(hf), "sequence")
 
 
 def test_what_differs_in_training_mode_alone_is_refused() -> None:

@@ -164,7 +164,7 @@ def _their_pass(model: LanguageModel, samples: list[Sample]) -> tuple[Tensor, Te
     hidden: list[Any] = []
     hook = model.decoder.register_forward_hook(lambda module, inputs, out: hidden.append(out))
     try:
-        with _own_attention(model):
+        with own_attention(model):
             tokens = torch.tensor([s.tokens for s in samples], device=model.device)
             logits = model.base(input_ids=tokens, use_cache=False).logits.float()
     finally:
@@ -177,7 +177,7 @@ def _their_pass(model: LanguageModel, samples: list[Sample]) -> tuple[Tensor, Te
 
 
 @contextmanager
-def _own_attention(model: LanguageModel) -> Iterator[None]:
+def own_attention(model: LanguageModel) -> Iterator[None]:
     """Let the model compute by attention of its own within the context."""
     if model.ragged:
         model.base.set_attn_implementation("eager")
@@ -197,7 +197,7 @@ def _router_problem(model: LanguageModel, sample: Sample, tolerance: float) -> s
         model(pack([sample]).to(model.device), "hidden")
     whole = add_up(found)
     ours = float(model.router_loss.share(whole, whole))
-    with _own_attention(model):
+    with own_attention(model):
         tokens = torch.tensor([sample.tokens], device=model.device)
         out = model.base(input_ids=tokens, use_cache=False, output_router_logits=True)
     theirs = float(out.aux_loss)
