@@ -11,7 +11,7 @@ import torch
 
 from posttrain.core.errors import ModelError
 from posttrain.core.types import Sample
-from posttrain.models import model_types
+from posttrain.models import attention, model_types
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model
 from posttrain.models.verification import verify
@@ -118,12 +118,16 @@ def test_a_ragged_batch_that_goes_wrong_later_is_noticed() -> None:
 
 def test_a_window_that_is_not_honoured_is_noticed() -> None:
     """Sequences are longer than a small window; of twelve tokens this would be right."""
-    hf = tiny_model("mistral", sliding_window=24)
-    for layer in hf.model.layers:
-        layer.self_attn.sliding_window = None  # what our attention is given; the model's own mask has the window
-    model = LanguageModel(hf)
+    own = attention.ragged_attention
+    from transformers import AttentionInterface
+
+    model = LanguageModel(tiny_model("mistral", sliding_window=24))
+    AttentionInterface.register(
+        attention.IMPLEMENTATION_NAME, lambda *args, **kwargs: own(*args, **{**kwargs, "sliding_window": None})
+    )
     with pytest.warns(UserWarning, match="mistral: .*other numbers on a ragged batch"):
         verify(model)
+    attention.register()
     model_types._one_at_a_time.clear()
 
 
