@@ -21,12 +21,14 @@ def write_held_out_tasks(recipe: Recipe, path: Path) -> list[tuple[str, str]]:
         (name of the task, kind) of each.
     """
     tasks: list[tuple[str, str]] = []
+    taken = {task.name for task in recipe.evaluate}
     for folder_name, stage in recipe.in_order():
         folder, name = path / "stages" / folder_name / FOLDER, folder_name.split("-", 1)[1]
         if isinstance(stage, RolloutConfig):
             tasks += _rollout_task(stage, folder, name, path)
         else:
-            tasks += _loss_task(folder, f"{name}-held_out", path)
+            task = f"{name}-held_out"
+            tasks += _loss_task(folder, f"{task}-rows" if task in taken else task, path)
     return tasks
 
 

@@ -25,6 +25,7 @@ from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_tokenizer
 from posttrain.models.tiny_model import tiny_model
 from posttrain.report.terminal import answer_tables
+from posttrain.runs.held_out_tasks import write_held_out_tasks
 from posttrain.runs.registry import prepare_stage
 from posttrain.sampling.greedy import greedy
 from posttrain.trainer.stage import StageContext
@@ -270,6 +271,9 @@ def test_a_run_without_evaluations_compares_the_held_out_rows(rows: Path, tmp_pa
     assert "greedy answers to the same prompts" in log and "sft-held_out" in log
     assert f"sft: held-out loss {losses[0]:.3f} before training, {losses[step]:.3f} at step {step}"[:50] in log
     assert "no evaluations" not in page and "not been evaluated" not in page
+    taken = {"name": "sft-held_out", "kind": "perplexity", "data": {"source": str(rows)}}
+    again = posttrain.Recipe.model_validate({**posttrain.load_recipe("sft", given).model_dump(), "evaluate": [taken]})
+    assert write_held_out_tasks(again, result.folder) == [("sft-held_out-rows", "perplexity")]
     assert 'id="measured"' in page and "before training" in page and sides[0][0]["expected"] in page
 
 
