@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:  # a recipe is checked without numpy
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class RowWeights:
 
     @cached_property
     def _rows(self) -> list[np.ndarray]:
+        import numpy as np
+
         return [np.flatnonzero(self.sources == source) for source in range(len(self.weights))]
 
     def _parts(self, source: int) -> tuple[int, int]:
@@ -43,6 +47,8 @@ class RowWeights:
 
     def draw(self, seed: int, epoch: int) -> np.ndarray:
         """Return the rows of an epoch, source by source: a row that is drawn twice is there twice."""
+        import numpy as np
+
         drawn = []
         for source, rows in enumerate(self._rows):
             whole, more = self._parts(source)
@@ -71,6 +77,8 @@ def epoch_order(seed: int, epoch: int, count: int, weights: RowWeights | None = 
         count: Number of rows.
         weights: How often each is drawn. None: every row once.
     """
+    import numpy as np
+
     rng = np.random.default_rng([seed, epoch])
     if weights is None:
         return rng.permutation(count)
