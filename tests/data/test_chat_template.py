@@ -47,7 +47,7 @@ def learnt(tokenizer: Any, messages: list[dict[str, str]], loss_on: str = "compl
     """The text of each run of tokens that carry loss, through the tokens."""
     rendered = render_with_loss(tokenizer, messages, loss_on)  # type: ignore[arg-type]
     runs: list[list[int]] = []
-    for tokens, weights in tokenize_rendered(tokenizer, rendered):
+    for tokens, weights in (sample for samples in tokenize_rendered(tokenizer, rendered) for sample in samples):
         for i, w in enumerate(weights):
             if w and not weights[i - 1]:
                 runs.append([])
@@ -64,7 +64,7 @@ def test_loss_of_each_turn(name: str) -> None:
     single = [{"role": "user", "content": "end"}, {"role": "assistant", "content": "end"}]
     assert learnt(tokenizer, single) == EXPECTED[name][1:]
     text = tokenizer.apply_chat_template(TURNS, tokenize=False)
-    everything = tokenize_rendered(tokenizer, render_with_loss(tokenizer, TURNS, "all"))[0]
+    everything = tokenize_rendered(tokenizer, render_with_loss(tokenizer, TURNS, "all"))[0][0]
     added = "</s>" if name.startswith("no_end") else ""
     assert tokenizer.decode(everything[0]) == text + added and everything[1] == [0.0] + [1.0] * (len(everything[0]) - 1)
 
@@ -204,7 +204,7 @@ def test_tokens_that_would_straddle_the_border(make: Any) -> None:
     )
     tokenizer.chat_template += "}}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: th' }}{% endif %}"
     (rendered,) = render_with_loss(tokenizer, turns, "completion")  # type: ignore[arg-type]
-    tokens, weights = tokenize_rendered(tokenizer, [rendered])[0]
+    tokens, weights = tokenize_rendered(tokenizer, [rendered])[0][0]
     prompt = tokenizer("user:aassistant: th", add_special_tokens=False)["input_ids"]
     assert tokenizer(rendered.text, add_special_tokens=False)["input_ids"][: len(prompt)] != prompt
     assert tokens[: len(prompt)] == prompt and sum(weights) == len(tokens) - len(prompt)
@@ -216,7 +216,7 @@ def test_segments_give_the_tokens_of_the_whole_text(make: Any) -> None:
     tokenizer = make("llama3")
     (rendered,) = render_with_loss(tokenizer, TURNS, "all")  # type: ignore[arg-type]
     assert (
-        tokenize_rendered(tokenizer, [rendered])[0][0]
+        tokenize_rendered(tokenizer, [rendered])[0][0][0]
         == tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
     )
 
@@ -226,7 +226,7 @@ def test_pieces_join_to_the_text() -> None:
     (rendered,) = render_with_loss(tokenizer, TURNS, "assistant")  # type: ignore[arg-type]
     from posttrain.core.types import Sample
 
-    sample = Sample(*tokenize_rendered(tokenizer, [rendered])[0])
+    sample = Sample(*tokenize_rendered(tokenizer, [rendered])[0][0])
     assert list(pieces(sample, tokenizer)) == [
         ("<s>[INST] yes end [/INST]", 0.0),
         (" yes </s>", 1.0),

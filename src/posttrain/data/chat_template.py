@@ -114,10 +114,12 @@ class Conversation:
             BadRow: Something is missing; the message names it.
         """
         search, without = TextSearch(text), 0
+        if self.tools and not self.dialect.shows_tools:
+            raise BadRow("the chat template does not show the tools of a conversation, and this one has tools")
         for tool in self.tools:
             name = tool.get("function", tool).get("name", "")
             if not search.has(str(name)):
-                raise BadRow(f"the chat template does not show the tools of a conversation: {quote(name)} is missing")
+                raise BadRow(f"the chat template leaves out a tool: {quote(name)} is not in it")
         for i, message in enumerate(self.messages[:count]):
             reasoning, content = self.parts(i)
             if not search.has(content):

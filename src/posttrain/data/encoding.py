@@ -13,18 +13,16 @@ from posttrain.core.types import Message, Sample
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.chat_template import render_chat
 from posttrain.data.formats import Record
-from posttrain.data.learnt_turns import Rendered, render_with_loss
+from posttrain.data.learnt_turns import OWN_TEXT, Rendered, render_with_loss
 from posttrain.data.parts import PlacedRow
 from posttrain.data.plain_text import PlainTurns, encode_plain, join_texts, plain_prompts, plain_turns
 from posttrain.data.rows import Rows
-from posttrain.data.tokenizing import tokenize, tokenize_rendered
+from posttrain.data.tokenizing import Encoded, tokenize, tokenize_rendered
 
 BATCH = 1000
 """Rows tokenized at a time."""
 BATCH_CHARACTERS = 2_000_000
 """Length of their texts, at most."""
-Encoded = tuple[list[int], list[float]]
-"""Token ids and loss weights."""
 _T = TypeVar("_T")
 _Opened = tuple[int, tuple[PlacedRow, Sequence[Record], Callable[..., Any]]]
 
@@ -112,12 +110,14 @@ def _encode_batch(
     encoded = iter(_encode([r for *_, several in rendered for texts in several for r in texts], tokenizer))
     for rank, row, make, several in rendered:
         # One record may be several samples (see `learnt_turns`); the two answers of a pair are one each.
-        parts = [[next(encoded) for _ in texts] for texts in several]
+        found = [[next(encoded) for _ in texts] for texts in several]
+        parts = [[sample for samples in of_record for sample in samples] for of_record in found]
         limit, samples = token_limit(row.config, context), list(zip(*parts, strict=True))
         with rows.bad.collect(row.source):
             items = [make(*_fit(sample, limit, row.config)) for sample in samples]
             rows.truncated += any(len(tokens) > limit for sample in samples for tokens, _ in sample)
             rows.add_notes(note for texts in several for r in texts for note in r.notes.items())
+            rows.add_notes((OWN_TEXT, len(samples) - 1) for of_record in found for samples in of_record)
             yield from ((rank, item) for item in items)
 
 
@@ -159,11 +159,11 @@ def _render(record: Record, tokenizer: Any, config: DataConfig) -> Sequence[Rend
     return [plain_turns(record, tokenizer, config)]
 
 
-def _encode(rendered: Sequence[Rendered | PlainTurns], tokenizer: Any) -> list[Encoded]:
-    """Return tokens and weights of each, tokenizing in few calls."""
+def _encode(rendered: Sequence[Rendered | PlainTurns], tokenizer: Any) -> list[list[Encoded]]:
+    """Return tokens and weights of each, tokenizing in few calls: one sample, seldom several."""
     from_chat = iter(tokenize_rendered(tokenizer, [r for r in rendered if isinstance(r, Rendered)]))
     from_plain = iter(encode_plain([r for r in rendered if isinstance(r, PlainTurns)], tokenizer))
-    return [next(from_chat) if isinstance(r, Rendered) else next(from_plain) for r in rendered]
+    return [next(from_chat) if isinstance(r, Rendered) else [next(from_plain)] for r in rendered]
 
 
 def prompt_tokens(row: dict[str, Any], tokenizer: Any, config: DataConfig) -> list[int]:
@@ -219,5 +219,5 @@ def prompt_with_completion(
         raise DataError(f"{row.get('source', 'a row')}: {error}") from error
     if not end:
         rendered = rendered.without_end()
-    tokens, weights = _encode([rendered], tokenizer)[0]
+    tokens, weights = _encode([rendered], tokenizer)[0][0]
     return Sample(tokens, weights, row.get("source", ""))

@@ -24,13 +24,15 @@ from posttrain.data.bad_rows import BadRow
 from posttrain.data.chat_template import Conversation, TextSearch, call_texts, left_out, quote, squash
 from posttrain.data.template_source import template_of, template_variables
 from posttrain.data.think_marks import PAIR, Block, PromptBlock, close_of, prompt_block, split_block
-from posttrain.data.turn_shapes import TurnShape, shape_of
+from posttrain.data.turn_shapes import TurnShape, shape_of, window
 
 LossOn = Literal["completion", "assistant", "all"]
+MANY = 16
+"""Learnt turns of a conversation from which on not every prompt is rendered whole."""
 CUT_REASONING = "reasoning of earlier turns left out by the template"
 SPELT = "special tokens spelt in texts, encoded as ordinary text"
-OWN_TEXT = "turns that later prompts show otherwise, learnt in a text of their own"
-EMPTY_BLOCK = "answers without reasoning to a prompt that opens a block of it, learnt with an empty block"
+OWN_TEXT = "turns that later prompts show otherwise, trained in separate texts"
+EMPTY_BLOCK = "answers without reasoning to a prompt that opens a block of it, trained with an empty block"
 FOLDED = "reasoning written in front of the answer, since the template has no field for it"
 UNPROMPTED = "turns for which the template writes no prompt"
 RENDERED_TEXTS = "texts that are rendered already, whose special tokens are kept"
@@ -117,7 +119,7 @@ def render_with_loss(
         turns = [i for i in turns if i == last]
     learnt = [i for i in turns if messages[i].get("train", True)]
     if turns and not learnt and loss_on != "all":
-        raise BadRow("no turn to learn: each has train: false")
+        raise BadRow("no turn to train on: each has train: false")
     conversation = Conversation(tokenizer, messages, tools, arguments, special_tokens)
     for i in learnt:
         if not messages[i]["content"].strip() and not messages[i].get("tool_calls"):
@@ -140,7 +142,11 @@ class _Lesson:
     def texts(self) -> list[Rendered]:
         """Return the texts, in the order of the turns that they end with."""
         groups: list[tuple[LearntTurn, list[tuple[int, int]]]] = []
+        exact = self._rendered_whole()
         for i in reversed(self.learnt):
+            if i not in exact and (span := self._in_window(i, *groups[-1])):
+                groups[-1][1].insert(0, span)
+                continue
             turn = self._turn(i)
             text = turn.prompt + turn.answer
             for host, spans in reversed(groups):
@@ -149,14 +155,47 @@ class _Lesson:
                     spans.insert(0, (len(turn.prompt), end))
                     break
             else:
-                self.notes[OWN_TEXT] += bool(groups)
                 groups.append((turn, [(len(turn.prompt), len(text))]))
         self.notes[CUT_REASONING] += self.conversation.check(groups[0][0].prompt, self.learnt[-1])
+        self.notes[OWN_TEXT] = len(groups) - 1
         out = []
         for turn, spans in reversed(groups):
             text = turn.prompt + turn.answer
             out.append(Rendered(text, tuple(spans), turn.closed, len(text) - len(turn.mark)))
         return [*out[:-1], self._noted(out[-1])]
+
+    def _rendered_whole(self) -> set[int]:
+        """Return the turns whose whole prompt is rendered; of many, some from all parts of the conversation.
+
+        Rendering the prompt of each of n turns takes time that grows with the square of n.
+        """
+        learnt = self.learnt
+        return set(learnt if len(learnt) <= MANY else [*learnt[:2], *learnt[:: len(learnt) // 8], *learnt[-4:]])
+
+    def _in_window(self, i: int, host: LearntTurn, spans: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+        """Return the span of turn i in a later prompt, found by rendering the turns shortly before it alone.
+
+        The later prompt must have these turns just as they are rendered alone, and turn i as the model writes it.
+        None: it does not.
+        """
+        near = window(self.conversation.messages, i)
+        lesson = _Lesson(self.conversation.like(near), [len(near) - 1])
+        turn = lesson._turn(len(near) - 1)
+        first = next(m["content"].strip() for m in near if m["role"] != "system")
+        start = turn.prompt.find(first) if first else -1
+        body = turn.answer[: len(turn.answer) - len(turn.mark)]
+        at = host.prompt.rfind(turn.prompt[start:] + body, 0, spans[0][0]) if start >= 0 else -1
+        if at < 0:
+            return None
+        begin = at + len(turn.prompt) - start
+        inside = LearntTurn(host.prompt[:begin], turn.answer, turn.mark, turn.closed, self._answered_next(i))
+        end = _end_inside(inside, host.prompt, self.conversation)
+        return (begin, end) if end else None
+
+    def _answered_next(self, i: int) -> bool:
+        """Return True if the turn after turn i is the assistant's too."""
+        following = self.conversation.messages[i + 1 : i + 2]
+        return bool(following) and following[0]["role"] == "assistant"
 
     def everything(self) -> list[Rendered]:
         """Return the whole conversation as one text, all of which carries loss but turns with train: false."""
@@ -202,11 +241,10 @@ class _Lesson:
         answer = answer[: len(answer) - len(tail)]
         answer = answer + ending.mark if ending.mark else answer.rstrip()
         self._check_answer(i, answer, shape)
+        prompt, answer = self._past_header(i, prompt, answer)
         if not ending.closed and conversation.tokenizer.eos_token_id is None and not ending.mark:
             raise BadRow(*NO_END)
-        messages = conversation.messages
-        next_role = messages[i + 1]["role"] if i + 1 < len(messages) else ""
-        return LearntTurn(prompt, answer, ending.mark, ending.closed, next_role == "assistant")
+        return LearntTurn(prompt, answer, ending.mark, ending.closed, self._answered_next(i))
 
     def _check_answer(self, i: int, answer: str, shape: TurnShape) -> None:
         """Check that the answer shows reasoning, content and calls of the turn. Raises BadRow."""
@@ -220,7 +258,7 @@ class _Lesson:
         if not search.has(content):
             raise BadRow(f"{left_out(message, i)}: {quote(content)} is not in it")
         if not search.has(reasoning):
-            raise BadRow(f"the chat template leaves out the reasoning of turn {i + 1}, which is learnt")
+            raise BadRow(f"the chat template leaves out the reasoning of turn {i + 1}, which is trained on")
         missing = next((t for t in call_texts(message) if not search.has(t)), None)
         if missing is not None:
             raise BadRow(f"{left_out(message, i, True)}: {quote(missing)} is not in it")
@@ -239,7 +277,7 @@ class _Lesson:
         end = self._prompt_end(i, prompt, shape)
         block = prompt_block(end)
         at = len(prompt) - len(end) + (block.at if block else len(end))
-        body = self._body(i, prompt[:at], rendered, len(end))
+        body = self._body(i, prompt[:at], rendered, shape)
         if block is None:
             return self._with_reasoning(i, body)
         given = prompt[at:]
@@ -262,6 +300,21 @@ class _Lesson:
             return inner + own.close + rest
         return self._continue_block(i, block, rest)
 
+    def _past_header(self, i: int, prompt: str, answer: str) -> tuple[str, str]:
+        """Return prompt and answer with the header between two turns of the assistant in the prompt.
+
+        Some templates write no generation prompt after an assistant's turn, though they write a header between two.
+        """
+        conversation = self.conversation
+        if i and conversation.messages[i - 1]["role"] == "assistant" and conversation.render(i) == prompt:
+            header = conversation.dialect.header
+            said = answer.find(conversation.parts(i)[1]) if conversation.parts(i)[1] else len(answer)
+            for suffix in (header[n:] for n in range(len(header) // 2)):  # it begins with the end of a user's turn
+                if suffix.strip() and (at := answer.find(suffix, 0, max(said, 0))) >= 0:
+                    at += len(suffix)
+                    return prompt + answer[:at], answer[at:]
+        return prompt, answer
+
     def _prompt_end(self, i: int, prompt: str, shape: TurnShape) -> str:
         """Return the generation prompt after the text of the turn before."""
         assert shape.prompt is not None
@@ -272,19 +325,26 @@ class _Lesson:
             raise BadRow(f"the chat template writes another prompt for turn {i + 1} than for others like it")
         return prompt[len(before) :]
 
-    def _body(self, i: int, head: str, rendered: str, length: int) -> str:
+    def _body(self, i: int, head: str, rendered: str, shape: TurnShape) -> str:
         """Return what the rendered turn has after the part of the prompt that both share."""
         if rendered.startswith(head):
             return rendered[len(head) :]
-        # A template that writes earlier turns otherwise once the answer is there: the last turn before it, and the
-        # header, are the same, and occur once.
+        # Some templates write earlier turns otherwise once the answer is there. What stands between the text of the
+        # turn before and the answer must be the end of the prompt, or the prompt's beginning with the usual header.
         text = self.conversation.messages[i - 1]["content"].strip()
-        key = head[max(0, head.rfind(text)) :] if text else head[-length:]
-        if not key.strip() or rendered.count(key) != 1:
+        since = head[head.rfind(text) + len(text) :] if text in head else ""
+        usual, header = self.conversation.dialect.header, shape.header
+        ends = bool(header) and since.endswith(header)
+        if not ends and not (since.startswith(header) and usual.endswith(since[len(header) :])):
+            header = since
+        key, message = text + header, self.conversation.messages[i]
+        body = rendered.partition(key)[2] if key.strip() and rendered.count(key) == 1 else ""
+        plain = header == shape.header and not message.get("tool_calls") and not self.conversation.parts(i)[0]
+        if not body or (plain and not body.lstrip().startswith(self.conversation.parts(i)[1])):
             raise BadRow(
                 f"what the chat template writes before turn {i + 1} is not the prompt that the model is given for it"
             )
-        return rendered.partition(key)[2]
+        return body
 
     def _shows_reasoning(self, i: int, inner: str) -> bool:
         return TextSearch(inner).has(self.conversation.parts(i)[0])
@@ -329,7 +389,7 @@ class _Lesson:
                 return written.open + written.inner + written.close + _spaced(written.rest, body, content)
             if PAIR[1] in template_of(self.conversation.tokenizer, self.conversation.tools or None):
                 return f"{PAIR[0]}\n{reasoning}\n{PAIR[1]}\n\n{body.lstrip()}"
-        raise BadRow(f"the chat template leaves out the reasoning of turn {i + 1}, which is learnt")
+        raise BadRow(f"the chat template leaves out the reasoning of turn {i + 1}, which is trained on")
 
     def _written_block(self, i: int) -> Block | None:
         """Return the block of reasoning that the row has in the content of turn i."""

@@ -66,7 +66,7 @@ def plain_turns(record: Record, tokenizer: Any, config: DataConfig) -> PlainTurn
         learnt = [(m["content"], m["role"] == "assistant" and m.get("train", True)) for m in record.messages]
         return _turns(learnt, tokenizer, config, apart=True)
     if not last.get("train", True):
-        raise BadRow("no turn to learn: each has train: false")
+        raise BadRow("no turn to train on: each has train: false")
     prompt = "".join(m["content"] for m in before)
     return _turns([(prompt, config.loss_on == "all"), (last["content"], True)], tokenizer, config)
 

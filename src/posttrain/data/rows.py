@@ -168,7 +168,7 @@ class Rows:
             loss_tokens=loss_tokens,
             duplicates=duplicates,
             examples=[marked_example(s, tokenizer) for s in samples[:3]],
-            rendering=dict(self.notes),
+            rendering={name: number for name, number in self.notes.items() if number},
             **self.by_source(),
             **self.fields.entry(),
         )

@@ -40,20 +40,24 @@ class Dialect:
 
     Attributes:
         tools: What stands for no tools: None, or an empty list for a template that needs one.
+        shows_tools: True if the template shows the tools that a conversation may call.
         parts: True if the content of a turn must be a list of parts, as in templates for images and text.
         reasoning: Where the reasoning of an answer is read: in its field, at the beginning of the content, or nowhere.
         block: What to do with reasoning that is written in the content: keep it there, or move it to its field.
         arguments: Arguments of calls as an object or as the text of one.
+        header: The generation prompt after a user's turn, with what ends that turn.
         prompt: The block of reasoning that the generation prompt opens or closes, if it does.
         close: Text between reasoning and answer, if the template shows both.
         control: The special tokens, and the added tokens with which the template separates turns.
     """
 
     tools: list[Any] | None
+    shows_tools: bool
     parts: bool
     reasoning: Literal["field", "content", "nowhere"]
     block: Literal["keep", "field"]
     arguments: Literal["object", "text"]
+    header: str
     prompt: PromptBlock | None
     close: str | None
     control: ControlTokens
@@ -108,13 +112,22 @@ class _Probe:
             self.tools = []
             no_tools = self.tools = [] if self.text(user, generation=True) else None
         plain = self.text(user, answer, generation=True) or self.text(user, answer)
-        if plain and USER not in plain:
+        if USER not in plain:
             self.parts = True
             self.parts = USER in (self.text(user, answer, generation=True) or self.text(user, answer))
         prompt = self.after_user(generation=True)
         reasoning, block, close = self._reasoning(source, prompt)
         return Dialect(
-            no_tools, self.parts, reasoning, block, self._arguments(), prompt_block(prompt), close, self._control()
+            no_tools,
+            NAME in (self.text(user, generation=True) or plain),
+            self.parts,
+            reasoning,
+            block,
+            self._arguments(),
+            prompt,
+            prompt_block(prompt),
+            close,
+            self._control(),
         )
 
     def _reasoning(

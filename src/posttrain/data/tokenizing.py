@@ -7,7 +7,8 @@ ordinary text.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,8 @@ from posttrain.data.bad_rows import BadRow
 from posttrain.data.learnt_turns import Rendered, render_with_loss
 from posttrain.data.special_text import ControlTokens, cut_guarded, is_guarded, restore
 
+Encoded = tuple[list[int], list[float]]
+"""Token ids and loss weights."""
 _ADDED: WeakKeyDictionary[Any, tuple[Any, ControlTokens, ControlTokens]] = WeakKeyDictionary()
 
 
@@ -119,12 +122,14 @@ def _part_ids(tokenizer: Any, part: str, first: bool) -> list[int]:
     return _encode(tokenizer, [part])[0] if first else continuation(tokenizer, part)
 
 
-def tokenize_rendered(tokenizer: Any, conversations: Sequence[Rendered]) -> list[tuple[list[int], list[float]]]:
-    """Return tokens and weights of each conversation, up to the end of its last span.
+def tokenize_rendered(tokenizer: Any, conversations: Sequence[Rendered]) -> list[list[Encoded]]:
+    """Return tokens and weights of each conversation, up to the end of its last span: one sample, or several.
 
     The tokens before a span are those of the text before it alone, since the model sees these when it has to write the
-    span: if a token of the whole text would cross the border, the two sides are tokenized separately. Text between
-    special tokens is tokenized separately, and once only if it is repeated (as generation prompts are).
+    span: if a token of the whole text would cross the border, the two sides are tokenized separately. That border is in
+    the prompt of a later span too, where the model sees the token that crosses it. Such a turn is a sample of its own.
+
+    Text between special tokens is tokenized separately, and once only if it is repeated (as generation prompts are).
     """
     if not conversations:
         return []
@@ -132,30 +137,41 @@ def tokenize_rendered(tokenizer: Any, conversations: Sequence[Rendered]) -> list
     plans = [_plan(c, marks) for c in conversations]
     texts = list({c.text[a:cut]: None for c, plan in zip(conversations, plans, strict=True) for a, _, cut, _ in plan})
     ids = dict(zip(texts, tokenize(tokenizer, texts), strict=True))
-    out = []
-    for c, plan in zip(conversations, plans, strict=True):
-        tokens: list[int] = []
-        weights: list[float] = []
-        for a, b, cut, weight in plan:
-            longer = ids[c.text[a:cut]]
-            if b == a:
-                segment = longer
-                tokens += segment
-            elif longer[: len(segment)] == segment:
-                tokens += longer[len(segment) :]
-                segment = longer
-            else:
-                rest = continuation(tokenizer, c.text[b:cut])
-                tokens += rest
-                segment = segment + rest
-            weights += [weight] * (len(tokens) - len(weights))
-        if not c.closed and tokenizer.eos_token_id is not None:
-            tokens.append(tokenizer.eos_token_id)
-            weights.append(1.0)
-        if weights:
-            weights[0] = 0.0
-        out.append((tokens, weights))
-    return out
+    return [_samples(tokenizer, c, plan, ids) for c, plan in zip(conversations, plans, strict=True)]
+
+
+def _samples(
+    tokenizer: Any, c: Rendered, plan: Sequence[tuple[int, int, int, float]], ids: Mapping[str, list[int]]
+) -> list[Encoded]:
+    """Return the samples of a conversation, given the tokens of its segments."""
+    tokens: list[int] = []
+    weights: list[float] = []
+    crossed: set[int] = set()
+    for a, b, cut, weight in plan:
+        longer = ids[c.text[a:cut]]
+        if b == a:
+            segment = longer
+            tokens += segment
+        elif longer[: len(segment)] == segment:
+            tokens += longer[len(segment) :]
+            segment = longer
+        else:
+            crossed.add(b)
+            rest = continuation(tokenizer, c.text[b:cut])
+            tokens += rest
+            segment = segment + rest
+        weights += [weight] * (len(tokens) - len(weights))
+    alone = [span for span in c.spans[:-1] if span[0] in crossed and c.spans[0][0]]
+    if alone:
+        others = tuple(span for span in c.spans if span not in alone)
+        separate = [replace(c, spans=(span,), closed=True) for span in alone] + [replace(c, spans=others)]
+        return [sample for samples in tokenize_rendered(tokenizer, separate) for sample in samples]
+    if not c.closed and tokenizer.eos_token_id is not None:
+        tokens.append(tokenizer.eos_token_id)
+        weights.append(1.0)
+    if weights:
+        weights[0] = 0.0
+    return [(tokens, weights)]
 
 
 def end_of_turn_token(tokenizer: Any) -> int | None:

@@ -17,6 +17,7 @@ from posttrain.core.types import Message
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.chat_template import Conversation, TextSearch, left_out
 from posttrain.data.special_text import ControlTokens
+from posttrain.data.think_marks import prompt_block
 
 WORD = "Qz7f0X{}w"
 NEXT = "Qz7f0Xnext"
@@ -48,13 +49,15 @@ class TurnShape:
     Attributes:
         prompt: End of the generation prompt, after the text of the turn before; None if the template refuses to prompt
             for the turn.
+        header: What stands between the text of the turn before and the turn, where the turn is rendered.
         lead: What the turn has between prompt and content; None for turns with calls or reasoning, and for those that
-            do not begin with the prompt.
+            do not begin with the prompt, or whose prompt opens or closes a block of reasoning.
         ending: How the turn ends.
         own_system: True if the template writes a system message of its own in place of the conversation's.
     """
 
     prompt: str | None
+    header: str
     lead: str | None
     ending: Ending
     own_system: bool = False
@@ -139,6 +142,7 @@ class _Words:
         self.words: list[list[str]] = []
         self.called: set[str] = set()
         self.count = 0
+        self.prompt: str | None = None
         self.spoken = conversation.like([self._in_words(m) for m in turns])
 
     def _word(self) -> str:
@@ -180,6 +184,7 @@ class _Words:
             prompt: str | None = self.spoken.render(last, generation=True) if last else None
         except BadRow:
             prompt = None
+        self.prompt = prompt
         own_system = False
         for k, words in enumerate(self.words):
             text = whole if k == last or prompt is None else prompt
@@ -194,11 +199,20 @@ class _Words:
                 raise BadRow(f"the chat template writes the text of turn {last + 1} more than once")
         if prompt is not None:
             turn = self.turns[last]
-            if whole.startswith(prompt) and not turn.get("tool_calls") and not turn.get("reasoning_content"):
-                lead = whole[len(prompt) :].partition(self.words[last][0])[0]
             before = [w for words in self.words[:last] for w in words if w in prompt]
             tail = prompt[max((prompt.rfind(w) + len(w) for w in before), default=0) :]
-        return TurnShape(tail, lead, self._ending(whole), own_system)
+            plain = not turn.get("tool_calls") and not turn.get("reasoning_content") and prompt_block(tail) is None
+            if whole.startswith(prompt) and plain:
+                lead = whole[len(prompt) :].partition(self.words[last][0])[0]
+        return TurnShape(tail, self._header(whole), lead, self._ending(whole), own_system)
+
+    def _header(self, whole: str) -> str:
+        """Return what stands between the last word of the turns before and the first one of the last turn."""
+        message, own = self.spoken.messages[-1], [w for w in self.words[-1] if w in whole]
+        own += [w for w in (message.get("reasoning_content"),) if w and w in whole]
+        start = min((whole.find(w) for w in own), default=len(whole))
+        before = [whole.rfind(w, 0, start) + len(w) for words in self.words[:-1] for w in words if w in whole[:start]]
+        return whole[max(before, default=0) : start]
 
     def _after(self, text: str) -> str:
         """Return what stands after the last word of the last turn."""
@@ -243,6 +257,7 @@ class _Words:
         """Return where the special tokens end that close the turn; 0 if there are none."""
         if control.pattern is None:
             return 0
+        # Some templates always write a prompt, or a system message, after the last turn: another turn begins there.
         opener, end = self._opener(whole, control), 0
         for match in control.pattern.finditer(text):
             if match[0] == opener:
@@ -255,16 +270,16 @@ class _Words:
         return end
 
     def _answer(self, whole: str) -> str:
-        start = min((whole.rfind(w) for w in self.words[-1] if w in whole), default=len(whole))
-        before = max((whole.rfind(w, 0, start) + len(w) for ws in self.words[:-1] for w in ws if w in whole), default=0)
-        return whole[before:]
+        """Return the last turn without its header, as far as it differs from the prompt for it."""
+        return whole[len(os.path.commonprefix([self.prompt or "", whole])) :]
 
     def _opener(self, whole: str, control: ControlTokens) -> str:
-        """Return the special token with which the template begins a turn."""
-        first = next((w for words in self.words for w in words if w in whole), "")
-        found = control.pattern.findall(whole[: whole.find(first)]) if control.pattern and first else []
-        begin, end = self.like.tokenizer.bos_token, self.like.tokenizer.eos_token
-        return next((t for t in found if t != end and not (t == begin and whole.count(t) == 1)), "")
+        """Return the special token with which the template begins a turn: that which begins the text."""
+        begin, text = str(self.like.tokenizer.bos_token or ""), whole.lstrip()
+        if begin and text.startswith(begin) and text.count(begin) == 1:
+            text = text.removeprefix(begin).lstrip()
+        match = control.pattern.match(text) if control.pattern else None
+        return match[0] if match and match[0] != self.like.tokenizer.eos_token else ""
 
     def _mark_before_next(self, following: str, control: ControlTokens) -> str:
         """Return the end that only a next turn brings; a single special token is that turn's beginning."""
