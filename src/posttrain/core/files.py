@@ -97,18 +97,18 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file that posttrain wrote.
+def read_object(path: Path, kind: type = dict) -> Any:
+    """Return the object (or what else `kind` says) in a JSON file that posttrain wrote.
 
     Raises:
         CheckpointError: The file is damaged.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
         raise CheckpointError(f"{path} is damaged, it holds no JSON ({error}). Put it back from a copy") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged: expected a JSON object, found {type(value).__name__}")
+    if not isinstance(value, kind):
+        raise CheckpointError(f"{path} is damaged: expected {kind.__name__} in JSON, found {type(value).__name__}")
     return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config import EvaluationConfig, ModelConfig
-from posttrain.core.files import Lines, read_lines, write_json
+from posttrain.core.files import Lines, read_lines, read_object, write_json
 from posttrain.core.progress import Track
 from posttrain.core.statistics import summarize
 from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun, make_evaluation
@@ -48,7 +47,7 @@ def evaluate_model(
             with ExitStack() as until:
                 data = task_data(task, tokenizer, context_length(config))
                 run_task(task, EvaluationRun(model, tokenizer, data, seed, functions or {}, until), folder)
-    return [json.loads((folder / f"{t.name}.json").read_text()) for t in tasks]
+    return [read_object(folder / f"{t.name}.json") for t in tasks]
 
 
 def task_data(task: EvaluationConfig, tokenizer: Any, context: int | None) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from posttrain.config import ModelConfig
-from posttrain.core.errors import MissingExtraError, ModelError
+from posttrain.core.errors import MissingExtraError, ModelError, PosttrainError
 from posttrain.core.files import cache_folder, input_hash
 from posttrain.data.sample_store import vocabulary_size
 from posttrain.data.template_source import set_template_args
@@ -310,7 +310,8 @@ def open_model(config: ModelConfig, dtype: torch.dtype | None = None) -> OpenedM
     if found.kind != "tiny":
         hf, notes = read_weights(AutoModelForCausalLM, found.location, config, device, dtype)
         return with_rows(OpenedModel(hf, tokenizer, notes), new, config)
-    hf = tiny_model(found.location, len(tokenizer) - len(new))
+    with explained(config.source):
+        hf = tiny_model(found.location, len(tokenizer) - len(new))
     if config.quantization is None:
         return with_rows(OpenedModel(hf.to(device=device, dtype=dtype), tokenizer, {}), new, config)
     with tempfile.TemporaryDirectory() as folder:  # weights are quantised while they are read
@@ -377,7 +378,7 @@ def read_weights(
     check_readable(config, settings)
     arguments = reading_arguments(config, settings, device, dtype)
     try:
-        with explained(config.source):
+        with explained(config.source, every=not arguments):
             hf = kind.from_pretrained(location, dtype=dtype, attn_implementation="eager", **arguments, **own)
     except (RuntimeError, ImportError, AttributeError, NotImplementedError) as error:
         if not arguments:
@@ -424,14 +425,17 @@ def _check_causal(config: ModelConfig, adapter: AdapterSource) -> None:
 class explained:
     """Turns transformers' errors on opening a model into one that says what to do."""
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(self, source: str, every: bool = True) -> None:
+        self.source, self.every = source, every
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError)):
+        # A damaged file makes torch, safetensors, pickle and transformers raise errors of many kinds.
+        if isinstance(error, Exception) and not isinstance(
+            error, PosttrainError | MemoryError | torch.OutOfMemoryError
+        ):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(
                 f"model source {self.source!r} can't be opened: {first}\n"

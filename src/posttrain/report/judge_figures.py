@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.core.files import read_object
 from posttrain.report.formatting import format_fixed, format_seconds
 from posttrain.report.load import numbered_folders, read_json
 
@@ -109,7 +109,7 @@ def describe_agreement(raters: Mapping[str, Any]) -> str:
 def judge_warnings(stage: Path) -> list[str]:
     """Return warnings about a stage's judge, to be read before its labels are used."""
     path = stage / "judge.json"
-    return list(json.loads(path.read_text()).get("warnings") or []) if path.exists() else []
+    return list(read_object(path).get("warnings") or []) if path.exists() else []
 
 
 def feedback_lines(run: Path, disagreements: int = 0) -> list[str]:

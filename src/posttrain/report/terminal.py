@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.text import Text
 from posttrain.core.visible_text import visible
 from posttrain.report.evaluations import samples, strategy
 from posttrain.report.formatting import format_p, format_score
-from posttrain.report.load import read
+from posttrain.report.load import read, read_json
 
 SHOWN_ANSWERS = 5
 """Rows of a table of answers."""
@@ -87,7 +86,7 @@ def sampling_tables(folder: Path) -> list[Table]:
     """Return a table for each task of many samples in a folder: strategies by k with intervals, and tokens spent."""
     tables = []
     for path in sorted(Path(folder).glob("*.json")):
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(path, [])  # the page names what is damaged
         if not isinstance(summary, dict) or not summary.get("strategies"):
             continue
         last = len(summary["strategies"][0]["points"]) - 1

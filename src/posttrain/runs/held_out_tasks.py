@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from posttrain.config import Recipe, RolloutConfig
-from posttrain.core.files import write_json, write_lines
+from posttrain.core.files import read_object, write_json, write_lines
 from posttrain.core.statistics import summarize
 from posttrain.methods.sft_measurement import FOLDER, measurements
 from posttrain.sampling.rollout_store import read_rollouts, rollout_steps, rollouts_path
@@ -37,11 +36,11 @@ def _loss_task(folder: Path, task: str, path: Path) -> list[tuple[str, str]]:
     found, chosen = measurements(folder), folder.parent / CHOSEN_STEP
     if not found or not chosen.is_file():
         return []
-    step_of_model = json.loads(chosen.read_text(encoding="utf-8"))["model_step"]
+    step_of_model = read_object(chosen)["model_step"]
     if not {0, step_of_model} <= found.keys():
         return []
     for moment, step in (("before", 0), ("after", step_of_model)):
-        measured = json.loads(found[step].read_text(encoding="utf-8"))
+        measured = read_object(found[step])
         target = path / "evaluations" / moment
         target.mkdir(parents=True, exist_ok=True)
         items = [{name: row[name] for name in ("id", "source", "nll", "tokens")} for row in measured["rows"]]

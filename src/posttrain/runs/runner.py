@@ -21,7 +21,7 @@ from posttrain.config import EvaluationConfig, ModelConfig, Recipe, StageConfig,
 from posttrain.core import distributed
 from posttrain.core.console import VisibleConsole
 from posttrain.core.errors import CheckpointError, DataError, PosttrainError
-from posttrain.core.files import file_hash, is_full, link_or_copy, read_lines, write_json, write_text
+from posttrain.core.files import file_hash, is_full, link_or_copy, read_lines, read_object, write_json, write_text
 from posttrain.core.imports import import_folders
 from posttrain.core.secrets import hide_secrets
 from posttrain.core.statistics import compare
@@ -339,7 +339,7 @@ class _Run:
         path, report = self.path, self.report()
         evaluations = path / "evaluations"
         file = evaluations / "comparison.json"
-        comparison = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        comparison = read_object(file, list) if file.exists() else []
         if evaluations.is_dir():
             newest = evaluations / ("after" if (evaluations / "after").is_dir() else "before")
             for table in (summary_table(path), *answer_tables(path), *sampling_tables(newest)):

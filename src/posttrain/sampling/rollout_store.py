@@ -12,6 +12,15 @@ from typing import Any
 from posttrain.core.errors import DataError
 from posttrain.core.types import PartialRollout, Rollout, RolloutGroup
 
+COLUMNS: dict[tuple[str, ...], Any] = {
+    ("step", "group", "rollout", "problem"): int,
+    ("source", "prompt", "completion", "finish"): str,
+    ("prompt_tokens", "tokens", "logprobs", "turns", "pieces"): list,
+    ("parts", "steps", "failures"): dict,
+    ("reward", "advantage"): float | None,
+}
+"""Columns of a file that is read, and the type of their values."""
+
 
 def rollouts_path(folder: Path, step: int) -> Path:
     """Return the file of a step's rollouts."""
@@ -109,13 +118,30 @@ def read_rollouts(path: Path) -> list[dict[str, Any]]:
 
     try:
         rows = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} can't be read as rollouts: {error}") from error
-    for row in rows:
-        row.update({name: json.loads(row.get(name) or "{}") for name in ("answer", "parts", "steps", "failures")})
-        row.update({name: json.loads(row.get(name) or "[]") for name in ("turns", "pieces")})
-        row.setdefault("mask", None)
+        for row in rows:
+            _read_columns(row)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
+        raise DataError(f"{path} can't be read as rollouts: {error}. Put it back from a copy") from error
     return rows  # type: ignore[no-any-return]
+
+
+def _read_columns(row: dict[str, Any]) -> None:
+    """Put values in place of the JSON of some columns, and check that the others are there.
+
+    Raises:
+        KeyError, TypeError, ValueError: A column is missing, or holds something else.
+    """
+    for name in ("answer", "parts", "steps", "failures", "turns", "pieces"):
+        row[name] = json.loads(row.get(name) or ("[]" if name in ("turns", "pieces") else "{}"))
+    row.setdefault("mask", None)
+    for names, kind in COLUMNS.items():
+        for name in names:
+            if not isinstance(row[name], kind):
+                raise TypeError(f"the column {name} holds {type(row[name]).__name__}")
+    if not all(isinstance(turn, list) and len(turn) == 2 and isinstance(turn[1], str) for turn in row["turns"]):
+        raise TypeError("the column turns holds no turns")
+    if not all(isinstance(piece, list) and len(piece) == 3 for piece in row["pieces"]):
+        raise TypeError("the column pieces holds no pieces")
 
 
 def groups_of(rows: Sequence[Mapping[str, Any]]) -> list[RolloutGroup]:

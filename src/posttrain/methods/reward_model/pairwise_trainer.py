@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from posttrain.core import distributed
-from posttrain.core.files import link_or_copy, write_json, write_lines
+from posttrain.core.files import link_or_copy, read_object, write_json, write_lines
 from posttrain.data.preference_rows import pair_sizes
 from posttrain.eval.calibration import judged_pairs
 from posttrain.losses.reward_loss import bradley_terry, bradley_terry_metrics, centring, combine_members
@@ -68,7 +67,7 @@ def train_members(
         if not member.record.exists() or not (members / str(k)).is_dir():
             work = folder if k == 0 else folder / f"member-{k}"
             member.run(model, work, seed + 1_000_003 * k, on_step if k == 0 else None)
-        records.append(json.loads(member.record.read_text()))
+        records.append(read_object(member.record))
     measured = _save_held_out(config, stage.held_out, records, folder) if stage.held_out else {}
 
     def write(work: Path) -> None:
@@ -157,7 +156,7 @@ class RewardModelMember(ScorerStage):
     def run(self, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None = None) -> dict[str, Any]:
         account = super().run(model, folder, seed, on_step)
         if distributed.is_main():
-            scores = {"before": json.loads(self.before.read_text()), "after": self.after} if self.held_out else {}
+            scores = {"before": read_object(self.before), "after": self.after} if self.held_out else {}
             write_json(self.record, {**self.moments, "first": self.first, "account": account, **scores})
         distributed.barrier()
         return account
