@@ -138,6 +138,7 @@ def test_damage_of_a_run_is_a_message_or_does_nothing(runs: Path, monkeypatch: p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", ["stopped", "done"])
 def test_damage_at_a_hundred_places_is_a_message_or_does_nothing(
     runs: Path, monkeypatch: pytest.MonkeyPatch, kind: str

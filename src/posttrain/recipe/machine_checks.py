@@ -95,6 +95,9 @@ def _problems(block: BaseModel, on_hub: set[str], data_on_hub: set[str]) -> Iter
             except PosttrainError as error:
                 yield name, str(error).removeprefix("model source ")
                 continue
+            except OSError as error:
+                yield name, f"{source[:80]!r} can't be looked for: {error.strerror}"
+                continue
             on_hub |= {source} if model.kind == "hub" else set()
             if model.kind == "gguf" and not any((cache_folder() / "models").glob(f"{Path(model.location).stem}-*")):
                 needed.append((name, "gguf"))  # a file that was converted before can be opened without it

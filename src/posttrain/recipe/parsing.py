@@ -180,7 +180,10 @@ def _resolve_paths(value: Any, folder: Path) -> None:
     def moved(text: Any) -> Any:
         if not isinstance(text, str) or not 0 < len(text) < 1000 or "\n" in text or Path(text).is_absolute():
             return text
-        return str(folder / text) if not Path(text).exists() and (folder / text).exists() else text
+        try:
+            return str(folder / text) if not Path(text).exists() and (folder / text).exists() else text
+        except OSError:  # longer than a name may be: whoever opens it says so
+            return text
 
     if isinstance(value, list):
         for item in value:
