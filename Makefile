@@ -8,17 +8,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test lint format clean gpu size help
+.PHONY: demo test test-all lint format clean gpu size help
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 16
 
 demo: $(STAMPS)/demo  ## fine-tune a 135M model on movie reviews, measured before and after (under 10 minutes)
 	@$(BIN)/posttrain run quickstart
 
 test: lint  ## linters, type checker, tests (in two processes)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: lint  ## make test, and the long tests: two thousand mutated recipes and files of rows, damage at 200 places
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist worksteal -m ''
 
 lint: $(STAMPS)/dev  ## ruff and mypy
 	@$(BIN)/ruff check --quiet .

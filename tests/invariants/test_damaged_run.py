@@ -137,7 +137,7 @@ def test_damage_of_a_run_is_a_message_or_does_nothing(runs: Path, monkeypatch: p
     check(runs, "done", 8, 2, monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", ["stopped", "done"])
 def test_damage_at_a_hundred_places_is_a_message_or_does_nothing(

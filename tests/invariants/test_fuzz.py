@@ -190,13 +190,13 @@ def test_rows(tmp_path: Path) -> None:
     assert outcomes["taken"] and outcomes["refused"] > 50
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_two_thousand_recipes(tmp_path: Path) -> None:
     fuzz_recipes(tmp_path, 2000, random.SystemRandom().randrange(2**31))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_two_thousand_files_of_rows(tmp_path: Path) -> None:
     fuzz_rows(tmp_path, 2000, random.SystemRandom().randrange(2**31))

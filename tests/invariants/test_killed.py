@@ -228,6 +228,43 @@ def test_an_ensemble_of_reward_models_killed_three_times_ends_bit_identical(tmp_
     check_killed(tmp_path, REWARD_MODEL, [0, rng.randrange(3, 28), rng.randrange(36, 60)], rng, (33, 5))
 
 
+@pytest.mark.slow
+def test_killed_and_then_its_data_edited_it_says_so_and_ends_bit_identical_once_they_are_back(tmp_path: Path) -> None:
+    """Between each kill and the next start one row is another one: the start names the file, and changes nothing."""
+    rng = random.Random(time.time_ns())
+    rows = [{"prompt": f"Say {i}", "completion": f"{i} or two" + "!" * (i % 5), "label": i % 3 > 0} for i in range(80)]
+    data, recipe, folder = tmp_path / "preferences.jsonl", tmp_path / "recipe.yaml", tmp_path / "killed"
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    recipe.write_text(PREFERENCE)
+    calm = start(recipe, tmp_path / "calm")
+    for target in sorted(rng.sample(range(4, 27), 2)):
+        process = start(recipe, folder)
+        while process.is_alive() and records(folder) < target:
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        whole = data.read_text()
+        data.write_text(whole.replace(f"{rng.randrange(60)} or two", "something else", 1))
+        noted = json.loads((folder / "manifest.json").read_text())["inputs"]
+        process = start(recipe, folder)
+        process.join()
+        log = (tmp_path / "killed.log").read_text()
+        assert process.exitcode == 1 and "preferences.jsonl: sha256" in log and "--accept-changed-data" in log, log[
+            -2000:
+        ]
+        assert json.loads((folder / "manifest.json").read_text())["inputs"] == noted
+        data.write_text(whole)
+    process = start(recipe, folder)
+    for one in (process, calm):
+        one.join()
+        assert one.exitcode == 0
+    weights, metrics, items = outcome(tmp_path / "calm")
+    again, metrics_again, items_again = outcome(folder)
+    assert (metrics_again, items_again) == (metrics, items)
+    assert all(torch.equal(again[n], w) for n, w in weights.items())
+
+
 def check_killed(tmp_path: Path, text: str, targets: list[int], rng: random.Random, counts: tuple[int, int]) -> None:
     """counts: records of metrics, and files of items, that there must be in the end."""
     recipe = tmp_path / "recipe.yaml"
