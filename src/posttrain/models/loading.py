@@ -423,7 +423,7 @@ def _check_causal(config: ModelConfig, adapter: AdapterSource) -> None:
 
 
 class explained:
-    """Turns transformers' errors on opening a model into one that says what to do."""
+    """Turns errors on opening a model into one that says what to do; `every`: of any kind, not transformers' alone."""
 
     def __init__(self, source: str, every: bool = True) -> None:
         self.source, self.every = source, every
@@ -433,9 +433,9 @@ class explained:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         # A damaged file makes torch, safetensors, pickle and transformers raise errors of many kinds.
-        if isinstance(error, Exception) and not isinstance(
-            error, PosttrainError | MemoryError | torch.OutOfMemoryError
-        ):
+        turned = Exception if self.every else (OSError, ValueError, KeyError)
+        passed_on = PosttrainError | MemoryError | torch.OutOfMemoryError
+        if isinstance(error, turned) and not isinstance(error, passed_on):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(
                 f"model source {self.source!r} can't be opened: {first}\n"
