@@ -12,7 +12,7 @@ from typing import Any
 from posttrain.core.errors import DataError
 from posttrain.core.types import PartialRollout, Rollout, RolloutGroup
 
-COLUMNS: dict[tuple[str, ...], Any] = {
+COLUMN_TYPES: dict[tuple[str, ...], Any] = {
     ("step", "group", "rollout", "problem"): int,
     ("source", "prompt", "completion", "finish"): str,
     ("prompt_tokens", "tokens", "logprobs", "turns", "pieces"): list,
@@ -134,7 +134,7 @@ def _read_columns(row: dict[str, Any]) -> None:
     for name in ("answer", "parts", "steps", "failures", "turns", "pieces"):
         row[name] = json.loads(row.get(name) or ("[]" if name in ("turns", "pieces") else "{}"))
     row.setdefault("mask", None)
-    for names, kind in COLUMNS.items():
+    for names, kind in COLUMN_TYPES.items():
         for name in names:
             if not isinstance(row[name], kind):
                 raise TypeError(f"the column {name} holds {type(row[name]).__name__}")
