@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,22 @@ def test_no_copy_of_a_held_out_row_is_trained_on(copies: int) -> None:
     assert held_out is not None and sorted(s.source for s in held_out.samples) == [f"rows.jsonl:{i}" for i in range(10)]
     assert not {tuple(s.tokens) for s in trained.samples} & {tuple(s.tokens) for s in held_out.samples}
     assert len(trained) == 30 * (1 + copies) and held_out.stats["duplicates"] == 0
+
+
+def test_the_samples_of_a_row_stay_together() -> None:
+    """Rows of one to four samples; the row of samples 20 to 22 has one that another row repeats."""
+    rows = [[sample(10 * i + k) for k in range(1 + i % 4)] for i in range(40)] + [[sample(21)]]
+    samples = [replace(s, source=f"rows.jsonl:{i}") for i, row in enumerate(rows) for s in row]
+    data = prepared(samples)
+    for seed in range(5):
+        trained, held_out = hold_out(data, 0.3, 500, seed, TOKENIZER)
+        assert held_out is not None
+        places = [[s.source for s in part.samples] for part in (trained, held_out)]
+        assert not set(places[0]) & set(places[1]) and "rows.jsonl:2" in places[0]
+        assert len(held_out) <= round(0.3 * len(samples)) and held_out.stats["used"] == len(set(places[1]))
+        assert not {tuple(s.tokens) for s in trained.samples} & {tuple(s.tokens) for s in held_out.samples}
+    one = prepared([replace(sample(i), source="rows.jsonl:1") for i in range(3)])
+    assert hold_out(one, 0.5, 500, 0, TOKENIZER) == (one, None)
 
 
 @pytest.mark.parametrize("samples", [[sample(1)], [sample(1), sample(1), sample(2), sample(2)]], ids=["one", "copies"])

@@ -69,7 +69,11 @@ def hold_out(
     wanted = min(most, max(1, round(fraction * count)), count - 1)
     chosen = _choose(data, wanted, seed) if wanted > 0 else []
     if not chosen:
-        reason = "a single row" if count < 2 else f"{count:,} rows, each of which occurs more than once"
+        reason = (
+            "a single row"
+            if not count or len(items_of_row(data, 0)) == count
+            else f"{count:,} rows, each of which occurs more than once"
+        )
         log.warning("%s: nothing is held out of %s, so nothing is measured during training", where, reason)
         return data, None
     measured = np.asarray(sorted(chosen))
@@ -80,17 +84,33 @@ def hold_out(
 
 
 def _choose(data: Any, wanted: int, seed: int) -> list[int]:
-    """Return the numbers of up to `wanted` rows without a copy, of both labels if the rows have any."""
+    """Return the numbers of up to `wanted` items without a copy, of both labels if the items have any.
+
+    The items that a row became are chosen together: they share most of their text.
+    """
     order = np.random.default_rng([seed, 5]).permutation(len(data))
-    chosen: list[int] = []
+    chosen: dict[int, None] = {}
     at, size = 0, 2 * wanted + 32
     # A few candidates at a time: of data larger than memory, only the contents of candidates are kept.
     while len(chosen) < wanted and at < len(order):
-        candidates = order[at : at + size].tolist()
-        single = _without_copy(data, candidates)
-        chosen += [i for i in candidates if i in single][: wanted - len(chosen)]
+        rows = [items_of_row(data, i) for i in order[at : at + size].tolist()]
+        single = _without_copy(data, sorted(set().union(*rows)))
+        for row in rows:
+            fits = len(chosen) + len(row) <= wanted or not chosen and len(row) < len(data)
+            if len(chosen) < wanted and fits and row.start not in chosen and single.issuperset(row):
+                chosen.update(dict.fromkeys(row))
         at, size = at + size, 4 * size
-    return _both_labels(data, chosen, order)
+    return _both_labels(data, list(chosen), order)
+
+
+def items_of_row(data: Any, number: int) -> range:
+    """Return the numbers of the items that the row of an item became; they lie side by side."""
+    place, low, high = data.place(number), number, number + 1
+    while place and low > 0 and data.place(low - 1) == place:
+        low -= 1
+    while place and high < len(data) and data.place(high) == place:
+        high += 1
+    return range(low, high)
 
 
 def _without_copy(data: Any, numbers: Sequence[int]) -> set[int]:
@@ -117,22 +137,24 @@ def _both_labels(data: Any, chosen: list[int], order: np.ndarray) -> list[int]:
 def _describe(data: Any, trained: Any, held_out: Any, tokenizer: Any) -> None:
     """Write into the statistics of both parts what differs from those of all rows."""
     stats, samples = data.stats, held_out.samples
+    rows = len({held_out.place(i) or i for i in range(len(held_out))})
     tokens, loss_tokens = sum(map(len, samples)), sum(1 for s in samples for w in s.weights if w)
     trained.stats.update(_lengths(trained.samples))
     trained.stats.update(
-        used=stats["used"] - len(held_out),
-        held_out=len(held_out),
+        used=stats["used"] - rows,
+        held_out=rows,
         tokens=stats["tokens"] - tokens,
         loss_tokens=stats["loss_tokens"] - loss_tokens,
         examples=examples(trained, tokenizer),
+        **({"samples": len(trained)} if "samples" in stats else {}),
     )
     # The rest is about all rows, and stands in the entry of those that are trained on.
     about = {name: stats[name] for name in ("source", "sha256", "layout") if name in stats}
     held_out.stats.clear()
     held_out.stats.update(about, **_lengths(samples))
     held_out.stats.update(
-        rows=len(held_out),
-        used=len(held_out),
+        rows=rows,
+        used=rows,
         dropped={},
         bad_rows=[],
         truncated=0,

@@ -47,7 +47,8 @@ class Prepared:
 
     def place(self, number: int) -> str:
         """Return the place of a sample's row, `file:row`."""
-        return self.samples[number].source
+        samples = self.samples
+        return samples.place(number) if isinstance(samples, SampleStore) else samples[number].source
 
     def take(self, numbers: Sequence[int] | np.ndarray) -> Prepared:
         """Return the samples with these numbers, in this order; the statistics are a copy of those of all samples."""
