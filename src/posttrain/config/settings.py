@@ -120,7 +120,7 @@ class ClassesConfig(Config):
 
 
 class RowSettings(Config):
-    """How rows are read and become samples: settings of a `data` block, and of one of its sources."""
+    """Define how rows are read and become samples: settings of a `data` block, and of one of its sources."""
 
     source: Any = None
     split: str = Field("train", description="Split of a Hub data set.")

@@ -30,10 +30,12 @@ def stop() -> None:
 
 
 def rank() -> int:
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world() -> int:
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -43,6 +45,7 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
+    """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -126,3 +129,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """Return the whole of a tensor that may be sharded over ranks (every rank must call)."""
     gather = getattr(tensor, "full_tensor", None)
     return gather() if gather is not None else tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor that may be sharded over ranks; it may be empty."""
+    part = getattr(tensor, "to_local", None)
+    return part() if part is not None else tensor

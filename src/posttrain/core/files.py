@@ -191,6 +191,7 @@ class Lines:
         return self.digest
 
     def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
 

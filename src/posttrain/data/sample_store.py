@@ -60,7 +60,7 @@ class _Bytes:
 
 
 class _FileBytes(_Bytes):
-    """The same in a file."""
+    """Hold bytes in a file."""
 
     def __init__(self, path: Path, write: bool = False) -> None:
         self.path = path

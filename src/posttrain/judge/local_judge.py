@@ -41,9 +41,11 @@ class LocalJudge:
         return {"kind": "local", **named, "dtype": self.config.dtype, "chat_template": self.config.chat_template}
 
     def account(self) -> dict[str, Any]:
+        """Return what judging has cost."""
         return {"seconds": round(self.seconds, 2)}
 
     def answer(self, asks: Sequence[JudgeRequest], on_answer: OnAnswer) -> None:
+        """Answer requests, calling `on_answer` with (index, answer) pairs as they are ready."""
         began = time.perf_counter()
         model, tokenizer, context = self._open()
         prompts = [self._tokens(a, tokenizer) for a in asks]

@@ -21,6 +21,7 @@ class RemoteJudge:
         self.config, self.server = config, Server(config)
 
     def identity(self) -> dict[str, Any]:
+        """Return what decides the answers, for the store of answers."""
         return {
             "kind": "server",
             "base_url": self.server.address,
@@ -30,6 +31,7 @@ class RemoteJudge:
         }
 
     def account(self) -> dict[str, Any]:
+        """Return what judging has cost: requests, retries and seconds."""
         counts = self.server.counts
         retries = {k.removeprefix("retries: "): n for k, n in sorted(counts.items()) if k.startswith("retries: ") and n}
         return {
@@ -40,6 +42,7 @@ class RemoteJudge:
         }
 
     def answer(self, asks: Sequence[JudgeRequest], on_answer: OnAnswer) -> None:
+        """Answer requests, calling `on_answer` with (index, answer) pairs as they are ready."""
         bodies = [self._body(a) for a in asks]
         self.server.ask(bodies, lambda i, reply: on_answer([(i, _answer(asks[i], reply))]))
 

@@ -96,7 +96,7 @@ def tiny_settings(config_class: Any, vocabulary: int, changes: dict[str, Any]) -
     Args:
         config_class: Class of the configuration.
         vocabulary: Size of the vocabulary.
-        changes: Override everything else.
+        changes: Override everything else; None too.
     """
     fields = set(getattr(config_class, "__dataclass_fields__", {}))
     settings: dict[str, Any] = {name: size for name, size in SIZES.items() if name in fields}
@@ -108,7 +108,7 @@ def tiny_settings(config_class: Any, vocabulary: int, changes: dict[str, Any]) -
         own = {k: v for k, v in SUB_SIZES.items() if k in part.__dataclass_fields__ and "text" not in name}
         settings[name] = {"model_type": part.model_type, **tiny_settings(part, vocabulary, own)}
     settings |= OVERRIDES.get(config_class.model_type, {})
-    return {k: v for k, v in {**settings, **changes}.items() if v is not None}
+    return {k: v for k, v in settings.items() if v is not None} | changes
 
 
 def _parts(config_class: Any) -> dict[str, Any]:

@@ -132,6 +132,7 @@ class StageCharts:
 
     @property
     def empty(self) -> bool:
+        """Return True if there is nothing to draw."""
         return not (self.groups or self.folded or self.constant)
 
 

@@ -66,6 +66,7 @@ class TaskRow:
 
     @property
     def n(self) -> int:
+        """Return the number of items."""
         return int((self.comparison or self.after or self.before or {}).get("n", 0))
 
 
@@ -93,14 +94,17 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Return the name of the run."""
         return str(self.recipe.get("name") or self.folder.resolve().name)
 
     @property
     def status(self) -> str:
+        """Return the status of the run."""
         return str(self.manifest.get("status", "unknown"))
 
     @property
     def source(self) -> str:
+        """Return the source of the model that the run started from."""
         return str((self.manifest.get("model") or self.recipe.get("model") or {}).get("source") or "A model")
 
     @property

@@ -1,4 +1,4 @@
-"""What a stage measured on held-out rows while it trained: the step that was chosen, and answers step by step."""
+"""Show what a stage measured on held-out rows while it trained: the step that was chosen, and answers step by step."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ class ExtractedAnswer:
 
     @property
     def marked(self) -> bool:
+        """Return True if a tag, a box or hashes mark the answer."""
         return self.how in ("tag", "boxed", "hashes")
 
 

@@ -1,4 +1,4 @@
-"""What stages measured on held-out rows as evaluations: before and after, compared like those of any other task."""
+"""Report what stages measured on held-out rows as evaluations, before and after, compared like any other task."""
 
 from __future__ import annotations
 

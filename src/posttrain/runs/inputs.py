@@ -1,4 +1,4 @@
-"""What a run reads besides its recipe: files, models, modules of the user and packages, each with a hash or version.
+"""Note what a run reads besides its recipe: files, models, modules and packages, each with a hash or version.
 
 They are noted when the run begins and compared when it is resumed: with other data the weights would be those of no
 recipe, and nothing would tell.

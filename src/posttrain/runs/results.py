@@ -1,4 +1,4 @@
-"""What a run has read and made so far, as its manifest notes it, checked before more is built on it."""
+"""Check what a run has read and made so far, as its manifest notes it, before more is built on it."""
 
 from __future__ import annotations
 

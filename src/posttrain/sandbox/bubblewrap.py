@@ -123,7 +123,7 @@ def _sealed(data: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What runs in a sandbox.
+    """Describe a program that runs in a sandbox.
 
     Attributes:
         target: Path there of the Python source that runs after the limits are set.

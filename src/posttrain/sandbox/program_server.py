@@ -118,10 +118,20 @@ class ProgramServer:
     # What is asked
 
     def do_get(self, name: str, records: tuple[str, ...]) -> str:
+        """Return a name of the program."""
         self.records = records
         return '"value",' + self.encode(self.names[name])
 
     def do_call(self, of: Any, args: Any, kwargs: Any, objects: Any, copies: int) -> str:
+        """Call an object of the program.
+
+        Args:
+            of: Number of the object.
+            args: Positional arguments, encoded.
+            kwargs: Named arguments, encoded.
+            objects: Objects of the tests that are among the arguments.
+            copies: 2 returns arguments that may have been changed, 1 only where the call returned None, 0 never.
+        """
         self.made = self.new_records(objects)
         args, kwargs = self.decode(args), self.decode(kwargs)
         arguments = [*args, *kwargs.values()]
@@ -136,14 +146,24 @@ class ProgramServer:
         return reply
 
     def do_attribute(self, of: int, name: str) -> str:
+        """Return an attribute of an object."""
         return '"value",' + self.encode(getattr(self.kept[of], name))
 
     def do_assign(self, of: int, name: str, value: Any, objects: Any) -> str:
+        """Set an attribute of an object.
+
+        Args:
+            of: Number of the object.
+            name: Name of the attribute.
+            value: Its value, encoded.
+            objects: Objects of the tests that are in the value.
+        """
         self.made = self.new_records(objects)
         setattr(self.kept[of], name, self.decode(value))
         return '"value",null'
 
     def do_next(self, of: int, count: int) -> str:
+        """Return the next items of an iterator."""
         items, iterator = [], self.kept[of]
         if of in self.late:
             raise self.late.pop(of)
@@ -230,6 +250,7 @@ class ProgramServer:
         return '["R",' + text + "," + ",".join(done) + "]"
 
     def encode_other(self, value: Any, depth: int) -> str:
+        """Encode a value that is no plain one: a record, or a stand-in for an object that stays here."""
         kind = type(value)
         if kind.__name__ in self.records and self.names.get(kind.__name__) is kind:
             place = self.places.setdefault(id(value), len(self.made))
@@ -295,6 +316,7 @@ class ProgramServer:
         return value
 
     def decode_special(self, tag: str, *rest: Any) -> Any:
+        """Decode a record, or an object that stayed here."""
         if tag == "object":
             return self.kept[rest[0]]
         if tag == "record":

@@ -60,6 +60,7 @@ class BestStep:
 
     @property
     def stopped(self) -> bool:
+        """Return True if training has to end early."""
         return self.stopping is not None and self.waited >= self.stopping.patience
 
     def note(self, step: int, loss: float) -> None:

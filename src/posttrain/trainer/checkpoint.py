@@ -24,6 +24,7 @@ BEST = "best-"
 
 
 def name_of(step: int) -> str:
+    """Return the name of a step's folder."""
     return f"step-{step:06d}"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.config import OptimizerConfig
-from posttrain.core.distributed import full_tensor
+from posttrain.core.distributed import all_gather_object, full_tensor, local_part
 
 
 def lr_at(step: int, total: int, config: OptimizerConfig) -> float:
@@ -129,11 +129,12 @@ class Optimizer:
 
     def not_finite(self) -> list[str]:
         """Return the names of the weights with an infinite or NaN value (every rank must call)."""
-        norm = torch.nn.utils.get_total_norm
-        weights = {name: p.detach() for name, p in self.parameters.items()}
-        if not weights or math.isfinite(float(full_tensor(norm(weights.values(), math.inf)))):
-            return []
-        return [name for name, w in weights.items() if not math.isfinite(float(full_tensor(norm([w], math.inf))))]
+        weights = {name: local_part(p.detach()) for name, p in self.parameters.items()}
+        weights = {name: w for name, w in weights.items() if w.numel()}  # a rank may hold nothing of a small weight
+        broken: list[str] = []
+        if not math.isfinite(float(torch.nn.utils.get_total_norm(weights.values(), math.inf))):
+            broken = [name for name, w in weights.items() if not bool(w.isfinite().all())]
+        return list(dict.fromkeys(name for names in all_gather_object(broken) for name in names))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return master weights and moments by name; the tensors themselves, so that they can be loaded in place."""

@@ -156,7 +156,7 @@ class RewardModelMember(ScorerStage):
     def run(self, model: ModelConfig, folder: Path, seed: int, on_step: OnStep | None = None) -> dict[str, Any]:
         account = super().run(model, folder, seed, on_step)
         if distributed.is_main():
-            scores = {"before": read_object(self.before), "after": self.after} if self.held_out else {}
+            scores = {"before": read_object(self.before, list), "after": self.after} if self.held_out else {}
             write_json(self.record, {**self.moments, "first": self.first, "account": account, **scores})
         distributed.barrier()
         return account
