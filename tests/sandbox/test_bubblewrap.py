@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import sysconfig
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from posttrain.config.sandbox import SandboxConfig
-from posttrain.sandbox import SandboxError, require_sandbox
+from posttrain.sandbox import SandboxError, bubblewrap, require_sandbox
 from posttrain.sandbox import run_program as run
 
 
@@ -45,6 +50,24 @@ def test_it_may_write_its_own_files_and_start_processes() -> None:
     )
     assert run(program).stdout == "b'hello\\n'\n"
     assert run("import os; print(os.listdir('/work'))").stdout == "[]\n"
+
+
+def test_of_a_home_folder_with_an_interpreter_nothing_else_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        home = Path(folder)
+        home.chmod(0o755)
+        python, library = home / "bin" / "python3", Path(sysconfig.get_path("stdlib"))
+        python.parent.mkdir()
+        shutil.copy(bubblewrap._interpreter(), python)
+        left_out = shutil.ignore_patterns("test*", "*-packages", "config-*", "__pycache__")
+        shutil.copytree(library, home / "lib" / library.name, ignore=left_out)
+        (home / "secret.txt").write_text("secret")
+        monkeypatch.setattr(bubblewrap, "_interpreter", lambda: python)
+        monkeypatch.setenv("HOME", folder)
+        done = run(f"import os, sys; print(sys.executable, sorted(os.listdir({folder!r})))")
+        assert done.stdout == f"{python} ['bin', 'lib']\n", done
+        monkeypatch.setenv("HOME", "/nowhere")  # an installation of its own is shown whole
+        assert "secret.txt" in run(f"import os; print(os.listdir({folder!r}))").stdout
 
 
 def test_what_was_written_before_a_limit_is_kept() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.config.sandbox import SandboxConfig
-from posttrain.sandbox import ProgramResult, SandboxError, require_sandbox
+from posttrain.sandbox import ProgramResult, SandboxError, bubblewrap, require_sandbox
 from posttrain.sandbox import run_program as run
 
 LIMITS = SandboxConfig(seconds=3, memory_mb=128, processes=8, output_kb=16, files_mb=4)
@@ -75,6 +75,11 @@ EXHAUSTING = {
     "a child left behind": (
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    while True: time.sleep(1)\nprint('bye')",
         ["timeout", "ok"]),
+    "a bomb of empty files": ("import itertools\nfor i in itertools.count(): open(f'/work/{i}', 'w').close()",
+                             ["memory"]),
+    "a bomb of attributes": (
+        "import itertools, os\nopen('a', 'w').close()\n"
+        "for i in itertools.count(): os.setxattr('a', f'user.{i}', b'x' * 4000)", ["memory", "error"]),
     "a bomb of symbolic links": ("import os\nos.symlink('/work/b', '/work/a'); os.symlink('/work/a', '/work/b')\n"
                                  "open('/work/a')", ["error"]),
 }  # fmt: skip
@@ -86,6 +91,19 @@ def test_what_takes_everything_is_ended(name: str) -> None:
     # Where nothing but time ends it, there is nothing to wait for.
     limits = LIMITS.model_copy(update={"seconds": 1}) if wanted == ["timeout"] else LIMITS
     ended(run(program, limits=limits), *wanted)
+
+
+def test_the_memory_of_sockets_is_counted() -> None:
+    """A program whose open sockets can hold more than its memory is ended, though no process of it has that memory."""
+    opened = "import os, socket, time\nkept = [socket.socketpair() for _ in range(28)]\n"
+    filled = (
+        "n = 0\nfor a, b in kept:\n    a.setblocking(False)\n    try:\n        while True: n += a.send(b'x' * 65536)\n"
+    )
+    filled += "    except BlockingIOError: pass\nprint(n)"
+    outcome = run(opened + filled, limits=LIMITS)
+    assert outcome.status == "ok" and int(outcome.stdout) <= 28 * bubblewrap.SOCKET
+    forks = "for _ in range(6):\n    if os.fork() == 0: break\ntime.sleep(9)"
+    ended(run(opened + forks, limits=LIMITS.model_copy(update={"memory_mb": 32})), "memory")
 
 
 LOOKING_OUT = {
@@ -103,6 +121,10 @@ LOOKING_OUT = {
     "writing a kernel setting": "open('/proc/sys/kernel/hostname', 'w').write('x')",
     "writing its own root": "open('/x', 'w')",
     "a device": "open('/dev/mem', 'rb')",
+    "the memory of bubblewrap": (
+        "import os\nfor p in os.listdir('/proc'):\n"
+        "    if p.isdigit() and int(p) != os.getpid(): open(f'/proc/{{p}}/mem', 'r+b')\n1/0"
+    ),
     "memory that outlasts": "open('/dev/shm/x', 'w')",
 }
 
@@ -133,6 +155,9 @@ def test_no_network() -> None:
             "import socket; socket.socket(socket.AF_VSOCK)",
             "import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)",
             f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({name!r})",
+            f"import socket; a, b = socket.socketpair(type=socket.SOCK_DGRAM); a.sendto(b'x', {name!r})",
+            "import socket; a, b = socket.socketpair(); a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 24)",
+            "import socket; a, b = socket.socketpair(); a.bind('/work/x')",
         ):
             outcome = run(TRIED.format(attempt), limits=LIMITS)
             assert outcome.stdout.startswith("REFUSED"), (attempt, outcome)

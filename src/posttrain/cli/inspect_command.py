@@ -9,6 +9,7 @@ import typer
 
 from posttrain.cli.arguments import Overrides, make_console
 from posttrain.core.errors import RecipeError
+from posttrain.core.files import changed_artifacts
 
 
 def inspect_command(
@@ -51,6 +52,8 @@ def _show_run(path: Path, rows: int, stage: str | None, watch: bool, options: di
     from posttrain.cli import inspect_rollouts as of_run
 
     console = make_console()
+    for name in changed_artifacts(path, "stages/", weights=False):
+        console.print(f"! {path / name} was changed after the run wrote it, or is missing", markup=False)
     problem = options["problem"]
     labelled = of_run.print_feedback(path, console, rows)
     plain = not watch and {**options, "problem": None} == {**dict.fromkeys(options), "held_out": False, "sort": "order"}

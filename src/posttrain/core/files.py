@@ -32,6 +32,27 @@ def _hash_once(path: Path, *_: int) -> str:
     return file_hash(path)
 
 
+def changed_artifacts(run: Path, below: str = "", weights: bool = True) -> list[str]:
+    """Return the files of a finished run that are missing or not what its manifest says; none if it says nothing.
+
+    Args:
+        run: Folder of the run.
+        below: Beginning of the paths of the files to check.
+        weights: Check weights too; they are large.
+    """
+    try:
+        noted = json.loads((run / "manifest.json").read_bytes())["artifacts"]
+        checked = {n: sha for n, sha in noted.items() if n.startswith(below) and (weights or not is_weights(n))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no run, or not a finished one
+        return []
+    return [n for n, sha in checked.items() if not (run / n).is_file() or input_hash(run / n) != sha]
+
+
+def is_weights(name: str) -> bool:
+    """Return True for the name of a file of weights."""
+    return name.endswith((".safetensors", ".bin", ".pt"))
+
+
 def os_error(error: BaseException | None) -> OSError | None:
     """Return the operating system's error behind an exception, however it was wrapped; None if there is none."""
     seen: list[BaseException] = []

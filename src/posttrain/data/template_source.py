@@ -157,7 +157,11 @@ def apply_template(
 
     Raises:
         BadRow: The template refuses the conversation, with its own message.
+        ModelError: It takes too long or makes too much (`template_limits`).
     """
+    from posttrain.data.template_limits import TemplateLimitError, limit_templates
+
+    limit_templates()
     given = dict(arguments or {})
     try:
         source = template_of(tokenizer, tools)
@@ -172,6 +176,8 @@ def apply_template(
             add_generation_prompt=generation,
             **given,
         )
+    except TemplateLimitError:  # of no use for any row
+        raise
     except Exception as error:  # a template may raise anything it likes
         raise BadRow(f"the chat template refuses it: {error}") from error
     return str(text)

@@ -22,7 +22,7 @@ import torch
 
 from posttrain.config import ModelConfig
 from posttrain.core.errors import MissingExtraError, ModelError, PosttrainError
-from posttrain.core.files import cache_folder, input_hash
+from posttrain.core.files import cache_folder, changed_artifacts, input_hash, is_weights
 from posttrain.data.sample_store import vocabulary_size
 from posttrain.data.template_source import set_template_args
 from posttrain.models.adapter_source import AdapterSource, find_adapter, merge_into_base
@@ -303,6 +303,7 @@ def open_model(config: ModelConfig, dtype: torch.dtype | None = None) -> OpenedM
     dtype = dtype or pick_dtype(config.dtype, device)
     backend_for(device).tune()
     found, adapter = resolve(config.source), source_adapter(config)
+    check_made(config.source, Path(found.location))
     if adapter is not None:
         _check_causal(config, adapter)
         return merge_start(open_model(base_settings(config, adapter), dtype), adapter, config)
@@ -318,6 +319,28 @@ def open_model(config: ModelConfig, dtype: torch.dtype | None = None) -> OpenedM
         hf.save_pretrained(folder)
         hf, notes = read_weights(AutoModelForCausalLM, folder, config, device, dtype)
     return with_rows(OpenedModel(hf, tokenizer, notes), new, config)
+
+
+def check_made(source: str, folder: Path) -> None:
+    """Check a model that a finished run made; of changed files that are no weights it warns.
+
+    Args:
+        source: The model's source, for messages.
+        folder: Its folder, which may be a run's.
+
+    Raises:
+        ModelError: Its weights are not what the run wrote.
+    """
+    for run in list(folder.parents)[:3]:  # RUN/model, RUN/stages/NUMBER-NAME/model
+        changed = changed_artifacts(run, f"{folder.relative_to(run).as_posix()}/")
+        bad = [name for name in changed if is_weights(name)]
+        if bad:
+            raise ModelError(
+                f"model source {source!r}: {run / bad[0]} is not what the run wrote (its checksum differs, or it is "
+                "missing). Put it back from a copy, or run the recipe again with --fresh"
+            )
+        for name in changed:
+            log.warning("%s was changed after the run wrote it, or is missing", run / name)
 
 
 def with_rows(opened: OpenedModel, new: Sequence[int], config: ModelConfig) -> OpenedModel:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.core.errors import CheckpointError, RecipeError
+from posttrain.core.files import changed_artifacts
 from posttrain.recipe.documents import parse_document
 
 JsonDict = dict[str, Any]
@@ -177,6 +178,8 @@ def read(folder: Path) -> Run:
     comparison = read_json(folder / "evaluations" / "comparison.json", notes)
     before, after = (_evaluations(folder / "evaluations" / side, notes) for side in ("before", "after"))
     notes += _changed_inputs(manifest)
+    changed = changed_artifacts(folder, weights=False)
+    notes += [f"{name} was changed after the run wrote it, or is missing" for name in changed]
     flat = [*_constant(before, "before"), *_constant(after, "after")]
     between = numbered_folders(folder / "evaluations")
     return Run(

@@ -47,6 +47,9 @@ def scoring_tokenizer(tokenizer: Any, chat: bool, system: str | None, tokens: To
         The tokenizer, and the token ids that the one of training puts before a text (for chat: false, where posttrain
         adds them).
     """
+    from posttrain.data.template_limits import limit_templates
+
+    limit_templates()
     saved = copy.deepcopy(tokenizer)
     first = _first_tokens(tokenizer)
     _add_nothing(saved)

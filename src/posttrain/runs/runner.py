@@ -21,7 +21,16 @@ from posttrain.config import EvaluationConfig, ModelConfig, Recipe, StageConfig,
 from posttrain.core import distributed
 from posttrain.core.console import VisibleConsole
 from posttrain.core.errors import CheckpointError, DataError, PosttrainError
-from posttrain.core.files import file_hash, is_full, link_or_copy, read_lines, read_object, write_json, write_text
+from posttrain.core.files import (
+    changed_artifacts,
+    file_hash,
+    is_full,
+    link_or_copy,
+    read_lines,
+    read_object,
+    write_json,
+    write_text,
+)
 from posttrain.core.imports import import_folders
 from posttrain.core.secrets import hide_secrets
 from posttrain.core.statistics import compare
@@ -145,6 +154,8 @@ class _Run:
                     f"{self.path} is already finished: nothing to do. To run it again: {program_name()} run "
                     f"{self.path} --fresh (which sets this one aside), or the recipe with name=NEW_NAME"
                 )
+                for name in changed_artifacts(self.path, weights=False) if distributed.is_main() else ():
+                    self.print(f"! {self.path / name} was changed after the run wrote it, or is missing")
             else:
                 self.work()
         except KeyboardInterrupt:

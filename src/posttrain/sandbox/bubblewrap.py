@@ -26,8 +26,12 @@ TICK = 0.02
 """Seconds between two looks at memory and processes."""
 BASE_MB = 64
 """Address space that an interpreter takes before it has done anything."""
-OWN = 3
-"""Processes of bubblewrap itself, and the program's first."""
+OWN = 2
+"""Process of bubblewrap itself, and the program's first."""
+SOCKET = 5 << 16
+"""Bytes that the kernel keeps at most for an open file of a program: a full socket of a pair. Of pipes it is less."""
+FILES = 20_000
+"""Files and folders that a program may make: the kernel keeps one KiB of each, whatever is in it."""
 
 
 class SandboxError(PosttrainError, RuntimeError):
@@ -108,6 +112,23 @@ def _interpreter() -> Path:
     return own
 
 
+def _installation(python: Path) -> list[Path]:
+    """Return what an interpreter outside of /usr needs of its installation: all of it if nothing else is there.
+
+    Of a home folder, or of its `.local` (pipx, pyenv and uv have folders of their own), only the interpreter, its
+    library and the standard library are shown.
+    """
+    prefix = python.parent.parent
+    home = Path(os.path.realpath(Path.home()))
+    if prefix.is_relative_to("/usr"):
+        return []
+    if not (home.is_relative_to(prefix) or prefix == home / ".local"):
+        return [prefix]
+    library = prefix / "lib"
+    own = sorted(library.glob(f"libpython{sys.version_info[0]}*.so*"))
+    return [python, library / f"python{sys.version_info[0]}.{sys.version_info[1]}", *own]
+
+
 def _sealed(data: bytes) -> int:
     """A file descriptor with these bytes, in memory, that nobody can change."""
     import fcntl
@@ -153,10 +174,12 @@ def resource_limits(limits: SandboxConfig) -> dict[str, int]:
 def _command(launch: Launch, limits: SandboxConfig, fds: dict[str, int], seccomp_fd: int) -> list[str]:
     """Return bubblewrap's command line."""
     python = _interpreter()
-    prefix = python.parent.parent
     files = str(limits.files_mb << 20)
     out = [
+        # The program is the first process there: bubblewrap's own would run as the same user, and its memory could be
+        # written (/proc/1/mem).
         "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
+        "--as-pid-1",
         "--cap-drop", "ALL", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox", "--clearenv",
         "--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache",
     ]  # fmt: skip
@@ -166,8 +189,8 @@ def _command(launch: Launch, limits: SandboxConfig, fds: dict[str, int], seccomp
             out += ["--symlink", os.readlink(path), str(path)]
         elif path.is_dir():
             out += ["--ro-bind", str(path), str(path)]
-    if not prefix.is_relative_to("/usr"):
-        out += ["--ro-bind", str(prefix), str(prefix)]
+    for path in _installation(python):
+        out += ["--ro-bind", str(path), str(path)]
     out += [
         "--proc", "/proc", "--dev", "/dev", "--size", "65536", "--tmpfs", "/dev/shm", "--remount-ro", "/dev/shm",
         "--remount-ro", "/dev", "--size", files, "--tmpfs", "/work", "--symlink", "work", "/tmp", "--chdir", "/work",
@@ -277,13 +300,19 @@ def watch_sandbox(
 
 
 def _excess(pid: int, limits: SandboxConfig) -> Status | None:
-    """The limit that the processes under `pid` exceed together."""
-    page, size, count = os.sysconf("SC_PAGE_SIZE"), 0, 0
+    """The limit that the processes under `pid` exceed together; their files' and sockets' memory in the kernel too."""
+    page, size, count, made = os.sysconf("SC_PAGE_SIZE"), 0, 0, 0
     for one in _family(pid):
         count += 1
         with contextlib.suppress(OSError, IndexError):
             size += int(Path(f"/proc/{one}/statm").read_text().split()[1]) * page
-    if size > (limits.memory_mb + BASE_MB) << 20:
+        if one != pid:
+            with contextlib.suppress(OSError):
+                size += len(os.listdir(f"/proc/{one}/fd")) * SOCKET
+                if os.path.exists(f"/proc/{one}/root/inside.py"):  # its folders are no longer this machine's
+                    files = os.statvfs(f"/proc/{one}/root/work")
+                    made = files.f_files - files.f_ffree
+    if size > (limits.memory_mb + BASE_MB) << 20 or made > FILES:
         return "memory"
     return "processes" if count > limits.processes + OWN else None
 
