@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,11 +126,12 @@ def test_inspect_shows_rows(tmp_path: Path) -> None:
 
 def test_inspect_shows_rollouts_of_a_run(tmp_path: Path) -> None:
     folder = tmp_path / "stages" / "0-rl"
-    rollout = Rollout((1, 2), (-1.0, -1.0), "end", HOSTILE, {"length": 1.0}, 1.0)
-    group = RolloutGroup((1,), {"source": HOSTILE, "answer": HOSTILE}, [rollout, rollout])
+    rollout = Rollout((1, 2), (-1.0, -1.0), "end", HOSTILE, {"length": 1.0}, 1.0, notes={HOSTILE: HOSTILE})
+    failed = replace(rollout, reward=math.nan, failures={HOSTILE: HOSTILE})
+    group = RolloutGroup((1,), {"source": HOSTILE, "answer": HOSTILE}, [failed, rollout])
     for step in (1, 2, 3):
         write_rollouts(
-            folder / "rollouts", step, [group], None, [HOSTILE], [0], [[{HOSTILE: HOSTILE}, {}]],
+            folder / "rollouts", step, [group], None, [HOSTILE], [0],
             lambda r: [(True, r.text), (False, HOSTILE)],
         )  # fmt: skip
     for terminal in (False, True):

@@ -33,6 +33,19 @@ def opened(tmp_path: Path, source: str = "tiny:llama", **changes: Any) -> Judge:
     return Judge.open(JudgeConfig(model=ModelConfig(source=source), store=str(tmp_path / "judge.sqlite3"), **changes))
 
 
+def test_a_template_that_marks_no_text_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = JudgeConfig(
+        model=ModelConfig(source="tiny:llama"), store=str(tmp_path / "s"), template="{first} or {second}?"
+    )
+    for name in ("stage labels", "stage labels", "reward judge"):
+        Judge.open(config, name).close()
+    marked = config.model_copy(update={"template": "<{mark}>{first}</{mark}> or <{mark}>{second}</{mark}>?"})
+    Judge.open(marked, "stage marked").close()
+    Judge.open(config.model_copy(update={"template": None}), "stage plain").close()
+    told = [r.getMessage() for r in caplog.records]
+    assert [t.split(":")[0] for t in told] == ["stage labels", "reward judge"] and all("{mark}" in t for t in told)
+
+
 def chain(model: Any, tokens: list[int], start: int) -> float:
     """The probability of tokens[start:] after the rest, one sequence at a time, by transformers."""
     with torch.no_grad():

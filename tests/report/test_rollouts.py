@@ -183,9 +183,7 @@ def test_the_suspicious_come_in_the_order_of_the_report(tmp_path: Path) -> None:
         rollout("below and again", again, -0.9),
     ]
     where = tmp_path / "stages" / "0-rl" / "rollouts"
-    write_rollouts(
-        where, 1, [RolloutGroup((1, 2), {"answer": "4", "source": "s"}, rollouts)], None, ["q"], [0], [[{}] * 5]
-    )
+    write_rollouts(where, 1, [RolloutGroup((1, 2), {"answer": "4", "source": "s"}, rollouts)], None, ["q"], [0])
     text = shown(tmp_path, sort="suspicious")
     places = [text.index(f"#{i} ") for i in (2, 0, 1, 4, 3)]
     assert places == sorted(places)
@@ -196,7 +194,6 @@ def test_the_suspicious_come_in_the_order_of_the_report(tmp_path: Path) -> None:
         None,
         ["q"] * 3,
         [0, 1, 2],
-        [[{}]] * 3,
     )
     text = shown(tmp_path, sort="suspicious", held_out=True)  # one answer a problem: compared with the step's mean
     assert text.index("problem 1 ") < text.index("problem 0 ")
@@ -225,11 +222,11 @@ def test_what_is_not_there_is_said(run: Path, options: dict[str, Any], message: 
 
 def test_rollouts_come_back_as_they_were(tmp_path: Path) -> None:
     rollouts = [
-        Rollout((5, 6), (-0.5, -1.25), "end", "héllo 👋", {"a": 1.0}, 2.0),
-        Rollout((), (), "length", "", {}, float("nan")),
+        Rollout((5, 6), (-0.5, -1.25), "end", "héllo 👋", {"a": 1.0}, 2.0, notes={"a": "it greets"}),
+        Rollout((), (), "length", "", {}, float("nan"), failures={"a": "boom"}),
     ]
     group = RolloutGroup((1, 2, 3), {"answer": ["x", "y"], "source": "s:1", "prompt": "ask"}, rollouts)
-    path = write_rollouts(tmp_path, 7, [group], [[0.5, None]], ["ask"], [42], [[{}, {"a": "boom"}]])
+    path = write_rollouts(tmp_path, 7, [group], [[0.5, None]], ["ask"], [42])
     assert rollout_steps(tmp_path) == [7]
     rows = read_rollouts(path)
     assert [(r["problem"], r["answer"], r["advantage"], r["failures"]) for r in rows] == [
@@ -253,7 +250,7 @@ def test_replies_of_an_environment_are_marked(run: Path, tmp_path: Path) -> None
     (group, *_) = groups_of(read_rollouts(rollouts_path(rollouts, 3)))
     one = replace(group.rollouts[0], text="<7+4>=11 <b>", reward=1.0)
     turns = [(True, "<7+4>"), (False, "=11 <b>")]
-    write_rollouts(rollouts, 3, [replace(group, rollouts=[one])], [[0.5]], ["ask"], [1], None, lambda _: turns)
+    write_rollouts(rollouts, 3, [replace(group, rollouts=[one])], [[0.5]], ["ask"], [1], lambda _: turns)
     assert read_rollouts(rollouts_path(rollouts, 3))[0]["turns"] == [[True, "<7+4>"], [False, "=11 <b>"]]
     page = build_report(folder).read_text()
     assert '&lt;7+4&gt;<span class="reply">=11 &lt;b&gt;</span></p>' in page and "<dt>replies</dt><dd>1</dd>" in page

@@ -14,6 +14,7 @@ from posttrain.core.errors import RecipeError, RewardError
 from posttrain.core.imports import add_import_folder
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.recipe.parsing import dump_recipe, load_recipe
+from posttrain.rewards.reward_log import printed_lines
 from posttrain.rewards.stack import RewardStack
 
 FUNCTION = """
@@ -37,6 +38,10 @@ def shortest(texts, example):
 
 def by_name(texts, example):
     return {t: 1.0 for t in texts}
+
+def told(text, example):
+    from posttrain.rewards import Explained
+    return Explained(0.5, f"of {text}")
 
 def loud(text, example):
     print("looking at", text)
@@ -150,9 +155,33 @@ def test_a_reward_of_a_group(capfd: pytest.CaptureFixture[str]) -> None:
             scores("my_rewards:by_name", "a", "b", group=True, isolated=isolated)
 
 
-def test_what_a_reward_prints_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    scores("my_rewards:loud", "this")
-    assert "reward: looking at this" in capsys.readouterr().out
+@pytest.mark.parametrize("isolated", [True, False])
+def test_what_a_reward_prints_is_shown_and_kept(
+    isolated: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also the last lines, and what a completion has put into them moves no cursor."""
+    log = tmp_path / "stages/0-rl/rewards.log"
+    config = RewardsConfig.model_validate([{"kind": "my_rewards:loud", "isolated": isolated}, {"kind": "exact"}])
+    with RewardStack(config, log=log) as stack:
+        stack([group("this\x1b[2J", "that")])
+    assert sorted(log.read_text().splitlines()) == ["looking at that", "looking at this␛[2J"]
+    shown = capsys.readouterr().out
+    assert f"rewards printed 2 lines: {log}" in shown and "reward: looking at this␛[2J" in shown and "\x1b" not in shown
+    assert printed_lines(tmp_path) == ["rewards printed 2 lines: stages/0-rl/rewards.log"]
+    with RewardStack(config, log=log) as stack:
+        stack([group("more")])
+    assert len(log.read_text().splitlines()) == 3 and "rewards printed 1 line: " in capsys.readouterr().out
+    with RewardStack(config) as stack:  # without a file, lines are shown
+        stack([group("nowhere")])
+    assert "reward: looking at nowhere" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_a_reward_may_say_why(isolated: bool) -> None:
+    (scored,) = scores("my_rewards:told", "a\n b\x1b[1m" + "c" * 999, "", isolated=isolated).groups
+    first, second = scored.rollouts
+    assert first.reward == 0.5 and first.notes["told"].startswith("of a b␛[1mccc") and len(first.notes["told"]) == 300
+    assert second.reward == 0.5 and dict(second.notes) == {"told": "of"} and type(first.rewards["told"]) is float
 
 
 @pytest.mark.parametrize("isolated", [True, False])

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from posttrain.config.rewards import RewardsConfig
 from posttrain.config.sandbox import SandboxConfig
+from posttrain.core.types import Rollout, RolloutGroup
+from posttrain.rewards import RewardStack
 from posttrain.rewards.programs import UnitTests
 from posttrain.sandbox import SandboxError, require_sandbox
 from tests.sandbox.program_cases import read_cases
@@ -85,3 +88,40 @@ def test_cases_of_input_and_output() -> None:
         "print(int(input()) ** 2, end='')\nimport os\nos._exit(1)",
     ):  # fmt: skip
         assert reward(wrong, cases) == 0.0
+
+
+REASONS = [
+    (SOLVED, ASSERTS, ""),
+    ("def f(x):\n    return x + x\n", ASSERTS, "line 2 of the tests, assert f(-1.5) == 2.25: AssertionError"),
+    (
+        "def f(x):\n    return 3\n",
+        CHECK,
+        "line 3 of the tests, assert candidate(2) == 4, 'zq81expected': AssertionError",
+    ),
+    ("def f(x):\n    return x / 0\n", ASSERTS, "ZeroDivisionError: division by zero"),
+    ("def f(x:\n", ASSERTS, "the program fails: SyntaxError"),
+    ("def f(x):\n    raise ValueError('\\x1b[2Jred\\u202e')\n", ASSERTS, "ValueError: ␛[2Jred<U+202E>"),
+    ("while True: pass\ndef f(x): return 4\n", ASSERTS, "the program was ended: timeout"),
+    ("x = [0] * 10 ** 9\ndef f(x): return 4\n", ASSERTS, "emory"),
+    (
+        "print(int(input()) + 1)",
+        [{"input": "1", "output": "2"}, {"input": "2", "output": "zq81"}],
+        "case 2 of 2: it prints",
+    ),
+    ("1/0", [{"input": "1", "output": "zq81"}], "case 1 of 1: error: ZeroDivisionError: division by zero"),
+    ("", ASSERTS, "the answer has no program"),
+]
+
+
+@pytest.mark.parametrize(("program", "tests", "reason"), REASONS)
+def test_the_reason_of_a_failure_is_kept_for_people(program: str, tests: Any, reason: str) -> None:
+    """Beside the reward, shortened and on one line; no program can read it."""
+    limits = {"seconds": 2, "memory_mb": 256}
+    terms = [{"kind": "unit_tests", "name": "tests", "limits": limits}]
+    text = f"```python\n{program}\n```" if program else ""
+    asked = {"test": tests, "entry_point": "f" if tests is CHECK else ""}
+    with RewardStack(RewardsConfig.model_validate(terms)) as stack:
+        ((answer,),) = (g.rollouts for g in stack([RolloutGroup((1,), asked, [Rollout((), (), "end", text)])]).groups)
+    note = answer.notes.get("tests", "")
+    assert reason in note and bool(note) == (answer.reward == 0.0) and len(note) <= 300 and "\n" not in note
+    assert "\x1b" not in note and "\u202e" not in note

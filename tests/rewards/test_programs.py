@@ -109,7 +109,7 @@ def test_programs_in_a_stack() -> None:
     group = RolloutGroup((1,), {"answer": "4"}, [Rollout((1,), (0.0,), "end", t) for t in texts])
     with RewardStack(config) as stack:
         scored = stack([group])
-    assert [r.reward for r in scored.groups[0].rollouts] == [1.0, 0.1, 0.0] and not scored.excluded
+    assert [r.reward for r in scored.groups[0].rollouts] == [1.0, 0.1, 0.0] and not scored.failed
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def test_the_sum_is_weighted_and_every_part_is_kept() -> None:
     assert [a.reward, b.reward, c.reward] == pytest.approx([1.5, 0.48, -0.06])
     assert scored.metrics["reward/right/mean"] == pytest.approx(1 / 3)
     assert scored.metrics["reward/mean"] == pytest.approx((1.5 + 0.48 - 0.06) / 3)
-    assert scored.metrics["reward/excluded"] == 0 and not scored.excluded
+    assert scored.metrics["reward/excluded"] == 0 and not scored.failed
 
 
 def test_one_that_hangs_is_cut_off_and_the_others_go_on() -> None:
@@ -54,10 +54,11 @@ def test_one_that_hangs_is_cut_off_and_the_others_go_on() -> None:
     with stack(strange("strange"), on_timeout="exclude", workers=2) as rewards:
         scored = rewards([group("fine", "spin", "fine"), group("sleep", "fine")])
     assert time.monotonic() - began < 60
-    assert [[r.text for r in g.rollouts] for g in scored.groups] == [["fine", "fine"], ["fine"]]
-    assert [(e.group, e.index, e.failure) for e in scored.excluded] == [(0, 1, "timeout"), (1, 0, "timeout")]
-    assert "0.5 s of processor time" in scored.excluded[0].message
-    assert math.isnan(scored.excluded[0].rollout.reward)
+    assert [[r.rewarded for r in g.rollouts] for g in scored.groups] == [[True, False, True], [False, True]]
+    assert [[r.text for r in g.rollouts] for g in scored.groups] == [["fine", "spin", "fine"], ["sleep", "fine"]]
+    for failed in scored.failed:
+        assert failed.failures["strange"].startswith("timeout: cut off: over 0.5 s of processor time")
+        assert math.isnan(failed.reward) and not failed.rewards
     assert scored.metrics["reward/strange/timeouts"] == 2
 
 
@@ -76,8 +77,11 @@ def test_one_that_hangs_is_cut_off_and_the_others_go_on() -> None:
 def test_nonsense_is_counted_and_shown(text: str, message: str) -> None:
     with stack(strange("strange"), on_error="exclude") as rewards:
         scored = rewards([group("fine", text)])
-        assert [r.text for r in scored.groups[0].rollouts] == ["fine"]
-        assert message in scored.excluded[0].message
+        assert [r.rewarded for r in scored.groups[0].rollouts] == [True, False]
+        assert (
+            scored.failed[0].failures["strange"].startswith("error: ")
+            and message in scored.failed[0].failures["strange"]
+        )
         assert scored.metrics["reward/strange/errors"] == 1
         assert message.split(":")[0] in rewards.account_of("strange")
 
@@ -85,8 +89,8 @@ def test_nonsense_is_counted_and_shown(text: str, message: str) -> None:
 def test_one_that_crashes_or_eats_memory_takes_nothing_with_it() -> None:
     with stack(strange("strange"), on_timeout="exclude", on_error="exclude") as rewards:
         scored = rewards([group("fine", "crash", "memory", "print", "fine")])
-    assert [r.text for r in scored.groups[0].rollouts] == ["fine", "print", "fine"]
-    assert [e.failure for e in scored.excluded] == ["died", "died"]
+    assert [r.text for r in scored.groups[0].rollouts if r.rewarded] == ["fine", "print", "fine"]
+    assert [r.failures["strange"].split(":")[0] for r in scored.failed] == ["died", "died"]
 
 
 def test_a_worker_killed_from_outside_is_replaced(tmp_path: Path) -> None:
@@ -136,9 +140,10 @@ def test_group_rewards_and_scorers() -> None:
             {"ranks": 0, "preference": 4},
         ]
         # A batch that raises is asked again one by one: only the bad one is left out; so is the group reward's None.
-        assert [r.text for r in scored.groups[1].rollouts] == ["x"]
+        assert [r.text for r in scored.groups[1].rollouts if r.rewarded] == ["x"]
+        assert [sorted(r.failures) for r in scored.failed] == [["preference"], ["ranks"]]
         short = rewards([group("a", "b", short=True)])
-        assert "expected 2 numbers" in short.excluded[0].message
+        assert "expected 2 numbers" in short.failed[0].failures["ranks"]
         assert rewards([]).groups == []
 
 
@@ -151,7 +156,7 @@ def test_a_single_answer_agrees_with_none_and_that_is_no_fault() -> None:
     with stack(*parts) as rewards:
         scored = rewards([group("4"), group("4", "4", "5")])
     (alone,), (a, b, c) = (g.rollouts for g in scored.groups)
-    assert dict(alone.rewards) == {"right": 1} and alone.reward == 0.5 and not scored.excluded
+    assert dict(alone.rewards) == {"right": 1} and alone.reward == 0.5 and not scored.failed
     assert [dict(r.rewards)["agree"] for r in (a, b, c)] == [0.5, 0.5, 0]
     assert [a.reward, b.reward, c.reward] == [1.0, 1.0, 0.0]
     assert rewards.accounts["agree"].scored == 3 and rewards.accounts["agree"].errors == 0

@@ -110,7 +110,7 @@ def _print_chains(shown: Sequence[Chain], out: Console) -> None:
 
 def _print_text(name: str, text: Written, style: str, out: Console) -> None:
     reward = "" if text.reward is None else f", reward {text.reward:.3g}"
-    failed = "".join(f", {part}: {message}" for part, message in text.failures.items())
+    failed = "".join(f", {part}: {message}" for part, message in {**text.failures, **text.notes}.items())
     out.print(plain(f"{name}  {text.tokens} tokens, {text.finish}{reward}{failed}", style=style))
     out.print(plain(text.text or "(empty)"))
 
@@ -290,5 +290,5 @@ def _line(row: dict[str, Any], best: float | None) -> Text:
     again = repetition(mine)
     if again > 0.2:
         parts.append(f"{again:.0%} repeated")
-    parts += [f"{name}: {message}" for name, message in row["failures"].items()]
+    parts += [f"{name}: {message}" for name, message in {**row["failures"], **row["notes"]}.items()]
     return plain("  ".join(parts), style=f"bold {style}")

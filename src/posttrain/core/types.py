@@ -12,6 +12,7 @@ Names of tensors end in their shape, one letter a dimension:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
@@ -115,6 +116,8 @@ class Rollout:
         model: it has log-probability 0 here, no loss, and no part in ratios, divergences, entropies and lengths.
     steps: by the name of a reward that judges steps, those that it has a score for, before weights, in order.
     pieces: when and how its tokens were sampled, in order. Empty: in the step at hand, as the settings say.
+    failures: by the name of a reward that failed, its message: then `reward` is NaN, and the rollout is not trained on.
+    notes: by the name of a reward, why it gave its number, where it says so.
     """
 
     tokens: Sequence[int]
@@ -126,10 +129,17 @@ class Rollout:
     mask: Sequence[bool] | None = None
     steps: Mapping[str, Sequence[Step]] = field(default_factory=dict)
     pieces: Sequence[PartialRollout] = ()
+    failures: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.mask is not None and len(self.mask) != len(self.tokens):
             raise ValueError(f"a rollout of {len(self.tokens)} tokens has a mask of {len(self.mask)}")
+
+    @property
+    def rewarded(self) -> bool:
+        """Return True if no reward failed on it."""
+        return math.isfinite(self.reward)
 
     @property
     def length(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -38,6 +39,7 @@ class EvaluationRun:
         seed: Seeds everything random.
         functions: Rewards given from Python, by name.
         until: Closes what the evaluation opened, such as worker processes, when it is done.
+        log: File that gets what rewards print.
     """
 
     model: LanguageModel
@@ -46,6 +48,7 @@ class EvaluationRun:
     seed: int
     functions: RewardFunctions
     until: ExitStack
+    log: Path | None = None
 
 
 class EvaluationTask:

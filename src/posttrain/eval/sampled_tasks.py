@@ -24,7 +24,7 @@ from posttrain.eval import pass_at_k as inference
 from posttrain.rewards import programs
 from posttrain.rewards.answer_extraction import find, normal
 from posttrain.rewards.number_reading import number_of
-from posttrain.rewards.stack import RewardStack, ScoredGroups
+from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request, Sampler
 
@@ -43,7 +43,7 @@ def sample_chunks(run: EvaluationRun, task: SampleTask.Config) -> Iterator[Chunk
     if task.vote == "program":
         sandbox.require_sandbox()
     terms = [task.judge.model_copy(update={"name": "judge"}), *task.rank_by]
-    rewards = run.until.enter_context(RewardStack(RewardsConfig(terms=terms), run.functions))
+    rewards = run.until.enter_context(RewardStack(RewardsConfig(terms=terms), run.functions, log=run.log))
     sampler = LocalSampler(run.model, run.tokenizer, **task.sampler.limits())
     return in_chunks(run, task.n + 1, 3, lambda *work: _items(sampler, task, rewards, *work))
 
@@ -96,21 +96,12 @@ def _items(
     groups = sampler.sample(many, task.sampler, count)
     greedy = sampler.sample(once, likeliest, count)
     track.phase("judging")
-    judged = iter(_judged(rewards([*groups, *greedy])))
-    sampled, single = [[next(judged) for _ in group] for group in (groups, greedy)]
+    judged = [group.rollouts for group in rewards([*groups, *greedy]).groups]
+    sampled, single = judged[: len(groups)], judged[len(groups) :]
     return [
         sampled_item(task, i, q, of_question, first[0])
         for (i, q), of_question, first in zip(prompts.items(), sampled, single, strict=True)
     ]
-
-
-def _judged(scored: ScoredGroups) -> Iterator[list[Rollout]]:
-    """Every group with its rollouts in their places; one that a reward failed on has what the others gave."""
-    failed = {(e.group, e.index): e.rollout for e in scored.excluded}
-    for g, group in enumerate(scored.groups):
-        kept = iter(group.rollouts)
-        count = len(group.rollouts) + sum(of == g for of, _ in failed)
-        yield [failed[g, i] if (g, i) in failed else next(kept) for i in range(count)]
 
 
 def sampled_item(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def score_chunks(run: EvaluationRun, task: ScoreTask.Config) -> Iterator[Chunk]:
     """Sample n answers to each prompt, and score them."""
-    rewards = run.until.enter_context(RewardStack([task.scorer], run.functions))
+    rewards = run.until.enter_context(RewardStack([task.scorer], run.functions, log=run.log))
     sampler = LocalSampler(run.model, run.tokenizer, **task.sampler.limits())
     return in_chunks(run, task.n, 5, lambda *work: _items(sampler, task, rewards, *work))
 
@@ -43,14 +43,11 @@ def _items(
     requests = [Request(p.tokens, task.n, int(seeds[i]), p.problem) for i, p in prompts.items()]
     groups = sampler.sample(requests, task.sampler)
     track.phase("scoring")
-    scored = rewards(groups)
-    failed = {(e.group, e.index) for e in scored.excluded}
-    out = []
-    for g, ((i, prompt), group) in enumerate(zip(prompts.items(), groups, strict=True)):
-        kept = iter(scored.groups[g].rollouts)
-        scores = [None if (g, k) in failed else next(kept).rewards[task.scorer.title] for k in range(task.n)]
-        out.append(scored_item(i, prompt, group.rollouts, scores))
-    return out
+    name = task.scorer.title
+    return [
+        scored_item(i, prompt, group.rollouts, [r.rewards.get(name) for r in group.rollouts])
+        for (i, prompt), group in zip(prompts.items(), rewards(groups).groups, strict=True)
+    ]
 
 
 def scored_item(

@@ -17,6 +17,7 @@ from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import context_length, load_model
 from posttrain.models.verification import verify
 from posttrain.rewards.reward import RewardFunctions
+from posttrain.rewards.reward_log import LOG
 
 
 def evaluate_model(
@@ -46,7 +47,8 @@ def evaluate_model(
         for task in pending:
             with ExitStack() as until:
                 data = task_data(task, tokenizer, context_length(config))
-                run_task(task, EvaluationRun(model, tokenizer, data, seed, functions or {}, until), folder)
+                run = EvaluationRun(model, tokenizer, data, seed, functions or {}, until, folder / LOG)
+                run_task(task, run, folder)
     return [read_object(folder / f"{t.name}.json") for t in tasks]
 
 

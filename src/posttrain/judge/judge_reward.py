@@ -46,7 +46,7 @@ class JudgeReward(Reward):
         """Open the judge's store, and check its settings."""
         from posttrain.judge.labels import Judge  # imports torch
 
-        self.judge = Judge.open(self.config.judge)
+        self.judge = Judge.open(self.config.judge, f"reward {self.config.title}")
         self.failure: tuple[float, ServerError] | None = None
 
     def __call__(self, prompts: Sequence[Any], texts: Sequence[str]) -> list[float]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from posttrain.judge.local_judge import LocalJudge
 from posttrain.judge.principles import by_content, read_principles
 from posttrain.judge.server_judge import RemoteJudge
 
+log = logging.getLogger("posttrain")
 EDGE = 1e-6
 """Probabilities are kept this far from 0 and 1 where their logits are taken."""
 OPPOSED = "means and most scores drawn say the opposite"
@@ -78,8 +82,8 @@ class Judge:
     counts: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def open(cls, config: JudgeConfig) -> Judge:
-        """Open a judge with its store.
+    def open(cls, config: JudgeConfig, name: str = "judge") -> Judge:
+        """Open a judge with its store; `name` is that of its stage or reward, in messages.
 
         Raises:
             RecipeError, DataError, ServerError, CheckpointError: The principles, the key or the store can't be used.
@@ -90,6 +94,8 @@ class Judge:
                 f"principles_per_question is {config.principles_per_question}, and {config.principles} holds "
                 f"{len(principles)}"
             )
+        if config.template is not None:
+            _warn_without_mark(name, config.template)
         backend: JudgeBackend
         if config.server is not None:
             backend = RemoteJudge(config.server)
@@ -249,6 +255,17 @@ class Judge:
                     out[i] = (verdict, "")
             left = unread
         return out
+
+
+@cache
+def _warn_without_mark(name: str, template: str) -> None:
+    """Warn of a template by which an answer can pretend that it ends; once for each name."""
+    if "mark" not in {field for _, field, _, _ in string.Formatter().parse(template)}:
+        log.warning(
+            "%s: the judge's template does not mark where a text ends, so an answer can pretend that it ends and that "
+            "the judge begins to speak: write <{mark}> before each text and </{mark}> after it (docs/feedback.md)",
+            name,
+        )
 
 
 def _counter(on_done: OnQuestions | None, total: int) -> Callable[[int], None] | None:

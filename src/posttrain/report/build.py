@@ -21,6 +21,7 @@ from posttrain.report.load import Run, read
 from posttrain.report.measured_stages import measured_stages
 from posttrain.report.reward_models import gold, held_out
 from posttrain.report.rollouts import views
+from posttrain.rewards.reward_log import printed_lines
 
 VENDOR = ("uPlot.iife.min.js", "uPlot.min.css", "LICENSE-uPlot.txt")
 FILTERS = {
@@ -91,6 +92,7 @@ def render_page(run: Run) -> str:
         held_out=held_out(run),
         measured=measured_stages(run),
         gold=gold(run),
+        printed=printed_lines(run.folder),
         recipe=formatting.yaml_markup(run.recipe_text),
         style=Markup(f"/* uPlot 1.6.32, MIT licence */\n{plot_style}\n{page['style.css']}"),
         script=Markup(script),

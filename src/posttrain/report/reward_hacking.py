@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 from posttrain.core.types import Rollout, RolloutGroup
+from posttrain.rewards.outcome import NOT_GRADED, WITHOUT_END
 
 GRAM = 4
 DRIFT = 0.5
@@ -32,6 +34,11 @@ STANDING = {
 """Markers that are named wherever at least half of the rollouts have them, whether that is new or not."""
 FAILING = 0.05
 """Share of rollouts without a reward that is named."""
+COUNTED_WRONG = {
+    WITHOUT_END: "have no end token (they were cut at the longest length; see sampler.max_tokens)",
+    NOT_GRADED: "could not be graded within the limits of time and memory",
+}
+"""Beginnings of notes, and what the rollouts that have them are."""
 RARE = 0.2
 """Share of a step's rollouts, up to which a marker of one of them is unusual there."""
 
@@ -141,7 +148,11 @@ def follow_rewards(steps: Sequence[Sequence[RolloutGroup]], suspects: int = 5) -
     shape, markers = followed(SHAPE), followed(MARKERS)
     apart = [p for p in pairs if _moves_apart(p, parts)]
     unrewarded = [[not math.isfinite(r.reward) for g in groups for r in g.rollouts] for groups in steps]
-    warnings = _failures(unrewarded, third) + _drifts(shape, markers, _drifted(parts["reward"]) > 0)
+    warnings = (
+        _failures(unrewarded, third)
+        + _counted_wrong(everything)
+        + _drifts(shape, markers, _drifted(parts["reward"]) > 0)
+    )
     return {
         "steps": len(flat),
         "rollouts": len(everything),
@@ -232,6 +243,22 @@ def _failures(unrewarded: Sequence[Sequence[bool]], third: int) -> list[str]:
             count = f"{sum(flat):,} of {len(flat):,} rollouts ({statistics.fmean(flat):.0%})"
             return [f"{count} got no reward{when}: a reward fails on them"]
     return []
+
+
+def _counted_wrong(rollouts: Sequence[Rollout]) -> list[str]:
+    """Name the number of rollouts that a reward counts as wrong without having judged a whole answer."""
+    out = []
+    for mark, words in COUNTED_WRONG.items():
+        names = Counter(
+            n
+            for r in rollouts
+            for n, note in r.notes.items()
+            if note.removeprefix(f"{WITHOUT_END}; ").startswith(mark) or note.startswith(mark)
+        )
+        for name, count in names.items():
+            share = f"{count:,} of {len(rollouts):,} rollouts ({count / len(rollouts):.0%})"
+            out.append(f"{share} {words}, and count as wrong: {name}")
+    return out
 
 
 def _drifts(shape: Mapping[str, Any], markers: Mapping[str, Any], rises: bool) -> list[str]:

@@ -3,14 +3,14 @@
 from posttrain.config.rewards import CustomRewardConfig, RewardConfig, RewardsConfig, RewardTermConfig
 from posttrain.core.errors import RewardError
 from posttrain.rewards.answer_extraction import ExtractedAnswer, find
-from posttrain.rewards.outcome import LabelError
+from posttrain.rewards.outcome import Explained, LabelError
 from posttrain.rewards.reward import Reward
-from posttrain.rewards.stack import Excluded, RewardStack, ScoredGroups
+from posttrain.rewards.stack import RewardStack, ScoredGroups
 
 __all__ = [
     "ExtractedAnswer",
     "CustomRewardConfig",
-    "Excluded",
+    "Explained",
     "LabelError",
     "Reward",
     "RewardConfig",

@@ -14,6 +14,11 @@ from posttrain.core.errors import PosttrainError
 ExampleRow = Mapping[str, Any]
 TRACE = 3000
 """Characters of a traceback that are kept, from its end."""
+LONGEST_NOTE = 300
+"""Characters of a reason that are kept."""
+WITHOUT_END = "no end token"
+NOT_GRADED = "not graded"
+"""Beginnings of notes on answers that count as wrong: cut at the longest length; too slow or too large to be graded."""
 
 
 class LabelError(PosttrainError, ValueError):
@@ -28,7 +33,7 @@ class RewardOutcome:
         value: The number. None: a failure, or no opinion, which counts nothing in the sum.
         failure: ``error`` (it raised, or returned no finite number), ``timeout``, ``died`` (memory ran out, or the
             worker process ended twice during this call).
-        message, trace: Of the failure.
+        message, trace: Of the failure; of a number, the reason that its reward gave.
         cut_off: Why an answer that the reward was cut off at counts as wrong, with value 0; None for other outcomes.
         steps: Of a reward that scores steps, (first character, one past the last, score) in order; value is their mean.
     """
@@ -39,6 +44,17 @@ class RewardOutcome:
     trace: str = ""
     cut_off: Literal["timeout", "died"] | None = None
     steps: tuple[tuple[int, int, float], ...] | None = None
+
+
+class Explained(float):
+    """A reward's number with its reason, which is kept with the rollout and shown to people, never to a model."""
+
+    reason: str
+
+    def __new__(cls, value: float, reason: str) -> Explained:
+        made = super().__new__(cls, value)
+        made.reason = reason
+        return made
 
 
 def as_number(value: Any) -> float:
@@ -90,7 +106,7 @@ def _checked(value: Any, steps: bool = False) -> RewardOutcome:
         if steps:
             scored = tuple(sorted(_step(s) for s in value))
             return RewardOutcome(sum(s[2] for s in scored) / max(1, len(scored)), steps=scored)
-        return RewardOutcome(as_number(value))
+        return RewardOutcome(as_number(value), message=value.reason if isinstance(value, Explained) else "")
     except Exception as error:
         return RewardOutcome(failure="error", message=str(error)[:TRACE])
 

@@ -18,13 +18,14 @@ from posttrain.config.rewards import RewardTermConfig
 from posttrain.config.sandbox import SandboxConfig
 from posttrain.rewards.code_blocks import code_in, names_called
 from posttrain.rewards.number_reading import answer_number
-from posttrain.rewards.outcome import ExampleRow, LabelError, labels
+from posttrain.rewards.outcome import ExampleRow, Explained, LabelError, labels
 from posttrain.rewards.reward import Reward, RewardFunctions
 from posttrain.rewards.verifiers import label_answer
 from posttrain.sandbox.program_tests import Copies, TestsError, after_head, run_tests
 
 _DEFINED = re.compile(r"^def solution\(\s*\)", re.MULTILINE)
 _CALLED = re.compile(r"^[^#\n]*(?<!def )solution\(", re.MULTILINE)
+NO_PROGRAM = "the answer has no program"
 
 
 def printed(text: str, limits: SandboxConfig) -> str | None:
@@ -144,29 +145,36 @@ class UnitTests(SandboxedReward):
         head = str(example.get(config.prefix) or "") if config.prefix else ""
         if not isinstance(tests, str):
             code = code_in(text, prints=True)
-            return 0.0 if code is None else float(self._prints(after_head(head, code), tests))
+            why = NO_PROGRAM if code is None else self._prints(after_head(head, code), tests)
+            return Explained(0.0, why) if why else 1.0
         entry_point = str(example.get(config.entry_point) or "")
         code = code_in(text, names_called(tests, entry_point))
         if code is None:
-            return 0.0
+            return Explained(0.0, NO_PROGRAM)
         try:
             done = run_tests(code, tests, head, entry_point, config.changed_arguments, config.limits)
         except TestsError as error:
             raise LabelError(f"the tests in {config.tests!r} can't be run: {error}") from error
-        return float(done.passed)
+        return 1.0 if done.passed else Explained(0.0, done.reason)
 
-    def _prints(self, program: str, cases: Sequence[tuple[str, str]]) -> bool:
-        """Return True if the program prints the right output for the input of every case."""
+    def _prints(self, program: str, cases: Sequence[tuple[str, str]]) -> str:
+        """Return why the program does not print the right output for every input; empty if it does."""
         limits = self.config.limits
         until = time.monotonic() + 3.5 * self.config.timeout  # the call itself is cut off a little later
-        for given, expected in cases:
+        for number, (given, expected) in enumerate(cases, 1):
             left = min(limits.seconds, until - time.monotonic())
-            if left <= 0:
-                return False
-            done = sandbox.run_program(program, given, limits.model_copy(update={"seconds": left}))
-            if done.status != "ok" or not same_output(done.stdout, expected):
-                return False
-        return True
+            done = (
+                sandbox.run_program(program, given, limits.model_copy(update={"seconds": left})) if left > 0 else None
+            )
+            case = f"case {number} of {len(cases)}"
+            if done is None:
+                return f"{case}: time ran out before it"
+            if done.status != "ok":
+                last = (done.stderr.strip().splitlines() or [""])[-1]
+                return f"{case}: {done.status}{f': {last}' if last else ''}"
+            if not same_output(done.stdout, expected):
+                return f"{case}: it prints {done.stdout[:80]!r}"
+        return ""
 
 
 def same_output(printed: str, expected: str) -> bool:

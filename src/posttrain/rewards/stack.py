@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from posttrain.config.rewards import RewardConfig, RewardsConfig
+from posttrain.config.rewards import CustomRewardConfig, RewardConfig, RewardsConfig
 from posttrain.core.errors import RewardError
 from posttrain.core.types import Rollout, RolloutGroup, Step
-from posttrain.rewards.outcome import LabelError, RewardOutcome, attempt
+from posttrain.core.visible_text import visible
+from posttrain.rewards.outcome import LONGEST_NOTE, NOT_GRADED, WITHOUT_END, LabelError, RewardOutcome, attempt
 from posttrain.rewards.reward import RewardTerm, reward_term
+from posttrain.rewards.reward_log import RewardLog
 from posttrain.rewards.token_spans import token_spans, tokens_of
 from posttrain.rewards.worker_pool import Pool, RewardCall
 
@@ -25,37 +29,21 @@ NOT_SAMPLED = "sampling"
 
 
 @dataclass(frozen=True, slots=True)
-class Excluded:
-    """A rollout that got no reward.
-
-    Attributes:
-        group, index: Its place in the call.
-        rollout: The rollout, with the numbers of the rewards that worked.
-        reward: Name of the first reward that failed.
-        failure, message: As in its `Outcome`.
-    """
-
-    group: int
-    index: int
-    rollout: Rollout
-    reward: str
-    failure: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
 class ScoredGroups:
     """Result of a call.
 
     Attributes:
-        groups: In their order, each rollout with its rewards, without those in `excluded` (a group may be empty).
-        excluded: Rollouts without a reward.
+        groups: In their order, each rollout in its place with its rewards, or with NaN and its `failures`.
         metrics: Of this call, flat, with counts of failures also if they are 0.
     """
 
     groups: list[RolloutGroup]
-    excluded: list[Excluded]
     metrics: dict[str, float]
+
+    @property
+    def failed(self) -> list[Rollout]:
+        """Return the rollouts without a reward."""
+        return [r for g in self.groups for r in g.rollouts if not r.rewarded]
 
 
 @dataclass
@@ -87,6 +75,7 @@ class RewardStack:
         functions: Callables by name, for rewards that name one instead of an import path. They run in this process,
             without a time limit.
         tokenizer: Finds the tokens of scored steps. None: such rewards give their means alone.
+        log: File that gets what rewards print. None: it is shown only.
 
     Raises:
         RewardError: A reward can't be made.
@@ -97,15 +86,17 @@ class RewardStack:
         config: RewardsConfig | Sequence[RewardConfig],
         functions: Mapping[str, Callable[..., Any]] | None = None,
         tokenizer: Any = None,
+        log: Path | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.log = RewardLog(log)
         self.config = config if isinstance(config, RewardsConfig) else RewardsConfig(terms=list(config))
         self.terms: list[RewardTerm] = [reward_term(t, functions or {}) for t in self.config.terms]
         self.accounts = {t.name: Account() for t in self.terms}
         isolated = [t for t in self.terms if t.function is None]
         self._slot = {t.name: i for i, t in enumerate(isolated)}
         specs = [t.config.model_dump(mode="json") for t in isolated]
-        self.pool = Pool(specs, self.config.workers) if isolated else None
+        self.pool = Pool(specs, self.log, self.config.workers) if isolated else None
 
     def __enter__(self) -> RewardStack:
         return self
@@ -119,6 +110,7 @@ class RewardStack:
             print(line, flush=True)
         if self.pool is not None:
             self.pool.close()
+        self.log.close()
 
     def often_failed(self) -> list[str]:
         """Return a line for each reward that failed on more than 5% of its completions."""
@@ -150,36 +142,72 @@ class RewardStack:
     def __call__(self, groups: Sequence[RolloutGroup]) -> ScoredGroups:
         """Score every rollout by every reward.
 
-        A rollout that a reward failed on is left out of its group and listed in `excluded`, with the numbers of the
-        other rewards in its `rewards`, and NaN as its sum.
+        A rollout that a reward failed on has the numbers of the other rewards in its `rewards`, NaN as its sum, and the
+        messages in its `failures`.
 
         Raises:
             RewardError: A reward failed as often as the settings allow, or has never worked.
         """
         outcomes = self._outcomes(groups)
-        scored, excluded = [], []
-        for g, group in enumerate(groups):
-            kept = []
-            for i, rollout in enumerate(group.rollouts):
-                if rollout.finish == "error":
-                    excluded.append(
-                        Excluded(g, i, replace(rollout, reward=math.nan), NOT_SAMPLED, "error", rollout.text)
+        scored = [
+            replace(
+                group,
+                rollouts=[
+                    self._scored(
+                        r, {name: of_groups[g][i] for name, of_groups in outcomes.items() if i in of_groups[g]}
                     )
-                    continue
-                each = {t.name: outcomes[t.name][g][i] for t in self.terms}
-                values = {name: o.value for name, o in each.items() if o.value is not None}
-                bad = next((name for name, o in each.items() if o.failure), None)
-                if bad is None:
-                    total = sum(t.config.weight * values[t.name] for t in self.terms if t.name in values)
-                    kept.append(replace(rollout, rewards=values, reward=total, steps=self._steps(rollout, each)))
-                else:
-                    marked = replace(rollout, rewards=values, reward=math.nan)
-                    excluded.append(Excluded(g, i, marked, bad, each[bad].failure or "", each[bad].message))
-            scored.append(replace(group, rollouts=kept))
-        before = {name: (a.errors, a.timeouts, a.died) for name, a in self.accounts.items()}
+                    for i, r in enumerate(group.rollouts)
+                ],
+            )
+            for g, group in enumerate(groups)
+        ]
+        before = self.state_dict()
         self._count(outcomes)
         self._check_limits()
-        return ScoredGroups(scored, excluded, self._metrics(scored, excluded, outcomes, before))
+        return ScoredGroups(scored, self._metrics(scored, outcomes, before))
+
+    def _scored(self, rollout: Rollout, each: Mapping[str, RewardOutcome]) -> Rollout:
+        """Return a rollout with the outcomes of its rewards, by name."""
+        if rollout.finish == "error":
+            return replace(rollout, reward=math.nan, failures={NOT_SAMPLED: f"error: {rollout.text}"})
+        values = {name: o.value for name, o in each.items() if o.value is not None}
+        failures = {name: f"{o.failure}: {o.message}" for name, o in each.items() if o.failure}
+        steps = {} if failures else self._steps(rollout, each)
+        reward = math.nan if failures else self._total(values)
+        notes = {n: note for n, o in each.items() if (note := self._note(n, o, rollout.finish))}
+        return replace(rollout, rewards=values, reward=reward, steps=steps, failures=failures, notes=notes)
+
+    def _note(self, name: str, outcome: RewardOutcome, finish: str) -> str:
+        """Return why a reward gave its number, on one line; empty if it is not known."""
+        if outcome.value is None:
+            return ""
+        config = next(t.config for t in self.terms if t.name == name)
+        wrong = config.is_correctness and not config.scores_steps and outcome.value == 0
+        parts = [WITHOUT_END] if wrong and finish == "length" else []
+        parts += [NOT_GRADED] if outcome.cut_off else []
+        parts += [outcome.message] if outcome.message else []
+        return visible(" ".join("; ".join(parts).split()))[:LONGEST_NOTE]
+
+    def failures_as_wrong(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Return rollouts to take means of: those that a reward of right answers failed on as wrong ones.
+
+        The reward is then the lowest of the others, and at most 0. Failures of a reward that knows no right and wrong
+        are left out.
+        """
+        out = []
+        for r in rollouts:
+            lost = [t for t in self.terms if t.name in r.failures or NOT_SAMPLED in r.failures]
+            if any(t.config.is_correctness for t in lost):
+                worst = {
+                    t.name: min([0.0, *(o.rewards[t.name] for o in rollouts if t.name in o.rewards)]) for t in lost
+                }
+                values = {**worst, **r.rewards}
+                r = replace(r, rewards=values, reward=self._total(values))
+            out += [r] if r.rewarded else []
+        return out
+
+    def _total(self, values: Mapping[str, float]) -> float:
+        return sum(t.config.weight * values[t.name] for t in self.terms if t.name in values)
 
     def _steps(self, rollout: Rollout, each: Mapping[str, RewardOutcome]) -> dict[str, list[Step]]:
         """Return the tokens of the scored steps, by reward, without steps that have no token (after the text)."""
@@ -218,8 +246,7 @@ class RewardStack:
                         calls.append(RewardCall(self._slot[term.name], args, count, limit, config.scores_steps))
                         targets.append((term.name, g, places))
                     else:
-                        got = attempt(term.function, args, count, config.scores_steps)
-                        into[g].update(zip(places, got, strict=True))
+                        into[g].update(zip(places, self._call(term, args, count), strict=True))
         if self.pool is not None and calls:
             wrong = {t.name for t in self.terms if t.config.cut_off_is_wrong}
             for (name, g, places), got in zip(targets, self.pool.run(calls), strict=True):
@@ -249,15 +276,20 @@ class RewardStack:
                 if context and column == "messages" and getattr(term.config, "reads_context", False):
                     prompt = {"messages": prompt, **context}
                 pairs.extend((g, i, prompt, group.rollouts[i].text) for i in sampled[g])
-        assert term.function is not None
-        steps = term.config.scores_steps
         for start in range(0, len(pairs), size):
             batch = pairs[start : start + size]
-            got = attempt(term.function, ([p[2] for p in batch], [p[3] for p in batch]), len(batch), steps)
+            got = self._call(term, ([p[2] for p in batch], [p[3] for p in batch]), len(batch))
             if len(batch) > 1 and all(o.failure and o.trace for o in got):
-                got = [attempt(term.function, ([p[2]], [p[3]]), 1, steps)[0] for p in batch]
+                got = [self._call(term, ([p[2]], [p[3]]), 1)[0] for p in batch]
             for (g, i, _, _), outcome in zip(batch, got, strict=True):
                 into[g][i] = outcome
+
+    def _call(self, term: RewardTerm, args: Sequence[Any], count: int | None) -> list[RewardOutcome]:
+        """Call a reward in this process; what a function of the user prints is kept."""
+        assert term.function is not None
+        own = isinstance(term.config, CustomRewardConfig) or hasattr(term.config, "scorer")
+        with self.log.printed() if own else nullcontext():
+            return attempt(term.function, args, count, term.config.scores_steps)
 
     def _count(self, outcomes: Mapping[str, list[dict[int, RewardOutcome]]]) -> None:
         for name, of_groups in outcomes.items():
@@ -298,25 +330,21 @@ class RewardStack:
     def _metrics(
         self,
         groups: Sequence[RolloutGroup],
-        excluded: Sequence[Excluded],
         outcomes: Mapping[str, list[dict[int, RewardOutcome]]],
-        before: Mapping[str, tuple[int, int, int]],
+        before: Mapping[str, Mapping[str, int]],
     ) -> dict[str, float]:
         """Return means and standard deviations over the scored rollouts (absent if there are none), and failures."""
-        out: dict[str, float] = {"reward/excluded": float(len(excluded))}
-        totals = [r.reward for g in groups for r in g.rollouts]
-        columns = {"reward": totals}
+        rollouts = [r for g in groups for r in g.rollouts]
+        columns = {"reward": [r.reward for r in rollouts if r.rewarded]}
+        out = {"reward/excluded": float(len(rollouts) - len(columns["reward"]))}
         for name, of_groups in outcomes.items():
             columns[f"reward/{name}"] = [o.value for d in of_groups for o in d.values() if o.value is not None]
         for name, values in columns.items():
             if values:
                 out[f"{name}/mean"] = statistics.fmean(values)
                 out[f"{name}/std"] = statistics.pstdev(values)
-        for name, a in self.accounts.items():
-            for failure, now, then in zip(
-                ("errors", "timeouts", "died"), (a.errors, a.timeouts, a.died), before[name], strict=True
-            ):
-                out[f"reward/{name}/{failure}"] = float(now - then)
+        for name, counts in self.state_dict().items():
+            out |= {f"reward/{name}/{f}": float(counts[f] - before[name][f]) for f in COUNTS if f != "scored"}
         return out
 
 

@@ -1,4 +1,4 @@
-"""A process that calls rewards: ``python -m posttrain.rewards.worker``, frames in, frames out.
+"""A process that calls rewards, frames in, frames out.
 
 A plain child process rather than one of `multiprocessing`, which would run the user's main script again in the child.
 The limit on processor time ends the process by a signal that Python code can't catch or swallow, and does not depend on

@@ -22,12 +22,15 @@ from typing import IO, Any
 
 from posttrain.core.errors import RewardError
 from posttrain.rewards.outcome import RewardOutcome
+from posttrain.rewards.reward_log import RewardLog
 from posttrain.rewards.worker import read_frame, write_frame
 
 WALL = 4.0
 """Time by the clock that a call may take, as a multiple of its processor time: other processes use the machine too."""
 START = 120.0
 """Seconds that a worker may take for its imports."""
+LAST_LINES = 2.0
+"""Seconds for the last lines that a process printed, if something that it started still holds its pipe."""
 LONGEST_LINE = 2000
 """Longest printed line in bytes; a longer one is broken up."""
 MEMORY_GIB = 4.0
@@ -56,10 +59,12 @@ class RewardCall:
 class Worker:
     """A process that calls rewards; what they print appears in the log of the run."""
 
-    def __init__(self, rewards: Sequence[dict[str, Any]], memory_gib: float) -> None:
+    def __init__(self, rewards: Sequence[dict[str, Any]], memory_gib: float, log: RewardLog) -> None:
+        self.log = log
         environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", "-m", "posttrain.rewards.worker"]  # -P: a file here hides no module
-        # -m must find this package wherever the parent found it.
+        # -P: a file here hides no module. Not -m, which warns that the package has imported the module already.
+        command = [sys.executable, "-P", "-c", "from posttrain.rewards.worker import main; main()"]
+        # It must find this package wherever the parent found it.
         environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
@@ -68,7 +73,8 @@ class Worker:
         assert self.process.stdin and self.process.stdout and self.process.stderr
         self.requests, self.replies, errors = self.process.stdin, self.process.stdout, self.process.stderr
         self.printed: deque[str] = deque(maxlen=20)
-        threading.Thread(target=self._forward, args=(errors,), daemon=True).start()
+        self.forwarding = threading.Thread(target=self._forward, args=(errors,), daemon=True)
+        self.forwarding.start()
         setup = {"path": [p or os.getcwd() for p in sys.path], "rewards": list(rewards), "memory_gib": memory_gib}
         answer = self._request(setup, START)
         if answer is not None:
@@ -82,8 +88,7 @@ class Worker:
         for line in iter(lambda: stream.readline(LONGEST_LINE), b""):
             text = line.decode(errors="replace").rstrip()
             self.printed.append(text)
-            if text:
-                print(f"reward: {text}", flush=True)
+            self.log.write(text)
 
     def call(self, call: RewardCall) -> list[RewardOutcome] | str:
         """Return the outcomes of a call, or ``timeout`` or ``died``: then the process is of no more use."""
@@ -126,6 +131,7 @@ class Worker:
         """End the process and close its pipes."""
         self.kill()
         self.process.wait()
+        self.forwarding.join(LAST_LINES)
         for stream in (self.requests, self.replies):
             with contextlib.suppress(OSError):
                 stream.close()
@@ -145,12 +151,13 @@ class Pool:
     the others start when there is work for them.
     """
 
-    def __init__(self, rewards: Sequence[dict[str, Any]], workers: int = 2, memory_gib: float = MEMORY_GIB) -> None:
-        self.rewards = rewards
-        self.memory_gib = memory_gib
+    def __init__(
+        self, rewards: Sequence[dict[str, Any]], log: RewardLog, workers: int = 2, memory_gib: float = MEMORY_GIB
+    ) -> None:
+        self.rewards, self.log, self.memory_gib = rewards, log, memory_gib
         self.workers: list[Worker | None] = [None] * workers
         self._finalizer = weakref.finalize(self, _close_all, self.workers)
-        self.workers[0] = Worker(rewards, memory_gib)
+        self.workers[0] = Worker(rewards, memory_gib, log)
 
     def run(self, calls: Sequence[RewardCall]) -> list[list[RewardOutcome]]:
         """Return the outcomes of every call, in order."""
@@ -183,7 +190,7 @@ class Pool:
             ] * size
         words = ""
         for _ in range(2):
-            worker = self.workers[slot] = self.workers[slot] or Worker(self.rewards, self.memory_gib)
+            worker = self.workers[slot] = self.workers[slot] or Worker(self.rewards, self.memory_gib, self.log)
             answer = worker.call(call)
             if not isinstance(answer, str):
                 return answer

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from posttrain.core.errors import CheckpointError
 from posttrain.core.files import file_hash
+from posttrain.rewards.reward_log import LOG
 
-NOT_SUMMED = ("checkpoints", "tensorboard", "README.md")
-"""Parts of a stage that are no result: checkpoints have other checksums, and model cards are written at the end."""
+NOT_SUMMED = ("checkpoints", "tensorboard", "README.md", LOG)
+"""Parts that are no result: checkpoints have other checksums, model cards are written at the end, logs may grow."""
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
 
 def rollout_from_json(values: Mapping[str, Any]) -> Rollout:
     """Return the rollout that `plain` was made from."""
-    restored = {f.name: values[f.name] for f in fields(Rollout)}
+    restored = {f.name: values[f.name] for f in fields(Rollout) if f.name in values}
     restored = {name: tuple(v) if isinstance(v, list) else v for name, v in restored.items()}
     return Rollout(**{**restored, "pieces": tuple(PartialRollout(**p) for p in values["pieces"])})
 

@@ -16,7 +16,7 @@ COLUMN_TYPES: dict[tuple[str, ...], Any] = {
     ("step", "group", "rollout", "problem"): int,
     ("source", "prompt", "completion", "finish"): str,
     ("prompt_tokens", "tokens", "logprobs", "turns", "pieces"): list,
-    ("parts", "steps", "failures"): dict,
+    ("parts", "steps", "failures", "notes"): dict,
     ("reward", "advantage"): float | None,
 }
 """Columns of a file that is read, and the type of their values."""
@@ -34,7 +34,6 @@ def write_rollouts(
     advantages: Sequence[Sequence[float | None]] | None,
     prompts: Sequence[str],
     problems: Sequence[int],
-    failures: Sequence[Sequence[Mapping[str, str]]] | None = None,
     turns: Callable[[Rollout], Sequence[tuple[bool, str]]] | None = None,
 ) -> Path:
     """Write the rollouts of a step, group by group, as a whole or not at all.
@@ -46,7 +45,6 @@ def write_rollouts(
         advantages: One for each rollout; None: it took no part.
         prompts: Rendered prompt of each group.
         problems: Number of the problem of each group.
-        failures: Message of each failed reward of each rollout, by name.
         turns: Returns the parts of a rollout's text, each with True if the model wrote it.
     """
     import pyarrow as pa
@@ -76,7 +74,8 @@ def write_rollouts(
                     "steps": json.dumps({name: [list(s) for s in steps] for name, steps in r.steps.items()}),
                     "turns": json.dumps(list(turns(r)) if turns is not None else [], ensure_ascii=False),
                     "pieces": json.dumps([[p.tokens, p.step, p.temperature] for p in r.pieces]),
-                    "failures": json.dumps(dict(failures[g][i]) if failures is not None else {}, ensure_ascii=False),
+                    "failures": json.dumps(dict(r.failures), ensure_ascii=False),
+                    "notes": json.dumps(dict(r.notes), ensure_ascii=False),
                 }
             )
     schema = pa.schema(
@@ -89,7 +88,7 @@ def write_rollouts(
             ("mask", pa.list_(pa.bool_())),
             ("reward", pa.float64()),
             ("advantage", pa.float64()),
-            *((name, pa.string()) for name in ("answer", "parts", "steps", "turns", "pieces", "failures")),
+            *((name, pa.string()) for name in ("answer", "parts", "steps", "turns", "pieces", "failures", "notes")),
         ]
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +107,7 @@ def rollout_steps(folder: Path) -> list[int]:
 def read_rollouts(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a file, with values in place of the JSON of some columns.
 
-    Older files without `mask`, `steps`, `turns` and `pieces` are read as rollouts without these.
+    Older files without `mask`, `steps`, `turns`, `pieces` and `notes` are read as rollouts without these.
 
     Raises:
         DataError: It can't be read.
@@ -131,7 +130,7 @@ def _read_columns(row: dict[str, Any]) -> None:
     Raises:
         KeyError, TypeError, ValueError: A column is missing, or holds something else.
     """
-    for name in ("answer", "parts", "steps", "failures", "turns", "pieces"):
+    for name in ("answer", "parts", "steps", "failures", "notes", "turns", "pieces"):
         row[name] = json.loads(row.get(name) or ("[]" if name in ("turns", "pieces") else "{}"))
     row.setdefault("mask", None)
     for names, kind in COLUMN_TYPES.items():
@@ -161,7 +160,9 @@ def groups_of(rows: Sequence[Mapping[str, Any]]) -> list[RolloutGroup]:
                 math.nan if r["reward"] is None else r["reward"],
                 r["mask"],
                 {name: [(a, b, score) for a, b, score in steps] for name, steps in r["steps"].items()},
-                pieces=tuple(PartialRollout(*p) for p in r["pieces"]),
+                tuple(PartialRollout(*p) for p in r["pieces"]),
+                r["failures"],
+                r["notes"],
             )
             for r in members
         ]

@@ -19,6 +19,7 @@ import resource
 import signal
 import socket
 import sys
+import traceback
 import unittest
 from typing import Any
 
@@ -256,12 +257,22 @@ def verdict_of(job: dict[str, Any], channel: ProgramChannel) -> tuple[bool, str]
         pass
     except BaseException as error:
         if not channel.faulty:
-            return False, f"{type(error).__name__}: {error}"
+            return False, reason_of(error, job["tests"])
     if channel.faulty:
         raise BadTests(channel.faulty)
     if not channel.asked:
         raise BadTests("the tests end without a call of the program" + _hint(tests))
     return not channel.broken, channel.broken
+
+
+def reason_of(error: BaseException, tests: str) -> str:
+    """Return the line of the tests at which an exception left them, and what it says."""
+    said = f"{type(error).__name__}: {error}".removesuffix(": ")
+    numbers = [n for frame, n in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == "tests"]
+    if not numbers:
+        return said
+    line = tests.splitlines()[numbers[-1] - 1].strip()
+    return f"line {numbers[-1]} of the tests, {line}: {said}"
 
 
 def defines(channel: ProgramChannel, name: str) -> bool:

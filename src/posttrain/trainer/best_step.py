@@ -26,7 +26,6 @@ class BestStep:
     one is written. So a run that was killed at any moment finds the weights that its checkpoint names.
 
     Attributes:
-        metric: Name of the held-out loss among the measured numbers.
         stopped: True once the stage is to end, because the loss no longer falls.
     """
 

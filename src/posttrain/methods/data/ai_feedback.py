@@ -71,7 +71,7 @@ class Feedback(DataStage):
 
         config, tokenizer = self.config, self.context.tokenizer
         if config.judge is not None:
-            Judge.open(config.judge).close()
+            Judge.open(config.judge, f"stage {config.name}").close()
         if isinstance(config.answers, SamplesConfig):
             data = self.load_prompts(config.answers.problems)
             require_plain_context(self.prompts, f"stage {config.name}: pairs of answers")
@@ -129,7 +129,7 @@ class Feedback(DataStage):
         from posttrain.judge.labels import Judge, describe
 
         config = self.config
-        with Judge.open(config.judge) as judge:
+        with Judge.open(config.judge, f"stage {config.name}") as judge:
             judged = judge_pairs(judge, pairs, config.name)
         rows = [_judged_row(j, config.judge) for j in judged if j.p_a is not None and j.p_a != 0.5]
         report = {"name": config.name, "judge": describe(config.judge), **summarize_judge(judged, config.show)}

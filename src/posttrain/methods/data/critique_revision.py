@@ -40,6 +40,7 @@ from posttrain.methods.data.revision_prompts import (
     read_examples,
     revision_turns,
 )
+from posttrain.rewards.reward_log import LOG
 from posttrain.rewards.stack import RewardStack
 
 if TYPE_CHECKING:
@@ -189,7 +190,8 @@ class CritiqueRevision(DataStage):
             track = stack.enter_context(Track(config.name, total, total - sum(map(len, missing.values()))))
             rewards = None
             if config.rewards is not None:
-                rewards = stack.enter_context(RewardStack(config.rewards, self.context.functions))
+                log = folder.parent / LOG
+                rewards = stack.enter_context(RewardStack(config.rewards, self.context.functions, log=log))
             writer = open_writer(config, model)
             loop = RevisionLoop(config, writer, self.principles, self.examples, rewards, track.phase)
             streams = np.random.SeedSequence([seed, 6]).generate_state(total * (1 + 2 * config.revisions), np.uint64)
@@ -313,16 +315,16 @@ class RevisionLoop:
         written = self._next_turns(title, conversations, self.config.sampler.max_tokens)
         if self.rewards is None or not written:
             return [_text(r) for r in written]
-        from posttrain.methods.rl.collect_rollouts import with_failed
-
         stripped = [replace(r, text=r.text.strip()) for r in written]  # rewards see the text that the row will have
         groups = [RolloutGroup(p.tokens, p.problem, [r]) for p, r in zip(prompts, stripped, strict=True)]
-        scored, _, failures = with_failed(self.rewards(groups))
         out = []
-        for group, failed in zip(scored, failures, strict=True):
+        for group in self.rewards(groups).groups:
             r = group.rollouts[0]
-            lost = failed[0] if r.finish != "error" else {}  # a refused answer is no failure of a reward
-            out.append(_text(r, None if failed[0] else r.reward, dict(r.rewards), dict(lost)))
+            lost = r.failures if r.finish != "error" else {}  # a refused answer is no failure of a reward
+            reward = r.reward if r.rewarded else None
+            out.append(
+                replace(_text(r), reward=reward, parts=dict(r.rewards), failures=dict(lost), notes=dict(r.notes))
+            )
         return out
 
     def _next_turns(self, title: str, conversations: Conversations, max_tokens: int) -> list[Rollout]:
@@ -340,5 +342,5 @@ class RevisionLoop:
         return least is not None and answer.reward is not None and answer.reward >= least and not chains.fault(answer)
 
 
-def _text(rollout: Rollout, reward: float | None = None, parts: Any = None, failures: Any = None) -> Text:
-    return Text(rollout.text.strip(), rollout.finish, len(rollout.tokens), reward, parts or {}, failures or {})
+def _text(rollout: Rollout) -> Text:
+    return Text(rollout.text.strip(), rollout.finish, len(rollout.tokens))

@@ -27,6 +27,7 @@ from posttrain.methods.data.data_stage import (
     refuse_torchrun,
     save_rows,
 )
+from posttrain.rewards.reward_log import LOG
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.rollout_store import read_rollouts, rollout_steps, rollouts_path, write_rollouts
 
@@ -112,7 +113,6 @@ class RejectionSampling(DataStage):
         """Sample and score the missing chunks. A problem's completions depend on (seed, its number) alone."""
         import numpy as np
 
-        from posttrain.methods.rl.collect_rollouts import with_failed
         from posttrain.sampling.protocol import Request
 
         config, prompts = self.config, self.prompts
@@ -121,7 +121,7 @@ class RejectionSampling(DataStage):
         total, kept = len(prompts) * config.n, 0
         before = done = total - sum(map(len, missing.values())) * config.n
         with (
-            RewardStack(_rewards(config), self.context.functions) as rewards,
+            RewardStack(_rewards(config), self.context.functions, log=folder.parent / LOG) as rewards,
             Track(config.name, total, before) as track,
         ):
             for c, part in missing.items():
@@ -134,11 +134,10 @@ class RejectionSampling(DataStage):
                         track.phase(f"sampling, {done + ended}/{total}")  # noqa: B023  called in this iteration
 
                 requests = [Request(prompts[i].tokens, config.n, int(streams[i]), prompts[i].problem) for i in part]
-                scored = rewards(sampler.sample(requests, config.sampler, count))
-                groups, _, failures = with_failed(scored)
-                write_rollouts(folder, c, groups, None, [prompts[i].text for i in part], list(part), failures)
+                groups = rewards(sampler.sample(requests, config.sampler, count)).groups
+                write_rollouts(folder, c, groups, None, [prompts[i].text for i in part], list(part))
                 done += len(part) * config.n
-                kept += sum(r.reward >= config.threshold for g in scored.groups for r in g.rollouts)
+                kept += sum(r.reward >= config.threshold for g in groups for r in g.rollouts)
                 track.update(done, above_threshold=f"{kept / (done - before):.0%}")
 
 

@@ -34,6 +34,7 @@ class Text:
         reward: Reward of an answer. None: none.
         parts: The reward's terms by name.
         failures: Error message by the name of the reward that failed.
+        notes: Reason by the name of the reward that gave one for its number.
     """
 
     text: str
@@ -42,6 +43,7 @@ class Text:
     reward: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

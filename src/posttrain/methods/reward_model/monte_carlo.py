@@ -135,17 +135,8 @@ class Labeller:
 
     def _judged(self, groups: Sequence[RolloutGroup]) -> list[list[bool | None]]:
         """Return if each rollout ends right; None if a reward failed on it."""
-        if not groups:
-            return []
-        scored = self.rewards(groups)
-        out: list[list[bool | None]] = []
-        for g, group in enumerate(groups):
-            failed = {e.index for e in scored.excluded if e.group == g}
-            kept = iter(scored.groups[g].rollouts)
-            out.append(
-                [None if i in failed else next(kept).reward >= self.config.right for i in range(len(group.rollouts))]
-            )
-        return out
+        right = self.config.right
+        return [[r.reward >= right if r.rewarded else None for r in g.rollouts] for g in self.rewards(groups).groups]
 
     def _row(
         self,

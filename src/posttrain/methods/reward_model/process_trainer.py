@@ -19,6 +19,7 @@ from posttrain.methods.data.data_stage import open_sampler
 from posttrain.methods.reward_model.monte_carlo import Labeller, labelled_chains
 from posttrain.models.classification_head import has_head, scores_at
 from posttrain.models.loading import load_tokenizer
+from posttrain.rewards.reward_log import LOG
 from posttrain.rewards.stack import RewardStack
 from posttrain.trainer.loop import BatchTrainer, permutation_batches
 from posttrain.trainer.token_budget import token_budget
@@ -71,7 +72,7 @@ def label_prompts(
     files = {name: folder / "labels" / f"{name}.jsonl" for name in parts}
     if any(len(read_lines(files[name])) < len(part) for name, part in parts.items()):
         sampler = open_sampler(model, labels.sampler)
-        with RewardStack(labels.rewards, functions) as rewards:
+        with RewardStack(labels.rewards, functions, log=folder / LOG) as rewards:
             for i, (name, part) in enumerate(parts.items()):
                 # Held-out problems have a random stream that does not depend on the number of training problems.
                 labeller = Labeller(labels, config.separator, sampler, rewards, seed + 500_009 * i)

@@ -7,8 +7,9 @@ the same rollouts again. Optional features are hooks (`posttrain.methods.rl.hook
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from posttrain.core.progress import Phases
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.methods.rl.hooks import Hook
-from posttrain.rewards.stack import Excluded, RewardStack, ScoredGroups
+from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.protocol import Request, Sampler
 from posttrain.sampling.replay_buffer import PARTIAL, Growth, rollout_from_json, rollout_to_json
 
@@ -33,7 +34,6 @@ class PromptGroup:
         problem: Number of the prompt.
         born: Step in which the group was begun.
         rollouts: In the order in which they were begun; scored ones have their rewards.
-        excluded: By place in `rollouts`, those without a reward.
         scored: How many of `rollouts`, from the first on, have been scored.
         replayed: Earlier successes that stand in.
     """
@@ -41,7 +41,6 @@ class PromptGroup:
     problem: int
     born: int
     rollouts: tuple[Rollout, ...] = ()
-    excluded: Mapping[int, Excluded] = field(default_factory=dict)
     scored: int = 0
     replayed: tuple[Rollout, ...] = ()
 
@@ -53,7 +52,7 @@ class PromptGroup:
     @property
     def kept(self) -> list[Rollout]:
         """Return the completions of a scored group that have a reward."""
-        return [r for i, r in enumerate(self.rollouts) if i not in self.excluded]
+        return [r for r in self.rollouts if r.rewarded]
 
     @property
     def mixed(self) -> bool:
@@ -68,27 +67,20 @@ class PromptGroup:
         """Return True if the group would be too old in the step after `step`."""
         return step + 1 - self.born > max_staleness
 
-    def with_rewards(self, group: RolloutGroup, excluded: Sequence[Excluded]) -> PromptGroup:
+    def with_rewards(self, group: RolloutGroup) -> PromptGroup:
         """Return the group with the outcome of scoring its completions from number `scored` on."""
-        failed = {self.scored + e.index: e for e in excluded}
-        scored, rollouts = iter(group.rollouts), list(self.rollouts)
-        for i in range(self.scored, len(rollouts)):
-            if i not in failed:
-                rollouts[i] = next(scored)
-        return replace(self, rollouts=tuple(rollouts), excluded={**self.excluded, **failed}, scored=len(rollouts))
+        return replace(self, rollouts=(*self.rollouts[: self.scored], *group.rollouts), scored=len(self.rollouts))
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""
-        excluded = [[i, {**asdict(e), "rollout": rollout_to_json(e.rollout)}] for i, e in sorted(self.excluded.items())]
         values = {"problem": self.problem, "born": self.born, "scored": self.scored}
-        return {**values, "rollouts": [rollout_to_json(r) for r in self.rollouts], "excluded": excluded}
+        return {**values, "rollouts": [rollout_to_json(r) for r in self.rollouts]}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> PromptGroup:
         """Return the group that `state_dict` was called on."""
         rollouts = tuple(rollout_from_json(r) for r in state["rollouts"])
-        excluded = {i: Excluded(**{**e, "rollout": rollout_from_json(e["rollout"])}) for i, e in state["excluded"]}
-        return cls(state["problem"], state["born"], rollouts, excluded, state["scored"])
+        return cls(state["problem"], state["born"], rollouts, state["scored"])
 
 
 @dataclass(frozen=True)
@@ -253,10 +245,10 @@ class RolloutCollector:
         asked = [(groups[i], self.questions[groups[i].problem]) for i in todo]
         unscored = [RolloutGroup(q.tokens, q.problem, g.rollouts[g.scored :]) for g, q in asked]
         with phases("reward"):
-            outcome = score_groups(self.rewards, unscored)
+            scored = score_groups(self.rewards, unscored)
         out = list(groups)
-        for n, i in enumerate(todo):
-            out[i] = groups[i].with_rewards(outcome.groups[n], [e for e in outcome.excluded if e.group == n])
+        for i, group in zip(todo, scored, strict=True):
+            out[i] = groups[i].with_rewards(group)
         return out
 
     def state_dict(self) -> dict[str, Any]:
@@ -295,20 +287,9 @@ def sample_groups(
         return distributed.map_over_ranks(requests, lambda mine: sampler.sample(mine, sampling, count))
 
 
-def score_groups(rewards: RewardStack, groups: Sequence[RolloutGroup]) -> ScoredGroups:
-    """Score every group; each rank scores a part, and all get the rewards of all. Metrics are those of this rank."""
-    if distributed.world() == 1:
-        return rewards(groups)
-    metrics: dict[str, float] = {}
-
-    def part(mine: list[RolloutGroup]) -> list[tuple[RolloutGroup, list[Excluded]]]:
-        scored = rewards(mine)
-        metrics.update(scored.metrics)
-        return [(g, [e for e in scored.excluded if e.group == i]) for i, g in enumerate(scored.groups)]
-
-    results = distributed.map_over_ranks(groups, part)
-    excluded = [replace(e, group=g) for g, (_, failed) in enumerate(results) for e in failed]
-    return ScoredGroups([group for group, _ in results], excluded, metrics)
+def score_groups(rewards: RewardStack, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """Score every group; each rank scores a part, and all get the rewards of all."""
+    return distributed.map_over_ranks(groups, lambda mine: rewards(mine).groups)
 
 
 def has_signal(rollouts: Sequence[Rollout]) -> bool:
@@ -332,8 +313,8 @@ def rollout_metrics(groups: Sequence[PromptGroup]) -> dict[str, float]:
         if any(r.mask is not None for r in rollouts):
             out["replies"] = statistics.fmean(r.replies for r in rollouts)
         out["entropy"] = -sum(r.logprobs[i] for r in rollouts for i in r.own) / max(1, tokens)
-    for e in (e for g in groups for e in g.excluded.values()):
-        out[f"failed/{e.reward}"] = out.get(f"failed/{e.reward}", 0.0) + 1
+    for name, count in Counter(name for g in groups for r in g.rollouts for name in r.failures).items():
+        out[f"failed/{name}"] = float(count)
     return out
 
 
@@ -354,25 +335,3 @@ def counts_of_rank(states: Sequence[dict[str, dict[str, int]]]) -> dict[str, dic
             for name, count in counts.items():
                 sums[name] = sums.get(name, 0) + count
     return out
-
-
-Failures = list[list[dict[str, str]]]
-"""By group and rollout: what failed, by the name of the reward."""
-
-
-def with_failed(scored: ScoredGroups) -> tuple[list[RolloutGroup], list[set[int]], Failures]:
-    """Return groups with the completions without a reward put back, the places of these, and what failed."""
-    groups, places, failures = [], [], Failures()
-    for g, group in enumerate(scored.groups):
-        failed = {e.index: e for e in scored.excluded if e.group == g}
-        kept = iter(group.rollouts)
-        count = len(failed) + len(group.rollouts)
-        groups.append(replace(group, rollouts=[failed[i].rollout if i in failed else next(kept) for i in range(count)]))
-        places.append(set(failed))
-        failures.append([failure_of(failed.get(i)) for i in range(count)])
-    return groups, places, failures
-
-
-def failure_of(excluded: Excluded | None) -> dict[str, str]:
-    """Return what failed by the name of the reward; empty if nothing did."""
-    return {} if excluded is None else {excluded.reward: f"{excluded.failure}: {excluded.message}"}

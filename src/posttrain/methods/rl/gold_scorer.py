@@ -30,6 +30,7 @@ from posttrain.methods.rl.sequence_logprobs import (
     sequence_outputs,
 )
 from posttrain.models.language_model import LanguageModel
+from posttrain.rewards.reward_log import LOG
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.protocol import Request
 from posttrain.sampling.rollout_store import write_rollouts
@@ -71,7 +72,7 @@ class GoldScorer:
         self.samples = config.held_out.samples
         self.streams = np.random.SeedSequence([seed, 7]).generate_state(len(questions), np.uint64)
         scorer = config.held_out.gold.model_copy(update={"name": GOLD, "weight": 1.0})
-        self.scorer = RewardStack([scorer], functions)
+        self.scorer = RewardStack([scorer], functions, log=folder / LOG)
 
     def close(self) -> None:
         """End the scorer's processes."""
@@ -86,10 +87,9 @@ class GoldScorer:
             seeded = zip(self.questions, self.streams, strict=True)
             requests = [Request(q.tokens, self.samples, int(stream), q.problem) for q, stream in seeded]
             groups = sample_groups(self.collector.sampler, requests, self.config.sampler, Phases(phases.track))
-            proxy = score_groups(self.collector.rewards, groups).groups
+            proxy = [with_reward(g) for g in score_groups(self.collector.rewards, groups)]
             gold = score_groups(self.scorer, proxy)
-            failed = {(e.group, e.index) for e in gold.excluded}
-            scored = [_with_both(g, *both, failed) for g, both in enumerate(zip(proxy, gold.groups, strict=True))]
+            scored = [with_reward(_with_gold(*both)) for both in zip(proxy, gold, strict=True)]
             texts, numbers = [q.text for q in self.questions], list(range(len(self.questions)))
             if distributed.is_main():
                 write_rollouts(self.folder / GOLD, step, scored, None, texts, numbers)
@@ -131,8 +131,15 @@ class GoldScorer:
         return [float(x) for x in found.double()]
 
 
-def _with_both(g: int, proxy: RolloutGroup, gold: RolloutGroup, failed: set[tuple[int, int]]) -> RolloutGroup:
-    """Return the rollouts that have both, gold's number beside the proxy's. failed: (group, place) without gold's."""
-    kept = [r for i, r in enumerate(proxy.rollouts) if (g, i) not in failed]
-    pairs = zip(kept, gold.rollouts, strict=True)
-    return replace(proxy, rollouts=[replace(r, rewards={**r.rewards, GOLD: s.rewards[GOLD]}) for r, s in pairs])
+def with_reward(group: RolloutGroup) -> RolloutGroup:
+    """Return the group without rollouts on which a reward failed."""
+    return replace(group, rollouts=[r for r in group.rollouts if r.rewarded])
+
+
+def _with_gold(proxy: RolloutGroup, gold: RolloutGroup) -> RolloutGroup:
+    """Return the rollouts with gold's number beside the proxy's; without a reward where gold failed."""
+    pairs = zip(proxy.rollouts, gold.rollouts, strict=True)
+    both = [
+        replace(r, rewards={**r.rewards, **s.rewards}, reward=r.reward if s.rewarded else s.reward) for r, s in pairs
+    ]
+    return replace(proxy, rollouts=both)

@@ -18,7 +18,7 @@ ROLLOUT_METRICS = (
     Metric("held_out", "Reward", "greedy answers", "Held out", "higher"),
     Metric("held_out/*", "Reward: *", "greedy answers", "Held out", "higher"),
     Metric("held_out_length", "Length", "tokens/answer", "Held out"),
-    Metric("held_out_failed", "Answers without a reward", "excluded from the means", "Held out", "lower"),
+    Metric("held_out_failed", "Answers without a reward", "wrong in the means", "Held out", "lower"),
     Metric("proxy", "Trained reward", "samples", "Held out", "higher"),
     Metric("gold", "Gold reward", "same samples; not trained on", "Held out", "higher"),
     Metric("kl_sequence", "KL from the first model", "nats/completion", "Held out"),

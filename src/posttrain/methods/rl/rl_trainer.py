@@ -124,8 +124,9 @@ class RLTrainer(Trainer):
         groups = likeliest_completions(self.collector, questions, phases)
         with phases("reward"):
             scored = score_groups(self.collector.rewards, groups)
-        rewards = [outcome_reward(settings, g.rollouts[0]) if g.rollouts else math.nan for g in scored.groups]
-        return rewards, float(len(scored.excluded))
+        answers = [g.rollouts[0] for g in scored]
+        rewards = [outcome_reward(settings, r) if r.rewarded else math.nan for r in answers]
+        return rewards, float(sum(not r.rewarded for r in answers))
 
     def learn(self, batch: TrainingBatch) -> tuple[list[StepResult], dict[str, float]]:
         """Train `ppo_epochs` times on the batch, each time in `mini_batches` parts of whole groups."""

@@ -11,6 +11,7 @@ from posttrain.config.rl import RLConfig, RolloutConfig
 from posttrain.methods.rl.collect_rollouts import RolloutCollector
 from posttrain.methods.rl.gold_scorer import GoldScorer
 from posttrain.methods.rl.step_recorder import StepRecorder
+from posttrain.rewards.reward_log import LOG
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.environments import environment
@@ -48,7 +49,7 @@ def open_rollouts(
         reference: The model that the stage started from, for the gold scorer.
     """
     policy, tokenizer = loaded.policy, loaded.tokenizer
-    rewards = run.resources.enter_context(RewardStack(config.rewards, functions, tokenizer))
+    rewards = run.resources.enter_context(RewardStack(config.rewards, functions, tokenizer, run.folder / LOG))
     local = LocalSampler(policy, tokenizer, **config.sampler.limits())
     sampler: Sampler = local
     turns = None

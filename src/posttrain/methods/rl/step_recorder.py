@@ -20,11 +20,9 @@ from posttrain.methods.rl.collect_rollouts import (
     RolloutBatch,
     RolloutCollector,
     counts_of_rank,
-    failure_of,
     means_by_reward,
     sample_groups,
     score_groups,
-    with_failed,
 )
 from posttrain.methods.rl.gold_scorer import GoldScorer
 from posttrain.methods.rl.sequence_logprobs import TrainingSequence
@@ -86,17 +84,15 @@ class StepRecorder:
         means = defaultdict[int, list[float]](list)
         for s, a in zip(sequences, advantages, strict=True):
             means[s.group].append(float(a.mean()) if s.length else 0.0)
-        groups, columns, failures = [], [], []
+        groups, columns = [], []
         for g, group in enumerate(rollouts.groups):
-            question, failed, of_group = self.collector.questions[group.problem], group.excluded, iter(means[g])
-            places = range(len(group.rollouts) + len(group.replayed))
-            written = [failed[i].rollout if i in failed else r for i, r in enumerate(group.rollouts)]
-            groups.append(RolloutGroup(question.tokens, question.problem, [*written, *group.replayed]))
-            columns.append([None if i in failed else next(of_group, None) for i in places])
-            failures.append([failure_of(failed.get(i)) for i in places])
+            question, of_group = self.collector.questions[group.problem], iter(means[g])
+            written = [*group.rollouts, *group.replayed]
+            groups.append(RolloutGroup(question.tokens, question.problem, written))
+            columns.append([next(of_group, None) if r.rewarded else None for r in written])
         if distributed.is_main():
             texts, numbers = [self.collector.questions[i].text for i in rollouts.problems], rollouts.problems
-            write_rollouts(self.folder / "rollouts", step + 1, groups, columns, texts, numbers, failures, self.turns)
+            write_rollouts(self.folder / "rollouts", step + 1, groups, columns, texts, numbers, self.turns)
 
     def finish(
         self, step: int, results: Sequence[StepResult], metrics: Mapping[str, float], phases: Phases
@@ -127,16 +123,19 @@ class StepRecorder:
             return self._greedy(step, phases) | ({} if self.gold is None else self.gold.measure(step, phases))
 
     def _greedy(self, step: int, phases: Phases) -> dict[str, float]:
-        """Return the mean reward of greedy answers with its 95% interval; the answers are kept."""
+        """Return the mean reward of greedy answers with its 95% interval; the answers are kept.
+
+        Failures of a reward that says right or wrong count as wrong, so that they can't make the curve rise.
+        """
         with phases("held_out"):
             groups = likeliest_completions(self.collector, self.held_out, Phases(phases.track))
-            scored = score_groups(self.collector.rewards, groups)
+            groups = score_groups(self.collector.rewards, groups)
             texts, numbers = [q.text for q in self.held_out], list(range(len(self.held_out)))
-            kept, _, failures = with_failed(scored)
             if distributed.is_main():
-                write_rollouts(self.folder / "held_out", step, kept, None, texts, numbers, failures, self.turns)
-        rollouts = [r for g in scored.groups for r in g.rollouts]
-        failed = {"held_out_failed": float(len(scored.excluded))}
+                write_rollouts(self.folder / "held_out", step, groups, None, texts, numbers, self.turns)
+        answers = [r for g in groups for r in g.rollouts]
+        failed = {"held_out_failed": float(sum(not r.rewarded for r in answers))}
+        rollouts = self.collector.rewards.failures_as_wrong(answers)
         if not rollouts:
             return failed
         rewards = [r.reward for r in rollouts]
