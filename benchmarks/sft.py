@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -184,7 +185,7 @@ def peer_config(job: Job, batch_size: int, output: str) -> Any:
     )
 
 
-def run_trl(job: Job, batches: list[Batch]) -> dict[str, Any]:
+def run_trl(job: Job, batches: list[Batch], make_model: Callable[[Job], Any] = peer_model) -> dict[str, Any]:
     """TRL's SFTTrainer on rows of `input_ids` and `completion_mask`, timed from the end of a step to the next's."""
     from datasets import Dataset, disable_progress_bars
     from transformers import TrainerCallback
@@ -213,7 +214,7 @@ def run_trl(job: Job, batches: list[Batch]) -> dict[str, Any]:
     rows = Dataset.from_list([dict(c) for batch in batches for c in batch])
     with tempfile.TemporaryDirectory() as output:
         trainer = SFTTrainer(
-            model=peer_model(job),
+            model=make_model(job),
             args=peer_config(job, len(batches[0]), output),
             train_dataset=rows,
             processing_class=peer_tokenizer(),

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from peft import IA3Config, LoHaConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import CPTConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from pydantic import ValidationError
 
 from posttrain.config import AdapterConfig, OptimizerConfig, SystemsConfig
@@ -61,12 +61,11 @@ def test_an_unknown_kind_gets_the_nearest_name() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[5, 6], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2]),
         LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"], use_dora=True),
         LoHaConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"]),
     ],
-    ids=["prompt", "prefix", "dora head", "loha head"],
+    ids=["cpt", "dora head", "loha head"],
 )
 def test_parameters_that_would_get_no_gradient_are_refused(config: Any) -> None:
     with pytest.raises(ModelError, match="would get no gradient"):

@@ -63,8 +63,9 @@ class Chat:
         from posttrain.models.loading import load_model
 
         model, tokenizer = load_model(config)
-        if getattr(model, "_supports_sdpa", False):
-            model.set_attn_implementation("sdpa")
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a soft prompt
+        if getattr(base, "_supports_sdpa", False):
+            base.set_attn_implementation("sdpa")
         return cls(model.eval(), tokenizer, **settings)
 
     def prompt_ids(self) -> list[int]:
@@ -91,6 +92,8 @@ class Chat:
         self.messages.append({"role": "user", "content": text})
         ids = self.prompt_ids()
         longest = context(self.model.config)
+        if longest:  # a soft prompt takes a part of it
+            longest -= getattr(getattr(self.model, "active_peft_config", None), "num_virtual_tokens", 0)
         if longest and len(ids) >= longest:
             self.messages.pop()
             raise ModelError(
@@ -110,6 +113,7 @@ class Chat:
         import torch
         from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+        from posttrain.models.soft_prompt import SoftPrompt, soft_prompt_inputs
         from posttrain.models.vocabulary import output_rows, textless_ids
         from posttrain.sampling.protocol import stop_tokens
 
@@ -120,16 +124,20 @@ class Chat:
                 return torch.full((input_ids.shape[0],), stop.is_set(), device=input_ids.device)
 
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=0.2)
-        ends = stop_tokens(self.model, self.tokenizer)
+        soft = SoftPrompt.of(self.model)
+        model = self.model if soft is None else self.model.get_base_model()
+        ends = stop_tokens(model, self.tokenizer)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (ends or [0])[0]
         sample = self.temperature > 0
-        tokens = torch.tensor([ids], device=self.model.device)
+        tokens = torch.tensor([ids], device=model.device)
 
         def work() -> None:
             try:
-                self.model.generate(
-                    input_ids=tokens,
-                    attention_mask=torch.ones_like(tokens),
+                inputs = {"input_ids": tokens} if soft is None else soft_prompt_inputs(self.model, tokens)
+                seen = next(iter(inputs.values()))
+                model.generate(
+                    **inputs,
+                    attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
                     max_new_tokens=room,
                     do_sample=sample,
                     temperature=self.temperature if sample else None,
@@ -138,7 +146,7 @@ class Chat:
                     eos_token_id=ends or None,
                     pad_token_id=pad,
                     streamer=streamer,
-                    suppress_tokens=textless_ids(self.tokenizer, output_rows(self.model)) or None,
+                    suppress_tokens=textless_ids(self.tokenizer, output_rows(model)) or None,
                     stopping_criteria=StoppingCriteriaList([Stop()]),
                 )
             except BaseException as error:  # the thread must end the stream, whatever happened

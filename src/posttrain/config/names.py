@@ -66,6 +66,10 @@ ADAPTERS: dict[str, str] = {
     "lora": "posttrain.models.adapters:attach_low_rank",
     "dora": "posttrain.models.adapters:attach_low_rank",
     "rslora": "posttrain.models.adapters:attach_low_rank",
+    "prompt": "posttrain.models.soft_prompt_adapters:attach_prompt",
+    "prefix": "posttrain.models.soft_prompt_adapters:attach_prefix",
+    "p_tuning": "posttrain.models.soft_prompt_adapters:attach_p_tuning",
+    "p_tuning_v2": "posttrain.models.soft_prompt_adapters:attach_prefix",
 }
 """Kinds of adapters: functions (model, config, seed, task) -> peft model. See `posttrain.models.adapters.attach`."""
 
@@ -222,6 +226,10 @@ RENAMED = {
     "target_modules": "target",
     "use_dora": "kind",
     "use_rslora": "kind",
+    "num_virtual_tokens": "tokens",
+    "prompt_tuning_init": "init",
+    "prompt_tuning_init_text": "text",
+    "encoder_hidden_size": "hidden",
     "dataset_split": "split",
     "seed_data": "shuffle_seed",
     "data_seed": "shuffle_seed",

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     SerializerFunctionWrapHandler,
@@ -17,18 +14,11 @@ from pydantic import (
     model_validator,
 )
 
-from posttrain.config.names import ADAPTERS
-from posttrain.config.open_kinds import unknown_name
-from posttrain.core.imports import is_import_path, load_object
+from posttrain.config.adapters import AdapterConfig
+from posttrain.config.base import Config
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
 """What stages, tasks and runs may be called: they name files, so none is hidden, an option, or a folder above."""
-
-
-class Config(BaseModel):
-    """Base of all settings: unknown keys are errors, numbers are finite, and settings do not change once checked."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class QuantizationConfig(Config):
@@ -240,36 +230,6 @@ class DataConfig(RowSettings):
         return self.model_copy(update={"rows": None, **own, "source": entry.source})
 
 
-class AdapterConfig(Config):
-    """Adapters on a frozen model, through peft."""
-
-    kind: str = Field(
-        "lora", description=f"{', '.join(ADAPTERS)}, or package.module:name of a function that attaches adapters."
-    )
-    r: int = Field(16, ge=1, description="Rank.")
-    alpha: float = Field(32.0, gt=0, description="Scale: alpha / r (alpha / sqrt(r) for rslora).")
-    target: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="Module names to adapt; all-linear: every linear layer but the output head."
-    )
-    options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Settings of an adapter kind from outside: keyword-only parameters of its function.",
-    )
-
-    @model_validator(mode="after")
-    def _known(self) -> AdapterConfig:
-        names: set[str] = set()
-        if self.kind not in ADAPTERS:
-            if not is_import_path(self.kind):
-                raise ValueError(unknown_name(self.kind, ADAPTERS, "kind of adapter"))
-            parameters = inspect.signature(load_object(self.kind)).parameters.values()
-            names = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        unknown = sorted(self.options.keys() - names)
-        if unknown:
-            raise ValueError(f"options: {self.kind} has no setting {', '.join(unknown)} (it has: {sorted(names)})")
-        return self
-
-
 class OptimizerConfig(Config):
     """AdamW, its schedule, clipping."""
 
@@ -334,15 +294,37 @@ class StageBase(Config):
 class TrainConfig(StageBase):
     """Settings of every stage that trains a model."""
 
+    before_target: ClassVar[bool] = False
+    """The first token that carries loss begins the answer, in every forward pass: virtual tokens may stand there."""
+
     adapter: AdapterConfig | None = Field(None, description="Train adapters on a frozen model. None: every weight.")
     merge: bool = Field(
-        True, description="Merge adapters into the final model's weights (the adapter is saved as well)."
+        True,
+        description="Merge adapters into the final model's weights (the adapter is saved as well). Soft prompts are never merged: the model is saved as an adapter.",
     )
     systems: SystemsConfig = SystemsConfig()
     checkpoint_every: int = Field(25, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(
         2, ge=2, description="Number of checkpoints to keep; at least two, in case one is damaged."
     )
+
+    @model_validator(mode="after")
+    def _merge_what_can_be(self) -> TrainConfig:
+        if self.adapter is None or not self.adapter.is_soft_prompt:
+            return self
+        if self.adapter.virtual_tokens()[1] and not self.before_target:
+            raise ValueError(
+                f"adapter.template {self.adapter.template!r}: virtual tokens before the target are for sft. With this "
+                "method put them in front: {v:6}{context}{target}"
+            )
+        if self.merge and "merge" in self.model_fields_set:
+            raise ValueError(
+                f"merge is true, but {self.adapter.kind} trains virtual tokens, which are no change of any weight and "
+                "can't be merged: leave merge out. The stage's model is then an adapter, which posttrain and peft open; "
+                "docs/prompt-tuning.md shows how it is used without peft"
+            )
+        object.__setattr__(self, "merge", False)  # settings are frozen once they are checked
+        return self
 
 
 class EpochsConfig(TrainConfig):

@@ -2,6 +2,9 @@
 
 A segment continues its parent; a token sees its own segment causally and all of its ancestors. Segments lie in
 depth-first order, so the descendants of a segment are one contiguous run of tokens right behind it.
+
+Virtual tokens (`VirtualTokens`) are positions without an id: trained vectors before or inside every sequence. Those
+before all sequences are one segment that every sample continues.
 """
 
 from __future__ import annotations
@@ -20,6 +23,28 @@ from posttrain.core.types import Sample
 
 MIN_SHARED = 16
 """Shortest prefix worth a segment of its own: a segment costs about as much as this many tokens."""
+_VIRTUAL = 1 << 40
+"""Stands for the first virtual token while samples are laid out; no vocabulary is that large."""
+
+
+@dataclass(frozen=True)
+class VirtualTokens:
+    """Where trained vectors stand in every sequence.
+
+    Attributes:
+        front: How many stand before the first token.
+        before_target: How many stand before the first token that carries loss; without one, after the last token.
+        computed: They pass through the layers as tokens do. False: only their keys and values exist, in front.
+    """
+
+    front: int
+    before_target: int = 0
+    computed: bool = True
+
+    @property
+    def count(self) -> int:
+        """Return the number of positions that they take in a sequence."""
+        return self.front + self.before_target
 
 
 @dataclass(frozen=True)
@@ -35,6 +60,9 @@ class RaggedBatch:
     rows: per sample, the T-indices of its tokens, in order.
     weighted_rows: per sample, the T-indices of its tokens of non-zero weight.
     samples: what was packed, in the order of `rows`: a loss finds in their `meta` what it needs to know of each.
+    virtual: the virtual tokens; None: there are none. Rows are without them.
+    virtual_T: T-indices of the virtual tokens that are computed (their token id is 0), virtual_ids: number of each.
+    whole_rows: per sample, the T-indices of its tokens and its computed virtual tokens, in order.
     """
 
     tokens_T: Tensor
@@ -49,6 +77,15 @@ class RaggedBatch:
     rows: tuple[Tensor, ...]
     weighted_rows: tuple[Tensor, ...]
     samples: tuple[Sample, ...] = ()
+    virtual: VirtualTokens | None = None
+    virtual_T: Tensor | None = None
+    virtual_ids: Tensor | None = None
+    whole_rows: tuple[Tensor, ...] = ()
+
+    @property
+    def longest(self) -> int:
+        """Return the number of positions of the longest sequence, virtual tokens included."""
+        return max(len(row) for row in self.rows) + (0 if self.virtual is None else self.virtual.count)
 
     @property
     def total(self) -> int:
@@ -63,16 +100,44 @@ class RaggedBatch:
             segment = self.parents[segment]
         return chain[::-1]
 
+    def kept_rows(self) -> list[Tensor]:
+        """Return, per sample, the indices of all keys that the tokens after it see, as attention counts them."""
+        if self.virtual is None or self.virtual.computed:
+            return list(self.whole_rows)
+        front = torch.arange(self.virtual.front, device=self.positions_T.device)
+        return [torch.cat([front, row + self.virtual.front]) for row in self.rows]
+
+    def behind_keys(self, count: int) -> RaggedBatch:
+        """Return the segments as attention sees them behind this many keys that all sequences continue.
+
+        Only what attention reads is set: the keys are segment 0, and T begins with them.
+        """
+        parents = tuple(parent + 1 if parent >= 0 else 0 for parent in self.parents)
+        front = torch.arange(count, device=self.positions_T.device)
+        return replace(
+            self,
+            tokens_T=torch.cat([torch.zeros_like(front), self.tokens_T]),
+            positions_T=torch.cat([front, self.positions_T]),
+            starts=(0, *(start + count for start in self.starts)),
+            ends=(count, *(end + count for end in self.ends)),
+            parents=(-1, *parents),
+            subtree_ends=(count + self.total, *(end + count for end in self.subtree_ends)),
+        )
+
     def to(self, device: torch.device | str) -> RaggedBatch:
         """Return the same batch with its tensors on another device."""
         device, count = torch.device(device), len(self.rows)
-        names = ("tokens_T", "positions_T", "predictors_T", "targets_N")
+        names = ["tokens_T", "positions_T", "predictors_T", "targets_N"]
+        names += [] if self.virtual_T is None else ["virtual_T", "virtual_ids"]
         indices = [*(getattr(self, name) for name in names), *self.rows, *self.weighted_rows]
-        moved = all_to_device(indices, device)
+        same = self.whole_rows is self.rows
+        moved = all_to_device([*indices, *(() if same else self.whole_rows)], device)
         rows = moved[len(names) :]
         found: dict[str, Any] = dict(zip(names, moved, strict=False))
         weights = to_device(self.weights_T, device)
-        return replace(self, **found, weights_T=weights, rows=tuple(rows[:count]), weighted_rows=tuple(rows[count:]))
+        plain, weighted = tuple(rows[:count]), tuple(rows[count : 2 * count])
+        whole = plain if same else tuple(rows[2 * count :])
+        return replace(self, **found, weights_T=weights, rows=plain, weighted_rows=weighted, whole_rows=whole)
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
@@ -82,12 +147,25 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else n
 
 
+def _with_virtual(sample: Sample, virtual: VirtualTokens | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return a sample's tokens and weights as arrays, with the virtual tokens that are computed in their places."""
+    tokens, weights = np.asarray(sample.tokens, dtype=np.int64), np.asarray(sample.weights, dtype=np.float64)
+    if virtual is None or not virtual.computed:
+        return tokens, weights
+    carrying = np.flatnonzero(weights)
+    target = int(carrying[0]) if len(carrying) else len(tokens)
+    places = [0] * virtual.front + [target] * virtual.before_target
+    ids = _VIRTUAL + np.arange(virtual.count)
+    return np.insert(tokens, places, ids), np.insert(weights, places, np.zeros(virtual.count))
+
+
 class _Builder:
     """Lay samples out depth first, a shared prefix once."""
 
-    def __init__(self, samples: Sequence[Sample], min_shared: int) -> None:
-        self.tokens = [np.asarray(s.tokens, dtype=np.int64) for s in samples]
-        self.weights = [np.asarray(s.weights, dtype=np.float64) for s in samples]
+    def __init__(self, samples: Sequence[Sample], min_shared: int, virtual: VirtualTokens | None) -> None:
+        laid = [_with_virtual(s, virtual) for s in samples]
+        self.tokens = [tokens for tokens, _ in laid]
+        self.weights = [weights for _, weights in laid]
         self.min_shared = min_shared
         self.segments: list[tuple[int, int, int]] = []  # start, end, parent
         self.pieces: list[tuple[np.ndarray, np.ndarray, int, int]] = []  # tokens, weights, position, predictor
@@ -130,7 +208,12 @@ class _Builder:
             i = j
 
 
-def pack(samples: Sequence[Sample], share_prefixes: bool = True, min_shared: int = MIN_SHARED) -> RaggedBatch:
+def pack(
+    samples: Sequence[Sample],
+    share_prefixes: bool = True,
+    min_shared: int = MIN_SHARED,
+    virtual: VirtualTokens | None = None,
+) -> RaggedBatch:
     """Lay samples end to end, computing a prefix that several of them share once.
 
     Weights of a shared token are summed, so that any loss that is a weighted sum over tokens is the same with and
@@ -140,6 +223,7 @@ def pack(samples: Sequence[Sample], share_prefixes: bool = True, min_shared: int
         samples: At least one, none empty.
         share_prefixes: False gives every sample one segment.
         min_shared: Shortest prefix that is shared, in tokens.
+        virtual: Virtual tokens of every sequence. None: none.
 
     Raises:
         ValueError: There are no samples, or one is empty.
@@ -149,14 +233,25 @@ def pack(samples: Sequence[Sample], share_prefixes: bool = True, min_shared: int
     for sample in samples:
         if not len(sample):
             raise ValueError(f"{sample.source or 'a sample'} has no tokens; drop empty rows before packing")
-    builder = _Builder(samples, min_shared)
+    builder, everyone = _Builder(samples, min_shared, virtual), list(range(len(samples)))
+    front = virtual.front if virtual is not None and virtual.computed else 0
+    root = builder.emit(everyone, 0, front, -1)
     if share_prefixes and len(samples) > 1:
-        order = sorted(range(len(samples)), key=lambda i: (tuple(samples[i].tokens), i))
-        builder.lay(order, 0, -1)
+        order = sorted(everyone, key=lambda i: (tuple(builder.tokens[i].tolist()), i))
+        builder.lay(order, front, root)
     else:
-        for i, sample in enumerate(samples):
-            builder.emit([i], 0, len(sample), -1)
-    positions = [np.arange(low, low + len(t)) for t, _, low, _ in builder.pieces]
+        for i in everyone:
+            builder.emit([i], front, len(builder.tokens[i]), root)
+    if root >= 0:
+        builder.subtree_ends[root] = builder.total
+    return _batch(builder, samples, virtual)
+
+
+def _batch(builder: _Builder, samples: Sequence[Sample], virtual: VirtualTokens | None) -> RaggedBatch:
+    """Make the batch of what the builder has laid out."""
+    # Keys and values that are not computed take positions all the same.
+    first = virtual.front if virtual is not None and not virtual.computed else 0
+    positions = [np.arange(low, low + len(t)) + first for t, _, low, _ in builder.pieces]
     predictors = []
     for (start, end, _), (_, _, _, predictor) in zip(builder.segments, builder.pieces, strict=True):
         run = np.arange(start - 1, end - 1)
@@ -164,11 +259,15 @@ def pack(samples: Sequence[Sample], share_prefixes: bool = True, min_shared: int
         predictors.append(run)
     starts, ends, parents = zip(*builder.segments, strict=True)
     weights = np.concatenate([w for _, w, _, _ in builder.pieces]).astype(np.float32)
-    rows = [np.concatenate([np.arange(a, b) for a, b in row]) for row in builder.rows]
+    tokens = np.concatenate([t for t, _, _, _ in builder.pieces])
+    whole = [np.concatenate([np.arange(a, b) for a, b in row]) for row in builder.rows]
     # What depends on values is found here, on the host: on a GPU `nonzero` would wait for the device.
-    weighted = [row[own != 0] for row, own in zip(rows, builder.weights, strict=True)]
+    weighted = [row[own != 0] for row, own in zip(whole, builder.weights, strict=True)]
+    at = np.flatnonzero(tokens >= _VIRTUAL)
+    rows = [row[own < _VIRTUAL] for row, own in zip(whole, builder.tokens, strict=True)] if len(at) else whole
+    as_tensors = tuple(map(torch.from_numpy, rows))
     return RaggedBatch(
-        torch.from_numpy(np.concatenate([t for t, _, _, _ in builder.pieces])),
+        torch.from_numpy(np.where(tokens >= _VIRTUAL, 0, tokens)),
         torch.from_numpy(np.concatenate(positions)),
         torch.from_numpy(weights),
         torch.from_numpy(np.concatenate(predictors)),
@@ -177,9 +276,13 @@ def pack(samples: Sequence[Sample], share_prefixes: bool = True, min_shared: int
         parents,
         tuple(builder.subtree_ends),
         torch.from_numpy(np.flatnonzero(weights)),
-        tuple(map(torch.from_numpy, rows)),
+        as_tensors,
         tuple(map(torch.from_numpy, weighted)),
         tuple(samples),
+        virtual,
+        torch.from_numpy(at) if len(at) else None,
+        torch.from_numpy(tokens[at] - _VIRTUAL) if len(at) else None,
+        tuple(map(torch.from_numpy, whole)) if len(at) else as_tensors,
     )
 
 

@@ -24,6 +24,8 @@ EOS_ROWS = 10_000
 class SFTConfig(MeasuredConfig):
     """Supervised fine-tuning: cross-entropy on the tokens asked for, divided by all loss tokens of the global batch."""
 
+    before_target = True
+
     method: str = "sft"
     name: str = Field("sft", pattern=NAME, description="Name of the stage's folder in the run.")
     data: DataConfig

@@ -20,6 +20,7 @@ from torch import Tensor
 from posttrain.config import ModelConfig
 from posttrain.core.files import write_json
 from posttrain.models.adapter_source import PREFIXES, AdapterSource
+from posttrain.models.soft_prompt_files import is_soft_prompt, saved_settings
 from posttrain.recipe.model_sources import find_model
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -54,9 +55,9 @@ def write_adapter(
             them, it is written with the whole embedding, which no other folder has.
 
     Returns:
-        "alone": one adapter on the base. "combined": one adapter on the base of `start`, which is in it. "on start": it
-        belongs on the merged model of `start` and its base, and says so by naming the folder `base` beside it, which
-        the caller has to write.
+        "alone": one adapter on the base (a soft prompt that was trained further, too). "combined": one adapter on
+        the base of `start`, which is in it. "on start": it belongs on the merged model of `start` and its base, and
+        says so by naming the folder `base` beside it, which the caller has to write.
     """
     shutil.rmtree(folder, ignore_errors=True)
     peft_model.save_pretrained(folder, save_embedding_layers=False)
@@ -64,9 +65,13 @@ def write_adapter(
     if new_tokens:
         _add_embedding(peft_model, folder / WEIGHTS_FILE)
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = saved_settings(peft_model, settings)
     config = peft_model.get_base_model().config
     if start is None:
         settings |= base_name(source.source, source.revision, folder, config)
+        made = "alone"
+    elif is_soft_prompt(start.settings):  # what is saved is the soft prompt as it is now, not a second one
+        settings |= base_name(start.base, start.base_revision, folder, config)
         made = "alone"
     elif _combine(start, settings, folder, peft_model):
         settings |= base_name(start.base, start.base_revision, folder, config)

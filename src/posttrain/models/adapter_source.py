@@ -135,8 +135,9 @@ def merge_into_base(base: Any, adapter: AdapterSource, tokens: int = 0) -> tuple
             if model.active_peft_config.is_prompt_learning:
                 kind = model.active_peft_config.peft_type.value
                 raise ModelError(
-                    f"adapter {adapter.location}: {kind} adds virtual tokens, which can't be merged into "
-                    "weights. Start from an adapter inside the layers (lora, dora, ...), or from its base"
+                    f"adapter {adapter.location}: {kind} adds virtual tokens in a way that posttrain does not compute "
+                    "and that can't be merged into weights. Start from a soft prompt that it knows (prompt, prefix or "
+                    "p_tuning), an adapter inside the layers (lora, dora, ...), or from its base"
                 )
             result = set_peft_model_state_dict(model, weights)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

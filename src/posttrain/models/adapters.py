@@ -15,9 +15,14 @@ from posttrain.core.errors import ModelError
 from posttrain.core.imports import load_object
 from posttrain.models.adapter_targets import default_targets
 from posttrain.models.quantization import dequantized, is_quantized
+from posttrain.models.soft_prompt import SoftPrompt
 from posttrain.models.vocabulary import trainable_rows
 
 log = logging.getLogger("posttrain")
+NOT_ON_A_SOFT_PROMPT = (
+    "{what} can't be trained on top of the soft prompt of the model to start from: a stage continues a soft prompt "
+    "with adapter kind prompt (vectors) or p_tuning_v2 (prefixes). Name one of these, or start from the base model"
+)
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 """Largest difference of merged and unmerged logits, relative to the size of the logits: of the median token."""
@@ -26,7 +31,14 @@ QUANTIZED_TOLERANCE = 0.02
 PROBE_TOKENS = 24
 
 
-def attach(hf: Any, config: AdapterConfig, seed: int, task: Task = "CAUSAL_LM", new_tokens: Sequence[int] = ()) -> Any:
+def attach(
+    hf: Any,
+    config: AdapterConfig,
+    seed: int,
+    task: Task = "CAUSAL_LM",
+    new_tokens: Sequence[int] = (),
+    tokenizer: Any = None,
+) -> Any:
     """Wrap a transformers model so that only its new adapters train; the same seed gives the same adapters.
 
     Args:
@@ -37,17 +49,29 @@ def attach(hf: Any, config: AdapterConfig, seed: int, task: Task = "CAUSAL_LM", 
         task: peft's task type: SEQ_CLS for models with a classification head, which is then trained as a whole.
         new_tokens: Ids of tokens without a trained row in the embedding. lora, rslora and dora train these rows too;
             with a kind from outside they stay as they are.
+        tokenizer: The model's tokenizer, from which soft prompts get their initial values.
 
     Returns:
         The peft model.
 
     Raises:
-        ModelError: No module has one of the target names, or the function returned something else.
+        ModelError: No module has one of the target names, or the function returned something else; the model has a soft
+            prompt, or new tokens, which this kind can't be trained with.
     """
     from peft import PeftModel
 
     options = dict(config.options)
-    if new_tokens and config.kind in ADAPTERS:
+    if config.is_soft_prompt:
+        options["tokenizer"] = tokenizer
+        if new_tokens:
+            raise ModelError(
+                f"adapter.kind {config.kind}: the tokenizer has {len(new_tokens)} tokens without a trained row of the "
+                "embedding, and a soft prompt is saved without rows. Train them first (lora, or every weight), or "
+                "leave model.add_tokens out"
+            )
+    elif SoftPrompt.of(hf) is not None:
+        raise ModelError(NOT_ON_A_SOFT_PROMPT.format(what=f"adapter.kind {config.kind}"))
+    elif new_tokens and config.kind in ADAPTERS:
         options["new_tokens"] = new_tokens
     elif new_tokens:
         log.warning(
@@ -63,6 +87,18 @@ def attach(hf: Any, config: AdapterConfig, seed: int, task: Task = "CAUSAL_LM", 
     if not isinstance(adapted, PeftModel):
         raise ModelError(f"adapter.kind {config.kind}: expected a peft model from it, got {type(adapted).__name__}")
     return adapted
+
+
+def attach_to(opened: Any, config: AdapterConfig, seed: int, task: Task = "CAUSAL_LM") -> Any:
+    """Do what `attach` does, to a model with its tokenizer and its new tokens.
+
+    Args:
+        opened: An `OpenedModel` of `posttrain.models.loading`.
+        config: Settings.
+        seed: Seed of the new weights.
+        task: peft's task type.
+    """
+    return attach(opened.hf, config, seed, task, opened.new_tokens, opened.tokenizer)
 
 
 def attach_low_rank(hf: Any, config: AdapterConfig, seed: int, task: Task, *, new_tokens: Sequence[int] = ()) -> Any:
@@ -130,6 +166,11 @@ def merge(peft_model: Any, subject: str = "the adapters") -> tuple[Any, float]:
             else.
     """
     base = peft_model.get_base_model()
+    if peft_model.active_peft_config.is_prompt_learning:
+        raise ModelError(
+            f"{subject}: virtual tokens are no change of any weight, so they can't be merged. Keep the adapter (merge: "
+            "false); docs/prompt-tuning.md shows how it is used without peft"
+        )
     before = _probe_logits(peft_model, base)
     # Kernels for weights in few bits round otherwise (in 8 bit the activations too).
     least = QUANTIZED_TOLERANCE if is_quantized(peft_model) else 0.0

@@ -61,11 +61,15 @@ class Plan:
     Attributes:
         batch: The batch.
         keep: Gets every layer's keys and values, (heads, T, size), positions applied: how a sampler fills its cache.
+            With `prefix` T begins with it.
+        prefix: Keys and values, (2 layers, heads, tokens, size), layer after layer, that all sequences continue.
+            `batch` is then the batch behind them (`RaggedBatch.behind_keys`).
         cache: What the kernels of a device derive from the batch, by their own keys.
     """
 
     batch: RaggedBatch
     keep: Callable[[Tensor, Tensor], None] | None = None
+    prefix: Tensor | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
 
     def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -199,7 +203,7 @@ def ragged_attention(
     """Compute attention for transformers, which calls this function; see the module's docstring.
 
     Args:
-        module: The attention module, not used.
+        module: The attention module; of a model with a prefix it knows the number of its layer.
         query: (1, heads, T, size).
         key: (1, key heads, T, size).
         value: (1, key heads, T, size).
@@ -226,16 +230,45 @@ def ragged_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if not isinstance(ragged, Plan):
         return ragged.attend(query, key, value, sliding_window, scale, softcap, s_aux), None
+    first = 0
+    if ragged.prefix is not None:
+        first = ragged.prefix.shape[2]
+        query, key, value = _behind_prefix(module, query, key, value, ragged.prefix)
     if ragged.keep is not None:
         ragged.keep(key[0], value[0])
-    if softcap is not None or s_aux is not None:
-        return plain_attention(query, key, value, ragged, sliding_window, scale, softcap, s_aux), None
-    if _can_varlen(query, value, sliding_window):
-        return _varlen_attention(query, key, value, ragged, sliding_window, scale), None
-    out = backend_for(query.device).attention(query, key, value, ragged, sliding_window, scale)
-    if out is not None:
-        return out, None
-    return plain_attention(query, key, value, ragged, sliding_window, scale), None
+    out = _planned_attention(query, key, value, ragged, sliding_window, scale, softcap, s_aux)
+    return out[:, first:] if first else out, None
+
+
+def _behind_prefix(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, prefix: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values with the layer's prefix before them; its own queries are zeros."""
+    # Not a count of calls: in backward a checkpointed layer is computed again, the last layer first.
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    before = prefix[2 * layer : 2 * layer + 2, None].to(key.dtype)
+    query = torch.nn.functional.pad(query, (0, 0, prefix.shape[2], 0))
+    return query, torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
+
+
+def _planned_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Compute attention by the fastest way that takes these tensors; see the module's docstring."""
+    if softcap is not None or sinks is not None:
+        return plain_attention(query, key, value, plan, window, scale, softcap, sinks)
+    if _can_varlen(query, value, window):
+        return _varlen_attention(query, key, value, plan, window, scale)
+    out = backend_for(query.device).attention(query, key, value, plan, window, scale)
+    return plain_attention(query, key, value, plan, window, scale) if out is None else out
 
 
 def register() -> None:

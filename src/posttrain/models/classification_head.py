@@ -42,6 +42,7 @@ from posttrain.models.loading import (
 from posttrain.models.model_types import remember_one_at_a_time, warn_one_at_a_time
 from posttrain.models.portable_files import NEEDS_NEW, finish_folder
 from posttrain.models.saving import gathered, restore_attention
+from posttrain.models.soft_prompt import SoftPrompt
 from posttrain.models.verification import own_attention
 
 Layout = Literal["sequence", "token"]
@@ -89,6 +90,11 @@ def open_scorer(config: ModelConfig, layout: Layout, seed: int = 0, dtype: torch
     adapter = source_adapter(config)
     if not has_head(config, layout):
         opened = open_model(config, dtype)
+        if SoftPrompt.of(opened.hf) is not None:
+            raise ModelError(
+                f"model source {config.source!r} has a soft prompt, on which no head that scores is trained: start "
+                "from its base model"
+            )
         return replace(opened, hf=_with_head(opened.hf, opened.tokenizer, layout, seed))
     if adapter is None:
         hf, tokenizer, new = _opened(config, layout, dtype)

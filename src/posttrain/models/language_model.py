@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.core.errors import ModelError
-from posttrain.core.ragged import RaggedBatch, pack
+from posttrain.core.ragged import MIN_SHARED, RaggedBatch, VirtualTokens, pack
 from posttrain.core.types import Sample
 from posttrain.losses.argument_checks import require_all
 from posttrain.losses.linear_logprobs import Head
@@ -22,6 +22,7 @@ from posttrain.models.max_length import check_length
 from posttrain.models.model_types import decoder_of, still, warn_one_at_a_time, why_not_ragged
 from posttrain.models.output_head import head_parameters, output_head
 from posttrain.models.router_loss import RouterLoss, Routing, multiplicity, routing_of
+from posttrain.models.soft_prompt import SoftPrompt
 
 
 def _base(hf: Any) -> Any:
@@ -47,8 +48,10 @@ class LanguageModel(nn.Module):
         self._routings: list[Routing] | None = None
         self._checkpointed = False
         self._own_attention: str | None = None
-        still(hf)
+        self.soft_prompt = SoftPrompt.of(hf)
+        self.train(self.training)
         self._choose_attention()
+        self._check_soft_prompt()
         check_trainable(hf)
         self.backend.replace_forwards(hf)
 
@@ -61,7 +64,7 @@ class LanguageModel(nn.Module):
             samples = [Sample([0, 1, 2], [0.0, 0.0, 1.0]), Sample([0, 1, 1], [0.0, 0.0, 1.0])]
             try:
                 with torch.no_grad():
-                    self.hidden_T_H(pack(samples).to(self.device))
+                    self.hidden_T_H(self.pack(samples))
                 return
             except Exception as error:  # whatever the model type does with a batch that it can't take
                 first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -75,10 +78,28 @@ class LanguageModel(nn.Module):
             self.base.set_attn_implementation(self._own_attention)
         self.ragged = False
 
+    def _check_soft_prompt(self) -> None:
+        """Raise ModelError for a model type that a soft prompt can't be computed with."""
+        if self.soft_prompt is None:
+            return
+        kind = self.base.config.get_text_config().model_type
+        if not self.ragged:
+            raise ModelError(
+                f"{kind}: a soft prompt needs attention that goes through transformers' interface, and this type's "
+                "does not. Train low-rank adapters (lora, rslora, dora)"
+            )
+        if self.router_loss is not None:
+            raise ModelError(
+                f"{kind}: its configuration asks for a router loss (output_router_logits), in which virtual tokens "
+                "have no part here. Set output_router_logits to false in its config.json to train a soft prompt"
+            )
+
     def train(self, mode: bool = True) -> LanguageModel:
         """Set the mode of the critic and of what is added around the model; the model itself stays `still`."""
         super().train(mode)
         still(self.hf)
+        if self.soft_prompt is not None:
+            self.soft_prompt.train(mode)
         return self
 
     @property
@@ -126,14 +147,10 @@ class LanguageModel(nn.Module):
 
         Raises ModelError for a sequence so long that it would change those beside it (`max_length`).
         """
-        check_length(self.base.config, max(len(row) for row in batch.rows))
+        check_length(self.base.config, batch.longest)
         if self.ragged:
-            extra = -batch.total % self.backend.tile  # tokens that no other sees
-            tokens, positions = (
-                torch.nn.functional.pad(x, (0, extra))[None] for x in (batch.tokens_T, batch.positions_T)
-            )
             with self._lean():
-                return self._decode(batch, None, input_ids=tokens, position_ids=positions, ragged=attention.Plan(batch))
+                return self._decode(batch, None, **self.ragged_inputs(batch, -batch.total % self.backend.tile))
         # One sequence at a time: right for any model, whatever state runs through it.
         hidden: Tensor | None = None
         for row in batch.rows:
@@ -142,6 +159,28 @@ class LanguageModel(nn.Module):
             hidden = hidden.index_copy(0, row, h)
         assert hidden is not None
         return hidden
+
+    def ragged_inputs(
+        self, batch: RaggedBatch, extra: int = 0, keep: Callable[[Tensor, Tensor], None] | None = None
+    ) -> dict[str, Any]:
+        """Return the decoder's arguments for a ragged batch, with the soft prompt's vectors or keys in it.
+
+        Args:
+            batch: The batch.
+            extra: Tokens to add at the end, which no other sees.
+            keep: See `attention.Plan`.
+        """
+        tokens, positions = (torch.nn.functional.pad(x, (0, extra)) for x in (batch.tokens_T, batch.positions_T))
+        inputs: dict[str, Any] = {"position_ids": positions[None]}
+        if batch.virtual is None or self.soft_prompt is None:
+            return inputs | {"input_ids": tokens[None], "ragged": attention.Plan(batch, keep)}
+        if not batch.virtual.computed:
+            plan = attention.Plan(batch.behind_keys(batch.virtual.front), keep, self.soft_prompt.keys_and_values())
+            return inputs | {"input_ids": tokens[None], "ragged": plan}
+        vectors = self.base.get_input_embeddings()(tokens)
+        own = self.soft_prompt.vectors()[batch.virtual_ids].to(vectors.dtype)
+        vectors = vectors.index_copy(0, batch.virtual_T, own)
+        return inputs | {"inputs_embeds": vectors[None], "ragged": attention.Plan(batch, keep)}
 
     def _decode(self, batch: RaggedBatch, row: Tensor | None, **inputs: Any) -> Tensor:
         """Run the decoder on all tokens of a batch or on those of `row`; (tokens, H)."""
@@ -229,9 +268,14 @@ class LanguageModel(nn.Module):
         seen = (hidden_N_H.detach() if probe else hidden_N_H).float() * hidden_N_H.shape[-1] ** -0.5
         return *logprobs, self.value(seen).squeeze(-1)
 
-    def pack(self, samples: list[Sample], share_prefixes: bool = True) -> RaggedBatch:
-        """Pack samples on the model's device, with shared prefixes if the model type allows them."""
-        return pack(samples, share_prefixes and self.ragged).to(self.device)
+    def pack(self, samples: list[Sample], share_prefixes: bool = True, min_shared: int = MIN_SHARED) -> RaggedBatch:
+        """Pack samples on the model's device, sharing prefixes if the type allows it, with its soft prompt."""
+        return pack(samples, share_prefixes and self.ragged, min_shared, self.virtual).to(self.device)
+
+    @property
+    def virtual(self) -> VirtualTokens | None:
+        """Return the virtual tokens of every sequence; None: there is no soft prompt, or it is switched off."""
+        return None if self.soft_prompt is None else self.soft_prompt.virtual
 
 
 def check_trainable(hf: Any) -> None:
@@ -248,14 +292,18 @@ def check_trainable(hf: Any) -> None:
     used = {id(p) for p in base.parameters()}
     if head is not None:
         used -= {id(p) for p in head.parameters()} - head_parameters(base)
-    ignored = [name for name, p in hf.named_parameters() if p.requires_grad and id(p) not in used]
     peft_config = getattr(hf, "active_peft_config", None)
-    if ignored or getattr(peft_config, "is_prompt_learning", False):
+    is_prompt = getattr(peft_config, "is_prompt_learning", False)
+    known = SoftPrompt.of(hf) is not None
+    used |= {id(p) for p in hf.prompt_encoder.parameters()} if known else set()
+    ignored = [name for name, p in hf.named_parameters() if p.requires_grad and id(p) not in used]
+    if ignored or (is_prompt and not known):
         kind = getattr(getattr(peft_config, "peft_type", None), "value", "this model")
         raise ModelError(
             f"{kind}: {', '.join(ignored[:3]) or 'its virtual tokens'} would get no gradient: posttrain runs the "
-            "decoder and its output head's weight, and nothing around them. Use adapters inside the decoder's layers "
-            "(lora, dora, rslora, or another of peft's kinds for linear layers); the output head takes lora and rslora"
+            "decoder and its output head's weight, and nothing around them but the soft prompts that it knows (prompt, "
+            "prefix, p_tuning, p_tuning_v2). Use one of those, or adapters inside the decoder's layers (lora, dora, "
+            "rslora, or another of peft's kinds for linear layers); the output head takes lora and rslora"
         )
 
 

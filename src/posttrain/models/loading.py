@@ -35,6 +35,7 @@ from posttrain.models.quantization import (
     reading_arguments,
     stored_quantization,
 )
+from posttrain.models.soft_prompt_files import is_soft_prompt, open_soft_prompt
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 from posttrain.models.vocabulary import add_tokens, embedding_rows, fit_embedding
 from posttrain.recipe.model_sources import find_model, similar
@@ -415,7 +416,7 @@ def read_weights(
 
 
 def merge_start(base: OpenedModel, adapter: AdapterSource, config: ModelConfig) -> OpenedModel:
-    """Return the model that an adapter makes of its base, merged in memory.
+    """Return the model that an adapter makes of its base: merged in memory, or with a soft prompt (a peft model).
 
     Args:
         base: The base; it is used up.
@@ -427,10 +428,18 @@ def merge_start(base: OpenedModel, adapter: AdapterSource, config: ModelConfig) 
     """
     from transformers import GenerationConfig
 
-    log.info("merging the adapter %s into its base, %s", adapter.location, adapter.base)
     tokenizer, new = tokenizer_and_new_ids(config)
+    own_ends = Path(adapter.location) / "generation_config.json"  # which tokens end a turn
+    if is_soft_prompt(adapter.settings):
+        if new:
+            raise ModelError(f"model source {config.source!r} has a soft prompt: leave model.add_tokens out")
+        if own_ends.is_file():
+            base.hf.generation_config = GenerationConfig.from_pretrained(adapter.location)
+        notes = {**base.notes, "start": {"adapter": config.source, "base": adapter.base}}
+        return replace(base, hf=open_soft_prompt(base.hf, adapter), tokenizer=tokenizer, notes=notes)
+    log.info("merging the adapter %s into its base, %s", adapter.location, adapter.base)
     hf, difference = merge_into_base(base.hf, adapter, vocabulary_size(tokenizer) - len(new))
-    if (Path(adapter.location) / "generation_config.json").is_file():  # which tokens end a turn
+    if own_ends.is_file():
         hf.generation_config = GenerationConfig.from_pretrained(adapter.location)
     start = {"adapter": config.source, "base": adapter.base, "merge_difference": difference}
     return with_rows(OpenedModel(hf, tokenizer, {**base.notes, "start": start}), new, config)

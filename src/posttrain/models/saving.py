@@ -14,7 +14,7 @@ from posttrain.config import AdapterConfig, ModelConfig
 from posttrain.core import distributed
 from posttrain.core.files import link_or_copy
 from posttrain.models.adapter_export import OWN_BASE, write_adapter
-from posttrain.models.adapters import attach, merge
+from posttrain.models.adapters import attach_to, merge
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import base_settings, load_model, open_model, source_adapter
 from posttrain.models.portable_files import NEEDS_NEW, finish_folder
@@ -55,7 +55,7 @@ def save_trained(
 
     def again() -> Any:
         opened = open_model(source.model_copy(update={"device": "cpu"}), torch.float32)
-        return opened.hf if adapter is None else attach(opened.hf, adapter, seed, new_tokens=opened.new_tokens)
+        return opened.hf if adapter is None else attach_to(opened, adapter, seed)
 
     hf = gathered(policy, again)
     if hf is None:

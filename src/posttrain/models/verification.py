@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from posttrain.core.errors import ModelError
-from posttrain.core.ragged import RaggedBatch, pack
+from posttrain.core.ragged import RaggedBatch
 from posttrain.core.types import Sample
 from posttrain.losses.linear_logprobs import head_logits
 from posttrain.models import attention
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.model_types import remember_one_at_a_time, warn_one_at_a_time
 from posttrain.models.router_loss import add_up
+from posttrain.models.soft_prompt import soft_prompt_inputs
 
 TOKENS = 12
 """Length of the sequences that are compared, where no sliding window is longer."""
@@ -85,7 +86,7 @@ def _tried(model: LanguageModel) -> tuple[float, str | None]:
 def _compared(model: LanguageModel) -> tuple[float, str | None]:
     """Return the largest difference of a target's log-probability, and a sentence on what is not understood."""
     samples = _samples(model)
-    batch = pack(samples, model.ragged, min_shared=4).to(model.device)
+    batch = model.pack(samples, min_shared=4)
     single = next(model.base.parameters()).dtype not in (torch.bfloat16, torch.float16)
     trained, ours, noisy = _own_passes(model, batch)
     if noisy:
@@ -154,7 +155,8 @@ def _own_passes(model: LanguageModel, batch: RaggedBatch) -> tuple[Tensor, Tenso
         hidden = model.eval()(batch, "hidden")
         noisy = before != _random_states(model.device) and not torch.equal(hidden, model(batch, "hidden"))
         head = model.head()
-        ours = torch.stack([head_logits(hidden[row], head).log_softmax(-1) for row in batch.rows])
+        predicting = [torch.cat([batch.predictors_T[row[1:]], row[-1:]]) for row in batch.rows]
+        ours = torch.stack([head_logits(hidden[at], head).log_softmax(-1) for at in predicting])
     return trained.view(len(batch.rows), -1), ours, noisy
 
 
@@ -162,18 +164,26 @@ def _own_passes(model: LanguageModel, batch: RaggedBatch) -> tuple[Tensor, Tenso
 def _their_pass(model: LanguageModel, samples: list[Sample]) -> tuple[Tensor, Tensor | None]:
     """Compute the model's own log-probabilities, and those of our head on its own hidden states if they are seen."""
     hidden: list[Any] = []
+    tokens = torch.tensor([s.tokens for s in samples], device=model.device)
+    inputs, places = {"input_ids": tokens}, list(range(tokens.shape[1]))
+    virtual = model.virtual
+    if virtual is not None:
+        inputs = soft_prompt_inputs(model.hf, tokens, target=1)  # the first token that carries loss
+        if virtual.computed:  # where the next token is predicted: before the target by the last virtual token
+            places = [virtual.count + i for i in places]
+        else:
+            inputs["input_ids"] = tokens  # those before them stand for what is in the cache
     hook = model.decoder.register_forward_hook(lambda module, inputs, out: hidden.append(out))
     try:
         with own_attention(model):
-            tokens = torch.tensor([s.tokens for s in samples], device=model.device)
-            logits = model.base(input_ids=tokens, use_cache=False).logits.float()
+            logits = model.base(use_cache=not (virtual is None or virtual.computed), **inputs).logits.float()
     finally:
         hook.remove()
     found = getattr(hidden[0], "last_hidden_state", None) if len(hidden) == 1 else None
     if found is None:
-        return logits.log_softmax(-1), None
+        return logits[:, places].log_softmax(-1), None
     heads = head_logits(found.flatten(0, 1), model.head()).view(*logits.shape[:-1], -1)
-    return logits.log_softmax(-1), heads.log_softmax(-1)
+    return logits[:, places].log_softmax(-1), heads[:, places].log_softmax(-1)
 
 
 @contextmanager
@@ -194,7 +204,7 @@ def _router_problem(model: LanguageModel, sample: Sample, tolerance: float) -> s
     if model.router_loss is None:
         return None
     with model.routings() as found:
-        model(pack([sample]).to(model.device), "hidden")
+        model(model.pack([sample]), "hidden")
     whole = add_up(found)
     ours = float(model.router_loss.share(whole, whole))
     with own_attention(model):

@@ -24,10 +24,8 @@ from torch import Tensor
 
 from posttrain.config import SamplingConfig
 from posttrain.core.errors import DataError, ModelError
-from posttrain.core.ragged import pack
 from posttrain.core.types import Rollout, RolloutGroup, Sample
 from posttrain.losses.linear_logprobs import head_logits
-from posttrain.models import attention
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.max_length import alike_up_to, context, why_short
 from posttrain.models.vocabulary import output_rows, textless_ids
@@ -63,9 +61,15 @@ class _Prompt:
     limit: int
     slot: int = -1
     logits_V: Tensor | None = None
+    virtual: int = 0
     started: int = 0
     running: int = 0
     done: dict[int, Rollout] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Return the positions before the first token that is drawn, those of virtual tokens included."""
+        return len(self.request.tokens) + self.virtual
 
 
 @dataclass
@@ -134,7 +138,7 @@ class LocalSampler:
                 computed.
             ModelError: The memory can't hold a single completion.
         """
-        prompts = [_Prompt(i, r, self._limit(i, r, params)) for i, r in enumerate(requests)]
+        prompts = [_Prompt(i, r, self._limit(i, r, params), virtual=self.virtual) for i, r in enumerate(requests)]
         if not prompts:
             return []
         training = self.model.training
@@ -150,6 +154,11 @@ class LocalSampler:
             RolloutGroup(p.request.tokens, p.request.example, [p.done[j] for j in range(p.request.n)]) for p in prompts
         ]
 
+    @property
+    def virtual(self) -> int:
+        """Return the number of positions that the model's soft prompt takes in every sequence."""
+        return 0 if self.model.virtual is None else self.model.virtual.count
+
     def _limit(self, i: int, request: Request, params: SamplingConfig) -> int:
         """Return how many tokens a completion of this prompt may have."""
         length = len(request.tokens)
@@ -157,6 +166,7 @@ class LocalSampler:
             raise DataError(f"prompt {i} has no tokens; give at least one (the beginning-of-text token, say)")
         if request.n < 1:
             raise DataError(f"prompt {i}: n is {request.n}, and at least one completion must be asked for")
+        length += self.virtual
         if length >= self.context:
             settings = self.model.base.config
             why = f". {why_short(settings)}" if alike_up_to(settings) == self.context else ""
@@ -187,11 +197,11 @@ class LocalSampler:
 
     def prefill(self, prompts: Sequence[Sequence[int]], keep: Any) -> tuple[list[Tensor], Tensor]:
         """Compute prompts: (rows of the ragged batch, hidden states that predict each prompt's first new token)."""
-        batch = pack([Sample(list(t), [0.0] * len(t)) for t in prompts]).to(self.model.device)
+        batch = self.model.pack([Sample(list(t), [0.0] * len(t)) for t in prompts])
         if isinstance(keep, Filling):
-            keep.rows = list(batch.rows)
-        hidden = _decode(self.model, batch.tokens_T, batch.positions_T, attention.Plan(batch, keep=keep))
-        return list(batch.rows), hidden[torch.stack([row[-1] for row in batch.rows])]
+            keep.rows = batch.kept_rows()
+        out = self.model.decoder(use_cache=False, **self.model.ragged_inputs(batch, keep=keep))
+        return list(batch.rows), out.last_hidden_state[0][torch.stack([row[-1] for row in batch.whole_rows])]
 
     def allowed_bytes(self) -> float:
         """Return the bytes for keys and values, which do not depend on free memory: completions must not."""
@@ -242,8 +252,8 @@ class _Session:
         self.rows: list[_Row] = []
         self.banned = sorted({*sampler.ends, *params.stop_tokens})
         shared = any(p.request.n > 1 for p in prompts)
-        longest = max(len(p.request.tokens) for p in prompts)
-        columns = max(p.limit + (0 if shared else len(p.request.tokens)) for p in prompts)
+        longest = max(p.length for p in prompts)
+        columns = max(p.limit + (0 if shared else p.length) for p in prompts)
         slots, at_once, self.layout = self._sizes(prompts, longest if shared else 0, columns)
         self.static: StaticSteps | None = None
         if sampler.static_shapes:
@@ -340,7 +350,7 @@ class _Session:
         """One more token for every row."""
         self._close_gaps()
         rows = self.rows
-        lengths = [len(r.prompt.request.tokens) for r in rows]
+        lengths = [r.prompt.length for r in rows]
         drawn = [len(r.tokens) for r in rows]  # the newest of them has not been computed yet
         positions = [n + d - 1 for n, d in zip(lengths, drawn, strict=True)]
         columns = positions if self.shared is None else [d - 1 for d in drawn]
@@ -377,7 +387,7 @@ class _Session:
         for row in reversed(rows):
             if row.slot < len(rows):
                 break
-            computed = len(row.tokens) - 1 + (len(row.prompt.request.tokens) if self.shared is None else 0)
+            computed = len(row.tokens) - 1 + (row.prompt.length if self.shared is None else 0)
             free = heapq.heappop(self.free_slots)
             moves.append((row.slot, free, computed))
             heapq.heappush(self.free_slots, row.slot)

@@ -10,11 +10,13 @@ from typing import Any
 
 from posttrain.config.settings import ModelConfig, TrainConfig
 from posttrain.core import distributed
-from posttrain.models.adapters import attach, count_parameters
+from posttrain.core.errors import ModelError
+from posttrain.models.adapters import NOT_ON_A_SOFT_PROMPT, attach_to, count_parameters
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import open_model, pick_device, pick_dtype
 from posttrain.models.quantization import check_training
 from posttrain.models.saving import save_trained
+from posttrain.models.soft_prompt import SoftPrompt
 from posttrain.models.verification import verify
 from posttrain.trainer.loop import LoopResult
 
@@ -52,7 +54,14 @@ def open_policy(config: TrainConfig, model: ModelConfig, seed: int) -> LoadedPol
     device = pick_device(model.device)
     distributed.start(device)
     opened = open_model(model, pick_dtype(model.dtype, device))
-    hf = opened.hf if config.adapter is None else attach(opened.hf, config.adapter, seed, new_tokens=opened.new_tokens)
+    if config.adapter is None and SoftPrompt.of(opened.hf) is not None:
+        raise ModelError(NOT_ON_A_SOFT_PROMPT.format(what="every weight"))
+    if config.adapter is not None and config.adapter.kind == "p_tuning" and distributed.world() > 1:
+        raise ModelError(
+            f"adapter.kind p_tuning is trained in one process, and there are {distributed.world()}: its LSTM can't be "
+            "sharded. Start one process, or use prompt, prefix or p_tuning_v2"
+        )
+    hf = opened.hf if config.adapter is None else attach_to(opened, config.adapter, seed)
     check_training(hf, config.merge, distributed.world())
     policy = LanguageModel(hf)
     verify(policy)
@@ -100,6 +109,7 @@ def summary(result: LoopResult, loaded: LoadedPolicy) -> dict[str, Any]:
         "skipped_steps": result.skipped,
         "seconds": round(result.seconds, 2),
         "tokens": result.tokens,
+        "tokens_per_second": round(result.tokens / result.seconds, 1) if result.seconds else 0.0,
         "peak_memory_mb": round(result.peak_memory_mb, 1),
         **result.more,
         "parameters": loaded.parameters,

@@ -145,6 +145,10 @@ def fingerprint(model: LanguageModel) -> str:
     for beside in ("_name_or_path", "transformers_version"):
         config.pop(beside, None)
     digest = hashlib.sha256(json.dumps([LAYOUT, config, model.device.type], sort_keys=True, default=str).encode())
+    soft = model.soft_prompt
+    if soft is not None and soft.start is not None:
+        digest.update(soft.start.cpu().contiguous().numpy().tobytes())
+    whole = model.hf if soft is None else model.base
     prefix = getattr(getattr(model.hf, "base_model", None), "prefix", "lora_")  # peft's tuners name theirs so
     trained = (f".{prefix}", ".modules_to_save.", ".trainable_tokens_delta.")
     weights = {
@@ -152,10 +156,10 @@ def fingerprint(model: LanguageModel) -> str:
         .replace(".token_adapter.", ".")
         .replace(".base_layer.", ".")
         .replace(".original_module.", "."): p
-        for name, p in model.hf.named_parameters()
+        for name, p in whole.named_parameters()
         if not any(part in name for part in trained)
     }
-    for name, module in model.hf.named_modules():  # the scales of quantised weights, which are no parameters
+    for name, module in whole.named_modules():  # the scales of quantised weights, which are no parameters
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         for part, tensor in {} if state is None else state.as_dict(packed=True).items():
             weights[f"{name.removeprefix('base_model.model.').replace('.base_layer', '')}.{part}"] = tensor

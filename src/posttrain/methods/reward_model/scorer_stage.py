@@ -22,6 +22,11 @@ class ScorerConfig(EpochsConfig):
 
     @model_validator(mode="after")
     def _merged(self) -> ScorerConfig:
+        if self.adapter is not None and self.adapter.is_soft_prompt:
+            raise ValueError(
+                f"adapter kind {self.adapter.kind}: soft prompts are not trained under a head that scores. Use lora, "
+                "rslora, dora or no adapter"
+            )
         if not self.merge:
             raise ValueError("merge is false, and a reward model is saved whole, its adapters merged: leave merge out")
         return self

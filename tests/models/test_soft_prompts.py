@@ -1,0 +1,311 @@
+"""Soft prompts: the same loss and gradients as a slow loop and as peft, however a step is split; saved and opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from pydantic import ValidationError
+
+from posttrain.config import AdapterConfig, ModelConfig, OptimizerConfig, SamplingConfig, SystemsConfig, TrainConfig
+from posttrain.core.errors import ModelError
+from posttrain.core.ragged import VirtualTokens, pack
+from posttrain.core.types import Sample
+from posttrain.methods.sft import SFTConfig
+from posttrain.models.adapters import attach, count_parameters, merge
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.loading import load_model
+from posttrain.models.saving import save_trained
+from posttrain.models.soft_prompt import soft_prompt_inputs
+from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+from posttrain.models.verification import own_attention, verify
+from posttrain.sampling.engine import LocalSampler
+from posttrain.sampling.protocol import Request
+from posttrain.trainer.train_step import Learner, cross_entropy
+from tests.conftest import family, random_samples
+
+KINDS: dict[str, dict[str, Any]] = {
+    "prompt": {"kind": "prompt", "tokens": 5},
+    "prefix": {"kind": "prefix", "tokens": 5, "hidden": 24},
+    "p_tuning_v2": {"kind": "p_tuning_v2", "tokens": 5},
+    "p_tuning": {"kind": "p_tuning", "template": "{v:2}{context}{v:3}{target}", "hidden": 12},
+    "p_tuning in front": {"kind": "p_tuning", "template": "{v:4}{context}{target}"},
+}
+IN_PEFT = [kind for kind in KINDS if kind != "p_tuning"]
+FAMILIES = ["llama", "qwen3", "gemma2", "gpt2"]
+
+
+def adapted(kind: str, family: str = "llama") -> LanguageModel:
+    hf = attach(tiny_model(family), AdapterConfig(**KINDS[kind]), seed=1, tokenizer=tiny_tokenizer())
+    return LanguageModel(hf)
+
+
+def learner(kind: str, systems: SystemsConfig | None = None) -> Learner:
+    return Learner(adapted(kind), OptimizerConfig(lr=1e-2), systems or SystemsConfig(), 10)
+
+
+def gradients(kind: str, samples: list[Sample], systems: SystemsConfig) -> tuple[float, dict[str, torch.Tensor]]:
+    one, found = learner(kind, systems), dict[str, torch.Tensor]()
+
+    def keep(norms: object) -> float:
+        found.update({n: m.grad.clone() for n, m in one.optimizer.masters.items() if m.grad is not None})
+        return 1.0
+
+    one.optimizer.clip = keep  # type: ignore[method-assign]
+    return one.step(samples).metrics["loss"], found
+
+
+def slow_loss(model: LanguageModel, samples: list[Sample]) -> torch.Tensor:
+    """One sequence at a time through transformers alone, the virtual tokens put in by hand."""
+    total, virtual = torch.zeros(()), model.virtual
+    assert virtual is not None
+    with own_attention(model):
+        for s in samples:
+            target = next(i for i, w in enumerate(s.weights) if w)
+            tokens = torch.tensor([s.tokens])
+            inputs = soft_prompt_inputs(model.hf, tokens, target)
+            if not virtual.computed:
+                inputs["input_ids"] = tokens
+            logits = model.base(**inputs).logits[0]
+            places = [
+                i + (virtual.front + virtual.before_target * (i >= target)) * virtual.computed for i in range(len(s))
+            ]
+            for i in range(1, len(s)):
+                predictor = places[i] - 1
+                total = total - s.weights[i] * logits[predictor].log_softmax(-1)[s.tokens[i]]
+    return total / sum(sum(s.weights) for s in samples)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradient_equal_a_slow_loop(kind: str) -> None:
+    samples = random_samples(4)
+    model = adapted(kind)
+    expected = slow_loss(model, samples)
+    expected.backward()
+    loss, found = gradients(kind, samples, SystemsConfig())
+    assert loss == pytest.approx(float(expected.detach()), abs=1e-5)
+    wanted = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert wanted.keys() == found.keys() and all("prompt_encoder" in name for name in found)
+    for name, g in wanted.items():
+        assert g is not None and g.any(), name
+        assert float((found[name] - g).abs().max()) < 1e-5, name
+
+
+@pytest.mark.parametrize("kind", IN_PEFT)
+def test_loss_and_gradient_equal_pefts(kind: str) -> None:
+    """A padded batch through peft's own forward pass, with its own loss."""
+    samples, model = random_samples(4), adapted(kind)
+    width = max(len(s) for s in samples)
+    ids = torch.zeros(4, width, dtype=torch.long)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for i, s in enumerate(samples):
+        n, tokens = len(s), torch.tensor(s.tokens)
+        ids[i, :n], mask[i, :n] = tokens, 1
+        labels[i, :n] = torch.where(torch.tensor(s.weights) > 0, tokens, -100)
+    with own_attention(model):
+        theirs = model.hf(input_ids=ids, attention_mask=mask, labels=labels).loss
+    theirs.backward()
+    loss, found = gradients(kind, samples, SystemsConfig())
+    assert loss == pytest.approx(float(theirs.detach()), abs=1e-5)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None and float((found[name] - p.grad).abs().max()) < 1e-5, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [lambda: random_samples(9), family], ids=["apart", "sharing"])
+def test_the_step_is_the_same_for_any_split(kind: str, make: Any) -> None:
+    samples = make()
+    loss, expected = gradients(kind, samples, SystemsConfig(tokens_per_micro_batch=100_000))
+    scale = max(float(g.abs().max()) for g in expected.values())
+    for systems in (
+        SystemsConfig(tokens_per_micro_batch=1),
+        SystemsConfig(share_prefixes=False),
+        SystemsConfig(tokens_per_micro_batch=64, activation_checkpointing=True),
+    ):
+        other, found = gradients(kind, samples, systems)
+        assert other == pytest.approx(loss, rel=1e-6)
+        for name, g in expected.items():
+            assert float((found[name] - g).abs().max()) <= 2e-6 * scale, (systems, name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning", "p_tuning_v2"])
+def test_every_model_type_agrees_with_transformers(kind: str, family: str) -> None:
+    """`verify` compares the ragged pass with transformers' ; gemma2 has soft caps and windows."""
+    assert verify(adapted(kind, family)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_changes_virtual_tokens_alone(kind: str) -> None:
+    one, samples = learner(kind), random_samples(4)
+    before = {n: p.detach().clone() for n, p in one.model.named_parameters() if not p.requires_grad}
+    losses = [one.step(samples).metrics["loss"] for _ in range(4)]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, before[n]) for n, p in one.model.named_parameters() if n in before)
+    trained = {"prompt": 5 * 32, "p_tuning_v2": 5 * 2 * 2 * 16, "prefix": 5 * 16 + 16 * 24 + 24 + 24 * 64 + 64}
+    assert count_parameters(one.model)[1] == trained.get(kind, count_parameters(one.model)[1])
+
+
+def saved(kind: str, folder: Path) -> tuple[LanguageModel, Path]:
+    one = learner(kind)
+    for _ in range(2):
+        one.step(random_samples(4))
+    config = AdapterConfig(**KINDS[kind])
+    save_trained(
+        one.model, tiny_tokenizer(), ModelConfig(source="tiny:llama"), folder / "model", config, False, 1, None
+    )
+    return LanguageModel(one.model.hf), folder / "model"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_opens_again(kind: str, tmp_path: Path) -> None:
+    trained, folder = saved(kind, tmp_path)
+    opened = LanguageModel(load_model(ModelConfig(source=str(folder)))[0])
+    batch = trained.pack(random_samples(3))
+    with torch.no_grad():
+        assert torch.allclose(trained(batch)[0], opened(opened.pack(random_samples(3)))[0], atol=1e-6)
+    if kind == "p_tuning":
+        with pytest.raises(KeyError, match="POSTTRAIN_P_TUNING"):
+            PeftModel.from_pretrained(tiny_model("llama"), folder)
+        return
+    theirs = PeftModel.from_pretrained(tiny_model("llama").eval(), folder)
+    tokens = torch.tensor([random_samples(1)[0].tokens])
+    logits = theirs(input_ids=tokens).logits[:, -tokens.shape[1] :]
+    hidden = opened(opened.pack([Sample(tokens[0].tolist(), [0.0] * tokens.shape[1])]), "hidden")
+    ours = hidden[-tokens.shape[1] :] @ opened.base.get_output_embeddings().weight.T
+    assert float((logits[0] - ours).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_sampler_continues_a_soft_prompt(kind: str) -> None:
+    """Greedy answers are those of transformers' generate; several completions share a prompt; probabilities agree."""
+    model = adapted(kind).eval()
+    sampler = LocalSampler(model, tiny_tokenizer())
+    sampler.ends, model.base.generation_config.eos_token_id = frozenset(), None
+    prompts = [s.tokens[:n] for s, n in zip(random_samples(3, low=30), (4, 9, 25), strict=True)]
+    params = SamplingConfig(temperature=0.0, max_tokens=6)
+    groups = sampler.sample([Request(p, 1 + i) for i, p in enumerate(prompts)], params)
+    singles = sampler.sample([Request(p) for p in prompts], params)
+    for prompt, group, single in zip(prompts, groups, singles, strict=True):
+        with own_attention(model), torch.no_grad():
+            inputs = soft_prompt_inputs(model.hf, torch.tensor([prompt]))
+            first = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+            options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+            mask = torch.ones(next(iter(inputs.values())).shape[:2], dtype=torch.long)
+            theirs = model.base.generate(**inputs, attention_mask=mask, **options)[0, first:].tolist()
+        assert all(list(r.tokens) == theirs for r in [*group.rollouts, *single.rollouts])
+        rollout = group.rollouts[0]
+        sample = Sample([*prompt, *rollout.tokens], [0.0] * len(prompt) + [1.0] * 6)
+        batch = model.pack([sample])
+        with torch.no_grad():
+            assert torch.allclose(model(batch)[0], torch.tensor(rollout.logprobs), atol=1e-5)
+
+
+def test_initial_values() -> None:
+    tokenizer, hf = tiny_tokenizer(), tiny_model("llama")
+    rows = hf.get_input_embeddings().weight
+
+    def start(**settings: Any) -> torch.Tensor:
+        model = attach(hf, AdapterConfig(kind="prompt", **settings), seed=3, tokenizer=tokenizer)
+        weight: torch.Tensor = model.prompt_encoder["default"].embedding.weight.detach()
+        return weight
+
+    ids = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    text = start(init="text", text="ab", tokens=5)
+    assert torch.equal(text, rows[(ids * 5)[:5]])
+    labels = start(init="labels", labels=["ab", "a"], tokens=3)
+    assert torch.allclose(labels[0], rows[ids].mean(0)) and (labels[2] == rows).all(1).any()
+    drawn = start(tokens=50)
+    assert all((row == rows).all(1).any() for row in drawn) and torch.equal(drawn, start(tokens=50))
+    random = start(init="random", tokens=50)
+    assert -0.5 <= float(random.min()) < -0.4 and 0.4 < float(random.max()) < 0.5
+
+
+def test_a_prefix_starts_as_the_text_itself() -> None:
+    """Keys and values of a text: the model behind the prefix predicts what it predicts behind the text."""
+    tokenizer = tiny_tokenizer()
+    config = AdapterConfig(kind="p_tuning_v2", tokens=6, init="text", text="abcdef")
+    ids = tokenizer("abcdef", add_special_tokens=False)["input_ids"][:6]
+    hf = tiny_model("llama")
+    plain = LanguageModel(tiny_model("llama"))
+    model = LanguageModel(attach(hf, config, seed=0, tokenizer=tokenizer))
+    sample = [7, 8, 9, 10]
+    assert len(ids) == 6
+    with torch.no_grad():
+        behind = model(model.pack([Sample(sample, [0, 1, 1, 1])]))[0]
+        written = plain(plain.pack([Sample([*ids, *sample], [0.0] * 7 + [1.0] * 3)]))[0]
+    assert torch.allclose(behind, written, atol=1e-5)
+
+
+def test_a_batch_lays_virtual_tokens_once() -> None:
+    samples = [Sample([5, 6, 7], [0, 0, 1]), Sample([5, 6, 8, 9], [0, 0, 1, 1])]
+    batch = pack(samples, virtual=VirtualTokens(3, 2))
+    assert batch.total == 3 + 2 * 2 + 3 + 4 and batch.parents == (-1, 0, 0)
+    assert batch.virtual_ids is not None and batch.virtual_ids.tolist() == [0, 1, 2, 3, 4, 3, 4]
+    assert [batch.tokens_T[row].tolist() for row in batch.rows] == [list(s.tokens) for s in samples]
+    assert batch.positions_T[batch.rows[1]].tolist() == [3, 4, 7, 8] and batch.longest == 9
+    keys = pack(samples, virtual=VirtualTokens(3, computed=False))
+    assert keys.total == 7 and keys.positions_T[keys.rows[0]].tolist() == [3, 4, 5]
+    seen = keys.behind_keys(3)
+    assert seen.starts == (0, 3, 6) and seen.parents == (-1, 0, 0) and seen.subtree_ends[0] == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "prompt", "r": 8}, "prompt has no setting r .it has: tokens, init, text, labels"),
+        ({"kind": "lora", "tokens": 8}, "lora has no setting tokens"),
+        ({"kind": "prompt", "init": "text"}, "init is 'text' and text is missing"),
+        ({"kind": "prompt", "text": "a"}, "text is set"),
+        ({"kind": "prompt", "init": "labels", "labels": ["a", "b"], "tokens": 1}, "2 labels need"),
+        ({"kind": "p_tuning", "template": "{context} is {v:3}{target}"}, "expected .v:NUMBER."),
+        ({"kind": "p_tuning", "template": "{context}{target}"}, "expected .v:NUMBER."),
+        ({"kind": "prompts"}, "Did you mean prompt"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        AdapterConfig(**settings)
+
+
+def test_settings_are_read_as_they_were_written() -> None:
+    for settings in KINDS.values():
+        config = SFTConfig(data={"source": "a"}, adapter=settings)
+        assert not config.merge and SFTConfig(**config.model_dump()) == config
+    with pytest.raises(ValidationError, match="virtual tokens before the target are for sft"):
+        TrainConfig(method="dpo", adapter=KINDS["p_tuning"])
+    with pytest.raises(ValidationError, match="can't be merged: leave merge out"):
+        TrainConfig(method="sft", adapter={"kind": "prompt"}, merge=True)
+
+
+def test_what_can_not_be_done_says_so() -> None:
+    with pytest.raises(ModelError, match="virtual tokens are no change of any weight"):
+        merge(adapted("prompt").hf)
+    with pytest.raises(ModelError, match="soft prompt needs attention that goes through"), pytest.warns(UserWarning):
+        adapted("prompt", "mamba")
+    with pytest.raises(ModelError, match="without a trained row"):
+        attach(tiny_model("llama"), AdapterConfig(kind="prompt"), 0, new_tokens=[5], tokenizer=tiny_tokenizer())
+    with pytest.raises(ModelError, match="lora can't be trained on top of the soft prompt"):
+        attach(adapted("prompt").hf, AdapterConfig(), 0)
+    with pytest.raises(ModelError, match="continue it with adapter kind p_tuning_v2"):
+        attach(adapted("p_tuning_v2").hf, AdapterConfig(kind="prompt"), 0, tokenizer=tiny_tokenizer())
+
+
+def test_without_the_adapter_there_is_the_model_that_the_stage_started_from() -> None:
+    model, plain = adapted("prompt"), LanguageModel(tiny_model("llama"))
+    samples = random_samples(3)
+    with torch.no_grad(), model.hf.disable_adapter():
+        assert torch.equal(model(model.pack(samples))[0], plain(plain.pack(samples))[0])
+    first = model.soft_prompt
+    assert first is not None
+    continued = LanguageModel(attach(model.hf, AdapterConfig(kind="prompt"), 0, tokenizer=tiny_tokenizer()))
+    start = cross_entropy(continued, continued.pack(samples), 1.0)[0].detach()
+    with torch.no_grad():
+        continued.hf.prompt_encoder["default"].embedding.weight.add_(1.0)
+        assert not torch.equal(cross_entropy(continued, continued.pack(samples), 1.0)[0], start)
+        with continued.hf.disable_adapter():
+            assert torch.equal(cross_entropy(continued, continued.pack(samples), 1.0)[0], start)
