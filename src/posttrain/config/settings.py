@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from posttrain.config.adapters import AdapterConfig
+from posttrain.config.adapter_settings import AdapterConfig
 from posttrain.config.base import Config
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"

@@ -269,7 +269,13 @@ class LanguageModel(nn.Module):
         return *logprobs, self.value(seen).squeeze(-1)
 
     def pack(self, samples: list[Sample], share_prefixes: bool = True, min_shared: int = MIN_SHARED) -> RaggedBatch:
-        """Pack samples on the model's device, sharing prefixes if the type allows it, with its soft prompt."""
+        """Pack samples on the model's device, with its soft prompt.
+
+        Args:
+            samples: The samples.
+            share_prefixes: Compute a prefix that several share once, if the model type allows it.
+            min_shared: Shortest such prefix, in tokens.
+        """
         return pack(samples, share_prefixes and self.ragged, min_shared, self.virtual).to(self.device)
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.config.adapters import TEMPLATE
+from posttrain.config.adapter_settings import TEMPLATE
 from posttrain.core.errors import ModelError
 from posttrain.models.adapter_source import AdapterSource
 from posttrain.models.soft_prompt import KNOWN, SoftPrompt, split_layers
@@ -21,7 +21,14 @@ from posttrain.models.soft_prompt_adapters import layer_shapes, sizes, wrap
 
 FREE_PLACES = "POSTTRAIN_P_TUNING"
 TENSOR = "prompt_embeddings"
-KEPT = ("task_type", "base_model_name_or_path", "revision", "num_virtual_tokens", "token_dim", "inference_mode")
+FREE_PLACES_SETTINGS = (
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "num_virtual_tokens",
+    "token_dim",
+    "inference_mode",
+)
 BAKED_FILE = "soft_prompt.safetensors"
 
 
@@ -46,7 +53,7 @@ def saved_settings(peft_model: Any, settings: dict[str, Any]) -> dict[str, Any]:
     if not soft.virtual.before_target:
         return settings
     front, between = (f"{{v:{n}}}" if n else "" for n in (soft.virtual.front, soft.virtual.before_target))
-    kept = {name: settings.get(name) for name in KEPT}
+    kept = {name: settings.get(name) for name in FREE_PLACES_SETTINGS}
     return {"peft_type": FREE_PLACES, "template": f"{front}{{context}}{between}{{target}}", **kept}
 
 
