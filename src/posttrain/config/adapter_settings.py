@@ -13,16 +13,16 @@ from posttrain.config.names import ADAPTERS
 from posttrain.config.open_kinds import unknown_name
 from posttrain.core.imports import is_import_path, load_object
 
-LOW_RANK = ("r", "alpha", "target")
+LOW_RANK_SETTINGS = ("r", "alpha", "target")
 SETTINGS = {
-    **dict.fromkeys(("lora", "dora", "rslora"), LOW_RANK),
+    **dict.fromkeys(("lora", "dora", "rslora"), LOW_RANK_SETTINGS),
     "prompt": ("tokens", "init", "text", "labels"),
     "prefix": ("tokens", "hidden"),
     "p_tuning": ("template", "hidden"),
     "p_tuning_v2": ("tokens", "init", "text", "labels"),
 }
 """The settings that each kind has; a kind from outside has those of low rank, and `options`."""
-SOFT_PROMPTS = tuple(kind for kind in SETTINGS if SETTINGS[kind] != LOW_RANK)
+SOFT_PROMPTS = tuple(kind for kind in SETTINGS if SETTINGS[kind] != LOW_RANK_SETTINGS)
 """Kinds that train virtual tokens, or their keys and values, and leave every weight as it is."""
 TEMPLATE = re.compile(r"(?:\{v:(\d{1,4})\})?\{context\}(?:\{v:(\d{1,4})\})?\{target\}")
 
@@ -90,7 +90,7 @@ class AdapterConfig(Config):
         unknown = sorted(self.options.keys() - names)
         if unknown:
             raise ValueError(f"options: {self.kind} has no setting {', '.join(unknown)} (it has: {sorted(names)})")
-        own = SETTINGS.get(self.kind, LOW_RANK)
+        own = SETTINGS.get(self.kind, LOW_RANK_SETTINGS)
         others = sorted(self.model_fields_set - {"kind", "options", *own})
         if others:
             raise ValueError(f"{self.kind} has no setting {', '.join(others)} (it has: {', '.join(own)})")
@@ -116,5 +116,5 @@ class AdapterConfig(Config):
     @model_serializer(mode="wrap")
     def _only_its_own(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out the settings of other kinds: they would be refused when the settings are read again."""
-        own = {"kind", "options", *SETTINGS.get(self.kind, LOW_RANK)}
+        own = {"kind", "options", *SETTINGS.get(self.kind, LOW_RANK_SETTINGS)}
         return {name: value for name, value in dump(self).items() if name in own}
