@@ -23,6 +23,7 @@ from posttrain.eval.evaluation_tasks import SampleTask, ScoreTask
 from posttrain.methods.data.ai_feedback import FeedbackConfig
 from posttrain.methods.data.critique_revision import RefineConfig
 from posttrain.methods.data.rejection import RejectionConfig
+from posttrain.methods.data.self_instruct import SelfInstructConfig
 from posttrain.methods.preference.offline import PreferenceConfig
 from posttrain.methods.preference.online import OnlineDPOConfig
 from posttrain.methods.reward_model.pairwise import RewardModelConfig
@@ -31,6 +32,7 @@ from posttrain.methods.sft import SFTConfig
 from posttrain.models.language_model import LanguageModel
 from posttrain.recipe.parsing import shipped
 from posttrain.sampling.greedy import greedy
+from tests.methods.data.task_writer import served_tasks
 
 CHATS = [
     {"messages": [{"role": "user", "content": f"What is {i} plus {i}?"}, {"role": "assistant", "content": str(2 * i)}]}
@@ -53,7 +55,7 @@ def tiny_judge(where: str, chats: Path) -> list[str]:
     return [f"{where}.model.source=tiny:llama", f"{where}.store={chats.with_name('judge.sqlite3')}"]
 
 
-def overrides(name: str, chats: Path) -> list[str]:
+def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
     """A tiny model, two steps, small evaluations; everything else as shipped."""
     recipe = posttrain.load_recipe(name)
     given = ["model.source=tiny:llama"]
@@ -74,6 +76,10 @@ def overrides(name: str, chats: Path) -> list[str]:
             given += [
                 f"stages.{i}.{s}" for s in ("threshold=-1", "problems.data.rows=[0, 20]", "sampler.max_tokens=99")
             ]
+            continue
+        if isinstance(stage, SelfInstructConfig):  # a random model writes no task: a server does
+            server = f"{{model: teacher, base_url: '{teacher}'}}"
+            given += [f"stages.{i}.{s}" for s in ("instructions=4", "sampler.max_tokens=99", f"server={server}")]
             continue
         if isinstance(stage, RefineConfig):  # its context has no room for examples
             small = ("problems.data.rows=[0, 12]", "examples=null", "sampler.stop=[a, b, c, d, e, f, g, h]")
@@ -123,8 +129,9 @@ def overrides(name: str, chats: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> None:
-    recipe = posttrain.load_recipe(name, overrides(name, chats))
-    result = posttrain.run(recipe, tmp_path / "run")
+    with served_tasks() as teacher:
+        recipe = posttrain.load_recipe(name, overrides(name, chats, teacher))
+        result = posttrain.run(recipe, tmp_path / "run")
     for i, stage in enumerate(recipe.stages):
         if stage.makes == "data":
             made = read_lines(result.folder / "stages" / f"{i}-{stage.name}" / "data" / "rows.jsonl")

@@ -25,6 +25,7 @@ METHODS = {
     "rejection_sampling": "posttrain.methods.data.rejection:RejectionSampling",
     "refine": "posttrain.methods.data.critique_revision:CritiqueRevision",
     "feedback": "posttrain.methods.data.ai_feedback:Feedback",
+    "self_instruct": "posttrain.methods.data.self_instruct:SelfInstruct",
 }
 """Methods: subclasses of `posttrain.trainer.stage.Stage`."""
 

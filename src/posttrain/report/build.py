@@ -21,6 +21,7 @@ from posttrain.report.load import Run, read
 from posttrain.report.measured_stages import measured_stages
 from posttrain.report.reward_models import gold, held_out
 from posttrain.report.rollouts import views
+from posttrain.report.written_tasks import written_tasks
 from posttrain.rewards.reward_log import printed_lines
 
 VENDOR = ("uPlot.iife.min.js", "uPlot.min.css", "LICENSE-uPlot.txt")
@@ -87,6 +88,7 @@ def render_page(run: Run) -> str:
         changes=evaluations.CHANGES,
         rollouts=views(run),
         chains=chain_views(run.folder, run.notes),
+        written_tasks=written_tasks(run.folder, run.notes),
         amounts=amounts,
         feedback=read_feedback(run.folder, run.notes),
         held_out=held_out(run),
