@@ -148,20 +148,18 @@ class InstanceLoop:
         """Drop what has too low a reward."""
         if self.rewards is None or not pairs:
             return
-        from posttrain.methods.rl.collect_rollouts import with_failed
-
         groups = []
         for r, one in pairs:
             turns = [{"role": "user", "content": prompts.prompt_of(r["instruction"], one["input"])}]
             example = {"messages": turns, "answer": "", "source": f"task {r['task']}"}
             groups.append(RolloutGroup((), example, [Rollout((), (), "end", one["output"])]))
-        scored, _, failures = with_failed(self.rewards(groups))
-        for (_, one), group, failed in zip(pairs, scored, failures, strict=True):
-            if failed[0]:
+        for (_, one), group in zip(pairs, self.rewards(groups).groups, strict=True):
+            rollout = group.rollouts[0]
+            if rollout.failures:
                 one["why"] = "a reward failed"
                 continue
-            one["reward"] = group.rollouts[0].reward
-            if one["reward"] < self.config.threshold:
+            one["reward"] = rollout.reward
+            if rollout.reward < self.config.threshold:
                 one["why"] = "a reward below the threshold"
 
 
