@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
+_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
 """A word of letters and digits of any script; Chinese and Japanese characters count one by one."""
 
 
 def words_of(text: str) -> list[str]:
     """Return the words of a text in lower case; of an ASCII text those of the package rouge-score, without stemming."""
-    return WORDS.findall(text.lower())
+    return _WORDS.findall(text.lower())
 
 
 def common_subsequence(a: Sequence[object], b: Sequence[object]) -> int:
