@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -30,6 +31,7 @@ from posttrain.methods.reward_model.pairwise import RewardModelConfig
 from posttrain.methods.reward_model.process import ProcessRewardConfig
 from posttrain.methods.sft import SFTConfig
 from posttrain.models.language_model import LanguageModel
+from posttrain.models.tiny_model import tiny_model
 from posttrain.recipe.parsing import shipped
 from posttrain.sampling.greedy import greedy
 from tests.methods.data.task_writer import served_tasks
@@ -170,7 +172,9 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
         assert "<html" in result.report.read_text() and not result.comparison
         return
     makes_model = any(s.makes == "model" for s in recipe.stages)
-    assert ("model/model.safetensors" in manifest["artifacts"]) == makes_model
+    soft = [s for s in recipe.stages if getattr(s, "adapter", None) is not None and s.adapter.is_soft_prompt]
+    file = "adapter_model.safetensors" if soft else "model.safetensors"  # a soft prompt is never merged
+    assert (f"model/{file}" in manifest["artifacts"]) == makes_model
     held_out = [s for s in recipe.stages if isinstance(s, RLConfig | OnlineDPOConfig) and s.held_out is not None]
     judged = [s for s in held_out if any(p.is_correctness for p in s.rewards.terms)]  # right or wrong, and so compared
     measured = [s for s in recipe.stages if isinstance(s, SFTConfig) and s.held_out is not None]
@@ -184,7 +188,8 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
             if isinstance(stage, kind):
                 opens.from_pretrained(result.folder / "stages" / f"{i}-{stage.name}" / "reward_model")
     if makes_model:
-        AutoModelForCausalLM.from_pretrained(result.model)
+        base = tiny_model("llama") if soft else None
+        PeftModel.from_pretrained(base, result.model) if soft else AutoModelForCausalLM.from_pretrained(result.model)
 
 
 def recipe_of(chats: Path, **changes: object) -> posttrain.Recipe:

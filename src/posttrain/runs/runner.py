@@ -280,7 +280,7 @@ class _Run:
             write_json(folder / "method.json", prepared.about())
         done = prepared.run(model, folder, self.recipe.seed + number, trackers.on_step(name))
         if stage.makes == "model":
-            sizes = {k: done.pop(k) for k in ("parameters", "trainable")}
+            sizes = {k: done[k] for k in ("parameters", "trainable")}
             self.manifest.update(model={**self.manifest.values["model"], **sizes})
         entry |= {"status": "done", "from": model.source, "to": str(folder / stage.makes), **done}
         self.manifest.update(stages=[*records, entry])
