@@ -247,8 +247,7 @@ def end_faults(case: Case, i: int, span: Span, tokenizer: Any) -> list[str]:
         if text in whole
     }
     own, end = squash(tail), squash(str(tokenizer.eos_token))
-    in_words = bool(own) and any(a.startswith(own) for a in after) and i < len(case.messages) - 1
-    if span.learnt_ids[-1] not in specials and not in_words:
+    if span.learnt_ids[-1] not in specials:
         return [f"no end token is learnt in turn {i + 1}: {span.learnt[-20:]!r}"]
     begins = any(a.startswith(own) for a in after | alone)
     marked = own.endswith(end) and any(a.startswith(own.removesuffix(end)) for a in after | alone)
@@ -322,6 +321,20 @@ templates of the same shapes.
 
 ✓ right, – refused with the reason below, ✗ wrong.
 Last run: {right} right, {refused} refused, {wrong} wrong.
+
+## What holds beyond the table
+- **Texts are counted.** A turn, a call or a tool must be in the rendering as often as the
+  conversation has it: of two equal questions, neither may be missing. A text that the template also
+  writes itself ("user", or a single letter) is checked by rendering the conversation once more with
+  other words in its place.
+- **Turns that end in words.** If a template ends turns without a special token, the end token is
+  only at the end of a text. With `loss_on: assistant` each turn is then trained in a separate text
+  that ends with the end token, as a model has to end it; this is counted under `rendering`. Other
+  templates need one text.
+- **Long conversations.** Of up to 16 trained turns, each is checked against its whole prompt. Of
+  more, about 14 from all parts of the conversation are; the others are checked against a prompt of
+  the 24 turns before them, which must stand in the text just so. Their number is counted under
+  `rendering`.
 
 ## Conversations
 {about}

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from posttrain.config import DataConfig
+from posttrain.data.chat_template import render_chat
 from posttrain.data.encoding import prompt_tokens, prompt_with_completion
 from posttrain.data.formats import BadRow
-from posttrain.data.learnt_turns import render_with_loss
+from posttrain.data.learnt_turns import IN_WINDOW, OWN_TEXT, render_with_loss
 from posttrain.data.marked_text import pieces, render_terminal
 from posttrain.data.sft_rows import prepare
 from posttrain.data.tokenizing import end_of_turn_token, tokenize_rendered
@@ -193,6 +194,64 @@ def test_a_template_that_changes_the_text_is_refused() -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + m.content }}<|im_end|>{% endfor %}"
     with pytest.raises(BadRow, match="writes the text of turn 2 more than once"):
         learnt(tokenizer, TURNS[:2])
+
+
+LEAVES_OUT = {
+    "always": "loop.index0 == 2",
+    "all but the last ones": "loop.length > 3 and loop.index0 < loop.length - 3",
+    "what was there before": "loop.index0 > 1 and m.content == messages[loop.index0 - 2].content",
+}
+"""When a template leaves out the turn of a user."""
+
+
+@pytest.mark.parametrize("text", ["go on", "user", "e", "{\n}", "im_start"])
+@pytest.mark.parametrize("name", LEAVES_OUT)
+def test_a_turn_that_is_left_out_though_its_text_is_there_elsewhere(name: str, text: str) -> None:
+    tokenizer, said = byte_level(), {"role": "user", "content": text}
+    turns = [
+        said,
+        {"role": "assistant", "content": "one"},
+        said,
+        {"role": "assistant", "content": f"two: {text}"},
+        said,
+    ]
+    assert text in render_chat(tokenizer, turns, True)
+    body = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}{{% if not (m.role == 'user' and {LEAVES_OUT[name]}) %}}{body}{{% endif %}}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    with pytest.raises(BadRow, match="leaves out or changes turn"):
+        render_chat(tokenizer, turns, True)
+    if name != "always":
+        turns = [*turns, {"role": "assistant", "content": "three"}]
+    with pytest.raises(BadRow, match="leaves out or changes turn"):
+        learnt(tokenizer, turns[:4] if name == "always" else turns)
+
+
+def test_every_turn_learns_its_end_where_turns_end_in_words() -> None:
+    """A text has an end token only at its end, so each turn is learnt in a text of its own."""
+    tokenizer = byte_level("no_end")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[' + m.role + '] ' + m.content + ' [/' + m.role + ']\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+    )
+    assert learnt(tokenizer, TURNS, "assistant") == ["yes [/assistant]</s>", "end [/assistant]</s>"]
+    first, last = render_with_loss(tokenizer, TURNS, "assistant")  # type: ignore[arg-type]
+    assert last.text.startswith(first.text) and last.notes == {OWN_TEXT: 1}
+    flagged = [TURNS[0], {**TURNS[1], "train": False}, *TURNS[2:]]
+    assert learnt(tokenizer, flagged, "all") == [
+        "user] yes end [/user]\n[assistant] ",
+        "\n[user] end [/user]\n[assistant] end [/assistant]\n</s>",
+    ]
+
+
+def test_long_conversations_say_how_many_turns_were_checked_in_part() -> None:
+    turns = [{"role": role, "content": f"{role} {i}"} for i in range(40) for role in ("user", "assistant")]
+    (rendered,) = render_with_loss(byte_level(), turns, "assistant")  # type: ignore[arg-type]
+    assert len(rendered.spans) == 40 and 20 < rendered.notes[IN_WINDOW] < 40
+    (short,) = render_with_loss(byte_level(), turns[:32], "assistant")  # type: ignore[arg-type]
+    assert len(short.spans) == 16 and not short.notes
 
 
 @pytest.mark.parametrize("make", [merging, sentencepiece])

@@ -18,7 +18,7 @@ from posttrain.data.formats import (
     to_record,
 )
 from posttrain.data.message_trees import open_assistant
-from posttrain.data.readers import Table
+from posttrain.data.table_files import FoundRow
 
 CONFIG = DataConfig(source="x.jsonl")
 ASK, SAY = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
@@ -97,16 +97,15 @@ COLUMNS = ("message_id", "parent_id", "role", "text", "rank")
 def test_openassistant_trees_follow_the_best_ranked_answers() -> None:
     rows = [dict(zip(COLUMNS, t, strict=True)) for t in TREE]
     assert recognise(rows[0], "auto") == "openassistant"
-    table = open_assistant(Table(rows, [("f", i + 1) for i in range(len(rows))], {"f": "hash"}))
-    assert table.places == [("f", 1), ("f", 6), ("f", 7)] and table.hashes == {"f": "hash"}
-    assert str(table.bad[2]) == "its parent is not in the file: lost"
-    record = to_record(table.rows[0], "openassistant", CONFIG)
+    trees = open_assistant([FoundRow(i, i + 1, i, row) for i, row in enumerate(rows)], "f")
+    assert trees.numbers == [1, 6, 7] and str(trees.rows[2]) == "its parent is not in the file: lost"
+    record = to_record(trees.rows[0], "openassistant", CONFIG)  # type: ignore[arg-type]
     said = [(m["role"], m["content"]) for m in record.messages]
     assert said == [("user", "2+2?"), ("assistant", "4"), ("user", "sure?"), ("assistant", "yes")]
     with pytest.raises(BadRow, match="no answer in this tree"):
-        to_record(table.rows[1], "openassistant", CONFIG)
+        to_record(trees.rows[1], "openassistant", CONFIG)
     with pytest.raises(DataError, match="begins a tree"):
-        open_assistant(Table())
+        open_assistant([], "f")
 
 
 BAD = [

@@ -13,9 +13,11 @@ import pytest
 from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
 from posttrain.data.held_out_rows import drop_training_overlap, hold_out
-from posttrain.data.preference_rows import Pair, PreparedPairs, PreparedUnpaired, Unpaired
+from posttrain.data.preference_rows import PreparedPairs, PreparedUnpaired
 from posttrain.data.rows import count_repeats
+from posttrain.data.sample_store import SampleStore, SampleWriter
 from posttrain.data.sft_rows import Prepared
+from posttrain.data.stored_pairs import StoredAnswers, StoredPairs
 from posttrain.models.tiny_model import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -25,7 +27,20 @@ def sample(number: int, length: int = 4) -> Sample:
     return Sample([5 + number] * length, [0.0] + [1.0] * (length - 1), f"rows.jsonl:{number}")
 
 
-def prepared(samples: Sequence[Sample]) -> Prepared:
+def stored(
+    samples: Sequence[Sample],
+    fields: Sequence[tuple[str, str]] = (),
+    values: Sequence[dict[str, float]] = (),
+    files: Sequence[str] = ("rows.jsonl",),
+) -> SampleStore:
+    writer = SampleWriter(files, 2**16, None, fields)
+    for i, s in enumerate(samples):
+        file, _, number = s.source.rpartition(":")
+        writer.add(i, s, files.index(file), int(number), i, values[i] if values else None)
+    return writer.finish()
+
+
+def prepared(samples: Sequence[Sample], files: Sequence[str] = ("rows.jsonl",)) -> Prepared:
     stats: dict[str, Any] = {
         "source": "rows.jsonl",
         "rows": len(samples) + 2,
@@ -36,7 +51,7 @@ def prepared(samples: Sequence[Sample]) -> Prepared:
         "loss_tokens": sum(sum(s.weights) for s in samples),
         "duplicates": count_repeats(tuple(s.tokens) for s in samples),
     }
-    return Prepared(samples, stats, [{"source": s.source} for s in samples])
+    return Prepared(stored(samples, files=files), stats, [{"source": s.source} for s in samples])
 
 
 @pytest.mark.parametrize(
@@ -122,57 +137,89 @@ def test_where_no_row_can_be_spared_nothing_is_held_out(
     assert "stage sft: nothing is held out" in caplog.text
 
 
-class OnDisk(Sequence[Sample]):
-    """Samples that can be read by number alone, as from a file."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.read = count, 0
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: Any) -> Any:
-        assert isinstance(number, int) and 0 <= number < self.count
-        self.read += 1
-        return sample(number)
-
-
-def test_rows_that_lie_on_a_disk_are_not_all_held_in_memory() -> None:
-    rows = OnDisk(5_000)
-    stats = {"used": 5_000, "rows": 5_000, "dropped": {}, "tokens": 20_000, "loss_tokens": 15_000, "duplicates": 0}
+def test_rows_that_lie_on_a_disk_are_not_all_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    count, read = 5_000, []
+    rows = stored([sample(i) for i in range(count)])
+    item = SampleStore.item
+    monkeypatch.setattr(SampleStore, "item", lambda self, number: read.append(number) or item(self, number))
+    stats = {"used": count, "rows": count, "dropped": {}, "tokens": 20_000, "loss_tokens": 15_000, "duplicates": 0}
     trained, held_out = hold_out(Prepared(rows, stats, rows), 0.05, 100, 0, TOKENIZER)  # type: ignore[arg-type]
-    assert held_out is not None and (len(trained), len(held_out)) == (4_900, 100)
+    assert held_out is not None and (len(trained), len(held_out)) == (4_900, 100) and len(read) < 500
     assert trained.samples[-1].source == f"rows.jsonl:{4_999}" and len(trained.samples[:2]) == 2
     assert trained.stats["tokens"] == 4 * 4_900
 
 
-def unpaired(number: int, desirable: bool) -> Unpaired:
-    return Unpaired(sample(number), 1, desirable, f"rows.jsonl:{number}")
+def answers(labels: Sequence[bool], numbers: Sequence[int] | None = None) -> PreparedUnpaired:
+    numbers = range(len(labels)) if numbers is None else numbers
+    samples = [replace(sample(n), source=f"rows.jsonl:{i}") for i, n in enumerate(numbers)]
+    fields = (("prompt", "<u4"), ("desirable", "u1"))
+    store = stored(samples, fields, [{"prompt": 1, "desirable": label} for label in labels])
+    count = len(labels)
+    stats = {"used": count, "rows": count, "dropped": {}, "tokens": 4 * count, "loss_tokens": 3 * count}
+    duplicates = count_repeats(tuple(s.tokens) for s in samples)
+    return PreparedUnpaired(StoredAnswers(store, []), {**stats, "duplicates": duplicates})
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_good_and_bad_answers_are_both_held_out(seed: int) -> None:
     """Three bad answers among forty: one is measured even if a single row is asked for, and others are trained on."""
-    items = [unpaired(i, i % 15 != 7) for i in range(40)]
-    stats = {"used": 40, "rows": 40, "dropped": {}, "tokens": 160, "loss_tokens": 120, "duplicates": 0}
     for fraction, least in ((0.025, 2), (0.1, 4)):
-        trained, held_out = hold_out(PreparedUnpaired(items, stats), fraction, 500, seed, TOKENIZER)
+        trained, held_out = hold_out(answers([i % 15 != 7 for i in range(40)]), fraction, 500, seed, TOKENIZER)
         assert held_out is not None and len(held_out) == least
         assert {u.desirable for u in held_out.items} == {True, False} == {u.desirable for u in trained.items}
         assert held_out.stats["desirable"] == sum(u.desirable for u in held_out.items)
         assert trained.stats["desirable"] + held_out.stats["desirable"] == 37
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("good", "bad"), [(2, 2), (2, 1), (1, 2), (1, 1), (30, 2), (2, 30), (30, 1), (3, 0)])
+def test_few_answers_of_a_label(good: int, bad: int, seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Both parts have both labels, or nothing is held out, as where no row can be spared at all."""
+    data = answers([True] * good + [False] * bad)
+    with caplog.at_level(logging.WARNING):
+        for fraction in (0.1, 0.5, 0.9):
+            trained, held_out = hold_out(data, fraction, 500, seed, TOKENIZER, "stage kto")
+            if min(good, bad) < 2:
+                assert (trained, held_out) == (data, None)
+            else:
+                assert held_out is not None and len(trained) + len(held_out) == good + bad
+                for part in (trained, held_out):
+                    assert {u.desirable for u in part.items} == {True, False}
+    assert ("stage kto: nothing is held out of" in caplog.text) == (min(good, bad) < 2)
+
+
+def test_the_only_bad_answers_are_copies() -> None:
+    data = answers([True] * 10 + [False] * 2, [*range(10), 50, 50])
+    assert hold_out(data, 0.2, 500, 0, TOKENIZER) == (data, None)
+
+
+def test_both_parts_say_how_many_rows_of_each_source_they_have() -> None:
+    files = ["a.jsonl", "b.jsonl", "c.jsonl"]
+    samples = [replace(sample(i), source=f"{files[i % 2]}:{i}") for i in range(40)]
+    data = prepared(samples, files)
+    layout = {"layout": "messages", "in_source": 25}
+    data.stats["sources"] = [{"source": f, **layout, "rows": 22, "used": 20} for f in files[:2]]
+    data.stats["sources"] += [{"source": files[2], **layout, "rows": 3, "used": 0, "weight": 2.0}]
+    trained, held_out = hold_out(data, 0.25, 500, 0, TOKENIZER)
+    assert held_out is not None and len(held_out) == 10
+    for i, file in enumerate(files[:2]):
+        measured = sum(s.source.startswith(file) for s in held_out.samples)
+        assert 0 < measured < 10
+        assert trained.stats["sources"][i] == {"source": file, **layout, "rows": 22, "used": 20 - measured}
+        assert held_out.stats["sources"][i] == {"source": file, **layout, "rows": measured, "used": measured}
+    assert trained.stats["sources"][2] == data.stats["sources"][2] and len(held_out.stats["sources"]) == 2
+    assert [s["used"] for s in data.stats["sources"]] == [20, 20, 0]
+
+
 def test_pairs_the_other_way_round_are_copies() -> None:
     one, other = sample(1), sample(2)
-    pairs = [
-        Pair(one, other, 1, source="a"),
-        Pair(other, one, 1, source="b"),
-        Pair(sample(3), sample(4), 1, source="c"),
-    ]
+    pairs = [(one, other), (other, one), (sample(3), sample(4))]
+    samples = [replace(s, source=f"rows.jsonl:{i}") for i, pair in enumerate(pairs) for s in pair]
+    fields = (("prompt", "<u4"), ("probability", "<f8"), ("margin", "<f8"))
+    items = StoredPairs(stored(samples, fields, [{"prompt": 1, "probability": 1.0, "margin": 0.0}] * 6), [])
     stats = {"used": 3, "rows": 3, "dropped": {}, "tokens": 24, "loss_tokens": 18, "duplicates": 0, "contradictory": 1}
-    trained, held_out = hold_out(PreparedPairs(pairs, stats), 0.5, 500, 0, TOKENIZER)
-    assert held_out is not None and [p.source for p in held_out.items] == ["c"] and len(trained) == 2
+    trained, held_out = hold_out(PreparedPairs(items, stats), 0.5, 500, 0, TOKENIZER)
+    assert held_out is not None and [p.source for p in held_out.items] == ["rows.jsonl:2"] and len(trained) == 2
     assert "contradictory" not in held_out.stats and trained.stats["contradictory"] == 1
     assert [e["label"] for e in held_out.stats["examples"]] == ["chosen", "rejected"]
 

@@ -11,8 +11,8 @@ import pytest
 
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
-from posttrain.data.readers import Table, read_table
 from posttrain.data.rows import open_rows
+from tests.data.tables import Table, read_table
 
 
 def read(*paths: Path | str) -> Table:
@@ -94,6 +94,7 @@ BAD = {
         ('{"prompt": "a", "completion": "b"}', "one object with the fields 'prompt', 'completion'"),
         ('{"prompt": {"0": "a"}, "answer": {"0": "b"}}', "as pandas writes.*orient='records', lines=True"),
         ('{"a": ["x", "y"], "b": ["z"]}', r"columns of different lengths \(a: 2, b: 1\)"),
+        ('{"data": [{"a": 1}], "data": [{"a": 2}]}', "a key is given twice: 'data'"),
         ("[" * 100_000, "not valid JSON"),
         ("[é]".encode("latin-1"), "expected UTF-8 text.*Save the file as UTF-8"),
     ],
@@ -127,13 +128,21 @@ BAD_ROWS = {
         ('a,b\n1,2\n"x" y,3\n4,5\n', 2, "not valid CSV: .*quotes inside a cell are doubled"),
         ('a\n1\n"two\nnaïve"\n2\n'.encode("latin-1"), 2, "expected UTF-8 text: byte 0xef"),
     ],
-    "x.json": [('[{"a": 1}, 2]', 2, "expected an object, found int"), ('[{"a": "\\ud83d"}, {"a": 1}]', 1, "lone surr")],
+    "x.json": [
+        ('[{"a": 1}, 2]', 2, "expected an object, found int"),
+        ('[{"a": "\\ud83d"}, {"a": 1}]', 1, "lone surr"),
+        ('[{"a": 1}, {"a": 1, "b": 2, "a": 1}, {"a": 2}]', 2, "a key is given twice: 'a' in one object"),
+        ('{"data": [{"a": [{"b": [{"c": 1, "c": 2}]}]}, {"a": 2}]}', 1, "a key is given twice: 'c'"),
+        ('{"a": [{"b": 1, "b": 2}, {}]}', 1, "a key is given twice: 'b'"),
+    ],
     "x.jsonl": [
         ('{"a": 1}\n\n{"a": \n{"a": 2}\n', 3, "not valid JSON: Expecting value"),
         ('{"a": 1}\n[1]\n', 2, "expected an object, found list"),
         ('{"a": 1}\n{"a": 1}{"a": 2}\n', 2, "not valid JSON: Extra data"),
         ('{"a": 1}\n{"a": ' + "[" * 100_000 + "\n", 2, "not valid JSON: nested too deeply"),
         ('{"a": 1}\n{"a": ' + "1" * 5000 + "}\n", 2, "not valid JSON: Exceeds the limit"),
+        ('{"a": 1, "a": 1}\n{"a": 1}\n', 1, "a key is given twice: 'a' in one object"),
+        ('{"a": 1}\n{"a": [{"role": "user", "content": "x", "content": "y"}]}\n', 2, "given twice: 'content'"),
         (b'{"a": "\xe9"}\n{"a": 1}\n', 1, "expected UTF-8 text: byte 0xe9 at 7"),
         ('{"a": 1}\n{"a": "cut \\ud83d"}\n', 2, r"lone surrogate: \\ud83d in 'a'"),
         ('{"a": 1}\n{"a": [{"b": ["\\uDC00\\ud83d"]}]}\n', 2, r"lone surrogate: \\udc00 in 'a'"),
@@ -182,3 +191,15 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
             read(path)
     with pytest.raises(DataError, match=r"as a Hub data set \(subset None, split train\) it can't be opened"):
         read("nobody/no-such-data")
+
+
+def test_parquet_with_two_columns_or_fields_of_a_name(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
+    struct = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["b", "b"])
+    for table, message in ((columns, "two columns are named 'a'"), (pa.table({"a": struct}), "duplicate field names")):
+        pq.write_table(table, tmp_path / "x.parquet")
+        with pytest.raises(DataError, match=rf"x\.parquet: .*{message}"):
+            read(tmp_path / "x.parquet")

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posttrain.config import ModelConfig
-from posttrain.data.readers import read_table
+from posttrain.data.rows import open_rows
 from posttrain.data.sft_rows import prepare
 from posttrain.lab.lab_settings import LabSettings
 from posttrain.lab.make_lab import make_lab
@@ -36,7 +36,7 @@ def test_it_reads_every_review_once_a_pass_and_none_of_the_others() -> None:
 
 
 def test_the_tokenizer_gives_every_review_back_with_its_end() -> None:
-    texts = {f"Movie review: {row['text']}" for row in read_table(reviews_data((0, 1))).rows}
+    texts = set(open_rows(reviews_data((0, 10_605))).read(lambda row: f"Movie review: {row.row['text']}"))
     for sample in ReviewsLab(LabSettings(batch_size=300), TOKENIZER).batch(0):
         assert sample.tokens[-1] == TOKENIZER.eos_token_id and TOKENIZER.decode(sample.tokens[:-1]) in texts
         assert list(sample.weights) == [0.0] + [1.0] * (len(sample.tokens) - 1) and len(sample.tokens) < 256

@@ -120,27 +120,27 @@ class BadRows:
         return "\n".join([*lines, *self._hints, advice])
 
 
-def check_surrogates(row: dict[str, Any]) -> None:
-    """Raise BadRow if a text anywhere in a row, names of fields included, holds a lone surrogate."""
+def check_values(row: dict[str, Any]) -> None:
+    """Raise BadRow if a value anywhere in a row can't be used.
+
+    That is a text, or the name of a field, with a lone surrogate, and a BadRow that stands for an object which can't be
+    read.
+    """
     for name, value in row.items():
-        found = _surrogate(name)
-        if found:
-            raise BadRow(f"lone surrogate: {found} in the name of a field", SURROGATE_HINT)
-        found = _surrogate(value)
-        if found:
-            raise BadRow(f"lone surrogate: {found} in {name!r}", SURROGATE_HINT)
+        _check(name, "the name of a field")
+        _check(value, repr(name))
 
 
-def _surrogate(value: Any) -> str:
-    """Return the first lone surrogate of a value and what it contains, as an escape; empty if there is none."""
+def _check(value: Any, where: str) -> None:
     todo = [value]
     while todo:
         value = todo.pop()
         if isinstance(value, str):
             if found := SURROGATE.search(value):
-                return f"\\u{ord(found[0]):04x}"
+                raise BadRow(f"lone surrogate: \\u{ord(found[0]):04x} in {where}", SURROGATE_HINT)
+        elif isinstance(value, BadRow):
+            raise value
         elif isinstance(value, dict):
             todo += [*value.keys(), *value.values()]
         elif isinstance(value, list | tuple):
             todo += value
-    return ""

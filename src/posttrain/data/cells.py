@@ -6,10 +6,35 @@ import json
 import math
 import numbers
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
 from posttrain.data.bad_rows import BadRow, Row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        raise key_given_twice(pairs)
+    return out
+
+
+def key_given_twice(pairs: Sequence[tuple[str, Any]]) -> BadRow:
+    """Return the error for an object of JSON that gives a value to one key twice."""
+    names = [name for name, _ in pairs]
+    twice = next(name for i, name in enumerate(names) if name in names[:i])
+    return BadRow(
+        f"a key is given twice: {twice!r} in one object", "Readers of JSON keep one of both values. Remove one"
+    )
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique_keys)
+
+
+def load_json(text: str) -> Any:
+    """Return the value of a JSON text. Raises BadRow if an object has a key twice, and ValueError if it is invalid."""
+    return _JSON.decode(text)
 
 
 def is_missing(value: Any) -> bool:
@@ -101,13 +126,15 @@ def parse_json(value: Any, name: str) -> Any:
         name: Name of the column, for messages.
 
     Raises:
-        BadRow: The text is a list or an object as Python writes it, or invalid JSON.
+        BadRow: The text is a list or an object as Python writes it, invalid JSON, or an object with a key twice.
     """
     text = value.strip() if isinstance(value, str) else ""
     if text[:1] not in ("[", "{"):
         return value
     try:
-        return json.loads(text)
+        return load_json(text)
+    except BadRow as error:
+        raise BadRow(f"{error} of {name}", error.hint) from error
     except (ValueError, RecursionError) as error:
         if _PYTHON.match(text):
             raise BadRow(f"{name} is a list or object of Python written as text", _REAL_LISTS) from error

@@ -1,8 +1,8 @@
 """Render conversations through a tokenizer's chat template: one door for training and for inference.
 
 A template may leave something out without an error: a system message, the result of a tool, a call. So every text that
-goes in must come out again, white space aside; otherwise the conversation is refused. The one exception is the
-reasoning of earlier turns, which many templates leave out on purpose; it is counted.
+goes in must come out again, as often, white space aside; otherwise the conversation is refused. The one exception is
+the reasoning of earlier turns, which many templates leave out on purpose; it is counted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from posttrain.core.types import Message
@@ -59,11 +60,13 @@ class Conversation:
             self.tools = [guard_all(tool, self._guard) for tool in tools]
         self._turns = [as_read(m, self.dialect) for m in self.messages]
         self._texts: dict[tuple[int, bool], str] = {}
+        self._parts: dict[int, tuple[str, str]] = {}
 
     def like(self, messages: Sequence[Message]) -> Conversation:
         """Return a conversation of other turns, already guarded, with the same tools and arguments."""
         other = copy.copy(self)
-        other.messages, other._turns, other._texts = list(messages), [as_read(m, self.dialect) for m in messages], {}
+        other.messages, other._turns = list(messages), [as_read(m, self.dialect) for m in messages]
+        other._texts, other._parts = {}, {}
         return other
 
     def _guard(self, text: str) -> str:
@@ -100,12 +103,13 @@ class Conversation:
             self._texts[key] = apply_template(self.tokenizer, self._turns[:count], generation, tools, self.arguments)
         return self._texts[key]
 
-    def check(self, text: str, count: int | None = None) -> int:
-        """Check that a rendering shows every text of the tools and of the first turns.
+    def check(self, text: str, count: int | None = None, generation: bool = False) -> int:
+        """Check that a rendering shows every text of the tools and of the first turns, as often as they have it.
 
         Args:
             text: The rendering.
             count: Number of turns. None: all.
+            generation: It ends with the generation prompt.
 
         Returns:
             Number of turns whose reasoning it leaves out.
@@ -113,32 +117,69 @@ class Conversation:
         Raises:
             BadRow: Something is missing; the message names it.
         """
-        search, without = TextSearch(text), 0
         if self.tools and not self.dialect.shows_tools:
             raise BadRow("the chat template does not show the tools of a conversation, and this one has tools")
-        for tool in self.tools:
-            name = tool.get("function", tool).get("name", "")
-            if not search.has(str(name)):
-                raise BadRow(f"the chat template leaves out a tool: {quote(name)} is not in it")
-        for i, message in enumerate(self.messages[:count]):
+        messages, search, without = self.messages[:count], TextSearch(text), 0
+        names = [str(tool.get("function", tool).get("name", "")) for tool in self.tools]
+        calls = {i: list(call_texts(message)) for i, message in enumerate(messages) if "tool_calls" in message}
+        contents, given = [], [*names, *(t for several in calls.values() for t in several)]
+        for i in range(len(messages)):
             reasoning, content = self.parts(i)
-            if not search.has(content):
-                raise BadRow(f"{left_out(message, i)}: {quote(content)} is not in it")
-            missing = next((t for t in call_texts(message) if not search.has(t)), None)
-            if missing is not None:
-                raise BadRow(f"{left_out(message, i, True)}: {quote(missing)} is not in it")
-            without += not search.has(reasoning)
+            if reasoning and search.has(reasoning):
+                given.append(reasoning)
+            elif reasoning:
+                without += 1
+            contents.append(content)
+        expected = TextSearch("\0".join([*given, *contents]))
+        for name in names:
+            if search.lacks(name, expected):
+                raise BadRow(f"the chat template leaves out a tool: {quote(name)} is not in it")
+        for i, content in enumerate(contents):
+            if search.lacks(content, expected):
+                raise BadRow(_missing(messages[i], i, content))
+        for i, several in calls.items():
+            if (missing := next((t for t in several if search.lacks(t, expected)), None)) is not None:
+                raise BadRow(f"{left_out(messages[i], i, True)}: {quote(missing)} is not in it")
+        # A text that the template writes too, such as "user", may be left out all the same.
+        own, known = self.dialect.markup, expected.text
+        doubtful = {t for t in contents if t and (t in own or text.count(t) > known.count(t))}
+        if doubtful:
+            self._check_in_words([i for i, t in enumerate(contents) if t in doubtful], len(messages), generation)
         return without
+
+    def _check_in_words(self, turns: Sequence[int], count: int, generation: bool) -> None:
+        """Check that the template shows turns, with words that occur nowhere else in place of their texts.
+
+        Equal texts become the same word: a template may leave out a text that it has written before.
+
+        Raises:
+            BadRow: A word is there less often than the text.
+        """
+        texts = {i: self.messages[i]["content"] for i in turns}
+        words = {text: f"Qz7f0Xc{i}w" for i, text in texts.items()}
+        spoken: list[Message] = list(self.messages[:count])
+        for i, text in texts.items():
+            spoken[i] = {**spoken[i], "content": words[text]}
+        try:
+            shown = self.like(spoken).render(generation=generation)
+        except BadRow:  # it reads the texts
+            return
+        wanted = Counter(texts.values())
+        for i, text in texts.items():
+            if shown.count(words[text]) < wanted[text]:
+                raise BadRow(_missing(self.messages[i], i, text))
 
     def parts(self, i: int) -> tuple[str, str]:
         """Return reasoning and content of turn i, stripped, wherever the reasoning is written."""
-        message = self.messages[i]
-        reasoning, content = message.get("reasoning_content", ""), message["content"]
-        if message["role"] == "assistant" and not reasoning:
-            block = split_block(content, self.dialect.opened)
-            if block is not None:
-                reasoning, content = block.inner, block.rest
-        return reasoning.strip(), content.strip()
+        if i not in self._parts:
+            message = self.messages[i]
+            reasoning, content = message.get("reasoning_content", ""), message["content"]
+            if message["role"] == "assistant" and not reasoning:
+                block = split_block(content, self.dialect.opened)
+                if block is not None:
+                    reasoning, content = block.inner, block.rest
+            self._parts[i] = reasoning.strip(), content.strip()
+        return self._parts[i]
 
 
 def left_out(message: Message, i: int, call: bool = False) -> str:
@@ -182,39 +223,43 @@ def _leaves(value: Any) -> Iterator[str]:
         yield json.dumps(value)
 
 
+def _missing(message: Message, i: int, text: str) -> str:
+    return f"{left_out(message, i)}: {quote(text)} is not in it as often as in the conversation"
+
+
 class TextSearch:
     """Search a rendering for texts as templates write them: trimmed, in JSON, with other white space."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._squashed: str | None = None
+
+    @cached_property
+    def squashed(self) -> str:
+        """Return the rendering without white space."""
+        return squash(self.text)
 
     def has(self, wanted: str) -> bool:
         """Return True if the rendering shows a text; an empty text is always shown."""
         wanted = wanted.strip()
-        if not wanted or wanted in self.text:
-            return True
-        if self._squashed is None:
-            self._squashed = squash(self.text)
-        forms: tuple[Callable[[str], str], ...] = (str, _in_json, _in_ascii_json, _in_python)
-        return any(squash(form(wanted)) in self._squashed for form in forms)
+        return not wanted or wanted in self.text or any(form in self.squashed for form in _forms(wanted))
+
+    def lacks(self, wanted: str, given: TextSearch) -> bool:
+        """Return True if the rendering shows a text less often than the texts have it that it must show."""
+        wanted = wanted.strip()
+        if not wanted or self.text.count(wanted) >= given.text.count(wanted):
+            return False
+        return sum(map(self.squashed.count, _forms(wanted))) < given.squashed.count(squash(wanted))
+
+
+def _forms(text: str) -> set[str]:
+    """Return the forms in which templates write a text, without white space: as it is, in JSON, as Python does."""
+    written = json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1], repr(text)[1:-1]
+    return {squash(form) for form in (text, *written)}
 
 
 def squash(text: str) -> str:
     """Return a text without its white space."""
     return "".join(text.split())
-
-
-def _in_json(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-def _in_ascii_json(text: str) -> str:
-    return json.dumps(text)[1:-1]
-
-
-def _in_python(text: str) -> str:
-    return repr(text)[1:-1]
 
 
 def render_chat(
@@ -241,5 +286,5 @@ def render_chat(
     """
     conversation = Conversation(tokenizer, messages, tools, arguments, special_tokens)
     text = conversation.render(generation=generation)
-    conversation.check(text)
+    conversation.check(text, generation=generation)
     return text

@@ -42,48 +42,28 @@ def token_limit(config: DataConfig, context: int | None) -> int:
     return min(config.max_tokens or context or 2**62, context or 2**62)
 
 
-def encode_rows(
-    rows: Rows,
-    read: Callable[[PlacedRow], tuple[Sequence[Record], Callable[..., _T]]],
-    tokenizer: Any,
-    context: int | None,
-) -> list[_T]:
-    """Read rows and make an item of each; bad rows are collected, and cut ones counted.
-
-    Args:
-        rows: The rows.
-        read: Returns for a row the records to encode (one, or the two answers of a pair), and a function that makes
-            the item of their tokens and weights. Both may raise BadRow.
-        tokenizer: The tokenizer.
-        context: The model's length in tokens.
-
-    Returns:
-        The items, in the order of the rows.
-
-    Raises:
-        DataError: The tokenizer has no chat template, or rows can't be used.
-    """
-    items = sorted(encode_stream(rows, read, tokenizer, context), key=lambda item: item[0])
-    rows.check(len(items))
-    return [item for _, item in items]
-
-
 def encode_stream(
     rows: Rows,
     read: Callable[[PlacedRow], tuple[Sequence[Record], Callable[..., _T]]],
     tokenizer: Any,
     context: int | None,
 ) -> Iterator[tuple[int, _T]]:
-    """Yield the items that `encode_rows` makes, as the rows are in their files; only a few are in memory.
+    """Read rows and make an item of each, as the rows are in their files; only a few are in memory.
+
+    Bad rows are collected, and cut ones counted.
 
     Args:
         rows: The rows; the caller has to check them at the end.
-        read: As for `encode_rows`.
+        read: Returns for a row the records to encode (one, or the two answers of a pair), and a function that makes
+            the item of their tokens and weights. Both may raise BadRow.
         tokenizer: The tokenizer.
         context: The model's length in tokens.
 
     Returns:
         (place in the order, item) of each row.
+
+    Raises:
+        DataError: The tokenizer has no chat template.
     """
 
     def opened(row: PlacedRow) -> tuple[PlacedRow, Sequence[Record], Callable[..., _T]]:

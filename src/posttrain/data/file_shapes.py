@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.core.errors import DataError
+from posttrain.data.bad_rows import BadRow
 
 HEAD = 2**20
 """Bytes of a file in which its shape is recognised."""
@@ -31,15 +32,19 @@ def check_encoding(path: Path) -> None:
             raise DataError(f"{path}: expected UTF-8 text: its byte order mark says {name}. Save the file as UTF-8")
 
 
+def check_names(path: Path, names: list[str]) -> None:
+    """Raise DataError if two columns have the same name."""
+    if double := sorted({n for n in names if names.count(n) > 1}):
+        raise DataError(f"{path}: two columns are named {double[0]!r}: {names}; rename one")
+
+
 def check_header(path: Path, names: list[str]) -> list[str]:
     """Return the names of the columns of a TSV or CSV file.
 
     Raises:
         DataError: Two are equal, or the cells are separated by something else.
     """
-    double = sorted({n for n in names if names.count(n) > 1})
-    if double:
-        raise DataError(f"{path}: two columns are named {double[0]!r}: {names}; rename one")
+    check_names(path, names)
     ours, ending = ("\t", ".tsv") if path.suffix.lower() == ".tsv" else (",", ".csv")
     if len(names) == 1 and names[0].lower().startswith("sep="):
         raise DataError(f"{path}: the first line is {names[0]!r}, a note for a spreadsheet. Remove this line")
@@ -104,10 +109,12 @@ def check_json_value(path: Path, value: Any) -> Sequence[Any]:
     """
     if isinstance(value, list):
         return value
+    if isinstance(value, BadRow):
+        raise DataError(f"{path}: {value}. {value.hint}")
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a list of objects, found {type(value).__name__}")
     lists = {name: v for name, v in value.items() if isinstance(v, list)}
-    tables = [name for name, v in lists.items() if all(isinstance(x, dict) for x in v)]
+    tables = [name for name, v in lists.items() if all(isinstance(x, dict | BadRow) for x in v)]
     if len(tables) > 1 and any(lists[name] for name in tables):
         sizes = ", ".join(f"{name}: {len(lists[name]):,} objects" for name in tables)
         largest = max(tables, key=lambda name: len(lists[name]))

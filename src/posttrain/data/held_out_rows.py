@@ -4,46 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
-from posttrain.data.rows import marked_example
+from posttrain.data.rows import PreparedItems, marked_example
 
 log = logging.getLogger("posttrain")
 
 
-class Comparable(Protocol):
-    """Rows by number, whose contents can be compared: `PreparedItems`, and the rows of supervised fine-tuning.
-
-    Attributes:
-        stats: Entry of the manifest and of the report about them.
-        noun: The rows in messages.
-        advice: What to do if rows are trained on and held out.
-    """
-
-    noun: ClassVar[str]
-    advice: ClassVar[str]
-
-    @property
-    def stats(self) -> dict[str, Any]: ...
-
-    def __len__(self) -> int: ...
-
-    def place(self, number: int) -> str:
-        """Return the place of a row, `file:row`."""
-
-    def content(self, number: int) -> Hashable:
-        """Return a value of a row that is equal for rows with the same content."""
-
-    def take(self, numbers: Sequence[int] | np.ndarray) -> Self:
-        """Return the rows with these numbers, in this order."""
-
-
-P = TypeVar("P", bound=Comparable)
+P = TypeVar("P", bound=PreparedItems[Any])
 
 
 def hold_out(
@@ -52,10 +25,10 @@ def hold_out(
     """Divide data into rows to train on and rows to measure.
 
     round(fraction * rows) rows are measured, at least one and at most `most`. Rows that occur more than once are
-    trained on, all of them: a measured copy would measure memory.
+    trained on, all of them: a measured copy would measure memory. Of rows with labels, both parts have both.
 
     Args:
-        data: Prepared rows (`PreparedItems` or `Prepared`).
+        data: Prepared rows.
         fraction: Part of the rows to measure.
         most: Most rows to measure.
         seed: Seed of the choice.
@@ -69,11 +42,12 @@ def hold_out(
     wanted = min(most, max(1, round(fraction * count)), count - 1)
     chosen = _choose(data, wanted, seed) if wanted > 0 else []
     if not chosen:
-        reason = (
-            "a single row"
-            if not count or len(items_of_row(data, 0)) == count
-            else f"{count:,} rows, each of which occurs more than once"
-        )
+        if not count or len(items_of_row(data, 0)) == count:
+            reason = "a single row"
+        elif hasattr(data, "label_of"):
+            reason = f"{count:,} rows, of which both parts would need a good and a bad one that occur once"
+        else:
+            reason = f"{count:,} rows, each of which occurs more than once"
         log.warning("%s: nothing is held out of %s, so nothing is measured during training", where, reason)
         return data, None
     measured = np.asarray(sorted(chosen))
@@ -100,7 +74,7 @@ def _choose(data: Any, wanted: int, seed: int) -> list[int]:
             if len(chosen) < wanted and fits and row.start not in chosen and single.issuperset(row):
                 chosen.update(dict.fromkeys(row))
         at, size = at + size, 4 * size
-    return _both_labels(data, list(chosen), order)
+    return _with_both_labels(data, list(chosen), order)
 
 
 def items_of_row(data: Any, number: int) -> range:
@@ -123,21 +97,35 @@ def _without_copy(data: Any, numbers: Sequence[int]) -> set[int]:
     return {i for i, content in contents.items() if counts[content] == 1}
 
 
-def _both_labels(data: Any, chosen: list[int], order: np.ndarray) -> list[int]:
-    """Return the chosen rows with one of the other label in place of the last, if all have the same."""
+def _with_both_labels(data: Any, chosen: list[int], order: np.ndarray) -> list[int]:
+    """Return the chosen rows, changed so that both parts of the data have rows of both labels; [] if that can't be."""
     label = getattr(data, "label_of", None)
-    if label is None or not chosen or len({label(i) for i in chosen}) > 1:
+    if label is None or not chosen:
         return chosen
-    others = [i for i in order.tolist() if label(i) != label(chosen[0])]
-    single = _without_copy(data, others) if len(others) > 1 else set()  # the last one of its label is trained on
-    other = next((i for i in others if i in single), None)
-    return chosen if other is None else [*(chosen[:-1] or chosen), other]
+    taken = dict.fromkeys(chosen)
+    groups: dict[bool, list[int]] = {True: [], False: []}
+    for i in order.tolist():
+        groups[label(i)].append(i)
+    for group in groups.values():
+        held = [i for i in group if i in taken]
+        if len(held) == len(group) and held:
+            del taken[held.pop()]
+        elif not held and len(group) > 1:
+            single = _without_copy(data, group)
+            held = [i for i in group if i in single][:1]
+            if held and len(taken) > 1:
+                taken.popitem()
+            taken |= dict.fromkeys(held)
+        if not held:
+            return []
+    return list(taken)
 
 
 def _describe(data: Any, trained: Any, held_out: Any, tokenizer: Any) -> None:
     """Write into the statistics of both parts what differs from those of all rows."""
     stats, samples = data.stats, held_out.samples
-    rows = len({held_out.place(i) or i for i in range(len(held_out))})
+    places = {held_out.place(i) or str(i) for i in range(len(held_out))}
+    rows, by_source = len(places), Counter(place.rpartition(":")[0] for place in places)
     tokens, loss_tokens = sum(map(len, samples)), sum(1 for s in samples for w in s.weights if w)
     trained.stats.update(_lengths(trained.samples))
     trained.stats.update(
@@ -148,8 +136,15 @@ def _describe(data: Any, trained: Any, held_out: Any, tokenizer: Any) -> None:
         examples=examples(trained, tokenizer),
         **({"samples": len(trained)} if "samples" in stats else {}),
     )
-    # The rest is about all rows, and stands in the entry of those that are trained on.
     about = {name: stats[name] for name in ("source", "sha256", "layout") if name in stats}
+    if sources := stats.get("sources"):
+        trained.stats["sources"] = [{**s, "used": s["used"] - by_source[s["source"]]} for s in sources]
+        about["sources"] = [
+            {**s, "rows": by_source[s["source"]], "used": by_source[s["source"]]}
+            for s in sources
+            if by_source[s["source"]]
+        ]
+    # The rest is about all rows, and stands in the entry of those that are trained on.
     held_out.stats.clear()
     held_out.stats.update(about, **_lengths(samples))
     held_out.stats.update(
@@ -182,7 +177,7 @@ def examples(data: Any, tokenizer: Any) -> list[dict[str, Any]]:
     return [marked_example(sample, tokenizer) for sample in data.samples[:3]]
 
 
-def drop_training_overlap(held_out: P, trained: Comparable, where: str) -> P:
+def drop_training_overlap(held_out: P, trained: PreparedItems[Any], where: str) -> P:
     """Return held-out data without the items that are also trained on, which would measure memory.
 
     Args:

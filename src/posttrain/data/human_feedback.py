@@ -14,7 +14,7 @@ from posttrain.config import DataConfig
 from posttrain.config.feedback import CandidatesConfig, Pairing, PairsConfig, RatingsConfig, ThumbsConfig
 from posttrain.core.errors import DataError
 from posttrain.data.bad_rows import SHOWN_ROWS, BadRow, Row
-from posttrain.data.cells import is_good_label, is_missing, read_number
+from posttrain.data.cells import is_good_label, is_missing, parse_json, read_number
 from posttrain.data.comparisons import AnswerPair, Candidate, LeftOut, Prompt, pair_up
 from posttrain.data.formats import fill
 from posttrain.data.mixing import refuse_weights
@@ -175,10 +175,7 @@ def _read_ratings(value: Any, name: str) -> tuple[dict[Any, float], bool]:
         return {r: read_number(v, f"{name}.{r}", finite=True) for r, v in value.items() if v is not None}, True
     if isinstance(value, str):
         if value.strip().startswith("{"):
-            try:
-                return _read_ratings(json.loads(value), name)
-            except json.JSONDecodeError as error:
-                raise BadRow(f"{name} begins with {{ and is not valid JSON") from error
+            return _read_ratings(parse_json(value, name), name)
         value = [v for v in value.strip().strip("[]").replace(";", ",").split(",") if v.strip()]
     if not isinstance(value, list | tuple):
         value = [] if value is None else [value]

@@ -35,6 +35,7 @@ OWN_TEXT = "turns that later prompts show otherwise, trained in separate texts"
 EMPTY_BLOCK = "answers without reasoning to a prompt that opens a block of it, trained with an empty block"
 FOLDED = "reasoning written in front of the answer, since the template has no field for it"
 UNPROMPTED = "turns for which the template writes no prompt"
+IN_WINDOW = "turns of long conversations, each checked against its prompt with the turns shortly before it alone"
 RENDERED_TEXTS = "texts that are rendered already, whose special tokens are kept"
 NOTES = {
     CUT_REASONING: "turns",
@@ -43,6 +44,7 @@ NOTES = {
     EMPTY_BLOCK: "turns",
     FOLDED: "turns",
     UNPROMPTED: "turns",
+    IN_WINDOW: "turns",
     RENDERED_TEXTS: "texts",
 }
 """What is counted while rendering, with the unit of the number."""
@@ -146,6 +148,7 @@ class _Lesson:
         for i in reversed(self.learnt):
             if i not in exact and (span := self._in_window(i, *groups[-1])):
                 groups[-1][1].insert(0, span)
+                self.notes[IN_WINDOW] += 1
                 continue
             turn = self._turn(i)
             text = turn.prompt + turn.answer
@@ -156,7 +159,7 @@ class _Lesson:
                     break
             else:
                 groups.append((turn, [(len(turn.prompt), len(text))]))
-        self.notes[CUT_REASONING] += self.conversation.check(groups[0][0].prompt, self.learnt[-1])
+        self.notes[CUT_REASONING] += self.conversation.check(groups[0][0].prompt, self.learnt[-1], True)
         self.notes[OWN_TEXT] = len(groups) - 1
         out = []
         for turn, spans in reversed(groups):
@@ -206,11 +209,12 @@ class _Lesson:
             text = text if text.startswith(whole) else whole
             end = len(whole) - len(turn.mark)
         self.notes[CUT_REASONING] += self.conversation.check(text)
-        spans, at = [], 0
+        spans, at, last = [], 0, len(self.conversation.messages) - 1
         for i, message in enumerate(self.conversation.messages):
             if message["role"] == "assistant" and not message.get("train", True):
                 turn = self._turn(i)
-                stop = len(turn.prompt + turn.answer) if i == len(self.conversation.messages) - 1 else 0
+                whole = turn.prompt + turn.answer
+                stop = len(whole) if turn.mark and text.startswith(whole) or i == last else 0
                 stop = stop or _end_inside(turn, text, self.conversation)
                 if not stop:
                     raise BadRow(f"turn {i + 1} has train: false, and later turns change it: use loss_on: assistant")
@@ -275,7 +279,7 @@ class _Lesson:
     def _answer(self, i: int, prompt: str, rendered: str, shape: TurnShape) -> str:
         """Return what follows the prompt: turn i as the template writes it, its reasoning put in if need be."""
         end = self._prompt_end(i, prompt, shape)
-        block = prompt_block(end)
+        block = shape.block if end == shape.prompt else prompt_block(end)
         at = len(prompt) - len(end) + (block.at if block else len(end))
         body = self._body(i, prompt[:at], rendered, shape)
         if block is None:
@@ -418,11 +422,14 @@ def _joined(start: str, rest: str) -> str:
 
 
 def _end_inside(turn: LearntTurn, text: str, conversation: Conversation) -> int:
-    """Return where the turn ends in a later text that has it just as the model writes it; 0 if it does not."""
+    """Return where the turn ends in a later text that has it just as the model writes it; 0 if it does not.
+
+    It does not if the turn ends in words there: the model also has to write the end token, which the text lacks.
+    """
     body = turn.prompt + turn.answer[: len(turn.answer) - len(turn.mark)]
     if not text.startswith(body):
         return 0
-    if turn.mark and text.startswith(turn.mark, len(body)):
+    if turn.mark and turn.closed and text.startswith(turn.mark, len(body)):
         return len(body) + len(turn.mark)
     # Another special token may end the turn when a next one follows: <|end|> for <|return|>, or the next role's.
     pattern = conversation.dialect.control.pattern

@@ -3,40 +3,43 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from posttrain.core.errors import DataError
 from posttrain.data.bad_rows import BadRow, Row
 from posttrain.data.cells import is_empty, is_missing, read_number
-from posttrain.data.readers import Table
+from posttrain.data.readers import RowList
+from posttrain.data.table_files import FoundRow
 from posttrain.data.turns import ROLES
 
 TREE_COLUMNS = ("message_id", "parent_id", "text", "role", "rank")
 
 
-def open_assistant(table: Table) -> Table:
+def open_assistant(found: Sequence[FoundRow], file: str) -> RowList:
     """Make one conversation of each message tree, from the root along the best-ranked answers.
 
     Columns besides those of the trees are kept, so that they are counted as having no effect. A message that can't be
     placed is a bad row: its parent is not in the file, its id is used twice or is no id, or its parents lead back to
     itself.
 
+    Args:
+        found: The rows.
+        file: Name of their source.
+
     Raises:
         DataError: No message begins a tree.
     """
-    rows = table.rows
-    broken: dict[int, str | BadRow] = dict(table.bad)
+    rows = [row.row if isinstance(row.row, dict) else {} for row in found]
+    broken: dict[int, str | BadRow] = {i: row.row for i, row in enumerate(found) if isinstance(row.row, BadRow)}
     known: dict[Any, int] = {}
     for i, row in enumerate(rows):
-        if i in table.bad:
-            continue
         for column in ("message_id", "parent_id"):
             if not is_missing(row.get(column)) and not _is_id(row[column]):
                 broken[i] = f"{column} is {type(row[column]).__name__}, expected text or a number"
         own = _id(row, "message_id")
         if own is not None and known.setdefault(own, i) != i:
-            file, number = table.places[known[own]]
-            broken.setdefault(i, f"message_id {own!r} is used twice (first in {file}:{number})")
+            broken.setdefault(i, f"message_id {own!r} is used twice (first in {file}:{found[known[own]].number})")
     children: dict[Any, list[int]] = {}
     for i, row in enumerate(rows):
         if i not in broken:
@@ -45,14 +48,15 @@ def open_assistant(table: Table) -> Table:
         if parent is not None and parent not in known:
             broken |= dict.fromkeys(ids, f"its parent is not in the file: {parent}")
     broken |= _circles(rows, known, children, broken)
-    out = Table(hashes=table.hashes)
-    for i in sorted([*children.get(None, []), *broken]):
-        reason = broken.get(i)
-        made = BadRow(reason) if isinstance(reason, str) else reason
-        out.add(made or _conversation(rows, _best_path(rows, i, children)), table.places[i])
-    if not out.rows:
+    begun = sorted([*children.get(None, []), *broken])
+    if not begun:
         raise DataError("no message of this OpenAssistant file begins a tree: expected some without a parent_id")
-    return out
+    made: list[Row | BadRow] = []
+    for i in begun:
+        reason = broken.get(i)
+        bad = BadRow(reason) if isinstance(reason, str) else reason
+        made.append(bad or _conversation(rows, _best_path(rows, i, children)))
+    return RowList(made, [found[i].number for i in begun])
 
 
 def _is_id(value: Any) -> bool:

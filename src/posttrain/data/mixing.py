@@ -16,7 +16,7 @@ def row_weights(data: Any) -> RowWeights | None:
     """Return how often each row of prepared data is drawn in an epoch; None: each once.
 
     Args:
-        data: Prepared rows with their statistics: `PreparedItems`, or `Prepared` of supervised fine-tuning.
+        data: Prepared rows with their statistics (`PreparedItems`).
     """
     sources = data.stats.get("sources") or []
     weights = [float(source.get("weight", 1.0)) for source in sources]

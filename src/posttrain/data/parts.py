@@ -14,9 +14,9 @@ from posttrain.core.errors import DataError
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.formats import Record, Row, check_templates, class_label, recognise, to_record
 from posttrain.data.message_trees import open_assistant
-from posttrain.data.readers import RowList, RowSource, Source, Table, in_order
+from posttrain.data.readers import Source, in_order
 from posttrain.data.row_fields import SourceRow
-from posttrain.data.table_files import FoundRow
+from posttrain.data.table_files import FoundRow, RowSource
 from posttrain.data.text_cells import check_text_cells
 
 
@@ -142,7 +142,7 @@ def open_part(number: int, source: Source, layout: str | None = None) -> Part:
             renamed = rename(first, config)
             layout = "template" if config.prompt is not None else recognise(renamed, config.layout)
         if layout == "openassistant":
-            rows = _trees(source)
+            rows = open_assistant(list(source.scan()), source.name)
     return Part(number, source, rows, layout, _selected(source, rows.count))
 
 
@@ -169,16 +169,6 @@ def _check_head_first(check: Callable[[set[str]], Any], source: Source) -> None:
         check(source.head_columns)
     except DataError:
         check(source.columns)
-
-
-def _trees(source: Source) -> RowList:
-    """Make one conversation of each message tree of an OpenAssistant file."""
-    table = Table()
-    for found in source.scan():
-        table.add(found.row, (source.name, found.number))
-    trees = open_assistant(table)
-    rows = [trees.bad.get(i, row) for i, row in enumerate(trees.rows)]
-    return RowList(rows, [number for _, number in trees.places])
 
 
 def _selected(source: Source, count: int) -> np.ndarray | None:

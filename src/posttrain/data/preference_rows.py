@@ -40,43 +40,31 @@ LABEL_COLUMNS = ("label", "kto_tag")
 class PreparedPairs(PreparedItems[Pair]):
     """Hold pairs and what the manifest and the report say about them."""
 
+    items: StoredPairs
+
     @property
-    def samples(self) -> Sequence[Sample]:
+    def samples(self) -> SampleStore:
         """Return chosen and rejected by turns."""
-        items = self.items
-        return items.store if isinstance(items, StoredPairs) else [s for p in items for s in (p.chosen, p.rejected)]
+        return self.items.store
 
     def labelled(self, count: int) -> list[list[tuple[str, Sample]]]:
         """Return the answers of the first `count` pairs, each with its label."""
         return [[("chosen", p.chosen), ("rejected", p.rejected)] for p in self.items[:count]]
 
-    @property
-    def sizes(self) -> list[int]:
-        """Return the number of tokens to compute of each pair, its prompt once."""
-        return pair_sizes(self.items)
-
     def content(self, number: int) -> Hashable:
         """Return a value of a pair; two pairs are the same whichever answer is the better one."""
-        if isinstance(self.items, StoredPairs):
-            return self.items.content(number)
-        pair = self.items[number]
-        return frozenset((tuple(pair.chosen.tokens), tuple(pair.rejected.tokens)))
-
-
-def pair_sizes(pairs: Sequence[Pair]) -> list[int]:
-    """Return the number of tokens to compute of each pair, its prompt once."""
-    if isinstance(pairs, StoredPairs):
-        return pairs.sizes
-    return [len(p.chosen) + len(p.rejected) - p.prompt for p in pairs]
+        return self.items.content(number)
 
 
 class PreparedUnpaired(PreparedItems[Unpaired]):
     """Hold single answers and what the manifest and the report say about them."""
 
+    items: StoredAnswers
+
     @property
-    def samples(self) -> Sequence[Sample]:
+    def samples(self) -> SampleStore:
         """Return the samples of the answers."""
-        return answer_samples(self.items)
+        return self.items.store
 
     def labelled(self, count: int) -> list[list[tuple[str, Sample]]]:
         """Return the first `count` answers, each alone with its label."""
@@ -84,32 +72,11 @@ class PreparedUnpaired(PreparedItems[Unpaired]):
 
     def content(self, number: int) -> Hashable:
         """Return a value of an answer, after its prompt."""
-        if isinstance(self.items, StoredAnswers):
-            return self.items.store.content(number)
-        return tuple(self.items[number].sample.tokens)
+        return self.samples.content(number)
 
     def label_of(self, number: int) -> bool:
         """Return True if an answer is a good one."""
-        return self.items.is_good(number) if isinstance(self.items, StoredAnswers) else self.items[number].desirable
-
-
-def answer_samples(answers: Sequence[Unpaired]) -> Sequence[Sample]:
-    """Return the samples of answers."""
-    return answers.store if isinstance(answers, StoredAnswers) else [u.sample for u in answers]
-
-
-def count_good(answers: Sequence[Unpaired]) -> int:
-    """Return the number of good answers."""
-    return answers.good if isinstance(answers, StoredAnswers) else sum(answer.desirable for answer in answers)
-
-
-def good_samples(items: Sequence[Pair] | Sequence[Unpaired]) -> Sequence[Sample]:
-    """Return the samples of the better answers of pairs, or of single answers."""
-    if isinstance(items, StoredPairs):
-        return items.chosen
-    if isinstance(items, StoredAnswers):
-        return items.store
-    return [item.chosen if isinstance(item, Pair) else item.sample for item in items]
+        return self.items.is_good(number)
 
 
 @dataclass(frozen=True)

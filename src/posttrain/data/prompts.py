@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config import DataConfig
 from posttrain.config.problems import PROMPTS
 from posttrain.core.errors import DataError
-from posttrain.data.bad_rows import BadRow, BadRows, Row, check_surrogates
+from posttrain.data.bad_rows import BadRow, BadRows, Row, check_values
 from posttrain.data.cells import is_missing, read_text, required_field
 from posttrain.data.chat_template import Conversation
 from posttrain.data.encoding import require_chat_template
@@ -153,7 +153,7 @@ def _load(config: Any) -> tuple[Any, list[PromptRow], BadRows]:
     for i, row in enumerate(loaded):
         place = str(row.get("source") or f"{config.kind}:{i}")
         with bad.collect(place):
-            check_surrogates(dict(row))
+            check_values(dict(row))
             rows.append({**row, **_prompt_of(row), "answer": row.get("answer", NO_ANSWER), "source": place})
     return source, rows, bad
 
@@ -178,7 +178,7 @@ def _render(row: PromptRow, tokenizer: Any, special_tokens: str, notes: Counter[
     tools, arguments = row.get("tools") or (), row.get("template_args")
     conversation = Conversation(tokenizer, row["messages"], tools, arguments, special_tokens)
     text = conversation.render(generation=True)
-    notes[CUT_REASONING] += conversation.check(text)
+    notes[CUT_REASONING] += conversation.check(text, generation=True)
     notes[SPELT] += conversation.specials.total()
     return text
 

@@ -7,12 +7,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from posttrain.config import DataConfig, SourceConfig
 from posttrain.core.errors import DataError
@@ -22,7 +22,7 @@ from posttrain.data.cells import without_nulls
 from posttrain.data.gym_rows import GYM_PREFIX, gym_source_rows
 from posttrain.data.synthetic import sum_chains as chains
 from posttrain.data.synthetic import sums
-from posttrain.data.table_files import FILE_READERS, FoundRow
+from posttrain.data.table_files import FILE_READERS, FoundRow, RowSource
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,28 +34,8 @@ HUB_BATCH = 256
 """Rows of a Hub data set decoded at a time."""
 
 
-class RowSource(Protocol):
-    """Rows that can be read in order, or one at a time.
-
-    Attributes:
-        text_only: True if a cell can hold text alone (TSV, CSV).
-    """
-
-    text_only: bool
-
-    @property
-    def count(self) -> int:
-        """Return the number of rows, those included that can't be read."""
-
-    def scan(self, mask: Sequence[int] | None = None) -> Iterator[FoundRow]:
-        """Return the rows in order; with a mask (1 or 0 for each row) those that are wanted."""
-
-    def row_at(self, position: int) -> Row | BadRow:
-        """Return the row at a position that `scan` gave."""
-
-
 @dataclass
-class RowList:
+class RowList(RowSource):
     """Hold rows in memory.
 
     Attributes:
@@ -65,28 +45,18 @@ class RowList:
 
     rows: Sequence[Row | BadRow] = ()
     numbers: Sequence[int] | None = None
-    text_only: bool = False
-
-    @property
-    def count(self) -> int:
-        """Return the number of rows."""
-        return len(self.rows)
 
     def scan(self, mask: Sequence[int] | None = None) -> Iterator[FoundRow]:
-        """Return the rows, or those that are wanted."""
         for i, row in enumerate(self.rows):
             if mask is None or mask[i]:
                 yield FoundRow(i, i + 1 if self.numbers is None else self.numbers[i], i, row)
 
     def row_at(self, position: int) -> Row | BadRow:
-        """Return the row at an index."""
         return self.rows[position]
 
 
-class HubRows:
+class HubRows(RowSource):
     """Read a data set of the Hub, which `datasets` keeps on the disk."""
-
-    text_only = False
 
     def __init__(self, name: str, config: DataConfig) -> None:
         from datasets import load_dataset
@@ -101,13 +71,11 @@ class HubRows:
                 "packaged:NAME, or a Hub name that the network or the Hub's cache holds"
             ) from error
 
-    @property
+    @cached_property
     def count(self) -> int:
-        """Return the number of rows."""
         return len(self.data)
 
     def scan(self, mask: Sequence[int] | None = None) -> Iterator[FoundRow]:
-        """Return the rows, or those that are wanted."""
         wanted = range(len(self.data)) if mask is None else [i for i, w in enumerate(mask) if w]
         for first in range(0, len(wanted), HUB_BATCH):
             numbers = list(wanted[first : first + HUB_BATCH])
@@ -116,7 +84,6 @@ class HubRows:
                 yield FoundRow(i, i + 1, i, without_nulls(dict(zip(columns, cells, strict=True))))
 
     def row_at(self, position: int) -> Row | BadRow:
-        """Return the row at an index."""
         return without_nulls(dict(self.data[position]))
 
 
@@ -225,44 +192,6 @@ def find_sources(config: DataConfig) -> list[Source]:
             name += f" ({1 + sum(other.entry.source == entry.source for other in found)})"
         found.append(Source(entry, config.of_source(entry), name, path))
     return found
-
-
-@dataclass
-class Table:
-    """Hold rows in memory.
-
-    Attributes:
-        rows: The rows; {} in place of one that can't be read.
-        places: File and row number of each.
-        hashes: SHA-256 of each file.
-        bad: Why a row can't be read, by its index.
-    """
-
-    rows: list[Row] = field(default_factory=list)
-    places: list[tuple[str, int]] = field(default_factory=list)
-    hashes: dict[str, str] = field(default_factory=dict)
-    bad: dict[int, BadRow] = field(default_factory=dict)
-
-    def add(self, row: Row | BadRow, place: tuple[str, int]) -> None:
-        """Append a row, or why it can't be read."""
-        if isinstance(row, BadRow):
-            self.bad[len(self.rows)] = row
-            row = {}
-        self.rows.append(row)
-        self.places.append(place)
-
-
-def read_table(config: DataConfig) -> Table:
-    """Return all rows of the configured sources, in file order. Raises DataError for what can't be found or read."""
-    table = Table()
-    for source in find_sources(config):
-        for found in source.scan():
-            table.add(found.row, (source.name, found.number))
-        if source.hash is not None:
-            table.hashes[source.name] = source.hash
-    if not table.rows:
-        raise DataError(f"{config.name} holds no rows")
-    return table
 
 
 def in_order(config: DataConfig, count: int) -> np.ndarray:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, Self, TypeVar, overload
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 
 from posttrain.config import DataConfig
+from posttrain.core.by_number import ByNumber
 from posttrain.core.types import Sample
 from posttrain.data.bad_rows import BadRows
 from posttrain.data.marked_text import pieces
@@ -239,7 +240,7 @@ def count_repeats(items: Iterable[Hashable]) -> int:
     return sum(n - 1 for n in Counter(items).values())
 
 
-class Chosen(Sequence[_T]):
+class Chosen(ByNumber[_T]):
     """Hold some items of a sequence by their numbers: nothing is copied, so that the sequence may lie on a disk."""
 
     def __init__(self, items: Sequence[_T], numbers: Sequence[int] | np.ndarray) -> None:
@@ -248,14 +249,8 @@ class Chosen(Sequence[_T]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @overload
-    def __getitem__(self, place: int) -> _T: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[_T]: ...
-    def __getitem__(self, place: int | slice) -> _T | list[_T]:
-        if isinstance(place, slice):
-            return [self.items[int(i)] for i in self.numbers[place]]
-        return self.items[int(self.numbers[place])]
+    def item(self, number: int) -> _T:
+        return self.items[int(self.numbers[number])]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ import zlib
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
+from posttrain.core.by_number import ByNumber
 from posttrain.core.errors import DataError
 from posttrain.core.types import Sample
 
@@ -79,7 +80,7 @@ class _FileBytes(_Bytes):
         return os.pread(self.file.fileno(), size, start)
 
 
-class SampleStore(Sequence[Sample]):
+class SampleStore(ByNumber[Sample]):
     """Give samples by number.
 
     Attributes:
@@ -102,17 +103,7 @@ class SampleStore(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.columns["start"])
 
-    @overload
-    def __getitem__(self, number: int) -> Sample: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Sample]: ...
-    def __getitem__(self, number: int | slice) -> Sample | list[Sample]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        if number < 0:
-            number += len(self)
-        if not 0 <= number < len(self):
-            raise IndexError(number)
+    def item(self, number: int) -> Sample:
         at = {name: int(self.columns[name][number]) for name in _PLACE}
         width = self.dtype.itemsize
         tokens = self._tokens.read(at["start"] * width, at["length"] * width)

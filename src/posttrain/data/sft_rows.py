@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -21,40 +21,30 @@ from posttrain.data.turns import answer_text
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(PreparedItems[Sample]):
     """Hold samples to train on or to evaluate. They may be in files: each is read when it is asked for.
 
     Attributes:
-        samples: Tokens and weights.
+        items: Tokens and weights.
         stats: Entry of the manifest and of the report.
         rows: For each sample, the prompt (messages or text), the completion and the choices, for evaluation.
     """
 
-    samples: Sequence[Sample]
-    stats: dict[str, Any]
-    rows: Sequence[dict[str, Any]] = field(default_factory=list)
+    items: SampleStore
+    rows: Sequence[dict[str, Any]] = ()
 
-    noun: ClassVar[str] = PreparedItems.noun
-    advice: ClassVar[str] = PreparedItems.advice
-
-    def __len__(self) -> int:
-        return len(self.samples)
+    @property
+    def samples(self) -> SampleStore:
+        """Return the samples."""
+        return self.items
 
     def content(self, number: int) -> Hashable:
         """Return a value of a sample that is equal for samples with the same tokens."""
-        samples = self.samples
-        return samples.content(number) if isinstance(samples, SampleStore) else tuple(samples[number].tokens)
-
-    def place(self, number: int) -> str:
-        """Return the place of a sample's row, `file:row`."""
-        samples = self.samples
-        return samples.place(number) if isinstance(samples, SampleStore) else samples[number].source
+        return self.items.content(number)
 
     def take(self, numbers: Sequence[int] | np.ndarray) -> Prepared:
         """Return the samples with these numbers, in this order; the statistics are a copy of those of all samples."""
-        samples = self.samples
-        taken = samples.take(numbers) if isinstance(samples, SampleStore) else Chosen(samples, numbers)
-        return Prepared(taken, dict(self.stats), Chosen(self.rows, numbers) if self.rows else ())
+        return replace(super().take(numbers), rows=Chosen(self.rows, numbers) if self.rows else ())
 
 
 class _SampleReader:

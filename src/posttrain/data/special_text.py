@@ -34,6 +34,7 @@ class ControlTokens:
         suffixes: Proper ends of the tokens.
         firsts: First characters of the tokens.
         lasts: Last characters of the tokens.
+        edges: Both.
         longest: Length of the longest token.
     """
 
@@ -43,19 +44,22 @@ class ControlTokens:
     suffixes: frozenset[str]
     firsts: str
     lasts: str
+    edges: str
     longest: int
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> ControlTokens:
         """Prepare a set of special tokens; empty texts are left out."""
         tokens = tuple(sorted({*texts} - {""}, key=lambda t: (-len(t), t)))
+        firsts, lasts = ("".join(sorted({t[end] for t in tokens})) for end in (0, -1))
         return cls(
             tokens,
             re.compile(_trie(tokens)) if tokens else None,
             frozenset(t[:n] for t in tokens for n in range(1, len(t))),
             frozenset(t[n:] for t in tokens for n in range(1, len(t))),
-            "".join({t[0] for t in tokens}),
-            "".join({t[-1] for t in tokens}),
+            firsts,
+            lasts,
+            "".join({*firsts, *lasts}),
             max(map(len, tokens), default=0),
         )
 
@@ -99,7 +103,12 @@ def guard(text: str, control: ControlTokens, found: Counter[str] | None = None) 
     if control.pattern is None or not text:
         return text
     guarded = text if text.isascii() else NATIVE.sub(_escape_native, text)
-    # Texts without a character that begins a token are the rule, and looking for one is faster than the pattern.
+    # Texts without a character that begins or ends a token are the rule, and this is faster than the pattern.
+    for char in control.edges:
+        if char in guarded:
+            break
+    else:
+        return guarded
     if any(c in guarded for c in control.firsts) and control.pattern.search(guarded):
 
         def move(match: re.Match[str]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, Protocol, TypeVar
 
 from posttrain.config import DataConfig
+from posttrain.core.by_number import ByNumber
 from posttrain.core.types import Sample
 from posttrain.data.encoding import Encoded, encode_stream
 from posttrain.data.formats import Record
@@ -67,7 +68,7 @@ class ItemReader(Protocol[_Parsed]):
         """
 
 
-class ReadAgain(Sequence[dict[str, Any]]):
+class ReadAgain(ByNumber[dict[str, Any]]):
     """Give the texts of each item of a store, read from its source again."""
 
     def __init__(
@@ -90,16 +91,8 @@ class ReadAgain(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._store) // self._reader.samples
 
-    @overload
-    def __getitem__(self, number: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, number: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        if not -len(self) <= number < len(self):
-            raise IndexError(number)
-        first = number % len(self) * self._reader.samples
+    def item(self, number: int) -> dict[str, Any]:
+        first = number * self._reader.samples
         part, row_number, position = (int(self._store.columns[name][first]) for name in ("part", "number", "position"))
         row = self._rows.parts[part].read_again(position, row_number)
         return self._reader.about(self._reader.parse(row), row.source)

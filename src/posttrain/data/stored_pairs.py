@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
+from posttrain.core.by_number import ByNumber
 from posttrain.core.types import Sample
 from posttrain.data.bad_rows import SHOWN_ROWS
 from posttrain.data.rows import Chosen
@@ -78,7 +79,7 @@ class _LazyRow(Mapping[str, Any]):
         return len(self._read())
 
 
-class StoredPairs(Sequence[Pair]):
+class StoredPairs(ByNumber[Pair]):
     """Give pairs by number.
 
     Attributes:
@@ -91,23 +92,14 @@ class StoredPairs(Sequence[Pair]):
     def __len__(self) -> int:
         return len(self.store) // 2
 
-    @overload
-    def __getitem__(self, number: int) -> Pair: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Pair]: ...
-    def __getitem__(self, number: int | slice) -> Pair | list[Pair]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        if not -len(self) <= number < len(self):
-            raise IndexError(number)
-        number %= len(self)
+    def item(self, number: int) -> Pair:
         prompt, probability, margin = (self.store.columns[n][2 * number] for n in ("prompt", "probability", "margin"))
         chosen, rejected = self.store[2 * number], self.store[2 * number + 1]
         row = _LazyRow(self._texts, number)
         return Pair(chosen, rejected, int(prompt), float(probability), float(margin), chosen.source, row)
 
     @property
-    def chosen(self) -> SampleStore:
+    def better(self) -> SampleStore:
         """Return the samples of the better answers."""
         return self.store.take(slice(0, None, 2))
 
@@ -142,7 +134,7 @@ class StoredPairs(Sequence[Pair]):
         return {"duplicates": duplicates} | contradictions(same_answers, one < other, self.place)
 
 
-class StoredAnswers(Sequence[Unpaired]):
+class StoredAnswers(ByNumber[Unpaired]):
     """Give answers with a label by number.
 
     Attributes:
@@ -155,17 +147,15 @@ class StoredAnswers(Sequence[Unpaired]):
     def __len__(self) -> int:
         return len(self.store)
 
-    @overload
-    def __getitem__(self, number: int) -> Unpaired: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Unpaired]: ...
-    def __getitem__(self, number: int | slice) -> Unpaired | list[Unpaired]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
+    def item(self, number: int) -> Unpaired:
         sample = self.store[number]
-        number %= len(self)
         prompt = int(self.store.columns["prompt"][number])
         return Unpaired(sample, prompt, self.is_good(number), sample.source, _LazyRow(self._texts, number))
+
+    @property
+    def better(self) -> SampleStore:
+        """Return the samples of all answers."""
+        return self.store
 
     def is_good(self, number: int) -> bool:
         """Return True if an answer is a good one."""

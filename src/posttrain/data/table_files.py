@@ -17,12 +17,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from posttrain.core.errors import DataError
-from posttrain.data.bad_rows import BadRow, Row, check_surrogates
-from posttrain.data.cells import without_nulls
-from posttrain.data.file_shapes import check_encoding, check_header, check_json_value, check_lines
+from posttrain.data.bad_rows import BadRow, Row, check_values
+from posttrain.data.cells import key_given_twice, load_json, without_nulls
+from posttrain.data.file_shapes import check_encoding, check_header, check_json_value, check_lines, check_names
 
 MAX_LINE_BYTES = 2**28
 """Bytes of a line; a longer one is no row of a table."""
@@ -52,18 +52,14 @@ class FoundRow(NamedTuple):
     row: Row | BadRow
 
 
-class TableFile:
-    """Read the rows of a file; a subclass a format.
+class RowSource:
+    """Read rows in order, or one at a time.
 
     Attributes:
-        text_only: True if a cell can hold text alone.
+        text_only: True if a cell can hold text alone (TSV, CSV).
     """
 
-    text_only = False
-
-    def __init__(self, path: Path) -> None:
-        check_encoding(path)
-        self.path = path
+    text_only: ClassVar[bool] = False
 
     @cached_property
     def count(self) -> int:
@@ -71,7 +67,7 @@ class TableFile:
         return sum(1 for _ in self.scan())
 
     def scan(self, mask: Sequence[int] | None = None) -> Iterator[FoundRow]:
-        """Return the rows in file order.
+        """Return the rows in order.
 
         Args:
             mask: For each row 1 if it is wanted, else 0. None: all are.
@@ -85,6 +81,14 @@ class TableFile:
     def row_at(self, position: int) -> Row | BadRow:
         """Return the row at a position that `scan` gave."""
         raise NotImplementedError
+
+
+class TableFile(RowSource):
+    """Read the rows of a file; a subclass a format."""
+
+    def __init__(self, path: Path) -> None:
+        check_encoding(path)
+        self.path = path
 
 
 class _Lines(TableFile):
@@ -306,7 +310,9 @@ def _zip(header: list[str], cells: list[str]) -> Row | BadRow:
 def json_row(text: str) -> Row | BadRow:
     """Return the object that a JSON text holds, or why there is none."""
     try:
-        value = json.loads(text)
+        value = load_json(text)
+    except BadRow as error:
+        return error
     except json.JSONDecodeError as error:
         return BadRow(f"not valid JSON: {error.msg} (at character {error.pos + 1})")
     except RecursionError:
@@ -316,13 +322,15 @@ def json_row(text: str) -> Row | BadRow:
     return _object(value, ESCAPED_SURROGATE.search(text) is not None)
 
 
-def _object(value: Any, escapes: bool) -> Row | BadRow:
-    """Return a value that is an object; with `escapes` its texts may hold lone surrogates."""
+def _object(value: Any, doubtful: bool) -> Row | BadRow:
+    """Return a value that is an object; with `doubtful` the values in it may be unusable (see `check_values`)."""
+    if isinstance(value, BadRow):
+        return value
     if not isinstance(value, dict):
         return BadRow(f"expected an object, found {type(value).__name__}")
-    if escapes:
+    if doubtful:
         try:
-            check_surrogates(value)
+            check_values(value)
         except BadRow as error:
             return error
     return value
@@ -355,15 +363,24 @@ class JSONFile(TableFile):
             raise DataError(f"{self.path}: {not_utf8(error)}. {ENCODING_HINT}") from error
         if not text.strip():
             return []
+        bad: list[BadRow] = []
+
+        def read_object(pairs: list[tuple[str, Any]]) -> Row | BadRow:
+            out = dict(pairs)
+            if len(out) == len(pairs):
+                return out
+            bad.append(key_given_twice(pairs))
+            return bad[-1]
+
         try:
-            value = json.loads(text)
+            value = json.loads(text, object_pairs_hook=read_object)
         except json.JSONDecodeError as error:
             hint = "one object a line? then name the file .jsonl"
             raise DataError(f"{self.path}: line {error.lineno}: not valid JSON: {error.msg} ({hint})") from error
         except (RecursionError, ValueError) as error:
             raise DataError(f"{self.path}: not valid JSON: {error}") from error
-        escapes = ESCAPED_SURROGATE.search(text) is not None
-        return [_object(row, escapes) for row in check_json_value(self.path, value)]
+        doubtful = bool(bad) or ESCAPED_SURROGATE.search(text) is not None
+        return [_object(row, doubtful) for row in check_json_value(self.path, value)]
 
 
 class ParquetFile(TableFile):
@@ -377,6 +394,7 @@ class ParquetFile(TableFile):
         with self._errors():
             # With a buffer, pages are read as they are decoded, not all of a row group at once.
             self.file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+        check_names(path, self.file.schema_arrow.names)
 
     @cached_property
     def count(self) -> int:
@@ -430,7 +448,7 @@ class ParquetFile(TableFile):
 
         try:
             yield
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: two fields of a name in an object
             raise DataError(f"{self.path}: not readable as Parquet: {error}") from error
 
 

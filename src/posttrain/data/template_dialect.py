@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -49,6 +49,8 @@ class Dialect:
         prompt: The block of reasoning that the generation prompt opens or closes, if it does.
         close: Text between reasoning and answer, if the template shows both.
         control: The special tokens, and the added tokens with which the template separates turns.
+        markup: What the template writes around turns.
+        shapes: Shapes of conversations that were looked at (see `turn_shapes`).
     """
 
     tools: list[Any] | None
@@ -61,6 +63,8 @@ class Dialect:
     prompt: PromptBlock | None
     close: str | None
     control: ControlTokens
+    markup: str
+    shapes: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     @property
     def opened(self) -> bool:
@@ -127,7 +131,7 @@ class _Probe:
             prompt,
             prompt_block(prompt),
             close,
-            self._control(),
+            *self._control(),
         )
 
     def _reasoning(
@@ -160,8 +164,8 @@ class _Probe:
         self.tools = tools
         return shown[0] if shown else "object"
 
-    def _control(self) -> ControlTokens:
-        """Return the special tokens, and what else of the added tokens the template writes around turns."""
+    def _control(self) -> tuple[ControlTokens, str]:
+        """Return the special tokens, with what else of the added tokens is written around turns; and all that is."""
         system, user = {"role": "system", "content": USER}, {"role": "user", "content": USER}
         answer = {"role": "assistant", "content": ANSWER}
         turns = (user, answer, user)
@@ -173,7 +177,7 @@ class _Probe:
             mark = OPEN.fullmatch(text) or CLOSE.fullmatch(text)
             if token.special or (text in written and not text.isspace() and not mark):
                 texts.add(text)
-        return ControlTokens.of(texts)
+        return ControlTokens.of(texts), written
 
 
 def _between(text: str) -> str | None:

@@ -11,13 +11,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from posttrain.core.types import Message
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.chat_template import Conversation, TextSearch, left_out
 from posttrain.data.special_text import ControlTokens
-from posttrain.data.think_marks import prompt_block
+from posttrain.data.think_marks import PromptBlock, prompt_block
 
 WORD = "Qz7f0X{}w"
 NEXT = "Qz7f0Xnext"
@@ -50,6 +49,7 @@ class TurnShape:
         prompt: End of the generation prompt, after the text of the turn before; None if the template refuses to prompt
             for the turn.
         header: What stands between the text of the turn before and the turn, where the turn is rendered.
+        block: The block of reasoning that `prompt` opens or closes.
         lead: What the turn has between prompt and content; None for turns with calls or reasoning, and for those that
             do not begin with the prompt, or whose prompt opens or closes a block of reasoning.
         ending: How the turn ends.
@@ -58,12 +58,10 @@ class TurnShape:
 
     prompt: str | None
     header: str
+    block: PromptBlock | None
     lead: str | None
     ending: Ending
     own_system: bool = False
-
-
-_SHAPES: WeakKeyDictionary[Any, dict[Any, TurnShape | str]] = WeakKeyDictionary()
 
 
 def shape_of(conversation: Conversation, i: int) -> TurnShape:
@@ -73,9 +71,8 @@ def shape_of(conversation: Conversation, i: int) -> TurnShape:
         BadRow: The template leaves out a turn of such conversations.
     """
     turns = window(conversation.messages, i)
-    # Which template it is, and how it reads turns, is part of the key: the dialect is one object for both.
-    key = (id(conversation.dialect), _key(turns), json.dumps(conversation.tools, default=str))
-    shapes = _SHAPES.setdefault(conversation.tokenizer, {})
+    key = (_key(turns), json.dumps(conversation.tools, default=str) if conversation.tools else "")
+    shapes: dict[Any, TurnShape | str] = conversation.dialect.shapes
     if key not in shapes:
         try:
             shapes[key] = _Words(conversation, turns).shape()
@@ -193,7 +190,7 @@ class _Words:
                     own_system = True
                 elif word not in text:
                     raise BadRow(left_out(self.turns[k], k, word in self.called))
-        tail, lead = prompt, None
+        tail, block, lead = prompt, None, None
         for word in self.words[last]:
             if whole.count(word) > 1:
                 raise BadRow(f"the chat template writes the text of turn {last + 1} more than once")
@@ -201,10 +198,11 @@ class _Words:
             turn = self.turns[last]
             before = [w for words in self.words[:last] for w in words if w in prompt]
             tail = prompt[max((prompt.rfind(w) + len(w) for w in before), default=0) :]
-            plain = not turn.get("tool_calls") and not turn.get("reasoning_content") and prompt_block(tail) is None
+            block = prompt_block(tail)
+            plain = not turn.get("tool_calls") and not turn.get("reasoning_content") and block is None
             if whole.startswith(prompt) and plain:
                 lead = whole[len(prompt) :].partition(self.words[last][0])[0]
-        return TurnShape(tail, self._header(whole), lead, self._ending(whole), own_system)
+        return TurnShape(tail, self._header(whole), block, lead, self._ending(whole), own_system)
 
     def _header(self, whole: str) -> str:
         """Return what stands between the last word of the turns before and the first one of the last turn."""

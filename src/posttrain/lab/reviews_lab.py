@@ -16,7 +16,7 @@ from typing import Any
 
 from posttrain.config import DataConfig
 from posttrain.core.types import Sample
-from posttrain.data.readers import in_order, read_table
+from posttrain.data.rows import open_rows
 from posttrain.data.sft_rows import prepare
 from posttrain.eval.likelihood_tasks import score
 from posttrain.lab.lab_settings import LabSettings, byte_level_bpe
@@ -42,9 +42,7 @@ def reviews_data(rows: tuple[int, int]) -> DataConfig:
 
 def reviews_tokenizer() -> Any:
     """Make a tokenizer of the reviews that are trained on: common words are one token. The same for every seed."""
-    data = reviews_data(TRAINED_ROWS)
-    rows = read_table(data).rows
-    texts = (f"Movie review: {rows[i]['text']}" for i in in_order(data, len(rows)))
+    texts = open_rows(reviews_data(TRAINED_ROWS)).read(lambda row: f"Movie review: {row.row['text']}")
     return byte_level_bpe(texts, size=VOCABULARY, min_frequency=2, digits=False)
 
 

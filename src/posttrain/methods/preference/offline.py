@@ -153,7 +153,7 @@ class Preference(Stage):
         self.title = TITLES[config.method]
 
     def prepare(self) -> list[tuple[str, Any]]:
-        from posttrain.data.preference_rows import count_good, prepare_pairs, prepare_unpaired
+        from posttrain.data.preference_rows import prepare_pairs, prepare_unpaired
 
         config, context = self.config, self.context
         read: Any = prepare_unpaired if config.method == "kto" else partial(prepare_pairs, margins=False)
@@ -163,11 +163,11 @@ class Preference(Stage):
             config.held_out,
         )
         self.rows, self.held_out = trained.items, held_out.items if held_out else []
-        for answers, place in ((self.rows, ""), (self.held_out, ", held out")) if config.method == "kto" else ():
-            good = count_good(answers)
-            if answers and good in (0, len(answers)):
+        for title, answers in self.data if config.method == "kto" else ():
+            good = answers.items.good
+            if good in (0, len(answers)):
                 raise DataError(
-                    f"stage {config.name}{place}: all {len(answers):,} answers are {'good' if good else 'bad'} ones, and "
+                    f"stage {title}: all {len(answers):,} answers are {'good' if good else 'bad'} ones, and "
                     "kto learns by telling good ones from bad. Give rows of both; of good ones alone: method: sft"
                 )
         return self.data
@@ -178,6 +178,4 @@ class Preference(Stage):
         return pair_trainer(self.config, policy.policy, self.rows, self.held_out, run, self.context.context)
 
     def end_token(self, policy: LoadedPolicy) -> int | None:
-        from posttrain.data.preference_rows import good_samples
-
-        return infer_trained_eos(good_samples(self.rows))
+        return infer_trained_eos(self.data[0][1].items.better)

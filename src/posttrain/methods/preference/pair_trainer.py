@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.core.by_number import ByNumber
 from posttrain.core.types import Sample
 from posttrain.data.preference_rows import Pair, Unpaired
 from posttrain.losses import preference_loss as pref
@@ -218,7 +219,7 @@ def _partners(units: Sequence[Unit], order: np.ndarray, limit: int) -> np.ndarra
     return partners
 
 
-class _Made(Sequence[Unit]):
+class _Made(ByNumber[Unit]):
     """Give samples that are made when they are asked for: those of all items may not fit in memory."""
 
     def __init__(self, count: int, make: Callable[[int], Unit]) -> None:
@@ -227,16 +228,8 @@ class _Made(Sequence[Unit]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, number: int) -> Unit: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Unit]: ...
-    def __getitem__(self, number: int | slice) -> Unit | list[Unit]:
-        if isinstance(number, slice):
-            return [self._make(i) for i in range(*number.indices(self._count))]
-        if not -self._count <= number < self._count:
-            raise IndexError(number)
-        return self._make(number % self._count)
+    def item(self, number: int) -> Unit:
+        return self._make(number)
 
 
 def with_reference(reference: Reference, data: PreferenceData, title: str) -> PreferenceData:
