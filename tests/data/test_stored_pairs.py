@@ -12,7 +12,7 @@ import pytest
 from posttrain.config import DataConfig
 from posttrain.data import sample_cache, stored_items
 from posttrain.data.preference_rows import PreparedPairs, PreparedUnpaired, prepare_pairs, prepare_unpaired
-from posttrain.data.stored_pairs import contradictions
+from posttrain.data.stored_pairs import contradictions, pair_sizes
 from tests.data.tokenizers import byte_level
 
 TOKENIZER = byte_level("chatml")
@@ -62,7 +62,7 @@ def test_in_memory_in_the_cache_and_found_there(tmp_path: Path, monkeypatch: pyt
     taken = found.take([2, 0])
     assert content(taken)[0] == [in_memory[0][2], in_memory[0][0]] and taken.place(1) == found.place(0)
     if kind == "pairs":
-        assert found.sizes == [len(p.chosen) + len(p.rejected) - p.prompt for p, _ in in_memory[0]]
+        assert pair_sizes(found.items) == [len(p.chosen) + len(p.rejected) - p.prompt for p, _ in in_memory[0]]
     else:
         assert [found.label_of(i) for i in range(4)] == [u.desirable for u, _ in in_memory[0]]
 

@@ -162,10 +162,10 @@ class _Lesson:
         self.notes[CUT_REASONING] += self.conversation.check(groups[0][0].prompt, self.learnt[-1], True)
         self.notes[OWN_TEXT] = len(groups) - 1
         out = []
-        for turn, spans in reversed(groups):
-            text = turn.prompt + turn.answer
-            out.append(Rendered(text, tuple(spans), turn.closed, len(text) - len(turn.mark)))
-        return [*out[:-1], self._noted(out[-1])]
+        for n, (turn, spans) in enumerate(reversed(groups), 1):
+            text, notes = turn.prompt + turn.answer, self._told() if n == len(groups) else {}
+            out.append(Rendered(text, tuple(spans), turn.closed, len(text) - len(turn.mark), notes))
+        return out
 
     def _rendered_whole(self) -> set[int]:
         """Return the turns whose whole prompt is rendered; of many, some from all parts of the conversation.
@@ -221,11 +221,10 @@ class _Lesson:
                 spans.append((at, len(turn.prompt)))
                 at = stop
         spans.append((at, len(text)))
-        return [self._noted(Rendered(text, tuple(s for s in spans if s[0] < s[1]), closed, end))]
+        return [Rendered(text, tuple(s for s in spans if s[0] < s[1]), closed, end, self._told())]
 
-    def _noted(self, rendered: Rendered) -> Rendered:
-        notes = {name: number for name, number in self.notes.items() if number}
-        return Rendered(rendered.text, rendered.spans, rendered.closed, rendered.answer_end, notes)
+    def _told(self) -> dict[str, int]:
+        return {name: number for name, number in self.notes.items() if number}
 
     def _turn(self, i: int) -> LearntTurn:
         """Return turn i as the model writes it."""

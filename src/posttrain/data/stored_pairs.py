@@ -103,13 +103,6 @@ class StoredPairs(ByNumber[Pair]):
         """Return the samples of the better answers."""
         return self.store.take(slice(0, None, 2))
 
-    @property
-    def sizes(self) -> list[int]:
-        """Return the number of tokens to compute of each pair, its prompt once."""
-        lengths = self.store.lengths
-        sizes: list[int] = (lengths[::2] + lengths[1::2] - self.store.columns["prompt"][::2]).tolist()
-        return sizes
-
     def place(self, number: int) -> str:
         """Return the place of a pair's row."""
         return self.store.place(2 * number)
@@ -132,6 +125,14 @@ class StoredPairs(ByNumber[Pair]):
         same_answers = np.sort(pairs, axis=1)
         duplicates = len(pairs) - len(np.unique(pairs, axis=0))
         return {"duplicates": duplicates} | contradictions(same_answers, one < other, self.place)
+
+
+def pair_sizes(pairs: Sequence[Pair]) -> list[int]:
+    """Return the number of tokens to compute of each pair, its prompt once."""
+    if not isinstance(pairs, StoredPairs):
+        return [len(p.chosen) + len(p.rejected) - p.prompt for p in pairs]
+    lengths = pairs.store.lengths
+    return list((lengths[::2] + lengths[1::2] - pairs.store.columns["prompt"][::2]).tolist())
 
 
 class StoredAnswers(ByNumber[Unpaired]):

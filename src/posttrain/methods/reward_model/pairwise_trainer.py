@@ -14,6 +14,7 @@ from torch import Tensor
 
 from posttrain.core import distributed
 from posttrain.core.files import link_or_copy, read_object, write_json, write_lines
+from posttrain.data.stored_pairs import pair_sizes
 from posttrain.eval.calibration import judged_pairs
 from posttrain.losses.reward_loss import bradley_terry, bradley_terry_metrics, centring, combine_members
 from posttrain.methods.reward_model.scorer_stage import ScorerStage
@@ -122,7 +123,7 @@ class RewardModelMember(ScorerStage):
             pairs: Any = batch_at(step)
             return [s for i, p in enumerate(pairs) for s in scored_samples(p, i, pad, config.labels == "hard")]
 
-        systems = with_room_for(config.systems, policy.policy, self.data[0][1].items.sizes)
+        systems = with_room_for(config.systems, policy.policy, pair_sizes(self.rows))
         learner = Learner(policy.policy, config.optimizer, systems, steps)
         if not self.held_out:
             return BatchTrainer(learner, samples_at, bradley_terry_loss(config))
