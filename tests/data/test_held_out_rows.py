@@ -142,7 +142,15 @@ def test_rows_that_lie_on_a_disk_are_not_all_read(monkeypatch: pytest.MonkeyPatc
     rows = stored([sample(i) for i in range(count)])
     item = SampleStore.item
     monkeypatch.setattr(SampleStore, "item", lambda self, number: read.append(number) or item(self, number))
-    stats = {"used": count, "rows": count, "dropped": {}, "tokens": 20_000, "loss_tokens": 15_000, "duplicates": 0}
+    stats = {
+        "source": "x",
+        "used": count,
+        "rows": count,
+        "dropped": {},
+        "tokens": 20_000,
+        "loss_tokens": 15_000,
+        "duplicates": 0,
+    }
     trained, held_out = hold_out(Prepared(rows, stats, rows), 0.05, 100, 0, TOKENIZER)  # type: ignore[arg-type]
     assert held_out is not None and (len(trained), len(held_out)) == (4_900, 100) and len(read) < 500
     assert trained.samples[-1].source == f"rows.jsonl:{4_999}" and len(trained.samples[:2]) == 2
@@ -155,7 +163,7 @@ def answers(labels: Sequence[bool], numbers: Sequence[int] | None = None) -> Pre
     fields = (("prompt", "<u4"), ("desirable", "u1"))
     store = stored(samples, fields, [{"prompt": 1, "desirable": label} for label in labels])
     count = len(labels)
-    stats = {"used": count, "rows": count, "dropped": {}, "tokens": 4 * count, "loss_tokens": 3 * count}
+    stats = {"source": "x", "used": count, "rows": count, "dropped": {}, "tokens": 4 * count, "loss_tokens": 3 * count}
     duplicates = count_repeats(tuple(s.tokens) for s in samples)
     return PreparedUnpaired(StoredAnswers(store, []), {**stats, "duplicates": duplicates})
 
@@ -217,7 +225,8 @@ def test_pairs_the_other_way_round_are_copies() -> None:
     samples = [replace(s, source=f"rows.jsonl:{i}") for i, pair in enumerate(pairs) for s in pair]
     fields = (("prompt", "<u4"), ("probability", "<f8"), ("margin", "<f8"))
     items = StoredPairs(stored(samples, fields, [{"prompt": 1, "probability": 1.0, "margin": 0.0}] * 6), [])
-    stats = {"used": 3, "rows": 3, "dropped": {}, "tokens": 24, "loss_tokens": 18, "duplicates": 0, "contradictory": 1}
+    stats = {"source": "x", "used": 3, "rows": 3, "dropped": {}, "tokens": 24, "loss_tokens": 18}
+    stats |= {"duplicates": 0, "contradictory": 1}
     trained, held_out = hold_out(PreparedPairs(items, stats), 0.5, 500, 0, TOKENIZER)
     assert held_out is not None and [p.source for p in held_out.items] == ["rows.jsonl:2"] and len(trained) == 2
     assert "contradictory" not in held_out.stats and trained.stats["contradictory"] == 1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
@@ -23,8 +24,7 @@ BATCH = 1000
 """Rows tokenized at a time."""
 BATCH_CHARACTERS = 2_000_000
 """Length of their texts, at most."""
-_T = TypeVar("_T")
-_Opened = tuple[int, tuple[PlacedRow, Sequence[Record], Callable[..., Any]]]
+_Parsed = tuple[int, tuple[PlacedRow, "ParsedRow"]]
 
 
 def require_chat_template(
@@ -42,72 +42,115 @@ def token_limit(config: DataConfig, context: int | None) -> int:
     return min(config.max_tokens or context or 2**62, context or 2**62)
 
 
-def encode_stream(
-    rows: Rows,
-    read: Callable[[PlacedRow], tuple[Sequence[Record], Callable[..., _T]]],
-    tokenizer: Any,
-    context: int | None,
-) -> Iterator[tuple[int, _T]]:
-    """Read rows and make an item of each, as the rows are in their files; only a few are in memory.
+@dataclass(frozen=True, slots=True)
+class ParsedRow:
+    """Hold what a row says, before its texts are tokenised.
+
+    Attributes:
+        records: Conversations or texts, one for each sample.
+        about: Prompt and answers as text, for evaluation and reports, and other columns of the row.
+        values: Numbers that are kept with each sample.
+    """
+
+    records: Sequence[Record]
+    about: dict[str, Any]
+    values: dict[str, float] = field(default_factory=dict)
+
+
+class EncodedRow(NamedTuple):
+    """Hold the samples of a row; of a conversation whose turns are learnt in separate texts, those of one text.
+
+    Attributes:
+        rank: Place of the row in the order.
+        row: The row.
+        parsed: What it says.
+        samples: Its samples, one for each record.
+        values: Numbers that are kept with each sample.
+    """
+
+    rank: int
+    row: PlacedRow
+    parsed: ParsedRow
+    samples: list[Sample]
+    values: dict[str, float]
+
+
+class RowReader(Protocol):
+    """Read samples from rows."""
+
+    def parse(self, row: PlacedRow) -> ParsedRow:
+        """Return what the row says. Raises BadRow."""
+
+    def make(self, parsed: ParsedRow, encoded: Sequence[Encoded], source: str) -> tuple[list[Sample], dict[str, float]]:
+        """Return the samples of a row and the numbers that are kept with each of them.
+
+        Args:
+            parsed: What the row says.
+            encoded: Tokens and weights of each record.
+            source: Place of the row.
+
+        Raises:
+            BadRow: The tokens can't be used.
+        """
+
+
+def encode_stream(rows: Rows, reader: RowReader, tokenizer: Any, context: int | None) -> Iterator[EncodedRow]:
+    """Read rows and make samples of each, as the rows are in their files; only a few are in memory.
 
     Bad rows are collected, and cut ones counted.
 
     Args:
         rows: The rows; the caller has to check them at the end.
-        read: Returns for a row the records to encode (one, or the two answers of a pair), and a function that makes
-            the item of their tokens and weights. Both may raise BadRow.
+        reader: Reads a row.
         tokenizer: The tokenizer.
         context: The model's length in tokens.
-
-    Returns:
-        (place in the order, item) of each row.
 
     Raises:
         DataError: The tokenizer has no chat template.
     """
 
-    def opened(row: PlacedRow) -> tuple[PlacedRow, Sequence[Record], Callable[..., _T]]:
-        records, make = read(row)
-        if row.config.chat and any(record.messages for record in records):
+    def parse(row: PlacedRow) -> tuple[PlacedRow, ParsedRow]:
+        parsed = reader.parse(row)
+        if row.config.chat and any(record.messages for record in parsed.records):
             require_chat_template(tokenizer)
-        return row, records, make
+        return row, parsed
 
     total, done = len(rows.order), 0
     with Track("tokenizing", total, shown=total > 5 * BATCH and os.environ.get("RANK", "0") == "0") as progress:
-        for batch in _batches(rows.stream(opened)):
-            yield from _encode_batch(batch, rows, tokenizer, context)
+        for batch in _batches(rows.stream(parse)):
+            yield from _encode_batch(batch, rows, reader, tokenizer, context)
             done += len(batch)
             progress.update(done)
 
 
 def _encode_batch(
-    batch: Sequence[_Opened], rows: Rows, tokenizer: Any, context: int | None
-) -> Iterator[tuple[int, Any]]:
+    batch: Sequence[_Parsed], rows: Rows, reader: RowReader, tokenizer: Any, context: int | None
+) -> Iterator[EncodedRow]:
     rendered = []
-    for rank, (row, records, make) in batch:
+    for rank, (row, parsed) in batch:
         with rows.bad.collect(row.source):
-            rendered.append((rank, row, make, [_render(record, tokenizer, row.config) for record in records]))
+            rendered.append((rank, row, parsed, [_render(record, tokenizer, row.config) for record in parsed.records]))
     encoded = iter(_encode([r for *_, several in rendered for texts in several for r in texts], tokenizer))
-    for rank, row, make, several in rendered:
+    for rank, row, parsed, several in rendered:
         # One record may be several samples (see `learnt_turns`); the two answers of a pair are one each.
         found = [[next(encoded) for _ in texts] for texts in several]
         parts = [[sample for samples in of_record for sample in samples] for of_record in found]
         limit, samples = token_limit(row.config, context), list(zip(*parts, strict=True))
         with rows.bad.collect(row.source):
-            items = [make(*_fit(sample, limit, row.config)) for sample in samples]
+            made = [reader.make(parsed, _fit(sample, limit, row.config), row.source) for sample in samples]
             rows.truncated += any(len(tokens) > limit for sample in samples for tokens, _ in sample)
             rows.add_notes(note for texts in several for r in texts for note in r.notes.items())
             rows.add_notes((OWN_TEXT, len(samples) - 1) for of_record in found for samples in of_record)
-            yield from ((rank, item) for item in items)
+            yield from (EncodedRow(rank, row, parsed, *item) for item in made)
 
 
-def _batches(items: Iterable[_Opened]) -> Iterator[list[_Opened]]:
+def _batches(items: Iterable[_Parsed]) -> Iterator[list[_Parsed]]:
     """Divide rows into batches by their number and the length of their texts."""
-    batch: list[_Opened] = []
+    batch: list[_Parsed] = []
     size = 0
     for item in items:
         batch.append(item)
-        size += sum(_length(record) for record in item[1][1])
+        size += sum(_length(record) for record in item[1][1].records)
         if len(batch) == BATCH or size > BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

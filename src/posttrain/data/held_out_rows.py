@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from posttrain.core.errors import DataError
-from posttrain.core.types import Sample
-from posttrain.data.rows import PreparedItems, marked_example
+from posttrain.data.bad_rows import BadRows
+from posttrain.data.rows import PreparedItems, manifest_entry, marked_example
 
 log = logging.getLogger("posttrain")
 
@@ -126,47 +126,28 @@ def _describe(data: Any, trained: Any, held_out: Any, tokenizer: Any) -> None:
     stats, samples = data.stats, held_out.samples
     places = {held_out.place(i) or str(i) for i in range(len(held_out))}
     rows, by_source = len(places), Counter(place.rpartition(":")[0] for place in places)
-    tokens, loss_tokens = sum(map(len, samples)), sum(1 for s in samples for w in s.weights if w)
-    trained.stats.update(_lengths(trained.samples))
+    about: dict[str, Any] = {name: stats[name] for name in ("sha256", "layout") if name in stats}
+    if sources := stats.get("sources"):
+        trained.stats["sources"] = [{**s, "used": s["used"] - by_source[s["source"]]} for s in sources]
+        measured = [{**s, "rows": by_source[s["source"]], "used": by_source[s["source"]]} for s in sources]
+        about["sources"] = [s for s in measured if s["rows"]]
+    # The rest is about all rows, and stands in the entry of those that are trained on.
+    about |= {"rows": rows, "used": rows, "loss_tokens": samples.loss_tokens, "examples": examples(held_out, tokenizer)}
+    held_out.stats.clear()
+    held_out.stats.update(manifest_entry(samples.lengths, BadRows(), stats["source"], **about))
     trained.stats.update(
         used=stats["used"] - rows,
         held_out=rows,
-        tokens=stats["tokens"] - tokens,
-        loss_tokens=stats["loss_tokens"] - loss_tokens,
+        tokens=stats["tokens"] - held_out.stats["tokens"],
+        loss_tokens=stats["loss_tokens"] - samples.loss_tokens,
+        longest=int(trained.samples.lengths.max()),
+        median=int(np.median(trained.samples.lengths)),
         examples=examples(trained, tokenizer),
         **({"samples": len(trained)} if "samples" in stats else {}),
     )
-    about = {name: stats[name] for name in ("source", "sha256", "layout") if name in stats}
-    if sources := stats.get("sources"):
-        trained.stats["sources"] = [{**s, "used": s["used"] - by_source[s["source"]]} for s in sources]
-        about["sources"] = [
-            {**s, "rows": by_source[s["source"]], "used": by_source[s["source"]]}
-            for s in sources
-            if by_source[s["source"]]
-        ]
-    # The rest is about all rows, and stands in the entry of those that are trained on.
-    held_out.stats.clear()
-    held_out.stats.update(about, **_lengths(samples))
-    held_out.stats.update(
-        rows=rows,
-        used=rows,
-        dropped={},
-        bad_rows=[],
-        truncated=0,
-        duplicates=0,
-        tokens=tokens,
-        loss_tokens=loss_tokens,
-        examples=examples(held_out, tokenizer),
-    )
     if hasattr(data, "label_of"):
         for part in (trained, held_out):
-            part.stats["desirable"] = sum(part.label_of(i) for i in range(len(part)))
-
-
-def _lengths(samples: Sequence[Sample]) -> dict[str, int]:
-    known = getattr(samples, "lengths", None)  # of samples that lie on a disk
-    lengths = np.array([len(s) for s in samples]) if known is None else known
-    return {"longest": int(lengths.max()), "median": int(np.median(lengths))}
+            part.stats["desirable"] = part.items.good
 
 
 def examples(data: Any, tokenizer: Any) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from posttrain.core.errors import DataError
 from posttrain.core.types import Message, Sample
 from posttrain.data.bad_rows import BadRow, Row
 from posttrain.data.cells import is_good_label, is_missing, missing_field, read_number, required_field
-from posttrain.data.encoding import Encoded
+from posttrain.data.encoding import Encoded, ParsedRow
 from posttrain.data.formats import NO_COMPLETIONS, Record, row_completions, to_record
 from posttrain.data.parts import PlacedRow
 from posttrain.data.row_context import read_history
@@ -79,18 +79,6 @@ class PreparedUnpaired(PreparedItems[Unpaired]):
         return self.items.is_good(number)
 
 
-@dataclass(frozen=True)
-class _RowPair:
-    """Hold the two answers of a row, the better one first, and its other columns."""
-
-    row: Row
-    chosen: Record
-    rejected: Record
-    probability: float
-    margin: float
-    swapped: bool
-
-
 def prepare_pairs(
     config: DataConfig, tokenizer: Any, *, context: int | None = None, margins: bool = True
 ) -> PreparedPairs:
@@ -141,16 +129,13 @@ class _PairReader:
                 f"chosen and rejected ({', '.join(PAIRED)}). Rows with single answers and a label are for method: kto"
             )
 
-    def parse(self, row: PlacedRow) -> _RowPair:
-        two = _row_pair(row.row, row.layout, row.config)
+    def parse(self, row: PlacedRow) -> ParsedRow:
+        two = _row_pair(row.row, row.layout, row.config, row.source)
         if not self.margins:
             row.row.notes.read.discard("margin")
         return two
 
-    def records(self, parsed: _RowPair) -> list[Record]:
-        return [parsed.chosen, parsed.rejected]
-
-    def make(self, parsed: _RowPair, encoded: Sequence[Encoded], source: str) -> tuple[list[Sample], dict[str, float]]:
+    def make(self, parsed: ParsedRow, encoded: Sequence[Encoded], source: str) -> tuple[list[Sample], dict[str, float]]:
         """Return both answers. Raises BadRow if their tokens are not two answers to one prompt."""
         chosen, rejected = encoded
         prompt = _prompt_length(chosen[1])
@@ -158,12 +143,7 @@ class _PairReader:
             raise BadRow("the prompts don't match (once rendered: the chat template writes them otherwise)")
         if chosen[0] == rejected[0]:
             raise BadRow("the two answers are equal (once cut or tokenized)")
-        values = {"probability": parsed.probability, "margin": parsed.margin, "swapped": parsed.swapped}
-        return [Sample(*chosen, source), Sample(*rejected, source)], {"prompt": prompt, **values}
-
-    def about(self, parsed: _RowPair, source: str) -> dict[str, Any]:
-        rejected = answer_text(parsed.rejected.messages[-1])
-        return {**parsed.row, **prompt_and_completion(parsed.chosen, source), "rejected": rejected}
+        return [Sample(*chosen, source), Sample(*rejected, source)], {**parsed.values, "prompt": prompt}
 
     def statistics(self, rows: Rows, store: SampleStore, tokenizer: Any) -> dict[str, Any]:
         pairs = StoredPairs(store, [])
@@ -194,15 +174,6 @@ def prepare_unpaired(config: DataConfig, tokenizer: Any, *, context: int | None 
     return PreparedUnpaired(StoredAnswers(store, texts), stats)
 
 
-@dataclass(frozen=True)
-class _LabelledRecord:
-    """Hold the answer of a row, its label, and the row's other columns."""
-
-    row: Row
-    record: Record
-    desirable: bool
-
-
 class _AnswerReader:
     """Read single answers with a label."""
 
@@ -217,26 +188,18 @@ class _AnswerReader:
                 "cuts: [3], names: [bad, good]}"
             )
 
-    def parse(self, row: PlacedRow) -> _LabelledRecord:
+    def parse(self, row: PlacedRow) -> ParsedRow:
         classes = row.config.classes
         desirable = _is_good(row.row) if classes is None else row.row["label"] == classes.names[1]
         record = _without_flags(row.record(), "the answer")
         _check_answer(record, "the answer")
         if desirable:
             _check_repetition(record)
-        return _LabelledRecord(_other_columns(row.row), record, desirable)
+        about = {**_other_columns(row.row), **prompt_and_completion(record, row.source), "label": desirable}
+        return ParsedRow([record], about, {"desirable": desirable})
 
-    def records(self, parsed: _LabelledRecord) -> list[Record]:
-        return [parsed.record]
-
-    def make(
-        self, parsed: _LabelledRecord, encoded: Sequence[Encoded], source: str
-    ) -> tuple[list[Sample], dict[str, float]]:
-        values: dict[str, float] = {"prompt": _prompt_length(encoded[0][1]), "desirable": parsed.desirable}
-        return [Sample(*encoded[0], source)], values
-
-    def about(self, parsed: _LabelledRecord, source: str) -> dict[str, Any]:
-        return {**parsed.row, **prompt_and_completion(parsed.record, source), "label": parsed.desirable}
+    def make(self, parsed: ParsedRow, encoded: Sequence[Encoded], source: str) -> tuple[list[Sample], dict[str, float]]:
+        return [Sample(*encoded[0], source)], {**parsed.values, "prompt": _prompt_length(encoded[0][1])}
 
     def statistics(self, rows: Rows, store: SampleStore, tokenizer: Any) -> dict[str, Any]:
         answers = StoredAnswers(store, [])
@@ -260,7 +223,7 @@ def _other_columns(row: Row) -> Row:
     return {k: v for k, v in row.items() if k not in ANSWERS}
 
 
-def _row_pair(row: SourceRow, layout: str, config: DataConfig) -> _RowPair:
+def _row_pair(row: SourceRow, layout: str, config: DataConfig, source: str) -> ParsedRow:
     """Return the answers of a row, checked. Raises BadRow."""
     if layout == "ultrafeedback":
         chosen, rejected, margin = _best_and_worst(row, config)
@@ -280,7 +243,9 @@ def _row_pair(row: SourceRow, layout: str, config: DataConfig) -> _RowPair:
     if swapped:
         chosen, rejected, probability = rejected, chosen, 1 - probability
     _check_repetition(chosen)
-    return _RowPair(_other_columns(row), chosen, rejected, probability, margin, swapped)
+    answers = {**prompt_and_completion(chosen, source), "rejected": answer_text(rejected.messages[-1])}
+    values = {"probability": probability, "margin": margin, "swapped": swapped}
+    return ParsedRow([chosen, rejected], {**_other_columns(row), **answers}, values)
 
 
 def two_records(row: Row, layout: str, config: DataConfig) -> tuple[Record, Record]:

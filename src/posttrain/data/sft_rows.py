@@ -10,7 +10,7 @@ import numpy as np
 
 from posttrain.config import DataConfig
 from posttrain.core.types import Sample
-from posttrain.data.encoding import Encoded
+from posttrain.data.encoding import Encoded, ParsedRow
 from posttrain.data.formats import Record
 from posttrain.data.learnt_turns import OWN_TEXT
 from posttrain.data.parts import PlacedRow
@@ -56,17 +56,12 @@ class _SampleReader:
     def check(self, rows: Rows) -> None:
         """Accept every layout."""
 
-    def parse(self, row: PlacedRow) -> Record:
-        return row.record()
+    def parse(self, row: PlacedRow) -> ParsedRow:
+        record = row.record()
+        return ParsedRow([record], prompt_and_completion(record, row.source))
 
-    def records(self, parsed: Record) -> list[Record]:
-        return [parsed]
-
-    def make(self, parsed: Record, encoded: Sequence[Encoded], source: str) -> tuple[list[Sample], dict[str, float]]:
+    def make(self, parsed: ParsedRow, encoded: Sequence[Encoded], source: str) -> tuple[list[Sample], dict[str, float]]:
         return [Sample(*encoded[0], source)], {}
-
-    def about(self, parsed: Record, source: str) -> dict[str, Any]:
-        return prompt_and_completion(parsed, source)
 
     def statistics(self, rows: Rows, store: SampleStore, tokenizer: Any) -> dict[str, Any]:
         stats = rows.statistics(store, tokenizer)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from posttrain.config import DataConfig
 from posttrain.core.by_number import ByNumber
-from posttrain.core.types import Sample
-from posttrain.data.encoding import Encoded, encode_stream
-from posttrain.data.formats import Record
-from posttrain.data.parts import PlacedRow
+from posttrain.data.encoding import RowReader, encode_stream
 from posttrain.data.readers import Source, find_sources
 from posttrain.data.rows import Rows, open_rows
 from posttrain.data.sample_cache import cache_key, cached_store, is_cached
 from posttrain.data.sample_store import SampleStore, SampleWriter, vocabulary_size
 
-_Parsed = TypeVar("_Parsed")
 
-
-class ItemReader(Protocol[_Parsed]):
+class ItemReader(RowReader, Protocol):
     """Read one kind of items from rows: samples for fine-tuning, pairs of answers, answers with a label.
 
     Attributes:
@@ -37,27 +32,6 @@ class ItemReader(Protocol[_Parsed]):
     def check(self, rows: Rows) -> None:
         """Raise DataError if the layout of the rows does not fit."""
 
-    def parse(self, row: PlacedRow) -> _Parsed:
-        """Return what the row holds. Raises BadRow."""
-
-    def records(self, parsed: _Parsed) -> list[Record]:
-        """Return the conversations or texts to tokenise, one for each sample."""
-
-    def make(self, parsed: _Parsed, encoded: Sequence[Encoded], source: str) -> tuple[list[Sample], dict[str, float]]:
-        """Return the samples of an item and the values of `fields`.
-
-        Args:
-            parsed: What the row holds.
-            encoded: Tokens and weights of each record.
-            source: Place of the row.
-
-        Raises:
-            BadRow: The tokens can't be used.
-        """
-
-    def about(self, parsed: _Parsed, source: str) -> dict[str, Any]:
-        """Return the texts of an item, for evaluation and reports."""
-
     def statistics(self, rows: Rows, store: SampleStore, tokenizer: Any) -> dict[str, Any]:
         """Return the manifest's entry.
 
@@ -71,9 +45,7 @@ class ItemReader(Protocol[_Parsed]):
 class ReadAgain(ByNumber[dict[str, Any]]):
     """Give the texts of each item of a store, read from its source again."""
 
-    def __init__(
-        self, config: DataConfig, sources: Sequence[Source], store: SampleStore, reader: ItemReader[Any]
-    ) -> None:
+    def __init__(self, config: DataConfig, sources: Sequence[Source], store: SampleStore, reader: ItemReader) -> None:
         """Hold on to where the rows are.
 
         Args:
@@ -95,11 +67,11 @@ class ReadAgain(ByNumber[dict[str, Any]]):
         first = number * self._reader.samples
         part, row_number, position = (int(self._store.columns[name][first]) for name in ("part", "number", "position"))
         row = self._rows.parts[part].read_again(position, row_number)
-        return self._reader.about(self._reader.parse(row), row.source)
+        return self._reader.parse(row).about
 
 
 def store_items(
-    config: DataConfig, tokenizer: Any, context: int | None, reader: ItemReader[Any]
+    config: DataConfig, tokenizer: Any, context: int | None, reader: ItemReader
 ) -> tuple[SampleStore, Sequence[dict[str, Any]], dict[str, Any]]:
     """Return the samples of all items, end to end, the texts of each item, and the manifest's entry.
 
@@ -134,32 +106,24 @@ def _tokenise(
     rows: Rows,
     tokenizer: Any,
     context: int | None,
-    reader: ItemReader[Any],
+    reader: ItemReader,
     folder: Path | None = None,
     texts: list[tuple[int, dict[str, Any]]] | None = None,
 ) -> tuple[SampleStore, dict[str, Any]]:
     """Return the samples of all rows, in a folder or in memory, and the manifest's entry about them.
 
-    With `texts`, it gets what `reader.about` returns of each item, with the row's place in the order.
+    With `texts`, it gets the texts of each item, with the row's place in the order.
     """
     reader.check(rows)
 
-    def read(row: PlacedRow) -> tuple[list[Record], Any]:
-        parsed = reader.parse(row)
-
-        def make(*encoded: Encoded) -> tuple[PlacedRow, Any, list[Sample], Mapping[str, float]]:
-            return row, parsed, *reader.make(parsed, encoded, row.source)
-
-        return reader.records(parsed), make
-
     names = [part.source.name for part in rows.parts]
     writer, count = SampleWriter(names, vocabulary_size(tokenizer), folder, reader.fields), 0
-    for rank, (row, parsed, samples, values) in encode_stream(rows, read, tokenizer, context):
+    for rank, row, parsed, samples, values in encode_stream(rows, reader, tokenizer, context):
         for sample in samples:  # samples of one row stay in this order
             writer.add(rank, sample, row.part, row.found.number, row.found.position, values)
         count += 1
         if texts is not None:
-            texts.append((rank, reader.about(parsed, row.source)))
+            texts.append((rank, parsed.about))
     rows.check(count)
     store = writer.finish()
     return store, reader.statistics(rows, store, tokenizer)
