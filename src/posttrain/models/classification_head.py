@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from posttrain.config import AdapterConfig, ModelConfig
 from posttrain.core.errors import ModelError
 from posttrain.core.types import Sample
-from posttrain.models.adapters import attach, merge
+from posttrain.models.adapter_export import write_adapter
+from posttrain.models.adapters import attach_to, merge
 from posttrain.models.backends import backend_for
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import (
@@ -42,7 +43,7 @@ from posttrain.models.loading import (
 from posttrain.models.model_types import remember_one_at_a_time, warn_one_at_a_time
 from posttrain.models.portable_files import NEEDS_NEW, finish_folder
 from posttrain.models.saving import gathered, restore_attention
-from posttrain.models.soft_prompt import SoftPrompt
+from posttrain.models.soft_prompt import SoftPrompt, soft_prompt_inputs
 from posttrain.models.verification import own_attention
 
 Layout = Literal["sequence", "token"]
@@ -244,6 +245,18 @@ def verify_scores(model: LanguageModel, layout: Layout) -> float:
     return difference
 
 
+def check_soft_start(source: ModelConfig, adapter: AdapterConfig | None) -> None:
+    """Raise ModelError for a soft prompt and a head to be trained on a source that is an adapter itself.
+
+    Both are saved as one adapter on the base, which then has to be a whole model.
+    """
+    if adapter is not None and adapter.is_soft_prompt and source_adapter(source) is not None:
+        raise ModelError(
+            f"model source {source.source!r} is an adapter, on which no reward model with a soft prompt is trained: "
+            "start from a whole model (merge: true of the stage that made it)"
+        )
+
+
 @torch.no_grad()
 def _score_difference(model: LanguageModel, layout: Layout) -> float:
     """Return the largest difference of our scores from the model's own, or between two passes of ours."""
@@ -252,8 +265,13 @@ def _score_difference(model: LanguageModel, layout: Layout) -> float:
     places = [len(tokens) - 1] if layout == "sequence" else list(range(len(tokens)))
     ours, again = (scores_at(model, [tokens, tokens[:6]], [places, [0]])[0] for _ in range(2))
     with own_attention(model):
-        inputs = torch.tensor([tokens], device=model.device)
-        theirs = model.base(input_ids=inputs, use_cache=False).logits.float().cpu()[0].reshape(ours.shape)
+        ids = torch.tensor([tokens], device=model.device)
+        inputs, prefix = {"input_ids": ids}, model.virtual is not None and not model.virtual.computed
+        if model.virtual is not None:
+            inputs = soft_prompt_inputs(model.hf, ids)
+            inputs |= {"input_ids": ids} if prefix else {}
+        found = model.base(use_cache=prefix, **inputs).logits.float().cpu()[0]
+        theirs = found.reshape(-1, ours.shape[-1])[-len(ours) :]
     return float(torch.stack([ours - theirs, again - theirs]).abs().max())
 
 
@@ -266,7 +284,9 @@ def save_head(
     adapter: AdapterConfig | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Write the model to `folder` in transformers' layout, adapters merged. Every rank must call; rank 0 writes.
+    """Write the model to `folder` in transformers' layout, adapters merged; one with a soft prompt as an adapter.
+
+    Every rank must call; rank 0 writes.
 
     Args:
         model: The model; it can't be used afterwards.
@@ -283,13 +303,18 @@ def save_head(
 
     def again() -> Any:
         opened = open_scorer(source.model_copy(update={"device": "cpu"}), layout, seed, torch.float32)
-        return opened.hf if adapter is None else attach(opened.hf, adapter, seed, "SEQ_CLS", opened.new_tokens)
+        return opened.hf if adapter is None else attach_to(opened, adapter, seed, "SEQ_CLS")
 
     hf = gathered(model, again)
     if hf is None:
         return {}
     restore_attention(hf)
     notes: dict[str, Any] = {}
+    if SoftPrompt.of(hf) is not None:
+        write_adapter(hf, folder, source, None)
+        tokenizer.save_pretrained(folder)
+        finish_folder(folder)
+        return {"adapter": "alone"}
     if adapter is not None:
         hf, notes["merge_difference"] = merge(hf)
     hf.save_pretrained(folder)

@@ -7,6 +7,7 @@ folder has the peft type `POSTTRAIN_P_TUNING`, which peft refuses, and a `templa
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ FREE_PLACES_SETTINGS = (
     "token_dim",
     "inference_mode",
 )
+HEAD = re.compile(r"base_model\.(?:score|classifier)\.")
 BAKED_FILE = "soft_prompt.safetensors"
 
 
@@ -75,7 +77,9 @@ def open_soft_prompt(base: Any, adapter: AdapterSource) -> Any:
     except Exception as error:  # whatever a damaged file makes safetensors, torch or the Hub raise
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"adapter {adapter.location}: its weights can't be read: {first[0]}") from error
-    values = tensors.pop(TENSOR, None)
+    values, head = tensors.pop(TENSOR, None), {}
+    if adapter.settings.get("task_type") == "SEQ_CLS":
+        head = {HEAD.sub("", name): tensors.pop(name) for name in list(tensors) if HEAD.match(name)}
     if values is None or values.ndim != 2 or tensors:
         raise ModelError(
             f"adapter {adapter.location}: expected one matrix, {TENSOR}, in its file, and it has "
@@ -103,7 +107,22 @@ def open_soft_prompt(base: Any, adapter: AdapterSource) -> Any:
     opened.soft_prompt_places = front, between
     with torch.no_grad():
         opened.prompt_encoder[opened.active_adapter].embedding.weight.copy_(values)
+    _load_head(opened, head, adapter)
     return opened.requires_grad_(False)
+
+
+def _load_head(opened: Any, head: dict[str, Tensor], adapter: AdapterSource) -> None:
+    """Load the head of a model for classification, which is trained with the soft prompt and saved beside it."""
+    if adapter.settings.get("task_type") != "SEQ_CLS":
+        return
+    base = opened.get_base_model()
+    module = getattr(base, "score", None) or base.classifier
+    try:
+        module.modules_to_save[opened.active_adapter].load_state_dict(head)
+    except RuntimeError as error:
+        raise ModelError(
+            f"adapter {adapter.location}: its head does not fit its base {adapter.base}: {error}"
+        ) from error
 
 
 def _places(adapter: AdapterSource, count: int) -> tuple[int, int]:

@@ -202,7 +202,13 @@ def _use(folder: Path, origin: Origin, tokens: bool) -> list[str]:
         return ["`FOLDER` is this folder:", "```python\n" + "\n".join(code) + "\n```"]
     settings = json.loads(file.read_text(encoding="utf-8"))
     base, revision = str(settings.get("base_model_name_or_path")), settings.get("revision")
-    code, note = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""], ""
+    if str(settings.get("peft_type")).startswith("POSTTRAIN"):
+        return [
+            f"`posttrain chat FOLDER` opens it, on `{base}`: peft has no place for virtual tokens before an answer."
+        ]
+    head = folder.name == "reward_model"
+    auto = "AutoModelForSequenceClassification" if head else "AutoModelForCausalLM"
+    code, note = ["from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", ""], ""
     opened = f'"{base}"' + (f', revision="{revision}"' if revision else "")
     if base == "base":
         opened, note = '"FOLDER/base"', "The base is in this folder too."
@@ -216,7 +222,7 @@ def _use(folder: Path, origin: Origin, tokens: bool) -> list[str]:
         opened = f'"{_without_path(base)}"' if base.startswith(("/", ".")) else opened
         note = "The base is a folder; a relative path is seen from the folder of the run, where this code runs."
     code += [
-        f"base = AutoModelForCausalLM.from_pretrained({opened})",
+        f"base = {auto}.from_pretrained({opened}{', num_labels=1' if head else ''})",
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
     ]
     if tokens or settings.get("trainable_token_indices"):

@@ -10,18 +10,22 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForSequenceClassification
 
 import posttrain
-from posttrain.config import ModelConfig
+from posttrain.config import AdapterConfig, ModelConfig
 from posttrain.core.errors import ModelError
 from posttrain.core.files import read_lines
+from posttrain.methods.reward_model.scorer_stage import ScorerConfig
+from posttrain.models.classification_head import check_soft_start
 from posttrain.models.loading import load_model
 from posttrain.models.saving import restore_attention
 from posttrain.models.soft_prompt import soft_prompt_inputs
 from posttrain.models.soft_prompt_files import bake
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+from posttrain.rewards.reward_model_scorer import RewardModel
 from posttrain.trainer.train_step import Learner
 
 ROWS = [{"prompt": f"say {i}", "completion": f"{i % 7} abc"} for i in range(24)]
@@ -164,3 +168,28 @@ def test_a_baked_soft_prompt_is_used_without_peft(kind: str, trained: dict[str, 
     mask = torch.ones(next(iter(inputs.values())).shape[:2], dtype=torch.long)
     theirs = model.get_base_model().generate(**inputs, attention_mask=mask, **options)
     assert ours[0, -5:].tolist() == theirs[0, -5:].tolist()
+
+
+def test_a_reward_model_with_a_soft_prompt(data: Path, tmp_path: Path) -> None:
+    """Trained, opened as a reward, and by peft with transformers: the same scores."""
+    stage = {
+        "method": "reward_model", "data": {"source": str(data / "pairs.jsonl"), "chat": False}, "max_steps": 3,
+        "batch_size": 4, "adapter": {"kind": "p_tuning_v2", "tokens": 3}, "optimizer": {"lr": 0.05},
+    }  # fmt: skip
+    folder = run([stage], tmp_path / "run").folder / "stages" / "0-reward_model" / "reward_model"
+    losses = [m["loss"] for m in read_lines(folder.parent / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+    scorer = RewardModel(str(folder))
+    scores = scorer.scores(["say 1", "say 2"], ["1 abc", "xyz"])[0]
+    trunk = tiny_model("llama")
+    trunk.config.num_labels, trunk.config.pad_token_id = 1, scorer.members[0].tokenizer.pad_token_id
+    base = LlamaForSequenceClassification(trunk.config)
+    base.model.load_state_dict(trunk.model.state_dict())
+    theirs = PeftModel.from_pretrained(base, folder).eval()
+    for prompt, completion, score in zip(["say 1", "say 2"], ["1 abc", "xyz"], scores, strict=True):
+        ids = torch.tensor([scorer.members[0].answer(prompt, completion)])
+        assert float(theirs(input_ids=ids).logits[0, 0].detach()) == pytest.approx(float(score), abs=1e-5)
+    with pytest.raises(ValidationError, match="a process reward model is saved whole"):
+        ScorerConfig(method="process_reward", adapter={"kind": "prompt"})
+    with pytest.raises(ModelError, match="is an adapter, on which no reward model with a soft prompt"):
+        check_soft_start(ModelConfig(source=str(folder)), AdapterConfig(kind="prompt"))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class RewardModelConfig(ScorerConfig, MeasuredConfig):
     """A reward model: -log sigma(r_chosen - r_rejected - margin) over pairs of answers."""
 
+    soft_prompts = True
+
     method: Literal["reward_model"] = "reward_model"
     name: str = Field("reward_model", pattern=NAME, description="Name of the stage's folder in the run.")
     data: DataConfig = Field(description="Pairs: prompt, chosen, rejected; optionally probability and margin.")

@@ -19,13 +19,16 @@ class ScorerConfig(EpochsConfig):
     """Settings of both kinds. They leave a model with a head that scores, which later stages name."""
 
     makes = "reward_model"
+    soft_prompts: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _merged(self) -> ScorerConfig:
         if self.adapter is not None and self.adapter.is_soft_prompt:
+            if self.soft_prompts:
+                return self
             raise ValueError(
-                f"adapter kind {self.adapter.kind}: soft prompts are not trained under a head that scores. Use lora, "
-                "rslora, dora or no adapter"
+                f"adapter kind {self.adapter.kind}: a process reward model is saved whole, and a soft prompt can't be "
+                "merged into it. Use lora, rslora, dora or no adapter"
             )
         if not self.merge:
             raise ValueError("merge is false, and a reward model is saved whole, its adapters merged: leave merge out")
@@ -47,19 +50,20 @@ class ScorerStage(Stage):
     def open(self, run: StageRun) -> LoadedPolicy:
         """Open the model under a head that scores, checked against transformers' own forward pass."""
         from posttrain.core import distributed
-        from posttrain.models.adapters import attach, count_parameters
-        from posttrain.models.classification_head import open_scorer, verify_scores
+        from posttrain.models.adapters import attach_to, count_parameters
+        from posttrain.models.classification_head import check_soft_start, open_scorer, verify_scores
         from posttrain.models.language_model import LanguageModel
         from posttrain.models.loading import pick_device, pick_dtype
         from posttrain.models.quantization import check_training
         from posttrain.trainer.policy import LoadedPolicy
 
+        check_soft_start(run.model, self.config.adapter)
         device = pick_device(run.model.device)
         distributed.start(device)
         opened = open_scorer(run.model, self.layout, run.seed, pick_dtype(run.model.dtype, device))
         adapter = self.config.adapter
-        hf = opened.hf if adapter is None else attach(opened.hf, adapter, run.seed, "SEQ_CLS", opened.new_tokens)
-        check_training(hf, True, distributed.world())
+        hf = opened.hf if adapter is None else attach_to(opened, adapter, run.seed, "SEQ_CLS")
+        check_training(hf, self.config.merge, distributed.world())
         policy = LanguageModel(hf)
         verify_scores(policy, self.layout)
         return LoadedPolicy(policy, opened.tokenizer, *count_parameters(policy), dict(opened.notes))
