@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from pydantic import ValidationError
 
 from posttrain.config import AdapterConfig, ModelConfig, OptimizerConfig, SamplingConfig, SystemsConfig, TrainConfig
 from posttrain.core.errors import ModelError
 from posttrain.core.ragged import VirtualTokens, pack
 from posttrain.core.types import Sample
-from posttrain.methods.sft import SFTConfig
+from posttrain.methods.sft import SFT, SFTConfig
 from posttrain.models.adapters import attach, count_parameters, merge
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_model
@@ -24,6 +25,7 @@ from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 from posttrain.models.verification import own_attention, verify
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request
+from posttrain.trainer.stage import StageContext
 from posttrain.trainer.train_step import Learner, cross_entropy
 from tests.conftest import family, random_samples
 
@@ -203,6 +205,52 @@ def test_the_sampler_continues_a_soft_prompt(kind: str) -> None:
         batch = model.pack([sample])
         with torch.no_grad():
             assert torch.allclose(model(batch)[0], torch.tensor(rollout.logprobs), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning_v2"])
+def test_steps_of_few_shapes_see_the_soft_prompt(kind: str) -> None:
+    model, params = adapted(kind).eval(), SamplingConfig(temperature=1.0, max_tokens=6)
+    requests = [Request([5, 6, 7], 3, seed=1), Request([8, 9, 10, 11], 2, seed=2)]
+    plain, static = (
+        LocalSampler(model, tiny_tokenizer(), static_shapes=static).sample(requests, params) for static in (False, True)
+    )
+    assert [[r.tokens for r in g.rollouts] for g in plain] == [[r.tokens for r in g.rollouts] for g in static]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16),
+    ],
+    ids=["prompt", "prefix with an MLP", "prefix", "p_tuning by an MLP"],
+)
+def test_what_peft_made_and_saved_opens(config: Any, tmp_path: Path) -> None:
+    theirs = get_peft_model(tiny_model("llama").eval(), config)
+    theirs.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "tiny:llama"}))
+    ours = LanguageModel(load_model(ModelConfig(source=str(tmp_path)))[0])
+    sample = random_samples(1)[0]
+    tokens = torch.tensor([sample.tokens])
+    expected = theirs(input_ids=tokens).logits[0, -len(sample) :].log_softmax(-1)
+    batch = ours.pack([sample])
+    with torch.no_grad():
+        found = ours(batch, targets_N=batch.rows[0][1:])[0]
+    assert torch.allclose(found, expected[:-1].gather(1, tokens[0, 1:, None])[:, 0], atol=1e-5)
+
+
+def test_a_sequence_that_the_context_does_not_hold_is_refused() -> None:
+    model = adapted("prompt", "gpt2")
+    room = model.base.config.n_positions - 5
+    tokens = [5] * (room + 1)
+    with pytest.raises(ModelError, match="positions with the soft prompt, and the model's context is"):
+        model(model.pack([Sample(tokens, [0.0] * len(tokens))]), "hidden")
+    assert model(model.pack([Sample(tokens[1:], [0.0] * room)]), "hidden").shape[0] == room + 5
+    context = StageContext(None, 100)
+    assert SFT(SFTConfig(data={"source": "a"}, adapter=KINDS["p_tuning"]), context).context.context == 95
 
 
 def test_initial_values() -> None:

@@ -18,7 +18,7 @@ from posttrain.losses.argument_checks import require_all
 from posttrain.losses.linear_logprobs import Head
 from posttrain.models import attention
 from posttrain.models.backends import DeviceBackend, backend_for
-from posttrain.models.max_length import check_length
+from posttrain.models.max_length import check_length, context
 from posttrain.models.model_types import decoder_of, still, warn_one_at_a_time, why_not_ragged
 from posttrain.models.output_head import head_parameters, output_head
 from posttrain.models.router_loss import RouterLoss, Routing, multiplicity, routing_of
@@ -148,6 +148,12 @@ class LanguageModel(nn.Module):
         Raises ModelError for a sequence so long that it would change those beside it (`max_length`).
         """
         check_length(self.base.config, batch.longest)
+        longest = None if batch.virtual is None else context(self.base.config)
+        if longest is not None and batch.longest > longest:
+            raise ModelError(
+                f"a sequence has {batch.longest} positions with the soft prompt, and the model's context is {longest}: "
+                "shorten the row, or leave it out (data.max_tokens)"
+            )
         if self.ragged:
             with self._lean():
                 return self._decode(batch, None, **self.ragged_inputs(batch, -batch.total % self.backend.tile))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -59,6 +59,13 @@ class StageRun:
     weights: RowWeights | None = None
 
 
+def _behind_soft_prompt(context: StageContext, adapter: Any) -> StageContext:
+    """Return the context with the room that a soft prompt leaves in it."""
+    if context.context is None or adapter is None or not adapter.is_soft_prompt:
+        return context
+    return replace(context, context=context.context - sum(adapter.virtual_tokens()))
+
+
 class Stage:
     """One method, from its settings to what it leaves in the run.
 
@@ -81,7 +88,7 @@ class Stage:
     progress: tuple[str, ...] = ("loss",)
 
     def __init__(self, config: Any, context: StageContext) -> None:
-        self.config, self.context = config, context
+        self.config, self.context = config, _behind_soft_prompt(context, getattr(config, "adapter", None))
         self.data: list[tuple[str, Any]] = []
         self.rows: Sequence[Any] = ()
 
