@@ -30,7 +30,7 @@ FREE_PLACES_SETTINGS = (
     "token_dim",
     "inference_mode",
 )
-HEAD = re.compile(r"base_model\.(?:score|classifier)\.")
+HEAD_TENSOR = re.compile(r"base_model\.(?:score|classifier)\.")
 BAKED_FILE = "soft_prompt.safetensors"
 
 
@@ -79,7 +79,7 @@ def open_soft_prompt(base: Any, adapter: AdapterSource) -> Any:
         raise ModelError(f"adapter {adapter.location}: its weights can't be read: {first[0]}") from error
     values, head = tensors.pop(TENSOR, None), {}
     if adapter.settings.get("task_type") == "SEQ_CLS":
-        head = {HEAD.sub("", name): tensors.pop(name) for name in list(tensors) if HEAD.match(name)}
+        head = {HEAD_TENSOR.sub("", name): tensors.pop(name) for name in list(tensors) if HEAD_TENSOR.match(name)}
     if values is None or values.ndim != 2 or tensors:
         raise ModelError(
             f"adapter {adapter.location}: expected one matrix, {TENSOR}, in its file, and it has "
