@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from jinja2 import nodes, pass_context
+from jinja2 import Undefined, nodes, pass_context
 from jinja2.environment import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -41,6 +41,8 @@ SOURCE = 1_000_000
 """Longest template, characters; the longest of published ones has 25,000."""
 READINGS = 64
 """Steps between two looks at the clock."""
+SMALL = 4096
+"""Texts up to this length are not counted: a rendering can't make enough of them to matter."""
 SUMMED = 10_000
 """Lists that `sum` may join: it takes time by the square of their length."""
 SHORT = 1000
@@ -51,6 +53,13 @@ PASSING = frozenset(
 """Filters that make no text of a list: it needn't be measured."""
 REMOVED = frozenset("urlize striptags wordwrap xmlattr".split())
 """Filters for web pages whose time grows with the square of a text's length."""
+
+
+BOUNDED = frozenset(
+    "strip lstrip rstrip lower upper title capitalize startswith endswith removeprefix removesuffix find rfind index "
+    "count isdigit isspace isalpha".split()
+)
+"""Methods of texts whose result is no longer than the text, within a small factor."""
 
 
 class TemplateLimitError(ModelError):
@@ -65,6 +74,7 @@ class _Spent(threading.local):
 
 
 _spent = _Spent()
+_PLAIN = frozenset({bool, float, type(None), Undefined})
 _steps = itertools.count()
 
 
@@ -121,6 +131,8 @@ def _shown(value: Any) -> Any:
 
 
 def _measured(value: Any) -> Any:
+    if value.__class__ in _PLAIN or (value.__class__ is str and len(value) <= SMALL):
+        return value
     if isinstance(value, str):
         _spent.made += len(value)
         if len(value) > CHARACTERS or _spent.made > ALL_CHARACTERS:
@@ -220,15 +232,18 @@ def _check_filter(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a filter that is counted, and whose arguments and result are measured."""
     skipped = 1 if hasattr(function, "jinja_pass_arg") else 0  # the context, or the environment
+    bounded = name in ("trim", "lower", "upper", "string", "length", "escape", "e", "safe", "capitalize", "title")
 
     @functools.wraps(function)
     def limited(*args: Any, **kwargs: Any) -> Any:
         _step()
+        if bounded and args[-1].__class__ is str and not kwargs:
+            return _measured(function(*args))
         if name in ("join", "sum"):  # their time and size depend on the number of parts
             args = (*args[:skipped], *map(_with_length, args[skipped:]))
         _check_filter(name, args[skipped:], kwargs)
         result = function(*args, **kwargs)
-        return _counted(result) if isinstance(result, Iterator) else _measured(result)
+        return _counted(result) if hasattr(result, "__next__") else _measured(result)
 
     return limited
 
@@ -344,6 +359,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             left: Value on its left.
             right: Value on its right.
         """
+        if operator == "+" and left.__class__ is right.__class__ is str:
+            return _measured(left + right)
         if operator == "*":
             _check_product(left, right)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
@@ -366,7 +383,10 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             kwargs: Its arguments by name.
         """
         _step()
-        if isinstance(getattr(__obj, "__self__", None), str):
+        owner = getattr(__obj, "__self__", None)
+        if owner.__class__ is str and __obj.__name__ in BOUNDED:  # safe to call as it is
+            return _measured(__obj(*args, **kwargs))
+        if isinstance(owner, str):
             args = tuple(map(_with_length, args))
             _check_method(__obj, args, kwargs)
         return _measured(super().call(__context, __obj, *args, **kwargs))
