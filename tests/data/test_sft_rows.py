@@ -11,6 +11,7 @@ import pytest
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.data.encoding import prompt_tokens, prompt_with_completion
+from posttrain.data.learnt_turns import UNENDED
 from posttrain.data.sft_rows import Prepared, prepare
 from tests.data.tokenizers import byte_level
 
@@ -59,6 +60,9 @@ def test_what_carries_loss(tmp_path: Path) -> None:
 def test_plain_text_ends_with_the_end_of_text(tmp_path: Path) -> None:
     prepared = run(tmp_path, [{"prompt": "2+2=", "completion": "4"}], chat=False)
     assert whole(prepared) == "2+2=4<|im_end|>" and learnt(prepared) == "4<|im_end|>"
+    several = run(tmp_path, [chat("2+2=", "4", "5", "6")], chat=False, loss_on="assistant")
+    assert whole(several) == "2+2=4and?5and?6<|im_end|>" and learnt(several) == "456<|im_end|>"
+    assert several.stats["rendering"] == {UNENDED: 2} and not prepared.stats["rendering"]
     text = run(tmp_path, [{"text": "abc"}])
     assert whole(text) == "abc<|im_end|>" and learnt(text) == "bc<|im_end|>"  # nothing predicts the first token
 

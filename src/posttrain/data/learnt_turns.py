@@ -36,6 +36,7 @@ EMPTY_BLOCK = "answers without reasoning to a prompt that opens a block of it, t
 FOLDED = "reasoning written in front of the answer, since the template has no field for it"
 UNPROMPTED = "turns for which the template writes no prompt"
 IN_WINDOW = "turns of long conversations, each checked against its prompt with the turns shortly before it alone"
+UNENDED = "turns in plain text before the last one, trained without an end token"
 RENDERED_TEXTS = "texts that are rendered already, whose special tokens are kept"
 NOTES = {
     CUT_REASONING: "turns",
@@ -45,6 +46,7 @@ NOTES = {
     FOLDED: "turns",
     UNPROMPTED: "turns",
     IN_WINDOW: "turns",
+    UNENDED: "turns",
     RENDERED_TEXTS: "texts",
 }
 """What is counted while rendering, with the unit of the number."""
@@ -299,8 +301,7 @@ class _Lesson:
             self._refuse_reasoning(i)
             return rest
         if own is not None and self._shows_reasoning(i, own.inner):
-            inner = own.inner.removeprefix(block.after) if own.inner.startswith(block.after) else own.inner.lstrip()
-            return inner + own.close + rest
+            return _continued(own.inner, block) + own.close + rest
         return self._continue_block(i, block, rest)
 
     def _past_header(self, i: int, prompt: str, answer: str) -> tuple[str, str]:
@@ -367,9 +368,7 @@ class _Lesson:
         self._needs_answer(i, content)
         written = self._written_block(i)
         if written is not None:  # as the row has it
-            inner = written.inner
-            inner = inner.removeprefix(block.after) if inner.startswith(block.after) else inner.lstrip()
-            return inner + written.close + _spaced(written.rest, rest, content)
+            return _continued(written.inner, block) + written.close + _spaced(written.rest, rest, content)
         if not reasoning:
             self.notes[EMPTY_BLOCK] += 1
         line = "\n" if "\n" in block.after else ""
@@ -404,6 +403,11 @@ class _Lesson:
     def _needs_answer(self, i: int, content: str) -> None:
         if not content and not self.conversation.messages[i].get("tool_calls"):
             raise BadRow(f"the chat template leaves nothing of turn {i + 1} to train on: it has reasoning alone")
+
+
+def _continued(reasoning: str, block: PromptBlock) -> str:
+    """Return reasoning without the white space with which the prompt's block already begins."""
+    return reasoning.removeprefix(block.after) if reasoning.startswith(block.after) else reasoning.lstrip()
 
 
 def _spaced(written: str, rest: str, content: str) -> str:

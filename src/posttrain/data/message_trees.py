@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.core.errors import DataError
@@ -31,31 +31,28 @@ def open_assistant(found: Sequence[FoundRow], file: str) -> RowList:
         DataError: No message begins a tree.
     """
     rows = [row.row if isinstance(row.row, dict) else {} for row in found]
-    broken: dict[int, str | BadRow] = {i: row.row for i, row in enumerate(found) if isinstance(row.row, BadRow)}
+    broken: dict[int, BadRow] = {i: row.row for i, row in enumerate(found) if isinstance(row.row, BadRow)}
     known: dict[Any, int] = {}
     for i, row in enumerate(rows):
         for column in ("message_id", "parent_id"):
             if not is_missing(row.get(column)) and not _is_id(row[column]):
-                broken[i] = f"{column} is {type(row[column]).__name__}, expected text or a number"
+                broken[i] = BadRow(f"{column} is {type(row[column]).__name__}, expected text or a number")
         own = _id(row, "message_id")
         if own is not None and known.setdefault(own, i) != i:
-            broken.setdefault(i, f"message_id {own!r} is used twice (first in {file}:{found[known[own]].number})")
+            first = f"{file}:{found[known[own]].number}"
+            broken.setdefault(i, BadRow(f"message_id {own!r} is used twice (first in {first})"))
     children: dict[Any, list[int]] = {}
     for i, row in enumerate(rows):
         if i not in broken:
             children.setdefault(_id(row, "parent_id"), []).append(i)
     for parent, ids in children.items():
         if parent is not None and parent not in known:
-            broken |= dict.fromkeys(ids, f"its parent is not in the file: {parent}")
+            broken |= dict.fromkeys(ids, BadRow(f"its parent is not in the file: {parent}"))
     broken |= _circles(rows, known, children, broken)
     begun = sorted([*children.get(None, []), *broken])
     if not begun:
         raise DataError("no message of this OpenAssistant file begins a tree: expected some without a parent_id")
-    made: list[Row | BadRow] = []
-    for i in begun:
-        reason = broken.get(i)
-        bad = BadRow(reason) if isinstance(reason, str) else reason
-        made.append(bad or _conversation(rows, _best_path(rows, i, children)))
+    made = [broken[i] if i in broken else _conversation(rows, _best_path(rows, i, children)) for i in begun]
     return RowList(made, [found[i].number for i in begun])
 
 
@@ -69,9 +66,9 @@ def _id(row: Row, column: str) -> str | float | None:
 
 
 def _circles(
-    rows: list[Row], known: dict[Any, int], children: dict[Any, list[int]], broken: dict[int, str | BadRow]
-) -> dict[int, str]:
-    """Return the reason for the first message of every circle: those that no root and no broken message leads to."""
+    rows: list[Row], known: dict[Any, int], children: dict[Any, list[int]], broken: Mapping[int, BadRow]
+) -> dict[int, BadRow]:
+    """Return the error for the first message of every circle: those that no root and no broken message leads to."""
     seen = {*children.get(None, []), *broken}
     open_ends = list(seen)
     while open_ends:
@@ -79,7 +76,7 @@ def _circles(
         below = children.get(own, []) if own is not None and known.get(own) == i else []
         open_ends += [child for child in below if child not in seen]
         seen.update(below)
-    out: dict[int, str] = {}
+    out: dict[int, BadRow] = {}
     for i in range(len(rows)):
         path, at = [], i
         while at not in seen:
@@ -87,7 +84,7 @@ def _circles(
             path.append(at)
             at = known[_id(rows[at], "parent_id")]
         if at in path:
-            out[min(path[path.index(at) :])] = "its parents lead back to itself"
+            out[min(path[path.index(at) :])] = BadRow("its parents lead back to itself")
     return out
 
 

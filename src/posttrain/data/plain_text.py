@@ -14,7 +14,7 @@ from typing import Any
 from posttrain.config import DataConfig
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.formats import Record
-from posttrain.data.learnt_turns import NO_END, RENDERED_TEXTS, SPELT
+from posttrain.data.learnt_turns import NO_END, RENDERED_TEXTS, SPELT, UNENDED
 from posttrain.data.special_text import guard
 from posttrain.data.tokenizing import continuation, special_tokens, text_tokens, tokenize
 
@@ -64,7 +64,8 @@ def plain_turns(record: Record, tokenizer: Any, config: DataConfig) -> PlainTurn
         raise BadRow("empty completion" if last["role"] == "assistant" else "the last turn is not the assistant's")
     if config.loss_on == "assistant" and any(m["role"] == "assistant" for m in before):
         learnt = [(m["content"], m["role"] == "assistant" and m.get("train", True)) for m in record.messages]
-        return _turns(learnt, tokenizer, config, apart=True)
+        turns, unended = _turns(learnt, tokenizer, config, apart=True), sum(bool(loss) for _, loss in learnt[:-1])
+        return replace(turns, notes={**turns.notes, UNENDED: unended} if unended else turns.notes)
     if not last.get("train", True):
         raise BadRow("no turn to train on: each has train: false")
     prompt = "".join(m["content"] for m in before)

@@ -388,6 +388,14 @@ def test_kto_needs_both_kinds(tmp_path: Path) -> None:
         prepare_stage(config, StageContext(tiny_tokenizer(), None))
 
 
+@pytest.mark.parametrize(("good", "bad", "held"), [(2, 1, 0), (1, 1, 0), (2, 2, 2), (9, 2, 2)])
+def test_a_fraction_of_few_answers_is_no_error(tmp_path: Path, good: int, bad: int, held: int) -> None:
+    rows = [{"prompt": "p", "completion": f"{i}", "label": i < good} for i in range(good + bad)]
+    config = config_of("kto", data={"source": write(tmp_path / "a.jsonl", rows)}, held_out=0.1)
+    stage = prepare_stage(config, StageContext(tiny_tokenizer(), None))
+    assert (len(stage.rows), len(stage.held_out)) == (good + bad - held, held)
+
+
 # ------------------------------------------------------------------------------------------- online
 def sequence(group: int, tokens: list[int], reward: float) -> TrainingSequence:
     return TrainingSequence([5, 6, 7], Rollout(tokens, [-1.0] * len(tokens), "end", reward=reward), group)
