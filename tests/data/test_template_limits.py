@@ -123,3 +123,11 @@ def test_what_real_templates_do_is_far_from_the_limits() -> None:
     text = apply_template(tokenizer, turns, tools=tools)
     assert len(text) > 2_000_000 and text.endswith("1000")
     assert "a" * 5_000_000 in apply_template(tokenizer, [{"role": "user", "content": "a" * 5_000_000}])
+
+
+def test_a_method_of_a_text_that_a_loop_has_set() -> None:
+    tokenizer = load_tokenizer(ModelConfig(source="tiny:llama"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% set c = m.content %}{{ c.strip() + c.rstrip('b') }}{% endfor %}"
+    )
+    assert apply_template(tokenizer, [{"role": "user", "content": " ab"}]) == "ab a"

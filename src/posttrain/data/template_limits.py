@@ -385,7 +385,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         _step()
         owner = getattr(__obj, "__self__", None)
         if owner.__class__ is str and __obj.__name__ in BOUNDED:  # safe to call as it is
-            return _measured(__obj(*args, **kwargs))
+            given = {name: value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars")}
+            return _measured(__obj(*args, **given))  # without what compiled templates add for functions of a context
         if isinstance(owner, str):
             args = tuple(map(_with_length, args))
             _check_method(__obj, args, kwargs)
