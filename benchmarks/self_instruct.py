@@ -3,9 +3,10 @@
     pip install rouge-score
     python benchmarks/self_instruct.py                 # 50,000 kept tasks
 
-The reference implementation of Self-Instruct compares a new task with each kept one by rouge-score's ROUGE-L. Texts are
-runs of 6 to 20 words of the packaged movie reviews. The peer is timed on part of the kept texts (its time is proportional
-to their number); both must find the same highest score there. The last line is `speed=`: the peer's time over ours.
+The reference implementation of Self-Instruct compares a new task with each kept one by rouge-score's ROUGE-L. Texts
+are runs of 6 to 20 words of the packaged movie reviews. The peer is timed on part of the kept texts (its time is
+proportional to their number); both must find the same highest score there. The last line is `speed=`: the peer's time
+over ours.
 """
 
 from __future__ import annotations
