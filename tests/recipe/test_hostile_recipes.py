@@ -98,6 +98,12 @@ def test_an_override_is_no_way_around_the_limits(text: str) -> None:
     assert time.process_time() - began < 1
 
 
+def test_a_name_of_an_override_has_few_parts() -> None:
+    """Also among the keys of a recipe that extends another."""
+    with pytest.raises(RecipeError, match="the name of a setting has at most 40 parts"):
+        load_recipe("sft", ["a." * 5_000 + "b=1"])
+
+
 def test_surrogates_that_belong_together_are_the_character_that_they_are() -> None:
     assert parse_value('"\\ud83d\\ude00"') == "\N{GRINNING FACE}"
     assert parse_value("[0o17, 0x1f, 1e3, 'a']") == [15, 31, 1000.0, "a"]

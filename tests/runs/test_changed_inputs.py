@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,20 @@ def test_versions_of_packages_and_functions_from_python_are_inputs(
     monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.0.1" if n == "tokenizers" else real(n))
     changed = changed_inputs(noted, find_inputs(recipe, {"f": write_rows}))
     assert set(changed) == {"package tokenizers", "function f"} and "now 0.0.1" in changed["package tokenizers"]
+
+
+def test_functions_with_arguments_and_objects_from_python_are_inputs(tmp_path: Path) -> None:
+    class Grader:
+        def __call__(self, text: str, example: Any) -> float:
+            return 1.0
+
+    class Other(Grader):
+        limit = 3
+
+    def found(function: Any) -> str:
+        return find_inputs(recipe, {"f": function})["function f"]
+
+    recipe = small(tmp_path)
+    assert found(Grader()) == found(Grader()) != found(Other())
+    assert found(partial(stop_at, step=3)) == found(partial(stop_at, step=3)) != found(partial(stop_at, step=4))
+    assert found(partial(stop_at, Grader())) == found(partial(stop_at, Grader())) != found(stop_at)

@@ -14,6 +14,9 @@ from typing import Any
 
 from posttrain.core.errors import CheckpointError
 
+MAX_TEXT = 16 << 20
+"""Bytes of a text that a recipe names."""
+
 
 def file_hash(path: Path) -> str:
     """Compute the SHA-256 of a file, in hexadecimal."""
@@ -101,6 +104,20 @@ def write_text(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(work, path)
+
+
+def read_small_text(path: Path) -> str:
+    """Return a text file that a recipe names.
+
+    Raises:
+        OSError: There is none, it is something else (a pipe, a device), which might never end, or it is too large.
+        UnicodeDecodeError: It is not UTF-8.
+    """
+    if not path.is_file():
+        raise OSError(errno.ENOENT, "there is no such file", str(path))
+    if path.stat().st_size > MAX_TEXT:
+        raise OSError(errno.EFBIG, f"it is larger than {MAX_TEXT >> 20} MiB", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def as_json(value: Any) -> str:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 from posttrain.core.errors import DataError
+from posttrain.core.files import read_small_text
 from posttrain.data.readers import packaged_or_own
 
 
@@ -24,7 +25,7 @@ def read_principles(path: str) -> list[str]:
         DataError: The file can't be read or has no principle.
     """
     try:
-        text = packaged_or_own(path).read_text(encoding="utf-8")
+        text = read_small_text(packaged_or_own(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"principles {path!r} can't be read: {error}. Expected a text file with one a line") from error
     principles = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]

@@ -18,6 +18,7 @@ from posttrain.core.errors import RecipeError
 from posttrain.core.imports import add_import_folder
 from posttrain.core.secrets import hide_secrets
 from posttrain.recipe.documents import (
+    MAX_DEPTH,
     MAX_RECIPE,
     Document,
     dump_recipe,
@@ -235,6 +236,9 @@ def _put(doc: Document, name: str, source: str, place: str, value: Callable[[Any
     Returns:
         The key; None, with a problem noted, if the name leads nowhere.
     """
+    if name.count(".") > MAX_DEPTH:
+        doc.note(f"{source[:80]!r}: the name of a setting has at most {MAX_DEPTH} parts")
+        return None
     key = _find(doc, name, source)
     if key is None:
         return None

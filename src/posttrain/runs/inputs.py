@@ -7,9 +7,11 @@ recipe, and nothing would tell.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import inspect
+import json
 import os
 import platform
 import sys
@@ -58,7 +60,7 @@ def find_inputs(recipe: Recipe, functions: Mapping[str, Callable[..., Any]]) -> 
         packages |= set(packages_needed(block))
     for name, function in functions.items():
         try:
-            source = inspect.getsource(function)
+            source = _source_of(function)
         except (OSError, TypeError):  # made at run time: it has no source
             continue
         found[f"function {name}"] = f"sha256 {hashlib.sha256(source.encode()).hexdigest()}"
@@ -69,6 +71,14 @@ def find_inputs(recipe: Recipe, functions: Mapping[str, Callable[..., Any]]) -> 
         except importlib.metadata.PackageNotFoundError:
             continue
     return found | {f"package {name}": f"version {version}" for name, version in versions.items()}
+
+
+def _source_of(function: Any) -> str:
+    """Return the source of a function, or of an object's class; of a `functools.partial`, with its arguments."""
+    if isinstance(function, functools.partial):
+        given = json.dumps([function.args, function.keywords], default=lambda value: type(value).__name__)
+        return _source_of(function.func) + given
+    return inspect.getsource(function if inspect.isroutine(function) or inspect.isclass(function) else type(function))
 
 
 def _texts(block: BaseModel) -> Iterator[tuple[str, str]]:

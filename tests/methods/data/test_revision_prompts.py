@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,8 @@ def test_a_bad_example_is_named_by_its_line(tmp_path: Path) -> None:
     for bad, message in (
         (json.dumps({**good, "critique": " "}), r"examples.jsonl:2: 'critique' is missing or no text"),
         ("{", r"examples.jsonl:2: no JSON"),
+        ("[" * 99_999, r"examples.jsonl:2: no JSON"),
+        ("9" * 5_000, r"examples.jsonl:2: no JSON"),
         ("[]", r"examples.jsonl:2: 'prompt' is missing"),
     ):
         path.write_text(json.dumps(good) + "\n" + bad + "\n")
@@ -115,8 +118,13 @@ def test_a_bad_example_is_named_by_its_line(tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(DataError, match="is empty"):
         read_examples(str(path))
-    with pytest.raises(DataError, match="can't be read"):
-        read_examples(str(tmp_path / "none.jsonl"))
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(1 << 40)
+    for name in ("none.jsonl", "pipe", "huge", "/dev/zero"):  # neither waits for ever nor fills the memory
+        for read in (read_examples, read_principles):
+            with pytest.raises(DataError, match="can't be read"):
+                read(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(

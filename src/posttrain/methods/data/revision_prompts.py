@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from posttrain.core.errors import DataError
+from posttrain.core.files import read_small_text
 from posttrain.core.types import Message
 from posttrain.data.readers import packaged_or_own
 from posttrain.judge.principles import by_content
@@ -105,7 +106,7 @@ def read_examples(path: str) -> list[FinishedRound]:
         DataError: The file can't be read, or a line is no finished round.
     """
     try:
-        lines = packaged_or_own(path).read_text(encoding="utf-8").split("\n")
+        lines = read_small_text(packaged_or_own(path)).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"examples {path!r} can't be read: {error}. Expected a JSON Lines file") from error
     out = []
@@ -121,7 +122,7 @@ def _example(place: str, line: str) -> FinishedRound:
     names = FinishedRound.__slots__
     try:
         row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: no JSON: {error}") from error
     fields = row if isinstance(row, dict) else {}
     missing = [n for n in names if not isinstance(fields.get(n), str) or not fields[n].strip()]
