@@ -47,7 +47,7 @@ class LocalJudge:
     def answer(self, asks: Sequence[JudgeRequest], on_answer: OnAnswer) -> None:
         """Answer requests, calling `on_answer` with (index, answer) pairs as they are ready."""
         began = time.perf_counter()
-        model, tokenizer, context = self._open()
+        _, tokenizer, context = self._open()
         prompts = [self._tokens(a, tokenizer) for a in asks]
         room = [context - len(p) for p in prompts]
         long = [
@@ -60,10 +60,10 @@ class LocalJudge:
         left = [i for i in range(len(asks)) if i not in {n for n, _ in long}]
         verdicts = [i for i in left if asks[i].labels]
         for chunk in _chunks(verdicts, [len(p) for p in prompts]):
-            on_answer(self._verdicts(chunk, asks, prompts, model, tokenizer))
+            on_answer(self._verdicts(chunk, asks, prompts))
         free = [i for i in left if not asks[i].labels]
         for start in range(0, len(free), RATIONALES_AT_ONCE):
-            on_answer(self._texts(free[start : start + RATIONALES_AT_ONCE], asks, prompts, model, tokenizer))
+            on_answer(self._texts(free[start : start + RATIONALES_AT_ONCE], asks, prompts))
         self.seconds += time.perf_counter() - began
 
     def _open(self) -> tuple[LanguageModel, Any, int]:
@@ -84,14 +84,10 @@ class LocalJudge:
 
     @torch.inference_mode()
     def _verdicts(
-        self,
-        chunk: Sequence[int],
-        asks: Sequence[JudgeRequest],
-        prompts: Sequence[list[int]],
-        model: LanguageModel,
-        tokenizer: Any,
+        self, chunk: Sequence[int], asks: Sequence[JudgeRequest], prompts: Sequence[list[int]]
     ) -> list[tuple[int, JudgeAnswer]]:
         began = time.perf_counter()
+        model, tokenizer, _ = self._open()
         samples: list[Sample] = []
         plan: list[tuple[int, list[tuple[str, tuple[int, ...]]]]] = []
         for i in chunk:
@@ -118,14 +114,10 @@ class LocalJudge:
         return out
 
     def _texts(
-        self,
-        chunk: Sequence[int],
-        asks: Sequence[JudgeRequest],
-        prompts: Sequence[list[int]],
-        model: LanguageModel,
-        tokenizer: Any,
+        self, chunk: Sequence[int], asks: Sequence[JudgeRequest], prompts: Sequence[list[int]]
     ) -> list[tuple[int, JudgeAnswer]]:
         began = time.perf_counter()
+        model, tokenizer, _ = self._open()
         longest = max(asks[i].max_tokens for i in chunk)
         params = SamplingConfig(temperature=0.0, max_tokens=longest)
         requests = [Request(prompts[i], max_tokens=asks[i].max_tokens) for i in chunk]

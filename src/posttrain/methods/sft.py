@@ -67,21 +67,17 @@ class SFT(Stage):
 
     def trainer(self, policy: LoadedPolicy, run: StageRun) -> BatchTrainer:
         from posttrain.methods.sft_measurement import HeldOutMeasurement
-        from posttrain.trainer.best_step import best_step, measured_every
-        from posttrain.trainer.loop import BatchTrainer, permutation_batches
+        from posttrain.trainer.loop import BatchTrainer
         from posttrain.trainer.train_step import Learner
 
         config = self.config
-        batch_at, steps = permutation_batches(
-            self.rows, config.batch_size, config.epochs, run.seed, config.max_steps, run.weights
-        )
+        batch_at, steps = run.batches(self.rows, config)
         learner = Learner(policy.policy, config.optimizer, config.systems, steps)
         if self.held_out is None:
             return BatchTrainer(learner, batch_at)
         end, context = infer_trained_eos(self.rows), self.context.context
         measure = HeldOutMeasurement(config, policy, self.held_out, run.folder, context, [] if end is None else [end])
-        best = best_step(config, policy.policy, run.folder, steps, "held_out/loss")
-        return BatchTrainer(learner, batch_at, None, measure, measured_every(config, steps), best)
+        return BatchTrainer(learner, batch_at, None, measure, settings=config, folder=run.folder)
 
     def end_token(self, policy: LoadedPolicy) -> int | None:
         return infer_trained_eos(self.rows)

@@ -22,17 +22,7 @@ from posttrain.report.formatting import format_score
 from posttrain.runs.lineage import LineageStep, Origin, trace
 
 log = logging.getLogger("posttrain")
-OF_THE_MACHINE = {
-    "base_url",
-    "api_key_env",
-    "systems",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "output",
-    "track",
-    "store",
-    "device",
-}
+OF_THE_MACHINE = {*"base_url api_key_env systems checkpoint_every keep_checkpoints output track store device".split()}
 """Settings that say nothing about the model."""
 _FILES = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
 KINDS = {"model": "text-generation", "adapter": "text-generation", "reward_model": "text-classification"}

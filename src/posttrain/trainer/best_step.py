@@ -13,8 +13,13 @@ from torch import nn
 from posttrain.config.settings import EarlyStoppingConfig, MeasuredConfig
 from posttrain.trainer import checkpoint
 
+HELD_OUT_LOSS = "held_out/loss"
+"""Name of the loss among the measured numbers."""
 CHOSEN_STEP = "best_step.json"
 """File in a stage's folder with the summary of its best step."""
+STATE = {
+    "best_step": "step", "best_loss": "loss", "first_loss": "first", "reference_loss": "reference", "waited": "waited",
+}  # fmt: skip
 log = logging.getLogger("posttrain")
 
 
@@ -35,7 +40,6 @@ class BestStep:
         folder: Path,
         steps: int,
         *,
-        metric: str = "held_out/loss",
         keep: bool = True,
         stopping: EarlyStoppingConfig | None = None,
     ) -> None:
@@ -45,12 +49,11 @@ class BestStep:
             model: The model that is trained.
             folder: The stage's folder.
             steps: Number of steps in total.
-            metric: Name of the held-out loss.
             keep: Keep the weights of the best step, and restore them after the last.
             stopping: When to stop early. None: never.
         """
         self.model, self.folder, self.steps = model, folder / "checkpoints", steps
-        self.metric, self.keep, self.stopping = metric, keep, stopping
+        self.keep, self.stopping = keep, stopping
         self.first: float | None = None
         self.step: int | None = None
         self.loss = math.inf
@@ -99,18 +102,12 @@ class BestStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values; `best_step` is the name under which `checkpoint` looks for it."""
-        return {
-            "best_step": self.step,
-            "best_loss": self.loss,
-            "first_loss": self.first,
-            "reference_loss": self.reference,
-            "waited": self.waited,
-        }
+        return {name: getattr(self, attribute) for name, attribute in STATE.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.step, self.loss, self.first = state["best_step"], state["best_loss"], state["first_loss"]
-        self.reference, self.waited = state["reference_loss"], state["waited"]
+        for name, attribute in STATE.items():
+            setattr(self, attribute, state[name])
 
     def summary(self, done: int) -> dict[str, Any]:
         """Return the manifest's entry: the best step, whose weights the model has, and why the stage ended.
@@ -125,19 +122,6 @@ class BestStep:
         if done < self.steps:
             out["stopped_early"] = {"planned_steps": self.steps, "patience": self.waited}
         return out
-
-
-def best_step(config: MeasuredConfig, model: nn.Module, folder: Path, steps: int, metric: str) -> BestStep:
-    """Return the memory of the best step that a stage's settings ask for.
-
-    Args:
-        config: The settings.
-        model: The model that is trained.
-        folder: The stage's folder.
-        steps: Number of steps in total.
-        metric: Name of the held-out loss.
-    """
-    return BestStep(model, folder, steps, metric=metric, keep=config.keep_best, stopping=config.early_stopping)
 
 
 def measured_every(config: MeasuredConfig, steps: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from posttrain.config.settings import MeasuredConfig
 from posttrain.core import distributed
 from posttrain.core.epoch_order import RowWeights, epoch_order, epoch_size
 from posttrain.core.errors import CheckpointError
@@ -23,7 +24,7 @@ from posttrain.core.files import Lines
 from posttrain.core.progress import Track
 from posttrain.core.types import Sample
 from posttrain.trainer import checkpoint
-from posttrain.trainer.best_step import BestStep
+from posttrain.trainer.best_step import HELD_OUT_LOSS, BestStep, measured_every
 from posttrain.trainer.train_step import Learner, LossFunction, StepResult
 
 BatchAt = Callable[[int], Sequence[Sample]]
@@ -153,7 +154,8 @@ class BatchTrainer(Trainer):
         loss: LossFunction | None = None,
         measure: Measure | None = None,
         every: int = 0,
-        best: BestStep | None = None,
+        settings: MeasuredConfig | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Make a trainer.
 
@@ -163,11 +165,17 @@ class BatchTrainer(Trainer):
             loss: Loss of a micro-batch. None: cross-entropy.
             measure: Measures held-out data before the first step and after the last. None: nothing is measured.
             every: Steps between further measurements. 0: none.
-            best: Chooses the step whose weights the model gets, by what is measured. None: the last step.
+            settings: When to measure (in place of `every`) and to stop, and whether the model gets the weights of the
+                step that measured best. None: those of the last step.
+            folder: The stage's folder, for these weights.
         """
         self.learner, self.batch_at, self.loss = learner, batch_at, loss
         self.measure, self.every, self.steps = measure, every, learner.total_steps
-        self.best = best if measure is not None else None
+        self.best: BestStep | None = None
+        if measure is not None and settings is not None and folder is not None:
+            keep, stopping = settings.keep_best, settings.early_stopping
+            self.best = BestStep(learner.model, folder, self.steps, keep=keep, stopping=stopping)
+            self.every = measured_every(settings, self.steps)
         self.held_out_seconds = 0.0
 
     def step(self, step: int, track: Track) -> StepResult:
@@ -191,7 +199,7 @@ class BatchTrainer(Trainer):
         began = time.perf_counter()
         numbers = measure(done, track)
         if self.best is not None:
-            self.best.note(done, numbers.get(self.best.metric, math.nan))
+            self.best.note(done, numbers.get(HELD_OUT_LOSS, math.nan))
         seconds = time.perf_counter() - began
         self.held_out_seconds += seconds
         regular = self.steps // self.every - done // self.every if self.every else 0

@@ -18,7 +18,7 @@ from posttrain.core.epoch_order import RowWeights, epoch_size
 from posttrain.core.types import Metric
 
 if TYPE_CHECKING:
-    from posttrain.trainer.loop import OnStep, Trainer
+    from posttrain.trainer.loop import BatchAt, OnStep, Trainer
     from posttrain.trainer.policy import LoadedPolicy
 
 Functions = Mapping[str, Callable[..., Any]]
@@ -57,6 +57,13 @@ class StageRun:
     seed: int
     resources: ExitStack
     weights: RowWeights | None = None
+
+    def batches(self, samples: Sequence[Any], config: Any) -> tuple[BatchAt, int]:
+        """Return a stage's batches by step, and its number of steps, as `EpochsConfig` has them."""
+        from posttrain.trainer.loop import permutation_batches
+
+        epochs, most = config.epochs, config.max_steps
+        return permutation_batches(samples, config.batch_size, epochs, self.seed, most, self.weights)
 
 
 def _behind_soft_prompt(context: StageContext, adapter: Any) -> StageContext:

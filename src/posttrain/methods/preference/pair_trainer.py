@@ -24,8 +24,7 @@ from posttrain.methods.preference.objectives import (
     pair_samples,
     pair_scores,
 )
-from posttrain.trainer.best_step import best_step, measured_every
-from posttrain.trainer.loop import BatchAt, BatchTrainer, permutation_batches
+from posttrain.trainer.loop import BatchAt, BatchTrainer
 from posttrain.trainer.reference_model import Reference, Unit, sums_of
 from posttrain.trainer.train_step import Learner, StepResult
 
@@ -82,10 +81,7 @@ class PairTrainer(BatchTrainer):
             assert held_out is not None
             return measure_preferences(self.objective, learner.model, held_out, config)
 
-        steps = learner.total_steps
-        best = best_step(config, learner.model, folder, steps, "held_out/loss") if held_out and folder else None
-        every = measured_every(config, steps)
-        super().__init__(learner, batch_at, None, measure if held_out else None, every, best)
+        super().__init__(learner, batch_at, None, measure if held_out else None, settings=config, folder=folder)
 
     def update(self, step: int) -> StepResult:
         numbers: Any = self.batch_at(step)
@@ -279,8 +275,6 @@ def pair_trainer(
         train_on = with_reference(reference, train_on, f"{config.name}: reference")
         held = with_reference(reference, held, f"{config.name}: reference, held out") if held else None
     numbers: Any = range(len(items))
-    batch_at, steps = permutation_batches(
-        numbers, config.batch_size, config.epochs, seed, config.max_steps, run.weights
-    )
+    batch_at, steps = run.batches(numbers, config)
     learner = Learner(policy, config.optimizer, config.systems, steps)
     return PairTrainer(config, learner, batch_at, train_on, held, run.folder)

@@ -21,8 +21,7 @@ from posttrain.methods.reward_model.scorer_stage import ScorerStage
 from posttrain.models.classification_head import padding, score_index, scores_at
 from posttrain.rewards.reward_model_scorer import INDEX, Member
 from posttrain.rewards.score_template import scoring_tokenizer
-from posttrain.trainer.best_step import best_step, measured_every
-from posttrain.trainer.loop import BatchTrainer, OnStep, permutation_batches
+from posttrain.trainer.loop import BatchTrainer, OnStep
 from posttrain.trainer.policy import LoadedPolicy, save_atomically
 from posttrain.trainer.token_budget import token_budget
 from posttrain.trainer.train_step import Learner, LossFunction
@@ -115,21 +114,20 @@ class RewardModelMember(ScorerStage):
     def trainer(self, policy: LoadedPolicy, run: StageRun) -> BatchTrainer:
         config, pad = self.config, padding(policy.policy)
         self.score = partial(score_pairs, policy.policy, budget=token_budget(config.systems, policy.policy))
-        batch_at, steps = permutation_batches(
-            self.rows, config.batch_size, config.epochs, run.seed, config.max_steps, run.weights
-        )
+        batch_at, steps = run.batches(self.rows, config)
 
         def samples_at(step: int) -> list[Sample]:
             pairs: Any = batch_at(step)
             return [s for i, p in enumerate(pairs) for s in scored_samples(p, i, pad, config.labels == "hard")]
 
         systems = with_room_for(config.systems, policy.policy, pair_sizes(self.rows))
-        learner = Learner(policy.policy, config.optimizer, systems, steps)
-        if not self.held_out:
-            return BatchTrainer(learner, samples_at, bradley_terry_loss(config))
-        best = best_step(config, policy.policy, run.folder, steps, "held_out/loss")
-        every = measured_every(config, steps)
-        return BatchTrainer(learner, samples_at, bradley_terry_loss(config), self.measure, every, best)
+        learner, measure = (
+            Learner(policy.policy, config.optimizer, systems, steps),
+            self.measure if self.held_out else None,
+        )
+        return BatchTrainer(
+            learner, samples_at, bradley_terry_loss(config), measure, settings=config, folder=run.folder
+        )
 
     def measure(self, step: int, track: Track) -> dict[str, float]:
         """Score the held-out pairs."""

@@ -21,7 +21,7 @@ from posttrain.models.classification_head import has_head, scores_at
 from posttrain.models.loading import load_tokenizer
 from posttrain.rewards.reward_log import LOG
 from posttrain.rewards.stack import RewardStack
-from posttrain.trainer.loop import BatchTrainer, permutation_batches
+from posttrain.trainer.loop import BatchTrainer
 from posttrain.trainer.token_budget import token_budget
 from posttrain.trainer.train_step import Learner
 
@@ -102,9 +102,7 @@ def process_trainer(
         held_out: Chains to measure on; their scores are written to held_out/. Empty: nothing is measured.
         run: Folder and seed of the stage.
     """
-    batch_at, steps = permutation_batches(
-        samples, config.batch_size, config.epochs, run.seed, config.max_steps, run.weights
-    )
+    batch_at, steps = run.batches(samples, config)
     learner = Learner(policy.policy, config.optimizer, config.systems, steps)
     budget = token_budget(config.systems, policy.policy)
 
