@@ -20,6 +20,7 @@ from posttrain.methods.data.revision_chain import Text as Written
 from posttrain.report import rollouts
 from posttrain.report.chains import amounts, stages_with_chains
 from posttrain.report.judge_figures import feedback_lines
+from posttrain.report.load import numbered_folders
 from posttrain.report.reward_hacking import repetition, suspicious
 from posttrain.sampling.rollout_store import groups_of, read_rollouts, rollout_steps, rollouts_path
 
@@ -50,8 +51,8 @@ def print_feedback(run: Path, out: Console, rows: int) -> bool:
 
 def stages_with_rollouts(run: Path) -> list[Path]:
     """Return the folders of the stages that kept rollouts, in their order."""
-    found = [p for p in (run / "stages").glob("*-*") if rollout_steps(p / "rollouts") or rollout_steps(p / "held_out")]
-    return sorted(found, key=lambda p: int(p.name.split("-")[0]) if p.name.split("-")[0].isdigit() else 0)
+    kept = numbered_folders(run / "stages")
+    return [p for p in kept if rollout_steps(p / "rollouts") or rollout_steps(p / "held_out")]
 
 
 def print_chains(

@@ -44,9 +44,9 @@ def changed_artifacts(run: Path, below: str = "", weights: bool = True) -> list[
         weights: Check weights too; they are large.
     """
     try:
-        noted = json.loads((run / "manifest.json").read_bytes())["artifacts"]
+        noted = read_object(run / "manifest.json")["artifacts"]
         checked = {n: sha for n, sha in noted.items() if n.startswith(below) and (weights or not is_weights(n))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no run, or not a finished one
+    except (OSError, CheckpointError, LookupError, TypeError, AttributeError):  # no run, or not a finished one
         return []
     return [n for n, sha in checked.items() if not (run / n).is_file() or input_hash(run / n) != sha]
 
@@ -106,6 +106,12 @@ def write_text(path: Path, text: str) -> None:
     os.replace(work, path)
 
 
+def numbered(folder: Path, prefix: str, suffix: str = "") -> dict[int, Path]:
+    """Return what lies in a folder under PREFIX, a number and SUFFIX, by number, ascending."""
+    found = ((p.name[len(prefix) : len(p.name) - len(suffix)], p) for p in folder.glob(f"{prefix}*{suffix}"))
+    return dict(sorted((int(n), p) for n, p in found if n.isascii() and n.isdigit()))
+
+
 def read_small_text(path: Path) -> str:
     """Return a text file that a recipe names.
 
@@ -141,6 +147,7 @@ def read_object(path: Path, kind: type = dict) -> Any:
     Raises:
         CheckpointError: The file is damaged.
     """
+    _require_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
@@ -148,6 +155,11 @@ def read_object(path: Path, kind: type = dict) -> Any:
     if not isinstance(value, kind):
         raise CheckpointError(f"{path} is damaged: expected {kind.__name__} in JSON, found {type(value).__name__}")
     return value
+
+
+def _require_file(path: Path) -> None:
+    if path.exists() and not path.is_file():  # a folder or a pipe, for which a reader would wait
+        raise CheckpointError(f"{path} is damaged: it is no file. Put it back from a copy")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -158,6 +170,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
+    _require_file(path)
     records = []
     *lines, last = path.read_bytes().split(b"\n")  # text may hold other ends of lines, which JSON leaves
     for number, line in enumerate(lines, 1):

@@ -14,7 +14,7 @@ import torch
 from posttrain.config import DataConfig, SystemsConfig
 from posttrain.core import distributed
 from posttrain.core.errors import DataError
-from posttrain.core.files import write_json
+from posttrain.core.files import numbered, write_json
 from posttrain.core.ragged import micro_batches
 from posttrain.core.types import Sample
 from posttrain.data.encoding import prompt_tokens
@@ -171,8 +171,7 @@ def before_answer(sample: Sample) -> list[int]:
 
 def measurements(folder: Path) -> dict[int, Path]:
     """Return the files of a stage's measurements by step, ascending."""
-    found = {int(p.stem[5:]): p for p in folder.glob("step-*.json") if p.stem[5:].isdigit()}
-    return dict(sorted(found.items()))
+    return numbered(folder, "step-", ".json")
 
 
 @torch.no_grad()

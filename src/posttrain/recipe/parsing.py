@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from posttrain.config import Recipe
 from posttrain.core.errors import RecipeError
+from posttrain.core.files import read_small_text
 from posttrain.core.imports import add_import_folder
 from posttrain.core.secrets import hide_secrets
 from posttrain.recipe.documents import (
@@ -167,7 +168,7 @@ def in_columns(names: Sequence[str] | dict[str, Any], columns: int = 4) -> str:
 def _add_import_folders(folder: Path) -> None:
     """Let modules beside a recipe be imported; of a run, the folders that were noted when it was started."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(read_small_text(folder / "manifest.json"))
     except (OSError, ValueError, RecursionError):
         manifest = None
     noted = manifest.get("import_folders", []) if isinstance(manifest, dict) else [str(folder)]
@@ -299,7 +300,7 @@ def _find(doc: Document, name: str, source: str) -> Key | None:
             if ends:
                 part = names.index(".".join(parts[: ends[-1]]))
                 del parts[: ends[-1]]
-            elif parts[0].isdigit() and int(parts[0]) < len(value):
+            elif parts[0].isdecimal() and len(parts[0]) < 9 and int(parts[0]) < len(value):
                 part = int(parts.pop(0))
             else:
                 there = ", ".join(f"{i} ({n})" if n else str(i) for i, n in enumerate(names)) or "empty"

@@ -12,12 +12,14 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from posttrain.core.errors import CheckpointError, PosttrainError
+from posttrain.core.files import changed_artifacts
 from posttrain.core.secrets import hide_values
 from posttrain.report import evaluations, formatting
 from posttrain.report.chains import amounts, chain_views
 from posttrain.report.charts import stage_charts
 from posttrain.report.judge_figures import read_feedback
-from posttrain.report.load import Run, read
+from posttrain.report.load import Run, read, read_json
 from posttrain.report.measured_stages import measured_stages
 from posttrain.report.reward_models import gold, held_out
 from posttrain.report.rollouts import views
@@ -41,13 +43,25 @@ def build_report(run_folder: Path) -> Path:
     """Write `report.html` into the run folder from the files that are there, whole or not at all; return its path.
 
     Raises:
-        CheckpointError: There is no such folder.
+        CheckpointError: There is no such folder, or a file in it holds something else than the run wrote.
     """
-    run = read(Path(run_folder))
-    target = run.folder / "report.html"
+    folder = Path(run_folder)
+    try:
+        page = render_page(read(folder))
+    except PosttrainError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.TemplateError) as error:
+        changed, manifest = changed_artifacts(folder, weights=False), read_json(folder / "manifest.json", [])
+        if not changed and isinstance(manifest, dict) and manifest.get("artifacts"):
+            raise  # all files are what the run wrote: the mistake is not in them
+        raise CheckpointError(
+            f"the page of {folder} can't be made: {', '.join(changed[:3]) or 'a file of the run'} holds something else "
+            f"than the run wrote ({type(error).__name__}: {error}). Put it back from a copy"
+        ) from error
+    target = folder / "report.html"
     scratch = target.with_suffix(f".{os.getpid()}.tmp")
     try:
-        scratch.write_text(hide_values(render_page(run)), encoding="utf-8")
+        scratch.write_text(hide_values(page), encoding="utf-8")
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,7 +200,7 @@ def read(folder: Path) -> Run:
 
 def numbered_folders(folder: Path) -> list[Path]:
     """Return the folders NUMBER-NAME in a folder, by number."""
-    found = [p for p in folder.glob("*-*") if p.is_dir() and p.name.split("-")[0].isdigit()]
+    found = [p for p in folder.glob("[0-9]*-*") if p.is_dir() and re.match("[0-9]+-", p.name)]
     return sorted(found, key=lambda p: int(p.name.split("-")[0]))
 
 
@@ -215,6 +216,8 @@ def read_json(path: Path, notes: list[str], missing: str = "") -> Any:
         notes += [missing] if missing else []
         return None
     try:
+        if not path.is_file():
+            raise ValueError("it is no file")
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         stage = path.parent.name.split("-", 1)
@@ -224,7 +227,7 @@ def read_json(path: Path, notes: list[str], missing: str = "") -> Any:
 
 
 def _recipe(path: Path, notes: list[str]) -> tuple[str, JsonDict]:
-    if not path.exists():
+    if not path.is_file():
         notes.append("no recipe.yaml: the recipe can't be shown")
         return "", {}
     text, recipe = path.read_text(encoding="utf-8", errors="replace"), None
@@ -282,7 +285,8 @@ def _evaluations(folder: Path, notes: list[str]) -> dict[str, Evaluation]:
 
 
 def _lines(path: Path, notes: list[str]) -> Iterator[JsonDict]:
-    if not path.exists():
+    if not path.is_file():
+        notes += [f"{path.name} can't be read: it is no file"] if path.exists() else []
         return
     broken = 0
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.core.errors import DataError
+from posttrain.core.files import numbered
 from posttrain.core.types import PartialRollout, Rollout, RolloutGroup
 
 COLUMN_TYPES: dict[tuple[str, ...], Any] = {
@@ -101,7 +102,7 @@ def write_rollouts(
 
 def rollout_steps(folder: Path) -> list[int]:
     """Return the steps whose rollouts are in a folder, in ascending order."""
-    return sorted(int(p.stem[5:]) for p in folder.glob("step-*.parquet") if p.stem[5:].isdigit())
+    return list(numbered(folder, "step-", ".parquet"))
 
 
 def read_rollouts(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from posttrain.core import distributed
 from posttrain.core.errors import CheckpointError
-from posttrain.core.files import file_hash, os_error, sync_folder, write_json
+from posttrain.core.files import file_hash, numbered, os_error, sync_folder, write_json
 
 log = logging.getLogger("posttrain")
 BEST = "best-"
@@ -49,8 +49,8 @@ def save(folder: Path, step: int, tensors: dict[str, Any], numbers: dict[str, An
         for old in found(folder)[:-keep]:
             shutil.rmtree(folder / name_of(old), ignore_errors=True)
         named = {_numbers(folder / name_of(kept)).get("best_step") for kept in found(folder)}
-        for path in folder.glob(f"{BEST}*"):
-            if path.name[len(BEST) :].isdigit() and int(path.name[len(BEST) :]) not in named:
+        for number, path in numbered(folder, BEST).items():
+            if number not in named:
                 shutil.rmtree(path, ignore_errors=True)
     distributed.barrier()
     return final
@@ -142,9 +142,7 @@ def _disk_problem(error: BaseException, folder: Path, step: int, tensors: dict[s
 
 def found(folder: Path) -> list[int]:
     """Return the steps of the checkpoints in a folder, ascending (complete by name; not yet verified)."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(p.name[5:]) for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit())
+    return [step for step, path in numbered(folder, "step-").items() if path.is_dir()]
 
 
 def damage(path: Path) -> str | None:

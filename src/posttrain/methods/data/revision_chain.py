@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.core.errors import DataError
-from posttrain.core.files import read_lines, write_lines
+from posttrain.core.files import numbered, read_lines, write_lines
 from posttrain.core.types import Message
 
 TRUNCATED = "cut at the longest length"
@@ -214,7 +214,7 @@ def _path(folder: Path, chunk: int) -> Path:
 
 def finished_chunks(folder: Path) -> list[int]:
     """Return the numbers of the finished chunks, ascending from 1."""
-    return sorted(int(p.stem[6:]) for p in folder.glob("chunk-*.jsonl") if p.stem[6:].isdigit())
+    return list(numbered(folder, "chunk-", ".jsonl"))
 
 
 def write_chains(folder: Path, chunk: int, chains: Sequence[Chain]) -> None:
