@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from posttrain.config.rewards import RewardsConfig
 from posttrain.core.errors import RewardError
@@ -84,6 +85,17 @@ def test_nonsense_is_counted_and_shown(text: str, message: str) -> None:
         )
         assert scored.metrics["reward/strange/errors"] == 1
         assert message.split(":")[0] in rewards.account_of("strange")
+
+
+def test_numbers_and_weights_have_a_size_that_sums_and_float32_can_hold() -> None:
+    part = {"kind": "function", "name": "f", "function": "f", "isolated": False}
+    with stack(part, functions={"f": lambda text, example: float(text)}, on_error="exclude") as rewards:
+        scored = rewards([group("1e30", "-1e31", "1e308")])
+    assert [r.reward for r in scored.groups[0].rollouts if r.rewarded] == [1e30]
+    assert all("expected a finite number of at most 1e+30" in r.failures["f"] for r in scored.failed)
+    for weight in (1e308, -1e10, math.inf, math.nan):
+        with pytest.raises(ValidationError, match="weight"):
+            stack({**part, "weight": weight}, functions={"f": len})
 
 
 def test_one_that_crashes_or_eats_memory_takes_nothing_with_it() -> None:

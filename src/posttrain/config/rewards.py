@@ -42,7 +42,7 @@ class RewardTermConfig(Config):
         pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.-]{0,99})?$",
         description="Name in metrics and rollouts. Empty: the kind.",
     )
-    weight: float = Field(1.0, allow_inf_nan=False, description="Factor in the sum; 0: logged, but not trained on.")
+    weight: float = Field(1.0, ge=-1e9, le=1e9, description="Factor in the sum; 0: logged, but not trained on.")
     timeout: float = Field(
         5.0,
         gt=0,

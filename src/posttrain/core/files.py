@@ -107,7 +107,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def numbered(folder: Path, prefix: str, suffix: str = "") -> dict[int, Path]:
-    """Return what lies in a folder under PREFIX, a number and SUFFIX, by number, ascending."""
+    """Return what lies in a folder under names with a number in them, by number, ascending.
+
+    Args:
+        folder: The folder.
+        prefix: What their names have before the number.
+        suffix: What follows it.
+    """
     found = ((p.name[len(prefix) : len(p.name) - len(suffix)], p) for p in folder.glob(f"{prefix}*{suffix}"))
     return dict(sorted((int(n), p) for n, p in found if n.isascii() and n.isdigit()))
 

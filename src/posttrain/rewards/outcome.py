@@ -14,6 +14,8 @@ from posttrain.core.errors import PosttrainError
 ExampleRow = Mapping[str, Any]
 TRACE = 3000
 """Characters of a traceback that are kept, from its end."""
+LARGEST_REWARD = 1e30
+"""Largest size of a number: sums and squares of larger ones leave float32."""
 LONGEST_NOTE = 300
 """Characters of a reason that are kept."""
 WITHOUT_END = "no end token"
@@ -64,8 +66,8 @@ def as_number(value: Any) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"expected a number, and the reward returned {type(value).__name__}: {str(value)[:80]!r}")
     number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"expected a finite number, and the reward returned {number}")
+    if not math.isfinite(number) or abs(number) > LARGEST_REWARD:
+        raise ValueError(f"expected a finite number of at most {LARGEST_REWARD:g}, and the reward returned {number}")
     return number + 0.0  # minus zero is zero
 
 

@@ -78,7 +78,7 @@ class RewardLog:
 def printed_lines(run: Path) -> list[str]:
     """Return a sentence for each log in the folder of a run."""
     out = []
-    for path in sorted(run.rglob(LOG)):
+    for path in (p for p in sorted(run.rglob(LOG)) if p.is_file()):
         count = path.read_bytes().count(b"\n")
         out.append(f"rewards printed {count:,} line{'s' * (count != 1)}: {path.relative_to(run).as_posix()}")
     return out
