@@ -11,7 +11,15 @@ import torch
 from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from pydantic import ValidationError
 
-from posttrain.config import AdapterConfig, ModelConfig, OptimizerConfig, SamplingConfig, SystemsConfig, TrainConfig
+from posttrain.config import (
+    AdapterConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    SamplingConfig,
+    SystemsConfig,
+    TrainConfig,
+)
 from posttrain.core.errors import ModelError
 from posttrain.core.ragged import VirtualTokens, pack
 from posttrain.core.types import Sample
@@ -251,6 +259,8 @@ def test_a_sequence_that_the_context_does_not_hold_is_refused() -> None:
     assert model(model.pack([Sample(tokens[1:], [0.0] * room)]), "hidden").shape[0] == room + 5
     context = StageContext(None, 100)
     assert SFT(SFTConfig(data={"source": "a"}, adapter=KINDS["p_tuning"]), context).context.context == 95
+    with pytest.raises(ModelError, match="99 virtual tokens leave no room"):
+        SFT(SFTConfig(data={"source": "a"}, adapter={"kind": "prompt", "tokens": 99}), context)
 
 
 def test_initial_values() -> None:
@@ -328,6 +338,30 @@ def test_settings_are_read_as_they_were_written() -> None:
         TrainConfig(method="dpo", adapter=KINDS["p_tuning"])
     with pytest.raises(ValidationError, match="can't be merged: leave merge out"):
         TrainConfig(method="sft", adapter={"kind": "prompt"}, merge=True)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"adapter": {"kind": "prompt"}}, None),
+        ({"adapter": {"kind": "prompt", "tokens": 5}}, None),
+        ({"adapter": {"kind": "lora"}, "start": "base"}, None),
+        ({"adapter": {"kind": "prompt", "tokens": 6}}, "adapter.tokens is 6, and the soft prompt of stage 'one'"),
+        ({"adapter": {"kind": "lora"}}, "stage 'two' starts from the soft prompt .prompt. of stage 'one'"),
+        ({"start": "stage:one"}, "with adapter: .kind: prompt"),
+        ({"adapter": {"kind": "p_tuning_v2"}}, "with adapter: .kind: prompt"),
+    ],
+)
+def test_a_recipe_continues_a_soft_prompt_as_one(second: dict[str, Any], message: str | None) -> None:
+    """Checked before the first stage is trained."""
+    one = {"method": "sft", "name": "one", "data": {"source": "a"}, "adapter": KINDS["prompt"]}
+    two = {"method": "dpo", "name": "two", "data": {"source": "b"}, **second}
+    recipe = {"name": "r", "model": {"source": "tiny:llama"}, "stages": [one, two]}
+    if message is None:
+        Recipe.model_validate(recipe)
+        return
+    with pytest.raises(ValidationError, match=message):
+        Recipe.model_validate(recipe)
 
 
 def test_what_can_not_be_done_says_so() -> None:

@@ -114,6 +114,35 @@ class Recipe(Config):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _soft_prompts(self) -> Recipe:
+        """Check what is trained after a stage that leaves a soft prompt: it can be continued, and nothing else."""
+        left: dict[str, StageBase | None] = {}
+        before: StageBase | None = None
+        for _, stage in self.in_order():
+            named = stage.start or ""
+            start = before if stage.start is None else left.get(named) if named.startswith("stage:") else None
+            old = getattr(start, "adapter", None)
+            if isinstance(stage, TrainConfig) and old is not None and old.is_soft_prompt:
+                wanted, new = old.continued_by(), stage.adapter
+                if new is None or new.kind != wanted or stage.makes != "model":
+                    how = f"with adapter: {{kind: {wanted}}}" if wanted else "by no stage"
+                    raise ValueError(
+                        f"stage {stage.name!r} starts from the soft prompt ({old.kind}) of stage {start.name!r}, which "  # type: ignore[union-attr]
+                        f"can be trained further {how} and has no weights of its model in it. Change its adapter, or "
+                        "start it from the recipe's model (start: base)"
+                    )
+                if "tokens" in new.model_fields_set and new.tokens != sum(old.virtual_tokens()):
+                    raise ValueError(
+                        f"stage {stage.name!r}: adapter.tokens is {new.tokens}, and the soft prompt of stage "
+                        f"{start.name!r}, from which it starts, has {sum(old.virtual_tokens())}: leave tokens out"  # type: ignore[union-attr]
+                    )
+                left[f"stage:{stage.name}"] = before = start  # as many tokens, whatever the default is
+                continue
+            if stage.makes == "model":
+                left[f"stage:{stage.name}"] = before = stage
+        return self
+
     def in_order(self) -> list[tuple[str, StageConfig]]:
         """Return (folder name, stage) of every round, in the order in which they run."""
         rounds = [[(s.name if r == 1 else f"{s.name}.{r}", s) for s in self.stages] for r in range(1, self.rounds + 1)]

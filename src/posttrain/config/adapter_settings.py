@@ -79,6 +79,11 @@ class AdapterConfig(Config):
         assert found is not None
         return int(found[1] or 0), int(found[2] or 0)
 
+    def continued_by(self) -> str | None:
+        """Return the kind that trains the soft prompt of these settings further; None: no kind does."""
+        deep = self.kind in ("prefix", "p_tuning_v2")
+        return "p_tuning_v2" if deep else None if self.virtual_tokens()[1] else "prompt"
+
     @model_validator(mode="after")
     def _known(self) -> AdapterConfig:
         names: set[str] = set()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from posttrain.config.settings import DataConfig, ModelConfig, StageBase
 from posttrain.core.epoch_order import RowWeights, epoch_size
+from posttrain.core.errors import ModelError
 from posttrain.core.types import Metric
 
 if TYPE_CHECKING:
@@ -70,7 +71,13 @@ def _behind_soft_prompt(context: StageContext, adapter: Any) -> StageContext:
     """Return the context with the room that a soft prompt leaves in it."""
     if context.context is None or adapter is None or not adapter.is_soft_prompt:
         return context
-    return replace(context, context=context.context - sum(adapter.virtual_tokens()))
+    room = context.context - sum(adapter.virtual_tokens())
+    if room < 2:
+        raise ModelError(
+            f"adapter: {sum(adapter.virtual_tokens())} virtual tokens leave no room for a text in the model's context "
+            f"of {context.context}: lower their number"
+        )
+    return replace(context, context=room)
 
 
 class Stage:
