@@ -65,7 +65,7 @@ def test_a_rare_reward_becomes_the_rule(method: str, digits: Path, tmp_path: Pat
     assert "held_out" in result.report.read_text() or "held out" in result.report.read_text().lower()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_the_laboratory_is_learnt_from(tmp_path: Path) -> None:
     """The recipe `lab`: from under 30% of held-out sums to over 80%, in ten steps. benchmarks/lab.py has whole runs, on
