@@ -1,4 +1,4 @@
-"""All rows of a source as they are read, for tests of readers."""
+"""All rows of a source as they are read, and all problems, for tests of readers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.config import DataConfig
+from posttrain.data.prompts import load_prompts
 from posttrain.data.rows import open_rows
+from posttrain.models.tiny_model import tiny_tokenizer
 
 
 @dataclass
@@ -24,3 +26,8 @@ def read_table(config: DataConfig) -> Table:
     placed = rows.read(lambda row: row, refused=frozenset())
     places = [row.source.rpartition(":") for row in placed]
     return Table([dict(r.row) for r in placed], [(f, int(n)) for f, _, n in places], rows.hashes, rows.bad.rows)
+
+
+def load_prompt_rows(config: Any) -> list[dict[str, Any]]:
+    """Return the rows of a source of prompts, in order."""
+    return [prompt.problem for prompt in load_prompts(config, tiny_tokenizer(), context=None).items]

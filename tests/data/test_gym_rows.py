@@ -13,9 +13,8 @@ from posttrain.core.errors import DataError
 from posttrain.data.formats import Record
 from posttrain.data.gym_rows import gym_source_rows
 from posttrain.data.prompt_sources import GymPrompts
-from posttrain.data.prompts import load_prompt_rows
 from posttrain.data.rows import open_rows
-from tests.data.tables import read_table
+from tests.data.tables import load_prompt_rows, read_table
 
 
 def config(query: str = "", **given: Any) -> DataConfig:

@@ -15,8 +15,9 @@ from posttrain.config.problems import PROMPTS
 from posttrain.core.errors import DataError
 from posttrain.data.held_out_rows import drop_training_overlap
 from posttrain.data.prompt_sources import GymPrompts, HumanEvalPrompts, LabPrompts, RowPrompts
-from posttrain.data.prompts import NO_ANSWER, load_prompt_rows, load_prompts
+from posttrain.data.prompts import NO_ANSWER, load_prompts
 from posttrain.models.tiny_model import tiny_tokenizer
+from tests.data.tables import load_prompt_rows
 
 
 def rows(path: Path, *records: dict[str, Any], **settings: Any) -> RowPrompts.Config:

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain.config import DataConfig, ModelConfig
 from posttrain.core.errors import ModelError
 from posttrain.data.prompt_sources import RowPrompts
-from posttrain.data.prompts import load_prompt_rows
 from posttrain.lab.lab_settings import LabSettings
 from posttrain.lab.make_lab import make_lab
 from posttrain.lab.sums_lab import check_answers
 from posttrain.models import loading as load
 from posttrain.models.language_model import LanguageModel
+from tests.data.tables import load_prompt_rows
 
 TINY = LabSettings(
     steps=3, batch_size=8, width=16, layers=1, heads=2, train_problems=20, held_out_problems=10, measured=8

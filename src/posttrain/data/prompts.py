@@ -121,18 +121,6 @@ def load_prompts(config: Any, tokenizer: Any, *, context: int | None) -> PromptS
     return PromptSet(items, stats)
 
 
-def load_prompt_rows(config: Any) -> list[PromptRow]:
-    """Return the rows of a source of prompts, in order, without rendering them.
-
-    Raises:
-        DataError: The source can't be read, or (unless data.on_bad_row is skip) there are bad rows.
-        MissingExtraError: The source needs a package that is not installed.
-    """
-    _, rows, bad = _load(config)
-    bad.check(len(rows) + sum(bad.counts.values()), len(rows))
-    return rows
-
-
 def uses_chat_template(config: Any, tokenizer: Any) -> bool:
     """Return True if the prompts of these settings are rendered through the chat template."""
     if config.template is not None:

@@ -10,11 +10,10 @@ import pytest
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.data.prompt_sources import LabPrompts
-from posttrain.data.prompts import load_prompt_rows
 from posttrain.data.sft_rows import prepare
 from posttrain.data.synthetic import sum_chains as chains
 from posttrain.models.tiny_model import tiny_tokenizer
-from tests.data.tables import read_table
+from tests.data.tables import load_prompt_rows, read_table
 
 
 def test_chains_by_hand() -> None:
