@@ -196,6 +196,13 @@ def test_few_answers_of_a_label(good: int, bad: int, seed: int, caplog: pytest.L
     assert ("stage kto: nothing is held out of" in caplog.text) == (min(good, bad) < 2)
 
 
+def test_one_answer_alone_is_not_held_out() -> None:
+    data = answers([True, False] * 10)
+    assert hold_out(data, 0.5, 1, 0, TOKENIZER) == (data, None)
+    held_out = hold_out(data, 0.5, 2, 0, TOKENIZER)[1]
+    assert held_out is not None and [u.desirable for u in held_out.items] in ([True, False], [False, True])
+
+
 def test_the_only_bad_answers_are_copies() -> None:
     data = answers([True] * 10 + [False] * 2, [*range(10), 50, 50])
     assert hold_out(data, 0.2, 500, 0, TOKENIZER) == (data, None)

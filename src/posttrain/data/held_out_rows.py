@@ -41,11 +41,11 @@ def hold_out(
     count = len(data)
     wanted = min(most, max(1, round(fraction * count)), count - 1)
     chosen = _choose(data, wanted, seed) if wanted > 0 else []
-    if not chosen:
+    if not chosen or (hasattr(data, "label_of") and len(chosen) > most):
         if not count or len(items_of_row(data, 0)) == count:
             reason = "a single row"
         elif hasattr(data, "label_of"):
-            reason = f"{count:,} rows, of which both parts would need a good and a bad one that occur once"
+            reason = f"{count:,} rows (at most {most:,}): both parts would need a good and a bad one that occur once"
         else:
             reason = f"{count:,} rows, each of which occurs more than once"
         log.warning("%s: nothing is held out of %s, so nothing is measured during training", where, reason)
