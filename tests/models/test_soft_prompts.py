@@ -359,7 +359,7 @@ def test_a_recipe_continues_a_soft_prompt_as_one(second: dict[str, Any], message
     recipe = {"name": "r", "model": {"source": "tiny:llama"}, "stages": [one, two]}
     if message is None:
         Recipe.model_validate(recipe)
-        return
+        recipe["model"], message = {"source": "tiny:llama", "add_tokens": ["<x>"]}, "model.add_tokens adds such rows"
     with pytest.raises(ValidationError, match=message):
         Recipe.model_validate(recipe)
 

@@ -117,6 +117,12 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _soft_prompts(self) -> Recipe:
         """Check what is trained after a stage that leaves a soft prompt: it can be continued, and nothing else."""
+        soft = [s.name for s in self.stages if isinstance(s, TrainConfig) and s.adapter and s.adapter.is_soft_prompt]
+        if soft and self.model.add_tokens:
+            raise ValueError(
+                f"stage {soft[0]!r} trains a soft prompt, which is saved without rows of the embedding, and "
+                "model.add_tokens adds such rows: train them in a run before (lora, or every weight), and leave it out here"
+            )
         left: dict[str, StageBase | None] = {}
         before: StageBase | None = None
         for _, stage in self.in_order():
