@@ -24,6 +24,8 @@ from posttrain.judge.judge_summary import summarize_judge
 from posttrain.judge.labels import OPPOSED, AnswerScore, Judge, JudgedPair, Verdict, above, combined
 from posttrain.judge.local_judge import _alone
 from posttrain.judge.server_judge import label_probabilities
+from posttrain.recipe.machine_checks import blocks
+from posttrain.recipe.parsing import load_recipe, shipped
 from posttrain.rewards import RewardStack
 from posttrain.rewards.model_rewards import ScalarReward
 from tests.judge.serving import PAIRS
@@ -44,6 +46,14 @@ def test_a_template_that_marks_no_text_is_named_once(tmp_path: Path, caplog: pyt
     Judge.open(config.model_copy(update={"template": None}), "stage plain").close()
     told = [r.getMessage() for r in caplog.records]
     assert [t.split(":")[0] for t in told] == ["stage labels", "reward judge"] and all("{mark}" in t for t in told)
+
+
+def test_the_judges_of_shipped_recipes_mark_every_text() -> None:
+    found = [b for name in shipped() for _, b in blocks(load_recipe(name)) if isinstance(b, JudgeConfig) and b.template]
+    assert len(found) >= 3
+    for config in found:
+        for text in ("{prompt}{answer}", "{first}", "{second}"):
+            assert text not in config.template or f"<{{mark}}>\n{text}\n</{{mark}}>" in config.template
 
 
 def chain(model: Any, tokens: list[int], start: int) -> float:
