@@ -1,7 +1,7 @@
 """Rows larger than memory: what preparing and reading them takes, and what the cache of tokenised rows saves.
 
     python benchmarks/data.py                                 # 100 MB of chats, a minute or so
-    python benchmarks/data.py --size 5 --folder /tmp/chats    # 5 GB; takes hours on two cores
+    python benchmarks/data.py --size 5 --folder /tmp/chats    # 5 GB; over an hour of one core
     python benchmarks/data.py --json figures.json
 
 Chats of two to eight turns are made of the sentences of the packaged movie reviews, drawn at random so that texts
