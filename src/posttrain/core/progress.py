@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,6 +88,24 @@ class Track:
                 return
             self.last_line, self.last_phase = time.monotonic(), text.split(" ")[0]
             self._line(text)
+
+    def counter(self, what: str, total: int, every: int = 1, done: int = 0) -> Callable[..., None]:
+        """Return a function that counts its calls, and shows every so many of them as the phase "WHAT done/total".
+
+        Args:
+            what: What is done.
+            total: Number of calls in all.
+            every: Calls between two lines.
+            done: Calls before the first.
+        """
+        calls = itertools.count(done + 1)
+
+        def count(*_: Any) -> None:
+            now = next(calls)
+            if (now - done) % every == 0:
+                self.phase(f"{what} {now}/{total}")
+
+        return count
 
     def _line(self, text: str) -> None:
         """Print one record as one line, however long, with the time."""

@@ -82,14 +82,7 @@ def _items(
     track: Track,
 ) -> EvaluationItems:
     """Sample and judge the completions of a chunk's problems."""
-    total, done = len(prompts) * (task.n + 1), 0
-
-    def count(*_: Any) -> None:
-        nonlocal done
-        done += 1
-        if done % 16 == 0:
-            track.phase(f"sampling {done}/{total}")
-
+    count = track.counter("sampling", len(prompts) * (task.n + 1), 16)
     many = [Request(q.tokens, task.n, int(seeds[i]), q.problem) for i, q in prompts.items()]
     once = [Request(q.tokens, 1, 0, q.problem) for q in prompts.values()]
     likeliest = task.sampler.model_copy(update={"temperature": 0.0})

@@ -138,9 +138,8 @@ class _Run:
         functions: dict[str, Callable[..., Any]],
         accept_changed: bool,
     ) -> None:
-        self.recipe, self.path, self.manifest, self.console, self.functions = (
-            recipe, path, manifest, console, functions,
-        )  # fmt: skip
+        self.recipe, self.path, self.manifest = recipe, path, manifest
+        self.console, self.functions = console, functions
         self.results = Results(path, manifest, self.print)
         self.accept_changed = accept_changed
         self.made: dict[str, Path] = {}

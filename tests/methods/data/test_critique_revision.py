@@ -13,6 +13,7 @@ import posttrain
 from posttrain.config import DataConfig, ModelConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
+from posttrain.core.progress import Track
 from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt, load_prompts
 from posttrain.data.sft_rows import prepare
@@ -59,7 +60,7 @@ def carried(script: dict[str, list[Any]], stack: RewardStack | None = None, **ch
     }
     streams = np.zeros((len(script), 1 + 2 * config.revisions), np.uint64)
     principles = PRINCIPLES if config.principles else []
-    made = RevisionLoop(config, write, principles, (), stack, lambda text: None)(questions, streams)
+    made = RevisionLoop(config, write, principles, (), stack, Track("t", 1, shown=False))(questions, streams)
     assert not any(left.values()), left  # all that the script has was asked for
     return made, heard
 

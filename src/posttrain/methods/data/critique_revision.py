@@ -193,7 +193,7 @@ class CritiqueRevision(DataStage):
                 log = folder.parent / LOG
                 rewards = stack.enter_context(RewardStack(config.rewards, self.context.functions, log=log))
             writer = open_writer(config, model)
-            loop = RevisionLoop(config, writer, self.principles, self.examples, rewards, track.phase)
+            loop = RevisionLoop(config, writer, self.principles, self.examples, rewards, track)
             streams = np.random.SeedSequence([seed, 6]).generate_state(total * (1 + 2 * config.revisions), np.uint64)
             for c, part in missing.items():
                 made = loop({i: self.prompts[i] for i in part}, streams.reshape(total, -1))
@@ -247,7 +247,7 @@ class RevisionLoop:
         principles: Principles to draw from; empty: none.
         examples: Finished rounds that are shown before each request.
         rewards: Score every answer. None: no rewards.
-        report: Called with a line of progress.
+        track: Shows the progress.
     """
 
     config: RefineConfig
@@ -255,7 +255,7 @@ class RevisionLoop:
     principles: Sequence[str]
     examples: Sequence[FinishedRound]
     rewards: RewardStack | None
-    report: Callable[[str], None]
+    track: Track
 
     def __call__(self, prompts: Mapping[int, RenderedPrompt], streams: np.ndarray) -> list[Chain]:
         """Return the chains of these prompts, by number; a prompt's row of `streams` seeds its samples."""
@@ -328,14 +328,10 @@ class RevisionLoop:
         return out
 
     def _next_turns(self, title: str, conversations: Conversations, max_tokens: int) -> list[Rollout]:
-        ended = 0
-
-        def count(*_: Any) -> None:
-            nonlocal ended
-            ended += 1
-            self.report(f"{title}, {ended}/{len(conversations)}")
-
-        return self.write(conversations, self.config.sampler, max_tokens, count) if conversations else []
+        if not conversations:
+            return []
+        count = self.track.counter(f"{title},", len(conversations))
+        return self.write(conversations, self.config.sampler, max_tokens, count)
 
     def _reached(self, answer: Text) -> bool:
         least = self.config.stop_at

@@ -125,14 +125,7 @@ class RejectionSampling(DataStage):
             Track(config.name, total, before) as track,
         ):
             for c, part in missing.items():
-                ended = 0
-
-                def count(*_: Any) -> None:
-                    nonlocal ended
-                    ended += 1
-                    if ended % 16 == 0:
-                        track.phase(f"sampling, {done + ended}/{total}")  # noqa: B023  called in this iteration
-
+                count = track.counter("sampling,", total, 16, done)
                 requests = [Request(prompts[i].tokens, config.n, int(streams[i]), prompts[i].problem) for i in part]
                 groups = rewards(sampler.sample(requests, config.sampler, count)).groups
                 write_rollouts(folder, c, groups, None, [prompts[i].text for i in part], list(part))

@@ -275,14 +275,7 @@ def sample_groups(
         sampling: How completions are drawn.
         phases: Shows the progress of this rank.
     """
-    total, done = -(-sum(r.n for r in requests) // distributed.world()), 0
-
-    def count(*_: Any) -> None:
-        nonlocal done
-        done += 1
-        if done % 8 == 0:
-            phases.track.phase(f"sampling {done}/{total}")
-
+    count = phases.track.counter("sampling", -(-sum(r.n for r in requests) // distributed.world()), 8)
     with phases("sample"):
         return distributed.map_over_ranks(requests, lambda mine: sampler.sample(mine, sampling, count))
 
