@@ -43,6 +43,15 @@ def told(text, example):
     from posttrain.rewards import Explained
     return Explained(0.5, f"of {text}")
 
+def told_oddly(text, example):
+    from posttrain.rewards import Explained
+
+    class Reason:
+        def __str__(self):
+            return f"an object, of {text}" if text else 1 / 0
+
+    return Explained(0.5, Reason())
+
 def loud(text, example):
     print("looking at", text)
     return 1.0
@@ -182,6 +191,11 @@ def test_a_reward_may_say_why(isolated: bool) -> None:
     first, second = scored.rollouts
     assert first.reward == 0.5 and first.notes["told"].startswith("of a b␛[1mccc") and len(first.notes["told"]) == 300
     assert second.reward == 0.5 and dict(second.notes) == {"told": "of"} and type(first.rewards["told"]) is float
+    config = {"terms": [{"kind": "my_rewards:told_oddly", "isolated": isolated}], "on_error": "exclude"}
+    with RewardStack(RewardsConfig.model_validate(config)) as stack:
+        odd = stack([group("a", "")])
+    assert odd.groups[0].rollouts[0].notes == {"told_oddly": "an object, of a"}
+    assert "division by zero" in odd.failed[0].failures["told_oddly"]
 
 
 @pytest.mark.parametrize("isolated", [True, False])

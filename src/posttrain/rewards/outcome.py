@@ -108,7 +108,7 @@ def _checked(value: Any, steps: bool = False) -> RewardOutcome:
         if steps:
             scored = tuple(sorted(_step(s) for s in value))
             return RewardOutcome(sum(s[2] for s in scored) / max(1, len(scored)), steps=scored)
-        return RewardOutcome(as_number(value), message=value.reason if isinstance(value, Explained) else "")
+        return RewardOutcome(as_number(value), message=str(value.reason) if isinstance(value, Explained) else "")
     except Exception as error:
         return RewardOutcome(failure="error", message=str(error)[:TRACE])
 
