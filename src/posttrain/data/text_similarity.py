@@ -7,8 +7,6 @@ import re
 from array import array
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
 """A word of letters and digits of any script; Chinese and Japanese characters count one by one."""
 
@@ -83,6 +81,8 @@ class RougeIndex:
         Returns:
             (0.0, None) if there is none; of several the first.
         """
+        import numpy as np  # here: recipes are checked without it
+
         words = self._encoded(text)
         lists = [self._holders[key] for key in self._counted(words) if key in self._holders]
         if not lists:
