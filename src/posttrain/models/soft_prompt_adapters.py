@@ -181,7 +181,7 @@ def layer_shapes(hf: Any, kind: str) -> tuple[int, int, int]:
         shapes = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{kind}: {name} keeps no keys and values for each layer ({first}): use prompt") from error
+        raise ModelError(f"{kind}: {name} keeps no keys and values for each layer ({first})") from error
     wanted = getattr(hf.config.get_text_config(), "num_hidden_layers", len(shapes))
     if len({*shapes}) != 1 or shapes[0][0] != shapes[0][1] or len(shapes) != wanted:
         raise ModelError(
