@@ -10,10 +10,12 @@ import pytest
 
 from posttrain.cli.inspect_rows import _facts, fields_in_words
 from posttrain.config import ClassesConfig, DataConfig
+from posttrain.config.feedback import CandidatesConfig, ThumbsConfig
 from posttrain.core.errors import DataError
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.cells import is_good_label
 from posttrain.data.formats import to_record
+from posttrain.data.human_feedback import read_answers
 from posttrain.data.preference_rows import prepare_pairs, prepare_unpaired
 from posttrain.data.process_rows import read_step_chains
 from posttrain.data.prompt_sources import RowPrompts
@@ -218,6 +220,18 @@ def test_columns_of_other_kinds_of_rows(tmp_path: Path) -> None:
     asked = load_prompts(RowPrompts.Config(data=config_of(tmp_path, [problem]), template=None), TOKENIZER, context=None)
     assert asked.stats["passed_on"] == {"level": 1} and asked.stats["unused"] == {"source": 1}
     assert asked.items[0].problem["messages"] == WHOLE[:-1] and asked.items[0].problem["level"] == 3
+
+
+def test_columns_of_feedback(tmp_path: Path) -> None:
+    answers = [{"response": "4", "score": 2, "model": "a"}, {"response": "5", "score": 1}]
+    rows = [{"prompt": "2+2?", "completions": answers, "source": "web", **BESIDE}]
+    read = read_answers(CandidatesConfig(data=config_of(tmp_path, rows)))
+    assert read.stats["unused"] == {"completions[].model": 1, "source": 1} and read.pairs[0].prompt == WHOLE[:-1]
+    thumbs = [{**LAYOUTS["prompt_completion"], "label": label, "user": 3} for label in ("👍", "thumbs_down", "up")]
+    read = read_answers(ThumbsConfig(data=config_of(tmp_path, thumbs)))
+    assert read.stats["unused"] == {"user": 3} and read.thumbs[0]["probability"] == pytest.approx(2 / 3)
+    with pytest.raises(DataError, match="column 'tools' is not supported here .it would not reach the model"):
+        read_answers(CandidatesConfig(data=config_of(tmp_path, [{**rows[0], "tools": [TOOL]}])))
 
 
 REFUSED = [

@@ -28,7 +28,7 @@ from posttrain.rewards.stack import RewardStack
 from posttrain.runs.registry import prepare_stage
 from posttrain.trainer.stage import StageContext
 
-FIELD_TITLES = {"unused": "no effect", "passed_on": "to rewards", "ignored": "ignored"}
+FIELD_TITLES = {"unused": "no effect", "passed_on": "passed on", "ignored": "ignored"}
 """Counts of fields that nothing was trained on, and their titles."""
 BAR = 40
 """Columns of the histogram's longest bar."""

@@ -31,6 +31,11 @@ NOT_SHOWN = MEDIA | {*TOOL_COLUMNS, *TEMPLATE_COLUMNS}
 """Columns that a judge and the rows made here could not show."""
 
 
+ANSWER_FIELDS = ("response", "completion", "text", "content")
+SCORE_FIELDS = ("overall_score", "score", "rating")
+"""Fields of a listed answer; the first one with a value is read."""
+
+
 @dataclass(frozen=True)
 class Answers:
     """Hold judged answers.
@@ -315,6 +320,9 @@ def _candidates(reading: _Reading, config: CandidatesConfig) -> list[AnswerPair]
             raise BadRow(f"{config.completions}: expected a list of answers")
         # All candidates are read before any is added: a bad row adds none.
         candidates = [_listed_candidate(value, prompt, f"{source}[{i}]") for i, value in enumerate(values)]
+        for value in values:
+            if isinstance(value, Mapping):
+                row.notes.note_unread(value, {*ANSWER_FIELDS, *SCORE_FIELDS}, f"{config.completions}[].")
         reading.prompts.setdefault(_key(prompt), prompt)
         group = reading.answers.setdefault(_key(prompt), {})
         group.update({len(group) + i: c for i, c in enumerate(candidates)})
@@ -327,8 +335,8 @@ def _candidates(reading: _Reading, config: CandidatesConfig) -> list[AnswerPair]
 def _listed_candidate(value: Any, prompt: Prompt, source: str) -> Candidate:
     if not isinstance(value, Mapping):
         return Candidate(_checked(value, prompt), source)
-    text = next((value[k] for k in ("response", "completion", "text", "content") if value.get(k) is not None), None)
-    score = next((value[k] for k in ("overall_score", "score", "rating") if value.get(k) is not None), None)
+    text = next((value[k] for k in ANSWER_FIELDS if value.get(k) is not None), None)
+    score = next((value[k] for k in SCORE_FIELDS if value.get(k) is not None), None)
     return Candidate(_checked(text, prompt), source, mean=None if score is None else read_number(score, "score"))
 
 
