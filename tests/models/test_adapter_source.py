@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from posttrain.config import AdapterConfig, EpochsConfig, ModelConfig
@@ -219,7 +219,3 @@ def test_adapters_that_do_not_fit(base: str, tmp_path: Path) -> None:
     shutil.copy(Path(base) / "model.safetensors", tmp_path / "start")
     with pytest.raises(ModelError, match="holds the weights of a whole model and an adapter"):
         load_model(ModelConfig(source=str(tmp_path / "start")))
-    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), prompts).save_pretrained(tmp_path / "prompts")
-    with pytest.raises(ModelError, match="PROMPT_TUNING adds virtual tokens, which can't be merged"):
-        load_model(ModelConfig(source=str(tmp_path / "prompts")))

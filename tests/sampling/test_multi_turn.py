@@ -224,7 +224,7 @@ def test_what_is_wrong_is_said() -> None:
     strict.chat_template = (
         "{% for m in messages %}{% if m['role'] != 'tool' %}[{{ m['content'] }}]{% endif %}{% endfor %}"
     )
-    with pytest.raises(DataError, match="leaves out a tool turn"):
+    with pytest.raises(DataError, match="leaves out or changes turn 3, the tool's"):
         TurnSampler(Script(), Guessing(), settings(answers="turn", role="tool"), strict, 99)
     strict.chat_template = None
     with pytest.raises(DataError, match="no chat template"):

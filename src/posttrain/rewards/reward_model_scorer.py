@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch
 
 from posttrain.config import DataConfig, ModelConfig
 from posttrain.core.errors import DataError, ModelError
+from posttrain.core.types import Message
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.chat_template import render_chat
 from posttrain.data.encoding import prompt_tokens, prompt_with_completion
 from posttrain.data.process_rows import StepChain, chain_samples, split_steps
+from posttrain.data.template_source import apply_template
 from posttrain.data.tokenizing import end_of_turn_token, tokenize
 from posttrain.losses.reward_loss import combine_members, combine_steps, step_logits
 from posttrain.models.classification_head import Layout, open_head, padding, score_index, scores_at, verify_scores
@@ -77,8 +80,21 @@ class Member:
         turns = row["messages"]
         turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else [dict(m) for m in turns]
         if self.system is not None:
-            turns = [{"role": "system", "content": self.system}, *(m for m in turns if m["role"] != "system")]
+            own = [] if self._writes_system else [{"role": "system", "content": self.system}]
+            turns = [*own, *(m for m in turns if m["role"] != "system")]
         return {**row, "messages": turns}
+
+    @cached_property
+    def _writes_system(self) -> bool:
+        """Return True if the chat template writes the system message of training by itself."""
+        if not self.chat:
+            return False
+        asked: list[Message] = [{"role": "user", "content": "?"}]
+        try:
+            given = apply_template(self.tokenizer, [{"role": "system", "content": self.system}, *asked])
+            return apply_template(self.tokenizer, asked) == given
+        except BadRow:
+            return False
 
     def prompt(self, prompt: Any) -> list[int]:
         """Return the tokens of a prompt as the model saw it in training."""
