@@ -94,9 +94,6 @@ def test_transformers_own_rendering_is_limited_and_gives_the_same_text() -> None
         tokenizer.chat_template = file.read_text()
         texts = []
         for environment in (ImmutableSandboxedEnvironment, template_limits.LimitedEnvironment):
-            chat_template_utils._cached_compile_jinja_template.cache_clear() if hasattr(
-                chat_template_utils._cached_compile_jinja_template, "cache_clear"
-            ) else None
             chat_template_utils._compile_jinja_template.cache_clear()
             chat_template_utils.ImmutableSandboxedEnvironment = environment
             for prompt in (False, True):

@@ -29,7 +29,7 @@ _VIRTUAL = 1 << 40
 
 @dataclass(frozen=True)
 class VirtualTokens:
-    """Where trained vectors stand in every sequence.
+    """Say where trained vectors stand in every sequence.
 
     Attributes:
         front: How many stand before the first token.

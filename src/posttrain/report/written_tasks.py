@@ -1,4 +1,4 @@
-"""What a Self-Instruct stage wrote, for the page: how many tasks were kept, why others were not, how they differ."""
+"""Show what a Self-Instruct stage wrote: how many tasks were kept, why others were not, how they differ."""
 
 from __future__ import annotations
 

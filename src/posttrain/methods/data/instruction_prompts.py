@@ -1,4 +1,4 @@
-"""What a model is asked to make tasks, and how its answers are read.
+"""Ask a model for tasks, and read its answers.
 
 Every request ends where the answer begins. A model without a chat template continues the text; others get it as the
 user's turn, with the beginning of the answer where they run here.
