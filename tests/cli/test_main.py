@@ -48,6 +48,7 @@ SURFACE = {
     "inspect": {"recipe", "overrides", "rows", "stage", "step", "held_out", "sort", "problem", "watch"},
     "evaluate": {"model", "recipe", "overrides", "folder", "against"},
     "chat": {"model", "prompt", "system", "max_new_tokens", "temperature", "device", "trust_remote_code"},
+    "bake": {"model", "folder", "device", "trust_remote_code"},
     "report": {"run"},
     "doctor": set(),
     "lab": {"output", "seed", "steps", "kind"},

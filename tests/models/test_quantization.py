@@ -28,6 +28,7 @@ from posttrain.models.adapters import attach, count_parameters
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_settings, open_model
 from posttrain.models.quantization import READERS, is_quantized
+from posttrain.models.saving import save_trained
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 from posttrain.models.verification import verify
 from posttrain.recipe.machine_checks import is_installed
@@ -298,6 +299,30 @@ def test_a_checkpoint_in_4_bit_opens_without_a_setting(folder: Path, tmp_path: P
     torch.testing.assert_close(found.hf.eval()(tokens, use_cache=False).logits, expected, atol=1e-5, rtol=0)
     hf, _ = open_head(ModelConfig(source=str(tmp_path / "saved")), "sequence")
     assert verify_scores(LanguageModel(attach(hf, AdapterConfig(r=4), 0, "SEQ_CLS")), "sequence") < 1e-5
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["prompt", "prefix", "p_tuning", "p_tuning_v2"])
+def test_a_soft_prompt_on_a_quantised_base(folder: Path, tmp_path: Path, kind: str) -> None:
+    """The loss is that of peft's own forward pass on the NF4 base; what is saved opens on that base, and is baked."""
+    from posttrain.models.soft_prompt_files import bake
+
+    given = {"template": "{v:4}{context}{target}"} if kind == "p_tuning" else {"tokens": 4}
+    config = AdapterConfig(kind=kind, **given)
+    hf = attach(opened(folder), config, 7, tokenizer=tiny_tokenizer())
+    tokens, sample = torch.tensor([SAMPLES[0].tokens]), SAMPLES[0]
+    labels = torch.where(torch.tensor([sample.weights]) > 0, tokens, -100)
+    expected = float(hf.eval()(input_ids=tokens, labels=labels, use_cache=False).loss.detach())
+    one = OptimizerConfig(lr=1e-2, schedule="constant", warmup=0)
+    learner = Learner(LanguageModel(hf), one, SystemsConfig(), 3)
+    losses = [learner.step([sample]).metrics["loss"] for _ in range(3)]
+    assert losses[0] == pytest.approx(expected, abs=1e-5) and losses[-1] < losses[0]
+    source = ModelConfig(source=str(folder), quantization=NF4)
+    save_trained(learner.model, tiny_tokenizer(), source, tmp_path / "model", config, False, 1, None)
+    again = open_model(ModelConfig(source=str(tmp_path / "model"))).hf
+    assert is_quantized(again) and bake(again, tmp_path / "baked").is_file()
+    trained, reopened = (m(m.pack([sample]))[0].detach() for m in map(LanguageModel, (learner.model.hf, again)))
+    torch.testing.assert_close(reopened, trained, atol=1e-5, rtol=0)
 
 
 @needs_bitsandbytes

@@ -336,7 +336,7 @@ def test_settings_are_read_as_they_were_written() -> None:
         assert not config.merge and SFTConfig(**config.model_dump()) == config
     with pytest.raises(ValidationError, match="virtual tokens before the target are for sft"):
         TrainConfig(method="dpo", adapter=KINDS["p_tuning"])
-    with pytest.raises(ValidationError, match="can't be merged: leave merge out"):
+    with pytest.raises(ValidationError, match="leave merge out. Virtual tokens.*posttrain bake"):
         TrainConfig(method="sft", adapter={"kind": "prompt"}, merge=True)
 
 
@@ -365,8 +365,14 @@ def test_a_recipe_continues_a_soft_prompt_as_one(second: dict[str, Any], message
 
 
 def test_what_can_not_be_done_says_so() -> None:
-    with pytest.raises(ModelError, match="virtual tokens are no change of any weight"):
-        merge(adapted("prompt").hf)
+    hf = adapted("prompt").hf
+    for merging in (lambda: merge(hf), hf.merge_and_unload, hf.merge_adapter):
+        with pytest.raises(ModelError, match="virtual tokens are no change of any weight.*posttrain bake"):
+            merging()
+    checkpointed = tiny_model("llama")
+    checkpointed.gradient_checkpointing_enable()
+    with pytest.raises(ModelError, match="systems.activation_checkpointing recomputes layers with prefixes"):
+        attach(checkpointed, AdapterConfig(kind="prefix"), 0)
     with pytest.raises(ModelError, match="soft prompt needs attention that goes through"), pytest.warns(UserWarning):
         adapted("prompt", "mamba")
     with pytest.raises(ModelError, match="without a trained row"):

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from posttrain.cli.bake import bake_command
 from posttrain.cli.chat import chat_command
 from posttrain.cli.doctor import doctor_command
 from posttrain.cli.evaluate import evaluate_command
@@ -85,6 +86,7 @@ app.command("run")(run_command)
 app.command("inspect")(inspect_command)
 app.command("evaluate")(evaluate_command)
 app.command("chat")(chat_command)
+app.command("bake")(bake_command)
 app.command("report")(report_command)
 app.command("lab")(lab_command)
 app.command("doctor")(doctor_command)

@@ -24,6 +24,10 @@ SETTINGS = {
 """The settings that each kind has; a kind from outside has those of low rank, and `options`."""
 SOFT_PROMPTS = tuple(kind for kind in SETTINGS if SETTINGS[kind] != LOW_RANK_SETTINGS)
 """Kinds that train virtual tokens, or their keys and values, and leave every weight as it is."""
+NOT_MERGED = (
+    "virtual tokens are no change of any weight, so they can't be merged. The adapter is the result, which posttrain and "
+    "peft open; posttrain bake MODEL FOLDER writes it for programs without peft (docs/prompt-tuning.md)"
+)
 TEMPLATE = re.compile(r"(?:\{v:(\d{1,4})\})?\{context\}(?:\{v:(\d{1,4})\})?\{target\}")
 
 

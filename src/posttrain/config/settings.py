@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from posttrain.config.adapter_settings import AdapterConfig
+from posttrain.config.adapter_settings import NOT_MERGED, AdapterConfig
 from posttrain.config.base import Config
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
@@ -319,9 +319,7 @@ class TrainConfig(StageBase):
             )
         if self.merge and "merge" in self.model_fields_set:
             raise ValueError(
-                f"merge is true, but {self.adapter.kind} trains virtual tokens, which are no change of any weight and "
-                "can't be merged: leave merge out. The stage's model is then an adapter, which posttrain and peft open; "
-                "docs/prompt-tuning.md shows how it is used without peft"
+                f"merge is true, and adapter.kind is {self.adapter.kind}: leave merge out. {NOT_MERGED[0].upper()}{NOT_MERGED[1:]}"
             )
         object.__setattr__(self, "merge", False)  # settings are frozen once they are checked
         return self

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from posttrain.config import AdapterConfig
+from posttrain.config.adapter_settings import NOT_MERGED
 from posttrain.config.names import ADAPTERS
 from posttrain.core.errors import ModelError
 from posttrain.core.imports import load_object
@@ -167,10 +168,7 @@ def merge(peft_model: Any, subject: str = "the adapters") -> tuple[Any, float]:
     """
     base = peft_model.get_base_model()
     if peft_model.active_peft_config.is_prompt_learning:
-        raise ModelError(
-            f"{subject}: virtual tokens are no change of any weight, so they can't be merged. Keep the adapter (merge: "
-            "false); docs/prompt-tuning.md shows how it is used without peft"
-        )
+        raise ModelError(f"{subject}: {NOT_MERGED}")
     before = _probe_logits(peft_model, base)
     # Kernels for weights in few bits round otherwise (in 8 bit the activations too).
     least = QUANTIZED_TOLERANCE if is_quantized(peft_model) else 0.0

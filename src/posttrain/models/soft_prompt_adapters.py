@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from posttrain.config import AdapterConfig
+from posttrain.config.adapter_settings import NOT_MERGED
 from posttrain.core.errors import ModelError
 from posttrain.models.model_types import decoder_of
 from posttrain.models.soft_prompt import SoftPrompt
@@ -128,7 +129,13 @@ def wrap(hf: Any, settings: Any) -> Any:
 
     adapted = get_peft_model(hf, settings)
     adapted.prompt_encoder.float()
+    # peft looks for these on transformers' model, and says that it has no such attribute.
+    adapted.merge_and_unload = adapted.merge_adapter = _refuse_merging  # type: ignore[method-assign]
     return adapted
+
+
+def _refuse_merging(*args: Any, **kwargs: Any) -> None:
+    raise ModelError(NOT_MERGED)
 
 
 def starting_values(hf: Any, config: AdapterConfig, deep: bool | None) -> Tensor | None:
@@ -171,8 +178,14 @@ def layer_shapes(hf: Any, kind: str) -> tuple[int, int, int]:
         kind: Kind of adapter, for the message.
 
     Raises:
-        ModelError: Layers differ, share keys, or keep something else.
+        ModelError: Layers differ, share keys, or keep something else; or transformers' gradient checkpointing is on.
     """
+    if getattr(hf, "is_gradient_checkpointing", False):
+        raise ModelError(
+            f"{kind}: the model has transformers' gradient checkpointing on, with which it keeps no keys and values, "
+            "and peft refuses a prefix: call gradient_checkpointing_disable() first. systems.activation_checkpointing "
+            "recomputes layers with prefixes too"
+        )
     name = hf.config.get_text_config().model_type
     try:
         with torch.no_grad():

@@ -56,11 +56,6 @@ def open_policy(config: TrainConfig, model: ModelConfig, seed: int) -> LoadedPol
     opened = open_model(model, pick_dtype(model.dtype, device))
     if config.adapter is None and SoftPrompt.of(opened.hf) is not None:
         raise ModelError(NOT_ON_A_SOFT_PROMPT.format(what="every weight"))
-    if config.adapter is not None and config.adapter.kind == "p_tuning" and distributed.world() > 1:
-        raise ModelError(
-            f"adapter.kind p_tuning is trained in one process, and there are {distributed.world()}: its LSTM can't be "
-            "sharded. Start one process, or use prompt, prefix or p_tuning_v2"
-        )
     hf = opened.hf if config.adapter is None else attach_to(opened, config.adapter, seed)
     check_training(hf, config.merge, distributed.world())
     policy = LanguageModel(hf)

@@ -42,6 +42,7 @@ STAGES = {
 }
 for kind in ("prompt", "prefix"):
     STAGES[kind] = {**STAGES["lora"], "adapter": {"kind": kind, "tokens": 5}}
+STAGES["p_tuning"] = {**STAGES["lora"], "adapter": {"kind": "p_tuning", "hidden": 8}}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_two_ranks_measure_and_choose_as_one(runs: Path, name: str) -> None:
         a, b = (json.loads(path.read_text()) for path in (a, b))
         assert a["answers"] == b["answers"] and len(a["answers"]) == 3
         assert [r["nll"] for r in b["rows"]] == pytest.approx([r["nll"] for r in a["rows"]], abs=1e-3)
-    file = "adapter_model.safetensors" if name.startswith("pr") else "model.safetensors"
+    file = "adapter_model.safetensors" if name.startswith("p") else "model.safetensors"
     weights, same = (load_file(runs / f"{name}-{n}" / "model" / file) for n in (1, 2))
     assert weights.keys() == same.keys()
     assert max(float((weights[n] - same[n]).abs().max()) for n in weights) < 1e-3

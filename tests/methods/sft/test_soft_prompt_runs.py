@@ -13,8 +13,10 @@ from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import DynamicCache, LlamaForSequenceClassification
+from typer.testing import CliRunner
 
 import posttrain
+from posttrain.cli.main import app
 from posttrain.config import AdapterConfig, ModelConfig
 from posttrain.core.errors import ModelError
 from posttrain.core.files import read_lines
@@ -168,6 +170,17 @@ def test_a_baked_soft_prompt_is_used_without_peft(kind: str, trained: dict[str, 
     mask = torch.ones(next(iter(inputs.values())).shape[:2], dtype=torch.long)
     theirs = model.get_base_model().generate(**inputs, attention_mask=mask, **options)
     assert ours[0, -5:].tolist() == theirs[0, -5:].tolist()
+
+
+def test_the_command_bakes_the_result_of_a_run(trained: dict[str, Path], tmp_path: Path) -> None:
+    for kind, names in (("prompt", {"vectors", "keys", "values"}), ("prefix", {"keys", "values"})):
+        done = CliRunner().invoke(app, ["bake", str(trained[kind].parent), str(tmp_path / kind)])
+        assert done.exit_code == 0 and "base   tiny:llama" in done.output, done.output
+        assert load_file(tmp_path / kind / "soft_prompt.safetensors").keys() == names
+    assert "vectors [3, 32]" not in done.output and "keys   [2, 2, 3, 8]" in done.output
+    done = CliRunner().invoke(app, ["bake", "tiny:llama", str(tmp_path / "none")])
+    assert done.exit_code == 1 and "is a whole model, and no soft prompt: name the run's folder" in done.output
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_reward_model_with_a_soft_prompt(data: Path, tmp_path: Path) -> None:

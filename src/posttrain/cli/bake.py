@@ -1,0 +1,47 @@
+"""posttrain bake: write a soft prompt for programs without peft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from posttrain.core.errors import ModelError
+from posttrain.core.visible_text import visible
+
+
+def bake_command(
+    model: Annotated[str, typer.Argument(help="A run's folder, or any folder or Hub name of a soft prompt.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for soft_prompt.safetensors.")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with it.")] = False,
+) -> None:
+    """Write a soft prompt as tensors for vLLM (prompt_embeds) and transformers (a cached prefix)."""
+    from posttrain.config import ModelConfig
+    from posttrain.models.loading import load_model, source_adapter
+    from posttrain.models.soft_prompt_files import bake, is_soft_prompt
+    from posttrain.recipe.model_sources import check_hub, find_model
+
+    if find_model(model).kind == "hub":
+        check_hub([model])
+    config = ModelConfig(source=model, device=device, trust_remote_code=trust_remote_code)
+    adapter = source_adapter(config)
+    if adapter is None or not is_soft_prompt(adapter.settings):  # known before the weights are read
+        kind = "a whole model" if adapter is None else f"an adapter of kind {adapter.settings.get('peft_type')}"
+        raise ModelError(
+            f"model source {model!r} is {kind}, and no soft prompt: name the run's folder, or the stage's model "
+            "folder, of a stage with adapter kind prompt, prefix, p_tuning or p_tuning_v2"
+        )
+    file = bake(load_model(config)[0], folder)
+    typer.echo(visible(f"base   {adapter.base}"))
+    for name, shape in _shapes(file):
+        typer.echo(f"{name:<6} {shape}")
+    typer.echo(visible(f"wrote  {file}"))
+
+
+def _shapes(file: Path) -> list[tuple[str, list[int]]]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return [(name, opened.get_slice(name).get_shape()) for name in sorted(opened.keys())]
