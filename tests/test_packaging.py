@@ -54,6 +54,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
         "code",
         "dev",
         "gguf",
+        "instructions",
         "openai",
         "quantized",
         "reasoning",

@@ -55,7 +55,7 @@ def print_data(recipe: Recipe, only: str | None, rows: int, out: Console) -> Non
             out.print(f"reads what stage {', '.join(asks)} will make; posttrain inspect RUN shows it afterwards")
             continue
         _check_rewards(stage, tokenizer)
-        for title, data in prepare_stage(stage, StageContext(tokenizer, context)).data:
+        for title, data in prepare_stage(stage, StageContext(tokenizer, context, evaluations=recipe.evaluate)).data:
             out.rule(f"{title} ({stage.method})")
             if isinstance(data, PromptSet):
                 _questions(data, rows, out)

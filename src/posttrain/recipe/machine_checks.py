@@ -34,6 +34,7 @@ OPTIONAL_PACKAGES = {
     "openai": ("openai", "judges and teachers behind a server"),
     "math-verify": ("reasoning", "mathematics as rewards"),
     "reasoning-gym": ("reasoning", "generated problems"),
+    "rensa": ("instructions", "near duplicates among rows"),
     "tensorboard": ("track", "TensorBoard"),
     "wandb": ("track", "Weights & Biases"),
     "trackio": ("track", "trackio"),

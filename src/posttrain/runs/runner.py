@@ -198,7 +198,8 @@ class _Run:
         if resumed:
             self.print(f"resuming {self.path}")
         self.print("reading data")
-        context = StageContext(load_tokenizer(recipe.model), context_length(recipe.model), self.functions)
+        tokenizer, length = load_tokenizer(recipe.model), context_length(recipe.model)
+        context = StageContext(tokenizer, length, self.functions, recipe.evaluate)
         order = recipe.in_order()
         # Data that an earlier stage makes can only be read after that stage.
         early = {name: registry.prepare_stage(stage, context) for name, stage in order if not references(stage)}

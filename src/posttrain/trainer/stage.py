@@ -34,11 +34,13 @@ class StageContext:
         context: The model's context length in tokens. None: the model names none.
         functions: Callables handed over from Python that the recipe names. None: unknown, because nothing will run;
             names of functions are not checked then.
+        evaluations: Settings of the recipe's evaluations, whose items a method that makes rows keeps out of them.
     """
 
     tokenizer: Any
     context: int | None
     functions: Functions | None = None
+    evaluations: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
