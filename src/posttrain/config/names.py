@@ -26,6 +26,7 @@ METHODS = {
     "refine": "posttrain.methods.data.critique_revision:CritiqueRevision",
     "feedback": "posttrain.methods.data.ai_feedback:Feedback",
     "self_instruct": "posttrain.methods.data.self_instruct:SelfInstruct",
+    "instructions": "posttrain.methods.data.instructions:Instructions",
 }
 """Methods: subclasses of `posttrain.trainer.stage.Stage`."""
 
@@ -234,7 +235,6 @@ RENAMED = {
     "dataset_split": "split",
     "seed_data": "shuffle_seed",
     "data_seed": "shuffle_seed",
-    "tasks": "evaluate",
     "eval": "evaluate",
     "parts": "terms",
     "opened": "prompt_ends_with_tag",

@@ -66,6 +66,12 @@ class Track:
             self.last_line = self.last_update = now
             self._line(text)
 
+    def set_total(self, total: int) -> None:
+        """Set the number of units, once it is known."""
+        self.total = total
+        if self.bar is not None:
+            self.bar.update(self.task, total=total)
+
     def set_aside(self, seconds: float, left: float) -> None:
         """Count seconds as spent on other work than the units, and expect `left` more seconds of it."""
         self.aside += seconds

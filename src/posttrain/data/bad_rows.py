@@ -73,7 +73,7 @@ class BadRows:
         self.count += 1
         self.by_file[file] += 1
         self.stopping += self.policies.get(file, self.policy) == "stop"
-        short = reason.split(":")[0].split(" (")[0]
+        short = short_reason(reason)
         self.counts[short if short in self.counts or len(self.counts) < REASONS else "other reasons"] += 1
         if len(self._entries) < LISTED_ROWS:
             self._entries.append({"file": file, "row": int(row) if row.isdigit() else row, "reason": reason})
@@ -118,6 +118,11 @@ class BadRows:
         if any("too long" in reason for reason in self.counts):
             advice += "; on_long: truncate cuts long ones"
         return "\n".join([*lines, *self._hints, advice])
+
+
+def short_reason(reason: str) -> str:
+    """Return a reason without the particulars of a row, under which it is counted."""
+    return reason.split(":")[0].split(" (")[0]
 
 
 def check_values(row: dict[str, Any]) -> None:

@@ -80,12 +80,13 @@ class Rows:
             scanned = iter(sorted(scanned, key=lambda item: item[0]))
         return [made for _, made in self._make(make, scanned, refused)]
 
-    def stream(self, make: Callable[[PlacedRow], _T]) -> Iterator[tuple[int, _T]]:
+    def stream(self, make: Callable[[PlacedRow], _T], refused: Set[str] = REFUSED_COLUMNS) -> Iterator[tuple[int, _T]]:
         """Yield (place in the order, `make(row)`) of each row, as the rows are in their files.
 
-        Rows for which it raises BadRow are collected. However large the sources, only one row is in memory.
+        Rows for which it raises BadRow are collected. However large the sources, only one row is in memory. A column in
+        `refused` makes a bad row, but not in a table whose columns are named by templates.
         """
-        return self._make(make, self._scan(), REFUSED_COLUMNS)
+        return self._make(make, self._scan(), refused)
 
     def _make(
         self,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from posttrain.config import Recipe
 from posttrain.core.errors import RecipeError
@@ -137,6 +138,7 @@ class Document:
         problems: Messages so far, at most MAX_PROBLEMS.
         more: Problems beyond them.
         refused: Keys whose value has a message already.
+        root: Settings class that checks it.
     """
 
     data: Any = None
@@ -144,6 +146,7 @@ class Document:
     problems: list[str] = field(default_factory=list)
     more: int = 0
     refused: set[Key] = field(default_factory=set)
+    root: type[BaseModel] = Recipe
 
     def place(self, key: Key) -> str:
         """Return where `key` was written, else where the nearest key above or below it was."""
@@ -168,7 +171,9 @@ class Document:
     def add_problem(self, key: Key, message: str) -> None:
         """Note what is wrong with a key, after its name and place."""
         place = "" if self.full else self.place(key)
-        self.note("" if self.full else f"{dotted(key, self.data)}{f' ({place})' if place else ''}: {message}")
+        self.note(
+            "" if self.full else f"{dotted(key, self.data, self.root)}{f' ({place})' if place else ''}: {message}"
+        )
 
 
 def parse_document(text: str, origin: str) -> Document:

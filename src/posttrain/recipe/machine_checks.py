@@ -55,10 +55,13 @@ def check_machine(recipe: Recipe) -> None:
     data = recipe.model_dump(mode="json")
     found: dict[Key, list[str]] = {}
     models, data_sets = set[str](), set[str]()
-    for key, block in blocks(recipe):
-        own = type(block).__module__.startswith("posttrain.")  # what settings from outside mean is not known here
-        for name, message in _problems(block, models, data_sets) if own else ():
-            found.setdefault((*key, name) if name else key, []).append(message)
+    try:
+        for key, block in blocks(recipe):
+            own = type(block).__module__.startswith("posttrain.")  # what settings from outside mean is not known here
+            for name, message in _problems(block, models, data_sets) if own else ():
+                found.setdefault((*key, name) if name else key, []).append(message)
+    except DataError as error:  # a file of settings; what follows in the recipe is checked when this is right
+        found.setdefault(("stages",), []).append(str(error))
     if found:
         lines = "".join(f"\n  {dotted(key, data)}: {m}" for key, messages in found.items() for m in messages)
         count = sum(map(len, found.values()))
@@ -67,11 +70,19 @@ def check_machine(recipe: Recipe) -> None:
 
 
 def blocks(value: Any, key: Key = ()) -> Iterator[tuple[Key, BaseModel]]:
-    """Yield every block of settings in `value`, with its key."""
+    """Yield every block of settings in `value`, with its key, and those in files that settings name.
+
+    Settings that name such files have a method `named_settings`, which returns the blocks by name.
+
+    Raises:
+        DataError: Such a file can't be read, or is wrong.
+    """
     if isinstance(value, BaseModel):
         yield key, value
         for name in type(value).model_fields:
             yield from blocks(getattr(value, name), (*key, name))
+        for name, block in getattr(value, "named_settings", dict)().items():
+            yield from blocks(block, (*key, name))
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
             yield from blocks(item, (*key, i))

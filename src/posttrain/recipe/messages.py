@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from posttrain.config import Recipe
 from posttrain.config.open_kinds import unknown_name
 from posttrain.recipe.documents import MAX_PROBLEMS, Document
 from posttrain.recipe.schema import Key, child, inside, list_field, model_for, unknown_key
@@ -45,7 +44,7 @@ def explain(error: ValidationError, doc: Document) -> None:
     """Add the errors of pydantic to the problems of `doc`; alternatives of one value become one problem."""
     found: dict[Key, list[str]] = {}
     values: dict[Key, str] = {}
-    located = [(one, *_locate(one["loc"], doc.data, one["type"] == "extra_forbidden")) for one in error.errors()]
+    located = [(one, *_locate(one["loc"], doc, one["type"] == "extra_forbidden")) for one in error.errors()]
     keys = {key for _, key, _ in located}
     for one, key, model in located:
         if one["type"].endswith("_type") and any(len(k) > len(key) and k[: len(key)] == key for k in keys):
@@ -71,7 +70,7 @@ def _message(one: Any, key: Key, model: type[BaseModel] | None, doc: Document) -
     """Return the message of one error, and True if the value belongs behind it."""
     kind, context = one["type"], one.get("ctx", {})
     if kind == "extra_forbidden":
-        return unknown_key(key, model or Recipe, doc.data), False
+        return unknown_key(key, model or doc.root, doc.data, doc.root), False
     if kind == "missing":
         described = model.model_fields[str(key[-1])].description if model and key[-1] in model.model_fields else ""
         return f"required, and missing{f'. {described}' if described else ''}", False
@@ -102,14 +101,15 @@ def short(value: Any) -> str:
     return text if len(text) < 80 else f"{text[:77]}..."
 
 
-def _locate(location: Sequence[str | int], data: Any, unknown: bool) -> tuple[Key, type[BaseModel] | None]:
-    """Return the key in the recipe for pydantic's location, and the settings class that its last part belongs to.
+def _locate(location: Sequence[str | int], doc: Document, unknown: bool) -> tuple[Key, type[BaseModel] | None]:
+    """Return the key in the document for pydantic's location, and the settings class that its last part belongs to.
 
     Parts of the location that name an alternative of a union are left out. With `unknown` the last part is a key that
     the settings class does not have.
     """
     key: list[str | int] = []
-    tp, value, owner = Recipe, data, None
+    tp: Any = doc.root
+    value, owner = doc.data, None
     for i, part in enumerate(location):
         model = model_for(tp, value)
         inner = child(tp, part, value)

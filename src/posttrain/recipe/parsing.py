@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import json
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -183,6 +184,8 @@ def _resolve_paths(value: Any, folder: Path) -> None:
         if not isinstance(text, str) or not 0 < len(text) < 1000 or "\n" in text or Path(text).is_absolute():
             return text
         try:
+            if glob.has_magic(text):  # a pattern
+                return str(folder / text) if not glob.glob(text) and glob.glob(str(folder / text)) else text
             return str(folder / text) if not Path(text).exists() and (folder / text).exists() else text
         except OSError:  # longer than a name may be: whoever opens it says so
             return text
@@ -192,10 +195,9 @@ def _resolve_paths(value: Any, folder: Path) -> None:
             _resolve_paths(item, folder)
     elif isinstance(value, dict):
         for name, inner in value.items():
-            if name in ("source", "chat_template"):
+            if name in ("source", "chat_template", "tasks"):
                 value[name] = [moved(i) for i in inner] if isinstance(inner, list) else moved(inner)
-            else:
-                _resolve_paths(inner, folder)
+            _resolve_paths(value[name], folder)
 
 
 def _name_stages(data: Any) -> None:

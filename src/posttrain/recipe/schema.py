@@ -207,13 +207,14 @@ def item_names(tp: Any, items: Sequence[Any]) -> list[str]:
     return names
 
 
-def unknown_key(key: Key, model: type[BaseModel], data: Any) -> str:
+def unknown_key(key: Key, model: type[BaseModel], data: Any, root: type[BaseModel] = Recipe) -> str:
     """Return the message for a key that `model` does not have: the right key here, or where it is, or what there is.
 
     Args:
         key: The unknown key.
         model: Settings class of the block that holds it.
         data: The whole recipe as plain data.
+        root: Settings class of the whole.
     """
     name, here = str(key[-1]), list(model.model_fields)
     if name in NO_SUCH_SETTING:
@@ -222,18 +223,18 @@ def unknown_key(key: Key, model: type[BaseModel], data: Any) -> str:
     for meant in [RENAMED.get(n, n) for n in (name, *close)]:
         if meant in here:
             return f"no such setting. Did you mean {meant}?"
-        if found := _elsewhere(meant, key, data):
+        if found := _elsewhere(meant, key, data, root):
             return f"no such setting here. Did you mean {found}?"
-    anywhere = {str(s.key[-1]) for s in settings(data)}
+    anywhere = {str(s.key[-1]) for s in settings(data, root)}
     close = difflib.get_close_matches(name, [*anywhere, *RENAMED], n=1)
-    found = _elsewhere(RENAMED.get(close[0], close[0]), key, data) if close else ""
+    found = _elsewhere(RENAMED.get(close[0], close[0]), key, data, root) if close else ""
     return f"no such setting here. Did you mean {found}?" if found else f"no such setting; there are: {', '.join(here)}"
 
 
-def _elsewhere(name: str, key: Key, data: Any) -> str:
+def _elsewhere(name: str, key: Key, data: Any, root: type[BaseModel]) -> str:
     """Return the full key of the setting called `name` (which may be dotted) that shares most with `key`, or ""."""
     tail: Key = tuple(name.split("."))
-    places = [s.key for s in settings(data) if s.key[-len(tail) :] == tail]
+    places = [s.key for s in settings(data, root) if s.key[-len(tail) :] == tail]
 
     def shared(place: Key) -> int:
         return next((i for i, (a, b) in enumerate(zip(place, key, strict=False)) if a != b), min(len(place), len(key)))
@@ -241,18 +242,19 @@ def _elsewhere(name: str, key: Key, data: Any) -> str:
     if not places:
         return ""
     best: Key = max(places, key=lambda place: (shared(place), -len(place)))
-    return dotted(best, data)
+    return dotted(best, data, root)
 
 
-def dotted(key: Sequence[str | int], data: Any) -> str:
+def dotted(key: Sequence[str | int], data: Any, root: type[BaseModel] = Recipe) -> str:
     """Return ``stages.sft.lr`` for ("stages", 0, "lr"): items of a list go by their name if they have one.
 
     Args:
         key: A key of the recipe, complete or not.
         data: The recipe as plain data.
+        root: Settings class of the whole.
     """
     parts: list[str] = []
-    tp: Any = Recipe
+    tp: Any = root
     for part in key:
         names = item_names(tp, data) if isinstance(data, list) else []
         name = names[part] if isinstance(part, int) and part < len(names) else ""

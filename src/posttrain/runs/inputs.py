@@ -58,6 +58,7 @@ def find_inputs(recipe: Recipe, functions: Mapping[str, Callable[..., Any]]) -> 
             if name not in NO_INPUTS:
                 found |= _read_by(text, name, getattr(block, "revision", None))
         packages |= set(packages_needed(block))
+        found |= {str(p): f"sha256 {input_hash(p)}" for p in getattr(block, "named_files", list)()}
     for name, function in functions.items():
         try:
             source = _source_of(function)

@@ -1,0 +1,172 @@
+"""Instruction building: from tables and short descriptions of tasks to rows for instruction tuning.
+
+Source: FLAN (arXiv 2109.01652, 2210.11416): many wordings of each task, demonstrations and reasoning in a part of the
+rows, inverted tasks, examples-proportional mixing (arXiv 1910.10683), and whole clusters of tasks held out to measure
+what is learnt about tasks that were never trained on. See docs/instructions.md.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from posttrain.config.settings import NAME, ModelConfig
+from posttrain.core.errors import DataError
+from posttrain.core.files import stream_lines, write_json
+from posttrain.data.instruction_settings import InstructionSettings
+from posttrain.data.instruction_tasks import InstructionTask
+from posttrain.methods.data.data_stage import DataStage, DataStageConfig, refuse_torchrun
+from posttrain.methods.data.instruction_files import read_tasks, task_paths
+
+if TYPE_CHECKING:
+    from posttrain.data.instruction_builder import InstructionBuilder
+    from posttrain.data.instruction_rows import Fits
+
+TEMPLATE_TOKENS = 64
+"""Tokens that a chat template adds to a turn at most, where a text is short enough for its tokens not to be counted."""
+
+
+class InstructionsConfig(DataStageConfig, InstructionSettings):
+    """Instruction building: tables become rows for instruction tuning."""
+
+    method: Literal["instructions"] = "instructions"
+    name: str = Field("instructions", pattern=NAME, description="Name of the stage's folder in the run.")
+    tasks: list[str | InstructionTask] = Field(
+        min_length=1,
+        max_length=1000,
+        description="Task files: paths, patterns such as tasks/*.yaml, packaged:NAME; or tasks as blocks.",
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="Longest row in tokens: demonstrations are left out of longer ones, and then the row itself (both are counted). None: the model's context.",
+    )
+
+    def named_settings(self) -> Mapping[str, BaseModel]:
+        """Return the tasks that files describe, by name: a run notes and checks their tables like its own."""
+        return {task.name: task for task in read_tasks([t for t in self.tasks if isinstance(t, str)])}
+
+    def named_files(self) -> list[Path]:
+        """Return the files that `tasks` names."""
+        return [path for entry in self.tasks if isinstance(entry, str) for path in task_paths(entry)]
+
+
+class Instructions(DataStage):
+    """Read the tables, hold rows out, mix the tasks, and write the rows."""
+
+    Config = InstructionsConfig
+    title = "Instruction building"
+
+    def prepare(self) -> list[tuple[str, Any]]:
+        """Read the task files, and check that their tables have the columns that they name."""
+        from posttrain.data.instruction_builder import check_tasks
+        from posttrain.data.instruction_examples import open_table
+
+        self.tasks = read_tasks(self.config.tasks)
+        check_tasks(self.tasks, self.config)
+        for task in self.tasks:
+            open_table(task)
+        return []
+
+    def make(self, model: ModelConfig, folder: Path, seed: int) -> dict[str, Any]:
+        refuse_torchrun(self.config.method)
+        out, work = folder / "data", folder / "examples"
+        stats = self.build(out, work, seed)
+        counts = {name: task["rows"] for name, task in stats["tasks"].items() if task["rows"]}
+        made: dict[str, Any] = {"rows": sum(counts.values()), "tasks": len(counts), **stats["held_out"]}
+        made |= {f"left out: {cause}": n for cause, n in stats["dropped"].items()}
+        return {"made": made}
+
+    def build(self, out: Path, work: Path, seed: int) -> dict[str, Any]:
+        """Build the rows, and write `out`/rows.jsonl, seen.jsonl, unseen.jsonl and stats.json, whole or not at all.
+
+        Args:
+            out: The folder that is written.
+            work: A folder for the texts of the examples while rows are built; it is removed.
+            seed: Seeds everything random.
+
+        Returns:
+            The content of stats.json.
+        """
+        from posttrain.core.progress import Track
+        from posttrain.data.instruction_builder import InstructionBuilder
+        from posttrain.trainer.policy import save_atomically
+
+        config = self.config
+        shutil.rmtree(work, ignore_errors=True)  # of an interrupted run: what it holds is made again
+        builder = InstructionBuilder(self.tasks, seed, config, work)
+        stats: dict[str, Any] = {}
+        try:
+            with Track(f"{config.name}: rows read", 1) as track:
+                builder.read(partial(_show, track))
+            builder.split()
+
+            def write(new: Path) -> None:
+                new.mkdir()
+                stats.update(self._write(builder, new))
+
+            save_atomically(out, write)
+        finally:
+            builder.close()
+            shutil.rmtree(work, ignore_errors=True)
+        return stats
+
+    def _write(self, builder: InstructionBuilder, new: Path) -> dict[str, Any]:
+        from posttrain.core.progress import Track
+
+        fits = self._fits()
+        total = sum(builder.mixture(builder.chosen()))
+        with Track(f"{self.config.name}: rows written", max(1, total)) as track:
+            stream_lines(new / "rows.jsonl", _counted(builder.rows(fits), track))
+        for name, unseen in (("seen", False), ("unseen", True)):
+            stream_lines(new / f"{name}.jsonl", builder.held_out_rows(unseen, fits))
+        stats = builder.stats()
+        if not any(task["rows"] for task in stats["tasks"].values()):
+            raise DataError(f"stage {self.config.name}: every row is longer than {self._limit():,} tokens")
+        held = {"seen": False, "unseen": True}
+        stats["held_out"] = {
+            f"{name} rows held out": sum(t["held_out_rows"] for t in stats["tasks"].values() if t["held out"] == unseen)
+            for name, unseen in held.items()
+        }
+        write_json(new / "stats.json", stats)
+        return stats
+
+    def _limit(self) -> int | None:
+        limits = [n for n in (self.config.max_tokens, self.context.context) if n is not None]
+        return min(limits, default=None)
+
+    def _fits(self) -> Fits | None:
+        """Return a function that tells if a row fits into the context; None if it has no limit."""
+        from posttrain.data.tokenizing import tokenize
+
+        limit, tokenizer = self._limit(), self.context.tokenizer
+        if limit is None or tokenizer is None:
+            return None
+
+        def fits(prompt: Any, completion: str) -> bool:
+            texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+            around = TEMPLATE_TOKENS * (len(texts) + 1)
+            if sum(len(text.encode()) for text in (*texts, completion)) + around <= limit:
+                return True  # a token is at least a byte
+            return sum(map(len, tokenize(tokenizer, [*texts, completion], special=False))) + around <= limit
+
+        return fits
+
+
+def _show(track: Any, done: int, total: int) -> None:
+    track.set_total(max(1, total))
+    track.update(done)
+
+
+def _counted(rows: Iterable[dict[str, Any]], track: Any) -> Iterable[dict[str, Any]]:
+    done = 0
+    for done, row in enumerate(rows, 1):
+        yield row
+        if done % 1000 == 0:
+            track.update(done)
+    track.update(done)
