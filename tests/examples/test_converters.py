@@ -234,7 +234,7 @@ NOUNS = [  # offset, lexicographers' file, words, pointers, gloss
     ("00000001", "03", ["person"], [], "a human being"),
     ("00000002", "03", ["mammal"], [], "a warm-blooded animal"),
     ("00000003", "03", ["bird"], [], "a warm-blooded animal that lays eggs"),
-    ("00000004", "05", ["dog", "domestic_dog"], ["@ 00000002"], 'a tame mammal, barks; "the dog slept on the old rug"'),
+    ("00000004", "05", ["dog", "domestic_dog"], ["@ 00000002"], 'a tame mammal that barks; "the dog slept on a rug"'),
     ("00000005", "05", ["terrier"], ["@ 00000004"], "a small dog that digs"),
     ("00000006", "05", ["Fido"], ["@i 00000005"], "the first terrier"),
     ("00000007", "18", ["poet"], ["@ 00000001"], "a writer of verse"),
@@ -261,8 +261,8 @@ def small_wordnet(tmp_path: Path) -> wordnet.WordNet:
 def test_wordnet_is_read_and_its_kinds_make_sound_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = small_wordnet(tmp_path)
     dog = found.synsets["n00000004"]
-    assert dog.words == ("dog", "domestic dog") and dog.definition == "a tame mammal, barks"
-    assert dog.examples == ("the dog slept on the old rug",) and found.ancestors(dog.key)["n00000002"] == 1
+    assert dog.words == ("dog", "domestic dog") and dog.definition == "a tame mammal that barks"
+    assert dog.examples == ("the dog slept on a rug",) and found.ancestors(dog.key)["n00000002"] == 1
     groups = {"living": [("mammal", 1), ("bird", 1), ("person", 1)]}
     monkeypatch.setattr(dictionary, "DISJOINT", groups)
     labels = rows_of(dictionary.kind_table(found), "premise", "hypothesis", "label")
