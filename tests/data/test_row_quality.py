@@ -41,7 +41,7 @@ def test_breadth_lengths_and_labels():
     ]
     stats = measure_rows(iter(rows))
     breadth = stats["breadth"]
-    assert breadth["rows"] == 4
+    assert (breadth["rows"], breadth["repeated_rows"]) == (4, 1)
     assert breadth["tasks"] == {"count": 2, "effective": 1.75, "rows": {"reviews": 3, "facts": 1}}
     assert breadth["languages"]["rows"] == {"en": 3, "zh": 1}
     assert breadth["shots"] == {0: 3, 1: 1}
@@ -59,7 +59,7 @@ def test_breadth_lengths_and_labels():
 def test_rows_longer_than_the_context_are_counted_with_their_places():
     rows = [row(place=f"f:{i}", input=str(i)) for i in range(12)]
     stats = measure_rows(rows, tokens_of=lambda r: 95 + int(r["input"]), context=100)["truncated"]
-    assert (stats["rows"], stats["longest"], stats["tasks"]) == (6, 106, {"reviews": 6})
+    assert (stats["rows"], stats["tasks"]) == (6, {"reviews": 6})
     assert stats["examples"][0] == {"task": "reviews", "place": "f:6", "tokens": 101}
     assert len(stats["examples"]) == 5
     assert measure_rows(rows, tokens_of=lambda r: 10**6)["truncated"]["rows"] == 0

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from posttrain.data.quality_settings import NGRAM
 from posttrain.data.word_hashes import BASE, BATCH_LETTERS, LETTER, WordBatch, mix, word_batch
 
-NGRAM = 13
-"""Words of a run that counts as leaked, as in GPT-3 (arXiv 2005.14165, appendix C)."""
 LEAST_WORDS = 4
 """A text of fewer words is found only where it is a whole text of a row: it may stand inside of any other."""
 SHARED = 10
@@ -46,6 +45,14 @@ class Leaks:
     def leaking(self) -> NDArray[np.int64]:
         """Return the numbers of the rows that leak, each once, ascending."""
         return np.unique(self.rows)
+
+    @property
+    def by_evaluation(self) -> dict[str, list[int]]:
+        """Return the numbers of the leaking rows of each evaluation that has some, ascending."""
+        out: dict[str, dict[int, None]] = {}
+        for row, item in zip(self.rows.tolist(), self.items.tolist(), strict=True):
+            out.setdefault(self.evaluations[item][0], {})[row] = None
+        return {name: list(rows) for name, rows in out.items()}
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -104,11 +111,9 @@ class LeakIndex:
                 says little on its own, such as the label of a class, does not belong here.
         """
         self._tables = None
-        first = len(self._item_of)
-        parts, count = [], 0
-        for texts, owners in _batched(items):
-            parts.append(self._read(word_batch(texts), np.array(owners, np.int64) + first))
-            count = max(count, owners[-1] + 1)
+        every = [[item] if isinstance(item, str) else list(item) for item in items]
+        first, count = len(self._item_of), len(every)
+        parts = [self._read(word_batch(texts), np.array(owners, np.int64) + first) for texts, owners in _batched(every)]
         self._item_of += [(evaluation, i) for i in range(count)]
         hashes, item, begins, lengths, whole = _columns(parts)
         shared = _shared(hashes, item, count)

@@ -7,6 +7,7 @@ import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from hashlib import blake2b
 from typing import Any
 
 from posttrain.data.group_associations import Associations
@@ -32,14 +33,15 @@ class RowQuality:
     def __init__(
         self,
         group_terms: Mapping[str, GroupTerms] | None = None,
-        tokens_of: Callable[[InstructionRow], int] | None = None,
+        tokens_of: Callable[[InstructionRow], int | None] | None = None,
         context: int | None = None,
     ) -> None:
         """Prepare the counts.
 
         Args:
             group_terms: Words of groups by task. Of a task that is missing: those of its language, if there are any.
-            tokens_of: Returns the tokens of a row as it is trained on. None: truncated rows are not counted.
+            tokens_of: Returns the tokens of a row as it is trained on, or None for a row that surely fits. None:
+                truncated rows are not counted.
             context: Most tokens of a row; longer ones are truncated. None: the model has no limit.
         """
         self.group_terms, self.tokens_of, self.context = dict(group_terms or {}), tokens_of, context
@@ -53,7 +55,8 @@ class RowQuality:
         self._completion_words: dict[str, array[int]] = defaultdict(lambda: array("i"))
         self._labels: dict[str, Counter[str]] = defaultdict(Counter)
         self._associations = Associations()
-        self._longest, self._truncated, self._truncated_rows = 0, Counter[str](), list[dict[str, Any]]()
+        self._truncated, self._truncated_rows = Counter[str](), list[dict[str, Any]]()
+        self._digests: set[int] = set()
 
     def add(self, row: InstructionRow) -> None:
         """Measure a row."""
@@ -70,6 +73,8 @@ class RowQuality:
         own["rationale"] += bool(row["rationale"])
         self._prompt_words[task].append(count_words(prompt_text(row)))
         self._completion_words[task].append(count_words(row["completion"]))
+        text = f"{row['prompt']!r}\0{row['completion']}".encode("utf-8", "surrogatepass")
+        self._digests.add(int.from_bytes(blake2b(text, digest_size=8).digest(), "little"))
         label = row["label"]
         if label is not None and not row["inverted"]:
             labels = self._labels[task]
@@ -81,9 +86,8 @@ class RowQuality:
         if self.tokens_of is not None:
             self._measure_tokens(row, self.tokens_of(row))
 
-    def _measure_tokens(self, row: InstructionRow, tokens: int) -> None:
-        self._longest = max(self._longest, tokens)
-        if self.context is not None and tokens > self.context:
+    def _measure_tokens(self, row: InstructionRow, tokens: int | None) -> None:
+        if self.context is not None and tokens is not None and tokens > self.context:
             self._truncated[row["task"]] += 1
             if len(self._truncated_rows) < LONG_ROWS_SHOWN:
                 self._truncated_rows.append({"task": row["task"], "place": row["place"], "tokens": tokens})
@@ -94,6 +98,7 @@ class RowQuality:
         prompts, completions = (array("i", (n for counts in words.values() for n in counts)) for words in every)
         breadth = {
             "rows": self.rows,
+            "repeated_rows": self.rows - len(self._digests),
             **{
                 f"{name}s": {
                     "count": len(counts),
@@ -141,7 +146,6 @@ class RowQuality:
     def _truncation(self) -> dict[str, Any]:
         return {
             "context": self.context,
-            "longest": self._longest,
             "rows": sum(self._truncated.values()),
             "tasks": dict(self._truncated.most_common()),
             "examples": self._truncated_rows,
@@ -151,7 +155,7 @@ class RowQuality:
 def measure_rows(
     rows: Iterable[InstructionRow],
     group_terms: Mapping[str, GroupTerms] | None = None,
-    tokens_of: Callable[[InstructionRow], int] | None = None,
+    tokens_of: Callable[[InstructionRow], int | None] | None = None,
     context: int | None = None,
 ) -> dict[str, Any]:
     """Measure rows, of which one at a time is in memory.

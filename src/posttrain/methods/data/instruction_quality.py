@@ -1,0 +1,230 @@
+"""Check the examples of tasks before rows are made of them, and measure the rows, for the quality report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.config import references
+from posttrain.config.settings import ModelConfig
+from posttrain.data.quality_settings import QualitySettings
+from posttrain.trainer.stage import StageContext
+
+if TYPE_CHECKING:
+    from posttrain.data.instruction_builder import InstructionBuilder
+    from posttrain.data.instruction_examples import Example, ExampleStore
+    from posttrain.data.instruction_tasks import InstructionTask
+    from posttrain.data.leaks import LeakIndex, Leaks
+
+NEAR_DUPLICATE = "nearly the same as an earlier example"
+LEAKED = "text of evaluation {}"
+HELD_OUT = "text of a held-out row"
+PAIRS_SHOWN = 5
+"""Near duplicates that the report shows."""
+ROOM = 64
+"""Tokens that a chat template adds to a turn, at most, where a row is short enough for its tokens not to be counted."""
+
+
+class InstructionQuality:
+    """Leave near duplicates and leaked examples out (`drop`), and measure what is written (`measure`)."""
+
+    def __init__(self, settings: QualitySettings, tasks: Sequence[InstructionTask], context: StageContext) -> None:
+        """Prepare the checks.
+
+        Args:
+            settings: What is looked for.
+            tasks: The tasks of the rows.
+            context: Tokenizer and length of the model, and the recipe's evaluations.
+        """
+        self.settings, self.tasks, self.context = settings, tasks, context
+        self._before: dict[str, Any] = {}
+        self._not_read: dict[str, str] = {}
+
+    def drop(self, builder: InstructionBuilder) -> None:
+        """Leave out examples that nearly repeat an earlier one, and those with text of an evaluation.
+
+        Examples are checked before rows are held out, so that nothing of them is in demonstrations either.
+
+        Raises:
+            DataError: The data of an evaluation can't be read, or a package is missing.
+        """
+        if self.settings.near_duplicates is not None:
+            self._before["duplicates"] = self._drop_duplicates(builder)
+        if self.settings.leaks is not None:
+            self._before["leaks"] = self._drop_leaks(builder)
+
+    def _drop_duplicates(self, builder: InstructionBuilder) -> dict[str, Any]:
+        import numpy as np
+
+        from posttrain.data.near_duplicates import find_duplicates
+
+        config = self.settings.near_duplicates
+        assert config is not None
+        tasks: dict[str, Any] = {}
+        shown: list[dict[str, Any]] = []
+        for number, store in enumerate(builder.stores):
+            kind = store.task.type
+            found = find_duplicates((f"{e.input_text(kind)}\n{e.output}" for e in store), config.threshold)
+            repeats = np.flatnonzero(~found.kept)
+            tasks[store.task.name] = found.stats
+            for i in repeats[: max(0, PAIRS_SHOWN - len(shown))].tolist():
+                pair = {"task": store.task.name, "similarity": round(float(found.similarity[i]), 4)}
+                shown.append({**pair, **_of(store, i), "earlier": _of(store, int(found.of[i]))})
+            if config.drop:
+                builder.drop(number, repeats, NEAR_DUPLICATE)
+        total = {name: sum(stats[name] for stats in tasks.values()) for name in ("texts", "exact", "near", "crowded")}
+        about = {"threshold": config.threshold, "dropped": config.drop}
+        return {
+            **about,
+            **total,
+            "tasks": {name: s for name, s in tasks.items() if s["exact"] + s["near"]},
+            "examples": shown,
+        }
+
+    def _drop_leaks(self, builder: InstructionBuilder) -> dict[str, Any]:
+        import numpy as np
+
+        config = self.settings.leaks
+        assert config is not None
+        index = self._index_of_evaluations()
+        found: dict[str, dict[str, int]] = {}
+        for number, store in enumerate(builder.stores):
+            leaks = index.search(_example_texts(example) for example in store)
+            for name, examples in leaks.by_evaluation.items():
+                found.setdefault(name, {})[store.task.name] = len(examples)
+                if config.drop:
+                    builder.drop(number, np.array(examples), LEAKED.format(name))
+        return {"dropped": config.drop, "examples": found}
+
+    def drop_held_out(self, builder: InstructionBuilder) -> None:
+        """Leave out examples that share a run of words with a held-out row of any task.
+
+        Inputs shorter than a run are not looked for: a question may rightly be asked in several tasks.
+        """
+        import numpy as np
+
+        from posttrain.data.leaks import LeakIndex
+
+        if self.settings.leaks is None:
+            return
+        index = LeakIndex(self.settings.leaks.n)
+        for store, held in zip(builder.stores, builder.held, strict=True):
+            inputs = [store[n].input_text(store.task.type) for n in held.tolist()]
+            index.add(store.task.name, [self._telling(text) for text in inputs])
+        for number, store in enumerate(builder.stores):
+            usable = builder.usable[number]
+            texts = (_example_texts(e) if usable[i] else [] for i, e in enumerate(store))
+            leaking = index.search(texts).leaking
+            if self.settings.leaks.drop:
+                builder.drop(number, np.asarray(leaking), HELD_OUT)
+
+    def _index_of_evaluations(self) -> LeakIndex:
+        """Return an index of the evaluations whose data can be read before the stages run."""
+        from posttrain.data.leaks import LeakIndex
+        from posttrain.eval.item_texts import item_texts
+
+        assert self.settings.leaks is not None
+        index = LeakIndex(self.settings.leaks.n)
+        for evaluation in self.context.evaluations:
+            if references(evaluation):
+                self._not_read[evaluation.name] = "it reads what a stage makes"
+                continue
+            texts = item_texts(evaluation, self.context.tokenizer, self.context.context)
+            if texts is None:
+                self._not_read[evaluation.name] = "its kind does not tell the texts of its items"
+            else:
+                index.add(evaluation.name, texts)
+        return index
+
+    def measure(self, folder: Path, model: ModelConfig | None = None) -> dict[str, Any]:
+        """Measure `folder`/rows.jsonl, and search it for the texts of evaluations and of the held-out rows beside it.
+
+        Args:
+            folder: The folder with rows.jsonl, seen.jsonl and unseen.jsonl.
+            model: The model under which the difficulty is measured. None: it is not.
+
+        Returns:
+            The statistics of `RowQuality`; duplicates, leaks and difficulty if they were looked for.
+        """
+        from posttrain.data.row_quality import RowQuality, row_texts
+
+        terms = {task.name: task.group_terms for task in self.tasks if task.group_terms is not None}
+        quality = RowQuality(terms, self._tokens_of(), self.context.context)
+        rows = folder / "rows.jsonl"
+
+        def texts() -> Iterator[list[str]]:
+            for row in read_rows(rows):
+                quality.add(row)
+                yield row_texts(row)
+
+        out: dict[str, Any] = {}
+        if self.settings.leaks is None:
+            for _ in texts():
+                pass
+        else:
+            leaks = self._index_of_rows(folder).search(texts())
+            out["leaks"] = {**self._before.get("leaks", {}), "n": self.settings.leaks.n, **self._leaks(leaks)}
+        out = {**quality.stats(), **out}
+        if "duplicates" in self._before:
+            out["duplicates"] = self._before["duplicates"]
+        if model is not None and self.settings.difficulty:
+            from posttrain.methods.data.row_difficulty import first_rows_of_tasks, measure_difficulty
+
+            chosen = first_rows_of_tasks(read_rows(rows), self.settings.difficulty)
+            out["difficulty"] = measure_difficulty(model, chosen, self.context.context)
+        return out
+
+    def _index_of_rows(self, folder: Path) -> LeakIndex:
+        """Return the index of evaluations with the inputs of held-out rows added, as `drop_held_out` takes them."""
+        index = self._index_of_evaluations()
+        for name in ("seen", "unseen"):
+            path = folder / f"{name}.jsonl"
+            inputs = [row["input"] for row in read_rows(path)] if path.is_file() else []
+            if inputs:
+                index.add(f"{name}.jsonl", [self._telling(text) for text in inputs])
+        return index
+
+    def _telling(self, text: str) -> list[str]:
+        """Return an input in a list; [] if it is so short that rows of another task may rightly have it too."""
+        from posttrain.data.row_quality import count_words
+
+        assert self.settings.leaks is not None
+        return [text] if count_words(text) >= self.settings.leaks.n else []
+
+    def _leaks(self, leaks: Leaks) -> dict[str, Any]:
+        return {"rows": len(leaks.leaking), "evaluations": leaks.stats, "not_searched": self._not_read}
+
+    def _tokens_of(self) -> Any:
+        """Return a function that counts the tokens of a row, if it may be longer than the context."""
+        tokenizer, limit = self.context.tokenizer, self.context.context
+        if tokenizer is None or limit is None:
+            return None
+        from posttrain.data.row_quality import prompt_text
+        from posttrain.data.tokenizing import tokenize
+
+        def tokens_of(row: Mapping[str, Any]) -> int | None:
+            turns = 1 if isinstance(row["prompt"], str) else len(row["prompt"])
+            texts = [prompt_text(row), row["completion"]]
+            if sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) + ROOM * (turns + 1) <= limit:
+                return None  # a token is at least a byte
+            return sum(map(len, tokenize(tokenizer, texts, special=False)))
+
+        return tokens_of
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file of lines, one at a time."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def _of(store: ExampleStore, number: int) -> dict[str, str]:
+    example = store[number]
+    return {"place": example.place, "text": example.input_text(store.task.type)[:300]}
+
+
+def _example_texts(example: Example) -> list[str]:
+    return [*example.fields.values(), "\n".join(example.fields.values()), example.output, example.rationale]
