@@ -41,6 +41,12 @@ FOLLOWS = set(
 """After a word, these belong to it: a synonym may need another one."""
 
 
+HEAD_ENDS = re.compile(
+    r"[;:,()]| (that|which|who|whose|of|in|into|for|with|without|used|to|on|at|by|from|having|consisting|not|usually|"
+    r"often|made|based|between|where|when|as|about|equal|containing|typically|under|above|below|or|and|given|held) "
+)
+
+
 def make_tables(downloads: Downloads) -> Iterator[Table]:
     """Yield the tables definitions, subjects, kinds, defined_kind, lives and synonyms."""
     wordnet = read_wordnet(downloads.deb("wordnet-base") / "usr" / "share" / "wordnet")
@@ -163,11 +169,12 @@ def defined_kind_table(wordnet: WordNet) -> Table:
             continue
         definition = synset.definition
         names = [w for k in synset.kinds for w in wordnet.synsets[k].words]
-        found = [w for w in names if len(whole_word(w).findall(definition)) == 1]
+        head = HEAD_ENDS.split(definition, maxsplit=1)[0]
+        found = [w for w in names if re.search(rf"(?<![\w-]){re.escape(w)}$", head)]
         if not wordnet.is_tagged(synset, synset.words[0]) or not 5 <= len(definition.split()) <= 40:
             table.drop("rare, or of another length", definition)
         elif not found:
-            table.drop("the kind is not named in the definition", f"{definition} ({', '.join(names)})")
+            table.drop("the kind is not the first noun of the definition", f"{definition} ({', '.join(names)})")
         else:
             table.add(word=synset.words[0], text=f"{synset.words[0]}: {definition}", kind=max(found, key=len))
     return table
@@ -194,18 +201,21 @@ def life_table(wordnet: WordNet) -> Table:
 
 
 def synonym_table(wordnet: WordNet) -> Table:
-    """Return WordNet's example sentences with a word replaced by a synonym of the same sense."""
+    """Return WordNet's example sentences with an adjective or adverb replaced by a synonym of the same sense."""
     table = Table("synonyms", unique=("text", "paraphrase"))
     for synset in wordnet.synsets.values():
         words = [w for w in synset.words if wordnet.is_tagged(synset, w)]
-        if synset.key[0] == "v" or len(words) < 2:  # a verb would need its forms, and may take other objects
+        if synset.key[0] not in "ar" or len(words) < 2:  # other verbs and nouns have other forms and idioms
             continue
         for example in synset.examples:
             found = [w for w in words if len(whole_word(w).findall(example)) == 1]
             if len(found) != 1:
                 table.drop("the word is inflected, or there more than once", example)
                 continue
-            other = next(w for w in words if w != found[0])
+            other = next((w for w in words if w != found[0] and wordnet.is_first(synset, w)), None)
+            if other is None:
+                table.drop("no synonym whose most frequent sense it is", example)
+                continue
             example = example.replace("`", "'")
             if cause := unfit(example, found[0], other, synset.key[0]):
                 table.drop(cause, f"{example} ({found[0]}: {other})")
@@ -221,24 +231,20 @@ def unfit(example: str, word: str, other: str, part: str) -> str | None:
         example: The sentence.
         word: The word in it.
         other: Its synonym.
-        part: n, a or r.
+        part: a (adjective) or r (adverb).
     """
-    before, _, after = (piece.strip() for piece in re.split(f"({whole_word(word).pattern})", example, maxsplit=1))
+    before, _, after = re.split(f"({whole_word(word).pattern})", example, maxsplit=1)
     if len(example.split()) < 5:
         return "a phrase of fewer than five words"
     if word.lower() in other.lower() or other.lower() in word.lower() or word[:4].lower() == other[:4].lower():
         return "only another spelling"
-    if other != other.lower():
-        return "a name"
-    following = re.match(r"[\w']+", after)
-    if part == "a" and following and following[0].lower() in FOLLOWS:
+    if other != other.lower() or "." in other:
+        return "a name or an abbreviation"
+    following = re.match(r" ([\w']+)", after)
+    if following and following[1].lower() in FOLLOWS:
         return "with a preposition"
     if part == "a" and not following:
         return "after the noun"
-    if re.search(r"\b(an?)$", before, re.I) and with_article(word)[:2] != with_article(other)[:2]:
+    if re.search(r"\ban? $", before, re.I) and with_article(word)[:2] != with_article(other)[:2]:
         return "another article"
-    if part == "n" and re.search(rf"\b({'|'.join(sorted(FOLLOWS))})$", before, re.I):
-        return "a noun after a preposition, which may be an idiom"
-    if part == "n" and (other.endswith("s") != word.endswith("s")):
-        return "another number"
     return None
