@@ -20,6 +20,8 @@ LICENCE = "Apache-2.0"
 ITEMS = 1500
 """Of each data set; fewer where they repeat."""
 STEP = re.compile(r"(?<![\w.)/*^-])([-\d.][\d.,+*/() x×-]*[\d)])\s*=\s*\$?(-?\d[\d.,]*%?)")
+EITHER = set("Kai River Sky Rain Sage Winter Phoenix Nova Atlas Zion Axel Aurora Luna Willow Robin".split())
+"""Names of persons of which one can't say if they are a son or a daughter, a husband or a wife."""
 STATEMENT = re.compile(r"(All|No|Some) (.+?) are (not )?(.+)")
 
 
@@ -147,6 +149,8 @@ def family_table(found: list[dict[str, Any]]) -> Table:
         question = re.split(r"(?<=[?.]) (Answer|Respond|Reply|Provide|Give)", question.strip())[0]
         if not context or not question:
             table.drop("no question", item["question"])
+        elif item["metadata"]["person1"] in EITHER:
+            table.drop("a person who may be a man or a woman", question)
         else:
             table.add(context=context, question=question, answer=item["answer"])
     return table
@@ -160,7 +164,9 @@ def letter_table(backward: list[dict[str, Any]], counted: list[dict[str, Any]]) 
         table.add(kind="backward", question=f'Spell the word "{word}" backward.', answer=word[::-1])
     for item in counted:
         text, letter = " ".join(item["metadata"]["span"]), item["metadata"]["target_letter"]
-        if text.lower().count(letter.lower()) != text.count(letter):
+        if not letter.isalpha():
+            table.drop("a digit", text)
+        elif text.lower().count(letter.lower()) != text.count(letter):
             table.drop("the letter occurs as a capital too", text)
         else:
             question = f'How often does the letter "{letter}" occur in "{text}"?'

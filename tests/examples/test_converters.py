@@ -425,6 +425,15 @@ def test_sums_legs_and_syllogisms() -> None:
     assert set(rows_of(made, "label")) == {"yes", "no"} and made.dropped["labelled wrongly"]
 
 
+def test_families_ask_for_persons_whose_relation_has_one_word() -> None:
+    text = "Ann is married to Bob. They have a child called Sky.\n\nWhat is {} to Bob? Respond only with the word."
+    found = [{"question": text.format(n), "answer": "wife", "metadata": {"person1": n}} for n in ("Ann", "Sky")]
+    table = puzzles.family_table(found)
+    expected = ("Ann is married to Bob. They have a child called Sky.", "What is Ann to Bob?", "wife")
+    assert rows_of(table, "context", "question", "answer") == [expected]
+    assert table.dropped == {"a person who may be a man or a woman": 1}
+
+
 @pytest.mark.parametrize(
     ("premises", "conclusion", "always", "if_they_exist"),
     [

@@ -52,6 +52,33 @@ def save(folder: Path, content: dict[str, Any]) -> str:
     return str(folder / "r.yaml")
 
 
+def test_held_out_rows_are_also_written_by_what_measures_them(folder: Path) -> None:
+    (folder / "tasks/labels.tsv").write_text(
+        "text\tlabel\n" + "".join(f"text {i} of {i * 7}\tl{i % 2}\n" for i in range(30))
+    )
+    (folder / "tasks/long.tsv").write_text(
+        "text\tlabel\n" + "".join(f"what is {i * 7}\tone two three four five {i}\n" for i in range(30))
+    )
+    more = [
+        {**TASK, "name": "labelled", "type": "classification", "cluster": "", "data": "labels.tsv"},
+        {**TASK, "name": "long", "cluster": "", "data": "long.tsv", "fields": {"question": "{text}"}},
+    ]
+    for task in more:
+        task |= {"output": "{label}"}
+    more[0]["fields"] = {"input": "{text}"}
+    (folder / "tasks/labels.yaml").write_text(yaml.safe_dump(more))
+    done = posttrain.run(save(folder, recipe(folder)))
+    data = done.folder / "stages/0-build/data"
+    split = {path.stem: {row["task"] for row in read_lines(path)} for path in data.glob("*seen_*.jsonl")}
+    assert split == {
+        "seen_answers": {"colours"},
+        "seen_choices": {"labelled"},
+        "seen_texts": {"long"},
+        "unseen_answers": {"shapes"},
+    }
+    assert sum(len(read_lines(path)) for path in data.glob("seen_*")) == len(read_lines(data / "seen.jsonl")) == 15
+
+
 def test_a_run_trains_on_rows_and_measures_seen_and_unseen_tasks(folder: Path) -> None:
     content = recipe(folder)
     content["stages"].append({"method": "sft", "max_steps": 1, "data": {"source": "stage:build", "chat": False}})
@@ -97,7 +124,7 @@ def test_an_interrupted_stage_starts_over_and_writes_the_same(folder: Path, monk
             (folder / name).mkdir()
         stage.build(folder / name / "data", folder / name / "examples", 3)
         contents.append({p.name: p.read_bytes() for p in sorted((folder / name / "data").iterdir())})
-    assert contents[0] == contents[1] and len(contents[0]) == 4
+    assert contents[0] == contents[1] and len(contents[0]) == 5
 
 
 def _interrupt(*_: Any) -> None:

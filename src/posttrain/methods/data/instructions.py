@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from posttrain.config.settings import NAME, ModelConfig
 from posttrain.core.errors import DataError
-from posttrain.core.files import stream_lines, write_json
+from posttrain.core.files import read_lines, stream_lines, write_json
 from posttrain.data.instruction_settings import InstructionSettings
 from posttrain.data.instruction_tasks import InstructionTask
 from posttrain.methods.data.data_stage import DataStage, DataStageConfig, refuse_torchrun
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 TEMPLATE_TOKENS = 64
 """Tokens that a chat template adds to a turn at most, where a text is short enough for its tokens not to be counted."""
+
+
+SHORT_ANSWER = 5
+"""Words of an answer that is compared with the expected one; a longer one can be said in too many ways."""
 
 
 class InstructionsConfig(DataStageConfig, InstructionSettings):
@@ -83,7 +87,9 @@ class Instructions(DataStage):
         return {"made": made}
 
     def build(self, out: Path, work: Path, seed: int) -> dict[str, Any]:
-        """Build the rows, and write `out`/rows.jsonl, seen.jsonl, unseen.jsonl and stats.json, whole or not at all.
+        """Build the rows, and write `out`/rows.jsonl, seen.jsonl, unseen.jsonl (also by what measures them) and stats.json.
+
+        All or nothing is written.
 
         Args:
             out: The folder that is written.
@@ -125,6 +131,7 @@ class Instructions(DataStage):
             stream_lines(new / "rows.jsonl", _counted(builder.rows(fits), track))
         for name, unseen in (("seen", False), ("unseen", True)):
             stream_lines(new / f"{name}.jsonl", builder.held_out_rows(unseen, fits))
+            write_by_measure(new / f"{name}.jsonl")
         stats = builder.stats()
         if not any(task["rows"] for task in stats["tasks"].values()):
             raise DataError(f"stage {self.config.name}: every row is longer than {self._limit():,} tokens")
@@ -156,6 +163,27 @@ class Instructions(DataStage):
             return sum(map(len, tokenize(tokenizer, [*texts, completion], special=False))) + around <= limit
 
         return fits
+
+
+def measured_as(row: Mapping[str, Any]) -> str:
+    """Return what a held-out row can be measured by.
+
+    choices: the likeliest label (evaluation `choice`). answers: an answer of at most SHORT_ANSWER words, which is right
+    or wrong (`generate`). texts: one of many good texts (`perplexity`).
+    """
+    if row.get("choices"):
+        return "choices"
+    is_short = len(row["completion"].split()) <= SHORT_ANSWER and not row["rationale"]
+    return "answers" if row["type"] in ("question_answering", "extraction") and is_short else "texts"
+
+
+def write_by_measure(path: Path) -> None:
+    """Write the rows of NAME.jsonl also to NAME_choices.jsonl, NAME_answers.jsonl and NAME_texts.jsonl, if they have any."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in read_lines(path):
+        rows.setdefault(measured_as(row), []).append(row)
+    for measure, found in rows.items():
+        stream_lines(path.with_name(f"{path.stem}_{measure}.jsonl"), found)
 
 
 def _show(track: Any, done: int, total: int) -> None:
