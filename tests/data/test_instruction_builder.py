@@ -316,7 +316,7 @@ def test_word_index_finds_what_comparing_with_all_finds() -> None:
         found += expected
     assert 5 < found < 95
     counts = np.bincount([draws.below(5) for _ in range(5000)])
-    assert counts.min() > 900 and len(set(draws.several(1000, 50))) == 50
+    assert counts.min() > 900 and len(set(draws.several(1000, 50))) == len(set(draws.several(50, 50))) == 50
 
 
 # -------------------------------------------------------------------------------------------------- rows and tasks

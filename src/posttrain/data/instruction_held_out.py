@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -32,9 +31,13 @@ class WordIndex:
 
     def is_near(self, words: frozenset[str], overlap: float) -> bool:
         """Return True if a set of the index has at least `overlap` of the words of both in common."""
-        shared = Counter[int]()
-        for word in words:
-            shared.update(self._holders.get(word, ()))
+        known = words & self._holders.keys()
+        if len(known) < overlap * len(words) - 1e-9:  # as no set shares more than these
+            return False
+        shared: dict[int, int] = {}
+        for word in known:
+            for i in self._holders[word]:
+                shared[i] = shared.get(i, 0) + 1
         return any(n >= overlap * (len(words) + self._sizes[i] - n) - 1e-9 for i, n in shared.items())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,15 +125,18 @@ class Draws:
         """Return a whole number in [0, count)."""
         return self._next() * count >> 64
 
-    def several(self, count: int, most: int) -> list[int]:
-        """Return at most `most` different numbers in [0, count), in random order."""
+    def several(self, count: int, most: int) -> Iterator[int]:
+        """Yield at most `most` different numbers in [0, count), in random order."""
         if count <= 2 * most:
             pool = list(range(count))
             for i in range(min(most, count)):
                 j = i + self.below(count - i)
                 pool[i], pool[j] = pool[j], pool[i]
-            return pool[:most]
-        found: dict[int, None] = {}
+                yield pool[i]
+            return
+        found = set[int]()
         while len(found) < most:
-            found[self.below(count)] = None
-        return list(found)
+            drawn = self.below(count)
+            if drawn not in found:
+                found.add(drawn)
+                yield drawn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,6 +106,7 @@ class RowWriter:
             for context in (False, True)
         }
         self._shown = self.store.demonstrations
+        self._columns = [self.store.column(name) for name in ("input_keys", "groups", "with_rationale")]
 
     def _chosen(self, inverted: bool, context: bool) -> list[Wording]:
         """Return the wordings for rows with or without a context; of `kind.wordings` of them, a random choice."""
@@ -187,15 +188,11 @@ class RowWriter:
         """Draw examples that are not the row itself, nor of its group, nor near it or one another by their words."""
         if not count:
             return []
-        store = self.store
-        words = [store.word_set(example)]
-        inputs = {int(store.column("input_keys")[number])}
-        group = int(store.column("groups")[number])
+        words = [self.store.word_set(example)]
         found: list[Example] = []
-        for candidate in self._candidates(
-            number, inputs, group, reasoned, draws.several(self._pool_size, TRIES * count)
-        ):
-            new = store.word_set(candidate)
+        drawn = draws.several(len(self._shown) or len(self.pool), TRIES * count)
+        for candidate in self._candidates(number, example, reasoned, drawn):
+            new = self.store.word_set(candidate)
             if any(near(new, other, self.overlap) for other in words):
                 continue
             found.append(candidate)
@@ -204,25 +201,18 @@ class RowWriter:
                 break
         return found
 
-    @property
-    def _pool_size(self) -> int:
-        return len(self._shown) or len(self.pool)
-
-    def _candidates(
-        self, number: int, inputs: set[int], group: int, reasoned: bool, drawn: Sequence[int]
-    ) -> Iterator[Example]:
+    def _candidates(self, number: int, example: Example, reasoned: bool, drawn: Iterable[int]) -> Iterator[Example]:
         """Yield drawn examples without those that hashes rule out, which costs no reading."""
-        context = bool(self.store[number].fields.get("context"))
+        context = bool(example.fields.get("context"))
+        inputs, groups, rationales = self._columns
         for place in drawn:
             if self._shown:
                 shown = self._shown[place]
             else:
                 i = int(self.pool[place])
-                columns = self.store.column
-                same_group = group != 0 and int(columns("groups")[i]) == group
-                if i == number or same_group or int(columns("input_keys")[i]) in inputs:
+                if i == number or inputs[i] == inputs[number] or (reasoned and not rationales[i]):
                     continue
-                if reasoned and not columns("with_rationale")[i]:
+                if groups[number] and groups[i] == groups[number]:
                     continue
                 shown = self.store[i]
             if bool(shown.fields.get("context")) == context and (shown.rationale or not reasoned):
