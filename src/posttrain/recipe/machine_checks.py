@@ -144,6 +144,8 @@ def _packages_needed(block: BaseModel, values: Mapping[str, Any]) -> Iterator[tu
         yield "compare", "math-verify"
     if values.get("quantization") is not None:
         yield "quantization", "bitsandbytes"
+    if values.get("near_duplicates") is not None:
+        yield "near_duplicates", "rensa"
     if isinstance(block, ServerConfig):
         yield "", "openai"
     if isinstance(block, TrackConfig):

@@ -20,8 +20,10 @@ from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines, stream_lines, write_json
 from posttrain.data.instruction_settings import InstructionSettings
 from posttrain.data.instruction_tasks import InstructionTask
+from posttrain.data.quality_settings import QualitySettings
 from posttrain.methods.data.data_stage import DataStage, DataStageConfig, refuse_torchrun
 from posttrain.methods.data.instruction_files import read_tasks, task_paths
+from posttrain.methods.data.instruction_quality import InstructionQuality
 
 if TYPE_CHECKING:
     from posttrain.data.instruction_builder import InstructionBuilder
@@ -35,7 +37,7 @@ SHORT_ANSWER = 5
 """Words of an answer that is compared with the expected one; a longer one can be said in too many ways."""
 
 
-class InstructionsConfig(DataStageConfig, InstructionSettings):
+class InstructionsConfig(DataStageConfig, InstructionSettings, QualitySettings):
     """Instruction building: tables become rows for instruction tuning."""
 
     method: Literal["instructions"] = "instructions"
@@ -80,13 +82,13 @@ class Instructions(DataStage):
     def make(self, model: ModelConfig, folder: Path, seed: int) -> dict[str, Any]:
         refuse_torchrun(self.config.method)
         out, work = folder / "data", folder / "examples"
-        stats = self.build(out, work, seed)
+        stats = self.build(out, work, seed, model)
         counts = {name: task["rows"] for name, task in stats["tasks"].items() if task["rows"]}
         made: dict[str, Any] = {"rows": sum(counts.values()), "tasks": len(counts), **stats["held_out"]}
         made |= {f"left out: {cause}": n for cause, n in stats["dropped"].items()}
         return {"made": made}
 
-    def build(self, out: Path, work: Path, seed: int) -> dict[str, Any]:
+    def build(self, out: Path, work: Path, seed: int, model: ModelConfig | None = None) -> dict[str, Any]:
         """Build the rows, and write `out`/rows.jsonl, seen.jsonl, unseen.jsonl (also by what measures them) and stats.json.
 
         All or nothing is written.
@@ -95,6 +97,7 @@ class Instructions(DataStage):
             out: The folder that is written.
             work: A folder for the texts of the examples while rows are built; it is removed.
             seed: Seeds everything random.
+            model: The model under which the difficulty of rows is measured. None: it is not.
 
         Returns:
             The content of stats.json.
@@ -106,15 +109,21 @@ class Instructions(DataStage):
         config = self.config
         shutil.rmtree(work, ignore_errors=True)  # of an interrupted run: what it holds is made again
         builder = InstructionBuilder(self.tasks, seed, config, work)
+        quality = InstructionQuality(config, self.tasks, self.context)
         stats: dict[str, Any] = {}
         try:
             with Track(f"{config.name}: rows read", 1) as track:
                 builder.read(partial(_show, track))
+                track.say("looking for duplicates, leaks and held-out rows")
+            quality.drop(builder)
             builder.split()
+            quality.drop_held_out(builder)
 
             def write(new: Path) -> None:
                 new.mkdir()
                 stats.update(self._write(builder, new))
+                stats["quality"] = quality.measure(new, model)
+                write_json(new / "stats.json", stats)
 
             save_atomically(out, write)
         finally:
@@ -140,7 +149,6 @@ class Instructions(DataStage):
             f"{name} rows held out": sum(t["held_out_rows"] for t in stats["tasks"].values() if t["held out"] == unseen)
             for name, unseen in held.items()
         }
-        write_json(new / "stats.json", stats)
         return stats
 
     def _limit(self) -> int | None:
