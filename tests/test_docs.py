@@ -38,10 +38,12 @@ MAKERS: dict[str, dict[str, Any]] = {
 
 
 def recipe_of(fragment: Any) -> dict[str, Any]:
-    """Return a whole recipe around a fragment: stages, evaluations, or settings of one stage."""
+    """Return a whole recipe around a fragment: stages, evaluations, settings of a stage, or a task of instructions."""
     recipe: dict[str, Any] = {"name": "page", "model": {"source": "tiny:llama"}}
     if isinstance(fragment, list):
         fragment = {"stages": fragment}
+    if {"fields", "output"} <= set(fragment):  # a task's file
+        fragment = {"method": "instructions", "tasks": [fragment]}
     if not {"stages", "evaluate"} & set(fragment):
         fragment = {"stages": [STAGES.get(next(iter(fragment)), {"method": "grpo"}) | fragment]}
     stages = fragment.get("stages", [])

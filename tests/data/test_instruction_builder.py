@@ -141,6 +141,23 @@ def test_translations_name_both_languages_and_invert(tmp_path: Path) -> None:
         language_name("xx")
 
 
+def test_values_inside_of_columns_and_labels_that_look_like_other_types(tmp_path: Path) -> None:
+    rows = [{"q": sentence(i), "a": {"text": [f"A{i}", "x"], "start": [i]}, "ok": i % 2 == 0} for i in range(20)]
+    rows.append({"q": "no answer", "a": {"text": [], "start": []}, "ok": True})
+    path = table(tmp_path / "t.jsonl", rows)
+    base: dict[str, Any] = {"name": "t", "data": {"source": path, "on_bad_row": "skip"}}
+    squad = InstructionTask.model_validate(
+        base | {"type": "question_answering", "fields": {"question": "{q}"}, "output": "{a.text.0}"}
+    )
+    builder = built([squad], tmp_path / "w", held_out=0, shots={"share": 0})
+    assert sorted(row["completion"] for row in builder.rows()) == sorted(f"A{i}" for i in range(20))
+    assert builder.stats()["dropped"] == {"missing field 'a.text.0'": 1}
+    yes_no = base | {"type": "classification", "fields": {"input": "{q}"}, "output": "{ok}"}
+    task = InstructionTask.model_validate(yes_no | {"labels": {True: "right", False: "wrong"}})
+    for row in build_instructions([task], held_out=0):
+        assert row["completion"] == {"true": "right", "false": "wrong"}[row["label"]]
+
+
 # ------------------------------------------------------------------------------------------------- demonstrations
 
 
@@ -296,6 +313,11 @@ def test_caps_and_the_number_of_rows(tmp_path: Path, caplog: pytest.LogCaptureFi
     rows = list(build_instructions(tasks, held_out=0, max_rows_per_task=20, rows=50, mixing="equal"))
     assert Counter(r["task"] for r in rows) == {"a": 8, "b": 20}
     assert "rows is 50, and the tasks give 28" in caplog.text
+    caplog.clear()
+    tiny = [sentiment(tmp_path, 4, "a"), tasks[1]]
+    assert len(list(build_instructions(tiny, held_out=0, mixing="equal"))) == 12  # by weight
+    assert "task a has 4 rows, which its share in the mixture limits all others to: 12 of 64 rows" in caplog.text
+    sentiment(tmp_path, 60, "a")
     few = {r["place"] for r in build_instructions(tasks, held_out=0, rows=10, mixing="equal")}
     assert few <= {r["place"] for r in build_instructions(tasks, held_out=0, rows=20, mixing="equal")}
 

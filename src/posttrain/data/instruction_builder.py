@@ -57,6 +57,7 @@ class InstructionBuilder:
         self.usable: list[np.ndarray] = []
         self.held: list[np.ndarray] = []
         self._writers: dict[tuple[int, bool], RowWriter] = {}
+        self._plan: tuple[list[np.ndarray], list[int]] | None = None
 
     def read(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read the tables of all tasks; `progress` is called with the rows so far and in all."""
@@ -123,7 +124,7 @@ class InstructionBuilder:
         index = WordIndex(store.word_set(one) for one in shown)
         return np.array([index.is_near(store.word_set(e), self.settings.overlap) for e in store], dtype=bool)
 
-    def chosen(self) -> list[np.ndarray]:
+    def _chosen(self) -> list[np.ndarray]:
         """Return for each task the examples that may be trained on, in the order in which they are taken."""
         out = []
         for i, (task, store) in enumerate(zip(self.tasks, self.stores, strict=True)):
@@ -133,13 +134,28 @@ class InstructionBuilder:
             out.append(numbers[np.argsort(order[numbers], kind="stable")][: min(caps, default=None)])
         return out
 
-    def mixture(self, chosen: Sequence[np.ndarray]) -> list[int]:
+    def plan(self) -> tuple[list[np.ndarray], list[int]]:
+        """Return the examples of each task that may be trained on, and how many rows of each are; after `split`."""
+        if self._plan is None:
+            chosen = self._chosen()
+            self._plan = chosen, self._mixture(chosen)
+        return self._plan
+
+    def _mixture(self, chosen: Sequence[np.ndarray]) -> list[int]:
         """Return how many rows of each task are trained on; none of the tasks of held-out clusters."""
         settings = self.settings
         examples = [0 if i in self.unseen else len(c) for i, c in enumerate(chosen)]
         mixing = Mixing(settings.mixing.kind, settings.mixing.maximum)
         rates = mixing.rates(examples, [task.weight for task in self.tasks])
-        counts = mixed_counts(rates, [n * settings.rows_per_example for n in examples], settings.rows)
+        available = [n * settings.rows_per_example for n in examples]
+        counts = mixed_counts(rates, available, settings.rows)
+        if settings.rows is None and 2 * sum(counts) < sum(available):
+            i = max((i for i, n in enumerate(counts) if n), key=lambda i: counts[i] / available[i])
+            log.warning(
+                "task %s has %d rows, which its share in the mixture limits all others to: %d of %d rows are taken. "
+                "rows: %d takes more",
+                *(self.tasks[i].name, available[i], sum(counts), sum(available), sum(available)),
+            )
         if settings.rows is not None and sum(counts) < settings.rows:
             log.warning(
                 "rows is %d, and the tasks give %d: raise rows_per_example, or the tasks' max_rows",
@@ -149,8 +165,7 @@ class InstructionBuilder:
 
     def rows(self, fits: Fits | None = None) -> Iterator[dict[str, Any]]:
         """Yield the rows to train on, tasks mixed."""
-        chosen = self.chosen()
-        counts = self.mixture(chosen)
+        chosen, counts = self.plan()
         if not sum(counts):
             raise DataError("no row is left to train on: " + self._why_none())
         tasks, numbers, variants, keys = [], [], [], []
@@ -174,7 +189,7 @@ class InstructionBuilder:
 
     def held_out_rows(self, unseen: bool, fits: Fits | None = None) -> Iterator[dict[str, Any]]:
         """Yield the held-out rows of trained tasks, or with `unseen` those of held-out clusters."""
-        chosen = self.chosen()
+        chosen, _ = self.plan()
         for i, held in enumerate(self.held):
             if (i in self.unseen) == unseen:
                 writer = self._writer(i, chosen[i], RowKind.held_out(self.settings), fits)

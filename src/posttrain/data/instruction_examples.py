@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ import numpy as np
 
 from posttrain.core.errors import DataError
 from posttrain.data.bad_rows import BadRow, BadRows, Row, short_reason
-from posttrain.data.cells import is_missing, read_text, required_field
+from posttrain.data.cells import is_missing, missing_field, read_text
 from posttrain.data.instruction_tasks import InstructionTask
 from posttrain.data.instruction_wordings import INPUT_FIELDS, LABELLED, Template
 from posttrain.data.parts import PlacedRow
@@ -141,7 +142,7 @@ class ExampleStore:
     def common_words(self) -> frozenset[str]:
         """Return the words that more than half of the inputs have: they are left out where inputs are compared."""
         if self._common is None:
-            sets = [set(words_of(e.input_text(self.task.type))) for e in islice(iter(self), SAMPLED)]
+            sets = [set(compared_words(e.input_text(self.task.type))) for e in islice(iter(self), SAMPLED)]
             counts = Counter(word for words in sets for word in words)
             enough = len(sets) if len(sets) < 20 else len(sets) // 2
             self._common = frozenset(word for word, n in counts.items() if n > enough)
@@ -150,7 +151,7 @@ class ExampleStore:
     def word_set(self, example: Example) -> frozenset[str]:
         """Return the words of an input by which it is compared; all of them if it has no others than common ones."""
         text = example.input_text(self.task.type)
-        words = frozenset(words_of(text))
+        words = frozenset(compared_words(text))
         return words - self.common_words or words or frozenset((text,))
 
     def drop(self, number: int, cause: str) -> None:
@@ -194,7 +195,7 @@ class ExampleStore:
                 seen.add(key)
                 f.write(line := _line(example))
                 self._offsets.append(self._offsets[-1] + len(line))
-                words = words_of(text := example.input_text(self.task.type))
+                words = compared_words(text := example.input_text(self.task.type))
                 numbers = (_hash("\0".join(words) or text), key, _hash(example.output), group)
                 for column, number in zip(
                     self._columns.values(), (*numbers, len(words) >= LONG_INPUT, bool(example.rationale)), strict=True
@@ -266,22 +267,52 @@ class _RowReader:
         return Example(fields, output, rationale, placed.source), _group_key(group)
 
 
+def compared_words(text: str) -> list[str]:
+    """Return the words of a text for comparing: letters with separate accents are the same as those with their own."""
+    return words_of(text if text.isascii() else unicodedata.normalize("NFKC", text))
+
+
 def _group_key(value: Any) -> int:
     """Return a hash of a group's name; 0 for a row that is in no group."""
-    text = "" if is_missing(value) else json.dumps(value, sort_keys=True, default=str)
-    return 0 if text in ("", '""') else _hash(text) | 1
+    if is_missing(value) or (isinstance(value, str) and not value.strip()):
+        return 0
+    simple = isinstance(value, str | int | float)
+    return _hash(cell_text(value, "group") if simple else json.dumps(value, sort_keys=True, default=str)) | 1
 
 
 def _fill(template: Template, row: Row) -> str:
-    return template.fill({name: cell_text(required_field(row, name), name) for name in template.fields}).strip()
+    values = {name: value_at(row, name) for name in template.fields}
+    if missing := [name for name, value in values.items() if is_missing(value)]:
+        raise missing_field(missing[0], values[missing[0]])
+    return template.fill({name: cell_text(value, name) for name, value in values.items()}).strip()
 
 
 def _fill_if_there(template: Template, row: Row) -> str:
     """Return a filled template; an empty text if one of its columns has no value."""
-    values = {name: row.get(name) for name in template.fields}
+    values = {name: value_at(row, name) for name in template.fields}
     if any(is_missing(value) or (isinstance(value, str) and not value.strip()) for value in values.values()):
         return ""
     return template.fill({name: cell_text(value, name) for name, value in values.items()}).strip()
+
+
+def value_at(row: Row, name: str) -> Any:
+    """Return the value of a column, or inside of one: answers.text.0 is the first item of `text` in `answers`.
+
+    Returns:
+        None if there is no such column, key or item.
+    """
+    if name in row or "." not in name:
+        return row.get(name)
+    first, *parts = name.split(".")
+    value = row.get(first)
+    for part in parts:
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
 
 
 def cell_text(value: Any, name: str) -> str:
@@ -324,7 +355,7 @@ def open_table(task: InstructionTask) -> Rows:
     wanted = [(key, column) for key, text in named.items() for column in Template(text).fields]
     for key, column in [*wanted, *([("group", task.group)] if task.group is not None else [])]:
         made = task.data.classes is not None and column == "label"
-        if not made and not rows.has(column):
+        if not made and not rows.has(column) and not ("." in column and rows.has(column.split(".")[0])):
             shown = column if key == "group" else f"{{{column}}}"
             raise DataError(f"task {task.name!r}: {key} names {shown}, and the columns are {rows.columns}")
     return rows

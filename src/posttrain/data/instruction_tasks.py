@@ -95,7 +95,9 @@ class InstructionTask(Config):
     def _lists_of_text(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        lists = {str(name): words if isinstance(words, list) else [words] for name, words in value.items()}
+        lists = {
+            str(cell_of_yaml(name)): words if isinstance(words, list) else [words] for name, words in value.items()
+        }
         return {name: [cell_of_yaml(word) for word in words] for name, words in lists.items()}
 
     @field_validator("fields", mode="before")

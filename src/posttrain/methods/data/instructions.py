@@ -135,7 +135,7 @@ class Instructions(DataStage):
         from posttrain.core.progress import Track
 
         fits = self._fits()
-        total = sum(builder.mixture(builder.chosen()))
+        total = sum(builder.plan()[1])
         with Track(f"{self.config.name}: rows written", max(1, total)) as track:
             stream_lines(new / "rows.jsonl", _counted(builder.rows(fits), track))
         for name, unseen in (("seen", False), ("unseen", True)):
