@@ -112,16 +112,9 @@ def name_task(code: str) -> Task:
     }
 
 
-def currency_table(code: str, question: str, currencies: dict[str, list[str]], locale: Any) -> Table:
-    """Return questions on currencies in a language.
-
-    Args:
-        code: The language.
-        question: With {place}.
-        currencies: Codes of the legal tender by territory.
-        locale: Babel's locale of the language.
-    """
-    task = {
+def currency_task(code: str) -> Task:
+    """Return the task file's entry for the questions in one language."""
+    task: Task = {
         "name": f"currencies_{code}",
         "type": "question_answering",
         "cluster": "geography",
@@ -134,7 +127,19 @@ def currency_table(code: str, question: str, currencies: dict[str, list[str]], l
     }
     if code != "en":
         task["wordings"] = ["{question}"]
-    table = Table(f"currencies_{code}", [task], unique=("question",))
+    return task
+
+
+def currency_table(code: str, question: str, currencies: dict[str, list[str]], locale: Any) -> Table:
+    """Return questions on currencies in a language.
+
+    Args:
+        code: The language.
+        question: With {place}.
+        currencies: Codes of the legal tender by territory.
+        locale: Babel's locale of the language.
+    """
+    table = Table(f"currencies_{code}", [currency_task(code)], unique=("question",))
     for place, found in currencies.items():
         name = locale.territories.get(place)
         if len(found) != 1:

@@ -23,6 +23,7 @@ from posttrain.core.files import read_lines
 from posttrain.eval.evaluation_tasks import SampleTask, ScoreTask
 from posttrain.methods.data.ai_feedback import FeedbackConfig
 from posttrain.methods.data.critique_revision import RefineConfig
+from posttrain.methods.data.instructions import InstructionsConfig
 from posttrain.methods.data.rejection import RejectionConfig
 from posttrain.methods.data.self_instruct import SelfInstructConfig
 from posttrain.methods.preference.offline import PreferenceConfig
@@ -51,6 +52,24 @@ def chats(tmp_path: Path) -> Path:
     path.write_text("".join(json.dumps(c) + "\n" for c in CHATS))
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PAIRS))
     return path
+
+
+def instruction_tasks(folder: Path) -> list[Path]:
+    """Write tables and task files: labels, short answers with reasoning, and texts to train on; labels to hold out."""
+    columns = {
+        "classification": {"fields": {"input": "{a}"}, "output": "{label}"},
+        "question_answering": {"fields": {"question": "What is {a}?"}, "output": "{b}", "rationale": "It is {b}."},
+        "paraphrase": {"fields": {"input": "{a}"}, "output": "{b} {a}"},
+        "inference": {"fields": {"premise": "{a}", "hypothesis": "{b}"}, "output": "{label}"},
+    }
+    files = []
+    for number, (kind, task) in enumerate(columns.items()):
+        name = f"table_{kind}"
+        rows = [{"a": f"n{i * 7919 + number}", "b": f"m{i * 104729}", "label": "xy"[i % 2]} for i in range(20)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files.append(folder / f"{name}.yaml")
+        files[-1].write_text(json.dumps({"name": name, "type": kind, "data": f"{name}.jsonl", **task}))
+    return files
 
 
 def tiny_judge(where: str, chats: Path) -> list[str]:
@@ -82,6 +101,11 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
         if isinstance(stage, SelfInstructConfig):  # a random model writes no task: a server does
             server = f"{{model: teacher, base_url: '{teacher}'}}"
             given += [f"stages.{i}.{s}" for s in ("instructions=4", "sampler.max_tokens=99", f"server={server}")]
+            continue
+        if isinstance(stage, InstructionsConfig):  # its tables are fetched: small ones of the same types are written
+            files = instruction_tasks(chats.parent)
+            small = (f"tasks=[{', '.join(map(str, files))}]", "held_out=2", "unseen=4", "rows=30", "max_tokens=null")
+            given += [f"stages.{i}.{s}" for s in small]
             continue
         if isinstance(stage, RefineConfig):  # its context has no room for examples
             small = ("problems.data.rows=[0, 12]", "examples=null", "sampler.stop=[a, b, c, d, e, f, g, h]")
@@ -116,6 +140,8 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
         own = str(stage.data.source).startswith(("packaged:", "lab:", "stage:"))
         given += [] if own else [f"stages.{i}.data.source={chats}"]
     for i, task in enumerate(recipe.evaluate):
+        if str(getattr(getattr(task, "data", None), "source", "")).startswith("stage:"):
+            continue
         if isinstance(task, ScoreTask.Config):
             given += [f"evaluate.{i}.{s}" for s in ("problems.data.rows=[9100, 9106]", "sampler.max_tokens=6")]
             given += tiny_judge(f"evaluate.{i}.scorer.judge", chats) if task.scorer.kind == "judge" else []
