@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
@@ -9,15 +10,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from lean_run import lean_run
+
+import posttrain
 from posttrain.config import Recipe
-from posttrain.core.files import read_lines
+from posttrain.core.files import read_lines, write_json
 from posttrain.recipe.parsing import dump_recipe, load_recipe
+from posttrain.runs.machine import machine
 
 STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Two-sided 95% points of Student's t by degrees of freedom."""
@@ -29,7 +36,8 @@ class Arm:
 
     keep: names of the stages that are kept (empty: all). curve: the stage whose held-out curve is drawn (None: there is
     none, and `task` alone counts), by its metric `measure`. task: an evaluation whose figures are taken after the last
-    stage. lab: whose seeds the base models are of.
+    stage. lab: whose seeds the base models are of; model: a model that is the same for all seeds, instead. seeded:
+    settings that depend on the seed, such as the rows. lean: evaluate the last model alone, and keep no weights.
     """
 
     name: str
@@ -40,31 +48,50 @@ class Arm:
     task: str | None = None
     measure: str = "held_out"
     lab: str = "lab:"
+    model: str | None = None
+    seeded: Callable[[int], tuple[str, ...]] = lambda seed: ()
+    lean: bool = False
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Candidates of one arm: (a shorter run that is measured on other rows, the arm if that is the best of them).
+
+    The best has the highest `value` of its task on the first seed.
+    """
+
+    candidates: tuple[tuple[Arm, Arm], ...]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Arms that are compared. judge: (curves by arm, one a seed) -> figures and a verdict in words."""
+    """Arms that are compared. judge: (curves by arm, one a seed) -> figures and a verdict in words.
+
+    draw: draws the result in place of `plot`.
+    """
 
     number: int
     statement: str
-    arms: tuple[Arm, ...]
+    arms: tuple[Arm | Sweep, ...]
     judge: Callable[[dict[str, list[Curve]]], dict[str, Any]]
     note: str = ""
     axis: str = "held-out accuracy, greedy"
+    draw: Callable[[dict[str, Any], Claim, Path], None] | None = None
 
 
 @dataclass(frozen=True)
 class Curve:
     """Held-out accuracy of one run: (rollouts sampled so far, accuracy) before the first step to after the last.
 
-    more: the task's figures after the last stage. last_record: the stage's last record with a measurement.
+    Of stages that sample nothing the first number is the step. more: the task's figures after the last stage.
+    last_record: the stage's last record with a measurement. stages: their entries in the manifest.
     """
 
     points: list[tuple[int, float]]
     seconds: float
     more: dict[str, Any] = field(default_factory=dict)
     last_record: dict[str, Any] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def first(self) -> float:
@@ -95,9 +122,10 @@ class Curve:
 def run_arm(arm: Arm, seed: int, work: Path) -> Curve:
     """One run in a process of its own, on one core; a finished or half-finished one in `work` is gone on from.
 
-    Two claims that have an arm in common share its runs.
+    Two claims that have an arm in common share its runs. Lean arms take turns in a few processes, which start once.
     """
-    recipe = load_recipe(arm.recipe, [f"model.source={arm.lab}{seed}", f"seed={seed}", *arm.overrides])
+    source = arm.model or f"{arm.lab}{seed}"
+    recipe = load_recipe(arm.recipe, [f"model.source={source}", f"seed={seed}", *arm.overrides, *arm.seeded(seed)])
     stages = [s for s in recipe.stages if not arm.keep or s.name in arm.keep]
     tasks = [t for t in recipe.evaluate if t.name == arm.task]
     changed = {"stages": stages, "evaluate": tasks, "evaluate_stages": False, "name": "claim", "description": ""}
@@ -106,18 +134,33 @@ def run_arm(arm: Arm, seed: int, work: Path) -> Curve:
     folder, file = work / name, work / f"{name}.yaml"
     file.write_text(text)
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "posttrain", "run", str(file), "--folder", str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode:
-        raise SystemExit(f"{arm.name}, seed {seed} ({file}) failed:\n{done.stderr[-3000:]}")
+    failure = ""
+    if arm.lean:
+        try:
+            lean_pool().submit(lean_run, str(file), folder).result()
+        except Exception as error:  # whatever a run ends with is told with its arm
+            failure = f"{type(error).__name__}: {error}"
+    else:
+        done = subprocess.run(
+            [sys.executable, "-m", "posttrain", "run", str(file), "--folder", str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        failure = done.stderr[-3000:] if done.returncode else ""
+    if failure:
+        raise SystemExit(f"{arm.name}, seed {seed} ({file}) failed:\n{failure}")
     seconds = time.perf_counter() - began
     print(f"  {arm.name}, seed {seed}: {seconds:.0f} s", flush=True)
     return read_curve(folder, arm, seconds)
+
+
+@cache
+def lean_pool() -> ProcessPoolExecutor:
+    """Return the processes of lean runs: as many as there are cores, started when they are needed, with one thread."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    return ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), max_tasks_per_child=10)
 
 
 def read_curve(folder: Path, arm: Arm, seconds: float) -> Curve:
@@ -127,7 +170,7 @@ def read_curve(folder: Path, arm: Arm, seconds: float) -> Curve:
     if arm.curve is not None:
         (found,) = (folder / "stages").glob(f"*-{arm.curve}")
         for record in read_lines(found / "metrics.jsonl"):
-            spent += int(record.get("samples", 0))
+            spent = spent + int(record["samples"]) if "samples" in record else int(record.get("step", 0))
             if arm.measure in record:
                 right = f"{arm.measure}/right"
                 points.append((spent, float(record[right if right in record else arm.measure])))
@@ -135,15 +178,22 @@ def read_curve(folder: Path, arm: Arm, seconds: float) -> Curve:
     more = {}
     if arm.task is not None:
         more = json.loads((folder / "evaluations" / "after" / f"{arm.task}.json").read_text())
-    return Curve(points, round(seconds, 1), more, last)
+    keys = ("name", "parameters", "trainable", "peak_memory_mb", "tokens_per_second", "seconds", "made")
+    manifest = folder / "manifest.json"
+    stages = json.loads(manifest.read_text())["stages"] if manifest.exists() else []
+    noted = [{k: stage[k] for k in keys if k in stage} for stage in stages]
+    return Curve(points, round(seconds, 1), more, last, noted)
 
 
 def run_claim(claim: Claim, seeds: Sequence[int], work: Path, at_once: int) -> dict[str, Any]:
     """All arms of a claim over all seeds, and what its judge says of them."""
-    jobs = [(arm, seed) for seed in seeds for arm in claim.arms]
     with ThreadPoolExecutor(at_once) as pool:
+        trials = [trial for sweep in claim.arms if isinstance(sweep, Sweep) for trial, _ in sweep.candidates]
+        tried = dict(zip(trials, pool.map(lambda arm: run_arm(arm, seeds[0], work), trials), strict=True))
+        arms = [arm if isinstance(arm, Arm) else best_of(arm, tried) for arm in claim.arms]
+        jobs = [(arm, seed) for seed in seeds for arm in arms]
         results = list(pool.map(lambda job: run_arm(job[0], job[1], work), jobs))
-    curves: dict[str, list[Curve]] = {arm.name: [] for arm in claim.arms}
+    curves: dict[str, list[Curve]] = {arm.name: [] for arm in arms}
     for (arm, _), curve in zip(jobs, results, strict=True):
         curves[arm.name].append(curve)
     return {
@@ -154,14 +204,27 @@ def run_claim(claim: Claim, seeds: Sequence[int], work: Path, at_once: int) -> d
                 "recipe": arm.recipe,
                 "overrides": list(arm.overrides),
                 "runs": [
-                    {"seed": s, "seconds": c.seconds, "points": c.points, "evaluation": c.more, "last": c.last_record}
+                    {
+                        "seed": s,
+                        "seconds": c.seconds,
+                        "points": c.points,
+                        "evaluation": c.more,
+                        "last": c.last_record,
+                        "stages": c.stages,
+                    }
                     for s, c in zip(seeds, curves[arm.name], strict=True)
                 ],
             }
-            for arm in claim.arms
+            for arm in arms
         },
+        "sweeps": {arm.name: curve.more["value"] for arm, curve in tried.items()},
         **claim.judge(curves),
     }
+
+
+def best_of(sweep: Sweep, tried: Mapping[Arm, Curve]) -> Arm:
+    """Return the arm whose trial has the highest value; of several the first."""
+    return max(sweep.candidates, key=lambda pair: float(tried[pair[0]].more["value"]))[1]
 
 
 def interval(values: Sequence[float]) -> list[float]:
@@ -239,4 +302,28 @@ def plot(result: dict[str, Any], claim: Claim, path: Path) -> None:
     plt.close(figure)
 
 
-__all__ = ["Arm", "Claim", "Curve", "difference", "fewer", "interval", "plot", "run_claim", "verdict"]
+def main(claims: Mapping[int, Claim], description: str) -> None:
+    """Run the claims that the command line asks for, and print their verdicts."""
+    numbers = ",".join(map(str, claims))
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--claims", default=numbers, help=f"comma between ({numbers})")
+    parser.add_argument("--seeds", default="0,1,2", help="comma between (0,1,2)")
+    parser.add_argument("--at-once", type=int, default=2, help="runs at the same time, a core each (2)")
+    parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="folder of the runs (runs/claims)")
+    parser.add_argument("--plots", type=Path, help="folder for claim-N.svg")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    args = parser.parse_args()
+    seeds, asked = ([int(n) for n in text.split(",")] for text in (args.seeds, args.claims))
+    args.work.mkdir(parents=True, exist_ok=True)
+    began, out = time.perf_counter(), {}
+    for number in asked:
+        claim = claims[number]
+        print(f"{number}. {claim.statement}", flush=True)
+        out[str(number)] = result = run_claim(claim, seeds, args.work, args.at_once)
+        print(f"   {result['verdict']}", flush=True)
+        if args.plots:
+            (claim.draw or plot)(result, claim, args.plots / f"claim-{number}.svg")
+        if args.json:
+            figures = {"posttrain": posttrain.__version__, "machine": machine(), "seeds": seeds, "claims": out}
+            write_json(args.json, {**figures, "seconds": round(time.perf_counter() - began)})
+    print(" ".join(f"claim_{n}={r['verdict']}" for n, r in out.items()))

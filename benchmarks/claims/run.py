@@ -12,18 +12,12 @@ seed) leaves out zero on the right side, «refuted» where it does on the wrong 
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from arms import Arm, Claim, Curve, difference, fewer, interval, plot, run_claim, verdict
-
-import posttrain
-from posttrain.core.files import write_json
-from posttrain.runs.machine import machine
+from arms import Arm, Claim, Curve, difference, fewer, interval, main, verdict
 
 Curves = dict[str, list[Curve]]
 
@@ -241,30 +235,5 @@ FEEDBACK = Claim(
 CLAIMS = {c.number: c for c in (REFT, BASE, STEPS, CONSISTENT, EXPLORING, HARD, FEEDBACK)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Claims, tried in the laboratory.")
-    parser.add_argument("--claims", default="1,2,3,4,5,6,7", help="comma between (1,2,3,4,5,6,7)")
-    parser.add_argument("--seeds", default="0,1,2", help="comma between (0,1,2)")
-    parser.add_argument("--at-once", type=int, default=2, help="runs at the same time, a core each (2)")
-    parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="folder of the runs (runs/claims)")
-    parser.add_argument("--plots", type=Path, help="folder for claim-N.svg")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    args = parser.parse_args()
-    seeds, numbers = ([int(n) for n in text.split(",")] for text in (args.seeds, args.claims))
-    args.work.mkdir(parents=True, exist_ok=True)
-    began, out = time.perf_counter(), {}
-    for number in numbers:
-        claim = CLAIMS[number]
-        print(f"{number}. {claim.statement}", flush=True)
-        out[str(number)] = result = run_claim(claim, seeds, args.work, args.at_once)
-        print(f"   {result['verdict']}", flush=True)
-        if args.plots:
-            plot(result, claim, args.plots / f"claim-{number}.svg")
-        if args.json:
-            figures = {"posttrain": posttrain.__version__, "machine": machine(), "seeds": seeds, "claims": out}
-            write_json(args.json, {**figures, "seconds": round(time.perf_counter() - began)})
-    print(" ".join(f"claim_{n}={r['verdict']}" for n, r in out.items()))
-
-
 if __name__ == "__main__":
-    main()
+    main(CLAIMS, "Claims, tried in the laboratory.")
