@@ -4,8 +4,8 @@
     python examples/data/fetch.py data --only sentiment      # tweets and product reviews
     python benchmarks/claims/prompt_tuning.py --data data --json figures.json --plots FOLDER
 
-Every run is the shipped recipe `prompt_tuning` with other settings, on one core. For every kind three learning rates are
-tried on the first seed, with half of the steps (SmolLM2) and on rows that are not tested on; the best is then run with
+Every run is the shipped recipe `prompt_tuning` with other settings, on one core. For every kind three learning rates
+are tried on the first seed, with half of the steps (SmolLM2) and on rows that are not tested on; the best is then run with
 three seeds (on SmolLM2, prompts of any length take the rate that is best for 20 vectors). A seed is another choice of
 training rows and of initial values. Accuracy is that of the likelier label, on held-out rows. An interrupted benchmark
 resumes.
