@@ -36,8 +36,9 @@ class Arm:
 
     keep: names of the stages that are kept (empty: all). curve: the stage whose held-out curve is drawn (None: there is
     none, and `task` alone counts), by its metric `measure`. task: an evaluation whose figures are taken after the last
-    stage. lab: whose seeds the base models are of; model: a model that is the same for all seeds, instead. seeded:
-    settings that depend on the seed, such as the rows. lean: evaluate the last model alone, and keep no weights.
+    stage; also: others, whose figures are under their names. lab: whose seeds the base models are of; model: one that
+    is the same for all seeds, instead. seeded: settings that depend on the seed, such as the rows. lean: evaluate the
+    last model alone, and keep no weights.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Arm:
     model: str | None = None
     seeded: Callable[[int], tuple[str, ...]] = lambda seed: ()
     lean: bool = False
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def run_arm(arm: Arm, seed: int, work: Path) -> Curve:
     source = arm.model or f"{arm.lab}{seed}"
     recipe = load_recipe(arm.recipe, [f"model.source={source}", f"seed={seed}", *arm.overrides, *arm.seeded(seed)])
     stages = [s for s in recipe.stages if not arm.keep or s.name in arm.keep]
-    tasks = [t for t in recipe.evaluate if t.name == arm.task]
+    tasks = [t for t in recipe.evaluate if t.name in (arm.task, *arm.also)]
     changed = {"stages": stages, "evaluate": tasks, "evaluate_stages": False, "name": "claim", "description": ""}
     text = dump_recipe(Recipe.model_validate(recipe.model_copy(update=changed).model_dump()))
     name = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -177,7 +179,9 @@ def read_curve(folder: Path, arm: Arm, seconds: float) -> Curve:
                 last = record
     more = {}
     if arm.task is not None:
-        more = json.loads((folder / "evaluations" / "after" / f"{arm.task}.json").read_text())
+        after = folder / "evaluations" / "after"
+        more, *others = [json.loads((after / f"{name}.json").read_text()) for name in (arm.task, *arm.also)]
+        more |= dict(zip(arm.also, others, strict=True))
     keys = ("name", "parameters", "trainable", "peak_memory_mb", "tokens_per_second", "seconds", "made")
     manifest = folder / "manifest.json"
     stages = json.loads(manifest.read_text())["stages"] if manifest.exists() else []
@@ -300,6 +304,16 @@ def plot(result: dict[str, Any], claim: Claim, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+def argument(name: str, default: str) -> str:
+    """Return the value of an option that names the claims' data, which exist before the command line is parsed."""
+    if name not in sys.argv:
+        return default
+    at = sys.argv.index(name)
+    value = sys.argv[at + 1]
+    del sys.argv[at : at + 2]
+    return value
 
 
 def main(claims: Mapping[int, Claim], description: str) -> None:

@@ -17,18 +17,18 @@ def lean_run(file: str, folder: Path) -> None:
     import posttrain
     from posttrain.eval.tasks import evaluate_model
     from posttrain.recipe.parsing import load_recipe
+    from posttrain.runs.registry import made_in, resolved
 
     logging.disable(logging.INFO)
     recipe = load_recipe(file)
     after = folder / "evaluations" / "after"
     if after.exists() and all((after / f"{task.name}.json").exists() for task in recipe.evaluate):
         return
-    model = recipe.model
     if recipe.stages:
-        stages_alone = recipe.model_copy(update={"evaluate": []})
-        made = posttrain.run(stages_alone, folder, console=Console(quiet=True)).model
-        model = model.model_copy(update={"source": str(made), "revision": None})
-    evaluate_model(model, recipe.evaluate, after, recipe.seed)
+        posttrain.run(recipe.model_copy(update={"evaluate": []}), folder, console=Console(quiet=True))
+    last = {"source": str(folder / "model"), "revision": None} if (folder / "model").is_dir() else {}
+    tasks = [resolved(task, made_in(folder, recipe)) for task in recipe.evaluate]
+    evaluate_model(recipe.model.model_copy(update=last), tasks, after, recipe.seed)
     for path in [*folder.glob("stages/*/*"), folder / "model"]:
         if path.name in ("model", "adapter", "checkpoints"):
             shutil.rmtree(path, ignore_errors=True)

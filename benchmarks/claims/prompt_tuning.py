@@ -5,10 +5,10 @@
     python benchmarks/claims/prompt_tuning.py --data data --json figures.json --plots FOLDER
 
 Every run is the shipped recipe `prompt_tuning` with other settings, on one core. For every kind three learning rates
-are tried on the first seed, with half of the steps (SmolLM2) and on rows that are not tested on; the best is then run with
-three seeds (on SmolLM2, prompts of any length take the rate that is best for 20 vectors). A seed is another choice of
-training rows and of initial values. Accuracy is that of the likelier label, on held-out rows. An interrupted benchmark
-resumes.
+are tried on the first seed, with half of the steps (SmolLM2) and on rows that are not tested on; the best is then run
+with three seeds (on SmolLM2, prompts of any length take the rate that is best for 20 vectors). A seed is another
+choice of training rows and of initial values. Accuracy is that of the likelier label, on held-out rows. An interrupted
+benchmark resumes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from arms import Arm, Claim, Curve, Sweep, difference, interval, main, verdict
+from arms import Arm, Claim, Curve, Sweep, argument, difference, interval, main, verdict
 
 Curves = dict[str, list[Curve]]
 
@@ -50,16 +50,6 @@ class Task:
     train: int
     dev: tuple[int, int]
     test: tuple[int, int]
-
-
-def argument(name: str, default: str) -> str:
-    """Return the value of an option that names the claims' data, which exist before the command line is parsed."""
-    if name not in sys.argv:
-        return default
-    at = sys.argv.index(name)
-    value = sys.argv[at + 1]
-    del sys.argv[at : at + 2]
-    return value
 
 
 DATA = Path(argument("--data", "data"))
