@@ -371,5 +371,27 @@ def test_inspect_builds_the_rewards(tmp_path, monkeypatch) -> None:
     assert given.exit_code == 0, given.output
 
 
+def test_inspect_shows_instruction_rows_before_a_run(tmp_path) -> None:
+    rows = [f"{'she' if i % 2 else 'it'} went to place{i} with friend{i * 7}\t{'ab'[i % 2]}" for i in range(60)]
+    (tmp_path / "t.tsv").write_text("text\tlabel\n" + "\n".join([*rows, f"{rows[3][:-2].upper()}!\tb"]) + "\n")
+    task = {"name": "places", "type": "classification", "data": {"source": str(tmp_path / "t.tsv")}}
+    task |= {"fields": {"input": "{text}"}, "output": "{label}"}
+    stage = {"method": "instructions", "name": "build", "tasks": [task], "held_out": 5}
+    train = {"method": "sft", "data": {"source": "stage:build", "chat": False}}
+    exam = {"kind": "perplexity", "name": "exam", "data": {"source": "stage:build/data/seen.jsonl", "chat": False}}
+    recipe = {"name": "r", "model": {"source": "tiny:llama"}, "stages": [stage, train], "evaluate": [exam]}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    done = invoke("inspect", str(tmp_path / "r.yaml"), "--rows", "1")
+    assert done.exit_code == 0, done.output
+    for words in (
+        "1 nearly the same as an earlier",
+        "seen.jsonl: 0 rows",
+        "row 1  places",
+        "reads what stage build will make",
+    ):
+        assert words in done.output, done.output
+    assert not list(tmp_path.glob("runs*"))
+
+
 def test_completion_of_the_shell_can_be_installed() -> None:
     assert "--install-completion" in invoke("--help").output

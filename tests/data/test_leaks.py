@@ -56,7 +56,7 @@ def slow_search(items, rows, n):
 @pytest.mark.parametrize("n", [3, 5, 8])
 def test_finds_what_a_slow_exact_search_finds(n, monkeypatch):
     monkeypatch.setattr(module, "SHARED", 10**9)
-    monkeypatch.setattr(module, "BATCH_LETTERS", 500)
+    monkeypatch.setattr("posttrain.data.word_hashes.BATCH_LETTERS", 500)
     rng = random.Random(n)
 
     def text(most):

@@ -58,6 +58,26 @@ def test_keeps_what_a_slow_loop_over_all_pairs_keeps(threshold):
         assert found.similarity[number] == pytest.approx(similarity, abs=1e-6)
 
 
+def test_texts_in_parts_are_duplicates_only_if_every_part_is():
+    rng = random.Random(7)
+    contexts, questions = family(rng, 30), family(rng, 30)
+    rows = [(rng.choice(contexts), rng.choice(questions), rng.choice(["yes", "no", ""])) for _ in range(200)]
+    found = find_duplicates(rows)
+    shingles = [[slow_shingles(part) for part in row] for row in rows]
+    kept = []
+    for number in range(len(rows)):
+        near = [
+            all(a == b or jaccard(a, b) >= 0.8 for a, b in zip(shingles[number], shingles[k], strict=True))
+            for k in kept
+        ]
+        if not any(near):
+            kept.append(number)
+    assert np.flatnonzero(found.kept).tolist() == kept and 20 < len(kept) < 190
+    assert find_duplicates([("a b c", "x"), ("x", "a b c"), ("A b c", "X")]).of.tolist() == [-1, -1, 0]
+    with pytest.raises(ValueError, match="expected 2 parts"):
+        find_duplicates([("a", "b"), ("a",)])
+
+
 def test_case_and_punctuation_do_not_count_and_arithmetic_does():
     texts = [
         "What is 12 + 30?",

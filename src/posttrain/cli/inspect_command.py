@@ -57,6 +57,9 @@ def _show_run(path: Path, rows: int, stage: str | None, watch: bool, options: di
     problem = options["problem"]
     labelled = of_run.print_feedback(path, console, rows)
     plain = not watch and {**options, "problem": None} == {**dict.fromkeys(options), "held_out": False, "sort": "order"}
+    measured = plain and problem is None and _show_quality(path, rows, stage, console)
+    if measured and stage is not None:
+        return True
     if plain and of_run.print_chains(path, console, stage=stage, groups=rows, problem=problem):
         return True
     if of_run.stages_with_rollouts(path):
@@ -65,4 +68,20 @@ def _show_run(path: Path, rows: int, stage: str | None, watch: bool, options: di
         else:
             of_run.print_rollouts(path, console, stage=stage, groups=rows, **options)
         return True
-    return labelled and plain and stage is None and problem is None
+    return measured or (labelled and plain and stage is None and problem is None)
+
+
+def _show_quality(path: Path, rows: int, stage: str | None, console: Any) -> bool:
+    """Print the quality of the instruction rows of a run's stages; False if it has none."""
+    from posttrain.report.row_quality_view import instruction_qualities
+
+    notes: list[str] = []
+    views = [view for view in instruction_qualities(path, notes) if stage in (None, view.stage)]
+    for note in notes if views else ():
+        console.print(f"! {note}", markup=False)
+    for view in views:
+        from posttrain.cli.inspect_rows import print_quality
+
+        console.rule(f"{view.stage} (instructions)")
+        print_quality(view, view.first_rows(rows), console)
+    return bool(views)

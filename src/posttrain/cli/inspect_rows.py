@@ -12,6 +12,7 @@ from posttrain.config import EpochsConfig, Recipe, RewardsConfig, StageConfig, r
 from posttrain.core.epoch_order import epoch_size
 from posttrain.core.imports import is_import_path
 from posttrain.core.types import Sample
+from posttrain.core.visible_text import visible
 from posttrain.data.bad_rows import SHOWN_ROWS
 from posttrain.data.human_feedback import Answers
 from posttrain.data.learnt_turns import NOTES
@@ -21,9 +22,12 @@ from posttrain.data.preference_rows import PreparedPairs, PreparedUnpaired
 from posttrain.data.prompts import PromptSet
 from posttrain.data.sample_store import SampleStore
 from posttrain.eval.tasks import task_data
+from posttrain.methods.data.instruction_quality import InstructionPreview
 from posttrain.models.loading import context_length, describe_vocabulary, load_tokenizer, pick_device
 from posttrain.recipe.machine_checks import blocks
+from posttrain.report.formatting import plain_text
 from posttrain.report.judge_figures import describe_agreement
+from posttrain.report.row_quality_view import InstructionQualityView, quality_lines, quality_view
 from posttrain.rewards.stack import RewardStack
 from posttrain.runs.registry import prepare_stage
 from posttrain.trainer.stage import StageContext
@@ -46,7 +50,7 @@ def print_data(recipe: Recipe, only: str | None, rows: int, out: Console) -> Non
     tokenizer, context = load_tokenizer(recipe.model), context_length(recipe.model)
     if note := describe_vocabulary(recipe.model):
         out.print(Text(f"model: {note}"))
-    for stage in recipe.stages:
+    for number, stage in enumerate(recipe.stages):
         if only not in (None, stage.name):
             continue
         asks = references(stage)
@@ -55,9 +59,12 @@ def print_data(recipe: Recipe, only: str | None, rows: int, out: Console) -> Non
             out.print(f"reads what stage {', '.join(asks)} will make; posttrain inspect RUN shows it afterwards")
             continue
         _check_rewards(stage, tokenizer)
-        for title, data in prepare_stage(stage, StageContext(tokenizer, context, evaluations=recipe.evaluate)).data:
+        prepared = prepare_stage(stage, StageContext(tokenizer, context, evaluations=recipe.evaluate))
+        for title, data in prepared.preview(recipe.seed + number):
             out.rule(f"{title} ({stage.method})")
-            if isinstance(data, PromptSet):
+            if isinstance(data, InstructionPreview):
+                print_quality(quality_view(title, data.stats), data.rows[:rows], out)
+            elif isinstance(data, PromptSet):
                 _questions(data, rows, out)
             elif isinstance(data, Answers):
                 _answers(data, rows, out)
@@ -67,11 +74,32 @@ def print_data(recipe: Recipe, only: str | None, rows: int, out: Console) -> Non
     for task in recipe.evaluate:
         if only in (None, task.name):
             out.rule(f"{task.name} (evaluation)")
+            if asks := references(task):
+                out.print(f"reads what stage {', '.join(asks)} will make")
+                continue
             asked = task_data(task, tokenizer, context)
             if isinstance(asked, PromptSet):
                 _questions(asked, rows, out)
             else:
                 _samples(asked, None, tokenizer, rows, out)
+
+
+def print_quality(view: InstructionQualityView, rows: Sequence[dict[str, Any]], out: Console) -> None:
+    """Print the quality report of instruction rows, and some of them.
+
+    Args:
+        view: The report.
+        rows: Rows to print.
+        out: Console to print to.
+    """
+    for line in quality_lines(view):
+        out.print(Text(visible(line)), soft_wrap=True)
+    for i, row in enumerate(rows):
+        out.print()
+        out.print(Text.assemble((f"row {i + 1}", "bold"), f"  {row['task']}, wording {row['wording']}  {row['place']}"))
+        out.print(Text(visible(plain_text(row["prompt"]))), soft_wrap=True)
+        out.print(Text(visible(f"→ {row['completion']}")), soft_wrap=True)
+    out.print()
 
 
 def _check_rewards(stage: StageConfig, tokenizer: Any) -> None:

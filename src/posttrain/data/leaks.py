@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.data.quality_settings import NGRAM
-from posttrain.data.word_hashes import BASE, BATCH_LETTERS, LETTER, WordBatch, mix, word_batch
+from posttrain.data.word_hashes import BASE, LETTER, WordBatch, mix, row_batches, word_batch
 
 LEAST_WORDS = 4
 """A text of fewer words is found only where it is a whole text of a row: it may stand inside of any other."""
@@ -342,14 +342,7 @@ def _shared(hashes: NDArray[np.uint64], items: NDArray[np.int64], count: int) ->
 
 def _batched(rows: Iterable[str | Sequence[str]]) -> Iterator[tuple[list[str], list[int]]]:
     """Yield texts of several rows, and the number of the row of each."""
-    texts, owners, size = list[str](), list[int](), 0
-    for number, row in enumerate(rows):
-        for text in [row] if isinstance(row, str) else row:
-            texts.append(text)
-            owners.append(number)
-            size += len(text) + 1
-        if size >= BATCH_LETTERS:
-            yield texts, owners
-            texts, owners, size = [], [], 0
-    if texts:
-        yield texts, owners
+    first = 0
+    for batch in row_batches(rows):
+        yield [t for texts in batch for t in texts], [n for n, texts in enumerate(batch, first) for _ in texts]
+        first += len(batch)

@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.core.errors import DataError
-from posttrain.data.word_hashes import SEPARATED, WordBatch, batches, mix, word_batch
+from posttrain.data.word_hashes import SEPARATED, WordBatch, mix, row_batches, word_batch
 
 SHINGLE_WORDS = 3
 """Words of a shingle."""
@@ -65,15 +65,17 @@ class Duplicates:
         return {"texts": len(self.of), "exact": int(self.exact.sum()), "near": near, "crowded": self.crowded}
 
 
-def find_duplicates(texts: Iterable[str], threshold: float = 0.8) -> Duplicates:
+def find_duplicates(texts: Iterable[str | Sequence[str]], threshold: float = 0.8) -> Duplicates:
     """Find texts that are the same as an earlier one, or nearly so.
 
     The similarity of two texts is |A and B| / |A or B| of their sets of shingles: all runs of three words, without case
-    and punctuation (signs of arithmetic count); a shorter text is one shingle. A pair at the threshold is found with a
-    probability of 0.99998.
+    and punctuation (signs of arithmetic count); a shorter text is one shingle. Of texts in parts (a context and a
+    question, say) it is the lowest one of a part, so that another question about the same context is no duplicate. A
+    pair at the threshold is found with a probability of 0.99998.
 
     Args:
-        texts: The texts; they are read once, and not kept in memory (a temporary file holds hashes of their shingles).
+        texts: The texts, or for each its parts, of which all have the same number. They are read once, and not kept in
+            memory (a temporary file holds hashes of their shingles).
         threshold: Lowest similarity of near duplicates, from 0.5. 1: texts with the same shingles.
 
     Returns:
@@ -89,15 +91,6 @@ def find_duplicates(texts: Iterable[str], threshold: float = 0.8) -> Duplicates:
         return _compare(_sketch(texts, *_banding(threshold), file), threshold)
 
 
-def shingle_hashes(texts: Iterable[str]) -> list[NDArray[np.uint64]]:
-    """Return the sorted hashes of the different shingles of each text."""
-    out = []
-    for batch in batches(texts):
-        hashes, ends = _shingles(word_batch(batch))
-        out += np.split(hashes, ends[:-1])
-    return out
-
-
 @dataclass(frozen=True)
 class _Sketched:
     """What is known of each text after reading it: digests, hashes of bands, shingles in a file."""
@@ -109,22 +102,28 @@ class _Sketched:
 
 
 class _Shingles:
-    """Shingles of texts, in a file."""
+    """Shingles of texts, part by part, in a file."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        self.ends = array("q", [0])
+        self.parts = 1
+        self._ends = array("q", [0])
 
     def add(self, hashes: NDArray[np.uint64], ends: NDArray[np.int64]) -> None:
+        """Add the shingles of parts, given where each part's end."""
         self.file.write(hashes.tobytes())
-        self.ends.frombytes((ends + self.ends[-1]).tobytes())
+        self._ends.frombytes((ends + self._ends[-1]).tobytes())
 
-    def count(self, number: int) -> int:
-        return self.ends[number + 1] - self.ends[number]
+    def sizes(self, number: int) -> list[int]:
+        """Return the number of shingles of each part of a text."""
+        ends = self._ends[number * self.parts : (number + 1) * self.parts + 1]
+        return [high - low for low, high in zip(ends, ends[1:], strict=False)]
 
-    def of(self, number: int) -> NDArray[np.uint64]:
-        first, last = self.ends[number], self.ends[number + 1]
-        return np.frombuffer(os.pread(self.file.fileno(), 8 * (last - first), 8 * first), np.uint64)
+    def of(self, number: int) -> list[NDArray[np.uint64]]:
+        """Return the shingles of each part of a text."""
+        ends = self._ends[number * self.parts : (number + 1) * self.parts + 1]
+        read = np.frombuffer(os.pread(self.file.fileno(), 8 * (ends[-1] - ends[0]), 8 * ends[0]), np.uint64)
+        return [read[low - ends[0] : high - ends[0]] for low, high in zip(ends, ends[1:], strict=False)]
 
 
 def _banding(threshold: float) -> tuple[int, int, int]:
@@ -139,7 +138,7 @@ def _banding(threshold: float) -> tuple[int, int, int]:
     return slots, bands, max(1, least - 1)
 
 
-def _sketch(texts: Iterable[str], slots: int, bands: int, least: int, file: IO[bytes]) -> _Sketched:
+def _sketch(texts: Iterable[str | Sequence[str]], slots: int, bands: int, least: int, file: IO[bytes]) -> _Sketched:
     try:
         from rensa import RMinHash
     except ImportError as error:
@@ -148,11 +147,18 @@ def _sketch(texts: Iterable[str], slots: int, bands: int, least: int, file: IO[b
             "pip install 'posttrain[instructions]'"
         ) from error
     digests, hashed, shingles = array("Q"), [], _Shingles(file)
-    for batch in batches(texts):
-        for text in batch:
-            digests.frombytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
-        hashes, ends = _shingles(word_batch(batch))
-        offsets = np.concatenate([[0], ends]).astype(np.uint64)
+    for batch in row_batches(texts):
+        shingles.parts = len(batch[0])
+        for parts in batch:
+            if len(parts) != shingles.parts:
+                raise ValueError(f"expected {shingles.parts} parts of every text, got {len(parts)}")
+            encoded = "\0".join(parts).encode("utf-8", "surrogatepass")
+            digests.frombytes(hashlib.blake2b(encoded, digest_size=16).digest())
+        hashes, ends = _shingles(word_batch([part for parts in batch for part in parts]))
+        if shingles.parts > 1:  # the same words in another part are other shingles
+            part = np.arange(len(ends), dtype=np.uint64) % np.uint64(shingles.parts)
+            hashes = mix(hashes + np.repeat(part, np.diff(ends, prepend=0)))
+        offsets = np.concatenate([[0], ends[shingles.parts - 1 :: shingles.parts]]).astype(np.uint64)
         made = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, bands * slots, _SEED)
         hashed.append(_band_hashes(np.array(made.to_rows(), np.uint32), bands, slots))
         shingles.add(hashes, ends)
@@ -202,17 +208,13 @@ def _compare(sketched: _Sketched, threshold: float) -> Duplicates:
     candidates = _Candidates(sketched.bands, exact, sketched.least)
     for number in candidates.texts:
         mine = sketched.shingles.of(number)
-        if not len(mine):
+        if not any(len(part) for part in mine):
             continue
         best, which = 0.0, -1
         for other in candidates.near(number):
-            size = sketched.shingles.count(other)
-            if min(size, len(mine)) < (threshold - 1e-9) * max(size, len(mine)):
-                continue
-            shared = len(np.intersect1d(mine, sketched.shingles.of(other), assume_unique=True))
-            jaccard = shared / (size + len(mine) - shared)
-            if jaccard >= threshold - 1e-9 and jaccard > best:
-                best, which = jaccard, other
+            similarity_here = _similarity(mine, other, sketched.shingles, threshold - 1e-9)
+            if similarity_here > best:
+                best, which = similarity_here, other
         if which < 0:
             candidates.add(number)
         else:
@@ -221,6 +223,21 @@ def _compare(sketched: _Sketched, threshold: float) -> Duplicates:
     dropped = near[of[of[near]] >= 0]
     similarity[dropped], of[dropped], exact[dropped] = similarity[of[dropped]], of[of[dropped]], False
     return Duplicates(of, similarity, exact, candidates.crowded)
+
+
+def _similarity(mine: Sequence[NDArray[np.uint64]], other: int, shingles: _Shingles, least: float) -> float:
+    """Return the lowest Jaccard similarity of a part; 0 if one is below `least`."""
+    sizes = list(zip(map(len, mine), shingles.sizes(other), strict=True))
+    if any(min(pair) < least * max(pair) for pair in sizes):
+        return 0.0
+    lowest = 1.0
+    for part, theirs in zip(mine, shingles.of(other), strict=True):
+        if len(part) or len(theirs):
+            shared = len(np.intersect1d(part, theirs, assume_unique=True))
+            lowest = min(lowest, shared / (len(part) + len(theirs) - shared))
+        if lowest < least:
+            return 0.0
+    return lowest
 
 
 def _mark_exact(digests: NDArray[np.uint64], of: NDArray[np.int32]) -> None:

@@ -223,14 +223,14 @@ def _add_signs(
     np.add.at(letters, after[chosen], SIGN * numbers[at[chosen]].astype(np.uint32))
 
 
-def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield texts in lists of about BATCH_LETTERS characters."""
-    source = iter(texts)
-    batch: list[str] = []
+def row_batches(rows: Iterable[str | Sequence[str]]) -> Iterator[list[list[str]]]:
+    """Yield rows, each a list of its texts, in lists of about BATCH_LETTERS characters."""
+    batch: list[list[str]] = []
     size = 0
-    for text in source:
-        batch.append(text)
-        size += len(text) + 1
+    for row in rows:
+        texts = [row] if isinstance(row, str) else list(row)
+        batch.append(texts)
+        size += sum(map(len, texts)) + len(texts) + 1
         if size >= BATCH_LETTERS:
             yield batch
             batch, size = [], 0

@@ -23,6 +23,7 @@ from posttrain.report.load import Run, read, read_json
 from posttrain.report.measured_stages import measured_stages
 from posttrain.report.reward_models import gold, held_out
 from posttrain.report.rollouts import views
+from posttrain.report.row_quality_view import instruction_qualities
 from posttrain.report.written_tasks import written_tasks
 from posttrain.rewards.reward_log import printed_lines
 
@@ -35,6 +36,7 @@ FILTERS = {
     "verdict": formatting.verdict,
     "share": formatting.format_share,
     "fixed": formatting.format_fixed,
+    "percentage": formatting.format_percentage,
     "quote": shlex.quote,
 }
 
@@ -103,6 +105,7 @@ def render_page(run: Run) -> str:
         rollouts=views(run),
         chains=chain_views(run.folder, run.notes),
         written_tasks=written_tasks(run.folder, run.notes),
+        instruction_qualities=instruction_qualities(run.folder, run.notes),
         amounts=amounts,
         feedback=read_feedback(run.folder, run.notes),
         held_out=held_out(run),

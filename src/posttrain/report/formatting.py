@@ -61,6 +61,11 @@ def format_score(value: Any, metric: str, sign: bool = False) -> str:
     return format_fixed(value, 2 if metric == "perplexity" else 3, sign)
 
 
+def format_percentage(share: float) -> str:
+    """Write a share in percent, with one decimal below 10%."""
+    return f"{format_fixed(100 * share, 1 if 0 < share < 0.1 else 0)}%"
+
+
 def format_p(p: Any) -> str:
     """Write a p-value."""
     if not isinstance(p, int | float):

@@ -119,6 +119,14 @@ class Stage:
         """
         raise TypeError(f"{type(self).__name__} must implement prepare()")
 
+    def preview(self, seed: int) -> list[tuple[str, Any]]:
+        """Return the (title, data) pairs that `posttrain inspect` shows of a recipe: those that `prepare` returned.
+
+        A method that makes rows without a model makes them here, to show what they are like before a run; `seed` is
+        the one that its run would have.
+        """
+        return self.data
+
     def trainer(self, policy: LoadedPolicy, run: StageRun) -> Trainer:
         """Return the trainer whose steps the loop carries out."""
         raise TypeError(f"{type(self).__name__} must implement trainer(), or override run()")

@@ -59,7 +59,7 @@ def checked(folder: Path, tasks: list[InstructionTask], context: StageContext, *
 
 def test_near_duplicates_and_leaks_are_left_out_counted_and_not_in_the_rows(tmp_path: Path) -> None:
     inputs = [sentence(i) for i in range(40)]
-    inputs[10] = inputs[3] + " more"
+    inputs[10] = inputs[2] + " more"
     inputs[11] = f"{sentence(100)}. {inputs[4].upper()} after"  # leaks, as 4 does, and is no near duplicate
     tasks = [task(tmp_path, "one", inputs)]
     context = StageContext(tiny_tokenizer(), 2048, evaluations=evaluations(tmp_path, [inputs[4], "a text of its own"]))
@@ -71,7 +71,7 @@ def test_near_duplicates_and_leaks_are_left_out_counted_and_not_in_the_rows(tmp_
     stats = quality.measure(out)
     assert stats["duplicates"]["near"] == 1 and stats["duplicates"]["tasks"]["one"]["texts"] == 40
     (pair,) = stats["duplicates"]["examples"]
-    assert (pair["place"], pair["earlier"]["place"]) == ("one.jsonl:11", "one.jsonl:4") and pair["similarity"] == 0.8571
+    assert (pair["place"], pair["earlier"]["place"]) == ("one.jsonl:11", "one.jsonl:3") and pair["similarity"] == 0.9474
     assert stats["leaks"]["examples"] == {"test": {"one": 2}}
     assert stats["leaks"]["rows"] == 0
     assert {name: s["items"] for name, s in stats["leaks"]["evaluations"].items()} == {"test": 2, "seen.jsonl": 4}
@@ -80,7 +80,7 @@ def test_near_duplicates_and_leaks_are_left_out_counted_and_not_in_the_rows(tmp_
 
 def test_what_is_only_counted_stays_and_is_found_in_the_rows(tmp_path: Path) -> None:
     inputs = [sentence(i) for i in range(30)]
-    inputs[10] = inputs[3] + " more"
+    inputs[10] = inputs[2] + " more"
     tasks = [task(tmp_path, "one", inputs)]
     context = StageContext(tiny_tokenizer(), 60, evaluations=evaluations(tmp_path, [inputs[4], inputs[5]]))
     keep = {"near_duplicates": {"drop": False}, "leaks": {"drop": False}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,19 @@ ROOM = 64
 """Tokens that a chat template adds to a turn, at most, where a row is short enough for its tokens not to be counted."""
 
 
+@dataclass(frozen=True)
+class InstructionPreview:
+    """Hold what `posttrain inspect` shows of rows that were built for it alone.
+
+    Attributes:
+        stats: The content of stats.json.
+        rows: The first rows.
+    """
+
+    stats: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
 class InstructionQuality:
     """Leave near duplicates and leaked examples out (`drop`), and measure what is written (`measure`)."""
 
@@ -41,6 +55,7 @@ class InstructionQuality:
         self.settings, self.tasks, self.context = settings, tasks, context
         self._before: dict[str, Any] = {}
         self._not_read: dict[str, str] = {}
+        self._texts: dict[str, list[list[str]]] | None = None
 
     def drop(self, builder: InstructionBuilder) -> None:
         """Leave out examples that nearly repeat an earlier one, and those with text of an evaluation.
@@ -65,8 +80,7 @@ class InstructionQuality:
         tasks: dict[str, Any] = {}
         shown: list[dict[str, Any]] = []
         for number, store in enumerate(builder.stores):
-            kind = store.task.type
-            found = find_duplicates((f"{e.input_text(kind)}\n{e.output}" for e in store), config.threshold)
+            found = find_duplicates(([*e.fields.values(), e.output, e.rationale] for e in store), config.threshold)
             repeats = np.flatnonzero(~found.kept)
             tasks[store.task.name] = found.stats
             for i in repeats[: max(0, PAIRS_SHOWN - len(shown))].tolist():
@@ -123,10 +137,19 @@ class InstructionQuality:
     def _index_of_evaluations(self) -> LeakIndex:
         """Return an index of the evaluations whose data can be read before the stages run."""
         from posttrain.data.leaks import LeakIndex
-        from posttrain.eval.item_texts import item_texts
 
         assert self.settings.leaks is not None
         index = LeakIndex(self.settings.leaks.n)
+        if self._texts is None:
+            self._texts = self._read_evaluations()
+        for name, texts in self._texts.items():
+            index.add(name, texts)
+        return index
+
+    def _read_evaluations(self) -> dict[str, list[list[str]]]:
+        from posttrain.eval.item_texts import item_texts
+
+        out = {}
         for evaluation in self.context.evaluations:
             if references(evaluation):
                 self._not_read[evaluation.name] = "it reads what a stage makes"
@@ -135,8 +158,8 @@ class InstructionQuality:
             if texts is None:
                 self._not_read[evaluation.name] = "its kind does not tell the texts of its items"
             else:
-                index.add(evaluation.name, texts)
-        return index
+                out[evaluation.name] = texts
+        return out
 
     def measure(self, folder: Path, model: ModelConfig | None = None) -> dict[str, Any]:
         """Measure `folder`/rows.jsonl, and search it for the texts of evaluations and of the held-out rows beside it.
@@ -223,7 +246,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _of(store: ExampleStore, number: int) -> dict[str, str]:
     example = store[number]
-    return {"place": example.place, "text": example.input_text(store.task.type)[:300]}
+    return {"place": example.place, "text": f"{example.input_text(store.task.type)[:300]} → {example.output[:100]}"}
 
 
 def _example_texts(example: Example) -> list[str]:

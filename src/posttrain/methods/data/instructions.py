@@ -8,8 +8,10 @@ what is learnt about tasks that were never trained on. See docs/instructions.md.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +25,7 @@ from posttrain.data.instruction_tasks import InstructionTask
 from posttrain.data.quality_settings import QualitySettings
 from posttrain.methods.data.data_stage import DataStage, DataStageConfig, refuse_torchrun
 from posttrain.methods.data.instruction_files import read_tasks, task_paths
-from posttrain.methods.data.instruction_quality import InstructionQuality
+from posttrain.methods.data.instruction_quality import InstructionPreview, InstructionQuality, read_rows
 
 if TYPE_CHECKING:
     from posttrain.data.instruction_builder import InstructionBuilder
@@ -35,6 +37,9 @@ TEMPLATE_TOKENS = 64
 
 SHORT_ANSWER = 5
 """Words of an answer that is compared with the expected one; a longer one can be said in too many ways."""
+
+PREVIEWED_ROWS = 20
+"""Rows that a preview keeps."""
 
 
 class InstructionsConfig(DataStageConfig, InstructionSettings, QualitySettings):
@@ -78,6 +83,14 @@ class Instructions(DataStage):
         for task in self.tasks:
             open_table(task)
         return []
+
+    def preview(self, seed: int) -> list[tuple[str, Any]]:
+        """Build the rows in a temporary folder, and return their statistics and the first of them."""
+        with tempfile.TemporaryDirectory(prefix="posttrain-instructions-") as folder:
+            out = Path(folder) / "data"
+            stats = self.build(out, Path(folder) / "examples", seed)
+            first = list(islice(read_rows(out / "rows.jsonl"), PREVIEWED_ROWS))
+        return [(self.config.name, InstructionPreview(stats, first))]
 
     def make(self, model: ModelConfig, folder: Path, seed: int) -> dict[str, Any]:
         refuse_torchrun(self.config.method)
