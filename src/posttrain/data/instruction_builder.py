@@ -16,7 +16,7 @@ import numpy as np
 
 from posttrain.core.errors import DataError
 from posttrain.data.instruction_examples import Dropped, ExampleStore, open_table, store_examples
-from posttrain.data.instruction_held_out import OTHER_TASK, WordIndex, choose_held_out, copies_across, copies_of
+from posttrain.data.instruction_held_out import OTHER_TASK, choose_held_out, copies_across, copies_of, similar_to
 from posttrain.data.instruction_mixing import Mixing, mixed_counts, ranks, task_seed
 from posttrain.data.instruction_rows import Fits, RowKind, RowWriter
 from posttrain.data.instruction_settings import InstructionSettings
@@ -96,7 +96,8 @@ class InstructionBuilder:
         settings = self.settings
         for i, (task, store, usable) in enumerate(zip(self.tasks, self.stores, self.usable, strict=True)):
             order = ranks(store.column("pair_keys"), task_seed(self.seed, task.name, "held out"))
-            free = usable & ~self._shown_by_hand(store)
+            shown = similar_to(store, store.demonstrations, usable, settings.similarity)
+            free = usable & ~shown  # what the task's file shows is not held out
             half = len(np.flatnonzero(usable)) // 2
             if i in self.unseen:
                 most = half if settings.held_out_shots and not task.demonstrations else len(usable)
@@ -109,20 +110,12 @@ class InstructionBuilder:
                         *(task.name, settings.held_out, int(usable.sum()), len(self.held[i])),
                     )
         for i, (store, held) in enumerate(zip(self.stores, self.held, strict=True)):
-            found = copies_of(store, held, self.usable[i], settings.overlap)
+            found = copies_of(store, held, self.usable[i], settings.similarity)
             self.usable[i][held] = False
             for cause, numbers in found.items():
                 self.drop(i, numbers, cause)
         for i, numbers in enumerate(copies_across(self.stores, self.held, self.usable)):
             self.drop(i, numbers, OTHER_TASK)
-
-    def _shown_by_hand(self, store: ExampleStore) -> np.ndarray:
-        """Return whether each example is near a demonstration that the task's file has: such a one is not held out."""
-        shown = store.demonstrations
-        if not shown:
-            return np.zeros(len(store), dtype=bool)
-        index = WordIndex(store.word_set(one) for one in shown)
-        return np.array([index.is_near(store.word_set(e), self.settings.overlap) for e in store], dtype=bool)
 
     def _chosen(self) -> list[np.ndarray]:
         """Return for each task the examples that may be trained on, in the order in which they are taken."""
@@ -197,8 +190,8 @@ class InstructionBuilder:
                 yield from (row for number in held.tolist() if (row := writer.row(number)) is not None)
 
     def _writer(self, number: int, pool: np.ndarray, kind: RowKind, fits: Fits | None) -> RowWriter:
-        overlap = self.settings.overlap
-        return RowWriter(self.stores[number], pool, kind, self.seed, overlap, fits or (lambda prompt, completion: True))
+        limit = self.settings.similarity
+        return RowWriter(self.stores[number], pool, kind, self.seed, limit, fits or (lambda prompt, completion: True))
 
     def _why_none(self) -> str:
         dropped = self.dropped()

@@ -32,6 +32,10 @@ SAMPLED = 1000
 """Examples by which words are found that most examples of a task have."""
 LONG_INPUT = 13
 """Words of an input that names its row: rows of other tasks with the same are copies whatever their answer is."""
+TEMPLATE_ROWS = 20
+"""Examples from which their common words are taken for a template."""
+SEVERAL = 6
+"""Words from which a text is the same as one of the same words in another order."""
 EXAMPLES_SHOWN = 3
 """Examples of each cause for which rows are left out."""
 
@@ -89,9 +93,9 @@ class Dropped:
 class ExampleStore:
     """Hold the examples of a task in a file, and by number in memory: where it is, and hashes of its texts.
 
-    The numbers are `input_keys` (a hash of the words of the input), `pair_keys` (of all texts; no two are equal),
-    `answer_keys` (of the output), `groups` (of the group; 0 for none), `long_inputs` (1 if the input has LONG_INPUT
-    words) and `with_rationale`.
+    The numbers are `input_keys` (a hash of the words of the input; of SEVERAL words in any order), `pair_keys` (of all
+    texts; no two are equal), `answer_keys` (of the output), `groups` (of the group; 0 for none), `long_inputs` (1 if
+    the input has LONG_INPUT words) and `with_rationale`.
 
     Attributes:
         task: The task.
@@ -140,19 +144,24 @@ class ExampleStore:
 
     @property
     def common_words(self) -> frozenset[str]:
-        """Return the words that more than half of the inputs have: they are left out where inputs are compared."""
+        """Return the words of a template that nearly all inputs are written by; empty if there is none.
+
+        These are words that more than half of the inputs have, if they are more than half of all words: texts like
+        "State the answer to this problem: 5 + 8 =" are compared by what is left.
+        """
         if self._common is None:
-            sets = [set(compared_words(e.input_text(self.task.type))) for e in islice(iter(self), SAMPLED)]
-            counts = Counter(word for words in sets for word in words)
-            enough = len(sets) if len(sets) < 20 else len(sets) // 2
-            self._common = frozenset(word for word, n in counts.items() if n > enough)
+            texts = [compared_words(e.input_text(self.task.type)) for e in islice(iter(self), SAMPLED)]
+            holders = Counter(word for words in texts for word in set(words))
+            common = frozenset(word for word, n in holders.items() if n > len(texts) / 2)
+            share = sum(word in common for words in texts for word in words) / max(1, sum(map(len, texts)))
+            self._common = common if share > 0.5 and len(texts) >= TEMPLATE_ROWS else frozenset()
         return self._common
 
-    def word_set(self, example: Example) -> frozenset[str]:
+    def words(self, example: Example) -> list[str]:
         """Return the words of an input by which it is compared; all of them if it has no others than common ones."""
-        text = example.input_text(self.task.type)
-        words = frozenset(compared_words(text))
-        return words - self.common_words or words or frozenset((text,))
+        words = compared_words(example.input_text(self.task.type))
+        common = self.common_words
+        return [word for word in words if word not in common] or words if common else words
 
     def drop(self, number: int, cause: str) -> None:
         """Count an example as left out, with its text if it is among the first of this cause."""
@@ -196,7 +205,8 @@ class ExampleStore:
                 f.write(line := _line(example))
                 self._offsets.append(self._offsets[-1] + len(line))
                 words = compared_words(text := example.input_text(self.task.type))
-                numbers = (_hash("\0".join(words) or text), key, _hash(example.output), group)
+                same = sorted(words) if len(words) >= SEVERAL else words
+                numbers = (_hash("\0".join(same) or text), key, _hash(example.output), group)
                 for column, number in zip(
                     self._columns.values(), (*numbers, len(words) >= LONG_INPUT, bool(example.rationale)), strict=True
                 ):

@@ -1,55 +1,51 @@
-"""Hold examples out of training, and find the training examples that are copies of them."""
+"""Hold examples out of training, and find examples that are copies of others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
-from posttrain.data.instruction_examples import ExampleStore
+from posttrain.data.instruction_examples import LONG_INPUT, SEVERAL, Example, ExampleStore
+from posttrain.data.text_similarity import RougeIndex, common_subsequence
 
 SAME_INPUT = "the input of a held-out row"
 SAME_GROUP = "the group of a held-out row"
 NEAR_INPUT = "nearly the input of a held-out row"
 OTHER_TASK = "a held-out row of another task"
+NEARLY_ALL = 0.95
 
 
-class WordIndex:
-    """Find the sets of words that are near a new one: those that share enough of the words of both (Jaccard)."""
+def is_copy(a: Sequence[str], b: Sequence[str], limit: float) -> bool:
+    """Return True if one text is a copy of another one, by their words.
 
-    def __init__(self, sets: Iterable[frozenset[str]] = ()) -> None:
-        self._sizes: list[int] = []
-        self._holders: dict[str, list[int]] = {}
-        for words in sets:
-            self.add(words)
-
-    def add(self, words: frozenset[str]) -> None:
-        """Add a set."""
-        for word in words:
-            self._holders.setdefault(word, []).append(len(self._sizes))
-        self._sizes.append(len(words))
-
-    def is_near(self, words: frozenset[str], overlap: float) -> bool:
-        """Return True if a set of the index has at least `overlap` of the words of both in common."""
-        known = words & self._holders.keys()
-        if len(known) < overlap * len(words) - 1e-9:  # as no set shares more than these
-            return False
-        shared: dict[int, int] = {}
-        for word in known:
-            for i in self._holders[word]:
-                shared[i] = shared.get(i, 0) + 1
-        return any(n >= overlap * (len(words) + self._sizes[i] - n) - 1e-9 for i, n in shared.items())
-
-
-def near(a: frozenset[str], b: frozenset[str], overlap: float) -> bool:
-    """Return True if two sets of words are near each other.
+    That is if ROUGE-L is at least the limit, or 95% of the words of both are the same in any order (of at least
+    SEVERAL words), or 95% of those of one, if they are LONG_INPUT at least, are in the other in their order.
 
     Args:
         a: Words of one text.
         b: Words of another one.
-        overlap: Least share of the words of both that are in both (Jaccard).
+        limit: Lowest ROUGE-L of copies.
     """
-    return len(a & b) >= overlap * len(a | b) - 1e-9
+    least, both = min(len(a), len(b)), len(a) + len(b)
+    inside = least >= LONG_INPUT and len(a) != len(b)
+    if 2 * least < limit * both - 1e-9 and not inside:
+        return False
+    common = set(a) & set(b)
+    most = min(
+        sum(map(common.__contains__, a)), sum(map(common.__contains__, b))
+    )  # as each counts only as often as both
+    if 2 * most < limit * both - 1e-9 and not (inside and most >= NEARLY_ALL * least):
+        return False
+    shared = sum((Counter(a) & Counter(b)).values())
+    if least >= SEVERAL and 2 * shared >= NEARLY_ALL * both:
+        return True
+    contained = inside and shared >= NEARLY_ALL * least
+    if not contained and 2 * shared < limit * both - 1e-9:  # the longest common subsequence is no longer than this
+        return False
+    longest = common_subsequence(a, b)
+    return 2 * longest >= limit * both - 1e-9 or (contained and longest >= NEARLY_ALL * least)
 
 
 def choose_held_out(store: ExampleStore, usable: np.ndarray, order: np.ndarray, count: int) -> np.ndarray:
@@ -78,14 +74,14 @@ def choose_held_out(store: ExampleStore, usable: np.ndarray, order: np.ndarray, 
     return np.array(taken, dtype=np.int64)
 
 
-def copies_of(store: ExampleStore, held: np.ndarray, usable: np.ndarray, overlap: float) -> dict[str, np.ndarray]:
+def copies_of(store: ExampleStore, held: np.ndarray, usable: np.ndarray, similarity: float) -> dict[str, np.ndarray]:
     """Return the usable examples of a task that are copies of its held-out ones, by cause.
 
     Args:
         store: The examples of the task.
         held: Numbers of the held-out ones.
         usable: Whether each is used otherwise.
-        overlap: Share of words (Jaccard) from which an input is a copy.
+        similarity: ROUGE-L from which an input is a copy.
     """
     left = usable.copy()
     left[held] = False
@@ -100,12 +96,29 @@ def copies_of(store: ExampleStore, held: np.ndarray, usable: np.ndarray, overlap
     inputs, groups = store.column("input_keys"), store.column("groups")
     take(SAME_INPUT, np.isin(inputs, inputs[held]))
     take(SAME_GROUP, np.isin(groups, groups[held][groups[held] != 0]))
-    index = WordIndex(store.word_set(store[int(i)]) for i in held)
-    close = np.zeros(len(store), dtype=bool)
-    for i, example in enumerate(store):
-        if left[i]:
-            close[i] = index.is_near(store.word_set(example), overlap)
-    take(NEAR_INPUT, close)
+    take(NEAR_INPUT, similar_to(store, [store[int(i)] for i in held], left, similarity))
+    return out
+
+
+def similar_to(store: ExampleStore, others: Sequence[Example], wanted: np.ndarray, similarity: float) -> np.ndarray:
+    """Return which of the wanted examples have a ROUGE-L of at least `similarity` with one of some others.
+
+    Args:
+        store: The examples of a task.
+        others: Examples of the same task.
+        wanted: Whether each example is compared.
+        similarity: Lowest ROUGE-L of copies.
+    """
+    texts = [store.words(other) for other in others]
+    index, known = RougeIndex(similarity, map(" ".join, texts)), frozenset(word for text in texts for word in text)
+    out = np.zeros(len(store), dtype=bool)
+    if others:
+        for i, example in enumerate(store):
+            words = store.words(example) if wanted[i] else []
+            # a text of m words with a common subsequence of n has 2 n / (m + n) at most, if the other is as short as can be
+            n = sum(map(known.__contains__, words))
+            if 2 * n >= similarity * (len(words) + n) - 1e-9:
+                out[i] = index.nearest(" ".join(words))[1] is not None
     return out
 
 

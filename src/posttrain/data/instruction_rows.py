@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.data.instruction_examples import Dropped, Example, ExampleStore
-from posttrain.data.instruction_held_out import near
+from posttrain.data.instruction_held_out import is_copy
 from posttrain.data.instruction_mixing import Draws, ranks, task_seed
 from posttrain.data.instruction_settings import InstructionSettings, ShotsConfig
 from posttrain.data.instruction_wordings import INVERTED_TARGET, LABELLED, Wording, language_name, shipped_wordings
@@ -78,7 +78,7 @@ class RowWriter:
         pool: Numbers of those that may be demonstrations.
         kind: Which rows.
         seed: The seed of the build.
-        overlap: Share of words from which an example is too near to be a demonstration.
+        similarity: ROUGE-L from which an example is too near to be a demonstration.
         fits: Tells if a prompt and a completion fit into the context.
         counts: What happened, so far.
         dropped: Rows that did not fit.
@@ -88,7 +88,7 @@ class RowWriter:
     pool: np.ndarray
     kind: RowKind
     seed: int
-    overlap: float
+    similarity: float
     fits: Fits = lambda prompt, completion: True
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Dropped = field(default_factory=Dropped)
@@ -188,12 +188,12 @@ class RowWriter:
         """Draw examples that are not the row itself, nor of its group, nor near it or one another by their words."""
         if not count:
             return []
-        words = [self.store.word_set(example)]
+        words = [self.store.words(example)]
         found: list[Example] = []
         drawn = draws.several(len(self._shown) or len(self.pool), TRIES * count)
         for candidate in self._candidates(number, example, reasoned, drawn):
-            new = self.store.word_set(candidate)
-            if any(near(new, other, self.overlap) for other in words):
+            new = self.store.words(candidate)
+            if any(is_copy(new, other, self.similarity) for other in words):
                 continue
             found.append(candidate)
             words.append(new)

@@ -70,11 +70,11 @@ class InstructionSettings(Config):
     unseen: int = Field(200, ge=1, description="Most rows of each task of a held-out cluster.")
     held_out_shots: int = Field(0, ge=0, le=32, description="Demonstrations of held-out rows.")
     held_out_rationale: bool = Field(False, description="Reasoning in held-out rows that have some.")
-    overlap: float = Field(
+    similarity: float = Field(
         0.7,
         gt=0,
         le=1,
-        description="Share of words of two inputs (Jaccard, without words that most inputs of the task have) from which they are copies: one is not shown before the other, nor trained on if the other is held out.",
+        description="ROUGE-L of two inputs of a task from which they are copies: one is not shown before the other, nor trained on if the other is held out.",
     )
 
     @field_validator("mixing", mode="before")

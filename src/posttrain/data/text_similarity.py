@@ -83,7 +83,7 @@ class RougeIndex:
         """
         import numpy as np  # here: recipes are checked without it
 
-        words = self._encoded(text)
+        words = [self._numbers.get(word, -1) for word in words_of(text)]  # new words are in no text of the index
         lists = [self._holders[key] for key in self._counted(words) if key in self._holders]
         if not lists:
             return 0.0, None
