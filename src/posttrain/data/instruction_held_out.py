@@ -33,9 +33,7 @@ def is_copy(a: Sequence[str], b: Sequence[str], limit: float) -> bool:
     if 2 * least < limit * both - 1e-9 and not inside:
         return False
     common = set(a) & set(b)
-    most = min(
-        sum(map(common.__contains__, a)), sum(map(common.__contains__, b))
-    )  # as each counts only as often as both
+    most = min(sum(map(common.__contains__, a)), sum(map(common.__contains__, b)))  # quick, and at least `shared`
     if 2 * most < limit * both - 1e-9 and not (inside and most >= NEARLY_ALL * least):
         return False
     shared = sum((Counter(a) & Counter(b)).values())
@@ -114,9 +112,10 @@ def similar_to(store: ExampleStore, others: Sequence[Example], wanted: np.ndarra
     out = np.zeros(len(store), dtype=bool)
     if others:
         for i, example in enumerate(store):
-            words = store.words(example) if wanted[i] else []
-            # a text of m words with a common subsequence of n has 2 n / (m + n) at most, if the other is as short as can be
-            n = sum(map(known.__contains__, words))
+            if not wanted[i]:
+                continue
+            words = store.words(example)
+            n = sum(map(known.__contains__, words))  # the other text has n words at least if ROUGE-L is 2 n / (m + n)
             if 2 * n >= similarity * (len(words) + n) - 1e-9:
                 out[i] = index.nearest(" ".join(words))[1] is not None
     return out
