@@ -69,11 +69,15 @@ class Downloads:
         if not (target / "complete").exists():
             self._empty(target.name)
             (lists / "partial").mkdir(parents=True)
-            run(["apt-get", *self._apt(target), "-o", f"Acquire::Languages={','.join(languages)}", "-q", "update"],
-                "package lists of Debian")  # fmt: skip
+            options = [*self._apt(target), "-o", f"Acquire::Languages={','.join(languages)}"]
+            try:
+                run(["apt-get", *options, "-q", "update"], "package lists of Debian")
+            except FetchError:
+                if not any(lists.glob("*_Packages*")):  # else one of the system's sources failed, and others did not
+                    raise
             (target / "complete").touch()
         found = sorted(p for p in lists.iterdir() if p.is_file() and p.stat().st_size)
-        if not found:
+        if not any("_Packages" in path.name for path in found):
             raise FetchError("apt-get update left no list: does /etc/apt name a Debian or Ubuntu archive?")
         return found
 

@@ -167,8 +167,8 @@ def paraphrase_table(language: str, versions: list[dict[str, str]]) -> Table:
         for other in texts[1:]:
             if _letters(texts[0]) == _letters(other):
                 table.drop("equal but for case and punctuation", f"{texts[0]} | {other}")
-            elif len(texts[0].split()) < 3:
-                table.drop("shorter than three words", f"{texts[0]} | {other}")
+            elif min(len(texts[0].split()), len(other.split())) < 4:
+                table.drop("shorter than four words", f"{texts[0]} | {other}")
             else:
                 table.add(english=message, text=texts[0], paraphrase=other)
     return table

@@ -117,10 +117,10 @@ def test_messages_of_po_files(tmp_path: Path) -> None:
 
 def test_two_translations_are_paraphrases_and_languages_are_told_apart() -> None:
     one = {"a": "Elija el archivo que desea", "b": "Guardar todos los cambios", "c": "Borrar", "d": "Sólo en un país"}
-    other = {"a": "Seleccione el archivo", "b": "guardar todos los cambios.", "c": "Eliminar"}
+    other = {"a": "Seleccione el archivo deseado", "b": "guardar todos los cambios.", "c": "Eliminar"}
     table = translated_messages.paraphrase_table("es", [one, other])
-    assert rows_of(table, "text", "paraphrase") == [("Elija el archivo que desea", "Seleccione el archivo")]
-    assert table.dropped == {"equal but for case and punctuation": 1, "shorter than three words": 1}
+    assert rows_of(table, "text", "paraphrase") == [("Elija el archivo que desea", "Seleccione el archivo deseado")]
+    assert table.dropped == {"equal but for case and punctuation": 1, "shorter than four words": 1}
     pairs = {
         "es": {
             "one": "El archivo que desea guardar",
@@ -230,6 +230,7 @@ def test_what_is_extracted_stands_in_the_text(tmp_path: Path) -> None:
         assert packages.stands_for(acronym, before) is None
 
 
+PEOPLE = ("paint", "bak", "heal", "sing", "danc", "teach", "build", "farm")
 NOUNS = [  # offset, lexicographers' file, words, pointers, gloss
     ("00000001", "03", ["person"], [], "a human being"),
     ("00000002", "03", ["mammal"], [], "a warm-blooded animal"),
@@ -240,6 +241,7 @@ NOUNS = [  # offset, lexicographers' file, words, pointers, gloss
     ("00000007", "18", ["poet"], ["@ 00000001"], "a writer of verse"),
     ("00000008", "18", ["Doe", "Jane_Doe"], ["@i 00000007"], "English poet who met a general (1801-1850)"),
     ("00000009", "18", ["Roe", "Rita_Roe"], ["@i 00000007"], "friend of Doe (1801-1850) and others (1900-1901)"),
+    *((f"{i:08d}", "18", [f"{name}er"], ["@ 00000001"], f"a person who {name}s") for i, name in enumerate(PEOPLE, 10)),
 ]  # fmt: skip
 
 
@@ -268,7 +270,12 @@ def test_wordnet_is_read_and_its_kinds_make_sound_inference(tmp_path: Path, monk
     labels = rows_of(dictionary.kind_table(found), "premise", "hypothesis", "label")
     for premise, hypothesis, label in labels:
         one, other = (re.search(r"an? (\w+)\.$", text)[1] for text in (premise, hypothesis))  # type: ignore[index]
-        above = {"terrier": ["dog", "mammal"], "dog": ["mammal"], "poet": ["person"]}
+        above = {
+            "terrier": ["dog", "mammal"],
+            "dog": ["mammal"],
+            "poet": ["person"],
+            **{f"{name}er": ["person"] for name in PEOPLE},
+        }
         assert label == (
             "entailment"
             if other in above.get(one, [])
@@ -277,6 +284,9 @@ def test_wordnet_is_read_and_its_kinds_make_sound_inference(tmp_path: Path, monk
             else "contradiction"
         ), (premise, hypothesis)
     assert {label for *_, label in labels} == {"entailment", "neutral", "contradiction"}
+    assert not any(
+        "er." in premise and "terrier" not in premise and "mammal" in hypothesis for premise, hypothesis, _ in labels
+    )
     monkeypatch.setattr(dictionary, "DISJOINT", {"living": [("mammal", 1), ("dog", 1), ("bird", 1)]})
     assert dictionary.kind_table(found).dropped["of two groups"] == 1  # a terrier is both: they are not disjoint
 

@@ -89,6 +89,34 @@ def test_messages_of_what_can_not_be_had(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "no-such-package-1.0").exists()  # a folder of this name would be taken for complete
 
 
+@pytest.mark.parametrize(
+    ("lists", "code", "message"),
+    [
+        ("", 0, "left no list"),
+        ("", 100, r"package lists of Debian can't be had \(apt-get ended with 100\)"),
+        ("a_Packages", 100, None),  # one of several sources failed
+        ("a_Packages", 0, None),
+    ],
+)
+def test_lists_of_packages_that_can_be_had_are_used(
+    lists: str, code: int, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "apt-get"
+    program.parent.mkdir()
+    place = tmp_path / "data" / "apt-en" / "lists"
+    write = f"echo Package: x > {place}/{lists}" if lists else "true"
+    program.write_text(f"#!/bin/sh\n[ -d {place}/partial ] || exit 9\n{write}\nexit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    if message is None:
+        assert [path.name for path in Downloads(tmp_path / "data").apt_lists(["en"])] == [lists]
+        program.write_text("#!/bin/sh\nexit 1\n")  # what is complete is not fetched again
+        assert Downloads(tmp_path / "data").apt_lists(["en"])
+    else:
+        with pytest.raises(FetchError, match=message):
+            Downloads(tmp_path / "data").apt_lists(["en"])
+
+
 def test_a_download_that_is_there_is_used(tmp_path: Path) -> None:
     (tmp_path / "thing-1.0").mkdir()
     assert Downloads(tmp_path).wheel("thing", "1.0") == tmp_path / "thing-1.0"
