@@ -34,6 +34,7 @@ from posttrain.models.verification import own_attention, verify
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request
 from posttrain.trainer.stage import StageContext
+from posttrain.trainer.token_budget import token_budget
 from posttrain.trainer.train_step import Learner, cross_entropy
 from tests.conftest import family, random_samples
 
@@ -261,6 +262,20 @@ def test_a_sequence_that_the_context_does_not_hold_is_refused() -> None:
     assert SFT(SFTConfig(data={"source": "a"}, adapter=KINDS["p_tuning"]), context).context.context == 95
     with pytest.raises(ModelError, match="99 virtual tokens leave no room"):
         SFT(SFTConfig(data={"source": "a"}, adapter={"kind": "prompt", "tokens": 99}), context)
+
+
+def test_the_token_budget_counts_virtual_tokens() -> None:
+    """Those inside each sequence; those in front, which each pass computes anew, are a small part of it."""
+    samples = [Sample([5] * 10, [0.0] * 5 + [1.0] * 5) for _ in range(6)]
+    config = AdapterConfig(kind="p_tuning", template="{context}{v:50}{target}")
+    hf = attach(tiny_model("llama"), config, 0)
+    systems = SystemsConfig(tokens_per_micro_batch=130, share_prefixes=False)
+    result = Learner(LanguageModel(hf), OptimizerConfig(), systems, 1).step(samples)
+    assert (result.micro_batches, result.computed_tokens) == (3, 360)
+    for tokens, budget in ((20, 768), (100, 1600)):
+        config = AdapterConfig(kind="prompt", tokens=tokens, init="random")
+        assert token_budget(SystemsConfig(), LanguageModel(attach(tiny_model("llama"), config, 0))) == budget
+    assert token_budget(SystemsConfig(), adapted("prefix")) == 768
 
 
 def test_initial_values() -> None:

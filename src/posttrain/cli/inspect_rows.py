@@ -271,15 +271,17 @@ def plan(
     """
     from posttrain.core.ragged import micro_batches
     from posttrain.trainer.loop import steps_for
-    from posttrain.trainer.token_budget import CPU_TOKENS, LEAST
+    from posttrain.trainer.token_budget import LEAST, cpu_tokens
 
-    count, budget = len(lengths), stage.systems.tokens_per_micro_batch or (CPU_TOKENS if device == "cpu" else LEAST)
+    front, inserted = (0, 0) if stage.adapter is None else stage.adapter.computed_tokens()
+    default = cpu_tokens(front) if device == "cpu" else LEAST
+    count, budget = len(lengths), stage.systems.tokens_per_micro_batch or default
     chosen = device == "cuda" and stage.systems.tokens_per_micro_batch is None
     limit = f"{budget:,} tokens" + (" (or more, if the GPU's memory holds more)" if chosen else "")
     in_epoch = in_epoch or count
     steps, drawn = steps_for(in_epoch, stage.batch_size, stage.epochs, stage.max_steps)
     shown = [lengths[i : i + stage.batch_size] for i in range(0, count, stage.batch_size)][: min(steps, 200)]
-    micro = [len(micro_batches(batch, budget)) for batch in shown]
+    micro = [len(micro_batches([n + inserted for n in batch], budget)) for batch in shown]
     spread = f"{min(micro)}" if min(micro) == max(micro) else f"{min(micro)} to {max(micro)}"
     mean = sum(sum(batch) for batch in shown) / len(shown)
     given = "max_steps, " if stage.max_steps is not None else ""
@@ -287,5 +289,5 @@ def plan(
     epochs = f"{given}{drawn / in_epoch:.4g} epochs"
     return (
         f"{steps:,} step{'s' * (steps != 1)} ({epochs}) of {stage.batch_size} {unit}, about {mean:,.0f} tokens; "
-        f"{passes}; {sum(n > budget for n in lengths)} {unit} are longer than that"
+        f"{passes}; {sum(n + inserted > budget for n in lengths)} {unit} are longer than that"
     )

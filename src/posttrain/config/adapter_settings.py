@@ -83,6 +83,10 @@ class AdapterConfig(Config):
         assert found is not None
         return int(found[1] or 0), int(found[2] or 0)
 
+    def computed_tokens(self) -> tuple[int, int]:
+        """Return `virtual_tokens` if they pass through the layers, and else (0, 0): adapters and prefixes."""
+        return self.virtual_tokens() if self.kind in ("prompt", "p_tuning") else (0, 0)
+
     def continued_by(self) -> str | None:
         """Return the kind that trains the soft prompt of these settings further; None: no kind does."""
         deep = self.kind in ("prefix", "p_tuning_v2")

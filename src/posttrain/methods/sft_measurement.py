@@ -185,7 +185,7 @@ def score_rows(model: LanguageModel, samples: Sequence[Sample], systems: Systems
     """
     lengths = getattr(samples, "lengths", None)  # of rows that lie on a disk, which are read when they are scored
     lengths = [len(s) for s in samples] if lengths is None else lengths.tolist()
-    plan = micro_batches(lengths, token_budget(systems, model))
+    plan = micro_batches([n + model.inserted for n in lengths], token_budget(systems, model))
     rank, world = (distributed.rank(), distributed.world()) if distributed.world() > 1 else (0, 1)
     own: dict[int, RowScore] = {}
     training = model.training

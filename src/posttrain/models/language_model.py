@@ -289,6 +289,11 @@ class LanguageModel(nn.Module):
         """Return the virtual tokens of every sequence; None: there is no soft prompt, or it is switched off."""
         return None if self.soft_prompt is None else self.soft_prompt.virtual
 
+    @property
+    def inserted(self) -> int:
+        """Return the number of virtual tokens that are computed for each sequence anew."""
+        return 0 if self.virtual is None else self.virtual.before_target
+
 
 def check_trainable(hf: Any) -> None:
     """Check that every trainable parameter takes part in the forward pass of `LanguageModel`.

@@ -10,6 +10,8 @@ from posttrain.losses.linear_logprobs import CHUNK_BYTES
 from posttrain.models.language_model import LanguageModel
 
 CPU_TOKENS = 768
+FRONT_SHARE = 16
+"""On a CPU a pass has at least this many times the virtual tokens in front, which every pass computes anew."""
 LEAST, MOST = 4096, 65536
 """Bounds of the default on a GPU."""
 TRAINED_SHARE = 0.4
@@ -24,8 +26,12 @@ def token_budget(systems: SystemsConfig, model: LanguageModel) -> int:
     On a GPU the default is chosen at the first call and kept with the model, so that every pass of a run uses the same.
     Under torchrun every rank must make that first call; the smallest number is used.
     """
-    if systems.tokens_per_micro_batch or model.device.type != "cuda":
-        return systems.tokens_per_micro_batch or (CPU_TOKENS if model.device.type == "cpu" else LEAST)
+    if systems.tokens_per_micro_batch:
+        return systems.tokens_per_micro_batch
+    if model.device.type == "cpu":
+        return cpu_tokens(model.virtual.front if model.virtual is not None and model.virtual.computed else 0)
+    if model.device.type != "cuda":
+        return LEAST
     if model.token_budget is None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         free, total = torch.cuda.mem_get_info(model.device)
@@ -35,6 +41,11 @@ def token_budget(systems: SystemsConfig, model: LanguageModel) -> int:
         # A frozen model's number must not depend on how much is free: a resumed run would round otherwise.
         model.token_budget = min(distributed.all_gather_object(own)) if trained else own
     return model.token_budget
+
+
+def cpu_tokens(front: int) -> int:
+    """Return the default budget on a CPU, given the number of virtual tokens in front that each pass computes."""
+    return max(CPU_TOKENS, FRONT_SHARE * front)
 
 
 def suited_budget(model: LanguageModel, systems: SystemsConfig, free: int, total: int, trained: int) -> int:

@@ -145,7 +145,7 @@ class Learner:
     def _split(self, samples: Sequence[Sample]) -> tuple[list[list[int]], int]:
         """Return this rank's micro-batches, and how many passes every rank makes."""
         world, budget = distributed.world(), token_budget(self.systems, self.model)
-        units = _units(samples, budget)
+        units = _units(samples, budget, self.model.inserted)
         shares: list[list[int]] = [[] for _ in range(world)]
         loads = [0] * world
         for u in sorted(range(len(units)), key=lambda u: (-units[u][0], u)):
@@ -254,17 +254,22 @@ def cross_entropy(model: LanguageModel, batch: RaggedBatch, denominator: float) 
     return loss, {"token_accuracy": (hits * weights).sum() / denominator}
 
 
-def _units(samples: Sequence[Sample], budget: int) -> list[tuple[int, list[int]]]:
+def _units(samples: Sequence[Sample], budget: int, inserted: int = 0) -> list[tuple[int, list[int]]]:
     """Return (tokens to compute, samples) of what stays together in a micro-batch.
 
     Samples that name the same ``group`` in their meta share their first ``shared`` tokens, computed once: they stay
     together up to the budget, or all of them, whatever it is, if they are marked ``whole`` (a pair of answers). Any
     other sample is alone.
+
+    Args:
+        samples: The samples.
+        budget: Most tokens of a group that is not ``whole``.
+        inserted: Number of virtual tokens inside each sample.
     """
     units: list[tuple[int, list[int]]] = []
     newest: dict[Any, int] = {}
     for i, sample in enumerate(samples):
-        group, size = sample.meta.get("group"), len(sample)
+        group, size = sample.meta.get("group"), len(sample) + inserted
         more = size - int(sample.meta.get("shared", 0))
         at = newest.get(group) if group is not None else None
         if at is not None and (units[at][0] + more <= budget or sample.meta.get("whole")):
