@@ -91,6 +91,35 @@ def test_gates_and_norms() -> None:
     assert torch.equal(k.rms_norm(zeros, torch.ones(8), 1e-6, 0.0), zeros)
 
 
+@compiled
+@pytest.mark.parametrize("rows", [3, 400])  # one thread takes few
+def test_gradients_of_gates_and_norms(rows: int) -> None:
+    """Against autograd in float64; the gradient of the gate in the place of what came, or not."""
+    k, before = native.kernels(), torch.get_num_threads()
+    assert k is not None
+    gate, up, d = randn(rows, 53) * 8, randn(rows, 53, seed=1), randn(rows, 53, seed=2)
+    weight = randn(53, seed=3)
+    exact = [x.double().requires_grad_() for x in (gate, up)]
+    expected = torch.autograd.grad(F.silu(exact[0]) * exact[1], exact, d.double())
+    found: list[list[Tensor]] = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(
+                [*k.gated_back(gate, up, d, in_place=False), *k.gated_back(gate, up, d.clone(), in_place=True)]
+            )
+            found[-1] += [k.rms_norm_back(gate, weight, d, 1e-6, shift) for shift in (0.0, 1.0)]
+            found[-1].append(k.rms_norm(gate, weight, 1e-6, 0.0))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    for a, b in zip(found[0], (*expected, *expected), strict=False):
+        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-6)
+    for shift, a in zip((0.0, 1.0), found[0][4:], strict=False):
+        y = F.rms_norm(exact[0], (53,), weight.double() + shift, 1e-6)
+        torch.testing.assert_close(a.double(), *torch.autograd.grad(y, exact[0], d.double()), rtol=2e-6, atol=2e-6)
+
+
 def slow_attention(q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float) -> Tensor:
     """One query over its keys, all in float64."""
     seen = slice(0 if window is None else max(0, len(keys) - window), None)

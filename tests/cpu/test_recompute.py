@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -12,10 +13,11 @@ from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model
 
 
-def norm_then_linear(lean: bool) -> tuple[list[torch.Tensor], bool]:
+def norm_then_linear(lean: bool, trained: bool) -> tuple[list[torch.Tensor], bool]:
     """Gradients of x, of the norm's weight and of two linear layers behind it; whether the norm's output was freed."""
     g = torch.Generator().manual_seed(0)
     x, scale, a, b = (torch.randn(s, generator=g).requires_grad_() for s in ((40, 16), (16,), (16, 8), (16, 8)))
+    scale.requires_grad_(trained)
 
     def forward() -> tuple[torch.Tensor, StorageWeakRef]:
         y = _RMSNorm.apply(x, scale, 1e-6, 0.0)
@@ -32,10 +34,11 @@ def norm_then_linear(lean: bool) -> tuple[list[torch.Tensor], bool]:
     return [t.grad for t in (x, scale, a, b) if t.grad is not None], freed
 
 
-def test_a_norm_s_output_is_not_kept_and_gradients_are_the_same_to_the_bit() -> None:
-    (own, kept), (lean, freed) = norm_then_linear(False), norm_then_linear(True)
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_norm_s_output_is_not_kept_and_gradients_are_the_same_to_the_bit(trained: bool) -> None:
+    (own, kept), (lean, freed) = norm_then_linear(False, trained), norm_then_linear(True, trained)
     assert freed and not kept
-    assert len(own) == len(lean) == 4
+    assert len(own) == len(lean) == 3 + trained
     assert all(torch.equal(p, q) for p, q in zip(own, lean, strict=True))
 
 

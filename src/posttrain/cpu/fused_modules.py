@@ -26,14 +26,24 @@ TOLERANCE = 2e-5
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x / rms(x) * (weight + shift), rms(x) = sqrt(mean(x^2) + eps) (arXiv 1910.07467); keeps x and 1 / rms."""
+    """y = x / rms(x) * (weight + shift), rms(x) = sqrt(mean(x^2) + eps) (arXiv 1910.07467); keeps x, and 1 / rms if the
+    weight is trained."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, shift):  # type: ignore[no-untyped-def]
+        ctx.kernels = None if ctx.needs_input_grad[1] else _kernels_for(x, weight)
+        ctx.eps, ctx.shift = float(eps), shift
+        if ctx.kernels is not None:
+            ctx.save_for_backward(x, weight)
+            given, compute = (x.detach(), weight.detach(), ctx.eps, shift), ctx.kernels.rms_norm
+            if not remake.asked():
+                return compute(*given)
+            y = compute(*given, out=remake.roomy(x))
+            remake.made(y, lambda: compute(*given))
+            return y
         x32 = x.float()
         rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
-        ctx.shift = shift
         y = _normed(x, weight, rstd, shift)
         if remake.asked():
             parts = x.detach(), weight.detach(), rstd
@@ -42,6 +52,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        if ctx.kernels is not None:
+            x, weight = ctx.saved_tensors
+            return ctx.kernels.rms_norm_back(x, weight, dy.contiguous(), ctx.eps, ctx.shift), None, None, None
         x, weight, rstd = ctx.saved_tensors
         x32, dy32 = x.float(), dy.float()
         normed = x32 * rstd
@@ -59,6 +72,27 @@ def _normed(x: Tensor, weight: Tensor, rstd: Tensor, shift: float) -> Tensor:
     return y.mul_(weight.float() + shift if shift else weight.float()).to(x.dtype)
 
 
+def _kernels_for(*tensors: Tensor) -> native.Kernels | None:
+    """Return the compiled kernels, if they can read these tensors."""
+    return native.kernels() if all(map(native.is_plain, tensors)) else None
+
+
+def _gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """Compute act(gate) * up; with the compiled kernel if it has this activation."""
+    kernels = _kernels_for(gate, up) if kind == "silu" else None
+    return ACTIVATIONS[kind][0](gate).mul_(up) if kernels is None else kernels.gated(gate, up)
+
+
+def _gated_back(gate: Tensor, up: Tensor, d: Tensor, kind: str, in_place: bool) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of gate and up from `d`, that of act(gate) * up, whose memory may be used if `in_place`."""
+    kernels = _kernels_for(gate, up, d) if kind == "silu" else None
+    if kernels is not None:
+        return kernels.gated_back(gate, up, d, in_place)
+    act, act_backward = ACTIVATIONS[kind]
+    d_up = act(gate).mul_(d)
+    return act_backward(d.mul_(up) if in_place else d * up, gate), d_up
+
+
 class _Gated(torch.autograd.Function):
     """act(gate) * up; act(gate) is made again in backward."""
 
@@ -66,13 +100,11 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, gate, up, kind):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
-        return ACTIVATIONS[kind][0](gate).mul_(up)
+        return _gated(gate, up, kind)
 
     @staticmethod
     def backward(ctx, d_product):  # type: ignore[no-untyped-def]
-        gate, up = ctx.saved_tensors
-        act, act_backward = ACTIVATIONS[ctx.kind]
-        return act_backward(d_product * up, gate), act(gate).mul_(d_product), None
+        return *_gated_back(*ctx.saved_tensors, d_product, ctx.kind, in_place=False), None
 
 
 class _GatedDown(torch.autograd.Function):
@@ -82,19 +114,15 @@ class _GatedDown(torch.autograd.Function):
     def forward(ctx, gate, up, weight, kind):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(gate, up, weight)
         ctx.kind = kind
-        return F.linear(ACTIVATIONS[kind][0](gate).mul_(up), weight)
+        return F.linear(_gated(gate, up, kind), weight)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         gate, up, weight = ctx.saved_tensors
-        act, act_backward = ACTIVATIONS[ctx.kind]
-        active = act(gate)
         d_weight = None
         if ctx.needs_input_grad[2]:
-            d_weight = torch.mm(dy.flatten(0, -2).t(), (active * up).flatten(0, -2))
-        d_product = torch.matmul(dy, weight)
-        d_up = active.mul_(d_product)
-        return act_backward(d_product.mul_(up), gate), d_up, d_weight, None
+            d_weight = torch.mm(dy.flatten(0, -2).t(), _gated(gate, up, ctx.kind).flatten(0, -2))
+        return *_gated_back(gate, up, torch.matmul(dy, weight), ctx.kind, in_place=True), d_weight, None
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -172,15 +200,6 @@ def _norm_forward(shift: float) -> Callable[..., Tensor]:
         return _RMSNorm.apply(hidden_states, self.weight, eps, shift)  # type: ignore[no-any-return]
 
     return forward
-
-
-def _gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    """Compute act(gate) * up without a gradient; with the compiled kernel if it has this activation."""
-    if kind == "silu" and cpu.few_rows(gate) and gate.is_contiguous() and up.is_contiguous():
-        kernels = native.kernels()
-        if kernels is not None:
-            return kernels.gated(gate, up)
-    return ACTIVATIONS[kind][0](gate).mul_(up)
 
 
 def _mlp_forward(kind: str) -> Callable[..., Tensor]:
@@ -284,21 +303,27 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, *sin.chunk(2, -1), 1.0)
+        return _turned(x, cos, sin)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         cos, sin = ctx.saved_tensors
-        return _turned(dy, cos, *reversed(sin.chunk(2, -1)), -1.0), None, None
+        first, second = sin.chunk(2, -1)
+        return _turned(dy, cos, torch.cat((second, first), -1).neg_()), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, first: Tensor, second: Tensor, sign: float) -> Tensor:
-    """(x1, x2) cos + sign (-x2 first, x1 second)."""
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Compute x cos + (-x2, x1) sin of (1, heads, T, size), in fresh memory without gaps."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    kernels = _kernels_for(cos, sin, out) if x.stride(-1) == 1 else None
+    if kernels is not None:
+        kernels.rotate(x[0], cos[0, 0], sin[0, 0], out[0])
+        return out
     torch.mul(x, cos, out=out)
     (x1, x2), (y1, y2) = x.chunk(2, -1), out.chunk(2, -1)
-    y1.addcmul_(x2, first, value=-sign)
-    y2.addcmul_(x1, second, value=sign)
+    (s1, s2) = sin.chunk(2, -1)
+    y1.addcmul_(x2, s1, value=-1)
+    y2.addcmul_(x1, s2)
     return out
 
 

@@ -2,11 +2,11 @@
 
 torch's products reach half of the memory's bandwidth where rows are few, and what lies between two of them costs as
 much again in small operations. `decode.c` has what a decoding step needs, down to a whole layer in one call (see
-`models.layer`), `tree.c` the attention of everything else (see `models.tree`), `vocabulary.c` softmaxes over a
-vocabulary (see `models.vocabulary`) and draws from them. They are compiled by the C compiler that the system has, into
-the cache folder, in a second or two. Where there is none, where torch brings no GNU OpenMP (whose threads the kernels
-share), or where a result is not torch's own to rounding, everything goes through torch as before. `POSTTRAIN_NATIVE=0`
-switches the kernels off.
+`models.layer`), `training.c` the same of many rows, forward and back, `tree.c` the attention of everything else (see
+`models.tree`), `vocabulary.c` softmaxes over a vocabulary (see `models.vocabulary`) and draws from them. They are
+compiled by the C compiler that the system has, into the cache folder, in a second or two. Where there is none, where
+torch brings no GNU OpenMP (whose threads the kernels share), or where a result is not torch's own to rounding,
+everything goes through torch as before. `POSTTRAIN_NATIVE=0` switches the kernels off.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SOURCES = [Path(__file__).parent.joinpath("csrc", name) for name in ("decode.c", "tree.c", "vocabulary.c")]
+SOURCES = [
+    Path(__file__).parent.joinpath("csrc", name) for name in ("decode.c", "training.c", "tree.c", "vocabulary.c")
+]
 HEADER = Path(__file__).parent / "csrc" / "kernels.h"
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-Wl,-Bsymbolic")
 LEAST_COLUMNS = 8
@@ -72,16 +74,19 @@ class Kernels:
         self.lib.use_threads.argtypes = [pointer, pointer, pointer, ctypes.c_int]
         self.lib.linear.argtypes = [pointer, pointer, pointer, pointer, long, long, long]
         self.lib.gated.argtypes = [pointer, pointer, pointer, long]
-        self.lib.rms_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float, ctypes.c_float]
+        self.lib.rms_norm_rows.argtypes = [pointer] * 3 + [long] * 2 + [ctypes.c_float] * 2
+        self.lib.rms_norm_back.argtypes = [pointer] * 4 + [long] * 2 + [ctypes.c_float] * 2
+        self.lib.gated_back.argtypes = [pointer] * 5 + [long]
         self.lib.attend.argtypes = [pointer] * 13 + [ctypes.c_float]
-        self.lib.rotate.argtypes = [pointer] * 6 + [long] * 3
+        self.lib.rotate_rows.argtypes = [pointer] * 6 + [long] * 3
         self.lib.draw.argtypes = [pointer] * 4 + [long] * 2
         self.lib.layer.argtypes = [ctypes.POINTER(Layer)] + [pointer] * 12
         self.lib.use_whole_vectors.argtypes = [ctypes.c_int]
         self.lib.absorb.argtypes = [pointer] * 4 + [long] * 2 + [ctypes.c_int]
         self.lib.tree_attention.argtypes = [pointer] * 8 + [ctypes.c_float] + [pointer] * 2
         self.lib.tree_attention_back.argtypes = [pointer] * 8 + [ctypes.c_float] + [pointer] * 6
-        for name in ("use_threads", "gated", "rms_norm", "rotate", "absorb", "use_whole_vectors"):
+        nothing = ("gated", "gated_back", "rms_norm_rows", "rms_norm_back", "rotate_rows", "absorb")
+        for name in ("use_threads", "use_whole_vectors", *nothing):
             getattr(self.lib, name).restype = None
         self.openmp = _openmp()
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
@@ -140,7 +145,21 @@ class Kernels:
         self.lib.gated(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
         return y
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, shift: float) -> Tensor:
+    def gated_back(self, gate: Tensor, up: Tensor, d: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of gate and up from that of silu(gate) * up. All tensors are contiguous.
+
+        Args:
+            gate: As `gated` takes it.
+            up: Likewise.
+            d: Gradient of the result.
+            in_place: The gradient of gate takes the place of `d`.
+        """
+        d_gate, d_up = d if in_place else torch.empty_like(d), torch.empty_like(d)
+        self.use_threads()
+        self.lib.gated_back(*(x.data_ptr() for x in (gate, up, d, d_gate, d_up)), gate.numel())
+        return d_gate, d_up
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, shift: float, out: Tensor | None = None) -> Tensor:
         """Compute x / sqrt(mean(x^2) + eps) (weight + shift) over the last dimension.
 
         Args:
@@ -148,24 +167,42 @@ class Kernels:
             weight: Of the last dimension.
             eps: Added to the mean.
             shift: Added to the weight.
+            out: Memory for the result, contiguous. None: fresh.
         """
-        y = torch.empty_like(x)
-        self.lib.rms_norm(
-            x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1], x.shape[-1], eps, shift
-        )
+        y, h = torch.empty_like(x) if out is None else out, x.shape[-1]
+        self.use_threads()
+        self.lib.rms_norm_rows(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // h, h, eps, shift)
         return y
 
-    def rotate(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    def rms_norm_back(self, x: Tensor, weight: Tensor, dy: Tensor, eps: float, shift: float) -> Tensor:
+        """Compute the gradient of x from that of `rms_norm`.
+
+        Args:
+            x: As there, and so the others.
+            weight: Likewise.
+            dy: Gradient of the result, contiguous.
+            eps: Likewise.
+            shift: Likewise.
+        """
+        dx, h = torch.empty_like(x), x.shape[-1]
+        self.use_threads()
+        at = (t.data_ptr() for t in (x, weight, dy, dx))
+        self.lib.rms_norm_back(*at, x.numel() // h, h, eps, shift)
+        return dx
+
+    def rotate(self, x: Tensor, cosine: Tensor, sine: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute x cos + (-x_2, x_1) sin.
 
         Args:
             x: (heads, M, size) with last stride 1.
             cosine: (M, size), contiguous.
             sine: (M, size), contiguous.
+            out: Memory for the result, with last stride 1. None: fresh.
         """
-        y = torch.empty_like(x)
+        y = torch.empty_like(x) if out is None else out
         strides = [(ctypes.c_long * 2)(t.stride(0), t.stride(1)) for t in (x, y)]
-        self.lib.rotate(
+        self.use_threads()
+        self.lib.rotate_rows(
             x.data_ptr(), strides[0], cosine.data_ptr(), sine.data_ptr(), y.data_ptr(), strides[1], *x.shape
         )
         return y
@@ -389,6 +426,13 @@ def _right(k: Kernels) -> bool:
         k.absorb(part.clone(), top, total, None, False)
     if not torch.allclose(top + total.log(), torch.cat([gate, up], 1).logsumexp(1), rtol=1e-5, atol=1e-5):
         return False
-    return torch.allclose(k.gated(gate, up), F.silu(gate) * up, rtol=1e-5, atol=1e-6) and torch.allclose(
-        k.rms_norm(gate, weight, 1e-5, 1.0), expected, rtol=1e-5, atol=1e-6
+    pairs = [(k.gated(gate, up), F.silu(gate) * up), (k.rms_norm(gate, weight, 1e-5, 1.0), expected)]
+    # Gradients, on more rows than one thread takes.
+    gate, up, d = (randn(300, 37) * 4 for _ in range(3))
+    gradients = torch.ops.aten.silu_backward(d * up, gate), F.silu(gate) * d
+    pairs += zip(k.gated_back(gate, up, d, in_place=False), gradients, strict=True)
+    r, g = (gate.square().mean(-1, keepdim=True) + 1e-5).rsqrt(), d * (weight + 1)
+    pairs.append(
+        (k.rms_norm_back(gate, weight, d, 1e-5, 1.0), r * (g - gate * r**2 * (g * gate).mean(-1, keepdim=True)))
     )
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in pairs)

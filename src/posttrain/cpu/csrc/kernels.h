@@ -105,4 +105,9 @@ static inline float sum_of(vec v) {
 #endif
 }
 
+/* of decode.c: all rows in the calling thread */
+void rms_norm(const float *x, const float *weight, float *y, long m, long h, float eps, float shift);
+void rotate(const float *x, const long *x_strides, const float *cosine, const float *sine, float *y,
+            const long *y_strides, long heads, long m, long size);
+
 #endif
