@@ -427,12 +427,14 @@ def _right(k: Kernels) -> bool:
     if not torch.allclose(top + total.log(), torch.cat([gate, up], 1).logsumexp(1), rtol=1e-5, atol=1e-5):
         return False
     pairs = [(k.gated(gate, up), F.silu(gate) * up), (k.rms_norm(gate, weight, 1e-5, 1.0), expected)]
-    # Gradients, on more rows than one thread takes.
+    if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs):
+        return False
+    # Gradients, on more rows than one thread takes. Those of gates cross 0, where little is left of large parts.
     gate, up, d = (randn(300, 37) * 4 for _ in range(3))
     gradients = torch.ops.aten.silu_backward(d * up, gate), F.silu(gate) * d
-    pairs += zip(k.gated_back(gate, up, d, in_place=False), gradients, strict=True)
+    pairs = list(zip(k.gated_back(gate, up, d, in_place=False), gradients, strict=True))
     r, g = (gate.square().mean(-1, keepdim=True) + 1e-5).rsqrt(), d * (weight + 1)
     pairs.append(
         (k.rms_norm_back(gate, weight, d, 1e-5, 1.0), r * (g - gate * r**2 * (g * gate).mean(-1, keepdim=True)))
     )
-    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in pairs)
+    return all(float((a - b).abs().max()) <= 2e-6 * float(b.abs().max()) for a, b in pairs)
