@@ -135,6 +135,9 @@ def test_a_planted_set_of_leaks_is_found_whole_and_near_misses_are_not():
         ("ฉันชอบอ่านหนังสือในวันที่ฝนตกมาก", "เขา ฉันชอบอ่านหนังสือในวันที่ฝนตก", True),
         ("नमस्ते दुनिया यह एक परीक्षा है", "नमस्ते, दुनिया: यह एक परीक्षा है।", True),
         ("Straße und École im Jahr ２０２０", "STRASSE und E\u0301COLE im Jahr 2020", True),
+        ("Yarın ışık ile iki İYİ ırmak", "YARIN IŞIK İLE İKİ iyi IRMAK", True),
+        ("I love this movie so much", "I love \u2764\ufe0f this movie so \u0031\ufe0f\u20e3 much", False),
+        ("I love this movie so much", "I \u2764\ufe0f love\u2764\ufe0f this, movie so\u200b much", True),
         ("", "anything", False),
         ("...", "...", False),
     ],
@@ -155,6 +158,17 @@ def test_wording_that_the_items_of_an_evaluation_share_is_not_their_content():
     found = index.search([f"{wording} something else", items[7], "w3x0 " * 20])
     assert (found.rows.tolist(), found.items.tolist()) == ([1], [7])
     assert found.stats["reviews"]["shared_runs"] > 0
+
+
+def test_many_items_that_begin_alike_are_compared_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(module, "COMPARED_RUNS", 100)
+    beginning = "Solve the following puzzle about the animals of the farm near"
+    items = [f"{beginning} town{i} and say which of them it is" for i in range(300)]
+    monkeypatch.setattr(module, "SHARED", 10**9)
+    index = LeakIndex()
+    index.add("puzzles", items)
+    found = index.search([f"{beginning} town{i}x and say", items[i]][i % 2] for i in range(200))
+    assert list(zip(found.rows.tolist(), found.items.tolist(), strict=True)) == [(i, i) for i in range(1, 200, 2)]
 
 
 def test_several_evaluations_count_their_own_items_and_text_in_both_counts_for_both():

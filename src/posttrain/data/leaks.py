@@ -20,7 +20,10 @@ SHARE = 0.05
 LEAKS_SHOWN = 5
 _LONG, _SHORT = 32, 6
 """Letters of the beginning of a run that are looked up first: of runs of at least 32 letters, and of shorter ones."""
+COMPARED_RUNS = 1 << 20
+"""Places and runs that are compared at a time."""
 _NOTHING = np.zeros(0, np.int64)
+_Found = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -169,17 +172,17 @@ class LeakIndex:
         pairs: dict[tuple[int, int], str] = {}
         for texts, owners in _batched(rows):
             words = word_batch(texts)
-            begins, ends, runs = self._tables.find(words)
-            if not len(runs):
-                continue
-            hit = np.array(owners, np.int64)[np.searchsorted(words.text_ends, begins, side="right")]
-            for begin, end, run, row in zip(begins.tolist(), ends.tolist(), runs.tolist(), hit.tolist(), strict=True):
-                new = [(row, item) for item in self._tables.items_of(run) if (row, item) not in pairs]
-                if new and self._tables.equal(words, begin, end, run):
-                    pairs |= dict.fromkeys(new, _readable(words, begin, end))
+            row_of_text = np.array(owners, np.int64)
+            for begins, ends, runs in self._tables.find(words):
+                hit = row_of_text[np.searchsorted(words.text_ends, begins, side="right")]
+                columns = (column.tolist() for column in (begins, ends, runs, hit))
+                for begin, end, run, row in zip(*columns, strict=True):
+                    new = [(row, item) for item in self._tables.items_of(run) if (row, item) not in pairs]
+                    if new and self._tables.equal(words, begin, end, run):
+                        pairs |= dict.fromkeys(new, _readable(words, begin, end))
         every = sorted(pairs)
-        columns = np.array(every, np.int64).reshape(-1, 2)
-        return Leaks(columns[:, 0], columns[:, 1], self._item_of, [pairs[pair] for pair in every], self._totals)
+        found = np.array(every, np.int64).reshape(-1, 2)
+        return Leaks(found[:, 0], found[:, 1], self._item_of, [pairs[pair] for pair in every], self._totals)
 
 
 class _Tables:
@@ -224,57 +227,50 @@ class _Tables:
         same_first = (ours[0] ^ theirs[0]) & LETTER == 0
         return bool(same_first) and bool(np.array_equal(ours[1:], theirs[1:]))
 
-    def find(self, words: WordBatch) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return where a run of words begins and ends, and which one it is, by its hash."""
-        found = [self._whole_texts(words)]
+    def find(self, words: WordBatch) -> Iterator[_Found]:
+        """Yield where runs of words begin and end, and which they are, by their hashes."""
+        yield from self._whole_texts(words)
         if len(words.starts):
             ends_of = words.text_ends[np.searchsorted(words.text_ends, words.starts, side="right")]
             boundary = np.zeros(len(words.letters) + 1, bool)
             boundary[words.starts] = boundary[words.text_ends] = True
             if len(self.long.runs):
-                found.append(self._long_runs(words, ends_of, boundary))
+                yield from self._long_runs(words, ends_of, boundary)
             if len(self.short.runs):
-                found.append(self._short_runs(words, ends_of, boundary))
-        begins, ends, runs = (np.concatenate(column) for column in zip(*found, strict=True))
-        return begins, ends, runs
+                yield from self._short_runs(words, ends_of, boundary)
 
-    def _whole_texts(self, words: WordBatch) -> tuple[NDArray[np.int64], ...]:
+    def _whole_texts(self, words: WordBatch) -> Iterator[_Found]:
         begins, ends = np.concatenate([[0], words.text_ends[:-1]]), words.text_ends
         filled = begins < ends
         begins, ends = begins[filled], ends[filled]
-        place, run = self.whole.pairs(words.hashes(begins, ends) if len(begins) else np.zeros(0, np.uint64))
-        return begins[place], ends[place], run
+        for place, run in self.whole.pairs(words.hashes(begins, ends) if len(begins) else np.zeros(0, np.uint64)):
+            yield begins[place], ends[place], run
 
-    def _long_runs(
-        self, words: WordBatch, ends_of: NDArray[np.int64], boundary: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.int64], ...]:
-        begins = words.starts[words.starts + _LONG <= ends_of]
-        limits = ends_of[words.starts + _LONG <= ends_of]
-        place, run = self.long.pairs(words.hashes(begins, begins + _LONG))
-        begins, limits = begins[place], limits[place]
-        ends = begins + self.lengths[run]
-        fits = ends <= limits
-        begins, ends, run = begins[fits], ends[fits], run[fits]
-        same = boundary[ends] & (words.hashes(begins, ends) == self.hashes[run]) if len(run) else np.zeros(0, bool)
-        return begins[same], ends[same], run[same]
+    def _long_runs(self, words: WordBatch, ends_of: NDArray[np.int64], boundary: NDArray[np.bool_]) -> Iterator[_Found]:
+        long_enough = words.starts + _LONG <= ends_of
+        starts, limits = words.starts[long_enough], ends_of[long_enough]
+        for place, run in self.long.pairs(words.hashes(starts, starts + _LONG)):
+            begins, ends = starts[place], starts[place] + self.lengths[run]
+            fits = np.flatnonzero(ends <= limits[place])
+            fits = fits[boundary[ends[fits]]]
+            begins, ends, run = begins[fits], ends[fits], run[fits]
+            if len(run):
+                same = words.hashes(begins, ends) == self.hashes[run]
+                yield begins[same], ends[same], run[same]
 
     def _short_runs(
         self, words: WordBatch, ends_of: NDArray[np.int64], boundary: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.int64], ...]:
+    ) -> Iterator[_Found]:
         fits = words.starts + self.shortest <= ends_of
         begins, limits = words.starts[fits], ends_of[fits]
         likely = self.short_beginnings.among(words.hashes(begins, begins + self.shortest))
         begins, limits = begins[likely], limits[likely]
-        found = [(_NOTHING, _NOTHING, _NOTHING)]
         for length in self.short_lengths if len(begins) else ():
             inside = np.flatnonzero(begins + length <= limits)
             inside = inside[boundary[begins[inside] + length]]
-            if len(inside):
-                own = begins[inside]
-                place, run = self.short.pairs(words.hashes(own, own + length))
-                found.append((own[place], own[place] + length, run))
-        begins, ends, runs = (np.concatenate(column) for column in zip(*found, strict=True))
-        return begins, ends, runs
+            own = begins[inside]
+            for place, run in self.short.pairs(words.hashes(own, own + length)):
+                yield own[place], own[place] + length, run
 
 
 class _Lookup:
@@ -296,13 +292,17 @@ class _Lookup:
         at = np.minimum(np.searchsorted(self.hashes, hashes[likely]), len(self.hashes) - 1)
         return likely[self.hashes[at] == hashes[likely]]
 
-    def pairs(self, hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return (place, run) of every hash that is here, once for each run that has it."""
+    def pairs(self, hashes: NDArray[np.uint64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield (places, runs) of every hash that is here, once for each run that has it, a million at a time."""
         places = self.among(hashes)
         low = np.searchsorted(self.hashes, hashes[places], side="left")
         counts = np.searchsorted(self.hashes, hashes[places], side="right") - low
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(places, counts), self.runs[np.repeat(low, counts) + within]
+        part = (np.cumsum(counts) - 1) // COMPARED_RUNS
+        edges = np.concatenate([[0], np.flatnonzero(np.diff(part)) + 1, [len(places)]])
+        for first, last in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            own = counts[first:last]
+            within = np.arange(own.sum()) - np.repeat(np.cumsum(own) - own, own)
+            yield np.repeat(places[first:last], own), self.runs[np.repeat(low[first:last], own) + within]
 
 
 def _readable(words: WordBatch, begin: int, end: int) -> str:

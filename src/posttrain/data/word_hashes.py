@@ -52,7 +52,8 @@ def _classes() -> NDArray[np.uint8]:
     for low, high in _CHARACTER_WORDS:
         part = out[low : high + 1]
         part[part == _LETTER] = _WORD
-    out[0xE0000:0xE0FFF] = _SKIPPED
+    out[0xE0000:0xE1000] = out[0xFE00:0xFE10] = _SKIPPED  # tags, and what chooses the colour of an emoji
+    out[0x20D0:0x2100] = _BETWEEN  # marks around symbols
     out[[code for code in range(0x3001) if chr(code).isspace()]] = _SPACE
     out[[ord(c) for c in "'`\u00b4\u02bc\u2019"]] = _APOSTROPHE
     out[ord(",")] = _COMMA
@@ -63,7 +64,8 @@ def folded(text: str) -> str:
     """Return a text without differences of case, of composed and decomposed characters, and of widths of characters."""
     if text.isascii():
         return text.lower()
-    lower = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i")  # of the Turkish capital
+    lower = unicodedata.normalize("NFKC", text).casefold()
+    lower = lower.replace("i\u0307", "i").replace("\u0131", "i")  # Turkish: both lose their form in upper case
     return unicodedata.normalize("NFKC", lower)
 
 
@@ -121,11 +123,17 @@ def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x
 
 
-@lru_cache(2)
-def _powers(base: int, count: int) -> NDArray[np.uint64]:
-    out = np.full(count, base, np.uint64)
-    out[0] = 1
-    return np.cumprod(out, dtype=np.uint64)
+_POWERS: dict[int, NDArray[np.uint64]] = {}
+"""Powers of each base that were needed so far: they are the same for every batch."""
+
+
+def _powers(base: np.uint64, count: int) -> NDArray[np.uint64]:
+    known = _POWERS.get(int(base))
+    if known is None or len(known) < count:
+        out = np.full(1 << max(12, (count - 1).bit_length()), base, np.uint64)
+        out[0] = 1
+        known = _POWERS[int(base)] = np.cumprod(out, dtype=np.uint64)
+    return known[:count]
 
 
 def word_batch(texts: Sequence[str]) -> WordBatch:
@@ -146,13 +154,13 @@ def word_batch(texts: Sequence[str]) -> WordBatch:
     letters[np.setdiff1d(apart, text_ends, assume_unique=False)] += SEPARATED
     _add_signs(letters, codes, kinds, places, begins)
     starts = np.flatnonzero(begins)
-    size = max(1 << 12, 1 << (len(letters) + 1).bit_length())  # few sizes, so that the powers are computed once
-    sums = np.zeros(len(letters) + 1, np.uint64)
+    count = len(letters)
+    sums = np.zeros(count + 1, np.uint64)
     values = letters.astype(np.uint64)
     values += np.uint64(1)
-    values *= _powers(int(BASE), size)[: len(letters)]
+    values *= _powers(BASE, count)
     np.cumsum(values, out=sums[1:])
-    return WordBatch(letters, starts, spaced[starts], text_ends, sums, _powers(int(INVERSE), size))
+    return WordBatch(letters, starts, spaced[starts], text_ends, sums, _powers(INVERSE, count))
 
 
 def _boundaries(
