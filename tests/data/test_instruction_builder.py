@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from posttrain.core.errors import DataError
 from posttrain.data.instruction_builder import InstructionBuilder, build_instructions
-from posttrain.data.instruction_held_out import is_copy
 from posttrain.data.instruction_mixing import Draws, Mixing, mixed_counts
 from posttrain.data.instruction_settings import InstructionSettings
 from posttrain.data.instruction_tasks import InstructionTask
@@ -27,6 +26,7 @@ from posttrain.data.instruction_wordings import (
     language_name,
     shipped_wordings,
 )
+from posttrain.data.text_copies import is_copy, template_words
 
 WORDS = "amber birch cedar delta ember flint grove heath inlet jetty knoll larch marsh north olive pearl quartz".split()
 
@@ -340,6 +340,16 @@ def test_copies_by_hand() -> None:
     ):
         assert is_copy(text, other, 0.7) == is_copy(other, text, 0.7) == expected, other
     assert is_copy(["3", "4"], ["3", "4"], 0.7) and not is_copy("3 4 7".split(), "7 4 3".split(), 0.7)
+
+
+def test_words_of_a_template_are_found_and_others_are_kept() -> None:
+    capitals = [f"what is the capital of {WORDS[i % 17]}{i}".split() for i in range(100)]
+    assert template_words(capitals) == frozenset("what is the capital of".split())
+    prose = [sentence(i).split() for i in range(100)]
+    assert not template_words(prose)
+    families = [[*prose[i // 4], f"x{i}"] for i in range(100)]  # each text four times, nearly: copies, no template
+    assert not template_words(families)
+    assert not template_words([]) and not template_words([["a"]])
 
 
 def test_draws_are_even_and_different() -> None:

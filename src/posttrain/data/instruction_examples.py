@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -24,18 +23,12 @@ from posttrain.data.instruction_tasks import InstructionTask
 from posttrain.data.instruction_wordings import INPUT_FIELDS, LABELLED, Template
 from posttrain.data.parts import PlacedRow
 from posttrain.data.rows import Rows, open_rows
-from posttrain.data.text_similarity import words_of
+from posttrain.data.text_copies import LONG_INPUT, SEVERAL, compared_words, template_words
 
 MAX_LABELS = 200
 """Most different answers of a task whose labels are taken from its rows."""
 SAMPLED = 1000
 """Examples by which words are found that most examples of a task have."""
-LONG_INPUT = 13
-"""Words of an input that names its row: rows of other tasks with the same are copies whatever their answer is."""
-TEMPLATE_ROWS = 20
-"""Examples from which their common words are taken for a template."""
-SEVERAL = 6
-"""Words from which a text is the same as one of the same words in another order."""
 EXAMPLES_SHOWN = 3
 """Examples of each cause for which rows are left out."""
 
@@ -144,17 +137,10 @@ class ExampleStore:
 
     @property
     def common_words(self) -> frozenset[str]:
-        """Return the words of a template that nearly all inputs are written by; empty if there is none.
-
-        These are words that more than half of the inputs have, if they are more than half of all words: texts like
-        "State the answer to this problem: 5 + 8 =" are compared by what is left.
-        """
+        """Return the words of a template by which the inputs were written (`template_words`); often there are none."""
         if self._common is None:
-            texts = [compared_words(e.input_text(self.task.type)) for e in islice(iter(self), SAMPLED)]
-            holders = Counter(word for words in texts for word in set(words))
-            common = frozenset(word for word, n in holders.items() if n > len(texts) / 2)
-            share = sum(word in common for words in texts for word in words) / max(1, sum(map(len, texts)))
-            self._common = common if share > 0.5 and len(texts) >= TEMPLATE_ROWS else frozenset()
+            kind = self.task.type
+            self._common = template_words([compared_words(e.input_text(kind)) for e in islice(iter(self), SAMPLED)])
         return self._common
 
     def words(self, example: Example) -> list[str]:
@@ -275,11 +261,6 @@ class _RowReader:
         rationale = "" if self.rationale is None else _fill_if_there(self.rationale, row)
         group = row.get(task.group) if task.group is not None else None
         return Example(fields, output, rationale, placed.source), _group_key(group)
-
-
-def compared_words(text: str) -> list[str]:
-    """Return the words of a text for comparing: letters with separate accents are the same as those with their own."""
-    return words_of(text if text.isascii() else unicodedata.normalize("NFKC", text))
 
 
 def _group_key(value: Any) -> int:

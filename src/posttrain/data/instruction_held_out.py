@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from posttrain.data.instruction_examples import LONG_INPUT, SEVERAL, Example, ExampleStore
-from posttrain.data.text_similarity import RougeIndex, common_subsequence
+from posttrain.data.instruction_examples import Example, ExampleStore
+from posttrain.data.text_similarity import RougeIndex
 
 SAME_INPUT = "the input of a held-out row"
 SAME_GROUP = "the group of a held-out row"
 NEAR_INPUT = "nearly the input of a held-out row"
 OTHER_TASK = "a held-out row of another task"
-NEARLY_ALL = 0.95
-
-
-def is_copy(a: Sequence[str], b: Sequence[str], limit: float) -> bool:
-    """Return True if one text is a copy of another one, by their words.
-
-    That is if ROUGE-L is at least the limit, or 95% of the words of both are the same in any order (of at least
-    SEVERAL words), or 95% of those of one, if they are LONG_INPUT at least, are in the other in their order.
-
-    Args:
-        a: Words of one text.
-        b: Words of another one.
-        limit: Lowest ROUGE-L of copies.
-    """
-    least, both = min(len(a), len(b)), len(a) + len(b)
-    inside = least >= LONG_INPUT and len(a) != len(b)
-    if 2 * least < limit * both - 1e-9 and not inside:
-        return False
-    common = set(a) & set(b)
-    most = min(sum(map(common.__contains__, a)), sum(map(common.__contains__, b)))  # quick, and at least `shared`
-    if 2 * most < limit * both - 1e-9 and not (inside and most >= NEARLY_ALL * least):
-        return False
-    shared = sum((Counter(a) & Counter(b)).values())
-    if least >= SEVERAL and 2 * shared >= NEARLY_ALL * both:
-        return True
-    contained = inside and shared >= NEARLY_ALL * least
-    if not contained and 2 * shared < limit * both - 1e-9:  # the longest common subsequence is no longer than this
-        return False
-    longest = common_subsequence(a, b)
-    return 2 * longest >= limit * both - 1e-9 or (contained and longest >= NEARLY_ALL * least)
 
 
 def choose_held_out(store: ExampleStore, usable: np.ndarray, order: np.ndarray, count: int) -> np.ndarray:

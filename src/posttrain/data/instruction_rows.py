@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from posttrain.data.instruction_examples import Dropped, Example, ExampleStore
-from posttrain.data.instruction_held_out import is_copy
 from posttrain.data.instruction_mixing import Draws, ranks, task_seed
 from posttrain.data.instruction_settings import InstructionSettings, ShotsConfig
 from posttrain.data.instruction_wordings import INVERTED_TARGET, LABELLED, Wording, language_name, shipped_wordings
+from posttrain.data.text_copies import is_copy
 
 ANSWER_MARK = "Answer:"
 """What begins the last line of an answer with reasoning; the prompt asks for it."""
