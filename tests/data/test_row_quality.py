@@ -107,7 +107,12 @@ def test_groups_are_found_by_words_and_by_runs_of_words():
     assert mentions.groups("An OLD-man, here") == {"old", "men"}
     assert mentions.groups("the manor of an old, wise person") == set()
     assert mentions.groups("一个女人") == {"女"}
-    assert terms_of("en-GB") is GROUP_TERMS["en"] and terms_of("xx") == {} and terms_of("en", {}) == {}
+    assert (
+        terms_of("en-GB") is GROUP_TERMS["en"]
+        and terms_of("German") is GROUP_TERMS["de"]
+        and terms_of("xx") == {}
+        and terms_of("en", {}) == {}
+    )
 
 
 def test_holm():

@@ -55,4 +55,5 @@ GROUP_TERMS: dict[str, dict[str, list[str]]] = {
 
 def terms_of(language: str, own: GroupTerms | None = None) -> GroupTerms:
     """Return a task's own terms, or else those of its language; {}: there are none."""
-    return own if own is not None else GROUP_TERMS.get(language.partition("-")[0].lower(), {})
+    code = language.replace("_", "-").partition("-")[0].lower()
+    return own if own is not None else GROUP_TERMS.get({"english": "en", "german": "de"}.get(code, code), {})

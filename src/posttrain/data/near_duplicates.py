@@ -144,7 +144,7 @@ def _sketch(texts: Iterable[str | Sequence[str]], slots: int, bands: int, least:
     except ImportError as error:
         raise DataError(
             "near duplicates are found with the package rensa, which is not installed: "
-            "pip install 'posttrain[instructions]'"
+            "pip install 'posttrain[instructions]' (a stage does without: near_duplicates: null)"
         ) from error
     digests, hashed, shingles = array("Q"), [], _Shingles(file)
     for batch in row_batches(texts):

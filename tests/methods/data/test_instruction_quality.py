@@ -11,6 +11,7 @@ import pytest
 
 from posttrain.config import Recipe
 from posttrain.config.settings import ModelConfig
+from posttrain.core.errors import RecipeError
 from posttrain.core.files import write_lines
 from posttrain.data.instruction_builder import InstructionBuilder
 from posttrain.data.instruction_settings import InstructionSettings
@@ -19,6 +20,8 @@ from posttrain.data.quality_settings import QualitySettings
 from posttrain.methods.data.instruction_quality import HELD_OUT, NEAR_DUPLICATE, InstructionQuality, read_rows
 from posttrain.methods.data.row_difficulty import first_rows_of_tasks, measure_difficulty
 from posttrain.models.tiny_model import tiny_tokenizer
+from posttrain.recipe import machine_checks
+from posttrain.recipe.machine_checks import check_machine
 from posttrain.trainer.stage import StageContext
 
 WORDS = [f"word{i}" for i in range(500)]
@@ -149,3 +152,19 @@ def test_difficulty_is_the_mean_loss_per_token_of_the_outputs() -> None:
     assert found["nll"] == pytest.approx(total / count, abs=1e-5)
     assert found["low"] <= found["nll"] <= found["high"]
     assert measure_difficulty(config, {"a": chosen["a"]}, 3)["a"] == {"rows": 0, "too_long": 3, "tokens": 0}
+
+
+def test_the_package_for_near_duplicates_is_asked_for_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = task(tmp_path, "one", [sentence(i) for i in range(20)])
+    stage = {"method": "instructions", "name": "build", "tasks": [one.model_dump(exclude_unset=True)]}
+    recipe = Recipe.model_validate({"name": "r", "model": {"source": "tiny:llama"}, "stages": [stage]})
+    without = Recipe.model_validate(
+        {"name": "r", "model": {"source": "tiny:llama"}, "stages": [{**stage, "near_duplicates": None}]}
+    )
+    check_machine(recipe)
+    monkeypatch.setattr(machine_checks, "is_installed", lambda package: package != "rensa")
+    with pytest.raises(RecipeError, match=r"near_duplicates: needs rensa.*posttrain\[instructions\]"):
+        check_machine(recipe)
+    check_machine(without)
