@@ -127,3 +127,4 @@ def test_small_measures():
     assert label_balance({"a": 3, "b": 1})["balance"] == pytest.approx(0.811278, abs=1e-6)
     assert quantiles(range(101)) == {"low": 5, "median": 50, "high": 95, "longest": 100}
     assert row_texts(row(prompt=[{"role": "user", "content": "q"}])) == ["q", "good", "A film"]
+    assert row_texts(row(input="long " * 50)) == [row()["prompt"], "good"]

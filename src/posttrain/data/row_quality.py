@@ -18,6 +18,8 @@ WORD_COUNT_EDGES = (0, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 MOST_LABELS = 100
 """Different labels of a task that are counted one by one; of more, the rest together."""
 LONG_ROWS_SHOWN = 5
+SHORT_INPUT = 200
+"""Characters of an input that is searched apart from its prompt."""
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 
 InstructionRow = Mapping[str, Any]
@@ -182,10 +184,13 @@ def prompt_text(row: InstructionRow) -> str:
 
 
 def row_texts(row: InstructionRow) -> list[str]:
-    """Return the texts of a row in which evaluations may leak: each message of the prompt, completion, raw input."""
+    """Return the texts of a row in which evaluations may leak: each message of the prompt, completion, short input.
+
+    A long input is found in the prompt; a short one may have to be a whole text to count.
+    """
     prompt = row["prompt"]
     messages = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    return [*messages, row["completion"], row["input"]]
+    return [*messages, row["completion"], *([row["input"]] if len(row["input"]) <= SHORT_INPUT else [])]
 
 
 def count_words(text: str) -> int:

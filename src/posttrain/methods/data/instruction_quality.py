@@ -250,4 +250,5 @@ def _of(store: ExampleStore, number: int) -> dict[str, str]:
 
 
 def _example_texts(example: Example) -> list[str]:
-    return [*example.fields.values(), "\n".join(example.fields.values()), example.output, example.rationale]
+    fields = list(example.fields.values())
+    return [*fields, *(["\n".join(fields)] if len(fields) > 1 else []), example.output, example.rationale]
