@@ -96,6 +96,25 @@ def test_what_is_only_counted_stays_and_is_found_in_the_rows(tmp_path: Path) -> 
     assert stats["truncated"]["rows"] == stats["breadth"]["rows"]  # the tiny tokenizer has few words
 
 
+def test_leaks_by_demonstrations_of_a_task_file_are_found_in_the_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = [sentence(i) for i in range(30)]
+    shown = [{"input": f"so: {sentence(100).title()}", "output": "a"}]
+    tasks = [task(tmp_path, "one", inputs, demonstrations=shown)]
+    context = StageContext(None, None, evaluations=evaluations(tmp_path, [sentence(100), sentence(101)]))
+    quality = InstructionQuality(QualitySettings(), tasks, context)
+    settings = InstructionSettings(held_out=2, shots={"share": 1.0, "counts": [1]})
+    builder = InstructionBuilder(tasks, 0, settings, tmp_path / "work")
+    builder.read()
+    quality.drop(builder)
+    builder.split()
+    write_lines(tmp_path / "rows.jsonl", list(builder.rows()))
+    leaks = quality.measure(tmp_path)["leaks"]
+    assert (leaks["rows"], leaks["evaluations"]["test"]["leaked_items"]) == (28, 1)
+    assert "28 rows have text of test (row 1" in caplog.text
+
+
 def test_examples_with_text_of_held_out_rows_of_another_task_are_left_out(tmp_path: Path) -> None:
     shared = [sentence(i) for i in range(10)]
     tasks = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from posttrain.data.instruction_tasks import InstructionTask
     from posttrain.data.leaks import LeakIndex, Leaks
 
+log = logging.getLogger("posttrain")
 NEAR_DUPLICATE = "nearly the same as an earlier example"
 LEAKED = "text of evaluation {}"
 HELD_OUT = "text of a held-out row"
@@ -217,6 +219,13 @@ class InstructionQuality:
         return [text] if count_words(text) >= self.settings.leaks.n else []
 
     def _leaks(self, leaks: Leaks) -> dict[str, Any]:
+        for name, part in leaks.stats.items():
+            if part["leaking_rows"]:  # examples are left out, but not what a task's file shows or says
+                first = part["examples"][0]
+                log.warning(
+                    "%d rows have text of %s (row %d: %r): look at the demonstrations and wordings of the task",
+                    *(part["leaking_rows"], name, first["row"] + 1, first["words"]),
+                )
         return {"rows": len(leaks.leaking), "evaluations": leaks.stats, "not_searched": self._not_read}
 
     def _tokens_of(self) -> Any:
