@@ -26,7 +26,7 @@ from posttrain.data.instruction_wordings import (
     language_name,
     shipped_wordings,
 )
-from posttrain.data.text_copies import is_copy, template_words
+from posttrain.data.text_copies import core_text, is_copy, template_words
 
 WORDS = "amber birch cedar delta ember flint grove heath inlet jetty knoll larch marsh north olive pearl quartz".split()
 
@@ -349,6 +349,9 @@ def test_words_of_a_template_are_found_and_others_are_kept() -> None:
     assert not template_words(prose)
     families = [[*prose[i // 4], f"x{i}"] for i in range(100)]  # each text four times, nearly: copies, no template
     assert not template_words(families)
+    assert core_text("What is the capital of Old-France (now)?", template_words(capitals)) == "Old-France (now)?"
+    assert core_text("What is  -3 + 4 =", frozenset(("what", "is"))) == "-3 + 4"
+    assert core_text("what is", frozenset(("what", "is"))) == "what is"
     assert not template_words([]) and not template_words([["a"]])
 
 

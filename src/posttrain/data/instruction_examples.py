@@ -23,7 +23,7 @@ from posttrain.data.instruction_tasks import InstructionTask
 from posttrain.data.instruction_wordings import INPUT_FIELDS, LABELLED, Template
 from posttrain.data.parts import PlacedRow
 from posttrain.data.rows import Rows, open_rows
-from posttrain.data.text_copies import LONG_INPUT, SEVERAL, compared_words, template_words
+from posttrain.data.text_copies import LONG_INPUT, SEVERAL, compared_words, core_text, template_words
 
 MAX_LABELS = 200
 """Most different answers of a task whose labels are taken from its rows."""
@@ -142,6 +142,10 @@ class ExampleStore:
             kind = self.task.type
             self._common = template_words([compared_words(e.input_text(kind)) for e in islice(iter(self), SAMPLED)])
         return self._common
+
+    def core_text(self, example: Example) -> str:
+        """Return an input without the words of a template at its beginning and its end."""
+        return core_text(example.input_text(self.task.type), self.common_words)
 
     def words(self, example: Example) -> list[str]:
         """Return the words of an input by which it is compared; all of them if it has no others than common ones."""

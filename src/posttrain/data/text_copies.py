@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-from posttrain.data.instruction_mixing import Draws
 from posttrain.data.text_similarity import common_subsequence, words_of
 
 SEVERAL = 6
@@ -59,6 +59,14 @@ def is_copy(a: Sequence[str], b: Sequence[str], limit: float) -> bool:
     return 2 * longest >= limit * both - 1e-9 or (contained and longest >= NEARLY_ALL * least)
 
 
+def core_text(text: str, template: frozenset[str]) -> str:
+    """Return a text without the words of a template at its beginning and its end; all of it if it has no others."""
+    if not template:
+        return text
+    own = [m for m in re.finditer(r"\S+", text) if any(w not in template for w in compared_words(m[0]))]
+    return text[own[0].start() : own[-1].end()] if own else text
+
+
 def template_words(texts: Sequence[Sequence[str]]) -> frozenset[str]:
     """Return the words of a template, such as "What is the capital of", that make unrelated texts similar.
 
@@ -68,6 +76,8 @@ def template_words(texts: Sequence[Sequence[str]]) -> frozenset[str]:
     Args:
         texts: Words of each of some texts.
     """
+    from posttrain.data.instruction_mixing import Draws  # here: recipes are checked without numpy
+
     holders = Counter(word for words in texts for word in set(words))
     draws = Draws(len(texts))
     pairs = (

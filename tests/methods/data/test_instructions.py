@@ -14,6 +14,7 @@ import yaml
 import posttrain
 from posttrain.core.errors import DataError, RecipeError
 from posttrain.core.files import read_lines
+from posttrain.data.instruction_tasks import InstructionTask
 from posttrain.methods.data.instruction_files import read_tasks
 from posttrain.methods.data.instructions import Instructions, InstructionsConfig
 from posttrain.recipe.machine_checks import check_machine
@@ -207,3 +208,15 @@ def test_demonstrations_that_do_not_fit_the_context_are_left_out(folder: Path) -
         sizes[limit] = max(len(tokenizer(row["prompt"])["input_ids"]) for row in rows)
         assert len(rows) == 35 and ({row["shots"] for row in rows} == {8}) == (limit is None)
     assert sizes[400] <= 400 < sizes[None]
+
+
+def test_rows_of_a_long_template_are_no_duplicates_nor_leaks(tmp_path: Path) -> None:
+    begin = "you are given a problem that was written for pupils and your task is to find what the expression yields:"
+    rows = [f"{begin} {i * 37 % 101} + {i * 53 % 97} =\t{i * 37 % 101 + i * 53 % 97}" for i in range(100)]
+    (tmp_path / "sums.tsv").write_text("question\tanswer\n" + "\n".join(rows) + "\n")
+    task = InstructionTask.model_validate({**TASK, "data": str(tmp_path / "sums.tsv")})
+    for held_out in (5, 30):
+        stage = Instructions(InstructionsConfig(tasks=[task], held_out=held_out), StageContext(None, None))
+        stage.prepare()
+        stats = stage.build(tmp_path / "data", tmp_path / "examples", 0)
+        assert stats["tasks"]["colours"]["rows"] + held_out >= 98 and not stats["quality"]["leaks"]["rows"]

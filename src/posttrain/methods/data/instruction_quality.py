@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config import references
 from posttrain.config.settings import ModelConfig
 from posttrain.data.quality_settings import QualitySettings
+from posttrain.data.text_copies import core_text
 from posttrain.trainer.stage import StageContext
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class InstructionQuality:
         self.settings, self.tasks, self.context = settings, tasks, context
         self._before: dict[str, Any] = {}
         self._not_read: dict[str, str] = {}
+        self._templates: dict[str, frozenset[str]] = {}
         self._texts: dict[str, list[list[str]]] | None = None
 
     def drop(self, builder: InstructionBuilder) -> None:
@@ -82,7 +84,7 @@ class InstructionQuality:
         tasks: dict[str, Any] = {}
         shown: list[dict[str, Any]] = []
         for number, store in enumerate(builder.stores):
-            found = find_duplicates(([*e.fields.values(), e.output, e.rationale] for e in store), config.threshold)
+            found = find_duplicates((_compared_texts(e, store.common_words) for e in store), config.threshold)
             repeats = np.flatnonzero(~found.kept)
             tasks[store.task.name] = found.stats
             for i in repeats[: max(0, PAIRS_SHOWN - len(shown))].tolist():
@@ -117,7 +119,8 @@ class InstructionQuality:
     def drop_held_out(self, builder: InstructionBuilder) -> None:
         """Leave out examples that share a run of words with a held-out row of any task.
 
-        Inputs shorter than a run are not looked for: a question may rightly be asked in several tasks.
+        Inputs shorter than a run are not looked for: a question may rightly be asked in several tasks. Nor are the words
+        of a template around an input: all rows of its task have them.
         """
         import numpy as np
 
@@ -127,8 +130,8 @@ class InstructionQuality:
             return
         index = LeakIndex(self.settings.leaks.n)
         for store, held in zip(builder.stores, builder.held, strict=True):
-            inputs = [store[n].input_text(store.task.type) for n in held.tolist()]
-            index.add(store.task.name, [self._telling(text) for text in inputs])
+            self._templates[store.task.name] = store.common_words
+            index.add(store.task.name, [self._telling(store.core_text(store[n])) for n in held.tolist()])
         for number, store in enumerate(builder.stores):
             usable = builder.usable[number]
             texts = (_example_texts(e) if usable[i] else [] for i, e in enumerate(store))
@@ -206,7 +209,8 @@ class InstructionQuality:
         index = self._index_of_evaluations()
         for name in ("seen", "unseen"):
             path = folder / f"{name}.jsonl"
-            inputs = [row["input"] for row in read_rows(path)] if path.is_file() else []
+            held = read_rows(path) if path.is_file() else iter(())
+            inputs = [core_text(row["input"], self._templates.get(row["task"], frozenset())) for row in held]
             if inputs:
                 index.add(f"{name}.jsonl", [self._telling(text) for text in inputs])
         return index
@@ -256,6 +260,10 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _of(store: ExampleStore, number: int) -> dict[str, str]:
     example = store[number]
     return {"place": example.place, "text": f"{example.input_text(store.task.type)[:300]} → {example.output[:100]}"}
+
+
+def _compared_texts(example: Example, template: frozenset[str]) -> list[str]:
+    return [*(core_text(text, template) for text in example.fields.values()), example.output, example.rationale]
 
 
 def _example_texts(example: Example) -> list[str]:
