@@ -250,6 +250,15 @@ def test_copies_of_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
     assert all(builder.stats()["dropped_examples"][cause] for cause in dropped)
 
 
+def test_large_groups_leave_something_to_train_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": sentence(i), "label": i % 2, "family": i % 3} for i in range(60)]
+    task = sentiment(tmp_path, group="family")
+    table(tmp_path / "sentiment.jsonl", rows)
+    builder = built([task], tmp_path / "w", held_out=20)
+    assert len(builder.held[0]) == 1 and len(list(builder.rows())) == 40
+    assert "held_out is 20, and 1 of its 60 examples are held out: half at most, with groups" in caplog.text
+
+
 def test_a_held_out_row_is_not_trained_on_as_another_task(tmp_path: Path) -> None:
     """A long input is the same row whatever is asked about it; a short one (a country) may be asked about twice."""
     long = [{"text": " ".join(sentence(7 * i + j) for j in range(4)), "label": i % 2} for i in range(40)]
@@ -320,6 +329,21 @@ def test_caps_and_the_number_of_rows(tmp_path: Path, caplog: pytest.LogCaptureFi
     sentiment(tmp_path, 60, "a")
     few = {r["place"] for r in build_instructions(tasks, held_out=0, rows=10, mixing="equal")}
     assert few <= {r["place"] for r in build_instructions(tasks, held_out=0, rows=20, mixing="equal")}
+
+
+def test_no_row_is_written_twice_and_every_example_is_accounted_for(tmp_path: Path) -> None:
+    builder = built(
+        [sentiment(tmp_path, 40)], tmp_path / "w", held_out=4, wordings=2, rows_per_example=5, shots={"share": 0}
+    )
+    rows = list(builder.rows())
+    assert len(rows) == 72 == len({row["prompt"] for row in rows})
+    capped = [sentiment(tmp_path, 40, max_rows=10)]
+    table(tmp_path / "sentiment.jsonl", [{"text": sentence(i % 38), "label": i % 2} for i in range(40)])
+    builder = built(capped, tmp_path / "w", held_out=4)
+    assert len(list(builder.rows())) == 10
+    (task,) = builder.stats()["tasks"].values()
+    assert task["examples"] == 38 and task["dropped"] == {"the same row again": 2}
+    assert task["usable"] == 34 and task["not_drawn"] == 24
 
 
 def test_one_wording_is_drawn_by_the_seed_and_held_out_rows_have_all(tmp_path: Path) -> None:

@@ -101,13 +101,13 @@ class InstructionBuilder:
             half = len(np.flatnonzero(usable)) // 2
             if i in self.unseen:
                 most = half if settings.held_out_shots and not task.demonstrations else len(usable)
-                self.held.append(choose_held_out(store, free, order, min(settings.unseen, most)))
+                self.held.append(choose_held_out(store, free, order, settings.unseen, most))
             else:
-                self.held.append(choose_held_out(store, free, order, min(settings.held_out, half)))
-                if settings.held_out > half:
+                self.held.append(choose_held_out(store, free, order, settings.held_out, half))
+                if settings.held_out > len(self.held[i]):
                     log.warning(
-                        "task %s: held_out is %d, and of its %d examples half at most are held out: %d",
-                        *(task.name, settings.held_out, int(usable.sum()), len(self.held[i])),
+                        "task %s: held_out is %d, and %d of its %d examples are held out: half at most, with groups",
+                        *(task.name, settings.held_out, len(self.held[i]), int(usable.sum())),
                     )
         for i, (store, held) in enumerate(zip(self.stores, self.held, strict=True)):
             found = copies_of(store, held, self.usable[i], settings.similarity)
@@ -140,7 +140,7 @@ class InstructionBuilder:
         examples = [0 if i in self.unseen else len(c) for i, c in enumerate(chosen)]
         mixing = Mixing(settings.mixing.kind, settings.mixing.maximum)
         rates = mixing.rates(examples, [task.weight for task in self.tasks])
-        available = [n * settings.rows_per_example for n in examples]
+        available = [n * self._variants(task) for n, task in zip(examples, self.tasks, strict=True)]
         counts = mixed_counts(rates, available, settings.rows)
         if settings.rows is None and 2 * sum(counts) < sum(available):
             i = max((i for i, n in enumerate(counts) if n), key=lambda i: counts[i] / available[i])
@@ -151,10 +151,16 @@ class InstructionBuilder:
             )
         if settings.rows is not None and sum(counts) < settings.rows:
             log.warning(
-                "rows is %d, and the tasks give %d: raise rows_per_example, or the tasks' max_rows",
+                "rows is %d, and the tasks give %d: raise rows_per_example (up to the wordings) or max_rows",
                 *(settings.rows, sum(counts)),
             )
         return counts
+
+    def _variants(self, task: InstructionTask) -> int:
+        """Return how many rows an example can give: no more than it has wordings, or rows would be the same."""
+        by_context = [sum(w.has_context == context for w in task.all_wordings) for context in (False, True)]
+        fewest = min(n for n in by_context if n)
+        return min(n for n in (self.settings.rows_per_example, self.settings.wordings, fewest) if n is not None)
 
     def rows(self, fits: Fits | None = None) -> Iterator[dict[str, Any]]:
         """Yield the rows to train on, tasks mixed."""
@@ -209,11 +215,13 @@ class InstructionBuilder:
     def stats(self) -> dict[str, Any]:
         """Return counts of each task and of what was left out; the rows were written before."""
         tasks = {}
+        chosen, counts = self.plan()
         for i, (task, store) in enumerate(zip(self.tasks, self.stores, strict=True)):
             trained, held = (dict(self._writers[i, k].counts) if (i, k) in self._writers else {} for k in (False, True))
             tasks[task.name] = {
                 **{"type": task.type, "cluster": task.cluster_name, "held out": i in self.unseen},
                 **{"examples": len(store), "usable": int(self.usable[i].sum())},
+                "not_drawn": int(self.usable[i].sum()) - min(counts[i], len(chosen[i])),
                 "rows": trained.pop("rows", 0),
                 "held_out_rows": held.pop("rows", 0),
                 **({"written": {name: n for name, n in sorted(trained.items()) if n}} if trained else {}),

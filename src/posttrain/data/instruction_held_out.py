@@ -15,7 +15,7 @@ NEAR_INPUT = "nearly the input of a held-out row"
 OTHER_TASK = "a held-out row of another task"
 
 
-def choose_held_out(store: ExampleStore, usable: np.ndarray, order: np.ndarray, count: int) -> np.ndarray:
+def choose_held_out(store: ExampleStore, usable: np.ndarray, order: np.ndarray, count: int, most: int) -> np.ndarray:
     """Return the examples that are held out: the first in a random order, one of each input and group.
 
     Args:
@@ -23,6 +23,7 @@ def choose_held_out(store: ExampleStore, usable: np.ndarray, order: np.ndarray, 
         usable: Whether each may be taken.
         order: A random number of each.
         count: How many at most.
+        most: Examples that training may lose by them: they themselves, and the others of their groups.
 
     Returns:
         Their numbers, in that order.
@@ -31,12 +32,16 @@ def choose_held_out(store: ExampleStore, usable: np.ndarray, order: np.ndarray, 
     inputs, groups = store.column("input_keys"), store.column("groups")
     taken: list[int] = []
     seen = set[tuple[str, int]]()
+    sizes = dict(zip(*(values.tolist() for values in np.unique(groups[usable], return_counts=True)), strict=True))
+    lost = 0
     for i in candidates[np.argsort(order[candidates], kind="stable")].tolist():
         if len(taken) == count:
             break
         names = {("input", int(inputs[i])), *([("group", int(groups[i]))] if groups[i] else [])}
-        if not names & seen:
+        size = sizes[int(groups[i])] if groups[i] else 1
+        if not names & seen and lost + size <= most:
             seen |= names
+            lost += size
             taken.append(i)
     return np.array(taken, dtype=np.int64)
 
