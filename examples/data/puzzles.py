@@ -20,6 +20,8 @@ LICENCE = "Apache-2.0"
 ITEMS = 1500
 """Of each data set; fewer where they repeat."""
 STEP = re.compile(r"(?<![\w.)/*^-])([-\d.][\d.,+*/() x×-]*[\d)])\s*=\s*\$?(-?\d[\d.,]*%?)")
+WHOLE = re.compile(r"(?<=\d)\.0(?![\d])")
+"""The end of a whole number that is written as 28.0."""
 EITHER = set("Kai River Sky Rain Sage Winter Phoenix Nova Atlas Zion Axel Aurora Luna Willow Robin".split())
 """Names of persons of which one can't say if they are a son or a daughter, a husband or a wife."""
 STATEMENT = re.compile(r"(All|No|Some) (.+?) are (not )?(.+)")
@@ -51,8 +53,8 @@ def word_problem_table(found: list[dict[str, Any]]) -> Table:
     """Return word problems with their worked answers."""
     table = Table("word_problems", unique=("question",))
     for item in found:
-        steps, mark, last = item["metadata"]["answer_cot"].partition("\n#### ")
-        question = re.sub(r"\s*Give .*?(final )?answer.*$", "", item["question"], flags=re.S).strip()
+        steps, mark, last = WHOLE.sub("", item["metadata"]["answer_cot"]).partition("\n#### ")
+        question = re.sub(r"\s*Give .*?(final )?answer.*$", "", WHOLE.sub("", item["question"]), flags=re.S).strip()
         answer = item["answer"].strip()
         if not mark or not is_number(last) or not is_number(answer) or float(last) != float(answer):
             table.drop("the solution ends with another answer", f"{last.strip()} and {answer}: {question}")

@@ -400,7 +400,7 @@ def test_worked_answers_are_checked_step_by_step() -> None:
 
     table = puzzles.word_problem_table(
         [
-            item("Right?", "14", "2 * 3 = 6 apples.\nSo 6 + 8 = 14 apples.", "14"),
+            item("Right?", "14", "2 * 3 = 6.0 apples.\nSo 6.0 + 8 = 14 apples.", "14"),
             item("Right, of equal form?", "1200", "It costs 100 x 12 = $1,200.", "1200.0"),
             item("Wrong step?", "15", "2 * 3 = 7 apples, 7 + 8 = 15", "15"),
             item("Other end?", "15", "7 + 8 = 15", "16"),
