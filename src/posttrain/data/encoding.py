@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -207,6 +208,39 @@ def prompt_tokens(row: dict[str, Any], tokenizer: Any, config: DataConfig) -> li
     except BadRow as error:
         raise DataError(f"{row.get('source', 'a row')}: {error}") from error
     return tokenize(tokenizer, [text])[0]
+
+
+class RowLength:
+    """Count the tokens of a prompt with its answer as they are trained on, in the chat template if there is one."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._config = DataConfig(source="", chat=bool(getattr(tokenizer, "chat_template", None)))
+        pair: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        self._one = self.tokens("a", "b")
+        self._more = self.tokens([*pair, pair[0]], "b") - self._one
+
+    def tokens(self, prompt: str | Sequence[Message], completion: str) -> int:
+        """Return the number of tokens; if the template refuses the turns, that of the texts."""
+        turns: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        row: dict[str, Any] = {"messages": tuple(turns)}
+        with suppress(DataError):
+            return len(prompt_with_completion(row, completion, self.tokenizer, self._config, end=True))
+        return sum(map(len, tokenize(self.tokenizer, [*(str(turn["content"]) for turn in turns), completion])))
+
+    def fits(self, prompt: str | Sequence[Message], completion: str, limit: int) -> bool:
+        """Return True if there are at most `limit` tokens; short texts are not tokenized, as a token is a byte or more.
+
+        Args:
+            prompt: A text, or turns.
+            completion: The answer.
+            limit: The number of tokens.
+        """
+        texts = [prompt] if isinstance(prompt, str) else [str(turn["content"]) for turn in prompt]
+        size = sum(len(text.encode("utf-8", "surrogatepass")) for text in (*texts, completion))
+        if size + self._one + self._more * (len(texts) // 2) <= limit:
+            return True
+        return self.tokens(prompt, completion) <= limit
 
 
 def _template_fields(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:

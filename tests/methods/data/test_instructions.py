@@ -220,3 +220,27 @@ def test_rows_of_a_long_template_are_no_duplicates_nor_leaks(tmp_path: Path) -> 
         stage.prepare()
         stats = stage.build(tmp_path / "data", tmp_path / "examples", 0)
         assert stats["tasks"]["colours"]["rows"] + held_out >= 98 and not stats["quality"]["leaks"]["rows"]
+
+
+@pytest.mark.parametrize("style", ["text", "turns"])
+def test_a_row_is_as_long_as_it_is_trained_on(folder: Path, style: str) -> None:
+    """The limit is exact: with one token less the longest rows lose a demonstration, and none is too long for SFT."""
+    from posttrain.config import DataConfig, ModelConfig
+    from posttrain.data.sft_rows import prepare
+    from posttrain.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(ModelConfig(source="tiny:llama"))
+    shots = {"share": 1, "counts": [2], "style": style}
+
+    def lengths(limit: int | None) -> list[int]:
+        config = InstructionsConfig(
+            tasks=[str(folder / "tasks/colours.yaml")], held_out=5, max_tokens=limit, shots=shots
+        )
+        stage = Instructions(config, StageContext(tokenizer, None))
+        stage.prepare()
+        stage.build(folder / "data", folder / "examples", 0)
+        data = DataConfig(source=str(folder / "data/rows.jsonl"), ignore=["choices"])
+        return [len(sample) for sample in prepare(data, tokenizer).samples]
+
+    longest = max(lengths(None))
+    assert max(lengths(longest)) == longest > max(lengths(longest - 1))

@@ -27,8 +27,6 @@ LEAKED = "text of evaluation {}"
 HELD_OUT = "text of a held-out row"
 PAIRS_SHOWN = 5
 """Near duplicates that the report shows."""
-ROOM = 64
-"""Tokens that a chat template adds to a turn, at most, where a row is short enough for its tokens not to be counted."""
 
 
 @dataclass(frozen=True)
@@ -237,15 +235,13 @@ class InstructionQuality:
         tokenizer, limit = self.context.tokenizer, self.context.context
         if tokenizer is None or limit is None:
             return None
-        from posttrain.data.row_quality import prompt_text
-        from posttrain.data.tokenizing import tokenize
+        from posttrain.data.encoding import RowLength
+
+        length = RowLength(tokenizer)
 
         def tokens_of(row: Mapping[str, Any]) -> int | None:
-            turns = 1 if isinstance(row["prompt"], str) else len(row["prompt"])
-            texts = [prompt_text(row), row["completion"]]
-            if sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) + ROOM * (turns + 1) <= limit:
-                return None  # a token is at least a byte
-            return sum(map(len, tokenize(tokenizer, texts, special=False)))
+            prompt, completion = row["prompt"], row["completion"]
+            return None if length.fits(prompt, completion, limit) else length.tokens(prompt, completion)
 
         return tokens_of
 

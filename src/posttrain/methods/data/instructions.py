@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from posttrain.data.instruction_builder import InstructionBuilder
     from posttrain.data.instruction_rows import Fits
 
-TEMPLATE_TOKENS = 64
-"""Tokens that a chat template adds to a turn at most, where a text is short enough for its tokens not to be counted."""
-
 
 SHORT_ANSWER = 5
 """Words of an answer that is compared with the expected one; a longer one can be said in too many ways."""
@@ -170,20 +167,13 @@ class Instructions(DataStage):
 
     def _fits(self) -> Fits | None:
         """Return a function that tells if a row fits into the context; None if it has no limit."""
-        from posttrain.data.tokenizing import tokenize
+        from posttrain.data.encoding import RowLength
 
         limit, tokenizer = self._limit(), self.context.tokenizer
         if limit is None or tokenizer is None:
             return None
-
-        def fits(prompt: Any, completion: str) -> bool:
-            texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
-            around = TEMPLATE_TOKENS * (len(texts) + 1)
-            if sum(len(text.encode()) for text in (*texts, completion)) + around <= limit:
-                return True  # a token is at least a byte
-            return sum(map(len, tokenize(tokenizer, [*texts, completion], special=False))) + around <= limit
-
-        return fits
+        length = RowLength(tokenizer)
+        return lambda prompt, completion: length.fits(prompt, completion, limit)
 
 
 def measured_as(row: Mapping[str, Any]) -> str:
