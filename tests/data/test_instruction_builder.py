@@ -476,3 +476,58 @@ def test_tables_that_do_not_fit_their_task(tmp_path: Path) -> None:
     table(tmp_path / "sentiment.jsonl", [{"text": sentence(i), "label": "same"} for i in range(30)])
     with pytest.raises(DataError, match="the answer is 'same' in all rows"):
         list(build_instructions([task]))
+
+
+def test_the_other_way_round_is_a_copy(tmp_path: Path) -> None:
+    """Pairs of paraphrases in both directions, in one table; and two tasks that ask for the two columns of one."""
+    pairs = [(f"one {sentence(i)}", f"other {sentence(i + 500)}") for i in range(60)]
+    path = table(tmp_path / "p.jsonl", [{"a": a, "b": b} for pair in pairs for a, b in (pair, pair[::-1])])
+    task = {"name": "p", "type": "paraphrase", "data": path, "fields": {"input": "{a}"}, "output": "{b}"}
+    builder = built([InstructionTask.model_validate(task)], tmp_path / "w", held_out=10, shots={"share": 1})
+    unseen = {frozenset((r["input"], r["completion"])) for r in builder.held_out_rows(False)}
+    rows = list(builder.rows())
+    assert len(unseen) == 10 and len(rows) == 100
+    assert not any(frozenset((r["input"], r["completion"])) in unseen for r in rows)
+    assert all(r["shots"] and r["completion"] not in r["prompt"] for r in rows)
+
+    path = table(tmp_path / "d.jsonl", [{"word": WORDS[i % 17] + str(i), "means": sentence(i)} for i in range(60)])
+    shared = {"type": "question_answering", "data": path, "group": "word"}
+    tasks = [
+        InstructionTask.model_validate({"name": a, **shared, "fields": {"question": f"{{{a}}}?"}, "output": f"{{{b}}}"})
+        for a, b in (("word", "means"), ("means", "word"))
+    ]
+    builder = built(tasks, tmp_path / "d", held_out=10)
+    held = {r["place"] for r in builder.held_out_rows(False)}
+    assert held and not held & {r["place"] for r in builder.rows()}
+
+
+def test_copies_in_a_script_without_spaces_are_held_out(tmp_path: Path) -> None:
+    texts = ["".join(chr(0x0E01 + (i * 7 + j * (3 + i % 11)) % 46) for j in range(30)) for i in range(60)]
+    rows = [{"q": text + end, "a": str(i)} for i, text in enumerate(texts) for end in ("ก", "ข")]
+    task = {"name": "t", "type": "question_answering", "output": "{a}", "fields": {"question": "{q}"}}
+    task |= {"data": table(tmp_path / "t.jsonl", rows)}
+    builder = built([InstructionTask.model_validate(task)], tmp_path / "w", held_out=10)
+    held = {r["input"][:-1] for r in builder.held_out_rows(False)}
+    assert len(held) == 10 and not any(r["input"][:-1] in held for r in builder.rows())
+
+
+def test_another_example_takes_the_place_of_one_that_is_too_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = [{"text": sentence(i) + " word" * (200 * (i % 2)), "label": i // 2 % 2} for i in range(80)]
+    task = sentiment(tmp_path).model_dump() | {"data": {"source": table(tmp_path / "long.jsonl", long)}}
+    builder = built([InstructionTask.model_validate(task)], tmp_path / "w", held_out=0, rows=30)
+    rows = list(builder.rows(lambda prompt, completion: len(prompt) < 600))
+    stats = builder.stats()["tasks"]["sentiment"]
+    assert len(rows) == len({row["place"] for row in rows}) == 30
+    assert stats["not_drawn"] + 30 + builder.dropped().counts["longer than max_tokens"] == 80
+    builder = built([InstructionTask.model_validate(task)], tmp_path / "w2", held_out=0, rows=60)
+    assert len(list(builder.rows(lambda prompt, completion: len(prompt) < 600))) == 40
+    assert "20 rows are missing" in caplog.text
+
+
+def test_a_text_that_no_context_fits_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [{"text": sentence(i) * (1 + 200_000 * (i == 3)), "label": i % 2} for i in range(9)]
+    task = sentiment(tmp_path).model_dump() | {"data": {"source": table(tmp_path / "huge.jsonl", rows)}}
+    with pytest.raises(DataError, match="huge.jsonl:4.*characters"):
+        list(build_instructions([InstructionTask.model_validate(task)]))

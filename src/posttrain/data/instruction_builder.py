@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ class InstructionBuilder:
         self.held: list[np.ndarray] = []
         self._writers: dict[tuple[int, bool], RowWriter] = {}
         self._plan: tuple[list[np.ndarray], list[int]] | None = None
+        self._spare_from: list[int] = []
+        """Examples of each task that rows were made of, or tried to."""
 
     def read(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read the tables of all tasks; `progress` is called with the rows so far and in all."""
@@ -181,10 +184,27 @@ class InstructionBuilder:
             self._writers[i, False] = self._writer(i, examples, RowKind.trained(self.settings), fits)
         order = np.argsort(np.concatenate(keys), kind="stable")
         columns = [np.concatenate(parts)[order] for parts in (tasks, numbers, variants)]
+        self._spare_from = [min(count, len(examples)) for count, examples in zip(counts, chosen, strict=True)]
+        missing: Counter[str] = Counter()
         for task, number, variant in zip(*(column.tolist() for column in columns), strict=True):
-            row = self._writers[task, False].row(number, variant)
+            row = self._writers[task, False].row(number, variant) or self._spare_row(task, chosen[task])
             if row is not None:
                 yield row
+            else:
+                missing[self.tasks[task].name] += 1
+        if missing:
+            log.warning(
+                "%d rows are missing, since examples are too long and no other ones are left: %s",
+                *(missing.total(), ", ".join(f"{name} {n}" for name, n in missing.most_common(5))),
+            )
+
+    def _spare_row(self, task: int, examples: np.ndarray) -> dict[str, Any] | None:
+        """Return the row of the task's next example that is not drawn yet, in place of one that does not fit."""
+        row = None
+        while row is None and self._spare_from[task] < len(examples):
+            self._spare_from[task] += 1
+            row = self._writers[task, False].row(int(examples[self._spare_from[task] - 1]))
+        return row
 
     def held_out_rows(self, unseen: bool, fits: Fits | None = None) -> Iterator[dict[str, Any]]:
         """Yield the held-out rows of trained tasks, or with `unseen` those of held-out clusters."""
@@ -215,13 +235,12 @@ class InstructionBuilder:
     def stats(self) -> dict[str, Any]:
         """Return counts of each task and of what was left out; the rows were written before."""
         tasks = {}
-        chosen, counts = self.plan()
         for i, (task, store) in enumerate(zip(self.tasks, self.stores, strict=True)):
             trained, held = (dict(self._writers[i, k].counts) if (i, k) in self._writers else {} for k in (False, True))
             tasks[task.name] = {
                 **{"type": task.type, "cluster": task.cluster_name, "held out": i in self.unseen},
                 **{"examples": len(store), "usable": int(self.usable[i].sum())},
-                "not_drawn": int(self.usable[i].sum()) - min(counts[i], len(chosen[i])),
+                "not_drawn": int(self.usable[i].sum()) - (self._spare_from[i] if self._spare_from else 0),
                 "rows": trained.pop("rows", 0),
                 "held_out_rows": held.pop("rows", 0),
                 **({"written": {name: n for name, n in sorted(trained.items()) if n}} if trained else {}),

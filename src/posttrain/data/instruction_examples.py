@@ -7,7 +7,7 @@ import json
 import mmap
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -29,6 +29,9 @@ MAX_LABELS = 200
 """Most different answers of a task whose labels are taken from its rows."""
 SAMPLED = 1000
 """Examples by which words are found that most examples of a task have."""
+MOST_CHARACTERS = 1_000_000
+"""Most characters of a text: a longer one fits no context, and takes minutes to compare."""
+NEAR_CUT = "within data.classes.margin of a cut"
 EXAMPLES_SHOWN = 3
 """Examples of each cause for which rows are left out."""
 
@@ -87,8 +90,9 @@ class ExampleStore:
     """Hold the examples of a task in a file, and by number in memory: where it is, and hashes of its texts.
 
     The numbers are `input_keys` (a hash of the words of the input; of SEVERAL words in any order), `pair_keys` (of all
-    texts; no two are equal), `answer_keys` (of the output), `groups` (of the group; 0 for none), `long_inputs` (1 if
-    the input has LONG_INPUT words) and `with_rationale`.
+    texts; no two are equal), `answer_keys` (of the output, as of the input), `groups` (of the group and the table, so
+    that two tasks of one table have the same; 0 for none), `long_inputs` (1 if the input has LONG_INPUT words) and
+    `with_rationale`.
 
     Attributes:
         task: The task.
@@ -194,9 +198,9 @@ class ExampleStore:
                 seen.add(key)
                 f.write(line := _line(example))
                 self._offsets.append(self._offsets[-1] + len(line))
-                words = compared_words(text := example.input_text(self.task.type))
-                same = sorted(words) if len(words) >= SEVERAL else words
-                numbers = (_hash("\0".join(same) or text), key, _hash(example.output), group)
+                text = example.input_text(self.task.type)
+                words = compared_words(text)
+                numbers = (_text_key(text, words), key, _text_key(example.output), group)
                 for column, number in zip(
                     self._columns.values(), (*numbers, len(words) >= LONG_INPUT, bool(example.rationale)), strict=True
                 ):
@@ -208,7 +212,7 @@ class ExampleStore:
         self._take_labels(labels)
 
     def _note_bad(self, bad: BadRows) -> None:
-        self.dropped.counts.update(bad.dropped)
+        self.dropped.counts.update({NEAR_CUT if cause == "filtered" else cause: n for cause, n in bad.dropped.items()})
         for entry in bad.rows:
             shown = self.dropped.examples.setdefault(short_reason(entry["reason"]), [])
             if len(shown) < EXAMPLES_SHOWN:
@@ -263,16 +267,26 @@ class _RowReader:
                 f"Task {task.name!r} has labels for {', '.join(map(repr, task.labels))}",
             )
         rationale = "" if self.rationale is None else _fill_if_there(self.rationale, row)
+        if (longest := max(map(len, (*fields.values(), output, rationale)))) > MOST_CHARACTERS:
+            most = f"{MOST_CHARACTERS:,}"
+            raise BadRow(f"a text of {longest:,} characters", f"Task {task.name!r}: expected {most} at most")
         group = row.get(task.group) if task.group is not None else None
-        return Example(fields, output, rationale, placed.source), _group_key(group)
+        return Example(fields, output, rationale, placed.source), _group_key(group, task)
 
 
-def _group_key(value: Any) -> int:
-    """Return a hash of a group's name; 0 for a row that is in no group."""
+def _group_key(value: Any, task: InstructionTask) -> int:
+    """Return a hash of a group's name, its column and its table; 0 for a row that is in no group."""
     if is_missing(value) or (isinstance(value, str) and not value.strip()):
         return 0
     simple = isinstance(value, str | int | float)
-    return _hash(cell_text(value, "group") if simple else json.dumps(value, sort_keys=True, default=str)) | 1
+    text = cell_text(value, "group") if simple else json.dumps(value, sort_keys=True, default=str)
+    return _hash("\0".join((task.data.name, str(task.group), text))) | 1
+
+
+def _text_key(text: str, words: Sequence[str] | None = None) -> int:
+    """Return a hash of the words of a text, of SEVERAL in any order; `words` are its words, if they are known."""
+    words = compared_words(text) if words is None else words
+    return _hash("\0".join(sorted(words) if len(words) >= SEVERAL else words) or text)
 
 
 def _fill(template: Template, row: Row) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -12,11 +12,12 @@ from posttrain.data.text_similarity import RougeIndex
 SAME_INPUT = "the input of a held-out row"
 SAME_GROUP = "the group of a held-out row"
 NEAR_INPUT = "nearly the input of a held-out row"
+REVERSED = "input and answer of a held-out row, exchanged"
 OTHER_TASK = "a held-out row of another task"
 
 
 def choose_held_out(store: ExampleStore, usable: np.ndarray, order: np.ndarray, count: int, most: int) -> np.ndarray:
-    """Return the examples that are held out: the first in a random order, one of each input and group.
+    """Return the examples that are held out: the first in a random order, one of each input, pair and group.
 
     Args:
         store: The examples of a task.
@@ -29,7 +30,7 @@ def choose_held_out(store: ExampleStore, usable: np.ndarray, order: np.ndarray, 
         Their numbers, in that order.
     """
     candidates = np.flatnonzero(usable)
-    inputs, groups = store.column("input_keys"), store.column("groups")
+    inputs, groups, pairs = store.column("input_keys"), store.column("groups"), _pairs(store)
     taken: list[int] = []
     seen = set[tuple[str, int]]()
     sizes = dict(zip(*(values.tolist() for values in np.unique(groups[usable], return_counts=True)), strict=True))
@@ -37,7 +38,11 @@ def choose_held_out(store: ExampleStore, usable: np.ndarray, order: np.ndarray, 
     for i in candidates[np.argsort(order[candidates], kind="stable")].tolist():
         if len(taken) == count:
             break
-        names = {("input", int(inputs[i])), *([("group", int(groups[i]))] if groups[i] else [])}
+        names = {
+            ("input", int(inputs[i])),
+            ("pair", int(pairs[i])),
+            *([("group", int(groups[i]))] if groups[i] else []),
+        }
         size = sizes[int(groups[i])] if groups[i] else 1
         if not names & seen and lost + size <= most:
             seen |= names
@@ -68,6 +73,7 @@ def copies_of(store: ExampleStore, held: np.ndarray, usable: np.ndarray, similar
     inputs, groups = store.column("input_keys"), store.column("groups")
     take(SAME_INPUT, np.isin(inputs, inputs[held]))
     take(SAME_GROUP, np.isin(groups, groups[held][groups[held] != 0]))
+    take(REVERSED, np.isin(_pairs(store), _pairs(store)[held]))
     take(NEAR_INPUT, similar_to(store, [store[int(i)] for i in held], left, similarity))
     return out
 
@@ -100,33 +106,33 @@ def copies_across(
 ) -> list[np.ndarray]:
     """Return for each task the usable examples that are held-out examples of other tasks.
 
-    These have the same input, and the same output or an input that is long enough to be of one source.
+    These are of the same group of the same table; or they have the same input and output, also exchanged; or the same
+    input, if it is long enough to be of one source.
 
     Args:
         stores: The examples of each task.
         held: Numbers of the held-out ones of each task.
         usable: Whether each is used otherwise, for each task.
     """
-    pairs = [
-        np.concatenate(parts) if parts else np.zeros(0, np.uint64)
-        for parts in (
-            [_mixed(s)[h] for s, h in zip(stores, held, strict=True)],
-            [s.column("input_keys")[h][s.column("long_inputs")[h] == 1] for s, h in zip(stores, held, strict=True)],
-        )
-    ]
-    return [
-        np.flatnonzero(
-            use
-            & (
-                np.isin(_mixed(s), pairs[0])
-                | ((s.column("long_inputs") == 1) & np.isin(s.column("input_keys"), pairs[1]))
-            )
-        )
-        for s, use in zip(stores, usable, strict=True)
-    ]
+    everywhere = list(zip(stores, held, strict=True))
+    pairs = _joined(_pairs(s)[h] for s, h in everywhere)
+    groups = _joined(s.column("groups")[h] for s, h in everywhere)
+    long = _joined(s.column("input_keys")[h][s.column("long_inputs")[h] == 1] for s, h in everywhere)
+    groups = groups[groups != 0]
+
+    def is_copy(s: ExampleStore) -> np.ndarray:
+        same_source = (s.column("long_inputs") == 1) & np.isin(s.column("input_keys"), long)
+        return np.isin(_pairs(s), pairs) | np.isin(s.column("groups"), groups) | same_source
+
+    return [np.flatnonzero(use & is_copy(s)) for s, use in zip(stores, usable, strict=True)]
 
 
-def _mixed(store: ExampleStore) -> np.ndarray:
-    """Return a hash of input and answer together."""
+def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.uint64), *parts])
+
+
+def _pairs(store: ExampleStore) -> np.ndarray:
+    """Return a hash of input and answer together, the same if they are exchanged."""
+    inputs, answers = store.column("input_keys"), store.column("answer_keys")
     with np.errstate(over="ignore"):
-        return np.asarray(store.column("input_keys") * np.uint64(0x9E3779B97F4A7C15) ^ store.column("answer_keys"))
+        return np.asarray(np.minimum(inputs, answers) * np.uint64(0x9E3779B97F4A7C15) ^ np.maximum(inputs, answers))

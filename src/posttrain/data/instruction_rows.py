@@ -106,7 +106,7 @@ class RowWriter:
             for context in (False, True)
         }
         self._shown = self.store.demonstrations
-        self._columns = [self.store.column(name) for name in ("input_keys", "groups", "with_rationale")]
+        self._columns = [self.store.column(name) for name in ("input_keys", "answer_keys", "groups", "with_rationale")]
 
     def _chosen(self, inverted: bool, context: bool) -> list[Wording]:
         """Return the wordings for rows with or without a context; of `kind.wordings` of them, a random choice."""
@@ -204,7 +204,7 @@ class RowWriter:
     def _candidates(self, number: int, example: Example, reasoned: bool, drawn: Iterable[int]) -> Iterator[Example]:
         """Yield drawn examples without those that hashes rule out, which costs no reading."""
         context = bool(example.fields.get("context"))
-        inputs, groups, rationales = self._columns
+        inputs, answers, groups, rationales = self._columns
         for place in drawn:
             if self._shown:
                 shown = self._shown[place]
@@ -213,6 +213,8 @@ class RowWriter:
                 if i == number or inputs[i] == inputs[number] or (reasoned and not rationales[i]):
                     continue
                 if groups[number] and groups[i] == groups[number]:
+                    continue
+                if inputs[i] == answers[number] and answers[i] == inputs[number]:  # a pair of paraphrases, exchanged
                     continue
                 shown = self.store[i]
             if bool(shown.fields.get("context")) == context and (shown.rationale or not reasoned):

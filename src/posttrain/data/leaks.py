@@ -121,8 +121,11 @@ class LeakIndex:
         hashes, item, begins, lengths, whole = _columns(parts)
         shared = _shared(hashes, item, count)
         keep = ~shared
-        total = self._totals.setdefault(evaluation, {"items": 0, "short": 0, "runs": 0, "shared_runs": 0})
+        total = self._totals.setdefault(
+            evaluation, {"items": 0, "searched": 0, "short": 0, "runs": 0, "shared_runs": 0}
+        )
         total["items"] += count
+        total["searched"] += len(np.unique(item[keep]))
         total["short"] += int((whole > 0).sum())
         total["runs"] += len(np.unique(hashes))
         total["shared_runs"] += len(np.unique(hashes[shared]))

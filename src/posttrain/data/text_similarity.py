@@ -7,8 +7,10 @@ import re
 from array import array
 from collections.abc import Iterable, Sequence
 
-_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
-"""A word of letters and digits of any script; Chinese and Japanese characters count one by one."""
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+_WORDS = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+"""A word of letters and digits of any script; in scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese)
+every character is one."""
 
 
 def words_of(text: str) -> list[str]:

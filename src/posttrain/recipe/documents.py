@@ -139,6 +139,7 @@ class Document:
         more: Problems beyond them.
         refused: Keys whose value has a message already.
         root: Settings class that checks it.
+        name: What messages about the whole call it; empty: the recipe.
     """
 
     data: Any = None
@@ -147,6 +148,7 @@ class Document:
     more: int = 0
     refused: set[Key] = field(default_factory=set)
     root: type[BaseModel] = Recipe
+    name: str = ""
 
     def place(self, key: Key) -> str:
         """Return where `key` was written, else where the nearest key above or below it was."""
@@ -171,9 +173,8 @@ class Document:
     def add_problem(self, key: Key, message: str) -> None:
         """Note what is wrong with a key, after its name and place."""
         place = "" if self.full else self.place(key)
-        self.note(
-            "" if self.full else f"{dotted(key, self.data, self.root)}{f' ({place})' if place else ''}: {message}"
-        )
+        named = self.name if self.name and not key else "" if self.full else dotted(key, self.data, self.root)
+        self.note("" if self.full else f"{named}{f' ({place})' if place else ''}: {message}")
 
 
 def parse_document(text: str, origin: str) -> Document:

@@ -195,11 +195,18 @@ def _leak_lines(quality: Mapping[str, Any]) -> Iterator[str]:
         left_out = sum((found.get("examples") or {}).get(name, {}).values())
         yield (
             f"{'leaks':<11}{name}: {_rows(part['leaking_rows'], 'has', 'have')} text of {part['leaked_items']:,} of "
-            f"its {part['items']:,} items" + (f"; {left_out:,} examples were {_fate(found)}" if left_out else "")
+            f"its {part['items']:,} items{_searched(part)}"
+            + (f"; {left_out:,} examples were {_fate(found)}" if left_out else "")
         )
         yield from (f"{'':<11}row {e['row'] + 1}: {e['words'][:90]!r}" for e in part["examples"][:2])
     for name, why in found["not_searched"].items():
         yield f"{'leaks':<11}{name}: not looked for: {why}"
+
+
+def _searched(part: Mapping[str, Any]) -> str:
+    """Return how many items were searched for, if not all were: of the others nothing is long enough to tell."""
+    searched = part.get("searched", part["items"])
+    return "" if searched == part["items"] else f" ({searched:,} searched for; the others are too short)"
 
 
 def _fate(found: Mapping[str, Any]) -> str:

@@ -147,6 +147,7 @@ def test_task_files_are_checked_with_file_line_and_key(folder: Path, monkeypatch
         (yaml.safe_dump({**TASK, "data": "stage:x"}), "a file can't name a stage"),
         (yaml.safe_dump({**TASK, "type": "poetry"}), "type .*expected 'classification', 'translation'"),
         (yaml.safe_dump([TASK, TASK]), "two tasks are named 'colours'"),
+        (yaml.safe_dump([{**TASK, "wordings": ["{inptu}"]}]), r"task 'colours'( \(.*\))?: wordings.0 names \{inptu\}"),
     ):
         bad.write_text(text)
         with pytest.raises(DataError, match=message):

@@ -90,12 +90,18 @@ def read_task_file(path: Path) -> list[InstructionTask]:
 
 
 def _parts(document: Document) -> list[Document]:
+    """Return a document of each task, whose messages name it."""
     if isinstance(document.data, dict):
-        return [Document(document.data, document.places, root=InstructionTask)]
+        return [_part(document.data, document.places)]
     return [
-        Document(item, {k[1:]: v for k, v in document.places.items() if k[0] == i}, root=InstructionTask)
+        _part(item, {k[1:]: v for k, v in document.places.items() if k[0] == i}, f"item {i + 1}")
         for i, item in enumerate(document.data)
     ]
+
+
+def _part(data: Any, places: dict[Any, str], otherwise: str = "the task") -> Document:
+    name = data.get("name") if isinstance(data, dict) else None
+    return Document(data, places, root=InstructionTask, name=f"task {name!r}" if isinstance(name, str) else otherwise)
 
 
 def _beside(task: InstructionTask, path: Path) -> InstructionTask:

@@ -109,7 +109,8 @@ class InstructionQuality:
         for number, store in enumerate(builder.stores):
             leaks = index.search(_example_texts(example) for example in store)
             for name, examples in leaks.by_evaluation.items():
-                found.setdefault(name, {})[store.task.name] = len(examples)
+                new = examples if not config.drop else [i for i in examples if builder.usable[number][i]]
+                found.setdefault(name, {})[store.task.name] = len(new)
                 if config.drop:
                     builder.drop(number, np.array(examples), LEAKED.format(name))
         return {"dropped": config.drop, "examples": found}
@@ -130,12 +131,18 @@ class InstructionQuality:
         for store, held in zip(builder.stores, builder.held, strict=True):
             self._templates[store.task.name] = store.common_words
             index.add(store.task.name, [self._telling(store.core_text(store[n])) for n in held.tolist()])
+        file_of = {task.name: f"{'un' * (i in builder.unseen)}seen.jsonl" for i, task in enumerate(builder.tasks)}
+        found = self._before.setdefault("leaks", {}).setdefault("examples", {})
         for number, store in enumerate(builder.stores):
             usable = builder.usable[number]
             texts = (_example_texts(e) if usable[i] else [] for i, e in enumerate(store))
-            leaking = index.search(texts).leaking
+            leaks = index.search(texts)
+            for name in ("seen.jsonl", "unseen.jsonl"):
+                own = set().union(*(rows for task, rows in leaks.by_evaluation.items() if file_of[task] == name))
+                if own:
+                    found.setdefault(name, {})[store.task.name] = len(own)
             if self.settings.leaks.drop:
-                builder.drop(number, np.asarray(leaking), HELD_OUT)
+                builder.drop(number, np.asarray(leaks.leaking), HELD_OUT)
 
     def _index_of_evaluations(self) -> LeakIndex:
         """Return an index of the evaluations whose data can be read before the stages run."""
