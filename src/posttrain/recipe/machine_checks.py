@@ -142,8 +142,6 @@ def _packages_needed(block: BaseModel, values: Mapping[str, Any]) -> Iterator[tu
         yield "kind", NEEDED_BY_KIND[kind]
     if values.get("compare") == "math":
         yield "compare", "math-verify"
-    if values.get("near_duplicates") is not None:
-        yield "near_duplicates", "rensa"
     if values.get("quantization") is not None:
         yield "quantization", "bitsandbytes"
     if values.get("near_duplicates") is not None:
