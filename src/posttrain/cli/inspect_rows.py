@@ -60,7 +60,7 @@ def print_data(recipe: Recipe, only: str | None, rows: int, out: Console) -> Non
             continue
         _check_rewards(stage, tokenizer)
         prepared = prepare_stage(stage, StageContext(tokenizer, context, evaluations=recipe.evaluate))
-        for title, data in prepared.preview(recipe.seed + number):
+        for title, data in prepared.preview(recipe.model, recipe.seed + number):
             out.rule(f"{title} ({stage.method})")
             if isinstance(data, InstructionPreview):
                 print_quality(quality_view(title, data.stats), data.rows[:rows], out)

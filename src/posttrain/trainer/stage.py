@@ -119,11 +119,14 @@ class Stage:
         """
         raise TypeError(f"{type(self).__name__} must implement prepare()")
 
-    def preview(self, seed: int) -> list[tuple[str, Any]]:
+    def preview(self, model: ModelConfig, seed: int) -> list[tuple[str, Any]]:
         """Return the (title, data) pairs that `posttrain inspect` shows of a recipe: those that `prepare` returned.
 
-        A method that makes rows without a model makes them here, to show what they are like before a run; `seed` is
-        the one that its run would have.
+        A method that makes rows of tables makes them here, to show what they are like before a run.
+
+        Args:
+            model: The recipe's model.
+            seed: The seed that the stage's run would have.
         """
         return self.data
 

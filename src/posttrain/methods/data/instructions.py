@@ -81,11 +81,11 @@ class Instructions(DataStage):
             open_table(task)
         return []
 
-    def preview(self, seed: int) -> list[tuple[str, Any]]:
+    def preview(self, model: ModelConfig, seed: int) -> list[tuple[str, Any]]:
         """Build the rows in a temporary folder, and return their statistics and the first of them."""
         with tempfile.TemporaryDirectory(prefix="posttrain-instructions-") as folder:
             out = Path(folder) / "data"
-            stats = self.build(out, Path(folder) / "examples", seed)
+            stats = self.build(out, Path(folder) / "examples", seed, model)
             first = list(islice(read_rows(out / "rows.jsonl"), PREVIEWED_ROWS))
         return [(self.config.name, InstructionPreview(stats, first))]
 
