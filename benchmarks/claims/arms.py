@@ -160,9 +160,9 @@ def run_arm(arm: Arm, seed: int, work: Path) -> Curve:
 
 @cache
 def lean_pool() -> ProcessPoolExecutor:
-    """Return the processes of lean runs: as many as there are cores, started when they are needed, with one thread."""
+    """Return the processes of lean runs: as many as there are cores, with one thread, renewed often."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    return ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), max_tasks_per_child=10)
+    return ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), max_tasks_per_child=3)
 
 
 def read_curve(folder: Path, arm: Arm, seconds: float) -> Curve:
