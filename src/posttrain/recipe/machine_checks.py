@@ -56,7 +56,7 @@ def check_machine(recipe: Recipe) -> None:
     found: dict[Key, list[str]] = {}
     models, data_sets = set[str](), set[str]()
     try:
-        for key, block in blocks(recipe):
+        for key, block in blocks(recipe, files=True):
             own = type(block).__module__.startswith("posttrain.")  # what settings from outside mean is not known here
             for name, message in _problems(block, models, data_sets) if own else ():
                 found.setdefault((*key, name) if name else key, []).append(message)
@@ -69,10 +69,14 @@ def check_machine(recipe: Recipe) -> None:
     check_hub(sorted(models), sorted(data_sets))
 
 
-def blocks(value: Any, key: Key = ()) -> Iterator[tuple[Key, BaseModel]]:
-    """Yield every block of settings in `value`, with its key, and those in files that settings name.
+def blocks(value: Any, key: Key = (), files: bool = False) -> Iterator[tuple[Key, BaseModel]]:
+    """Yield every block of settings in `value`, with its key.
 
-    Settings that name such files have a method `named_settings`, which returns the blocks by name.
+    Args:
+        value: Settings, or a part of them.
+        key: The key of `value`.
+        files: Yield the blocks of files that settings name too. Such settings have a method `named_settings`, which
+            returns them by name.
 
     Raises:
         DataError: Such a file can't be read, or is wrong.
@@ -80,12 +84,13 @@ def blocks(value: Any, key: Key = ()) -> Iterator[tuple[Key, BaseModel]]:
     if isinstance(value, BaseModel):
         yield key, value
         for name in type(value).model_fields:
-            yield from blocks(getattr(value, name), (*key, name))
-        for name, block in getattr(value, "named_settings", dict)().items():
-            yield from blocks(block, (*key, name))
+            yield from blocks(getattr(value, name), (*key, name), files)
+        if files:
+            for name, block in getattr(value, "named_settings", dict)().items():
+                yield from blocks(block, (*key, name), files)
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            yield from blocks(item, (*key, i))
+            yield from blocks(item, (*key, i), files)
 
 
 def _problems(block: BaseModel, on_hub: set[str], data_on_hub: set[str]) -> Iterator[tuple[str, str]]:

@@ -52,7 +52,7 @@ def find_inputs(recipe: Recipe, functions: Mapping[str, Callable[..., Any]]) -> 
     """
     found: Inputs = {}
     packages = set(WITH_THE_REST)
-    for _, block in blocks(recipe):
+    for _, block in blocks(recipe, files=True):
         for name, text in _texts(block):
             found |= _modules(text) if is_import_path(text) and name not in ("source", "start") else {}
             if name not in NO_INPUTS:
