@@ -9,11 +9,34 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from posttrain.config import ModelConfig
+
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe of posttrain, or a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings at any depth: stages.sft.optimizer.lr=1e-4"),
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with it.")]
+
+
+def named_model(source: str, device: str, trust_remote_code: bool) -> ModelConfig:
+    """Return the settings of a model that is named on the command line, once it is known that it can be had.
+
+    Args:
+        source: Hub name, folder, file or a run's folder.
+        device: Where it is opened.
+        trust_remote_code: Whether code that ships with it is run.
+
+    Raises:
+        ModelError: It has to come from the Hub, which can't be reached.
+    """
+    from posttrain.config import ModelConfig
+    from posttrain.recipe.model_sources import check_hub, find_model
+
+    if find_model(source).kind == "hub":
+        check_hub([source])
+    return ModelConfig(source=source, device=device, trust_remote_code=trust_remote_code)
 
 
 def make_console() -> Console:

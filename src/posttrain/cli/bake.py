@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from posttrain.cli.arguments import Device, TrustRemoteCode, named_model
 from posttrain.core.errors import ModelError
 from posttrain.core.visible_text import visible
 
@@ -14,18 +15,14 @@ from posttrain.core.visible_text import visible
 def bake_command(
     model: Annotated[str, typer.Argument(help="A run's folder, or any folder or Hub name of a soft prompt.")],
     folder: Annotated[Path, typer.Argument(help="Folder for soft_prompt.safetensors.")],
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with it.")] = False,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a soft prompt as tensors for vLLM (prompt_embeds) and transformers (a cached prefix)."""
-    from posttrain.config import ModelConfig
     from posttrain.models.loading import load_model, source_adapter
     from posttrain.models.soft_prompt_files import bake, is_soft_prompt
-    from posttrain.recipe.model_sources import check_hub, find_model
 
-    if find_model(model).kind == "hub":
-        check_hub([model])
-    config = ModelConfig(source=model, device=device, trust_remote_code=trust_remote_code)
+    config = named_model(model, device, trust_remote_code)
     adapter = source_adapter(config)
     if adapter is None or not is_soft_prompt(adapter.settings):  # known before the weights are read
         kind = "a whole model" if adapter is None else f"an adapter of kind {adapter.settings.get('peft_type')}"

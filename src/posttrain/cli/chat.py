@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from posttrain.cli.arguments import Device, TrustRemoteCode, named_model
 from posttrain.core.errors import ModelError
 from posttrain.core.visible_text import visible
 
@@ -27,16 +28,11 @@ def chat_command(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with it.")] = False,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model, or to what a run made."""
-    from posttrain.config import ModelConfig
-    from posttrain.recipe.model_sources import check_hub, find_model
-
-    if find_model(model).kind == "hub":
-        check_hub([model])
-    config = ModelConfig(source=model, device=device, trust_remote_code=trust_remote_code)
+    config = named_model(model, device, trust_remote_code)
     chat = Chat.open(config, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
     if prompt is not None:
         for piece in chat.ask(prompt):

@@ -10,7 +10,7 @@ from posttrain.config.base import Config
 
 
 class MixingConfig(Config):
-    """How large the share of each task is, before its weight."""
+    """Set how large the share of each task is, before its weight."""
 
     kind: Literal["proportional", "equal", "examples-proportional"] = Field(
         "proportional",

@@ -93,7 +93,7 @@ def find_duplicates(texts: Iterable[str | Sequence[str]], threshold: float = 0.8
 
 @dataclass(frozen=True)
 class _Sketched:
-    """What is known of each text after reading it: digests, hashes of bands, shingles in a file."""
+    """Hold what is known of each text after reading it: digests, hashes of bands, shingles in a file."""
 
     digests: NDArray[np.uint64]
     bands: NDArray[np.uint32]
