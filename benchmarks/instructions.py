@@ -18,12 +18,13 @@ import argparse
 import json
 import multiprocessing
 import random
-import resource
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from common import peak_memory_mib
 
 from posttrain.core.files import write_json
 from posttrain.data.readers import packaged_or_own
@@ -58,7 +59,7 @@ class Texts:
 
 
 def near_duplicate(text: str, rng: random.Random) -> str:
-    """Return a text with one of its last words changed: three runs of words at most differ, of 23 or more."""
+    """Return a text with one of its last words changed: two runs of words at most differ, of 23 or more."""
     words = text.split()
     words[-1 - rng.randrange(2)] = f"changed{rng.randrange(10**6)}"
     return " ".join(words)
@@ -160,7 +161,7 @@ def timed(times: dict[str, float], name: str) -> None:
         try:
             return method(*args)
         finally:
-            times[name] = round(time.perf_counter() - began, 1)
+            times[name] = round(times.get(name, 0.0) + time.perf_counter() - began, 1)
 
     setattr(InstructionQuality, name, call)
 
@@ -183,7 +184,7 @@ def main() -> None:
         began, busy = time.perf_counter(), time.process_time()
         stats = stage(folder, args.rows).build(folder / "out", folder / "work", seed=0)
         seconds, busy = time.perf_counter() - began, time.process_time() - busy
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # kilobytes, on Linux
+        memory = peak_memory_mib("cpu") / 1024
         found = check(folder, stats, args.rows)
         size = (folder / "out" / "rows.jsonl").stat().st_size / GIB
     figures = {

@@ -192,8 +192,10 @@ def read_curve(folder: Path, arm: Arm, seconds: float) -> Curve:
 def run_claim(claim: Claim, seeds: Sequence[int], work: Path, at_once: int) -> dict[str, Any]:
     """All arms of a claim over all seeds, and what its judge says of them."""
     with ThreadPoolExecutor(at_once) as pool:
-        trials = [trial for sweep in claim.arms if isinstance(sweep, Sweep) for trial, _ in sweep.candidates]
-        tried = dict(zip(trials, pool.map(lambda arm: run_arm(arm, seeds[0], work), trials), strict=True))
+        # by name: several arms may have a trial in common, which is to be run once
+        trials = {t.name: t for sweep in claim.arms if isinstance(sweep, Sweep) for t, _ in sweep.candidates}
+        lean_pool()  # made here: threads that ask for it at the same time would each make one
+        tried = dict(zip(trials, pool.map(lambda arm: run_arm(arm, seeds[0], work), trials.values()), strict=True))
         arms = [arm if isinstance(arm, Arm) else best_of(arm, tried) for arm in claim.arms]
         jobs = [(arm, seed) for seed in seeds for arm in arms]
         results = list(pool.map(lambda job: run_arm(job[0], job[1], work), jobs))
@@ -221,14 +223,14 @@ def run_claim(claim: Claim, seeds: Sequence[int], work: Path, at_once: int) -> d
             }
             for arm in arms
         },
-        "sweeps": {arm.name: curve.more["value"] for arm, curve in tried.items()},
+        "sweeps": {name: curve.more["value"] for name, curve in tried.items()},
         **claim.judge(curves),
     }
 
 
-def best_of(sweep: Sweep, tried: Mapping[Arm, Curve]) -> Arm:
+def best_of(sweep: Sweep, tried: Mapping[str, Curve]) -> Arm:
     """Return the arm whose trial has the highest value; of several the first."""
-    return max(sweep.candidates, key=lambda pair: float(tried[pair[0]].more["value"]))[1]
+    return max(sweep.candidates, key=lambda pair: float(tried[pair[0].name].more["value"]))[1]
 
 
 def interval(values: Sequence[float]) -> list[float]:
@@ -307,13 +309,11 @@ def plot(result: dict[str, Any], claim: Claim, path: Path) -> None:
 
 
 def argument(name: str, default: str) -> str:
-    """Return the value of an option that names the claims' data, which exist before the command line is parsed."""
-    if name not in sys.argv:
-        return default
-    at = sys.argv.index(name)
-    value = sys.argv[at + 1]
-    del sys.argv[at : at + 2]
-    return value
+    """Return the value of an option that the claims themselves depend on, and take it off the command line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, default=default)
+    given, sys.argv[1:] = parser.parse_known_args()
+    return str(getattr(given, name.lstrip("-")))
 
 
 def main(claims: Mapping[int, Claim], description: str) -> None:

@@ -22,13 +22,12 @@ def lean_run(file: str, folder: Path) -> None:
     logging.disable(logging.INFO)
     recipe = load_recipe(file)
     after = folder / "evaluations" / "after"
-    if after.exists() and all((after / f"{task.name}.json").exists() for task in recipe.evaluate):
-        return
-    if recipe.stages:
-        posttrain.run(recipe.model_copy(update={"evaluate": []}), folder, console=Console(quiet=True))
-    last = {"source": str(folder / "model"), "revision": None} if (folder / "model").is_dir() else {}
-    tasks = [resolved(task, made_in(folder, recipe)) for task in recipe.evaluate]
-    evaluate_model(recipe.model.model_copy(update=last), tasks, after, recipe.seed)
+    if not (after.exists() and all((after / f"{task.name}.json").exists() for task in recipe.evaluate)):
+        if recipe.stages:
+            posttrain.run(recipe.model_copy(update={"evaluate": []}), folder, console=Console(quiet=True))
+        last = {"source": str(folder / "model"), "revision": None} if (folder / "model").is_dir() else {}
+        tasks = [resolved(task, made_in(folder, recipe)) for task in recipe.evaluate]
+        evaluate_model(recipe.model.model_copy(update=last), tasks, after, recipe.seed)
     for path in [*folder.glob("stages/*/*"), folder / "model"]:
         if path.name in ("model", "adapter", "checkpoints"):
             shutil.rmtree(path, ignore_errors=True)

@@ -5,7 +5,8 @@
 
 The packaged seed tasks are divided by seed: two thirds are trained on and shown to the model that writes, one third is
 measured: the mean negative log-likelihood of people's answers to tasks that nothing was trained on or written after.
-Both arms take as many steps of as many rows. The model writes for itself (SmolLM2-135M-Instruct).
+Both arms take as many steps of as many rows. The model writes for itself (SmolLM2-135M-Instruct). The divided tasks are
+in runs/claims-seed-tasks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import math
 import random
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from posttrain.methods.data.seed_tasks import read_seed_tasks
 
 SEEDS = "packaged:self_instruct_seeds.jsonl"
 FOLDER = Path("runs/claims-seed-tasks").resolve()
+LOCK = threading.Lock()
+"""Runs of one seed, in several threads, share the files of its division."""
 STEPS = ("stages.sft.batch_size=8", "stages.sft.max_steps=32", "stages.sft.epochs=100", "stages.sft.held_out=null")
 TASKS = ("stages.tasks.instructions=60", "stages.tasks.rounds=15", "stages.tasks.prompts_at_once=16")
 MEASURED = "{name: held_out_tasks, kind: perplexity, data: {source: '%s'}}"
@@ -44,10 +48,11 @@ def divided(seed: int) -> tuple[Path, Path, Path]:
     paths = tuple(FOLDER / f"{name}-{seed}.jsonl" for name in ("shown", "rows", "measured"))
     rows = [task.rows() for task in read_seed_tasks(SEEDS)]
     kept = [i for i in range(len(records)) if i not in held]
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    write_lines(paths[0], [records[i] for i in kept])
-    write_lines(paths[1], [row for i in kept for row in rows[i]])
-    write_lines(paths[2], [row for i in sorted(held) for row in rows[i]])
+    with LOCK:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        write_lines(paths[0], [records[i] for i in kept])
+        write_lines(paths[1], [row for i in kept for row in rows[i]])
+        write_lines(paths[2], [row for i in sorted(held) for row in rows[i]])
     return paths[0], paths[1], paths[2]
 
 

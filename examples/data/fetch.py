@@ -88,6 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if given.folder is None:
         parser.error("name the FOLDER to write to (or --list)")
+    if given.fresh:
+        shutil.rmtree(given.folder / ".downloads", ignore_errors=True)
     failed = []
     for name in given.only or SOURCES:
         record = given.folder / ".done" / f"{name}.json"

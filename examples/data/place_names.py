@@ -12,7 +12,7 @@ from datetime import date
 from typing import Any
 
 from downloads import Downloads
-from tables import Table, Task
+from tables import Table, Task, translation_task
 
 PACKAGE, VERSION = "babel", "2.19.0"
 ABOUT = f"PyPI's wheel of {PACKAGE} {VERSION}, with the locale data of CLDR"
@@ -99,17 +99,7 @@ def name_table(code: str, english: Any, other: Any) -> Table:
 
 def name_task(code: str) -> Task:
     """Return the task file's entry for the names of one language."""
-    return {
-        "name": f"names_{code}",
-        "type": "translation",
-        "language": "en",
-        "output_language": code,
-        "domain": "geography",
-        "data": {"source": f"names_{code}.jsonl"},
-        "fields": {"input": "{english}"},
-        "output": "{translation}",
-        "group": "english",
-    }
+    return translation_task(f"names_{code}", code, "geography")
 
 
 def currency_task(code: str) -> Task:

@@ -92,3 +92,24 @@ def tsv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 def task_text(tasks: Sequence[Task]) -> str:
     """Return task files' text: a list of tasks."""
     return yaml.safe_dump(list(tasks), allow_unicode=True, sort_keys=False, width=110)
+
+
+def translation_task(name: str, language: str, domain: str) -> Task:
+    """Return the task file's entry of a table with English texts and their translations.
+
+    Args:
+        name: Name of the task and of its table.
+        language: Language of the translations.
+        domain: What the texts are about.
+    """
+    return {
+        "name": name,
+        "type": "translation",
+        "language": "en",
+        "output_language": language,
+        "domain": domain,
+        "data": {"source": f"{name}.jsonl"},
+        "fields": {"input": "{english}"},
+        "output": "{translation}",
+        "group": "english",
+    }

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from downloads import Downloads
-from tables import Table, Task
+from tables import Table, Task, translation_task
 
 PACKAGE, VERSION = "django", "5.2.19"
 ABOUT = f"PyPI's wheel of {PACKAGE} {VERSION}: its translations by volunteers"
@@ -114,7 +114,7 @@ def fault(entry: Entry) -> str | None:
 
 def read_pairs(folder: Path) -> dict[str, Table]:
     """Return the tables of translation pairs by language, from Django's .po files."""
-    tables = {key: Table(f"messages_{key}", [translation_task(key)], ("english",)) for key in LANGUAGE_NAMES}
+    tables = {key: Table(f"messages_{key}", [message_task(key)], ("english",)) for key in LANGUAGE_NAMES}
     pairs: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for path in sorted(folder.rglob("*.po")):
         language = path.parts[-3]
@@ -144,19 +144,9 @@ def make_tables(downloads: Downloads) -> Iterator[Table]:
     yield language_table(pairs)
 
 
-def translation_task(language: str) -> Task:
-    """Return the task file's entry for one language."""
-    return {
-        "name": f"messages_{language}",
-        "type": "translation",
-        "language": "en",
-        "output_language": language.replace("_", "-"),
-        "domain": "software",
-        "data": {"source": f"messages_{language}.jsonl"},
-        "fields": {"input": "{english}"},
-        "output": "{translation}",
-        "group": "english",
-    }
+def message_task(language: str) -> Task:
+    """Return the task file's entry for the messages in one language."""
+    return translation_task(f"messages_{language}", language.replace("_", "-"), "software")
 
 
 def paraphrase_table(language: str, versions: list[dict[str, str]]) -> Table:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 FILES = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
@@ -54,15 +52,6 @@ class WordNet:
     synsets: dict[str, Synset] = field(default_factory=dict)
     senses: dict[str, list[str]] = field(default_factory=dict)
     tagged: dict[str, int] = field(default_factory=dict)
-
-    @cached_property
-    def hyponyms(self) -> dict[str, list[str]]:
-        """Return the keys of the direct kinds of each synset."""
-        found = defaultdict[str, list[str]](list)
-        for synset in self.synsets.values():
-            for kind in synset.kinds:
-                found[kind].append(synset.key)
-        return found
 
     def is_first(self, synset: Synset, word: str) -> bool:
         """Return True if the synset is the most frequent sense of the word, and of the word as one part of speech."""

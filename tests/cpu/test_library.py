@@ -113,11 +113,13 @@ def test_gradients_of_gates_and_norms(rows: int) -> None:
         finally:
             torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    for a, b in zip(found[0], (*expected, *expected), strict=False):
+    for a, b in zip(found[0][:4], (*expected, *expected), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-6)
-    for shift, a in zip((0.0, 1.0), found[0][4:], strict=False):
+    for shift, a in zip((0.0, 1.0), found[0][4:6], strict=True):
         y = F.rms_norm(exact[0], (53,), weight.double() + shift, 1e-6)
         torch.testing.assert_close(a.double(), *torch.autograd.grad(y, exact[0], d.double()), rtol=2e-6, atol=2e-6)
+    exact_norm = F.rms_norm(gate.double(), (53,), weight.double(), 1e-6)
+    torch.testing.assert_close(found[0][6].double(), exact_norm, rtol=2e-6, atol=1e-6)
 
 
 def slow_attention(q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float) -> Tensor:

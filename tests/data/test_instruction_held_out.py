@@ -12,9 +12,11 @@ import pytest
 
 from posttrain.core.errors import DataError
 from posttrain.data.instruction_builder import build_instructions
-from posttrain.data.instruction_mixing import Draws, Mixing, mixed_counts
+from posttrain.data.instruction_mixing import Draws, mixed_counts, mixing_rates
+from posttrain.data.instruction_settings import MixingConfig
 from posttrain.data.instruction_tasks import InstructionTask
 from posttrain.data.text_copies import core_text, is_copy, template_words
+from posttrain.data.text_similarity import words_of
 from tests.data.instruction_tables import WORDS, built, sentence, sentiment, table
 
 
@@ -74,17 +76,17 @@ def test_held_out_clusters(tmp_path: Path) -> None:
 
 
 def test_mixed_counts_by_hand() -> None:
-    flan = Mixing("examples-proportional", 100)
-    assert flan.rates([10, 100, 5000], [1, 1, 1]) == pytest.approx([10 / 210, 100 / 210, 100 / 210])
-    assert mixed_counts(flan.rates([10, 100, 5000], [1, 1, 1]), [10, 100, 5000], None) == [10, 100, 100]
-    assert mixed_counts(flan.rates([10, 100, 5000], [1, 1, 1]), [10, 100, 5000], 21) == [1, 10, 10]
-    assert mixed_counts(flan.rates([10, 100, 5000], [1, 1, 1]), [10, 100, 5000], 1000) == [10, 100, 890]
-    assert mixed_counts(Mixing("equal").rates([10, 30], [1, 1]), [10, 30], None) == [10, 10]
-    assert mixed_counts(Mixing("equal").rates([10, 30], [1, 2]), [10, 30], None) == [10, 20]
-    assert mixed_counts(Mixing().rates([10, 30], [1, 1]), [10, 30], None) == [10, 30]
-    assert mixed_counts(Mixing().rates([10, 30], [3, 1]), [10, 30], None) == [10, 10]
-    assert mixed_counts(Mixing().rates([1, 1, 1], [1, 1, 1]), [9, 9, 9], 10) == [4, 3, 3]
-    assert mixed_counts(Mixing().rates([0, 5], [1, 1]), [0, 5], 99) == [0, 5]
+    flan = MixingConfig(kind="examples-proportional", maximum=100)
+    assert mixing_rates(flan, [10, 100, 5000], [1, 1, 1]) == pytest.approx([10 / 210, 100 / 210, 100 / 210])
+    assert mixed_counts(mixing_rates(flan, [10, 100, 5000], [1, 1, 1]), [10, 100, 5000], None) == [10, 100, 100]
+    assert mixed_counts(mixing_rates(flan, [10, 100, 5000], [1, 1, 1]), [10, 100, 5000], 21) == [1, 10, 10]
+    assert mixed_counts(mixing_rates(flan, [10, 100, 5000], [1, 1, 1]), [10, 100, 5000], 1000) == [10, 100, 890]
+    assert mixed_counts(mixing_rates(MixingConfig(kind="equal"), [10, 30], [1, 1]), [10, 30], None) == [10, 10]
+    assert mixed_counts(mixing_rates(MixingConfig(kind="equal"), [10, 30], [1, 2]), [10, 30], None) == [10, 20]
+    assert mixed_counts(mixing_rates(MixingConfig(), [10, 30], [1, 1]), [10, 30], None) == [10, 30]
+    assert mixed_counts(mixing_rates(MixingConfig(), [10, 30], [3, 1]), [10, 30], None) == [10, 10]
+    assert mixed_counts(mixing_rates(MixingConfig(), [1, 1, 1], [1, 1, 1]), [9, 9, 9], 10) == [4, 3, 3]
+    assert mixed_counts(mixing_rates(MixingConfig(), [0, 5], [1, 1]), [0, 5], 99) == [0, 5]
 
 
 def test_the_same_seed_gives_the_same_rows_and_more_tasks_or_rows_change_none(tmp_path: Path) -> None:
@@ -204,3 +206,27 @@ def test_copies_in_a_script_without_spaces_are_held_out(tmp_path: Path) -> None:
     builder = built([InstructionTask.model_validate(task)], tmp_path / "w", held_out=10)
     held = {r["input"][:-1] for r in builder.held_out_rows(False)}
     assert len(held) == 10 and not any(r["input"][:-1] in held for r in builder.rows())
+
+
+def test_words_in_any_script() -> None:
+    """Vowel signs tell words of Hindi and Tamil apart; a few characters of Thai are inside of most long texts."""
+    assert words_of("दिन दान") == ["दिन", "दान"] and words_of("வணக்கம் நன்றி") == ["வணக்கம்", "நன்றி"]
+    assert words_of("abc漢字 ทด ok") == ["abc", "漢", "字", "ท", "ด", "ok"]
+    letters = [chr(0x0E01 + i % 46) for i in range(0, 46 * 7, 7)]
+    assert not is_copy(letters[:14], [c for letter in letters for c in (letter, "ก")], 0.7)
+
+
+def test_one_table_by_two_names_has_the_same_groups(tmp_path: Path) -> None:
+    rows = [{"word": WORDS[i % 17] + str(i), "means": sentence(i)} for i in range(60)]
+    table(tmp_path / "d.jsonl", rows)
+    shared = {"type": "question_answering", "group": "word"}
+    names = str(tmp_path / "d.jsonl"), f"{tmp_path}/../{tmp_path.name}/d.jsonl"
+    tasks = [
+        InstructionTask.model_validate({"name": a, **shared, "data": d, "fields": {"question": f"{{{a}}}?"}, **out})
+        for a, out, d in zip(("word", "means"), ({"output": "{means}"}, {"output": "{word}"}), names, strict=True)
+    ]
+    builder = built(tasks, tmp_path / "w", held_out=10)
+    held = {r["place"] for r in builder.held_out_rows(False)}
+    assert held and not held & {r["place"] for r in builder.rows()}
+    stats = builder.stats()["tasks"]["word"]
+    assert stats["dropped"] and stats["held_out_written"]

@@ -21,7 +21,7 @@ def write_task_files(folder: Path) -> None:
     """Write the task files that fetch.py writes: those in tasks/, and one for each language."""
     for path in (EXAMPLES / "tasks").glob("*.yaml"):
         (folder / path.name).write_text(path.read_text())
-    made = [translated_messages.translation_task(code) for code in translated_messages.LANGUAGE_NAMES if code != "en"]
+    made = [translated_messages.message_task(code) for code in translated_messages.LANGUAGE_NAMES if code != "en"]
     made += [place_names.name_task(code) for code in place_names.LANGUAGES]
     made += [place_names.currency_task(code) for code in place_names.QUESTIONS]
     for task in made:

@@ -73,6 +73,7 @@ def _show_run(path: Path, rows: int, stage: str | None, watch: bool, options: di
 
 def _show_quality(path: Path, rows: int, stage: str | None, console: Any) -> bool:
     """Print the quality of the instruction rows of a run's stages; False if it has none."""
+    from posttrain.cli.inspect_rows import print_quality
     from posttrain.report.row_quality_view import instruction_qualities
 
     notes: list[str] = []
@@ -80,8 +81,6 @@ def _show_quality(path: Path, rows: int, stage: str | None, console: Any) -> boo
     for note in notes if views else ():
         console.print(f"! {note}", markup=False)
     for view in views:
-        from posttrain.cli.inspect_rows import print_quality
-
         console.rule(f"{view.stage} (instructions)")
         print_quality(view, view.first_rows(rows), console)
     return bool(views)

@@ -257,7 +257,7 @@ class SystemsConfig(Config):
     tokens_per_micro_batch: int | None = Field(
         None,
         ge=1,
-        description="Token budget of one forward and backward pass; lower it when memory runs out. The result is the same for any value. None: 768 on a CPU, which more tokens make no faster; on a GPU a power of two from 4096 to 65536, by the memory that is free once the model is loaded.",
+        description="Token budget of one forward and backward pass; lower it when memory runs out. The result is the same for any value. None: 768 on a CPU, which more tokens make no faster (or 16 for each virtual token of a soft prompt, if that is more); on a GPU a power of two from 4096 to 65536, by the memory that is free once the model is loaded.",
     )
     activation_checkpointing: bool = Field(
         False,

@@ -26,8 +26,8 @@ TOLERANCE = 2e-5
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x / rms(x) * (weight + shift), rms(x) = sqrt(mean(x^2) + eps) (arXiv 1910.07467); keeps x, and 1 / rms if the
-    weight is trained."""
+    """y = x / rms(x) * (weight + shift), rms(x) = sqrt(mean(x^2) + eps) (arXiv 1910.07467); keeps x, and without the
+    compiled kernels (of frozen weights in float32) 1 / rms."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, shift):  # type: ignore[no-untyped-def]
@@ -74,6 +74,8 @@ def _normed(x: Tensor, weight: Tensor, rstd: Tensor, shift: float) -> Tensor:
 
 def _kernels_for(*tensors: Tensor) -> native.Kernels | None:
     """Return the compiled kernels, if they can read these tensors."""
+    if torch.compiler.is_compiling():  # torch.compile fuses the operations itself, and can't look into the kernels
+        return None
     return native.kernels() if all(map(native.is_plain, tensors)) else None
 
 

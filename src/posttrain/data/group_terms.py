@@ -36,9 +36,9 @@ GROUP_TERMS: dict[str, dict[str, list[str]]] = {
         "poor people": ["poor people", "homeless", "working class", "beggar", "beggars"],
     },
     "de": {
-        "women": "frau frauen mädchen sie ihr ihre ihrer mutter mütter ehefrau tochter töchter schwester schwestern "
+        "women": "frau frauen mädchen mutter mütter ehefrau tochter töchter schwester schwestern "
         "dame damen schauspielerin weiblich weibliche".split(),
-        "men": "mann männer junge jungen er ihm ihn sein seine vater väter ehemann sohn söhne bruder brüder herr "
+        "men": "mann männer er ihm ihn vater väter ehemann sohn söhne bruder brüder herr "
         "herren schauspieler männlich männliche".split(),
         "old people": "rentner rentnerin senior senioren seniorin großmutter großvater großeltern".split(),
         "young people": "jugendliche jugendlicher jugendlichen kind kinder teenager".split(),
@@ -50,7 +50,9 @@ GROUP_TERMS: dict[str, dict[str, list[str]]] = {
         "immigrants": "einwanderer migrant migranten migrantin flüchtling flüchtlinge ausländer ausländerin".split(),
     },
 }
-"""Group -> words and runs of words, in lower case, by language. A task's own list replaces that of its language."""
+"""Group -> words and runs of words, in lower case, by language. A task's own list replaces that of its language.
+
+No word that often means something else: German "sie" is they and you too, "sein" to be, "junge" young."""
 
 
 def terms_of(language: str, own: GroupTerms | None = None) -> GroupTerms:

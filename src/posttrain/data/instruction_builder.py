@@ -18,7 +18,7 @@ import numpy as np
 from posttrain.core.errors import DataError
 from posttrain.data.instruction_examples import Dropped, ExampleStore, open_table, store_examples
 from posttrain.data.instruction_held_out import OTHER_TASK, choose_held_out, copies_across, copies_of, similar_to
-from posttrain.data.instruction_mixing import Mixing, mixed_counts, ranks, task_seed
+from posttrain.data.instruction_mixing import mixed_counts, mixing_rates, ranks, task_seed
 from posttrain.data.instruction_rows import Fits, RowKind, RowWriter
 from posttrain.data.instruction_settings import InstructionSettings
 from posttrain.data.instruction_tasks import InstructionTask
@@ -141,8 +141,7 @@ class InstructionBuilder:
         """Return how many rows of each task are trained on; none of the tasks of held-out clusters."""
         settings = self.settings
         examples = [0 if i in self.unseen else len(c) for i, c in enumerate(chosen)]
-        mixing = Mixing(settings.mixing.kind, settings.mixing.maximum)
-        rates = mixing.rates(examples, [task.weight for task in self.tasks])
+        rates = mixing_rates(settings.mixing, examples, [task.weight for task in self.tasks])
         available = [n * self._variants(task) for n, task in zip(examples, self.tasks, strict=True)]
         counts = mixed_counts(rates, available, settings.rows)
         if settings.rows is None and 2 * sum(counts) < sum(available):
@@ -161,8 +160,9 @@ class InstructionBuilder:
 
     def _variants(self, task: InstructionTask) -> int:
         """Return how many rows an example can give: no more than it has wordings, or rows would be the same."""
-        by_context = [sum(w.has_context == context for w in task.all_wordings) for context in (False, True)]
-        fewest = min(n for n in by_context if n)
+        used = [task.all_wordings, *([task.all_inverted] if self.settings.inverted_share else [])]
+        counts = [sum(w.has_context == context for w in wordings) for wordings in used for context in (False, True)]
+        fewest = min(n for n in counts if n)
         return min(n for n in (self.settings.rows_per_example, self.settings.wordings, fewest) if n is not None)
 
     def rows(self, fits: Fits | None = None) -> Iterator[dict[str, Any]]:
@@ -236,7 +236,9 @@ class InstructionBuilder:
         """Return counts of each task and of what was left out; the rows were written before."""
         tasks = {}
         for i, (task, store) in enumerate(zip(self.tasks, self.stores, strict=True)):
-            trained, held = (dict(self._writers[i, k].counts) if (i, k) in self._writers else {} for k in (False, True))
+            writers = [self._writers.get((i, k)) for k in (False, True)]
+            trained, held = (dict(writer.counts) if writer else {} for writer in writers)
+            left_out = sum((w.dropped.counts for w in writers if w), start=Counter(store.dropped.counts))
             tasks[task.name] = {
                 **{"type": task.type, "cluster": task.cluster_name, "held out": i in self.unseen},
                 **{"examples": len(store), "usable": int(self.usable[i].sum())},
@@ -244,7 +246,8 @@ class InstructionBuilder:
                 "rows": trained.pop("rows", 0),
                 "held_out_rows": held.pop("rows", 0),
                 **({"written": {name: n for name, n in sorted(trained.items()) if n}} if trained else {}),
-                **({"dropped": dict(store.dropped.counts)} if store.dropped.counts else {}),
+                **({"held_out_written": {name: n for name, n in sorted(held.items()) if n}} if held else {}),
+                **({"dropped": dict(left_out)} if left_out else {}),
                 **({"labels": store.labels} if store.labels else {}),
             }
         dropped = self.dropped()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -244,6 +245,7 @@ class _RowReader:
         self.output = Template(task.output)
         self.rationale = None if task.rationale is None else Template(task.rationale)
         self.contexts = {wording.has_context for wording in task.all_wordings}
+        self.table = "\0".join(_one_name(entry.source) for entry in task.data.sources())
 
     def __call__(self, placed: PlacedRow) -> tuple[Example, int]:
         row, task = placed.row, self.task
@@ -271,16 +273,21 @@ class _RowReader:
             most = f"{MOST_CHARACTERS:,}"
             raise BadRow(f"a text of {longest:,} characters", f"Task {task.name!r}: expected {most} at most")
         group = row.get(task.group) if task.group is not None else None
-        return Example(fields, output, rationale, placed.source), _group_key(group, task)
+        return Example(fields, output, rationale, placed.source), _group_key(group, f"{self.table}\0{task.group}")
 
 
-def _group_key(value: Any, task: InstructionTask) -> int:
-    """Return a hash of a group's name, its column and its table; 0 for a row that is in no group."""
+def _one_name(source: str) -> str:
+    """Return a source by a name that is the same however its path is spelled."""
+    return os.path.realpath(source) if os.path.isfile(source) else source
+
+
+def _group_key(value: Any, column: str) -> int:
+    """Return a hash of a group's name and its column, with the table's name; 0 for a row that is in no group."""
     if is_missing(value) or (isinstance(value, str) and not value.strip()):
         return 0
     simple = isinstance(value, str | int | float)
     text = cell_text(value, "group") if simple else json.dumps(value, sort_keys=True, default=str)
-    return _hash("\0".join((task.data.name, str(task.group), text))) | 1
+    return _hash(f"{column}\0{text}") | 1
 
 
 def _text_key(text: str, words: Sequence[str] | None = None) -> int:

@@ -4,38 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
+
+from posttrain.data.instruction_settings import MixingConfig
+from posttrain.data.word_hashes import mix
 
 _MASK = (1 << 64) - 1
 _STEP = 0x9E3779B97F4A7C15
 
 
-@dataclass(frozen=True)
-class Mixing:
-    """Say how large the share of each task is, before its weight.
+def mixing_rates(mixing: MixingConfig, counts: Sequence[int], weights: Sequence[float]) -> list[float]:
+    """Return the share of each task; they sum to 1. A task without examples has none.
 
-    Attributes:
-        kind: proportional to the number of examples e; equal; or examples-proportional, min(e, maximum) (Raffel et al.,
-            arXiv 1910.10683, section 3.5.2, as FLAN uses it).
-        maximum: The K of examples-proportional mixing.
+    Args:
+        mixing: proportional to the number of examples e; equal; or examples-proportional, min(e, maximum) (Raffel et
+            al., arXiv 1910.10683, section 3.5.2, as FLAN uses it).
+        counts: Examples of each task.
+        weights: Factor of each task's share.
     """
-
-    kind: Literal["proportional", "equal", "examples-proportional"] = "proportional"
-    maximum: int = 3000
-
-    def rates(self, counts: Sequence[int], weights: Sequence[float]) -> list[float]:
-        """Return the share of each task; they sum to 1. A task without examples has none."""
-        sizes = {
-            "proportional": list(counts),
-            "equal": [min(1, n) for n in counts],
-            "examples-proportional": [min(n, self.maximum) for n in counts],
-        }[self.kind]
-        parts = [size * weight for size, weight in zip(sizes, weights, strict=True)]
-        total = sum(parts)
-        return [part / total if total else 0.0 for part in parts]
+    sizes = {
+        "proportional": list(counts),
+        "equal": [min(1, n) for n in counts],
+        "examples-proportional": [min(n, mixing.maximum) for n in counts],
+    }[mixing.kind]
+    parts = [size * weight for size, weight in zip(sizes, weights, strict=True)]
+    total = sum(parts)
+    return [part / total if total else 0.0 for part in parts]
 
 
 def mixed_counts(rates: Sequence[float], available: Sequence[int], total: int | None) -> list[int]:
@@ -95,11 +90,7 @@ def task_seed(seed: int, task: str, purpose: str) -> int:
 
 def ranks(pair_keys: np.ndarray, seed: int) -> np.ndarray:
     """Return a random number of each example, by its texts and the seed: splitmix64 of both."""
-    with np.errstate(over="ignore"):
-        x = (pair_keys ^ np.uint64(seed)) + np.uint64(_STEP)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(x ^ (x >> np.uint64(31)))
+    return mix((pair_keys ^ np.uint64(seed)) + np.uint64(_STEP))
 
 
 class Draws:

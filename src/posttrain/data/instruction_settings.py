@@ -52,7 +52,9 @@ class InstructionSettings(Config):
         1, ge=1, le=20, description="Rows that an example can give, each with another wording."
     )
     wordings: int | None = Field(
-        None, ge=1, description="Most wordings of a task that are trained on, drawn by the seed. None: all."
+        None,
+        ge=1,
+        description="Most wordings of a task that are trained on, drawn by the seed; of inverted ones, and of those with a context, as many again. None: all.",
     )
     shots: ShotsConfig = ShotsConfig()
     rationale_share: float = Field(

@@ -67,7 +67,8 @@ class InstructionTask(Config):
         None, description="Column; rows with the same value in it are paraphrases, and never shown to one another."
     )
     group_terms: dict[str, list[str]] | None = Field(
-        None, description="Words of groups of people, for the table of labels by group. None: a list for English."
+        None,
+        description="Words of groups of people, for the table of labels by group. None: a list for English and German.",
     )
     max_rows: int | None = Field(None, ge=1, description="Most examples that are taken of this task. None: all.")
     weight: float = Field(1.0, gt=0, le=1000, description="Factor of the task's share in the mixture.")
@@ -232,6 +233,8 @@ def cell_of_yaml(value: Any) -> Any:
     """Return a number, true or false of YAML as the text that a cell would hold; other values unchanged."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))  # as a cell that holds it is read
     return str(value) if isinstance(value, int | float) else value
 
 

@@ -106,7 +106,7 @@ class LeakIndex:
         return len(self._item_of)
 
     def add(self, evaluation: str, items: Iterable[str | Sequence[str]]) -> None:
-        """Add the items of an evaluation.
+        """Add the items of an evaluation; more of them, if it was added before.
 
         Args:
             evaluation: Its name.
@@ -117,13 +117,13 @@ class LeakIndex:
         every = [[item] if isinstance(item, str) else list(item) for item in items]
         first, count = len(self._item_of), len(every)
         parts = [self._read(word_batch(texts), np.array(owners, np.int64) + first) for texts, owners in _batched(every)]
-        self._item_of += [(evaluation, i) for i in range(count)]
         hashes, item, begins, lengths, whole = _columns(parts)
         shared = _shared(hashes, item, count)
         keep = ~shared
         total = self._totals.setdefault(
             evaluation, {"items": 0, "searched": 0, "short": 0, "runs": 0, "shared_runs": 0}
         )
+        self._item_of += [(evaluation, total["items"] + i) for i in range(count)]
         total["items"] += count
         total["searched"] += len(np.unique(item[keep]))
         total["short"] += int((whole > 0).sum())

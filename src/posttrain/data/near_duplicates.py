@@ -146,9 +146,11 @@ def _sketch(texts: Iterable[str | Sequence[str]], slots: int, bands: int, least:
             "near duplicates are found with the package rensa, which is not installed: "
             "pip install 'posttrain[instructions]' (a stage does without: near_duplicates: null)"
         ) from error
-    digests, hashed, shingles = array("Q"), [], _Shingles(file)
+    digests, shingles = array("Q"), _Shingles(file)
+    hashed: list[NDArray[np.uint32]] = []
     for batch in row_batches(texts):
-        shingles.parts = len(batch[0])
+        if not hashed:
+            shingles.parts = len(batch[0])
         for parts in batch:
             if len(parts) != shingles.parts:
                 raise ValueError(f"expected {shingles.parts} parts of every text, got {len(parts)}")

@@ -6,12 +6,13 @@ import math
 import re
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
 from posttrain.data.group_associations import Associations
 from posttrain.data.group_terms import GroupTerms, terms_of
+from posttrain.data.text_similarity import UNSPACED, interval_counts
 
 WORD_COUNT_EDGES = (0, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 """Edges of the histograms of words."""
@@ -20,13 +21,13 @@ MOST_LABELS = 100
 LONG_ROWS_SHOWN = 5
 SHORT_INPUT = 200
 """Characters of an input that is searched apart from its prompt."""
-_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+_UNSPACED = re.compile(f"[{UNSPACED}]")
 
 InstructionRow = Mapping[str, Any]
 
 
 class RowQuality:
-    """Measure rows one at a time; only counts are kept.
+    """Measure rows one at a time; counts, lengths and a hash of each row are kept.
 
     A row has `prompt` (a text or messages) and `completion`; `task`, `type`, `cluster`, `language` and `domain`;
     `wording`, `inverted`, `shots`, `rationale`; `label` (None: it has none), `input` and `place`.
@@ -113,8 +114,8 @@ class RowQuality:
             "wordings": sum(len({key for key in counts if key[0] == "wording"}) for counts in self._counts.values()),
             "inverted": sum(counts["inverted"] for counts in self._counts.values()),
             "rationale": sum(counts["rationale"] for counts in self._counts.values()),
-            "prompt_words": length_histogram(prompts),
-            "completion_words": length_histogram(completions),
+            "prompt_words": _histogram(prompts),
+            "completion_words": _histogram(completions),
         }
         return {
             "breadth": breadth,
@@ -231,10 +232,5 @@ def quantiles(values: Iterable[int]) -> dict[str, int]:
     }
 
 
-def length_histogram(values: Iterable[int]) -> dict[str, list[int]]:
-    """Return counts of numbers between WORD_COUNT_EDGES; the last interval holds all from its edge on."""
-    import numpy as np  # here: recipes are checked without it
-
-    numbers = np.fromiter(values, np.int64)
-    places = np.searchsorted(np.array(WORD_COUNT_EDGES), numbers, side="right") - 1
-    return {"edges": list(WORD_COUNT_EDGES), "counts": np.bincount(places, minlength=len(WORD_COUNT_EDGES)).tolist()}
+def _histogram(words: Sequence[int]) -> dict[str, list[int]]:
+    return {"edges": list(WORD_COUNT_EDGES), "counts": interval_counts(words, WORD_COUNT_EDGES)}

@@ -13,6 +13,8 @@ SEVERAL = 6
 """Words from which a text is the same as one of the same words in another order."""
 LONG_INPUT = 13
 """Words that tell a text from others whatever else is said of it."""
+LONG_LETTERS = 40
+"""Letters that such a text has too, where it is looked for inside of a longer one."""
 NEARLY_ALL = 0.9
 COPY_LIMIT = 0.7
 COMPARED_PAIRS = 2000
@@ -30,11 +32,17 @@ def compared_words(text: str) -> list[str]:
     return words_of(text if text.isascii() else unicodedata.normalize("NFKC", text))
 
 
+def _is_long(words: Sequence[str]) -> bool:
+    """Return True if words tell a text from others wherever they stand: a word may be one character of Thai."""
+    return len(words) >= LONG_INPUT and sum(map(len, words)) >= LONG_LETTERS
+
+
 def is_copy(a: Sequence[str], b: Sequence[str], limit: float) -> bool:
     """Return True if one text is a copy of another one, by their words.
 
     That is if ROUGE-L is at least the limit, or 90% of the words of both are the same in any order (of at least
-    SEVERAL words), or 90% of those of one, if they are LONG_INPUT at least, are in the other in their order.
+    SEVERAL words), or 90% of those of one, if they are LONG_INPUT at least (with LONG_LETTERS letters), are in the
+    other in their order.
 
     Args:
         a: Words of one text.
@@ -42,7 +50,7 @@ def is_copy(a: Sequence[str], b: Sequence[str], limit: float) -> bool:
         limit: Lowest ROUGE-L of copies.
     """
     least, both = min(len(a), len(b)), len(a) + len(b)
-    inside = least >= LONG_INPUT and len(a) != len(b)
+    inside = len(a) != len(b) and _is_long(min(a, b, key=len))
     if 2 * least < limit * both - 1e-9 and not inside:
         return False
     common = set(a) & set(b)

@@ -10,6 +10,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from posttrain.data.text_similarity import UNSPACED_SCRIPTS
+
 BATCH_LETTERS = 1 << 20
 """Characters of a batch of texts, if no single text is longer."""
 BASE = np.uint64(0x9E3779B97F4A7C15 | 1)
@@ -23,18 +25,6 @@ LETTER = np.uint32((1 << 21) - 1)
 _SURE_SIGNS, _UNSURE_SIGNS = "+=<>^\u00d7\u00f7\u2212\u2264\u2265\u2260\u221a", "-*/%"
 """Signs that are arithmetic beside a digit, and those that are punctuation unless they stand between two numbers, apart
 from the words on both sides, or before a negative number."""
-_CHARACTER_WORDS = (
-    (0x0E00, 0x0EFF),  # Thai, Lao
-    (0x1000, 0x109F),  # Burmese
-    (0x1780, 0x17FF),  # Khmer
-    (0x3005, 0x3007),
-    (0x3040, 0x30FF),  # Japanese syllables
-    (0x31F0, 0x31FF),
-    (0x3400, 0x9FFF),  # Chinese characters
-    (0xF900, 0xFAFF),
-    (0x20000, 0x3FFFF),
-)
-"""Scripts that are written without spaces: every letter is a word."""
 _SKIPPED, _BETWEEN, _SPACE, _APOSTROPHE, _COMMA, _MARK, _LETTER, _DIGIT, _WORD = range(9)
 
 
@@ -49,7 +39,7 @@ def _classes() -> NDArray[np.uint8]:
             out[code] = by_category[category[0]]
         elif category == "Cf":  # soft hyphen, zero-width space and joiners, direction marks: invisible
             out[code] = _SKIPPED
-    for low, high in _CHARACTER_WORDS:
+    for low, high in UNSPACED_SCRIPTS:
         part = out[low : high + 1]
         part[part == _LETTER] = _WORD
     out[0xE0000:0xE1000] = out[0xFE00:0xFE10] = _SKIPPED  # tags, and what chooses the colour of an emoji

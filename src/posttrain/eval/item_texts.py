@@ -8,6 +8,7 @@ from typing import Any
 
 from posttrain.data.leaks import LEAST_WORDS
 from posttrain.data.parts import PlacedRow
+from posttrain.data.row_quality import count_words
 from posttrain.eval.evaluation_tasks import ProblemsEvaluationConfig, RowsConfig, make_evaluation
 
 
@@ -69,5 +70,5 @@ def _problem_texts(problem: Mapping[str, Any], columns: Iterable[str]) -> list[s
 
 def _chosen(prompts: Iterable[Any], answers: Iterable[Any]) -> list[str]:
     texts = [str(text) for text in prompts if text is not None]
-    long = [str(text) for text in answers if text is not None and len(str(text).split()) >= LEAST_WORDS]
+    long = [str(text) for text in answers if text is not None and count_words(str(text)) >= LEAST_WORDS]
     return list(dict.fromkeys([*texts, *long]))

@@ -184,9 +184,12 @@ def _resolve_paths(value: Any, folder: Path) -> None:
         if not isinstance(text, str) or not 0 < len(text) < 1000 or "\n" in text or Path(text).is_absolute():
             return text
         try:
-            if glob.has_magic(text):  # a pattern
-                return str(folder / text) if not glob.glob(text) and glob.glob(str(folder / text)) else text
-            return str(folder / text) if not Path(text).exists() and (folder / text).exists() else text
+            if Path(text).exists() or not glob.has_magic(text):
+                return str(folder / text) if not Path(text).exists() and (folder / text).exists() else text
+            if (folder / text).exists():  # brackets in the name of a file
+                return str(folder / text)
+            beside = str(Path(glob.escape(str(folder))) / text)
+            return beside if not glob.glob(text, recursive=True) and glob.glob(beside, recursive=True) else text
         except OSError:  # longer than a name may be: whoever opens it says so
             return text
 

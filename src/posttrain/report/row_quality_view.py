@@ -24,7 +24,6 @@ class InstructionQualityView:
     Attributes:
         stage: Name of the stage.
         quality: What was measured; parts that were not looked for are missing.
-        counts: The builder's counts of each task, and what was left out.
         tasks: A row of the table for each task.
         shares: (title, effective number, [(name, rows)]) of clusters, languages, domains and types.
         bars: (title, [(interval, rows)], largest number) of each histogram.
@@ -35,7 +34,6 @@ class InstructionQualityView:
 
     stage: str
     quality: dict[str, Any]
-    counts: dict[str, Any]
     tasks: list[dict[str, Any]]
     shares: list[tuple[str, float, list[tuple[str, int]]]]
     bars: list[tuple[str, list[tuple[str, int]], int]]
@@ -78,7 +76,6 @@ def quality_view(stage: str, stats: Mapping[str, Any], folder: Path | None = Non
     return InstructionQualityView(
         stage,
         quality,
-        {name: value for name, value in stats.items() if name != "quality"},
         [_task(name, task, quality) for name, task in quality["tasks"].items()],
         [(name, breadth[name]["effective"], list(breadth[name]["rows"].items())) for name in SHARES],
         [(title, pairs, max([1, *(n for _, n in pairs)])) for title, pairs in bars],

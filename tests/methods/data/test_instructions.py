@@ -245,3 +245,20 @@ def test_a_row_is_as_long_as_it_is_trained_on(folder: Path, style: str) -> None:
 
     longest = max(lengths(None))
     assert max(lengths(longest)) == longest > max(lengths(longest - 1))
+
+
+def test_patterns_and_brackets_in_paths_beside_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a [1]"
+    (folder / "tasks/deep").mkdir(parents=True)
+    (folder / "rows[1].tsv").write_text("text\tcolour\nthe sky\tblue\ngrass\tgreen\n")
+    task = {**TASK, "data": {"source": "../../rows[1].tsv"}}
+    (folder / "tasks/deep/one.yaml").write_text(yaml.safe_dump(task))
+    stages = [{"method": "instructions", "tasks": ["tasks/**/*.yaml"]}, {"method": "sft", "data": "rows[1].tsv"}]
+    stages[1]["data"] = {"source": "rows[1].tsv", "prompt": "{text}", "completion": "{colour}"}
+    text = yaml.safe_dump({"name": "r", "model": {"source": "tiny:llama"}, "stages": stages})
+    (folder / "r.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    checked = load_recipe(str(folder / "r.yaml"))
+    assert Path(checked.stages[1].data.source) == folder / "rows[1].tsv"  # type: ignore[attr-defined]
+    (named,) = checked.stages[0].named_files()  # type: ignore[attr-defined]
+    assert named == folder / "tasks/deep/one.yaml"

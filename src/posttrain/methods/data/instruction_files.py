@@ -82,7 +82,7 @@ def read_task_file(path: Path) -> list[InstructionTask]:
             tasks.append(_beside(InstructionTask.model_validate(part.data), path))
         except ValidationError as error:
             explain(error, part)
-            problems += part.problems
+            problems += part.problems + ([f"and {part.more:,} more"] if part.more else [])
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise DataError(f"task file {path} has {len(problems)} problem{'s' * (len(problems) != 1)}:{lines}")

@@ -100,19 +100,18 @@ class InstructionQuality:
         }
 
     def _drop_leaks(self, builder: InstructionBuilder) -> dict[str, Any]:
-        import numpy as np
-
         config = self.settings.leaks
         assert config is not None
         index = self._index_of_evaluations()
         found: dict[str, dict[str, int]] = {}
         for number, store in enumerate(builder.stores):
-            leaks = index.search(_example_texts(example) for example in store)
-            for name, examples in leaks.by_evaluation.items():
-                new = examples if not config.drop else [i for i in examples if builder.usable[number][i]]
-                found.setdefault(name, {})[store.task.name] = len(new)
+            by_evaluation = index.search(_usable_texts(builder, number)).by_evaluation
+            left: set[int] = set()  # an example of two evaluations is left out for the first one
+            for name, examples in by_evaluation.items():
+                found.setdefault(name, {})[store.task.name] = len(set(examples) - left)
                 if config.drop:
-                    builder.drop(number, np.array(examples), LEAKED.format(name))
+                    builder.drop(number, examples, LEAKED.format(name))
+                    left |= set(examples)
         return {"dropped": config.drop, "examples": found}
 
     def drop_held_out(self, builder: InstructionBuilder) -> None:
@@ -121,8 +120,6 @@ class InstructionQuality:
         Inputs shorter than a run are not looked for: a question may rightly be asked in several tasks. Nor are the words
         of a template around an input: all rows of its task have them.
         """
-        import numpy as np
-
         from posttrain.data.leaks import LeakIndex
 
         if self.settings.leaks is None:
@@ -134,15 +131,13 @@ class InstructionQuality:
         file_of = {task.name: f"{'un' * (i in builder.unseen)}seen.jsonl" for i, task in enumerate(builder.tasks)}
         found = self._before.setdefault("leaks", {}).setdefault("examples", {})
         for number, store in enumerate(builder.stores):
-            usable = builder.usable[number]
-            texts = (_example_texts(e) if usable[i] else [] for i, e in enumerate(store))
-            leaks = index.search(texts)
+            by_task = index.search(_usable_texts(builder, number)).by_evaluation
             for name in ("seen.jsonl", "unseen.jsonl"):
-                own = set().union(*(rows for task, rows in leaks.by_evaluation.items() if file_of[task] == name))
+                own = set().union(*(examples for task, examples in by_task.items() if file_of[task] == name))
                 if own:
                     found.setdefault(name, {})[store.task.name] = len(own)
-            if self.settings.leaks.drop:
-                builder.drop(number, np.asarray(leaks.leaking), HELD_OUT)
+                if self.settings.leaks.drop:
+                    builder.drop(number, sorted(own), HELD_OUT)
 
     def _index_of_evaluations(self) -> LeakIndex:
         """Return an index of the evaluations whose data can be read before the stages run."""
@@ -214,10 +209,12 @@ class InstructionQuality:
         index = self._index_of_evaluations()
         for name in ("seen", "unseen"):
             path = folder / f"{name}.jsonl"
-            held = read_rows(path) if path.is_file() else iter(())
-            inputs = [core_text(row["input"], self._templates.get(row["task"], frozenset())) for row in held]
-            if inputs:
-                index.add(f"{name}.jsonl", [self._telling(text) for text in inputs])
+            inputs: dict[str, list[list[str]]] = {}
+            for row in read_rows(path) if path.is_file() else ():
+                text = core_text(row["input"], self._templates.get(row["task"], frozenset()))
+                inputs.setdefault(row["task"], []).append(self._telling(text))
+            for own in inputs.values():  # task by task, since the wording that items share is that of a task
+                index.add(f"{name}.jsonl", own)
         return index
 
     def _telling(self, text: str) -> list[str]:
@@ -266,9 +263,16 @@ def _of(store: ExampleStore, number: int) -> dict[str, str]:
 
 
 def _compared_texts(example: Example, template: frozenset[str]) -> list[str]:
-    return [*(core_text(text, template) for text in example.fields.values()), example.output, example.rationale]
-
-
-def _example_texts(example: Example) -> list[str]:
+    """Return the texts that are all near those of a duplicate: fields, also without the words of a template, output."""
     fields = list(example.fields.values())
-    return [*fields, *(["\n".join(fields)] if len(fields) > 1 else []), example.output, example.rationale]
+    cores = [core_text(text, template) for text in fields] if template else []
+    return [*fields, *cores, example.output, example.rationale]
+
+
+def _usable_texts(builder: InstructionBuilder, number: int) -> Iterator[list[str]]:
+    """Yield the texts of each example of a task in which an evaluation may leak; none of those that are left out."""
+    usable = builder.usable[number]
+    for i, example in enumerate(builder.stores[number]):
+        fields = list(example.fields.values())
+        whole = ["\n".join(fields)] if len(fields) > 1 else []
+        yield [*fields, *whole, example.output, example.rationale] if usable[i] else []

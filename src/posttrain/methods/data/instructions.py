@@ -23,6 +23,7 @@ from posttrain.core.files import read_lines, stream_lines, write_json
 from posttrain.data.instruction_settings import InstructionSettings
 from posttrain.data.instruction_tasks import InstructionTask
 from posttrain.data.quality_settings import QualitySettings
+from posttrain.data.row_quality import count_words
 from posttrain.methods.data.data_stage import DataStage, DataStageConfig, refuse_torchrun
 from posttrain.methods.data.instruction_files import read_tasks, task_paths
 from posttrain.methods.data.instruction_quality import InstructionPreview, InstructionQuality, read_rows
@@ -184,7 +185,7 @@ def measured_as(row: Mapping[str, Any]) -> str:
     """
     if row.get("choices"):
         return "choices"
-    is_short = len(row["completion"].split()) <= SHORT_ANSWER and not row["rationale"]
+    is_short = count_words(row["completion"]) <= SHORT_ANSWER and not row["rationale"]
     return "answers" if row["type"] in ("question_answering", "extraction") and is_short else "texts"
 
 
