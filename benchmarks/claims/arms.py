@@ -10,8 +10,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import get_context
@@ -69,7 +70,7 @@ class Sweep:
 class Claim:
     """Arms that are compared. judge: (curves by arm, one a seed) -> figures and a verdict in words.
 
-    draw: draws the result in place of `plot`.
+    axis, over: what `plot` draws, over what. draw: draws the result in place of `plot`.
     """
 
     number: int
@@ -78,6 +79,7 @@ class Claim:
     judge: Callable[[dict[str, list[Curve]]], dict[str, Any]]
     note: str = ""
     axis: str = "held-out accuracy, greedy"
+    over: str = "completions sampled"
     draw: Callable[[dict[str, Any], Claim, Path], None] | None = None
 
 
@@ -277,28 +279,16 @@ def verdict(low: float, high: float, each: Sequence[float]) -> str:
     return f"not settled by {len(each)} seeds (the interval holds zero{', all of one sign' if same else ''})"
 
 
-def plot(result: dict[str, Any], claim: Claim, path: Path) -> None:
-    """What was measured over rollouts: a thin line a seed, a thick one for the mean of each arm."""
+@contextmanager
+def chart(claim: Claim, path: Path) -> Iterator[Any]:
+    """Give the axes of a claim's chart, and write it to `path` afterwards."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import numpy as np
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
-    drawn = {name: arm for name, arm in result["arms"].items() if arm["runs"][0]["points"]}
-    for (name, arm), colour in zip(drawn.items(), colours, strict=False):
-        lines = [np.array(run["points"], dtype=float) for run in arm["runs"]]
-        for line in lines:
-            axes.plot(line[:, 0], line[:, 1], color=colour, alpha=0.3, linewidth=1)
-        grid = np.linspace(0, max(line[-1, 0] for line in lines), 60)
-        mean = np.mean([np.interp(grid, line[:, 0], line[:, 1]) for line in lines], axis=0)
-        axes.plot(grid, mean, color=colour, linewidth=2.5, label=name)
-    axes.set_xlabel("completions sampled")
-    axes.set_ylabel(claim.axis)
-    if claim.axis == Claim.axis:
-        axes.set_ylim(0, 1.02)
+    yield axes
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     axes.set_title(claim.statement, fontsize=10, wrap=True)
@@ -306,6 +296,26 @@ def plot(result: dict[str, Any], claim: Claim, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+def plot(result: dict[str, Any], claim: Claim, path: Path) -> None:
+    """What was measured over rollouts or steps: a thin line a seed, a thick one for the mean of each arm."""
+    import numpy as np
+    from matplotlib import colormaps
+
+    drawn = {name: arm for name, arm in result["arms"].items() if arm["runs"][0]["points"]}
+    with chart(claim, path) as axes:
+        for (name, arm), colour in zip(drawn.items(), colormaps["tab10"].colors, strict=False):  # type: ignore[attr-defined]
+            lines = [np.array(run["points"], dtype=float) for run in arm["runs"]]
+            for line in lines:
+                axes.plot(line[:, 0], line[:, 1], color=colour, alpha=0.3, linewidth=1)
+            grid = np.linspace(min(line[0, 0] for line in lines), max(line[-1, 0] for line in lines), 60)
+            mean = np.mean([np.interp(grid, line[:, 0], line[:, 1]) for line in lines], axis=0)
+            axes.plot(grid, mean, color=colour, linewidth=2.5, label=name)
+        axes.set_xlabel(claim.over)
+        axes.set_ylabel(claim.axis)
+        if claim.axis == Claim.axis:
+            axes.set_ylim(0, 1.02)
 
 
 def argument(name: str, default: str) -> str:

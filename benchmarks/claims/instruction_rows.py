@@ -31,6 +31,7 @@ WORKED = ("sums", "legs", "word_problems")
 """Tasks with worked answers."""
 SIZE = (
     "stages.instructions.rows=400",
+    "stages.instructions.difficulty=0",
     "stages.instructions.held_out=16",
     "stages.instructions.unseen=60",
     "stages.instructions.max_tokens=160",
@@ -98,6 +99,7 @@ CLAIMS = {
         gains,
         "Inference tasks, answered by the likeliest label; below 8B the literature finds that it may hurt.",
         "training loss, nats a token",
+        "step",
     ),
     2: Claim(
         2,
@@ -106,6 +108,7 @@ CLAIMS = {
         gains,
         "The held-out cluster in its own wordings.",
         "training loss, nats a token",
+        "step",
     ),
     3: Claim(
         3,
@@ -114,6 +117,7 @@ CLAIMS = {
         gains,
         "Held-out rows have none.",
         "training loss, nats a token",
+        "step",
     ),
     4: Claim(
         4,
@@ -125,6 +129,7 @@ CLAIMS = {
         reasoning_helps,
         "Sums, legs of animals and word problems; the last number of a greedy answer.",
         "training loss, nats a token",
+        "step",
     ),
 }
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from arms import Arm, Claim, Curve, Sweep, argument, difference, interval, main, verdict
+from arms import Arm, Claim, Curve, Sweep, argument, chart, difference, interval, main, verdict
 
 Curves = dict[str, list[Curve]]
 
@@ -176,31 +176,20 @@ def deep_over_shallow(curves: Curves) -> dict[str, Any]:
 
 def draw(result: dict[str, Any], claim: Claim, path: Path) -> None:
     """Draw accuracy over trained parameters, a point a seed and a bar of its mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name, of in result["arms"].items():
-        values = [float(run["evaluation"]["value"]) for run in of["runs"]]
-        trained = of["runs"][0]["stages"][-1]["trainable"] if of["runs"][0]["stages"] else 0
-        if not trained:
-            axes.axhline(sum(values) / len(values), color="grey", linestyle=":", linewidth=1, label=name)
-            continue
-        axes.plot([trained] * len(values), values, "o", markersize=4, alpha=0.5)
-        axes.annotate(name, (trained, sum(values) / len(values)), fontsize=8, xytext=(4, 3), textcoords="offset points")
-        axes.plot([trained], [sum(values) / len(values)], "k_", markersize=14)
-    axes.set_xscale("log")
-    axes.set_xlabel("trained parameters")
-    axes.set_ylabel("accuracy on held-out rows")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="lower right")
-    axes.set_title(claim.statement, fontsize=10, wrap=True)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    with chart(claim, path) as axes:
+        for name, of in result["arms"].items():
+            values = [float(run["evaluation"]["value"]) for run in of["runs"]]
+            mean = sum(values) / len(values)
+            trained = of["runs"][0]["stages"][-1]["trainable"] if of["runs"][0]["stages"] else 0
+            if not trained:
+                axes.axhline(mean, color="grey", linestyle=":", linewidth=1, label=name)
+                continue
+            axes.plot([trained] * len(values), values, "o", markersize=4, alpha=0.5)
+            axes.annotate(name, (trained, mean), fontsize=8, xytext=(4, 3), textcoords="offset points")
+            axes.plot([trained], [mean], "k_", markersize=14)
+        axes.set_xscale("log")
+        axes.set_xlabel("trained parameters")
+        axes.set_ylabel("accuracy on held-out rows")
 
 
 def against_full(number: int, task: Task, setup: Setup) -> Claim:

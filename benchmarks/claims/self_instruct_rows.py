@@ -94,6 +94,7 @@ CLAIMS = {
         improves,
         "Loss of people's answers to 20 held-out tasks, nats a token. 32 steps of 8 rows.",
         "training loss, nats a token",
+        "step",
     )
 }
 

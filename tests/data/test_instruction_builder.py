@@ -107,6 +107,21 @@ def test_translations_name_both_languages_and_invert(tmp_path: Path) -> None:
     assert language_name("de") == "German" and language_name("Old Norse") == "Old Norse"
     with pytest.raises(ValueError, match="'xx' is no language code"):
         language_name("xx")
+    assert language_name("german") == "German" and language_name("Klingon") == "Klingon"
+    with pytest.raises(ValueError, match="'Portugese' is no language that is known here: did you mean Portuguese"):
+        language_name("Portugese")
+
+
+def test_labels_of_which_the_rows_have_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": sentence(i), "label": "good"} for i in range(8)]
+    task = InstructionTask.model_validate(
+        {
+            **{"name": "one", "type": "classification", "data": table(tmp_path / "t.jsonl", rows)},
+            **{"fields": {"input": "{text}"}, "output": "{label}", "labels": {"good": ["fine"], "bad": ["poor"]}},
+        }
+    )
+    assert len(list(build_instructions([task], held_out=0))) == 8
+    assert "task one: all 8 rows have the label 'good', so 'bad' can't be learnt" in caplog.text
 
 
 def test_values_inside_of_columns_and_labels_that_look_like_other_types(tmp_path: Path) -> None:

@@ -49,4 +49,6 @@ def test_problems_and_evaluations_from_elsewhere(tmp_path):
         }
     )
     assert texts(config) == [["What is 2 + 3?"]]
+    instructed = config.problems.model_copy(update={"instruction": "Answer with the number.", "template": None})
+    assert texts(config.model_copy(update={"problems": instructed})) == [["What is 2 + 3?"]]
     assert item_texts(object(), None, None) is None

@@ -51,6 +51,11 @@ def test_a_folder_with_results_is_kept_for_its_recipe(tmp_path: Path) -> None:
         run(recipe_for(tmp_path, "stages.sft.batch_size=4"))
     result, printed = run(recipe_for(tmp_path))
     assert "already finished" in printed and "--fresh" in printed and "name=NEW_NAME" in printed
+    assert "has changed since" not in printed
+    recipe = recipe_for(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    _, printed = run(recipe)
+    assert "rows.jsonl, which the run has read, has changed since: sha256" in printed
     manifest = json.loads((result.folder / "manifest.json").read_text())
     assert str(tmp_path) in manifest["import_folders"] and set(manifest["import_folders"]) <= set(import_folders())
     again, printed = run(recipe_for(tmp_path, "stages.sft.batch_size=4"), fresh=True)

@@ -20,7 +20,7 @@ def bake_command(
 ) -> None:
     """Write a soft prompt as tensors for vLLM (prompt_embeds) and transformers (a cached prefix)."""
     from posttrain.models.loading import load_model, source_adapter
-    from posttrain.models.soft_prompt_files import bake, is_soft_prompt
+    from posttrain.models.soft_prompt_files import BAKED_FILE, bake, is_soft_prompt
 
     config = named_model(model, device, trust_remote_code)
     adapter = source_adapter(config)
@@ -30,6 +30,8 @@ def bake_command(
             f"model source {model!r} is {kind}, and no soft prompt: name the run's folder, or the stage's model "
             "folder, of a stage with adapter kind prompt, prefix, p_tuning or p_tuning_v2"
         )
+    if (folder / BAKED_FILE).exists():
+        raise ModelError(f"{folder / BAKED_FILE} exists already: name another folder, or remove the file first")
     file = bake(load_model(config)[0], folder)
     typer.echo(visible(f"base   {adapter.base}"))
     for name, shape in _shapes(file):

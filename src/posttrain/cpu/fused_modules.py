@@ -199,7 +199,9 @@ def _norm_forward(shift: float) -> Callable[..., Tensor]:
             kernels = native.kernels()
             if kernels is not None:
                 return kernels.rms_norm(hidden_states, self.weight, float(eps), shift)
-        return _RMSNorm.apply(hidden_states, self.weight, eps, shift)  # type: ignore[no-any-return]
+        # needs_input_grad is that of the tensor, whether gradients are enabled or not: a measurement needs none
+        weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
+        return _RMSNorm.apply(hidden_states, weight, eps, shift)  # type: ignore[no-any-return]
 
     return forward
 

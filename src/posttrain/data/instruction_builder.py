@@ -113,7 +113,8 @@ class InstructionBuilder:
                         *(task.name, settings.held_out, len(self.held[i]), int(usable.sum())),
                     )
         for i, (store, held) in enumerate(zip(self.stores, self.held, strict=True)):
-            found = copies_of(store, held, self.usable[i], settings.similarity)
+            copied = i not in self.unseen or settings.held_out_shots  # else nothing is made of the task's other rows
+            found = copies_of(store, held, self.usable[i], settings.similarity) if copied else {}
             self.usable[i][held] = False
             for cause, numbers in found.items():
                 self.drop(i, numbers, cause)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import mmap
 import os
 from array import array
@@ -26,6 +27,7 @@ from posttrain.data.parts import PlacedRow
 from posttrain.data.rows import Rows, open_rows
 from posttrain.data.text_copies import LONG_INPUT, SEVERAL, compared_words, core_text, template_words
 
+log = logging.getLogger("posttrain")
 MAX_LABELS = 200
 """Most different answers of a task whose labels are taken from its rows."""
 SAMPLED = 1000
@@ -206,7 +208,7 @@ class ExampleStore:
                     self._columns.values(), (*numbers, len(words) >= LONG_INPUT, bool(example.rationale)), strict=True
                 ):
                     column.append(number)
-                if self.task.type in LABELLED and self.task.labels is None and len(labels) <= MAX_LABELS:
+                if self.task.type in LABELLED and len(labels) <= MAX_LABELS:
                     labels[example.output] = None
         rows.check(self.read)
         self._note_bad(rows.bad)
@@ -221,7 +223,14 @@ class ExampleStore:
 
     def _take_labels(self, found: Mapping[str, None]) -> None:
         task = self.task
-        if task.type not in LABELLED or task.labels is not None:
+        if task.type not in LABELLED:
+            return
+        if task.labels is not None:
+            if len(found) == 1 < self.read:
+                log.warning(
+                    "task %s: all %d rows have the label %r, so %s can't be learnt. Are output and rows right?",
+                    *(task.name, self.read, *found, ", ".join(repr(v) for v in task.labels if v not in found)),
+                )
             return
         if len(found) > MAX_LABELS:
             raise DataError(

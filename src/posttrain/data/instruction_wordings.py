@@ -6,6 +6,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -35,6 +36,8 @@ INVERTED_TARGET = {**dict.fromkeys(TASK_TYPES, "input"), "question_answering": "
 """Field that is the answer of an inverted task."""
 LABELLED = ("classification", "inference")
 """Types whose answer is one of a few labels."""
+MISSPELT = 0.85
+"""Share of letters that a misspelt name has in common with the right one (difflib)."""
 _LANGUAGE = re.compile(r"([a-z]{2,3})(?:[-_@]([A-Za-z0-9]+))?(?:[-_@][A-Za-z0-9]+)*")
 _VARIANTS = {
     "pt_br": "Brazilian Portuguese",
@@ -115,15 +118,20 @@ def language_name(code: str) -> str:
     """Return the English name of a language by its ISO 639 code (with a region or script: pt-BR), or a name as it is.
 
     Raises:
-        ValueError: It looks like a code, and is none that is known.
+        ValueError: It looks like a code, and is none that is known; or it is nearly the name of a known language.
     """
-    found = _LANGUAGE.fullmatch(code.strip())
+    found, names = _LANGUAGE.fullmatch(code.strip()), shipped_wordings()["languages"]
     if found is None:
         if not code.strip():
             raise ValueError("expected the code of a language (ISO 639) or its name, and it is empty")
+        known = {name.casefold(): name for name in names.values()}
+        if (said := code.strip().casefold()) in known:
+            return str(known[said])
+        if near := get_close_matches(said, known, 1, cutoff=MISSPELT):
+            raise ValueError(f"{code!r} is no language that is known here: did you mean {known[near[0]]}?")
         return code.strip()
     variant = f"{found[1]}_{found[2]}".lower()
-    name = _VARIANTS.get(variant) or shipped_wordings()["languages"].get(found[1])
+    name = _VARIANTS.get(variant) or names.get(found[1])
     if name is None:
         raise ValueError(f"{code!r} is no language code that is known here: write the language's name, such as Klingon")
     return str(name)

@@ -15,8 +15,9 @@ from posttrain.eval.evaluation_tasks import ProblemsEvaluationConfig, RowsConfig
 def item_texts(config: Any, tokenizer: Any, context: int | None) -> list[list[str]] | None:
     """Return the texts of each item of an evaluation, as `LeakIndex.add` takes them.
 
-    Of a prompt made by a template, these are the columns that it names; otherwise every turn of the user and of the
-    assistant. An answer of fewer than four words (a label, say) is left out: it says nothing about an item.
+    Of a prompt made by a template, these are the columns that it names; otherwise every turn of the user (without the
+    instruction of a source of problems) and of the assistant. An answer of fewer than four words (a label, say) is left
+    out: it says nothing about an item.
 
     Args:
         config: Settings of the evaluation; they name no stage.
@@ -37,7 +38,8 @@ def item_texts(config: Any, tokenizer: Any, context: int | None) -> list[list[st
         asked = make_evaluation(config).read(tokenizer, context)
         data = getattr(config.problems, "data", None)
         columns = columns_named_in(getattr(data, "prompt", None))
-        return [_problem_texts(item.problem, columns) for item in asked.items]
+        behind = f"\n{instruction}" if (instruction := getattr(config.problems, "instruction", None)) else ""
+        return [_problem_texts(item.problem, columns, behind) for item in asked.items]
     return None
 
 
@@ -61,10 +63,11 @@ def _row_texts(placed: PlacedRow) -> list[str]:
     return _chosen(by_role["user"], by_role["assistant"])
 
 
-def _problem_texts(problem: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
+def _problem_texts(problem: Mapping[str, Any], columns: Iterable[str], instruction: str) -> list[str]:
     prompts = [problem[name] for name in columns if name in problem]
     if not prompts:
-        prompts = [m["content"] for m in problem["messages"] if m["role"] == "user"]
+        # the instruction is the same in all items: a short question is looked for without it
+        prompts = [m["content"].removesuffix(instruction) for m in problem["messages"] if m["role"] == "user"]
     return _chosen(prompts, [problem.get("answer")])
 
 

@@ -67,6 +67,13 @@ class Results:
                 self.manifest.update(evaluations={})
         return note_inputs(histories, found, now(), accepted=begun)
 
+    def changed_since(self, recipe: Recipe, functions: Mapping[str, Callable[..., Any]]) -> dict[str, str]:
+        """Return the inputs of a finished run that have changed, without versions of packages: name -> difference."""
+        if not distributed.is_main():
+            return {}
+        changed = changed_inputs(self.manifest.values.get("inputs", {}), find_inputs(recipe, functions))
+        return {name: difference for name, difference in changed.items() if not name.startswith("package ")}
+
     def note_stage(self, number: int, name: str) -> None:
         """Note the checksums of a finished stage, unless they are noted already."""
         records = list(self.manifest.values.get("stages", []))

@@ -155,6 +155,8 @@ class _Run:
                 )
                 for name in changed_artifacts(self.path, weights=False) if distributed.is_main() else ():
                     self.print(f"! {self.path / name} was changed after the run wrote it, or is missing")
+                for name, difference in self.results.changed_since(self.recipe, self.functions).items():
+                    self.print(f"! {name}, which the run has read, has changed since: {difference}")
             else:
                 self.work()
         except KeyboardInterrupt:

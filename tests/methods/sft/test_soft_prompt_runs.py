@@ -177,6 +177,9 @@ def test_the_command_bakes_the_result_of_a_run(trained: dict[str, Path], tmp_pat
         done = CliRunner().invoke(app, ["bake", str(trained[kind].parent), str(tmp_path / kind)])
         assert done.exit_code == 0 and "base   tiny:llama" in done.output, done.output
         assert load_file(tmp_path / kind / "soft_prompt.safetensors").keys() == names
+    again = CliRunner().invoke(app, ["bake", str(trained["prefix"].parent), str(tmp_path / "prompt")])
+    assert again.exit_code == 1 and "soft_prompt.safetensors exists already: name another folder" in again.output
+    assert "vectors" in load_file(tmp_path / "prompt" / "soft_prompt.safetensors")
     assert "vectors [3, 32]" not in done.output and "keys   [2, 2, 3, 8]" in done.output
     done = CliRunner().invoke(app, ["bake", "tiny:llama", str(tmp_path / "none")])
     assert done.exit_code == 1 and "is a whole model, and no soft prompt: name the run's folder" in done.output
