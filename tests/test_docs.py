@@ -106,3 +106,16 @@ def test_files_and_modules_exist(page: Path) -> None:
     for module, names in re.findall(r"^from (posttrain[\w.]*) import ([\w, ]+)$", text, re.MULTILINE):
         for name in names.split(", "):
             assert exists(f"{module}.{name}"), f"{module}.{name}"
+
+
+def test_pages_of_claims_say_what_the_figures_say() -> None:
+    """Rewrite them with `python benchmarks/claims/page.py PAGE`."""
+    sys.path.insert(0, str(ROOT / "benchmarks" / "claims"))
+    try:
+        page = importlib.import_module("page")
+    finally:
+        sys.path.pop(0)
+    pages = [path for path in PAGES if "<!-- figures: " in path.read_text()]
+    assert pages
+    for path in pages:
+        assert page.page_with_figures(path) == path.read_text(), path.name
