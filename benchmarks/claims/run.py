@@ -138,8 +138,8 @@ CONSISTENT = Claim(
         Arm("from a cold start", "r1", (*PLAIN, AGREE), ("cold_start", "rl")),
     ),
     improves,
-    "The reward is the share of a prompt's other completions with the same answer; accuracy is measured and not trained "
-    "on. From a cold start: after one epoch on 48 careful chains (recipe r1's first stage).",
+    "The reward is the share of a prompt's other completions with the same answer; accuracy is measured and not "
+    "trained on. From a cold start: after one epoch on 48 careful chains (recipe r1's first stage).",
 )
 
 
