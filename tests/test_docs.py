@@ -118,4 +118,5 @@ def test_pages_of_claims_say_what_the_figures_say() -> None:
     pages = [path for path in PAGES if "<!-- figures: " in path.read_text()]
     assert pages
     for path in pages:
+        assert len(page.BLOCK.findall(path.read_text())) == path.read_text().count("<!-- figures: "), path.name
         assert page.page_with_figures(path) == path.read_text(), path.name

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCK = re.compile(r"(<!-- figures: (?P<file>\S+) (?P<plots>\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- figures: (?P<file>\S+) (?P<plots>\S+) -->\n).*?(?P<end><!-- end of figures -->)", re.DOTALL)
 NOT_SHOWN = ("arms", "statement", "note", "sweeps", "verdict", "seconds")
 TITLES = {"tokens_per_second": "tokens/s", "peak_memory_mb": "peak memory, MB", "trained": "trained parameters"}
 """Columns whose name in the figures is not a title."""
@@ -99,7 +99,7 @@ def page_with_figures(path: Path) -> str:
     def fill(found: re.Match[str]) -> str:
         record = json.loads((ROOT / found["file"]).read_text())
         sections = [of_claim(n, c, chart(found["plots"], n)) for n, c in record["claims"].items()]
-        return found[1] + "\n" + "\n".join(sections) + "\n" + found[3]
+        return found[1] + "\n" + "\n".join(sections) + "\n" + found["end"]
 
     return BLOCK.sub(fill, path.read_text())
 
