@@ -41,6 +41,11 @@ class KLConfig(Config):
         validate_default=True,
         description="k1, k2, k3 (see docs/policy-gradients.md; in the reward k1 has the right gradient), or module:function of (logprobs_N, reference_logprobs_N).",
     )
+    later_turns: float = Field(
+        1.0,
+        ge=0,
+        description="With an environment: factor of the penalty on tokens after its first reply. 0: only the first answer is held (SCoRe's stage 1).",
+    )
     target: float | None = Field(
         None,
         gt=0,
@@ -59,6 +64,8 @@ class KLConfig(Config):
             raise ValueError("kl.target needs a coefficient to start from: it is multiplied, and 0 stays 0")
         if self.target is None and self.gain != type(self).model_fields["gain"].default:
             raise ValueError("kl.gain would do nothing: the coefficient is fixed unless kl.target is given")
+        if self.later_turns != 1 and not self.coefficient:
+            raise ValueError("kl.later_turns would do nothing: there is no penalty unless kl.coefficient is given")
         return self
 
 
@@ -271,6 +278,8 @@ class RLConfig(RolloutConfig):
             yield f"prompts_per_step ({self.prompts_per_step}) must be a multiple of mini_batches ({self.mini_batches})"
         if self.environment is not None and self.sampler.min_tokens:
             yield "sampler.min_tokens would hold in every turn anew: leave it out with an environment"
+        if self.environment is None and self.kl.later_turns != 1:
+            yield "kl.later_turns would do nothing: only an environment answers, so that there is a second turn"
         name = self.advantages.name
         if name in COMPARING and self.group_size < 2:
             yield f"{name} compares the completions of a prompt: group_size must be 2 or more"

@@ -93,6 +93,17 @@ Step = tuple[int, int, float]
 """A step of a completion and its score: its first token, one past its last, the number."""
 
 
+def turn_name(reward: str, turn: int) -> str:
+    """Return the name in `Rollout.steps` of the scores that a reward gives a turn, from 1; no reward's name has an @."""
+    return f"{reward}@{turn}"
+
+
+def turn_of(name: str, reward: str) -> int:
+    """Return the number of the turn if `turn_name` made the name for this reward, else 0."""
+    before, _, number = name.rpartition("@")
+    return int(number) if before == reward and number.isdecimal() else 0
+
+
 @dataclass(frozen=True, slots=True)
 class PartialRollout:
     """A run of a rollout's tokens that were sampled together: how many, in which step (from 0), at what temperature."""
@@ -114,7 +125,8 @@ class Rollout:
     rewards: every reward's own number by name, before weights; reward: their weighted sum.
     mask: for each token whether the model wrote it; None: it wrote all. What an environment wrote is context to the
         model: it has log-probability 0 here, no loss, and no part in ratios, divergences, entropies and lengths.
-    steps: by the name of a reward that judges steps, those that it has a score for, before weights, in order.
+    steps: by the name of a reward that judges steps, those that it has a score for, before weights, in order. A reward
+        that scores turns has none under its name, and each turn under that of `turn_name`.
     pieces: when and how its tokens were sampled, in order. Empty: in the step at hand, as the settings say.
     failures: by the name of a reward that failed, its message: then `reward` is NaN, and the rollout is not trained on.
     notes: by the name of a reward, why it gave its number, where it says so.

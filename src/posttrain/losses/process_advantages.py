@@ -3,7 +3,8 @@
 Shapes: K steps of the whole global batch that have a score, in any order, none where a step has none; scores_K;
 group_K and completion_K the group (prompt) and the completion that each belongs to; last_K the place of its last
 token among the N tokens. N tokens and sequence_N as in `reduce`. A step is credited to the tokens that led to it: its
-own, and those before it in the same completion.
+own, and those before it in the same completion. A turn, whose reward is for its tokens alone, is a step that is
+credited to its own tokens (`within_steps`).
 """
 
 from __future__ import annotations
@@ -83,3 +84,41 @@ def from_steps_on(values_K: Tensor, last_K: Tensor, sequence_N: Tensor) -> Tenso
         sequence_N: Index of the sequence of each token.
     """
     return returns(at_last_tokens(values_K, last_K, sequence_N), sequence_N)
+
+
+def within_steps(values_K: Tensor, first_K: Tensor, last_K: Tensor, tokens: int) -> Tensor:
+    """Compute A_t = sum of the values of the steps that t lies in; shape N. Tokens outside of all steps: 0.
+
+    The credit of turns that are rewarded one by one: nothing flows back to an earlier turn.
+
+    Args:
+        values_K: Values of steps.
+        first_K: Place of each step's first token among the N tokens.
+        last_K: Place of its last token.
+        tokens: N.
+    """
+    if len(last_K) and not 0 <= int(first_K.min()) <= int(last_K.max()) < tokens:
+        raise ValueError(f"steps must lie within 0 to {tokens - 1}, and are in {int(first_K.min())} to {int(last_K.max())}")
+    lengths_K = last_K - first_K + 1
+    ends_K = lengths_K.cumsum(0)
+    # The tokens of all steps, one step after the other: places counted from each step's first token.
+    offset = torch.arange(int(lengths_K.sum()), device=last_K.device) - (ends_K - lengths_K).repeat_interleave(lengths_K)
+    places = first_K.repeat_interleave(lengths_K) + offset
+    return values_K.new_zeros(tokens).index_add(0, places, values_K.repeat_interleave(lengths_K))
+
+
+def turn_segments(sequence_N: Tensor, first_K: Tensor, last_K: Tensor) -> Tensor:
+    """Cut sequences at the beginnings and ends of turns: number of the segment of each token, ascending; shape N.
+
+    Rewards to go that are taken within segments stay within turns. Tokens between two turns are a segment too.
+
+    Args:
+        sequence_N: Index of the sequence of each token.
+        first_K: Place of each turn's first token among the N tokens.
+        last_K: Place of its last token.
+    """
+    begins_N = torch.ones_like(sequence_N, dtype=torch.bool)
+    begins_N[1:] = sequence_N[1:] != sequence_N[:-1]
+    begins_N[first_K] = True
+    begins_N[(last_K + 1)[last_K + 1 < len(sequence_N)]] = True
+    return begins_N.long().cumsum(0) - 1

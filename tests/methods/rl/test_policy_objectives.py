@@ -70,6 +70,13 @@ def divergence(estimator: str, d: Any) -> Any:
     return {"k1": d, "k2": d * d / 2, "k3": math.e ** (-d) - 1 + d}[estimator]
 
 
+def beta_at(config: RLConfig, rolled: Case, token: int) -> float:
+    """Beta at a token that the model wrote: another one after the environment's first reply."""
+    wrote = [i for i, mine in enumerate(rolled.rollout.mask or [True] * rolled.length) if mine]
+    replied = rolled.rollout.mask is not None and not all(rolled.rollout.mask[: wrote[token]])
+    return config.kl.coefficient * (config.kl.later_turns if replied else 1.0)
+
+
 def slow_advantages(config: RLConfig, rolled: Sequence[Case]) -> tuple[list[list[float]], list[list[float]]]:
     """(advantage of each token, return of each token: of PPO alone), by completion."""
     name, gamma = config.method, config.advantages.settings.get("gamma", 1.0)
@@ -79,7 +86,7 @@ def slow_advantages(config: RLConfig, rolled: Sequence[Case]) -> tuple[list[list
         for i, r in enumerate(rolled):
             before = of_own(r) if r.old is None else r.old.tolist()
             for t, reference in enumerate(r.reference.tolist()):  # type: ignore[union-attr]
-                penalties[i][t] = config.kl.coefficient * divergence(config.kl.estimator.name, before[t] - reference)
+                penalties[i][t] = beta_at(config, r, t) * divergence(config.kl.estimator.name, before[t] - reference)
     by_token = name in ("reinforce_pp", "ppo")
     rewards = [r.rollout.reward - (0 if by_token else sum(p)) for r, p in zip(rolled, penalties, strict=True)]
     out, returns = [], []
@@ -165,7 +172,8 @@ def slow(config: RLConfig, lm: LanguageModel, rolled: Sequence[Case]) -> Any:
             if config.importance_sampling_cap is not None:
                 loss = loss * min(math.exp(old[t] - of_own(r)[t]), config.importance_sampling_cap)
             if beta:
-                loss = loss + beta * divergence(config.kl.estimator.name, logp - float(r.reference[t]))  # type: ignore[index]
+                reference = float(r.reference[t])  # type: ignore[index]
+                loss = loss + beta_at(config, r, t) * divergence(config.kl.estimator.name, logp - reference)
             loss = loss - config.entropy_coef * entropy
             if kind == "token":
                 total = total + loss / tokens
@@ -371,6 +379,15 @@ def test_what_an_environment_wrote_is_context(method: str, where: str) -> None:
     if method == "ppo":
         changes |= {"advantages": {"gamma": 0.9, "gae_lambda": 0.8}, "critic": {"clip": 0.5, "detach": False}}
     check(*setup(method, True, **changes))
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce", "reinforce_pp", "ppo"])
+@pytest.mark.parametrize(("where", "later"), [("loss", 0.0), ("loss", 0.2), ("reward", 0.0), ("reward", 0.2)])
+def test_the_penalty_of_later_turns_has_a_factor(method: str, where: str, later: float) -> None:
+    kl = {"coefficient": 0.3, "where": where, "estimator": "k2", "later_turns": later}
+    config, lm, rolled = setup(method, True, kl=kl, environment={"kind": "calculator"})
+    check(config, lm, rolled)
+    assert len({beta_at(config, r, t) for r in rolled for t in range(r.length)}) == 2
 
 
 @pytest.mark.parametrize(("method", "of"), [("grpo", "token"), ("gspo", "mean"), ("rloo", "sum")])

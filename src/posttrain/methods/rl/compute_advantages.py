@@ -17,7 +17,7 @@ from pydantic import Field
 from posttrain.config.names import ADVANTAGES, KL_ESTIMATORS
 from posttrain.config.rl import RLConfig
 from posttrain.core.errors import RecipeError
-from posttrain.core.types import Rollout
+from posttrain.core.types import Rollout, turn_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,19 +31,30 @@ Lambda = Annotated[float, Field(ge=0, le=1, description="Lambda of generalized a
 
 @dataclass(frozen=True)
 class StepScores:
-    """The scores of all steps of a batch by one reward.
+    """The scores of all steps of a batch by one reward; or of all its n-th turns, where it rewards turns.
 
     Attributes:
         weight: Weight of the reward.
         scores_K: Score of each step.
         last_K: Place of its last token among all N tokens.
         completion_K: Number of its completion.
+        first_K: Place of its first token, for turns: each is credited to its own tokens. None: a step is also credited
+            to the tokens before it.
     """
 
     weight: float
     scores_K: Tensor
     last_K: Tensor
     completion_K: Tensor
+    first_K: Tensor | None = None
+
+    def credit(self, values_K: Tensor, sequence_N: Tensor) -> Tensor:
+        """Return values of the steps as values of the tokens that they are credited to."""
+        from posttrain.losses.process_advantages import from_steps_on, within_steps
+
+        if self.first_K is None:
+            return from_steps_on(values_K, self.last_K, sequence_N)
+        return within_steps(values_K, self.first_K, self.last_K, len(sequence_N))
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,10 @@ class AdvantageInputs:
         group_R: Number of the completion's prompt in the batch.
         lengths_R: Tokens that the model wrote.
         sequence_N: Number of the completion of each token.
-        token_rewards_N: The same rewards by token: of the completion and of its steps at their last tokens, and the
-            KL penalty at each.
+        segment_N: Stretch of a completion within which rewards to go are summed: the whole completion, or each of its
+            turns if these are rewarded one by one.
+        token_rewards_N: The same rewards by token: of the completion at the last token of each of its segments, of its
+            steps at their last tokens, and the KL penalty at each.
         steps: Scores of steps, one entry for each reward that gives them.
         baseline: Moving average of the rewards of earlier batches. None: there are none.
         greedy_rewards_P: Reward of the greedy completion of each prompt; NaN if it failed. None: greedy_baseline is
@@ -69,6 +82,7 @@ class AdvantageInputs:
     group_R: Tensor
     lengths_R: Tensor
     sequence_N: Tensor
+    segment_N: Tensor
     token_rewards_N: Tensor
     steps: tuple[StepScores, ...] = ()
     baseline: float | None = None
@@ -82,12 +96,12 @@ class AdvantageInputs:
             advantages_R: Advantage of each completion.
             steps: What the score of a step is compared with (`posttrain.losses.process_advantages.relative_steps`).
         """
-        from posttrain.losses.process_advantages import from_steps_on, relative_steps
+        from posttrain.losses.process_advantages import relative_steps
 
         flat = advantages_R[self.sequence_N]
         for s in self.steps:
             relative = relative_steps(s.scores_K, self.group_R[s.completion_K], s.completion_K, steps)
-            flat = flat + s.weight * from_steps_on(relative, s.last_K, self.sequence_N)
+            flat = flat + s.weight * s.credit(relative, self.sequence_N)
         return flat
 
 
@@ -153,7 +167,7 @@ def reinforce_pp_advantages(batch: AdvantageInputs, *, gamma: Discount = 1.0) ->
     """Compute discounted rewards to go, whitened over the batch."""
     from posttrain.losses import advantages
 
-    return advantages.reinforce_plus_plus(batch.token_rewards_N, batch.sequence_N, gamma)
+    return advantages.reinforce_plus_plus(batch.token_rewards_N, batch.segment_N, gamma)
 
 
 def reinforce_pp_baseline_advantages(batch: AdvantageInputs) -> Tensor:
@@ -175,7 +189,7 @@ def gae_advantages(batch: AdvantageInputs, *, gamma: Discount = 1.0, gae_lambda:
 
     if batch.values_N is None:
         raise RecipeError("advantages gae need a critic: {}")
-    found, returns = advantages.gae(batch.token_rewards_N, batch.values_N, batch.sequence_N, gamma, gae_lambda)
+    found, returns = advantages.gae(batch.token_rewards_N, batch.values_N, batch.segment_N, gamma, gae_lambda)
     return advantages.whiten(found), returns
 
 
@@ -190,26 +204,48 @@ def outcome_reward(settings: RLConfig, rollout: Rollout) -> float:
 def step_scores(settings: RLConfig, sequences: Sequence[TrainingSequence]) -> tuple[StepScores, ...]:
     """Return the scores of steps over all sequences laid end to end, for each reward that gives them.
 
-    A step counts if the model wrote some of it, and ends with the last token of it that the model wrote.
+    A step counts if the model wrote some of it, and ends with the last token of it that the model wrote. A reward that
+    scores turns has an entry for the first turns, one for the second turns, and so on, so that a turn is compared with
+    the same turn of other completions.
     """
     import torch
 
     found = []
+    names = {name for s in sequences for name in s.rollout.steps}
     for reward in settings.rewards.terms:
-        scores, last, completion, start = [], [], [], 0
-        for i, s in enumerate(sequences):
-            own = s.rollout.own
-            for first, end, score in s.rollout.steps.get(reward.title, ()):
-                at = bisect_left(own, end) - 1
-                if at >= bisect_left(own, first):
-                    scores.append(score)
-                    last.append(start + at)
-                    completion.append(i)
-            start += len(own)
-        if scores and reward.weight:
-            places = torch.tensor(last), torch.tensor(completion)
-            found.append(StepScores(reward.weight, torch.tensor(scores, dtype=torch.float64), *places))
+        if not reward.weight:
+            continue
+        turns = sorted((n for n in names if turn_of(n, reward.title)), key=lambda n: turn_of(n, reward.title))
+        for name in [reward.title, *turns]:
+            scores, first_of, last, completion, start = [], [], [], [], 0
+            for i, s in enumerate(sequences):
+                own = s.rollout.own
+                for first, end, score in s.rollout.steps.get(name, ()):
+                    begin, at = bisect_left(own, first), bisect_left(own, end) - 1
+                    if at >= begin:
+                        scores.append(score)
+                        first_of.append(start + begin)
+                        last.append(start + at)
+                        completion.append(i)
+                start += len(own)
+            if scores:
+                places = torch.tensor(last), torch.tensor(completion)
+                of_turns = torch.tensor(first_of) if name != reward.title else None
+                found.append(StepScores(reward.weight, torch.tensor(scores, dtype=torch.float64), *places, of_turns))
     return tuple(found)
+
+
+def segments(steps: Sequence[StepScores], sequence_N: Tensor) -> Tensor:
+    """Return the stretch of a completion that each token is in: the turns if any are rewarded one by one."""
+    import torch
+
+    from posttrain.losses.process_advantages import turn_segments
+
+    turns = [(s.first_K, s.last_K) for s in steps if s.first_K is not None]
+    if not turns:
+        return sequence_N
+    first, last = (torch.cat(places) for places in zip(*turns, strict=True))
+    return turn_segments(sequence_N, first, last)
 
 
 def advantage_inputs(
@@ -242,7 +278,13 @@ def advantage_inputs(
         assert logprobs.reference is not None
         estimate = settings.kl.estimator.load(KL_ESTIMATORS)
         penalty = estimate(torch.cat(logprobs.before), torch.cat(logprobs.reference))
-    by_token = token_rewards(rewards, penalty, settings.kl.coefficient, sequence)
+        penalty *= torch.cat([s.turn_weights(settings.kl.later_turns) for s in sequences])
+    segment = segments(steps, sequence)
+    segment_rewards = rewards
+    if segment is not sequence:
+        sequence_of_segment = torch.zeros(int(segment.max()) + 1, dtype=torch.long).scatter(0, segment, sequence)
+        segment_rewards = rewards[sequence_of_segment]
+    by_token = token_rewards(segment_rewards, penalty, settings.kl.coefficient, segment)
     for s in steps:
         by_token = by_token + (s.weight * at_last_tokens(s.scores_K, s.last_K, sequence)).to(by_token.dtype)
     if settings.kl_in_reward:
@@ -252,6 +294,7 @@ def advantage_inputs(
         torch.tensor([s.group for s in sequences]),
         lengths,
         sequence,
+        segment,
         by_token,
         steps,
         baseline,

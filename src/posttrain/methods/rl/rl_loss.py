@@ -147,7 +147,10 @@ def policy_gradient_loss(batch: TrainingBatch, fresh: bool, extremes: Extremes) 
             metrics |= {k: v for k, v in more.items() if k.startswith("importance")}
         if beta:
             assert batch.logprobs.reference is not None
-            values = values + beta * divergence(logprobs, flat(batch.logprobs.reference))
+            penalty = beta * divergence(logprobs, flat(batch.logprobs.reference))
+            if settings.kl.later_turns != 1:
+                penalty = penalty * torch.cat([s.turn_weights(settings.kl.later_turns) for s in mine]).to(device)
+            values = values + penalty
         if settings.entropy_coef:
             values = values + formulas.entropy_bonus(out[1], settings.entropy_coef)
         if comparable:

@@ -37,6 +37,8 @@ ROLLOUT_METRICS = (
     Metric("temperature", "Temperature", "controlled", "Exploration"),
     Metric("entropy_coefficient", "Entropy coefficient", "controlled", "Exploration"),
     Metric("kl", "KL to the reference", "nats/token", "Exploration"),
+    Metric("kl_first_turn", "KL to the reference, first turn", "nats/token", "Exploration"),
+    Metric("kl_later_turns", "KL to the reference, later turns", "nats/token", "Exploration", over="kl_first_turn"),
     Metric("kl_coefficient", "KL coefficient", "controlled", "Exploration"),
     Metric("expected_success", "Expected success", "share, sampled problems", "Exploration"),
     Metric("problems_asked", "Problems used so far", "", "Exploration"),

@@ -106,7 +106,7 @@ class RLTrainer(Trainer):
         sequences = training_sequences(rollouts.groups, self.collector.questions, step)
         with phases("score"):
             logprobs = compute_logprobs(settings, sequences, self.learner.model, self.reference)
-        metrics = {**rollouts.metrics, **staleness(settings, sequences), **kl_to_reference(sequences, logprobs)}
+        metrics = {**rollouts.metrics, **staleness(settings, sequences), **kl_to_reference(sequences, logprobs, settings.kl.later_turns)}
         greedy = None
         if settings.greedy_baseline:
             greedy, metrics["greedy_failed"] = self._greedy_rewards(settings, rollouts, phases)
@@ -160,13 +160,27 @@ def staleness(settings: RLConfig, sequences: Sequence[TrainingSequence]) -> dict
     return {"staleness_mean": statistics.fmean(ages), "staleness_max": float(max(ages))}
 
 
-def kl_to_reference(sequences: Sequence[TrainingSequence], logprobs: Logprobs) -> dict[str, float]:
-    """Return `kl`: k3 from the reference, mean over the tokens sampled for this batch, before its update."""
+def kl_to_reference(
+    sequences: Sequence[TrainingSequence], logprobs: Logprobs, later_turns: float = 1.0
+) -> dict[str, float]:
+    """Return `kl`: k3 from the reference, mean over the tokens sampled for this batch, before its update.
+
+    Args:
+        sequences: The batch.
+        logprobs: Its log-probabilities.
+        later_turns: Weight of the tokens after the environment's first reply, in the penalty and in the mean. If it is
+            not 1, the means of the first turns and of the later ones are returned too.
+    """
     fresh = [i for i, s in enumerate(sequences) if not s.replayed and s.length]
     if logprobs.reference is None or not fresh:
         return {}
     own, reference = (torch.cat([of[i] for i in fresh]) for of in (logprobs.before, logprobs.reference))
-    return {"kl": float(kl(own, reference).double().mean())}
+    values = kl(own, reference).double()
+    if later_turns == 1:
+        return {"kl": float(values.mean())}
+    first = torch.cat([sequences[i].turn_weights(0.0) for i in fresh]).double()
+    sides = {"kl": first + later_turns * (1 - first), "kl_first_turn": first, "kl_later_turns": 1 - first}
+    return {name: float((values * w).sum() / w.sum()) for name, w in sides.items() if w.sum()}
 
 
 def share_without_signal(groups: int, sequences: Sequence[TrainingSequence], advantages: Advantages) -> float:

@@ -63,6 +63,12 @@ class TrainingSequence:
         mask = self.rollout.mask
         return own if mask is None else own[torch.tensor(mask, dtype=torch.bool, device=row.device)]
 
+    def turn_weights(self, later: float) -> Tensor:
+        """Return 1 for each token that the model wrote before the environment's first reply, `later` for those after."""
+        mask = self.rollout.mask or ()
+        first = next((i for i, mine in enumerate(mask) if not mine), self.length)
+        return torch.cat([torch.ones(first), torch.full((self.length - first,), later)])
+
     def sampled_logprobs(self) -> Tensor:
         """Return the sampler's log-probabilities of the tokens that the model wrote."""
         return torch.tensor([self.rollout.logprobs[i] for i in self.rollout.own], dtype=torch.float32)
