@@ -94,7 +94,7 @@ Step = tuple[int, int, float]
 
 
 def turn_name(reward: str, turn: int) -> str:
-    """Return the name in `Rollout.steps` of the scores that a reward gives a turn, from 1; no reward's name has an @."""
+    """Return the name in `Rollout.steps` of the scores of a turn, from 1; no reward's own name has an @."""
     return f"{reward}@{turn}"
 
 

@@ -98,11 +98,15 @@ def within_steps(values_K: Tensor, first_K: Tensor, last_K: Tensor, tokens: int)
         tokens: N.
     """
     if len(last_K) and not 0 <= int(first_K.min()) <= int(last_K.max()) < tokens:
-        raise ValueError(f"steps must lie within 0 to {tokens - 1}, and are in {int(first_K.min())} to {int(last_K.max())}")
+        raise ValueError(
+            f"steps must lie within 0 to {tokens - 1}, and are in {int(first_K.min())} to {int(last_K.max())}"
+        )
     lengths_K = last_K - first_K + 1
     ends_K = lengths_K.cumsum(0)
     # The tokens of all steps, one step after the other: places counted from each step's first token.
-    offset = torch.arange(int(lengths_K.sum()), device=last_K.device) - (ends_K - lengths_K).repeat_interleave(lengths_K)
+    offset = torch.arange(int(lengths_K.sum()), device=last_K.device) - (ends_K - lengths_K).repeat_interleave(
+        lengths_K
+    )
     places = first_K.repeat_interleave(lengths_K) + offset
     return values_K.new_zeros(tokens).index_add(0, places, values_K.repeat_interleave(lengths_K))
 

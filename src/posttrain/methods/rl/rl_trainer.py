@@ -106,7 +106,11 @@ class RLTrainer(Trainer):
         sequences = training_sequences(rollouts.groups, self.collector.questions, step)
         with phases("score"):
             logprobs = compute_logprobs(settings, sequences, self.learner.model, self.reference)
-        metrics = {**rollouts.metrics, **staleness(settings, sequences), **kl_to_reference(sequences, logprobs, settings.kl.later_turns)}
+        metrics = {
+            **rollouts.metrics,
+            **staleness(settings, sequences),
+            **kl_to_reference(sequences, logprobs, settings.kl.later_turns),
+        }
         greedy = None
         if settings.greedy_baseline:
             greedy, metrics["greedy_failed"] = self._greedy_rewards(settings, rollouts, phases)
