@@ -15,7 +15,6 @@ class EnvironmentBase(Config):
     """Settings that every environment has."""
 
     kind: str = Field(description="Name of the environment, or package.module:Class of yours.")
-    max_turns: int = Field(8, ge=1, description="Times that a completion is answered; one more call ends it.")
     max_reply: int = Field(256, ge=1, description="Longest reply in tokens; a longer one is cut, and ends in [cut].")
     answers: Literal["inline", "turn"] = Field(
         "inline",
@@ -28,8 +27,29 @@ class EnvironmentBase(Config):
         """Return the strings at which the model stops, and the environment is called."""
         return []
 
+    @property
+    def end_closes_turn(self) -> bool:
+        """Return True if the environment is called at the model's end token too. False: it ends the completion."""
+        return self.answers == "turn"
 
-class CustomEnvironmentConfig(EnvironmentBase):
+    @property
+    def most_calls(self) -> int:
+        """Return how often the environment is called at most; one more call ends the completion."""
+        raise NotImplementedError
+
+
+class CalledEnvironmentConfig(EnvironmentBase):
+    """Settings of environments that the model calls as often as it wants, up to a limit."""
+
+    max_turns: int = Field(8, ge=1, description="Times that a completion is answered; one more call ends it.")
+
+    @property
+    def most_calls(self) -> int:
+        """Return `max_turns`."""
+        return self.max_turns
+
+
+class CustomEnvironmentConfig(CalledEnvironmentConfig):
     """Settings that every environment from outside the package has, besides its own."""
 
     stop: list[str] = Field(

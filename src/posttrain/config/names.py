@@ -78,8 +78,20 @@ ADAPTERS: dict[str, str] = {
 ENVIRONMENTS: dict[str, str] = {
     "calculator": "posttrain.sampling.environments:Calculator",
     "function": "posttrain.sampling.environments:FunctionEnvironment",
+    "refine": "posttrain.sampling.refine_environment:RefineEnvironment",
 }
 """Environments: classes with a nested `Config`, and the methods start(example) and step(state, text)."""
+
+FEEDBACK: dict[str, str] = {
+    "function": "posttrain.sampling.feedback_source:FunctionFeedback",
+}
+"""Sources of feedback on an answer: classes with a nested `Config`, called with (answer, example); or functions of them.
+
+See `posttrain.sampling.feedback_source`.
+"""
+
+SAME_ANSWER = "posttrain.rewards.verifiers:same_answer"
+"""Says whether two answers have the same final answer, for environments that stop at agreement."""
 
 EVALUATIONS: dict[str, str] = {
     "choice": "posttrain.eval.evaluation_tasks:ChoiceTask",

@@ -261,5 +261,23 @@ class SelfConsistency(Reward):
         return [float(k is not None and top > 1 and alike[k] == top) for k in keys]
 
     def _key(self, answer: ExtractedAnswer) -> Any:
-        number = number_of(answer) if self.config.compare == "auto" else None
-        return normal(answer.text) if number is None else number
+        return answer_key(answer) if self.config.compare == "auto" else normal(answer.text)
+
+
+def answer_key(answer: ExtractedAnswer) -> Any:
+    """Return what answers that count as the same have in common: the number, or the text without case and spacing."""
+    number = number_of(answer)
+    return normal(answer.text) if number is None else number
+
+
+def same_answer(one: str, two: str, extract: Extract = "auto") -> bool:
+    """Return True if two completions have the same final answer; False if one of them has none.
+
+    Args:
+        one: A completion.
+        two: Another one.
+        extract: Where the answer is.
+    """
+    answers = [find(text, extract) for text in (one, two)]
+    keys = [None if a is None else answer_key(a) for a in answers]
+    return keys[0] is not None and keys[0] == keys[1]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from posttrain.config.environment import CustomEnvironmentConfig, EnvironmentBase
+from posttrain.config.environment import CalledEnvironmentConfig, CustomEnvironmentConfig, EnvironmentBase
 from posttrain.config.names import ENVIRONMENTS
 from posttrain.config.open_kinds import own_settings
 from posttrain.core.arithmetic import NotArithmetic, evaluate, written
@@ -15,14 +15,35 @@ from posttrain.core.errors import RecipeError, RewardError
 from posttrain.core.imports import load_object
 
 
+class QuotingReply(str):
+    """A reply that quotes others: max_reply bounds each quotation, and the words around them are never cut.
+
+    Attributes:
+        pieces: (text, True for a quotation) in order; together they are the reply.
+    """
+
+    pieces: tuple[tuple[str, bool], ...]
+
+    def __new__(cls, pieces: Iterable[tuple[str, bool]]) -> QuotingReply:
+        kept = tuple(pieces)
+        made = super().__new__(cls, "".join(text for text, _ in kept))
+        made.pieces = kept
+        return made
+
+
 class Environment(Protocol):
-    """Answers the text of a model. It must answer the same texts alike: a resumed run calls it again."""
+    """Answers the text of a model. It must answer the same texts alike: a resumed run calls it again.
+
+    An environment that answers several completions faster together may have a method ``step_many(states, texts)``,
+    which returns what `step` would for each; it is then called in its place. A method ``close()``, if there is one, is
+    called at the end.
+    """
 
     def start(self, example: Mapping[str, Any]) -> Any:
         """Return the state of one completion of this example, before the model has written anything."""
 
     def step(self, state: Any, text: str) -> tuple[str | None, bool]:
-        """Return (reply, done) to the text of this turn, which includes the stop string.
+        """Return (reply, done) to the text of this turn, which includes the stop string and not the end token.
 
         A reply of None is no answer: the model continues, or is done if it had closed its turn. done: the completion
         ends here, after the reply if there is one. `state` may be changed in place.
@@ -32,7 +53,7 @@ class Environment(Protocol):
 class Calculator:
     """Answers <calculate>…</calculate> with the exact value of the expression, or with an error in words."""
 
-    class Config(EnvironmentBase):
+    class Config(CalledEnvironmentConfig):
         """Evaluates the expression that the model writes between two marks."""
 
         kind: Literal["calculator"] = "calculator"
@@ -98,6 +119,9 @@ class FunctionEnvironment:
         made = load_object(config.function, functions, RewardError)(**config.options)
         check_environment(made, config.function)
         self.start, self.step = made.start, made.step
+        for optional in ("step_many", "close"):
+            if callable(getattr(made, optional, None)):
+                setattr(self, optional, getattr(made, optional))
 
 
 def check_environment(made: Any, name: str) -> None:

@@ -7,7 +7,7 @@ itself and put behind it. Everything is a function of the request's seed, the co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,13 @@ from posttrain.data.chat_template import TextSearch, render_chat
 from posttrain.data.formats import BadRow
 from posttrain.data.special_text import guard, restore
 from posttrain.data.tokenizing import continuation, text_tokens
-from posttrain.sampling.environments import Environment
+from posttrain.sampling.environments import Environment, QuotingReply
 from posttrain.sampling.protocol import OnDone, Request, Sampler
 
 REPLY_CUT = " [cut]"
 """Behind a reply that was longer than it may be."""
+LONGEST_TOKEN = 64
+"""Characters of a reply that are read for each token that it may have."""
 MARK = "Qz7f0Xw"
 """Stands for an assistant's text, to find what a template writes behind it."""
 
@@ -137,13 +139,16 @@ class TurnSampler:
             self._turn(members[i][j], rollout, params)
             tell(members[i][j])
 
+        asking: list[tuple[_Dialogue, Rollout]] = []
         for i, group in enumerate(self.sampler.sample(todo, turn_params, ended)):
             for j, (rollout, dialogue) in enumerate(zip(group.rollouts, members[i], strict=True)):
                 if (i, j) not in taken:
                     ended(i, j, rollout)
                 if not dialogue.finish:
-                    self._answer(dialogue, rollout)
-                    tell(dialogue)
+                    asking.append((dialogue, rollout))
+        for dialogue, rollout, reply, done in self._replies(asking):
+            self._answer(dialogue, rollout, reply, done)
+            tell(dialogue)
 
     def _turn(self, dialogue: _Dialogue, rollout: Rollout, params: SamplingConfig) -> None:
         """Take a turn in. Unless the environment is to be asked, the completion has ended with it."""
@@ -156,7 +161,7 @@ class TurnSampler:
         first = min(((at, s) for s in [*self.stops, *params.stop] if (at := text.find(s)) >= 0), default=(0, ""))[1]
         if rollout.finish == "stop" and first in self.stops:
             return
-        if rollout.finish == "end" and self.config.answers == "turn":
+        if rollout.finish == "end" and self.config.end_closes_turn:
             return
         dialogue.finish = rollout.finish
         if rollout.finish == "stop" and first:  # a stop string of the recipe's own, which the text is cut at
@@ -165,12 +170,31 @@ class TurnSampler:
             kept = dialogue.tokens[:-1] if rollout.finish in ("end", "stop") else dialogue.tokens
             dialogue.text = self._decode(kept, skip=True)
 
-    def _answer(self, dialogue: _Dialogue, turn: Rollout) -> None:
-        """Ask the environment and put its reply behind the turn, or end the completion."""
-        if dialogue.turns >= self.config.max_turns:
+    def _replies(
+        self, asking: Sequence[tuple[_Dialogue, Rollout]]
+    ) -> Iterator[tuple[_Dialogue, Rollout, str | None, bool | None]]:
+        """Yield each completion that calls the environment with the reply; done is None for one that may call no more.
+
+        An environment that has a method `step_many` is called once, and others once for each completion.
+        """
+        allowed = [(d, turn) for d, turn in asking if d.turns < self.config.most_calls]
+        texts = [self._decode(t.tokens[:-1] if t.finish == "end" else t.tokens) for _, t in allowed]
+        if hasattr(self.environment, "step_many") and allowed:
+            first, states = allowed[0][0].request, [d.state for d, _ in allowed]
+            answers = iter(self._ask(first, "step_many", states, texts))
+        else:
+            answers = (self._ask(d.request, "step", d.state, s) for (d, _), s in zip(allowed, texts, strict=True))
+        for dialogue, turn in asking:
+            if dialogue.turns >= self.config.most_calls:
+                yield dialogue, turn, None, None
+            else:
+                yield dialogue, turn, *next(answers)
+
+    def _answer(self, dialogue: _Dialogue, turn: Rollout, reply: str | None, done: bool | None) -> None:
+        """Put the environment's reply behind the turn, or end the completion. done: None if no call was left."""
+        if done is None:
             self._close(dialogue, "turns", turn)
             return
-        reply, done = self._ask(dialogue.request, "step", dialogue.state, self._decode(turn.tokens))
         dialogue.turns += 1
         tokens = [] if reply is None else self._tokens(reply, turn)
         room = self.context - len(dialogue.request.tokens) - len(dialogue.tokens) - len(tokens)
@@ -195,31 +219,47 @@ class TurnSampler:
         """Call the environment; what it raises says where."""
         try:
             returned = getattr(self.environment, method)(*args)
-            if method == "step":
-                reply, done = returned
+            if method == "start":
+                return returned
+            for reply, done in [returned] if method == "step" else returned:
                 if not (reply is None or isinstance(reply, str)) or not isinstance(done, bool):
-                    raise TypeError(f"expected (text or None, True or False), and got {returned!r}")
+                    raise TypeError(f"expected (text or None, True or False), and got {(reply, done)!r}")
+            if method == "step_many" and len(returned) != len(args[0]):
+                raise TypeError(f"expected {len(args[0])} replies, one for each text, and got {len(returned)}")
             return returned
+        except PosttrainError:  # says what is wrong itself
+            raise
         except Exception as error:
             name = getattr(self.config, "function", self.config.kind)
             source = request.example.get("source", "an example")
+            count = len(args[0]) if method == "step_many" else 1
+            where = f"one of {count} completions, the first for {source}" if count > 1 else str(source)
             raise PosttrainError(
-                f"environment {name}: {method} failed for {source}: {type(error).__name__}: {error}. A model's "
+                f"environment {name}: {method} failed for {where}: {type(error).__name__}: {error}. A model's "
                 "text can be anything: reply with an error in words instead"
             ) from error
 
     def _tokens(self, reply: str, turn: Rollout) -> list[int]:
         """Tokens of a reply, and of what the template has around it; cut where it is too long."""
-        ids = self._as_text(reply)
-        if len(ids) > self.config.max_reply:
-            reply = self._decode(ids[: self.config.max_reply]) + REPLY_CUT
-            ids = self._as_text(reply)
+        if isinstance(reply, QuotingReply):
+            reply = "".join(self._shortened(text) if quoted else text for text, quoted in reply.pieces)
+        else:
+            reply = self._shortened(reply)
         if self.config.answers == "inline":
-            return ids
+            return self._as_text(reply)
         behind = reply_turn(self.config, self.tokenizer, reply)
         if turn.finish == "end":  # the model has closed its turn itself
             behind = behind.removeprefix(self._decode(turn.tokens[-1:]))
         return continuation(self.tokenizer, behind)
+
+    def _shortened(self, text: str) -> str:
+        """Return a text of at most max_reply tokens; one that was cut ends in a mark."""
+        longest = self.config.max_reply
+        head = text[: longest * LONGEST_TOKEN]  # the rest of a huge text is not tokenized
+        ids = self._as_text(head)
+        if len(ids) <= longest and len(head) == len(text):
+            return text
+        return self._decode(ids[:longest]).rstrip("\ufffd") + REPLY_CUT
 
     def _as_text(self, reply: str) -> list[int]:
         """Return the tokens of a reply; special tokens that it spells are ordinary text."""

@@ -12,14 +12,13 @@ from posttrain.core.files import read_small_text
 from posttrain.core.types import Message
 from posttrain.data.readers import packaged_or_own
 from posttrain.judge.principles import by_content
+from posttrain.sampling.refine_prompts import CRITIQUE_ALONE, REVISION_ALONE
 
 if TYPE_CHECKING:
     from posttrain.methods.data.critique_revision import RefineConfig
 
 CRITIQUE = "Name the specific ways in which your last answer goes against this principle: {principle}"
 REVISION = "Write your answer again so that it keeps to this principle: {principle} Reply with the new answer alone."
-CRITIQUE_ALONE = "Name the specific ways in which your last answer could be better."
-REVISION_ALONE = "Write your answer again, better by what you said of it. Reply with the new answer alone."
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ def open_rollouts(
     turns = None
     if isinstance(config, RLConfig) and config.environment is not None:
         answering = environment(config.environment, functions)
+        run.resources.callback(getattr(answering, "close", lambda: None))
         sampler = TurnSampler(local, answering, config.environment, tokenizer, local.context)
         turns = partial(in_turns, tokenizer=tokenizer)
     collector = RolloutCollector(config, sampler, rewards, prompts.trained, run.seed, hooks=hooks, tokenizer=tokenizer)

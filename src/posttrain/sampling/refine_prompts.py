@@ -1,0 +1,158 @@
+"""The requests for feedback and revisions of the self-refine loop: words by type of task, and templates of your own."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+RefineTask = Literal["math", "code", "question", "text"]
+FIELDS = ("feedback", "answer", "prompt", "verdict")
+"""Fields that a template may have."""
+NOTHING_FOUND = "(nothing to report)"
+"""Stands for the feedback of sources that have nothing to say."""
+
+Pieces = list[tuple[str, bool]]
+"""Texts in order, each with True if it quotes a source of feedback, and may be cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefinePrompts:
+    """Hold the templates of requests.
+
+    Attributes:
+        critique: Requests feedback from the model itself.
+        revision: Requests a revision after feedback.
+        alone: Requests a revision without any feedback.
+        report: Says what the sources of feedback found, before one of the requests.
+        end: Follows the request for feedback, and asks for the words that end the loop.
+        end_alone: Follows it if no words end the loop.
+    """
+
+    critique: str
+    revision: str
+    alone: str
+    report: str = "Your last answer was checked. The result:\n{feedback}\n\n"
+    end: str = " If nothing has to be changed, reply with these words alone: {verdict}"
+    end_alone: str = ""
+
+
+CRITIQUE_ALONE = "Name the specific ways in which your last answer could be better."
+REVISION_ALONE = "Write your answer again, better by what you said of it. Reply with the new answer alone."
+
+CHAT: dict[RefineTask, RefinePrompts] = {
+    "math": RefinePrompts(
+        "Check your solution. Compute every step again, and check that it answers the question that was asked. Name "
+        "the first mistake and say why it is one. Do not solve the problem again.",
+        "Solve the problem again without these mistakes. Show your steps, and give the final answer in the same form "
+        "as before.",
+        "There may be a mistake in your solution. If there is, correct it. Show your steps, and give the final answer "
+        "in the same form as before.",
+    ),
+    "code": RefinePrompts(
+        "Check your program. Go through it line by line with an example input, and compare what it does with what was "
+        "asked for. Name each mistake and the line it is in. Do not write the program again.",
+        "Write the whole program again without these mistakes. Reply with the program alone.",
+        "There may be a mistake in your program. If there is, correct it. Reply with the whole program alone.",
+    ),
+    "question": RefinePrompts(
+        "Check your answer. Say for each statement in it whether it is true and how you know, and whether the question "
+        "is answered. Do not answer the question again.",
+        "Answer the question again without these mistakes. Give the final answer in the same form as before.",
+        "There may be a mistake in your answer. If there is, correct it. Give the final answer in the same form as "
+        "before.",
+    ),
+    "text": RefinePrompts(
+        CRITIQUE_ALONE,
+        REVISION_ALONE,
+        "Write your answer again, and make it better. Reply with the new answer alone.",
+    ),
+}
+"""Requests as turns of a chat."""
+
+_REPORT = "\n\nThe answer above was checked:\n{feedback}"
+_END = " If there are none: {verdict}\nMistakes:"
+INLINE: dict[RefineTask, RefinePrompts] = {
+    "math": RefinePrompts(
+        "\n\nWhich steps of this solution are wrong, and why?",
+        "\n\nThe solution without these mistakes:",
+        "\n\nThe solution with all mistakes corrected:",
+        _REPORT,
+        _END,
+        "\nMistakes:",
+    ),
+    "code": RefinePrompts(
+        "\n\nWhich lines of this program are wrong, and why?",
+        "\n\nThe whole program without these mistakes:",
+        "\n\nThe whole program with all mistakes corrected:",
+        _REPORT,
+        _END,
+        "\nMistakes:",
+    ),
+    "question": RefinePrompts(
+        "\n\nWhich statements in this answer are wrong, and why?",
+        "\n\nThe answer without these mistakes:",
+        "\n\nThe answer with all mistakes corrected:",
+        _REPORT,
+        _END,
+        "\nMistakes:",
+    ),
+    "text": RefinePrompts(
+        "\n\nWhat could be better in this answer?",
+        "\n\nThe improved answer:",
+        "\n\nA better answer:",
+        _REPORT,
+        " If nothing: {verdict}\nWhat could be better:",
+        "\nWhat could be better:",
+    ),
+}
+"""Text that a model without a chat template continues."""
+
+
+def fields_of(template: str) -> list[str]:
+    """Return the fields of a template.
+
+    Raises:
+        ValueError: It can't be read as a template, or has another field.
+    """
+    try:
+        parts = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{error}; write {{{{ and }}}} for braces that are text") from error
+    for name, spec, how in parts:
+        if name not in FIELDS or spec or how:
+            given = "{" + name + (f"!{how}" if how else "") + (f":{spec}" if spec else "") + "}"
+            raise ValueError(
+                f"{given} is no field of it: it may have {', '.join('{' + f + '}' for f in FIELDS)}; "
+                "write {{ and }} for braces that are text"
+            )
+    return [name for name, _, _ in parts]
+
+
+def fill_template(template: str, values: Mapping[str, str | Sequence[tuple[str, bool]]]) -> Pieces:
+    """Return a template with its fields filled in. Values are put in as they are: braces in them mean nothing.
+
+    Args:
+        template: The template.
+        values: By field, a text, or pieces of which quotations may be cut.
+    """
+    return list(_filled(template, values))
+
+
+def _filled(template: str, values: Mapping[str, str | Sequence[tuple[str, bool]]]) -> Iterator[tuple[str, bool]]:
+    for text, name, _, _ in string.Formatter().parse(template):
+        if text:
+            yield text, False
+        if name is not None:
+            value = values[name]
+            yield from [(value, False)] if isinstance(value, str) else value
+
+
+def quoted(texts: Iterable[str]) -> Pieces:
+    """Return what sources said as pieces, each on lines of its own."""
+    out: Pieces = []
+    for text in texts:
+        out += [("\n", False)] if out else []
+        out.append((text.strip(), True))
+    return out or [(NOTHING_FOUND, False)]
