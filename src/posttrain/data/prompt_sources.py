@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from posttrain.config.problems import PromptConfig
 from posttrain.config.settings import DataConfig
@@ -124,6 +124,16 @@ class LabPrompts:
         )
         size: int = Field(4000, ge=1, le=20000, description="How many different problems.")
         seed: int = Field(0, ge=0, description="Which.")
+        terms: tuple[int, int] = Field(
+            (4, 5), description="Fewest and most numbers of a sum; longer ones than 5 are not in the corpus."
+        )
+
+        @field_validator("terms")
+        @classmethod
+        def _ordered(cls, terms: tuple[int, int]) -> tuple[int, int]:
+            if not 4 <= terms[0] <= terms[1] <= 12:  # fewer than four have too few different sums
+                raise ValueError(f"terms is {list(terms)}: expected fewest and most, from 4 to 12")
+            return terms
 
         @property
         def in_chat(self) -> bool:
@@ -138,7 +148,13 @@ class LabPrompts:
         from posttrain.data.synthetic import sums
 
         side = "held out" if self.config.held_out else "train"
-        rows = sums.sum_problems(self.config.seed, self.config.size, self.config.held_out)
+        c = self.config
+        if c.size > (most := sums.most_problems(c.held_out, c.terms)):
+            raise DataError(
+                f"problems.size is {c.size:,}, and there are about {most:,} {side} sums of {c.terms[0]} to {c.terms[1]} "
+                "numbers: lower it, or raise problems.terms"
+            )
+        rows = sums.sum_problems(c.seed, c.size, c.held_out, c.terms)
         return [
             {**row, "steps": sums.partial_sums(row["prompt"]), "source": f"lab:{side}:{i}"}
             for i, row in enumerate(rows)

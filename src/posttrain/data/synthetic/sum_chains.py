@@ -39,8 +39,29 @@ def chain_as_program(numbers: Numbers) -> str:
     return "\n".join([f"a={numbers[0]}", *(f"a=a+{n}" for n in numbers[1:]), "print(a)"])
 
 
+def chain_by_some_path(numbers: Numbers) -> str:
+    """Return one of several valid chains: lines such as ``4+9=13``, each of which adds two numbers that are left.
+
+    From the left, from the right, the largest two first, or in pairs; the question decides which, so that a file of
+    these chains shows one valid path for each question, and not always the same one.
+    """
+    rng = random.Random(f"path {numbers}")
+    path = rng.choice(("left", "right", "largest", "pairs"))
+    left, lines = list(numbers), []
+    while len(left) > 1:
+        if path == "largest":
+            left.sort()
+        i = {"left": 0, "right": len(left) - 2, "largest": len(left) - 2, "pairs": 0}[path]
+        a, b = left[i : i + 2]
+        lines.append(f"{a}+{b}={a + b}")
+        rest = left[:i] + left[i + 2 :]
+        left = [*rest, a + b] if path in ("right", "pairs") else [*left[:i], a + b, *left[i + 2 :]]
+    return sums.OPENING[sums.CAREFUL] + "\n".join([*lines, str(left[0])])
+
+
 CHAINS: dict[str, Callable[[Numbers], str]] = {
     "careful": careful_chain,
+    "paths": chain_by_some_path,
     "words": chain_in_words,
     "program": chain_as_program,
 }
@@ -80,15 +101,27 @@ _STEP = re.compile(r"^(\d{1,4}) ?(?:\+|and) ?(\d{1,4}) ?(?:=|is) ?(\d{1,4})\.?$"
 
 
 def valid_additions(text: str, example: Mapping[str, Any]) -> float:
-    """Return the share of the question's additions that the chain has, in order and right (it knows no answer).
+    """Return the share of the question's additions that the chain has, in any order and right (it knows no answer).
 
     For a reward of kind function (``function: "posttrain.data.synthetic.sum_chains:valid_additions"``). A step must add
-    the question's next number to the result of the step before; the first that doesn't ends the count. No chain: 0.
+    two of the numbers that are left, those of the question and the results of earlier steps; the first that doesn't
+    ends the count. No chain: 0.
     """
-    first, *rest = (int(n) for n in str(example["prompt"]).rstrip("=").split("+"))
-    total, right = first, 0
-    for number, step in zip(rest, _STEP.finditer(text), strict=False):
-        if [int(g) for g in step.groups()] != [total, number, total + number]:
+    left = [int(n) for n in str(example["prompt"]).rstrip("=").split("+")]
+    steps, right = len(left) - 1, 0
+    for step in _STEP.finditer(text):
+        a, b, result = (int(g) for g in step.groups())
+        if right == steps or result != a + b or not _taken(left, a, b):
             break
-        total, right = total + number, right + 1
-    return right / len(rest)
+        left.append(result)
+        right += 1
+    return right / steps
+
+
+def _taken(numbers: list[int], *wanted: int) -> bool:
+    """Take numbers out of a list. False: it does not have them all."""
+    for number in wanted:
+        if number not in numbers:
+            return False
+        numbers.remove(number)
+    return True

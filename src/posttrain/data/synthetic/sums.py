@@ -25,6 +25,8 @@ FORGETS = 0.75
 ROUNDED = 0.6
 """How often a guess is the sum rounded to fives; else it is off by up to 3."""
 HELD_OUT_EVERY = 8
+TERMS = (4, 5)
+"""Fewest and most digits of the corpus's sums."""
 
 CALLS = 0.25
 """Share of `calculator_rows` that call the calculator; the others are answered in the styles above."""
@@ -59,10 +61,10 @@ def text_at(seed: int, index: int) -> LabText:
     return LabText(style, sum_prompt(numbers), sum_answer(style, numbers, rng))
 
 
-def draw_digits(rng: random.Random, held_out: bool) -> tuple[int, ...]:
-    """Return four or five digits from 1 to 9 whose sum is a held-out problem, or none."""
+def draw_digits(rng: random.Random, held_out: bool, terms: tuple[int, int] = TERMS) -> tuple[int, ...]:
+    """Return digits from 1 to 9 (four or five, or as `terms` says) whose sum is a held-out problem, or none."""
     while True:
-        numbers = tuple(rng.randint(1, 9) for _ in range(rng.choice((4, 5))))
+        numbers = tuple(rng.randint(1, 9) for _ in range(rng.choice(range(terms[0], terms[1] + 1))))
         if is_held_out(numbers) == held_out:
             return numbers
 
@@ -98,19 +100,27 @@ def sum_answer(style: str, numbers: tuple[int, ...], rng: random.Random) -> str:
     return OPENING[style] + "\n".join([*lines, str(before)])
 
 
-def sum_problems(seed: int, count: int, held_out: bool) -> list[dict[str, str]]:
+def sum_problems(seed: int, count: int, held_out: bool, terms: tuple[int, int] = TERMS) -> list[dict[str, str]]:
     """Return different problems as rows with `prompt` and `answer`.
 
     Args:
         seed: Seed of the draw.
         count: Number of problems.
         held_out: Take them from the sums that no model is trained on.
+        terms: Fewest and most digits.
     """
     rng = random.Random(f"problems {seed} {held_out}")
     drawn: dict[tuple[int, ...], None] = {}
     while len(drawn) < count:
-        drawn[draw_digits(rng, held_out)] = None
+        drawn[draw_digits(rng, held_out, terms)] = None
     return [{"prompt": sum_prompt(n), "answer": str(sum(n))} for n in drawn]
+
+
+def most_problems(held_out: bool, terms: tuple[int, int] = TERMS) -> int:
+    """Return how many different problems `sum_problems` can draw; a tenth less than there are, on average."""
+    all_sums = sum(9**n for n in range(terms[0], terms[1] + 1))
+    side = all_sums // HELD_OUT_EVERY
+    return int(0.9 * (side if held_out else all_sums - side))
 
 
 def partial_sums(prompt: str) -> list[int]:
