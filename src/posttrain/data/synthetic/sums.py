@@ -62,7 +62,13 @@ def text_at(seed: int, index: int) -> LabText:
 
 
 def draw_digits(rng: random.Random, held_out: bool, terms: tuple[int, int] = TERMS) -> tuple[int, ...]:
-    """Return digits from 1 to 9 (four or five, or as `terms` says) whose sum is a held-out problem, or none."""
+    """Return digits from 1 to 9 whose sum is a held-out problem, or none.
+
+    Args:
+        rng: Source of the digits.
+        held_out: Return a held-out problem.
+        terms: Fewest and most digits.
+    """
     while True:
         numbers = tuple(rng.randint(1, 9) for _ in range(rng.choice(range(terms[0], terms[1] + 1))))
         if is_held_out(numbers) == held_out:
