@@ -108,7 +108,7 @@ def _check_rewards(stage: StageConfig, tokenizer: Any) -> None:
         if not isinstance(block, RewardsConfig):
             continue
         if all(is_import_path(term.function) for term in block.terms if hasattr(term, "function")):
-            RewardStack(block, None, tokenizer).close()
+            RewardStack(block, None, tokenizer, environment=getattr(stage, "environment", None)).close()
 
 
 def _samples(

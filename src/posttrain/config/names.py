@@ -24,6 +24,7 @@ METHODS = {
     "process_reward": "posttrain.methods.reward_model.process:ProcessRewardStage",
     "rejection_sampling": "posttrain.methods.data.rejection:RejectionSampling",
     "refine": "posttrain.methods.data.critique_revision:CritiqueRevision",
+    "corrections": "posttrain.methods.data.corrections:Corrections",
     "feedback": "posttrain.methods.data.ai_feedback:Feedback",
     "self_instruct": "posttrain.methods.data.self_instruct:SelfInstruct",
     "instructions": "posttrain.methods.data.instructions:Instructions",
@@ -60,6 +61,7 @@ REWARDS: dict[str, str] = {
     "reward_model": "posttrain.rewards.model_rewards:ScalarReward",
     "process_reward": "posttrain.rewards.model_rewards:StepReward",
     "judge": "posttrain.judge.judge_reward:JudgeReward",
+    "improvement": "posttrain.rewards.refine_rewards:ImprovementReward",
     "function": "posttrain.rewards.reward:FunctionReward",
 }
 """Rewards: classes with a nested `Config`, called with (text, example); or functions of (text, example, *, settings)."""

@@ -16,7 +16,7 @@ from posttrain.config.open_kinds import OpenKind
 from posttrain.config.settings import Config
 
 Extract = Literal["auto", "tag", "boxed", "hashes", "last_line", "whole"]
-Form = Literal["completion", "group", "batch"]
+Form = Literal["completion", "group", "batch", "rollouts"]
 EXTRACT = (
     "Where the answer is: tag <answer>…</answer>, boxed \\boxed{…}, hashes (after ####), last_line, whole (the entire "
     "text), auto (the first of tag, boxed, hashes that is found, else the last line). The last of its kind counts."
@@ -29,11 +29,13 @@ class RewardTermConfig(Config):
     Attributes:
         is_correctness: True if 1 means a right answer, so that held-out answers before and after can be compared by it.
         needs_several: True if a completion without others of its prompt gets no score.
+        needs_environment: Kind of the environment whose completions it scores. Empty: any, or none.
         cut_off_is_wrong: True if only the answer can make a call too long or too large: it then gets 0, and is counted.
     """
 
     is_correctness: ClassVar[bool] = True
     needs_several: ClassVar[bool] = False
+    needs_environment: ClassVar[str] = ""
     cut_off_is_wrong: ClassVar[bool] = False
 
     kind: str = Field(description="Name of the reward, or package.module:name of your own class or function.")
@@ -57,6 +59,8 @@ class RewardTermConfig(Config):
     @property
     def form(self) -> Form:
         """Return what one call scores: one completion, all completions of a prompt, or pairs of prompt and completion.
+
+        Or `rollouts`: the records of many completions, with their tokens, and their examples.
 
         A subclass sets it, and those below, as a class variable or as a property that depends on the settings.
         """

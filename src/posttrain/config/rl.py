@@ -146,6 +146,13 @@ class RolloutConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _compares(self) -> RolloutConfig:
+        answering = getattr(self, "environment", None)
+        for term in self.rewards.terms:
+            if term.needs_environment and getattr(answering, "kind", "") != term.needs_environment:
+                raise ValueError(
+                    f"the reward {term.title} scores the turns of an environment: set environment: "
+                    f"{{kind: {term.needs_environment}}}"
+                )
         if self.sampler.temperature == 0:
             raise ValueError("sampler.temperature is 0: completions would all be the same, with nothing to compare")
         if self.held_out is not None and self.held_out.gold is not None:

@@ -122,7 +122,8 @@ class Rollout:
     finish: why it ended: ``end`` (a token that ends a turn or text), ``stop`` (a stop string or token, or an
         environment that is done), ``length``, ``turns`` (it asked its environment more often than it may).
     text: decoded, without the end token or stop string.
-    rewards: every reward's own number by name, before weights; reward: their weighted sum.
+    rewards: every reward's own number by name, before weights; reward: their weighted sum. Under NAME/FIGURE further
+        numbers that a reward returns, which count nothing in the sum.
     mask: for each token whether the model wrote it; None: it wrote all. What an environment wrote is context to the
         model: it has log-probability 0 here, no loss, and no part in ratios, divergences, entropies and lengths.
     steps: by the name of a reward that judges steps, those that it has a score for, before weights, in order. A reward

@@ -6,10 +6,11 @@ import math
 import numbers
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from posttrain.core.errors import PosttrainError
+from posttrain.core.types import Step
 
 ExampleRow = Mapping[str, Any]
 TRACE = 3000
@@ -38,6 +39,8 @@ class RewardOutcome:
         message, trace: Of the failure; of a number, the reason that its reward gave.
         cut_off: Why an answer that the reward was cut off at counts as wrong, with value 0; None for other outcomes.
         steps: Of a reward that scores steps, (first character, one past the last, score) in order; value is their mean.
+        turns: Of a reward that scores turns: a turn's number, from 1, to (first token, one past the last, score).
+        figures: Further numbers of the rollout by name, which are logged and not trained on.
     """
 
     value: float | None = None
@@ -46,6 +49,8 @@ class RewardOutcome:
     trace: str = ""
     cut_off: Literal["timeout", "died"] | None = None
     steps: tuple[tuple[int, int, float], ...] | None = None
+    turns: Mapping[int, Step] | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 class Explained(float):

@@ -6,10 +6,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from posttrain.config.environment import EnvironmentBase
 from posttrain.config.names import REWARDS
 from posttrain.config.open_kinds import own_settings
 from posttrain.config.rewards import CustomRewardConfig, RewardTermConfig
@@ -22,14 +24,33 @@ SIGNATURES = {
     "completion": "a reward gets (text, example): the text of one completion, and its row as a dict",
     "group": "a reward of a group gets (texts, example): the texts of a prompt's completions, and their row as a dict",
     "batch": "a scorer gets (prompts, completions), two lists of the same length",
+    "rollouts": "a reward of rollouts gets (rollouts, examples), two lists of the same length",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class RewardContext:
+    """Hold what a stack of rewards knows of the completions that it scores.
+
+    Attributes:
+        tokenizer: The tokenizer. None: unknown.
+        environment: Settings of the environment that answered within the completions. None: there is none.
+        log: File that gets what rewards print. None: it is shown only.
+        workers: Worker processes of the stack.
+    """
+
+    tokenizer: Any = None
+    environment: EnvironmentBase | None = None
+    log: Path | None = None
+    workers: int = 2
 
 
 class Reward:
     """Base of the package's rewards, made from settings and called for a number.
 
     A subclass has a nested class `Config` and a method `__call__`, which gets (text, example), or what else the `form`
-    of its settings says: (texts, example) for a group, (prompts, texts) for a batch.
+    of its settings says: (texts, example) for a group, (prompts, texts) for a batch. One of the form `rollouts` gets
+    (rollouts, examples), and returns a `RewardOutcome` for each.
     """
 
     Config: ClassVar[type[RewardTermConfig]] = RewardTermConfig
@@ -44,6 +65,16 @@ class Reward:
         Raises:
             RewardError: Something it needs is missing.
         """
+
+    def bind(self, context: RewardContext) -> None:
+        """Take what is known of the completions; called before the first call.
+
+        Raises:
+            RewardError: The reward can't score such completions.
+        """
+
+    def close(self) -> None:
+        """Release what the reward holds; called at the end."""
 
 
 class FunctionReward(Reward):

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.rewards import CustomRewardConfig, RewardConfig, RewardsConfig
+from posttrain.config.environment import EnvironmentBase
+from posttrain.config.rewards import CustomRewardConfig, RewardConfig, RewardsConfig, RewardTermConfig
 from posttrain.core.errors import RewardError
-from posttrain.core.types import Rollout, RolloutGroup, Step
+from posttrain.core.types import Rollout, RolloutGroup, Step, turn_name
 from posttrain.core.visible_text import visible
 from posttrain.rewards.outcome import LONGEST_NOTE, NOT_GRADED, WITHOUT_END, LabelError, RewardOutcome, attempt
-from posttrain.rewards.reward import RewardTerm, reward_term
+from posttrain.rewards.reward import Reward, RewardContext, RewardTerm, reward_term
 from posttrain.rewards.reward_log import RewardLog
 from posttrain.rewards.token_spans import token_spans, tokens_of
 from posttrain.rewards.worker_pool import Pool, RewardCall
@@ -76,9 +77,10 @@ class RewardStack:
             without a time limit.
         tokenizer: Finds the tokens of scored steps. None: such rewards give their means alone.
         log: File that gets what rewards print. None: it is shown only.
+        environment: Settings of the environment that answers within the completions, for rewards of its turns.
 
     Raises:
-        RewardError: A reward can't be made.
+        RewardError: A reward can't be made, or can't score such completions.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class RewardStack:
         functions: Mapping[str, Callable[..., Any]] | None = None,
         tokenizer: Any = None,
         log: Path | None = None,
+        environment: EnvironmentBase | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.log = RewardLog(log)
@@ -96,6 +99,11 @@ class RewardStack:
         isolated = [t for t in self.terms if t.function is None]
         self._slot = {t.name: i for i, t in enumerate(isolated)}
         specs = [t.config.model_dump(mode="json") for t in isolated]
+        context = RewardContext(tokenizer, environment, log, self.config.workers)
+        for term in self.terms:
+            check_environment_kind(term.config, environment)
+            if isinstance(term.function, Reward):
+                term.function.bind(context)
         self.pool = Pool(specs, self.log, self.config.workers) if isolated else None
 
     def __enter__(self) -> RewardStack:
@@ -110,6 +118,9 @@ class RewardStack:
             print(line, flush=True)
         if self.pool is not None:
             self.pool.close()
+        for term in self.terms:
+            if isinstance(term.function, Reward):
+                term.function.close()
         self.log.close()
 
     def often_failed(self) -> list[str]:
@@ -174,6 +185,7 @@ class RewardStack:
         failures = {name: f"{o.failure}: {o.message}" for name, o in each.items() if o.failure}
         steps = {} if failures else self._steps(rollout, each)
         reward = math.nan if failures else self._total(values)
+        values |= {f"{name}/{figure}": value for name, o in each.items() for figure, value in o.figures.items()}
         notes = {n: note for n, o in each.items() if (note := self._note(n, o, rollout.finish))}
         return replace(rollout, rewards=values, reward=reward, steps=steps, failures=failures, notes=notes)
 
@@ -201,7 +213,8 @@ class RewardStack:
                 worst = {
                     t.name: min([0.0, *(o.rewards[t.name] for o in rollouts if t.name in o.rewards)]) for t in lost
                 }
-                values = {**worst, **r.rewards}
+                figures = {n for o in rollouts for n in o.rewards if n.partition("/")[0] in worst and "/" in n}
+                values = {**worst, **dict.fromkeys(figures, 0.0), **r.rewards}
                 r = replace(r, rewards=values, reward=self._total(values))
             out += [r] if r.rewarded else []
         return out
@@ -211,11 +224,14 @@ class RewardStack:
 
     def _steps(self, rollout: Rollout, each: Mapping[str, RewardOutcome]) -> dict[str, list[Step]]:
         """Return the tokens of the scored steps, by reward, without steps that have no token (after the text)."""
+        out: dict[str, list[Step]] = {}
+        for name, outcome in each.items():
+            if outcome.turns is not None:
+                out |= {name: []} | {turn_name(name, turn): [step] for turn, step in outcome.turns.items()}
         scored = {name: o.steps for name, o in each.items() if o.steps is not None}
         if not scored or self.tokenizer is None:
-            return {}
+            return out
         spans = token_spans(self.tokenizer, rollout.tokens, rollout.text)
-        out: dict[str, list[Step]] = {}
         for name, steps in scored.items():
             in_tokens = [(*tokens_of(spans, start, end), score) for start, end, score in steps]
             out[name] = [step for step in in_tokens if step[1] > step[0]]
@@ -231,6 +247,9 @@ class RewardStack:
             config, into = term.config, results[term.name]
             if config.form == "batch":
                 self._batches(term, groups, sampled, into)
+                continue
+            if config.form == "rollouts":
+                _rollouts(term, groups, sampled, into)
                 continue
             for g, group in enumerate(groups):
                 for places in [sampled[g]] if config.form == "group" else [[i] for i in sampled[g]]:
@@ -346,6 +365,29 @@ class RewardStack:
         for name, counts in self.state_dict().items():
             out |= {f"reward/{name}/{f}": float(counts[f] - before[name][f]) for f in COUNTS if f != "scored"}
         return out
+
+
+def check_environment_kind(config: RewardTermConfig, environment: EnvironmentBase | None) -> None:
+    """Raise RewardError if a reward scores the turns of another environment than the one that answers, or of none."""
+    needed = config.needs_environment
+    if needed and (environment is None or environment.kind != needed):
+        there = "there is none" if environment is None else f"this one is {environment.kind}"
+        raise RewardError(
+            f"reward {config.title!r} scores the turns of an environment of kind {needed}, and {there}: set "
+            f"environment: {{kind: {needed}}} in a stage of reinforcement learning"
+        )
+
+
+def _rollouts(
+    term: RewardTerm, groups: Sequence[RolloutGroup], sampled: list[list[int]], into: list[dict[int, RewardOutcome]]
+) -> None:
+    """Score the records of all rollouts in one call."""
+    assert term.function is not None
+    places = [(g, i) for g, of_group in enumerate(sampled) for i in of_group]
+    if places:
+        rollouts, examples = [groups[g].rollouts[i] for g, i in places], [groups[g].example for g, _ in places]
+        for (g, i), outcome in zip(places, term.function(rollouts, examples), strict=True):
+            into[g][i] = outcome
 
 
 def _counted_wrong(outcome: RewardOutcome) -> RewardOutcome:

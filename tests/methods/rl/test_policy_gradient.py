@@ -272,7 +272,7 @@ def work(config: RLConfig, folder: Path, **functions: Any) -> RLTrainer:
     if critic:
         lm.add_value_head()
     learner = Learner(lm, config.optimizer, config.systems, 100, {"value.": 10.0} if critic else None)
-    stack = RewardStack(config.rewards, functions)
+    stack = RewardStack(config.rewards, functions, TOKENIZER, environment=config.environment)
     hooks = hooks_of(config, len(questions()), 0)
     collector = RolloutCollector(config, LocalSampler(lm, TOKENIZER), stack, questions(), 0, hooks=hooks)
     return RLTrainer(config, learner, collector, StepRecorder(config, lm, collector, folder, questions(3)))

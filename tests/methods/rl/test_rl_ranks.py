@@ -40,6 +40,13 @@ STAGES = {
     },
     "ppo": {"group_size": 2, "ppo_epochs": 2, "kl": {"coefficient": 0.05, "where": "reward", "estimator": "k1"}},
     "remax": {},
+    "rloo": {
+        "environment": {"kind": "refine", "own": False, "answers": "inline", "stop": list("aeiounrst12345 ")},
+        "rewards": [{"kind": "improvement", "reward": LENGTH}],
+        "sampler": {"max_tokens": 40},
+        "group_size": 2,
+        "kl": {"coefficient": 0.05, "later_turns": 0.2},
+    },
     "online_dpo": {"group_size": 2},
 }
 

@@ -299,7 +299,7 @@ def rollout_metrics(groups: Sequence[PromptGroup]) -> dict[str, float]:
     if rollouts:
         rewards = [r.reward for r in rollouts]
         out.update(reward=statistics.fmean(rewards), reward_std=statistics.pstdev(rewards))
-        out |= means_by_reward(rollouts, "reward")
+        out |= means_by_reward(rollouts, "reward") | means_of_figures(rollouts, "refine")
         tokens = sum(r.length for r in rollouts)
         out["completions/mean_length"] = tokens / len(rollouts)
         out["completions/clipped_ratio"] = sum(r.finish in ("length", "turns") for r in rollouts) / len(rollouts)
@@ -312,9 +312,20 @@ def rollout_metrics(groups: Sequence[PromptGroup]) -> dict[str, float]:
 
 
 def means_by_reward(rollouts: Sequence[Rollout], prefix: str) -> dict[str, float]:
-    """Return the mean of every reward over the rollouts that have it, under ``prefix/NAME``."""
-    names = sorted({name for r in rollouts for name in r.rewards})
+    """Return the mean of every reward over the rollouts that have it, under ``prefix/NAME``; not of further figures."""
+    names = sorted({name for r in rollouts for name in r.rewards if "/" not in name})
     return {f"{prefix}/{n}": statistics.fmean(r.rewards[n] for r in rollouts if n in r.rewards) for n in names}
+
+
+def means_of_figures(rollouts: Sequence[Rollout], prefix: str) -> dict[str, float]:
+    """Return the means of the figures that rewards of answers and revisions return, under ``prefix/FIGURE``.
+
+    Of several such rewards the first, in alphabetical order, has these names, and others ``prefix/REWARD/FIGURE``.
+    """
+    names = sorted({name for r in rollouts for name in r.rewards if "/" in name})
+    first = names[0].partition("/")[0] if names else ""
+    keys = {n: n.removeprefix(f"{first}/") for n in names}
+    return {f"{prefix}/{keys[n]}": statistics.fmean(r.rewards[n] for r in rollouts if n in r.rewards) for n in names}
 
 
 def counts_of_rank(states: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:

@@ -9,16 +9,38 @@ RL_TITLES = {
     "reinforce": "REINFORCE", "reinforce_pp": "REINFORCE++", "reinforce_pp_baseline": "REINFORCE++ with a baseline",
     "remax": "ReMax", "ppo": "PPO",
 }  # fmt: skip
+
+
+def refine_metrics(prefix: str, group: str, over: str) -> tuple[Metric, ...]:
+    """Return the metrics of answers and their revisions.
+
+    Args:
+        prefix: Beginning of their names.
+        group: Heading in the report.
+        over: Unit: what they are means over.
+    """
+    return (
+        Metric(f"{prefix}/last", "Right after revision", over, group, "higher"),
+        Metric(f"{prefix}/first", "Right before revision", over, group, "higher", f"{prefix}/last"),
+        Metric(f"{prefix}/wrong_to_right", "Wrong to right", over, group, "higher"),
+        Metric(f"{prefix}/right_to_wrong", "Right to wrong", over, group, "lower", f"{prefix}/wrong_to_right"),
+        Metric(f"{prefix}/edited", "Changed by revision", over, group),
+        Metric(f"{prefix}/*", "Revision: *", over, group),
+    )
+
+
 ROLLOUT_METRICS = (
     Metric("reward", "Reward", "mean over rollouts", "Reward", "higher"),
     Metric("reward/*", "Reward: *", "mean over rollouts", "Reward", "higher"),
     Metric("failed/*", "Failures: *", "rollouts/step", "Reward", "lower"),
     Metric("greedy_failed", "Greedy baseline failures", "answers/step", "Reward", "lower"),
     Metric("frac_reward_zero_std", "Groups without signal", "share", "Reward", "lower"),
+    *refine_metrics("refine", "Revision", "share of chains"),
     Metric("held_out", "Reward", "greedy answers", "Held out", "higher"),
     Metric("held_out/*", "Reward: *", "greedy answers", "Held out", "higher"),
     Metric("held_out_length", "Length", "tokens/answer", "Held out"),
     Metric("held_out_failed", "Answers without a reward", "wrong in the means", "Held out", "lower"),
+    *refine_metrics("held_out_refine", "Held out", "share of greedy chains"),
     Metric("proxy", "Trained reward", "samples", "Held out", "higher"),
     Metric("gold", "Gold reward", "same samples; not trained on", "Held out", "higher"),
     Metric("kl_sequence", "KL from the first model", "nats/completion", "Held out"),

@@ -42,7 +42,8 @@ class RolloutStage(Stage):
         config: RolloutConfig = self.config
         context, name, held_out = self.context, self.config.name, config.held_out
         if context.functions is not None:  # a reward that can't be built is known before an earlier stage trains
-            RewardStack(config.rewards, context.functions, context.tokenizer).close()
+            answered_by = getattr(config, "environment", None)
+            RewardStack(config.rewards, context.functions, context.tokenizer, environment=answered_by).close()
             if held_out is not None and held_out.gold is not None:
                 RewardStack([held_out.gold], context.functions, context.tokenizer).close()
         trained = load_prompts(config.problems, context.tokenizer, context=context.context)

@@ -49,7 +49,9 @@ def open_rollouts(
         reference: The model that the stage started from, for the gold scorer.
     """
     policy, tokenizer = loaded.policy, loaded.tokenizer
-    rewards = run.resources.enter_context(RewardStack(config.rewards, functions, tokenizer, run.folder / LOG))
+    answered_by = getattr(config, "environment", None)
+    stack = RewardStack(config.rewards, functions, tokenizer, run.folder / LOG, answered_by)
+    rewards = run.resources.enter_context(stack)
     local = LocalSampler(policy, tokenizer, **config.sampler.limits())
     sampler: Sampler = local
     turns = None

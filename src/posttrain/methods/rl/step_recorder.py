@@ -21,6 +21,7 @@ from posttrain.methods.rl.collect_rollouts import (
     RolloutCollector,
     counts_of_rank,
     means_by_reward,
+    means_of_figures,
     sample_groups,
     score_groups,
 )
@@ -142,7 +143,7 @@ class StepRecorder:
         low, high = mean_interval(rewards, seed=self.seed)
         out = {"held_out": statistics.fmean(rewards), "held_out_low": low, "held_out_high": high} | failed
         out["held_out_length"] = statistics.fmean(r.length for r in rollouts)
-        return out | means_by_reward(rollouts, "held_out")
+        return out | means_by_reward(rollouts, "held_out") | means_of_figures(rollouts, "held_out_refine")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the gold scorer's counts of every rank."""
