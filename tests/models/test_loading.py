@@ -42,8 +42,8 @@ def test_a_mistyped_run_is_found_without_asking_the_hub(run: Path) -> None:
     ("source", "message"),
     [
         ("lab:one", "lab:SEED"),
-        ("lab:reviews1", "lab:reviews:SEED"),
-        ("lab:reviews:one", "lab:reviews:SEED"),
+        ("lab:reviews1", "lab:KIND:SEED"),
+        ("lab:reviews:one", "lab:KIND:SEED"),
         ("package:no_such_package", "install it with pip"),
         ("no/such/file.gguf", "no such file"),
         ("tests", "neither config.json nor adapter_config.json"),

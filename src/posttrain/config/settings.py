@@ -47,7 +47,7 @@ class ModelConfig(Config):
     """Which model to start from, and how to hold it in memory."""
 
     source: str = Field(
-        description="Hub name, folder, path of a .gguf file, package:NAME (a GGUF inside an installed Python package), lab:, lab:SEED or lab:reviews:SEED (what posttrain lab makes), or tiny:TYPE (a tiny random model, for tests)."
+        description="Hub name, folder, path of a .gguf file, package:NAME (a GGUF inside an installed Python package), lab:, lab:SEED or lab:KIND:SEED (what posttrain lab makes), or tiny:TYPE (a tiny random model, for tests)."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",

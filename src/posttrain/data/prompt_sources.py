@@ -127,6 +127,7 @@ class LabPrompts:
         terms: tuple[int, int] = Field(
             (4, 5), description="Fewest and most numbers of a sum; longer ones than 5 are not in the corpus."
         )
+        chat: bool = Field(False, description="Through the chat template, which lab:refine has; false: as plain text.")
 
         @field_validator("terms")
         @classmethod
@@ -137,7 +138,7 @@ class LabPrompts:
 
         @property
         def in_chat(self) -> bool:
-            return False
+            return self.chat
 
     def __init__(self, config: Config) -> None:
         self.config = config

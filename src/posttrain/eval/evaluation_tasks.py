@@ -220,38 +220,64 @@ class ProblemsEvaluation(EvaluationTask):
         return load_prompts(self.config.problems, tokenizer, context=context)
 
 
+class SampledAnswersConfig(ProblemsEvaluationConfig):
+    """Settings of evaluations that sample many completions of a problem, judge them, and let them vote or be ranked."""
+
+    measures: ClassVar[Literal["sample"]] = "sample"
+    n: int = Field(16, ge=1, le=512, description="Completions of each problem, besides the likeliest one.")
+    k: list[int] = Field(
+        default_factory=list,
+        description="Numbers of completions at which the curves have points. Empty: 1, 2, 4 … n.",
+    )
+    judge: RewardConfig = Field(
+        default_factory=lambda: read_reward({"kind": "numeric"}),
+        description="Decides what is right; its weight is not used.",
+    )
+    right_at: float = Field(1.0, description="The judge's number from which a completion is right.")
+    vote: Extract | Literal["program"] | None = Field(
+        "auto",
+        description="Where the answer is that votes count (program: the output of the completion's program, in "
+        "the sandbox); equal numbers, or else equal texts, are one answer. None: no votes.",
+    )
+    rank_by: list[RewardConfig] = Field(
+        default_factory=list,
+        description="Scores that select completions: each gives a best-of-k and (with votes) a weighted vote. "
+        "Their weights are not used.",
+    )
+    weights: Literal["score", "sigmoid"] = Field(
+        "score",
+        description="What a weighted vote adds up: scores, or their sigmoid (for scores that may be negative).",
+    )
+
+    @model_validator(mode="after")
+    def _judged_one_by_one(self) -> SampledAnswersConfig:
+        bad = [k for k in self.k if not 1 <= k <= self.n]
+        if bad:
+            raise ValueError(f"k holds {bad[0]}, and there are {self.n} completions (n): expected 1 to {self.n}")
+        if self.sampler.temperature == 0 and self.n > 1:
+            raise ValueError("sampler.temperature is 0: all n completions would be the same. Raise it, or set n to 1")
+        names = [r.title for r in self.rank_by]
+        if len(set(names)) != len(names) or "judge" in names:
+            raise ValueError(f"rank_by needs different names, none of them judge, and has {names}: set `name` of each")
+        comparing = [r.title for r in (self.judge, *self.rank_by) if r.compares_completions]
+        if comparing:
+            raise ValueError(f"{comparing[0]} compares all n completions, not subsets of k: `vote` measures agreement")
+        return self
+
+    @property
+    def sizes(self) -> list[int]:
+        """Return the k of the curves in ascending order, with 1 and n."""
+        powers = [2**i for i in range(self.n.bit_length())]
+        return sorted({1, *(self.k or powers), self.n})
+
+
 class SampleTask(ProblemsEvaluation):
     """Accuracy of many completions of each problem, by pass@k, votes and choices, against the tokens they take."""
 
-    class Config(ProblemsEvaluationConfig):
+    class Config(SampledAnswersConfig):
         """An evaluation of many completions of a problem: accuracy by pass@k, votes and choices, against tokens."""
 
-        measures: ClassVar[Literal["sample"]] = "sample"
         kind: Literal["sample"] = "sample"
-        n: int = Field(16, ge=1, le=512, description="Completions of each problem, besides the likeliest one.")
-        k: list[int] = Field(
-            default_factory=list,
-            description="Numbers of completions at which the curves have points. Empty: 1, 2, 4 … n.",
-        )
-        judge: RewardConfig = Field(
-            default_factory=lambda: read_reward({"kind": "numeric"}),
-            description="Decides what is right; its weight is not used.",
-        )
-        right_at: float = Field(1.0, description="The judge's number from which a completion is right.")
-        vote: Extract | Literal["program"] | None = Field(
-            "auto",
-            description="Where the answer is that votes count (program: the output of the completion's program, in "
-            "the sandbox); equal numbers, or else equal texts, are one answer. None: no votes.",
-        )
-        rank_by: list[RewardConfig] = Field(
-            default_factory=list,
-            description="Scores that select completions: each gives a best-of-k and (with votes) a weighted vote. "
-            "Their weights are not used.",
-        )
-        weights: Literal["score", "sigmoid"] = Field(
-            "score",
-            description="What a weighted vote adds up: scores, or their sigmoid (for scores that may be negative).",
-        )
         headline: Literal["mean", "greedy", "vote", "best"] = Field(
             "mean",
             description="What tables compare: mean accuracy of a sample, the likeliest answer, the vote of all n, or "
@@ -259,35 +285,12 @@ class SampleTask(ProblemsEvaluation):
         )
 
         @model_validator(mode="after")
-        def _fits(self) -> SampleTask.Config:
-            bad = [k for k in self.k if not 1 <= k <= self.n]
-            if bad:
-                raise ValueError(f"k holds {bad[0]}, and there are {self.n} completions (n): expected 1 to {self.n}")
-            if self.sampler.temperature == 0 and self.n > 1:
-                raise ValueError(
-                    "sampler.temperature is 0: all n completions would be the same. Raise it, or set n to 1"
-                )
+        def _has_the_headline(self) -> SampleTask.Config:
             if self.headline == "vote" and self.vote is None:
                 raise ValueError("headline is vote, and there is none: set vote to where the answer is (vote: auto)")
             if self.headline == "best" and not self.rank_by:
                 raise ValueError("headline is best, but no score ranks: give rank_by a list of rewards")
-            names = [r.title for r in self.rank_by]
-            if len(set(names)) != len(names) or "judge" in names:
-                raise ValueError(
-                    f"rank_by needs different names, none of them judge, and has {names}: set `name` of each"
-                )
-            comparing = [r.title for r in (self.judge, *self.rank_by) if r.compares_completions]
-            if comparing:
-                raise ValueError(
-                    f"{comparing[0]} compares all n completions, not subsets of k: `vote` measures agreement"
-                )
             return self
-
-        @property
-        def sizes(self) -> list[int]:
-            """Return the k of the curves in ascending order, with 1 and n."""
-            powers = [2**i for i in range(self.n.bit_length())]
-            return sorted({1, *(self.k or powers), self.n})
 
     config: Config
 

@@ -32,7 +32,13 @@ if TYPE_CHECKING:
     from posttrain.core.progress import Track
     from posttrain.core.types import Rollout
     from posttrain.data.prompts import RenderedPrompt
-    from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun, SampleTask
+    from posttrain.eval.evaluation_tasks import (
+        Chunk,
+        EvaluationItems,
+        EvaluationRun,
+        SampledAnswersConfig,
+        SampleTask,
+    )
 
 COMPLETIONS_PER_CHUNK = 256
 """Completions of one chunk, approximately: also how much is done again after a crash."""
@@ -109,8 +115,7 @@ def sampled_item(
         sampled: Its completions, with their rewards.
         greedy: Its likeliest answer.
     """
-    with ThreadPoolExecutor(2) as threads:  # programs run in processes of their own
-        *completions, first = threads.map(lambda r: _completion(task, r), [*sampled, greedy])
+    *completions, first = completion_records(task, [*sampled, greedy])
     item = {
         "id": number,
         "source": str(question.problem.get("source", "")),
@@ -126,8 +131,16 @@ def sampled_item(
     return {**item, "value": headline_of(task, item)}
 
 
-def _completion(task: SampleTask.Config, rollout: Rollout) -> dict[str, Any]:
-    """judge: its number (None: it failed, which counts as wrong). scores: those that rank; None where one failed."""
+def completion_records(task: SampledAnswersConfig, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+    """Return what an item keeps of judged completions.
+
+    judge: its number (None: it failed, which counts as wrong). scores: those that rank; None where one failed.
+    """
+    with ThreadPoolExecutor(2) as threads:  # programs run in processes of their own
+        return list(threads.map(lambda r: _completion(task, r), rollouts))
+
+
+def _completion(task: SampledAnswersConfig, rollout: Rollout) -> dict[str, Any]:
     judge = rollout.rewards.get("judge")
     out: dict[str, Any] = {
         "text": rollout.text,
@@ -143,7 +156,7 @@ def _completion(task: SampleTask.Config, rollout: Rollout) -> dict[str, Any]:
     return out
 
 
-def answer_of(text: str, task: SampleTask.Config) -> str | None:
+def answer_of(text: str, task: SampledAnswersConfig) -> str | None:
     """Return the answer of a completion that votes count; None if it has none.
 
     Numbers are written in one way, other text without spaces, case and typesetting.
@@ -166,9 +179,17 @@ def _printed(text: str, limits: SandboxConfig) -> str | None:
     return programs.printed(text, limits)
 
 
-def curves_of(task: SampleTask.Config, completions: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Return the values of a problem at each k, by strategy: mean, pass, vote, best:NAME, weighted:NAME."""
-    ks = [k for k in task.sizes if k <= len(completions)]
+def curves_of(
+    task: SampledAnswersConfig, completions: Sequence[Mapping[str, Any]], sizes: Sequence[int] | None = None
+) -> dict[str, list[float]]:
+    """Return the values of a problem at each k, by strategy: mean, pass, vote, best:NAME, weighted:NAME.
+
+    Args:
+        task: The settings.
+        completions: Its completions, as `completion_records` returns them.
+        sizes: The k. None: those of the settings.
+    """
+    ks = [k for k in task.sizes if k <= len(completions)] if sizes is None else list(sizes)
     right = torch.tensor([c["right"] for c in completions], dtype=torch.float64)
     out = {"mean": torch.full((len(ks),), float(right.mean())), "pass": inference.pass_at_k(right, ks)}
     votes = torch.zeros(0)
@@ -198,6 +219,26 @@ def headline_of(task: SampleTask.Config, item: Mapping[str, Any]) -> float:
 def summary_of(task: SampleTask.Config, items: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
     """Return what the report shows besides the headline: curves, tokens, greedy accuracy, failures.
 
+    Args:
+        task: The settings.
+        items: The items of all problems.
+        seed: Seeds the bootstrap.
+    """
+    out = sampling_summary(task, items, seed)
+    greedy = np.array([[float(i["greedy"]["right"])] for i in items])
+    (low, high), spent = interval_of_means(greedy, seed=seed)[0], statistics.fmean(i["greedy"]["tokens"] for i in items)
+    tokens = out["prompt_tokens"] + spent
+    return {
+        "headline": task.headline,
+        **out,
+        "failed": count_failures(task, [c for i in items for c in (*i["completions"], i["greedy"])]),
+        "greedy": {"value": float(greedy.mean()), "low": low, "high": high, "tokens": tokens},
+    }
+
+
+def sampling_summary(task: SampledAnswersConfig, items: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """Return the curves of the completions and their tokens.
+
     strategies: [{name, points: [{k, tokens, value, low, high}]}], where the tokens of a problem are those of the
     prompt, counted once, and of k completions. Intervals: 95%, by bootstrap over problems (Wilson's if every problem is
     0 or 1).
@@ -220,18 +261,17 @@ def summary_of(task: SampleTask.Config, items: Sequence[Mapping[str, Any]], seed
             low, high = next(intervals)
             points.append({"k": k, "tokens": prompt + k * completion, "value": next(means), "low": low, "high": high})
         strategies.append({"name": name, "points": points})
-    greedy = np.array([[float(i["greedy"]["right"])] for i in items])
-    (low, high), spent = interval_of_means(greedy, seed=seed)[0], statistics.fmean(i["greedy"]["tokens"] for i in items)
-    everything = [c for i in items for c in (*i["completions"], i["greedy"])]
-    failed = {"judge": sum(c["judge"] is None for c in everything)}
-    failed |= {r.title: sum(c["scores"][r.title] is None for c in everything) for r in task.rank_by}
     return {
-        "headline": task.headline,
         "samples": task.n,
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "cut": statistics.fmean(c["finish"] == "length" for i in items for c in i["completions"]),
-        "failed": {name: count for name, count in failed.items() if count},
-        "greedy": {"value": float(greedy.mean()), "low": low, "high": high, "tokens": prompt + spent},
         "strategies": strategies,
     }
+
+
+def count_failures(task: SampledAnswersConfig, completions: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return on how many completions the judge and each score failed, without those that never did."""
+    failed = {"judge": sum(c["judge"] is None for c in completions)}
+    failed |= {r.title: sum(c["scores"][r.title] is None for c in completions) for r in task.rank_by}
+    return {name: count for name, count in failed.items() if count}

@@ -1,4 +1,4 @@
-"""Settings that both kinds of laboratory share, and a tokenizer made of their texts."""
+"""Settings that all kinds of laboratory share, and a tokenizer made of their texts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 END = "<|endoftext|>"
-LabKind = Literal["sums", "reviews"]
+LabKind = Literal["sums", "reviews", "refine"]
 
 
 @dataclass(frozen=True)

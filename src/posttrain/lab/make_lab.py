@@ -17,6 +17,7 @@ from posttrain.core.errors import ModelError
 from posttrain.core.files import write_json
 from posttrain.core.progress import Track
 from posttrain.lab.lab_settings import LabKind, LabSettings
+from posttrain.lab.refine_lab import RefineLab
 from posttrain.lab.reviews_lab import ReviewsLab
 from posttrain.lab.sums_lab import SumsLab
 from posttrain.models.backends import backend_for
@@ -25,11 +26,15 @@ from posttrain.models.loading import LAB_VERSION, lab_folder, pick_device, quiet
 from posttrain.models.saving import save_trained
 from posttrain.trainer.train_step import Learner
 
-LABS: dict[LabKind, type[SumsLab | ReviewsLab]] = {"sums": SumsLab, "reviews": ReviewsLab}
+LABS: dict[LabKind, type[SumsLab | ReviewsLab | RefineLab]] = {
+    "sums": SumsLab,
+    "reviews": ReviewsLab,
+    "refine": RefineLab,
+}
 
 
 def make_lab(settings: LabSettings, folder: Path, shown: bool = True) -> dict[str, Any]:
-    """Make a laboratory: a Hugging Face folder with lab.json, and for sums problems.jsonl and held_out.jsonl.
+    """Make a laboratory: a Hugging Face folder with lab.json, and except for reviews problems.jsonl and held_out.jsonl.
 
     Args:
         settings: What is made.
@@ -106,7 +111,7 @@ def build_lab_model(settings: LabSettings, vocabulary: int, end: int) -> Any:
         return LlamaForCausalLM(config)
 
 
-def pretrain(policy: LanguageModel, lab: SumsLab | ReviewsLab, shown: bool = True) -> float:
+def pretrain(policy: LanguageModel, lab: SumsLab | ReviewsLab | RefineLab, shown: bool = True) -> float:
     """Train on next-token prediction, and return the mean loss of the last 20 steps.
 
     Args:
@@ -129,7 +134,7 @@ def run_lab_command(console: Any, output: Path | None, kind: LabKind, seed: int,
 
     Args:
         console: Where the result is printed.
-        output: Folder to make. None: the cache's, which `lab:SEED` or `lab:reviews:SEED` names, if it is missing.
+        output: Folder to make. None: the cache's, which `lab:SEED` or `lab:KIND:SEED` names, if it is missing.
         kind: Kind of laboratory.
         seed: Seed of the texts and the model.
         steps: Pretraining steps. None: the kind's own number.
@@ -145,7 +150,8 @@ def run_lab_command(console: Any, output: Path | None, kind: LabKind, seed: int,
     if output is None and record.exists():
         result = json.loads(record.read_text())
     else:
-        result = make_lab(LabSettings(seed, kind, LABS[kind].steps if steps is None else steps), folder)
+        lab = LABS[kind]
+        result = make_lab(LabSettings(seed, kind, lab.steps if steps is None else steps, lab.batch_size), folder)
     console.print(
         f"{folder}: {result['parameters']:,} parameters, {result['seconds']:.0f} s. {LABS[kind].describe(result)}",
         soft_wrap=True,

@@ -50,6 +50,7 @@ class ReviewsLab:
     """Hold what is specific to the laboratory of reviews."""
 
     steps = 420
+    batch_size = 128
 
     def __init__(self, settings: LabSettings, tokenizer: Any = None) -> None:
         self.settings, self.tokenizer = settings, tokenizer or reviews_tokenizer()

@@ -27,6 +27,7 @@ class SumsLab:
     """Hold what is specific to the laboratory of sums."""
 
     steps = 800
+    batch_size = 128
 
     def __init__(self, settings: LabSettings, tokenizer: Any = None) -> None:
         self.settings, self.tokenizer = settings, tokenizer or sums_tokenizer()

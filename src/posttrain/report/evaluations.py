@@ -159,7 +159,7 @@ def by_stage(run: Run) -> tuple[list[str], list[tuple[str, str, list[dict[str, A
 
 
 def panels(run: Run) -> list[Panel]:
-    """Return a panel for each task whose summary holds strategies; sides that are missing or damaged are left out."""
+    """Return a panel for each task of kind sample; sides that are missing or damaged are left out."""
     out = []
     for row in run.rows():
         sides = {name: e.summary for name, e in run.sides(row.task) if _whole(e.summary)}
@@ -176,15 +176,16 @@ def strategy(name: str) -> str:
 
 def _whole(summary: Mapping[str, Any]) -> bool:
     strategies = summary.get("strategies")
-    return isinstance(strategies, list) and bool(strategies) and all(s.get("points") for s in strategies)
+    refined = "refine" in summary  # has a section of its own
+    return (
+        isinstance(strategies, list) and bool(strategies) and not refined and all(s.get("points") for s in strategies)
+    )
 
 
 def _panel(task: str, sides: Mapping[str, Mapping[str, Any]]) -> Panel:
     curves = {side: {s["name"]: s["points"] for s in summary["strategies"]} for side, summary in sides.items()}
     names = list(dict.fromkeys(n for of_side in curves.values() for n in of_side))
-    everything = [p for of_side in curves.values() for points in of_side.values() for p in points]
-    low, high = min(float(p["low"]) for p in everything), max(float(p["high"]) for p in everything)
-    y_range = (max(0.0, math.floor(10 * low) / 10), min(1.0, math.ceil(10 * high) / 10))
+    y_range = accuracy_range([p for of_side in curves.values() for points in of_side.values() for p in points])
     newest = list(sides)[-1]
 
     def chart(key: str, title: str, about: str, series: list[Series]) -> Chart:
@@ -196,12 +197,12 @@ def _panel(task: str, sides: Mapping[str, Mapping[str, Any]]) -> Panel:
 
     charts = [
         chart("all", f"Accuracy by tokens spent, {newest} training", "all strategies",
-              [_curve(strategy(n), f"s{i % 8}", points) for i, (n, points) in enumerate(curves[newest].items())])
+              [strategy_curve(strategy(n), f"s{i % 8}", p) for i, (n, p) in enumerate(curves[newest].items())])
     ]  # fmt: skip
     table = []
     for name in names:
         lines = [
-            _curve(side, "accent" if side == "after" else "before", c[name], band=True)
+            strategy_curve(side, "accent" if side == "after" else "before", c[name], band=True)
             for side, c in curves.items()
             if name in c
         ]
@@ -220,7 +221,21 @@ def _panel(task: str, sides: Mapping[str, Mapping[str, Any]]) -> Panel:
     )
 
 
-def _curve(name: str, style: str, points: Sequence[Mapping[str, Any]], band: bool = False) -> Series:
+def accuracy_range(points: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Return the ends of the axis for accuracies with their intervals, in tenths."""
+    low, high = min(float(p["low"]) for p in points), max(float(p["high"]) for p in points)
+    return max(0.0, math.floor(10 * low) / 10), min(1.0, math.ceil(10 * high) / 10)
+
+
+def strategy_curve(name: str, style: str, points: Sequence[Mapping[str, Any]], band: bool = False) -> Series:
+    """Return the curve of a strategy.
+
+    Args:
+        name: Its name in words.
+        style: CSS variable with its colour.
+        points: Its points, as the summary has them.
+        band: Draw the intervals.
+    """
     value, low, high = ([float(p[k]) for p in points] for k in ("value", "low", "high"))
     tokens = [float(p["tokens"]) for p in points]
     labels = [

@@ -40,11 +40,13 @@ class RefineState:
         example: Row of the prompt.
         answers: The answers so far.
         writes_feedback: True if the model's next turn is its own feedback.
+        notes: What the sources said about each answer that they were asked about.
     """
 
     example: Mapping[str, Any]
     answers: list[str] = field(default_factory=list)
     writes_feedback: bool = False
+    notes: list[list[FeedbackNote]] = field(default_factory=list)
 
 
 class RefineEnvironment:
@@ -195,6 +197,7 @@ class RefineEnvironment:
                     answered.append(i)
         reports = self._reports([states[i] for i in answered])
         for i, notes in zip(answered, reports, strict=True):
+            states[i].notes.append(notes)
             replies[i] = self._after_answer(states[i], notes)
         return [replies[i] for i in range(len(states))]
 
