@@ -17,7 +17,7 @@ from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.eval import refine_tasks as refining
 from posttrain.eval import sampled_tasks
-from posttrain.eval.refine_evaluation import RefineTask
+from posttrain.eval.refine_evaluation import RefineEvaluation
 from posttrain.eval.tasks import evaluate_model
 from posttrain.sampling.refine_turns import RefineTurn
 
@@ -25,10 +25,10 @@ LAB = {"kind": "lab", "size": 7, "held_out": True}
 V = {"kind": "function", "name": "v", "function": "v"}
 
 
-def task(environment: dict[str, Any] | None = None, **changes: Any) -> RefineTask.Config:
+def task(environment: dict[str, Any] | None = None, **changes: Any) -> RefineEvaluation.Config:
     base = {"name": "t", "problems": LAB, "n": 4, "judge": {"kind": "numeric"}}
     loop = {"kind": "refine", "rounds": 2, **(environment or {})}
-    return RefineTask.Config.model_validate({**base, "environment": loop, **changes})
+    return RefineEvaluation.Config.model_validate({**base, "environment": loop, **changes})
 
 
 def judged(text: str, right: bool, tokens: int = 10, **scores: float) -> Rollout:
@@ -133,7 +133,7 @@ def test_one_problem_by_hand() -> None:
     assert (last.text, last.finish, list(last.tokens)) == ("20", "length", [11, 12, 13, 14])
     config = task(n=2)
     question = RenderedPrompt([1, 2], "7+4+9=", {"answer": "20", "source": "lab:1"})
-    chain = refining.Chain(rollout, turns, [judged("so 20.0", True), judged("20", True)], [7], "cut")
+    chain = refining.RefineChain(rollout, turns, [judged("so 20.0", True), judged("20", True)], [7], "cut")
     item = refining.refined_item(config, 3, question, [judged("20", True), judged("7", False)], chain)
     assert [(a["text"], a["right"], a["spent"]) for a in item["chain"]["answers"]] == [
         ("so 20.0", True, 3), ("20", True, 15 + 7),
@@ -156,7 +156,7 @@ def test_an_answer_that_the_judge_failed_on_is_wrong_and_counted() -> None:
     broken = Rollout([5], [-1.0], "end", "1", {})
     rollout = Rollout([5, 6, 7], [-1.0] * 3, "stop", "", mask=[True, False, True])
     turns = [RefineTurn("answer", "1", 0, 1), RefineTurn("request", "r", 1, 2), RefineTurn("answer", "1", 2, 3)]
-    chain = refining.Chain(rollout, turns, [judged("1", True), broken], [], "agreement")
+    chain = refining.RefineChain(rollout, turns, [judged("1", True), broken], [], "agreement")
     item = refining.refined_item(config, 0, question, [broken], chain)
     assert item["failed"] and not item["correct"] and item["chain"]["answers"][1]["judge"] is None
     summary = refining.summary_of_refining(config, [item])
@@ -190,7 +190,7 @@ GIVEN = {"digits": digits, "note": note}
 MODEL = ModelConfig(source="tiny:llama")
 
 
-def random_task(**changes: Any) -> RefineTask.Config:
+def random_task(**changes: Any) -> RefineEvaluation.Config:
     return task(**{**RANDOM, **changes})
 
 
@@ -297,4 +297,4 @@ def test_judges_and_sources_that_fail(tmp_path: Path) -> None:
 def test_settings_that_contradict_each_other(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         base = {"name": "t", "problems": LAB, "n": 4, "environment": {"kind": "refine"}}
-        RefineTask.Config.model_validate({**base, **changes})
+        RefineEvaluation.Config.model_validate({**base, **changes})

@@ -28,22 +28,22 @@ SUM = re.compile(r"[1-9](\+[1-9]){3,4}=")
 ABOUT_SUMS = [t for t in TALKS if SUM.fullmatch(t[0]["content"])]
 
 
-def lines(answer: str) -> list[talks.Line]:
+def lines(answer: str) -> list[talks.SumLine]:
     *equations, last = answer.split("\n")
-    out = [talks.Line(*map(int, re.fullmatch(r"(\d+)\+(\d)=(\d+)", e).groups())) for e in equations]  # type: ignore[union-attr]
+    out = [talks.SumLine(*map(int, re.fullmatch(r"(\d+)\+(\d)=(\d+)", e).groups())) for e in equations]  # type: ignore[union-attr]
     assert last == str(out[-1].after)
     return out
 
 
-def answers(talk: list[Message]) -> list[list[talks.Line]]:
+def answers(talk: list[Message]) -> list[list[talks.SumLine]]:
     return [lines(t["content"]) for t in talk if t["role"] == "assistant" and "+" in t["content"].split(",")[0][-9:]]
 
 
-def right(talk: list[Message], answer: list[talks.Line]) -> bool:
+def right(talk: list[Message], answer: list[talks.SumLine]) -> bool:
     return answer[-1].after == sum(map(int, talk[0]["content"][:-1].split("+")))
 
 
-def checks(talk: list[Message]) -> list[tuple[list[talks.Line], str]]:
+def checks(talk: list[Message]) -> list[tuple[list[talks.SumLine], str]]:
     """Return each check of a talk with the answer before it."""
     pairs = zip(talk, talk[1:], talk[2:], strict=False)
     return [(lines(a["content"]), c["content"]) for a, asked, c in pairs if asked["content"] == talks.CHECK]

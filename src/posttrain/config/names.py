@@ -100,7 +100,7 @@ EVALUATIONS: dict[str, str] = {
     "generate": "posttrain.eval.evaluation_tasks:GenerateTask",
     "perplexity": "posttrain.eval.evaluation_tasks:PerplexityTask",
     "sample": "posttrain.eval.evaluation_tasks:SampleTask",
-    "refine": "posttrain.eval.refine_evaluation:RefineTask",
+    "refine": "posttrain.eval.refine_evaluation:RefineEvaluation",
     "score": "posttrain.eval.evaluation_tasks:ScoreTask",
 }
 """Evaluations: subclasses of `posttrain.eval.evaluation_tasks.EvaluationTask`."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from posttrain.sampling.refine_environment import RefineEnvironment
 
 
-class RefineTask(ProblemsEvaluation):
+class RefineEvaluation(ProblemsEvaluation):
     """Accuracy before and after self-refine, and against votes and choices among samples that cost the same tokens."""
 
     class Config(SampledAnswersConfig):
@@ -37,7 +37,7 @@ class RefineTask(ProblemsEvaluation):
         )
 
         @model_validator(mode="after")
-        def _has_a_loop(self) -> RefineTask.Config:
+        def _has_a_loop(self) -> RefineEvaluation.Config:
             if self.environment.kind != "refine":
                 raise ValueError(
                     f"environment.kind is {self.environment.kind}: this evaluation needs {{kind: refine, ...}}"

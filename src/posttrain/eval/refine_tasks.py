@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from posttrain.core.progress import Track
     from posttrain.data.prompts import RenderedPrompt
     from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun
-    from posttrain.eval.refine_evaluation import RefineTask
+    from posttrain.eval.refine_evaluation import RefineEvaluation
 
 STREAM_OF_SAMPLES, STREAM_OF_CHAINS = 8, 9
 """Random streams: the samples are drawn apart from the first answers of the chains."""
@@ -58,7 +58,13 @@ class EqualTurns:
     def sample(
         self, requests: Sequence[Request], params: SamplingConfig, on_done: OnDone | None = None
     ) -> list[RolloutGroup]:
-        """Complete every request; see `Sampler`."""
+        """Complete every request, and return a group for each.
+
+        Args:
+            requests: The prompts.
+            params: How tokens are drawn.
+            on_done: Called as each completion ends.
+        """
         bounded = [
             Request(r.tokens, r.n, r.seed, r.example, min(r.max_tokens or self.max_tokens, self.max_tokens))
             for r in requests
@@ -80,7 +86,7 @@ class RecordedStates:
 
 
 @dataclass(frozen=True)
-class Chain:
+class RefineChain:
     """Hold the chain of a problem.
 
     Attributes:
@@ -106,7 +112,7 @@ class RefineSampling:
         task: The settings.
     """
 
-    def __init__(self, run: EvaluationRun, task: RefineTask.Config) -> None:
+    def __init__(self, run: EvaluationRun, task: RefineEvaluation.Config) -> None:
         self.task, self.tokenizer = task, run.tokenizer
         terms = [task.judge.model_copy(update={"name": "judge"})]
         open_stack = run.until.enter_context
@@ -148,7 +154,7 @@ class RefineSampling:
             external = [sum(note.tokens for note in notes) for notes in state.notes]
             stopped = stopped_by(chain, written, task.loop)
             item = refined_item(
-                task, i, q, completions.rollouts, Chain(chain, written, said.rollouts, external, stopped)
+                task, i, q, completions.rollouts, RefineChain(chain, written, said.rollouts, external, stopped)
             )
             out.append(item)
         return out
@@ -165,7 +171,7 @@ class RefineSampling:
         return [group.rollouts[0] for group in groups], list(self.environment.states)
 
 
-def refine_chunks(run: EvaluationRun, task: RefineTask.Config) -> Iterator[Chunk]:
+def refine_chunks(run: EvaluationRun, task: RefineEvaluation.Config) -> Iterator[Chunk]:
     """Sample a chain and n single answers of each problem, and judge them."""
     if task.vote == "program":
         sandbox.require_sandbox()
@@ -191,7 +197,7 @@ def answer_rollouts(chain: Rollout, turns: Sequence[RefineTurn]) -> list[Rollout
 
 
 def refined_item(
-    task: RefineTask.Config, number: int, question: RenderedPrompt, sampled: Sequence[Rollout], chain: Chain
+    task: RefineEvaluation.Config, number: int, question: RenderedPrompt, sampled: Sequence[Rollout], chain: RefineChain
 ) -> dict[str, Any]:
     """Return one problem with its single answers and its chain.
 
@@ -228,7 +234,7 @@ def refined_item(
     }
 
 
-def _answers(task: RefineTask.Config, chain: Chain) -> list[dict[str, Any]]:
+def _answers(task: RefineEvaluation.Config, chain: RefineChain) -> list[dict[str, Any]]:
     """Return the answers of a chain. spent: tokens up to the end of the answer, if the loop had ended there."""
     ends = [t.last for t in chain.turns if t.kind == "answer"]
     return [
@@ -242,13 +248,15 @@ def _answers(task: RefineTask.Config, chain: Chain) -> list[dict[str, Any]]:
     ]
 
 
-def _changed(task: RefineTask.Config, first: str, last: str) -> bool:
+def _changed(task: RefineEvaluation.Config, first: str, last: str) -> bool:
     """Return True if the final answer differs, as votes count answers; else, if one has none, the whole text."""
     answers = (None, None) if task.vote is None else (answer_of(first, task), answer_of(last, task))
     return first != last if None in answers else answers[0] != answers[1]
 
 
-def summary_of_refining(task: RefineTask.Config, items: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+def summary_of_refining(
+    task: RefineEvaluation.Config, items: Sequence[Mapping[str, Any]], seed: int = 0
+) -> dict[str, Any]:
     """Return the curves of the single answers, and under `refine` what the chains did and cost.
 
     refine: points (accuracy and tokens with 0, 1, 2 … rounds), change (after minus before on the same problems),
@@ -293,7 +301,7 @@ def summary_of_refining(task: RefineTask.Config, items: Sequence[Mapping[str, An
     }  # fmt: skip
 
 
-def _points(task: RefineTask.Config, items: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
+def _points(task: RefineEvaluation.Config, items: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
     """Return accuracy and tokens after 0, 1, 2 … rounds; a chain that ended keeps its last answer."""
     out = []
     for r in range(task.loop.rounds + 1):
@@ -314,7 +322,7 @@ def tokens_of_chain(item: Mapping[str, Any]) -> int:
     return int(sum(item["chain"][name] for name in ("written", "requests", "external")))
 
 
-def at_equal_tokens(task: RefineTask.Config, items: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+def at_equal_tokens(task: RefineEvaluation.Config, items: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
     """Return the last answers of the chains against votes and choices among k samples that cost the same tokens.
 
     k = (mean tokens of a chain) / (mean tokens of a sample), the prompt being counted once on both sides. For k between

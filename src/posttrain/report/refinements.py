@@ -11,9 +11,9 @@ from posttrain.report.evaluations import CHANGES, accuracy_range, strategy, stra
 from posttrain.report.formatting import format_fixed, plain_text
 from posttrain.report.load import JsonDict, Run
 
-SHOWN = {"gained": 3, "lost": 3, "wrong": 2, "right": 2}
+CHAINS_SHOWN = {"gained": 3, "lost": 3, "wrong": 2, "right": 2}
 """Chains of a task, by what became of the answer."""
-FOLDED = {"gained": 9, "lost": 9, "wrong": 4, "right": 4}
+CHAINS_FOLDED = {"gained": 9, "lost": 9, "wrong": 4, "right": 4}
 """Chains up to this number are shown on demand."""
 STOPPED = {
     "rounds": "all rounds were done",
@@ -22,7 +22,7 @@ STOPPED = {
     "sources": "the sources of feedback found nothing wrong",
     "cut": "a limit of tokens or turns cut it",
 }
-KINDS = {"answer": "Answer", "feedback": "Own feedback", "request": "Request"}
+TURN_TITLES = {"answer": "Answer", "feedback": "Own feedback", "request": "Request"}
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def refinements(run: Run) -> list[Refinement]:
                 verdicts={name: verdict_on(s["refine"]) for name, s in summaries.items()},
                 of=newest,
                 counts={name: len(group) for name, group in groups.items()},
-                chains=[_shown(n, i) for n, group in groups.items() for i in group[: SHOWN[n]]],
-                more=[_shown(n, i) for n, group in groups.items() for i in group[SHOWN[n] : FOLDED[n]]],
+                chains=[_shown(n, i) for n, group in groups.items() for i in group[: CHAINS_SHOWN[n]]],
+                more=[_shown(n, i) for n, group in groups.items() for i in group[CHAINS_SHOWN[n] : CHAINS_FOLDED[n]]],
             )
         )
     return out
@@ -188,7 +188,7 @@ def _shown(change: str, item: Mapping[str, Any]) -> ShownChain:
     answers = iter(chain["answers"])
     for number, turn in enumerate(chain["turns"]):
         judged = next(answers) if turn["kind"] == "answer" else {}
-        title = KINDS.get(turn["kind"], turn["kind"])
+        title = TURN_TITLES.get(turn["kind"], turn["kind"])
         failed = "judge" in judged and judged["judge"] is None
         right = None if failed or not judged else bool(judged["right"])
         title = "First answer" if number == 0 else "Revision" if turn["kind"] == "answer" else title

@@ -42,7 +42,7 @@ REPEATS = 0.55
 MOST_ROUNDS = 2
 
 
-class Line(NamedTuple):
+class SumLine(NamedTuple):
     """Hold a line of an answer, `before+number=after`."""
 
     before: int
@@ -85,8 +85,8 @@ def talk_at(seed: int, index: int) -> list[Message]:
 
 
 def answer_lines(
-    numbers: Sequence[int], rng: random.Random, kept: Sequence[Line] = (), careful: bool | None = None
-) -> list[Line]:
+    numbers: Sequence[int], rng: random.Random, kept: Sequence[SumLine] = (), careful: bool | None = None
+) -> list[SumLine]:
     """Return the lines of an answer.
 
     Args:
@@ -103,22 +103,22 @@ def answer_lines(
         forgets = FORGETS_HARD if number in HARD else FORGETS
         if not careful and after // 10 > before // 10 and rng.random() < forgets:
             after -= 10
-        lines.append(Line(before, number, after))
+        lines.append(SumLine(before, number, after))
         before = after
     return lines
 
 
-def written_answer(lines: Sequence[Line]) -> str:
+def written_answer(lines: Sequence[SumLine]) -> str:
     """Return an answer as text, whose last line is a number."""
     return "\n".join([*(f"{a}+{b}={c}" for a, b, c in lines), str(lines[-1].after)])
 
 
-def first_mistake(lines: Sequence[Line]) -> Complaint | None:
+def first_mistake(lines: Sequence[SumLine]) -> Complaint | None:
     """Return what a check that overlooks nothing complains about; None for a right answer."""
     return next((Complaint(i, a + b) for i, (a, b, c) in enumerate(lines) if a + b != c), None)
 
 
-def check_text(lines: Sequence[Line], complaint: Complaint | None) -> str:
+def check_text(lines: Sequence[SumLine], complaint: Complaint | None) -> str:
     """Return a check in words: the verdict, after the line that is wrong."""
     if complaint is None:
         return RIGHT
@@ -126,7 +126,7 @@ def check_text(lines: Sequence[Line], complaint: Complaint | None) -> str:
     return f"{a}+{b}={complaint.result}, not {c}\n{WRONG}"
 
 
-def tool_text(lines: Sequence[Line], rng: random.Random) -> tuple[str, Complaint | None]:
+def tool_text(lines: Sequence[SumLine], rng: random.Random) -> tuple[str, Complaint | None]:
     """Return what a tool that is never wrong says about an answer, and the complaint in it."""
     mistake = first_mistake(lines)
     if mistake is None or rng.random() < 0.3:
@@ -135,7 +135,7 @@ def tool_text(lines: Sequence[Line], rng: random.Random) -> tuple[str, Complaint
     return f"{a}+{b}={c} is wrong: {a}+{b}={mistake.result}", mistake
 
 
-def _checked(numbers: Sequence[int], answer: list[Line], rng: random.Random) -> list[str]:
+def _checked(numbers: Sequence[int], answer: list[SumLine], rng: random.Random) -> list[str]:
     """Return the texts after an answer: check, verdict, another answer, and so on."""
     texts: list[str] = []
     for _ in range(MOST_ROUNDS):
@@ -148,7 +148,7 @@ def _checked(numbers: Sequence[int], answer: list[Line], rng: random.Random) -> 
     return texts
 
 
-def _noticed(answer: Sequence[Line], rng: random.Random) -> Complaint | None:
+def _noticed(answer: Sequence[SumLine], rng: random.Random) -> Complaint | None:
     """Return what a check of the corpus complains about, which may be nothing or a right line."""
     wrong = [i for i, line in enumerate(answer) if not line.right]
     for i in wrong:
@@ -162,17 +162,17 @@ def _noticed(answer: Sequence[Line], rng: random.Random) -> Complaint | None:
 
 
 def _corrected(
-    numbers: Sequence[int], answer: list[Line], complaint: Complaint | None, rng: random.Random
-) -> list[Line]:
+    numbers: Sequence[int], answer: list[SumLine], complaint: Complaint | None, rng: random.Random
+) -> list[SumLine]:
     """Return the answer after a check."""
     if complaint is None or rng.random() >= FOLLOWS:
         return answer
     before, number, _ = answer[complaint.line]
-    kept = [*answer[: complaint.line], Line(before, number, complaint.result)]
+    kept = [*answer[: complaint.line], SumLine(before, number, complaint.result)]
     return answer_lines(numbers, rng, kept, careful=True)
 
 
-def _without_complaint(numbers: Sequence[int], answer: list[Line], rng: random.Random) -> list[Line]:
+def _without_complaint(numbers: Sequence[int], answer: list[SumLine], rng: random.Random) -> list[SumLine]:
     """Return the answer to AGAIN without a check."""
     return answer if rng.random() < REPEATS else answer_lines(numbers, rng)
 
