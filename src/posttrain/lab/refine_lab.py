@@ -79,7 +79,7 @@ class RefineLab:
         again = likeliest(
             policy, self.tokenizer, [_then(before, c, talks.AGAIN) for before, c in zip(asked, first, strict=True)]
         )
-        accepts = [verdict_of(c) == talks.RIGHT for c in checks]
+        accepts = [last_line_of(c) == talks.RIGHT for c in checks]
         right, right_after = (
             [is_right(text, row) for text, row in zip(texts, rows, strict=True)] for texts in (first, revised)
         )
@@ -130,7 +130,7 @@ def likeliest(
     return [r.text if r.finish == "end" else "" for group in groups for r in group.rollouts]
 
 
-def verdict_of(check: str) -> str:
+def last_line_of(check: str) -> str:
     """Return the last line of a check."""
     return check.rsplit("\n", 1)[-1]
 
