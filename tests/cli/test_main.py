@@ -47,7 +47,8 @@ SURFACE = {
     "run": {"recipe", "overrides", "folder", "fresh", "accept_changed_data"},
     "inspect": {"recipe", "overrides", "rows", "stage", "step", "held_out", "sort", "problem", "watch"},
     "evaluate": {"model", "recipe", "overrides", "folder", "against"},
-    "chat": {"model", "prompt", "system", "max_new_tokens", "temperature", "device", "trust_remote_code"},
+    "chat": {"model", "prompt", "system", "max_new_tokens", "temperature", "device", "trust_remote_code"}
+    | {"refine", "rounds", "feedback", "task"},
     "bake": {"model", "folder", "device", "trust_remote_code"},
     "report": {"run"},
     "doctor": set(),
@@ -196,7 +197,8 @@ def test_chat_answers_once_and_streams_what_generate_gives() -> None:
 
 
 def test_chat_commands_context_and_errors() -> None:
-    from posttrain.cli.chat import HELP, Chat
+    from posttrain.cli.chat import Chat
+    from posttrain.cli.conversation import HELP
     from posttrain.config import ModelConfig
 
     chat = Chat.open(ModelConfig(source="tiny:llama", device="cpu"), max_new_tokens=2)

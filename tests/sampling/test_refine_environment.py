@@ -20,8 +20,7 @@ from posttrain.sampling.environments import environment
 from posttrain.sampling.feedback_source import FeedbackNote
 from posttrain.sampling.multi_turn import TurnSampler
 from posttrain.sampling.protocol import Request
-from posttrain.sampling.refine_environment import gives_verdict
-from posttrain.sampling.refine_prompts import CHAT, INLINE
+from posttrain.sampling.refine_prompts import CHAT, INLINE, gives_verdict
 from posttrain.sampling.refine_turns import refine_turns, stopped_by
 from tests.sampling.scripted_sampler import TOKENIZER, Script, ids
 

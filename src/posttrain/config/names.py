@@ -85,6 +85,14 @@ ENVIRONMENTS: dict[str, str] = {
 """Environments: classes with a nested `Config`, and the methods start(example) and step(state, text)."""
 
 FEEDBACK: dict[str, str] = {
+    "calculator": "posttrain.rewards.checking_feedback:CalculatorFeedback",
+    "interpreter": "posttrain.rewards.checking_feedback:InterpreterFeedback",
+    "tests": "posttrain.rewards.scored_feedback:UnitTestsFeedback",
+    "verifier": "posttrain.rewards.scored_feedback:VerifierFeedback",
+    "reward_model": "posttrain.rewards.scored_feedback:RewardModelFeedback",
+    "judge": "posttrain.judge.judge_feedback:JudgeFeedback",
+    "retrieval": "posttrain.sampling.retrieval_feedback:RetrievalFeedback",
+    "model": "posttrain.sampling.model_feedback:ModelFeedback",
     "function": "posttrain.sampling.feedback_source:FunctionFeedback",
 }
 """Sources of feedback on an answer: classes with a nested `Config`, called with (answer, example); or functions of them.

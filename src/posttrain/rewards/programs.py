@@ -28,6 +28,14 @@ _CALLED = re.compile(r"^[^#\n]*(?<!def )solution\(", re.MULTILINE)
 NO_PROGRAM = "the answer has no program"
 
 
+def program_in(text: str) -> str | None:
+    """Return the program of a completion, which prints its answer; one that defines `solution()` alone gets a call."""
+    code = code_in(text, prints=True)
+    if code is not None and _DEFINED.search(code) and not _CALLED.search(code):
+        code += "\nprint(solution())\n"
+    return code
+
+
 def printed(text: str, limits: SandboxConfig) -> str | None:
     """Return the last line, not blank, that a completion's program prints; None if it fails or prints nothing.
 
@@ -36,11 +44,9 @@ def printed(text: str, limits: SandboxConfig) -> str | None:
     Raises:
         SandboxError: Nothing can be run.
     """
-    code = code_in(text, prints=True)
+    code = program_in(text)
     if code is None:
         return None
-    if _DEFINED.search(code) and not _CALLED.search(code):
-        code += "\nprint(solution())\n"
     done = sandbox.run_program(code, limits=limits)
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     return lines[-1] if done.status == "ok" and lines else None

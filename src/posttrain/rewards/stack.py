@@ -159,7 +159,7 @@ class RewardStack:
         Raises:
             RewardError: A reward failed as often as the settings allow, or has never worked.
         """
-        outcomes = self._outcomes(groups)
+        outcomes = self.outcomes(groups)
         scored = [
             replace(
                 group,
@@ -237,8 +237,8 @@ class RewardStack:
             out[name] = [step for step in in_tokens if step[1] > step[0]]
         return out
 
-    def _outcomes(self, groups: Sequence[RolloutGroup]) -> dict[str, list[dict[int, RewardOutcome]]]:
-        """Return the outcome of each sampled rollout, by reward, group and place."""
+    def outcomes(self, groups: Sequence[RolloutGroup]) -> dict[str, list[dict[int, RewardOutcome]]]:
+        """Return the outcome of each sampled rollout, by reward, group and place; failures are not counted."""
         sampled = [[i for i, r in enumerate(g.rollouts) if r.finish != "error"] for g in groups]
         results: dict[str, list[dict[int, RewardOutcome]]] = {t.name: [{} for _ in groups] for t in self.terms}
         calls: list[RewardCall] = []

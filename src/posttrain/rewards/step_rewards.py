@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -79,30 +81,50 @@ def true_line(line: str) -> bool | None:
     its places: 10/3 = 3.33 is true. An equation has an operator on a side: x = 5 and 7 = 7 are none. Other words than
     numbers (3 apples + 4 apples = 7, 10% of 50 = 5) are not checked.
     """
-    line = _BULLET.sub("", line, count=1)
-    pieces = _EQUALS.split(line)
-    verdicts = [_holds(a, b) for a, b in zip(pieces, pieces[1:], strict=False)]
-    known = [v for v in verdicts if v is not None]
-    return all(known) if known else None
+    found = equations_in(line)
+    return all(e.holds for e in found) if found else None
 
 
-def _holds(before: str, behind: str) -> bool | None:
+@dataclass(frozen=True, slots=True)
+class Equation:
+    """An equation between numbers, as `true_line` reads them.
+
+    Attributes:
+        left: The left side as it is written.
+        exact: Its value.
+        right: The right side as it is written.
+        holds: True if it is equal, or rounded to the places of a decimal on the right.
+    """
+
+    left: str
+    exact: Fraction
+    right: str
+    holds: bool
+
+
+def equations_in(line: str) -> list[Equation]:
+    """Return the equations between numbers in a line, in order."""
+    pieces = _EQUALS.split(_BULLET.sub("", line, count=1))
+    found = (_equation(a, b) for a, b in pairwise(pieces))
+    return [e for e in found if e is not None]
+
+
+def _equation(before: str, behind: str) -> Equation | None:
     left, right = _left(before), _right(behind)
     if left is None or right is None or not (left[1] or right[1]):
         return None
     exact, written = left[0], right[0]
-    if exact == written:
-        return True
     places = right[2]
-    return bool(places) and abs(exact - written) <= Fraction(1, 2 * 10**places)
+    rounded = bool(places) and abs(exact - written) <= Fraction(1, 2 * 10**places)
+    return Equation(left[2], exact, right[3], exact == written or rounded)
 
 
 def _tidy(text: str) -> str:
     return re.sub(r"[$€£]\s*", "", text).strip()
 
 
-def _left(text: str) -> tuple[Fraction, bool] | None:
-    """(value, whether it has an operator) of the expression that a text ends with; the longest that can be read."""
+def _left(text: str) -> tuple[Fraction, bool, str] | None:
+    """(value, whether it has an operator, text) of the expression that a text ends with; the longest readable one."""
     match = _LEFT.search(text[-MAX_CHARACTERS:])
     assert match is not None
     side = match.group()
@@ -115,14 +137,14 @@ def _left(text: str) -> tuple[Fraction, bool] | None:
         if char in " \t" or (at and before in OPERATORS) or (at and tail[at - 1] not in " \t([{"):
             continue
         try:
-            return evaluate(tail[at:]), _operates(tail[at:])
+            return evaluate(tail[at:]), _operates(tail[at:]), tail[at:].strip()
         except NotArithmetic:
             continue
     return None
 
 
-def _right(text: str) -> tuple[Fraction, bool, int] | None:
-    """(value, whether it has an operator, places behind the point) of the expression that a text begins with."""
+def _right(text: str) -> tuple[Fraction, bool, int, str] | None:
+    """(value, whether it has an operator, places behind the point, text) of the expression that a text begins with."""
     match = _RIGHT.match(text[:MAX_CHARACTERS])
     assert match is not None
     side = _tidy(match.group())
@@ -138,7 +160,7 @@ def _right(text: str) -> tuple[Fraction, bool, int] | None:
             return None  # the rest can't be read
         written = side[:end].strip().rstrip(",").rstrip(".")
         decimal = re.fullmatch(r"[-−]?[0-9,]*\.([0-9]+)", written)
-        return value, _operates(written), len(decimal[1]) if decimal else 0
+        return value, _operates(written), len(decimal[1]) if decimal else 0, written
     return None
 
 

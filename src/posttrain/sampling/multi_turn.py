@@ -241,10 +241,7 @@ class TurnSampler:
 
     def _tokens(self, reply: str, turn: Rollout) -> list[int]:
         """Tokens of a reply, and of what the template has around it; cut where it is too long."""
-        if isinstance(reply, QuotingReply):
-            reply = "".join(self._shortened(text) if quoted else text for text, quoted in reply.pieces)
-        else:
-            reply = self._shortened(reply)
+        reply = shortened_reply(reply, self.tokenizer, self.config.max_reply)
         if self.config.answers == "inline":
             return self._as_text(reply)
         behind = reply_turn(self.config, self.tokenizer, reply)
@@ -252,21 +249,30 @@ class TurnSampler:
             behind = behind.removeprefix(self._decode(turn.tokens[-1:]))
         return continuation(self.tokenizer, behind)
 
-    def _shortened(self, text: str) -> str:
-        """Return a text of at most max_reply tokens; one that was cut ends in a mark."""
-        longest = self.config.max_reply
-        head = text[: longest * LONGEST_TOKEN]  # the rest of a huge text is not tokenized
-        ids = self._as_text(head)
-        if len(ids) <= longest and len(head) == len(text):
-            return text
-        return self._decode(ids[:longest]).rstrip("\ufffd") + REPLY_CUT
-
     def _as_text(self, reply: str) -> list[int]:
         """Return the tokens of a reply; special tokens that it spells are ordinary text."""
         return continuation(self.tokenizer, guard(reply, text_tokens(self.tokenizer)))
 
     def _decode(self, tokens: Sequence[int], skip: bool = False) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip))
+
+
+def shortened_reply(reply: str, tokenizer: Any, longest: int) -> str:
+    """Return a reply of at most this many tokens, or with quotations of at most as many; what is cut ends in a mark.
+
+    Args:
+        reply: The reply; of a `QuotingReply` each quotation is shortened, and nothing else.
+        tokenizer: The tokenizer.
+        longest: Number of tokens.
+    """
+    if isinstance(reply, QuotingReply):
+        parts = (shortened_reply(text, tokenizer, longest) if quoted else text for text, quoted in reply.pieces)
+        return "".join(parts)
+    head = reply[: longest * LONGEST_TOKEN]  # the rest of a huge text is not tokenized
+    ids = continuation(tokenizer, guard(head, text_tokens(tokenizer)))
+    if len(ids) <= longest and len(head) == len(reply):
+        return reply
+    return str(tokenizer.decode(ids[:longest], skip_special_tokens=False)).rstrip("\ufffd") + REPLY_CUT
 
 
 def in_turns(rollout: Rollout, tokenizer: Any) -> list[tuple[bool, str]]:

@@ -11,7 +11,6 @@ without feedback: own: false, no sources). One round:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,10 +24,18 @@ from posttrain.config.rewards import EXTRACT, Extract
 from posttrain.core.imports import load_object
 from posttrain.sampling.environments import QuotingReply
 from posttrain.sampling.feedback_source import FeedbackFunctions, FeedbackNote, open_feedback
-from posttrain.sampling.refine_prompts import CHAT, INLINE, RefinePrompts, RefineTask, fields_of, fill_template, quoted
+from posttrain.sampling.refine_prompts import (
+    CHAT,
+    INLINE,
+    NO_CHANGE,
+    RefinePrompts,
+    RefineTask,
+    fields_of,
+    fill_template,
+    gives_verdict,
+    quoted,
+)
 
-NO_CHANGE = "No change needed."
-_NEGATION = re.compile(r"not|never|hardly|cannot|\w+n['’]t", re.IGNORECASE)
 RefineReply = tuple[str | None, bool]
 
 
@@ -39,14 +46,16 @@ class RefineState:
     Attributes:
         example: Row of the prompt.
         answers: The answers so far.
+        notes: What the sources said, one list for each answer that they were asked about.
         writes_feedback: True if the model's next turn is its own feedback.
-        notes: What the sources said about each answer that they were asked about.
+        stopped: What has ended the loop. Empty: it goes on.
     """
 
     example: Mapping[str, Any]
     answers: list[str] = field(default_factory=list)
-    writes_feedback: bool = False
     notes: list[list[FeedbackNote]] = field(default_factory=list)
+    writes_feedback: bool = False
+    stopped: Literal["", "rounds", "verdict", "agreement", "sources"] = ""
 
 
 class RefineEnvironment:
@@ -203,10 +212,11 @@ class RefineEnvironment:
 
     def _finished(self, state: RefineState) -> bool:
         if len(state.answers) > self.config.rounds:
-            return True
-        if self.same_answer is None or len(state.answers) < 2:
-            return False
-        return bool(self.same_answer(*state.answers[-2:], self.config.final_answer))
+            state.stopped = "rounds"
+        elif self.same_answer is not None and len(state.answers) > 1:
+            if self.same_answer(*state.answers[-2:], self.config.final_answer):
+                state.stopped = "agreement"
+        return bool(state.stopped)
 
     def _reports(self, states: Sequence[RefineState]) -> list[list[FeedbackNote]]:
         """Return what the sources say about each state's last answer."""
@@ -216,12 +226,15 @@ class RefineEnvironment:
             for source in self.sources:
                 for report, note in zip(out, source.notes(answers, examples), strict=True):
                     report += [note] if note is not None else []
+            for state, report in zip(states, out, strict=True):
+                state.notes.append(report)
         return out
 
     def _after_answer(self, state: RefineState, notes: Sequence[FeedbackNote]) -> RefineReply:
         """Return the request that follows an answer on which the sources have said something."""
         config, words = self.config, self.config.words()
         if config.satisfied and notes and all(note.right for note in notes):
+            state.stopped = "sources"
             return None, True
         report = quoted(note.text for note in notes) if self.sources else []
         values = self._values(state) | {"feedback": report}
@@ -241,6 +254,7 @@ class RefineEnvironment:
         state.writes_feedback = False
         verdict = self.config.verdict
         if verdict is not None and gives_verdict(feedback, verdict):
+            state.stopped = "verdict"
             return None, True
         template = self.config.words().revision if self.config.revision is None else self.config.revision
         return QuotingReply(fill_template(template, self._values(state) | {"feedback": feedback})), False
@@ -252,23 +266,6 @@ class RefineEnvironment:
             "prompt": prompt if isinstance(prompt, str) else "",
             "verdict": self.config.verdict or "",
         }
-
-
-def gives_verdict(feedback: str, verdict: str) -> bool:
-    """Return True if feedback has the words of a verdict, which end a line or a sentence of it.
-
-    Case, spaces and a full stop don't count. The words must not be a part of others ("correct" in "incorrect"), and not
-    follow a negation ("not correct"); "no change needed, but ..." is no verdict either.
-    """
-    wanted = " ".join(verdict.split()).rstrip(".!")
-    pattern = re.compile(
-        rf"(?P<before>\S*\s|^)(?:[*\"'“‘(]*){re.escape(wanted)}(?=[\s.!*\"'”’)]*$|[.!])", re.IGNORECASE
-    )
-    for line in feedback.splitlines():
-        for match in pattern.finditer(" ".join(line.split())):
-            if not _NEGATION.fullmatch(match["before"].strip()):
-                return True
-    return False
 
 
 def turn_text(text: str, stops: Sequence[str]) -> str:

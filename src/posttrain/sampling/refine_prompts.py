@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ FIELDS = ("feedback", "answer", "prompt", "verdict")
 """Fields that a template may have."""
 NOTHING_FOUND = "(nothing to report)"
 """Stands for the feedback of sources that have nothing to say."""
+
+NO_CHANGE = "No change needed."
+"""Words of feedback that ask for no change."""
+_NEGATION = re.compile(r"not|never|hardly|cannot|\w+n['’]t", re.IGNORECASE)
 
 Pieces = list[tuple[str, bool]]
 """Texts in order, each with True if it quotes a source of feedback, and may be cut."""
@@ -156,3 +161,20 @@ def quoted(texts: Iterable[str]) -> Pieces:
         out += [("\n", False)] if out else []
         out.append((text.strip(), True))
     return out or [(NOTHING_FOUND, False)]
+
+
+def gives_verdict(feedback: str, verdict: str) -> bool:
+    """Return True if feedback has the words of a verdict, which end a line or a sentence of it.
+
+    Case, spaces and a full stop don't count. The words must not be a part of others ("correct" in "incorrect"), and not
+    follow a negation ("not correct"); "no change needed, but ..." is no verdict either.
+    """
+    wanted = " ".join(verdict.split()).rstrip(".!")
+    pattern = re.compile(
+        rf"(?P<before>\S*\s|^)(?:[*\"'“‘(]*){re.escape(wanted)}(?=[\s.!*\"'”’)]*$|[.!])", re.IGNORECASE
+    )
+    for line in feedback.splitlines():
+        for match in pattern.finditer(" ".join(line.split())):
+            if not _NEGATION.fullmatch(match["before"].strip()):
+                return True
+    return False

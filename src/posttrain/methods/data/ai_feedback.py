@@ -14,7 +14,8 @@ from posttrain.config.settings import NAME, ModelConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import write_json, write_lines
 from posttrain.core.progress import Track
-from posttrain.methods.data.data_stage import DataStage, DataStageConfig, chunked, open_sampler, save_rows
+from posttrain.methods.data.data_stage import DataStage, DataStageConfig, chunked, save_rows
+from posttrain.sampling.frozen_sampler import open_sampler
 from posttrain.sampling.rollout_store import groups_of, read_rollouts, rollouts_path, write_rollouts
 
 if TYPE_CHECKING:

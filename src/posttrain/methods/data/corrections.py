@@ -31,13 +31,13 @@ from posttrain.methods.data.data_stage import (
     DataStage,
     DataStageConfig,
     chunked,
-    open_sampler,
     refuse_torchrun,
     save_rows,
 )
 from posttrain.rewards.refine_rewards import ANSWER, answer_rollout
 from posttrain.rewards.reward_log import LOG
 from posttrain.rewards.stack import RewardStack
+from posttrain.sampling.frozen_sampler import open_sampler
 from posttrain.sampling.rollout_store import groups_of, read_rollouts, rollout_steps, rollouts_path, write_rollouts
 
 if TYPE_CHECKING:

@@ -28,7 +28,6 @@ from posttrain.methods.data.data_stage import (
     DataStage,
     DataStageConfig,
     chunked,
-    open_sampler,
     refuse_torchrun,
     save_rows,
 )
@@ -42,6 +41,7 @@ from posttrain.methods.data.revision_prompts import (
 )
 from posttrain.rewards.reward_log import LOG
 from posttrain.rewards.stack import RewardStack
+from posttrain.sampling.frozen_sampler import open_sampler
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.config.settings import ModelConfig, SamplerConfig, StageBase
+from posttrain.config.settings import ModelConfig, StageBase
 from posttrain.core.errors import ModelError
 from posttrain.core.files import write_json, write_lines
 from posttrain.trainer.stage import Stage
 
 if TYPE_CHECKING:
     from posttrain.data.prompts import RenderedPrompt
-    from posttrain.sampling.engine import LocalSampler
     from posttrain.trainer.loop import OnStep
 
 
@@ -68,19 +67,6 @@ def refuse_torchrun(method: str) -> None:
 def chunked(count: int, size: int) -> dict[int, range]:
     """Return 0 to count - 1 in ranges of `size`, by number from 1: the same however often a stage is started."""
     return {n: range(s, min(s + size, count)) for n, s in enumerate(range(0, count, size), 1)}
-
-
-def open_sampler(model: ModelConfig, config: SamplerConfig) -> LocalSampler:
-    """Return a sampler over a model that is not trained, checked against the model's own forward pass."""
-    from posttrain.models.language_model import LanguageModel
-    from posttrain.models.loading import load_model, pick_device, pick_dtype
-    from posttrain.models.verification import verify
-    from posttrain.sampling.engine import LocalSampler
-
-    hf, tokenizer = load_model(model, pick_dtype(model.dtype, pick_device(model.device)))
-    policy = LanguageModel(hf).eval().requires_grad_(False)
-    verify(policy)
-    return LocalSampler(policy, tokenizer, **config.limits())
 
 
 def save_rows(

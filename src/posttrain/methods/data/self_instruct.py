@@ -21,13 +21,14 @@ from posttrain.config.rewards import RewardsConfig
 from posttrain.config.settings import NAME, ModelConfig, SamplerConfig, SamplingConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Message, Rollout
-from posttrain.methods.data.data_stage import DataStage, DataStageConfig, open_sampler, refuse_torchrun, save_rows
+from posttrain.methods.data.data_stage import DataStage, DataStageConfig, refuse_torchrun, save_rows
 from posttrain.methods.data.instance_loop import InstanceLoop
 from posttrain.methods.data.instruction_filter import BLOCKED, diversity
 from posttrain.methods.data.instruction_prompts import Ask
 from posttrain.methods.data.revision_chain import NO_ROOM
 from posttrain.methods.data.seed_tasks import read_seed_tasks
 from posttrain.methods.data.task_loop import TaskLoop
+from posttrain.sampling.frozen_sampler import open_sampler
 
 if TYPE_CHECKING:
     from posttrain.sampling.protocol import Sampler

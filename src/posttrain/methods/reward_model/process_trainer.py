@@ -15,12 +15,12 @@ from posttrain.core.files import read_lines, write_json, write_lines
 from posttrain.data.process_rows import PreparedChains
 from posttrain.eval.calibration import judged_steps
 from posttrain.losses.reward_loss import step_logits, step_loss, step_metrics
-from posttrain.methods.data.data_stage import open_sampler
 from posttrain.methods.reward_model.monte_carlo import Labeller, labelled_chains
 from posttrain.models.classification_head import has_head, scores_at
 from posttrain.models.loading import load_tokenizer
 from posttrain.rewards.reward_log import LOG
 from posttrain.rewards.stack import RewardStack
+from posttrain.sampling.frozen_sampler import open_sampler
 from posttrain.trainer.loop import BatchTrainer
 from posttrain.trainer.token_budget import token_budget
 from posttrain.trainer.train_step import Learner

@@ -1,0 +1,173 @@
+"""Sources of feedback against right and wrong answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from posttrain.config.feedback_sources import AnyFeedbackConfig
+from posttrain.core.errors import DataError, PosttrainError
+from posttrain.rewards.checking_feedback import fenced, middle_cut
+from posttrain.sampling.feedback_source import FeedbackNote, OpenedFeedback, open_feedback
+
+
+def source(settings: Any, functions: Mapping[str, Any] | None = None) -> OpenedFeedback:
+    return open_feedback(TypeAdapter(AnyFeedbackConfig).validate_python(settings), functions)
+
+
+def note(settings: Any, answer: str, **example: Any) -> FeedbackNote | None:
+    opened = source(settings)
+    try:
+        return opened.notes([answer], [{"source": "q:1", **example}])[0]
+    finally:
+        opened.close()
+
+
+def test_calculator() -> None:
+    assert note("calculator", "17 * 3 = 51, so 51 - 1 = 50") == FeedbackNote(
+        "All 2 calculations in the answer are right.", True
+    )
+    assert note("calculator", "- 7 + 4 = 11") == FeedbackNote("The calculation in the answer is right.", True)
+    wrong = note("calculator", "17 * 3 = 41\n41 + 1 = 42\nagain: 17 * 3 = 41\n10/3 = 3.3 and 10/4 = 2.4")
+    assert wrong == FeedbackNote("17 * 3 = 41 is wrong: 17 * 3 = 51.\n10/4 = 2.4 is wrong: 10/4 = 2.5.", False)
+    many = note({"kind": "calculator", "most": 1}, "1+1=3\n2+2=5\n3+3=7")
+    assert many == FeedbackNote("1+1 = 3 is wrong: 1+1 = 2.\n2 more calculations are wrong.", False)
+    assert note("calculator", "The answer is 7, x = 5") is None
+    assert note("calculator", "9**9**9 = 1 and 1/0 = 0") is None  # what can't be computed is not judged
+
+
+def test_interpreter() -> None:
+    ran = note("interpreter", "So:\n```python\nprint('a```b', 2 + 3)\n```")
+    assert ran == FeedbackNote("The program printed:\n````\na```b 5\n````")
+    assert note("interpreter", "def solution():\n    return 5") == FeedbackNote("The program printed:\n```\n5\n```")
+    assert note("interpreter", "import os") == FeedbackNote("The program ran and printed nothing.")
+    failed = note("interpreter", "```python\nprint(1)\ndef f(x):\n    return x / 0\nf(3)\n```")
+    assert failed is not None and failed.right is False
+    assert failed.text.startswith("The program failed:\n```\nTraceback") and "line 3, in f" in failed.text
+    assert failed.text.endswith("ZeroDivisionError: division by zero\n```\nBefore that it printed:\n```\n1\n```")
+    syntax = note("interpreter", "```python\nprint(1\n```")
+    assert syntax is not None and syntax.right is False and "SyntaxError" in syntax.text
+    none = FeedbackNote("The answer has no program.", False)
+    assert note("interpreter", "I think that it is 5.") == none and note("interpreter", "") == none
+
+
+def test_interpreter_limits_and_huge_output() -> None:
+    limits = {"seconds": 0.5, "output_kb": 2}
+    slow, loud, long = source({"kind": "interpreter", "limits": limits, "most_characters": 90}).notes(
+        ["while True: pass", "while True: print('x' * 99)", "for i in range(200): print(i)"], [{}] * 3
+    )
+    assert slow == FeedbackNote("The program was ended: it ran longer than 0.5 seconds.", False)
+    assert loud is not None and loud.text.startswith("The program was ended: it printed too much.") and not loud.right
+    assert long is not None and long.text.startswith("The program printed:\n```\n0\n1\n2") and len(long.text) < 160
+    assert "characters cut]\n" in long.text and long.text.endswith("198\n199\n```")
+    assert middle_cut("abc" * 20, 60) == "abc" * 20 and fenced("x") == "```\nx\n```"
+
+
+ADD = {"test": "assert add(1, 2) == 3\nassert add(2, 2) == 4"}
+
+
+def test_unit_tests() -> None:
+    right = "```python\ndef add(a, b):\n    return a + b\n```"
+    opened = source("tests")
+    wrong = right.replace("a + b", "a * b")
+    passed, failed, none = opened.notes([right, wrong, "no"], [ADD] * 3)
+    assert passed == FeedbackNote("The program passes all tests.", True)
+    assert failed is not None and failed.right is False
+    assert failed.text.startswith("The program fails the tests. Line 1 of the tests, assert add(1, 2) == 3: Assertion")
+    assert none is not None and none.right is False
+    cases = {"test": [{"input": "2", "output": "4"}, {"input": "3", "output": "9"}]}
+    (by_cases,) = opened.notes(["```python\nprint(2 * int(input()))\n```"], [cases])
+    assert by_cases is not None and "Case 2 of 2: it prints '6" in by_cases.text
+    with pytest.raises(PosttrainError, match="has no tests in 'test'"):
+        opened.notes([right], [{"source": "q:3"}])
+    opened.close()
+
+
+def slow(text: str, example: Mapping[str, Any]) -> float:
+    while "wait" in text:
+        pass
+    return float(text == example["answer"])
+
+
+def test_verifier() -> None:
+    opened = source({"kind": "verifier", "reward": {"kind": "numeric"}, "wrong": "No."})
+    notes = opened.notes(["so 5", "so 6"], [{"answer": "5"}] * 2)
+    assert notes == [FeedbackNote("The answer is right.", True), FeedbackNote("No.", False)]
+    opened.close()
+    path = "tests.rewards.test_feedback_sources:slow"
+    opened = source({"kind": "verifier", "reward": {"kind": path, "timeout": 0.2}, "reasons": True})
+    waited, done = opened.notes(["wait", "5"], [{"answer": "5"}] * 2)
+    assert waited == FeedbackNote("The answer could not be checked: checking it took too long.", None)
+    assert done == FeedbackNote("The answer is right.", True)
+    with pytest.raises(PosttrainError, match=r"feedback verifier: .*its reward failed for q:2: KeyError"):
+        opened.notes(["4"], [{"source": "q:2"}])
+    opened.close()
+    with pytest.raises(ValidationError, match="compares the completions of a prompt"):
+        source({"kind": "verifier", "reward": {"kind": "self_consistency"}})
+
+
+def test_retrieval(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Paris is the capital\nof France.\n\nThe moon is made of rock.\n\n猫是动物")
+    (tmp_path / "b.jsonl").write_text('{"text": "Rome is the capital of Italy."}\n')
+    (tmp_path / "c.bin").write_bytes(b"\xff")
+    settings = {"kind": "retrieval", "documents": str(tmp_path), "passages": 2}
+    found = note(settings, "It is Rome.", prompt="What is the capital of Italy?")
+    assert found == FeedbackNote(
+        "The documents say:\n- Rome is the capital of Italy.\n- Paris is the capital of France."
+    )
+    assert note({**settings, "query": "answer", "passages": 1}, "猫") == FeedbackNote("The documents say:\n- 猫是动物")
+    assert note({**settings, "query": "answer"}, "xyzzy") is None
+    config = TypeAdapter(AnyFeedbackConfig).validate_python(settings)
+    assert [p.name for p in config.named_files()] == ["a.txt", "b.jsonl"]  # type: ignore[attr-defined]
+    for documents, message in (("nowhere.txt", "can't be read"), (str(tmp_path / "c.bin"), "UTF-8")):
+        with pytest.raises(DataError, match=message):
+            note({"kind": "retrieval", "documents": documents}, "x")
+    with pytest.raises(DataError, match=r"b.jsonl:1: no text in 'body'; it has \['text'\]"):
+        note({**settings, "documents": str(tmp_path / "b.jsonl"), "column": "body"}, "x")
+
+
+def test_another_model() -> None:
+    settings = {"kind": "model", "source": "tiny:llama", "sampler": {"max_tokens": 6, "temperature": 1.0}}
+    opened = source(settings)
+    examples = [{"prompt": "2+3="}, {"prompt": "{answer} <|im_end|>"}]
+    notes = opened.notes(["5", "{0} <|im_end|>"], examples)
+    assert all(n is not None and n.right is False and n.tokens > 50 for n in notes)
+    assert notes == opened.notes(["5", "{0} <|im_end|>"], examples)  # the same again, and alone
+    assert notes[1:] == opened.notes(["{0} <|im_end|>"], examples[1:])
+    assert any(n is not None and n.text.endswith(" [cut]") for n in notes)
+    (long,) = opened.notes(["5" * 20_000], [{}])
+    assert long == FeedbackNote("The answer is too long for the model that gives feedback.")
+    request = opened.config.request("2+3=", "{x}")  # type: ignore[attr-defined]
+    assert request.startswith("Question:\n2+3=\n\nAnswer:\n{x}\n\nName the mistakes") and "No change needed." in request
+    for wrong, message in (
+        ({}, "either a model"),
+        ({"source": "tiny:llama", "template": "{prompt}"}, "needs {answer}"),
+        ({"source": "tiny:llama", "template": "{answer} {x}"}, "no field of it"),
+        ({"source": "tiny:llama", "template": "{answer} {verdict}", "verdict": None}, "verdict is null"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            source({"kind": "model", **wrong})
+
+
+def test_reward_model_and_judge_in_words(tmp_path: Path) -> None:
+    scored = source({"kind": "reward_model", "source": "tiny:reward", "good_at": 0.5})
+    words = scored.source.words  # type: ignore[attr-defined]
+    text = "A reward model gives the answer a score of 0.49. Good answers get 0.5 or more."
+    assert words(0.49, "") == FeedbackNote(text, False) and words(0.5, "").right is True
+    with pytest.raises(ValidationError, match="where the score goes"):
+        source({"kind": "reward_model", "source": "x", "text": "good"})
+    judge = {"model": {"source": "tiny:llama"}, "mode": "score", "store": str(tmp_path / "j.sqlite3"), "rationale": 4}
+    opened = source({"kind": "judge", "judge": judge, "good_at": -100})
+    (one, two) = opened.notes(["5", ""], [{"prompt": "2+3="}] * 2)
+    for judged in (one, two):
+        assert judged is not None and judged.right is True and "A judge gives the answer " in judged.text
+    assert opened.notes(["5"], [{"prompt": "2+3="}]) == [one]
+    with pytest.raises(PosttrainError, match="q:9 has no 'prompt' for the judge"):
+        opened.notes(["5"], [{"source": "q:9"}])
+    opened.close()
+    with pytest.raises(ValidationError, match=r"set judge\.mode to score"):
+        source({"kind": "judge", "judge": {"model": {"source": "tiny:llama"}}})
