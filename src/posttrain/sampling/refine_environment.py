@@ -206,7 +206,6 @@ class RefineEnvironment:
                     answered.append(i)
         reports = self._reports([states[i] for i in answered])
         for i, notes in zip(answered, reports, strict=True):
-            states[i].notes.append(notes)
             replies[i] = self._after_answer(states[i], notes)
         return [replies[i] for i in range(len(states))]
 
