@@ -179,6 +179,7 @@ def note(answer: str, example: dict[str, Any]) -> str | None:
 RANDOM = {
     "judge": {"kind": "function", "function": "digits"},
     "sampler": {"max_tokens": 24},
+    "rank_by": [{"kind": "length", "unit": "characters", "target": 10, "width": 40}],
     "vote": "whole",
     "n": 3,
     "environment": {
@@ -207,6 +208,8 @@ def test_the_whole_way(made: Path) -> None:
     stopped = [i["chain"]["stopped"] for i in items]
     assert "rounds" in stopped
     for item in items:
+        for c in item["completions"]:
+            assert c["right"] == bool(digits(c["text"], {})) and c["scores"]["length"] <= 0
         chain = item["chain"]
         kinds = [t["kind"] for t in chain["turns"]]
         whole = ["answer", "request", "feedback", "request", "answer", "request", "feedback", "request", "answer"]
@@ -264,15 +267,15 @@ def test_judges_and_sources_that_fail(tmp_path: Path) -> None:
     """A judge's failures count as wrong and are named; a source that fails would change the chain, and stops."""
 
     def sometimes(text: str, example: dict[str, Any]) -> float:
-        if len(text) == 6:
+        if len(text) == 13:
             raise ValueError("no idea")
         return digits(text, example)
 
     (summary,) = evaluate_model(MODEL, [random_task()], tmp_path / "judge", 0, {**GIVEN, "digits": sometimes})
     items = read_lines(tmp_path / "judge" / "t.jsonl")
     texts = [x["text"] for i in items for x in (*i["completions"], *i["chain"]["answers"])]
-    assert summary["failed"] == {"judge": sum(len(text) == 6 for text in texts)} and summary["failed"]["judge"] > 0
-    assert [i["correct"] for i in items if i["failed"]] == [False, False]
+    assert summary["failed"] == {"judge": sum(len(text) == 13 for text in texts)} and summary["failed"]["judge"] > 0
+    assert [i["correct"] for i in items if i["failed"]] == [False]
 
     def broken(answer: str, example: dict[str, Any]) -> str:
         raise ValueError("no connection")

@@ -14,7 +14,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,10 +114,12 @@ class RefineSampling:
 
     def __init__(self, run: EvaluationRun, task: RefineEvaluation.Config) -> None:
         self.task, self.tokenizer = task, run.tokenizer
-        terms = [task.judge.model_copy(update={"name": "judge"})]
-        open_stack = run.until.enter_context
-        self.judge = open_stack(RewardStack(RewardsConfig(terms=terms), run.functions, log=run.log))
-        self.scores = open_stack(RewardStack(RewardsConfig(terms=[*terms, *task.rank_by]), run.functions, log=run.log))
+        terms = [[task.judge.model_copy(update={"name": "judge"})], task.rank_by]
+        self.judge, *self.scores = [
+            run.until.enter_context(RewardStack(RewardsConfig(terms=of_stack), run.functions, log=run.log))
+            for of_stack in terms
+            if of_stack
+        ]
         answering = environment(task.loop, run.functions)
         run.until.callback(getattr(answering, "close", lambda: None))
         self.environment = RecordedStates(answering)
@@ -146,7 +148,8 @@ class RefineSampling:
             RolloutGroup(q.tokens, q.problem, answer_rollouts(chain, written))
             for q, chain, written in zip(prompts.values(), chains, turns, strict=True)
         ]
-        scored, judged = self.scores(sampled).groups, self.judge(answers).groups
+        judged = self.judge([*sampled, *answers]).groups
+        scored, judged = self._ranked(judged[: len(sampled)]), judged[len(sampled) :]
         out = []
         for (i, q), completions, chain, written, said, state in zip(
             prompts.items(), scored, chains, turns, judged, states, strict=True
@@ -158,6 +161,22 @@ class RefineSampling:
             )
             out.append(item)
         return out
+
+    def _ranked(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+        """Return judged groups with the scores that rank; answers of chains have none."""
+        for stack in self.scores:
+            pairs = zip(groups, stack(groups).groups, strict=True)
+            groups = [
+                replace(
+                    judged,
+                    rollouts=[
+                        replace(r, rewards={**r.rewards, **s.rewards})
+                        for r, s in zip(judged.rollouts, scored.rollouts, strict=True)
+                    ],
+                )
+                for judged, scored in pairs
+            ]
+        return groups
 
     def _chains(self, prompts: Mapping[int, RenderedPrompt], count: OnDone) -> tuple[list[Rollout], list[Any]]:
         """Return the chain of each problem, and the environment's state at its end."""

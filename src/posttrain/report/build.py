@@ -21,7 +21,7 @@ from posttrain.report.charts import stage_charts
 from posttrain.report.judge_figures import read_feedback
 from posttrain.report.load import Run, read, read_json
 from posttrain.report.measured_stages import measured_stages
-from posttrain.report.refinements import STOPPED, refinements
+from posttrain.report.refinements import refinements
 from posttrain.report.reward_models import gold, held_out
 from posttrain.report.rollouts import views
 from posttrain.report.row_quality_view import instruction_qualities
@@ -98,7 +98,6 @@ def render_page(run: Run) -> str:
         by_stage=evaluations.by_stage(run),
         panels=evaluations.panels(run),
         refinements=refinements(run),
-        stopped_words=STOPPED,
         curves=[
             (number, stage.name, stage_charts(stage))
             for number, stage in enumerate(run.stages, 1)

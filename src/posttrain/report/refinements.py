@@ -22,6 +22,8 @@ STOPPED = {
     "sources": "the sources of feedback found nothing wrong",
     "cut": "a limit of tokens or turns cut it",
 }
+COLOURS = ("s0", "s1", "s3", "s4", "s5", "s6", "s7")
+"""Styles of the strategies; s2 has the colour of refining."""
 TURN_TITLES = {"answer": "Answer", "feedback": "Own feedback", "request": "Request"}
 
 
@@ -62,7 +64,8 @@ class Refinement:
         samples: Single answers of each problem.
         failed: Failures of judge and scores by side.
         chart: Accuracy by tokens of the newest side, refining and the strategies of the samples.
-        verdicts: A sentence on each side: refining against the best strategy at equal tokens.
+        verdicts: Sentences on each side: refining against the best strategy at equal tokens.
+        facts: (name in words, key, {side: count or share}) of what the chains did.
         of: Side that the chains are of.
         counts: Number of chains by change.
         chains, more: Chains that are shown, and those that are folded.
@@ -74,6 +77,7 @@ class Refinement:
     failed: dict[str, dict[str, int]]
     chart: Chart
     verdicts: dict[str, str]
+    facts: list[tuple[str, str, dict[str, float]]]
     of: str
     counts: dict[str, int]
     chains: list[ShownChain]
@@ -97,17 +101,20 @@ def refinements(run: Run) -> list[Refinement]:
                 samples=int(summaries[newest]["samples"]),
                 failed={name: s["failed"] for name, s in summaries.items() if s.get("failed")},
                 chart=_chart(row.task, newest, summaries[newest]),
-                verdicts={name: verdict_on(s["refine"]) for name, s in summaries.items()},
+                verdicts={name: refining_in_words(s["refine"]) for name, s in summaries.items()},
+                facts=_facts({name: s["refine"] for name, s in summaries.items()}),
                 of=newest,
                 counts={name: len(group) for name, group in groups.items()},
-                chains=[_shown(n, i) for n, group in groups.items() for i in group[: CHAINS_SHOWN[n]]],
-                more=[_shown(n, i) for n, group in groups.items() for i in group[CHAINS_SHOWN[n] : CHAINS_FOLDED[n]]],
+                chains=[shown_chain(n, i) for n, group in groups.items() for i in group[: CHAINS_SHOWN[n]]],
+                more=[
+                    shown_chain(n, i) for n, group in groups.items() for i in group[CHAINS_SHOWN[n] : CHAINS_FOLDED[n]]
+                ],
             )
         )
     return out
 
 
-def verdict_on(refine: Mapping[str, Any]) -> str:
+def refining_in_words(refine: Mapping[str, Any]) -> str:
     """Return sentences: accuracy before and after refining, and against the best strategy at equal tokens."""
     first, last, change = refine["points"][0], refine["points"][-1], refine["change"]
     said = [
@@ -133,6 +140,24 @@ def verdict_on(refine: Mapping[str, Any]) -> str:
     return " ".join(said)
 
 
+def _facts(sides: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, dict[str, float]]]:
+    """Return what the chains did, as rows of a table by side."""
+    rows = [
+        (CHANGES["gained"], "gained", {side: s["gained"] for side, s in sides.items()}),
+        (CHANGES["lost"], "lost", {side: s["lost"] for side, s in sides.items()}),
+        ("answers changed", "changed", {side: float(s["changed"]) for side, s in sides.items()}),
+    ]
+    reasons = dict.fromkeys([*STOPPED, *(why for s in sides.values() for why in s["stopped"])])
+    for why in reasons:
+        counts = {side: s["stopped"].get(why, 0) for side, s in sides.items()}
+        if any(counts.values()):
+            rows.append((f"ended: {STOPPED.get(why, why)}", f"stopped.{why}", counts))
+    for name, title in (("written", "tokens that it wrote"), ("requests", "tokens of requests")):
+        rows.append((title, name, {side: float(s["tokens"][name]) for side, s in sides.items()}))
+    external = {side: float(s["tokens"]["external"]) for side, s in sides.items()}
+    return [*rows, *([("tokens that other models wrote", "external", external)] if any(external.values()) else [])]
+
+
 def _points(change: Mapping[str, Any]) -> str:
     size, low, high = (format_fixed(100 * float(change[key]), 1, sign=True) for key in ("difference", "low", "high"))
     return f"{size} points, 95% interval {low} to {high}"
@@ -155,7 +180,9 @@ def _chart(task: str, side: str, summary: Mapping[str, Any]) -> Chart:
         "refining", tokens, value, low, high, "accent", points=True, labels=labels, sizes=[9.0] * len(points)
     )
     strategies = [s for s in summary["strategies"] if s["name"] != "pass"]
-    others = [strategy_curve(strategy(s["name"]), f"s{i % 8}", s["points"]) for i, s in enumerate(strategies, 1)]
+    others = [
+        strategy_curve(strategy(s["name"]), COLOURS[i % len(COLOURS)], s["points"]) for i, s in enumerate(strategies)
+    ]
     everything = [p for s in strategies for p in s["points"]] + list(points)
     series = [refining, *others]
     spoken = "; ".join(
@@ -183,7 +210,8 @@ def _change(item: Mapping[str, Any]) -> str:
     return {(False, True): "gained", (True, False): "lost", (False, False): "wrong"}.get(both, "right")
 
 
-def _shown(change: str, item: Mapping[str, Any]) -> ShownChain:
+def shown_chain(change: str, item: Mapping[str, Any]) -> ShownChain:
+    """Return the chain of an item, whose answer became what `change` says."""
     chain, turns = item["chain"], []
     answers = iter(chain["answers"])
     for number, turn in enumerate(chain["turns"]):

@@ -12,6 +12,7 @@ from posttrain.core.visible_text import visible
 from posttrain.report.evaluations import samples, strategy
 from posttrain.report.formatting import format_p, format_score
 from posttrain.report.load import read, read_json
+from posttrain.report.refinements import refining_in_words
 
 SHOWN_ANSWERS = 5
 """Rows of a table of answers."""
@@ -83,7 +84,10 @@ def _cut(text: str) -> str:
 
 
 def sampling_tables(folder: Path) -> list[Table]:
-    """Return a table for each task of many samples in a folder: strategies by k with intervals, and tokens spent."""
+    """Return a table for each task of many samples in a folder: strategies by k with intervals, and tokens spent.
+
+    A task of self-refine has sentences on refining below its table.
+    """
     tables = []
     for path in sorted(Path(folder).glob("*.json")):
         summary = read_json(path, [])  # the page names what is damaged
@@ -104,5 +108,7 @@ def sampling_tables(folder: Path) -> list[Table]:
                 )
                 cells.append(Text(f"{value}\n[{low}, {high}]"))
             table.add_row(Text(visible(strategy(entry["name"]))), *cells)
+        if "refine" in summary:
+            table.caption = refining_in_words(summary["refine"])
         tables.append(table)
     return tables
