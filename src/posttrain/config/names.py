@@ -62,6 +62,7 @@ REWARDS: dict[str, str] = {
     "process_reward": "posttrain.rewards.model_rewards:StepReward",
     "judge": "posttrain.judge.judge_reward:JudgeReward",
     "improvement": "posttrain.rewards.refine_rewards:ImprovementReward",
+    "corrected": "posttrain.rewards.critic_reward:CorrectedReward",
     "function": "posttrain.rewards.reward:FunctionReward",
 }
 """Rewards: classes with a nested `Config`, called with (text, example); or functions of (text, example, *, settings)."""

@@ -98,6 +98,28 @@ def test_only_what_led_to_the_right_answer_carries_loss() -> None:
     assert not carries_loss(correction_row(question(), verdict, "kept right", 2, environment, ["revision"]))
 
 
+def test_feedback_that_did_its_work_teaches_a_critic() -> None:
+    """What led to a right answer at once, or left a right one alone; not what needed a second round."""
+    from posttrain.methods.data.correction_rows import critique_rows
+    from posttrain.methods.data.corrections import CriticRowsConfig
+
+    source = CriticRowsConfig(template="{prompt} {answer} Right?", verdict="no").source()
+    chains = [
+        (chain(A, R, F, R, B, rewards=[0, 1]), "corrected", 4),
+        (chain(A, R, ("feedback", "fine"), rewards=[1]), "kept right", 2),
+        (chain(A, R, ("feedback", "far"), R, B, R, F, R, C, rewards=[0, 0, 1]), "corrected", 8),
+        (chain(A, R, F, R, C, rewards=[0, 1]), "corrected", 4),  # the same question, answer and feedback again
+    ]
+    asked, loop = question(), settings().environment
+    kept = [(c, o, correction_row(asked, c, o, last, loop, ["revision"])) for c, o, last in chains]
+    rows = critique_rows(kept, [asked], source)
+    request = f"{asked.text} 1 Right?"
+    assert [(r["prompt"], r["completion"], r["outcome"]) for r in rows] == [
+        (request, "no", "corrected"),
+        (request, "fine", "kept right"),
+    ]
+
+
 @pytest.mark.parametrize("answers", ["inline", "turn"])
 def test_rows_are_read_back_as_they_were_sampled(answers: str, tmp_path: Path) -> None:
     """Token by token: the prompt, the answer, the request and the revision; loss on the revision and its end."""

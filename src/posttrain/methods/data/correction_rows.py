@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from posttrain.data.prompts import RenderedPrompt
+    from posttrain.sampling.model_feedback import ModelFeedback
     from posttrain.sampling.refine_turns import RefineTurn
 
 Outcome = Literal["corrected", "kept right"]
@@ -60,6 +61,10 @@ class AnswerChain:
     def key(self, last: int) -> tuple[str, ...]:
         """Return a value that is equal for chains that say the same up to a turn, except for spaces."""
         return tuple(" ".join(t.text.split()) for t in self.turns[: last + 1] if t.kind != "request")
+
+
+KeptChain = tuple[AnswerChain, str, dict[str, Any]]
+"""A chain that is kept, what became of it, and its row."""
 
 
 def outcome_of(chain: AnswerChain, threshold: float) -> tuple[str, int]:
@@ -128,6 +133,55 @@ def correction_row(
     columns = {} if inline else template_columns(prompt.problem)
     label = {"answer": prompt.problem.get("answer"), "problem": chain.problem, "source": prompt.source}
     return {"messages": messages, **columns, "first": answers[0], "last": answers[-1], **numbers, **label}
+
+
+def critic_row(prompt: RenderedPrompt, written: str, request: str, reward: float, environment: Any) -> dict[str, Any]:
+    """Return a row of a critic's problems: the request, the question and answer for the corrector, and the label.
+
+    Args:
+        prompt: The prompt.
+        written: The answer to criticise.
+        request: What the critic is asked.
+        reward: Reward of the answer.
+        environment: Settings of the environment.
+    """
+    from posttrain.data.prompts import OWN_FIELDS
+
+    asked = (
+        [{"role": "user", "content": prompt.text}] if environment.answers == "inline" else prompt.problem["messages"]
+    )
+    columns = {k: v for k, v in prompt.problem.items() if k not in OWN_FIELDS and v is not None}
+    label = {"answer": prompt.problem["answer"], "reward": reward, "question_source": prompt.source}
+    return {**columns, "prompt": request, "asked": [dict(m) for m in asked], "written": written, **label}
+
+
+def critique_rows(
+    kept: Sequence[KeptChain], prompts: Sequence[RenderedPrompt], source: ModelFeedback.Config
+) -> list[dict[str, Any]]:
+    """Return rows that teach a critic: what it is asked about a first answer, and the feedback that did its work.
+
+    That is feedback whose revision is right after a wrong answer, or which left a right one right.
+
+    Args:
+        kept: The chains that are kept, with own feedback.
+        prompts: The prompts, by number.
+        source: Settings of the source of feedback that the critic becomes.
+    """
+    out, seen = [], set[tuple[str, str]]()
+    for chain, outcome, row in kept:
+        second = chain.answers[1] if len(chain.answers) > 1 else len(chain.turns)
+        found = [t.text for t in chain.turns[:second] if t.kind == "feedback"]
+        worked = outcome == "kept right" or len(row["rewards"]) == 2
+        if len(found) != 1 or not found[0] or not worked:
+            continue
+        prompt = prompts[chain.problem]
+        request = source.request(str(prompt.problem["prompt"]), chain.turns[0].text)
+        if (request, found[0]) not in seen:
+            seen.add((request, found[0]))
+            out.append(
+                {"prompt": request, "completion": found[0], "outcome": outcome, "question_source": prompt.source}
+            )
+    return out
 
 
 def carries_loss(row: Mapping[str, Any]) -> bool:

@@ -21,12 +21,12 @@ from pydantic import Field, model_validator
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.config.problems import ProblemsConfig
 from posttrain.config.rewards import RewardsConfig
-from posttrain.config.settings import NAME, ModelConfig, SamplerConfig
+from posttrain.config.settings import NAME, Config, ModelConfig, SamplerConfig
 from posttrain.core.errors import DataError
 from posttrain.core.progress import Track
 from posttrain.core.types import Rollout, RolloutGroup, turn_name
 from posttrain.methods.data import correction_rows as rows_of
-from posttrain.methods.data.correction_rows import AnswerChain, CorrectionCounts, Outcome
+from posttrain.methods.data.correction_rows import AnswerChain, CorrectionCounts, KeptChain
 from posttrain.methods.data.data_stage import (
     DataStage,
     DataStageConfig,
@@ -38,6 +38,8 @@ from posttrain.rewards.refine_rewards import ANSWER, answer_rollout
 from posttrain.rewards.reward_log import LOG
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.frozen_sampler import open_sampler
+from posttrain.sampling.model_feedback import ModelFeedback
+from posttrain.sampling.refine_prompts import NO_CHANGE
 from posttrain.sampling.rollout_store import groups_of, read_rollouts, rollout_steps, rollouts_path, write_rollouts
 
 if TYPE_CHECKING:
@@ -46,6 +48,27 @@ if TYPE_CHECKING:
 
 CHAINS_TOGETHER = 256
 """Chains of one chunk, about: sampled together, stored in one file, sampled again after a crash."""
+
+
+class CriticRowsConfig(Config):
+    """Words in which a critic is asked about an answer, the same as of the source of feedback `model`."""
+
+    template: str | None = Field(
+        None,
+        description="What it is asked, with {prompt}, {answer} and {verdict}. None: the words in docs/self-refine.md.",
+    )
+    verdict: str | None = Field(
+        NO_CHANGE, min_length=1, description="Words that say that nothing is wrong. None: there are none."
+    )
+
+    def source(self) -> ModelFeedback.Config:
+        """Return the settings of the source of feedback that the critic becomes."""
+        return ModelFeedback.Config(model=ModelConfig(source="critic"), template=self.template, verdict=self.verdict)
+
+    @model_validator(mode="after")
+    def _fits(self) -> CriticRowsConfig:
+        self.source()
+        return self
 
 
 class CorrectionsConfig(DataStageConfig):
@@ -69,6 +92,11 @@ class CorrectionsConfig(DataStageConfig):
         ["feedback", "revision"],
         min_length=1,
         description="Turns that carry loss: the revision, the model's own feedback that led to it, and the first answer, which carries it only if it is right. SFT needs data.loss_on: assistant.",
+    )
+
+    critic: CriticRowsConfig | None = Field(
+        None,
+        description="Also write rows for a critic: data/critic.jsonl, prompts for RL with first answers of the chains; with own: true also data/critiques.jsonl, the feedback of the chains that are kept, for SFT. None: no such rows.",
     )
 
     @model_validator(mode="after")
@@ -111,7 +139,8 @@ class Corrections(DataStage):
         if missing := {c: part for c, part in chunks.items() if c not in finished}:
             self._sample(model, folder / "rollouts", missing, seed)
         chains = [chain for c in chunks for chain in self._read(rollouts_path(folder / "rollouts", c))]
-        rows, counts = self._select(chains, seed)
+        kept, counts = self._select(chains, seed)
+        rows = [row for _, _, row in kept]
         stats = self._statistics(chains, rows, counts)
         if not rows:
             why = ", ".join(f"{n:,} {reason}" for reason, n in counts.dropped.most_common())
@@ -120,8 +149,16 @@ class Corrections(DataStage):
                 f"raise n ({config.n}) or sampler.max_tokens, or start from a model that gets some problems right and "
                 "revises some answers; posttrain inspect RUN shows what was sampled"
             )
-        save_rows(folder, {"rows": rows}, stats)
+        tables = {"rows": rows}
         made = {"chains": len(chains), "rows kept": len(rows), **{f"rows: {k}": n for k, n in counts.kept.items()}}
+        if config.critic is not None:
+            tables["critic"] = self._critic_rows(chains)
+            made["rows for a critic"] = stats["critic"] = len(tables["critic"])
+            if config.environment.own:
+                source = config.critic.source()
+                tables["critiques"] = rows_of.critique_rows(kept, self.prompts, source)
+                made["critiques"] = stats["critiques"] = len(tables["critiques"])
+        save_rows(folder, tables, stats)
         made |= {f"dropped: {why}": n for why, n in stats["dropped"].items()}
         return {"made": made, "tokens": stats["tokens"]}
 
@@ -190,12 +227,12 @@ class Corrections(DataStage):
             for rollout in group.rollouts
         ]
 
-    def _select(self, chains: Sequence[AnswerChain], seed: int) -> tuple[list[dict[str, Any]], CorrectionCounts]:
-        """Return the rows, by problem, and the counts: every chain gives a row or is dropped for one reason."""
+    def _select(self, chains: Sequence[AnswerChain], seed: int) -> tuple[list[KeptChain], CorrectionCounts]:
+        """Return the chains that are kept, and the counts: every chain gives a row or is dropped for one reason."""
         import numpy as np
 
         config, counts = self.config, CorrectionCounts()
-        kept: list[tuple[AnswerChain, Outcome, dict[str, Any]]] = []
+        kept: list[KeptChain] = []
         seen, per_problem = set[tuple[Any, ...]](), Counter[tuple[int, str]]()
         for chain in chains:
             prompt = self.prompts[chain.problem]
@@ -217,7 +254,7 @@ class Corrections(DataStage):
             if why:
                 counts.drop(why, chain, prompt.source)
             else:
-                kept.append((chain, outcome, row))  # type: ignore[arg-type]
+                kept.append((chain, outcome, row))
         right = [i for i, (_, outcome, _) in enumerate(kept) if outcome == "kept right"]
         most = len(right)
         if config.kept_right is not None:
@@ -227,7 +264,28 @@ class Corrections(DataStage):
         for i in sorted(beyond):
             counts.drop(rows_of.BEYOND_BALANCE, kept[i][0], self.prompts[kept[i][0].problem].source)
         counts.kept.update(outcome for i, (_, outcome, _) in enumerate(kept) if i not in beyond)
-        return [row for i, (_, _, row) in enumerate(kept) if i not in beyond], counts
+        return [chosen for i, chosen in enumerate(kept) if i not in beyond], counts
+
+    def _critic_rows(self, chains: Sequence[AnswerChain]) -> list[dict[str, Any]]:
+        """Return rows for a critic: different first answers, at most `keep` right and `keep` wrong ones of a problem."""
+        config = self.config
+        assert config.critic is not None
+        source, rows = config.critic.source(), list[dict[str, Any]]()
+        seen, counts = set[tuple[int, str]](), Counter[tuple[int, bool]]()
+        for chain in chains:
+            if not chain.answers or not chain.rewards:
+                continue
+            written = chain.turns[0].text
+            key, right = (chain.problem, " ".join(written.split())), chain.rewards[0] >= config.threshold
+            full = config.keep is not None and counts[chain.problem, right] >= config.keep
+            if not written or key in seen or full:
+                continue
+            seen.add(key)
+            counts[chain.problem, right] += 1
+            prompt = self.prompts[chain.problem]
+            asked = source.request(str(prompt.problem["prompt"]), written)
+            rows.append(rows_of.critic_row(prompt, written, asked, chain.rewards[0], config.environment))
+        return rows
 
     def _statistics(
         self, chains: Sequence[AnswerChain], rows: Sequence[Any], counts: CorrectionCounts
