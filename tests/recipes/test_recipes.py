@@ -21,7 +21,9 @@ from posttrain.config import RLConfig
 from posttrain.core.errors import CheckpointError, DataError, RewardError
 from posttrain.core.files import read_lines
 from posttrain.eval.evaluation_tasks import SampleTask, ScoreTask
+from posttrain.eval.refine_evaluation import RefineEvaluation
 from posttrain.methods.data.ai_feedback import FeedbackConfig
+from posttrain.methods.data.corrections import CorrectionsConfig
 from posttrain.methods.data.critique_revision import RefineConfig
 from posttrain.methods.data.instructions import InstructionsConfig
 from posttrain.methods.data.rejection import RejectionConfig
@@ -83,8 +85,18 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
     for i, stage in enumerate(recipe.stages):
         if isinstance(stage, RLConfig | OnlineDPOConfig):
             given += [f"stages.{i}.{s}" for s in ("steps=2", "prompts_per_step=2", "group_size=2")]
-            few = "data.rows=[9000, 9008]" if stage.held_out.problems.kind == "rows" else "size=8"
-            given += [f"stages.{i}.{s}" for s in ("sampler.max_tokens=6", f"held_out.problems.{few}")]
+            if str(getattr(stage.problems, "data", None) and stage.problems.data.source).startswith("stage:"):
+                few, given = "data.rows=[0, 4]", [*given, f"stages.{i}.problems.data.rows=[4, 12]"]
+            else:
+                few = "data.rows=[9000, 9008]" if stage.held_out.problems.kind == "rows" else "size=8"
+            turns = isinstance(stage, RLConfig) and stage.environment is not None and stage.environment.kind == "refine"
+            given += [f"stages.{i}.sampler.max_tokens={60 if turns else 6}", f"stages.{i}.held_out.problems.{few}"]
+            given += [f"stages.{i}.environment.stop=[a, e, i, o, u, r, s, t]"] if turns else []
+            given += [
+                f"stages.{i}.rewards.{j}.source=tiny:llama"
+                for j, term in enumerate(stage.rewards.terms)
+                if term.kind == "corrected"
+            ]
             if isinstance(stage, RLConfig):
                 given += [f"stages.{i}.exploration.partial_rollouts=5"] if stage.exploration.partial_rollouts else []
                 given += (
@@ -97,6 +109,10 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
             given += [
                 f"stages.{i}.{s}" for s in ("threshold=-1", "problems.data.rows=[0, 20]", "sampler.max_tokens=99")
             ]
+            continue
+        if isinstance(stage, CorrectionsConfig):  # likewise: every answer counts as right, and is ended by a letter
+            small = ("threshold=-1", "kept_right=null", "problems.size=8", "sampler.max_tokens=90")
+            given += [f"stages.{i}.{s}" for s in (*small, "environment.stop=[a, e, i, o, u, r, s, t]")]
             continue
         if isinstance(stage, SelfInstructConfig):  # a random model writes no task: a server does
             server = f"{{model: teacher, base_url: '{teacher}'}}"
@@ -146,7 +162,7 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
             given += [f"evaluate.{i}.{s}" for s in ("problems.data.rows=[9100, 9106]", "sampler.max_tokens=6")]
             given += tiny_judge(f"evaluate.{i}.scorer.judge", chats) if task.scorer.kind == "judge" else []
             continue
-        if isinstance(task, SampleTask.Config):
+        if isinstance(task, SampleTask.Config | RefineEvaluation.Config):
             few = {"lab": "size=6", "rows": "data.rows=[0, 6]", "human_eval": "rows=[0, 2]"}[task.problems.kind]
             given += [f"evaluate.{i}.{s}" for s in ("n=2", "k=[]", "sampler.max_tokens=6", f"problems.{few}")]
             continue

@@ -201,6 +201,7 @@ def test_it_resumes_after_a_crash_and_accounts_for_every_chain(tmp_path: Path, m
     assert max(Counter((row["problem"], row["outcome"]) for row in rows).values()) <= 3
     assert all(1 <= len(stats["examples"][why]) <= min(3, n) for why, n in stats["dropped"].items())
     for row in rows:
+        assert all(m["content"].strip() for m in row["messages"])
         assert even(row["last"], {}) == 1 and row["rewards"][-1] == 1
         assert (even(row["first"], {}) == 1) == (row["outcome"] == "kept right")
     stored = read_rollouts(rollouts_path(tmp_path / "calm" / "rollouts", 1))

@@ -242,7 +242,9 @@ class Corrections(DataStage):
             if not why:
                 row = rows_of.correction_row(prompt, chain, outcome, last, config.environment, config.train_on)
                 key, place = (chain.problem, *chain.key(last)), (chain.problem, outcome)
-                if not rows_of.carries_loss(row):
+                if not all(turn.text for turn in chain.turns[: last + 1]):
+                    why = rows_of.EMPTY_TURN
+                elif not rows_of.carries_loss(row):
                     why = rows_of.NO_LOSS
                 elif key in seen:
                     why = rows_of.REPEATED
