@@ -10,15 +10,17 @@ import pytest
 from pydantic import ValidationError
 
 from posttrain.config import ModelConfig
-from posttrain.core.errors import PosttrainError
+from posttrain.core.errors import DataError, PosttrainError
 from posttrain.core.files import read_lines
 from posttrain.core.statistics import compare, mean_difference, summarize
 from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.eval import refine_tasks as refining
 from posttrain.eval import sampled_tasks
+from posttrain.eval.evaluation_tasks import make_evaluation
 from posttrain.eval.refine_evaluation import RefineEvaluation
 from posttrain.eval.tasks import evaluate_model
+from posttrain.models.tiny_model import tiny_tokenizer
 from posttrain.sampling.refine_turns import RefineTurn
 
 LAB = {"kind": "lab", "size": 7, "held_out": True}
@@ -283,6 +285,17 @@ def test_judges_and_sources_that_fail(tmp_path: Path) -> None:
     with pytest.raises(PosttrainError, match=r"(?s)feedback.*no connection"):
         evaluate_model(MODEL, [random_task()], tmp_path / "source", 0, {**GIVEN, "note": broken})
     assert not (tmp_path / "source" / "t.json").exists()
+
+
+def test_problems_must_be_turns_where_requests_are(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="problems are plain text.*kind lab: chat: true"):
+        evaluate_model(MODEL, [task()], tmp_path, 0)
+    evaluation = make_evaluation(task(problems={**LAB, "chat": True}))
+    tokenizer = tiny_tokenizer()
+    assert len(evaluation.read(tokenizer, 512).items) == 7
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        evaluation.read(tokenizer, 512)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from posttrain.lab import refine_lab
 from posttrain.lab.lab_settings import LabSettings
 from posttrain.lab.make_lab import make_lab
 from posttrain.models import loading as load
+from posttrain.sampling.feedback_source import open_feedback
+from posttrain.sampling.refine_environment import RefineEnvironment
 
 COUNT = 6000
 TALKS = [talks.talk_at(5, i) for i in range(COUNT)]
@@ -96,19 +98,34 @@ def test_answers_after_a_complaint_are_better_and_others_are_not() -> None:
     assert shares["complaint"] > 0.7 and shares["again"] < 0.35
 
 
-def test_tools_are_never_wrong() -> None:
-    seen = set()
+def test_tools_say_what_the_sources_of_feedback_say(tmp_path: Path) -> None:
+    """Whatever a tool says about an answer is what one of four says, and is never wrong."""
+    verifier = {"kind": "verifier", "reward": {"kind": "exact", "extract": "last_line"}}
+    loop = {"kind": "refine", "own": False, "feedback": ["calculator", verifier]}
+    config = RefineEnvironment.Config.model_validate(loop)
+    calculator, truth = (open_feedback(source) for source in config.feedback)
+    seen: Counter[str] = Counter()
     for talk in ABOUT_SUMS:
-        if len(talk) == 4 and talk[2]["content"].endswith(f"\n{talks.AGAIN}"):
-            said = talk[2]["content"].removesuffix(f"\n{talks.AGAIN}")
-            mistake = talks.first_mistake(lines(talk[1]["content"]))
-            if mistake is None:
-                assert said == talks.RIGHT
-            elif said != talks.WRONG:
-                a, b, c = lines(talk[1]["content"])[mistake.line]
-                assert said == f"{a}+{b}={c} is wrong: {a}+{b}={a + b}"
-            seen.add(said if said in (talks.RIGHT, talks.WRONG) else "line")
-    assert seen == {talks.RIGHT, talks.WRONG, "line"}
+        told = [i for i, t in enumerate(talk) if t["content"].endswith((f"\n{talks.AGAIN}", f"\n{talks.CHECK}"))]
+        for i in [i for i in told if talk[i]["role"] == "user"][:1]:
+            said = talk[i]["content"].rsplit("\n", 1)[0]
+            answer = lines(talk[1]["content"])
+            mistake = talks.first_mistake(answer)
+            row = {"answer": str(sum(line.number for line in answer) + answer[0].before), "source": "lab:0"}
+            words = {
+                "calculator": notes_text(calculator, talk[1]["content"], row),
+                "verifier": notes_text(truth, talk[1]["content"], row),
+                "critic": talks.check_text(answer, mistake),
+                "verdict": talks.RIGHT if mistake is None else talks.WRONG,
+            }
+            seen[next(name for name, text in words.items() if text == said)] += 1
+    assert seen.keys() >= {"calculator", "verifier", "critic"} and seen.total() > 1000
+    assert seen["calculator"] / seen.total() == pytest.approx(talks.TOOLS["calculator"], abs=0.04)
+
+
+def notes_text(source: Any, answer: str, row: dict[str, str]) -> str:
+    (note,) = source.notes([answer], [row])
+    return str(note.text)
 
 
 def test_a_talk_is_a_function_of_seed_and_index_and_of_no_held_out_sum() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import Field, model_validator
 
 from posttrain.config.environment import EnvironmentConfig
+from posttrain.core.errors import DataError
 from posttrain.eval.evaluation_tasks import (
     Chunk,
     EvaluationItems,
@@ -52,6 +53,29 @@ class RefineEvaluation(ProblemsEvaluation):
             return cast("RefineEnvironment.Config", self.environment)
 
     config: Config
+
+    def read(self, tokenizer: Any, context: int | None) -> Any:
+        """Read and render the problems, and check that a chain can follow them.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            context: The model's length in tokens; None: unknown.
+
+        Raises:
+            DataError: They can't be read; or requests are turns of a chat, and there is no chat template, or the
+                problems are plain text.
+        """
+        from posttrain.data.prompts import uses_chat_template
+        from posttrain.sampling.multi_turn import check
+
+        check(self.config.loop, tokenizer)
+        if self.config.loop.answers == "turn" and not uses_chat_template(self.config.problems, tokenizer):
+            raise DataError(
+                f"evaluation {self.config.name}: environment.answers is turn, and the problems are plain text, not a "
+                "turn of the chat template: expected problems through the template (kind lab: chat: true; kind rows: "
+                "data.chat: true), or environment.answers: inline"
+            )
+        return super().read(tokenizer, context)
 
     def chunks(self, run: EvaluationRun) -> Iterable[Chunk]:
         """Sample a chain and n single answers of each problem, and judge every answer."""

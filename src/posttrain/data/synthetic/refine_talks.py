@@ -24,8 +24,11 @@ RIGHT, WRONG = "right", "wrong"
 """Verdicts, the last line of a check."""
 OTHERS = 0.15
 """Share of the talks that are about the other small tasks; they have one answer."""
-FLOWS = {"answer": 0.15, "check": 0.55, "again": 0.15, "tool": 0.15}
-"""Shares of what follows the first answer of the others: nothing, a check, another answer, what a tool found."""
+FLOWS = {"answer": 0.15, "check": 0.45, "again": 0.12, "tool": 0.18, "tool_check": 0.1}
+"""Shares of what follows the first answer of the others: nothing, checks, another answer, what a tool found, before a
+request for another answer or for a check."""
+TOOLS = {"calculator": 0.4, "verifier": 0.25, "critic": 0.2, "verdict": 0.15}
+"""Whose words the tool has: those of the feedback sources calculator and verifier, of a check, of its verdict alone."""
 HARD = (8, 9)
 FORGETS_HARD, FORGETS = 0.75, 0.08
 """How often a carry is forgotten by a line that adds one of HARD, and by another."""
@@ -37,7 +40,7 @@ COMPLAINS = 0.06
 """How often a check complains about a line of a right answer."""
 FOLLOWS = 0.85
 """How often the answer after a complaint changes the line as the complaint says, and adds the rest carefully."""
-REPEATS = 0.55
+REPEATS = 0.7
 """How often the answer to AGAIN without a complaint is the same as before; else it is made anew."""
 MOST_ROUNDS = 2
 
@@ -78,9 +81,12 @@ def talk_at(seed: int, index: int) -> list[Message]:
     elif flow == "again":
         texts += [AGAIN, written_answer(_without_complaint(numbers, answer, rng))]
     elif flow == "tool":
-        said, complaint = tool_text(answer, rng)
-        after = _corrected(numbers, answer, complaint, rng)
-        texts += [f"{said}\n{AGAIN}", written_answer(after)]
+        texts += _told(numbers, answer, rng)
+    elif flow == "tool_check":
+        said, complaint = tool_text(answer, rng), first_mistake(answer)
+        texts += [f"{said}\n{CHECK}", check_text(answer, complaint)]
+        if complaint is not None:
+            texts += [AGAIN, written_answer(_corrected(numbers, answer, complaint, rng))]
     return _turns(texts)
 
 
@@ -126,13 +132,32 @@ def check_text(lines: Sequence[SumLine], complaint: Complaint | None) -> str:
     return f"{a}+{b}={complaint.result}, not {c}\n{WRONG}"
 
 
-def tool_text(lines: Sequence[SumLine], rng: random.Random) -> tuple[str, Complaint | None]:
-    """Return what a tool that is never wrong says about an answer, and the complaint in it."""
-    mistake = first_mistake(lines)
-    if mistake is None or rng.random() < 0.3:
-        return (RIGHT if mistake is None else WRONG), mistake
-    a, b, c = lines[mistake.line]
-    return f"{a}+{b}={c} is wrong: {a}+{b}={mistake.result}", mistake
+def tool_text(lines: Sequence[SumLine], rng: random.Random) -> str:
+    """Return what a tool that is never wrong says about an answer."""
+    tool = rng.choices(list(TOOLS), list(TOOLS.values()))[0]
+    right = first_mistake(lines) is None
+    if tool == "verdict":
+        return RIGHT if right else WRONG
+    if tool == "critic":
+        return check_text(lines, first_mistake(lines))
+    if tool == "verifier":
+        return f"The answer is {RIGHT if right else WRONG}."
+    if right:
+        return f"All {len(lines)} calculations in the answer are right."
+    return "\n".join(f"{a}+{b} = {c} is wrong: {a}+{b} = {a + b}." for a, b, c in lines if a + b != c)
+
+
+def _told(numbers: Sequence[int], answer: list[SumLine], rng: random.Random) -> list[str]:
+    """Return the texts after an answer that a tool looks at: what it says, another answer, again while it is wrong."""
+    texts: list[str] = []
+    for _ in range(MOST_ROUNDS):
+        mistake = first_mistake(answer)
+        said = tool_text(answer, rng)
+        answer = _corrected(numbers, answer, mistake, rng)
+        texts += [f"{said}\n{AGAIN}", written_answer(answer)]
+        if first_mistake(answer) is None:
+            break
+    return texts
 
 
 def _checked(numbers: Sequence[int], answer: list[SumLine], rng: random.Random) -> list[str]:
