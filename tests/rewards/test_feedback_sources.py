@@ -165,6 +165,8 @@ def test_reward_model_and_judge_in_words(tmp_path: Path) -> None:
     (one, two) = opened.notes(["5", ""], [{"prompt": "2+3="}] * 2)
     for judged in (one, two):
         assert judged is not None and judged.right is True and "A judge gives the answer " in judged.text
+    spent = opened.source.judge.asker.tokens  # type: ignore[attr-defined]
+    assert min(one.tokens, two.tokens) > 4 and one.tokens + two.tokens == spent["prompt"] + spent["completion"]
     assert opened.notes(["5"], [{"prompt": "2+3="}]) == [one]
     with pytest.raises(PosttrainError, match="q:9 has no 'prompt' for the judge"):
         opened.notes(["5"], [{"source": "q:9"}])

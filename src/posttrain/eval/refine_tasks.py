@@ -1,11 +1,11 @@
 """Evaluation of self-refine: chains of answers and feedback, against samples of single answers at equal tokens.
 
 Tokens of a problem are those of its prompt, counted once, and all that follows: what the model wrote, the requests of
-the environment, and what other models wrote as feedback. The k samples that refining is compared with cost the same
-tokens, on average over the problems; a k between two whole numbers stands for a draw of one of them, so that the mean
-of their values, weighted by nearness, costs the tokens exactly.
+the environment, and what other models read and wrote for feedback. The k samples that refining is compared with cost
+the same tokens, on average over the problems; a k between two whole numbers stands for a draw of one of them, so that
+the mean of their values, weighted by nearness, costs the tokens exactly.
 
-Source of the comparison: arXiv 2310.01798, section 3.3 (there at an equal number of responses).
+Source of the comparison: arXiv 2310.01798, section 4 (there of a debate, at an equal number of responses).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class RefineChain:
         rollout: All its tokens.
         turns: Its turns, in order.
         answers: The answers among them, judged.
-        external: Tokens that other models wrote as feedback on the first answer, the second, and so on.
+        external: Tokens that other models read and wrote for feedback on the first answer, the second, and so on.
         stopped: What ended it, as `stopped_by` returns it.
     """
 

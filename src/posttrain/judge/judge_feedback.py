@@ -70,10 +70,10 @@ class JudgeFeedback(FeedbackSource):
 
     def _note(self, score: Any) -> FeedbackNote:
         if score.expectation is None:
-            return FeedbackNote(f"A judge gave no score: {score.why}.")
+            return FeedbackNote(f"A judge gave no score: {score.why}.", None, score.tokens)
         scale = self.config.judge.scale
         best, worst = max(scale.values()), min(scale.values())
         text = f"A judge gives the answer {score.expectation:.1f} on a scale from {worst:g} to {best:g}."
         rationale = score.verdict.rationale.strip()
         good = None if self.config.good_at is None else score.expectation >= self.config.good_at
-        return FeedbackNote(f"{rationale}\n{text}" if rationale else text, good)
+        return FeedbackNote(f"{rationale}\n{text}" if rationale else text, good, score.tokens)

@@ -44,11 +44,12 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class AnswerScore:
-    """expectation: of the score; None where there is no verdict, and why says why."""
+    """expectation: of the score; None where there is no verdict, and why says why. tokens: read and written for it."""
 
     expectation: float | None
     verdict: Verdict | None = None
     why: str = ""
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ class Judge:
         verdicts = self._verdicts(questions, self.config.labels, on_done)
         out = []
         for i, pair in enumerate(pairs):
-            (one, why), (two, also) = verdicts[2 * i], verdicts[2 * i + 1]
+            (one, why, _), (two, also, _) = verdicts[2 * i], verdicts[2 * i + 1]
             if one is None or two is None:
                 out.append(JudgedPair(pair, None, why=why or also))
                 continue
@@ -176,13 +177,12 @@ class Judge:
             for prompt, answer, numbers in zip(prompts, answers, drawn, strict=True)
         ]
         out = []
-        for verdict, why in self._verdicts(questions, tuple(self.config.scale), on_done):
+        for verdict, why, tokens in self._verdicts(questions, tuple(self.config.scale), on_done):
             if verdict is None:
-                out.append(AnswerScore(None, None, why))
+                out.append(AnswerScore(None, None, why, tokens))
             else:
-                out.append(
-                    AnswerScore(sum(self.config.scale[s] * p for s, p in verdict.probabilities.items()), verdict)
-                )
+                mean = sum(self.config.scale[s] * p for s, p in verdict.probabilities.items())
+                out.append(AnswerScore(mean, verdict, "", tokens))
         return out
 
     def _by_score(self, pairs: Sequence[AnswerPair], on_done: OnQuestions | None) -> list[JudgedPair]:
@@ -217,14 +217,15 @@ class Judge:
 
     def _verdicts(
         self, questions: Sequence[str], labels: Sequence[str], on_done: OnQuestions | None
-    ) -> list[tuple[Verdict | None, str]]:
-        """(verdict, "") of each question, or (None, why not)."""
+    ) -> list[tuple[Verdict | None, str, int]]:
+        """(verdict, "", tokens) of each question, or (None, why not, tokens): all that were read and written for it."""
         config = self.config
         rationales: list[JudgeAnswer | None] = [None] * len(questions)
         if config.rationale:
             first = [JudgeRequest(messages(config, q, "")[:1], (), config.rationale) for q in questions]
             rationales = list(self.asker(first, _counter(on_done, len(first))))
         out: list[tuple[Verdict | None, str]] = [(None, "")] * len(questions)
+        tokens = [0 if r is None else r.prompt_tokens + r.completion_tokens for r in rationales]
         left = []
         asks: dict[int, JudgeRequest] = {}
         for i, q in enumerate(questions):
@@ -242,6 +243,7 @@ class Judge:
             answers = self.asker([replace(asks[i], attempt=attempt) for i in left], _counter(on_done, len(left)))
             unread = []
             for i, answer in zip(left, answers, strict=True):
+                tokens[i] += answer.prompt_tokens + answer.completion_tokens
                 explained = rationales[i]
                 verdict = _verdict(answer, labels, "" if explained is None else explained.text)
                 if answer.refused:
@@ -254,7 +256,7 @@ class Judge:
                 else:
                     out[i] = (verdict, "")
             left = unread
-        return out
+        return [(verdict, why, count) for (verdict, why), count in zip(out, tokens, strict=True)]
 
 
 @cache

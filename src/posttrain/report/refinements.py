@@ -155,7 +155,9 @@ def _facts(sides: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, dict[
     for name, title in (("written", "tokens that it wrote"), ("requests", "tokens of requests")):
         rows.append((title, name, {side: float(s["tokens"][name]) for side, s in sides.items()}))
     external = {side: float(s["tokens"]["external"]) for side, s in sides.items()}
-    return [*rows, *([("tokens that other models wrote", "external", external)] if any(external.values()) else [])]
+    if any(external.values()):
+        rows.append(("tokens of other models, read and written", "external", external))
+    return rows
 
 
 def _points(change: Mapping[str, Any]) -> str:

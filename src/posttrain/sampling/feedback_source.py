@@ -32,7 +32,7 @@ class FeedbackNote:
     Attributes:
         text: The feedback in words, as the model reads it.
         right: True if nothing is wrong as far as the source knows, False if something is. None: it does not know.
-        tokens: Number of tokens that another model wrote for it.
+        tokens: Number of tokens that another model read and wrote for it.
     """
 
     text: str
