@@ -57,7 +57,7 @@ def test_feedback_from_outside() -> None:
     talk = chat(feedback=["calculator"])
     talk.turns = ["2+3=6", "2+3=5"]
     shown = "".join(talk.ask("2+3="))
-    assert shown == "2+3=6\n\n-- checked --\n2+3 = 6 is wrong: 2+3 = 5.\n\n-- revision 1 --\n2+3=5"
+    assert shown == "2+3=6\n\n-- checked --\n2+3=6 is wrong: 2+3=5\n\n-- revision 1 --\n2+3=5"
     talk.turns = ["2+3=5"]
     right = "2+3=5\n\n-- checked: nothing is wrong --\nThe calculation in the answer is right."
     assert "".join(talk.ask("2+3=")) == right

@@ -33,9 +33,11 @@ def test_calculator() -> None:
     )
     assert note("calculator", "- 7 + 4 = 11") == FeedbackNote("The calculation in the answer is right.", True)
     wrong = note("calculator", "17 * 3 = 41\n41 + 1 = 42\nagain: 17 * 3 = 41\n10/3 = 3.3 and 10/4 = 2.4")
-    assert wrong == FeedbackNote("17 * 3 = 41 is wrong: 17 * 3 = 51.\n10/4 = 2.4 is wrong: 10/4 = 2.5.", False)
-    many = note({"kind": "calculator", "most": 1}, "1+1=3\n2+2=5\n3+3=7")
-    assert many == FeedbackNote("1+1 = 3 is wrong: 1+1 = 2.\n2 more calculations are wrong.", False)
+    assert wrong == FeedbackNote("17 * 3 = 41 is wrong: 17 * 3 = 51\n10/4=2.4 is wrong: 10/4=2.5", False)
+    many = note({"kind": "calculator", "most": 2}, "1+1=3\n2+2=5\n3+3=7\n4+4=7")
+    assert many == FeedbackNote("1+1=3 is wrong: 1+1=2\n2+2=5 is wrong: 2+2=4\n2 more calculations are wrong.", False)
+    first = note({"kind": "calculator", "most": 1}, "1+1=3\n2+2=5\n3+3=7")
+    assert first == FeedbackNote("1+1=3 is wrong: 1+1=2", False)
     assert note("calculator", "The answer is 7, x = 5") is None
     assert note("calculator", "9**9**9 = 1 and 1/0 = 0") is None  # what can't be computed is not judged
 
@@ -48,9 +50,17 @@ def test_interpreter() -> None:
     failed = note("interpreter", "```python\nprint(1)\ndef f(x):\n    return x / 0\nf(3)\n```")
     assert failed is not None and failed.right is False
     assert failed.text.startswith("The program failed:\n```\nTraceback") and "line 3, in f" in failed.text
+    assert "inside.py" not in failed.text  # the sandbox's own frames are no part of the program
     assert failed.text.endswith("ZeroDivisionError: division by zero\n```\nBefore that it printed:\n```\n1\n```")
     syntax = note("interpreter", "```python\nprint(1\n```")
     assert syntax is not None and syntax.right is False and "SyntaxError" in syntax.text
+    head = 'from math import sqrt\n\n\ndef root(x):\n    """Return the root."""\n'
+    opened = source({"kind": "interpreter", "prefix": "head"})
+    for code in (
+        "```python\ndef root(x):\n    return sqrt(x)\nprint(root(4))\n```",
+        "```\n    return sqrt(x)\nprint(root(4))\n```",
+    ):
+        assert opened.notes([code], [{"head": head}]) == [FeedbackNote("The program printed:\n```\n2.0\n```")]
     none = FeedbackNote("The answer has no program.", False)
     assert note("interpreter", "I think that it is 5.") == none and note("interpreter", "") == none
 

@@ -142,7 +142,10 @@ def test_feedback_from_outside_and_satisfied_sources() -> None:
     assert "The result:\n5 is right\nseen {answer}\n\n" in told(r, config)[1][1]
     silent = settings(own=False, feedback=[{"kind": "function", "function": "silent"}])
     (r,), _ = run(silent, ["5" + END, "5" + END], given=given)
-    assert told(r, silent)[1][1].endswith("(nothing to report)\n\n" + CHAT["text"].alone)
+    assert told(r, silent)[1][1] == CHAT["text"].alone
+    silent = settings(own=False, feedback=[{"kind": "function", "function": "silent"}], revision="{feedback}!")
+    (r,), _ = run(silent, ["5" + END, "5" + END], given=given)
+    assert told(r, silent)[1][1] == "(nothing to report)!"
 
 
 def test_inline_for_models_without_a_chat_template() -> None:

@@ -6,6 +6,7 @@ Calculator and interpreter as critics: CRITIC, arXiv 2305.11738; the traceback i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -18,11 +19,14 @@ from posttrain.config.sandbox import SandboxConfig
 from posttrain.core.arithmetic import written
 from posttrain.rewards.code_blocks import CodeBlock
 from posttrain.rewards.programs import NO_PROGRAM, program_in
-from posttrain.rewards.step_rewards import equations_in
+from posttrain.rewards.step_rewards import Equation, equations_in
 from posttrain.sampling.feedback_source import FeedbackFunctions, FeedbackNote, FeedbackSource
+from posttrain.sandbox.program_tests import after_head
 
 AT_ONCE = 4
 """Programs that run at the same time."""
+_RUNNER = re.compile(r'^  File "/inside\.py".*\n(?:    .*\n)*', re.MULTILINE)
+"""Frames of the file that runs the program."""
 WHY_ENDED = {
     "timeout": "it ran longer than {seconds:g} seconds",
     "memory": "it took more than {memory_mb} MB of memory",
@@ -39,7 +43,9 @@ class CalculatorFeedback(FeedbackSource):
         """Checks every calculation that the answer writes down (17 * 3 = 41), in exact arithmetic."""
 
         kind: Literal["calculator"] = "calculator"
-        most: int = Field(5, ge=1, description="Wrong calculations that are named; the others are counted.")
+        most: int = Field(
+            5, ge=1, description="Wrong calculations that are named; others are counted. 1: only the first."
+        )
 
     config: Config
 
@@ -53,10 +59,17 @@ class CalculatorFeedback(FeedbackSource):
             count = len(found)
             text = "The calculation in the answer is" if count == 1 else f"All {count} calculations in the answer are"
             return FeedbackNote(f"{text} right.", True)
-        lines = [f"{e.left} = {e.right} is wrong: {e.left} = {written(e.exact)}." for e in wrong[: self.config.most]]
-        more = len(wrong) - len(lines)
+        lines = [_correction(e) for e in wrong[: self.config.most]]
+        more = len(wrong) - len(lines) if self.config.most > 1 else 0
         lines += [f"{more} more calculation{'s are' if more > 1 else ' is'} wrong."] if more else []
         return FeedbackNote("\n".join(lines), False)
+
+
+def _correction(equation: Equation) -> str:
+    """Return what is wrong and what is right, with spaces as the answer has them."""
+    equals = " = " if " " in equation.left else "="
+    said, right = (f"{equation.left}{equals}{side}" for side in (equation.right, written(equation.exact)))
+    return f"{said} is wrong: {right}"
 
 
 class InterpreterFeedback(FeedbackSource):
@@ -66,6 +79,9 @@ class InterpreterFeedback(FeedbackSource):
         """Runs the answer's program in the sandbox; the feedback is its output or its traceback."""
 
         kind: Literal["interpreter"] = "interpreter"
+        prefix: str | None = Field(
+            None, description="Column with source that goes before the program (imports and a function's head)."
+        )
         limits: SandboxConfig = Field(default_factory=SandboxConfig, description="What a program may use.")
         most_characters: int = Field(
             600,
@@ -84,9 +100,10 @@ class InterpreterFeedback(FeedbackSource):
         code = program_in(answer)
         if code is None or ("```" not in answer and "~~~" not in answer and not CodeBlock(code, "").is_code):
             return FeedbackNote(f"{NO_PROGRAM.capitalize()}.", False)
-        limits = self.config.limits
-        done = sandbox.run_program(code, limits=limits)
-        output, errors = (middle_cut(t.strip("\n"), self.config.most_characters) for t in (done.stdout, done.stderr))
+        limits, most = self.config.limits, self.config.most_characters
+        head = str(example.get(self.config.prefix) or "") if self.config.prefix else ""
+        done = sandbox.run_program(program_after(head, code), limits=limits)
+        output, errors = middle_cut(done.stdout.strip("\n"), most), middle_cut(without_runner(done.stderr), most)
         if done.status == "ok":
             text = (
                 f"The program printed:\n{fenced(output)}" if output.strip() else "The program ran and printed nothing."
@@ -102,6 +119,21 @@ class InterpreterFeedback(FeedbackSource):
         """Run the programs of several answers, some at the same time."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(self, answers, examples))
+
+
+def program_after(head: str, code: str) -> str:
+    """Return a program after its head; a head that ends in a function without a body goes before its body alone."""
+    if not head or head.strip() in code:
+        return code
+    defined = re.findall(r"^(?:async )?def (\w+)", head, re.MULTILINE)
+    if defined and re.search(rf"^(?:async )?def {defined[-1]}\b", code, re.MULTILINE):
+        head = head[: [m.start() for m in re.finditer(r"^(?:@|(?:async )?def )", head, re.MULTILINE)][-1]]
+    return after_head(head, code)
+
+
+def without_runner(errors: str) -> str:
+    """Return a traceback without the lines of the sandbox's own file."""
+    return _RUNNER.sub("", errors).strip("\n")
 
 
 def middle_cut(text: str, most: int) -> str:

@@ -235,9 +235,9 @@ class RefineEnvironment:
         if config.satisfied and notes and all(note.right for note in notes):
             state.stopped = "sources"
             return None, True
-        report = quoted(note.text for note in notes) if self.sources else []
+        report = quoted(note.text for note in notes)
         values = self._values(state) | {"feedback": report}
-        head = fill_template(words.report, values) if self.sources else []
+        head = fill_template(words.report, values) if notes else []
         if config.own:
             state.writes_feedback = True
             if config.critique is not None:
