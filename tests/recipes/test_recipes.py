@@ -163,7 +163,8 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
             given += tiny_judge(f"evaluate.{i}.scorer.judge", chats) if task.scorer.kind == "judge" else []
             continue
         if isinstance(task, SampleTask.Config | RefineEvaluation.Config):
-            few = {"lab": "size=6", "rows": "data.rows=[0, 6]", "human_eval": "rows=[0, 2]"}[task.problems.kind]
+            few = "data.rows=[0, 6]" if task.problems.kind == "rows" else "size=6"
+            few = "rows=[0, 2]" if task.problems.kind == "human_eval" else few
             given += [f"evaluate.{i}.{s}" for s in ("n=2", "k=[]", "sampler.max_tokens=6", f"problems.{few}")]
             continue
         packaged = str(task.data.source).startswith("packaged:")
