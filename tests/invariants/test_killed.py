@@ -96,6 +96,20 @@ TURNS = """
 """
 
 
+REFINING = """
+    environment:
+      kind: refine
+      answers: inline
+      stop: [e, a, "1"]
+      feedback: ["tests.invariants.test_killed:counted", {kind: model, source: "tiny:qwen2", sampler: {max_tokens: 5}}]
+"""
+
+
+def counted(answer: str, example: dict[str, Any]) -> str:
+    """Say how long an answer is."""
+    return f"{len(answer)} characters"
+
+
 class Counting:
     """Answers with how often it was asked."""
 
@@ -189,7 +203,7 @@ def test_killed_five_times_ends_bit_identical(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["grpo", "grpo, in turns", "grpo, exploring"])
+@pytest.mark.parametrize("method", ["grpo", "grpo, in turns", "grpo, refining", "grpo, exploring"])
 def test_reinforcement_learning_killed_five_times_ends_bit_identical(tmp_path: Path, method: str) -> None:
     """The same with rollouts, rewards from other processes and a reference: 24 steps and the one before,
     their rollouts and four held-out ones, of which the first and the last are evaluations too."""
@@ -198,7 +212,7 @@ def test_reinforcement_learning_killed_five_times_ends_bit_identical(tmp_path: P
     rng = random.Random(time.time_ns())
     targets = [0, *sorted(rng.sample(range(2, 23), 4))]
     name, _, more = method.partition(", ")
-    text = RL.replace("METHOD", name) + {"": "", "in turns": TURNS, "exploring": EXPLORING}[more]
+    text = RL.replace("METHOD", name) + {"": "", "in turns": TURNS, "refining": REFINING, "exploring": EXPLORING}[more]
     if more == "exploring":
         text = text.replace("kl: {coefficient: 0.05}", "kl: {coefficient: 0.05, target: 0.01}")
     check_killed(tmp_path, text, targets, rng, (25, 24 + 4 + 2))

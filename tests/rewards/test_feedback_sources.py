@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import TypeAdapter, ValidationError
+from transformers import LlamaForSequenceClassification
 
 from posttrain.config.feedback_sources import AnyFeedbackConfig
 from posttrain.core.errors import DataError, PosttrainError
+from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 from posttrain.rewards.checking_feedback import fenced, middle_cut
 from posttrain.sampling.feedback_source import FeedbackNote, OpenedFeedback, open_feedback
 
@@ -167,6 +170,15 @@ def test_reward_model_and_judge_in_words(tmp_path: Path) -> None:
     scored = source({"kind": "reward_model", "source": "tiny:reward", "good_at": 0.5})
     words = scored.source.words  # type: ignore[attr-defined]
     text = "A reward model gives the answer a score of 0.49. Good answers get 0.5 or more."
+    folder = tmp_path / "rm"
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(tiny_model("llama", num_labels=1).config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    real = source({"kind": "reward_model", "source": str(folder), "prompt": "prompt"})
+    (of_one, of_other) = real.notes(["5", "6 or 7"], [{"prompt": "2+3="}] * 2)
+    assert of_one is not None and of_other is not None and of_one.right is None and of_one.text != of_other.text
+    assert of_one.text.startswith("A reward model gives the answer a score of ")
+    real.close()
     assert words(0.49, "") == FeedbackNote(text, False) and words(0.5, "").right is True
     with pytest.raises(ValidationError, match="where the score goes"):
         source({"kind": "reward_model", "source": "x", "text": "good"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from posttrain.config import SamplingConfig
+from posttrain.config.base import Config as Settings
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.core.errors import PosttrainError, RewardError
 from posttrain.core.types import Rollout
@@ -245,6 +247,10 @@ def test_batches_are_the_same_as_one_by_one() -> None:
         ("No change needed, but for the sign", False),
         ("Not no change needed", False),
         ("There is always no change needed.", True),
+        ('Verdict:"No change needed."', True),
+        ("(No change needed.) Thanks", True),
+        ("There's casino change needed.", False),
+        ("No change needed? Yes", False),
         ("", False),
     ],
 )
@@ -254,8 +260,10 @@ def test_verdicts(feedback: str, ends: bool) -> None:
 
 def test_short_verdicts_are_words() -> None:
     assert gives_verdict("It is correct.", "correct") and gives_verdict("correct", "Correct")
-    for wrong in ("It is incorrect.", "It is not correct.", "It isn't correct", "correct it"):
+    for wrong in ("It is incorrect.", "It is not correct.", "It isn't *correct*", "correct it", "un-correct"):
         assert not gives_verdict(wrong, "correct")
+    assert gives_verdict("这个答案没有错误。", "没有错误。") and not gives_verdict("没有错误的地方", "没有错误")
+    assert not gives_verdict("a" * 200_000 + " correct it", "correct")  # takes no time that grows with the square
 
 
 @pytest.mark.parametrize(
@@ -320,4 +328,53 @@ def test_a_real_model() -> None:
             ]
         )
         full += len(kinds) == 9 and r.finish == "stop"
+        # The transcript, word for word: what the model wrote, and around each request what the template writes.
+        turns = refine_turns(r, TOKENIZER, config)
+        for before, turn in pairwise(turns):
+            if turn.kind == "request":
+                ended = r.tokens[before.last - 1] == TOKENIZER.convert_tokens_to_ids(END)
+                expected = f"{'' if ended else END}{OPEN}{turn.text}{CLOSE}"
+                assert TOKENIZER.decode(list(r.tokens[turn.first : turn.last])) == expected
     assert full > 0
+
+
+def length(answer: str, example: Mapping[str, Any], *, unit: str = "characters", most: int = 3) -> FeedbackNote:
+    return FeedbackNote(f"{len(answer)} {unit}", len(answer) <= most)
+
+
+class Counter:
+    """A class with settings of its own."""
+
+    class Config(Settings):
+        word: str
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.closed = False
+
+    def __call__(self, answer: str, example: Mapping[str, Any]) -> str | None:
+        return f"{answer.count(self.config.word)} times" if self.config.word in answer else None
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_sources_from_outside_have_checked_settings() -> None:
+    here = "tests.sampling.test_refine_environment"
+    config = settings(
+        own=False, feedback=[{"kind": f"{here}:length", "most": 1}, {"kind": f"{here}:Counter", "word": "a"}]
+    )
+    made = environment(config)
+    assert made.step(made.start({}), "banana") == (
+        "Your last answer was checked. The result:\n6 characters\n3 times\n\n" + CHAT["text"].revision,
+        False,
+    )
+    assert made.step(made.start({}), "b") == (None, True)
+    made.close()  # type: ignore[attr-defined]
+    assert made.sources[1].source.closed  # type: ignore[attr-defined]
+    assert config.model_dump()["feedback"][0] == {"kind": f"{here}:length", "name": "", "unit": "characters", "most": 1}
+    assert settings(**config.model_dump(exclude={"kind"})) == config
+    with pytest.raises(ValidationError, match="mots"):
+        settings(own=False, feedback=[{"kind": f"{here}:length", "mots": 1}])
+    with pytest.raises(ValidationError, match="word"):
+        settings(own=False, feedback=[f"{here}:Counter"])

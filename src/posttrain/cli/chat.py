@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Annotated, Any
 
 import typer
@@ -49,9 +50,10 @@ def chat_command(
         raise RecipeError(f"--{' and --'.join(given)} would do nothing: add --refine")
     else:
         chat = Chat.open(config, **settings)
-    if prompt is not None:
-        for piece in chat.ask(prompt):
-            typer.echo(visible(piece), nl=False)
-        typer.echo()
-    else:
-        chat.loop()
+    with closing(chat):
+        if prompt is not None:
+            for piece in chat.ask(prompt):
+                typer.echo(visible(piece), nl=False)
+            typer.echo()
+        else:
+            chat.loop()

@@ -41,6 +41,9 @@ class Chat:
             base.set_attn_implementation("sdpa")
         return cls(model.eval(), tokenizer, **settings)
 
+    def close(self) -> None:
+        """Release what was opened besides the model."""
+
     def prompt_ids(self, further: Sequence[Message] = ()) -> list[int]:
         """Return the conversation so far as token ids, up to where the answer begins.
 

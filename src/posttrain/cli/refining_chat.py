@@ -72,6 +72,10 @@ class RefiningChat(Chat):
         self.config = refine_settings(self.options, self.tokenizer.chat_template is not None)
         self.environment = RefineEnvironment(self.config)
 
+    def close(self) -> None:
+        """Release what the sources of feedback have opened."""
+        self.environment.close()
+
     def ask(self, text: str) -> Iterator[str]:
         """Send `text`; yield the first answer, feedback and revisions in pieces, with headings between them.
 

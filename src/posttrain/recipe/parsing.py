@@ -198,7 +198,7 @@ def _resolve_paths(value: Any, folder: Path) -> None:
             _resolve_paths(item, folder)
     elif isinstance(value, dict):
         for name, inner in value.items():
-            if name in ("source", "chat_template", "tasks"):
+            if name in ("source", "chat_template", "tasks", "documents"):
                 value[name] = [moved(i) for i in inner] if isinstance(inner, list) else moved(inner)
             _resolve_paths(value[name], folder)
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from posttrain.data.text_similarity import UNSPACED
+
 RefineTask = Literal["math", "code", "question", "text"]
 FIELDS = ("feedback", "answer", "prompt", "verdict")
 """Fields that a template may have."""
@@ -17,6 +19,11 @@ NOTHING_FOUND = "(nothing to report)"
 NO_CHANGE = "No change needed."
 """Words of feedback that ask for no change."""
 _NEGATION = re.compile(r"not|never|hardly|cannot|\w+n['’]t", re.IGNORECASE)
+_ENDS = ".!。！"
+"""End a sentence."""
+_CLOSING, _OPENING = "\\s*\"'”’)\\]", " *\"'“‘(["
+"""May stand between a verdict and the end of its line, or before it."""
+_INSIDE_WORDS = tuple("_-'’")
 
 Pieces = list[tuple[str, bool]]
 """Texts in order, each with True if it quotes a source of feedback, and may be cut."""
@@ -169,12 +176,14 @@ def gives_verdict(feedback: str, verdict: str) -> bool:
     Case, spaces and a full stop don't count. The words must not be a part of others ("correct" in "incorrect"), and not
     follow a negation ("not correct"); "no change needed, but ..." is no verdict either.
     """
-    wanted = " ".join(verdict.split()).rstrip(".!")
-    pattern = re.compile(
-        rf"(?P<before>\S*\s|^)(?:[*\"'“‘(]*){re.escape(wanted)}(?=[\s.!*\"'”’)]*$|[.!])", re.IGNORECASE
-    )
+    wanted = " ".join(verdict.split()).rstrip(_ENDS)
+    found = re.compile(rf"{re.escape(wanted)}(?=[{_ENDS}]|[{_CLOSING}]*$)", re.IGNORECASE)
+    joined = re.match(f"[{UNSPACED}]", wanted)  # words of such a script have no spaces between them
     for line in feedback.splitlines():
-        for match in pattern.finditer(" ".join(line.split())):
-            if not _NEGATION.fullmatch(match["before"].strip()):
-                return True
+        text = " ".join(line.split())
+        for match in found.finditer(text):
+            before = text[: match.start()]
+            if joined or not (before[-1:].isalnum() or before[-1:] in _INSIDE_WORDS):
+                if not _NEGATION.fullmatch(before.rstrip(_OPENING).rpartition(" ")[2]):
+                    return True
     return False

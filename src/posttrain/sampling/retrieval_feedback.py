@@ -31,13 +31,15 @@ class RetrievalFeedback(FeedbackSource):
 
         def named_files(self) -> list[Path]:
             """Return the files that are read."""
-            return [p for p in document_files(self.documents) if p.is_file()]
+            made = self.documents.startswith("stage:")
+            return [] if made else [p for p in document_files(self.documents) if p.is_file()]
 
     config: Config
 
     def open(self, functions: FeedbackFunctions) -> None:
-        """Read the documents. Raises DataError if they can't be read."""
-        self.index = PassageIndex(read_passages(self.config.documents, self.config.column))
+        """Read the documents, unless a stage has yet to make them. Raises DataError if they can't be read."""
+        if not self.config.documents.startswith("stage:"):
+            self.index = PassageIndex(read_passages(self.config.documents, self.config.column))
 
     def __call__(self, answer: str, example: Mapping[str, Any]) -> FeedbackNote | None:
         """Return the passages, or None if none has a word of the answer."""
