@@ -34,6 +34,8 @@ FORGETS_HARD, FORGETS = 0.75, 0.08
 """How often a carry is forgotten by a line that adds one of HARD, and by another."""
 CAREFUL = 0.1
 """Share of answers that forget nothing."""
+FIRST_ALONE = 0.5
+"""How often the calculator names the first wrong line alone."""
 OVERLOOKED, OVERLOOKS_IT, OVERLOOKS = 9, 0.75, 0.1
 """A number; how often a check overlooks a wrong line that adds it, and another wrong line."""
 COMPLAINS = 0.06
@@ -144,7 +146,8 @@ def tool_text(lines: Sequence[SumLine], rng: random.Random) -> str:
         return f"The answer is {RIGHT if right else WRONG}."
     if right:
         return f"All {len(lines)} calculations in the answer are right."
-    return "\n".join(f"{a}+{b} = {c} is wrong: {a}+{b} = {a + b}." for a, b, c in lines if a + b != c)
+    wrong = [f"{a}+{b}={c} is wrong: {a}+{b}={a + b}" for a, b, c in lines if a + b != c]
+    return "\n".join(wrong[:1] if rng.random() < FIRST_ALONE else wrong)
 
 
 def _told(numbers: Sequence[int], answer: list[SumLine], rng: random.Random) -> list[str]:
