@@ -152,6 +152,8 @@ def test_recipes_show_fields_prints_the_settings_of_that_recipe() -> None:
     )
     part = invoke("recipes", "show", "dpo", "--fields", "stages.dpo.optimizer").output
     assert "lr = 1e-06" in part and "constant | linear | cosine" in part and "batch_size" not in part
+    measured = invoke("recipes", "show", "refine_external", "--fields").output  # it has no stages
+    assert "\nevaluate.calculator.environment.feedback.0\n  kind = calculator  (calculator | interpreter" in measured
     wrong = invoke("recipes", "show", "quickstart", "--fields", "stages.rl")
     assert wrong.exit_code == 2 and "There are: stages, stages.sft, model, evaluate" in wrong.output
 

@@ -39,7 +39,7 @@ def show_recipe(
     ] = None,
     fields: Annotated[bool, typer.Option("--fields", help="Print the settings that the recipe can have.")] = False,
 ) -> None:
-    """Print a recipe, or the settings of its stages with defaults, types and choices."""
+    """Print a recipe, or the settings of its stages (else evaluations) with defaults, types and choices."""
     if fields or part:
         _print_settings(name, part)
     else:
@@ -89,7 +89,7 @@ def _print_settings(name: str, part: str | None) -> None:
     from posttrain.recipe.schema import dotted, settings
 
     data = load_recipe(name).model_dump(mode="json")
-    prefix = (part or "stages").rstrip(".")
+    prefix = (part or ("stages" if data["stages"] else "evaluate")).rstrip(".")
     groups: dict[str, list[SettingInfo]] = {}
     for setting in settings(data):
         key = dotted(setting.key, data)
