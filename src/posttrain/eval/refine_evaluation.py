@@ -45,6 +45,12 @@ class RefineEvaluation(ProblemsEvaluation):
                 )
             if self.sampler.min_tokens:
                 raise ValueError("sampler.min_tokens would hold in every turn anew: leave it out")
+            for name in ("stop", "stop_tokens"):
+                if getattr(self.sampler, name):
+                    raise ValueError(
+                        f"sampler.{name} would end a whole chain at its first turn: environment.stop has strings at "
+                        "which a turn ends, and single answers as well"
+                    )
             return self
 
         @property

@@ -138,7 +138,7 @@ class RefineSampling:
             track: Shows the progress.
         """
         task, count = self.task, track.counter("sampling", len(prompts) * (self.task.n + 1), 16)
-        single = task.sampler.model_copy(update={"stop": [*task.sampler.stop, *task.loop.stop_strings]})
+        single = task.sampler.model_copy(update={"stop": task.loop.stop_strings})
         requests = [Request(q.tokens, task.n, int(seeds[i]), q.problem) for i, q in prompts.items()]
         sampled = self.single.sample(requests, single, count)
         chains, states = self._chains(prompts, count)
