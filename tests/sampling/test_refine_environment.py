@@ -127,6 +127,10 @@ def test_feedback_from_outside_and_satisfied_sources() -> None:
     assert len(told(never, config)) == 5 and told(first, config) == [("answer", "5")]
     ends = [ending(r, config) for r in (corrected, never, first)]
     assert ends == ["sources", "rounds", "sources"]
+    wordless = settings(own=False, feedback=[{"kind": "function", "function": "wordless"}])
+    given = {"wordless": lambda a, e: FeedbackNote("", a == "5")}
+    (r,), _ = run(wordless, ["6" + END, "5" + END], given=given)
+    assert "The result:\n(nothing to report)\n\n" in told(r, wordless)[1][1]
     # With own feedback, what the sources say is in the request for it.
     both = settings(feedback=[source], revision="{answer} of {prompt}? {feedback}!")
     (r,), _ = run(both, ["6" + END, "it is {5}" + END, "5" + END], given={"checked": checked})
@@ -251,6 +255,9 @@ def test_batches_are_the_same_as_one_by_one() -> None:
         ("(No change needed.) Thanks", True),
         ("There's casino change needed.", False),
         ("No change needed? Yes", False),
+        ("<think>No change needed.</think>Line 2 is wrong", False),
+        ("<think>Is it wrong?</think>\nNo change needed.", True),
+        ("<think>No change needed.", False),
         ("", False),
     ],
 )

@@ -162,9 +162,9 @@ def _filled(template: str, values: Mapping[str, str | Sequence[tuple[str, bool]]
 
 
 def quoted(texts: Iterable[str]) -> Pieces:
-    """Return what sources said as pieces, each on lines of its own."""
+    """Return what sources said as pieces, each on separate lines; blank texts are left out."""
     out: Pieces = []
-    for text in texts:
+    for text in filter(str.strip, texts):
         out += [("\n", False)] if out else []
         out.append((text.strip(), True))
     return out or [(NOTHING_FOUND, False)]
@@ -174,8 +174,12 @@ def gives_verdict(feedback: str, verdict: str) -> bool:
     """Return True if feedback has the words of a verdict, which end a line or a sentence of it.
 
     Case, spaces and a full stop don't count. The words must not be a part of others ("correct" in "incorrect"), and not
-    follow a negation ("not correct"); "no change needed, but ..." is no verdict either.
+    follow a negation ("not correct"); "no change needed, but ..." is no verdict either. What a model thinks before its
+    feedback (<think>…</think>) does not count.
     """
+    feedback = feedback.rpartition("</think>")[2]
+    if "<think>" in feedback:
+        return False
     wanted = " ".join(verdict.split()).rstrip(_ENDS)
     found = re.compile(rf"{re.escape(wanted)}(?=[{_ENDS}]|[{_CLOSING}]*$)", re.IGNORECASE)
     joined = re.match(f"[{UNSPACED}]", wanted)  # words of such a script have no spaces between them
