@@ -113,6 +113,8 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
         if isinstance(stage, CorrectionsConfig):  # likewise: every answer counts as right, and is ended by a letter
             small = ("threshold=-1", "kept_right=null", "problems.size=8", "sampler.max_tokens=90")
             given += [f"stages.{i}.{s}" for s in (*small, "environment.stop=[a, e, i, o, u, r, s, t]")]
+            if stage.environment.feedback:  # it computes nothing that a calculator could check
+                given += [f"stages.{i}.environment.feedback=[{{kind: verifier, reward: {{kind: exact}}}}]"]
             continue
         if isinstance(stage, SelfInstructConfig):  # a random model writes no task: a server does
             server = f"{{model: teacher, base_url: '{teacher}'}}"
@@ -154,6 +156,7 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
             given += [f"stages.{i}.{'data.rows=[0, 40]' if packaged else rows}"]
             continue
         own = str(stage.data.source).startswith(("packaged:", "lab:", "stage:"))
+        given += [f"stages.{i}.data.rows=null"] if own and "/data/" in str(stage.data.source) else []  # a few rows
         given += [] if own else [f"stages.{i}.data.source={chats}"]
     for i, task in enumerate(recipe.evaluate):
         if str(getattr(getattr(task, "data", None), "source", "")).startswith("stage:"):

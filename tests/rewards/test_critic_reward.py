@@ -129,3 +129,34 @@ def test_rows_for_a_critic_are_asked_in_the_words_of_the_source_of_feedback(tmp_
         key = made["question_source"], made["reward"] >= 1
         counts[key] = counts.get(key, 0) + 1
     assert max(counts.values()) <= 2 and {right for _, right in counts} == {True, False}
+
+
+def test_what_sources_say_teaches_a_critic(tmp_path: Path) -> None:
+    """A function that finds fault with odd lengths: its words about each answer, or the verdict where it has none."""
+    from posttrain.runs.registry import prepare_stage
+    from posttrain.sampling.feedback_source import FeedbackNote
+    from posttrain.trainer.stage import StageContext
+    from tests.methods.data.test_corrections import MODEL, even
+    from tests.methods.data.test_corrections import settings as stage
+
+    def says(answer: str, example: Any) -> FeedbackNote | None:
+        if "z" in answer:
+            return None
+        return FeedbackNote(f"{len(answer)} is odd in {example['prompt']}", len(answer) % 2 == 0)
+
+    loop = {"kind": "refine", "own": False, "answers": "inline", "agreement": False, "stop": list("aeiou")}
+    config = stage(environment={**loop, "feedback": [{"kind": "function", "function": "says"}]}, critic={})
+    context = StageContext(TOKENIZER, None, {"even": even, "says": says})
+    entry = prepare_stage(config, context).run(MODEL, tmp_path, 1)
+    tables = [
+        [json.loads(line) for line in (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("critic", "critiques")
+    ]
+    expected = []
+    for row in tables[0]:
+        asked = "".join(m["content"] for m in row["asked"])
+        said = says(row["written"], {"prompt": asked})
+        if said is not None:
+            expected.append((row["prompt"], "No change needed." if said.right else said.text))
+    assert [(r["prompt"], r["completion"]) for r in tables[1]] == expected
+    assert entry["made"]["critiques"] == len(expected) > 0 and len({text for _, text in expected}) > 2

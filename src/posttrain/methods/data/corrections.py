@@ -96,7 +96,7 @@ class CorrectionsConfig(DataStageConfig):
 
     critic: CriticRowsConfig | None = Field(
         None,
-        description="Also write rows for a critic: data/critic.jsonl, prompts for RL with first answers of the chains; with own: true also data/critiques.jsonl, the feedback of the chains that are kept, for SFT. None: no such rows.",
+        description="Also write rows for a critic: data/critic.jsonl, prompts for RL with first answers of the chains; also data/critiques.jsonl for SFT, own feedback of the chains that are kept, or what the sources in `feedback` say. None: no such rows.",
     )
 
     @model_validator(mode="after")
@@ -154,9 +154,9 @@ class Corrections(DataStage):
         if config.critic is not None:
             tables["critic"] = self._critic_rows(chains)
             made["rows for a critic"] = stats["critic"] = len(tables["critic"])
-            if config.environment.own:
-                source = config.critic.source()
-                tables["critiques"] = rows_of.critique_rows(kept, self.prompts, source)
+            if config.environment.own or config.environment.feedback:
+                critiques = rows_of.critique_rows(kept, self.prompts, config.critic.source())
+                tables["critiques"] = critiques if config.environment.own else self._said(tables["critic"])
                 made["critiques"] = stats["critiques"] = len(tables["critiques"])
         save_rows(folder, tables, stats)
         made |= {f"dropped: {why}": n for why, n in stats["dropped"].items()}
@@ -288,6 +288,31 @@ class Corrections(DataStage):
             asked = source.request(str(prompt.problem["prompt"]), written)
             rows.append(rows_of.critic_row(prompt, written, asked, chain.rewards[0], config.environment))
         return rows
+
+    def _said(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return rows that teach a critic what the sources of feedback say about the answers to criticise.
+
+        An answer with which all are satisfied gets the words of the verdict; one about which none says anything, no row.
+        """
+        from posttrain.sampling.feedback_source import open_feedback
+
+        config = self.config
+        assert config.critic is not None
+        examples = {p.source: p.problem for p in self.prompts}
+        found: list[list[Any]] = [[] for _ in rows]
+        for settings in config.environment.feedback:
+            source = open_feedback(settings, self.context.functions)
+            notes = source.notes([r["written"] for r in rows], [examples[r["question_source"]] for r in rows])
+            for said, note in zip(found, notes, strict=True):
+                said += [] if note is None else [note]
+            source.close()
+        out = []
+        for row, said in zip(rows, found, strict=True):
+            satisfied = said and all(note.right for note in said)
+            text = config.critic.verdict if satisfied and config.critic.verdict else "\n".join(n.text for n in said)
+            if text.strip():
+                out.append({"prompt": row["prompt"], "completion": text, "question_source": row["question_source"]})
+        return out
 
     def _statistics(
         self, chains: Sequence[AnswerChain], rows: Sequence[Any], counts: CorrectionCounts
