@@ -177,7 +177,9 @@ def test_cut_rollouts_have_turns_too() -> None:
     (r,), _ = run(config, ["only words"], max_tokens=4)
     assert told(r, config) == [("answer", "only")] and r.replies == 0
     (r,), _ = run(config, ["5;6"], stop=[";"])  # a stop string of the recipe ends it all
-    assert told(r, config) == [("answer", "5")]
+    assert told(r, config) == [("answer", "5")] and r.finish == "stop" and ending(r, config) == "cut"
+    (r,), _ = run(config, ["5" + END, "no;"], stop=[";"])
+    assert told(r, config)[2] == ("feedback", "no") and ending(r, config) == "cut"
     assert refine_turns(Rollout((), (), "length"), TOKENIZER, config) == []
 
 
@@ -269,6 +271,7 @@ def test_short_verdicts_are_words() -> None:
     assert gives_verdict("It is correct.", "correct") and gives_verdict("correct", "Correct")
     for wrong in ("It is incorrect.", "It is not correct.", "It isn't *correct*", "correct it", "un-correct"):
         assert not gives_verdict(wrong, "correct")
+    assert gives_verdict(" ...\n", "...") and not gives_verdict("It is wrong...", "...")
     assert gives_verdict("这个答案没有错误。", "没有错误。") and not gives_verdict("没有错误的地方", "没有错误")
     assert not gives_verdict("a" * 200_000 + " correct it", "correct")  # takes no time that grows with the square
 

@@ -181,6 +181,8 @@ def gives_verdict(feedback: str, verdict: str) -> bool:
     if "<think>" in feedback:
         return False
     wanted = " ".join(verdict.split()).rstrip(_ENDS)
+    if not wanted:  # punctuation alone
+        return feedback.strip() == verdict.strip()
     found = re.compile(rf"{re.escape(wanted)}(?=[{_ENDS}]|[{_CLOSING}]*$)", re.IGNORECASE)
     joined = re.match(f"[{UNSPACED}]", wanted)  # words of such a script have no spaces between them
     for line in feedback.splitlines():

@@ -12,6 +12,7 @@ from posttrain.core.imports import load_object
 from posttrain.core.types import Rollout
 from posttrain.sampling.multi_turn import reply_turn
 from posttrain.sampling.refine_environment import RefineEnvironment, turn_text
+from posttrain.sampling.refine_prompts import gives_verdict
 
 TurnKind = Literal["answer", "feedback", "request"]
 REQUEST = "Wk3v9Zd"
@@ -61,7 +62,9 @@ def refine_turns(rollout: Rollout, tokenizer: Any, config: RefineEnvironment.Con
 
 
 def stopped_by(rollout: Rollout, turns: Sequence[RefineTurn], config: RefineEnvironment.Config) -> StoppedBy:
-    """Return what ended a rollout: all rounds done, own verdict, agreement, satisfied sources, or a limit (cut).
+    """Return what ended a rollout: all rounds done, own verdict, agreement, satisfied sources, or something else (cut).
+
+    cut is a limit of tokens, an error, or a stop string of the recipe.
 
     Args:
         rollout: The rollout.
@@ -71,13 +74,13 @@ def stopped_by(rollout: Rollout, turns: Sequence[RefineTurn], config: RefineEnvi
     if rollout.finish != "stop" or not turns or turns[-1].kind == "request":
         return "cut"
     if turns[-1].kind == "feedback":
-        return "verdict"
+        return "verdict" if config.verdict is not None and gives_verdict(turns[-1].text, config.verdict) else "cut"
     answers = [t.text for t in turns if t.kind == "answer"]
     if len(answers) > config.rounds:
         return "rounds"
     if config.agreement and len(answers) > 1 and load_object(SAME_ANSWER)(*answers[-2:], config.final_answer):
         return "agreement"
-    return "sources"
+    return "sources" if config.feedback and config.satisfied else "cut"
 
 
 def _text(rollout: Rollout, tokenizer: Any, first: int, last: int) -> str:
