@@ -197,7 +197,7 @@ def draw(result: dict[str, Any], claim: Claim, path: Path) -> None:
 def against_full(number: int, task: Task, setup: Setup) -> Claim:
     return Claim(
         number,
-        f"Prompt tuning reaches full fine-tuning with far fewer parameters: {task.name}, {setup.name}",
+        f"Prompt tuning reaches full fine-tuning with fewer parameters: {task.name}, {setup.name}",
         (arm("untrained", task, setup, None, 1.0, False), *(swept(name, task, setup) for name in KINDS)),
         reaches_full,
         f"Reached: accuracy at most {MARGIN:.0%} lower. {setup.steps} steps of {setup.batch} rows.",
