@@ -129,7 +129,8 @@ def check(runs: Path, kind: str, count: int, seed: int, monkeypatch: pytest.Monk
                 raise AssertionError(f"{change}: {type(error).__name__}: {error}") from error
             else:
                 assert read is not resume or kind == "done" or outcome(Path("copy")) == calm, change
-    assert noticed >= len(changes) / 10
+    # the places are random, and most bytes of a finished run are in files of which only the hash is read, if that
+    assert noticed >= len(changes) / 30
 
 
 def test_damage_of_a_run_is_a_message_or_does_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from posttrain.core.errors import RecipeError
+import posttrain
+from posttrain.core.errors import PosttrainError, RecipeError
 from posttrain.recipe.documents import MAX_VALUES, parse_value
 from posttrain.recipe.parsing import load_recipe
 
@@ -114,3 +116,37 @@ def test_recipes_that_extend_each_other_without_end_are_refused(tmp_path: Path) 
         (tmp_path / f"r{i}.yaml").write_text(f"extends: r{i + 1}.yaml\n")
     with pytest.raises(RecipeError, match="more than 20 recipes"):
         load_recipe(tmp_path / "r0.yaml")
+
+
+TOO_LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        f"stages.sft.data.source={TOO_LONG}",
+        f"stages.sft.data.source={TOO_LONG}.jsonl",
+        f"stages.sft.data.source=packaged:{TOO_LONG}",
+        "stages.sft.data.source=~nobody7/rows.jsonl",
+        f"model.source={TOO_LONG}",
+        f"model.source=x/{TOO_LONG}",
+        f"model.source={TOO_LONG}.gguf",
+        "model.source=~nobody7/model",
+        f"output={TOO_LONG}",
+    ],
+)
+def test_a_name_that_no_file_can_have_is_a_message(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1", "completion": "2"}\n')
+    with pytest.raises(PosttrainError):
+        posttrain.run(load_recipe("sft", ["model.source=tiny:llama", setting]), console=Console(quiet=True))
+
+
+def test_a_recipe_whose_name_no_file_can_have(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"extends: {TOO_LONG}\nname: r\n")
+    for name in (TOO_LONG, f"{TOO_LONG}.yaml", str(tmp_path / "r.yaml"), "~nobody7/r.yaml"):
+        with pytest.raises(RecipeError, match="no such file"):
+            load_recipe(name)

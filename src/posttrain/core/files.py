@@ -18,6 +18,20 @@ MAX_TEXT = 16 << 20
 """Bytes of a text that a recipe names."""
 
 
+LONGEST_NAME = 255
+"""Bytes of a file's name, on every system that matters; asking about a longer one raises OSError."""
+
+
+def named_path(text: str | Path) -> Path:
+    """Return the path that a text from outside names, with ~ replaced; asking whether it exists raises nothing.
+
+    A name that no file can have, since it is too long, becomes its beginning and `...`, which is as missing.
+    """
+    parts = Path(os.path.expanduser(text)).parts  # Path.expanduser raises for the home of nobody
+    short = [p if len(os.fsencode(p)) <= LONGEST_NAME else f"{p[:40]}...{Path(p).suffix[:10]}" for p in parts]
+    return Path(*short)
+
+
 def file_hash(path: Path) -> str:
     """Compute the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as f:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config import DataConfig, SourceConfig
 from posttrain.core.errors import DataError
-from posttrain.core.files import file_hash
+from posttrain.core.files import file_hash, named_path
 from posttrain.data.bad_rows import BadRow, Row
 from posttrain.data.cells import without_nulls
 from posttrain.data.gym_rows import GYM_PREFIX, gym_source_rows
@@ -226,7 +226,7 @@ def _locate(source: str) -> Path | None:
     """Return the path of a file, or None for the name of a Hub data set."""
     if source.startswith("packaged:"):
         return packaged_or_own(source)
-    path = Path(source).expanduser()
+    path = named_path(source)
     if path.suffix.lower() in ENDINGS:
         if not path.is_file():
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1)
@@ -241,9 +241,9 @@ def _locate(source: str) -> Path | None:
 def packaged_or_own(source: str) -> Path:
     """Return the path as given, or of a file that ships with posttrain (packaged:NAME; DataError if it has none)."""
     if not source.startswith("packaged:"):
-        return Path(source).expanduser()
+        return named_path(source)
     folder = Path(str(resources.files("posttrain.data") / "packaged"))
-    path = folder / source.removeprefix("packaged:")
+    path = folder / named_path(source.removeprefix("packaged:"))
     if not path.is_file():
         have = sorted(p.name for p in folder.iterdir() if not p.name.startswith(("README", "LICENSE")))
         raise DataError(f"data source {source!r}: posttrain ships {have}, not this")

@@ -9,12 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from posttrain.config import JudgeConfig
 from posttrain.core.errors import RecipeError
-from posttrain.core.files import cache_folder
+from posttrain.core.files import cache_folder, named_path
 from posttrain.data.comparisons import AnswerPair, Prompt
 from posttrain.judge.answer_store import Store
 from posttrain.judge.asker import Asker, JudgeAnswer, JudgeBackend, JudgeRequest
@@ -103,7 +102,7 @@ class Judge:
         else:
             assert config.model is not None
             backend = LocalJudge(config.model)
-        path = Path(config.store).expanduser() if config.store else cache_folder() / "judge.sqlite3"
+        path = named_path(config.store) if config.store else cache_folder() / "judge.sqlite3"
         return cls(config, Asker(backend, Store(path)), principles)
 
     def close(self) -> None:

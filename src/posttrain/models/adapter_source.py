@@ -53,7 +53,10 @@ def _hub_file(name: str, file: str, revision: str | None) -> str | None:
     from transformers.utils.hub import cached_file
 
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
-    return cached_file(name, file, revision=revision, **quiet)  # type: ignore[no-any-return]
+    try:
+        return cached_file(name, file, revision=revision, **quiet)  # type: ignore[no-any-return]
+    except OSError:  # a name that no repository can have: opening the model says so
+        return None
 
 
 def find_adapter(location: str, kind: str, revision: str | None = None) -> AdapterSource | None:

@@ -22,7 +22,7 @@ import torch
 
 from posttrain.config import ModelConfig
 from posttrain.core.errors import MissingExtraError, ModelError, PosttrainError
-from posttrain.core.files import cache_folder, changed_artifacts, input_hash, is_weights, read_small_text
+from posttrain.core.files import cache_folder, changed_artifacts, input_hash, is_weights, named_path, read_small_text
 from posttrain.data.sample_store import vocabulary_size
 from posttrain.data.template_source import set_template_args
 from posttrain.models.adapter_source import AdapterSource, find_adapter, merge_into_base
@@ -208,7 +208,7 @@ def tokenizer_and_new_ids(config: ModelConfig) -> tuple[Any, list[int]]:
             )
     new = add_tokens(tokenizer, config.add_tokens)
     if config.chat_template is not None:
-        path = Path(config.chat_template)
+        path = named_path(config.chat_template)
         is_file = "{" not in config.chat_template and path.is_file()
         try:
             tokenizer.chat_template = read_small_text(path) if is_file else config.chat_template

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from posttrain.config import Recipe, RowSettings, ServerConfig, TrackConfig
 from posttrain.core.errors import DataError, PosttrainError, RecipeError
-from posttrain.core.files import cache_folder
+from posttrain.core.files import cache_folder, named_path
 from posttrain.core.imports import is_import_path
 from posttrain.recipe.model_sources import check_hub, find_model, similar
 from posttrain.recipe.schema import Key, dotted
@@ -179,7 +179,7 @@ def _check_data(source: str, on_hub: set[str]) -> None:
         if source.removeprefix("packaged:") not in have:
             raise DataError(f"{source!r}: posttrain ships {', '.join(have)}")
         return
-    path = Path(source).expanduser()
+    path = named_path(source)
     if source.startswith(("lab:", "reasoning-gym:")):
         return
     if path.suffix.lower() in DATA_FILES:

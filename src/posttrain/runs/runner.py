@@ -6,6 +6,7 @@ checkpoint. The same recipe ends in the same weights and metrics however often i
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -107,6 +108,8 @@ def run(
             one = _Run(recipe, path, manifest, console, rewards or {}, accept_changed_data)
             return one.carry_through()
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise CheckpointError(f"{path} can't be a run's folder: {error.strerror}") from error
         if isinstance(error, PosttrainError) or not is_full(error):
             raise
         raise CheckpointError(

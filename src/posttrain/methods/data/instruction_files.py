@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from posttrain.config.settings import SourceConfig
 from posttrain.core.errors import DataError, RecipeError
-from posttrain.core.files import read_small_text
+from posttrain.core.files import named_path, read_small_text
 from posttrain.data.instruction_tasks import InstructionTask
 from posttrain.data.readers import packaged_or_own
 from posttrain.recipe.documents import Document, parse_document
@@ -115,7 +115,7 @@ def _beside(task: InstructionTask, path: Path) -> InstructionTask:
             )
         if source.startswith(NOT_FILES):
             return source
-        beside = path.parent / Path(source).expanduser()
+        beside = path.parent / named_path(source)
         return str(beside) if beside.is_file() else source
 
     data = task.data
