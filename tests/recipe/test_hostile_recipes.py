@@ -1,4 +1,4 @@
-"""Recipes made to hang or crash their reader: each is one message, in under a second."""
+"""Recipes made to hang or crash their reader: each is one message, in two seconds of processor time."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_recipe_is_one_message_in_under_a_second(tmp_path: Path, name: str) -> None:
+def test_a_hostile_recipe_is_one_message_in_two_seconds(tmp_path: Path, name: str) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(HOSTILE[name])
     began = time.process_time()
     with pytest.raises(RecipeError, match=r"small\.yaml") as caught:
         load_recipe(path)
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 2
     assert len(str(caught.value)) < 6_000
 
 
@@ -97,7 +97,7 @@ def test_an_override_is_no_way_around_the_limits(text: str) -> None:
         load_recipe("sft", [f"stages.sft.optimizer.lr={text}"])
     with pytest.raises(RecipeError):
         load_recipe("sft", [f"seed={text}"])
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 2
 
 
 def test_a_name_of_an_override_has_few_parts() -> None:
