@@ -215,7 +215,7 @@ def run_claim(claim: Claim, seeds: Sequence[int], work: Path, at_once: int) -> d
                     {
                         "seed": s,
                         "seconds": c.seconds,
-                        "points": c.points,
+                        "points": thinned(c.points),
                         "evaluation": c.more,
                         "last": c.last_record,
                         "stages": c.stages,
@@ -228,6 +228,11 @@ def run_claim(claim: Claim, seeds: Sequence[int], work: Path, at_once: int) -> d
         "sweeps": {name: curve.more["value"] for name, curve in tried.items()},
         **claim.judge(curves),
     }
+
+
+def thinned(points: Sequence[tuple[float, float]], count: int = 30) -> list[tuple[float, float]]:
+    """Return about `count` points of a curve, evenly taken, the last among them."""
+    return list(points[:: -max(1, len(points) // count)])[::-1]
 
 
 def best_of(sweep: Sweep, tried: Mapping[str, Curve]) -> Arm:
