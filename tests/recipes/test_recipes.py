@@ -158,6 +158,12 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
         own = str(stage.data.source).startswith(("packaged:", "lab:", "stage:"))
         given += [f"stages.{i}.data.rows=null"] if own and "/data/" in str(stage.data.source) else []  # a few rows
         given += [] if own else [f"stages.{i}.data.source={chats}"]
+    return given + evaluation_overrides(recipe, chats)
+
+
+def evaluation_overrides(recipe: posttrain.Recipe, chats: Path) -> list[str]:
+    """Small evaluations."""
+    given: list[str] = []
     for i, task in enumerate(recipe.evaluate):
         if str(getattr(getattr(task, "data", None), "source", "")).startswith("stage:"):
             continue

@@ -5,19 +5,18 @@ Its tokenizer has a chat template, so that a talk of answer, check and another a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from posttrain.config import SamplingConfig
-from posttrain.core.files import write_text
 from posttrain.core.types import Message, Sample
 from posttrain.data.chat_template import render_chat
 from posttrain.data.synthetic import refine_talks as talks
 from posttrain.data.synthetic import sums
 from posttrain.data.tokenizing import tokenize
 from posttrain.lab.lab_settings import END, LabSettings, byte_level_bpe
+from posttrain.lab.sums_lab import write_problems
 from posttrain.models.language_model import LanguageModel
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request
@@ -98,10 +97,7 @@ class RefineLab:
 
     def write(self, folder: Path) -> None:
         """Write problems.jsonl to train on, and held_out.jsonl, which is in no talk."""
-        s = self.settings
-        for name, count, held_out in (("problems", s.train_problems, False), ("held_out", s.held_out_problems, True)):
-            rows = sums.sum_problems(s.seed, count, held_out)
-            write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_problems(self.settings, folder)
 
     @staticmethod
     def describe(result: Mapping[str, Any]) -> str:

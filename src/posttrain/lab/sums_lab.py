@@ -59,10 +59,7 @@ class SumsLab:
 
     def write(self, folder: Path) -> None:
         """Write problems.jsonl to train on, and held_out.jsonl, which is in no corpus."""
-        s = self.settings
-        for name, count, held_out in (("problems", s.train_problems, False), ("held_out", s.held_out_problems, True)):
-            rows = sums.sum_problems(s.seed, count, held_out)
-            write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_problems(self.settings, folder)
 
     @staticmethod
     def describe(result: Mapping[str, Any]) -> str:
@@ -71,6 +68,14 @@ class SumsLab:
             f"Right on {result['measured']} held-out sums: {result['greedy']:.1%} greedy, {result['sampled']:.1%} "
             f"sampled; careful answers {result['greedy_by_style']['careful']:.1%}. Problems are in the folder."
         )
+
+
+def write_problems(settings: LabSettings, folder: Path) -> None:
+    """Write problems.jsonl to train on, and held_out.jsonl, whose sums are in no corpus."""
+    sides = (("problems", settings.train_problems, False), ("held_out", settings.held_out_problems, True))
+    for name, count, held_out in sides:
+        rows = sums.sum_problems(settings.seed, count, held_out)
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def corpus(tokenizer: Any, seed: int, numbers: Sequence[int]) -> list[Sample]:
