@@ -1,0 +1,106 @@
+"""A linear layer's weight in a few bits: integers, a scale for each group of columns, and the floats they stand for.
+
+Shapes: O output features, I input features, G groups of input features in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+ATTRIBUTE = "quantized"
+"""Attribute of a module whose dense `weight` is what its `QuantizedWeight` stands for."""
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Hold a weight as integers: ``w[o, i] = (values[o, i] - zero[o, g]) * scale[o, g]``, g the group of column i.
+
+    Attributes:
+        values_O_I: int8. In -8..7 with 4 bits, in -128..127 with 8.
+        scale_O_G: float32, positive.
+        zero_O_G: int8, in the same range as the values. None: symmetric, the zero is 0.
+        group: Columns of a group; I for one scale a row.
+        bits: Bits of a value.
+        order_I: int64, the group of each column (act-order). None: column i is in group i // group.
+        activation_bits: Bits of the layer's inputs, which are rounded when it runs, token by token. None: in full.
+    """
+
+    values_O_I: Tensor
+    scale_O_G: Tensor
+    zero_O_G: Tensor | None
+    group: int
+    bits: Literal[4, 8]
+    order_I: Tensor | None = None
+    activation_bits: Literal[8] | None = None
+
+    def __post_init__(self) -> None:
+        rows, columns = self.values_O_I.shape
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits is {self.bits}: expected 4 or 8")
+        if self.group < 1 or columns % self.group:
+            raise ValueError(f"groups of {self.group} do not divide {columns} columns")
+        groups = (rows, columns // self.group)
+        if self.scale_O_G.shape != groups or (self.zero_O_G is not None and self.zero_O_G.shape != groups):
+            raise ValueError(f"expected scales and zeros of shape {groups}, and got {tuple(self.scale_O_G.shape)}")
+        if self.order_I is not None and self.order_I.shape != (columns,):
+            raise ValueError(f"expected the group of each of {columns} columns, got {tuple(self.order_I.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (output features, input features)."""
+        return self.values_O_I.shape[0], self.values_O_I.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the weight as it is stored: packed values, float32 scales, zeros and the order."""
+        (rows, columns), groups = self.shape, self.scale_O_G.numel()
+        zeros = 0 if self.zero_O_G is None else (groups * self.bits + 7) // 8
+        return rows * columns * self.bits // 8 + 4 * groups + zeros + (0 if self.order_I is None else 4 * columns)
+
+    def dense(self) -> Tensor:
+        """Return the weight as float32, of shape (O, I)."""
+        values = self.values_O_I.float()
+        if self.order_I is not None:
+            if self.zero_O_G is not None:
+                values = values - self.zero_O_G.float()[:, self.order_I]
+            return values * self.scale_O_G[:, self.order_I]
+        grouped = values.view(values.shape[0], -1, self.group)
+        if self.zero_O_G is not None:
+            grouped = grouped - self.zero_O_G.float()[..., None]
+        return (grouped * self.scale_O_G[..., None]).view_as(values)
+
+
+def attach_quantized(module: Any, weight: QuantizedWeight) -> None:
+    """Give a module the dense weight that a quantised one stands for, and the quantised one as `module.quantized`.
+
+    Args:
+        module: A linear layer or an embedding; its `weight` keeps its dtype and device.
+        weight: The quantised weight.
+    """
+    with torch.no_grad():
+        module.weight.copy_(weight.dense())
+    setattr(module, ATTRIBUTE, weight)
+
+
+def quantized_of(module: Any) -> QuantizedWeight | None:
+    """Return the quantised weight of a module; None: it has none."""
+    return getattr(module, ATTRIBUTE, None)
+
+
+def quantized_modules(model: Any) -> Iterator[tuple[str, Any, QuantizedWeight]]:
+    """Yield (name, module, weight) of each module of a model that has a quantised weight."""
+    for name, module in model.named_modules():
+        weight = quantized_of(module)
+        if weight is not None:
+            yield name, module, weight
+
+
+def forget_quantized(model: Any) -> None:
+    """Remove the quantised weights of a model: its dense ones are to be changed."""
+    for _, module, _ in list(quantized_modules(model)):
+        delattr(module, ATTRIBUTE)
