@@ -16,7 +16,7 @@ MOST_INPUTS = 4096
 
 
 @dataclass(frozen=True)
-class Matrix:
+class LayerMatrix:
     """Name a weight that multiplies inputs: the weight of a linear module, or of one expert of a mixture.
 
     Attributes:
@@ -41,25 +41,25 @@ class Matrix:
         return weight.t() if self.transposed else weight
 
 
-def matrices_of(module: nn.Module, prefix: str) -> list[Matrix]:
+def matrices_of(module: nn.Module, prefix: str) -> list[LayerMatrix]:
     """Return the matrices inside a module, in its order: linear modules, GPT-2's Conv1D, and experts in one parameter.
 
     Args:
         module: A decoder layer, or a linear module.
         prefix: Name of the module in the model.
     """
-    found: list[Matrix] = []
+    found: list[LayerMatrix] = []
     for name, part in module.named_modules(prefix=prefix):
         if isinstance(part, nn.Linear):
-            found.append(Matrix(name, part))
+            found.append(LayerMatrix(name, part))
         elif type(part).__name__ == "Conv1D":
-            found.append(Matrix(name, part, transposed=True))
+            found.append(LayerMatrix(name, part, transposed=True))
         elif hasattr(part, "is_transposed") or type(part).__name__.endswith("ParallelExperts"):
             transposed = bool(getattr(part, "is_transposed", False))
             for parameter, value in part.named_parameters(recurse=False):
                 if value.ndim == 3:
                     own = range(len(value))
-                    found += [Matrix(f"{name}.{parameter}.{e}", part, parameter, e, transposed) for e in own]
+                    found += [LayerMatrix(f"{name}.{parameter}.{e}", part, parameter, e, transposed) for e in own]
     return found
 
 
@@ -144,14 +144,14 @@ class InputObserver(torch.overrides.TorchFunctionMode):
     kernels that compute all experts at once are put aside meanwhile.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], statistics: Sequence[str]) -> None:
+    def __init__(self, matrices: Sequence[LayerMatrix], statistics: Sequence[str]) -> None:
         super().__init__()
         self._matrices, self._wanted = list(matrices), statistics
         self.counts_N: Tensor | None = None
         self.found: dict[str, InputStatistics] = {}
         self._leaders: dict[str, str] = {}
         self._newest: tuple[Tensor, str] | None = None
-        self._experts: dict[int, Matrix] = {}
+        self._experts: dict[int, LayerMatrix] = {}
         self._undo: list[Any] = []
 
     def __enter__(self) -> InputObserver:
@@ -183,7 +183,7 @@ class InputObserver(torch.overrides.TorchFunctionMode):
                 self.take(matrix, args[0])
         return func(*args, **(kwargs or {}))
 
-    def take(self, matrix: Matrix, x: Tensor) -> None:
+    def take(self, matrix: LayerMatrix, x: Tensor) -> None:
         """Add the inputs that a matrix is given in this pass."""
         flat = x.reshape(-1, x.shape[-1])
         if not len(flat):
@@ -207,7 +207,7 @@ PRODUCTS = (torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__ma
 """Functions by which models multiply with the weight of one expert."""
 
 
-def _hook_of(observer: InputObserver, matrix: Matrix) -> Any:
+def _hook_of(observer: InputObserver, matrix: LayerMatrix) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         observer.take(matrix, args[0])
 

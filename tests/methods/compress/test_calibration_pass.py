@@ -12,8 +12,8 @@ from torch import Tensor
 
 from posttrain.core.errors import ModelError
 from posttrain.core.types import Sample
-from posttrain.methods.compress import calibration
-from posttrain.methods.compress.calibration import HEAD, calibrate
+from posttrain.methods.compress import calibration_pass
+from posttrain.methods.compress.calibration_pass import AFTER_LAYERS, calibrate
 from posttrain.methods.compress.input_statistics import InputStatistics
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model
@@ -56,7 +56,7 @@ def test_statistics_are_those_of_a_loop_over_rows(kind: str) -> None:
         seen[layer.number] = layer
         for matrix in layer.matrices if layer.number == 0 else ():
             matrix.weight_O_I.mul_(0.5)
-    assert [seen[n].name for n in sorted(seen)][-1] == HEAD and len(seen) == 3
+    assert [seen[n].name for n in sorted(seen)][-1] == AFTER_LAYERS and len(seen) == 3
     changed = dict(model.hf.state_dict())
     assert any(not torch.equal(changed[name], original[name]) for name in changed)
     before = inputs_row_by_row(kind, samples, original)
@@ -123,12 +123,12 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch: py
     own = type(second).forward
     second.forward = lambda x, *args, **kwargs: own(second, x, *args, **kwargs) + kept.pop("out", 0.0)
     with pytest.raises(ModelError, match="hand each other more than hidden states"):
-        monkeypatch.setattr(calibration.LayerByLayer, "advance", forgetting(kept))
+        monkeypatch.setattr(calibration_pass.LayerByLayer, "advance", forgetting(kept))
         next(iter(calibrate(model, family(), ())))
 
 
 def forgetting(kept: dict[str, Tensor]) -> Any:
-    advance = calibration.LayerByLayer.advance
+    advance = calibration_pass.LayerByLayer.advance
 
     def without(self: Any, number: int, one: Any) -> Tensor:
         kept.clear()

@@ -21,7 +21,7 @@ from posttrain.core.types import Sample
 from posttrain.methods.compress.input_statistics import (
     InputObserver,
     InputStatistics,
-    Matrix,
+    LayerMatrix,
     matrices_of,
 )
 from posttrain.models.language_model import LanguageModel
@@ -31,7 +31,7 @@ TOKENS_AT_ONCE = 2048
 """Tokens of one pass through a layer."""
 CHECKED_TOKENS = 48
 """Tokens on which layer after layer is compared with the model's own pass."""
-HEAD = "output head"
+AFTER_LAYERS = "output head"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class CalibratedLayer:
     number: int
     name: str
     module: nn.Module
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[LayerMatrix, ...]
     statistics: Mapping[str, InputStatistics]
 
     @property
@@ -170,7 +170,7 @@ class LayerByLayer:
         for one in passes:
             hidden = self._finish(one)
             found.add(hidden, self.counts(one.batch))
-        return CalibratedLayer(len(self.layers), HEAD, head, (Matrix(name, head),), {name: found})
+        return CalibratedLayer(len(self.layers), AFTER_LAYERS, head, (LayerMatrix(name, head),), {name: found})
 
     def check(self, sample: Sample) -> None:
         """Compare layer after layer with the model's own pass, on a few tokens.
@@ -205,7 +205,8 @@ class LayerByLayer:
     def _decode(self, batch: RaggedBatch) -> Tensor:
         """Return the decoder's hidden states; without padding, whose tokens would reach experts."""
         policy = self.policy
-        inputs = policy.ragged_inputs(batch) if policy.ragged else {"input_ids": batch.tokens_T[None]}
+        alone: dict[str, Any] = {"input_ids": batch.tokens_T[None]}
+        inputs = policy.ragged_inputs(batch) if policy.ragged else alone
         if policy.router_loss is not None:
             inputs["output_router_logits"] = False
         hidden: Tensor = policy.decoder(use_cache=False, **inputs).last_hidden_state[0]
