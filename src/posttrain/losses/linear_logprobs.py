@@ -71,7 +71,7 @@ def _of_rows(temperature: float | Tensor, s: slice) -> float | Tensor:
 
 
 @dataclass
-class _Terms:
+class HeadTerms:
     """Tensors whose products are the logits of N positions, and their gradients: W h + s B (A h) + b, rows replaced.
 
     `low` (N, R) holds s A h of all adapters side by side and `low_b` (V, R) their B; `rows` (N, K) the logits of the
@@ -87,7 +87,15 @@ class _Terms:
     ids: Tensor | None
 
     def logits(self, s: slice, scale: float, softcap: float | None, t: float | Tensor, out: Tensor | None) -> Tensor:
-        """Compute float32 logits of a chunk, temperature applied, in `out` or fresh memory that may be overwritten."""
+        """Compute float32 logits of a chunk, temperature applied, in memory that may be overwritten.
+
+        Args:
+            s: The chunk's positions.
+            scale: Multiplies the logits.
+            softcap: Of tanh. None: none.
+            t: The temperature.
+            out: Memory for the product. None: fresh.
+        """
         z = torch.mm(self.hidden[s], self.weight.t(), out=out).float()
         low, rows = (None if x is None else x[s] for x in (self.low, self.rows))
         return _finished(_adapted(z, low, self.low_b, rows, self.ids), self.bias, scale, softcap, t)
@@ -113,7 +121,13 @@ class _Terms:
         return self.hidden, self.weight, self.bias, self.low, self.low_b, self.rows
 
     def push(self, d: Tensor, s: slice, gradients: Sequence[Tensor | None]) -> None:
-        """Carry a chunk's d loss / d logits, which is overwritten, back to everything that needs it."""
+        """Carry a chunk's derivative back to everything that needs it.
+
+        Args:
+            d: d loss / d (W h + b); it is overwritten.
+            s: The chunk's positions.
+            gradients: What `gradients` returned.
+        """
         d_hidden, d_weight, d_bias, d_low, d_low_b, d_rows = gradients
         if d_bias is not None:
             d_bias += d.sum(0)
@@ -145,8 +159,8 @@ def _adapted(z: Tensor, low: Tensor | None, low_b: Tensor | None, rows: Tensor |
     return z
 
 
-def _adapter_terms(hidden: Tensor, head: Head) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return (low, low_b, rows, ids) of `_Terms`, in float32 but for the ids."""
+def adapter_terms(hidden: Tensor, head: Head) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return (low, low_b, rows, ids) of `HeadTerms`, in float32 but for the ids."""
     low = low_b = rows = ids = None
     if head.low_rank:
         low = torch.cat([factor * F.linear(hidden.to(a.dtype), a).float() for a, _, factor in head.low_rank], -1)
@@ -170,8 +184,16 @@ def _finished(z: Tensor, bias: Tensor | None, scale: float, softcap: float | Non
     return z
 
 
-def _through_cap(d: Tensor, z: Tensor | None, scale: float, softcap: float | None, t: float | Tensor) -> Tensor:
-    """Turn d loss / d z, in place, into d loss / d (W h + b)."""
+def through_cap(d: Tensor, z: Tensor | None, scale: float, softcap: float | None, t: float | Tensor) -> Tensor:
+    """Turn d loss / d z, in place, into d loss / d (W h + b).
+
+    Args:
+        d: d loss / d z.
+        z: The logits, temperature applied; needed with a soft cap.
+        scale: As `HeadTerms.logits` takes it, and so the others.
+        softcap: Likewise.
+        t: Likewise.
+    """
     if softcap is not None and z is not None:
         d *= 1.0 - (z * (t / softcap)).square_()
     factor = scale / t
@@ -193,17 +215,17 @@ def head_logits(
     """
     z = product(hidden_N_H, head.weight_V_H).float().contiguous()
     if head.adapted:
-        z = _adapted(z, *_adapter_terms(hidden_N_H, head))
+        z = _adapted(z, *adapter_terms(hidden_N_H, head))
     return _finished(z, head.bias_V, head.scale, head.softcap, temperature)
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """(those of `_Terms`, targets) -> (log-probabilities, entropies). Backward takes the exponentials that forward
+    """(those of `HeadTerms`, targets) -> (log-probabilities, entropies). Backward takes the exponentials that forward
     kept, if they are few enough; else it makes each chunk again."""
 
     @staticmethod
     def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        terms, (targets, scale, softcap, temperature, entropy) = _Terms(*inputs[:7]), inputs[7:]
+        terms, (targets, scale, softcap, temperature, entropy) = HeadTerms(*inputs[:7]), inputs[7:]
         hidden, weight = terms.hidden, terms.weight
         rows = chunk_rows(weight.shape[0], hidden.device)
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -235,7 +257,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_logprobs, d_entropies):  # type: ignore[no-untyped-def]
-        terms, (targets, lse, total, entropies) = _Terms(*ctx.saved_tensors[:7]), ctx.saved_tensors[7:]
+        terms, (targets, lse, total, entropies) = HeadTerms(*ctx.saved_tensors[:7]), ctx.saved_tensors[7:]
         scale, softcap, temperature = ctx.settings
         kept, ctx.kept = ctx.kept, None  # it is overwritten: a second backward pass makes it again
         d_logprobs = torch.zeros_like(lse) if d_logprobs is None else d_logprobs
@@ -256,7 +278,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 else:
                     d = logp.exp_().mul_(-d_logprobs[s, None])
             d.scatter_add_(1, targets[s, None], d_logprobs[s, None].to(d.dtype))
-            terms.push(_through_cap(d, z, scale, softcap, _of_rows(temperature, s)), s, gradients)
+            terms.push(through_cap(d, z, scale, softcap, _of_rows(temperature, s)), s, gradients)
         if place is not None:
             gradients[1] = None
         return *terms.finished(gradients), *(None,) * 6
@@ -299,7 +321,7 @@ def linear_logprobs(
         require_all(given > 0, lambda: _not_positive(float(given.min())))
     elif not temperature > 0:
         raise ValueError(_not_positive(temperature))
-    terms = hidden_N_H, head.weight_V_H, head.bias_V, *_adapter_terms(hidden_N_H, head)
+    terms = hidden_N_H, head.weight_V_H, head.bias_V, *adapter_terms(hidden_N_H, head)
     return _LinearLogprobs.apply(*terms, targets_N, head.scale, head.softcap, temperature, entropy)  # type: ignore[no-any-return]
 
 
@@ -308,11 +330,11 @@ def _not_positive(temperature: float) -> str:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """(those of `_Terms`, targets, coefficients) -> (sum of coefficients * nll, nll); gradients made in forward."""
+    """(those of `HeadTerms`, targets, coefficients) -> (sum of coefficients * nll, nll); gradients made in forward."""
 
     @staticmethod
     def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        terms, (targets, coefficients, scale, softcap) = _Terms(*inputs[:7]), inputs[7:]
+        terms, (targets, coefficients, scale, softcap) = HeadTerms(*inputs[:7]), inputs[7:]
         hidden, weight, needed = terms.hidden, terms.weight, ctx.needs_input_grad[:6]
         rows = chunk_rows(weight.shape[0], hidden.device)
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -332,7 +354,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 c = coefficients[s].float()
                 p.mul_((c / total)[:, None])
                 p.scatter_add_(1, targets[s, None], -c[:, None])
-                terms.push(_through_cap(p, raw, scale, softcap, 1.0), s, gradients)
+                terms.push(through_cap(p, raw, scale, softcap, 1.0), s, gradients)
         ctx.gradients, ctx.weight = gradients, weight
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:6]]
         ctx.mark_non_differentiable(nll, hits)
@@ -372,5 +394,5 @@ def linear_cross_entropy(
             the
         likeliest token (not differentiable).
     """
-    terms = hidden_N_H, head.weight_V_H, head.bias_V, *_adapter_terms(hidden_N_H, head)
+    terms = hidden_N_H, head.weight_V_H, head.bias_V, *adapter_terms(hidden_N_H, head)
     return _LinearCrossEntropy.apply(*terms, targets_N, coefficients_N, head.scale, head.softcap)  # type: ignore[no-any-return]
