@@ -111,6 +111,7 @@ EVALUATIONS: dict[str, str] = {
     "sample": "posttrain.eval.evaluation_tasks:SampleTask",
     "refine": "posttrain.eval.refine_evaluation:RefineEvaluation",
     "score": "posttrain.eval.evaluation_tasks:ScoreTask",
+    "speed": "posttrain.eval.speed_evaluation:SpeedTask",
 }
 """Evaluations: subclasses of `posttrain.eval.evaluation_tasks.EvaluationTask`."""
 

@@ -262,7 +262,8 @@ def summarize(items: Sequence[Item], kind: str, *, level: float = 0.95, seed: in
     Args:
         items: For kind choice and generate each has ``correct``; for perplexity ``nll`` and ``tokens``; for sample
             ``value``, an accuracy between 0 and 1; for score ``value``, any number, or None if no answer could be
-            scored, which counts in ``unscored`` alone.
+            scored, which counts in ``unscored`` alone; for speed ``value``, tokens a second in one repeat:
+            the figure is their median, and its limits are the lowest and the highest.
         kind: Kind of the task.
         level: Confidence level.
         seed: Seed of the bootstrap.
@@ -286,12 +287,15 @@ def summarize(items: Sequence[Item], kind: str, *, level: float = 0.95, seed: in
         values = [float(i["value"]) for i in items]
         low, high = interval_of_means(np.array([values]).T, level, seed)[0]
         value, how = sum(values) / len(values), f"{percent} {'Wilson' if _sharp(values) else 'bootstrap'}"
+    elif kind == "speed":
+        values = sorted(float(i["value"]) for i in items)
+        value, low, high, how = float(np.median(values)), values[0], values[-1], "lowest and highest repeat"
     elif kind in ("choice", "generate"):
         right = sum(bool(i["correct"]) for i in items)
         value, (low, high), how = right / len(items), wilson(right, len(items), level), f"{percent} Wilson"
     else:
-        raise DataError(f"expected a task of kind choice, generate, perplexity, sample or score, got {kind!r}")
-    metric = kind if kind in ("perplexity", "score") else "accuracy"
+        raise DataError(f"expected a task of kind choice, generate, perplexity, sample, score or speed, got {kind!r}")
+    metric = {"perplexity": kind, "score": kind, "speed": "tokens/s"}.get(kind, "accuracy")
     out = {"metric": metric, "value": value, "low": low, "high": high, "n": len(items), "interval": how}
     return out | ({"unscored": missing} if missing else {})
 

@@ -14,7 +14,7 @@ from posttrain.config.evaluation import EvaluationBase
 from posttrain.config.names import EVALUATIONS
 from posttrain.config.problems import ProblemsConfig
 from posttrain.config.rewards import Extract, RewardConfig, read_reward
-from posttrain.config.settings import DataConfig, SamplerConfig
+from posttrain.config.settings import DataConfig, ModelConfig, SamplerConfig
 from posttrain.core.errors import RecipeError
 from posttrain.core.imports import load_object
 from posttrain.core.progress import Track
@@ -40,6 +40,7 @@ class EvaluationRun:
         functions: Rewards given from Python, by name.
         until: Closes what the evaluation opened, such as worker processes, when it is done.
         log: File that gets what rewards print.
+        settings: Those that the model was opened with. None: it was made in another way.
     """
 
     model: LanguageModel
@@ -49,6 +50,7 @@ class EvaluationRun:
     functions: RewardFunctions
     until: ExitStack
     log: Path | None = None
+    settings: ModelConfig | None = None
 
 
 class EvaluationTask:

@@ -47,7 +47,7 @@ def evaluate_model(
         for task in pending:
             with ExitStack() as until:
                 data = task_data(task, tokenizer, context_length(config))
-                run = EvaluationRun(model, tokenizer, data, seed, functions or {}, until, folder / LOG)
+                run = EvaluationRun(model, tokenizer, data, seed, functions or {}, until, folder / LOG, config)
                 run_task(task, run, folder)
     return [read_object(folder / f"{t.name}.json") for t in tasks]
 

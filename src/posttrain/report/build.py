@@ -25,6 +25,7 @@ from posttrain.report.refinements import refinements
 from posttrain.report.reward_models import gold, held_out
 from posttrain.report.rollouts import views
 from posttrain.report.row_quality_view import instruction_qualities
+from posttrain.report.stage_comparison import compare_stages
 from posttrain.report.written_tasks import written_tasks
 from posttrain.rewards.reward_log import printed_lines
 
@@ -95,7 +96,7 @@ def render_page(run: Run) -> str:
         run=run,
         manifest=run.manifest,
         rows=[(r, evaluations.interval_axis(r)) for r in rows],
-        by_stage=evaluations.by_stage(run),
+        by_stage=compare_stages(run),
         panels=evaluations.panels(run),
         refinements=refinements(run),
         curves=[

@@ -83,6 +83,7 @@ class Chart:
         band: What the band means; empty if there is none.
         last: The last value; None if the chart has no single one.
         log: Whether a logarithmic axis is offered.
+        named: Whether points with an interval each have their series' name beside them.
     """
 
     key: str
@@ -101,11 +102,12 @@ class Chart:
     better: str = ""
     last: float | None = None
     log: bool = False
+    named: bool = False
 
     @property
     def data(self) -> str:
         """Return what the page's script draws, as JSON; what is empty is left out."""
-        names = ("x", "x_log", "x_range", "y_range", "percent", "marks", "every")
+        names = ("x", "x_log", "x_range", "y_range", "percent", "marks", "every", "named")
         out: dict[str, Any] = {n: getattr(self, n) for n in names if getattr(self, n)}
         out["series"] = [{f.name: v for f in fields(s) if (v := _plain(getattr(s, f.name)))} for s in self.series]
         return json.dumps(out, separators=(",", ":"), ensure_ascii=False)

@@ -138,26 +138,6 @@ def _answers(kind: str, before: Sequence[JsonDict], after: Sequence[JsonDict]) -
     return out
 
 
-def by_stage(run: Run) -> tuple[list[str], list[tuple[str, str, list[dict[str, Any] | None]]]]:
-    """Return (columns, rows) of what was measured after every stage: rows of (task, metric, summary for each column).
-
-    There are no columns if the run measured before and after alone.
-    """
-    if not run.between:
-        return [], []
-    named = [str(s.get("name")) for s in run.manifest.get("stages") or []]
-    stages = [name for name in named if run.makes(name) == "model"]
-    sides = {"before": run.before, **{f"after {n}": side for n, side in run.between.items()}}
-    last = next((n for n in reversed(stages) if n not in run.between), "")
-    sides[f"after {last}" if last else "after"] = run.after
-    out = []
-    for row in run.rows():
-        found = [side.get(row.task, Evaluation()).summary or None for side in sides.values()]
-        if any(found[1:-1]):
-            out.append((row.task, row.metric, found))
-    return list(sides), out
-
-
 def panels(run: Run) -> list[Panel]:
     """Return a panel for each task of kind sample; sides that are missing or damaged are left out."""
     out = []

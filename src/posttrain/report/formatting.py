@@ -49,16 +49,16 @@ def format_fixed(value: float, digits: int, sign: bool = False) -> str:
 
 
 def format_score(value: Any, metric: str, sign: bool = False) -> str:
-    """Write a value as tables show it: three decimals of an accuracy or a score, two of a perplexity.
+    """Write a value as tables show it: three decimals of an accuracy or a score, two of a perplexity, one of a speed.
 
     Args:
         value: The value; what is no number becomes "–".
-        metric: accuracy, score or perplexity.
+        metric: accuracy, score, perplexity or tokens/s.
         sign: Whether a positive number gets a plus sign.
     """
     if not isinstance(value, int | float):
         return "–"
-    return format_fixed(value, 2 if metric == "perplexity" else 3, sign)
+    return format_fixed(value, {"perplexity": 2, "tokens/s": 1}.get(metric, 3), sign)
 
 
 def format_percentage(share: float) -> str:

@@ -146,6 +146,8 @@ class Run:
         compared = {str(c.get("task")): c for c in self.comparison}
         named = [str(t.get("name")) for t in self.recipe.get("evaluate") or [] if isinstance(t, Mapping)]
         found = {**compared, **self.before, **self.after}
+        speeds = {n for side in (self.before, self.after) for n, e in side.items() if e.summary.get("kind") == "speed"}
+        found = {name: e for name, e in found.items() if name not in speeds}  # these have a table of their own
         return [self._row(t, compared.get(t)) for t in dict.fromkeys([n for n in named if n in found] + sorted(found))]
 
     def _row(self, task: str, comparison: JsonDict | None) -> TaskRow:

@@ -10,9 +10,10 @@ from rich.text import Text
 
 from posttrain.core.visible_text import visible
 from posttrain.report.evaluations import samples, strategy
-from posttrain.report.formatting import format_p, format_score
+from posttrain.report.formatting import format_number, format_p, format_score
 from posttrain.report.load import read, read_json
 from posttrain.report.refinements import refining_in_words
+from posttrain.report.stage_comparison import StageFigure, compare_stages
 
 SHOWN_ANSWERS = 5
 """Rows of a table of answers."""
@@ -53,6 +54,38 @@ def summary_table(run_folder: Path) -> Table:
             p,
         )
     return table
+
+
+def stage_tables(run_folder: Path) -> list[Table]:
+    """Return a table of size, speed and tasks stage by stage; none if the run measured before and after alone.
+
+    Raises:
+        CheckpointError: There is no such folder.
+    """
+    found = compare_stages(read(Path(run_folder)))
+    if found is None:
+        return []
+    table = Table(title="Stage by stage; differences from the start, with 95% intervals")
+    table.add_column("model", overflow="fold")
+    sizes = [(key, title) for key, title in found.sizes if key in ("disk_bytes", "memory_bytes")][:1]
+    for name in [*(t for _, t in sizes), *(f"{t}, tokens/s" for _, t in found.rates), *(r.task for r in found.tasks)]:
+        table.add_column(visible(name), justify="right")
+    for line in found.lines:
+        cells = [line.sizes[key][1] if key in line.sizes else "–" for key, _ in sizes]
+        cells += [format_number(line.rates.get(key, {}).get("value"), 3) for key, _ in found.rates]
+        of_tasks = zip(line.figures, found.tasks, strict=True)
+        table.add_row(visible(line.name), *cells, *(_of_stage(figure, row.metric) for figure, row in of_tasks))
+    return [table]
+
+
+def _of_stage(figure: StageFigure | None, metric: str) -> Text:
+    if figure is None:
+        return Text("–")
+    text = format_score(figure.summary.get("value"), metric)
+    if figure.start is None:
+        return Text(text)
+    change, low, high = (format_score(figure.start[key], metric, True) for key in ("difference", "low", "high"))
+    return Text(f"{text}\n{change}\n[{low}, {high}]")
 
 
 def answer_tables(run_folder: Path) -> list[Table]:

@@ -44,7 +44,7 @@ from posttrain.models.quantization import as_saved
 from posttrain.recipe.parsing import load_recipe
 from posttrain.report import build_report, judge_figures
 from posttrain.report.measured_stages import held_out_lines
-from posttrain.report.terminal import answer_tables, sampling_tables, summary_table
+from posttrain.report.terminal import answer_tables, sampling_tables, stage_tables, summary_table
 from posttrain.runs import registry
 from posttrain.runs.held_out_tasks import write_held_out_tasks
 from posttrain.runs.machine import machine, program_name
@@ -248,14 +248,9 @@ class _Run:
 
     def task_entries(self, context: StageContext) -> list[dict[str, Any]]:
         """Return the manifest's entries of the data of evaluations, as far as it can be read now."""
-        return [
-            {
-                "stage": f"evaluate {task.name}",
-                **getattr(task_data(task, context.tokenizer, context.context), "stats", {}),
-            }
-            for task in self.recipe.evaluate
-            if not references(task.source)
-        ]
+        tasks = [task for task in self.recipe.evaluate if not references(task.source)]
+        read = [(task.name, task_data(task, context.tokenizer, context.context)) for task in tasks]
+        return [{"stage": f"evaluate {n}", **getattr(d, "stats", {})} for n, d in read if d is not None]
 
     def carry_out(
         self,
@@ -330,7 +325,8 @@ class _Run:
             if tasks:
                 config = recipe.model.model_copy(update={"source": str(final)})
                 self.measure(config, tasks, "after")
-        compared = [(task.name, str(task.measures)) for task in tasks if (evaluations / "after").is_dir()]
+        with_items = [task for task in tasks if task.measures != "speed" and (evaluations / "after").is_dir()]
+        compared = [(task.name, str(task.measures)) for task in with_items]
         compared += write_held_out_tasks(recipe, path)
         if compared:
             comparison = []
@@ -358,7 +354,9 @@ class _Run:
         comparison = read_object(file, list) if file.exists() else []
         if evaluations.is_dir():
             newest = evaluations / ("after" if (evaluations / "after").is_dir() else "before")
-            for table in (summary_table(path), *answer_tables(path), *sampling_tables(newest)):
+            summary = summary_table(path)
+            first = [summary] if summary.row_count else []
+            for table in (*first, *stage_tables(path), *answer_tables(path), *sampling_tables(newest)):
                 self.console.print(table)
         for line in [
             *held_out_lines(path),

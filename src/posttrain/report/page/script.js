@@ -183,6 +183,11 @@ class Chart {
       ctx.beginPath();
       ctx.arc(at, y, ratio * size / 2, 0, 2 * Math.PI);
       ctx.fill();
+      if (!this.spec.named) return;
+      const right = at > left + width * .6;  // names stay inside the plot
+      ctx.font = `${12 * ratio}px system-ui, sans-serif`;
+      ctx.textAlign = right ? "right" : "left";
+      ctx.fillText(s.name, at + (right ? -1 : 1) * ratio * (size / 2 + 4), y - ratio * 6);
     });
     ctx.restore();
   }

@@ -1,0 +1,193 @@
+"""Measure a model's size, memory and speed: what it costs to keep, to read a prompt, and to write an answer.
+
+The sampler computes, as in every evaluation. Prompts are random tokens and answers have a fixed length, so that models
+are compared on the same work whatever they would say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from posttrain.config import ModelConfig, SamplingConfig
+from posttrain.core.errors import DataError, ModelError
+from posttrain.core.files import is_weights
+from posttrain.core.process_memory import peak_bytes, reset_peak, resident_bytes
+from posttrain.core.progress import Track
+from posttrain.models.loading import load_model, resolve
+from posttrain.models.vocabulary import output_rows
+from posttrain.sampling.engine import LocalSampler
+from posttrain.sampling.protocol import Request
+
+if TYPE_CHECKING:
+    from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun
+    from posttrain.eval.speed_evaluation import SpeedTask
+    from posttrain.models.language_model import LanguageModel
+
+SPEED_RATES = {
+    "prefill": "tokens/s of prompts",
+    "decode": "tokens/s of one answer",
+    "batch": "tokens/s of a batch of answers",
+}
+"""Rates of an item, and what they are."""
+
+
+def speed_chunks(run: EvaluationRun, config: SpeedTask.Config) -> Iterator[Chunk]:
+    """Yield a chunk for each measurement; the first one also has the sizes, and warms up what compiles or allocates.
+
+    Raises:
+        DataError: The prompt and the answer are longer than the model's context.
+    """
+    sampler = LocalSampler(run.model, run.tokenizer)
+    needed = config.prompt_tokens + config.new_tokens + 1
+    if needed > sampler.context:
+        raise DataError(
+            f"evaluation {config.name}: {config.prompt_tokens} tokens of prompt and {config.new_tokens} new ones are "
+            f"more than the model's context of {sampler.context}: lower prompt_tokens or new_tokens"
+        )
+    prompts = _prompts(run, config)
+
+    def compute(number: int, _: Track) -> EvaluationItems:
+        sizes: dict[str, Any] = {}
+        if number == 0:
+            sizes = sizes_of(run.model, run.settings)
+            if config.memory and run.settings is not None:
+                sizes["peak_memory"] = memory_of_serving(run.settings, prompts[0], config.new_tokens)
+            _seconds(sampler, prompts, 2)
+        return [{"id": number, **rates(sampler, prompts, config.new_tokens), **sizes}]
+
+    for number in range(config.repeats):
+        yield 1, partial(compute, number)
+
+
+def rates(sampler: LocalSampler, prompts: Sequence[Sequence[int]], new: int) -> dict[str, float]:
+    """Measure tokens a second, once: of reading a prompt, of one answer, and of an answer to each of the prompts.
+
+    The time of decoding is the time of prompt and answer less that of the prompt and a first token.
+
+    Args:
+        sampler: The sampler.
+        prompts: Token ids.
+        new: Tokens of each answer behind the first.
+    """
+    first = _seconds(sampler, prompts[:1], 1)
+    whole = _seconds(sampler, prompts[:1], 1 + new)
+    first_of_all = _seconds(sampler, prompts, 1)
+    whole_of_all = _seconds(sampler, prompts, 1 + new)
+    decode = new / max(whole - first, 1e-9)
+    batch = new * len(prompts) / max(whole_of_all - first_of_all, 1e-9)
+    return {"value": decode, "prefill": len(prompts[0]) / first, "decode": decode, "batch": batch}
+
+
+def _seconds(sampler: LocalSampler, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+    """Return the time of answering the prompts with this number of tokens each, whatever the model would rather end."""
+    params = SamplingConfig(temperature=0.0, max_tokens=tokens, min_tokens=tokens)
+    began = time.perf_counter()
+    sampler.sample([Request(list(p)) for p in prompts], params)
+    return time.perf_counter() - began
+
+
+def _prompts(run: EvaluationRun, config: SpeedTask.Config) -> list[list[int]]:
+    rng = np.random.default_rng(run.seed)
+    rows = min(output_rows(run.model.base), len(run.tokenizer))
+    return [rng.integers(0, rows, config.prompt_tokens).tolist() for _ in range(config.batch)]
+
+
+def sizes_of(model: LanguageModel, settings: ModelConfig | None) -> dict[str, int]:
+    """Return the parameters of a model, and bytes of its weights on disk, in memory, and in packed form.
+
+    Weights in memory are the tensors that the model holds, each once. A layer that was quantised here holds its dense
+    weight, for everything that is not decoding, and the packed numbers that decoding reads: `packed_bytes` counts those
+    layers packed and all others as they are. Without such layers it is left out.
+    """
+    tensors = {t.untyped_storage().data_ptr(): t for t in [*model.hf.parameters(), *model.hf.buffers()]}
+    held = sum(t.untyped_storage().nbytes() for t in tensors.values())
+    out = {"parameters": sum(_numbers(p) for p in model.hf.parameters()), "memory_bytes": held}
+    packed = [(m.weight, m.quantized) for m in model.hf.modules() if getattr(m, "quantized", None) is not None]
+    if packed:
+        dense = sum(w.numel() * w.element_size() for w, _ in packed)
+        out["packed_bytes"] = held - dense + sum(packed_bytes(q) for _, q in packed)
+    if settings is not None and (found := resolve(settings.source)).kind == "folder":
+        out["disk_bytes"] = sum(p.stat().st_size for p in Path(found.location).iterdir() if is_weights(p.name))
+    return out
+
+
+def packed_bytes(weight: Any) -> int:
+    """Return the bytes of a quantised weight: its numbers at their width, and its scales and zeros."""
+    columns = weight.values_O_I.numel() * weight.bits // 8
+    beside = [weight.scale_O_G, weight.zero_O_G, weight.order_I]
+    return columns + sum(t.numel() * t.element_size() for t in beside if t is not None)
+
+
+def _numbers(parameter: Any) -> int:
+    """Return the numbers of a parameter; bitsandbytes packs two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()
+
+
+def memory_of_serving(settings: ModelConfig, prompt: Sequence[int], new: int) -> int:
+    """Measure the peak memory of opening a model and answering a prompt, in a process of its own.
+
+    In this process memory that earlier stages took and gave back would count.
+
+    Args:
+        settings: The model.
+        prompt: Token ids.
+        new: Tokens of the answer.
+
+    Returns:
+        Bytes, over what Python and its packages take; on a GPU, those of the GPU.
+
+    Raises:
+        ModelError: The process failed.
+    """
+    given = {"model": settings.model_dump(mode="json"), "prompt": list(prompt), "new": new}
+    command = [sys.executable, "-m", "posttrain.eval.serving_memory"]
+    done = subprocess.run(command, input=json.dumps(given), text=True, capture_output=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        raise ModelError(f"the process that measures the memory of {settings.source!r} failed: {reason}")
+    return int(json.loads(done.stdout.strip().splitlines()[-1])["bytes"])
+
+
+def measure_serving(given: dict[str, Any]) -> int:
+    """Open the model, answer the prompt, and return the peak memory of that: the work of the process."""
+    import torch
+
+    from posttrain.models.language_model import LanguageModel
+
+    def serve(settings: ModelConfig, prompt: Sequence[int]) -> LanguageModel:
+        hf, tokenizer = load_model(settings)
+        model = LanguageModel(hf).eval()
+        _seconds(LocalSampler(model, tokenizer), [prompt], 1 + given["new"])
+        return model
+
+    settings = ModelConfig.model_validate(given["model"])
+    # What packages and compiled kernels take at their first use is not the model's: a tiny one is served first.
+    serve(ModelConfig(source="tiny:llama", device=settings.device), given["prompt"][:1])
+    reset_peak()
+    before = resident_bytes()
+    model = serve(settings, given["prompt"])
+    if model.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(model.device))
+    return peak_bytes() - before
+
+
+def summary_of_speed(items: EvaluationItems) -> dict[str, Any]:
+    """Return {"rates": {name: {"value", "low", "high"}}} of the repeats, and the sizes."""
+    spread = {}
+    for name in SPEED_RATES:
+        values = [float(item[name]) for item in items]
+        spread[name] = {"value": median(values), "low": min(values), "high": max(values)}
+    sizes = {k: v for k, v in items[0].items() if k not in ("id", "value", *SPEED_RATES)}
+    return {"rates": spread, **sizes}

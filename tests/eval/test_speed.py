@@ -1,0 +1,86 @@
+"""The evaluation of size and speed: what is counted is what the model holds, and rates are tokens over time."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from posttrain.config import ModelConfig
+from posttrain.core.errors import DataError
+from posttrain.eval import speed
+from posttrain.eval.evaluation_tasks import EvaluationRun
+from posttrain.eval.speed_evaluation import SpeedTask
+from posttrain.eval.tasks import evaluate_model
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.loading import load_model
+
+MODEL = ModelConfig(source="tiny:llama")
+
+
+def settings(**values: object) -> SpeedTask.Config:
+    given = {"prompt_tokens": 12, "new_tokens": 4, "batch": 2, "repeats": 2, "memory": False}
+    return SpeedTask.Config.model_validate(given | values)
+
+
+def test_repeats_are_items_and_the_summary_is_their_spread(tmp_path: Path) -> None:
+    (summary,) = evaluate_model(MODEL, [settings(repeats=3)], tmp_path)
+    assert summary["kind"] == "speed" and summary["n"] == 3 and summary["metric"] == "tokens/s"
+    for rate in summary["rates"].values():
+        assert 0 < rate["low"] <= rate["value"] <= rate["high"]
+    assert summary["value"] == summary["rates"]["decode"]["value"]
+    hf, _ = load_model(MODEL)
+    assert summary["parameters"] == sum(p.numel() for p in hf.parameters())
+    assert summary["memory_bytes"] >= 4 * summary["parameters"]
+
+
+def test_rates_are_tokens_over_the_time_that_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prompt: 0.5 s, and 0.1 s for each token behind the first; two prompts: 0.8 s, and 0.125 s."""
+    monkeypatch.setattr(
+        speed, "_seconds", lambda _, prompts, n: (0.5 + 0.1 * (n - 1)) if len(prompts) == 1 else (0.8 + 0.125 * (n - 1))
+    )
+    found = speed.rates(SimpleNamespace(), [[1] * 20, [2] * 20], 8)  # type: ignore[arg-type]
+    assert found == pytest.approx({"value": 10.0, "decode": 10.0, "prefill": 40.0, "batch": 16.0})
+
+
+def test_answers_have_their_length_whatever_ends_them() -> None:
+    hf, tokenizer = load_model(MODEL)
+    model = LanguageModel(hf).eval()
+    made = []
+
+    class Sampler(speed.LocalSampler):
+        def sample(self, *args: object, **more: object):  # type: ignore[no-untyped-def]
+            made.extend(super().sample(*args, **more))  # type: ignore[arg-type]
+            return made
+
+    with torch.no_grad():  # the end token is the likeliest always
+        hf.get_output_embeddings().weight.zero_()
+        hf.get_output_embeddings().weight[tokenizer.eos_token_id] = 1.0
+    speed._seconds(Sampler(model, tokenizer), [[5, 6, 7]], 9)
+    assert len(made[0].rollouts[0].tokens) == 9
+
+
+def test_packed_weights_count_packed() -> None:
+    layer = torch.nn.Linear(64, 32, bias=False)
+    layer.quantized = SimpleNamespace(  # type: ignore[assignment]
+        values_O_I=torch.zeros(32, 64, dtype=torch.int8),
+        scale_O_G=torch.ones(32, 2),
+        zero_O_G=None,
+        order_I=None,
+        bits=4,
+    )
+    model = SimpleNamespace(hf=torch.nn.Sequential(layer, torch.nn.Linear(32, 8, bias=False)))
+    found = speed.sizes_of(model, None)  # type: ignore[arg-type]
+    assert found["memory_bytes"] == 4 * (64 * 32 + 32 * 8)
+    assert found["packed_bytes"] == 64 * 32 // 2 + 4 * 32 * 2 + 4 * 32 * 8
+
+
+def test_what_does_not_fit_into_the_context_is_refused() -> None:
+    hf, tokenizer = load_model(MODEL)
+    with ExitStack() as until:
+        run = EvaluationRun(LanguageModel(hf).eval(), tokenizer, None, 0, {}, until)
+        with pytest.raises(DataError, match="lower prompt_tokens or new_tokens"):
+            list(speed.speed_chunks(run, settings(prompt_tokens=100_000)))
