@@ -22,6 +22,7 @@ from posttrain.core.errors import CheckpointError, DataError, RewardError
 from posttrain.core.files import read_lines
 from posttrain.eval.evaluation_tasks import SampleTask, ScoreTask
 from posttrain.eval.refine_evaluation import RefineEvaluation
+from posttrain.methods.compress.prune_settings import PruneConfig
 from posttrain.methods.data.ai_feedback import FeedbackConfig
 from posttrain.methods.data.corrections import CorrectionsConfig
 from posttrain.methods.data.critique_revision import RefineConfig
@@ -129,6 +130,9 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
             small = ("problems.data.rows=[0, 12]", "examples=null", "sampler.stop=[a, b, c, d, e, f, g, h]")
             given += [f"stages.{i}.{s}" for s in small]
             continue
+        if isinstance(stage, PruneConfig):  # of this model half is embeddings
+            given += [f"stages.{i}.{s}" for s in ("structure.ratio=0.8", "structure.round_to=4", "rows=4")]
+            continue
         if isinstance(stage, FeedbackConfig):
             if stage.answers.kind == "samples":
                 given += [f"stages.{i}.answers.{s}" for s in ("problems.data.rows=[0, 6]", "sampler.max_tokens=30")]
@@ -192,6 +196,10 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
             assert made
             if isinstance(stage, FeedbackConfig):
                 assert {r["labels"] for r in made} == {stage.labels}
+            continue
+        if isinstance(stage, PruneConfig):
+            pruned = AutoModelForCausalLM.from_pretrained(result.folder / "stages" / f"{i}-{stage.name}" / "model")
+            assert pruned.config.intermediate_size < tiny_model("llama").config.intermediate_size
             continue
         metrics = read_lines(result.folder / "stages" / f"{i}-{stage.name}" / "metrics.jsonl")
         if isinstance(stage, RLConfig | OnlineDPOConfig):

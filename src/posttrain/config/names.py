@@ -28,6 +28,7 @@ METHODS = {
     "feedback": "posttrain.methods.data.ai_feedback:Feedback",
     "self_instruct": "posttrain.methods.data.self_instruct:SelfInstruct",
     "instructions": "posttrain.methods.data.instructions:Instructions",
+    "prune": "posttrain.methods.compress.prune:Prune",
 }
 """Methods: subclasses of `posttrain.trainer.stage.Stage`."""
 

@@ -302,6 +302,10 @@ class TrainConfig(StageBase):
         True,
         description="Merge adapters into the final model's weights (the adapter is saved as well). Soft prompts are never merged: the model is saved as an adapter.",
     )
+    keep_zeros: bool = Field(
+        False,
+        description="Weights that are zero when the stage begins stay zero (matrices, not embeddings): a pruned model is trained and stays pruned. For stages that train every weight.",
+    )
     systems: SystemsConfig = SystemsConfig()
     checkpoint_every: int = Field(25, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(
@@ -310,6 +314,11 @@ class TrainConfig(StageBase):
 
     @model_validator(mode="after")
     def _merge_what_can_be(self) -> TrainConfig:
+        if self.keep_zeros and self.adapter is not None:
+            raise ValueError(
+                "keep_zeros is for training every weight: an adapter adds to zeros too once it is merged. Leave one of "
+                "them out"
+            )
         if self.adapter is None or not self.adapter.is_soft_prompt:
             return self
         if self.adapter.virtual_tokens()[1] and not self.before_target:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from posttrain.config import OptimizerConfig
 from posttrain.core.distributed import all_gather_object, full_tensor, local_part
+from posttrain.trainer.kept_zeros import clear_marked
 
 
 def lr_at(step: int, total: int, config: OptimizerConfig) -> float:
@@ -90,7 +91,12 @@ class Optimizer:
             }
 
     def gradient_norms(self) -> dict[str, Tensor]:
-        """Return the global norm of each set's gradients, on the device, by the set's prefix (every rank must call)."""
+        """Return the global norm of each set's gradients, on the device, by the set's prefix (every rank must call).
+
+        Weights that keep a zero have no gradient from here on (`kept_zeros`).
+        """
+        for name, parameter in self.parameters.items():
+            clear_marked(parameter, self.masters[name].grad)
         gradients = {prefix: self._gradients(prefix) for prefix in self.sets}
         return {p: full_tensor(torch.nn.utils.get_total_norm(g)) for p, g in gradients.items() if g}
 

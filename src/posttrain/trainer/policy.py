@@ -18,6 +18,7 @@ from posttrain.models.quantization import check_training
 from posttrain.models.saving import save_trained
 from posttrain.models.soft_prompt import SoftPrompt
 from posttrain.models.verification import verify
+from posttrain.trainer.kept_zeros import mark_zeros
 from posttrain.trainer.loop import LoopResult
 
 
@@ -60,7 +61,8 @@ def open_policy(config: TrainConfig, model: ModelConfig, seed: int) -> LoadedPol
     check_training(hf, config.merge, distributed.world())
     policy = LanguageModel(hf)
     verify(policy)
-    return LoadedPolicy(policy, opened.tokenizer, *count_parameters(policy), dict(opened.notes), opened.new_tokens)
+    notes = dict(opened.notes) | ({"kept_zeros": round(mark_zeros(policy), 6)} if config.keep_zeros else {})
+    return LoadedPolicy(policy, opened.tokenizer, *count_parameters(policy), notes, opened.new_tokens)
 
 
 def save_policy(

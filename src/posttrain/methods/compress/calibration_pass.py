@@ -168,7 +168,7 @@ class LayerByLayer:
         name = next(n for n, m in self.policy.base.named_modules() if m is head)
         found = InputStatistics(statistics)
         for one in passes:
-            hidden = self._finish(one)
+            hidden = self.finish(one)
             found.add(hidden, self.counts(one.batch))
         return CalibratedLayer(len(self.layers), AFTER_LAYERS, head, (LayerMatrix(name, head),), {name: found})
 
@@ -183,11 +183,11 @@ class LayerByLayer:
         with ExitStack() as stack:
             for number, layer in enumerate(self.layers):
                 stack.callback(layer.register_forward_hook(self._note_form(number)).remove)
-            expected = self._decode(batch)
+            expected = self.decode(batch)
         one = self._record(batch)
         for number in range(len(self.layers)):
             one.hidden = self.advance(number, one)
-        found = self._finish(one)
+        found = self.finish(one)
         if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
             kind = self.policy.base.config.get_text_config().model_type
             raise ModelError(
@@ -202,7 +202,7 @@ class LayerByLayer:
 
         return hook
 
-    def _decode(self, batch: RaggedBatch) -> Tensor:
+    def decode(self, batch: RaggedBatch) -> Tensor:
         """Return the decoder's hidden states; without padding, whose tokens would reach experts."""
         policy = self.policy
         alone: dict[str, Any] = {"input_ids": batch.tokens_T[None]}
@@ -227,10 +227,10 @@ class LayerByLayer:
             return forward
 
         with _forwards(self.layers, taking):
-            self._decode(batch)
+            self.decode(batch)
         return one
 
-    def _finish(self, one: _Pass) -> Tensor:
+    def finish(self, one: _Pass) -> Tensor:
         """Return the decoder's output for hidden states after the last layer."""
 
         def giving(number: int) -> Callable[..., Any]:
@@ -240,7 +240,7 @@ class LayerByLayer:
             return forward
 
         with _forwards(self.layers, giving):
-            return self._decode(one.batch)
+            return self.decode(one.batch)
 
 
 def outermost_layers(policy: LanguageModel) -> list[nn.Module]:

@@ -55,6 +55,7 @@ class ScorerStage(Stage):
         from posttrain.models.language_model import LanguageModel
         from posttrain.models.loading import pick_device, pick_dtype
         from posttrain.models.quantization import check_training
+        from posttrain.trainer.kept_zeros import mark_zeros
         from posttrain.trainer.policy import LoadedPolicy
 
         check_soft_start(run.model, self.config.adapter)
@@ -66,7 +67,8 @@ class ScorerStage(Stage):
         check_training(hf, self.config.merge, distributed.world())
         policy = LanguageModel(hf)
         verify_scores(policy, self.layout)
-        return LoadedPolicy(policy, opened.tokenizer, *count_parameters(policy), dict(opened.notes))
+        notes = dict(opened.notes) | ({"kept_zeros": round(mark_zeros(policy), 6)} if self.config.keep_zeros else {})
+        return LoadedPolicy(policy, opened.tokenizer, *count_parameters(policy), notes)
 
     def folder_of_model(self, run: StageRun) -> Path:
         """Return the folder in which the model is saved."""
