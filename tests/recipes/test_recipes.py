@@ -29,6 +29,7 @@ from posttrain.methods.data.critique_revision import RefineConfig
 from posttrain.methods.data.instructions import InstructionsConfig
 from posttrain.methods.data.rejection import RejectionConfig
 from posttrain.methods.data.self_instruct import SelfInstructConfig
+from posttrain.methods.distill.distill_settings import DistillConfig
 from posttrain.methods.preference.offline import PreferenceConfig
 from posttrain.methods.preference.online import OnlineDPOConfig
 from posttrain.methods.reward_model.pairwise import RewardModelConfig
@@ -159,6 +160,14 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
             rows = f"data.source={chats.with_name('pairs.jsonl')}"
             given += [f"stages.{i}.{'data.rows=[0, 40]' if packaged else rows}"]
             continue
+        if isinstance(stage, DistillConfig):  # a random teacher ends few of its answers
+            given += [f"stages.{i}.sampler.max_tokens=6"] if stage.on_policy else []
+            given += [f"stages.{i}.teacher_sampler.max_tokens=400"] if stage.teacher_text else []
+            if not str(stage.teacher.source).startswith("stage:"):
+                given += [f"stages.{i}.teacher.source=tiny:qwen2"]
+            if stage.problems is not None:
+                given += [f"stages.{i}.problems.size=8"]
+                continue
         own = str(stage.data.source).startswith(("packaged:", "lab:", "stage:"))
         given += [f"stages.{i}.data.rows=null"] if own and "/data/" in str(stage.data.source) else []  # a few rows
         given += [] if own else [f"stages.{i}.data.source={chats}"]
@@ -237,7 +246,7 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
     assert (f"model/{file}" in manifest["artifacts"]) == makes_model
     held_out = [s for s in recipe.stages if isinstance(s, RLConfig | OnlineDPOConfig) and s.held_out is not None]
     judged = [s for s in held_out if any(p.is_correctness for p in s.rewards.terms)]  # right or wrong, and so compared
-    measured = [s for s in recipe.stages if isinstance(s, SFTConfig) and s.held_out is not None]
+    measured = [s for s in recipe.stages if isinstance(s, SFTConfig | DistillConfig) and s.held_out is not None]
     assert len(result.comparison) == len(recipe.evaluate) + len(judged) + len(measured)
     assert "<html" in result.report.read_text()
     for opens, kind in (

@@ -11,6 +11,7 @@ _POLICY_GRADIENT = "posttrain.methods.rl.rl_stage:PolicyGradient"
 
 METHODS = {
     "sft": "posttrain.methods.sft:SFT",
+    "distill": "posttrain.methods.distill.distill_stage:Distill",
     **dict.fromkeys(
         ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline"),
         _POLICY_GRADIENT,
@@ -31,6 +32,12 @@ METHODS = {
     "prune": "posttrain.methods.compress.prune:Prune",
 }
 """Methods: subclasses of `posttrain.trainer.stage.Stage`."""
+
+DIVERGENCES: dict[str, str] = {
+    name: f"posttrain.methods.distill.divergences:{name}_divergence"
+    for name in ("forward_kl", "reverse_kl", "jsd", "skew", "skew_reverse")
+}
+"""Divergences of distillation: functions of (student's log-probabilities, teacher's)."""
 
 PREFERENCE_LOSSES = {"hinge": "posttrain.losses.preference_loss:hinge"}
 """Losses of a pair by its answers' scores, that take the place of a preference method's loss (setting `loss`)."""
@@ -261,6 +268,10 @@ RENAMED = {
     "dataset_split": "split",
     "seed_data": "shuffle_seed",
     "data_seed": "shuffle_seed",
+    "lmbda": "on_policy",
+    "seq_kd": "teacher_text",
+    "teacher_model": "teacher",
+    "teacher_model_name_or_path": "teacher",
     "eval": "evaluate",
     "parts": "terms",
     "opened": "prompt_ends_with_tag",

@@ -24,6 +24,9 @@ from posttrain.models.output_head import head_parameters, output_head
 from posttrain.models.router_loss import RouterLoss, Routing, multiplicity, routing_of
 from posttrain.models.soft_prompt import SoftPrompt
 
+OfStates = Callable[[Tensor, Head, Tensor], Any]
+"""(hidden_N_H, head, tokens_N) -> any tensors: a loss that needs the head, inside the forward pass."""
+
 
 def _base(hf: Any) -> Any:
     """Return transformers' model inside a peft wrapper, or the model itself."""
@@ -227,7 +230,7 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         batch: RaggedBatch,
-        want: Literal["cross_entropy", "logprobs", "values", "scores", "hidden"] = "logprobs",
+        want: Literal["cross_entropy", "logprobs", "values", "scores", "hidden"] | OfStates = "logprobs",
         targets_N: Tensor | None = None,
         coefficients_N: Tensor | None = None,
         temperature: float | Tensor = 1.0,
@@ -241,7 +244,8 @@ class LanguageModel(nn.Module):
             want: cross_entropy: (loss, nll_N, hits_N) of `linear_cross_entropy` with `coefficients_N`. logprobs:
                 (logprobs_N, entropies_N) of `linear_logprobs`. values: these and values_N, what the critic expects
                 before each token is there. scores: float32 numbers of the head of a model for classification, (N,
-                labels), once each token has been read. hidden: hidden_T_H.
+                labels), once each token has been read. hidden: hidden_T_H. A function: what it returns, given the
+                hidden states that predict the targets, the head and the targets' token ids.
             targets_N: T-indices of tokens. None: those that carry loss.
             coefficients_N: Of cross_entropy. None: the weights.
             temperature: Divides the logits.
@@ -262,6 +266,8 @@ class LanguageModel(nn.Module):
         predictors = batch.predictors_T[targets]
         require_all(predictors >= 0, lambda: "the first token of a sequence was asked for; no hidden state predicts it")
         hidden_N_H, tokens_N = hidden[predictors], batch.tokens_T[targets]
+        if callable(want):
+            return want(hidden_N_H, self.head(), tokens_N)
         if want == "cross_entropy":
             if coefficients_N is None:
                 coefficients_N = batch.weights_T[targets]

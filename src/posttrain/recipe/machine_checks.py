@@ -104,6 +104,8 @@ def _problems(block: BaseModel, on_hub: set[str], data_on_hub: set[str]) -> Iter
                 continue
             if source.startswith("stage:") or (name, source) == ("start", "base"):
                 continue
+            if source in getattr(type(block), "own_sources", ()):
+                continue
             try:
                 if isinstance(block, RowSettings):
                     _check_data(source, data_on_hub)
