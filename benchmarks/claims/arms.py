@@ -181,12 +181,13 @@ def read_curve(folder: Path, arm: Arm, seconds: float) -> Curve:
                 last = record
     more = {}
     if arm.task is not None:
-        after = folder / "evaluations" / "after"
+        # a recipe without stages measures the model as it is, which is before
+        after = next(path for path in (folder / "evaluations" / n for n in ("after", "before")) if path.exists())
         more, *others = [json.loads((after / f"{name}.json").read_text()) for name in (arm.task, *arm.also)]
         more |= dict(zip(arm.also, others, strict=True))
     keys = ("name", "parameters", "trainable", "peak_memory_mb", "tokens_per_second", "seconds", "made")
     manifest = folder / "manifest.json"
-    stages = json.loads(manifest.read_text())["stages"] if manifest.exists() else []
+    stages = json.loads(manifest.read_text()).get("stages", []) if manifest.exists() else []
     noted = [{k: stage[k] for k in keys if k in stage} for stage in stages]
     return Curve(points, round(seconds, 1), more, last, noted)
 

@@ -219,7 +219,45 @@ EXPLORATION = Claim(
     "Recipe r1_zero; --seeds 0,1,2,3,4 for five. Compared over equal numbers of completions.",
 )
 
-CLAIMS = {c.number: c for c in (*REFT, AGREEMENT, EXPLORATION)}
+# ------------------------------------------------------------------------------------------ 13: steps and length hacked
+RIGHT = "{kind: exact, name: right, extract: last_line%s}"
+NOT_TRAINED_ON = RIGHT % ", weight: 0"
+PLAIN = "right or wrong"
+
+
+def hacked(curves: Curves) -> dict[str, Any]:
+    """Accuracy, mean length and reward at the end; hacked: less accurate than with the right-or-wrong reward alone."""
+    plain = curves[PLAIN]
+    against = {n: difference([c.last for c in of], [c.last for c in plain]) for n, of in curves.items() if n != PLAIN}
+    words = {"refuted: the opposite holds": "hacked: less accurate", "reproduced": "more accurate"}
+    return {
+        "before": {n: interval([c.first for c in of]) for n, of in curves.items()},
+        "after": {n: interval([c.last for c in of]) for n, of in curves.items()},
+        "tokens": {n: interval([c.last_record["completions/mean_length"] for c in of]) for n, of in curves.items()},
+        "reward": {n: interval([c.last_record["reward"] for c in of]) for n, of in curves.items()},
+        "against": against,
+        "verdict": {n: words.get(g["verdict"], g["verdict"]) for n, g in against.items()},
+    }
+
+
+HACKING = Claim(
+    13,
+    "A reward of steps or of length alone is hacked: it rises, and answers get no better",
+    tuple(
+        Arm(name, "lab", (f"stages.rl.rewards={rewards}", *RUN))
+        for name, rewards in {
+            PLAIN: f"[{RIGHT % ''}]",
+            "right, and true steps": f"[{RIGHT % ''}, {{kind: valid_steps, name: steps, weight: 0.5}}]",
+            "true steps alone": f"[{NOT_TRAINED_ON}, {{kind: valid_steps, name: steps}}]",
+            "length alone": f"[{NOT_TRAINED_ON}, {{kind: length, target: 40, width: 40}}]",
+        }.items()
+    ),
+    hacked,
+    "Recipe lab, 40 steps. A step is a line whose equation is true, whatever it is about; length is rewarded up to 40 "
+    "tokens. Careful right answers have about 25.",
+)
+
+CLAIMS = {c.number: c for c in (*REFT, AGREEMENT, EXPLORATION, HACKING)}
 
 if __name__ == "__main__":
     main(CLAIMS, "Claims about reasoning, tried in the laboratory.")

@@ -34,7 +34,7 @@ def first(curves: list[Curve]) -> list[float]:
 def vote(curves: list[Curve]) -> list[float]:
     """Return the accuracy of a majority vote at equal tokens, for each seed."""
     against = [c.more["refine"]["equal_tokens"]["against"] for c in curves]
-    return [next(a["value"] for a in of if a["name"] == "majority") for of in against]
+    return [next(a["value"] for a in of if a["name"] == "vote") for of in against]
 
 
 def reached(curves: Curves) -> dict[str, Any]:

@@ -90,7 +90,8 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
             if str(getattr(stage.problems, "data", None) and stage.problems.data.source).startswith("stage:"):
                 few, given = "data.rows=[0, 4]", [*given, f"stages.{i}.problems.data.rows=[4, 12]"]
             else:
-                few = "data.rows=[9000, 9008]" if stage.held_out.problems.kind == "rows" else "size=8"
+                of_rows = stage.held_out.problems.data.source if stage.held_out.problems.kind == "rows" else None
+                few = "size=8" if of_rows is None else f"data.rows={[0, 8] if 'lab:' in of_rows else [9000, 9008]}"
             turns = isinstance(stage, RLConfig) and stage.environment is not None and stage.environment.kind == "refine"
             given += [f"stages.{i}.sampler.max_tokens={60 if turns else 6}", f"stages.{i}.held_out.problems.{few}"]
             given += [f"stages.{i}.environment.stop=[a, e, i, o, u, r, s, t]"] if turns else []

@@ -211,7 +211,7 @@ class DataConfig(RowSettings):
     """Rows from files or the Hub, and how they become samples."""
 
     source: str | list[str | SourceConfig] = Field(
-        description="Path of a .tsv .csv .json .jsonl .parquet file, a Hub data set's name, packaged:NAME (ships with posttrain), lab:KIND (made here for the laboratory's model: calculator; chains of thought careful, words, program; sums, others, others_held_out without), reasoning-gym:NAME (made by reasoning-gym; with ?size=2000&seed=1&OPTION=VALUE), or stage:NAME (what an earlier stage made). A list of these takes all rows of all; an entry may be settings: {source: ..., weight: 2, max_rows: 1000, system: ...}."
+        description="Path of a .tsv .csv .json .jsonl .parquet file, a Hub data set's name, packaged:NAME (ships with posttrain), lab:KIND (made here for the laboratory's model: calculator; chains of thought careful, words, program; sums, others, others_held_out without; word problems with worked answers legs, legs_held_out, legs_reworded, legs_longer, wheels, prices), reasoning-gym:NAME (made by reasoning-gym; with ?size=2000&seed=1&OPTION=VALUE), or stage:NAME (what an earlier stage made). A list of these takes all rows of all; an entry may be settings: {source: ..., weight: 2, max_rows: 1000, system: ...}."
     )
 
     @property

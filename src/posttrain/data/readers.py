@@ -22,6 +22,7 @@ from posttrain.data.cells import without_nulls
 from posttrain.data.gym_rows import GYM_PREFIX, gym_source_rows
 from posttrain.data.synthetic import sum_chains as chains
 from posttrain.data.synthetic import sums
+from posttrain.data.synthetic import worked_problems as worked
 from posttrain.data.table_files import FILE_READERS, FoundRow, RowSource
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def in_order(config: DataConfig, count: int) -> np.ndarray:
 
 
 def _made_rows(source: str) -> list[Row]:
-    """Make the rows of reasoning-gym:NAME, lab:calculator, lab:calculator:SEED, lab:KIND of chains."""
+    """Make the rows of reasoning-gym:NAME, lab:calculator, lab:calculator:SEED, lab:KIND of chains or word problems."""
     if source.startswith(GYM_PREFIX):
         return gym_source_rows(source)
     name, _, seed = source.removeprefix("lab:").partition(":")
@@ -218,7 +219,9 @@ def _made_rows(source: str) -> list[Row]:
         return sums.calculator_rows(int(seed or 0), sums.CALL_ROWS)
     if name in chains.CHAIN_KINDS and not seed:
         return chains.chain_rows(name)
-    kinds = ", ".join(f"lab:{kind}" for kind in chains.CHAIN_KINDS)
+    if name in worked.KINDS and not seed:
+        return worked.problem_rows(name)
+    kinds = ", ".join(f"lab:{kind}" for kind in (*chains.CHAIN_KINDS, *worked.KINDS))
     raise DataError(f"data source {source!r}: expected lab:calculator, lab:calculator:SEED with a number, {kinds}")
 
 
