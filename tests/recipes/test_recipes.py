@@ -188,7 +188,9 @@ def evaluation_overrides(recipe: posttrain.Recipe, chats: Path) -> list[str]:
         if isinstance(task, SampleTask.Config | RefineEvaluation.Config):
             few = "data.rows=[0, 6]" if task.problems.kind == "rows" else "size=6"
             few = "rows=[0, 2]" if task.problems.kind == "human_eval" else few
-            given += [f"evaluate.{i}.{s}" for s in ("n=2", "k=[]", "sampler.max_tokens=6", f"problems.{few}")]
+            given += [
+                f"evaluate.{i}.{s}" for s in (f"n={min(task.n, 2)}", "k=[]", "sampler.max_tokens=6", f"problems.{few}")
+            ]
             continue
         packaged = str(task.data.source).startswith("packaged:")
         given += [f"evaluate.{i}.data.rows=[9000, 9010]"] if packaged else [f"evaluate.{i}.data.source={chats}"]
