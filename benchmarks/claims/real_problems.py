@@ -60,7 +60,7 @@ def shortcuts(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     questions = [[int(n) for n in NUMBER.findall(_question(i["prompt"]))] for i in items]
     expected = [int(_last_number(str(i["expected"])) or 0) for i in items]
     answers = [_last_number(i["completions"][0]["text"]) for i in items]
-    best = {"rule": "", "right": -1.0, "answers": 0.0}
+    best: dict[str, Any] = {"rule": "", "right": -1.0, "answers": 0.0}
     for name, rule in rules().items():
         said = [rule(numbers) for numbers in questions]
         right = sum(s == e for s, e in zip(said, expected, strict=True)) / len(items)

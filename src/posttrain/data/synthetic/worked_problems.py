@@ -76,7 +76,7 @@ def problem_rows(kind: str) -> list[dict[str, Any]]:
     """
     units, kinds, held_out, wordings = KINDS[kind]
     rng, seen = random.Random(f"worked {kind}"), set[tuple[tuple[int, str], ...]]()
-    rows = []
+    rows: list[dict[str, Any]] = []
     while len(rows) < (COUNT // HELD_OUT_EVERY if held_out else COUNT):
         names = rng.sample(list(units), rng.choice(kinds))
         each = [units[what] or rng.randint(2, 9) for what in names]
