@@ -219,9 +219,9 @@ def _made_rows(source: str) -> list[Row]:
         return sums.calculator_rows(int(seed or 0), sums.CALL_ROWS)
     if name in chains.CHAIN_KINDS and not seed:
         return chains.chain_rows(name)
-    if name in worked.KINDS and not seed:
+    if name in worked.PROBLEM_KINDS and not seed:
         return worked.problem_rows(name)
-    kinds = ", ".join(f"lab:{kind}" for kind in (*chains.CHAIN_KINDS, *worked.KINDS))
+    kinds = ", ".join(f"lab:{kind}" for kind in (*chains.CHAIN_KINDS, *worked.PROBLEM_KINDS))
     raise DataError(f"data source {source!r}: expected lab:calculator, lab:calculator:SEED with a number, {kinds}")
 
 

@@ -24,7 +24,7 @@ def test_answers_by_hand() -> None:
     assert worked.worked_answer(THINGS) == lines + "18 + 4 = 22\n22 + 20 = 42"
 
 
-@pytest.mark.parametrize("kind", worked.KINDS)
+@pytest.mark.parametrize("kind", worked.PROBLEM_KINDS)
 def test_every_line_of_an_answer_is_true_and_the_last_number_is_the_answer(kind: str) -> None:
     for row in worked.problem_rows(kind)[:300]:
         *_, last = re.findall(r"\d+", row["completion"])
@@ -50,7 +50,7 @@ def test_held_out_problems_have_no_numbers_and_things_of_the_trained_ones() -> N
 def test_styles_have_their_shares() -> None:
     rows = worked.problem_rows("legs")
     bare = sum("\n" not in r["completion"] for r in rows) / len(rows)
-    assert abs(bare - worked.STYLES["bare"]) < 0.03
+    assert abs(bare - worked.ANSWER_STYLES["bare"]) < 0.03
 
 
 def test_the_rows_are_a_source_and_a_misspelt_kind_names_them() -> None:

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-COUNT = 4000
+PROBLEMS = 4000
 """Problems of each source but those that are held out, of which there are an eighth."""
-HELD_OUT_EVERY = 8
+KEPT_BACK_EVERY = 8
 
 LEGS = {
     "ant": 6, "bear": 4, "bee": 6, "beetle": 6, "bird": 2, "camel": 4, "cat": 4, "chicken": 2, "cow": 4, "crab": 10,
@@ -47,7 +47,7 @@ Things = Sequence[tuple[int, str, int]]
 """(number, what, of how much each): 3 ants of 6 legs."""
 
 
-STYLES = {"bare": 0.2, "one sum": 0.4, "steps": 0.4}
+ANSWER_STYLES = {"bare": 0.2, "one sum": 0.4, "steps": 0.4}
 """Shares of the styles of worked answers."""
 
 
@@ -72,29 +72,29 @@ def problem_rows(kind: str) -> list[dict[str, Any]]:
     """Return the rows of a source: prompt, completion (the worked answer), answer.
 
     Args:
-        kind: Key of `KINDS`.
+        kind: Key of `PROBLEM_KINDS`.
     """
-    units, kinds, held_out, wordings = KINDS[kind]
+    units, kinds, held_out, wordings = PROBLEM_KINDS[kind]
     rng, seen = random.Random(f"worked {kind}"), set[tuple[tuple[int, str], ...]]()
     rows: list[dict[str, Any]] = []
-    while len(rows) < (COUNT // HELD_OUT_EVERY if held_out else COUNT):
+    while len(rows) < (PROBLEMS // KEPT_BACK_EVERY if held_out else PROBLEMS):
         names = rng.sample(list(units), rng.choice(kinds))
         each = [units[what] or rng.randint(2, 9) for what in names]
         things = [(rng.randint(2, 9), what, size) for what, size in zip(names, each, strict=True)]
         key = tuple(sorted((n, what) for n, what, _ in things))
-        if is_held_out(key) == held_out and key not in seen:
+        if is_kept_back(key) == held_out and key not in seen:
             seen.add(key)
             prompt = rng.choice(wordings).format(things=_listed(things), prices=_prices(things))
             prompt = prompt[0].upper() + prompt[1:]
             total = str(sum(n * size for n, _, size in things))
-            style = rng.choices(list(STYLES), list(STYLES.values()))[0]
+            style = rng.choices(list(ANSWER_STYLES), list(ANSWER_STYLES.values()))[0]
             rows.append({"prompt": prompt, "completion": worked_answer(things, style), "answer": total})
     return rows
 
 
-def is_held_out(things: Sequence[tuple[int, str]]) -> bool:
+def is_kept_back(things: Sequence[tuple[int, str]]) -> bool:
     """Return True for numbers of things that no problem of ``lab:legs`` has, in any order: one in eight."""
-    return zlib.crc32(repr(sorted(things)).encode()) % HELD_OUT_EVERY == 0
+    return zlib.crc32(repr(sorted(things)).encode()) % KEPT_BACK_EVERY == 0
 
 
 def _named(count: int, what: str) -> str:
@@ -114,7 +114,7 @@ def _prices(things: Things) -> str:
 Units = Mapping[str, int]
 """Things and of how much each has; 0: another number in each problem, which the question names."""
 
-KINDS: dict[str, tuple[Units, tuple[int, ...], bool, tuple[str, ...]]] = {
+PROBLEM_KINDS: dict[str, tuple[Units, tuple[int, ...], bool, tuple[str, ...]]] = {
     "legs": (LEGS, (2, 3), False, WORDINGS),
     "legs_held_out": (LEGS, (2, 3), True, WORDINGS),
     "legs_reworded": (LEGS, (2, 3), True, OTHER_WORDINGS),
