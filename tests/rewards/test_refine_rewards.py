@@ -129,3 +129,61 @@ def test_what_can_t_be_scored_so_is_refused() -> None:
     ):
         with pytest.raises(ValidationError, match=why):
             RewardsConfig.model_validate([{"kind": "improvement", "reward": reward}])
+
+
+def test_other_rewards_read_the_last_answer() -> None:
+    """Not the model's own feedback that ended the chain, nor the answers and requests before the last one."""
+    loop = environment(own=True, stop=[";"])
+    chains = [
+        chain("4;", "check", "no;", "again", " so\n5;"),
+        chain("5;", "check", "it is\nright;"),  # ended by own verdict
+        chain("4;", "check", "5", finish="length"),  # cut in the feedback
+        chain("4;", "check", "no;", "again", "7", finish="length"),
+        chain(),
+    ]
+    terms = RewardsConfig.model_validate(
+        [
+            EXACT,
+            {"kind": "function", "name": "one", "function": "one", "isolated": False},
+            {"kind": "function", "name": "all", "function": "all", "isolated": False, "group": True},
+            {"kind": "preference", "scorer": "pairs"},
+            {"kind": "improvement", "reward": EXACT},
+        ]
+    )
+    read: dict[str, list[str]] = {"one": [], "all": [], "pairs": []}
+
+    def one(text: str, example: Any) -> float:
+        read["one"].append(text)
+        return 0.0
+
+    def every(texts: list[str], example: Any) -> list[float]:
+        read["all"] += texts
+        return [0.0] * len(texts)
+
+    def pairs(prompts: list[str], texts: list[str]) -> list[float]:
+        read["pairs"] += texts
+        return [0.0] * len(texts)
+
+    given = {"one": one, "all": every, "pairs": pairs}
+    with RewardStack(terms, given, TOKENIZER, environment=loop) as rewards:
+        (group,) = rewards([RolloutGroup((1,), {"answer": "5", "prompt": "2+3"}, chains)]).groups
+    assert list(read.values()) == [["so\n5", "5", "4", "7", ""]] * 3
+    assert [r.rewards["exact"] for r in group.rollouts] == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert [r.rewards["improvement"] for r in group.rollouts] == [1.0, 1.0, 0.0, 0.0, 0.0]  # all turns are there
+    assert [r.text for r in group.rollouts] == [r.text for r in chains]
+    # Without the loop, a reward reads all of the text.
+    with RewardStack(terms.terms[1:2], given, TOKENIZER) as rewards:
+        rewards([RolloutGroup((1,), {}, chains[1:2])])
+    assert read["one"][-1] == "5;checkit is\nright;"
+
+
+def test_steps_of_the_last_answer_are_at_its_tokens() -> None:
+    """Characters that a reward of steps returns are those of the answer, without the spaces before it."""
+    loop = environment(stop=[";"])
+    rollout = chain("1+1=3;", "again\n", "\n  1+1=2\n2+2=5;")
+    with RewardStack([{"kind": "valid_steps"}], None, TOKENIZER, environment=loop) as rewards:  # type: ignore[list-item]
+        (group,) = rewards([RolloutGroup((1,), {}, [rollout])]).groups
+    places = group.rollouts[0].steps["valid_steps"]
+    told = [(TOKENIZER.decode(list(rollout.tokens[a:b])).strip(), score) for a, b, score in places]
+    assert told == [("1+1=2", 1.0), ("2+2=5", 0.0)]
+    assert places[0][0] >= len(ids("1+1=3;again\n"))

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.names import ENVIRONMENTS
 from posttrain.config.open_kinds import OpenKind
 from posttrain.config.settings import Config
+from posttrain.core.types import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPart:
+    """Hold the part of a completion that rewards read: tokens [first, last), which decode to a text that holds `text`.
+
+    Attributes:
+        text: Its text.
+        first: Place of its first token in the completion.
+        last: One past the place of its last token.
+    """
+
+    text: str
+    first: int
+    last: int
 
 
 class EnvironmentBase(Config):
@@ -31,6 +48,20 @@ class EnvironmentBase(Config):
     def end_closes_turn(self) -> bool:
         """Return True if the environment is called at the model's end token too. False: it ends the completion."""
         return self.answers == "turn"
+
+    @property
+    def reads_special_tokens(self) -> bool:
+        """Return True if special tokens in the model's text are shown to the environment: they may mark a call."""
+        return True
+
+    def scored_part(self, rollout: Rollout, tokenizer: Any) -> ScoredPart | None:
+        """Return the part of a completion that rewards read. None: all of it, replies included.
+
+        Args:
+            rollout: The completion.
+            tokenizer: The tokenizer that it was sampled with.
+        """
+        return None
 
     @property
     def most_calls(self) -> int:

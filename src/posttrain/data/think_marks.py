@@ -19,6 +19,13 @@ PAIR = ("<think>", "</think>")
 """The usual marks."""
 
 
+def after_thinking(text: str) -> str | None:
+    """Return what follows the last </think> of a text; None if a <think> is never closed, all of it without either."""
+    if PAIR[1] in text:
+        return text.rpartition(PAIR[1])[2]
+    return None if PAIR[0] in text else text
+
+
 def close_of(mark: str) -> str:
     """Return the mark that closes a block which this one opens."""
     return _PAIRS.get(mark) or f"</{mark[1:]}"

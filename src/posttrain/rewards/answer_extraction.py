@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from posttrain.config.rewards import Extract
+from posttrain.data.think_marks import after_thinking
 
 LONGEST_NUMBER = 300
 """Characters of a number that are read; a longer one is none."""
@@ -39,10 +40,10 @@ def find(text: str, how: Extract = "auto") -> ExtractedAnswer | None:
     """
     if how == "whole":
         return _answer(text, how)
-    if "</think>" in text:
-        text = text.rsplit("</think>", 1)[1]
-    elif "<think>" in text:
+    said = after_thinking(text)
+    if said is None:
         return None
+    text = said
     if how == "last_line":
         lines = [line for line in text.splitlines() if line.strip()]
         worded = [line for line in lines if re.search(r"\w", re.sub(r"\\end\{\w+\*?\}", "", line))]

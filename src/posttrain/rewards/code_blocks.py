@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from posttrain.data.think_marks import after_thinking
+
 _PYTHON = re.compile(r"[{.\s]*i?py(?:thon)?[0-9.]*(?![\w-])", re.IGNORECASE)
 _PYTHON_ALONE = re.compile(r"i?py(?:thon)?[0-9.]*", re.IGNORECASE)
 _MARKDOWN = re.compile(r"[{.\s]*(?:markdown|md|mdx)\b", re.IGNORECASE)
@@ -80,11 +82,10 @@ def code_in(text: str, names: Collection[str] = (), prints: bool = False) -> str
         names: Names of which the program defines at least one, if it is tested by name.
         prints: True if the program has to print: blocks that print come before others.
     """
-    text = text.replace("\ufeff", "")
-    if "</think>" in text:
-        text = text.rsplit("</think>", 1)[1]
-    elif "<think>" in text:
+    said = after_thinking(text.replace("\ufeff", ""))
+    if said is None:
         return None
+    text = said
     blocks = [b for b in fenced_blocks(text) if b.text.strip()]
     if "```" not in text and "~~~" not in text or not blocks and _INLINE.fullmatch(text.strip()):
         for tag in (("<answer>", "</answer>"), ("[PYTHON]", "[/PYTHON]"), ("<code>", "</code>")):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.environment import EnvironmentBase
+from posttrain.config.environment import EnvironmentBase, ScoredPart
 from posttrain.config.rewards import CustomRewardConfig, RewardConfig, RewardsConfig, RewardTermConfig
 from posttrain.core.errors import RewardError
 from posttrain.core.types import Rollout, RolloutGroup, Step, turn_name
@@ -47,6 +47,23 @@ class ScoredGroups:
         return [r for g in self.groups for r in g.rollouts if not r.rewarded]
 
 
+@dataclass(frozen=True, slots=True)
+class ReadText:
+    """Hold the text of the tokens that rewards read, up to its end.
+
+    Attributes:
+        text: The text that the tokens begin with.
+        start: Place in it of the text that rewards were given.
+        first: Place of the first token in the completion.
+        last: One past the place of the last token.
+    """
+
+    text: str
+    start: int
+    first: int
+    last: int
+
+
 @dataclass
 class Account:
     """Counts of one reward since the stack was made, with its first failures and their places."""
@@ -77,7 +94,8 @@ class RewardStack:
             without a time limit.
         tokenizer: Finds the tokens of scored steps. None: such rewards give their means alone.
         log: File that gets what rewards print. None: it is shown only.
-        environment: Settings of the environment that answers within the completions, for rewards of its turns.
+        environment: Settings of the environment that answers within the completions. Rewards read the part of a
+            completion that it names (of self-refine the last answer); rewards of its turns read all.
 
     Raises:
         RewardError: A reward can't be made, or can't score such completions.
@@ -91,7 +109,7 @@ class RewardStack:
         log: Path | None = None,
         environment: EnvironmentBase | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.environment = tokenizer, environment
         self.log = RewardLog(log)
         self.config = config if isinstance(config, RewardsConfig) else RewardsConfig(terms=list(config))
         self.terms: list[RewardTerm] = [reward_term(t, functions or {}) for t in self.config.terms]
@@ -231,16 +249,44 @@ class RewardStack:
         scored = {name: o.steps for name, o in each.items() if o.steps is not None}
         if not scored or self.tokenizer is None:
             return out
-        spans = token_spans(self.tokenizer, rollout.tokens, rollout.text)
+        read = self._read_text(rollout)
+        spans = token_spans(self.tokenizer, rollout.tokens[read.first : read.last], read.text)
         for name, steps in scored.items():
-            in_tokens = [(*tokens_of(spans, start, end), score) for start, end, score in steps]
-            out[name] = [step for step in in_tokens if step[1] > step[0]]
+            in_tokens = [(*tokens_of(spans, read.start + a, read.start + b), score) for a, b, score in steps]
+            out[name] = [(a + read.first, b + read.first, score) for a, b, score in in_tokens if b > a]
+        return out
+
+    def _part(self, rollout: Rollout) -> ScoredPart | None:
+        """Return the part of a completion that rewards read. None: all of it."""
+        if self.environment is None or self.tokenizer is None or rollout.finish == "error":
+            return None
+        return self.environment.scored_part(rollout, self.tokenizer)
+
+    def _read_text(self, rollout: Rollout) -> ReadText:
+        """Return the text of the tokens that rewards read, and where the text that they were given begins in it."""
+        part = self._part(rollout)
+        if part is None:
+            return ReadText(rollout.text, 0, 0, len(rollout.tokens))
+        text = str(self.tokenizer.decode(list(rollout.tokens[part.first : part.last]), skip_special_tokens=True))
+        start = max(0, text.find(part.text))
+        return ReadText(text[: start + len(part.text)], start, part.first, part.last)
+
+    def _as_read(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        """Return groups whose completions have the texts that rewards read."""
+        if self.environment is None or self.tokenizer is None:
+            return list(groups)
+        out = []
+        for group in groups:
+            parts = [(r, self._part(r)) for r in group.rollouts]
+            read = [r if part is None else replace(r, text=part.text) for r, part in parts]
+            out.append(replace(group, rollouts=read))
         return out
 
     def outcomes(self, groups: Sequence[RolloutGroup]) -> dict[str, list[dict[int, RewardOutcome]]]:
         """Return the outcome of each sampled rollout, by reward, group and place; failures are not counted."""
         sampled = [[i for i, r in enumerate(g.rollouts) if r.finish != "error"] for g in groups]
         results: dict[str, list[dict[int, RewardOutcome]]] = {t.name: [{} for _ in groups] for t in self.terms}
+        whole, groups = groups, self._as_read(groups)
         calls: list[RewardCall] = []
         targets: list[tuple[str, int, list[int]]] = []
         for term in self.terms:
@@ -249,7 +295,7 @@ class RewardStack:
                 self._batches(term, groups, sampled, into)
                 continue
             if config.form == "rollouts":
-                _rollouts(term, groups, sampled, into)
+                _rollouts(term, whole if config.needs_environment else groups, sampled, into)
                 continue
             for g, group in enumerate(groups):
                 for places in [sampled[g]] if config.form == "group" else [[i] for i in sampled[g]]:

@@ -101,6 +101,8 @@ class OpenedFeedback:
         Raises:
             PosttrainError: It raised an error, or returned something else.
         """
+        if not answers:
+            return []
         if self.many is not None:
             where = f"{len(answers)} answers, the first for {_place(examples[0])}" if len(answers) > 1 else ""
             said = self._call(where or _place(examples[0]), self.many, answers, examples)
@@ -116,6 +118,8 @@ class OpenedFeedback:
     def _call(self, where: str, function: Callable[..., Any], *args: Any) -> Any:
         try:
             return function(*args)
+        except PosttrainError as error:  # says what is wrong itself
+            raise PosttrainError(f"feedback {self.config.title}: failed for {where}: {error}") from error
         except Exception as error:
             raise PosttrainError(
                 f"feedback {self.config.title}: failed for {where}: {type(error).__name__}: {error}. A model's text "
@@ -124,11 +128,21 @@ class OpenedFeedback:
 
     def _note(self, said: Any, example: Mapping[str, Any]) -> FeedbackNote | None:
         note = FeedbackNote(said) if isinstance(said, str) else said
-        if note is None or (isinstance(note, FeedbackNote) and isinstance(note.text, str)):
-            return note if note is not None and (note.text.strip() or note.right is not None) else None
+        if note is None:
+            return None
+        expected = "a FeedbackNote(text, right), a text, or None"
+        if isinstance(note, FeedbackNote) and isinstance(note.text, str):
+            right, tokens = plain_value(note.right), plain_value(note.tokens)
+            if right is not None and not isinstance(right, bool):
+                expected = "right to be True, False, or None"
+            elif isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+                expected = "tokens to be a number of tokens"
+            else:
+                made = FeedbackNote(readable(note.text), right, tokens)
+                return made if made.text.strip() or right is not None or tokens else None
         raise PosttrainError(
             f"feedback {self.config.title}: for {_place(example)} it returned {repr(said)[:80]} "
-            f"({type(said).__name__}): expected a FeedbackNote(text, right), a text, or None"
+            f"({type(said).__name__}): expected {expected}"
         )
 
 
@@ -175,6 +189,16 @@ def check_source(function: Any, options: Mapping[str, Any], name: str) -> None:
         signature.bind(None, None, **options)
     except TypeError as error:
         raise RewardError(f"feedback {name!r} takes {signature}: {error}. Expected: {SIGNATURE}") from error
+
+
+def plain_value(value: Any) -> Any:
+    """Return a number or truth value of NumPy or torch as Python's own, and anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
+def readable(text: str) -> str:
+    """Return a text that can be encoded: half of a surrogate pair becomes the replacement character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _place(example: Mapping[str, Any]) -> str:

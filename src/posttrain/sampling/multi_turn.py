@@ -178,7 +178,8 @@ class TurnSampler:
         An environment that has a method `step_many` is called once, and others once for each completion.
         """
         allowed = [(d, turn) for d, turn in asking if d.turns < self.config.most_calls]
-        texts = [self._decode(t.tokens[:-1] if t.finish == "end" else t.tokens) for _, t in allowed]
+        skip = not self.config.reads_special_tokens
+        texts = [self._decode(t.tokens[:-1] if t.finish == "end" else t.tokens, skip) for _, t in allowed]
         if hasattr(self.environment, "step_many") and allowed:
             first, states = allowed[0][0].request, [d.state for d, _ in allowed]
             answers = iter(self._ask(first, "step_many", states, texts))

@@ -17,24 +17,30 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.environment import EnvironmentBase
+from posttrain.config.environment import EnvironmentBase, ScoredPart
 from posttrain.config.feedback_sources import AnyFeedbackConfig
 from posttrain.config.names import SAME_ANSWER
 from posttrain.config.rewards import EXTRACT, Extract
 from posttrain.core.imports import load_object
+from posttrain.core.types import Rollout
 from posttrain.sampling.environments import QuotingReply
 from posttrain.sampling.feedback_source import FeedbackFunctions, FeedbackNote, open_feedback
 from posttrain.sampling.refine_prompts import (
     CHAT,
     INLINE,
     NO_CHANGE,
+    NOTHING_FOUND,
     RefinePrompts,
     RefineTask,
     fields_of,
     fill_template,
     gives_verdict,
+    is_worded,
     quoted,
+    said,
+    turn_text,
 )
+from posttrain.sampling.refine_turns import last_answer
 
 RefineReply = tuple[str | None, bool]
 
@@ -45,7 +51,7 @@ class RefineState:
 
     Attributes:
         example: Row of the prompt.
-        answers: The answers so far.
+        answers: The answers so far, with what the model thinks before them.
         notes: What the sources said, one list for each answer that they were asked about.
         writes_feedback: True if the model's next turn is its own feedback.
         stopped: What has ended the loop. Empty: it goes on.
@@ -122,6 +128,21 @@ class RefineEnvironment:
             return True
 
         @property
+        def reads_special_tokens(self) -> bool:
+            """Return False: answers are what a reader of the rollout sees."""
+            return False
+
+        def scored_part(self, rollout: Rollout, tokenizer: Any) -> ScoredPart | None:
+            """Return the last answer: the text may end with the model's own feedback, and begins with older answers.
+
+            Args:
+                rollout: The completion.
+                tokenizer: The tokenizer that it was sampled with.
+            """
+            answer = last_answer(rollout, tokenizer, self)
+            return ScoredPart(answer.text, answer.first, answer.last)
+
+        @property
         def most_calls(self) -> int:
             """Return the number of turns that the model may write."""
             return 1 + self.rounds * (2 if self.own else 1)
@@ -161,6 +182,10 @@ class RefineEnvironment:
                 if "verdict" in fields and (name == "revision" or self.verdict is None):
                     raise ValueError(
                         f"environment.{name} has {{verdict}}, which is for a critique that may end the loop"
+                    )
+                if "feedback" not in fields and not is_worded(template):
+                    raise ValueError(
+                        f"environment.{name} is {template!r}: expected words besides its fields, which can be empty"
                     )
 
         @property
@@ -213,7 +238,7 @@ class RefineEnvironment:
         if len(state.answers) > self.config.rounds:
             state.stopped = "rounds"
         elif self.same_answer is not None and len(state.answers) > 1:
-            if self.same_answer(*state.answers[-2:], self.config.final_answer):
+            if self.same_answer(*map(said, state.answers[-2:]), self.config.final_answer):
                 state.stopped = "agreement"
         return bool(state.stopped)
 
@@ -221,7 +246,7 @@ class RefineEnvironment:
         """Return what the sources say about each state's last answer."""
         out: list[list[FeedbackNote]] = [[] for _ in states]
         if states:
-            answers, examples = [s.answers[-1] for s in states], [s.example for s in states]
+            answers, examples = [said(s.answers[-1]) for s in states], [s.example for s in states]
             for source in self.sources:
                 for report, note in zip(out, source.notes(answers, examples), strict=True):
                     report += [note] if note is not None else []
@@ -232,6 +257,7 @@ class RefineEnvironment:
     def _after_answer(self, state: RefineState, notes: Sequence[FeedbackNote]) -> RefineReply:
         """Return the request that follows an answer on which the sources have said something."""
         config, words = self.config, self.config.words()
+        notes = [note for note in notes if note.text.strip() or note.right is not None]
         if config.satisfied and notes and all(note.right for note in notes):
             state.stopped = "sources"
             return None, True
@@ -256,18 +282,13 @@ class RefineEnvironment:
             state.stopped = "verdict"
             return None, True
         template = self.config.words().revision if self.config.revision is None else self.config.revision
-        return QuotingReply(fill_template(template, self._values(state) | {"feedback": feedback})), False
+        shown = said(feedback) or NOTHING_FOUND
+        return QuotingReply(fill_template(template, self._values(state) | {"feedback": shown})), False
 
     def _values(self, state: RefineState) -> dict[str, Any]:
         prompt = state.example.get("prompt", "")
         return {
-            "answer": state.answers[-1],
+            "answer": said(state.answers[-1]),
             "prompt": prompt if isinstance(prompt, str) else "",
             "verdict": self.config.verdict or "",
         }
-
-
-def turn_text(text: str, stops: Sequence[str]) -> str:
-    """Return a turn of the model without the stop string that ended it and without spaces around it."""
-    cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))
-    return text[:cut].strip()

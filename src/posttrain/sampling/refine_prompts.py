@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from posttrain.data.text_similarity import UNSPACED
+from posttrain.data.think_marks import after_thinking
 
 RefineTask = Literal["math", "code", "question", "text"]
 FIELDS = ("feedback", "answer", "prompt", "verdict")
@@ -142,6 +143,11 @@ def fields_of(template: str) -> list[str]:
     return [name for name, _, _ in parts]
 
 
+def is_worded(template: str) -> bool:
+    """Return True if a template has text besides its fields."""
+    return any(text for text, _, _, _ in string.Formatter().parse(template))
+
+
 def fill_template(template: str, values: Mapping[str, str | Sequence[tuple[str, bool]]]) -> Pieces:
     """Return a template with its fields filled in. Values are put in as they are: braces in them mean nothing.
 
@@ -170,6 +176,17 @@ def quoted(texts: Iterable[str]) -> Pieces:
     return out or [(NOTHING_FOUND, False)]
 
 
+def turn_text(text: str, stops: Sequence[str]) -> str:
+    """Return a turn of the model without the stop string that ended it and without spaces around it."""
+    cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))
+    return text[:cut].strip()
+
+
+def said(text: str) -> str:
+    """Return what a model says to others: its text without what it thinks before; empty if it never stops thinking."""
+    return (after_thinking(text) or "").strip()
+
+
 def gives_verdict(feedback: str, verdict: str) -> bool:
     """Return True if feedback has the words of a verdict, which end a line or a sentence of it.
 
@@ -177,7 +194,7 @@ def gives_verdict(feedback: str, verdict: str) -> bool:
     follow a negation ("not correct"); "no change needed, but ..." is no verdict either. What a model thinks before its
     feedback (<think>…</think>) does not count.
     """
-    feedback = feedback.rpartition("</think>")[2]
+    feedback = said(feedback)
     if "<think>" in feedback:
         return False
     wanted = " ".join(verdict.split()).rstrip(_ENDS)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.config.names import SAME_ANSWER
 from posttrain.core.imports import load_object
 from posttrain.core.types import Rollout
 from posttrain.sampling.multi_turn import reply_turn
-from posttrain.sampling.refine_environment import RefineEnvironment, turn_text
-from posttrain.sampling.refine_prompts import gives_verdict
+from posttrain.sampling.refine_prompts import gives_verdict, said, turn_text
+
+if TYPE_CHECKING:
+    from posttrain.sampling.refine_environment import RefineEnvironment
 
 TurnKind = Literal["answer", "feedback", "request"]
 REQUEST = "Wk3v9Zd"
@@ -45,20 +47,28 @@ def refine_turns(rollout: Rollout, tokenizer: Any, config: RefineEnvironment.Con
         tokenizer: The tokenizer that it was sampled with.
         config: Settings of the environment.
     """
-    mask = [True] * len(rollout.tokens) if rollout.mask is None else list(rollout.mask)
-    edges = [i for i in range(len(mask)) if i == 0 or mask[i] != mask[i - 1]] + [len(mask)]
+    runs = list(_runs(rollout, config))
+    around = _around_reply(config, tokenizer) if any(kind == "request" for kind, _, _ in runs) else ("", "")
     out: list[RefineTurn] = []
-    around = _around_reply(config, tokenizer) if not all(mask) else ("", "")
-    written = 0
-    for first, last in pairwise(edges):
-        if not mask[first]:
+    for kind, first, last in runs:
+        if kind == "request":
             text = str(tokenizer.decode(list(rollout.tokens[first:last]), skip_special_tokens=False))
             out.append(RefineTurn("request", _inside(text, *around), first, last))
-            continue
-        kind: TurnKind = "feedback" if config.own and written % 2 else "answer"
-        out.append(RefineTurn(kind, turn_text(_text(rollout, tokenizer, first, last), config.stop), first, last))
-        written += 1
+        else:
+            out.append(_own_turn(kind, rollout, tokenizer, config, first, last))
     return out
+
+
+def last_answer(rollout: Rollout, tokenizer: Any, config: RefineEnvironment.Config) -> RefineTurn:
+    """Return the last answer of a chain; an empty one if it has no tokens.
+
+    Args:
+        rollout: The rollout.
+        tokenizer: The tokenizer that it was sampled with.
+        config: Settings of the environment.
+    """
+    *_, (_, first, last) = [("answer", 0, 0), *(run for run in _runs(rollout, config) if run[0] == "answer")]
+    return _own_turn("answer", rollout, tokenizer, config, first, last)
 
 
 def stopped_by(rollout: Rollout, turns: Sequence[RefineTurn], config: RefineEnvironment.Config) -> StoppedBy:
@@ -78,9 +88,33 @@ def stopped_by(rollout: Rollout, turns: Sequence[RefineTurn], config: RefineEnvi
     answers = [t.text for t in turns if t.kind == "answer"]
     if len(answers) > config.rounds:
         return "rounds"
-    if config.agreement and len(answers) > 1 and load_object(SAME_ANSWER)(*answers[-2:], config.final_answer):
+    if (
+        config.agreement
+        and len(answers) > 1
+        and load_object(SAME_ANSWER)(*map(said, answers[-2:]), config.final_answer)
+    ):
         return "agreement"
     return "sources" if config.feedback and config.satisfied else "cut"
+
+
+def _runs(rollout: Rollout, config: RefineEnvironment.Config) -> Iterator[tuple[TurnKind, int, int]]:
+    """Yield the kind and the places of every turn."""
+    mask = [True] * len(rollout.tokens) if rollout.mask is None else list(rollout.mask)
+    edges = [i for i in range(len(mask)) if i == 0 or mask[i] != mask[i - 1]] + [len(mask)]
+    written = 0
+    for first, last in pairwise(edges):
+        if not mask[first]:
+            yield "request", first, last
+            continue
+        yield ("feedback" if config.own and written % 2 else "answer"), first, last
+        written += 1
+
+
+def _own_turn(
+    kind: TurnKind, rollout: Rollout, tokenizer: Any, config: RefineEnvironment.Config, first: int, last: int
+) -> RefineTurn:
+    """Return a turn that the model wrote, with its text."""
+    return RefineTurn(kind, turn_text(_text(rollout, tokenizer, first, last), config.stop), first, last)
 
 
 def _text(rollout: Rollout, tokenizer: Any, first: int, last: int) -> str:

@@ -45,7 +45,7 @@ class RolloutStage(Stage):
             answered_by = getattr(config, "environment", None)
             RewardStack(config.rewards, context.functions, context.tokenizer, environment=answered_by).close()
             if held_out is not None and held_out.gold is not None:
-                RewardStack([held_out.gold], context.functions, context.tokenizer).close()
+                RewardStack([held_out.gold], context.functions, context.tokenizer, environment=answered_by).close()
         trained = load_prompts(config.problems, context.tokenizer, context=context.context)
         self.prompts = StagePrompts(trained.items)
         if held_out is None:
