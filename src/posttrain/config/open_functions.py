@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, Literal
 
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel, Field, create_model
 
 from posttrain.config.open_kinds import OpenKind
 from posttrain.config.settings import Config
+from posttrain.core.errors import RewardError
 from posttrain.core.imports import load_object, signature_settings
 
 
@@ -33,6 +34,29 @@ class FunctionConfig(Config):
         """Return the function with its settings applied; `names` are the import paths of built-in ones."""
         function = load_object(names.get(self.name, self.name))
         return partial(function, **self.settings) if self.settings else function
+
+
+class OwnFunctionConfig(Config):
+    """Name a function of yours, and the keyword arguments of its calls."""
+
+    function: str = Field(description="module:function, or the name of one given from Python.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of every call.")
+
+    def bound(
+        self, functions: Mapping[str, Callable[..., Any]], check: Callable[[Any, Mapping[str, Any], str], None]
+    ) -> Callable[..., Any]:
+        """Return the function with its keyword arguments.
+
+        Args:
+            functions: Callables given from Python, by name.
+            check: Raises an error if (function, keyword arguments, name) can't be called as it will be.
+
+        Raises:
+            RewardError: It can't be imported.
+        """
+        function = load_object(self.function, functions, RewardError)
+        check(function, self.options, self.function)
+        return partial(function, **self.options)
 
 
 class OpenFunction(OpenKind):

@@ -19,6 +19,7 @@ from posttrain.report import evaluations, formatting
 from posttrain.report.chains import amounts, chain_views
 from posttrain.report.charts import stage_charts
 from posttrain.report.judge_figures import read_feedback
+from posttrain.report.kept_corrections import kept_corrections
 from posttrain.report.load import Run, read, read_json
 from posttrain.report.measured_stages import measured_stages
 from posttrain.report.refinements import refinements
@@ -109,6 +110,7 @@ def render_page(run: Run) -> str:
         rollouts=views(run),
         chains=chain_views(run.folder, run.notes),
         written_tasks=written_tasks(run.folder, run.notes),
+        corrections=kept_corrections(run.folder, run.notes),
         instruction_qualities=instruction_qualities(run.folder, run.notes),
         amounts=amounts,
         feedback=read_feedback(run.folder, run.notes),

@@ -5,25 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.config.environment import EnvironmentConfig
-from posttrain.config.rewards import Form, RewardConfig, RewardTermConfig
 from posttrain.config.settings import ModelConfig, SamplerConfig, SamplingConfig
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.rewards.outcome import LabelError, RewardOutcome
-from posttrain.rewards.refine_rewards import (
-    AnswerScorer,
-    answer_figures,
-    answer_rollout,
-    check_answer_reward,
-    final_answers_differ,
-)
-from posttrain.rewards.reward import Reward, RewardContext, RewardFunctions
+from posttrain.rewards.refine_rewards import AnswerReward, AnswerRewardConfig, answer_figures, answer_rollout
+from posttrain.rewards.reward import RewardFunctions
 from posttrain.sampling.feedback_source import FeedbackNote
-from posttrain.sampling.refine_prompts import NO_CHANGE, gives_verdict
+from posttrain.sampling.refine_prompts import NO_CHANGE, gives_verdict, said
 
 if TYPE_CHECKING:
     from posttrain.sampling.protocol import OnDone, Request, Sampler
@@ -35,7 +28,7 @@ ASKED_COLUMN, WRITTEN_COLUMN = "asked", "written"
 CRITIQUE_SOURCE = {"kind": "function", "function": CRITIQUE_COLUMN}
 
 
-class CorrectedReward(Reward):
+class CorrectedReward(AnswerReward):
     """Score a critique by what it is worth: a frozen corrector revises the answer by it, and the revision is scored.
 
         r(c) = reward(y'),  y' ~ corrector(. | question, answer, c)
@@ -45,15 +38,13 @@ class CorrectedReward(Reward):
     (`feedback: [{kind: model, source: ...}]`). A critique with the words of `verdict` leaves the answer as it is.
     """
 
-    class Config(RewardTermConfig):
+    class Config(AnswerRewardConfig):
         """The reward of an answer that a frozen model has revised by the completion, a critique."""
 
-        form: ClassVar[Form] = "rollouts"
         kind: Literal["corrected"] = "corrected"
         model: ModelConfig = Field(
             description="The frozen corrector; `source:` beside `kind` means model: {source: ...}."
         )
-        reward: RewardConfig = Field(description="The reward of the revised answer: any reward of single answers.")
         environment: EnvironmentConfig = Field(
             default_factory=lambda: {"kind": "refine"},
             validate_default=True,
@@ -67,12 +58,6 @@ class CorrectedReward(Reward):
             min_length=1,
             description="Words of a critique that say that nothing is wrong. None: there are none.",
         )
-        right_at: float = Field(1.0, description="Reward from which an answer counts as right in the metrics.")
-
-        @property
-        def is_correctness(self) -> bool:  # type: ignore[override]
-            """Return True if the reward of the revised answer says right or wrong."""
-            return self.reward.is_correctness
 
         @model_validator(mode="before")
         @classmethod
@@ -95,28 +80,17 @@ class CorrectedReward(Reward):
                     raise ValueError(f"environment.{name} of a corrector can't be set: {says}. Leave it out")
             return {**out, "environment": {**loop, **fixed}}
 
-        @model_validator(mode="after")
-        def _single(self) -> CorrectedReward.Config:
-            check_answer_reward(self.reward, self.title)
-            return self
-
     config: Config
 
     def open(self, functions: RewardFunctions) -> None:
         """Keep the functions for the reward of one answer; the corrector is loaded when it is first used."""
-        self.functions = functions
-        self.scorer: AnswerScorer | None = None
+        super().open(functions)
         self.corrector: Corrector | None = None
-
-    def bind(self, context: RewardContext) -> None:
-        """Open the reward of one answer."""
-        self.scorer = AnswerScorer(self.config.reward, self.functions, context)
 
     def close(self) -> None:
         """End worker processes, and let go of the corrector."""
+        super().close()
         self.corrector = None
-        if self.scorer is not None:
-            self.scorer.close()
 
     def __call__(self, rollouts: Sequence[Rollout], examples: Sequence[Mapping[str, Any]]) -> list[RewardOutcome]:
         """Have the answers revised together, and score each before and after."""
@@ -131,13 +105,12 @@ class CorrectedReward(Reward):
         revised = self.corrector.revise(asked, [rollouts[i].text for i in todo])
         written = [Rollout((), (), "end", str(e[WRITTEN_COLUMN])) for e in asked]
         scores = self.scorer([*written, *revised], [*asked, *asked])
-        extract = getattr(self.config.reward, "extract", None)
         for k, i in enumerate(todo):
             before, after = scores[k], scores[len(todo) + k]
             if after.value is None or before.value is None:
                 out[i] = after if after.value is None else before
                 continue
-            edited = final_answers_differ(written[k].text, revised[k].text, extract)
+            edited = self.differ(written[k].text, revised[k].text)
             figures = answer_figures(before.value, after.value, edited, self.config.right_at)
             out[i] = RewardOutcome(after.value, message=f"revised: {revised[k].text}", figures=figures)
         return [o for o in out if o is not None]
@@ -176,7 +149,7 @@ class Corrector:
 
     def _note(self, critique: str) -> FeedbackNote:
         verdict = self.config.verdict
-        return FeedbackNote(critique, None if verdict is None else gives_verdict(critique, verdict))
+        return FeedbackNote(said(critique), None if verdict is None else gives_verdict(critique, verdict))
 
     def revise(self, examples: Sequence[Mapping[str, Any]], critiques: Sequence[str]) -> list[Rollout]:
         """Return the last answer of each: the revision, or the answer itself if the critique asks for none.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ from posttrain.core.types import Rollout, RolloutGroup, Step
 from posttrain.rewards.outcome import RewardOutcome
 from posttrain.rewards.reward import Reward, RewardContext, RewardFunctions
 from posttrain.rewards.stack import RewardStack
+from posttrain.sampling.refine_prompts import said
 
 ANSWER = "answer"
 """Name of the reward of one answer, apart from its chain."""
@@ -70,6 +71,50 @@ class AnswerScorer:
         self.stack.close()
 
 
+class AnswerRewardConfig(RewardTermConfig):
+    """Settings of rewards that score answers by another reward: its settings, and what counts as right."""
+
+    form: ClassVar[Form] = "rollouts"
+    reward: RewardConfig = Field(description="The reward of one answer: settings of any reward of single answers.")
+    right_at: float = Field(1.0, description="Reward from which an answer counts as right in the metrics.")
+
+    @property
+    def is_correctness(self) -> bool:  # type: ignore[override]
+        """Return True if the reward of one answer says right or wrong."""
+        return self.reward.is_correctness
+
+    @model_validator(mode="after")
+    def _single(self) -> Self:
+        check_answer_reward(self.reward, self.title)
+        return self
+
+
+class AnswerReward(Reward):
+    """Base of rewards that score answers by another reward, which is opened when the completions are known."""
+
+    Config: ClassVar[type[AnswerRewardConfig]] = AnswerRewardConfig
+    config: AnswerRewardConfig
+
+    def open(self, functions: RewardFunctions) -> None:
+        """Keep the functions for the reward of one answer."""
+        self.functions = functions
+        self.scorer: AnswerScorer | None = None
+
+    def bind(self, context: RewardContext) -> None:
+        """Open the reward of one answer."""
+        self.context = context
+        self.scorer = AnswerScorer(self.config.reward, self.functions, context)
+
+    def close(self) -> None:
+        """End worker processes of the reward of one answer."""
+        if self.scorer is not None:
+            self.scorer.close()
+
+    def differ(self, one: str, two: str) -> bool:
+        """Return True if two answers have different final answers, as the reward of one answer reads them."""
+        return final_answers_differ(one, two, getattr(self.config.reward, "extract", None))
+
+
 def answer_figures(first: float, last: float, edited: bool, right_at: float) -> dict[str, float]:
     """Return the figures of a chain that are logged: right before and after, and what the revision changed.
 
@@ -97,6 +142,7 @@ def final_answers_differ(one: str, two: str, extract: str | None) -> bool:
         two: Another.
         extract: Where the final answer is. None: all of the text is the answer, as of a program.
     """
+    one, two = said(one), said(two)
     if " ".join(one.split()) == " ".join(two.split()):
         return False
     return extract is None or not load_object(SAME_ANSWER)(one, two, extract)
@@ -139,7 +185,7 @@ def improvement_scores(turns: Sequence[ScoredTurn], bonus: float, first: float) 
     return out
 
 
-class ImprovementReward(Reward):
+class ImprovementReward(AnswerReward):
     """Score every answer of a self-refine chain by a reward of single answers, each for its own tokens.
 
     A turn is compared with the same turn of other completions: the advantage of the first answer's tokens comes from
@@ -149,13 +195,11 @@ class ImprovementReward(Reward):
     nothing.
     """
 
-    class Config(RewardTermConfig):
+    class Config(AnswerRewardConfig):
         """The reward of every answer of a self-refine chain, and a bonus for progress (docs/self-refine.md)."""
 
-        form: ClassVar[Form] = "rollouts"
         needs_environment: ClassVar[str] = "refine"
         kind: Literal["improvement"] = "improvement"
-        reward: RewardConfig = Field(description="The reward of one answer: settings of any reward of single answers.")
         bonus: float = Field(
             1.0,
             ge=0,
@@ -166,43 +210,19 @@ class ImprovementReward(Reward):
             ge=0,
             description="Factor of the first answer's own reward. 0: none (SCoRE's stage 1, with kl.later_turns).",
         )
-        right_at: float = Field(1.0, description="Reward from which an answer counts as right in the metrics.")
 
         @property
         def scores_steps(self) -> bool:
             """Return True: turns are steps."""
             return True
 
-        @property
-        def is_correctness(self) -> bool:  # type: ignore[override]
-            """Return True if the reward of one answer says right or wrong."""
-            return self.reward.is_correctness
-
-        @model_validator(mode="after")
-        def _single(self) -> ImprovementReward.Config:
-            check_answer_reward(self.reward, self.title)
-            return self
-
     config: Config
-
-    def open(self, functions: RewardFunctions) -> None:
-        """Keep the functions for the reward of one answer."""
-        self.functions = functions
-        self.scorer: AnswerScorer | None = None
 
     def bind(self, context: RewardContext) -> None:
         """Open the reward of one answer."""
         if context.tokenizer is None:
             raise RewardError(f"reward {self.config.title!r} needs the tokenizer, to find the turns of a completion")
-        self.context = context
-        self.scorer = AnswerScorer(self.config.reward, self.functions, context)
-        extract = getattr(self.config.reward, "extract", None)
-        self.differ: Callable[[str, str], bool] = lambda one, two: final_answers_differ(one, two, extract)
-
-    def close(self) -> None:
-        """End worker processes of the reward of one answer."""
-        if self.scorer is not None:
-            self.scorer.close()
+        super().bind(context)
 
     def __call__(self, rollouts: Sequence[Rollout], examples: Sequence[Mapping[str, Any]]) -> list[RewardOutcome]:
         """Score the answers of all chains together."""

@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
 from posttrain.config.environment import EnvironmentBase
 from posttrain.config.names import REWARDS
+from posttrain.config.open_functions import OwnFunctionConfig
 from posttrain.config.open_kinds import own_settings
 from posttrain.config.rewards import CustomRewardConfig, RewardTermConfig
 from posttrain.core.errors import RewardError
@@ -80,20 +79,19 @@ class Reward:
 class FunctionReward(Reward):
     """Return what a function of yours returns: (text, example, **options) -> number."""
 
-    class Config(CustomRewardConfig):
+    class Config(CustomRewardConfig, OwnFunctionConfig):
         """Any function of yours: (text, example, **options) → number, or of a whole group."""
 
         kind: Literal["function"] = "function"
-        function: str = Field(description="module:function, or the name of one given from Python.")
-        options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of every call.")
 
     config: Config
 
     def open(self, functions: RewardFunctions) -> None:
         """Import the function and check that it can be called."""
-        function = load_object(self.config.function, functions, RewardError)
-        check_signature(function, self.config.options, self.config.form, self.config.function)
-        self.function = partial(function, **self.config.options)
+        self.function = self.config.bound(functions, self._check)
+
+    def _check(self, function: Any, options: Mapping[str, Any], name: str) -> None:
+        check_signature(function, options, self.config.form, name)
 
     def __call__(self, text: Any, example: Any) -> Any:
         """Call the function."""

@@ -89,10 +89,10 @@ class VerifierFeedback(RewardFeedback):
 
         @model_validator(mode="after")
         def _judges_one(self) -> VerifierFeedback.Config:
-            if self.reward.compares_completions or self.reward.form == "group":
-                raise ValueError(
-                    f"reward {self.reward.title} compares the completions of a prompt, and feedback is on one answer"
-                )
+            if self.reward.compares_completions or self.reward.form in ("group", "rollouts"):
+                whole = self.reward.form == "rollouts"
+                looks = "scores whole completions" if whole else "compares the completions of a prompt"
+                raise ValueError(f"reward {self.reward.title} {looks}, and feedback is on one answer")
             return self
 
     config: Config

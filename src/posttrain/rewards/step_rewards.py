@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,42 @@ _SIDE = r"0-9.,()\[\]{}$€£ \t" + re.escape(OPERATORS)
 _LEFT, _RIGHT = re.compile(rf"[{_SIDE}]*\Z"), re.compile(rf"[{_SIDE}]*")
 _BULLET = re.compile(r"\A\s*(?:[-*•–]\s+|\(?[0-9]{1,3}[.):]\s+)")
 _EQUALS = re.compile(r"(?<![=<>!:≠])=(?![=>])")
+_SIGNS: list[tuple[re.Pattern[str], Any]] = [
+    (re.compile(r"\\(?:boxed|text|mathbf)\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\[dt]?frac\s*\{([0-9.,]{1,99})\}\s*\{([0-9.,]{1,99})\}"), r"(\1/\2)"),
+    (re.compile(r"\\(?:left|right)(?=[()\[\]])"), ""),
+    (re.compile(r"\\([$%])"), r"\1"),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\[,;!: ]|[\u00a0\u2009\u202f]"), " "),
+    (re.compile(r"\\(?:times|cdot|ast)\b|[⋅∙∗]"), "×"),
+    (re.compile(r"\\div\b"), "÷"),
+    (re.compile(r"[∕⁄]"), "/"),
+    (re.compile(r"[‐‑]"), "-"),
+    (re.compile(r"([0-9)\]}])(\s*)[xX](\s*)(?=[0-9(])"), lambda m: _times(m)),
+]
+"""Signs as other texts write them, and as they are read."""
+_GLUED = "_!%‰°√π'’"
+"""Before an expression, without a space, these make it another; so do letters, digits of other kinds and fractions."""
+_OPERATION = re.compile(
+    r"(?:\b(?:x|times|plus|minus|over|mod|modulo|divided\s+by|multiplied\s+by|log|ln|sqrt|root|sin|cos|tan)"
+    r"|\\[A-Za-z]+|[±√%‰!²³½¼¾]|(?:%|percent|half|halves|thirds?|quarters?|fifths?|tenths?|[0-9)}])\s+of(?:\s+the)?)\s*\Z",
+    re.IGNORECASE,
+)
+"""At the end of what stands before an expression: it has a part in it."""
+_PERCENT = re.compile(r"\s*(?:%|percent\b)")
+_UNIT = (
+    r"(?:hours?|hrs?|h|minutes?|mins?|days?|weeks?|months?|years?|feet|foot|ft|inch(?:es)?|yards?|miles?|pounds?|lbs?"
+    r"|dollars?|euros?|km|kilometers?|m|met(?:er|re)s?|cm|kg|kilograms?|dozens?)"
+)
+_CHANGED = re.compile(
+    r"(?:[kKMBTGxyznie](?![A-Za-z])|[({\[!²³½¼¾^_])"  # directly after the number
+    r"|[\s,;(]*(?:with\s+)?(?:an?\s+)?(?:remainder|rem\b|rest\b|[rR]\.?\s*[0-9]|\\?[pb]?mod|base\b|(?:in\s+)?(?:binary|hex))"
+    r"|\s*(?:hundred|thousand|million|billion|trillion|dozen|times\b|plus\b|minus\b|over\b|divided\b|multiplied\b|squared|cubed)"
+    rf"|\s*{_UNIT}\b\.?,?\s+(?:and\s+)?[0-9]"
+)
+"""Begins what follows a number and may make it another one."""
+_DOTTED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:\.[0-9]{3})+(?![0-9.,])")
+"""A number with dots between thousands."""
 
 
 def split(text: str, separator: str) -> Iterator[tuple[int, int, str]]:
@@ -87,13 +123,13 @@ def true_line(line: str) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class Equation:
-    """An equation between numbers, as `true_line` reads them.
+    """An equation between numbers, as `true_line` reads them. It is wrong only if nothing around it may change it.
 
     Attributes:
         left: The left side as it is written.
         exact: Its value.
         right: The right side as it is written.
-        holds: True if it is equal, or rounded to the places of a decimal on the right.
+        holds: True if it is equal, or rounded to the places of a decimal on the right; 50% counts as 50 and as 0.5.
     """
 
     left: str
@@ -103,8 +139,12 @@ class Equation:
 
 
 def equations_in(line: str) -> list[Equation]:
-    """Return the equations between numbers in a line, in order."""
-    pieces = _EQUALS.split(_BULLET.sub("", line, count=1))
+    """Return the equations between numbers in a line, in order.
+
+    One side of which a part can't be read ("f(2) + 1", "10% of 50 + 5", "1 200 + 300") is no equation; nor is one that
+    is not equal if what follows may change it ("2 remainder 2", "1 hour 30 minutes", "5k", "3 (mod 24)").
+    """
+    pieces = _EQUALS.split(plain_signs(_BULLET.sub("", line, count=1)))
     found = (_equation(a, b) for a, b in pairwise(pieces))
     return [e for e in found if e is not None]
 
@@ -113,10 +153,37 @@ def _equation(before: str, behind: str) -> Equation | None:
     left, right = _left(before), _right(behind)
     if left is None or right is None or not (left[1] or right[1]):
         return None
-    exact, written = left[0], right[0]
-    places = right[2]
-    rounded = bool(places) and abs(exact - written) <= Fraction(1, 2 * 10**places)
-    return Equation(left[2], exact, right[3], exact == written or rounded)
+    exact, (written, _, places, text, rest) = left[0], right
+    holds = _close(exact, written, places)
+    if not holds and _PERCENT.match(rest):
+        holds = _close(exact, written / 100, places + 2)
+    if not holds and (_CHANGED.match(rest) or _equal_with_dots(left[2], text)):
+        return None
+    return Equation(left[2], exact, text, holds)
+
+
+def _close(exact: Fraction, written: Fraction, places: int) -> bool:
+    return exact == written or bool(places) and abs(exact - written) <= Fraction(1, 2 * 10**places)
+
+
+def _equal_with_dots(left: str, right: str) -> bool:
+    """Return True if two sides are equal with dots between thousands, as in 1.200 + 300 = 1.500."""
+    sides = [_DOTTED.sub(lambda m: m[0].replace(".", ""), side) for side in (left, right)]
+    try:
+        return sides != [left, right] and evaluate(sides[0]) == evaluate(sides[1])
+    except NotArithmetic:
+        return False
+
+
+def plain_signs(text: str) -> str:
+    r"""Return a text with the signs of LaTeX and of other alphabets as plain ones: 2 \times 3 and 2 x 3 as 2 × 3."""
+    for pattern, plain in _SIGNS:
+        text = pattern.sub(plain, text)
+    return text
+
+
+def _times(match: re.Match[str]) -> str:
+    return match[0] if match[1] == "0" and not match[2] else f"{match[1]}{match[2]}×{match[3]}"
 
 
 def _tidy(text: str) -> str:
@@ -132,10 +199,15 @@ def _left(text: str) -> tuple[Fraction, bool, str] | None:
     tail = _tidy(side)
     if leads and tail[:1] and tail[0] in OPERATORS:
         return None  # 3 apples + 4: the left side can't be read
+    glued = side[:1] not in tuple(" \t)]}") and (leads[-1:].isalnum() or leads[-1:] in _GLUED)
+    if leads and (glued or _OPERATION.search(leads)):
+        return None  # f(2) + 1, 10% of 50 + 5
     for at, char in enumerate(tail):
         before = tail[:at].rstrip()[-1:]
         if char in " \t" or (at and before in OPERATORS) or (at and tail[at - 1] not in " \t([{"):
             continue
+        if tail[:at].rstrip()[-1:].isdigit():
+            continue  # 1 200 + 300, 2 (3 + 4)
         try:
             return evaluate(tail[at:]), _operates(tail[at:]), tail[at:].strip()
         except NotArithmetic:
@@ -143,8 +215,8 @@ def _left(text: str) -> tuple[Fraction, bool, str] | None:
     return None
 
 
-def _right(text: str) -> tuple[Fraction, bool, int, str] | None:
-    """(value, whether it has an operator, places behind the point, text) of the expression that a text begins with."""
+def _right(text: str) -> tuple[Fraction, bool, int, str, str] | None:
+    """(value, whether it has an operator, places behind the point, text, what follows) of what a text begins with."""
     match = _RIGHT.match(text[:MAX_CHARACTERS])
     assert match is not None
     side = _tidy(match.group())
@@ -160,7 +232,8 @@ def _right(text: str) -> tuple[Fraction, bool, int, str] | None:
             return None  # the rest can't be read
         written = side[:end].strip().rstrip(",").rstrip(".")
         decimal = re.fullmatch(r"[-−]?[0-9,]*\.([0-9]+)", written)
-        return value, _operates(written), len(decimal[1]) if decimal else 0, written
+        behind = side[end:] + text[match.end() :]
+        return value, _operates(written), len(decimal[1]) if decimal else 0, written, behind
     return None
 
 

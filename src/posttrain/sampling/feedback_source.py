@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
 from posttrain.config.feedback_sources import FeedbackSourceConfig
 from posttrain.config.names import FEEDBACK
+from posttrain.config.open_functions import OwnFunctionConfig
 from posttrain.config.open_kinds import own_settings
 from posttrain.core.errors import PosttrainError, RewardError
 from posttrain.core.imports import load_object
@@ -63,20 +62,16 @@ class FeedbackSource:
 class FunctionFeedback(FeedbackSource):
     """Return what a function of yours says: (answer, example, **options) -> FeedbackNote, text or None."""
 
-    class Config(FeedbackSourceConfig):
+    class Config(FeedbackSourceConfig, OwnFunctionConfig):
         """A function of yours: (answer, example, **options) → what it says, or None."""
 
         kind: Literal["function"] = "function"
-        function: str = Field(description="module:function, or the name of one given from Python.")
-        options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of every call.")
 
     config: Config
 
     def open(self, functions: FeedbackFunctions) -> None:
         """Import the function and check that it can be called."""
-        function = load_object(self.config.function, functions, RewardError)
-        check_source(function, self.config.options, self.config.function)
-        self.function = partial(function, **self.config.options)
+        self.function = self.config.bound(functions, check_source)
 
     def __call__(self, answer: str, example: Mapping[str, Any]) -> Any:
         """Call the function."""

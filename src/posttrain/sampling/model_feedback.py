@@ -16,7 +16,7 @@ from posttrain.core.errors import PosttrainError
 from posttrain.core.types import Message, Rollout
 from posttrain.sampling.feedback_source import FeedbackFunctions, FeedbackNote, FeedbackSource
 from posttrain.sampling.frozen_sampler import open_sampler
-from posttrain.sampling.refine_prompts import NO_CHANGE, fields_of, fill_template, gives_verdict
+from posttrain.sampling.refine_prompts import NO_CHANGE, fields_of, fill_template, gives_verdict, said
 
 CRITIC_REQUEST = (
     "Question:\n{prompt}\n\nAnswer:\n{answer}\n\nName the mistakes in this answer and say why they are mistakes. "
@@ -140,10 +140,12 @@ class ModelFeedback(FeedbackSource):
             return FeedbackNote("The answer is too long for the model that gives feedback.")
         if rollout.finish == "error":
             raise PosttrainError(f"the model that gives feedback refused: {rollout.text}")
-        text, verdict = rollout.text.strip(), self.config.verdict
-        right = True if verdict is not None and gives_verdict(text, verdict) else None if verdict is None else False
-        text += FEEDBACK_CUT if rollout.finish == "length" else ""
-        return FeedbackNote(text, right, prompt_tokens + len(rollout.tokens))
+        text, verdict, cut = said(rollout.text), self.config.verdict, rollout.finish == "length"
+        tokens = prompt_tokens + len(rollout.tokens)
+        if cut and not text:  # it was still thinking
+            return FeedbackNote("", None, tokens)
+        right = None if verdict is None else gives_verdict(rollout.text, verdict)
+        return FeedbackNote(text + (FEEDBACK_CUT if cut else ""), right, tokens)
 
 
 def _text(prompt: Any) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ from posttrain.rewards.reward_log import LOG
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.frozen_sampler import open_sampler
 from posttrain.sampling.model_feedback import ModelFeedback
-from posttrain.sampling.refine_prompts import NO_CHANGE
+from posttrain.sampling.refine_prompts import NO_CHANGE, said
 from posttrain.sampling.rollout_store import groups_of, read_rollouts, rollout_steps, rollouts_path, write_rollouts
 
 if TYPE_CHECKING:
@@ -107,7 +108,11 @@ class CorrectionsConfig(DataStageConfig):
             )
         if self.sampler.temperature == 0 and self.n > 1:
             raise ValueError("sampler.temperature is 0: all n chains would be the same. Raise it, or set n to 1")
-        whole = [t.title for t in self.rewards.terms if t.compares_completions or t.scores_steps or t.needs_environment]
+        whole = [
+            t.title
+            for t in self.rewards.terms
+            if t.compares_completions or t.scores_steps or t.needs_environment or t.form == "rollouts"
+        ]
         if whole:
             raise ValueError(
                 f"reward {whole[0]} can't score an answer apart from its chain: expected rewards of answers"
@@ -122,14 +127,19 @@ class Corrections(DataStage):
     title = "Corrections"
 
     def prepare(self) -> list[tuple[str, Any]]:
+        from posttrain.data.prompts import require_plain_context
         from posttrain.sampling.environments import environment
         from posttrain.sampling.multi_turn import check
 
         if self.context.functions is not None:  # what can't be made is known before an earlier stage trains
-            _close(environment(self.config.environment, self.context.functions))
+            made: Any = environment(self.config.environment, self.context.functions)
+            made.close()
             RewardStack(self.config.rewards, self.context.functions).close()
         check(self.config.environment, self.context.tokenizer)
-        return self.load_prompts(self.config.problems)
+        loaded = self.load_prompts(self.config.problems)
+        if self.config.critic is not None:
+            require_plain_context(self.prompts, f"stage {self.config.name}: what a critic is asked")
+        return loaded
 
     def make(self, model: ModelConfig, folder: Path, seed: int) -> dict[str, Any]:
         config = self.config
@@ -152,11 +162,11 @@ class Corrections(DataStage):
         tables = {"rows": rows}
         made = {"chains": len(chains), "rows kept": len(rows), **{f"rows: {k}": n for k, n in counts.kept.items()}}
         if config.critic is not None:
-            tables["critic"] = self._critic_rows(chains)
+            problems, tables["critic"] = self._critic_rows(chains)
             made["rows for a critic"] = stats["critic"] = len(tables["critic"])
             if config.environment.own or config.environment.feedback:
                 critiques = rows_of.critique_rows(kept, self.prompts, config.critic.source())
-                tables["critiques"] = critiques if config.environment.own else self._said(tables["critic"])
+                tables["critiques"] = critiques if config.environment.own else self._said(problems, tables["critic"])
                 made["critiques"] = stats["critiques"] = len(tables["critiques"])
         save_rows(folder, tables, stats)
         made |= {f"dropped: {why}": n for why, n in stats["dropped"].items()}
@@ -171,12 +181,14 @@ class Corrections(DataStage):
         from posttrain.sampling.protocol import Request
 
         config, prompts = self.config, self.prompts
-        local, answering = open_sampler(model, config.sampler), environment(config.environment, self.context.functions)
+        local = open_sampler(model, config.sampler)
+        answering: Any = environment(config.environment, self.context.functions)
         sampler: Sampler = TurnSampler(local, answering, config.environment, local.tokenizer, local.context)
         streams = np.random.SeedSequence([seed, 4]).generate_state(len(prompts), np.uint64)
         total, corrected = len(prompts) * config.n, 0
         before = done = total - sum(map(len, missing.values())) * config.n
         with (
+            closing(answering),
             RewardStack(config.rewards, self.context.functions, log=folder.parent / LOG) as rewards,
             Track(config.name, total, before) as track,
         ):
@@ -190,7 +202,6 @@ class Corrections(DataStage):
                 chains = [_chain(r, 0, config.environment, local.tokenizer) for g in groups for r in g.rollouts]
                 corrected += sum(rows_of.outcome_of(chain, config.threshold)[0] == "corrected" for chain in chains)
                 track.update(done, corrected=f"{corrected / (done - before):.0%}")
-        _close(answering)
 
     def _score(self, groups: Sequence[RolloutGroup], rewards: RewardStack, tokenizer: Any) -> list[RolloutGroup]:
         """Return the chains with the reward of every answer in `steps`; that of the last one is the chain's."""
@@ -268,11 +279,14 @@ class Corrections(DataStage):
         counts.kept.update(outcome for i, (_, outcome, _) in enumerate(kept) if i not in beyond)
         return [chosen for i, chosen in enumerate(kept) if i not in beyond], counts
 
-    def _critic_rows(self, chains: Sequence[AnswerChain]) -> list[dict[str, Any]]:
-        """Return rows for a critic: different first answers, at most `keep` right and `keep` wrong ones of a problem."""
+    def _critic_rows(self, chains: Sequence[AnswerChain]) -> tuple[list[int], list[dict[str, Any]]]:
+        """Return rows for a critic, and the numbers of their problems.
+
+        They have different first answers, at most `keep` right and `keep` wrong ones of a problem.
+        """
         config = self.config
         assert config.critic is not None
-        source, rows = config.critic.source(), list[dict[str, Any]]()
+        source, problems, rows = config.critic.source(), list[int](), list[dict[str, Any]]()
         seen, counts = set[tuple[int, str]](), Counter[tuple[int, bool]]()
         for chain in chains:
             if not chain.answers or not chain.rewards:
@@ -286,10 +300,11 @@ class Corrections(DataStage):
             counts[chain.problem, right] += 1
             prompt = self.prompts[chain.problem]
             asked = source.request(str(prompt.problem["prompt"]), written)
+            problems.append(chain.problem)
             rows.append(rows_of.critic_row(prompt, written, asked, chain.rewards[0], config.environment))
-        return rows
+        return problems, rows
 
-    def _said(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def _said(self, problems: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return rows that teach a critic what the sources of feedback say about the answers to criticise.
 
         An answer with which all are satisfied gets the words of the verdict; one about which none says anything, no row.
@@ -298,18 +313,21 @@ class Corrections(DataStage):
 
         config = self.config
         assert config.critic is not None
-        examples = {p.source: p.problem for p in self.prompts}
+        answers, examples = [said(r["written"]) for r in rows], [self.prompts[i].problem for i in problems]
         found: list[list[Any]] = [[] for _ in rows]
         for settings in config.environment.feedback:
             source = open_feedback(settings, self.context.functions)
-            notes = source.notes([r["written"] for r in rows], [examples[r["question_source"]] for r in rows])
-            for said, note in zip(found, notes, strict=True):
-                said += [] if note is None else [note]
-            source.close()
+            try:
+                notes = source.notes(answers, examples)
+            finally:
+                source.close()
+            for of_answer, note in zip(found, notes, strict=True):
+                of_answer += [] if note is None else [note]
         out = []
-        for row, said in zip(rows, found, strict=True):
-            satisfied = said and all(note.right for note in said)
-            text = config.critic.verdict if satisfied and config.critic.verdict else "\n".join(n.text for n in said)
+        for row, of_answer in zip(rows, found, strict=True):
+            told = [note for note in of_answer if note.text.strip() or note.right is not None]
+            satisfied = told and all(note.right for note in told)
+            text = config.critic.verdict if satisfied and config.critic.verdict else "\n".join(n.text for n in told)
             if text.strip():
                 out.append({"prompt": row["prompt"], "completion": text, "question_source": row["question_source"]})
         return out
@@ -350,9 +368,3 @@ def _chain(rollout: Rollout, problem: int, environment: Any, tokenizer: Any) -> 
     while found := rollout.steps.get(turn_name(ANSWER, len(rewards) + 1)):
         rewards.append(found[0][2])
     return AnswerChain(problem, turns, texts, rewards, rollout.finish not in ("stop", "end"), rollout.length)
-
-
-def _close(environment: Any) -> None:
-    """Release what an environment has opened."""
-    if callable(getattr(environment, "close", None)):
-        environment.close()

@@ -72,8 +72,8 @@ class GoldScorer:
         self.samples = config.held_out.samples
         self.streams = np.random.SeedSequence([seed, 7]).generate_state(len(questions), np.uint64)
         scorer = config.held_out.gold.model_copy(update={"name": GOLD, "weight": 1.0})
-        answered_by = getattr(config, "environment", None)
-        self.scorer = RewardStack([scorer], functions, collector.tokenizer, folder / LOG, answered_by)
+        proxy = collector.rewards
+        self.scorer = RewardStack([scorer], functions, proxy.tokenizer, folder / LOG, proxy.environment)
 
     def close(self) -> None:
         """End the scorer's processes."""
