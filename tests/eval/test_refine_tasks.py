@@ -122,6 +122,22 @@ def test_too_few_samples_are_named_and_cheap_chains_are_worth_one() -> None:
     assert {a["value"] for a in equal["against"]} == {(0.5 + 1 + 0.25 + 0.5) / 4}  # all are one sample
 
 
+def test_tokens_that_a_reward_model_reads_count_on_both_sides() -> None:
+    """A sample of 10 tokens that the model reads 7.5 for is half of 35 tokens; votes still have 3.5 samples."""
+    read = [
+        {**p, "completions": [{**c, "read": {"v": 5 + 5 * (n % 2)}} for n, c in enumerate(p["completions"])]}
+        for p in PROBLEMS
+    ]
+    equal = refining.at_equal_tokens(task(rank_by=[V]), read)
+    assert (equal["k"], equal["enough"]) == (3.5, True)
+    against = {a["name"]: a for a in equal["against"]}
+    assert {name: a["k"] for name, a in against.items()} == {"mean": 3.5, "vote": 3.5, "best:v": 2.0, "weighted:v": 2.0}
+    # Best of 2: wrong in half of the pairs of 0 with one right, and so on.
+    assert against["best:v"]["value"] == pytest.approx((1 / 6 + 1 + 1 / 2 + 1 / 6) / 4)
+    before = {a["name"]: a for a in refining.at_equal_tokens(task(rank_by=[V]), PROBLEMS)["against"]}
+    assert against["vote"]["value"] == before["vote"]["value"]
+
+
 def test_one_problem_by_hand() -> None:
     """Answer of 3 tokens, request of 4 (a model wrote 7 about the answer), feedback of 2, request of 2, answer of 4."""
     turns = [

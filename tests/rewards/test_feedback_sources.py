@@ -15,6 +15,7 @@ from posttrain.config.feedback_sources import AnyFeedbackConfig
 from posttrain.core.errors import DataError, PosttrainError
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 from posttrain.rewards.checking_feedback import fenced, middle_cut
+from posttrain.rewards.reward_model_scorer import RewardModel
 from posttrain.sampling.feedback_source import FeedbackNote, OpenedFeedback, open_feedback
 
 
@@ -166,6 +167,11 @@ def test_another_model() -> None:
             source({"kind": "model", **wrong})
 
 
+def test_a_reward_of_whole_completions_is_no_verifier() -> None:
+    with pytest.raises(ValidationError, match="improvement scores whole completions, and feedback is on one answer"):
+        source({"kind": "verifier", "reward": {"kind": "improvement", "reward": {"kind": "exact"}}})
+
+
 def test_reward_model_and_judge_in_words(tmp_path: Path) -> None:
     scored = source({"kind": "reward_model", "source": "tiny:reward", "good_at": 0.5})
     words = scored.source.words  # type: ignore[attr-defined]
@@ -178,6 +184,9 @@ def test_reward_model_and_judge_in_words(tmp_path: Path) -> None:
     (of_one, of_other) = real.notes(["5", "6 or 7"], [{"prompt": "2+3="}] * 2)
     assert of_one is not None and of_other is not None and of_one.right is None and of_one.text != of_other.text
     assert of_one.text.startswith("A reward model gives the answer a score of ")
+    member = RewardModel(str(folder))
+    read = [len(member.members[0].answer("2+3=", a)) for a in ("5", "6 or 7")]
+    assert [of_one.tokens, of_other.tokens] == read == member.tokens_read(["2+3="] * 2, ["5", "6 or 7"])
     real.close()
     assert words(0.49, "") == FeedbackNote(text, False) and words(0.5, "").right is True
     with pytest.raises(ValidationError, match="where the score goes"):

@@ -31,7 +31,7 @@ from posttrain.eval.sampled_tasks import (
     in_chunks,
     sampling_summary,
 )
-from posttrain.rewards.stack import RewardStack
+from posttrain.rewards.stack import RewardStack, tokens_read
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.environments import environment
 from posttrain.sampling.multi_turn import TurnSampler
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun
     from posttrain.eval.refine_evaluation import RefineEvaluation
 
+TOKENS = "tokens"
+"""Name after a score's of the number of tokens that its reward model read."""
 STREAM_OF_SAMPLES, STREAM_OF_CHAINS = 8, 9
 """Random streams: the samples are drawn apart from the first answers of the chains."""
 
@@ -163,19 +165,21 @@ class RefineSampling:
         return out
 
     def _ranked(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
-        """Return judged groups with the scores that rank; answers of chains have none."""
+        """Return judged groups with the scores that rank, and the tokens read for each; answers of chains have none."""
         for stack in self.scores:
-            pairs = zip(groups, stack(groups).groups, strict=True)
-            groups = [
-                replace(
-                    judged,
-                    rollouts=[
-                        replace(r, rewards={**r.rewards, **s.rewards})
-                        for r, s in zip(judged.rollouts, scored.rollouts, strict=True)
-                    ],
-                )
-                for judged, scored in pairs
-            ]
+            scored, read = stack(groups).groups, tokens_read(stack, groups)
+            out = []
+            for g, judged in enumerate(groups):
+                costs = [
+                    {f"{name}/{TOKENS}": float(n[g][i]) for name, n in read.items()}
+                    for i in range(len(judged.rollouts))
+                ]
+                rollouts = [
+                    replace(r, rewards={**r.rewards, **s.rewards, **cost})
+                    for r, s, cost in zip(judged.rollouts, scored[g].rollouts, costs, strict=True)
+                ]
+                out.append(replace(judged, rollouts=rollouts))
+            groups = out
         return groups
 
     def _chains(self, prompts: Mapping[int, RenderedPrompt], count: OnDone) -> tuple[list[Rollout], list[Any]]:
@@ -228,6 +232,10 @@ def refined_item(
         chain: Its chain, whose answers have the judge's number.
     """
     completions, answers = completion_records(task, sampled), _answers(task, chain)
+    for record, rollout in zip(completions, sampled, strict=True):
+        read = {r.title: int(rollout.rewards.get(f"{r.title}/{TOKENS}", 0)) for r in task.rank_by}
+        if any(read.values()):
+            record["read"] = read
     last = answers[-1]
     return {
         "id": number,
@@ -344,7 +352,8 @@ def tokens_of_chain(item: Mapping[str, Any]) -> int:
 def at_equal_tokens(task: RefineEvaluation.Config, items: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
     """Return the last answers of the chains against votes and choices among k samples that cost the same tokens.
 
-    k = (mean tokens of a chain) / (mean tokens of a sample), the prompt being counted once on both sides. For k between
+    k = (mean tokens of a chain) / (mean tokens of a sample), the prompt being counted once on both sides; a sample of a
+    strategy that ranks by a reward model costs what the model reads as well. For k between
     two whole numbers, a problem's value is (1 - f) v(floor k) + f v(ceil k) with f the fraction of k: what a draw of
     one of the two is worth and costs on average. Differences are refining minus the other, with the interval and
     p-value of the paired bootstrap over problems, k being kept.
@@ -356,19 +365,37 @@ def at_equal_tokens(task: RefineEvaluation.Config, items: Sequence[Mapping[str, 
 
     Returns:
         k; compared_at (k, at most n and at least 1); enough: False if n samples cost less than the chains; against:
-        [{name, value, difference, low, high, p_value}] for each strategy but pass@k, which chooses nothing.
+        [{name, value, difference, low, high, p_value, k, compared_at, enough}] for each strategy but pass@k, which
+        chooses nothing.
     """
-    sample = statistics.fmean(c["tokens"] for i in items for c in i["completions"])
-    k = statistics.fmean(map(tokens_of_chain, items)) / sample
-    used = min(max(k, 1.0), float(task.n))
-    floor = min(math.floor(used), task.n)
-    sizes, share = ([floor, floor + 1], used - floor) if used > floor else ([floor], 0.0)
-    curves = [curves_of(task, i["completions"], sizes) for i in items]
-    after = [float(i["value"]) for i in items]
-    against = []
-    for name in [n for n in curves[0] if n != "pass"]:
-        values = [(1 - share) * c[name][0] + share * c[name][-1] for c in curves]
+    after, chain = [float(i["value"]) for i in items], statistics.fmean(map(tokens_of_chain, items))
+    plain, against = _affordable(task, items, chain, ""), []
+    curves: dict[tuple[int, ...], list[dict[str, list[float]]]] = {}
+    for name in [n for n in items[0]["curves"] if n != "pass"]:
+        cost = _affordable(task, items, chain, name.partition(":")[2])
+        floor = min(math.floor(cost["compared_at"]), task.n)
+        share = cost["compared_at"] - floor
+        sizes = (floor, floor + 1) if share > 0 else (floor,)
+        if sizes not in curves:
+            curves[sizes] = [curves_of(task, i["completions"], sizes) for i in items]
+        values = [(1 - share) * c[name][0] + share * c[name][-1] for c in curves[sizes]]
         difference, (low, high), p = mean_difference(values, after, seed=seed)
         compared = {"difference": difference, "low": low, "high": high, "p_value": p}
-        against.append({"name": name, "value": statistics.fmean(values), **compared})
-    return {"k": k, "compared_at": used, "enough": k <= task.n, "test": "paired bootstrap", "against": against}
+        against.append({"name": name, "value": statistics.fmean(values), **compared, **cost})
+    return {**plain, "test": "paired bootstrap", "against": against}
+
+
+def _affordable(
+    task: RefineEvaluation.Config, items: Sequence[Mapping[str, Any]], chain: float, score: str
+) -> dict[str, Any]:
+    """Return k, compared_at and enough of a strategy.
+
+    Args:
+        task: The settings.
+        items: The items of all problems.
+        chain: Mean tokens of a chain.
+        score: Name of the score that it ranks by. Empty: none.
+    """
+    costs = [c["tokens"] + c.get("read", {}).get(score, 0) for i in items for c in i["completions"]]
+    k = chain / statistics.fmean(costs)
+    return {"k": k, "compared_at": min(max(k, 1.0), float(task.n)), "enough": k <= task.n}

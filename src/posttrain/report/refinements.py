@@ -126,12 +126,13 @@ def refining_in_words(refine: Mapping[str, Any]) -> str:
     if not equal["against"]:
         return said[0]
     best = max(equal["against"], key=lambda a: float(a["value"]))
-    k, name = format_fixed(equal["compared_at"], 1), strategy(best["name"])
-    if equal["enough"]:
+    cost = best if "k" in best else equal  # of older runs all strategies cost the same
+    k, name = format_fixed(cost["compared_at"], 1), strategy(best["name"])
+    if cost["enough"]:
         said.append(f"At equal tokens ({k} samples) the best of the others, {name}, has {_percent(best['value'])}:")
     else:
         said.append(
-            f"The same tokens pay for {format_fixed(equal['k'], 1)} samples, and there are {k}: set n higher. "
+            f"The same tokens pay for {format_fixed(cost['k'], 1)} samples, and there are {k}: set n higher. "
             f"With all {k} the best of the others, {name}, has {_percent(best['value'])}:"
         )
     shown = best["low"] > 0 or best["high"] < 0

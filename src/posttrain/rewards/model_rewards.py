@@ -60,6 +60,10 @@ class ModelReward(Reward):
         """Score the pairs of prompt and completion."""
         return self.model(prompts, texts)
 
+    def tokens_read(self, prompts: Sequence[Any], texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens that the model reads for each pair of prompt and completion."""
+        return self.model.tokens_read(prompts, texts)  # type: ignore[no-any-return]
+
 
 class ScalarReward(ModelReward):
     """Return the number of a reward model, or the combined number of several."""

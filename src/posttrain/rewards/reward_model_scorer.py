@@ -205,6 +205,11 @@ class RewardModel:
             rows.append(torch.stack([f[0, 0] for f in outputs]) if outputs else torch.zeros(0))
         return torch.stack(rows)
 
+    def tokens_read(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[int]:
+        """Return the number of tokens that the members read for each pair."""
+        pairs = list(zip(prompts, completions, strict=True))
+        return [sum(len(m.answer(p, c)) for m in self.members) for p, c in pairs]
+
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         scores = self.scores(prompts, completions).double()
         if self.normalise or len(self.members) > 1:
@@ -252,6 +257,10 @@ class ProcessReward:
             likely = step_logits(numbers).sigmoid().tolist()
             out[i] = [(a, b, p) for (a, b), p in zip(spans[i], likely, strict=True)]
         return out
+
+    def tokens_read(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[int]:
+        """Return the number of tokens that the model reads for each pair."""
+        return [len(self.member.answer(p, c)) for p, c in zip(prompts, completions, strict=True)]
 
     def step_scores(self, prompt: Any, completion: str) -> list[StepScore]:
         """Return (first character, one past the last, score in [0, 1]) of each step of a completion."""

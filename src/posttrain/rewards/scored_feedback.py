@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -14,7 +15,7 @@ from posttrain.config.sandbox import SandboxConfig
 from posttrain.core.errors import RewardError
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.rewards.outcome import RewardOutcome
-from posttrain.rewards.stack import RewardStack
+from posttrain.rewards.stack import RewardStack, tokens_read
 from posttrain.sampling.feedback_source import FeedbackFunctions, FeedbackNote, FeedbackSource
 
 NOT_CHECKED = "The answer could not be checked: {why}."
@@ -59,7 +60,10 @@ class RewardFeedback(FeedbackSource):
             for answer, example in zip(answers, examples, strict=True)
         ]
         (outcomes,) = self.stack.outcomes(groups).values()
-        return [self._note(of_group[0], group) for of_group, group in zip(outcomes, groups, strict=True)]
+        notes = [self._note(of_group[0], group) for of_group, group in zip(outcomes, groups, strict=True)]
+        for of_groups in tokens_read(self.stack, groups).values():
+            notes = [replace(note, tokens=tokens) for note, (tokens,) in zip(notes, of_groups, strict=True)]
+        return notes
 
     def _note(self, outcome: RewardOutcome, group: RolloutGroup) -> FeedbackNote:
         if outcome.failure == "error":

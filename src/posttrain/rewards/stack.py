@@ -336,10 +336,7 @@ class RewardStack:
                 )
                 into[g].update({i: RewardOutcome(failure="error", message=f"LabelError: {error}") for i in sampled[g]})
             else:
-                prompt = group.example[column]
-                context = {k: group.example[k] for k in ("tools", "template_args") if group.example.get(k)}
-                if context and column == "messages" and getattr(term.config, "reads_context", False):
-                    prompt = {"messages": prompt, **context}
+                prompt = _prompt_of(term, group.example)
                 pairs.extend((g, i, prompt, group.rollouts[i].text) for i in sampled[g])
         for start in range(0, len(pairs), size):
             batch = pairs[start : start + size]
@@ -411,6 +408,35 @@ class RewardStack:
         for name, counts in self.state_dict().items():
             out |= {f"reward/{name}/{f}": float(counts[f] - before[name][f]) for f in COUNTS if f != "scored"}
         return out
+
+
+def tokens_read(stack: RewardStack, groups: Sequence[RolloutGroup]) -> dict[str, list[list[int]]]:
+    """Return the number of tokens that each reward model of a stack reads for each rollout, by reward and group.
+
+    Args:
+        stack: The stack.
+        groups: The groups, which the stack has scored.
+    """
+    out = {}
+    for term in stack.terms:
+        count = getattr(term.function, "tokens_read", None)
+        if callable(count):
+            texts = [[r.text for r in g.rollouts] for g in groups]
+            out[term.name] = [
+                count([_prompt_of(term, g.example)] * len(of_group), of_group)
+                for g, of_group in zip(groups, texts, strict=True)
+            ]
+    return out
+
+
+def _prompt_of(term: RewardTerm, example: Mapping[str, Any]) -> Any:
+    """Return the prompt of a row as a scorer gets it, with tools and template arguments if it reads them."""
+    column = getattr(term.config, "prompt", "prompt")
+    prompt = example[column]
+    context = {k: example[k] for k in ("tools", "template_args") if example.get(k)}
+    if context and column == "messages" and getattr(term.config, "reads_context", False):
+        return {"messages": prompt, **context}
+    return prompt
 
 
 def check_environment_kind(config: RewardTermConfig, environment: EnvironmentBase | None) -> None:
