@@ -109,10 +109,9 @@ def kept_corrections(run: Path, notes: list[str]) -> list[CorrectionsView]:
 
 
 def _dropped(reason: str, count: int, examples: Mapping[str, Any]) -> DroppedChains:
-    shown = next(iter(examples.get(reason) or []), {})
-    return DroppedChains(
-        reason, count, *(plain_text(shown.get(name)) for name in ("first", "last")), str(shown.get("source", ""))
-    )
+    shown: Mapping[str, Any] = next(iter(examples.get(reason) or []), {})
+    first, last = plain_text(shown.get("first")), plain_text(shown.get("last"))
+    return DroppedChains(reason, count, first, last, str(shown.get("source", "")))
 
 
 def _some(rows: list[Any], outcome: str) -> list[Any]:
