@@ -66,6 +66,7 @@ def test_every_count_is_the_stage_s(tmp_path: Path) -> None:
 def test_rows_that_are_damaged_are_a_note(tmp_path: Path) -> None:
     data = tmp_path / "stages" / "0-corrections" / "data"
     dump(data / "stats.json", STATS)
+    (data / "rows.jsonl").write_text("not a row\n{}\n")
     notes: list[str] = []
     (view,) = kept_corrections(tmp_path, notes)
     assert view.rows == [] and "rows of stage 0-corrections" in notes[0]
