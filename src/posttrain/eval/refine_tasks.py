@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun
     from posttrain.eval.refine_evaluation import RefineEvaluation
 
-TOKENS = "tokens"
+TOKENS_READ = "tokens"
 """Name after a score's of the number of tokens that its reward model read."""
 STREAM_OF_SAMPLES, STREAM_OF_CHAINS = 8, 9
 """Random streams: the samples are drawn apart from the first answers of the chains."""
@@ -171,7 +171,7 @@ class RefineSampling:
             out = []
             for g, judged in enumerate(groups):
                 costs = [
-                    {f"{name}/{TOKENS}": float(n[g][i]) for name, n in read.items()}
+                    {f"{name}/{TOKENS_READ}": float(n[g][i]) for name, n in read.items()}
                     for i in range(len(judged.rollouts))
                 ]
                 rollouts = [
@@ -233,7 +233,7 @@ def refined_item(
     """
     completions, answers = completion_records(task, sampled), _answers(task, chain)
     for record, rollout in zip(completions, sampled, strict=True):
-        read = {r.title: int(rollout.rewards.get(f"{r.title}/{TOKENS}", 0)) for r in task.rank_by}
+        read = {r.title: int(rollout.rewards.get(f"{r.title}/{TOKENS_READ}", 0)) for r in task.rank_by}
         if any(read.values()):
             record["read"] = read
     last = answers[-1]

@@ -14,8 +14,8 @@ from posttrain.report.load import numbered_folders, read_json
 
 ROWS_SHOWN = 4
 """Rows of each outcome on the page."""
-OUTCOMES = {"corrected": "a right answer after a wrong one", "kept right": "a right answer that stayed right"}
-FIGURES = {
+OUTCOME_WORDS = {"corrected": "a right answer after a wrong one", "kept right": "a right answer that stayed right"}
+FIGURE_WORDS = {
     "right_before": "right first answers",
     "right_after": "right last answers",
     "wrong_to_right": "wrong → right",
@@ -94,15 +94,15 @@ def kept_corrections(run: Path, notes: list[str]) -> list[CorrectionsView]:
             CorrectionsView(
                 stage=folder.name.split("-", 1)[1],
                 chains=int(stats["chains"]),
-                kept=[(key, OUTCOMES.get(key, key), int(count)) for key, count in stats["kept"].items()],
+                kept=[(key, OUTCOME_WORDS.get(key, key), int(count)) for key, count in stats["kept"].items()],
                 dropped=[
                     _dropped(why, int(n), stats.get("examples") or {}) for why, n in (stats["dropped"] or {}).items()
                 ],
-                figures=[(key, FIGURES.get(key, key), float(share)) for key, share in stats["figures"].items()],
+                figures=[(key, FIGURE_WORDS.get(key, key), float(share)) for key, share in stats["figures"].items()],
                 problems=int(stats["problems"]),
                 with_a_row=int(stats["problems with a row"]),
                 tables=[(f"data/{name}.jsonl", int(stats[name])) for name in ("critic", "critiques") if name in stats],
-                rows=[_row(row) for key in OUTCOMES for row in _some(rows, key)],
+                rows=[_row(row) for key in OUTCOME_WORDS for row in _some(rows, key)],
             )
         )
     return out
