@@ -12,7 +12,7 @@ from posttrain.core.files import read_lines
 from posttrain.report.formatting import plain_text
 from posttrain.report.load import numbered_folders, read_json
 
-ROWS_SHOWN = 4
+ROWS_OF_EACH = 4
 """Rows of each outcome on the page."""
 OUTCOME_WORDS = {"corrected": "a right answer after a wrong one", "kept right": "a right answer that stayed right"}
 FIGURE_WORDS = {
@@ -117,7 +117,7 @@ def _dropped(reason: str, count: int, examples: Mapping[str, Any]) -> DroppedCha
 def _some(rows: list[Any], outcome: str) -> list[Any]:
     """Return a few rows of an outcome, from all over the file."""
     found = [row for row in rows if row.get("outcome") == outcome]
-    return found[:: max(1, len(found) // ROWS_SHOWN)][:ROWS_SHOWN]
+    return found[:: max(1, len(found) // ROWS_OF_EACH)][:ROWS_OF_EACH]
 
 
 def _row(row: Mapping[str, Any]) -> KeptRow:
