@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -91,3 +94,17 @@ def test_sparsegpt_with_dead_inputs_and_broken_ones() -> None:
     assert bool((found[:, 3] == 0).all()) and bool(found.isfinite().all()) and int(mask.sum()) == 60
     with pytest.raises(ModelError, match="not finite"):
         sparsegpt(weight, torch.full((20, 20), torch.nan), 0.5)
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_weights_are_those_of_llm_compressor(pattern: tuple[int, int] | None) -> None:
+    """Recorded; its SparseGPT takes one weight more of each block than it is asked for, which was allowed for."""
+    recorded = json.loads(Path(__file__).with_name("recorded_llmcompressor.json").read_text(encoding="utf-8"))
+    weight, x = (torch.tensor(recorded[name]) for name in ("weight", "inputs"))
+    key = "0.5" if pattern is None else "2:4"
+    scores = wanda_scores(weight, x.square().sum(0).double())
+    mask = lowest(scores, 0.5, "row") if pattern is None else lowest_of_groups(scores, *pattern)
+    assert torch.allclose(weight.masked_fill(mask, 0.0), torch.tensor(recorded["results"][f"wanda {key}"]), atol=1e-6)
+    found, mask = sparsegpt(weight, x.t() @ x, 0.5, pattern, block=recorded["block"])
+    expected = torch.tensor(recorded["results"][f"sparsegpt {key}"])
+    assert torch.equal(mask, expected == 0) and torch.allclose(found, expected, atol=2e-5)
