@@ -38,8 +38,12 @@ def lowest(scores_O_I: Tensor, sparsity: float, compare: Literal["row", "matrix"
     """
     mask = torch.zeros_like(scores_O_I, dtype=torch.bool, memory_format=torch.contiguous_format)
     if compare == "matrix":
-        order = scores_O_I.flatten().argsort(stable=True)
-        mask.view(-1)[order[: round(sparsity * scores_O_I.numel())]] = True
+        count, flat = round(sparsity * scores_O_I.numel()), scores_O_I.flatten()
+        if count:
+            bound = flat.kthvalue(count).values  # a tenth of the time of sorting
+            mask.view(-1).copy_(flat < bound)
+            ties = (flat == bound).nonzero()[:, 0]
+            mask.view(-1)[ties[: count - int(mask.sum())]] = True
         return mask
     count = round(sparsity * scores_O_I.shape[1])
     rows = max(1, ROWS_AT_ONCE // scores_O_I.shape[1])
