@@ -22,7 +22,7 @@ MODEL = ModelConfig(source="tiny:llama")
 
 
 def settings(**values: object) -> SpeedTask.Config:
-    given = {"prompt_tokens": 12, "new_tokens": 4, "batch": 2, "repeats": 2, "memory": False}
+    given = {"prompt_tokens": 12, "answer_tokens": 4, "batch": 2, "repeats": 2, "memory": False}
     return SpeedTask.Config.model_validate(given | values)
 
 
@@ -82,5 +82,5 @@ def test_what_does_not_fit_into_the_context_is_refused() -> None:
     hf, tokenizer = load_model(MODEL)
     with ExitStack() as until:
         run = EvaluationRun(LanguageModel(hf).eval(), tokenizer, None, 0, {}, until)
-        with pytest.raises(DataError, match="lower prompt_tokens or new_tokens"):
+        with pytest.raises(DataError, match="lower prompt_tokens or answer_tokens"):
             list(speed.speed_chunks(run, settings(prompt_tokens=100_000)))

@@ -21,6 +21,7 @@ from posttrain.cli.doctor import doctor_command
 from posttrain.cli.evaluate import evaluate_command
 from posttrain.cli.inspect_command import inspect_command
 from posttrain.cli.lab import lab_command
+from posttrain.cli.memory_command import memory_command
 from posttrain.cli.recipes import recipes_app
 from posttrain.cli.report import report_command
 from posttrain.cli.run import run_command
@@ -89,6 +90,7 @@ app.command("chat")(chat_command)
 app.command("bake")(bake_command)
 app.command("report")(report_command)
 app.command("lab")(lab_command)
+app.command("memory")(memory_command)
 app.command("doctor")(doctor_command)
 app.add_typer(recipes_app, name="recipes")
 

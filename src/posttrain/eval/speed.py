@@ -49,11 +49,11 @@ def speed_chunks(run: EvaluationRun, config: SpeedTask.Config) -> Iterator[Chunk
         DataError: The prompt and the answer are longer than the model's context.
     """
     sampler = LocalSampler(run.model, run.tokenizer)
-    needed = config.prompt_tokens + config.new_tokens + 1
+    needed = config.prompt_tokens + config.answer_tokens + 1
     if needed > sampler.context:
         raise DataError(
-            f"evaluation {config.name}: {config.prompt_tokens} tokens of prompt and {config.new_tokens} new ones are "
-            f"more than the model's context of {sampler.context}: lower prompt_tokens or new_tokens"
+            f"evaluation {config.name}: {config.prompt_tokens} tokens of prompt and {config.answer_tokens} of answer "
+            f"are more than the model's context of {sampler.context}: lower prompt_tokens or answer_tokens"
         )
     prompts = _prompts(run, config)
 
@@ -62,9 +62,9 @@ def speed_chunks(run: EvaluationRun, config: SpeedTask.Config) -> Iterator[Chunk
         if number == 0:
             sizes = sizes_of(run.model, run.settings)
             if config.memory and run.settings is not None:
-                sizes["peak_memory"] = memory_of_serving(run.settings, prompts[0], config.new_tokens)
+                sizes["peak_memory"] = memory_of_serving(run.settings, prompts[0], config.answer_tokens)
             _seconds(sampler, prompts, 2)
-        return [{"id": number, **rates(sampler, prompts, config.new_tokens), **sizes}]
+        return [{"id": number, **rates(sampler, prompts, config.answer_tokens), **sizes}]
 
     for number in range(config.repeats):
         yield 1, partial(compute, number)

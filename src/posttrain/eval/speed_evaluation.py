@@ -22,7 +22,7 @@ class SpeedTask(EvaluationTask):
         kind: Literal["speed"] = "speed"
         name: str = Field("speed", pattern=NAME, description="Name in tables and files.")
         prompt_tokens: int = Field(256, ge=1, description="Tokens of each prompt; they are random.")
-        new_tokens: int = Field(48, ge=1, description="Tokens that are decoded behind each prompt.")
+        answer_tokens: int = Field(48, ge=1, description="Tokens that are decoded behind each prompt.")
         batch: int = Field(8, ge=1, description="Sequences that are decoded together for the figure of a batch.")
         repeats: int = Field(5, ge=1, le=100, description="Measurements; tables have their median, lowest and highest.")
         memory: bool = Field(

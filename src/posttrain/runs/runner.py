@@ -48,6 +48,7 @@ from posttrain.report.terminal import answer_tables, sampling_tables, stage_tabl
 from posttrain.runs import registry
 from posttrain.runs.held_out_tasks import write_held_out_tasks
 from posttrain.runs.machine import machine, program_name
+from posttrain.runs.memory_plan import memory_warning
 from posttrain.runs.model_card import write_cards
 from posttrain.runs.results import Results
 from posttrain.runs.run_folder import Manifest, open_run, run_path
@@ -211,6 +212,8 @@ class _Run:
         self.note_data(
             [entry for prepared in early.values() for entry in prepared.entries] + self.task_entries(context)
         )
+        for line in memory_warning(recipe, early):
+            self.print(f"! {line}")
         trackers = Trackers(recipe.track, self.path, recipe)
         tasks = [task for task in recipe.evaluate if not references(task)]
         self.evaluate(tasks, "before")

@@ -17,6 +17,7 @@ from posttrain.config.settings import DataConfig, ModelConfig, StageBase
 from posttrain.core.epoch_order import RowWeights, epoch_size
 from posttrain.core.errors import ModelError
 from posttrain.core.types import Metric
+from posttrain.trainer.workload import Workload, together
 
 if TYPE_CHECKING:
     from posttrain.trainer.loop import BatchAt, OnStep, Trainer
@@ -95,6 +96,7 @@ class Stage:
         title: Name of the method in the report.
         metrics: The metrics that the method logs, with titles and units; a name may end in * for a family.
         progress: Metrics that the progress line shows.
+        sums: The loss takes log-probabilities of targets rather than the cross-entropy alone.
         rows: What a method trains on in epochs of `config.batch_size` rows a step; empty: the method has no epochs.
     """
 
@@ -102,6 +104,7 @@ class Stage:
     title: str = ""
     metrics: tuple[Metric, ...] = ()
     progress: tuple[str, ...] = ("loss",)
+    sums: ClassVar[bool] = False
 
     def __init__(self, config: Any, context: StageContext) -> None:
         self.config, self.context = config, _behind_soft_prompt(context, getattr(config, "adapter", None))
@@ -246,6 +249,20 @@ class Stage:
         line = f"{steps:,} step{'s' * (steps != 1)}{given} of {config.batch_size} rows, {epochs:.4g} epochs of {rows:,}"
         held_out = [data for title, data in self.data if title.endswith(" held out")]
         return line + "".join(f"; {data.stats['used']:,} held-out rows are measured" for data in held_out)
+
+    def workload(self) -> Workload:
+        """Return what a step computes, once the data is read; `posttrain memory` estimates memory from it."""
+        config = self.config
+        teacher = getattr(config, "teacher", None)
+        source = str(getattr(teacher, "source", None) or "")
+        like = source == "start" or source.startswith("stage:")
+        return Workload(
+            together(self.rows),
+            getattr(config, "batch_size", 1),
+            self.sums,
+            teacher=True if like else teacher if source else None,
+            teacher_stays=bool(getattr(config, "on_policy", 0)),
+        )
 
     @property
     def entries(self) -> list[dict[str, Any]]:

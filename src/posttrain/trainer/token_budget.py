@@ -8,6 +8,7 @@ from posttrain.config import SystemsConfig
 from posttrain.core import distributed
 from posttrain.losses.linear_logprobs import CHUNK_BYTES
 from posttrain.models.language_model import LanguageModel
+from posttrain.models.model_shape import ModelShape
 
 CPU_TOKENS = 768
 FRONT_SHARE = 16
@@ -62,6 +63,20 @@ def suited_budget(model: LanguageModel, systems: SystemsConfig, free: int, total
     if per_token is None:
         return LEAST
     vocabulary, hidden = model.base.get_input_embeddings().weight.shape
+    return budget_for(per_token, vocabulary, hidden, free, total, trained)
+
+
+def budget_for(per_token: int, vocabulary: int, hidden: int, free: int, total: int, trained: int) -> int:
+    """Return the budget of `suited_budget`, given the bytes that a token's activations take.
+
+    Args:
+        per_token: Those bytes.
+        vocabulary: Rows of the output head.
+        hidden: Its width.
+        free: Bytes that are free once the model is loaded.
+        total: Bytes of the whole GPU.
+        trained: Number of parameters that are trained; 0 for a frozen model.
+    """
     room = free * TRAINED_SHARE if trained else total * FROZEN_SHARE
     if trained:
         # Gradients, float32 master weights and two moments; three chunks of logits, and the gradient of the head.
@@ -73,10 +88,6 @@ def suited_budget(model: LanguageModel, systems: SystemsConfig, free: int, total
 
 def bytes_per_token(model: LanguageModel, boundaries: bool) -> int | None:
     """Estimate what a token's activations take until the backward pass; measured within 40% for seven model types.
-
-    For each layer with hidden size H, heads of together Q, MLP of I, and e bytes per number: two norms (their input in
-    float32 and two results, 4 H + 2 e H each), query, key, value and output of attention (4 e Q), gate, up,
-    activation and product of the MLP (4 e I).
 
     Args:
         model: The model.
@@ -91,11 +102,41 @@ def bytes_per_token(model: LanguageModel, boundaries: bool) -> int | None:
     )
     if dtype == torch.float32 or quadratic or not model.ragged:
         return None
-    e, hidden, layers = dtype.itemsize, config.hidden_size, config.num_hidden_layers
-    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
+    heads = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     # A mixture of experts computes a few of its experts for a token.
     routed = (getattr(config, "num_experts_per_tok", 0) or 0) * (getattr(config, "moe_intermediate_size", 0) or 0)
     inner = max(getattr(config, "intermediate_size", 0) or 0, routed)
+    return bytes_by_widths(dtype.itemsize, config.hidden_size, config.num_hidden_layers, heads, inner, boundaries)
+
+
+def bytes_of_token(shape: ModelShape, itemsize: int, boundaries: bool) -> int:
+    """Return the estimate of `bytes_per_token` for a model of which only the sizes are known.
+
+    Args:
+        shape: Those sizes.
+        itemsize: Bytes of a number.
+        boundaries: Only the inputs of layers are kept.
+    """
+    return bytes_by_widths(itemsize, shape.hidden, shape.layers, shape.query, shape.inner, boundaries)
+
+
+def bytes_by_widths(e: int, hidden: int, layers: int, heads: int, inner: int, boundaries: bool) -> int:
+    """Return what a token's activations take until backward on a GPU.
+
+    For each layer with hidden size H, heads of together Q, MLP of I, and e bytes per number: two norms (their input in
+    float32 and two results, 4 H + 2 e H each), query, key, value and output of attention (4 e Q), gate, up,
+    activation and product of the MLP (4 e I).
+
+    Args:
+        e: Bytes of a number.
+        hidden: Width of the model.
+        layers: Its layers.
+        heads: Width of all query heads.
+        inner: Width of the MLP.
+        boundaries: Only the inputs of layers are kept.
+    """
     layer = 2 * (4 + 2 * e) * hidden + 4 * e * heads + 4 * e * inner
     ends = 8 * e * hidden  # embeddings, final norm, and the hidden states that the head takes, with their gradients
     return ends + (layers * e * hidden + 2 * layer if boundaries else (layers + 1) * layer)

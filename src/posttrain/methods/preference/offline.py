@@ -147,6 +147,7 @@ class Preference(Stage):
         Metric("log_ratio", "Log-ratio difference", "nats, chosen − rejected", "Details"),
     )
     progress = ("loss", "accuracy", "margin", "held_out/accuracy")
+    sums = True
 
     def __init__(self, config: Any, context: Any) -> None:
         super().__init__(config, context)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.rl import RLConfig, RolloutConfig
+from posttrain.core.types import Sample
 from posttrain.methods.rl.rl_metrics import RL_METRICS, RL_TITLES
 from posttrain.trainer.stage import Stage, StageContext, StageRun
+from posttrain.trainer.workload import Completions, Workload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from posttrain.data.prompts import RenderedPrompt
     from posttrain.methods.rl.rl_trainer import RLTrainer
     from posttrain.trainer.policy import LoadedPolicy
+
+MAX_RUNNING, CPU_BUDGET = 128, 768
+"""Defaults on a CPU: completions that a sampler runs at a time, and tokens of a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,12 @@ class StagePrompts:
 
     trained: Sequence[RenderedPrompt]
     held_out: Sequence[RenderedPrompt] = ()
+
+
+def _completed(prompt: Sequence[int], completions: int, new: int) -> list[Sample]:
+    """Return samples as long as a prompt with completions of this many tokens, each of other tokens."""
+    meta, weights = {"shared": len(prompt)}, [0.0] * len(prompt) + [1.0] * new
+    return [Sample([*prompt, *range(i, i + new)], weights, meta=meta) for i in range(completions)]
 
 
 class RolloutStage(Stage):
@@ -54,6 +65,25 @@ class RolloutStage(Stage):
         others = drop_training_overlap(others, trained, f"stage {name}")
         self.prompts = StagePrompts(trained.items, others.items)
         return [(name, trained), (f"{name} held out", others)]
+
+    def workload(self) -> Workload:
+        """Return what a step samples and trains on: the longest prompts, with completions of the most tokens."""
+        config = self.config
+        group = int(getattr(config, "group_size", 2))
+        new, budget = config.sampler.max_tokens, config.systems.tokens_per_micro_batch or CPU_BUDGET
+        prompts = sorted((p.tokens for p in self.prompts.trained), key=len)
+        longest = len(prompts[-1])
+        limit = config.sampler.max_running or MAX_RUNNING
+        at_once = max(1, min(group, (budget - longest) // new))  # completions that share a pass with their prompt
+        units = [_completed(p, at_once, new) for p in prompts[:: max(1, len(prompts) // 200)]]
+        return Workload(
+            units,
+            config.prompts_per_step * -(-group // at_once),
+            sums=True,
+            completions=Completions(config.prompts_per_step, group, longest, new, limit),
+            frozen=config.adapter is None and bool(getattr(getattr(config, "kl", None), "coefficient", True)),
+            note=f"completions of {new:,} tokens, the most that they may have",
+        )
 
     def end_token(self, policy: LoadedPolicy) -> int | None:
         from posttrain.data.tokenizing import end_of_turn_token

@@ -1,0 +1,366 @@
+"""Tell the memory that a recipe's stages take, for training and for serving, before anything is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.config import ModelConfig, Recipe, StageConfig, TrainConfig, references
+from posttrain.losses.linear_logprobs import CHUNK_BYTES
+from posttrain.models.loading import load_tokenizer, pick_device, pick_dtype, resolve
+from posttrain.models.model_shape import ModelShape, model_shape
+from posttrain.runs import registry
+from posttrain.sampling.engine import PREFILL_TOKENS
+from posttrain.trainer import memory_model
+from posttrain.trainer.memory_model import FORMATS, WeightFormat
+from posttrain.trainer.stage import Stage, StageContext
+from posttrain.trainer.token_budget import CPU_TOKENS, LEAST, budget_for, bytes_of_token, cpu_tokens
+from posttrain.trainer.workload import Workload
+
+TRAINED_IN = ("float32", "bfloat16", "nf4")
+"""Formats of the columns for training; nf4 is QLoRA: adapters on weights in 4 bit."""
+QLORA_RANK = 16
+"""Rank of the adapters that the column of nf4 has where the recipe has none."""
+SURELY = 12
+"""A model whose files are smaller than memory by this factor fits, whatever trains it (16 bit, with an optimizer)."""
+WAYS = (
+    "lower systems.tokens_per_micro_batch, train adapters (adapter: {r: 16}), or set systems.activation_checkpointing"
+)
+"""What to do about a stage that does not fit."""
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Hold what a stage takes in one format.
+
+    Attributes:
+        parts: Bytes by name, of what is held at the same time while a step is taken.
+        phases: Bytes of the whole process or GPU by phase: opening the model, sampling, a step.
+    """
+
+    parts: dict[str, int]
+    phases: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Return the most that it takes."""
+        return max(self.phases.values())
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Hold the memory of one stage.
+
+    Attributes:
+        name: Name of the stage.
+        tokens: Tokens of its largest micro-batch; of them `targets` go through the output head.
+        trained: Parameters that are trained.
+        own: As the recipe has it. None: the stage trains nothing.
+        formats: By format, for comparison.
+        notes: What is assumed.
+    """
+
+    name: str
+    tokens: int
+    targets: int
+    trained: int
+    own: TrainingMemory
+    formats: dict[str, TrainingMemory]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Return the parts as the recipe has it."""
+        return self.own.parts
+
+    @property
+    def peak(self) -> int:
+        """Return the peak as the recipe has it."""
+        return self.own.peak
+
+
+@dataclass(frozen=True)
+class ServingMemory:
+    """Hold what serving takes in one format: weights, and keys and values of `sequences` of `tokens` each."""
+
+    weights: int
+    cache: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        """Return the sum."""
+        return self.weights + self.cache + self.work
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Hold the memory of a recipe.
+
+    Attributes:
+        shape: Sizes of its model.
+        device: cpu, or cuda.
+        room: Bytes that there are.
+        training: A record for each stage.
+        serving: By format, of the model that the recipe starts from.
+        served: (sequences, tokens of each) of serving.
+    """
+
+    shape: ModelShape
+    device: str
+    room: float
+    training: list[StageMemory]
+    serving: dict[str, ServingMemory]
+    served: tuple[int, int]
+
+    @property
+    def too_large(self) -> list[StageMemory]:
+        """Return the stages that take more than there is."""
+        return [line for line in self.training if line.peak > self.room]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What a stage is computed with: weights, compute dtype, trained parameters, and where."""
+
+    shape: ModelShape
+    weights: WeightFormat
+    itemsize: int
+    trained: int
+    rank: int
+    adapted: tuple[str, ...]
+    device: str
+    room: float
+
+
+def plan_memory(
+    recipe: Recipe,
+    gpu_gib: float | None = None,
+    prepared: Mapping[str, Stage] | None = None,
+    sequences: int = 1,
+    tokens: int = 2048,
+) -> MemoryPlan:
+    """Estimate the memory of every stage of a recipe, and of serving its model.
+
+    Args:
+        recipe: The recipe.
+        gpu_gib: Memory of a GPU to plan for, in GiB. None: the device that the recipe would use here.
+        prepared: Stages whose data is read already, by name of their folder. None: it is read here.
+        sequences: Sequences that are served at the same time.
+        tokens: Positions of each of them; at most the model's context.
+
+    Raises:
+        PosttrainError: The model's configuration or the data can't be read.
+    """
+    shape = model_shape(recipe.model)
+    device = "cuda" if gpu_gib is not None else pick_device(recipe.model.device).type
+    room = gpu_gib * 2**30 if gpu_gib is not None else room_of(device)
+    prepared = _prepared(recipe, shape) if prepared is None else prepared
+    training = [
+        _stage_memory(recipe, stage, prepared.get(name), shape, device, room)
+        for name, stage in recipe.in_order()[: len(recipe.stages)]
+    ]
+    tokens = min(tokens, shape.context or tokens)
+    serving = {
+        name: ServingMemory(
+            memory_model.weight_bytes(shape, weights),
+            memory_model.cache_bytes(shape, sequences * tokens, _item(weights, device)),
+            _prefill(shape, min(tokens, PREFILL_TOKENS[device_kind(device)]), sequences, _item(weights, device)),
+        )
+        for name, weights in FORMATS.items()
+        if name != "float16"
+    }
+    return MemoryPlan(shape, device, room, training, serving, (sequences, tokens))
+
+
+def device_kind(device: str) -> str:
+    """Return the kind of a device that limits are known for."""
+    return device if device in PREFILL_TOKENS else "cpu"
+
+
+def room_of(device: str) -> float:
+    """Return the bytes of memory that there are for a process on a device."""
+    import torch
+
+    from posttrain.sampling.memory import memory_bytes
+
+    if device == "cuda":
+        return float(torch.cuda.mem_get_info()[1])
+    return memory_bytes()
+
+
+def _prepared(recipe: Recipe, shape: ModelShape) -> dict[str, Stage]:
+    """Read the data of every stage that does not wait for rows of an earlier one."""
+    context = StageContext(load_tokenizer(recipe.model), shape.context or 2048, None, recipe.evaluate)
+    makes = {stage.name: stage.makes for stage in recipe.stages}
+    out = {}
+    for name, stage in recipe.in_order()[: len(recipe.stages)]:
+        if any(makes[needed] == "data" for needed in references(stage)):
+            continue
+        if references(stage):  # models of earlier stages are like the recipe's own, as far as data goes
+            stage = _with_models(stage, recipe.model.source)
+        out[name] = registry.prepare_stage(stage, context)
+    return out
+
+
+def _with_models(stage: StageConfig, source: str) -> StageConfig:
+    def walk(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("stage:"):
+            return source
+        if isinstance(value, dict):
+            return {k: walk(v) for k, v in value.items()}
+        return [walk(v) for v in value] if isinstance(value, list) else value
+
+    return type(stage).model_validate(walk(stage.model_dump(mode="json")))
+
+
+def _stage_memory(
+    recipe: Recipe, config: StageConfig, stage: Stage | None, shape: ModelShape, device: str, room: float
+) -> StageMemory:
+    """Estimate the memory of a stage, in the recipe's format and in those of `TRAINED_IN`."""
+    waiting = "rows that an earlier stage makes are not known yet"
+    work = stage.workload() if stage is not None else Workload(note=waiting)
+    notes = [work.note] if work.note else []
+    if config.start not in (None, "base") and not str(config.start).startswith("stage:"):
+        shape = model_shape(recipe.model.model_copy(update={"source": config.start, "revision": None}))
+    trains = isinstance(config, TrainConfig)
+    adapter = getattr(config, "adapter", None)
+    quantized = recipe.model.quantization
+    dtype = str(pick_dtype(recipe.model.dtype, _device(device))).removeprefix("torch.")
+    base = FORMATS[dtype]
+
+    def setting(weights: WeightFormat, itemsize: int, rank: int) -> _Setting:
+        if not trains:
+            return _Setting(shape, weights, itemsize, 0, 0, (), device, room)
+        chosen = adapter if adapter is not None else _lora(rank) if rank else None
+        if chosen is None:
+            return _Setting(shape, weights, itemsize, shape.parameters, 0, (), device, room)
+        names = () if chosen.is_soft_prompt else tuple(shape.adapted(chosen))
+        count = shape.adapter_parameters(chosen)
+        return _Setting(shape, weights, itemsize, count, 0 if chosen.is_soft_prompt else chosen.r, names, device, room)
+
+    own_format = base
+    if quantized is not None:
+        fine = 1 + 4 / 256 if quantized.double else 4
+        own_format = WeightFormat(quantized.kind, base.bytes, 4, 64, fine)
+    own_setting = setting(own_format, int(base.bytes), 0)
+    budget = _budget(config, own_setting, stage)
+    tokens, targets = work.micro_batch(budget, shape.context) if trains else (0, 0)
+    systems = getattr(config, "systems", None)
+    lean = bool(systems is not None and systems.activation_checkpointing)
+
+    def memory(s: _Setting) -> TrainingMemory:
+        return _training_memory(s, work, tokens, targets, lean)
+
+    formats = {}
+    for name in TRAINED_IN if trains else ():
+        weights = FORMATS[name]
+        item = int(weights.bytes)
+        formats[name] = memory(setting(weights, item, QLORA_RANK if name == "nf4" else 0))
+    if trains and adapter is None:
+        notes.append(f"nf4: with adapters of rank {QLORA_RANK}, since weights in 4 bit can't be trained")
+    if trains and not work.units:
+        notes.append(f"a micro-batch of {tokens:,} tokens is assumed")
+    return StageMemory(config.name, tokens, targets, own_setting.trained, memory(own_setting), formats, notes)
+
+
+def _training_memory(s: _Setting, work: Workload, tokens: int, targets: int, lean: bool) -> TrainingMemory:
+    """Add up the parts of a stage in one setting."""
+    shape, on_gpu = s.shape, s.device == "cuda"
+    weights = memory_model.weight_bytes(shape, s.weights)
+    parts = {"weights": weights, **memory_model.state_bytes(s.trained, s.itemsize)}
+    if work.frozen:
+        parts["reference"] = weights
+    teacher = 0
+    if work.teacher:
+        like = model_shape(work.teacher) if isinstance(work.teacher, ModelConfig) else shape
+        teacher = memory_model.weight_bytes(like, s.weights)
+        if work.teacher_stays:
+            parts["teacher"] = teacher
+    held = sum(parts.values())
+    if tokens:
+        if on_gpu:
+            each = bytes_of_token(shape, s.itemsize, lean)
+            parts["activations"] = tokens * each
+            parts["logits"] = 3 * CHUNK_BYTES["cuda"] + 4 * shape.vocabulary * shape.hidden * bool(not s.rank)
+        else:
+            parts["activations"] = memory_model.activation_bytes(shape, tokens, s.itemsize, s.rank, s.adapted, lean)
+            parts["logits"] = memory_model.logits_bytes(shape, targets, not s.rank, work.sums)
+    parts["libraries"] = memory_model.LIBRARIES[s.device if s.device in memory_model.LIBRARIES else "cpu"]
+    phases = {"step": sum(parts.values()), "opening": memory_model.opening_bytes(weights, on_gpu) + parts["libraries"]}
+    if teacher and tokens:
+        at_once = _prefill(shape, tokens, 0, s.itemsize) + memory_model.logits_bytes(shape, targets, False, True)
+        phases["asking the teacher"] = weights + teacher + at_once + parts["libraries"]
+    if work.completions is not None:
+        c = work.completions
+        cache = memory_model.cache_bytes(shape, c.positions, s.itemsize)
+        parts["keys and values"] = cache
+        at_once = min(PREFILL_TOKENS[device_kind(s.device)], c.prompts * c.prompt_tokens)
+        rows = min(c.running, c.prompts * c.each)
+        phases["sampling"] = held + cache + _prefill(shape, at_once, rows, s.itemsize) + parts["libraries"]
+    return TrainingMemory(parts, phases)
+
+
+def _prefill(shape: ModelShape, tokens: int, sequences: int, itemsize: int) -> int:
+    """Return the bytes of computing prompts without gradients, and the logits of one step."""
+    layer = (4 * shape.hidden + 2 * shape.query + 2 * shape.key_value + 3 * shape.inner) * itemsize
+    return tokens * layer + 3 * 4 * sequences * shape.vocabulary
+
+
+def _budget(config: StageConfig, s: _Setting, stage: Stage | None) -> int:
+    systems = getattr(config, "systems", None)
+    if systems is None:
+        return CPU_TOKENS
+    if systems.tokens_per_micro_batch:
+        return int(systems.tokens_per_micro_batch)
+    if s.device == "cuda":
+        per_token = bytes_of_token(s.shape, s.itemsize, systems.activation_checkpointing)
+        free = s.room - memory_model.weight_bytes(s.shape, s.weights)
+        return budget_for(per_token, s.shape.vocabulary, s.shape.hidden, int(free), int(s.room), s.trained)
+    adapter = getattr(config, "adapter", None)
+    return cpu_tokens(adapter.computed_tokens()[0] if adapter is not None else 0) if s.device == "cpu" else LEAST
+
+
+def _item(weights: WeightFormat, device: str) -> int:
+    """Return the bytes of a number of activations and keys: a CPU computes weights in few bits in float32."""
+    return 4 if weights.bits is not None and device == "cpu" else int(weights.bytes)
+
+
+def _lora(rank: int) -> Any:
+    from posttrain.config import AdapterConfig
+
+    return AdapterConfig(r=rank)
+
+
+def _device(device: str) -> Any:
+    import torch
+
+    return torch.device(device)
+
+
+def memory_warning(recipe: Recipe, prepared: Mapping[str, Stage]) -> list[str]:
+    """Return lines on stages that take more memory than there is; none for models that are small for the machine.
+
+    Args:
+        recipe: The recipe.
+        prepared: Stages whose data is read already, by name of their folder.
+    """
+    found = resolve(recipe.model.source)
+    if found.kind != "folder":
+        return []
+    stored = sum(p.stat().st_size for p in Path(found.location).glob("*.safetensors"))
+    device = pick_device(recipe.model.device).type
+    room = room_of(device)
+    if stored * SURELY < room:
+        return []
+    try:
+        plan = plan_memory(recipe, prepared=prepared)
+    except Exception as error:  # an estimate must not end a run that may fit
+        return [f"the memory of the stages could not be estimated ({type(error).__name__}: {error})"]
+    return [
+        f"{line.name} is estimated to take {line.peak / 1e9:.1f} GB, and there are {room / 1e9:.1f}: {WAYS} "
+        "(posttrain memory has the details)"
+        for line in plan.too_large
+    ]
