@@ -19,6 +19,7 @@ from posttrain.cli.bake import bake_command
 from posttrain.cli.chat import chat_command
 from posttrain.cli.doctor import doctor_command
 from posttrain.cli.evaluate import evaluate_command
+from posttrain.cli.export import export_command
 from posttrain.cli.inspect_command import inspect_command
 from posttrain.cli.lab import lab_command
 from posttrain.cli.memory_command import memory_command
@@ -88,6 +89,7 @@ app.command("inspect")(inspect_command)
 app.command("evaluate")(evaluate_command)
 app.command("chat")(chat_command)
 app.command("bake")(bake_command)
+app.command("export")(export_command)
 app.command("report")(report_command)
 app.command("lab")(lab_command)
 app.command("memory")(memory_command)

@@ -7,11 +7,13 @@ with RMSNorms, rotary positions, biases where there are any, and norms of each q
 Mistral, Qwen 2 and 3, and their like). Such a layer has ten small operations beside its products, and calling each of
 them from Python takes a fifth of a step of few rows. A layer is taken for one of these if its parts are; at its first
 step both ways are computed, and if they differ in a single bit it keeps its own for good. LoRA's adapters are computed
-along; a layer with others, with hooks, or with weights that are quantised or sharded keeps its own while it has them.
+along, and weights in few bits are read as they are packed (`quantized_matmul`); a layer with other adapters, with
+hooks, or with weights of another kind, or sharded ones, keeps its own while it has them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 from types import MethodType
 from typing import Any, Protocol
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from posttrain.cpu import library as native
 from posttrain.cpu import matmul as cpu
 from posttrain.cpu.fused_modules import adapted, low_rank
+from posttrain.cpu.quantized_matmul import packed_of
 
 PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -166,6 +169,9 @@ def _matrix(linear: Any) -> tuple[native.Matrix, list[Tensor]] | None:
     matrix = native.Matrix(
         w=linear.weight.data_ptr(), n=len(linear.weight), rank=0 if a is None else len(a), scale=scale
     )
+    packed = packed_of(linear.weight)
+    if packed is not None:
+        matrix.packed = ctypes.pointer(packed)
     if linear.bias is not None:
         matrix.bias = linear.bias.data_ptr()
     if a is not None and b is not None:

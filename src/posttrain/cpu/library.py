@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SOURCES = [
-    Path(__file__).parent.joinpath("csrc", name) for name in ("decode.c", "training.c", "tree.c", "vocabulary.c")
+    Path(__file__).parent.joinpath("csrc", name)
+    for name in ("decode.c", "quantized.c", "training.c", "tree.c", "vocabulary.c")
 ]
 HEADER = Path(__file__).parent / "csrc" / "kernels.h"
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-Wl,-Bsymbolic")
@@ -37,11 +38,29 @@ LEAST_COLUMNS = 8
 _state: dict[str, Any] = {}
 
 
+class Packed(ctypes.Structure):
+    """A weight (n, k) in few bits, in the layout of `quantized.c`; zero and order may be 0.
+
+    kept: the tensors whose memory it points into.
+    """
+
+    kept: list[Tensor]
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("values", "zero", "order")),
+        *((n, ctypes.c_long) for n in ("n", "k", "group", "bits")),
+    )
+
+
 class Matrix(ctypes.Structure):
-    """x W^T + bias + scale (x A^T) B^T: w (n, k); bias may be 0, and so may a (rank, k) and b (n, rank)."""
+    """x W^T + bias + scale (x A^T) B^T: w (n, k); bias may be 0, and so may a (rank, k) and b (n, rank).
+
+    packed: in place of w, or null.
+    """
 
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("w", "bias", "a", "b")),
+        ("packed", ctypes.POINTER(Packed)),
         *((n, ctypes.c_long) for n in ("n", "rank")),
         ("scale", ctypes.c_float),
     )
@@ -73,6 +92,7 @@ class Kernels:
         pointer, long = ctypes.c_void_p, ctypes.c_long
         self.lib.use_threads.argtypes = [pointer, pointer, pointer, ctypes.c_int]
         self.lib.linear.argtypes = [pointer, pointer, pointer, pointer, long, long, long]
+        self.lib.quantized_linear.argtypes = [pointer, ctypes.POINTER(Packed), pointer, pointer, long]
         self.lib.gated.argtypes = [pointer, pointer, pointer, long]
         self.lib.rms_norm_rows.argtypes = [pointer] * 3 + [long] * 2 + [ctypes.c_float] * 2
         self.lib.rms_norm_back.argtypes = [pointer] * 4 + [long] * 2 + [ctypes.c_float] * 2
@@ -135,6 +155,23 @@ class Kernels:
         self.use_threads()
         bias_at = 0 if bias is None else bias.data_ptr()
         if self.lib.linear(x.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr(), x.numel() // k, k, n):
+            raise MemoryError("no memory for a decoding step's rows")
+        return y
+
+    def quantized_linear(self, x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+        """Compute x W^T + b of a weight in few bits.
+
+        Args:
+            x: (..., k).
+            packed: W (n, k), see `posttrain.cpu.quantized_matmul`.
+            bias: (n,).
+        """
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], packed.n)
+        self.use_threads()
+        bias_at = 0 if bias is None else bias.data_ptr()
+        if self.lib.quantized_linear(x.data_ptr(), packed, bias_at, y.data_ptr(), x.numel() // packed.k):
             raise MemoryError("no memory for a decoding step's rows")
         return y
 
@@ -384,7 +421,7 @@ def _compiled() -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             fresh = Path(folder) / "kernels.so"
             done = subprocess.run(
-                [compiler, *FLAGS, *map(str, SOURCES), "-o", str(fresh)], capture_output=True, text=True, timeout=120
+                [compiler, *FLAGS, *map(str, SOURCES), "-o", str(fresh)], capture_output=True, text=True, timeout=600
             )
             if done.returncode:
                 raise _Unavailable(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")

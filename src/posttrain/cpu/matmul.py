@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.cpu import library as native
+from posttrain.cpu.quantized_matmul import packed_of
 
 FEW_ROWS = 128
 """Up to so many rows a product is quicker through kernels of our own, or with the weights on the left (below)."""
@@ -79,9 +80,9 @@ def few_rows(x: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute x W^T + b.
 
-    Few rows go through the compiled kernels; without them, over oneDNN, they are computed as (W x^T)^T, which takes two
-    thirds of the time: it splits the many rows of W over threads and registers, where x has too few. The result is then
-    a transposed view.
+    Few rows go through the compiled kernels, which read a weight in few bits as it is packed. Without them, over
+    oneDNN, they are computed as (W x^T)^T, which takes two thirds of the time: it splits the many rows of W over
+    threads and registers, where x has too few. The result is then a transposed view.
 
     Args:
         x: (..., K).
@@ -92,7 +93,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     kernels = native.kernels()
     if kernels is not None and native.fits(weight):
-        return kernels.linear(x, weight, bias)
+        packed = packed_of(weight)
+        return kernels.linear(x, weight, bias) if packed is None else kernels.quantized_linear(x, packed, bias)
     if _state.get("route") != "onednn":
         return F.linear(x, weight, bias)
     flat = x.flatten(0, -2) if x.ndim > 1 else x[None]

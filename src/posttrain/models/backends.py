@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posttrain.losses.linear_logprobs import Head, linear_cross_entropy, linear_logprobs
+from posttrain.models.quantized_weight import quantized_modules
 
 if TYPE_CHECKING:
     from posttrain.models.attention import Plan
@@ -34,6 +35,10 @@ class DeviceBackend:
 
     def replace_forwards(self, model: nn.Module) -> None:
         """Give modules faster forwards of the same results, in place."""
+
+    def pack_weights(self, model: nn.Module) -> int:
+        """Set up weights in few bits for decoding; return how many products will read them."""
+        return 0
 
     def lean(self) -> AbstractContextManager[None]:
         """Return a context for forward passes with gradients in which cheap activations are recomputed."""
@@ -119,10 +124,20 @@ class CPUBackend(DeviceBackend):
     tile = 32
 
     def __init__(self) -> None:
-        from posttrain.cpu import decoder_layer, fused_modules, library, lm_head, matmul, recompute, tiled_attention
+        from posttrain.cpu import (
+            decoder_layer,
+            fused_modules,
+            library,
+            lm_head,
+            matmul,
+            quantized_matmul,
+            recompute,
+            tiled_attention,
+        )
 
         self.decoder_layer, self.fused_modules, self.library = decoder_layer, fused_modules, library
         self.matmul, self.recompute, self.tiled_attention = matmul, recompute, tiled_attention
+        self.quantized_matmul = quantized_matmul
         self.logprobs, self.cross_entropy = lm_head.head_logprobs, lm_head.head_cross_entropy  # type: ignore[method-assign]
         self.small_products = matmul.small_products  # type: ignore[method-assign]
 
@@ -132,6 +147,9 @@ class CPUBackend(DeviceBackend):
     def replace_forwards(self, model: nn.Module) -> None:
         self.fused_modules.fuse(model)
         self.decoder_layer.speed_up(model)
+
+    def pack_weights(self, model: nn.Module) -> int:
+        return self.quantized_matmul.pack_modules([(m, w) for _, m, w in quantized_modules(model)])
 
     def lean(self) -> AbstractContextManager[None]:
         return self.recompute.cheap_results()

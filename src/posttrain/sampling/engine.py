@@ -143,6 +143,7 @@ class LocalSampler:
             return []
         training = self.model.training
         self.model.eval()
+        self.model.backend.pack_weights(self.model)
         try:
             session = _Session(self, prompts, params, on_done)
             session.work()

@@ -380,6 +380,7 @@ void rotate(const float *x, const long *x_strides, const float *cosine, const fl
  * comes out is theirs to the bit. A step has some ten small operations between two products, and calling each from Python takes as long as it does. */
 typedef struct {
     const float *w, *bias, *a, *b; /* w (n, k); a (rank, k), b (n, rank): an adapter, or NULL */
+    const packed_t *packed;        /* in place of w, or NULL */
     long n, rank;
     float scale; /* of the adapter */
 } matrix_t;
@@ -395,13 +396,24 @@ typedef struct {
 static int project(const float *x, long m, long k, const matrix_t *const *matrices, float *const *ys, int count,
                    long rank, float *low) {
     product_t chain[6];
-    int length = 0;
-    for (int i = 0; i < count; i++)
-        chain[length++] = (product_t){.w = matrices[i]->w, .bias = matrices[i]->bias, .y = ys[i], .n = matrices[i]->n};
+    const packed_t *packed[3];
+    const float *biases[3];
+    float *of_packed[3];
+    int length = 0, few_bits = 0;
+    for (int i = 0; i < count; i++) {
+        const matrix_t *w = matrices[i];
+        if (w->packed) {
+            packed[few_bits] = w->packed, biases[few_bits] = w->bias, of_packed[few_bits++] = ys[i];
+            continue;
+        }
+        chain[length++] = (product_t){.w = w->w, .bias = w->bias, .y = ys[i], .n = w->n};
+    }
+    if (few_bits && quantized_products(x, m, packed, biases, of_packed, few_bits))
+        return 1;
     for (int i = 0; i < count; i++)
         if (matrices[i]->a)
             chain[length++] = (product_t){.w = matrices[i]->a, .y = low + i * m * rank, .n = matrices[i]->rank};
-    if (products(x, m, k, chain, length))
+    if (length && products(x, m, k, chain, length))
         return 1;
     float *more = low + count * m * rank;
     for (int i = 0; i < count; i++) {

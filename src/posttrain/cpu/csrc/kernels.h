@@ -105,6 +105,21 @@ static inline float sum_of(vec v) {
 #endif
 }
 
+/* ---------------------------------------------------------------------------------------------- of quantized.c
+ * A weight (n, k) in few bits, in tiles of 16 rows; see there. zero (tiles, groups, 16) and order (the column of x that
+ * each packed column belongs to) may be NULL. */
+#define LANES 16
+typedef struct {
+    const char *values;
+    const signed char *zero;
+    const long *order;
+    long n, k, group, bits;
+} packed_t;
+
+/* ys[i] (m, n) = x (m, k) ws[i]^T + biases[i], of at most four weights; a bias may be NULL. 0: done. */
+int quantized_products(const float *x, long m, const packed_t *const *ws, const float *const *biases, float *const *ys,
+                       int count) __attribute__((visibility("hidden")));
+
 /* of decode.c: all rows in the calling thread */
 void rms_norm(const float *x, const float *weight, float *y, long m, long h, float eps, float shift);
 void rotate(const float *x, const long *x_strides, const float *cosine, const float *sine, float *y,

@@ -1,0 +1,235 @@
+/* Products of few rows with weights of 8 or 4 bits: y = x W^T + b with w[n, k] = (q[n, k] - zero[n, g]) scale[n, g].
+ *
+ * What a decoding step costs is what reading the weights costs, so they are read as they are packed and become floats
+ * in registers. A tile has 16 rows of W, one a lane: a column of a tile is one vector, its product with x[k] needs no
+ * sum over lanes, and a group's scale is one vector too. For each tile and group of columns, one behind the other:
+ *
+ *     16 floats, the scales;  8 bits: (columns, 16) signed bytes;  4 bits: (columns / 8, 16) words of 8 nibbles
+ *
+ * The activations stay floats. Every number is one chain of multiply-adds a group, then one over groups, whatever the
+ * number of rows or threads: a row's result does not depend, to the last bit, on what else is in the batch.
+ */
+#include "kernels.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+typedef float lanes __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int lanes_int __attribute__((vector_size(64), aligned(4), may_alias));
+typedef signed char lanes_byte __attribute__((vector_size(16), aligned(1), may_alias));
+
+#if defined(__AVX512F__)
+#define MOST 8 /* rows of x that go over a tile together */
+#define WIDE(M) (M == 8 ? 2 : 4) /* tiles side by side: enough chains, few enough registers */
+#else
+#define MOST 4
+#define WIDE(M) (M == 1 ? 4 : M == 2 ? 2 : 1)
+#endif
+
+/* gcc converts bytes to floats one by one, unless told how */
+static inline lanes of_byte(const void *p) {
+#if defined(__AVX512F__)
+    return (lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+#elif defined(__AVX2__)
+    const __m128i bytes = _mm_loadu_si128(p);
+    union {
+        __m256 halves[2];
+        lanes all;
+    } v = {{_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))}};
+    return v.all;
+#else
+    return __builtin_convertvector(__builtin_convertvector(*(const lanes_byte *)p, lanes_int), lanes);
+#endif
+}
+
+/* nibble u of each word, two's complement */
+static inline lanes of_nibble(lanes_int words, int u) {
+#if defined(__AVX512F__)
+    const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    return (lanes)_mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)words, 4 * u), table);
+#else
+    return __builtin_convertvector((words << (28 - 4 * u)) >> 28, lanes);
+#endif
+}
+
+/* x: (k, M); sums: (groups, M) of x, or NULL; y: (MOST, 16 tiles), where T tiles from `tile` are written. */
+#define START(T, M)                                                                                                    \
+    const packed_t *w = j->w;                                                                                          \
+    const long groups = w->k / w->group, block = 64 + w->group * 2 * w->bits, size = groups * block;                   \
+    const char *p = w->values + tile * size;                                                                           \
+    for (int t = 0; t < T; t++)                                                                                        \
+        for (int m = 0; m < M; m++)                                                                                    \
+            *(lanes *)(y + (t * M + m) * LANES) = (lanes){0};                                                          \
+    for (long g = 0; g < groups; g++, p += block) {                                                                    \
+        lanes sum[T][M];                                                                                               \
+        for (int t = 0; t < T; t++) {                                                                                  \
+            __builtin_prefetch(p + (t + T) * size);                                                                    \
+            for (int m = 0; m < M; m++)                                                                                \
+                sum[t][m] = (lanes){0};                                                                                \
+        }                                                                                                              \
+        const char *q = p + 64;
+
+#define FINISH(T, M)                                                                                                   \
+    if (w->zero)                                                                                                       \
+        for (int t = 0; t < T; t++) {                                                                                  \
+            const lanes zero = of_byte(w->zero + ((tile + t) * groups + g) * LANES);                                   \
+            for (int m = 0; m < M; m++)                                                                                \
+                sum[t][m] -= zero * sums[g * M + m];                                                                   \
+        }                                                                                                              \
+    for (int t = 0; t < T; t++) {                                                                                      \
+        const lanes scale = *(const lanes *)(p + t * size);                                                            \
+        for (int m = 0; m < M; m++)                                                                                    \
+            *(lanes *)(y + (t * M + m) * LANES) += scale * sum[t][m];                                                  \
+    }                                                                                                                  \
+    }
+
+#define PRODUCT(NAME, M, T)                                                                                            \
+    static void NAME##_8(const job_t *j, const float *x, const float *sums, float *y, long tile) {                     \
+        START(T, M)                                                                                                    \
+        for (long i = 0; i < w->group; i++, q += LANES, x += M) {                                                      \
+            for (int t = 0; t < T; t++) {                                                                              \
+                const lanes v = of_byte(q + t * size);                                                                 \
+                for (int m = 0; m < M; m++)                                                                            \
+                    sum[t][m] += v * x[m];                                                                             \
+            }                                                                                                          \
+            if (i % 4 == 0)                                                                                            \
+                for (int t = 0; t < T; t++)                                                                            \
+                    __builtin_prefetch(q + (t + T) * size);                                                            \
+        }                                                                                                              \
+        FINISH(T, M)                                                                                                   \
+    }                                                                                                                  \
+    static void NAME##_4(const job_t *j, const float *x, const float *sums, float *y, long tile) {                     \
+        START(T, M)                                                                                                    \
+        for (long i = 0; i < w->group; i += 8, q += 4 * LANES) {                                                       \
+            lanes_int words[T];                                                                                        \
+            for (int t = 0; t < T; t++) {                                                                              \
+                words[t] = *(const lanes_int *)(q + t * size);                                                         \
+                __builtin_prefetch(q + (t + T) * size);                                                                \
+            }                                                                                                          \
+            for (int u = 0; u < 8; u++, x += M)                                                                        \
+                for (int t = 0; t < T; t++) {                                                                          \
+                    const lanes v = of_nibble(words[t], u);                                                            \
+                    for (int m = 0; m < M; m++)                                                                        \
+                        sum[t][m] += v * x[m];                                                                         \
+                }                                                                                                      \
+        }                                                                                                              \
+        FINISH(T, M)                                                                                                   \
+    }
+
+typedef struct {
+    const packed_t *w;
+    const float *bias, *columns, *sums;
+    float *y;
+    long m;
+} job_t;
+
+typedef struct {
+    job_t *jobs;
+    int count;
+} jobs_t;
+
+PRODUCT(wide_1, 1, WIDE(1))
+PRODUCT(wide_2, 2, WIDE(2))
+PRODUCT(wide_4, 4, WIDE(4))
+PRODUCT(one_1, 1, 1)
+PRODUCT(one_2, 2, 1)
+PRODUCT(one_4, 4, 1)
+#if MOST == 8
+PRODUCT(wide_8, 8, WIDE(8))
+PRODUCT(one_8, 8, 1)
+#endif
+
+typedef void (*product_f)(const job_t *, const float *, const float *, float *, long);
+
+/* by the number of rows (1, 2, 4, 8), whether tiles lie side by side, and the bits */
+static const product_f products[4][2][2] = {
+    {{one_1_4, one_1_8}, {wide_1_4, wide_1_8}},
+    {{one_2_4, one_2_8}, {wide_2_4, wide_2_8}},
+    {{one_4_4, one_4_8}, {wide_4_4, wide_4_8}},
+#if MOST == 8
+    {{one_8_4, one_8_8}, {wide_8_4, wide_8_8}},
+#endif
+};
+static const int side_by_side[4] = {WIDE(1), WIDE(2), WIDE(4), WIDE(8)};
+
+/* how many rows a block that has `left` of them takes, as a power of two */
+static inline int power_of(long left) { return left >= MOST ? (MOST == 8 ? 3 : 2) : left > 4 ? 3 : left > 2 ? 2 : left - 1; }
+
+static void part(void *data) {
+    const jobs_t *all_of_it = data;
+    const long t = me(), all_of_us = team();
+    float done[4 * MOST * LANES] __attribute__((aligned(64)));
+    for (int i = 0; i < all_of_it->count; i++) {
+        const job_t *j = all_of_it->jobs + i;
+        const long n = j->w->n, tiles = (n + LANES - 1) / LANES, k = j->w->k, groups = k / j->w->group;
+        const long end = tiles * (t + 1) / all_of_us;
+        for (long tile = tiles * t / all_of_us, next; tile < end; tile = next) {
+            next = tile + 4 < end ? tile + 4 : end; /* all rows go over four tiles: they stay in the cache */
+            for (long m0 = 0; m0 < j->m; m0 += MOST) {
+                const int power = power_of(j->m - m0), m = 1 << power, wide = side_by_side[power];
+                for (long at = tile, step; at < next; at += step) {
+                    step = at + wide <= next ? wide : 1;
+                    products[power][step == wide][j->w->bits == 8](j, j->columns + m0 * k, j->sums + m0 * groups, done, at);
+                    for (long r = 0; r < m && m0 + r < j->m; r++)
+                        for (long s = 0; s < step; s++) {
+                            const long first = (at + s) * LANES, last = first + LANES < n ? LANES : n - first;
+                            float *y = j->y + (m0 + r) * n + first;
+                            const float *from = done + (s * m + r) * LANES;
+                            for (long e = 0; e < last; e++)
+                                y[e] = from[e] + (j->bias ? j->bias[first + e] : 0.0f);
+                        }
+                }
+            }
+        }
+    }
+}
+
+/* x (m, k) in blocks of 8, 4, 2 or 1 rows, a column behind the other; rows that are not there are 0. */
+static void turn(const float *x, const packed_t *w, long m, float *columns, float *sums) {
+    const long k = w->k, group = w->group, groups = k / group;
+    for (long m0 = 0; m0 < m; m0 += MOST) {
+        const long wide = 1 << power_of(m - m0);
+        float *to = columns + m0 * k, *sum = sums + m0 * groups;
+        for (long e = 0; e < wide; e++) {
+            const float *from = x + (m0 + e) * k;
+            for (long i = 0; i < k; i++)
+                to[i * wide + e] = m0 + e >= m ? 0.0f : from[w->order ? w->order[i] : i];
+            if (w->zero)
+                for (long g = 0; g < groups; g++) {
+                    float s = 0.0f;
+                    for (long i = g * group; i < (g + 1) * group; i++)
+                        s += to[i * wide + e];
+                    sum[g * wide + e] = s;
+                }
+        }
+    }
+}
+
+int quantized_products(const float *x, long m, const packed_t *const *ws, const float *const *biases, float *const *ys,
+                       int count) {
+    job_t jobs[4] = {{0}};
+    const long rows = (m + MOST - 1) / MOST * MOST;
+    size_t floats = 0;
+    for (int i = 0; i < count; i++)
+        floats += rows * (ws[i]->k + ws[i]->k / ws[i]->group);
+    float *at = room(0, floats);
+    if (!at || count > 4)
+        return 1;
+    for (int i = 0; i < count; i++) {
+        const packed_t *w = ws[i], *first = ws[0];
+        jobs[i] = (job_t){w, biases[i], jobs[0].columns, jobs[0].sums, ys[i], m};
+        if (i && !w->order && !first->order && !w->zero == !first->zero && w->group == first->group)
+            continue; /* the same columns */
+        turn(x, w, m, at, at + rows * w->k);
+        jobs[i].columns = at, jobs[i].sums = at + rows * w->k;
+        at += rows * (w->k + w->k / w->group);
+    }
+    run(part, &(jobs_t){jobs, count});
+    return 0;
+}
+
+int quantized_linear(const float *x, const packed_t *w, const float *bias, float *y, long m) {
+    return quantized_products(x, m, &w, &bias, &y, 1);
+}

@@ -1,0 +1,117 @@
+"""Products of few rows with weights in 8 or 4 bits, read as they are packed; see `csrc/quantized.c`.
+
+A weight is packed once, before a model samples, from the `QuantizedWeight` of its module; what it was packed to hangs
+on the dense weight, and counts for as long as nothing writes into that. So whoever multiplies a few rows by the dense
+weight (a linear layer, the output head, a whole layer in one call) reads the packed one in its place. Activations stay
+float32: results are those of the dense weight up to the order of rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.cpu import library as native
+
+LANES = 16
+"""Rows of a tile; see `csrc/quantized.c`."""
+HOME = "packed_weight"
+"""Attribute of a dense weight that holds what it was packed to."""
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Hold a packed weight beside the dense one.
+
+    Attributes:
+        packed: For the kernels.
+        version: Version of the dense weight that it stands for; None: nobody counts.
+        data: Where the dense weight's memory lies.
+    """
+
+    packed: native.Packed
+    version: int | None
+    data: int
+
+
+def pack_weight(
+    values_O_I: Tensor, scale_O_G: Tensor, zero_O_G: Tensor | None, bits: int, order_I: Tensor | None = None
+) -> Any:
+    """Pack a weight for the kernels; see `QuantizedWeight` for the arguments.
+
+    Args:
+        values_O_I: int8.
+        scale_O_G: float32.
+        zero_O_G: int8, or None.
+        bits: 4 or 8. Values of 4 bits in groups that are no multiple of 8 are packed as 8.
+        order_I: Group of each column, or None.
+
+    Returns:
+        A `library.Packed`; None if groups of `order_I` differ in size.
+    """
+    (rows, columns), groups = values_O_I.shape, scale_O_G.shape[1]
+    group, order = columns // groups, None
+    if order_I is not None:
+        if not bool((torch.bincount(order_I, minlength=groups) == group).all()):
+            return None
+        order = order_I.argsort(stable=True)
+        values_O_I = values_O_I[:, order]
+    tiles = (rows + LANES - 1) // LANES
+    bits = bits if group % 8 == 0 else 8
+
+    def tiled(x: Tensor) -> Tensor:
+        """(O, any) -> (tiles, any, 16); rows that are not there are 0."""
+        padded = torch.nn.functional.pad(x, (0, 0, 0, tiles * LANES - rows))
+        return padded.view(tiles, LANES, -1).transpose(1, 2)
+
+    values = tiled(values_O_I).reshape(tiles, groups, group, LANES)
+    if bits == 4:
+        words = torch.zeros(tiles, groups, group // 8, LANES, dtype=torch.int32)
+        for i in range(8):
+            words |= (values[:, :, i::8].int() & 15) << (4 * i)
+        values = words.view(torch.uint8)
+    scales = tiled(scale_O_G.float()).contiguous().view(torch.uint8)
+    data = torch.cat([scales.flatten(2), values.view(torch.uint8).flatten(2)], -1)
+    zero = None if zero_O_G is None else tiled(zero_O_G).contiguous()
+    packed = native.Packed(values=data.data_ptr(), n=rows, k=columns, group=group, bits=bits)
+    packed.kept = [data, *(t for t in (zero, order) if t is not None)]
+    packed.zero = None if zero is None else zero.data_ptr()
+    packed.order = None if order is None else order.data_ptr()
+    return packed
+
+
+def pack_modules(modules: list[tuple[Any, Any]]) -> int:
+    """Pack the weights of modules that are not packed yet; return how many are.
+
+    Args:
+        modules: (module, its `QuantizedWeight`).
+    """
+    count = 0
+    for module, quantized in modules:
+        weight = module.weight
+        if packed_of(weight) is None and native.is_plain(weight) and quantized.activation_bits is None:
+            # What was trained since is no longer what the integers stand for.
+            if native.kernels() is None or not torch.equal(quantized.dense(), weight.detach()):
+                continue
+            packed = pack_weight(
+                quantized.values_O_I, quantized.scale_O_G, quantized.zero_O_G, quantized.bits, quantized.order_I
+            )
+            if packed is not None:
+                setattr(weight, HOME, PackedWeight(packed, _version(weight), weight.data_ptr()))
+        count += packed_of(weight) is not None
+    return count
+
+
+def packed_of(weight: Tensor) -> native.Packed | None:
+    """Return what a dense weight was packed to; None if it was not, or was changed since."""
+    found: PackedWeight | None = getattr(weight, HOME, None)
+    if found is None or found.version != _version(weight) or found.data != weight.data_ptr():
+        return None
+    return found.packed
+
+
+def _version(weight: Tensor) -> int | None:
+    return None if weight.is_inference() else weight._version
