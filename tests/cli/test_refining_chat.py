@@ -78,6 +78,18 @@ def test_without_a_chat_template() -> None:
     assert talk.seen[2].endswith("Mistakes:it is 5\n\nThe solution without these mistakes:")
 
 
+def broken(answer: str, example: Mapping[str, Any]) -> str:
+    return str(1 / 0)
+
+
+def test_a_source_that_fails_does_not_end_the_conversation(capsys: pytest.CaptureFixture[str]) -> None:
+    talk = chat(feedback=["tests.cli.test_refining_chat:broken"])
+    talk.turns = ["5"]
+    talk._answer("2+3=")
+    assert "5error: feedback broken: failed for your prompt: ZeroDivisionError" in capsys.readouterr().out
+    assert [m["content"] for m in talk.messages] == ["2+3=", "5"]
+
+
 def test_stopping_keeps_the_answer_that_was_begun() -> None:
     talk = chat()
     talk.turns = ["an answer", "some feedback"]

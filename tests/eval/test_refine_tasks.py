@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,14 @@ def test_tokens_that_a_reward_model_reads_count_on_both_sides() -> None:
     assert against["best:v"]["value"] == pytest.approx((1 / 6 + 1 + 1 / 2 + 1 / 6) / 4)
     before = {a["name"]: a for a in refining.at_equal_tokens(task(rank_by=[V]), PROBLEMS)["against"]}
     assert against["vote"]["value"] == before["vote"]["value"]
+    # An item has the tokens that were read for its samples.
+    plain = judged("20", True, v=1.0)
+    sampled = [replace(plain, rewards={**plain.rewards, "v/tokens": 6.0}), judged("7", False, v=0.0)]
+    turns = [RefineTurn("answer", "20", 0, 1)]
+    chain = refining.RefineChain(Rollout([5], [0.0], "stop", "20"), turns, [judged("20", True)], [], "rounds")
+    asked = RenderedPrompt([1, 2], "7+4+9=", {"answer": "20", "source": "lab:1"})
+    item = refining.refined_item(task(n=2, rank_by=[V]), 3, asked, sampled, chain)
+    assert [c.get("read") for c in item["completions"]] == [{"v": 6}, None]
 
 
 def test_one_problem_by_hand() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
-from posttrain.core.errors import ModelError
+from posttrain.core.errors import ModelError, PosttrainError
 from posttrain.core.visible_text import visible
 
 if TYPE_CHECKING:
@@ -208,6 +208,6 @@ class Chat:
         except KeyboardInterrupt:
             pieces.close()  # type: ignore[attr-defined]
             print(" [stopped]", end="")
-        except ModelError as error:
+        except PosttrainError as error:  # no room, or a source of feedback failed: the conversation goes on
             print(visible(f"error: {error}"), end="")
         print()

@@ -145,7 +145,8 @@ class RefineSampling:
         sampled = self.single.sample(requests, single, count)
         chains, states = self._chains(prompts, count)
         track.phase("judging")
-        turns = [refine_turns(rollout, self.tokenizer, task.loop) for rollout in chains]
+        nothing = [RefineTurn("answer", "", 0, 0)]  # a chain without tokens is an empty answer
+        turns = [refine_turns(rollout, self.tokenizer, task.loop) or nothing for rollout in chains]
         answers = [
             RolloutGroup(q.tokens, q.problem, answer_rollouts(chain, written))
             for q, chain, written in zip(prompts.values(), chains, turns, strict=True)

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.config.settings import ModelConfig, SamplerConfig, SamplingConfig
+from posttrain.core.errors import RewardError
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.rewards.outcome import LabelError, RewardOutcome
 from posttrain.rewards.refine_rewards import AnswerReward, AnswerRewardConfig, answer_figures, answer_rollout
@@ -206,7 +207,13 @@ class WrittenFirst:
         self.sampler, self.tokenizer = sampler, tokenizer
         self.stop = environment.stop[0] if environment.answers == "inline" and environment.stop else ""
         ending = end_of_turn_token(tokenizer)
-        self.end: int = tokenizer.eos_token_id if ending is None else ending
+        end: int | None = tokenizer.eos_token_id if ending is None else ending
+        if end is None and not self.stop:
+            raise RewardError(
+                "the corrector's tokenizer has no end token, so an answer would run into the request: give "
+                "environment.stop, and answers: inline"
+            )
+        self.ending = [] if self.stop or end is None else [end]
         self.first_turn = False
 
     def turn(self, example: Mapping[str, Any]) -> Rollout:
@@ -216,8 +223,7 @@ class WrittenFirst:
 
         text = str(example[WRITTEN_COLUMN])
         tokens = continuation(self.tokenizer, guard(text, text_tokens(self.tokenizer)) + self.stop)
-        ending = [] if self.stop else [self.end]
-        tokens = [*tokens, *ending]
+        tokens = [*tokens, *self.ending]
         return Rollout(tokens, [0.0] * len(tokens), "stop" if self.stop else "end", text)
 
     def sample(
