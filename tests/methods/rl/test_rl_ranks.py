@@ -48,6 +48,11 @@ STAGES = {
         "kl": {"coefficient": 0.05, "later_turns": 0.2},
     },
     "online_dpo": {"group_size": 2},
+    "critic": {  # of answers that each rank's own corrector revises
+        "method": "grpo",
+        "rewards": [{"kind": "corrected", "source": "tiny:llama", "reward": LENGTH, "sampler": {"max_tokens": 8}}],
+        "group_size": 2,
+    },
 }
 
 
@@ -64,14 +69,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every recipe carried through by one process, and by two: folders METHOD-1 and METHOD-2."""
     folder = tmp_path_factory.mktemp("ranks")
     for name, start in (("prompts", 0), ("others", 50)):
-        rows = [{"prompt": f"Tell of {'many ' * (i % 5)}things, number {i}."} for i in range(start, start + 7)]
+        told = [f"Tell of {'many ' * (i % 5)}things, number {i}." for i in range(start, start + 7)]
+        rows = [{"prompt": t, "asked": [{"role": "user", "content": t}], "written": t[:9]} for t in told]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     script = folder / "script.py"
     script.write_text(SCRIPT)
     for processes in (1, 2):
         paths = []
         for method, own in STAGES.items():
-            stage = {**COMMON, **own, "method": method, "name": "rl"}
+            stage = {"method": method, **COMMON, **own, "name": "rl"}
             recipe = {"name": f"{method}-{processes}", "model": {"source": "tiny:llama"}, "stages": [stage]}
             paths.append(folder / f"{recipe['name']}.yaml")
             paths[-1].write_text(yaml.safe_dump(recipe))
