@@ -232,7 +232,7 @@ def test_a_ratio_chooses_sizes_near_it(remove: list[str], ratio: float) -> None:
         ("llama", {"heads": 4}, "are those of the model already"),
         ("llama", {"ratio": 0.1, "remove": ["heads"]}, "the nearest model has"),
         ("mixtral", {"mlp": 32}, "no mixture of experts"),
-        ("gpt2", {"mlp": 32}, "its configuration has no single intermediate_size"),
+        ("gpt2", {"mlp": 32}, "gpt2: its configuration has no intermediate_size"),
         ("gemma2", {"hidden": 24}, "something with its sizes that is not understood"),
     ],
 )
@@ -249,3 +249,28 @@ def test_layers_of_a_mixture_can_be_removed() -> None:
     before = logprobs(model)
     assert prune_structure(model, ROWS, StructureConfig(layers=2))["removed_layers"] == [1]
     assert torch.equal(logprobs(model), before)
+
+
+def test_layers_of_another_build_can_be_removed() -> None:
+    """GPT-2 has biases, norms with biases and no gate; a layer that adds nothing is found and leaves no trace."""
+    model = opened("gpt2", n_layer=3)
+    for module in (model.base.transformer.h[1].attn.c_proj, model.base.transformer.h[1].mlp.c_proj):
+        module.weight.data.zero_()
+        module.bias.data.zero_()
+    before = logprobs(model)
+    assert prune_structure(model, ROWS, StructureConfig(layers=2))["removed_layers"] == [1]
+    assert torch.equal(logprobs(model), before) and model.base.config.n_layer == 2
+
+
+def test_a_model_in_few_bits_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its weights would be pruned and the integers beside them saved."""
+    from posttrain.models import loading
+
+    def marked(config: ModelConfig) -> Any:
+        found = open_model(config)
+        found.hf.model.layers[0].mlp.up_proj.quantized = object()
+        return found
+
+    monkeypatch.setattr(loading, "open_model", marked)
+    with pytest.raises(ModelError, match="has quantised weights, which prune can't change"):
+        run(tmp_path, {"weights": {"algorithm": "magnitude", "sparsity": 0.5}})

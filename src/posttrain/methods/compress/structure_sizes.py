@@ -53,6 +53,8 @@ def decoder_sizes(config: Any) -> DecoderSizes:
         value = getattr(config, name, None)
         if ours == "kv_heads" and value is None:
             value = getattr(config, NAMES_IN_CONFIG["heads"], None)
+        if ours == "mlp" and value is None:
+            value = 0  # of another build; its layers can be removed all the same
         if not isinstance(value, int):
             raise ModelError(
                 f"{config.model_type}: its configuration has no single {name}, so structure can't be removed"
@@ -102,6 +104,11 @@ def chosen_sizes(base: Any, structure: StructureConfig) -> DecoderSizes:
         ModelError: A size is not smaller than it is, does not fit another, or the ratio can't be reached.
     """
     before = decoder_sizes(base.config)
+    if not before.mlp and (structure.mlp or (structure.ratio and "mlp" in structure.remove)):
+        raise ModelError(
+            f"{base.config.model_type}: its configuration has no intermediate_size, so units of its MLPs can't be "
+            "removed. Whole layers can be: structure: {ratio: 0.7, remove: [layers]}"
+        )
     if structure.ratio is None:
         return _given_sizes(before, structure)
     all_parameters = sum(p.numel() for p in base.parameters())
