@@ -132,19 +132,22 @@ def make_useless(model: LanguageModel, axis: str) -> None:
             layer.mlp.down_proj.weight.data[:, 40:] = 0
         if axis == "heads":
             layer.self_attn.o_proj.weight.data[:, 16:] = 0
+        if axis == "queries":  # one of the two that share keys and values
+            layer.self_attn.o_proj.weight.data[:, 8:16] = layer.self_attn.o_proj.weight.data[:, 16:24] = 0
     if axis == "layers":
         model.base.model.layers[1].self_attn.o_proj.weight.data.zero_()
         model.base.model.layers[1].mlp.down_proj.weight.data.zero_()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("axis", ["mlp", "heads", "layers"])
+@pytest.mark.parametrize("axis", ["mlp", "heads", "queries", "layers"])
 def test_removing_what_does_nothing_changes_nothing(kind: str, axis: str) -> None:
     """Every number stays the same: biases, norms of heads, sliding windows and ties are where they were."""
     model = opened(kind, num_hidden_layers=3, tie_word_embeddings=kind == "qwen2")
     make_useless(model, axis)
     before = logprobs(model)
-    sizes = {"heads": {"heads": 2, "kv_heads": 1}}.get(axis, {axis: SIZES[axis]})
+    heads = {"heads": {"heads": 2, "kv_heads": 1}, "queries": {"heads": 2, "kv_heads": 2}}
+    sizes = heads[axis] if axis in heads else {axis: SIZES[axis]}
     made = prune_structure(model, ROWS, StructureConfig(**sizes))
     assert made["removed_layers"] == ([1] if axis == "layers" else [])
     difference = float((logprobs(model) - before).abs().max())
