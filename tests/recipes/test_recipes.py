@@ -22,6 +22,7 @@ from posttrain.core.errors import CheckpointError, DataError, RewardError
 from posttrain.core.files import read_lines
 from posttrain.eval.evaluation_tasks import SampleTask, ScoreTask
 from posttrain.eval.refine_evaluation import RefineEvaluation
+from posttrain.eval.speed_evaluation import SpeedTask
 from posttrain.methods.compress.prune_settings import PruneConfig
 from posttrain.methods.data.ai_feedback import FeedbackConfig
 from posttrain.methods.data.corrections import CorrectionsConfig
@@ -38,6 +39,8 @@ from posttrain.methods.sft import SFTConfig
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model
 from posttrain.recipe.parsing import shipped
+from posttrain.report.load import read
+from posttrain.report.stage_comparison import compare_stages
 from posttrain.sampling.greedy import greedy
 from tests.methods.data.task_writer import served_tasks
 
@@ -192,6 +195,9 @@ def evaluation_overrides(recipe: posttrain.Recipe, chats: Path) -> list[str]:
                 f"evaluate.{i}.{s}" for s in (f"n={min(task.n, 2)}", "k=[]", "sampler.max_tokens=6", f"problems.{few}")
             ]
             continue
+        if isinstance(task, SpeedTask.Config):  # a process that measures memory takes seconds to start
+            given += [f"evaluate.{i}.{s}" for s in ("memory=false", "prompt_tokens=16", "answer_tokens=4", "repeats=2")]
+            continue
         packaged = str(task.data.source).startswith("packaged:")
         given += [f"evaluate.{i}.data.rows=[9000, 9010]"] if packaged else [f"evaluate.{i}.data.source={chats}"]
     return given
@@ -250,7 +256,12 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
     held_out = [s for s in recipe.stages if isinstance(s, RLConfig | OnlineDPOConfig) and s.held_out is not None]
     judged = [s for s in held_out if any(p.is_correctness for p in s.rewards.terms)]  # right or wrong, and so compared
     measured = [s for s in recipe.stages if isinstance(s, SFTConfig | DistillConfig) and s.held_out is not None]
-    assert len(result.comparison) == len(recipe.evaluate) + len(judged) + len(measured)
+    speeds = [t for t in recipe.evaluate if isinstance(t, SpeedTask.Config)]  # not compared item by item
+    assert len(result.comparison) == len(recipe.evaluate) + len(judged) + len(measured) - len(speeds)
+    if speeds:
+        found = compare_stages(read(result.folder))
+        assert found is not None and len(found.lines) == 1 + len(recipe.stages)
+        assert all(line.rates and line.sizes and None not in line.figures for line in found.lines)
     assert "<html" in result.report.read_text()
     for opens, kind in (
         (AutoModelForSequenceClassification, RewardModelConfig),
