@@ -1,0 +1,57 @@
+"""`posttrain memory`: tables of a recipe's stages and of serving, and what does not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from posttrain.cli.main import app
+from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+from posttrain.recipe.parsing import load_recipe
+from posttrain.runs import memory_plan
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Two stages on a model in a folder: the second trains on what the first samples, and its rows are not known."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "a" * 50, "completion": "b" * 20}) + "\n" for _ in range(5)))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        json.dumps(
+            {
+                "name": "two",
+                "model": {"source": str(tmp_path / "model")},
+                "stages": [
+                    {"method": "sft", "name": "sft", "data": {"source": str(rows), "chat": False}},
+                    {"method": "rejection_sampling", "name": "mine", "problems": {"kind": "lab", "size": 4},
+                     "rewards": {"terms": [{"kind": "length", "max": 60}]}},
+                    {"method": "sft", "name": "again", "data": {"source": "stage:mine"}, "adapter": {"r": 4}},
+                ],
+            }
+        )
+    )  # fmt: skip
+    return path
+
+
+def test_tables_and_what_does_not_fit(recipe: Path) -> None:
+    done = CliRunner().invoke(app, ["memory", str(recipe)], env={"COLUMNS": "120"})
+    assert done.exit_code == 0, done.output
+    for said in ("sft: memory in GB", "again: memory in GB", "activations", "nf4 (QLoRA)", "int4", "all stages fit"):
+        assert said in done.output
+    assert "rows that an earlier stage makes are not known yet" in done.output and "trains nothing" in done.output
+    small = CliRunner().invoke(app, ["memory", str(recipe), "--gpu", "0.5"], env={"COLUMNS": "120"})
+    assert small.exit_code == 1 and "! sft takes" in small.output and "a GPU of 0.5 GiB" in small.output
+
+
+def test_a_run_warns_of_stages_that_do_not_fit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = load_recipe(str(recipe))
+    assert memory_plan.memory_warning(checked, {}) == []  # the files are small: nothing is estimated
+    monkeypatch.setattr(memory_plan, "room_of", lambda device: 200_000.0)
+    first, *_ = memory_plan.memory_warning(checked, {})
+    assert first.startswith("sft is estimated to take") and "tokens_per_micro_batch" in first
