@@ -17,6 +17,7 @@ from posttrain.eval.speed_evaluation import SpeedTask
 from posttrain.eval.tasks import evaluate_model
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_model
+from posttrain.models.quantized_weight import QuantizedWeight, attach_quantized
 
 MODEL = ModelConfig(source="tiny:llama")
 
@@ -64,18 +65,13 @@ def test_answers_have_their_length_whatever_ends_them() -> None:
 
 
 def test_packed_weights_count_packed() -> None:
-    layer = torch.nn.Linear(64, 32, bias=False)
-    layer.quantized = SimpleNamespace(  # type: ignore[assignment]
-        values_O_I=torch.zeros(32, 64, dtype=torch.int8),
-        scale_O_G=torch.ones(32, 2),
-        zero_O_G=None,
-        order_I=None,
-        bits=4,
-    )
-    model = SimpleNamespace(hf=torch.nn.Sequential(layer, torch.nn.Linear(32, 8, bias=False)))
-    found = speed.sizes_of(model, None)  # type: ignore[arg-type]
-    assert found["memory_bytes"] == 4 * (64 * 32 + 32 * 8)
-    assert found["packed_bytes"] == 64 * 32 // 2 + 4 * 32 * 2 + 4 * 32 * 8
+    values, scale = torch.zeros(32, 64, dtype=torch.int8), torch.ones(32, 2)
+    layer, head = torch.nn.Linear(64, 32, bias=False), torch.nn.Linear(32, 8, bias=False)
+    weight = QuantizedWeight(values, scale, None, 32, 4)
+    attach_quantized(layer, weight)
+    found = speed.sizes_of(SimpleNamespace(hf=torch.nn.Sequential(layer, head)), None)  # type: ignore[arg-type]
+    assert found["memory_bytes"] == 4 * (64 * 32 + 32 * 8) + 64 * 32 + 4 * 32 * 2
+    assert found["packed_bytes"] == weight.nbytes + 4 * 32 * 8 == 64 * 32 // 2 + 4 * 32 * 2 + 4 * 32 * 8
 
 
 def test_what_does_not_fit_into_the_context_is_refused() -> None:

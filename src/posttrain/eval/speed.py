@@ -25,6 +25,7 @@ from posttrain.core.files import is_weights
 from posttrain.core.process_memory import peak_bytes, reset_peak, resident_bytes
 from posttrain.core.progress import Track
 from posttrain.models.loading import load_model, resolve
+from posttrain.models.quantized_weight import quantized_modules
 from posttrain.models.vocabulary import output_rows
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request
@@ -107,26 +108,28 @@ def sizes_of(model: LanguageModel, settings: ModelConfig | None) -> dict[str, in
     """Return the parameters of a model, and bytes of its weights on disk, in memory, and in packed form.
 
     Weights in memory are the tensors that the model holds, each once. A layer that was quantised here holds its dense
-    weight, for everything that is not decoding, and the packed numbers that decoding reads: `packed_bytes` counts those
-    layers packed and all others as they are. Without such layers it is left out.
+    weight, for everything that is not decoding, and its integers: both are in memory. `packed_bytes` counts those
+    layers packed, as they are stored and as decoding may read them, and all others as they are. Without such layers it
+    is left out.
     """
     tensors = {t.untyped_storage().data_ptr(): t for t in [*model.hf.parameters(), *model.hf.buffers()]}
     held = sum(t.untyped_storage().nbytes() for t in tensors.values())
-    out = {"parameters": sum(_numbers(p) for p in model.hf.parameters()), "memory_bytes": held}
-    packed = [(m.weight, m.quantized) for m in model.hf.modules() if getattr(m, "quantized", None) is not None]
+    packed = [(module.weight, weight) for _, module, weight in quantized_modules(model.hf)]
+    beside = [t for _, q in packed for t in (q.values_O_I, q.scale_O_G, q.zero_O_G, q.order_I) if t is not None]
+    out = {
+        "parameters": sum(_numbers(p) for p in model.hf.parameters()),
+        "memory_bytes": held + sum(map(_bytes, beside)),
+    }
     if packed:
-        dense = sum(w.numel() * w.element_size() for w, _ in packed)
-        out["packed_bytes"] = held - dense + sum(packed_bytes(q) for _, q in packed)
+        dense = sum(_bytes(w) for w, _ in packed)
+        out["packed_bytes"] = held - dense + sum(q.nbytes for _, q in packed)
     if settings is not None and (found := resolve(settings.source)).kind == "folder":
         out["disk_bytes"] = sum(p.stat().st_size for p in Path(found.location).iterdir() if is_weights(p.name))
     return out
 
 
-def packed_bytes(weight: Any) -> int:
-    """Return the bytes of a quantised weight: its numbers at their width, and its scales and zeros."""
-    columns = weight.values_O_I.numel() * weight.bits // 8
-    beside = [weight.scale_O_G, weight.zero_O_G, weight.order_I]
-    return columns + sum(t.numel() * t.element_size() for t in beside if t is not None)
+def _bytes(tensor: Any) -> int:
+    return int(tensor.numel() * tensor.element_size())
 
 
 def _numbers(parameter: Any) -> int:
