@@ -73,11 +73,24 @@ def outside_over_own(curves: Curves) -> dict[str, Any]:
     return {**figures, "verdict": verdicts}
 
 
-def bars(result: dict[str, Any], claim: Claim, path: Path) -> None:
-    """Draw accuracy of first answers, of the vote at equal tokens and after refining, with intervals over seeds."""
+def bars(
+    result: dict[str, Any],
+    claim: Claim,
+    path: Path,
+    columns: tuple[str, ...] = ("first", "vote at equal tokens", "after"),
+    axis: str = "accuracy",
+) -> None:
+    """Draw figures of every arm beside each other, with intervals over seeds.
+
+    Args:
+        result: Figures of the claim.
+        claim: The claim.
+        path: File of the chart.
+        columns: The figures that are drawn.
+        axis: What they measure.
+    """
     import numpy as np
 
-    columns = ("first", "vote at equal tokens", "after")
     places = np.arange(len(result["arms"]))
     with chart(claim, path) as axes:
         for i, column in enumerate(columns):
@@ -85,7 +98,7 @@ def bars(result: dict[str, Any], claim: Claim, path: Path) -> None:
             spread = np.nan_to_num(np.array([mean - low, high - mean]))
             axes.bar(places + 0.27 * (i - 1), mean, 0.25, yerr=spread, capsize=2, label=column)
         axes.set_xticks(places, list(result["arms"]), rotation=20, ha="right", fontsize=8)
-        axes.set_ylabel("accuracy")
+        axes.set_ylabel(axis)
         axes.set_ylim(0, 1.02)
 
 
@@ -201,42 +214,33 @@ TUNED = Claim(
 def edits(curves: Curves) -> dict[str, Any]:
     """Return how many answers are changed, against how many are wrong at first.
 
-    changed: share of problems whose final answer differs from the first. changed per wrong answer: the same over the
-    share that is wrong at first, which is 1 for a model that changes exactly its wrong answers. A model collapsed to
-    changing nothing if the interval of this is below a half. corrected: of the wrong, became right. spoilt: of the
-    right, became wrong.
+    changed: share of problems whose final answer differs from the first. A model collapsed to changing nothing if it
+    changes fewer answers than half of those that are wrong at first (the interval over seeds decides). corrected: of
+    the wrong, became right. spoilt: of the right, became wrong.
     """
-    figures: dict[str, dict[str, Any]] = {
-        n: {} for n in ("first", "after", "changed", "changed per wrong answer", "corrected", "spoilt")
-    }
+    columns = ("first", "after", "wrong at first", "changed", "corrected", "spoilt", "changed minus half of wrong")
+    figures: dict[str, dict[str, Any]] = {name: {} for name in columns}
     verdicts = {}
     for name, of in curves.items():
         found = [c.more["refine"] for c in of]
         changed = [f["changed"] for f in found]
         counts = [(f["gained"], f["lost"], f["kept_right"], f["kept_wrong"]) for f in found]
         wrong = [(gained + kept) / (gained + lost + right + kept) for gained, lost, right, kept in counts]
-        each = [c / max(w, 1e-9) for c, w in zip(changed, wrong, strict=True)]
-        figures["first"][name], figures["after"][name] = interval(first(of)), interval(after(of))
-        figures["changed"][name] = interval(changed)
-        figures["changed per wrong answer"][name] = ratio = interval(each)
-        figures["corrected"][name] = interval([g / max(g + k, 1) for g, _, _, k in counts])
-        figures["spoilt"][name] = interval([lost / max(lost + r, 1) for _, lost, r, _ in counts])
+        more = interval([c - w / 2 for c, w in zip(changed, wrong, strict=True)])
+        corrected = [g / max(g + kept, 1) for g, _, _, kept in counts]
+        spoilt = [lost / max(lost + right, 1) for _, lost, right, _ in counts]
+        of_arm = (first(of), after(of), wrong, changed, corrected, spoilt)
+        for column, values in zip(columns, of_arm, strict=False):
+            figures[column][name] = interval(values)
+        figures[columns[-1]][name] = more
         if name != "prompted":
-            _, low, high = ratio
-            verdicts[name] = "collapses" if high < 0.5 else "does not collapse" if low > 0.5 else "not settled"
+            verdicts[name] = "collapses" if more[2] < 0 else "does not collapse" if more[1] > 0 else "not settled"
     return {**figures, "verdict": verdicts}
 
 
 def edit_bars(result: dict[str, Any], claim: Claim, path: Path) -> None:
-    """Draw how many answers are changed for each that is wrong at first."""
-    import numpy as np
-
-    mean, low, high = np.array(list(result["changed per wrong answer"].values())).T
-    with chart(claim, path) as axes:
-        spread = np.nan_to_num(np.array([mean - low, high - mean]))
-        axes.bar(range(len(mean)), mean, 0.6, yerr=spread, capsize=3, label="answers changed per wrong first answer")
-        axes.axhline(0.5, color="grey", linestyle="--", linewidth=1)
-        axes.set_xticks(range(len(mean)), list(result["arms"]), rotation=20, ha="right", fontsize=8)
+    """Draw how many first answers are wrong, and how many answers are changed, with intervals over seeds."""
+    bars(result, claim, path, ("wrong at first", "changed"), "share of problems")
 
 
 COLLAPSE = Claim(
@@ -253,7 +257,7 @@ COLLAPSE = Claim(
         tuned("RL of two turns", RL),
     ),
     edits,
-    "Laboratory, recipe refine_tuned. A collapse is an interval below one changed answer for every two wrong ones.",
+    "Laboratory, recipe refine_tuned. Collapsed: fewer answers are changed than half of those that are wrong at first.",
     draw=edit_bars,
 )  # fmt: skip
 
