@@ -32,6 +32,7 @@ MAKERS: dict[str, dict[str, Any]] = {
         name: {"method": "reward_model", "name": name, "data": {"source": "pairs.jsonl"}}
         for name in ("gold", "proxy", "reward_model")
     },
+    "sft": {"method": "sft", "data": {"source": "data.jsonl"}},
     "process_reward": {"method": "process_reward", "labels": {"kind": "rows", "data": {"source": "steps.jsonl"}}},
 }
 """Stages that make what a fragment refers to by stage:NAME."""
