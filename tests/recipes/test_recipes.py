@@ -136,7 +136,9 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
             given += [f"stages.{i}.{s}" for s in small]
             continue
         if isinstance(stage, PruneConfig):  # of this model half is embeddings
-            given += [f"stages.{i}.{s}" for s in ("structure.ratio=0.8", "structure.round_to=4", "rows=4")]
+            layers = stage.structure is not None and stage.structure.layers
+            small = ("structure.layers=1",) if layers else ("structure.ratio=0.8", "structure.round_to=4")
+            given += [f"stages.{i}.{s}" for s in (*small, "rows=4")]
             continue
         if isinstance(stage, FeedbackConfig):
             if stage.answers.kind == "samples":
@@ -217,7 +219,8 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
             continue
         if isinstance(stage, PruneConfig):
             pruned = AutoModelForCausalLM.from_pretrained(result.folder / "stages" / f"{i}-{stage.name}" / "model")
-            assert pruned.config.intermediate_size < tiny_model("llama").config.intermediate_size
+            size = "num_hidden_layers" if stage.structure and stage.structure.layers else "intermediate_size"
+            assert getattr(pruned.config, size) < getattr(tiny_model("llama").config, size)
             continue
         metrics = read_lines(result.folder / "stages" / f"{i}-{stage.name}" / "metrics.jsonl")
         if isinstance(stage, RLConfig | OnlineDPOConfig):
