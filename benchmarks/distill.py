@@ -89,6 +89,11 @@ def noisy_copy(source: str, target: Path, seed: int) -> None:
     model.save_pretrained(target)
 
 
+def now() -> tuple[float, float]:
+    """Seconds by the clock, and of this process on all cores: on a busy machine the second tells more."""
+    return time.perf_counter(), time.process_time()
+
+
 def run_ours(job: Job, rows: list[Row]) -> dict[str, Any]:
     """posttrain's stage, taken apart: the teacher's numbers (nothing cached), then a step a batch."""
     from posttrain.config import ModelConfig, OptimizerConfig, SystemsConfig
@@ -117,13 +122,14 @@ def run_ours(job: Job, rows: list[Row]) -> dict[str, Any]:
     model, tokenizer = open_teacher(ModelConfig(source=job.teacher, device="cpu"))
     teacher = LocalTeacher(model, tokenizer, None, 1.0, systems)
     del model
-    began = time.perf_counter()
-    before = 0.0
+    began = now()
+    before = 0.0, 0.0
     numbers: TeacherNumbers = teacher.numbers
     if job.workload == "rows":
         kept = KeptNumbers(teacher, samples, range(len(samples)))
         kept.fill("the teacher's numbers")
-        before = time.perf_counter() - began
+        ended = now()
+        before = ended[0] - began[0], ended[1] - began[1]
         teacher.close()
         numbers = kept_numbers(kept, device)
     hf, tokenizer = load_model(ModelConfig(source=job.student, device="cpu"))
@@ -134,14 +140,14 @@ def run_ours(job: Job, rows: list[Row]) -> dict[str, Any]:
     steps = range(0, len(samples), job.batch)
     learner = Learner(student, config, systems, total_steps=len(steps))
     loss = DistillationLoss(numbers, lambda q, p: jensen_shannon(q, p, BETA))
-    losses, marks = [], [time.perf_counter()]
+    losses, marks = [], [now()]
     for at in steps:
         mine = [with_row_number(samples[i], i) for i in range(at, at + job.batch)]
         if job.workload == "on_policy":
             asked = [Request(rows[i]["prompt_ids"], 1, job.seed + i) for i in range(at, at + job.batch)]
             mine = written_samples(sampler.sample(asked, drawn))
         losses.append(learner.step(mine, loss).metrics["loss"])
-        marks.append(time.perf_counter())
+        marks.append(now())
     return {"losses": losses, "marks": marks, "before": before}
 
 
@@ -153,14 +159,14 @@ def run_trl(job: Job, rows: list[Row]) -> dict[str, Any]:
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     disable_progress_bars()
-    found: dict[str, Any] = {"losses": [], "marks": [], "before": 0.0}
+    found: dict[str, Any] = {"losses": [], "marks": [], "before": (0.0, 0.0)}
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            found["marks"].append(time.perf_counter())
+            found["marks"].append(now())
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            found["marks"].append(time.perf_counter())
+            found["marks"].append(now())
 
         def on_log(self, *args: Any, **kwargs: Any) -> None:
             if "loss" in kwargs["logs"] and "grad_norm" in kwargs["logs"]:
@@ -245,17 +251,20 @@ def child(path: str) -> None:
     rows = read_json(job.rows)
     result = (run_ours if job.who == "ours" else run_trl)(job, rows)
     marks, steps = result.pop("marks"), len(rows) // job.batch
-    took = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    took = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(marks, marks[1:], strict=False)]
     if not len(took) == len(result["losses"]) == steps:
         raise SystemExit(f"{steps} steps were asked for; {len(took)} timed, {len(result['losses'])} logged")
-    seconds = [t + result["before"] / steps for t in took]
-    rates = []
-    for step, spent in enumerate(seconds):
+    # Of what was computed before the first step, each gets its part.
+    spent = [[t[k] + result["before"][k] / steps for t in took] for k in (0, 1)]
+    tokens = []
+    for step in range(steps):
         mine = rows[step * job.batch : (step + 1) * job.batch]
         answers = [job.new_tokens if job.workload == "on_policy" else len(r["answer_ids"]) for r in mine]
-        rates.append((sum(len(r["prompt_ids"]) for r in mine) + sum(answers)) / spent)
+        tokens.append(sum(len(r["prompt_ids"]) for r in mine) + sum(answers))
+    rates, cpu_rates = ([n / t for n, t in zip(tokens, of, strict=True)] for of in spent)
     packages = ("torch", "transformers", *(() if job.who == "ours" else ("trl",)))
-    more = {"seconds": seconds, "rates": rates, "peak_mib": peak_memory_mib("cpu"), "threads": torch.get_num_threads()}
+    more: dict[str, Any] = {"seconds": spent[0], "cpu_seconds": spent[1], "rates": rates, "cpu_rates": cpu_rates}
+    more |= {"peak_mib": peak_memory_mib("cpu"), "threads": torch.get_num_threads()}
     write_json(path + ".out", {**result, **more, "versions": {name: version(name) for name in packages}})
 
 
@@ -274,7 +283,7 @@ def launch(job: Job, python: str, folder: Path) -> dict[str, Any]:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
         raise SystemExit(f"{job.who} with {job.settings or 'its defaults'} failed (exit {done.returncode}):\n{tail}")
     result = read_json(out)
-    rate = median(result["rates"][1:])
+    rate, by_cpu = (median(result[name][1:]) for name in ("rates", "cpu_rates"))
     told = ", ".join(f"{k}={v}" for k, v in job.settings.items())
     print(
         f"  {job.who + f' ({told})' * bool(told):<24} {rate:8.1f} tokens/s  {result['peak_mib']:8.0f} MiB", flush=True
@@ -336,8 +345,10 @@ def main() -> None:
             best = max(peers, key=lambda p: p["tokens_per_second"])
             speeds.append(ours["tokens_per_second"] / best["tokens_per_second"])
             memories.append(ours["peak_mib"] / best["peak_mib"])
-            figures[workload] = {"ours": ours, "trl": peers, "speed": speeds[-1], "memory": memories[-1]}
-            print(f"  {workload}_speed={speeds[-1]:.2f} {workload}_memory={memories[-1]:.2f}", flush=True)
+            by_cpu = ours["tokens_per_cpu_second"] / best["tokens_per_cpu_second"]
+            found = {"speed": speeds[-1], "speed_by_cpu": by_cpu, "memory": memories[-1]}
+            figures[workload] = {"ours": ours, "trl": peers, **found}
+            print("  " + " ".join(f"{workload}_{name}={value:.2f}" for name, value in found.items()), flush=True)
     if args.json:
         write_json(args.json, figures)
     print(f"speed={min(speeds):.2f} memory={max(memories):.2f}")
