@@ -97,7 +97,8 @@ class StructureConfig(Config):
             raise ValueError("set ratio (for example 0.7), or sizes: layers, mlp, heads, kv_heads, hidden")
         if self.ratio is not None and sizes:
             raise ValueError(f"ratio chooses the sizes, and {sizes[0]} is given too: leave one of them out")
-        if "remove" in self.model_fields_set and self.ratio is None:
+        # By its value: settings that name a stage are written out and read again, with every default in them.
+        if self.remove != type(self).model_fields["remove"].default and self.ratio is None:
             raise ValueError("remove says what ratio makes smaller, and there is no ratio: leave remove out")
         if self.heads and self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
