@@ -113,7 +113,7 @@ def test_what_does_not_fit_the_model_is_refused(settings: dict[str, Any], messag
             "which sparsegpt does not go with",
         ),
         ({"structure": {"ratio": 0.7, "mlp": 3}}, "ratio chooses the sizes"),
-        ({"structure": {"mlp": 3, "remove": ["mlp"]}}, "remove says what ratio makes smaller"),
+        ({"structure": {"mlp": 3, "remove": ["heads"]}}, "remove says what ratio makes smaller"),
         ({"structure": {"heads": 4, "kv_heads": 3}}, "must be a multiple of kv_heads"),
     ],
 )

@@ -170,7 +170,8 @@ class Distill(Stage):
 
         config: DistillConfig = self.config
         if config.problems is not None:
-            found = {} if teacher is None else {p.source: p.tokens for p in load_prompts(config.problems, teacher, context=None)}  # type: ignore[attr-defined]  # fmt: skip
+            read = [] if teacher is None else load_prompts(config.problems, teacher, context=None).items
+            found = {p.source: p.tokens for p in read}
             items = self.source_rows.items
             return [TeacherPrompt(p.tokens, found.get(p.source, ()), p.problem, p.source) for p in items]
         assert config.data is not None
