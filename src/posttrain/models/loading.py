@@ -27,6 +27,7 @@ from posttrain.data.sample_store import vocabulary_size
 from posttrain.data.template_source import set_template_args
 from posttrain.models.adapter_source import AdapterSource, find_adapter, merge_into_base
 from posttrain.models.backends import backend_for
+from posttrain.models.compressed_reading import is_read_here, read_compressed
 from posttrain.models.max_length import context, why_short
 from posttrain.models.quantization import (
     check_readable,
@@ -35,6 +36,7 @@ from posttrain.models.quantization import (
     reading_arguments,
     stored_quantization,
 )
+from posttrain.models.quantized_weight import forget_quantized
 from posttrain.models.soft_prompt_files import is_soft_prompt, open_soft_prompt
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 from posttrain.models.vocabulary import add_tokens, embedding_rows, fit_embedding
@@ -246,7 +248,8 @@ def load_settings(config: ModelConfig) -> Any:
         settings = AutoConfig.from_pretrained(
             found.location, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    check_readable(config, settings)
+    if not is_read_here(found.location, settings) or config.quantization is not None:
+        check_readable(config, settings)
     return settings
 
 
@@ -402,6 +405,9 @@ def read_weights(
     own = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     with explained(config.source):
         settings = AutoConfig.from_pretrained(location, **own)
+    if is_read_here(location, settings) and config.quantization is None:
+        with explained(config.source):
+            return read_compressed(kind, Path(location), settings, device, dtype)
     check_readable(config, settings)
     arguments = reading_arguments(config, settings, device, dtype)
     try:
@@ -441,6 +447,7 @@ def merge_start(base: OpenedModel, adapter: AdapterSource, config: ModelConfig) 
         notes = {**base.notes, "start": {"adapter": config.source, "base": adapter.base}}
         return replace(base, hf=open_soft_prompt(base.hf, adapter), tokenizer=tokenizer, notes=notes)
     log.info("merging the adapter %s into its base, %s", adapter.location, adapter.base)
+    forget_quantized(base.hf)
     hf, difference = merge_into_base(base.hf, adapter, vocabulary_size(tokenizer) - len(new))
     if own_ends.is_file():
         hf.generation_config = GenerationConfig.from_pretrained(adapter.location)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ATTRIBUTE = "quantized"
 """Attribute of a module whose dense `weight` is what its `QuantizedWeight` stands for."""
@@ -75,6 +75,20 @@ class QuantizedWeight:
         return (grouped * self.scale_O_G[..., None]).view_as(values)
 
 
+class RoundedInputLinear(nn.Linear):
+    """A linear layer whose inputs are rounded to int8 when it runs, token by token."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(rounded_inputs(input), self.weight, self.bias)
+
+
+def rounded_inputs(x: Tensor) -> Tensor:
+    """Return inputs rounded to int8: symmetric, one scale for each token, as compressed-tensors' strategy "token"."""
+    scale = x.detach().abs().amax(-1, keepdim=True) / 127.5
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (x / scale).round().clamp(-128, 127) * scale
+
+
 def attach_quantized(module: Any, weight: QuantizedWeight) -> None:
     """Give a module the dense weight that a quantised one stands for, and the quantised one as `module.quantized`.
 
@@ -85,6 +99,8 @@ def attach_quantized(module: Any, weight: QuantizedWeight) -> None:
     with torch.no_grad():
         module.weight.copy_(weight.dense())
     setattr(module, ATTRIBUTE, weight)
+    if weight.activation_bits is not None:
+        module.__class__ = RoundedInputLinear
 
 
 def quantized_of(module: Any) -> QuantizedWeight | None:
@@ -93,14 +109,29 @@ def quantized_of(module: Any) -> QuantizedWeight | None:
 
 
 def quantized_modules(model: Any) -> Iterator[tuple[str, Any, QuantizedWeight]]:
-    """Yield (name, module, weight) of each module of a model that has a quantised weight."""
+    """Yield (name, module, weight) of each module of a model that has a quantised weight; tied modules once."""
+    seen = set()
     for name, module in model.named_modules():
         weight = quantized_of(module)
-        if weight is not None:
+        if weight is not None and id(module.weight) not in seen:
+            seen.add(id(module.weight))
             yield name, module, weight
 
 
+def unchanged_weights(model: Any) -> dict[str, QuantizedWeight]:
+    """Return the quantised weights that modules still have: whose dense weight has not been changed since."""
+    return {
+        name: weight
+        for name, module, weight in quantized_modules(model)
+        if weight.shape == tuple(module.weight.shape)
+        and torch.equal(module.weight.detach(), weight.dense().to(module.weight))
+    }
+
+
 def forget_quantized(model: Any) -> None:
-    """Remove the quantised weights of a model: its dense ones are to be changed."""
-    for _, module, _ in list(quantized_modules(model)):
-        delattr(module, ATTRIBUTE)
+    """Remove the quantised weights of a model, whose dense ones are to be changed; inputs are no longer rounded."""
+    for module in model.modules():
+        if quantized_of(module) is not None:
+            delattr(module, ATTRIBUTE)
+            if type(module) is RoundedInputLinear:
+                module.__class__ = nn.Linear

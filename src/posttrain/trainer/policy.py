@@ -15,6 +15,7 @@ from posttrain.models.adapters import NOT_ON_A_SOFT_PROMPT, attach_to, count_par
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import open_model, pick_device, pick_dtype
 from posttrain.models.quantization import check_training
+from posttrain.models.quantized_weight import forget_quantized
 from posttrain.models.saving import save_trained
 from posttrain.models.soft_prompt import SoftPrompt
 from posttrain.models.verification import verify
@@ -55,6 +56,7 @@ def open_policy(config: TrainConfig, model: ModelConfig, seed: int) -> LoadedPol
     device = pick_device(model.device)
     distributed.start(device)
     opened = open_model(model, pick_dtype(model.dtype, device))
+    forget_quantized(opened.hf)  # they are trained as the dense weights that their integers stand for
     if config.adapter is None and SoftPrompt.of(opened.hf) is not None:
         raise ModelError(NOT_ON_A_SOFT_PROMPT.format(what="every weight"))
     hf = opened.hf if config.adapter is None else attach_to(opened, config.adapter, seed)

@@ -1,0 +1,162 @@
+"""Quantised weights in files: what is written is read back to the same numbers, here and by compressed-tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from posttrain.config import ModelConfig
+from posttrain.core.errors import ModelError
+from posttrain.models.compressed_reading import share_with_head
+from posttrain.models.compressed_tensors import INDEX, pack, read_quantized, unpack
+from posttrain.models.loading import load_model, load_settings
+from posttrain.models.quantization_grid import Grid, round_to_nearest
+from posttrain.models.quantized_weight import attach_quantized, quantized_modules
+from posttrain.models.saving import write_compressed
+from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+from posttrain.recipe.machine_checks import is_installed
+
+TOKENS = torch.tensor([[5, 9, 3, 77, 102, 8, 41]])
+INT4 = Grid(4, 32)
+
+
+def test_words_by_hand() -> None:
+    values = torch.tensor([[-8, -7, 0, 7, 1, 2, 3, -1, 5, -6]], dtype=torch.int8)
+    assert pack(values, 4).tolist() == [[0x7BA9F810, 0x2D]]
+    assert pack(torch.tensor([[-128, 127, 0, -1, 1]], dtype=torch.int8), 8).tolist() == [[0x7F80FF00, 129]]
+    top = pack(torch.full((1, 8), 7, dtype=torch.int8), 4)
+    assert top.tolist() == [[-1]]
+    for bits, low, high in ((4, -8, 8), (8, -128, 128)):
+        drawn = torch.randint(low, high, (5, 37), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(unpack(pack(drawn, bits), bits, 37), drawn)
+
+
+def quantised(
+    grid: Grid, model: str = "llama", embeddings: bool = False, inputs: Any = None, mixed: bool = False, **settings: Any
+) -> Any:
+    """Return a model whose layers are quantised but for the first value projection; mixed: down projections in int8."""
+    hf = tiny_model(model, hidden_size=64, intermediate_size=96, **settings)
+    hf.set_attn_implementation("eager")
+    for name, module in list(hf.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name and name != "model.layers.0.self_attn.v_proj":
+            own = Grid(8, None) if mixed and "down" in name else grid
+            attach_quantized(module, round_to_nearest(module.weight, own, None, inputs))
+    if embeddings:
+        attach_quantized(hf.model.embed_tokens, round_to_nearest(hf.model.embed_tokens.weight, Grid(8, None)))
+        share_with_head(hf)
+    return hf
+
+
+def save(hf: Any, folder: Path, **arguments: Any) -> Path:
+    hf.save_pretrained(folder, **arguments)
+    write_compressed(hf, folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+CASES = {
+    "int4": {"grid": INT4},
+    "zeros": {"grid": Grid(4, 32, symmetric=False)},
+    "rows": {"grid": Grid(4, None, symmetric=False)},
+    "int8": {"grid": Grid(8, None)},
+    "qwen2": {"grid": INT4, "model": "qwen2"},
+    "mixed": {"grid": INT4, "mixed": True},
+    "tied": {"grid": INT4, "embeddings": True, "tie_word_embeddings": True},
+    "w8a8": {"grid": Grid(8, None), "inputs": 8},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_what_is_reloaded_is_what_was_in_memory(case: str, tmp_path: Path) -> None:
+    hf = quantised(**CASES[case])
+    expected = hf(TOKENS).logits
+    folder = save(hf, tmp_path / "q")
+    assert load_settings(ModelConfig(source=str(folder))) is not None  # no package is asked for
+    again, _ = load_model(ModelConfig(source=str(folder)))
+    assert float((again(TOKENS).logits - expected).abs().max()) == 0.0
+    before = {name: weight for name, _, weight in quantized_modules(hf)}
+    after = {name: weight for name, _, weight in quantized_modules(again)}
+    assert before.keys() == after.keys() and len(before) >= 13
+    for name, weight in before.items():
+        assert torch.equal(weight.values_O_I, after[name].values_O_I), name
+        assert (weight.group, weight.bits, weight.activation_bits) == (
+            after[name].group, after[name].bits, after[name].activation_bits,
+        )  # fmt: skip
+    stored = load_file(folder / "model.safetensors")
+    assert "model.layers.0.self_attn.v_proj.weight" in stored
+    assert again.config.to_dict().get("quantization_config") is None
+
+
+@pytest.mark.skipif(not is_installed("compressed-tensors"), reason="compressed-tensors is not installed")
+@pytest.mark.parametrize("dequantize", [True, False])
+@pytest.mark.parametrize("case", [c for c in CASES if c != "tied"])
+@torch.no_grad()
+def test_transformers_reads_the_same_numbers(case: str, dequantize: bool, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    if dequantize and case in ("mixed", "w8a8"):
+        pytest.skip("transformers' own reader takes the first group's scheme for all, and leaves inputs in full")
+    if not dequantize and case in ("zeros", "rows"):
+        pytest.skip("compressed-tensors 0.20 expects packed zeros unpacked there, also of folders that it wrote")
+    hf = quantised(**CASES[case])
+    folder = save(hf, tmp_path / "q")
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    own = AutoQuantizationConfig.from_dict({**stored, "dequantize": True})
+    settings = {"quantization_config": own} if dequantize else {}
+    other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **settings)
+    assert float((other(TOKENS).logits - hf(TOKENS).logits).abs().max()) == 0.0
+
+
+def test_the_configuration_names_schemes_and_what_is_in_full(tmp_path: Path) -> None:
+    config = json.loads((save(quantised(INT4, mixed=True), tmp_path / "q") / "config.json").read_text())
+    found = config["quantization_config"]
+    assert (found["quant_method"], found["format"]) == ("compressed-tensors", "pack-quantized")
+    assert found["ignore"] == ["model.layers.0.self_attn.v_proj", "lm_head"]
+    int8, int4 = found["config_groups"].values()
+    assert int8["targets"] == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)] and int4["targets"] == ["Linear"]
+    assert int8["weights"] == {
+        "num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "strategy": "channel",
+    }  # fmt: skip
+    assert (int4["weights"]["strategy"], int4["weights"]["group_size"]) == ("group", 32)
+
+
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    hf = quantised(INT4)
+    folder = save(hf, tmp_path / "q", max_shard_size="100KB")
+    index = json.loads((folder / INDEX).read_text())
+    files = {name: set(load_file(folder / name)) for name in set(index["weight_map"].values())}
+    assert len(files) > 1
+    assert all(key in files[name] for key, name in index["weight_map"].items())
+    assert sum(map(len, files.values())) == len(index["weight_map"])
+    again, _ = load_model(ModelConfig(source=str(folder)))
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, hf(TOKENS).logits)
+
+
+def test_a_weight_that_was_changed_is_written_in_full(tmp_path: Path) -> None:
+    hf = quantised(INT4)
+    down = hf.model.layers[1].mlp.down_proj
+    with torch.no_grad():
+        down.weight[0, 0] += 1.0
+    names = read_quantized(save(hf, tmp_path / "q"))
+    assert "model.layers.1.mlp.down_proj" not in names and "model.layers.1.mlp.up_proj" in names
+    again, _ = load_model(ModelConfig(source=str(tmp_path / "q")))
+    assert torch.equal(again.model.layers[1].mlp.down_proj.weight, down.weight)
+
+
+def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = save(quantised(INT4), tmp_path / "q")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight_packed"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.up_proj"):
+        load_model(ModelConfig(source=str(folder)))
