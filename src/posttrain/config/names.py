@@ -30,6 +30,7 @@ METHODS = {
     "self_instruct": "posttrain.methods.data.self_instruct:SelfInstruct",
     "instructions": "posttrain.methods.data.instructions:Instructions",
     "prune": "posttrain.methods.compress.prune:Prune",
+    "quantize": "posttrain.methods.compress.quantize:Quantize",
 }
 """Methods: subclasses of `posttrain.trainer.stage.Stage`."""
 

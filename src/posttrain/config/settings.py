@@ -16,6 +16,7 @@ from pydantic import (
 
 from posttrain.config.adapter_settings import NOT_MERGED, AdapterConfig
 from posttrain.config.base import Config
+from posttrain.config.quantization_settings import QuantizedTrainingConfig
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
 """What stages, tasks and runs may be called: they name files, so none is hidden, an option, or a folder above."""
@@ -305,6 +306,10 @@ class TrainConfig(StageBase):
     keep_zeros: bool = Field(
         False,
         description="Weights that are zero when the stage begins stay zero (matrices, not embeddings): a pruned model is trained and stays pruned. For stages that train every weight.",
+    )
+    qat: QuantizedTrainingConfig | None = Field(
+        None,
+        description="Quantisation-aware training: train with weights rounded as a later stage `quantize` rounds them, for example {bits: 4, group: 32}. What is saved is the weights in full. None: train in full.",
     )
     systems: SystemsConfig = SystemsConfig()
     checkpoint_every: int = Field(25, ge=1, description="Steps between checkpoints.")

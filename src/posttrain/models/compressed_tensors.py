@@ -154,7 +154,8 @@ def compress_folder(
     """
     from safetensors.torch import load_file, save_file
 
-    left, where, size = dict(weights), {}, 0
+    left, size = dict(weights), 0
+    where: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
         for key in list(tensors):

@@ -12,6 +12,7 @@ from posttrain.config.settings import ModelConfig, TrainConfig
 from posttrain.core import distributed
 from posttrain.core.errors import ModelError
 from posttrain.models.adapters import NOT_ON_A_SOFT_PROMPT, attach_to, count_parameters
+from posttrain.models.fake_quantization import note_grid, round_while_training, train_in_full
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import open_model, pick_device, pick_dtype
 from posttrain.models.quantization import check_training
@@ -61,6 +62,7 @@ def open_policy(config: TrainConfig, model: ModelConfig, seed: int) -> LoadedPol
         raise ModelError(NOT_ON_A_SOFT_PROMPT.format(what="every weight"))
     hf = opened.hf if config.adapter is None else attach_to(opened, config.adapter, seed)
     check_training(hf, config.merge, distributed.world())
+    round_while_training(hf, config.qat)
     policy = LanguageModel(hf)
     verify(policy)
     notes = dict(opened.notes) | ({"kept_zeros": round(mark_zeros(policy), 6)} if config.keep_zeros else {})
@@ -82,8 +84,11 @@ def save_policy(
     """
 
     def write(work: Path) -> None:
+        train_in_full(loaded.policy.hf)
         settings = config.adapter, config.merge, seed, end_token, loaded.new_tokens
         loaded.notes.update(save_trained(loaded.policy, loaded.tokenizer, model, work, *settings))
+        if distributed.is_main():
+            note_grid(work, config.qat)
 
     save_atomically(folder / "model", write)
 

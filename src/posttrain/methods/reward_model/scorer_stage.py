@@ -52,6 +52,7 @@ class ScorerStage(Stage):
         from posttrain.core import distributed
         from posttrain.models.adapters import attach_to, count_parameters
         from posttrain.models.classification_head import check_soft_start, open_scorer, verify_scores
+        from posttrain.models.fake_quantization import round_while_training
         from posttrain.models.language_model import LanguageModel
         from posttrain.models.loading import pick_device, pick_dtype
         from posttrain.models.quantization import check_training
@@ -65,6 +66,7 @@ class ScorerStage(Stage):
         adapter = self.config.adapter
         hf = opened.hf if adapter is None else attach_to(opened, adapter, run.seed, "SEQ_CLS")
         check_training(hf, self.config.merge, distributed.world())
+        round_while_training(hf, self.config.qat)
         policy = LanguageModel(hf)
         verify_scores(policy, self.layout)
         notes = dict(opened.notes) | ({"kept_zeros": round(mark_zeros(policy), 6)} if self.config.keep_zeros else {})
@@ -77,14 +79,17 @@ class ScorerStage(Stage):
     def save(self, policy: LoadedPolicy, run: StageRun) -> None:
         from posttrain.core import distributed
         from posttrain.models.classification_head import save_head
+        from posttrain.models.fake_quantization import note_grid, train_in_full
         from posttrain.rewards.reward_model_scorer import INDEX
         from posttrain.trainer.policy import save_atomically
 
         def write(work: Path) -> None:
+            train_in_full(policy.policy.hf)
             policy.notes.update(
                 save_head(policy.policy, policy.tokenizer, run.model, self.layout, work, self.config.adapter, run.seed)
             )
             if distributed.is_main():
+                note_grid(work, self.config.qat)
                 write_json(work / INDEX, self.index)
 
         save_atomically(self.folder_of_model(run), write)
