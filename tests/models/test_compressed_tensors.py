@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from posttrain.config import ModelConfig
 from posttrain.core.errors import ModelError
 from posttrain.models.compressed_reading import share_with_head
-from posttrain.models.compressed_tensors import INDEX, pack, read_quantized, unpack
+from posttrain.models.compressed_tensors import SHARD_INDEX, pack_words, read_quantized, unpack_words
 from posttrain.models.loading import load_model, load_settings
 from posttrain.models.quantization_grid import Grid, round_to_nearest
 from posttrain.models.quantized_weight import attach_quantized, quantized_modules
@@ -27,13 +27,13 @@ INT4 = Grid(4, 32)
 
 def test_words_by_hand() -> None:
     values = torch.tensor([[-8, -7, 0, 7, 1, 2, 3, -1, 5, -6]], dtype=torch.int8)
-    assert pack(values, 4).tolist() == [[0x7BA9F810, 0x2D]]
-    assert pack(torch.tensor([[-128, 127, 0, -1, 1]], dtype=torch.int8), 8).tolist() == [[0x7F80FF00, 129]]
-    top = pack(torch.full((1, 8), 7, dtype=torch.int8), 4)
+    assert pack_words(values, 4).tolist() == [[0x7BA9F810, 0x2D]]
+    assert pack_words(torch.tensor([[-128, 127, 0, -1, 1]], dtype=torch.int8), 8).tolist() == [[0x7F80FF00, 129]]
+    top = pack_words(torch.full((1, 8), 7, dtype=torch.int8), 4)
     assert top.tolist() == [[-1]]
     for bits, low, high in ((4, -8, 8), (8, -128, 128)):
         drawn = torch.randint(low, high, (5, 37), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
-        assert torch.equal(unpack(pack(drawn, bits), bits, 37), drawn)
+        assert torch.equal(unpack_words(pack_words(drawn, bits), bits, 37), drawn)
 
 
 def quantised(
@@ -130,7 +130,7 @@ def test_the_configuration_names_schemes_and_what_is_in_full(tmp_path: Path) -> 
 def test_a_model_in_several_files(tmp_path: Path) -> None:
     hf = quantised(INT4)
     folder = save(hf, tmp_path / "q", max_shard_size="100KB")
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / SHARD_INDEX).read_text())
     files = {name: set(load_file(folder / name)) for name in set(index["weight_map"].values())}
     assert len(files) > 1
     assert all(key in files[name] for key, name in index["weight_map"].items())

@@ -17,13 +17,14 @@ from transformers import (
 )
 
 import posttrain
-from posttrain.config import RLConfig
+from posttrain.config import ModelConfig, RLConfig
 from posttrain.core.errors import CheckpointError, DataError, RewardError
 from posttrain.core.files import read_lines
 from posttrain.eval.evaluation_tasks import SampleTask, ScoreTask
 from posttrain.eval.refine_evaluation import RefineEvaluation
 from posttrain.eval.speed_evaluation import SpeedTask
 from posttrain.methods.compress.prune_settings import PruneConfig
+from posttrain.methods.compress.quantize_settings import QuantizeConfig
 from posttrain.methods.data.ai_feedback import FeedbackConfig
 from posttrain.methods.data.corrections import CorrectionsConfig
 from posttrain.methods.data.critique_revision import RefineConfig
@@ -36,7 +37,9 @@ from posttrain.methods.preference.online import OnlineDPOConfig
 from posttrain.methods.reward_model.pairwise import RewardModelConfig
 from posttrain.methods.reward_model.process import ProcessRewardConfig
 from posttrain.methods.sft import SFTConfig
+from posttrain.models.compressed_tensors import read_quantized
 from posttrain.models.language_model import LanguageModel
+from posttrain.models.loading import load_model
 from posttrain.models.tiny_model import tiny_model
 from posttrain.recipe.parsing import shipped
 from posttrain.report.load import read
@@ -140,6 +143,9 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
             small = ("structure.layers=1",) if layers else ("structure.ratio=0.8", "structure.round_to=4")
             given += [f"stages.{i}.{s}" for s in (*small, "rows=4")]
             continue
+        if isinstance(stage, QuantizeConfig):
+            given += [f"stages.{i}.{s}" for s in ("rows=4", "group=16")]
+            continue
         if isinstance(stage, FeedbackConfig):
             if stage.answers.kind == "samples":
                 given += [f"stages.{i}.answers.{s}" for s in ("problems.data.rows=[0, 6]", "sampler.max_tokens=30")]
@@ -222,6 +228,10 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
             size = "num_hidden_layers" if stage.structure and stage.structure.layers else "intermediate_size"
             assert getattr(pruned.config, size) < getattr(tiny_model("llama").config, size)
             continue
+        if isinstance(stage, QuantizeConfig):
+            weights = read_quantized(result.folder / "stages" / f"{i}-{stage.name}" / "model")
+            assert {(w.bits, w.group) for w in weights.values()} == {(4, 16)} and len(weights) == 14
+            continue
         metrics = read_lines(result.folder / "stages" / f"{i}-{stage.name}" / "metrics.jsonl")
         if isinstance(stage, RLConfig | OnlineDPOConfig):
             assert [m["step"] for m in metrics] == [0, 1, 2]
@@ -273,7 +283,9 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
         for i, stage in enumerate(recipe.stages):
             if isinstance(stage, kind):
                 opens.from_pretrained(result.folder / "stages" / f"{i}-{stage.name}" / "reward_model")
-    if makes_model:
+    if recipe.stages and isinstance(recipe.stages[-1], QuantizeConfig):  # transformers needs compressed-tensors
+        load_model(ModelConfig(source=str(result.model)))
+    elif makes_model:
         base = tiny_model("llama") if soft else None
         PeftModel.from_pretrained(base, result.model) if soft else AutoModelForCausalLM.from_pretrained(result.model)
 

@@ -25,10 +25,10 @@ READ_HERE = {PACKED, WHOLE, "naive-quantized"}
 """Formats that are read here, without the package compressed-tensors."""
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 """What is stored of a module."""
-INDEX = "model.safetensors.index.json"
+SHARD_INDEX = "model.safetensors.index.json"
 
 
-def pack(values: Tensor, bits: int) -> Tensor:
+def pack_words(values: Tensor, bits: int) -> Tensor:
     """Pack int8 values (R, C) along the columns into int32 words, the first value in the lowest bits.
 
     Args:
@@ -43,8 +43,14 @@ def pack(values: Tensor, bits: int) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
-def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
-    """Return the int8 values (R, columns) that `pack` packed."""
+def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
+    """Return the int8 values (R, columns) that `pack_words` packed.
+
+    Args:
+        words: The words.
+        bits: 4 or 8.
+        columns: Number of values in a row.
+    """
     shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
     raised = (words[..., None] >> shifts) & ((1 << bits) - 1)
     return (raised.view(len(words), -1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
@@ -65,12 +71,12 @@ def tensors_of(name: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[s
             tensors["weight_zero_point"] = weight.zero_O_G
     else:
         tensors = {
-            "weight_packed": pack(weight.values_O_I, weight.bits),
+            "weight_packed": pack_words(weight.values_O_I, weight.bits),
             "weight_scale": scale,
             "weight_shape": torch.tensor(weight.shape),
         }
         if weight.zero_O_G is not None:
-            tensors["weight_zero_point"] = pack(weight.zero_O_G.t(), weight.bits).t()
+            tensors["weight_zero_point"] = pack_words(weight.zero_O_G.t(), weight.bits).t()
     return {f"{name}.{part}": tensor.contiguous() for part, tensor in tensors.items()}
 
 
@@ -168,11 +174,11 @@ def compress_folder(
         size += sum(t.nbytes for t in tensors.values())
     if left:
         raise ModelError(f"{folder}: no weight is stored as {min(left)}.weight, so it can't be written in few bits")
-    if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    if (folder / SHARD_INDEX).is_file():
+        index = json.loads((folder / SHARD_INDEX).read_text(encoding="utf-8"))
         index["weight_map"] = dict(sorted(where.items()))
         index.setdefault("metadata", {})["total_size"] = size
-        write_json(folder / INDEX, index)
+        write_json(folder / SHARD_INDEX, index)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(weights, linear, ignored)
     write_json(folder / "config.json", config)
@@ -258,8 +264,8 @@ def _weight_from(parts: dict[str, Tensor], settings: dict[str, Any]) -> Quantize
     else:
         rows, columns = (int(n) for n in parts["weight_shape"].tolist())
         bits = 8 if packed.shape[1] == -(-columns // 4) else 4
-        values = unpack(packed, bits, columns)
-        zero = None if zero is None else unpack(zero.t().contiguous(), bits, rows).t().contiguous()
+        values = unpack_words(packed, bits, columns)
+        zero = None if zero is None else unpack_words(zero.t().contiguous(), bits, rows).t().contiguous()
     group = values.shape[1] // scale.shape[1]
     inputs = packed is None and any(g.get("input_activations") for g in settings["config_groups"].values())
     order = None if order is None or bool((order < 0).any()) else order.long()

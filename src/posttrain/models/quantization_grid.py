@@ -54,7 +54,13 @@ class Grid:
 
 
 def groups_that_fit(widths: Sequence[int], smallest: int = 16, largest: int = 256) -> list[int]:
-    """Return the group sizes that divide every width, in steps of 8."""
+    """Return the group sizes that divide every width, in steps of 8.
+
+    Args:
+        widths: The widths.
+        smallest: Least size.
+        largest: Most.
+    """
     sizes = range(8 * -(-smallest // 8), largest + 1, 8)
     return [size for size in sizes if all(width % size == 0 for width in widths)]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from posttrain.models.quantization_grid import Grid, round_to_nearest
 
-STEPS = 20
+EXPONENTS = 20
 """Exponents that are tried: 0, 1/20, ... 19/20."""
 
 
@@ -57,8 +57,8 @@ def search_column_scales(
         size_I = heads.expand(-1, repeats, size).reshape(-1)
     best: tuple[float, float, Tensor] | None = None
     plain = 0.0
-    for step in range(STEPS):
-        scales = size_I.clamp(min=1e-4) ** (step / STEPS)
+    for step in range(EXPONENTS):
+        scales = size_I.clamp(min=1e-4) ** (step / EXPONENTS)
         scales = scales / (scales.max() * scales.min()).sqrt()
         error = 0.0
         for weight in weights:
@@ -68,6 +68,6 @@ def search_column_scales(
         if step == 0:
             plain = error
         if best is None or error < best[0]:
-            best = error, step / STEPS, scales
+            best = error, step / EXPONENTS, scales
     assert best is not None
     return ScaleSearch(best[2], best[1], best[0], plain)

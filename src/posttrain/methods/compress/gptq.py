@@ -11,7 +11,7 @@ from posttrain.core.errors import ModelError
 from posttrain.models.quantization_grid import Grid, round_column, scales_and_zeros
 from posttrain.models.quantized_weight import QuantizedWeight
 
-BLOCK = 128
+COLUMNS_AT_ONCE = 128
 """Columns after which the errors of a block reach the columns behind it."""
 MOST_DAMPING = 1.0
 """Most damping that is tried where a Hessian has no Cholesky factor."""
@@ -56,7 +56,7 @@ def gptq(
     upper = _factor(hessian[order][:, order], damping)
     scale, zero = scales_and_zeros(weight_O_I, grid, diagonal)
     left, values = weight[:, order].clone(), torch.empty(weight.shape, dtype=torch.int8)
-    block = BLOCK if act_order or group > width // 2 else max(group, BLOCK // group * group)
+    block = COLUMNS_AT_ONCE if act_order or group > width // 2 else max(group, COLUMNS_AT_ONCE // group * group)
     for start in range(0, width, block):
         end = min(start + block, width)
         errors = torch.empty_like(left[:, start:end])
@@ -93,7 +93,13 @@ def _factor(hessian: Tensor, damping: float) -> Tensor:
 
 
 def output_error(weight_O_I: Tensor, changed_O_I: Tensor, hessian_I_I: Tensor) -> float:
-    """Return ||(W - Q) X||^2 / ||W X||^2, by H = X X^T."""
+    """Return ||(W - Q) X||^2 / ||W X||^2, by H = X X^T.
+
+    Args:
+        weight_O_I: The weight W.
+        changed_O_I: The weight Q.
+        hessian_I_I: H.
+    """
     weight, hessian = weight_O_I.detach().double(), hessian_I_I.double()
     difference = weight - changed_O_I.double()
     size = float(((weight @ hessian) * weight).sum())

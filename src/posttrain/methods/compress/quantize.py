@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from posttrain.models.language_model import LanguageModel
     from posttrain.trainer.loop import OnStep
 
-RECORD = "quantization.json"
+LAYER_RECORD = "quantization.json"
 """File in the stage's folder that says how each layer was quantised, and what that did to its outputs."""
 log = logging.getLogger("posttrain")
 
@@ -55,5 +55,5 @@ class Quantize(CompressStage):
                 ", ".join(quantizer.unreached[:3]),
                 " and others" if len(quantizer.unreached) > 3 else "",
             )
-        write_json(folder / RECORD, {"settings": chosen.model_dump(), **quantizer.record()})
+        write_json(folder / LAYER_RECORD, {"settings": chosen.model_dump(), **quantizer.record()})
         return {"quantized": {**quantizer.summary(), **({"notes": notes} if notes else {})}}

@@ -23,7 +23,7 @@ from posttrain.models.language_model import LanguageModel
 from posttrain.models.quantization_grid import Grid, check_group, round_to_nearest
 from posttrain.models.quantized_weight import QuantizedWeight, attach_quantized, quantized_modules
 
-STATISTICS = {"gptq": ("hessian",), "awq": ("hessian", "absolute"), "rtn": ("squares",)}
+COLLECTED = {"gptq": ("hessian",), "awq": ("hessian", "absolute"), "rtn": ("squares",)}
 
 
 def chosen_settings(config: QuantizeConfig, source: Path) -> tuple[QuantizeConfig, list[str]]:
@@ -130,7 +130,7 @@ class LayerQuantizer:
             if config.algorithm == "awq":
                 folds = find_folds(self.policy, LayerByLayer(self.policy).layers)
             wanted = set(self.layers)
-            statistics = STATISTICS[config.algorithm]
+            statistics = COLLECTED[config.algorithm]
             for layer in calibrate(self.policy, samples, statistics, wanted.__contains__, self.head is not None):
                 self._layer(layer, folds[layer.number] if layer.number < len(folds) else [])
                 progress(layer.number + 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from posttrain.core.types import Sample
 from posttrain.models.language_model import LanguageModel
 
-SOURCES: tuple[tuple[str, tuple[str, ...]], ...] = (
+FOLD_SOURCES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     ("input_layernorm", ("self_attn.qkv_proj",)),
     ("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
@@ -22,8 +22,8 @@ SOURCES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("mlp.up_proj", ("mlp.down_proj",)),
 )
 """What may be divided -> the linear layers that multiply its output. Each is tried on the model before it is used."""
-TOKENS = 12
-TOLERANCE = 1e-3
+PROBED_TOKENS = 12
+FOLD_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def find_folds(policy: LanguageModel, layers: Sequence[nn.Module]) -> list[list[
     """
     found: list[list[Fold]] = [[] for _ in layers]
     taken: list[set[str]] = [set() for _ in layers]
-    for source, targets in SOURCES:
+    for source, targets in FOLD_SOURCES:
         for shift in (0.0, 1.0):
             folds = [_fold(layer, source, targets, shift) for layer in layers]
             free = [f if f is not None and not set(f.targets) & t else None for f, t in zip(folds, taken, strict=True)]
@@ -123,7 +123,7 @@ def _is_kept(policy: LanguageModel, folds: Sequence[Fold]) -> bool:
     for module, weights in before:
         for name, weight in weights.items():
             getattr(module, name).copy_(weight)
-    limit = TOLERANCE if expected.dtype == torch.float32 else 30 * TOLERANCE
+    limit = FOLD_TOLERANCE if expected.dtype == torch.float32 else 30 * FOLD_TOLERANCE
     return bool(torch.isfinite(found).all()) and float((found - expected).abs().max()) <= limit * float(
         expected.abs().max()
     )
@@ -136,5 +136,5 @@ def _touched(folds: Sequence[Fold]) -> list[nn.Module]:
 def _outputs(policy: LanguageModel) -> Tensor:
     """Return the final hidden states of a few tokens from the whole vocabulary."""
     rows = policy.base.get_input_embeddings().weight.shape[0]
-    tokens = torch.linspace(1, rows - 1, TOKENS).long().tolist()
-    return policy.hidden_T_H(policy.pack([Sample(tokens, [0.0] * (TOKENS - 1) + [1.0])]))[:TOKENS]
+    tokens = torch.linspace(1, rows - 1, PROBED_TOKENS).long().tolist()
+    return policy.hidden_T_H(policy.pack([Sample(tokens, [0.0] * (PROBED_TOKENS - 1) + [1.0])]))[:PROBED_TOKENS]
