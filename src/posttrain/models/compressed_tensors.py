@@ -1,4 +1,4 @@
-"""Quantised weights in files: the layout of compressed-tensors, which transformers and vLLM read.
+"""Quantised weights in files: the layout of compressed-tensors, which transformers reads, and vLLM.
 
 Weights alone in few bits are `pack-quantized`: integers side by side in words of 32 bits. Layers whose inputs are
 rounded too are `int-quantized`: one int8 a weight. config.json's `quantization_config` says which modules are which.

@@ -81,7 +81,7 @@ def test_it_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no linear layers"):
         quantize(source, tmp_path / "b", skip=["*"])
     quantize(source, tmp_path / "c")
-    with pytest.raises(ModelError, match="quantised already"):
+    with pytest.raises(ModelError, match="has quantised weights, which quantize can't change"):
         quantize(tmp_path / "c" / "model", tmp_path / "d")
     tied = folder_of(tmp_path / "tied", tie_word_embeddings=True)
     with pytest.raises(ModelError, match="set embeddings to quantise both"):

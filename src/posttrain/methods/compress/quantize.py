@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.core.errors import ModelError
 from posttrain.core.files import write_json
 from posttrain.methods.compress.compress_stage import CompressStage
 from posttrain.methods.compress.quantize_settings import QuantizeConfig
@@ -35,13 +34,7 @@ class Quantize(CompressStage):
     def compress(self, policy: LanguageModel, folder: Path, seed: int) -> dict[str, Any]:
         from posttrain.core.progress import Track
         from posttrain.methods.compress.quantize_layers import LayerQuantizer, chosen_settings
-        from posttrain.models.quantized_weight import quantized_modules
 
-        if any(True for _ in quantized_modules(policy.base)):
-            raise ModelError(
-                f"model source {self.source!r} is quantised already: start from the model in full (start: stage:NAME, "
-                "or another model.source)"
-            )
         chosen, notes = chosen_settings(self.config, Path(self.source))
         for note in notes:
             log.warning("%s: %s", self.config.name, note)

@@ -37,7 +37,7 @@ class QuantizeConfig(CompressConfig):
     )
     embeddings: Literal[4, 8] | None = Field(
         None,
-        description="Bits of the embeddings, rounded to nearest, and of an output head that shares them. None: in full. vLLM does not read quantised embeddings.",
+        description="Bits of the embeddings, rounded to nearest, and of an output head that shares them. None: in full.",
     )
     head: Literal[4, 8] | None = Field(
         None, description="Bits of an output head that shares nothing with the embeddings. None: in full."
