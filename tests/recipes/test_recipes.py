@@ -140,7 +140,7 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
             continue
         if isinstance(stage, PruneConfig):  # of this model half is embeddings
             layers = stage.structure is not None and stage.structure.layers
-            small = ("structure.layers=1",) if layers else ("structure.ratio=0.8", "structure.round_to=4")
+            small = ("structure.layers=1",) if layers else ("structure.ratio=0.8", "structure.round_to=16")
             given += [f"stages.{i}.{s}" for s in (*small, "rows=4")]
             continue
         if isinstance(stage, QuantizeConfig):
@@ -230,7 +230,9 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
             continue
         if isinstance(stage, QuantizeConfig):
             weights = read_quantized(result.folder / "stages" / f"{i}-{stage.name}" / "model")
-            assert {(w.bits, w.group) for w in weights.values()} == {(4, 16)} and len(weights) == 14
+            layers = [w for name, w in weights.items() if ".layers." in name]
+            assert {(w.bits, w.group) for w in layers} == {(4, 16)} and len(layers) == 14
+            assert len(weights) - len(layers) == (stage.embeddings is not None)
             continue
         metrics = read_lines(result.folder / "stages" / f"{i}-{stage.name}" / "metrics.jsonl")
         if isinstance(stage, RLConfig | OnlineDPOConfig):
