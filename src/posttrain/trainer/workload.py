@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 
 from posttrain.config.settings import ModelConfig
 from posttrain.core.types import Sample
@@ -84,6 +83,8 @@ class Workload:
         if not self.units:
             tokens = min(context or budget, budget)
             return tokens, tokens
+        import numpy as np
+
         rng, largest = np.random.default_rng(0), (0, 0)
         sizes = [sum(len(s) for s in unit) - _shared(unit) for unit in self.units]
         count = min(self.per_step, len(self.units))
@@ -116,6 +117,8 @@ def together(rows: Sequence[Any]) -> list[RowsTogether]:
     numbers = dict.fromkeys(range(0, len(rows), max(1, len(rows) // LOOKED_AT)))
     lengths = getattr(rows, "lengths", None)
     if lengths is not None and len(lengths):
+        import numpy as np
+
         numbers[int(np.argmax(lengths))] = None
     return [unit for i in numbers if (unit := _together(rows[i]))]
 
