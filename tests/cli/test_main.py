@@ -52,6 +52,8 @@ SURFACE = {
     "bake": {"model", "folder", "device", "trust_remote_code"},
     "report": {"run"},
     "doctor": set(),
+    "export": {"embeddings", "model", "output", "quantization", "to", "trust_remote_code"},
+    "memory": {"gpu", "overrides", "recipe", "sequences", "tokens"},
     "lab": {"output", "seed", "steps", "kind"},
 }
 
