@@ -215,9 +215,7 @@ def test_reinforcement_learning_killed_five_times_ends_bit_identical(tmp_path: P
     text = RL.replace("METHOD", name) + {"": "", "in turns": TURNS, "refining": REFINING, "exploring": EXPLORING}[more]
     if more == "exploring":
         text = text.replace("kl: {coefficient: 0.05}", "kl: {coefficient: 0.05, target: 0.01}")
-    # The requests of self-refine have vowels too: the reward is then never right or wrong, and no evaluation.
-    evaluations = 0 if more == "refining" else 2
-    check_killed(tmp_path, text, targets, rng, (25, 24 + 4 + evaluations))
+    check_killed(tmp_path, text, targets, rng, (25, 24 + 4 + 2))
 
 
 @pytest.mark.slow
