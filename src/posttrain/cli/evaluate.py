@@ -134,8 +134,8 @@ def comparison_table(recipe: Recipe, other: Path, folder: Path, metrics: Sequenc
     for column in ("task", "", "value", "p"):
         table.add_column(column, justify="right" if column == "value" else "left", no_wrap=column == "value")
     for task, metric in zip(recipe.evaluate, metrics, strict=True):
-        if task.measures == "speed":
-            continue  # repeats are not items
+        if not task.compares_items:
+            continue
         old, new = (read_lines(side / f"{task.name}.jsonl") for side in (other, folder))
         c = compare(old, new, task.kind, task=task.name, seed=recipe.seed)
         table.add_row(task.name, "other", _interval(c["before"], metric))

@@ -16,11 +16,13 @@ class EvaluationBase(Config):
 
     Attributes:
         measures: What its items have, and so how they are summarized and compared: `choice` or `generate` (`correct`),
-            `perplexity` (`nll`, `tokens`), `sample` (`value`, from 0 to 1), `score` (`value`, any number) or `speed` (`value`, tokens
-            a second, one of each repeat: not compared item by item).
+            `perplexity` (`nll`, `tokens`), `sample` (`value`, from 0 to 1), `score` (`value`, any number) or `speed`
+            (`value`, tokens a second).
+        compares_items: Its items are the same questions for every model, so that two models are compared item by item.
     """
 
     measures: ClassVar[Literal["choice", "generate", "perplexity", "sample", "score", "speed"]] = "score"
+    compares_items: ClassVar[bool] = True
 
     kind: str = Field(description="Name of the evaluation, or package.module:Class of yours.")
     name: str = Field(pattern=NAME, description="Name in tables and files.")

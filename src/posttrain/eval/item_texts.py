@@ -6,6 +6,7 @@ import string
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from posttrain.config.evaluation import EvaluationBase
 from posttrain.data.leaks import LEAST_WORDS
 from posttrain.data.parts import PlacedRow
 from posttrain.data.row_quality import count_words
@@ -30,7 +31,7 @@ def item_texts(config: Any, tokenizer: Any, context: int | None) -> list[list[st
     Raises:
         DataError: Its data can't be read.
     """
-    if getattr(config, "measures", None) == "speed":  # its prompts are random
+    if isinstance(config, EvaluationBase) and not config.compares_items:
         return []
     if isinstance(config, RowsConfig):
         from posttrain.data.rows import open_rows

@@ -19,6 +19,7 @@ class SpeedTask(EvaluationTask):
         """An evaluation of size and speed: bytes of the weights, peak memory, tokens/s of prefill and of decoding."""
 
         measures: ClassVar[Literal["speed"]] = "speed"
+        compares_items: ClassVar[bool] = False
         kind: Literal["speed"] = "speed"
         name: str = Field("speed", pattern=NAME, description="Name in tables and files.")
         prompt_tokens: int = Field(256, ge=1, description="Tokens of each prompt; they are random.")

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import ModelConfig, Recipe, StageConfig, TrainConfig, references
+import torch
+
+from posttrain.config import AdapterConfig, ModelConfig, Recipe, StageConfig, TrainConfig, references
 from posttrain.losses.linear_logprobs import CHUNK_BYTES
 from posttrain.models.loading import load_tokenizer, pick_device, pick_dtype, resolve
 from posttrain.models.model_shape import ModelShape, model_shape
 from posttrain.runs import registry
 from posttrain.sampling.engine import PREFILL_TOKENS
+from posttrain.sampling.memory import memory_bytes
 from posttrain.trainer import memory_model
 from posttrain.trainer.memory_model import FORMATS, WeightFormat
 from posttrain.trainer.stage import Stage, StageContext
@@ -123,7 +126,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class _Setting:
-    """What a stage is computed with: weights, compute dtype, trained parameters, and where."""
+    """Hold what a stage is computed with: weights, compute dtype, trained parameters, and where."""
 
     shape: ModelShape
     weights: WeightFormat
@@ -182,10 +185,6 @@ def device_kind(device: str) -> str:
 
 def room_of(device: str) -> float:
     """Return the bytes of memory that there are for a process on a device."""
-    import torch
-
-    from posttrain.sampling.memory import memory_bytes
-
     if device == "cuda":
         return float(torch.cuda.mem_get_info()[1])
     return memory_bytes()
@@ -228,13 +227,13 @@ def _stage_memory(
     trains = isinstance(config, TrainConfig)
     adapter = getattr(config, "adapter", None)
     quantized = recipe.model.quantization
-    dtype = str(pick_dtype(recipe.model.dtype, _device(device))).removeprefix("torch.")
+    dtype = str(pick_dtype(recipe.model.dtype, torch.device(device))).removeprefix("torch.")
     base = FORMATS[dtype]
 
     def setting(weights: WeightFormat, itemsize: int, rank: int) -> _Setting:
         if not trains:
             return _Setting(shape, weights, itemsize, 0, 0, (), device, room)
-        chosen = adapter if adapter is not None else _lora(rank) if rank else None
+        chosen = adapter if adapter is not None else AdapterConfig(r=rank) if rank else None
         if chosen is None:
             return _Setting(shape, weights, itemsize, shape.parameters, 0, (), device, room)
         names = () if chosen.is_soft_prompt else tuple(shape.adapted(chosen))
@@ -326,18 +325,6 @@ def _budget(config: StageConfig, s: _Setting, stage: Stage | None) -> int:
 def _item(weights: WeightFormat, device: str) -> int:
     """Return the bytes of a number of activations and keys: a CPU computes weights in few bits in float32."""
     return 4 if weights.bits is not None and device == "cpu" else int(weights.bytes)
-
-
-def _lora(rank: int) -> Any:
-    from posttrain.config import AdapterConfig
-
-    return AdapterConfig(r=rank)
-
-
-def _device(device: str) -> Any:
-    import torch
-
-    return torch.device(device)
 
 
 def memory_warning(recipe: Recipe, prepared: Mapping[str, Stage]) -> list[str]:

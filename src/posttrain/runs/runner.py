@@ -328,7 +328,7 @@ class _Run:
             if tasks:
                 config = recipe.model.model_copy(update={"source": str(final)})
                 self.measure(config, tasks, "after")
-        with_items = [task for task in tasks if task.measures != "speed" and (evaluations / "after").is_dir()]
+        with_items = [task for task in tasks if task.compares_items and (evaluations / "after").is_dir()]
         compared = [(task.name, str(task.measures)) for task in with_items]
         compared += write_held_out_tasks(recipe, path)
         if compared:

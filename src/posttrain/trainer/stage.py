@@ -252,17 +252,7 @@ class Stage:
 
     def workload(self) -> Workload:
         """Return what a step computes, once the data is read; `posttrain memory` estimates memory from it."""
-        config = self.config
-        teacher = getattr(config, "teacher", None)
-        source = str(getattr(teacher, "source", None) or "")
-        like = source == "start" or source.startswith("stage:")
-        return Workload(
-            together(self.rows),
-            getattr(config, "batch_size", 1),
-            self.sums,
-            teacher=True if like else teacher if source else None,
-            teacher_stays=bool(getattr(config, "on_policy", 0)),
-        )
+        return Workload(together(self.rows), getattr(self.config, "batch_size", 1), self.sums)
 
     @property
     def entries(self) -> list[dict[str, Any]]:

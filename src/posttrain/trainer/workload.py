@@ -1,11 +1,10 @@
-"""What a stage computes, as far as its memory depends on it: rows of a step, completions, models beside the policy."""
+"""Describe what a stage computes, as far as memory depends on it: rows, completions, models beside the policy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
 
 from posttrain.config.settings import ModelConfig
 from posttrain.core.types import Sample

@@ -1,4 +1,4 @@
-"""Where the scales of AWQ go: layers whose outputs can be divided by numbers that later columns are multiplied by."""
+"""Find where the scales of AWQ go: layers whose outputs can be divided by what later columns are multiplied by."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ Sources: Hinton et al., arXiv 1503.02531; sequence level, arXiv 1606.07947; GKD 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.settings import DataConfig
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from posttrain.methods.distill.teacher_model import KeptNumbers, LocalTeacher, TeacherNumbers
     from posttrain.models.language_model import LanguageModel
     from posttrain.trainer.policy import LoadedPolicy
+    from posttrain.trainer.workload import Workload
 
 
 class Distill(Stage):
@@ -257,6 +259,14 @@ class Distill(Stage):
         if self.config.teacher_text:
             notes |= self.data[0][1].stats["teacher"]
         policy.notes["teacher"] = notes
+
+    def workload(self) -> Workload:
+        """Return what a step computes, and the teacher that is asked before it, or in it (`on_policy`)."""
+        config: DistillConfig = self.config
+        source = str(config.teacher.source or "")
+        like_student = source == "start" or source.startswith("stage:")
+        teacher = True if like_student else config.teacher if source else None
+        return replace(super().workload(), teacher=teacher, teacher_stays=config.on_policy > 0)
 
     def _student_prompts(self) -> list[Sequence[int]]:
         """Return the token ids of the prompt of each row, generation prompt included."""
