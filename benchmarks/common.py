@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,26 @@ def texts(path: Path) -> list[str]:
         return [row["text"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
 
 
+def running_text(tsv: Path, rng: random.Random, encode: Callable[[str], list[int]]) -> Callable[[int], list[int]]:
+    """Return what gives n tokens of reviews, one after the other in random order, at each call."""
+    reviews, stream = texts(tsv), list[int]()
+    rng.shuffle(reviews)
+
+    def source(count: int) -> list[int]:
+        while len(stream) < count:
+            stream.extend(encode(reviews.pop() + " "))
+        taken = stream[:count]
+        del stream[:count]
+        return taken
+
+    return source
+
+
+def plain_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Return what encodes text without special tokens."""
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False))
+
+
 def lengths(count: int, shortest: int, longest: int, rng: random.Random) -> list[int]:
     """Lengths spread evenly on a logarithmic scale, the shortest and the longest among them, in random order."""
     ratio = longest / shortest
@@ -44,9 +66,7 @@ def conversation(length: int, source: Callable[[int], list[int]], tokenizer: Any
     is not. No system turn: a shared prefix would be an advantage of its own, and is not what is measured here.
     """
 
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False))
-
+    encode = plain_encoder(tokenizer)
     start, end, newline = encode("<|im_start|>"), encode("<|im_end|>"), encode("\n")
     heads = [start + encode("user\n"), start + encode("assistant\n")]
     exchanges = 1 + length // 200
@@ -77,17 +97,7 @@ def make_batches(
             [{"input_ids": rng.choices(range(3, vocab), k=n), "completion_mask": [int(i >= n // 2) for i in range(n)]}
              for n in batch] for batch in drawn
         ]  # fmt: skip
-    reviews = texts(tsv)
-    rng.shuffle(reviews)
-    stream: list[int] = []
-
-    def source(count: int) -> list[int]:
-        while len(stream) < count:
-            stream.extend(tokenizer.encode(reviews.pop() + " ", add_special_tokens=False))
-        taken = stream[:count]
-        del stream[:count]
-        return taken
-
+    source = running_text(tsv, rng, plain_encoder(tokenizer))
     return [[conversation(n, source, tokenizer) for n in batch] for batch in drawn]
 
 
@@ -238,3 +248,32 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+def in_child(job: Mapping[str, Any], python: str, script: Path, folder: Path, fresh: bool = False) -> dict[str, Any]:
+    """Run `script --child FILE` in a process of its own, and return what it wrote into FILE.out.
+
+    Args:
+        job: What the process is told, as JSON in FILE; `who` and `settings` name it.
+        python: The Python that runs it.
+        script: The benchmark.
+        folder: Folder of the files.
+        fresh: Nothing is known from an earlier run: posttrain's cache is empty.
+
+    Raises:
+        SystemExit: It failed; with the end of what it printed.
+    """
+    path = folder / f"{job['who']}-{time.monotonic_ns()}.json"
+    write_json(path, dict(job))
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    if fresh:
+        quiet["POSTTRAIN_CACHE"] = str(folder / f"cache-{time.monotonic_ns()}")
+    command = [python, str(script), "--child", str(path)]
+    done = subprocess.run(command, env={**os.environ, **quiet}, capture_output=True, text=True)
+    out = Path(f"{path}.out")
+    if done.returncode or not out.exists():
+        tail = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
+        told = job["settings"] or "its defaults"
+        raise SystemExit(f"{job['who']} with {told} failed (exit {done.returncode}):\n{tail}")
+    return dict(read_json(out))

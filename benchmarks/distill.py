@@ -11,9 +11,7 @@ tokens per second and peak memory, ours over TRL's, the worse of the workloads.
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
-from common import lengths, median, peak_memory_mib, read_json, texts, write_json
+from common import in_child, lengths, median, peak_memory_mib, plain_encoder, read_json, running_text, write_json
 
 HERE = Path(__file__).resolve()
 REVIEWS = HERE.parent.parent / "src" / "posttrain" / "data" / "packaged" / "movie_reviews.tsv"
@@ -53,19 +51,8 @@ class Job:
 def make_rows(count: int, batch: int, seed: int, tok: Any) -> list[Row]:
     """Review text in ChatML: prompts of 24 to 96 tokens, answers of 48 to 192."""
     rng = random.Random(seed)
-    reviews, stream = texts(REVIEWS), list[int]()
-    rng.shuffle(reviews)
-
-    def encode(text: str) -> list[int]:
-        return list(tok.encode(text, add_special_tokens=False))
-
-    def source(n: int) -> list[int]:
-        while len(stream) < n:
-            stream.extend(encode(reviews.pop() + " "))
-        taken = stream[:n]
-        del stream[:n]
-        return taken
-
+    encode = plain_encoder(tok)
+    source = running_text(REVIEWS, rng, encode)
     head, end = encode("<|im_start|>user\n"), encode("<|im_end|>")
     tail = [*end, *encode("\n<|im_start|>assistant\n")]
     rows = []
@@ -151,6 +138,26 @@ def run_ours(job: Job, rows: list[Row]) -> dict[str, Any]:
     return {"losses": losses, "marks": marks, "before": before}
 
 
+def left(lists: list[list[int]], value: int) -> torch.Tensor:
+    """Return rows padded on the left."""
+    widest = max(map(len, lists))
+    return torch.tensor([[value] * (widest - len(x)) + x for x in lists])
+
+
+def collate(some: list[Row]) -> dict[str, torch.Tensor]:
+    """As TRL's DataCollatorForChatML lays conversations out, padded on the left."""
+    prompts = [r["prompt_ids"] for r in some]
+    whole = [[*r["prompt_ids"], *r["answer_ids"]] for r in some]
+    labels = [[-100] * len(r["prompt_ids"]) + r["answer_ids"] for r in some]
+    return {
+        "input_ids": left(whole, 0),
+        "attention_mask": left([[1] * len(x) for x in whole], 0),
+        "labels": left(labels, -100),
+        "prompts": left(prompts, 0),
+        "prompt_attention_mask": left([[1] * len(x) for x in prompts], 0),
+    }
+
+
 def run_trl(job: Job, rows: list[Row]) -> dict[str, Any]:
     """TRL's GKDTrainer on token ids, timed from the end of a step to the next's."""
     from datasets import Dataset, disable_progress_bars
@@ -171,23 +178,6 @@ def run_trl(job: Job, rows: list[Row]) -> dict[str, Any]:
         def on_log(self, *args: Any, **kwargs: Any) -> None:
             if "loss" in kwargs["logs"] and "grad_norm" in kwargs["logs"]:
                 found["losses"].append(float(kwargs["logs"]["loss"]))
-
-    def left(lists: list[list[int]], value: int) -> torch.Tensor:
-        widest = max(map(len, lists))
-        return torch.tensor([[value] * (widest - len(x)) + x for x in lists])
-
-    def collate(some: list[Row]) -> dict[str, torch.Tensor]:
-        """As TRL's DataCollatorForChatML lays conversations out, padded on the left."""
-        prompts = [r["prompt_ids"] for r in some]
-        whole = [[*r["prompt_ids"], *r["answer_ids"]] for r in some]
-        labels = [[-100] * len(r["prompt_ids"]) + r["answer_ids"] for r in some]
-        return {
-            "input_ids": left(whole, 0),
-            "attention_mask": left([[1] * len(x) for x in whole], 0),
-            "labels": left(labels, -100),
-            "prompts": left(prompts, 0),
-            "prompt_attention_mask": left([[1] * len(x) for x in prompts], 0),
-        }
 
     class InOrder(GKDTrainer):  # type: ignore[misc]
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -270,19 +260,7 @@ def child(path: str) -> None:
 
 def launch(job: Job, python: str, folder: Path) -> dict[str, Any]:
     """Run a job in a process of its own; its figures, or the end of what it printed where it failed."""
-    path = folder / f"{job.who}-{time.monotonic_ns()}.json"
-    write_json(path, asdict(job))
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    if job.who == "ours":  # nothing is known from an earlier run
-        quiet["POSTTRAIN_CACHE"] = str(folder / f"cache-{time.monotonic_ns()}")
-    done = subprocess.run(
-        [python, str(HERE), "--child", str(path)], env={**os.environ, **quiet}, capture_output=True, text=True
-    )
-    out = Path(f"{path}.out")
-    if done.returncode or not out.exists():
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
-        raise SystemExit(f"{job.who} with {job.settings or 'its defaults'} failed (exit {done.returncode}):\n{tail}")
-    result = read_json(out)
+    result = in_child(asdict(job), python, HERE, folder, fresh=job.who == "ours")
     rate, by_cpu = (median(result[name][1:]) for name in ("rates", "cpu_rates"))
     told = ", ".join(f"{k}={v}" for k, v in job.settings.items())
     print(

@@ -12,9 +12,7 @@ memory over TRL's.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import median, peak_memory_mib, random_qwen, read_json, write_json
+from common import in_child, median, peak_memory_mib, random_qwen, read_json, write_json
 
 HERE = Path(__file__).resolve()
 LR = 1e-6
@@ -159,16 +157,7 @@ def child(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- the comparison
 def launch(job: dict[str, Any], python: str, folder: Path) -> dict[str, Any]:
     """A job in a process of its own; SystemExit with the end of what it printed where it failed."""
-    path = folder / f"{job['who']}-{time.monotonic_ns()}.json"
-    write_json(path, job)
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    command = [python, str(HERE), "--child", str(path)]
-    done = subprocess.run(command, env={**os.environ, **quiet}, capture_output=True, text=True)
-    out = Path(f"{path}.out")
-    if done.returncode or not out.exists():
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
-        raise SystemExit(f"{job['who']} {job['settings']} failed (exit {done.returncode}):\n{tail}")
-    result: dict[str, Any] = read_json(out)
+    result = in_child(job, python, HERE, folder)
     result["step"], result["length"] = median(result["seconds"]), statistics.fmean(result["lengths"])
     told = ", ".join(f"{k}={v}" for k, v in job["settings"].items())
     name = f"{job['who']}{f' ({told})' if told else ''}"

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import platform
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +24,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
-from common import lengths, matrix_rates, median, peak_memory_mib, read_json, shapes, texts, use_route, write_json
+from common import (
+    in_child,
+    lengths,
+    matrix_rates,
+    median,
+    peak_memory_mib,
+    plain_encoder,
+    read_json,
+    running_text,
+    shapes,
+    use_route,
+    write_json,
+)
 
 HERE = Path(__file__).resolve()
 REVIEWS = HERE.parent.parent / "src" / "posttrain" / "data" / "packaged" / "movie_reviews.tsv"
@@ -74,19 +84,8 @@ def make_pairs(
     pair alone.
     """
     rng = random.Random(seed)
-    reviews, stream = texts(REVIEWS), list[int]()
-    rng.shuffle(reviews)
-
-    def encode(text: str) -> list[int]:
-        return list(tok.encode(text, add_special_tokens=False))
-
-    def source(n: int) -> list[int]:
-        while len(stream) < n:
-            stream.extend(encode(reviews.pop() + " "))
-        taken = stream[:n]
-        del stream[:n]
-        return taken
-
+    encode = plain_encoder(tok)
+    source = running_text(REVIEWS, rng, encode)
     head, end = encode("<|im_start|>user\n"), encode("<|im_end|>")
     tail = [*end, *encode("\n<|im_start|>assistant\n")]
     pairs = []
@@ -284,18 +283,7 @@ def child(path: str) -> None:
 # ------------------------------------------------------------------------------------------------------- the comparison
 def launch(job: Job, python: str, folder: Path) -> dict[str, Any]:
     """Run a job in a process of its own; its figures, or the end of what it printed where it failed."""
-    path = folder / f"{job.who}-{time.monotonic_ns()}.json"
-    write_json(path, asdict(job))
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    quiet["POSTTRAIN_CACHE"] = str(folder / f"cache-{time.monotonic_ns()}")  # nothing is known from an earlier run
-    done = subprocess.run(
-        [python, str(HERE), "--child", str(path)], env={**os.environ, **quiet}, capture_output=True, text=True
-    )
-    out = Path(f"{path}.out")
-    if done.returncode or not out.exists():
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
-        raise SystemExit(f"{job.who} with {job.settings or 'its defaults'} failed (exit {done.returncode}):\n{tail}")
-    result = read_json(out)
+    result = in_child(asdict(job), python, HERE, folder, fresh=True)
     rate = median(result["rates"][1:])
     told = ", ".join(f"{k}={v}" for k, v in job.settings.items()) or ("all in one pass" if job.who == "trl" else "")
     name = f"{job.who} ({told})" if told else job.who

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +27,7 @@ import torch
 from common import (
     Batch,
     counts,
+    in_child,
     make_batches,
     matrix_rates,
     median,
@@ -258,17 +257,7 @@ def child(path: str) -> None:
 # ------------------------------------------------------------------------------------------------------- the comparison
 def launch(job: Job, python: str, folder: Path) -> dict[str, Any]:
     """Run a job in a process of its own; its figures, or the end of what it printed where it failed."""
-    path = folder / f"{job.who}-{time.monotonic_ns()}.json"
-    write_json(path, asdict(job))
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [python, str(HERE), "--child", str(path)], env={**os.environ, **quiet}, capture_output=True, text=True
-    )
-    out = Path(f"{path}.out")
-    if done.returncode or not out.exists():
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
-        raise SystemExit(f"{job.who} with {job.settings or 'its defaults'} failed (exit {done.returncode}):\n{tail}")
-    result = read_json(out)
+    result = in_child(asdict(job), python, HERE, folder)
     rate = median(result["rates"][1:])
     print(f"  {label(job):<44} {rate:9.1f} tokens/s  {result['peak_mib']:8.0f} MiB", flush=True)
     return {**asdict(job), **result, "tokens_per_second": rate}

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import sft
 import torch
-from common import Batch, counts, median, peak_memory_mib, read_json, use_route, write_json
+from common import Batch, counts, in_child, median, peak_memory_mib, read_json, use_route, write_json
 
 HERE = Path(__file__).resolve()
 TOLERANCE = 1e-5
@@ -88,15 +86,7 @@ def child(path: str) -> None:
 
 def launch(job: sft.Job, python: str, folder: Path) -> dict[str, Any]:
     """Run a job in a process of its own and return its figures."""
-    path = folder / f"{job.who}-{time.monotonic_ns()}.json"
-    write_json(path, asdict(job))
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    command = [python, str(HERE), "--child", str(path)]
-    done = subprocess.run(command, env={**os.environ, **quiet}, capture_output=True, text=True)
-    out = Path(f"{path}.out")
-    if done.returncode or not out.exists():
-        raise SystemExit(f"{job.who} failed:\n" + "\n".join((done.stdout + done.stderr).splitlines()[-25:]))
-    result = read_json(out)
+    result = in_child(asdict(job), python, HERE, folder)
     result["tokens_per_second"] = median(result["rates"][1:])
     name = "posttrain" if job.who == "ours" else f"peft + TRL, {job.settings['per_device']} in a pass"
     print(f"  {name:<32}{result['tokens_per_second']:9.1f} tokens/s{result['peak_mib']:9.0f} MiB", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,103 +87,92 @@ def tiny_judge(where: str, chats: Path) -> list[str]:
     return [f"{where}.model.source=tiny:llama", f"{where}.store={chats.with_name('judge.sqlite3')}"]
 
 
+def rl_overrides(stage: RLConfig | OnlineDPOConfig) -> list[str]:
+    """Two small steps of a stage that samples and trains."""
+    given = ["steps=2", "prompts_per_step=2", "group_size=2"]
+    if str(getattr(stage.problems, "data", None) and stage.problems.data.source).startswith("stage:"):
+        few, given = "data.rows=[0, 4]", [*given, "problems.data.rows=[4, 12]"]
+    else:
+        of_rows = stage.held_out.problems.data.source if stage.held_out.problems.kind == "rows" else None
+        few = "size=8" if of_rows is None else f"data.rows={[0, 8] if 'lab:' in of_rows else [9000, 9008]}"
+    turns = isinstance(stage, RLConfig) and stage.environment is not None and stage.environment.kind == "refine"
+    given += [f"sampler.max_tokens={60 if turns else 6}", f"held_out.problems.{few}"]
+    given += ["environment.stop=[a, e, i, o, u, r, s, t]"] if turns else []
+    given += [f"rewards.{j}.source=tiny:llama" for j, t in enumerate(stage.rewards.terms) if t.kind == "corrected"]
+    if isinstance(stage, RLConfig):
+        given += ["exploration.partial_rollouts=5"] if stage.exploration.partial_rollouts else []
+        given += ["exploration.adaptive_group_size.first=1"] if stage.exploration.adaptive_group_size else []
+    return given
+
+
+def maker_overrides(stage: Any, chats: Path, teacher: str) -> list[str] | None:
+    """A few rows of a stage that takes no steps: it makes rows, or compresses the model. None: it takes steps."""
+    if isinstance(stage, RejectionConfig):  # a random model is right about nothing: all that ends is kept
+        return ["threshold=-1", "problems.data.rows=[0, 20]", "sampler.max_tokens=99"]
+    if isinstance(stage, CorrectionsConfig):  # likewise: every answer counts as right, and is ended by a letter
+        small = ["threshold=-1", "kept_right=null", "problems.size=8", "sampler.max_tokens=90"]
+        small += ["environment.stop=[a, e, i, o, u, r, s, t]"]
+        # it computes nothing that a calculator could check
+        checked = ["environment.feedback=[{kind: verifier, reward: {kind: exact}}]"]
+        return small + (checked if stage.environment.feedback else [])
+    if isinstance(stage, SelfInstructConfig):  # a random model writes no task: a server does
+        server = f"{{model: teacher, base_url: '{teacher}'}}"
+        return ["instructions=4", "sampler.max_tokens=99", f"server={server}"]
+    if isinstance(stage, InstructionsConfig):  # its tables are fetched: small ones of the same types are written
+        files = instruction_tasks(chats.parent)
+        return [f"tasks=[{', '.join(map(str, files))}]", "held_out=2", "unseen=4", "rows=30", "max_tokens=null"]
+    if isinstance(stage, RefineConfig):  # its context has no room for examples
+        return ["problems.data.rows=[0, 12]", "examples=null", "sampler.stop=[a, b, c, d, e, f, g, h]"]
+    if isinstance(stage, PruneConfig):  # of this model half is embeddings
+        layers = stage.structure is not None and stage.structure.layers
+        return ["rows=4", *(["structure.layers=1"] if layers else ["structure.ratio=0.8", "structure.round_to=16"])]
+    if isinstance(stage, QuantizeConfig):
+        return ["rows=4", "group=16"]
+    if isinstance(stage, FeedbackConfig):
+        judge = tiny_judge("judge", chats) if stage.judge is not None else []
+        if stage.answers.kind == "samples":
+            return ["answers.problems.data.rows=[0, 6]", "answers.sampler.max_tokens=30", *judge]
+        if str(stage.answers.data.source).startswith("packaged:"):
+            return ["answers.data.rows=[0, 80]", "answers.pairs_per_prompt=40", *judge]
+        return [f"answers.data.source={chats.with_name('pairs.jsonl')}", *judge]
+    return None
+
+
+def row_overrides(stage: Any, chats: Path) -> list[str]:
+    """Two steps of two rows of a stage that trains in epochs."""
+    given, pairs = ["max_steps=2", "batch_size=2"], chats.with_name("pairs.jsonl")
+    if isinstance(stage, RewardModelConfig):
+        own = str(stage.data.source).startswith("stage:")
+        given += [] if own else [f"data.source={pairs}"]
+        return given + (["data.rows=[0, 25]", "held_out.rows=[25, 35]"] if own and stage.held_out is not None else [])
+    if isinstance(stage, ProcessRewardConfig):
+        small = ("problems.size=6", "held_out.size=20", "sampler.max_tokens=12", "chains=2", "completions=2")
+        return given + [f"labels.{s}" for s in small]
+    if isinstance(stage, PreferenceConfig):
+        packaged = str(stage.data.source).startswith("packaged:")
+        return [*given, "data.rows=[0, 40]" if packaged else f"data.source={pairs}"]
+    if isinstance(stage, DistillConfig):  # a random teacher ends few of its answers
+        given += ["sampler.max_tokens=6"] if stage.on_policy else []
+        given += ["teacher_sampler.max_tokens=400"] if stage.teacher_text else []
+        given += [] if str(stage.teacher.source).startswith("stage:") else ["teacher.source=tiny:qwen2"]
+        if stage.problems is not None:
+            return [*given, "problems.size=8"]
+    own = str(stage.data.source).startswith(("packaged:", "lab:", "stage:"))
+    given += ["data.rows=null"] if own and "/data/" in str(stage.data.source) else []  # a few rows
+    return given + ([] if own else [f"data.source={chats}"])
+
+
 def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
     """A tiny model, two steps, small evaluations; everything else as shipped."""
     recipe = posttrain.load_recipe(name)
     given = ["model.source=tiny:llama"]
     for i, stage in enumerate(recipe.stages):
         if isinstance(stage, RLConfig | OnlineDPOConfig):
-            given += [f"stages.{i}.{s}" for s in ("steps=2", "prompts_per_step=2", "group_size=2")]
-            if str(getattr(stage.problems, "data", None) and stage.problems.data.source).startswith("stage:"):
-                few, given = "data.rows=[0, 4]", [*given, f"stages.{i}.problems.data.rows=[4, 12]"]
-            else:
-                of_rows = stage.held_out.problems.data.source if stage.held_out.problems.kind == "rows" else None
-                few = "size=8" if of_rows is None else f"data.rows={[0, 8] if 'lab:' in of_rows else [9000, 9008]}"
-            turns = isinstance(stage, RLConfig) and stage.environment is not None and stage.environment.kind == "refine"
-            given += [f"stages.{i}.sampler.max_tokens={60 if turns else 6}", f"stages.{i}.held_out.problems.{few}"]
-            given += [f"stages.{i}.environment.stop=[a, e, i, o, u, r, s, t]"] if turns else []
-            given += [
-                f"stages.{i}.rewards.{j}.source=tiny:llama"
-                for j, term in enumerate(stage.rewards.terms)
-                if term.kind == "corrected"
-            ]
-            if isinstance(stage, RLConfig):
-                given += [f"stages.{i}.exploration.partial_rollouts=5"] if stage.exploration.partial_rollouts else []
-                given += (
-                    [f"stages.{i}.exploration.adaptive_group_size.first=1"]
-                    if stage.exploration.adaptive_group_size
-                    else []
-                )
-            continue
-        if isinstance(stage, RejectionConfig):  # a random model is right about nothing: all that ends is kept
-            given += [
-                f"stages.{i}.{s}" for s in ("threshold=-1", "problems.data.rows=[0, 20]", "sampler.max_tokens=99")
-            ]
-            continue
-        if isinstance(stage, CorrectionsConfig):  # likewise: every answer counts as right, and is ended by a letter
-            small = ("threshold=-1", "kept_right=null", "problems.size=8", "sampler.max_tokens=90")
-            given += [f"stages.{i}.{s}" for s in (*small, "environment.stop=[a, e, i, o, u, r, s, t]")]
-            if stage.environment.feedback:  # it computes nothing that a calculator could check
-                given += [f"stages.{i}.environment.feedback=[{{kind: verifier, reward: {{kind: exact}}}}]"]
-            continue
-        if isinstance(stage, SelfInstructConfig):  # a random model writes no task: a server does
-            server = f"{{model: teacher, base_url: '{teacher}'}}"
-            given += [f"stages.{i}.{s}" for s in ("instructions=4", "sampler.max_tokens=99", f"server={server}")]
-            continue
-        if isinstance(stage, InstructionsConfig):  # its tables are fetched: small ones of the same types are written
-            files = instruction_tasks(chats.parent)
-            small = (f"tasks=[{', '.join(map(str, files))}]", "held_out=2", "unseen=4", "rows=30", "max_tokens=null")
-            given += [f"stages.{i}.{s}" for s in small]
-            continue
-        if isinstance(stage, RefineConfig):  # its context has no room for examples
-            small = ("problems.data.rows=[0, 12]", "examples=null", "sampler.stop=[a, b, c, d, e, f, g, h]")
-            given += [f"stages.{i}.{s}" for s in small]
-            continue
-        if isinstance(stage, PruneConfig):  # of this model half is embeddings
-            layers = stage.structure is not None and stage.structure.layers
-            small = ("structure.layers=1",) if layers else ("structure.ratio=0.8", "structure.round_to=16")
-            given += [f"stages.{i}.{s}" for s in (*small, "rows=4")]
-            continue
-        if isinstance(stage, QuantizeConfig):
-            given += [f"stages.{i}.{s}" for s in ("rows=4", "group=16")]
-            continue
-        if isinstance(stage, FeedbackConfig):
-            if stage.answers.kind == "samples":
-                given += [f"stages.{i}.answers.{s}" for s in ("problems.data.rows=[0, 6]", "sampler.max_tokens=30")]
-            elif str(stage.answers.data.source).startswith("packaged:"):
-                given += [f"stages.{i}.answers.{s}" for s in ("data.rows=[0, 80]", "pairs_per_prompt=40")]
-            else:
-                given += [f"stages.{i}.answers.data.source={chats.with_name('pairs.jsonl')}"]
-            given += tiny_judge(f"stages.{i}.judge", chats) if stage.judge is not None else []
-            continue
-        given += [f"stages.{i}.max_steps=2", f"stages.{i}.batch_size=2"]
-        if isinstance(stage, RewardModelConfig):
-            pairs = chats.with_name("pairs.jsonl")
-            own = str(stage.data.source).startswith("stage:")
-            given += [] if own else [f"stages.{i}.data.source={pairs}"]
-            if own and stage.held_out is not None:
-                given += [f"stages.{i}.data.rows=[0, 25]", f"stages.{i}.held_out.rows=[25, 35]"]
-            continue
-        if isinstance(stage, ProcessRewardConfig):
-            small = ("problems.size=6", "held_out.size=20", "sampler.max_tokens=12", "chains=2", "completions=2")
-            given += [f"stages.{i}.labels.{s}" for s in small]
-            continue
-        if isinstance(stage, PreferenceConfig):
-            packaged = str(stage.data.source).startswith("packaged:")
-            rows = f"data.source={chats.with_name('pairs.jsonl')}"
-            given += [f"stages.{i}.{'data.rows=[0, 40]' if packaged else rows}"]
-            continue
-        if isinstance(stage, DistillConfig):  # a random teacher ends few of its answers
-            given += [f"stages.{i}.sampler.max_tokens=6"] if stage.on_policy else []
-            given += [f"stages.{i}.teacher_sampler.max_tokens=400"] if stage.teacher_text else []
-            if not str(stage.teacher.source).startswith("stage:"):
-                given += [f"stages.{i}.teacher.source=tiny:qwen2"]
-            if stage.problems is not None:
-                given += [f"stages.{i}.problems.size=8"]
-                continue
-        own = str(stage.data.source).startswith(("packaged:", "lab:", "stage:"))
-        given += [f"stages.{i}.data.rows=null"] if own and "/data/" in str(stage.data.source) else []  # a few rows
-        given += [] if own else [f"stages.{i}.data.source={chats}"]
+            own = rl_overrides(stage)
+        else:
+            made = maker_overrides(stage, chats, teacher)
+            own = row_overrides(stage, chats) if made is None else made
+        given += [f"stages.{i}.{setting}" for setting in own]
     return given + evaluation_overrides(recipe, chats)
 
 
