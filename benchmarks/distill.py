@@ -266,7 +266,7 @@ def launch(job: Job, python: str, folder: Path) -> dict[str, Any]:
     print(
         f"  {job.who + f' ({told})' * bool(told):<24} {rate:8.1f} tokens/s  {result['peak_mib']:8.0f} MiB", flush=True
     )
-    return {"settings": job.settings, **result, "tokens_per_second": rate}
+    return {"settings": job.settings, **result, "tokens_per_second": rate, "tokens_per_cpu_second": by_cpu}
 
 
 def main() -> None:

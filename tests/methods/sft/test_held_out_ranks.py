@@ -42,6 +42,10 @@ STAGES = {
 }
 for kind in ("prompt", "prefix"):
     STAGES[kind] = {**STAGES["lora"], "adapter": {"kind": kind, "tokens": 5}}
+STAGES["distill"] = {  # half of the answers are the student's own, of an odd number of rows
+    **STAGES["lora"], "method": "distill", "name": "sft", "teacher": {"source": "tiny:qwen2"}, "batch_size": 7,
+    "on_policy": 0.5, "sampler": {"max_tokens": 8},
+}  # fmt: skip
 STAGES["p_tuning"] = {**STAGES["lora"], "adapter": {"kind": "p_tuning", "hidden": 8}}
 
 
