@@ -20,7 +20,7 @@ demo: $(STAMPS)/demo  ## fine-tune a 135M model on movie reviews, measured befor
 test: lint  ## linters, type checker, tests (in two processes)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-all: lint  ## make test, and the long tests: 2,000 mutated recipes and row files, damage at 200 places, RL on the laboratory
+test-all: lint  ## make test, and the long tests: 2,000 mutated recipes and row files, damage at 200 places, RL on the laboratory, RL killed six times
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist worksteal -m ''
 
 lint: $(STAMPS)/dev  ## ruff and mypy

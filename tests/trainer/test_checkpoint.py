@@ -147,55 +147,61 @@ from posttrain.trainer.train_step import Learner
 from tests.conftest import random_samples
 torch.set_num_threads(1)
 distributed.start(torch.device("cpu"))
-folder, first, last, adapter = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "lora"
-hf = tiny_model("llama")
-hf = attach(hf, AdapterConfig(r=4), 0) if adapter else hf
-learner = Learner(LanguageModel(hf), OptimizerConfig(lr=1e-4), SystemsConfig(tokens_per_micro_batch=80), 6)
-state = learner.state_dict()
-numbers = checkpoint.load_newest(folder, state["tensors"])
-assert (numbers is None) == (first == 0)
-if numbers:
-    learner.load_state_dict(numbers)
-losses = [learner.step(random_samples(7, seed=s)).metrics["loss"] for s in range(first, last)]
-state = learner.state_dict()
-checkpoint.save(folder, last, state["tensors"], state["numbers"], keep=2)
-trained = [(n, p.detach()) for n, p in learner.model.named_parameters() if p.requires_grad]
-weights = {n: distributed.full_tensor(p).tolist() for n, p in trained}
-if distributed.is_main():
-    print(json.dumps([distributed.world(), losses, weights]))
+for name, kind, first, last in json.loads(sys.argv[2]):
+    folder, hf = Path(sys.argv[1]) / name / kind, tiny_model("llama")
+    hf = attach(hf, AdapterConfig(r=4), 0) if kind == "lora" else hf
+    learner = Learner(LanguageModel(hf), OptimizerConfig(lr=1e-4), SystemsConfig(tokens_per_micro_batch=80), 6)
+    state = learner.state_dict()
+    numbers = checkpoint.load_newest(folder, state["tensors"])
+    assert (numbers is None) == (first == 0)
+    if numbers:
+        learner.load_state_dict(numbers)
+    losses = [learner.step(random_samples(7, seed=s)).metrics["loss"] for s in range(first, last)]
+    state = learner.state_dict()
+    checkpoint.save(folder, last, state["tensors"], state["numbers"], keep=2)
+    trained = [(n, p.detach()) for n, p in learner.model.named_parameters() if p.requires_grad]
+    weights = {n: distributed.full_tensor(p).tolist() for n, p in trained}
+    if distributed.is_main():
+        print(json.dumps([distributed.world(), losses, weights]))
 distributed.stop()
 """
+KINDS = ("full", "lora")
+Trained = dict[str, tuple[int, list[float], dict[str, torch.Tensor]]]
 
 
-def go(
-    processes: int, folder: Path, first: int, last: int, kind: str
-) -> tuple[int, list[float], dict[str, torch.Tensor]]:
-    script = folder.parent / "ranks.py"
+def go(processes: int, folder: Path, jobs: list[tuple[str, int, int]]) -> Trained:
+    """Train each kind from step to step of each job, in one launch: {"job kind": (ranks, losses, weights)}."""
+    script = folder / "ranks.py"
     script.write_text(RANKS)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     root = Path(__file__).parents[2]
-    command = [sys.executable, *launcher, str(script), str(folder), str(first), str(last), kind]
+    wanted = [(name, kind, first, last) for name, first, last in jobs for kind in KINDS]
+    command = [sys.executable, *launcher, str(script), str(folder), json.dumps(wanted)]
     environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}", "OMP_NUM_THREADS": "1"}
     out = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     assert out.returncode == 0, out.stderr[-3000:]
-    line = next(x for x in out.stdout.splitlines() if x.startswith("["))
-    world, losses, weights = json.loads(line)
-    return world, losses, {n: torch.tensor(w) for n, w in weights.items()}
+    lines = [json.loads(x) for x in out.stdout.splitlines() if x.startswith("[")]
+    return {
+        f"{name} {kind}": (world, losses, {n: torch.tensor(w) for n, w in weights.items()})
+        for (name, kind, *_), (world, losses, weights) in zip(wanted, lines, strict=True)
+    }
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_two_ranks_equal_one_and_their_checkpoint_opens_in_one(tmp_path: Path, kind: str) -> None:
+def test_two_ranks_equal_one_and_their_checkpoint_opens_in_one(tmp_path: Path) -> None:
     """Six steps on one rank; six on two; three on two and three more on one from their checkpoint."""
-    world, losses, weights = go(1, tmp_path / "one", 0, 6, kind)
-    assert world == 1
-    world, two_losses, two_weights = go(2, tmp_path / "two", 0, 6, kind)
-    assert world == 2
-    _, first, _ = go(2, tmp_path / "mixed", 0, 3, kind)
-    assert len(list((tmp_path / "mixed" / "step-000003").glob("*.distcp"))) == 2
-    _, rest, mixed_weights = go(1, tmp_path / "mixed", 3, 6, kind)
-    for other in (two_losses, first + rest):
-        assert other == pytest.approx(losses, abs=1e-5)
-    for found in (two_weights, mixed_weights):
-        assert found.keys() == weights.keys()
-        for name, w in weights.items():
-            assert float((found[name] - w).abs().max()) < 1e-5, name
+    by_two = go(2, tmp_path, [("two", 0, 6), ("mixed", 0, 3)])
+    for kind in KINDS:
+        assert len(list((tmp_path / "mixed" / kind / "step-000003").glob("*.distcp"))) == 2
+    by_one = go(1, tmp_path, [("one", 0, 6), ("mixed", 3, 6)])
+    for kind in KINDS:
+        world, losses, weights = by_one[f"one {kind}"]
+        again, two_losses, two_weights = by_two[f"two {kind}"]
+        assert (world, again) == (1, 2)
+        _, first, _ = by_two[f"mixed {kind}"]
+        _, rest, mixed_weights = by_one[f"mixed {kind}"]
+        for other in (two_losses, first + rest):
+            assert other == pytest.approx(losses, abs=1e-5)
+        for found in (two_weights, mixed_weights):
+            assert found.keys() == weights.keys()
+            for name, w in weights.items():
+                assert float((found[name] - w).abs().max()) < 1e-5, name
