@@ -59,6 +59,18 @@ class GGUFSummary:
     notes: list[str] = field(default_factory=list)
 
 
+def check_gguf(hf: Any) -> str:
+    """Check that a model can be written as a GGUF file, and return llama.cpp's name of its architecture.
+
+    Raises:
+        MissingExtraError: The package gguf is missing.
+        ModelError: The model's type can't be written.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError("writing a GGUF file needs the package gguf: pip install 'posttrain[gguf]'")
+    return _architecture(hf.config.get_text_config())
+
+
 def export_gguf(
     hf: Any, tokenizer: Any, file: Path, quantization: str = "auto", embeddings: str | None = None
 ) -> GGUFSummary:
@@ -75,12 +87,9 @@ def export_gguf(
         MissingExtraError: The package gguf is missing.
         ModelError: The model's type, its tokenizer or a type of weights can't be written, or the file exists.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError("writing a GGUF file needs the package gguf: pip install 'posttrain[gguf]'")
+    architecture, config = check_gguf(hf), hf.config.get_text_config()
     if file.exists():
         raise ModelError(f"{file} exists already: name another file, or remove it first")
-    config = hf.config.get_text_config()
-    architecture = _architecture(config)
     quantization = _default_type(hf) if quantization == "auto" else quantization
     for name in (quantization, embeddings or quantization):
         if name not in GGUF_TYPES:

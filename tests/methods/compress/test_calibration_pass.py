@@ -13,9 +13,11 @@ from torch import Tensor
 from posttrain.core.errors import ModelError
 from posttrain.core.types import Sample
 from posttrain.methods.compress import calibration_pass
+from posttrain.methods.compress.awq import search_column_scales
 from posttrain.methods.compress.calibration_pass import AFTER_LAYERS, calibrate
 from posttrain.methods.compress.input_statistics import InputStatistics
 from posttrain.models.language_model import LanguageModel
+from posttrain.models.quantization_grid import Grid, round_to_nearest
 from posttrain.models.tiny_model import tiny_model
 from tests.conftest import family
 
@@ -71,6 +73,61 @@ def test_statistics_are_those_of_a_loop_over_rows(kind: str) -> None:
             assert near(statistics.squares_I, x.double().square().sum(0))
             assert near(statistics.mean_absolute_I, x.double().abs().mean(0))
             assert len(statistics.inputs_N_I) <= len(x)
+
+
+def with_massive_token() -> LanguageModel:
+    """A model in which token 5 alone reads channel 7, and layer 0 makes its hidden state a hundred times larger."""
+    model = opened("llama", hidden_size=64, intermediate_size=96)
+    layer, table = model.base.model.layers[0], model.base.get_input_embeddings().weight.data
+    table[:, 7], table[5] = 0.0, 0.0
+    table[5, 7] = 1.0
+    layer.self_attn.o_proj.weight.data[7] = 0.0
+    for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+        linear.weight.data[1:4] *= 8.0  # columns of down_proj with large inputs, which scales are for
+        linear.weight.data[0] = 0.0
+        linear.weight.data[0, 7] = 40.0
+    return model
+
+
+def test_a_token_with_massive_activations_does_not_outweigh_all_others() -> None:
+    """Errors count relative to the hidden state after the layer, whatever the batches; AWQ's scales fit the rest."""
+    generator = torch.Generator().manual_seed(0)
+    samples = [Sample([5, *torch.randint(6, 200, (14,), generator=generator).tolist()], [0.0] * 15) for _ in range(12)]
+    model, grid, found = with_massive_token(), Grid(4, 32), {}
+    hf, name = model.hf, "model.layers.0.mlp.down_proj"
+    for relative, tokens in ((True, 40), (True, 4096), (False, 4096)):
+        layer = next(iter(calibrate(model, samples, ("hessian", "absolute"), tokens_at_once=tokens, relative=relative)))
+        found[relative, tokens] = layer.statistics[name]
+    inputs, outputs = [], []
+    hooks = [
+        hf.get_submodule(name).register_forward_pre_hook(lambda m, args: inputs.append(args[0].flatten(0, -2))),
+        hf.model.layers[0].register_forward_hook(lambda m, args, out: outputs.append(out.flatten(0, -2))),
+    ]
+    with torch.no_grad():
+        for sample in samples:
+            model.hidden_T_H(model.pack([sample]))
+    for hook in hooks:
+        hook.remove()
+    x, h = (torch.cat([part[:15] for part in parts]) for parts in (inputs, outputs))
+    share = 1.0 / h.square().mean(-1)
+    share = share / share.mean()
+    assert float(share[::15].max()) < 1e-3 < float(share.min() + 1) and len(x) == 180
+    for tokens in (40, 4096):
+        statistics = found[True, tokens]
+        assert statistics.hessian_I_I is not None and near(statistics.hessian_I_I, (x * share[:, None]).t() @ x)
+        assert near(statistics.mean_absolute_I, (share[:, None] * x).double().abs().mean(0))
+    weight = hf.get_submodule(name).weight.detach()
+    others = torch.cat([x[i::15] for i in range(1, 15)])
+
+    def error(scales_I: Tensor) -> float:
+        rounded = round_to_nearest(weight * scales_I, grid).dense() / scales_I
+        return float((others @ (rounded - weight).t()).square().sum())
+
+    scales = {
+        key: search_column_scales([weight], s.hessian_I_I, s.mean_absolute_I, grid).scales_I for key, s in found.items()
+    }
+    assert error(scales[True, 40]) < 0.9 * error(torch.ones(96))
+    assert error(scales[False, 4096]) > error(torch.ones(96))
 
 
 def test_squares_alone_are_the_hessian_s_diagonal() -> None:

@@ -99,9 +99,11 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         ({"algorithm": "rtn", "damping": 0.1}, "settings of gptq"),
         ({"algorithm": "rtn", "activation_bits": 8, "bits": 4}, "bits: 8"),
         ({"algorithm": "rtn", "group": 4}, "at least 8"),
+        ({"algorithm": "rtn", "format": "gguf", "group": 48}, "multiple of 32"),
     ):
         with pytest.raises(ValueError, match=message):
             QuantizeConfig(**settings)
+    QuantizeConfig(**QuantizeConfig(algorithm="rtn").model_dump())  # as a run writes its recipe, defaults and all
 
 
 def test_layers_embeddings_and_head_that_are_chosen(tmp_path: Path) -> None:
@@ -112,6 +114,20 @@ def test_layers_embeddings_and_head_that_are_chosen(tmp_path: Path) -> None:
     assert set(bits) == {f"model.layers.1.{n}" for n in (
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
     )}  # fmt: skip
+
+
+def test_the_gguf_file_beside_the_folder_holds_the_same_numbers(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    source = folder_of(tmp_path / "start")
+    hf, entry = quantize(source, tmp_path / "q", format="gguf")
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "q" / "model.gguf").tensors}
+    down = tensors["blk.0.ffn_down.weight"]
+    assert entry["quantized"]["gguf"]["exact"] == 14 and down.tensor_type.name == "Q4_0"
+    found = torch.from_numpy(gguf.quants.dequantize(down.data, down.tensor_type))
+    assert torch.equal(found, hf.model.layers[0].mlp.down_proj.weight)
+    experts = folder_of(tmp_path / "experts", "mixtral")
+    with pytest.raises(ModelError, match="this model is mixtral"):
+        quantize(experts, tmp_path / "f", format="gguf")
 
 
 def test_inputs_in_eight_bits(tmp_path: Path) -> None:

@@ -199,7 +199,8 @@ class InputObserver(torch.overrides.TorchFunctionMode):
             if leader != name:  # shared its input in the first pass and does not now: that can't be undone
                 raise RuntimeError(f"{name} is given another input than {leader} in one pass, and the same in another")
         statistics = self.found.setdefault(name, InputStatistics(self._wanted))
-        fits = self.counts_N is not None and len(self.counts_N) == len(flat)
+        # An expert is given some of the tokens, and which ones is not seen: each counts once.
+        fits = self.counts_N is not None and len(self.counts_N) == len(flat) and ".experts." not in name
         statistics.add(flat, self.counts_N if fits else None)
 
 

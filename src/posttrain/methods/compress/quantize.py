@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LAYER_RECORD = "quantization.json"
 """File in the stage's folder that says how each layer was quantised, and what that did to its outputs."""
+GGUF_FILE = "model.gguf"
+"""File in the stage's folder for llama.cpp, with `format: gguf`."""
 log = logging.getLogger("posttrain")
 
 
@@ -35,6 +37,12 @@ class Quantize(CompressStage):
         from posttrain.core.progress import Track
         from posttrain.methods.compress.quantize_layers import LayerQuantizer, chosen_settings
 
+        file = folder / GGUF_FILE
+        if self.config.format == "gguf":
+            from posttrain.models.gguf_export import check_gguf
+
+            check_gguf(policy.base)
+            file.unlink(missing_ok=True)  # of a run that was interrupted
         chosen, notes = chosen_settings(self.config, Path(self.source))
         for note in notes:
             log.warning("%s: %s", self.config.name, note)
@@ -49,4 +57,10 @@ class Quantize(CompressStage):
                 " and others" if len(quantizer.unreached) > 3 else "",
             )
         write_json(folder / LAYER_RECORD, {"settings": chosen.model_dump(), **quantizer.record()})
-        return {"quantized": {**quantizer.summary(), **({"notes": notes} if notes else {})}}
+        entry = {**quantizer.summary(), **({"notes": notes} if notes else {})}
+        if self.config.format == "gguf":
+            from posttrain.models.gguf_export import export_gguf
+
+            written = export_gguf(policy.base, self.context.tokenizer, file)
+            entry["gguf"] = {"bytes": written.bytes, "types": written.types, "exact": written.exact}
+        return {"quantized": entry}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from posttrain.core.errors import ModelError
@@ -74,6 +75,8 @@ class LayerQuantizer:
         self.layers = quantizable(base, list(config.skip or []))
         assert config.bits is not None and config.symmetric is not None
         dtype = next(base.parameters()).dtype
+        if config.format == "gguf" and dtype == torch.float32:
+            dtype = torch.float16  # a GGUF file's scales, so that both files hold the same numbers
         self.grid = Grid(config.bits, config.group or None, config.symmetric, config.search_scales, dtype)
         self._check()
         self.head = self._head()
@@ -131,7 +134,8 @@ class LayerQuantizer:
                 folds = find_folds(self.policy, LayerByLayer(self.policy).layers)
             wanted = set(self.layers)
             statistics = COLLECTED[config.algorithm]
-            for layer in calibrate(self.policy, samples, statistics, wanted.__contains__, self.head is not None):
+            head, relative = self.head is not None, config.algorithm == "awq"
+            for layer in calibrate(self.policy, samples, statistics, wanted.__contains__, head=head, relative=relative):
                 self._layer(layer, folds[layer.number] if layer.number < len(folds) else [])
                 progress(layer.number + 1)
         self._embeddings()

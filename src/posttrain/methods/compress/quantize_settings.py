@@ -57,6 +57,11 @@ class QuantizeConfig(CompressConfig):
         0.01, gt=0, le=1, description="gptq: part of the mean of the Hessian's diagonal that is added to it."
     )
 
+    format: Literal["compressed-tensors", "gguf"] = Field(
+        "compressed-tensors",
+        description="gguf: write model.gguf beside the model's folder too, which keeps the integers (docs/quantization.md). Its scales are float16, and the model's are then as well.",
+    )
+
     @model_validator(mode="after")
     def _fits(self) -> QuantizeConfig:
         if self.calibration is None and self.algorithm != "rtn":
@@ -66,7 +71,8 @@ class QuantizeConfig(CompressConfig):
             )
         if self.calibration is not None and self.algorithm == "rtn" and not self.search_scales:
             raise ValueError("rtn looks at no rows: leave calibration out, or set search_scales or algorithm: gptq")
-        if self.algorithm != "gptq" and self.model_fields_set & {"act_order", "damping"}:
+        defaults = {name: type(self).model_fields[name].default for name in ("act_order", "damping")}
+        if self.algorithm != "gptq" and any(getattr(self, name) != value for name, value in defaults.items()):
             raise ValueError(f"act_order and damping are settings of gptq, and algorithm is {self.algorithm}")
         if self.activation_bits is not None and (self.bits != 8 or self.group):
             raise ValueError(
@@ -74,4 +80,9 @@ class QuantizeConfig(CompressConfig):
             )
         if self.group is not None and 0 < self.group < 8:
             raise ValueError(f"group is {self.group}: expected 0 (one scale a row) or at least 8")
+        if self.format == "gguf":
+            if self.group is not None and self.group % 32:
+                raise ValueError(f"format: gguf goes with groups of a multiple of 32, and group is {self.group}")
+            if self.activation_bits is not None or (self.bits == 8 and self.symmetric is False):
+                raise ValueError("format: gguf has no inputs in int8 (activation_bits) and no zeros beside bits: 8")
         return self
