@@ -25,7 +25,9 @@ from posttrain.core.errors import PosttrainError
 from posttrain.sandbox import bubblewrap
 
 Copies = Literal["never", "auto", "always"]
-SIDE_OF_TESTS = ("crossing_values", "program_channel", "pytest_functions", "remote_objects", "tests_server")
+SIDE_OF_TESTS = (
+    "crossing_values", "program_channel", "pytest_functions", "remote_objects", "shown_asserts", "tests_server",
+)  # fmt: skip
 GRACE = 0.5
 """Seconds in which the tests notice that the program is gone."""
 LONGEST_VERDICT = 1 << 16

@@ -26,6 +26,7 @@ from typing import Any
 from posttrain.sandbox.program_channel import ProgramChannel
 from posttrain.sandbox.pytest_functions import calls_of, pytest_module
 from posttrain.sandbox.remote_objects import ProgramExit, ProgramFailed, ProgramModule, RemoteObject, TestsFault
+from posttrain.sandbox.shown_asserts import SHOWN, shown_values, with_messages
 
 MODULES = ("solution", "main", "submission", "your_module")
 """Names by which tests import the program."""
@@ -150,12 +151,13 @@ def define_head(source: str, names: Names) -> None:
             names.channel.records[node.name] = names[node.name]
 
 
-def run_tests_of(names: Names, tests: ast.Module, entry_point: str) -> None:
+def run_tests_of(names: Names, tests: ast.Module, source: str, entry_point: str) -> None:
     """Run the source of the tests, then `check`, test functions and unittest's cases.
 
     Args:
         names: Their global names.
-        tests: The source.
+        tests: The tests.
+        source: Their source.
         entry_point: Expression that `check` is called with. Empty: it is not called.
     """
     cases: list[type] = []
@@ -167,7 +169,8 @@ def run_tests_of(names: Names, tests: ast.Module, entry_point: str) -> None:
                 run_case(case)
 
     unittest.main = run_cases  # type: ignore[assignment, misc]
-    exec(compile(tests, "tests", "exec"), names)
+    names[SHOWN] = shown_values
+    exec(compile(with_messages(tests, source), "tests", "exec"), names)
     defined = {n.name for n in tests.body if isinstance(n, (*FUNCTIONS, ast.ClassDef))}
     if "check" in defined and entry_point:
         names["check"](eval(entry_point, names))
@@ -247,7 +250,7 @@ def verdict_of(job: dict[str, Any], channel: ProgramChannel) -> tuple[bool, str]
         if len(names.under_test) != 1:
             return False, f"expected one of {sorted(candidates)} of the program, found {len(names.under_test)}"
     try:
-        run_tests_of(names, tests, entry_point)
+        run_tests_of(names, tests, job["tests"], entry_point)
     except BadTests:
         raise
     except SystemExit as error:
