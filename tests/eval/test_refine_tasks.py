@@ -20,8 +20,10 @@ from posttrain.eval import refine_tasks as refining
 from posttrain.eval import sampled_tasks
 from posttrain.eval.evaluation_tasks import make_evaluation
 from posttrain.eval.refine_evaluation import RefineEvaluation
+from posttrain.eval.sampled_tasks import answer_of
 from posttrain.eval.tasks import evaluate_model
 from posttrain.models.tiny_model import tiny_tokenizer
+from posttrain.rewards.verifiers import same_answer
 from posttrain.sampling.refine_turns import RefineTurn
 
 LAB = {"kind": "lab", "size": 7, "held_out": True}
@@ -176,6 +178,15 @@ def test_one_problem_by_hand() -> None:
     # The same number is the same answer; where one has no answer, or nothing votes, texts are compared.
     without = refining.refined_item(task(n=2, vote=None), 3, question, [judged("20", True)] * 2, chain)
     assert without["chain"]["changed"] and "vote" not in without["curves"]
+
+
+def test_programs_as_votes_are_texts() -> None:
+    """Programs with the same number in them are others, for votes and for agreement."""
+    one, two = "def f(x):\n return x[:-1]", "def f(x):\n return x[::-1]"
+    config = task(n=2, vote="whole")
+    assert len({answer_of(text, config) for text in (one, two, f"{one}\n")}) == 2
+    assert answer_of(" 2.0 ", config) == answer_of("2", config)
+    assert same_answer(one, one + " ", "whole") and not same_answer(one, two, "whole")
 
 
 def test_an_answer_that_the_judge_failed_on_is_wrong_and_counted() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +207,45 @@ def test_reward_model_and_judge_in_words(tmp_path: Path) -> None:
     opened.close()
     with pytest.raises(ValidationError, match=r"set judge\.mode to score"):
         source({"kind": "judge", "judge": {"model": {"source": "tiny:llama"}}})
+
+
+class _Spoken(BaseHTTPRequestHandler):
+    """A server of the protocol that answers 5, and counts tokens if it is told to."""
+
+    counts = True
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        choice = {"message": {"role": "assistant", "content": "5"}, "finish_reason": "stop"}
+        usage = {"usage": {"prompt_tokens": 70, "completion_tokens": 7}} if self.counts else {}
+        data = json.dumps({"choices": [choice], **usage}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_tokens_of_models_behind_a_server_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the server counts them; if it does not, four bytes a token. A judge costs the same in a verifier."""
+    pytest.importorskip("openai")
+    behind = ThreadingHTTPServer(("127.0.0.1", 0), _Spoken)
+    threading.Thread(target=behind.serve_forever, daemon=True).start()
+    try:
+        server = {"model": "m", "base_url": f"http://127.0.0.1:{behind.server_port}/v1"}
+        judge = {"server": server, "mode": "score", "store": str(tmp_path / "j.sqlite3")}
+        examples = [{"prompt": "2+3=", "source": "q:1"}] * 2
+        model = source({"kind": "model", "server": server, "template": "é{answer}?"})
+        verifier = {"kind": "verifier", "right_at": 3, "reward": {"kind": "judge", "judge": judge}}
+        for settings in ({"kind": "judge", "judge": judge}, verifier):
+            opened = source(settings)
+            assert [n and n.tokens for n in opened.notes(["5", "6"], examples)] == [77, 77]
+            opened.close()
+        assert [n and n.tokens for n in model.notes(["5", "6"], examples)] == [77, 77]
+        monkeypatch.setattr(_Spoken, "counts", False)
+        assert [n and n.tokens for n in model.notes(["5", "six"], examples)] == [1 + 1, 2 + 1]
+    finally:
+        behind.shutdown()
+        behind.server_close()

@@ -292,6 +292,13 @@ def test_batches_are_the_same_as_one_by_one() -> None:
         ('Verdict:"No change needed."', True),
         ("(No change needed.) Thanks", True),
         ("There's casino change needed.", False),
+        ('You asked me to write "No change needed." Line 2 is wrong.', False),
+        ('Line 2 is wrong, so I do not write "No change needed."', False),
+        ("In line 1 no change needed.\nLine 2 is wrong.", False),
+        ("Line 1 is wrong. Line 2: no change needed.", False),
+        ("No change needed.\nBut line 2 adds wrongly.", False),
+        ("- **Verdict:** No change needed.", True),
+        ("All steps hold.\n\n'No change needed.'", True),
         ("No change needed? Yes", False),
         ("<think>No change needed.</think>Line 2 is wrong", False),
         ("<think>Is it wrong?</think>\nNo change needed.", True),
@@ -305,7 +312,11 @@ def test_verdicts(feedback: str, ends: bool) -> None:
 
 def test_short_verdicts_are_words() -> None:
     assert gives_verdict("It is correct.", "correct") and gives_verdict("correct", "Correct")
-    for wrong in ("It is incorrect.", "It is not correct.", "It isn't *correct*", "correct it", "un-correct"):
+    assert gives_verdict("[4, 2] ok\nright", "right") and gives_verdict("**The final answer is correct.**", "correct")
+    for wrong in (
+        "It is incorrect.", "It is not correct.", "It isn't *correct*", "correct it", "un-correct",
+        "The first line is correct.", "Line 1 is correct.\nwrong", "The answer is correct, it says.", "correctly done",
+    ):  # fmt: skip
         assert not gives_verdict(wrong, "correct")
     assert gives_verdict(" ...\n", "...") and not gives_verdict("It is wrong...", "...")
     assert gives_verdict("这个答案没有错误。", "没有错误。") and not gives_verdict("没有错误的地方", "没有错误")

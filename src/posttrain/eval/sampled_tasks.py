@@ -164,7 +164,7 @@ def answer_of(text: str, task: SampledAnswersConfig) -> str | None:
     assert task.vote is not None
     if task.vote == "program":
         line = _printed(text, getattr(task.judge, "limits", SandboxConfig()))
-        answer = find(line, "whole") if line is not None else None
+        answer = find(line, "last_line") if line is not None else None
     else:
         answer = find(text, task.vote)
     if answer is None:

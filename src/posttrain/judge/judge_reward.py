@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -16,6 +17,8 @@ from posttrain.rewards.reward import Reward, RewardFunctions
 
 DOWN = 60.0
 """Seconds for which a failed server counts as down, so that the batch's other completions do not each wait for it."""
+MOST_SPENT = 100_000
+"""Completions whose tokens are remembered."""
 
 
 class JudgeReward(Reward):
@@ -48,6 +51,7 @@ class JudgeReward(Reward):
 
         self.judge = Judge.open(self.config.judge, f"reward {self.config.title}")
         self.failure: tuple[float, ServerError] | None = None
+        self.spent: dict[str, int] = {}
 
     def __call__(self, prompts: Sequence[Any], texts: Sequence[str]) -> list[float]:
         """Score the completions.
@@ -65,9 +69,21 @@ class JudgeReward(Reward):
         except ServerError as error:
             self.failure = (time.monotonic(), error)
             raise
+        if len(self.spent) > MOST_SPENT:
+            self.spent.clear()
+        self.spent |= {_key(prompts[i], texts[i]): score.tokens for i, score in zip(filled, scores, strict=True)}
         out = [min(self.config.judge.scale.values())] * len(texts)
         for i, score in zip(filled, scores, strict=True):
             if score.expectation is None:
                 raise LabelError(f"the judge gave no score: {score.why}")
             out[i] = score.expectation
         return out
+
+    def tokens_read(self, prompts: Sequence[Any], texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens that the judge read and wrote for each completion that it has scored."""
+        return [self.spent.get(_key(prompt, text), 0) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _key(prompt: Any, text: str) -> str:
+    """Return a short text that stands for a prompt and a completion."""
+    return hashlib.sha256(repr((prompt, text)).encode("utf-8", "surrogatepass")).hexdigest()

@@ -108,8 +108,11 @@ def answer_number(text: str, marked: bool) -> ReadNumber | None:
 
 
 def number_of(answer: ExtractedAnswer) -> Fraction | None:
-    """Return the number of an answer without applying a percent sign; None as in `answer_number`."""
-    number = answer_number(answer.text, answer.marked)
+    """Return the number of an answer without applying a percent sign; None as in `answer_number`.
+
+    A text that is taken as a whole is a number only if nothing else is in it: `x=x[1:]` is not 1.
+    """
+    number = answer_number(answer.text, answer.marked or answer.how == "whole")
     return None if number is None else number.value
 
 

@@ -411,7 +411,7 @@ class RewardStack:
 
 
 def tokens_read(stack: RewardStack, groups: Sequence[RolloutGroup]) -> dict[str, list[list[int]]]:
-    """Return the number of tokens that each reward model of a stack reads for each rollout, by reward and group.
+    """Return the number of tokens that each reward model or judge reads for each rollout, by reward and group.
 
     Args:
         stack: The stack.

@@ -120,7 +120,11 @@ class ModelFeedback(FeedbackSource):
         requests = [Request(tokens[i], 1, _seed(asked[i]), {"messages": turns[i]}) for i in fits]
         groups = self.sampler.sample(requests, config.sampler) if requests else []
         written = {i: group.rollouts[0] for i, group in zip(fits, groups, strict=True)}
-        return [self._note(written.get(i), len(t)) for i, t in enumerate(tokens)]
+        if config.server is not None:  # rollouts of a server have no tokens, but it counts them
+            spent = [of_request[0] for of_request in self.sampler.spent]
+        else:
+            spent = [len(t) + len(written[i].tokens) if i in written else 0 for i, t in enumerate(tokens)]
+        return [self._note(written.get(i), count) for i, count in enumerate(spent)]
 
     def _tokens(self, turns: Sequence[Sequence[Message]]) -> list[list[int]]:
         """Return the prompts as the model reads them: by its chat template, else as plain text."""
@@ -135,13 +139,12 @@ class ModelFeedback(FeedbackSource):
             return tokenize(tokenizer, [render_chat(tokenizer, t, generation=True) for t in turns])
         return plain_prompts([t[0]["content"] for t in turns], tokenizer)
 
-    def _note(self, rollout: Rollout | None, prompt_tokens: int) -> FeedbackNote:
+    def _note(self, rollout: Rollout | None, tokens: int) -> FeedbackNote:
         if rollout is None:
             return FeedbackNote("The answer is too long for the model that gives feedback.")
         if rollout.finish == "error":
             raise PosttrainError(f"the model that gives feedback refused: {rollout.text}")
         text, verdict, cut = said(rollout.text), self.config.verdict, rollout.finish == "length"
-        tokens = prompt_tokens + len(rollout.tokens)
         if cut and not text:  # it was still thinking
             return FeedbackNote("", None, tokens)
         right = None if verdict is None else gives_verdict(rollout.text, verdict)

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
@@ -36,8 +36,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A server's answer. tops: for each token the likeliest ones there, text → log-probability; None without them.
-    refused: why the server would not answer this request (then nothing else is set)."""
+    """A server's answer.
+
+    Attributes:
+        tops: For each token the likeliest ones there, text → log-probability; None without them.
+        prompt_tokens: As the server counts them, or estimated; completion_tokens: likewise.
+        refused: Why the server would not answer this request (then nothing else is set).
+    """
 
     text: str = ""
     finish: str = ""
@@ -135,7 +140,7 @@ class Server:
                     raw = await client.chat.completions.with_raw_response.create(**arguments)
                 reply = read_reply(raw.http_response.content, time.perf_counter() - began)
                 limits.settle(cost, reply.prompt_tokens + reply.completion_tokens)
-                return reply
+                return with_token_counts(reply, body)
             except self.openai.APIStatusError as error:
                 kind, reason, wait = self._status(error)
                 if kind == "refused":
@@ -272,6 +277,21 @@ def read_reply(content: bytes, seconds: float) -> Reply:
     if not isinstance(text, str):
         raise Broken(f"expected text in the answer, got {type(text).__name__}")
     return Reply(hide_values(whole_text(text)), finish[:40], tops, prompt, completion, seconds)
+
+
+def with_token_counts(reply: Reply, body: Mapping[str, Any]) -> Reply:
+    """Return a reply with its numbers of tokens: the server's own, or four bytes a token where it does not count.
+
+    Args:
+        reply: The reply.
+        body: What was asked.
+    """
+    asked = "".join(str(m.get("content") or "") for m in body.get("messages") or ())
+    return replace(
+        reply,
+        prompt_tokens=reply.prompt_tokens or -(-len(asked.encode("utf-8", "replace")) // 4),
+        completion_tokens=reply.completion_tokens or -(-len(reply.text.encode("utf-8", "replace")) // 4),
+    )
 
 
 def whole_text(value: Any) -> Any:

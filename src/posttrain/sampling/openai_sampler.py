@@ -22,10 +22,14 @@ class OpenAISampler:
     What is asked are the `messages` of a request's example (else its `prompt`, as the user's turn): a server takes
     text, and the request's token ids are only handed on. Rollouts hold text, neither tokens nor log-probabilities. A
     request that the server refuses, or filters, comes back with finish ``error`` and the reason as its text.
+
+    Attributes:
+        spent: Tokens that the server read and wrote in the last call of `sample`, by request and completion.
     """
 
     def __init__(self, config: ServerConfig) -> None:
         self.server = Server(config)
+        self.spent: list[list[int]] = []
 
     def sample(
         self, requests: Sequence[Request], params: SamplingConfig, on_done: OnDone | None = None
@@ -67,10 +71,12 @@ class OpenAISampler:
                 )
                 places.append((i, j))
         done: list[dict[int, Rollout]] = [{} for _ in requests]
+        self.spent = [[0] * r.n for r in requests]
 
         def keep(number: int, reply: Reply) -> None:
             i, j = places[number]
             done[i][j] = _rollout(reply)
+            self.spent[i][j] = reply.prompt_tokens + reply.completion_tokens
             if on_done is not None:
                 on_done(i, j, done[i][j])
 

@@ -19,12 +19,23 @@ NOTHING_FOUND = "(nothing to report)"
 
 NO_CHANGE = "No change needed."
 """Words of feedback that ask for no change."""
-_NEGATION = re.compile(r"not|never|hardly|cannot|\w+n['’]t", re.IGNORECASE)
 _ENDS = ".!。！"
-"""End a sentence."""
-_CLOSING, _OPENING = "\\s*\"'”’)\\]", " *\"'“‘(["
-"""May stand between a verdict and the end of its line, or before it."""
-_INSIDE_WORDS = tuple("_-'’")
+"""End a sentence, as a verdict may."""
+_CLOSING, _OPENING, _QUOTES = " *\"'”’)]", " *#>-–•\"'“‘([", "\"'“‘"
+"""May stand between a verdict and the end of its line; before it; and mean that others are quoted."""
+_SENTENCE = re.compile(r"""(?<=[.!?。！？])[*"'”’)\]]*(?:\s+|(?<=[。！？]))""")
+_LABEL = re.compile(
+    r"(?:[\w*]+ )?(?:verdict|feedback|conclusion|result|answer|reply|review|check|summary|overall|critique|judge?ment)"
+    r"\**\s*:|(?:i see|ok|okay|so|well)[:,]", re.IGNORECASE,
+)  # fmt: skip
+"""May stand before a verdict: `Final verdict:`."""
+_SUBJECT = re.compile(
+    r"(?:it|this|that|there|everything|all|(?:the|this|your|my) (?:whole |entire |final |last )?"
+    r"(?:answer|solution|program|code|function|response|result|text|reasoning)) (?:is|are|was|looks|seems)"
+    r"(?: always| all| already| completely| now)?", re.IGNORECASE,
+)  # fmt: skip
+"""Makes a sentence of a verdict that is a word: `The answer is correct.`"""
+_BUT = re.compile(r"\W*(?:but|however|except|although|though|yet|only|unless|still)\b", re.IGNORECASE)
 
 Pieces = list[tuple[str, bool]]
 """Texts in order, each with True if it quotes a source of feedback, and may be cut."""
@@ -188,11 +199,12 @@ def said(text: str) -> str:
 
 
 def gives_verdict(feedback: str, verdict: str) -> bool:
-    """Return True if feedback has the words of a verdict, which end a line or a sentence of it.
+    """Return True if feedback has the words of a verdict in their place: as its first sentence, or its last.
 
-    Case, spaces and a full stop don't count. The words must not be a part of others ("correct" in "incorrect"), and not
-    follow a negation ("not correct"); "no change needed, but ..." is no verdict either. What a model thinks before its
-    feedback (<think>…</think>) does not count.
+    The sentence is the verdict alone, or begins with a label (`Verdict: ...`) or with what the verdict is about (`The
+    answer is correct.`). Case, spaces and marks around it don't count. Words that are inside a sentence, quoted in one
+    ("do not write 'correct'"), parts of others ("incorrect") or after a negation are no verdict. Nor is a first
+    sentence that the next one takes back ("But ..."). What a model thinks first (<think>…</think>) does not count.
     """
     feedback = said(feedback)
     if "<think>" in feedback:
@@ -200,13 +212,37 @@ def gives_verdict(feedback: str, verdict: str) -> bool:
     wanted = " ".join(verdict.split()).rstrip(_ENDS)
     if not wanted:  # punctuation alone
         return feedback.strip() == verdict.strip()
-    found = re.compile(rf"{re.escape(wanted)}(?=[{_ENDS}]|[{_CLOSING}]*$)", re.IGNORECASE)
-    joined = re.match(f"[{UNSPACED}]", wanted)  # words of such a script have no spaces between them
-    for line in feedback.splitlines():
-        text = " ".join(line.split())
-        for match in found.finditer(text):
-            before = text[: match.start()]
-            if joined or not (before[-1:].isalnum() or before[-1:] in _INSIDE_WORDS):
-                if not _NEGATION.fullmatch(before.rstrip(_OPENING).rpartition(" ")[2]):
-                    return True
-    return False
+    lines = [" ".join(line.split()) for line in feedback.splitlines() if line.strip()]
+    return bool(lines) and (_concludes(lines[-1], wanted) or _opens(lines, wanted))
+
+
+def _concludes(line: str, wanted: str) -> bool:
+    """Return True if the last sentence of a line is a verdict."""
+    text = line.rstrip(_ENDS + _CLOSING)
+    if text[-len(wanted) :].casefold() != wanted.casefold():
+        return False
+    before = text[: -len(wanted)]
+    if re.match(f"[{UNSPACED}]", wanted):  # words of such a script have no spaces between them
+        return True
+    lead = _SENTENCE.split(before)[-1]
+    subject = lead.rstrip(_OPENING)
+    marks = lead[len(subject) :]
+    if not subject.strip(_OPENING):
+        return True
+    if subject[-1] in ":,":
+        return _LABEL.fullmatch(subject.strip(_OPENING)) is not None
+    quotes = any(mark in _QUOTES for mark in marks)
+    return " " in marks and not quotes and _SUBJECT.fullmatch(subject.strip(_OPENING)) is not None
+
+
+def _opens(lines: Sequence[str], wanted: str) -> bool:
+    """Return True if the first sentence of feedback is a verdict alone, and the next one does not take it back."""
+    text = lines[0].lstrip(_OPENING)
+    if text[: len(wanted)].casefold() != wanted.casefold():
+        return False
+    after = text[len(wanted) :]
+    rest = after.lstrip(_ENDS + _CLOSING)
+    marks = after[: len(after) - len(rest)]
+    ended = not rest or (any(mark in _ENDS for mark in marks) and (marks.endswith(" ") or marks[-1] in "。！"))
+    following = rest or (lines[1] if len(lines) > 1 else "")
+    return ended and _BUT.match(following) is None
