@@ -16,16 +16,17 @@ from posttrain.data.prompt_sources import LabPrompts
 from posttrain.data.prompts import load_prompts
 from posttrain.data.synthetic import refine_talks as talks
 from posttrain.data.synthetic import sums
-from posttrain.lab import refine_lab
+from posttrain.lab import talk_lab
 from posttrain.lab.lab_settings import LabSettings
 from posttrain.lab.make_lab import make_lab
+from posttrain.lab.refine_lab import RefineLab
 from posttrain.models import loading as load
 from posttrain.sampling.feedback_source import open_feedback
 from posttrain.sampling.refine_environment import RefineEnvironment
 
 COUNT = 6000
 TALKS = [talks.talk_at(5, i) for i in range(COUNT)]
-TOKENIZER = refine_lab.refine_tokenizer()
+TOKENIZER = RefineLab.make_tokenizer()
 SUM = re.compile(r"[1-9](\+[1-9]){3,4}=")
 ABOUT_SUMS = [t for t in TALKS if SUM.fullmatch(t[0]["content"])]
 
@@ -144,11 +145,11 @@ def test_a_talk_is_a_function_of_seed_and_index_and_of_no_held_out_sum() -> None
 
 
 def test_the_tokenizer_writes_talks_as_its_template_does() -> None:
-    samples = refine_lab.RefineLab(LabSettings(seed=5, batch_size=300), TOKENIZER).batch(0)
+    samples = RefineLab(LabSettings(seed=5, batch_size=300), TOKENIZER).batch(0)
     for talk, sample in zip(TALKS, samples, strict=False):
         ids = list(sample.tokens)
-        assert TOKENIZER.apply_chat_template(talk, tokenize=False) == refine_lab.written_talk(talk)
-        assert TOKENIZER.decode(ids) == refine_lab.written_talk(talk)
+        assert TOKENIZER.apply_chat_template(talk, tokenize=False) == talk_lab.written_talk(talk)
+        assert TOKENIZER.decode(ids) == talk_lab.written_talk(talk)
         asked = TOKENIZER.apply_chat_template(talk[:-1], add_generation_prompt=True, return_dict=False)
         assert ids[: len(asked)] == list(asked) and ids[-1] == TOKENIZER.eos_token_id
         assert len(ids) < 256 and list(sample.weights) == [0.0] + [1.0] * (len(ids) - 1)
@@ -166,7 +167,7 @@ def test_it_is_made_measured_and_opened_by_its_name(tmp_path: Path, monkeypatch:
     prompts = load_prompts(LabPrompts.Config(size=3, held_out=True, chat=True), tokenizer, context=256)
     row = sums.sum_problems(0, 1, held_out=True)[0]
     assert prompts.items[0].text == f">{row['prompt']}\n<" and prompts.items[0].problem["answer"] == row["answer"]
-    assert "6 held-out sums" in refine_lab.RefineLab.describe(said)
+    assert "6 held-out sums" in RefineLab.describe(said)
 
 
 def test_the_measurement_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,12 +184,12 @@ def test_the_measurement_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     order = iter(turns.values())
     seen: list[Any] = []
 
-    def turn(policy: Any, tokenizer: Any, prompts: Any, temperature: float = 0.0) -> list[str]:
+    def turn(policy: Any, tokenizer: Any, prompts: Any, *_: Any) -> list[str]:
         seen.append([list(p) for p in prompts])
         return next(order)
 
-    monkeypatch.setattr(refine_lab, "likeliest", turn)
-    said = refine_lab.RefineLab(LabSettings(kind="refine", measured=4), TOKENIZER).measure(None)  # type: ignore[arg-type]
+    monkeypatch.setattr(talk_lab, "likeliest", turn)
+    said = RefineLab(LabSettings(kind="refine", measured=4), TOKENIZER).measure(None)  # type: ignore[arg-type]
     assert said == {
         "first": 0.25, "sampled": 0.75, "check": 0.75, "check_of_right": 1.0, "check_of_wrong": 0.6667,
         "refined": 0.5, "corrected": 0.5, "again": 0.25, "measured": 4,

@@ -13,8 +13,10 @@ from posttrain.cli.arguments import make_console
 def lab_command(
     output: Annotated[Path | None, typer.Option(help="Folder to make. [default: the cache's, for lab:SEED]")] = None,
     kind: Annotated[
-        Literal["sums", "reviews", "refine"],
-        typer.Option(help="Answers sums; writes movie reviews, for RLHF; or answers, checks and refines sums."),
+        Literal["sums", "reviews", "refine", "programs"],
+        typer.Option(
+            help="Answers sums; writes movie reviews, for RLHF; or answers, checks and refines sums, or small programs."
+        ),
     ] = "sums",
     seed: Annotated[int, typer.Option(min=0, max=999_999_999, help="Another seed, another model of its kind.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Pretraining steps. [default: enough, in minutes]")] = None,

@@ -47,6 +47,7 @@ PROMPT_SOURCES: dict[str, str] = {
     "rows": "posttrain.data.prompt_sources:RowPrompts",
     "reasoning-gym": "posttrain.data.prompt_sources:GymPrompts",
     "lab": "posttrain.data.prompt_sources:LabPrompts",
+    "lab_programs": "posttrain.data.prompt_sources:LabProgramPrompts",
     "human_eval": "posttrain.data.prompt_sources:HumanEvalPrompts",
 }
 """Sources of prompts for RL and for data that a model makes: classes with a nested `Config` and a method `load()`."""

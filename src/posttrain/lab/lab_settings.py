@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 END = "<|endoftext|>"
-LabKind = Literal["sums", "reviews", "refine"]
+LabKind = Literal["sums", "reviews", "refine", "programs"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LabSettings:
     measured: int = 512
 
 
-def byte_level_bpe(texts: Iterable[str], size: int, min_frequency: int, digits: bool) -> Any:
+def byte_level_bpe(texts: Iterable[str], size: int, min_frequency: int, digits: bool, apart: str | None = None) -> Any:
     """Train a byte-level BPE tokenizer for transformers.
 
     Args:
@@ -39,14 +39,17 @@ def byte_level_bpe(texts: Iterable[str], size: int, min_frequency: int, digits: 
         size: Most tokens that it has.
         min_frequency: How often a pair must occur to be merged.
         digits: Make every digit one token.
+        apart: Pattern of what stays apart from the text around it; tokens may then hold several words of a line.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digit = pre_tokenizers.Digits(individual_digits=True)
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=apart is None)
+    parts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    if apart is not None:
+        parts += [pre_tokenizers.Split("\n", "merged_with_previous"), pre_tokenizers.Split(Regex(apart), "isolated")]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digit, level]) if digits else level
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*parts, level]) if parts else level
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,

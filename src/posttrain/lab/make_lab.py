@@ -17,19 +17,22 @@ from posttrain.core.errors import ModelError
 from posttrain.core.files import write_json
 from posttrain.core.progress import Track
 from posttrain.lab.lab_settings import LabKind, LabSettings
+from posttrain.lab.programs_lab import ProgramsLab
 from posttrain.lab.refine_lab import RefineLab
 from posttrain.lab.reviews_lab import ReviewsLab
 from posttrain.lab.sums_lab import SumsLab
+from posttrain.lab.talk_lab import TalkLab
 from posttrain.models.backends import backend_for
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import LAB_VERSION, lab_folder, pick_device, quiet
 from posttrain.models.saving import save_trained
 from posttrain.trainer.train_step import Learner
 
-LABS: dict[LabKind, type[SumsLab | ReviewsLab | RefineLab]] = {
+LABS: dict[LabKind, type[SumsLab | ReviewsLab | TalkLab]] = {
     "sums": SumsLab,
     "reviews": ReviewsLab,
     "refine": RefineLab,
+    "programs": ProgramsLab,
 }
 
 
@@ -111,7 +114,7 @@ def build_lab_model(settings: LabSettings, vocabulary: int, end: int) -> Any:
         return LlamaForCausalLM(config)
 
 
-def pretrain(policy: LanguageModel, lab: SumsLab | ReviewsLab | RefineLab, shown: bool = True) -> float:
+def pretrain(policy: LanguageModel, lab: SumsLab | ReviewsLab | TalkLab, shown: bool = True) -> float:
     """Train on next-token prediction, and return the mean loss of the last 20 steps.
 
     Args:

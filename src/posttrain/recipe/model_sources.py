@@ -69,10 +69,11 @@ def _tiny(source: str, model_type: str) -> ModelSource:
 
 
 def _lab(source: str, rest: str) -> ModelSource:
-    found = re.fullmatch(r"(?:(reviews|refine)(?::|$))?([0-9]{0,9})", rest)
+    found = re.fullmatch(r"(?:(reviews|refine|programs)(?::|$))?([0-9]{0,9})", rest)
     if found is None:
         raise ModelError(
-            f"model source {source!r}: expected lab:, lab:SEED, lab:KIND or lab:KIND:SEED (KIND: reviews, refine)"
+            f"model source {source!r}: expected lab:, lab:SEED, lab:KIND or lab:KIND:SEED (KIND: reviews, refine, "
+            "programs)"
         )
     return ModelSource("lab", f"{found[1] or 'sums'}:{int(found[2] or 0)}")
 

@@ -1,0 +1,69 @@
+"""The laboratory of small programs, whose model can run a program on a test better than it can write one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from posttrain.core.types import Message
+from posttrain.data.synthetic import program_talks as talks
+from posttrain.data.synthetic import small_programs as language
+from posttrain.lab.lab_settings import byte_level_bpe
+from posttrain.lab.talk_lab import AGAIN, CHAT_TEMPLATE, TalkLab, written_talk
+
+APART = r"(?:\[|, )?\d+|[<>]"
+"""Numbers of a list with what is before them, so that a list has few tokens; `<` and `>`, by which turns begin."""
+
+
+class ProgramsLab(TalkLab):
+    """Hold what is specific to the laboratory of small programs."""
+
+    steps = 800
+    batch_size = 48
+    longest = 64
+    answers_alone = True
+    problems_name = "programs"
+    talk_at = staticmethod(talks.talk_at)
+    rows = staticmethod(language.program_rows)
+
+    @staticmethod
+    def make_tokenizer() -> Any:
+        """Make a tokenizer with a token for every number and nearly every line of a program, the same for all seeds."""
+        texts = (written_talk(talks.talk_at(0, i)) for i in range(6000))
+        tokenizer = byte_level_bpe(texts, size=768, min_frequency=20, digits=False, apart=APART)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        return tokenizer
+
+    @staticmethod
+    def is_right(text: str, row: Mapping[str, Any]) -> bool:
+        """Return True if a program of the language passes the tests that the question does not show.
+
+        The language's programs are run without the sandbox, which is not on every machine that makes a laboratory.
+        """
+        return language.passes(text, row["test"])
+
+    def measure_more(
+        self,
+        asked: Sequence[list[Message]],
+        first: Sequence[str],
+        written: Callable[[Sequence[Sequence[Message]]], list[str]],
+        right_of: Callable[[Sequence[str]], list[bool]],
+    ) -> dict[str, Any]:
+        """Return `tested`: right programs after another one where a shown test failed, with the words of `tests`."""
+        rows = self.rows(self.settings.seed, self.settings.measured, True)
+        told: dict[int, list[Message]] = {}
+        for i, (text, row) in enumerate(zip(first, rows, strict=True)):
+            lines = language.read_program(text)
+            if lines is not None and not language.passes(text, row["visible"]):
+                said = talks.tests_text(language.read_tests(row["visible"]), lines)
+                turns: list[Message] = [{"role": "assistant", "content": text}]
+                told[i] = [*asked[i], *turns, {"role": "user", "content": f"{said}\n{AGAIN}"}]
+        revised = dict(zip(told, written(list(told.values())), strict=True)) if told else {}
+        right = right_of([revised.get(i, text) for i, text in enumerate(first)])
+        return {"tested": round(sum(right) / len(right), 4)}
+
+    @classmethod
+    def describe(cls, result: Mapping[str, Any]) -> str:
+        """Return a sentence about the measurement."""
+        told = f" After one round of feedback by the shown tests: {result['tested']:.1%}."
+        return super().describe(result) + told
