@@ -25,7 +25,7 @@ from posttrain.models import loading as load
 from posttrain.sampling.feedback_source import open_feedback
 from posttrain.sandbox import SandboxError, require_sandbox
 
-TALKS = [talks.talk_at(5, i) for i in range(1200)]
+TALKS = [talks.program_talk_at(5, i) for i in range(1200)]
 TOKENIZER = ProgramsLab.make_tokenizer()
 ROWS = language.program_rows(0, 60, held_out=True)
 
@@ -40,7 +40,7 @@ def python_result(program: str, given: list[int]) -> Any:
 
 
 def program_turns(talk: list[Message]) -> list[str]:
-    return [t["content"] for t in talk if t["role"] == "assistant" and t["content"].startswith(language.HEAD)]
+    return [t["content"] for t in talk if t["role"] == "assistant" and t["content"].startswith(language.PROGRAM_HEAD)]
 
 
 def test_the_language_is_python() -> None:
@@ -50,7 +50,7 @@ def test_the_language_is_python() -> None:
         body = [line] if line in language.END_LINES else [line, " return x"]
         for _ in range(6):
             given = language.draw_list(rng)
-            assert language.result(body, given) == python_result(language.written_program(body), given), line
+            assert language.result_of(body, given) == python_result(language.written_program(body), given), line
     assert language.read_program("def f(x):\n x=x[1:]\n return x\n") == (" x=x[1:]", " return x")
     for other in ("", "def f(x):", "def f(x):\n x=x[1:]", "def f(x):\n return y", "def f(x):\n return x\n1"):
         assert language.read_program(other) is None
@@ -78,7 +78,7 @@ def test_questions_and_tests() -> None:
 def _slipped(talk: list[Message]) -> str:
     """A first program that is a held-out one by a slip, for another question."""
     first = [*program_turns(talk), ""][0]
-    return first if first and language.is_held_out(language.read_program(first) or ()) else ""
+    return first if first and language.is_held_out_program(language.read_program(first) or ()) else ""
 
 
 def test_how_often_programs_checks_and_revisions_are_right() -> None:
@@ -104,14 +104,14 @@ def test_how_often_programs_checks_and_revisions_are_right() -> None:
 
 
 def test_a_check_runs_the_program_in_words() -> None:
-    step, end = (s for s in (language.Step("drop one", " x=x[1:]", " x=x[:-1]", 0.5), language.ENDS[1][1]))
+    step, end = (s for s in (language.ProgramStep("drop one", " x=x[1:]", " x=x[:-1]", 0.5), language.END_STEPS[1][1]))
     cases = (language.Case([1, 2], 1), language.Case([], 0))
     problem = language.ProgramProblem((step, end), cases)
     assert problem.question == "drop one, count\nf([1, 2]) == 1\nf([]) == 0"
-    assert talks.check_text(problem, problem.lines) == "[1, 2]\n[2]\n1\nwant 1\n[]\n[]\n0\nwant 0\nright"
-    assert talks.check_text(problem, problem.lines, lazy=True) == "[1, 2]\n[2]\n1\nwant 1\nright"
-    assert talks.check_text(problem, (" x=x[1:]", " return x")) == "[1, 2]\n[2]\nwant 1\nwrong"
-    assert talks.check_text(problem, (" return len(x)",)) == "[1, 2]\n2\nwant 1\nwrong"
+    assert talks.run_check(problem, problem.lines) == "[1, 2]\n[2]\n1\nwant 1\n[]\n[]\n0\nwant 0\nright"
+    assert talks.run_check(problem, problem.lines, lazy=True) == "[1, 2]\n[2]\n1\nwant 1\nright"
+    assert talks.run_check(problem, (" x=x[1:]", " return x")) == "[1, 2]\n[2]\nwant 1\nwrong"
+    assert talks.run_check(problem, (" return len(x)",)) == "[1, 2]\n2\nwant 1\nwrong"
 
 
 def test_tests_say_in_the_sandbox_what_the_talks_say() -> None:

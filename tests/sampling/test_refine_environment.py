@@ -132,6 +132,9 @@ def test_feedback_from_outside_and_satisfied_sources() -> None:
     given = {"wordless": lambda a, e: FeedbackNote("", a == "5")}
     (r,), _ = run(wordless, ["6" + END, "5" + END], given=given)
     assert "The result:\n(nothing to report)\n\n" in told(r, wordless)[1][1]
+    given = {"wordless": lambda a, e: FeedbackNote("It printed 6.", informs=True)}  # names no mistake
+    (r,), _ = run(wordless, ["6" + END, "5" + END], given=given)
+    assert told(r, wordless)[1][1].endswith("The result:\nIt printed 6.\n\n" + CHAT["text"].alone)
     # With own feedback, what the sources say is in the request for it.
     both = settings(feedback=[source], revision="{answer} of {prompt}? {feedback}!")
     (r,), _ = run(both, ["6" + END, "it is {5}" + END, "5" + END], given={"checked": checked})

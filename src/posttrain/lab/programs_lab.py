@@ -9,9 +9,9 @@ from posttrain.core.types import Message
 from posttrain.data.synthetic import program_talks as talks
 from posttrain.data.synthetic import small_programs as language
 from posttrain.lab.lab_settings import byte_level_bpe
-from posttrain.lab.talk_lab import AGAIN, CHAT_TEMPLATE, TalkLab, written_talk
+from posttrain.lab.talk_lab import CHAT_TEMPLATE, TalkLab, written_talk
 
-APART = r"(?:\[|, )?\d+|[<>]"
+KEPT_APART = r"(?:\[|, )?\d+|[<>]"
 """Numbers of a list with what is before them, so that a list has few tokens; `<` and `>`, by which turns begin."""
 
 
@@ -23,14 +23,14 @@ class ProgramsLab(TalkLab):
     longest = 64
     answers_alone = True
     problems_name = "programs"
-    talk_at = staticmethod(talks.talk_at)
+    talk_at = staticmethod(talks.program_talk_at)
     rows = staticmethod(language.program_rows)
 
     @staticmethod
     def make_tokenizer() -> Any:
         """Make a tokenizer with a token for every number and nearly every line of a program, the same for all seeds."""
-        texts = (written_talk(talks.talk_at(0, i)) for i in range(6000))
-        tokenizer = byte_level_bpe(texts, size=768, min_frequency=20, digits=False, apart=APART)
+        texts = (written_talk(talks.program_talk_at(0, i)) for i in range(6000))
+        tokenizer = byte_level_bpe(texts, size=768, min_frequency=20, digits=False, apart=KEPT_APART)
         tokenizer.chat_template = CHAT_TEMPLATE
         return tokenizer
 
@@ -49,7 +49,14 @@ class ProgramsLab(TalkLab):
         written: Callable[[Sequence[Sequence[Message]]], list[str]],
         right_of: Callable[[Sequence[str]], list[bool]],
     ) -> dict[str, Any]:
-        """Return `tested`: right programs after another one where a shown test failed, with the words of `tests`."""
+        """Return `tested`: right programs after another one where a shown test failed, with the words of `tests`.
+
+        Args:
+            asked: The held-out problems as conversations.
+            first: The likeliest first programs.
+            written: Returns the likeliest next turn of conversations.
+            right_of: Returns which programs are right.
+        """
         rows = self.rows(self.settings.seed, self.settings.measured, True)
         told: dict[int, list[Message]] = {}
         for i, (text, row) in enumerate(zip(first, rows, strict=True)):
@@ -57,7 +64,7 @@ class ProgramsLab(TalkLab):
             if lines is not None and not language.passes(text, row["visible"]):
                 said = talks.tests_text(language.read_tests(row["visible"]), lines)
                 turns: list[Message] = [{"role": "assistant", "content": text}]
-                told[i] = [*asked[i], *turns, {"role": "user", "content": f"{said}\n{AGAIN}"}]
+                told[i] = [*asked[i], *turns, {"role": "user", "content": f"{said}\n{talks.AGAIN}"}]
         revised = dict(zip(told, written(list(told.values())), strict=True)) if told else {}
         right = right_of([revised.get(i, text) for i, text in enumerate(first)])
         return {"tested": round(sum(right) / len(right), 4)}

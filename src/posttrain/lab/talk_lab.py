@@ -14,6 +14,7 @@ from posttrain.config import SamplingConfig
 from posttrain.core.files import write_text
 from posttrain.core.types import Message, Sample
 from posttrain.data.chat_template import render_chat
+from posttrain.data.synthetic.refine_talks import AGAIN, CHECK, RIGHT
 from posttrain.data.tokenizing import tokenize
 from posttrain.lab.lab_settings import END, LabSettings
 from posttrain.models.language_model import LanguageModel
@@ -24,10 +25,6 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<' + m.content + '" + END + "' }}"
     "{% else %}{{ '>' + m.content + '\\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<' }}{% endif %}"
 )
-CHECK, AGAIN = "check", "again"
-"""What the user writes to get a check, and another answer."""
-RIGHT = "right"
-"""Last line of a check that finds nothing."""
 
 
 def written_talk(talk: Sequence[Message]) -> str:
@@ -67,7 +64,13 @@ class TalkLab:
 
     @staticmethod
     def rows(seed: int, count: int, held_out: bool) -> list[dict[str, Any]]:
-        """Return problems: prompt, and what `is_right` needs."""
+        """Return problems: prompt, and what `is_right` needs.
+
+        Args:
+            seed: Seed of the draw.
+            count: Number of problems.
+            held_out: Take those that are in no talk.
+        """
         raise NotImplementedError
 
     @staticmethod

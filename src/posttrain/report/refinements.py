@@ -131,6 +131,7 @@ def refining_in_words(refine: Mapping[str, Any]) -> str:
     if cost["enough"]:
         said.append(f"At equal tokens ({k} samples) the best of the others, {name}, has {_percent(best['value'])}:")
     else:
+        k = f"{cost['compared_at']:g}"
         said.append(
             f"The same tokens pay for {format_fixed(cost['k'], 1)} samples, and there are {k}: set n higher. "
             f"With all {k} the best of the others, {name}, has {_percent(best['value'])}:"

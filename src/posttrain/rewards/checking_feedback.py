@@ -108,7 +108,7 @@ class InterpreterFeedback(FeedbackSource):
             text = (
                 f"The program printed:\n{fenced(output)}" if output.strip() else "The program ran and printed nothing."
             )
-            return FeedbackNote(text)
+            return FeedbackNote(text, informs=True)
         why = WHY_ENDED.get(done.status, "").format(seconds=limits.seconds, memory_mb=limits.memory_mb)
         text = f"The program was ended: {why}." if why else f"The program failed:\n{fenced(errors)}"
         if output.strip():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -32,11 +32,14 @@ class FeedbackNote:
         text: The feedback in words, as the model reads it.
         right: True if nothing is wrong as far as the source knows, False if something is. None: it does not know.
         tokens: Number of tokens that another model read and wrote for it.
+        informs: True if it names no mistakes (a program's output, a passage): the request then says that there may be
+            one, not "without these mistakes".
     """
 
     text: str
     right: bool | None = None
     tokens: int = 0
+    informs: bool = field(default=False, compare=False)
 
 
 class FeedbackSource:
@@ -133,7 +136,7 @@ class OpenedFeedback:
             elif isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
                 expected = "tokens to be a number of tokens"
             else:
-                made = FeedbackNote(readable(note.text), right, tokens)
+                made = FeedbackNote(readable(note.text), right, tokens, note.informs)
                 return made if made.text.strip() or right is not None or tokens else None
         raise PosttrainError(
             f"feedback {self.config.title}: for {_place(example)} it returned {repr(said)[:80]} "

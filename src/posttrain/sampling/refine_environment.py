@@ -272,7 +272,8 @@ class RefineEnvironment:
             return QuotingReply([*head, *fill_template(words.critique + end, values)]), False
         if config.revision is not None:
             return QuotingReply(fill_template(config.revision, values)), False
-        return QuotingReply([*head, *fill_template(words.revision if notes else words.alone, values)]), False
+        named = any(not note.informs for note in notes)
+        return QuotingReply([*head, *fill_template(words.revision if named else words.alone, values)]), False
 
     def _after_feedback(self, state: RefineState, feedback: str) -> RefineReply:
         """Return the request for a revision, or that the model's own feedback ends the loop."""

@@ -48,4 +48,4 @@ class RetrievalFeedback(FeedbackSource):
         found = self.index.nearest("\n".join(texts), self.config.passages)
         if not found:
             return None
-        return FeedbackNote("The documents say:\n" + "\n".join(f"- {passage}" for passage in found))
+        return FeedbackNote("The documents say:\n" + "\n".join(f"- {passage}" for passage in found), informs=True)

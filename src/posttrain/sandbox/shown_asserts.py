@@ -8,9 +8,9 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-SHOWN = "__shown_values__"
+SHOWN_VALUES = "__shown_values__"
 """Name by which asserts call `shown_values`."""
-LONGEST = 120
+LONGEST_SHOWN = 120
 """Characters of a value, or of the source of one side."""
 MOST_PARTS = 2000
 """Values in a container that is shown."""
@@ -38,7 +38,7 @@ class _Comparisons(ast.NodeTransformer):
             shown += [ast.Constant(text), ast.Name(name, ast.Load())]
         if shown:
             node.test = ast.Compare(sides[0], test.ops, [sides[1]])
-            node.msg = ast.Call(ast.Name(SHOWN, ast.Load()), shown, [])
+            node.msg = ast.Call(ast.Name(SHOWN_VALUES, ast.Load()), shown, [])
             ast.copy_location(node.test, test)
             ast.copy_location(node.msg, test)
         return ast.fix_missing_locations(node)
@@ -96,4 +96,4 @@ def _parts(value: Any, left: int) -> int:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."

@@ -26,7 +26,7 @@ from typing import Any
 from posttrain.sandbox.program_channel import ProgramChannel
 from posttrain.sandbox.pytest_functions import calls_of, pytest_module
 from posttrain.sandbox.remote_objects import ProgramExit, ProgramFailed, ProgramModule, RemoteObject, TestsFault
-from posttrain.sandbox.shown_asserts import SHOWN, shown_values, with_messages
+from posttrain.sandbox.shown_asserts import SHOWN_VALUES, shown_values, with_messages
 
 MODULES = ("solution", "main", "submission", "your_module")
 """Names by which tests import the program."""
@@ -169,7 +169,7 @@ def run_tests_of(names: Names, tests: ast.Module, source: str, entry_point: str)
                 run_case(case)
 
     unittest.main = run_cases  # type: ignore[assignment, misc]
-    names[SHOWN] = shown_values
+    names[SHOWN_VALUES] = shown_values
     exec(compile(with_messages(tests, source), "tests", "exec"), names)
     defined = {n.name for n in tests.body if isinstance(n, (*FUNCTIONS, ast.ClassDef))}
     if "check" in defined and entry_point:

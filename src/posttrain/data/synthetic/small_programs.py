@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
-HEAD = "def f(x):"
+from posttrain.data.synthetic.sums import HELD_OUT_EVERY
+
+PROGRAM_HEAD = "def f(x):"
 ERROR = "error"
 """Stands for a result that does not exist, since a line failed."""
-HELD_OUT_EVERY = 8
 VISIBLE, HIDDEN = 2, 6
 """Tests that a question shows, and others that decide if a program is right."""
 SHOWN_SLIPS = 0.85
 """Share of the questions whose shown tests fail every program with a slip; the others may miss one, as tests do."""
-LONGEST = 3
+LONGEST_LIST = 3
 """Most numbers in a list that is tested."""
 
 Value = list[int] | int | str
@@ -63,7 +64,7 @@ for _n in range(10):
     STEP_LINES.update({f" x=[v for v in x if v{sign}{_n}]": _filtered(keep, _n) for sign, keep in _KEPT.items()})
 
 
-class Step(NamedTuple):
+class ProgramStep(NamedTuple):
     """Hold a step of a program, or its end.
 
     Attributes:
@@ -82,22 +83,22 @@ class Step(NamedTuple):
 OFTEN, SELDOM = 0.7, 0.06
 """How often a line gets a slip: one that is hard, and another."""
 _UP, _DOWN, _FIRST, _LAST = " x=sorted(x)", " x=sorted(x)[::-1]", " x=x[1:]", " x=x[:-1]"
-STEPS: list[tuple[float, tuple[int, ...], Step]] = [
-    (0.09, (0,), Step("sort", _UP, _DOWN, 0.2)),
-    (0.07, (0,), Step("sort", _DOWN, _UP, 0.8)),
-    (0.06, (0,), Step("drop one", _FIRST, _LAST, 0.2)),
-    (0.06, (0,), Step("drop one", _LAST, _FIRST, 0.8)),
-    (0.2, (0,), Step("double", " x=[v*2 for v in x]", " x=[v+2 for v in x]", OFTEN)),
-    (0.16, (3, 4, 5, 6), Step("from {n}", " x=[v for v in x if v>={n}]", " x=[v for v in x if v>{n}]", OFTEN)),
-    (0.12, (4, 5, 6, 7), Step("below {n}", " x=[v for v in x if v<{n}]", " x=[v for v in x if v<={n}]", SELDOM)),
-    (0.12, (1, 2, 3), Step("add {n}", " x=[v+{n} for v in x]", " x=[v*{n} for v in x]", SELDOM)),
-    (0.12, (0,), Step("reverse", " x=x[::-1]", _UP, SELDOM)),
+LIST_STEPS: list[tuple[float, tuple[int, ...], ProgramStep]] = [
+    (0.09, (0,), ProgramStep("sort", _UP, _DOWN, 0.2)),
+    (0.07, (0,), ProgramStep("sort", _DOWN, _UP, 0.8)),
+    (0.06, (0,), ProgramStep("drop one", _FIRST, _LAST, 0.2)),
+    (0.06, (0,), ProgramStep("drop one", _LAST, _FIRST, 0.8)),
+    (0.2, (0,), ProgramStep("double", " x=[v*2 for v in x]", " x=[v+2 for v in x]", OFTEN)),
+    (0.16, (3, 4, 5, 6), ProgramStep("from {n}", " x=[v for v in x if v>={n}]", " x=[v for v in x if v>{n}]", OFTEN)),
+    (0.12, (4, 5, 6, 7), ProgramStep("below {n}", " x=[v for v in x if v<{n}]", " x=[v for v in x if v<={n}]", SELDOM)),
+    (0.12, (1, 2, 3), ProgramStep("add {n}", " x=[v+{n} for v in x]", " x=[v*{n} for v in x]", SELDOM)),
+    (0.12, (0,), ProgramStep("reverse", " x=x[::-1]", _UP, SELDOM)),
 ]
 """(share, numbers that may stand for {n}, the step)."""
-ENDS: list[tuple[float, Step]] = [
-    (0.5, Step("", " return x", " return x", 0.0)),
-    (0.2, Step("count", " return len(x)", " return x", SELDOM)),
-    (0.3, Step("first or 0", " return x[0] if x else 0", " return x[0]", OFTEN)),
+END_STEPS: list[tuple[float, ProgramStep]] = [
+    (0.5, ProgramStep("", " return x", " return x", 0.0)),
+    (0.2, ProgramStep("count", " return len(x)", " return x", SELDOM)),
+    (0.3, ProgramStep("first or 0", " return x[0] if x else 0", " return x[0]", OFTEN)),
 ]
 MOST_STEPS = 2
 
@@ -121,7 +122,7 @@ class ProgramProblem:
         visible: Tests that the question shows.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[ProgramStep, ...]
     visible: tuple[Case, ...]
 
     @property
@@ -138,17 +139,17 @@ class ProgramProblem:
 
 def written_program(lines: Sequence[str]) -> str:
     """Return the text of a program with these lines."""
-    return "\n".join([HEAD, *lines])
+    return "\n".join([PROGRAM_HEAD, *lines])
 
 
 def read_program(text: str) -> tuple[str, ...] | None:
     """Return the lines of a program without its head; None if it is not in the language."""
     head, *lines = text.strip().split("\n")
     known = bool(lines) and lines[-1] in END_LINES and all(line in STEP_LINES for line in lines[:-1])
-    return tuple(lines) if head == HEAD and known else None
+    return tuple(lines) if head == PROGRAM_HEAD and known else None
 
 
-def trace(lines: Sequence[str], given: Sequence[int]) -> list[Value]:
+def run_lines(lines: Sequence[str], given: Sequence[int]) -> list[Value]:
     """Return a list, what each step makes of it, and at last the result; `ERROR` if there is none.
 
     Args:
@@ -164,14 +165,14 @@ def trace(lines: Sequence[str], given: Sequence[int]) -> list[Value]:
     return [*out[:-1], result] if lines[-1] == " return x" else [*out, result]
 
 
-def result(lines: Sequence[str], given: Sequence[int]) -> Value:
+def result_of(lines: Sequence[str], given: Sequence[int]) -> Value:
     """Return the result of a program; `ERROR` if it fails."""
-    return trace(lines, given)[-1]
+    return run_lines(lines, given)[-1]
 
 
 def failing(lines: Sequence[str], cases: Sequence[Case]) -> int | None:
     """Return the number of the first test that a program fails, from 0; None if it passes all."""
-    return next((i for i, case in enumerate(cases) if result(lines, case.given) != case.wanted), None)
+    return next((i for i, case in enumerate(cases) if result_of(lines, case.given) != case.wanted), None)
 
 
 def draw_problem(rng: random.Random, held_out: bool) -> ProgramProblem:
@@ -183,7 +184,7 @@ def draw_problem(rng: random.Random, held_out: bool) -> ProgramProblem:
     """
     while True:
         steps = _draw_steps(rng)
-        if is_held_out([step.line for step in steps]) == held_out:
+        if is_held_out_program([step.line for step in steps]) == held_out:
             break
     wrong = [] if rng.random() > SHOWN_SLIPS else wrong_programs(steps, single=True)
     for _ in range(12):
@@ -193,26 +194,26 @@ def draw_problem(rng: random.Random, held_out: bool) -> ProgramProblem:
     return ProgramProblem(steps, cases)
 
 
-def is_held_out(lines: Sequence[str]) -> bool:
+def is_held_out_program(lines: Sequence[str]) -> bool:
     """Return True for a program that is in no corpus and no training problem of any seed: one in eight."""
     return zlib.crc32("\n".join(lines).encode()) % HELD_OUT_EVERY == 0
 
 
-def draw_list(rng: random.Random, steps: Sequence[Step] = ()) -> list[int]:
+def draw_list(rng: random.Random, steps: Sequence[ProgramStep] = ()) -> list[int]:
     """Return a list for a test, of different digits; one that a step compares with is in it more often.
 
     Args:
         rng: Source of the numbers.
         steps: Steps of the program.
     """
-    x = rng.sample(range(10), rng.choices(range(LONGEST + 1), (0.12, 0.1, 0.28, 0.5))[0])
+    x = rng.sample(range(10), rng.choices(range(LONGEST_LIST + 1), (0.12, 0.1, 0.28, 0.5))[0])
     edges = [int(step.words[-1]) for step in steps if step.words.startswith(("from", "below"))]
     if x and edges and rng.random() < 0.6 and not set(x) & set(edges):
         x[rng.randrange(len(x))] = rng.choice(edges)
     return x
 
 
-def wrong_programs(steps: Sequence[Step], single: bool = False) -> list[tuple[str, ...]]:
+def wrong_programs(steps: Sequence[ProgramStep], single: bool = False) -> list[tuple[str, ...]]:
     """Return the programs with slips that give other results than the right one for some list.
 
     Args:
@@ -295,22 +296,22 @@ def passes(text: str, source: str) -> bool:
     return lines is not None and failing(lines, read_tests(source)) is None
 
 
-def _draw_steps(rng: random.Random) -> tuple[Step, ...]:
+def _draw_steps(rng: random.Random) -> tuple[ProgramStep, ...]:
     """Return different steps and an end."""
-    steps: list[Step] = []
+    steps: list[ProgramStep] = []
     count = rng.randint(1, MOST_STEPS)
     while len(steps) < count:
-        (_, numbers, step), *_ = rng.choices(STEPS, [share for share, _, _ in STEPS])
+        (_, numbers, step), *_ = rng.choices(LIST_STEPS, [share for share, _, _ in LIST_STEPS])
         n = rng.choice(numbers)
         step = step._replace(**{name: getattr(step, name).replace("{n}", str(n)) for name in ("words", "line", "slip")})
         if all(step.words.split()[0] != other.words.split()[0] for other in steps):
             steps.append(step)
-    ((_, end),) = rng.choices(ENDS, [share for share, _ in ENDS])
+    ((_, end),) = rng.choices(END_STEPS, [share for share, _ in END_STEPS])
     return (*steps, end)
 
 
-def _case(steps: Sequence[Step], given: list[int]) -> Case:
-    return Case(given, result([step.line for step in steps], given))
+def _case(steps: Sequence[ProgramStep], given: list[int]) -> Case:
+    return Case(given, result_of([step.line for step in steps], given))
 
 
 def _value(text: str) -> Value:
