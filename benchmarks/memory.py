@@ -1,6 +1,6 @@
 """Compare what `posttrain memory` predicts for stages with the peak memory that they then take.
 
-    python benchmarks/memory.py                        # SmolLM2 on a CPU: sft, LoRA, checkpointing, bf16, dpo, grpo
+    python benchmarks/memory.py                        # SmolLM2 on a CPU: sft, LoRA, ..., dpo, distill, grpo
     python benchmarks/memory.py --only lora --steps 4
 
 Each case is a recipe that a process of its own runs for a few steps. Its peak is the most that the process has held in
@@ -55,6 +55,7 @@ def cases(steps: int, pairs: str) -> dict[str, dict[str, Any]]:
         "bf16": {**sft, "adapter": LORA, "model": {"dtype": "bfloat16"}},
         "dpo": dpo,
         "dpo_lora": {**dpo, "adapter": LORA},
+        "distill": {**sft, "method": "distill", "name": "distill", "teacher": "start"},
         "grpo": {**rl, "adapter": LORA},
         "grpo_kl": {**rl, "kl": {"coefficient": 0.01}},
     }

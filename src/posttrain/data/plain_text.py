@@ -16,7 +16,7 @@ from posttrain.data.bad_rows import BadRow
 from posttrain.data.formats import Record
 from posttrain.data.learnt_turns import NO_END, RENDERED_TEXTS, SPELT, UNENDED
 from posttrain.data.special_text import guard
-from posttrain.data.tokenizing import continuation, special_tokens, text_tokens, tokenize
+from posttrain.data.tokenizing import continuations, special_tokens, text_tokens, tokenize
 
 
 @dataclass(frozen=True)
@@ -136,18 +136,19 @@ def encode_plain(plain: Sequence[PlainTurns], tokenizer: Any) -> list[tuple[list
     firsts = _without_end(tokenize(tokenizer, [p.turns[0][0] for p in plain], special=True), tokenizer)
     joined = ["" if p.apart else "".join(text for text, _ in p.turns) for p in plain]
     wholes = _without_end(tokenize(tokenizer, joined, special=True), tokenizer)
-    return [_encode(*parts, tokenizer) for parts in zip(plain, firsts, wholes, strict=True)]
+    cut = [not p.apart and w[: len(f)] == f for p, f, w in zip(plain, firsts, wholes, strict=True)]
+    behind = [text for p, c in zip(plain, cut, strict=True) if not c for text, _ in p.turns[1:]]
+    rest = iter(continuations(tokenizer, behind))
+    return [
+        _joined(p, [f, *([w[len(f) :]] if c else [next(rest) for _ in p.turns[1:]])], tokenizer.eos_token_id)
+        for p, f, w, c in zip(plain, firsts, wholes, cut, strict=True)
+    ]
 
 
-def _encode(plain: PlainTurns, first: list[int], whole: list[int], tokenizer: Any) -> tuple[list[int], list[float]]:
+def _joined(plain: PlainTurns, pieces: list[list[int]], end: int) -> tuple[list[int], list[float]]:
     """Return the first turn (with what the tokenizer puts first), the other turns, and the end of text with loss."""
-    pieces = [first]
-    if not plain.apart and whole[: len(first)] == first:
-        pieces.append(whole[len(first) :])
-    else:
-        pieces += [continuation(tokenizer, text) for text, _ in plain.turns[1:]]
     if plain.end:
-        pieces.append([tokenizer.eos_token_id])
+        pieces.append([end])
     carries_loss = [*(loss for _, loss in plain.turns), True]
     tokens = [t for piece in pieces for t in piece]
     weights = [float(loss) for piece, loss in zip(pieces, carries_loss, strict=False) for _ in piece]

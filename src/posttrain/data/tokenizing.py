@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from posttrain.core.errors import DataError
@@ -19,29 +19,39 @@ from posttrain.data.special_text import ControlTokens, cut_guarded, is_guarded, 
 
 Encoded = tuple[list[int], list[float]]
 """Token ids and loss weights."""
-_ADDED: WeakKeyDictionary[Any, tuple[Any, ControlTokens, ControlTokens]] = WeakKeyDictionary()
 
 
-def _known(tokenizer: Any) -> tuple[Any, ControlTokens, ControlTokens]:
-    """Return the special tokens and all added tokens; found once."""
+class _Known(NamedTuple):
+    """What is found once about a tokenizer: special tokens, all added ones, and at which of them a text splits."""
+
+    now: Any
+    special: ControlTokens
+    every: ControlTokens
+    splits: dict[str, bool]
+
+
+_KNOWN: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
+
+
+def _known(tokenizer: Any) -> _Known:
     now = (len(tokenizer), tuple(map(str, tokenizer.all_special_tokens)))
-    known = _ADDED.get(tokenizer)
-    if known is None or known[0] != now:
+    known = _KNOWN.get(tokenizer)
+    if known is None or known.now != now:
         added = list((getattr(tokenizer, "added_tokens_decoder", None) or {}).values())
         specials = {*now[1], *(str(t.content) for t in added if t.special)} - {""}
         every = ControlTokens.of([*specials, *(str(t.content) for t in added)])
-        known = _ADDED[tokenizer] = (now, ControlTokens.of(specials), every)
+        known = _KNOWN[tokenizer] = _Known(now, ControlTokens.of(specials), every, {})
     return known
 
 
 def text_tokens(tokenizer: Any) -> ControlTokens:
     """Return the special tokens that a text without a template must not contain."""
-    return _known(tokenizer)[1]
+    return _known(tokenizer).special
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     """Return the texts of all special tokens, longest first, with those that have no name (<|eot_id|>)."""
-    return _known(tokenizer)[1].texts
+    return _known(tokenizer).special.texts
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], special: bool = False) -> list[list[int]]:
@@ -70,7 +80,7 @@ def _encode(tokenizer: Any, texts: Sequence[str], special: bool = False, split: 
 
 def _guarded_ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     """Return the ids of a text with guarded parts: added tokens that are visible in it are tokens, and no others."""
-    pattern = _known(tokenizer)[2].pattern
+    pattern = _known(tokenizer).every.pattern
     pieces = re.split(f"({pattern.pattern})", text) if pattern else [text]
     ids: list[int] = []
     first = True
@@ -98,7 +108,7 @@ def _as_text(tokenizer: Any, piece: str, first: bool) -> list[int]:
         DataError: A special token of a single character can't be told from the character.
     """
     text = restore(piece)
-    forbidden = {tokenizer.convert_tokens_to_ids(t) for t in _known(tokenizer)[2].texts if t in text}
+    forbidden = {tokenizer.convert_tokens_to_ids(t) for t in _known(tokenizer).every.texts if t in text}
     if first:
         ids = _encode(tokenizer, [text], split=True)[0]
     else:
@@ -211,7 +221,14 @@ def _plan(c: Rendered, marks: re.Pattern[str] | None) -> list[tuple[int, int, in
 
 
 def _splits(tokenizer: Any, mark: str) -> bool:
-    """Return True if text before this special token and text from it on are tokenized independently."""
+    """Return True if text before this special token and text from it on are tokenized independently; found once."""
+    kept = _known(tokenizer).splits
+    if mark not in kept:
+        kept[mark] = _tried_splits(tokenizer, mark)
+    return kept[mark]
+
+
+def _tried_splits(tokenizer: Any, mark: str) -> bool:
     for left, right in (("a", "b"), ("a ", " b"), ("a\n", "\n\nb")):
         whole, before, after = _encode(tokenizer, [left + mark + right, left, mark + right])
         if whole != before + after or len(_encode(tokenizer, [mark])[0]) != 1:

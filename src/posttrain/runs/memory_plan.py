@@ -299,6 +299,8 @@ def _training_memory(s: _Setting, work: Workload, tokens: int, targets: int, lea
         at_once = min(PREFILL_TOKENS[device_kind(s.device)], c.prompts * c.prompt_tokens)
         rows = min(c.running, c.prompts * c.each)
         phases["sampling"] = held + cache + _prefill(shape, at_once, rows, s.itemsize) + parts["libraries"]
+        if not on_gpu:  # malloc keeps the pages of keys and values for the next step's
+            phases["step"] += cache
     return TrainingMemory(parts, phases)
 
 
