@@ -110,7 +110,8 @@ def folder_of(run: Path, stage: str) -> Path:
 
 def figures(runs: Sequence[Path]) -> dict[str, Any]:
     """Return the accuracy of every test after every stage, the gains over the cold start, and the shortcuts."""
-    tests = sorted(p.stem for p in folder_of(runs[0], "after").glob("*.json") if p.stem != "comparison")
+    folders = [folder_of(runs[0], stage) for stage in STAGES]
+    tests = sorted(set.intersection(*({p.stem for p in folder.glob("*.jsonl")} for folder in folders)))
     reached: dict[str, dict[str, list[float]]] = {test: {} for test in tests}
     for stage, title in STAGES.items():
         for test in tests:
