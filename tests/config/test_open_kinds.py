@@ -78,7 +78,10 @@ def test_errors_keep_their_place_and_name_the_nearest_kinds() -> None:
     assert size["loc"] == ("problems", "size") and size["input"] == 0
     assert kind["loc"] == ("more", 0, "kind")
     assert "no source of prompts is called 'human-evl'. Did you mean human_eval?" in kind["msg"]
-    assert "There are rows, reasoning-gym, lab, human_eval, and package.module:name for one of yours" in kind["msg"]
+    assert (
+        "There are rows, reasoning-gym, lab, lab_programs, human_eval, and package.module:name for one of yours"
+        in kind["msg"]
+    )
     for wrong, said in (({}, "required: the name of a source of prompts"), ("lab", "expected a mapping with the key")):
         with pytest.raises(ValidationError, match=said):
             Holder.model_validate({"problems": wrong})

@@ -205,28 +205,33 @@ def test_killed_five_times_ends_bit_identical(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["grpo", "grpo, in turns", "grpo, refining", "grpo, exploring"])
 def test_reinforcement_learning_killed_twice_ends_bit_identical(tmp_path: Path, method: str) -> None:
-    """The same with rollouts, rewards from other processes and a reference: 24 steps and the one before,
-    their rollouts and four held-out ones, of which the first and the last are evaluations too."""
-    kill_rl(tmp_path, method, 2)
+    """The same with rollouts, rewards from other processes and a reference: 12 steps and the one before,
+    their rollouts and three held-out ones, of which the first and the last are evaluations too."""
+    kill_rl(tmp_path, method, 2, 12, (13, 12 + 3 + 2))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["grpo", "grpo, in turns", "grpo, refining", "grpo, exploring"])
 def test_reinforcement_learning_killed_six_times_ends_bit_identical(tmp_path: Path, method: str) -> None:
-    """The same, killed before or while it evaluates too."""
-    kill_rl(tmp_path, method, 5, at_once=True)
+    """The same with 24 steps, four held-out rollouts, and killed before or while it evaluates too."""
+    kill_rl(tmp_path, method, 5, 24, (25, 24 + 4 + 2), at_once=True)
 
 
-def kill_rl(tmp_path: Path, method: str, kills: int, at_once: bool = False) -> None:
+def kill_rl(
+    tmp_path: Path, method: str, kills: int, steps: int, counts: tuple[int, int], at_once: bool = False
+) -> None:
     rows = [{"prompt": f"{i} + {i} =", "answer": str(2 * i)} for i in range(50)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     rng = random.Random(time.time_ns())
-    targets = [0] * at_once + sorted(rng.sample(range(2, 23), kills))
+    targets = [0] * at_once + sorted(rng.sample(range(2, steps - 1), kills))
     name, _, more = method.partition(", ")
-    text = RL.replace("METHOD", name) + {"": "", "in turns": TURNS, "refining": REFINING, "exploring": EXPLORING}[more]
+    text = (
+        RL.replace("METHOD", name).replace("steps: 24", f"steps: {steps}")
+        + {"": "", "in turns": TURNS, "refining": REFINING, "exploring": EXPLORING}[more]
+    )
     if more == "exploring":
         text = text.replace("kl: {coefficient: 0.05}", "kl: {coefficient: 0.05, target: 0.01}")
-    check_killed(tmp_path, text, targets, rng, (25, 24 + 4 + 2))
+    check_killed(tmp_path, text, targets, rng, counts)
 
 
 @pytest.mark.slow
