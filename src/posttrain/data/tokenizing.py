@@ -22,7 +22,7 @@ Encoded = tuple[list[int], list[float]]
 
 
 class _Known(NamedTuple):
-    """What is found once about a tokenizer: special tokens, all added ones, and at which of them a text splits."""
+    """Hold what is found once about a tokenizer: special tokens, all added ones, where a text splits."""
 
     now: Any
     special: ControlTokens

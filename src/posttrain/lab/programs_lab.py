@@ -8,8 +8,7 @@ from typing import Any
 from posttrain.core.types import Message
 from posttrain.data.synthetic import program_talks as talks
 from posttrain.data.synthetic import small_programs as language
-from posttrain.lab.lab_settings import byte_level_bpe
-from posttrain.lab.talk_lab import CHAT_TEMPLATE, TalkLab, written_talk
+from posttrain.lab.talk_lab import TalkLab
 
 KEPT_APART = r"(?:\[|, )?\d+|[<>]"
 """Numbers of a list with what is before them, so that a list has few tokens; `<` and `>`, by which turns begin."""
@@ -22,17 +21,10 @@ class ProgramsLab(TalkLab):
     batch_size = 48
     longest = 64
     answers_alone = True
+    talks_read, vocabulary, apart = 6000, 768, KEPT_APART  # a token for every number and nearly every line
     problems_name = "programs"
     talk_at = staticmethod(talks.program_talk_at)
     rows = staticmethod(language.program_rows)
-
-    @staticmethod
-    def make_tokenizer() -> Any:
-        """Make a tokenizer with a token for every number and nearly every line of a program, the same for all seeds."""
-        texts = (written_talk(talks.program_talk_at(0, i)) for i in range(6000))
-        tokenizer = byte_level_bpe(texts, size=768, min_frequency=20, digits=False, apart=KEPT_APART)
-        tokenizer.chat_template = CHAT_TEMPLATE
-        return tokenizer
 
     @staticmethod
     def is_right(text: str, row: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from posttrain.core.types import Message, Sample
 from posttrain.data.chat_template import render_chat
 from posttrain.data.synthetic.refine_talks import AGAIN, CHECK, RIGHT
 from posttrain.data.tokenizing import tokenize
-from posttrain.lab.lab_settings import END, LabSettings
+from posttrain.lab.lab_settings import END, LabSettings, byte_level_bpe
 from posttrain.models.language_model import LanguageModel
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request
@@ -42,20 +42,31 @@ class TalkLab:
         batch_size: Talks of a step.
         longest: Most tokens of a turn when the model is measured.
         answers_alone: Loss on the tokens of the model's turns alone; else on every token but the first.
+        talks_read: Talks that the tokenizer is made of.
+        vocabulary: Most tokens that it has.
+        digits: Every digit is a token.
+        apart: Pattern of what stays apart from the text around it.
     """
 
     steps: ClassVar[int] = 800
     batch_size: ClassVar[int] = 48
     longest: ClassVar[int] = 48
     answers_alone: ClassVar[bool] = False
+    talks_read: ClassVar[int] = 8000
+    vocabulary: ClassVar[int] = 512
+    digits: ClassVar[bool] = False
+    apart: ClassVar[str | None] = None
 
     def __init__(self, settings: LabSettings, tokenizer: Any = None) -> None:
         self.settings, self.tokenizer = settings, tokenizer or self.make_tokenizer()
 
-    @staticmethod
-    def make_tokenizer() -> Any:
-        """Make the tokenizer, the same for every seed."""
-        raise NotImplementedError
+    @classmethod
+    def make_tokenizer(cls) -> Any:
+        """Make the tokenizer of the first talks of seed 0, the same for every seed."""
+        texts = (written_talk(cls.talk_at(0, i)) for i in range(cls.talks_read))
+        tokenizer = byte_level_bpe(texts, cls.vocabulary, min_frequency=20, digits=cls.digits, apart=cls.apart)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        return tokenizer
 
     @staticmethod
     def talk_at(seed: int, index: int) -> list[Message]:

@@ -87,7 +87,7 @@ def run_check(problem: ProgramProblem, lines: ProgramLines, lazy: bool = False) 
 
     Args:
         problem: The problem.
-        lines: ProgramLines of the program.
+        lines: Lines of the program.
         lazy: Look at the first test alone.
     """
     out: list[str] = []
@@ -104,7 +104,7 @@ def tool_says(problem: ProgramProblem, lines: ProgramLines, rng: random.Random) 
 
     Args:
         problem: The problem.
-        lines: ProgramLines of the program.
+        lines: Lines of the program.
         rng: Chooses the tool.
     """
     tool = rng.choices(list(PROGRAM_TOOLS), list(PROGRAM_TOOLS.values()))[0]

@@ -148,7 +148,7 @@ class DistillTrainer(BatchTrainer):
         Args:
             config: Settings of the stage.
             learner: The student and its optimizer.
-            batch_at: TeacherNumbers of the rows of each step.
+            batch_at: Numbers of the rows of each step.
             rows: The rows.
             loss: Loss of a micro-batch. None: cross-entropy.
             measure: Measures held-out rows.
