@@ -84,6 +84,7 @@ def test_what_was_sampled_is_as_likely_to_the_learner() -> None:
         assert all(layer.in_one_call for layer in model.base.model.layers)
 
 
+@pytest.mark.long
 def test_it_rewrites_its_answers_by_a_principle(tmp_path: Path) -> None:
     """Shown how, by three examples: hardly any first answer to these twelve thanks the viewer, most revisions do."""
     (tmp_path / "principles.txt").write_text("Thank the viewer.\n")

