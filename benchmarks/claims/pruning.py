@@ -32,7 +32,7 @@ def arm(name: str, prune: dict[str, Any] | None, recovery: Sequence[str] = ()) -
     keep = () if recovery else ("none",) if prune is None else ("prune",)
     given = {"structure": None, "weights": None, **(prune or {"weights": {"algorithm": "magnitude", "sparsity": 0.5}})}
     overrides = [f"stages.prune.{k}={json.dumps(v)}" for k, v in given.items()]
-    overrides += [f"stages.prune.rows={ROWS}", "evaluate.reviews.data.rows=[9000, 10000]", *recovery]
+    overrides += [f"stages.prune.rows={ROWS}", "evaluate.reviews.data.rows=[9000, 9300]", *recovery]
 
     def seeded(seed: int) -> tuple[str, ...]:
         return (f"stages.prune.calibration.rows=[{seed * ROWS}, {(seed + 1) * ROWS}]",)
