@@ -18,6 +18,7 @@ from posttrain.eval.tasks import evaluate_model
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_model
 from posttrain.models.quantized_weight import QuantizedWeight, attach_quantized
+from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 
 MODEL = ModelConfig(source="tiny:llama")
 
@@ -62,6 +63,14 @@ def test_answers_have_their_length_whatever_ends_them() -> None:
         hf.get_output_embeddings().weight[tokenizer.eos_token_id] = 1.0
     speed._seconds(Sampler(model, tokenizer), [[5, 6, 7]], 9)
     assert len(made[0].rollouts[0].tokens) == 9
+
+
+def test_memory_of_a_model_with_a_larger_vocabulary_is_measured(tmp_path: Path) -> None:
+    """The tiny model that is served first has 259 tokens; the prompt's are the model's."""
+    tiny_model("llama", 400).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    given = {"model": {"source": str(tmp_path)}, "prompt": [399, 300], "new": 2}
+    assert speed.measure_serving(given) >= 0
 
 
 def test_packed_weights_count_packed() -> None:
