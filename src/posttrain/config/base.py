@@ -8,4 +8,5 @@ from pydantic import BaseModel, ConfigDict
 class Config(BaseModel):
     """Base of all settings: unknown keys are errors, numbers are finite, and settings do not change once checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # Validators are built at first use: a process of a command or a reward uses few of the classes that it imports.
+    model_config = ConfigDict(defer_build=True, extra="forbid", frozen=True, allow_inf_nan=False)
