@@ -1,11 +1,11 @@
 """Compare what `posttrain memory` predicts for stages with the peak memory that they then take.
 
-    python benchmarks/memory.py                        # SmolLM2 on a CPU: sft, LoRA, ..., dpo, distill, grpo
-    python benchmarks/memory.py --only lora --steps 4
+    python benchmarks/memory.py                        # SmolLM2 on a CPU: sft, LoRA, ..., distill, grpo, serving
+    python benchmarks/memory.py --only lora serve_int4 --steps 4
 
 Each case is a recipe that a process of its own runs for a few steps. Its peak is the most that the process has held in
-main memory, less what it held once Python, its packages and a tiny model were there. The last line is the largest
-difference, `worst=0.12`.
+main memory, less what it held once Python, its packages and a tiny model were there. Cases of serving open a model and
+answer one prompt of 256 tokens with 48. The last line is the largest difference, `worst=0.12`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,40 @@ def cases(steps: int, pairs: str) -> dict[str, dict[str, Any]]:
         "distill": {**sft, "method": "distill", "name": "distill", "teacher": "start"},
         "grpo": {**rl, "adapter": LORA},
         "grpo_kl": {**rl, "kl": {"coefficient": 0.01}},
+        "qlora": {**sft, "adapter": LORA, "model": {"quantization": "nf4"}},
     }
+
+
+SERVED = {"float32": None, "bfloat16": None, "int8": {"bits": 8, "group": 0}, "int4": {"bits": 4, "group": 32}}
+"""Formats that are served, and how weights are rounded for them."""
+PROMPT, ANSWER = 256, 48
+"""Tokens of the prompt and of the answer."""
+
+
+def serve(name: str, source: str, folder: str) -> tuple[int, int]:
+    """Return the bytes that serving a model in a format is predicted to take, and those that it takes.
+
+    Args:
+        name: Name of the format.
+        source: The model.
+        folder: Folder for the rounded model.
+    """
+    import posttrain
+    from posttrain.config import ModelConfig, Recipe
+    from posttrain.eval.speed import memory_of_serving
+    from posttrain.runs.memory_plan import plan_memory
+
+    measured = {"name": name, "model": {"source": source}, "evaluate": [{"kind": "speed", "name": "speed"}]}
+    plan = plan_memory(Recipe.model_validate(measured), tokens=PROMPT + ANSWER)
+    rounding, dtype = SERVED[name], "auto"
+    if rounding is None:
+        dtype = name
+    else:
+        stage = {"method": "quantize", "algorithm": "rtn", "calibration": None, **rounding}
+        recipe = {"name": name, "model": {"source": source}, "stages": [stage]}
+        source = str(posttrain.run(Recipe.model_validate(recipe), folder, fresh=True).folder / "model")
+    config = ModelConfig.model_validate({"source": source, "dtype": dtype})
+    return plan.serving[name].total, memory_of_serving(config, list(range(1000, 1000 + PROMPT)), ANSWER)
 
 
 def write_pairs(path: Path) -> None:
@@ -133,6 +166,14 @@ def main() -> None:
             for line in plan.training:
                 parts = ", ".join(f"{k} {v / 1e6:,.0f}" for k, v in line.parts.items())
                 print(f"  {line.name}: {parts}", flush=True)
+        for name in SERVED:
+            if args.only and f"serve_{name}" not in args.only:
+                continue
+            predicted, peak = serve(name, args.model, f"{folder}/serve_{name}")
+            off = predicted / peak - 1
+            worst = max(worst, abs(off))
+            print(f"serve_{name:<14} predicted {predicted / 1e6:7,.0f} MB, measured {peak / 1e6:7,.0f} MB ({off:+.0%})",
+                  flush=True)  # fmt: skip
     print(f"worst={worst:.3f}")
 
 

@@ -11,7 +11,7 @@ from posttrain.config import SamplingConfig
 from posttrain.cpu import decoder_layer
 from posttrain.cpu import library as native
 from posttrain.cpu.matmul import linear
-from posttrain.cpu.quantized_matmul import pack_modules, pack_weight, packed_of
+from posttrain.cpu.quantized_matmul import pack_modules, pack_weight, packed_of, placeholder
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.quantized_weight import QuantizedWeight, attach_quantized
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
@@ -52,6 +52,18 @@ def test_products_are_those_of_the_dense_weight(bits: int, order: bool, asymmetr
         assert float(((found.double() - expected).abs() / scale).max()) < 1e-6
         for count in (1, 2, 3, 4, 5, 8, 9):
             assert torch.equal(kernels.quantized_linear(x[:count], packed, bias), found[:count])
+        assert torch.equal(kernels.dequantize(packed), weight.dense())
+        some = torch.tensor([[rows - 1, 0], [3, 3]])
+        assert torch.equal(kernels.dequantize(packed, some), weight.dense()[some])
+        with pytest.raises(IndexError, match=f"must be 0 to {rows - 1}"):
+            kernels.dequantize(packed, torch.tensor([rows]))
+
+
+def test_a_placeholder_that_lost_its_weight_is_an_error() -> None:
+    weight = torch.nn.Parameter(placeholder(16, 32))
+    assert weight.untyped_storage().nbytes() == 4 and bool(weight.isnan().all())
+    with pytest.raises(RuntimeError, match="open the model again"):
+        linear(torch.ones(400, 32), weight)
 
 
 def test_groups_of_different_sizes_are_not_packed() -> None:
@@ -103,7 +115,7 @@ def test_a_weight_that_is_trained_is_packed_no_longer() -> None:
     weight = random_weight(16, 32, 16, 8, False, False)
     attach_quantized(layer, weight)
     assert pack_modules([(layer, weight)]) == 1
-    x = torch.randn(2, 32)
+    x = torch.eye(2, 32)
     with torch.no_grad():
         layer.weight.mul_(2)
         assert packed_of(layer.weight) is None

@@ -15,6 +15,7 @@ from posttrain.eval import speed
 from posttrain.eval.evaluation_tasks import EvaluationRun
 from posttrain.eval.speed_evaluation import SpeedTask
 from posttrain.eval.tasks import evaluate_model
+from posttrain.models.backends import backend_for
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_model
 from posttrain.models.quantized_weight import QuantizedWeight, attach_quantized
@@ -78,7 +79,8 @@ def test_packed_weights_count_packed() -> None:
     layer, head = torch.nn.Linear(64, 32, bias=False), torch.nn.Linear(32, 8, bias=False)
     weight = QuantizedWeight(values, scale, None, 32, 4)
     attach_quantized(layer, weight)
-    found = speed.sizes_of(SimpleNamespace(hf=torch.nn.Sequential(layer, head)), None)  # type: ignore[arg-type]
+    model = SimpleNamespace(hf=torch.nn.Sequential(layer, head), backend=backend_for(torch.device("cpu")))
+    found = speed.sizes_of(model, None)  # type: ignore[arg-type]
     assert found["memory_bytes"] == 4 * (64 * 32 + 32 * 8) + 64 * 32 + 4 * 32 * 2
     assert found["packed_bytes"] == weight.nbytes + 4 * 32 * 8 == 64 * 32 // 2 + 4 * 32 * 2 + 4 * 32 * 8
 

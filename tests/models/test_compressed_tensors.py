@@ -10,16 +10,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from posttrain.config import ModelConfig
+from posttrain.config import ModelConfig, SamplingConfig
 from posttrain.core.errors import ModelError
+from posttrain.core.types import Sample
+from posttrain.cpu import library as native
+from posttrain.cpu.quantized_matmul import is_placeholder
+from posttrain.eval.speed import sizes_of
 from posttrain.models.compressed_reading import share_with_head
 from posttrain.models.compressed_tensors import SHARD_INDEX, pack_words, read_quantized, unpack_words
+from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_model, load_settings
 from posttrain.models.quantization_grid import Grid, round_to_nearest
 from posttrain.models.quantized_weight import attach_quantized, quantized_modules
 from posttrain.models.saving import write_compressed
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+from posttrain.models.verification import verify
 from posttrain.recipe.machine_checks import is_installed
+from posttrain.sampling.engine import LocalSampler
+from posttrain.sampling.protocol import Request
 
 TOKENS = torch.tensor([[5, 9, 3, 77, 102, 8, 41]])
 INT4 = Grid(4, 32)
@@ -91,6 +99,41 @@ def test_what_is_reloaded_is_what_was_in_memory(case: str, tmp_path: Path) -> No
     stored = load_file(folder / "model.safetensors")
     assert "model.layers.0.self_attn.v_proj.weight" in stored
     assert again.config.to_dict().get("quantization_config") is None
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no compiled kernels here")
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_a_model_for_inference_holds_packed_weights_and_computes_the_same(case: str, tmp_path: Path) -> None:
+    """Products of many rows are the same to the last bit, those of decoding up to rounding."""
+    folder = save(quantised(**CASES[case]), tmp_path / "q")
+    config = ModelConfig(source=str(folder))
+    (hf, tokenizer), (lean, _) = load_model(config), load_model(config, inference=True)
+    dense, packed = LanguageModel(hf).eval(), LanguageModel(lean).eval()
+    verify(packed)
+    alone = [n for n, p in lean.named_parameters() if is_placeholder(p)]
+    assert len(alone) == (0 if case == "w8a8" else 13 + (case == "tied"))
+    tokens = torch.randint(3, 259, (400,), generator=torch.Generator().manual_seed(2)).tolist()
+    scores = []
+    for model in (dense, packed):
+        batch = model.pack([Sample(tokens, [0.0] + [1.0] * (len(tokens) - 1))])
+        scores.append(model(batch, want="logprobs")[0])
+    assert torch.equal(*scores)
+    params = SamplingConfig(temperature=0.0, max_tokens=12, min_tokens=12)
+    written = [LocalSampler(m, tokenizer).sample([Request(tokens[:9])], params) for m in (dense, packed)]
+    expected, found = (groups[0].rollouts[0] for groups in written)
+    assert expected.tokens == found.tokens and expected.logprobs == pytest.approx(found.logprobs, abs=1e-5)
+    if alone:
+        sizes = [sizes_of(model, config) for model in (dense, packed)]
+        assert sizes[1]["memory_bytes"] < 0.8 * sizes[0]["memory_bytes"]
+        assert sizes[1]["parameters"] == sizes[0]["parameters"]
+
+
+def test_a_vocabulary_that_grows_is_opened_in_full(tmp_path: Path) -> None:
+    folder = save(quantised(**CASES["tied"]), tmp_path / "q")
+    hf, tokenizer = load_model(ModelConfig(source=str(folder), add_tokens=["<new>"]), inference=True)
+    assert len(hf.get_input_embeddings().weight) == len(tokenizer) == 260
+    assert not any(is_placeholder(p) for p in hf.parameters())
 
 
 @pytest.mark.skipif(not is_installed("compressed-tensors"), reason="compressed-tensors is not installed")

@@ -22,7 +22,15 @@ from posttrain.models.loading import load_model
 from posttrain.models.model_shape import model_shape, shape_of_model
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 from posttrain.runs.memory_plan import plan_memory
-from posttrain.trainer.memory_model import FORMATS, activation_bytes, cache_bytes, state_bytes, weight_bytes
+from posttrain.trainer.memory_model import (
+    FORMATS,
+    activation_bytes,
+    cache_bytes,
+    served_as,
+    state_bytes,
+    unused_pages,
+    weight_bytes,
+)
 from posttrain.trainer.workload import Completions, Workload, together
 
 TYPES = ("llama", "qwen3", "qwen2", "gpt2", "qwen3_moe", "gemma3_text")
@@ -102,6 +110,17 @@ def test_parts_by_hand() -> None:
     assert weight_bytes(shape, FORMATS["nf4"]) == round(320 + 10 * (1 + 4 / 256) + 720)  # type: ignore[arg-type]
     assert weight_bytes(shape, FORMATS["int8"]) == 640 + 720  # type: ignore[arg-type]
     assert weight_bytes(shape, FORMATS["int4"]) == 320 + 20 * 2 + 720  # type: ignore[arg-type]
+    here = served_as(FORMATS["int4"], "cpu")  # scales, and the 360 numbers in full, are float32
+    assert weight_bytes(shape, here) == 320 + 20 * 4 + 360 * 4  # type: ignore[arg-type]
+    assert served_as(FORMATS["int4"], "cuda") == FORMATS["int4"] and served_as(FORMATS["nf4"], "cpu") == FORMATS["nf4"]
+    assert unused_pages(shape, here, 999) == 320 + 20 * 4  # type: ignore[arg-type]
+    for name, stored, unused in (
+        ("float32", 4100, 0),
+        ("bfloat16", 4100, 4100),
+        ("bfloat16", None, 0),
+        ("nf4", 2000, 2000),
+    ):
+        assert unused_pages(shape, FORMATS[name], stored) == unused  # type: ignore[arg-type]
     assert cache_bytes(shape, 5, 4) == 2 * 3 * 8 * 5 * 4  # type: ignore[arg-type]
     assert state_bytes(100, 4) == {"gradients": 400, "optimizer": 800}
     assert state_bytes(100, 2) == {"gradients": 400, "optimizer": 1200}  # float32 masters too

@@ -96,10 +96,10 @@ def serving_table(plan: MemoryPlan) -> Table:
 
     sequences, tokens = plan.served
     table = Table(title=f"serving {sequences} sequence{'s' * (sequences != 1)} of {tokens:,} tokens: memory in GB")
-    for name in ("weights in", "weights", "keys and values", "computing", "sum"):
+    for name in ("weights in", "weights", "keys and values", "computing", "files, libraries", "sum"):
         table.add_column(name, justify="left" if name == "weights in" else "right")
     for name, memory in plan.serving.items():
-        table.add_row(name, *(_gb(v) for v in (memory.weights, memory.cache, memory.work, memory.total)))
+        table.add_row(name, *(_gb(v) for v in (memory.weights, memory.cache, memory.work, memory.beside, memory.total)))
     return table
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from posttrain.cpu import library as native
 from posttrain.cpu import matmul as cpu
 from posttrain.cpu.fused_modules import adapted, low_rank
-from posttrain.cpu.quantized_matmul import packed_of
+from posttrain.cpu.quantized_matmul import is_placeholder, packed_of
 
 PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -124,13 +124,13 @@ def _described(layer: Any) -> native.Layer | None:
     matrices = [_matrix(x) for x in linears]
     if any(m is None for m in matrices):
         return None
-    tensors = [t for m in matrices if m is not None for t in m[1]] + [n.weight for n in norms if n is not None]
+    tensors = [t for m in matrices if m is not None for t in m[2]] + [n.weight for n in norms if n is not None]
     if not all(map(native.is_plain, tensors)):
         return None
     described = native.Layer(**dict(zip(native.Layer.MATRICES, (m[0] for m in matrices if m is not None), strict=True)))
     size, hidden, inner = int(attention.head_dim), len(norms[0].weight), described.gate.n
     wide, narrow = described.q.n, described.k.n
-    inputs = [m[1][0].shape[1] for m in matrices if m is not None]
+    inputs = [m[1] for m in matrices if m is not None]
     if inputs != [hidden, hidden, hidden, wide, hidden, hidden, inner]:
         return None
     if (described.v.n, described.up.n, described.o.n, described.down.n) != (narrow, inner, hidden, hidden):
@@ -152,8 +152,8 @@ def _described(layer: Any) -> native.Layer | None:
     return described
 
 
-def _matrix(linear: Any) -> tuple[native.Matrix, list[Tensor]] | None:
-    """A projection for the kernel and its tensors, the weight first; None where it is of another kind."""
+def _matrix(linear: Any) -> tuple[native.Matrix, int, list[Tensor]] | None:
+    """Return a projection for the kernel, its input features and its tensors; None if it is of another kind."""
     a = b = None
     scale = 0.0
     if adapted(linear):
@@ -164,19 +164,21 @@ def _matrix(linear: Any) -> tuple[native.Matrix, list[Tensor]] | None:
     if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
         return None
     low = [] if a is None or b is None else [a, b]
-    if not all(map(native.fits, [linear.weight, *low])):
+    packed = packed_of(linear.weight)
+    alone = packed is not None and is_placeholder(linear.weight)
+    if not all(map(native.fits, low if alone else [linear.weight, *low])):
         return None
     matrix = native.Matrix(
         w=linear.weight.data_ptr(), n=len(linear.weight), rank=0 if a is None else len(a), scale=scale
     )
-    packed = packed_of(linear.weight)
     if packed is not None:
         matrix.packed = ctypes.pointer(packed)
     if linear.bias is not None:
         matrix.bias = linear.bias.data_ptr()
     if a is not None and b is not None:
         matrix.a, matrix.b = a.data_ptr(), b.data_ptr()
-    return matrix, [linear.weight, *low, *([] if linear.bias is None else [linear.bias])]
+    dense = [] if alone else [linear.weight]
+    return matrix, linear.weight.shape[1], [*dense, *low, *([] if linear.bias is None else [linear.bias])]
 
 
 def _eps(norm: Any) -> float:

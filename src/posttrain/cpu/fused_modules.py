@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from posttrain.cpu import library as native
 from posttrain.cpu import matmul as cpu
 from posttrain.cpu import recompute as remake
+from posttrain.cpu.quantized_matmul import is_placeholder, packed_of
 from posttrain.losses import gradient_accumulation as gradients
 
 TOLERANCE = 2e-5
@@ -211,7 +212,8 @@ def _mlp_forward(kind: str) -> Callable[..., Tensor]:
         down = self.down_proj
         if not torch.is_grad_enabled():
             return down(_gated(self.gate_proj(x), self.up_proj(x), kind))  # type: ignore[no-any-return]
-        if type(down) is not nn.Linear or down.bias is not None:  # an adapter sits on it
+        # An adapter sits on it, or its weight is held packed only.
+        if type(down) is not nn.Linear or down.bias is not None or is_placeholder(down.weight):
             return down(_Gated.apply(self.gate_proj(x), self.up_proj(x), kind))  # type: ignore[no-any-return]
         return _GatedDown.apply(self.gate_proj(x), self.up_proj(x), down.weight, kind)  # type: ignore[no-any-return]
 
@@ -248,6 +250,10 @@ def adapted(module: Any) -> bool:
 
 
 def _embedding_forward(self: Any, input: Tensor) -> Tensor:
+    packed = packed_of(self.weight) if is_placeholder(self.weight) else None
+    kernels = None if packed is None else native.kernels()
+    if packed is not None and kernels is not None:
+        return kernels.dequantize(packed, input)
     if not (torch.is_grad_enabled() and self.weight.requires_grad):
         return F.embedding(input, self.weight)
     return _Embedding.apply(input, self.weight, self.padding_idx)  # type: ignore[no-any-return]
@@ -374,6 +380,12 @@ def _fuse_rotary(attention: nn.Module) -> bool:
         return False  # another kind of rotation, with other arguments
     home.apply_rotary_pos_emb = fused  # type: ignore[attr-defined]
     return True
+
+
+def compute_packed(module: nn.Module) -> None:
+    """Give a linear layer or an embedding the forward that reads a weight which is held packed only."""
+    forward = _embedding_forward if isinstance(module, nn.Embedding) else _linear_forward
+    module.forward = MethodType(forward, module)  # type: ignore[method-assign]
 
 
 def _signature(module: nn.Module) -> tuple[Any, ...]:

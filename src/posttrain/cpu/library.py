@@ -93,6 +93,7 @@ class Kernels:
         self.lib.use_threads.argtypes = [pointer, pointer, pointer, ctypes.c_int]
         self.lib.linear.argtypes = [pointer, pointer, pointer, pointer, long, long, long]
         self.lib.quantized_linear.argtypes = [pointer, ctypes.POINTER(Packed), pointer, pointer, long]
+        self.lib.dequantize.argtypes = [ctypes.POINTER(Packed), pointer, pointer, long]
         self.lib.gated.argtypes = [pointer, pointer, pointer, long]
         self.lib.rms_norm_rows.argtypes = [pointer] * 3 + [long] * 2 + [ctypes.c_float] * 2
         self.lib.rms_norm_back.argtypes = [pointer] * 4 + [long] * 2 + [ctypes.c_float] * 2
@@ -105,7 +106,7 @@ class Kernels:
         self.lib.absorb.argtypes = [pointer] * 4 + [long] * 2 + [ctypes.c_int]
         self.lib.tree_attention.argtypes = [pointer] * 8 + [ctypes.c_float] + [pointer] * 2
         self.lib.tree_attention_back.argtypes = [pointer] * 8 + [ctypes.c_float] + [pointer] * 6
-        nothing = ("gated", "gated_back", "rms_norm_rows", "rms_norm_back", "rotate_rows", "absorb")
+        nothing = ("gated", "gated_back", "rms_norm_rows", "rms_norm_back", "rotate_rows", "absorb", "dequantize")
         for name in ("use_threads", "use_whole_vectors", *nothing):
             getattr(self.lib, name).restype = None
         self.openmp = _openmp()
@@ -173,6 +174,27 @@ class Kernels:
         bias_at = 0 if bias is None else bias.data_ptr()
         if self.lib.quantized_linear(x.data_ptr(), packed, bias_at, y.data_ptr(), x.numel() // packed.k):
             raise MemoryError("no memory for a decoding step's rows")
+        return y
+
+    def dequantize(self, packed: Packed, rows: Tensor | None = None) -> Tensor:
+        """Return rows of a weight in few bits as float32: (..., k).
+
+        Args:
+            packed: The weight (n, k), see `posttrain.cpu.quantized_matmul`.
+            rows: int64, of any shape, from 0 to n - 1. None: all rows.
+
+        Raises:
+            IndexError: A row is not one of the weight's.
+        """
+        shape = (packed.n,) if rows is None else tuple(rows.shape)
+        if rows is not None:
+            rows = rows.contiguous()
+            if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < packed.n:
+                raise IndexError(f"rows are {int(rows.min())} to {int(rows.max())}, and must be 0 to {packed.n - 1}")
+        y = torch.empty(*shape, packed.k)
+        self.use_threads()
+        at = 0 if rows is None else rows.data_ptr()
+        self.lib.dequantize(packed, at, y.data_ptr(), y.numel() // packed.k)
         return y
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:

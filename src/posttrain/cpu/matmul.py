@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.cpu import library as native
-from posttrain.cpu.quantized_matmul import packed_of
+from posttrain.cpu.quantized_matmul import is_placeholder, packed_of, whole
 
 FEW_ROWS = 128
 """Up to so many rows a product is quicker through kernels of our own, or with the weights on the left (below)."""
@@ -90,9 +90,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: (N,).
     """
     if not few_rows(x):
-        return F.linear(x, weight, bias)
+        return linear_of_many(x, weight, bias)
     kernels = native.kernels()
-    if kernels is not None and native.fits(weight):
+    if kernels is not None and (native.fits(weight) or is_placeholder(weight)):
         packed = packed_of(weight)
         return kernels.linear(x, weight, bias) if packed is None else kernels.quantized_linear(x, packed, bias)
     if _state.get("route") != "onednn":
@@ -105,6 +105,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         y += bias[:, None]
     return y.t().unflatten(0, x.shape[:-1]) if x.ndim > 1 else y[:, 0]
+
+
+def linear_of_many(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute x W^T + b of many rows; a weight that is held packed only is dequantised for it.
+
+    Args:
+        x: (..., K).
+        weight: (N, K).
+        bias: (N,).
+    """
+    return F.linear(x, whole(weight), bias)
 
 
 @contextmanager

@@ -4,6 +4,9 @@ A weight is packed once, before a model samples, from the `QuantizedWeight` of i
 on the dense weight, and counts for as long as nothing writes into that. So whoever multiplies a few rows by the dense
 weight (a linear layer, the output head, a whole layer in one call) reads the packed one in its place. Activations stay
 float32: results are those of the dense weight up to the order of rounding.
+
+A model that is opened for inference holds such weights packed only. The module's weight is then a placeholder of the
+right shape without memory, and products of many rows dequantise the packed one each time (`whole`).
 """
 
 from __future__ import annotations
@@ -111,6 +114,68 @@ def packed_of(weight: Tensor) -> native.Packed | None:
     if found is None or found.version != _version(weight) or found.data != weight.data_ptr():
         return None
     return found.packed
+
+
+def placeholder(rows: int, columns: int) -> Tensor:
+    """Return a weight without memory. It is NaN everywhere: whoever reads it in place of the packed one is found out.
+
+    Args:
+        rows: Output features.
+        columns: Input features.
+    """
+    return torch.full((1, 1), torch.nan).expand(rows, columns)
+
+
+def is_placeholder(weight: Tensor) -> bool:
+    """Return True for a weight that is held packed only."""
+    return weight.ndim == 2 and weight.stride() == (0, 0)
+
+
+def whole(weight: Tensor) -> Tensor:
+    """Return a weight as floats: the tensor itself, or the dequantised one if it is held packed only.
+
+    Raises:
+        RuntimeError: A placeholder has lost what it stands for.
+    """
+    if not is_placeholder(weight):
+        return weight
+    packed, kernels = packed_of(weight), native.kernels()
+    if packed is None or kernels is None:
+        raise RuntimeError("a weight that is held packed only was copied or moved: open the model again")
+    return kernels.dequantize(packed)
+
+
+def pack_alone(module: Any, quantized: Any) -> native.Packed | None:
+    """Return what a module can hold in place of its dense weight; None if it needs the dense one.
+
+    Args:
+        module: A plain linear layer or embedding.
+        quantized: Its `QuantizedWeight`.
+    """
+    linear = type(module) is torch.nn.Linear and len(module.weight) >= native.LEAST_COLUMNS
+    embedding = type(module) is torch.nn.Embedding and module.max_norm is None
+    fits = (linear or embedding) and tuple(module.weight.shape) == quantized.shape
+    if not fits or quantized.activation_bits is not None or native.kernels() is None:
+        return None
+    q = quantized
+    return pack_weight(q.values_O_I, q.scale_O_G, q.zero_O_G, q.bits, q.order_I)  # type: ignore[no-any-return]
+
+
+def packed_bytes(weight: Tensor) -> int:
+    """Return the bytes of a weight that is held packed only; 0 for any other."""
+    packed = packed_of(weight) if is_placeholder(weight) else None
+    return 0 if packed is None else sum(t.nbytes for t in packed.kept)
+
+
+def hold_packed(module: Any, packed: native.Packed) -> None:
+    """Let a module compute with a packed weight alone.
+
+    Args:
+        module: A linear layer or an embedding whose weight is a `placeholder`.
+        packed: Its weight.
+    """
+    weight = module.weight
+    setattr(weight, HOME, PackedWeight(packed, _version(weight), weight.data_ptr()))
 
 
 def _version(weight: Tensor) -> int | None:

@@ -107,20 +107,21 @@ def _prompts(run: EvaluationRun, config: SpeedTask.Config) -> list[list[int]]:
 def sizes_of(model: LanguageModel, settings: ModelConfig | None) -> dict[str, int]:
     """Return the parameters of a model, and bytes of its weights on disk, in memory, and in packed form.
 
-    Weights in memory are the tensors that the model holds, each once. A layer that was quantised here holds its dense
-    weight, for everything that is not decoding, and its integers: both are in memory. `packed_bytes` counts those
-    layers packed, as they are stored and as decoding may read them, and all others as they are. Without such layers it
-    is left out.
+    Weights in memory are the tensors that the model holds, each once. On a CPU a model that is opened for inference
+    holds quantised layers packed only. Elsewhere, and where a layer's inputs are rounded, it holds the dense weight and
+    the integers: both are in memory. `packed_bytes` counts those layers packed, as they are stored, and all others as
+    they are. Without quantised layers it is left out.
     """
     tensors = {t.untyped_storage().data_ptr(): t for t in [*model.hf.parameters(), *model.hf.buffers()]}
-    held = sum(t.untyped_storage().nbytes() for t in tensors.values())
+    alone = sum(model.backend.packed_bytes(t) for t in tensors.values())
+    held = alone + sum(t.untyped_storage().nbytes() for t in tensors.values())
     packed = [(module.weight, weight) for _, module, weight in quantized_modules(model.hf)]
     beside = [t for _, q in packed for t in (q.values_O_I, q.scale_O_G, q.zero_O_G, q.order_I) if t is not None]
     out = {
         "parameters": sum(_numbers(p) for p in model.hf.parameters()),
         "memory_bytes": held + sum(map(_bytes, beside)),
     }
-    if packed:
+    if packed or alone:
         dense = sum(_bytes(w) for w, _ in packed)
         out["packed_bytes"] = held - dense + sum(q.nbytes for _, q in packed)
     if settings is not None and (found := resolve(settings.source)).kind == "folder":
@@ -170,7 +171,7 @@ def measure_serving(given: dict[str, Any]) -> int:
     from posttrain.models.language_model import LanguageModel
 
     def serve(settings: ModelConfig, prompt: Sequence[int]) -> LanguageModel:
-        hf, tokenizer = load_model(settings)
+        hf, tokenizer = load_model(settings, inference=True)
         model = LanguageModel(hf).eval()
         _seconds(LocalSampler(model, tokenizer), [prompt], 1 + given["new"])
         return model

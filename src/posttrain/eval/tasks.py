@@ -41,7 +41,7 @@ def evaluate_model(
     """
     pending = [t for t in tasks if not (folder / f"{t.name}.json").exists()]
     if pending:
-        hf, tokenizer = load_model(config)
+        hf, tokenizer = load_model(config, inference=True)
         model = LanguageModel(hf).eval()
         verify(model)
         for task in pending:

@@ -68,7 +68,7 @@ class LocalJudge:
 
     def _open(self) -> tuple[LanguageModel, Any, int]:
         if self.opened is None:
-            hf, tokenizer = load_model(self.config)
+            hf, tokenizer = load_model(self.config, inference=True)
             model = LanguageModel(hf).eval().requires_grad_(False)
             verify(model)
             self.opened = model, tokenizer, context_length(self.config) or 2**31

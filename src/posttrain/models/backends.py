@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posttrain.losses.linear_logprobs import Head, linear_cross_entropy, linear_logprobs
-from posttrain.models.quantized_weight import quantized_modules
+from posttrain.models.quantized_weight import QuantizedWeight, quantized_modules
 
 if TYPE_CHECKING:
     from posttrain.models.attention import Plan
 
 Product = Callable[[Tensor, Tensor], Tensor]
 """(x, weight) -> x weight^T."""
+
+
+@dataclass(frozen=True)
+class PackedAlone:
+    """Hold a quantised weight for a module that does without the dense one.
+
+    Attributes:
+        placeholder: Takes the place of the module's weight; it has no memory.
+        attach: Lets the module whose weight that is compute with the packed one.
+    """
+
+    placeholder: Tensor
+    attach: Callable[[nn.Module], None]
 
 
 class DeviceBackend:
@@ -39,6 +53,23 @@ class DeviceBackend:
     def pack_weights(self, model: nn.Module) -> int:
         """Set up weights in few bits for decoding; return how many products will read them."""
         return 0
+
+    def pack_alone(self, module: nn.Module, weight: QuantizedWeight) -> PackedAlone | None:
+        """Return how a module can hold a quantised weight without the dense one; None: it needs the dense one.
+
+        Args:
+            module: A module like the one that will hold it; its own weight may be on the device "meta".
+            weight: The weight.
+        """
+        return None
+
+    def packed_bytes(self, weight: Tensor) -> int:
+        """Return the bytes of a weight that is held packed only; 0 for any other."""
+        return 0
+
+    def whole(self, weight: Tensor) -> Tensor:
+        """Return a weight as floats, also if it is held packed only."""
+        return weight
 
     def lean(self) -> AbstractContextManager[None]:
         """Return a context for forward passes with gradients in which cheap activations are recomputed."""
@@ -151,6 +182,23 @@ class CPUBackend(DeviceBackend):
     def pack_weights(self, model: nn.Module) -> int:
         return self.quantized_matmul.pack_modules([(m, w) for _, m, w in quantized_modules(model)])
 
+    def pack_alone(self, module: nn.Module, weight: QuantizedWeight) -> PackedAlone | None:
+        packed = self.quantized_matmul.pack_alone(module, weight)
+        if packed is None:
+            return None
+
+        def attach(module: nn.Module) -> None:
+            self.quantized_matmul.hold_packed(module, packed)
+            self.fused_modules.compute_packed(module)
+
+        return PackedAlone(self.quantized_matmul.placeholder(*weight.shape), attach)
+
+    def packed_bytes(self, weight: Tensor) -> int:
+        return self.quantized_matmul.packed_bytes(weight)
+
+    def whole(self, weight: Tensor) -> Tensor:
+        return self.quantized_matmul.whole(weight)
+
     def lean(self) -> AbstractContextManager[None]:
         return self.recompute.cheap_results()
 
@@ -165,7 +213,7 @@ class CPUBackend(DeviceBackend):
     def linear(self, rows: int) -> Product:
         # Without kernels the result is a transposed view, whose copy costs more than is gained where rows are many.
         few = self.matmul.FEW_ROWS if self.library.kernels() is not None else self.matmul.FEW_ROWS // 4
-        return self.matmul.linear if rows <= few else F.linear
+        return self.matmul.linear if rows <= few else self.matmul.linear_of_many
 
     def decode_attention(
         self, step: Any, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float

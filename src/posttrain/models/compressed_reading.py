@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from posttrain.core.errors import ModelError
-from posttrain.models.compressed_tensors import dense_state, stored_settings
+from posttrain.models.backends import PackedAlone, backend_for
+from posttrain.models.compressed_tensors import open_quantized, stored_settings
 from posttrain.models.quantization import forget_quantization
 from posttrain.models.quantized_weight import ATTRIBUTE, QuantizedWeight, attach_quantized
 
@@ -30,7 +31,7 @@ def is_read_here(location: str, settings: Any) -> bool:
 
 
 def read_compressed(
-    kind: Any, folder: Path, settings: Any, device: torch.device, dtype: torch.dtype
+    kind: Any, folder: Path, settings: Any, device: torch.device, dtype: torch.dtype, inference: bool = False
 ) -> tuple[Any, dict[str, Any]]:
     """Open a folder for which `is_read_here`; return the model, on its device, and notes for the manifest.
 
@@ -40,18 +41,31 @@ def read_compressed(
         settings: Its transformers configuration.
         device: Device of the model.
         dtype: Compute dtype.
+        inference: Hold weights packed only where the device can compute with them so; nothing is trained or saved.
 
     Raises:
         ModelError: Its tensors are not what its configuration says.
     """
     from transformers import GenerationConfig
 
-    state, weights = dense_state(folder, dtype)
     plain = copy.deepcopy(settings)
     for part in (plain, plain.get_text_config()):
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
     cls = kind._model_mapping[type(plain)]
+    state, found = open_quantized(folder)
+    weights: dict[str, QuantizedWeight] = {}
+    alone: dict[str, PackedAlone] = {}
+    bits = set()
+    skeleton = _modules_like(cls, plain) if inference and dtype == torch.float32 else {}
+    for name, weight in found:
+        bits.add(weight.bits)
+        module = skeleton.get(name)
+        packed = backend_for(device).pack_alone(module, weight) if module is not None else None
+        if packed is None:
+            weights[name], state[f"{name}.weight"] = weight, weight.dense().to(dtype)
+        else:
+            alone[name], state[f"{name}.weight"] = packed, packed.placeholder
     hf = cls.from_pretrained(None, config=plain, state_dict=state, dtype=dtype, attn_implementation="eager")
     forget_quantization(hf)
     if (folder / "generation_config.json").is_file():
@@ -62,9 +76,27 @@ def read_compressed(
         raise ModelError(f"{folder}: the inputs of {lost[0]} are to be rounded, and the model has no such layer")
     if lost:
         log.warning("%s: %d quantised weights are opened in full only (%s ...)", folder, len(lost), lost[0])
-    bits = sorted({weight.bits for weight in weights.values()})
-    note = {"quantization": f"compressed-tensors, {' and '.join(f'int{b}' for b in bits)}"}
-    return hf.to(device), note
+    note = {"quantization": f"compressed-tensors, {' and '.join(f'int{b}' for b in sorted(bits))}"}
+    hf = hf.to(device)
+    _attach_alone(hf, alone)
+    return hf, note
+
+
+def _modules_like(cls: Any, settings: Any) -> dict[str, Any]:
+    """Return the modules of a model by name, without memory for their weights."""
+    with torch.device("meta"):
+        return dict(cls(copy.deepcopy(settings)).named_modules())
+
+
+def _attach_alone(hf: Any, alone: dict[str, PackedAlone]) -> None:
+    """Let modules compute with weights that are held packed only, and a head that is tied to such an embedding."""
+    modules = dict(hf.named_modules())
+    for name, packed in alone.items():
+        packed.attach(modules[name])
+    embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
+    for name, packed in alone.items():
+        if modules[name] is embedding and head is not None and head.weight is embedding.weight:
+            packed.attach(head)
 
 
 def _attach(hf: Any, weights: dict[str, QuantizedWeight]) -> list[str]:

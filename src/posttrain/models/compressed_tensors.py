@@ -7,7 +7,7 @@ rounded too are `int-quantized`: one int8 a weight. config.json's `quantization_
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,12 +35,12 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
         values: The values; they are stored with 2^(bits - 1) added.
         bits: 4 or 8.
     """
-    each = 32 // bits
-    rows, columns = values.shape
-    raised = values.to(torch.int64) + (1 << (bits - 1))
-    raised = torch.nn.functional.pad(raised, (0, -columns % each)).view(rows, -1, each)
-    words = (raised << (torch.arange(each) * bits)).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    # As bytes: words are stored with the lowest byte first, and int64 would take eight times the memory.
+    raised = (values + (8 if bits == 4 else -128)).view(torch.uint8)  # -128 is +128 modulo 256
+    raised = torch.nn.functional.pad(raised, (0, -values.shape[1] % (32 // bits)))
+    if bits == 4:
+        raised = raised[:, ::2] | raised[:, 1::2] << 4
+    return raised.reshape(-1).view(torch.int32).view(len(values), -1)
 
 
 def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
@@ -51,9 +51,10 @@ def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
         bits: 4 or 8.
         columns: Number of values in a row.
     """
-    shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
-    raised = (words[..., None] >> shifts) & ((1 << bits) - 1)
-    return (raised.view(len(words), -1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
+    raised = words.reshape(-1).view(torch.uint8).view(len(words), -1)
+    if bits == 4:
+        raised = torch.stack((raised & 15, raised >> 4), -1).flatten(1)
+    return raised[:, :columns].contiguous().view(torch.int8) - (8 if bits == 4 else -128)
 
 
 def tensors_of(name: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -233,6 +234,21 @@ def read_quantized(folder: Path) -> dict[str, QuantizedWeight]:
 
 def _split_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
     """Return the tensors of a folder that are in full, by name, and the quantised weights by module."""
+    full, weights = open_quantized(folder)
+    return full, dict(weights)
+
+
+def open_quantized(folder: Path) -> tuple[dict[str, Tensor], Iterator[tuple[str, QuantizedWeight]]]:
+    """Return the tensors of a folder that are in full, by name, and an iterator of (module, quantised weight).
+
+    A weight becomes integers of a byte each when its turn comes, so that those of one module are there at a time.
+
+    Args:
+        folder: A folder for which `stored_settings` is not None.
+
+    Raises:
+        ModelError: It has no such weights; the iterator: its tensors are not what its settings say.
+    """
     from safetensors.torch import load_file
 
     settings = stored_settings(folder)
@@ -242,14 +258,16 @@ def _split_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, QuantizedW
     for file in sorted(folder.glob("*.safetensors")):
         full |= load_file(file)
     names = [key.removesuffix(".weight_scale") for key in full if key.endswith(".weight_scale")]
-    quantised = {}
-    for name in names:
-        parts = {p: full.pop(f"{name}.{p}") for p in PARTS if f"{name}.{p}" in full}
-        try:
-            quantised[name] = _weight_from(parts, settings)
-        except (ValueError, KeyError, RuntimeError, IndexError) as error:
-            raise ModelError(f"{folder}: the quantised weight of {name} can't be read: {error}") from error
-    return full, quantised
+    stored = {name: {p: full.pop(f"{name}.{p}") for p in PARTS if f"{name}.{p}" in full} for name in names}
+
+    def weights() -> Iterator[tuple[str, QuantizedWeight]]:
+        for name in names:
+            try:
+                yield name, _weight_from(stored.pop(name), settings)
+            except (ValueError, KeyError, RuntimeError, IndexError) as error:
+                raise ModelError(f"{folder}: the quantised weight of {name} can't be read: {error}") from error
+
+    return full, weights()
 
 
 def _weight_from(parts: dict[str, Tensor], settings: dict[str, Any]) -> QuantizedWeight:
@@ -272,14 +290,3 @@ def _weight_from(parts: dict[str, Tensor], settings: dict[str, Any]) -> Quantize
     weight = QuantizedWeight(values, scale, zero, group, bits, order, 8 if inputs else None)
     in_turn = torch.arange(values.shape[1]) // group
     return replace(weight, order_I=None) if order is not None and torch.equal(order, in_turn) else weight
-
-
-def dense_state(folder: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
-    """Read a folder as full weights, by the names in its files, and the quantised weights by module.
-
-    Args:
-        folder: A folder for which `stored_settings` is not None.
-        dtype: Dtype of the weights that are made full.
-    """
-    full, quantised = _split_folder(folder)
-    return full | {f"{name}.weight": w.dense().to(dtype) for name, w in quantised.items()}, quantised

@@ -125,9 +125,12 @@ class LanguageModel(nn.Module):
         """Return how the device computes."""
         return backend_for(self.device)
 
-    def head(self) -> Head:
-        """Return the output head, adapters included, with the transforms that the model type applies to its logits."""
-        return output_head(self.base)
+    def head(self, packed: bool = False) -> Head:
+        """Return the output head, adapters included, with the transforms that the model type applies to its logits.
+
+        packed: Leave a weight that is held packed only as it is.
+        """
+        return output_head(self.base, packed)
 
     def add_value_head(self) -> None:
         """Add a critic: V = w h / sqrt(H) + b of a hidden state, float32, zero at first. Not saved with the model."""

@@ -284,21 +284,29 @@ class OpenedModel:
     new_tokens: tuple[int, ...] = ()
 
 
-def load_model(config: ModelConfig, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """Load a transformers model, on its device, and its tokenizer. `dtype` overrides the configured one.
+def load_model(config: ModelConfig, dtype: torch.dtype | None = None, inference: bool = False) -> tuple[Any, Any]:
+    """Load a transformers model, on its device, and its tokenizer.
 
-    Raises ModelError for a source that can't be opened, with what to do.
+    Args:
+        config: Source of the model.
+        dtype: Overrides the configured one.
+        inference: Hold quantised weights packed only, if the device can compute with them so. Such a model is neither
+            trained nor saved.
+
+    Raises:
+        ModelError: The source can't be opened, with what to do.
     """
-    opened = open_model(config, dtype)
+    opened = open_model(config, dtype, inference)
     return opened.hf, opened.tokenizer
 
 
-def open_model(config: ModelConfig, dtype: torch.dtype | None = None) -> OpenedModel:
+def open_model(config: ModelConfig, dtype: torch.dtype | None = None, inference: bool = False) -> OpenedModel:
     """Do what `load_model` does, and tell what was changed: adapters that were merged, rows that tokens were given.
 
     Args:
         config: Source of the model.
         dtype: Overrides the configured one.
+        inference: As there.
 
     Raises:
         ModelError: The source can't be opened, with what to do.
@@ -316,7 +324,9 @@ def open_model(config: ModelConfig, dtype: torch.dtype | None = None) -> OpenedM
         return merge_start(open_model(base_settings(config, adapter), dtype), adapter, config)
     tokenizer, new = tokenizer_and_new_ids(config)
     if found.kind != "tiny":
-        hf, notes = read_weights(AutoModelForCausalLM, found.location, config, device, dtype)
+        rows = getattr(load_settings(config).get_text_config(), "vocab_size", 0) if inference else 0
+        fits = not new and vocabulary_size(tokenizer) <= rows  # no row of the embedding is to be written
+        hf, notes = read_weights(AutoModelForCausalLM, found.location, config, device, dtype, fits)
         return with_rows(OpenedModel(hf, tokenizer, notes), new, config)
     with explained(config.source):
         hf = tiny_model(found.location, len(tokenizer) - len(new))
@@ -386,7 +396,7 @@ def describe_vocabulary(config: ModelConfig) -> str | None:
 
 
 def read_weights(
-    kind: Any, location: str, config: ModelConfig, device: torch.device, dtype: torch.dtype
+    kind: Any, location: str, config: ModelConfig, device: torch.device, dtype: torch.dtype, inference: bool = False
 ) -> tuple[Any, dict[str, Any]]:
     """Read a transformers model onto a device; return it with notes for the manifest.
 
@@ -396,6 +406,7 @@ def read_weights(
         config: The model's settings in the recipe.
         device: Device of the model.
         dtype: Compute dtype.
+        inference: Hold quantised weights packed only, if possible.
 
     Raises:
         ModelError: The source can't be opened, with what to do.
@@ -407,7 +418,7 @@ def read_weights(
         settings = AutoConfig.from_pretrained(location, **own)
     if is_read_here(location, settings) and config.quantization is None:
         with explained(config.source):
-            return read_compressed(kind, Path(location), settings, device, dtype)
+            return read_compressed(kind, Path(location), settings, device, dtype, inference)
     check_readable(config, settings)
     arguments = reading_arguments(config, settings, device, dtype)
     try:

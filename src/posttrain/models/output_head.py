@@ -12,11 +12,16 @@ import torch
 
 from posttrain.core.errors import ModelError
 from posttrain.losses.linear_logprobs import Head
+from posttrain.models.backends import backend_for
 from posttrain.models.model_types import logit_transforms
 
 
-def output_head(base: Any) -> Head:
+def output_head(base: Any, packed: bool = False) -> Head:
     """Return the output head of a transformers model, with the transforms that its type applies to its logits.
+
+    Args:
+        base: The model.
+        packed: Leave a weight that is held packed only as it is, for a product that reads it so.
 
     Raises:
         ModelError: The model has no linear output head.
@@ -27,6 +32,8 @@ def output_head(base: Any) -> Head:
         raise ModelError(f"{type(base).__name__} has no linear output head; a causal language model is needed")
     scale, softcap = logit_transforms(config)
     weight, bias, low_rank, rows = _parts(linear)
+    if not packed:
+        weight = backend_for(weight.device).whole(weight)
     used = getattr(config, "unpadded_vocab_size", None)
     if used is not None and used < len(weight):  # Inkling drops the logits of rows that are no tokens
         weight, bias = weight[:used], None if bias is None else bias[:used]

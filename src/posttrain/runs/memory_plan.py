@@ -86,16 +86,24 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class ServingMemory:
-    """Hold what serving takes in one format: weights, and keys and values of `sequences` of `tokens` each."""
+    """Hold what serving takes in one format.
+
+    Attributes:
+        weights: Bytes of the weights.
+        cache: Of keys and values.
+        work: Of computing prompts and a step's logits.
+        beside: On a CPU: pages of the file that became other numbers, and what libraries take.
+    """
 
     weights: int
     cache: int
     work: int
+    beside: int
 
     @property
     def total(self) -> int:
         """Return the sum."""
-        return self.weights + self.cache + self.work
+        return self.weights + self.cache + self.work + self.beside
 
 
 @dataclass(frozen=True)
@@ -166,16 +174,37 @@ def plan_memory(
         for name, stage in recipe.in_order()[: len(recipe.stages)]
     ]
     tokens = min(tokens, shape.context or tokens)
+    stored = stored_bytes(recipe.model.source)
     serving = {
-        name: ServingMemory(
-            memory_model.weight_bytes(shape, weights),
-            memory_model.cache_bytes(shape, sequences * tokens, _item(weights, device)),
-            _prefill(shape, min(tokens, PREFILL_TOKENS[device_kind(device)]), sequences, _item(weights, device)),
-        )
+        name: _serving_memory(shape, memory_model.served_as(weights, device), device, stored, (sequences, tokens))
         for name, weights in FORMATS.items()
         if name != "float16"
     }
     return MemoryPlan(shape, device, room, training, serving, (sequences, tokens))
+
+
+def _serving_memory(
+    shape: ModelShape, weights: WeightFormat, device: str, stored: int | None, served: tuple[int, int]
+) -> ServingMemory:
+    """Add up the parts of serving in one format; stored: bytes of the model's files (None: unknown)."""
+    (sequences, tokens), item = served, _item(weights, device)
+    beside = 0
+    if device == "cpu":
+        beside = memory_model.unused_pages(shape, weights, stored) + memory_model.SERVING_LIBRARIES
+    return ServingMemory(
+        memory_model.weight_bytes(shape, weights),
+        memory_model.cache_bytes(shape, sequences * tokens, item),
+        _prefill(shape, min(tokens, PREFILL_TOKENS[device_kind(device)]), sequences, item),
+        beside,
+    )
+
+
+def stored_bytes(source: str) -> int | None:
+    """Return the bytes of a model's files; None if they are not on this machine."""
+    found = resolve(source)
+    if found.kind != "folder":
+        return None
+    return sum(p.stat().st_size for p in Path(found.location).glob("*.safetensors"))
 
 
 def device_kind(device: str) -> str:
@@ -336,10 +365,9 @@ def memory_warning(recipe: Recipe, prepared: Mapping[str, Stage]) -> list[str]:
         recipe: The recipe.
         prepared: Stages whose data is read already, by name of their folder.
     """
-    found = resolve(recipe.model.source)
-    if found.kind != "folder":
+    stored = stored_bytes(recipe.model.source)
+    if stored is None:
         return []
-    stored = sum(p.stat().st_size for p in Path(found.location).glob("*.safetensors"))
     device = pick_device(recipe.model.device).type
     room = room_of(device)
     if stored * SURELY < room:

@@ -245,7 +245,7 @@ class _Session:
         self, sampler: LocalSampler, prompts: list[_Prompt], params: SamplingConfig, on_done: OnDone | None
     ) -> None:
         self.sampler, self.params, self.on_done = sampler, params, on_done
-        self.head = sampler.model.head()
+        self.head = sampler.model.head(packed=True)
         self.device = sampler.model.device
         # Longest prompts first: what comes later fits where they were, and the longest work does not start last.
         self.waiting = sorted(prompts, key=lambda p: (len(p.request.tokens), -p.index))

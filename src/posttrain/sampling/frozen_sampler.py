@@ -17,7 +17,7 @@ def open_sampler(model: ModelConfig, config: SamplerConfig) -> LocalSampler:
     from posttrain.models.verification import verify
     from posttrain.sampling.engine import LocalSampler
 
-    hf, tokenizer = load_model(model, pick_dtype(model.dtype, pick_device(model.device)))
+    hf, tokenizer = load_model(model, pick_dtype(model.dtype, pick_device(model.device)), inference=True)
     policy = LanguageModel(hf).eval().requires_grad_(False)
     verify(policy)
     return LocalSampler(policy, tokenizer, **config.limits())

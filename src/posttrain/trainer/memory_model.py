@@ -8,7 +8,7 @@ held to what processes then take (`benchmarks/memory.py`, docs/memory.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from posttrain.losses.linear_logprobs import CHUNK_BYTES, KEPT_BYTES
 from posttrain.models.model_shape import ModelShape
@@ -18,6 +18,8 @@ FLOAT = 4
 LIBRARIES = {"cpu": 120 << 20, "cuda": 600 << 20}
 """What is neither weights nor activations: kernels that oneDNN compiles for each shape of a product, the tokenizer and
 rows, blocks of freed memory that nothing fits into; on a GPU the workspaces of its libraries."""
+SERVING_LIBRARIES = 50 << 20
+"""The same of a process that serves on a CPU."""
 BLOCK, OUTER = 64, 256
 """bitsandbytes: weights of one scale, and scales of one outer scale (double quantisation)."""
 
@@ -32,6 +34,7 @@ class WeightFormat:
         bits: Bits of a number of a linear layer. None: as the others.
         group: Weights of one scale. 0: one scale a row, which takes next to nothing.
         scale_bytes: Bytes of a scale, with its zero if there is one.
+        packed: The format is that of `method: quantize`, which a CPU reads packed.
     """
 
     name: str
@@ -39,6 +42,7 @@ class WeightFormat:
     bits: int | None = None
     group: int = 0
     scale_bytes: float = FLOAT
+    packed: bool = False
 
 
 FORMATS = {
@@ -46,10 +50,32 @@ FORMATS = {
     "bfloat16": WeightFormat("bfloat16", 2),
     "float16": WeightFormat("float16", 2),
     "nf4": WeightFormat("nf4", 2, 4, BLOCK, 1 + FLOAT / OUTER),
-    "int8": WeightFormat("int8", 2, 8),
-    "int4": WeightFormat("int4", 2, 4, 32, 2),
+    "int8": WeightFormat("int8", 2, 8, packed=True),
+    "int4": WeightFormat("int4", 2, 4, 32, 2, packed=True),
 }
 """Formats of tables. int8 and int4 keep what is no linear layer in 16 bit, as servers do."""
+
+
+def served_as(weights: WeightFormat, device: str) -> WeightFormat:
+    """Return the format that weights have in memory: on a CPU scales, and what is in full beside them, are float32."""
+    return replace(weights, bytes=FLOAT, scale_bytes=FLOAT) if weights.packed and device == "cpu" else weights
+
+
+def unused_pages(shape: ModelShape, weights: WeightFormat, stored: int | None) -> int:
+    """Return the bytes of a mapped file that are read, and held as other numbers beside it.
+
+    Weights in the dtype of the file are its pages themselves. Packed weights are laid out anew.
+
+    Args:
+        shape: Sizes of the model.
+        weights: Format of the weights in memory.
+        stored: Bytes of the model's files. None: unknown; 16 bit are assumed.
+    """
+    if weights.packed:
+        return weight_bytes(shape, weights) - round((shape.parameters - shape.linear) * weights.bytes)
+    stored = 2 * shape.parameters if stored is None else stored
+    same = weights.bits is None and round(stored / shape.parameters) == weights.bytes
+    return 0 if same else stored
 
 
 def weight_bytes(shape: ModelShape, weights: WeightFormat) -> int:

@@ -230,6 +230,38 @@ int quantized_products(const float *x, long m, const packed_t *const *ws, const 
     return 0;
 }
 
+typedef struct {
+    const packed_t *w;
+    const long *rows;
+    long m;
+    float *out;
+} whole_t;
+
+static void unpack(void *data) {
+    const whole_t *j = data;
+    const packed_t *w = j->w;
+    const long groups = w->k / w->group, block = 64 + w->group * 2 * w->bits, all_of_us = team();
+    for (long r = j->m * me() / all_of_us, end = j->m * (me() + 1) / all_of_us; r < end; r++) {
+        const long n = j->rows ? j->rows[r] : r, tile = n / LANES, lane = n % LANES;
+        const char *p = w->values + tile * groups * block;
+        float *y = j->out + r * w->k;
+        for (long g = 0, i = 0; g < groups; g++, p += block) {
+            const float scale = ((const float *)p)[lane];
+            const int zero = w->zero ? w->zero[(tile * groups + g) * LANES + lane] : 0;
+            const signed char *bytes = (const signed char *)p + 64;
+            const int *words = (const int *)(p + 64);
+            for (long c = 0; c < w->group; c++, i++) {
+                const int q = w->bits == 8 ? bytes[c * LANES + lane]
+                                           : (int)((unsigned)words[c / 8 * LANES + lane] << (28 - c % 8 * 4)) >> 28;
+                y[w->order ? w->order[i] : i] = (float)(q - zero) * scale;
+            }
+        }
+    }
+}
+
+/* out (m, k): rows of w as floats, the same numbers as QuantizedWeight.dense(); rows: which, or NULL for the first m */
+void dequantize(const packed_t *w, const long *rows, float *out, long m) { run(unpack, &(whole_t){w, rows, m, out}); }
+
 int quantized_linear(const float *x, const packed_t *w, const float *bias, float *y, long m) {
     return quantized_products(x, m, &w, &bias, &y, 1);
 }
