@@ -33,6 +33,7 @@ from posttrain.methods.data.instructions import InstructionsConfig
 from posttrain.methods.data.rejection import RejectionConfig
 from posttrain.methods.data.self_instruct import SelfInstructConfig
 from posttrain.methods.distill.distill_settings import DistillConfig
+from posttrain.methods.merge.merge_settings import MergeConfig
 from posttrain.methods.preference.offline import PreferenceConfig
 from posttrain.methods.preference.online import OnlineDPOConfig
 from posttrain.methods.reward_model.pairwise import RewardModelConfig
@@ -128,6 +129,8 @@ def maker_overrides(stage: Any, chats: Path, teacher: str) -> list[str] | None:
         return ["rows=4", *(["structure.layers=1"] if layers else ["structure.ratio=0.8", "structure.round_to=16"])]
     if isinstance(stage, QuantizeConfig):
         return ["rows=4", "group=16"]
+    if isinstance(stage, MergeConfig):
+        return []
     if isinstance(stage, FeedbackConfig):
         judge = tiny_judge("judge", chats) if stage.judge is not None else []
         if stage.answers.kind == "samples":
@@ -217,6 +220,10 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
             pruned = AutoModelForCausalLM.from_pretrained(result.folder / "stages" / f"{i}-{stage.name}" / "model")
             size = "num_hidden_layers" if stage.structure and stage.structure.layers else "intermediate_size"
             assert getattr(pruned.config, size) < getattr(tiny_model("llama").config, size)
+            continue
+        if isinstance(stage, MergeConfig):
+            card = (result.folder / "stages" / f"{i}-{stage.name}" / "model" / "README.md").read_text()
+            assert all(f"| {other.name} | sft |" in card for other in recipe.stages[:i])
             continue
         if isinstance(stage, QuantizeConfig):
             weights = read_quantized(result.folder / "stages" / f"{i}-{stage.name}" / "model")

@@ -23,6 +23,7 @@ from posttrain.cli.export import export_command
 from posttrain.cli.inspect_command import inspect_command
 from posttrain.cli.lab import lab_command
 from posttrain.cli.memory_command import memory_command
+from posttrain.cli.merge_command import merge_command
 from posttrain.cli.recipes import recipes_app
 from posttrain.cli.report import report_command
 from posttrain.cli.run import run_command
@@ -90,6 +91,7 @@ app.command("evaluate")(evaluate_command)
 app.command("chat")(chat_command)
 app.command("bake")(bake_command)
 app.command("export")(export_command)
+app.command("merge")(merge_command)
 app.command("report")(report_command)
 app.command("lab")(lab_command)
 app.command("memory")(memory_command)

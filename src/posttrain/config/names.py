@@ -31,6 +31,7 @@ METHODS = {
     "instructions": "posttrain.methods.data.instructions:Instructions",
     "prune": "posttrain.methods.compress.prune:Prune",
     "quantize": "posttrain.methods.compress.quantize:Quantize",
+    "merge": "posttrain.methods.merge.merge:Merge",
 }
 """Methods: subclasses of `posttrain.trainer.stage.Stage`."""
 
@@ -39,6 +40,15 @@ DIVERGENCES: dict[str, str] = {
     for name in ("forward_kl", "reverse_kl", "jsd", "skew", "skew_reverse")
 }
 """Divergences of distillation: functions of (student's log-probabilities, teacher's)."""
+
+MERGE_ALGORITHMS: dict[str, str] = {
+    name: f"posttrain.methods.merge.algorithms:{name}_merge"
+    for name in (
+        *("linear", "slerp", "multi_slerp", "karcher", "model_stock", "task_arithmetic", "ties", "dare_linear"),
+        *("dare_ties", "della_linear", "della", "breadcrumbs", "breadcrumbs_ties"),
+    )
+}
+"""Algorithms that merge models: functions of a `MergeInputs`."""
 
 PREFERENCE_LOSSES = {"hinge": "posttrain.losses.preference_loss:hinge"}
 """Losses of a pair by its answers' scores, that take the place of a preference method's loss (setting `loss`)."""

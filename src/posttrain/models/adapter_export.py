@@ -121,12 +121,12 @@ def _combine(start: AdapterSource, settings: dict[str, Any], folder: Path, peft_
     from safetensors.torch import load_file, save_file
 
     file = folder / WEIGHTS_FILE
-    if not (_is_plain(start.settings) and _is_plain(settings) and file.is_file()):
+    if not (is_plain_adapter(start.settings) and is_plain_adapter(settings) and file.is_file()):
         return False
     where = {"revision": start.revision} if start.revision else {}
     parts = [load_peft_weights(start.location, device="cpu", **where), load_file(file)]
     rows, indices = _join_rows(parts, [start.settings, settings])
-    first, second = _factors(parts[0], start.settings), _factors(parts[1], settings)
+    first, second = low_rank_factors(parts[0], start.settings), low_rank_factors(parts[1], settings)
     names = {name for name, _ in peft_model.get_base_model().named_modules()}
     if first is None or second is None or not first.keys() <= names:
         return False
@@ -202,7 +202,7 @@ def _add_embedding(peft_model: Any, file: Path) -> None:
         save_file({**weights, **added}, file, metadata={"format": "pt"})
 
 
-def _is_plain(settings: dict[str, Any]) -> bool:
+def is_plain_adapter(settings: dict[str, Any]) -> bool:
     """Return True for low-rank adapters without any variation: W + s B A, on matrices."""
     from peft import LoraConfig
 
@@ -212,7 +212,7 @@ def _is_plain(settings: dict[str, Any]) -> bool:
     return not any(v and v != usual.get(k) for k, v in settings.items() if k not in MAY_DIFFER)
 
 
-def _factors(weights: dict[str, Tensor], settings: dict[str, Any]) -> Factors | None:
+def low_rank_factors(weights: dict[str, Tensor], settings: dict[str, Any]) -> Factors | None:
     """Return the factors of each module in float32, its scale in B; None if there are other tensors."""
     from peft.utils.other import get_pattern_key
 

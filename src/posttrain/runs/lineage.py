@@ -57,6 +57,8 @@ class Origin:
 def trace(run: Path, manifest: Mapping[str, Any], number: int) -> tuple[list[LineageStep], Origin]:
     """Return the stages that led to what stage `number` of a run made, oldest first, and the model they began with.
 
+    Those of models that a stage has merged come before it.
+
     Args:
         run: Folder of the run.
         manifest: Content of its manifest.
@@ -71,18 +73,28 @@ def trace(run: Path, manifest: Mapping[str, Any], number: int) -> tuple[list[Lin
         titles = (name, record["name"], f"{name} held out")
         data = tuple(d for d in manifest.get("data", []) if d.get("stage") in titles)
         steps.insert(0, LineageStep(run.resolve().name, record, data))
+        for model in reversed(record.get("merged", {}).get("models", [])):
+            found = _stage_of(str(model["source"]), run, records[:number])
+            made_by = trace(found[0], _manifest_of(found[0], run, manifest), found[1])[0] if found else []
+            steps[:0] = [step for step in made_by if (step.run, step.record) not in [(s.run, s.record) for s in steps]]
         source = str(record.get("from", ""))
         if source == manifest.get("model", {}).get("source"):
             revision = manifest["model"].get("revision")
         found = _stage_of(source, run, records[:number])
         if found is None:
             break
+        manifest = _manifest_of(found[0], run, manifest)
         run, number = found
-        if run.is_dir() and (file := run / "manifest.json").is_file():
-            manifest = json.loads(file.read_text(encoding="utf-8"))
         if number >= len(manifest.get("stages", [])):
             break
     return steps, origin_of(source, revision)
+
+
+def _manifest_of(run: Path, known_run: Path, known: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the manifest of a run; that of `known_run` is known, and newer than its file."""
+    if run != known_run and (file := run / "manifest.json").is_file():
+        return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return known
 
 
 def _stage_of(source: str, run: Path, earlier: list[Mapping[str, Any]]) -> tuple[Path, int] | None:

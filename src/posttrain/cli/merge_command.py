@@ -1,0 +1,94 @@
+"""posttrain merge: one model from the weights of several."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from posttrain.cli.arguments import TrustRemoteCode, named_model
+from posttrain.core.errors import ModelError
+from posttrain.core.visible_text import visible
+
+
+def merge_command(
+    models: Annotated[list[str], typer.Argument(help="Runs' folders, or folders, files or Hub names of models.")],
+    output: Annotated[Path, typer.Option(help="Folder for the merged model.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="The model that they were trained from. None: the first model, for averages alone."),
+    ] = None,
+    algorithm: Annotated[str, typer.Option(help="linear, slerp, ties, dare_ties, ...: docs/merging.md.")] = "linear",
+    weights: Annotated[str | None, typer.Option(help="A weight for each model, such as 1,0.5.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option(help="Setting of the algorithm as KEY=VALUE, such as density=0.5; repeatable.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="base, or one of the models, if they differ.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="base, one of the models, or a template, if they differ.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of random masks.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Merge models into one, without training."""
+    from pydantic import ValidationError
+
+    from posttrain.methods.merge.merge import Merge
+    from posttrain.methods.merge.merge_settings import MergeConfig
+    from posttrain.trainer.stage import StageContext
+
+    if output.exists():
+        raise ModelError(f"{output} exists already: name another folder, or remove it first")
+    if base is None and algorithm not in AVERAGES:
+        raise ModelError(f"{algorithm} merges changes from a base: name it with --base")
+    start = named_model(models[0] if base is None else base, "cpu", trust_remote_code)
+    for model in models:
+        named_model(model, "cpu", trust_remote_code)
+    try:
+        config = MergeConfig.model_validate(
+            {
+                "models": _weighted(models, weights),
+                "algorithm": {"name": algorithm, **_settings(setting or [])},
+                "tokenizer": tokenizer,
+                "chat_template": chat_template,
+                "dtype": dtype,
+            }
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ModelError(f"{place}: {first['msg']}" if place else first["msg"]) from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.writing-") as work:
+        done = Merge(config, StageContext(None, None)).run(start, Path(work), seed)
+        (Path(work) / "model").rename(output)
+    typer.echo(visible(f"wrote   {output} ({done['made']['bytes'] / 2**20:.1f} MiB)"))
+    typer.echo(f"tensors {done['made']['tensors']} from {done['made']['models merged']} models, by {algorithm}")
+
+
+AVERAGES = ("linear", "slerp", "multi_slerp", "karcher")
+"""Algorithms that need no base."""
+
+
+def _weighted(models: list[str], weights: str | None) -> list[dict[str, Any]]:
+    if weights is None:
+        return [{"source": model} for model in models]
+    numbers = weights.split(",")
+    if len(numbers) != len(models):
+        raise ModelError(f"--weights has {len(numbers)} numbers, and there are {len(models)} models")
+    return [{"source": model, "weight": number.strip()} for model, number in zip(models, numbers, strict=True)]
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    out = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ModelError(f"--setting {pair!r}: expected KEY=VALUE, for example density=0.5")
+        out[name] = yaml.safe_load(text)
+    return out

@@ -1,0 +1,121 @@
+"""Open the models that are merged, and write the result as a model's folder."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.settings import ModelConfig
+from posttrain.core.errors import ModelError
+from posttrain.methods.merge.merge_settings import BASE_SOURCE, MergeConfig
+from posttrain.methods.merge.merge_weights import Sources, WeightMerge, plan_merge, plan_stack
+from posttrain.methods.merge.model_layout import layout_of
+from posttrain.methods.merge.stored_model import StoredModel, open_stored
+from posttrain.methods.merge.tokenizer_choice import choose_template, choose_tokenizer, join_generation
+from posttrain.methods.merge.weight_writer import write_weights
+from posttrain.models.portable_files import NEEDS_NEW, finish_folder
+
+
+def open_sources(
+    config: MergeConfig, model: ModelConfig, scratch: Callable[[], Path]
+) -> tuple[StoredModel, dict[tuple[str, str | None], StoredModel]]:
+    """Open the base and the models that are merged.
+
+    Args:
+        config: Settings of the stage.
+        model: The base.
+        scratch: Makes an empty folder, for a model that has to be written as files first.
+
+    Returns:
+        The base, and the others by (source, revision).
+    """
+    base = open_stored(model, scratch())
+    named = config.named_sources()
+    configs = [model.model_copy(update={"source": source, "revision": revision}) for source, revision in named]
+    return base, {key: open_stored(one, scratch()) for key, one in zip(named, configs, strict=True)}
+
+
+def write_merged(
+    config: MergeConfig,
+    base: StoredModel,
+    sources: Sources,
+    folder: Path,
+    seed: int,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Write the merged model to `folder`.
+
+    Args:
+        config: Settings of the stage.
+        base: The base.
+        sources: The other models by (source, revision).
+        folder: Where to write; it is made.
+        seed: Decides random masks.
+        on_tensor: Called with the numbers of tensors that are written and of all.
+
+    Returns:
+        The stage's entry in the manifest.
+
+    Raises:
+        ModelError: The models don't fit together.
+    """
+    others = {source: model for (source, _), model in sources.items()}
+    with_tokenizer = choose_tokenizer(config, base, others)
+    template, with_template = choose_template(config, base, others)
+    tokenizer = copy.deepcopy(with_tokenizer.tokenizer)
+    tokenizer.chat_template = template
+    plan = plan_merge(config, base, sources, seed) if config.models else plan_stack(config, base, sources)
+    settings = result_settings(base, plan)
+    _check_shapes(plan, settings, base)
+    folder.mkdir(parents=True)
+    files = write_weights(
+        folder,
+        plan.tensors,
+        plan.compute,
+        int(config.max_shard_gb * 1e9),
+        lambda done: on_tensor(done, len(plan.tensors)),
+    )
+    settings.save_pretrained(folder)
+    named = [m.source for m in config.models] or [piece.source for piece in config.slices]
+    merged = [base if source == BASE_SOURCE else others[source] for source in named]
+    join_generation(with_template, merged, tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for file in base.folder.glob("*.py"):  # code that the model's type needs
+        shutil.copy2(file, folder)
+    notes = {} if finish_folder(folder) else {"transformers": NEEDS_NEW}
+    opened = {model.source: {"source": model.source, **model.notes} for model in merged}
+    algorithm = "stack of layers" if config.algorithm is None else config.algorithm.name
+    made = {"models merged": len(opened), "tensors": len(plan.tensors), "bytes": sum(f.stat().st_size for f in files)}
+    record = {"algorithm": algorithm, "base": base.source, "models": list(opened.values()), "shards": len(files)}
+    return {"parameters": sum(t.numbers for t in plan.tensors), "made": made, "merged": record, **notes}
+
+
+def result_settings(base: StoredModel, plan: WeightMerge) -> Any:
+    """Return the configuration of the result: the base's, with its layers, dtype and ties as they are."""
+    settings = copy.deepcopy(base.config)
+    text = settings.get_text_config()
+    if plan.from_layers:
+        for name, value in vars(base.config.get_text_config()).items():
+            if isinstance(value, list | tuple) and len(value) == base.layout.layers and name != "architectures":
+                setattr(text, name, [getattr(m.config.get_text_config(), name)[i] for m, i in plan.from_layers])
+        text.num_hidden_layers = plan.layers
+    if not plan.tied and base.layout.tied:
+        settings.tie_word_embeddings = text.tie_word_embeddings = False
+    kinds = [t.dtype for t in plan.tensors if t.dtype.is_floating_point]
+    settings.dtype = max(set(kinds), key=lambda kind: (kinds.count(kind), kind.itemsize))
+    return settings
+
+
+def _check_shapes(plan: WeightMerge, settings: Any, base: StoredModel) -> None:
+    """Check the result's tensors against what its configuration says, before they are computed."""
+    expected = layout_of(settings, base.source).shapes
+    stored = {tensor.name: tensor.shape for tensor in plan.tensors}
+    for name, shape in stored.items():
+        if name in expected and expected[name] != shape:
+            raise ModelError(
+                f"{name} would be {list(shape)}, and the base {base.source} has a configuration with "
+                f"{list(expected[name])}: layers of models with other sizes can't be stacked on it"
+            )

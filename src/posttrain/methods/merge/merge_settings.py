@@ -1,0 +1,154 @@
+"""Settings of merging models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from posttrain.config.base import Config
+from posttrain.config.names import MERGE_ALGORITHMS
+from posttrain.config.open_functions import open_function
+from posttrain.config.settings import NAME, StageBase
+
+BASE_SOURCE = "base"
+"""The model that the stage starts from, where a source is named."""
+
+Values = float | list[float] | dict[str, float | list[float]]
+"""A number for every tensor; or numbers from the first layer to the last, between which each layer interpolates; or one of
+both by pattern of the tensor's (or its module's) name, the first that fits."""
+
+
+def numbers_of(values: Values) -> list[float]:
+    """Return all numbers of a setting that may differ by tensor."""
+    if isinstance(values, Mapping):
+        return [number for inner in values.values() for number in numbers_of(inner)]
+    return list(values) if isinstance(values, list) else [values]
+
+
+def within(low: float | None = None, high: float | None = None) -> AfterValidator:
+    """Return the check that all numbers of `Values` lie between two bounds, and that no list is empty."""
+
+    def check(values: Values) -> Values:
+        lists = values.values() if isinstance(values, Mapping) else [values]
+        if not all(numbers_of(inner) for inner in lists) or not lists:
+            raise ValueError("expected a number, a list of numbers, or these by pattern of names; this is empty")
+        for number in numbers_of(values):
+            if (low is not None and number < low) or (high is not None and number > high):
+                bounds = " and ".join(f"at {w} {b:g}" for w, b in (("least", low), ("most", high)) if b is not None)
+                raise ValueError(f"expected numbers {bounds}, got {number:g}")
+        return values
+
+    return AfterValidator(check)
+
+
+AlgorithmConfig = Annotated[Any, open_function(MERGE_ALGORITHMS, "merge algorithm")]
+
+
+class MergeSource(Config):
+    """One of the models that are merged."""
+
+    own_sources: ClassVar[tuple[str, ...]] = (BASE_SOURCE,)
+
+    source: str = Field(
+        description="Any model source, an adapter too (merged into its base), stage:NAME, or base (the model that the stage starts from)."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
+    weight: Annotated[Values, within()] = Field(
+        1.0,
+        description="Weight of this model; a list goes from the first layer to the last; {pattern: number or list} by name.",
+    )
+    density: Annotated[Values, within(0, 1)] | None = Field(
+        None, description="Share of this model's changes that stay, in place of the algorithm's density."
+    )
+
+
+class SliceConfig(Config):
+    """Layers of one model, in a model that is stacked from several."""
+
+    own_sources: ClassVar[tuple[str, ...]] = (BASE_SOURCE,)
+
+    source: str = Field(description="As in models.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
+    layers: tuple[int, int] = Field(description="Half-open range of its layers: [0, 16] takes the first sixteen.")
+    scale: Annotated[Values, within()] = Field(
+        1.0,
+        description='Factor of the tensors of these layers; {"*.o_proj": 0, "*.down_proj": 0} makes repeated layers pass their input on.',
+    )
+
+    @model_validator(mode="after")
+    def _range(self) -> SliceConfig:
+        if not 0 <= self.layers[0] < self.layers[1]:
+            raise ValueError(f"layers is {list(self.layers)}: expected [first, end] with 0 <= first < end")
+        return self
+
+
+class MergeConfig(StageBase):
+    """Merging: the weights of several models become one model, without training."""
+
+    method: Literal["merge"] = "merge"
+    name: str = Field("merge", pattern=NAME, description="Name of the stage's folder in the run.")
+    start: str | None = Field(
+        "base",
+        description="The base: task vectors are differences from it, and the result takes its configuration. base: the recipe's own model; stage:NAME or any model source; null: what the stage before left.",
+    )
+    algorithm: AlgorithmConfig | None = Field(
+        None,
+        description="linear, slerp, multi_slerp, karcher, model_stock, task_arithmetic, ties, dare_linear, dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties, or package.module:function; with settings as {name: ties, density: 0.5}.",
+    )
+    models: list[MergeSource] = Field(default_factory=list, description="The models that are merged.")
+    slices: list[SliceConfig] = Field(
+        default_factory=list,
+        description="In place of models: layers of several models that are stacked (passthrough). Embeddings, last norm and head are the base's.",
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="Tokenizer of the result: base, or a source as it is written in models. None: the base's, and an error if the vocabularies differ.",
+    )
+    chat_template: str | None = Field(
+        None,
+        description="Chat template of the result: base, a source as it is written in models, or a template (text or path of a file). None: the base's, and an error if they differ.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Dtype of the result's weights; auto: of each as the base has it. Computed in float32."
+    )
+    max_shard_gb: float = Field(5.0, gt=0, description="Largest file of weights, in 10^9 bytes.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_alone(cls, values: Any) -> Any:
+        """Read a source alone as a model with weight 1."""
+        if isinstance(values, dict) and isinstance(values.get("models"), list):
+            models = [{"source": m} if isinstance(m, str) else m for m in values["models"]]
+            return {**values, "models": models}
+        return values
+
+    @model_validator(mode="after")
+    def _fits(self) -> MergeConfig:
+        if bool(self.models) == bool(self.slices):
+            raise ValueError("set either models (which an algorithm merges) or slices (layers that are stacked)")
+        if bool(self.models) != (self.algorithm is not None):
+            raise ValueError(
+                "models need an algorithm, for example linear or ties" if self.models else "slices take no algorithm"
+            )
+        if self.algorithm is not None:
+            self._check_models(self.algorithm.name, set(type(self.algorithm).model_fields))
+        return self
+
+    def _check_models(self, algorithm: str, settings: set[str]) -> None:
+        if any(m.density is not None for m in self.models) and "density" not in settings:
+            raise ValueError(f"a model has a density, and {algorithm} has none: leave it out")
+        needed, exact = {"slerp": (2, True), "model_stock": (2, False)}.get(algorithm, (1, False))
+        if len(self.models) < needed or (exact and len(self.models) != needed):
+            raise ValueError(
+                f"{algorithm} takes {'' if exact else 'at least '}{needed} models, and there are {len(self.models)}"
+            )
+        if algorithm in ("slerp", "model_stock") and any(numbers_of(m.weight) != [1.0] for m in self.models):
+            place = "t says where between the two" if algorithm == "slerp" else "it finds its own"
+            raise ValueError(f"{algorithm} takes no weights: {place}")
+
+    def named_sources(self) -> list[tuple[str, str | None]]:
+        """Return (source, revision) of every model that is opened beside the base, each once."""
+        entries: list[MergeSource | SliceConfig] = [*self.models, *self.slices]
+        return list(dict.fromkeys((e.source, e.revision) for e in entries if e.source != BASE_SOURCE))

@@ -1,0 +1,125 @@
+"""Choose the tokenizer, the chat template and the end tokens of a merged model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from posttrain.core.errors import ModelError
+from posttrain.core.files import named_path, read_small_text
+from posttrain.methods.merge.merge_settings import BASE_SOURCE, MergeConfig
+from posttrain.methods.merge.stored_model import StoredModel
+
+EXAMPLE_TOKENS = 3
+
+
+def model_named(name: str, base: StoredModel, others: Mapping[str, StoredModel]) -> StoredModel | None:
+    """Return the model that a setting names; None if it names none.
+
+    Args:
+        name: base, or a source.
+        base: The base.
+        others: The other models by source.
+    """
+    return base if name == BASE_SOURCE else others.get(name)
+
+
+def choose_tokenizer(config: MergeConfig, base: StoredModel, others: Mapping[str, StoredModel]) -> StoredModel:
+    """Return the model whose tokenizer the result gets.
+
+    Args:
+        config: Settings of the stage.
+        base: The base.
+        others: The other models by source.
+
+    Raises:
+        ModelError: The setting names no model, or the vocabularies differ and nothing is set.
+    """
+    if config.tokenizer is not None:
+        chosen = model_named(config.tokenizer, base, others)
+        if chosen is None:
+            raise ModelError(
+                f"tokenizer: {config.tokenizer!r} is none of the sources: {', '.join((BASE_SOURCE, *others))}"
+            )
+        return chosen
+    for name, model in others.items():
+        if difference := vocabulary_difference(model, base):
+            raise ModelError(f"the vocabulary of {name} differs from the base's: {difference}. Set tokenizer")
+    return base
+
+
+def vocabulary_difference(model: StoredModel, base: StoredModel) -> str:
+    """Return how the vocabulary of a model differs from the base's in words; empty if it does not."""
+    theirs, ours = model.tokenizer.get_vocab(), base.tokenizer.get_vocab()
+    if theirs == ours:
+        return ""
+    more, less = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
+    moved = sum(theirs[token] != ours[token] for token in theirs.keys() & ours.keys())
+    parts = [(f"{len(more):,} tokens more", more), (f"{len(less):,} fewer", less)]
+    words = [f"{what} ({', '.join(map(repr, tokens[:EXAMPLE_TOKENS]))})" for what, tokens in parts if tokens]
+    return ", ".join(words + ([f"{moved:,} with another id"] if moved else []))
+
+
+def choose_template(
+    config: MergeConfig, base: StoredModel, others: Mapping[str, StoredModel]
+) -> tuple[Any, StoredModel]:
+    """Return the result's chat template, and the model that it comes from (the base for a template from elsewhere).
+
+    Args:
+        config: Settings of the stage.
+        base: The base.
+        others: The other models by source.
+
+    Raises:
+        ModelError: The templates differ and nothing is set, or the setting is no source, no file and no template.
+    """
+    if config.chat_template is None:
+        template = base.tokenizer.chat_template
+        different = [name for name, model in others.items() if model.tokenizer.chat_template != template]
+        if different:
+            what = "has no chat template" if template is None else "has another chat template"
+            raise ModelError(
+                f"the base {base.source} {what} than {', '.join(different)}: set chat_template to base, to one of the "
+                "sources, or to a template"
+            )
+        return template, base
+    chosen = model_named(config.chat_template, base, others)
+    if chosen is not None:
+        return chosen.tokenizer.chat_template, chosen
+    path = named_path(config.chat_template)
+    if "{" in config.chat_template:
+        return config.chat_template, base
+    if not path.is_file():
+        raise ModelError(
+            f"chat_template: {config.chat_template!r} is none of the sources ({', '.join((BASE_SOURCE, *others))}), no file and "
+            "no template"
+        )
+    try:
+        return read_small_text(path), base
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"chat_template {str(path)!r} can't be read: {error}") from error
+
+
+def join_generation(first: StoredModel, models: Sequence[StoredModel], tokenizer: Any) -> Any:
+    """Return generation settings of a model, with the tokens that end a turn in any of the models.
+
+    Args:
+        first: The model whose settings are taken, and whose end tokens come first.
+        models: All models.
+        tokenizer: Tokenizer of the result, in whose ids they are.
+    """
+    out = copy.deepcopy(first.generation)
+    ends = [end for model in [first, *models] for end in _mapped(model.generation.eos_token_id, model, tokenizer)]
+    ends = list(dict.fromkeys(ends))
+    out.eos_token_id = ends if len(ends) > 1 else ends[0] if ends else None
+    for name in ("pad_token_id", "bos_token_id"):
+        setattr(out, name, next(iter(_mapped(getattr(out, name, None), first, tokenizer)), None))
+    return out
+
+
+def _mapped(ids: Any, model: StoredModel, tokenizer: Any) -> list[int]:
+    """Return token ids of a model as ids of another tokenizer; those that it does not have are left out."""
+    listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    known = tokenizer.get_vocab()
+    return [known[token] for token in model.tokenizer.convert_ids_to_tokens(listed) if token in known]
