@@ -104,7 +104,7 @@ def test_activations_are_what_autograd_keeps(kind: str, rank: int, monkeypatch: 
 
 
 def test_parts_by_hand() -> None:
-    shape = SimpleNamespace(parameters=1000, linear=640, layers=3, key_value=8)
+    shape = SimpleNamespace(parameters=1000, linear=640, experts=0, layers=3, key_value=8)
     assert weight_bytes(shape, FORMATS["float32"]) == 4000  # type: ignore[arg-type]
     # 640 / 2 bytes, ten scales of a byte with their own scales of 4 / 256 bytes, and 360 numbers of two bytes.
     assert weight_bytes(shape, FORMATS["nf4"]) == round(320 + 10 * (1 + 4 / 256) + 720)  # type: ignore[arg-type]
@@ -114,6 +114,10 @@ def test_parts_by_hand() -> None:
     assert weight_bytes(shape, here) == 320 + 20 * 4 + 360 * 4  # type: ignore[arg-type]
     assert served_as(FORMATS["int4"], "cuda") == FORMATS["int4"] and served_as(FORMATS["nf4"], "cpu") == FORMATS["nf4"]
     assert unused_pages(shape, here, 999) == 320 + 20 * 4  # type: ignore[arg-type]
+    mixture = SimpleNamespace(**{**vars(shape), "experts": 320})  # in full beside nf4, and on a CPU with its integers
+    assert weight_bytes(mixture, FORMATS["nf4"]) == round(160 + 5 * (1 + 4 / 256) + 320 * 2 + 720)  # type: ignore[arg-type]
+    assert weight_bytes(mixture, here) == 160 + 10 * 4 + 320 * 5 + 10 * 4 + 360 * 4  # type: ignore[arg-type]
+    assert unused_pages(mixture, here, 999) == 320 + 20 * 4  # type: ignore[arg-type]
     for name, stored, unused in (
         ("float32", 4100, 0),
         ("bfloat16", 4100, 4100),

@@ -25,7 +25,7 @@ from posttrain.core.files import is_weights
 from posttrain.core.process_memory import peak_bytes, reset_peak, resident_bytes
 from posttrain.core.progress import Track
 from posttrain.models.loading import load_model, resolve
-from posttrain.models.quantized_weight import quantized_modules
+from posttrain.models.quantized_weight import quantized_matrices
 from posttrain.models.vocabulary import output_rows
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request
@@ -108,14 +108,14 @@ def sizes_of(model: LanguageModel, settings: ModelConfig | None) -> dict[str, in
     """Return the parameters of a model, and bytes of its weights on disk, in memory, and in packed form.
 
     Weights in memory are the tensors that the model holds, each once. On a CPU a model that is opened for inference
-    holds quantised layers packed only. Elsewhere, and where a layer's inputs are rounded, it holds the dense weight and
-    the integers: both are in memory. `packed_bytes` counts those layers packed, as they are stored, and all others as
-    they are. Without quantised layers it is left out.
+    holds quantised layers packed only. Elsewhere, of experts, and where a layer's inputs are rounded, it holds the
+    dense weight and the integers: both are in memory. `packed_bytes` counts those layers and experts packed, as they
+    are stored, and all others as they are. Without any it is left out.
     """
     tensors = {t.untyped_storage().data_ptr(): t for t in [*model.hf.parameters(), *model.hf.buffers()]}
     alone = sum(model.backend.packed_bytes(t) for t in tensors.values())
     held = alone + sum(t.untyped_storage().nbytes() for t in tensors.values())
-    packed = [(module.weight, weight) for _, module, weight in quantized_modules(model.hf)]
+    packed = [(matrix.weight_O_I, weight) for matrix, weight in quantized_matrices(model.hf)]
     beside = [t for _, q in packed for t in (q.values_O_I, q.scale_O_G, q.zero_O_G, q.order_I) if t is not None]
     out = {
         "parameters": sum(_numbers(p) for p in model.hf.parameters()),

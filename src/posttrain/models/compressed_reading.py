@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from posttrain.core.errors import ModelError
 from posttrain.models.backends import PackedAlone, backend_for
 from posttrain.models.compressed_tensors import open_quantized, stored_settings
 from posttrain.models.quantization import forget_quantization
-from posttrain.models.quantized_weight import ATTRIBUTE, QuantizedWeight, attach_quantized
+from posttrain.models.quantized_weight import ATTRIBUTE, QuantizedWeight, attach_to_matrix
+from posttrain.models.stored_parts import StoredPart, joined_weights, parts_of_wholes, stored_parts
 
 log = logging.getLogger("posttrain")
 
@@ -57,15 +58,18 @@ def read_compressed(
     weights: dict[str, QuantizedWeight] = {}
     alone: dict[str, PackedAlone] = {}
     bits = set()
-    skeleton = _modules_like(cls, plain) if inference and dtype == torch.float32 else {}
+    parts = _parts_of(cls, plain)
+    matrices = {part.name: part.matrix for part in parts if _is_module(part)}
     for name, weight in found:
         bits.add(weight.bits)
-        module = skeleton.get(name)
-        packed = backend_for(device).pack_alone(module, weight) if module is not None else None
+        packed = None
+        if inference and dtype == torch.float32 and name in matrices:
+            packed = backend_for(device).pack_alone(matrices[name].module, weight)
         if packed is None:
             weights[name], state[f"{name}.weight"] = weight, weight.dense().to(dtype)
         else:
-            alone[name], state[f"{name}.weight"] = packed, packed.placeholder
+            alone[matrices[name].name], state[f"{name}.weight"] = packed, packed.placeholder
+    _join_slices(state, parts)
     hf = cls.from_pretrained(None, config=plain, state_dict=state, dtype=dtype, attn_implementation="eager")
     forget_quantization(hf)
     if (folder / "generation_config.json").is_file():
@@ -82,10 +86,31 @@ def read_compressed(
     return hf, note
 
 
-def _modules_like(cls: Any, settings: Any) -> dict[str, Any]:
-    """Return the modules of a model by name, without memory for their weights."""
+def _parts_of(cls: Any, settings: Any) -> list[StoredPart]:
+    """Return where the matrices of a model are stored, in modules without memory for their weights."""
     with torch.device("meta"):
-        return dict(cls(copy.deepcopy(settings)).named_modules())
+        empty = cls(copy.deepcopy(settings))
+    return stored_parts(empty)
+
+
+def _is_module(part: StoredPart) -> bool:
+    """Return True if a stored tensor is the whole weight of a module, as it is."""
+    rows = torch.arange(part.matrix.weight_O_I.shape[0])
+    return part.matrix.expert is None and torch.equal(part.rows, rows)
+
+
+def _join_slices(state: dict[str, Tensor], parts: list[StoredPart]) -> None:
+    """Put the slices of tensors that hold all experts together, as transformers reads them.
+
+    Args:
+        state: Tensors by their names in the folder; changed in place.
+        parts: Where the model's matrices are stored.
+    """
+    for whole, slices in parts_of_wholes(parts).items():
+        keys = [f"{part.name}.weight" for part in slices]
+        if all(key in state for key in keys):
+            tensors = [state.pop(key) for key in keys]
+            state[whole] = torch.stack([t.t() for t in tensors] if slices[0].matrix.transposed else tensors)
 
 
 def _attach_alone(hf: Any, alone: dict[str, PackedAlone]) -> None:
@@ -99,15 +124,14 @@ def _attach_alone(hf: Any, alone: dict[str, PackedAlone]) -> None:
             packed.attach(head)
 
 
+@torch.no_grad()
 def _attach(hf: Any, weights: dict[str, QuantizedWeight]) -> list[str]:
-    """Attach quantised weights to the modules of their names; return the names that the model does not have."""
-    modules, lost = dict(hf.named_modules()), []
-    for name, weight in weights.items():
-        module = modules.get(name)
-        if isinstance(module, nn.Linear | nn.Embedding) and tuple(module.weight.shape) == weight.shape:
-            attach_quantized(module, weight)
-        else:
-            lost.append(name)
+    """Attach quantised weights to the matrices of their names; return the names that the model does not have."""
+    found, lost = joined_weights(stored_parts(hf), weights)
+    for matrix, weight in found:
+        if matrix.expert is not None and weight.activation_bits is not None:
+            raise ModelError(f"{matrix.name}: the inputs of experts are to be rounded (W8A8), which is not done here")
+        attach_to_matrix(matrix, weight)
     share_with_head(hf)
     return lost
 

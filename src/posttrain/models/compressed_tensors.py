@@ -7,7 +7,7 @@ rounded too are `int-quantized`: one int8 a weight. config.json's `quantization_
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,8 @@ READ_HERE = {PACKED, WHOLE, "naive-quantized"}
 """Formats that are read here, without the package compressed-tensors."""
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 """What is stored of a module."""
+EXPERTS = "re:.*\\.experts\\..*"
+"""Target by which transformers finds the scheme of experts where a file has several: it takes the first group else."""
 SHARD_INDEX = "model.safetensors.index.json"
 
 
@@ -108,12 +110,13 @@ def quantization_config(
 ) -> dict[str, Any]:
     """Return config.json's `quantization_config`.
 
-    The scheme that most layers have is that of all linear layers; modules that have another one are named.
+    The scheme that most layers have is that of all linear layers; modules that have another one are named. Experts
+    count as linear layers, which they are in the files.
 
     Args:
         weights: The quantised weights by module.
-        linear: Names of the linear layers among them.
-        ignored: Names of linear layers that are in full.
+        linear: Names of the linear layers and experts among them.
+        ignored: Names of linear layers that are in full, or patterns after "re:".
     """
     schemes = schemes_of(weights)
     common = max(schemes, key=lambda s: len(set(schemes[s]) & set(linear)))
@@ -122,6 +125,8 @@ def quantization_config(
         bits, group, symmetric, inputs = scheme
         others = names if scheme != common else [n for n in names if n not in linear]
         targets = [*others, *(["Linear"] if scheme == common else [])]
+        if scheme == common and len(schemes) > 1 and any(".experts." in name for name in names):
+            targets.insert(0, EXPERTS)
         activations = None
         if inputs is not None:
             activations = {"num_bits": inputs, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
@@ -146,30 +151,39 @@ def quantization_config(
 
 
 def compress_folder(
-    folder: Path, weights: Mapping[str, QuantizedWeight], linear: list[str], ignored: list[str]
+    folder: Path,
+    weights: Mapping[str, QuantizedWeight],
+    linear: list[str],
+    ignored: list[str],
+    wholes: Mapping[str, tuple[Sequence[str], bool]] | None = None,
 ) -> None:
     """Replace the full weights of quantised modules in a folder that transformers wrote by their integers.
 
     Args:
         folder: The folder.
         weights: The quantised weights by the names that their modules have in the files.
-        linear: Names of the linear layers among them.
-        ignored: Names of linear layers that are in full.
+        linear: Names of the linear layers and experts among them.
+        ignored: Names of linear layers that are in full, or patterns after "re:".
+        wholes: Names of tensors that hold all experts; of each, what every expert's slice is stored as, and True if
+            the tensor holds them as (I, O).
 
     Raises:
-        ModelError: The folder has no weight of that name.
+        ModelError: The folder has no weight of that name, or of another shape.
     """
     from safetensors.torch import load_file, save_file
 
-    left, size = dict(weights), 0
+    left, size, wholes = dict(weights), 0, wholes or {}
     where: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
         for key in list(tensors):
             name, _, part = key.rpartition(".")
-            if part == "weight" and name in left:
-                dense = tensors.pop(key)
-                tensors |= tensors_of(name, left.pop(name), dense.dtype)
+            if key in wholes:
+                names, transposed = wholes[key]
+                for own, dense in zip(names, tensors.pop(key), strict=True):
+                    tensors |= _stored(own, left.pop(own, None), dense.t() if transposed else dense)
+            elif part == "weight" and name in left:
+                tensors |= _stored(name, left.pop(name), tensors.pop(key))
         save_file(tensors, file, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, file.name)
         size += sum(t.nbytes for t in tensors.values())
@@ -183,6 +197,15 @@ def compress_folder(
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(weights, linear, ignored)
     write_json(folder / "config.json", config)
+
+
+def _stored(name: str, weight: QuantizedWeight | None, dense: Tensor) -> dict[str, Tensor]:
+    """Return what is stored of a matrix instead of its dense weight; without a quantised one, that."""
+    if weight is None:
+        return {f"{name}.weight": dense.contiguous()}
+    if weight.shape != tuple(dense.shape):
+        raise ModelError(f"{name} is stored in shape {tuple(dense.shape)}, and its quantised weight has {weight.shape}")
+    return tensors_of(name, weight, dense.dtype)
 
 
 def stored_settings(folder: Path) -> dict[str, Any] | None:

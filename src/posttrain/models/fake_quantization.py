@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from posttrain.config.quantization_settings import QuantizedTrainingConfig
 from posttrain.core.errors import ModelError
+from posttrain.models.adapter_targets import is_experts_weight
 from posttrain.models.quantization_grid import Grid, check_group, fake_quantized
 
 FILE_NAME = "quantized_training.json"
@@ -116,10 +119,28 @@ def train_in_full(hf: Any) -> None:
             delattr(module, GRID)
 
 
-def note_grid(folder: Path, config: QuantizedTrainingConfig | None) -> None:
-    """Write, beside a model's weights, on which grid it was trained."""
+def experts_in_full(hf: Any) -> list[str]:
+    """Return patterns of the parameters that hold all experts of a layer: training never rounds them.
+
+    Args:
+        hf: The transformers model, adapters around its experts or not.
+    """
+    base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+    names = [name for name, p in base.named_parameters() if is_experts_weight(base, name, p)]
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name.replace(".base_layer", "")) for name in names))
+
+
+def note_grid(folder: Path, config: QuantizedTrainingConfig | None, full: Sequence[str] = ()) -> None:
+    """Write, beside a model's weights, on which grid it was trained.
+
+    Args:
+        folder: The model's folder.
+        config: The settings; None: nothing is written.
+        full: Patterns of what was not rounded in training, beside the settings' `skip`.
+    """
     if config is not None:
-        (folder / FILE_NAME).write_text(json.dumps(config.model_dump()) + "\n", encoding="utf-8")
+        noted = config.model_copy(update={"skip": [*config.skip, *full]})
+        (folder / FILE_NAME).write_text(json.dumps(noted.model_dump()) + "\n", encoding="utf-8")
 
 
 def noted_grid(folder: Path) -> QuantizedTrainingConfig | None:

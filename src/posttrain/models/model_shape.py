@@ -22,6 +22,7 @@ class ModelShape:
         kind: Model type of transformers.
         parameters: Number of parameters, tied ones once.
         linear: Of these, in the decoder's linear layers and experts: what is stored in few bits.
+        experts: Of these, in parameters that hold all experts of a layer, which some formats and devices keep in full.
         head: Of these, in the output head that the embedding does not share.
         vocabulary, hidden, layers: Rows of the output head, width, decoder layers.
         query, key_value: Widths of all heads together, of queries and of keys.
@@ -37,6 +38,7 @@ class ModelShape:
     kind: str
     parameters: int
     linear: int
+    experts: int
     head: int
     vocabulary: int
     hidden: int
@@ -122,6 +124,7 @@ def shape_of_model(hf: Any, tokens: int = 0) -> ModelShape:
         kind=str(settings.model_type),
         parameters=sum(p.numel() for p in parameters.values()) + more,
         linear=sum(m * i * o for m, i, o in targets.values()),
+        experts=sum(m * i * o for m, i, o in targets.values() if m > 1),
         head=own_head,
         vocabulary=max(rows, tokens),
         hidden=int(settings.hidden_size),

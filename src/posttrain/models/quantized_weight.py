@@ -12,8 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from posttrain.models.weight_matrices import LayerMatrix, expert_matrix
+
 ATTRIBUTE = "quantized"
 """Attribute of a module whose dense `weight` is what its `QuantizedWeight` stands for."""
+OF_EXPERTS = "quantized_experts"
+"""Attribute of a module with parameters that hold all experts: {(parameter, expert): its `QuantizedWeight`}."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,25 @@ def attach_quantized(module: Any, weight: QuantizedWeight) -> None:
         module.__class__ = RoundedInputLinear
 
 
+def attach_to_matrix(matrix: LayerMatrix, weight: QuantizedWeight) -> None:
+    """Give a matrix the dense weight that a quantised one stands for, and its module the quantised one.
+
+    Args:
+        matrix: A linear layer or an embedding, for which `attach_quantized` is called, or one expert.
+        weight: The quantised weight.
+
+    Raises:
+        ValueError: The inputs of an expert are to be rounded.
+    """
+    if matrix.expert is None:
+        attach_quantized(matrix.module, weight)
+        return
+    if weight.activation_bits is not None:
+        raise ValueError(f"{matrix.name}: the inputs of experts that lie in one parameter can't be rounded")
+    matrix.weight_O_I.copy_(weight.dense())
+    vars(matrix.module).setdefault(OF_EXPERTS, {})[matrix.parameter, matrix.expert] = weight
+
+
 def quantized_of(module: Any) -> QuantizedWeight | None:
     """Return the quantised weight of a module; None: it has none."""
     return getattr(module, ATTRIBUTE, None)
@@ -119,19 +142,28 @@ def quantized_modules(model: Any) -> Iterator[tuple[str, Any, QuantizedWeight]]:
             yield name, module, weight
 
 
+def quantized_matrices(model: Any) -> Iterator[tuple[LayerMatrix, QuantizedWeight]]:
+    """Yield each matrix of a model that has a quantised weight, with it: of modules, tied ones once, and of experts."""
+    for name, module, weight in quantized_modules(model):
+        yield LayerMatrix(name, module), weight
+    for name, module in model.named_modules():
+        for (parameter, expert), weight in vars(module).get(OF_EXPERTS, {}).items():
+            yield expert_matrix(name, module, parameter, expert), weight
+
+
 def unchanged_weights(model: Any) -> dict[str, QuantizedWeight]:
-    """Return the quantised weights that modules still have: whose dense weight has not been changed since."""
+    """Return, by matrix, the quantised weights that a model still has: whose dense weight was not changed since."""
     return {
-        name: weight
-        for name, module, weight in quantized_modules(model)
-        if weight.shape == tuple(module.weight.shape)
-        and torch.equal(module.weight.detach(), weight.dense().to(module.weight))
+        matrix.name: weight
+        for matrix, weight in quantized_matrices(model)
+        if weight.shape == tuple((dense := matrix.weight_O_I).shape) and torch.equal(dense, weight.dense().to(dense))
     }
 
 
 def forget_quantized(model: Any) -> None:
     """Remove the quantised weights of a model, whose dense ones are to be changed; inputs are no longer rounded."""
     for module in model.modules():
+        vars(module).pop(OF_EXPERTS, None)
         if quantized_of(module) is not None:
             delattr(module, ATTRIBUTE)
             if type(module) is RoundedInputLinear:

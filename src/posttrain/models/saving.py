@@ -15,12 +15,11 @@ from posttrain.core import distributed
 from posttrain.core.files import link_or_copy
 from posttrain.models.adapter_export import OWN_BASE, write_adapter
 from posttrain.models.adapters import attach_to, merge
-from posttrain.models.compressed_tensors import compress_folder
+from posttrain.models.compressed_writing import write_compressed
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import base_settings, load_model, open_model, source_adapter
 from posttrain.models.portable_files import NEEDS_NEW, finish_folder
 from posttrain.models.quantization import write_quantization
-from posttrain.models.quantized_weight import unchanged_weights
 
 log = logging.getLogger("posttrain")
 
@@ -78,23 +77,11 @@ def _write_whole(hf: Any, tokenizer: Any, folder: Path, end_token: int | None) -
     """Write a whole model; return notes for the manifest."""
     _end_at(hf.generation_config, end_token)
     hf.save_pretrained(folder)
-    write_compressed(hf, folder)
+    unread = write_compressed(hf, folder)
     tokenizer.save_pretrained(folder)
-    return {} if finish_folder(folder) else {"transformers": NEEDS_NEW}
-
-
-def write_compressed(hf: Any, folder: Path) -> None:
-    """Write the quantised weights of a model in few bits, in a folder that has them in full.
-
-    Args:
-        hf: The model.
-        folder: Where transformers has saved it.
-    """
-    weights = unchanged_weights(hf)
-    if weights:
-        linear = [name for name, module in hf.named_modules() if isinstance(module, torch.nn.Linear)]
-        own = [name for name in linear if name in weights]
-        compress_folder(folder, weights, own, [name for name in linear if name not in weights])
+    by_old = finish_folder(folder)
+    note = unread or (None if by_old else NEEDS_NEW)
+    return {} if note is None else {"transformers": note}
 
 
 def _save_adapter(

@@ -272,7 +272,7 @@ def _stage_memory(
     own_format = base
     if quantized is not None:
         fine = 1 + 4 / 256 if quantized.double else 4
-        own_format = WeightFormat(quantized.kind, base.bytes, 4, 64, fine)
+        own_format = WeightFormat(quantized.kind, base.bytes, 4, 64, fine, experts=base.bytes)
     own_setting = setting(own_format, int(base.bytes), 0)
     budget = _budget(config, own_setting, stage)
     tokens, targets = work.micro_batch(budget, shape.context) if trains else (0, 0)

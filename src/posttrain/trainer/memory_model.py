@@ -34,6 +34,7 @@ class WeightFormat:
         bits: Bits of a number of a linear layer. None: as the others.
         group: Weights of one scale. 0: one scale a row, which takes next to nothing.
         scale_bytes: Bytes of a scale, with its zero if there is one.
+        experts: Bytes of a number of experts that lie in one parameter. None: they are as linear layers.
         packed: The format is that of `method: quantize`, which a CPU reads packed.
     """
 
@@ -42,6 +43,7 @@ class WeightFormat:
     bits: int | None = None
     group: int = 0
     scale_bytes: float = FLOAT
+    experts: float | None = None
     packed: bool = False
 
 
@@ -49,7 +51,7 @@ FORMATS = {
     "float32": WeightFormat("float32", 4),
     "bfloat16": WeightFormat("bfloat16", 2),
     "float16": WeightFormat("float16", 2),
-    "nf4": WeightFormat("nf4", 2, 4, BLOCK, 1 + FLOAT / OUTER),
+    "nf4": WeightFormat("nf4", 2, 4, BLOCK, 1 + FLOAT / OUTER, experts=2),
     "int8": WeightFormat("int8", 2, 8, packed=True),
     "int4": WeightFormat("int4", 2, 4, 32, 2, packed=True),
 }
@@ -57,8 +59,14 @@ FORMATS = {
 
 
 def served_as(weights: WeightFormat, device: str) -> WeightFormat:
-    """Return the format that weights have in memory: on a CPU scales, and what is in full beside them, are float32."""
-    return replace(weights, bytes=FLOAT, scale_bytes=FLOAT) if weights.packed and device == "cpu" else weights
+    """Return the format that weights have in memory: on a CPU scales, and what is in full beside them, are float32.
+
+    Experts that lie in one parameter are held there in float32, and their integers, a byte each, with their scales.
+    """
+    if not weights.packed or device != "cpu":
+        return weights
+    experts = FLOAT + 1 + (FLOAT / weights.group if weights.group else 0.0)
+    return replace(weights, bytes=FLOAT, scale_bytes=FLOAT, experts=experts)
 
 
 def unused_pages(shape: ModelShape, weights: WeightFormat, stored: int | None) -> int:
@@ -72,7 +80,8 @@ def unused_pages(shape: ModelShape, weights: WeightFormat, stored: int | None) -
         stored: Bytes of the model's files. None: unknown; 16 bit are assumed.
     """
     if weights.packed:
-        return weight_bytes(shape, weights) - round((shape.parameters - shape.linear) * weights.bytes)
+        file = weight_bytes(shape, replace(weights, experts=None))
+        return file - round((shape.parameters - shape.linear) * weights.bytes)
     stored = 2 * shape.parameters if stored is None else stored
     same = weights.bits is None and round(stored / shape.parameters) == weights.bytes
     return 0 if same else stored
@@ -82,9 +91,10 @@ def weight_bytes(shape: ModelShape, weights: WeightFormat) -> int:
     """Return the bytes of a model's weights."""
     if weights.bits is None:
         return round(shape.parameters * weights.bytes)
-    linear = shape.linear * weights.bits / 8
-    scales = shape.linear / weights.group * weights.scale_bytes if weights.group else 0.0
-    return round(linear + scales + (shape.parameters - shape.linear) * weights.bytes)
+    in_bits = shape.linear if weights.experts is None else shape.linear - shape.experts
+    apart = 0.0 if weights.experts is None else shape.experts * weights.experts
+    scales = in_bits / weights.group * weights.scale_bytes if weights.group else 0.0
+    return round(in_bits * weights.bits / 8 + scales + apart + (shape.parameters - shape.linear) * weights.bytes)
 
 
 def cache_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:

@@ -12,7 +12,7 @@ from posttrain.config.settings import ModelConfig, TrainConfig
 from posttrain.core import distributed
 from posttrain.core.errors import ModelError
 from posttrain.models.adapters import NOT_ON_A_SOFT_PROMPT, attach_to, count_parameters
-from posttrain.models.fake_quantization import note_grid, round_while_training, train_in_full
+from posttrain.models.fake_quantization import experts_in_full, note_grid, round_while_training, train_in_full
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import open_model, pick_device, pick_dtype
 from posttrain.models.quantization import check_training
@@ -85,10 +85,11 @@ def save_policy(
 
     def write(work: Path) -> None:
         train_in_full(loaded.policy.hf)
+        full = experts_in_full(loaded.policy.hf)
         settings = config.adapter, config.merge, seed, end_token, loaded.new_tokens
         loaded.notes.update(save_trained(loaded.policy, loaded.tokenizer, model, work, *settings))
         if distributed.is_main():
-            note_grid(work, config.qat)
+            note_grid(work, config.qat, full)
 
     save_atomically(folder / "model", write)
 

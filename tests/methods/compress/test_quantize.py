@@ -86,11 +86,6 @@ def test_it_is_refused_with_what_to_do(tmp_path: Path) -> None:
     tied = folder_of(tmp_path / "tied", tie_word_embeddings=True)
     with pytest.raises(ModelError, match="set embeddings to quantise both"):
         quantize(tied, tmp_path / "e", head=8)
-    experts = folder_of(tmp_path / "experts", "mixtral")
-    with pytest.raises(ModelError, match=r"skip: \['\*experts\*'\]"):
-        quantize(experts, tmp_path / "f")
-    _, entry = quantize(experts, tmp_path / "f", skip=["*experts*"])
-    assert entry["quantized"]["layers"] == 8
 
 
 def test_settings_that_do_not_go_together_are_refused() -> None:

@@ -18,14 +18,10 @@ from torch import Tensor, nn
 from posttrain.core.errors import ModelError
 from posttrain.core.ragged import RaggedBatch, micro_batches
 from posttrain.core.types import Sample
-from posttrain.methods.compress.input_statistics import (
-    InputObserver,
-    InputStatistics,
-    LayerMatrix,
-    matrices_of,
-)
+from posttrain.methods.compress.input_statistics import InputObserver, InputStatistics
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.model_types import decoder_layers
+from posttrain.models.weight_matrices import LayerMatrix, matrices_of
 
 TOKENS_AT_ONCE = 2048
 """Tokens of one pass through a layer."""

@@ -69,7 +69,7 @@ class CompressStage(Stage):
         from posttrain.models.language_model import LanguageModel
         from posttrain.models.loading import open_model
         from posttrain.models.quantization import is_quantized
-        from posttrain.models.quantized_weight import ATTRIBUTE
+        from posttrain.models.quantized_weight import quantized_matrices
         from posttrain.models.saving import save_trained
         from posttrain.models.verification import verify
         from posttrain.trainer.policy import save_atomically
@@ -77,7 +77,7 @@ class CompressStage(Stage):
         config, began = self.config, time.perf_counter()
         refuse_torchrun(config.method)
         opened = open_model(model)
-        if is_quantized(opened.hf) or any(getattr(m, ATTRIBUTE, None) is not None for m in opened.hf.modules()):
+        if is_quantized(opened.hf) or any(True for _ in quantized_matrices(opened.hf)):
             raise ModelError(
                 f"model source {model.source!r} has quantised weights, which {config.method} can't change: start from "
                 "the model in 16 or 32 bit"

@@ -1,66 +1,19 @@
-"""Find the weight matrices of a decoder layer, and add up what is known of the inputs that they multiply."""
+"""Add up what is known of the inputs that the weight matrices of a decoder layer multiply."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from posttrain.models.weight_matrices import LayerMatrix
+
 STATISTICS = ("hessian", "squares", "absolute", "inputs")
 """What `InputStatistics` can collect."""
 MOST_INPUTS = 4096
 """Most inputs of a matrix that are kept (statistic "inputs")."""
-
-
-@dataclass(frozen=True)
-class LayerMatrix:
-    """Name a weight that multiplies inputs: the weight of a linear module, or of one expert of a mixture.
-
-    Attributes:
-        name: Name in the model; of an expert with its number, as in "model.layers.0.mlp.experts.down_proj.3".
-        module: The module that holds the weight.
-        parameter: Name of the parameter in the module.
-        expert: Which expert of a parameter that holds the weights of all. None: the parameter is one matrix.
-        transposed: The parameter is stored as (I, O).
-    """
-
-    name: str
-    module: nn.Module
-    parameter: str = "weight"
-    expert: int | None = None
-    transposed: bool = False
-
-    @property
-    def weight_O_I(self) -> Tensor:
-        """Return the weight, (outputs, inputs): a view, so that writing into it changes the model."""
-        weight: Tensor = getattr(self.module, self.parameter).detach()
-        weight = weight if self.expert is None else weight[self.expert]
-        return weight.t() if self.transposed else weight
-
-
-def matrices_of(module: nn.Module, prefix: str) -> list[LayerMatrix]:
-    """Return the matrices inside a module, in its order: linear modules, GPT-2's Conv1D, and experts in one parameter.
-
-    Args:
-        module: A decoder layer, or a linear module.
-        prefix: Name of the module in the model.
-    """
-    found: list[LayerMatrix] = []
-    for name, part in module.named_modules(prefix=prefix):
-        if isinstance(part, nn.Linear):
-            found.append(LayerMatrix(name, part))
-        elif type(part).__name__ == "Conv1D":
-            found.append(LayerMatrix(name, part, transposed=True))
-        elif hasattr(part, "is_transposed") or type(part).__name__.endswith("ParallelExperts"):
-            transposed = bool(getattr(part, "is_transposed", False))
-            for parameter, value in part.named_parameters(recurse=False):
-                if value.ndim == 3:
-                    own = range(len(value))
-                    found += [LayerMatrix(f"{name}.{parameter}.{e}", part, parameter, e, transposed) for e in own]
-    return found
 
 
 class InputStatistics:

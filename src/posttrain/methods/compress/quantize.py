@@ -51,7 +51,8 @@ class Quantize(CompressStage):
             quantizer.run(self.samples, lambda done: track.update(min(done, quantizer.steps)))
         if quantizer.unreached:
             log.warning(
-                "no calibration row reached %d layers, which are rounded to nearest: %s%s. More rows would reach them",
+                "no calibration row was routed to %d matrices of experts, which are rounded to nearest: %s%s. More rows "
+                "would reach them",
                 len(quantizer.unreached),
                 ", ".join(quantizer.unreached[:3]),
                 " and others" if len(quantizer.unreached) > 3 else "",

@@ -18,11 +18,13 @@ from posttrain.methods.compress.gptq import gptq, output_error
 from posttrain.methods.compress.input_statistics import InputStatistics
 from posttrain.methods.compress.quantize_settings import QuantizeConfig
 from posttrain.methods.compress.scale_folding import Fold, find_folds
+from posttrain.models.adapter_targets import is_experts_weight
 from posttrain.models.compressed_reading import share_with_head
 from posttrain.models.fake_quantization import noted_grid, quantizable
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.quantization_grid import Grid, check_group, round_to_nearest
-from posttrain.models.quantized_weight import QuantizedWeight, attach_quantized, quantized_modules
+from posttrain.models.quantized_weight import QuantizedWeight, attach_quantized, attach_to_matrix, quantized_matrices
+from posttrain.models.weight_matrices import LayerMatrix, matrices_of
 
 COLLECTED = {"gptq": ("hessian",), "awq": ("hessian", "absolute"), "rtn": ("squares",)}
 
@@ -63,16 +65,18 @@ class LayerQuantizer:
     """Quantise a model's layers in place, each with what the quantised layers before it give.
 
     Attributes:
-        layers: The linear layers by name.
+        matrices: The weights of linear layers and of experts, by name.
         steps: Number of steps, for progress.
-        unreached: Layers that no calibration row has reached: experts.
-        entries: What became of each layer.
+        unreached: Matrices that no calibration row has reached: experts that no token was sent to.
+        entries: What became of each matrix.
     """
 
     def __init__(self, policy: LanguageModel, config: QuantizeConfig) -> None:
         self.policy, self.config = policy, config
         base = policy.base
-        self.layers = quantizable(base, list(config.skip or []))
+        skip = list(config.skip or [])
+        self.matrices = {name: LayerMatrix(name, module) for name, module in quantizable(base, skip).items()}
+        self.matrices |= {m.name: m for m in matrices_of(base) if m.expert is not None and not _skipped(m, skip)}
         assert config.bits is not None and config.symmetric is not None
         dtype = next(base.parameters()).dtype
         if config.format == "gguf" and dtype == torch.float32:
@@ -83,21 +87,26 @@ class LayerQuantizer:
         self.unreached: list[str] = []
         self.entries: list[dict[str, Any]] = []
         self.scaled: list[dict[str, Any]] = []
-        self.steps = len(LayerByLayer(policy).layers) if config.calibration is not None else len(self.layers)
+        self.steps = len(LayerByLayer(policy).layers) if config.calibration is not None else len(self.matrices)
 
     def _check(self) -> None:
         base, config = self.policy.base, self.config
-        if not self.layers:
+        if not self.matrices:
             kind = base.config.get_text_config().model_type
             raise ModelError(f"{kind}: no linear layers that can be quantised (skip is {config.skip})")
-        widths = [module.in_features for module in self.layers.values()]
+        widths = [matrix.weight_O_I.shape[1] for matrix in self.matrices.values()]
         others = [base.get_input_embeddings().weight.shape[1]] if config.embeddings or config.head else []
         check_group(self.grid, [*widths, *others], "")
-        skip = config.skip or []
+        known = {m.parameter_name for m in matrices_of(base)}
         for name, parameter in base.named_parameters():
-            if parameter.ndim == 3 and not any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
+            if not is_experts_weight(base, name, parameter) or _matches(name, config.skip or []):
+                continue
+            reason = "in a way that is not known here" if name not in known else None
+            if config.activation_bits is not None:
+                reason = "and the inputs of experts can't be rounded (activation_bits)"
+            if reason is not None:
                 raise ModelError(
-                    f"{name} holds the weights of all experts of a layer, which can't be quantised here so far: set "
+                    f"{name} holds the weights of all experts of a layer, {reason}: set "
                     f"skip: ['*{name.rsplit('.', 2)[-2]}*'] to quantise the other layers and leave the experts in full"
                 )
 
@@ -125,14 +134,14 @@ class LayerQuantizer:
         """
         config = self.config
         if config.calibration is None:
-            for done, (name, module) in enumerate(self.layers.items(), 1):
-                self._quantize(name, module, None)
+            for done, matrix in enumerate(self.matrices.values(), 1):
+                self._quantize(matrix, None)
                 progress(done)
         else:
             folds: list[list[Fold]] = []
             if config.algorithm == "awq":
                 folds = find_folds(self.policy, LayerByLayer(self.policy).layers)
-            wanted = set(self.layers)
+            wanted = set(self.matrices)
             statistics = COLLECTED[config.algorithm]
             head, relative = self.head is not None, config.algorithm == "awq"
             for layer in calibrate(self.policy, samples, statistics, wanted.__contains__, head=head, relative=relative):
@@ -143,12 +152,11 @@ class LayerQuantizer:
     def _layer(self, layer: CalibratedLayer, folds: Sequence[Fold]) -> None:
         """Quantise one decoder layer, or the output head."""
         if layer.module is self.head:
-            self._quantize(layer.matrices[0].name, self.head, layer.statistics.get(layer.matrices[0].name))
+            self._quantize(layer.matrices[0], layer.statistics.get(layer.matrices[0].name))
             return
         scales = self._scale(layer, folds) if folds else {}
         for matrix in layer.matrices:
-            module = self.layers[matrix.name]
-            self._quantize(matrix.name, module, layer.statistics.get(matrix.name), scales.get(matrix.name))
+            self._quantize(matrix, layer.statistics.get(matrix.name), scales.get(matrix.name))
 
     def _scale(self, layer: CalibratedLayer, folds: Sequence[Fold]) -> dict[str, Tensor]:
         """Search and apply AWQ's scales of a layer; return them by matrix."""
@@ -157,7 +165,7 @@ class LayerQuantizer:
         for fold in folds:
             names = [f"{layer.name}.{target}" for target in fold.targets]
             statistics = layer.statistics.get(names[0])
-            if statistics is None or any(name not in self.layers for name in names):
+            if statistics is None or any(name not in self.matrices for name in names):
                 continue
             assert statistics.hessian_I_I is not None
             weights = [target.weight for target in fold.targets.values()]
@@ -172,36 +180,35 @@ class LayerQuantizer:
         return found
 
     def _quantize(
-        self, name: str, module: nn.Linear, statistics: InputStatistics | None, scales_I: Tensor | None = None
+        self, matrix: LayerMatrix, statistics: InputStatistics | None, scales_I: Tensor | None = None
     ) -> None:
-        """Quantise one linear layer.
+        """Quantise one linear layer, or one matrix of an expert.
 
         Args:
-            name: Its name.
-            module: The layer.
+            matrix: The matrix.
             statistics: What is known of its inputs. None: nothing.
             scales_I: AWQ's scales, by which its inputs are divided since.
         """
-        config, grid = self.config, self.grid
-        if module is self.head:
+        config, grid, weight_O_I, is_head = self.config, self.grid, matrix.weight_O_I, matrix.module is self.head
+        if is_head:
             assert config.head is not None
             grid = Grid(config.head, grid.group, grid.symmetric, grid.search, grid.dtype)
         algorithm = config.algorithm if statistics is not None else "rtn"
-        inputs = config.activation_bits if module is not self.head else None
+        inputs = None if is_head else config.activation_bits
         hessian = None if statistics is None else statistics.hessian_I_I
         if hessian is not None and scales_I is not None:
             hessian = hessian / (scales_I[:, None] * scales_I)
         if hessian is not None and config.algorithm == "gptq":
-            weight = gptq(module.weight, hessian, grid, config.damping, config.act_order, inputs)
+            weight = gptq(weight_O_I, hessian, grid, config.damping, config.act_order, inputs)
         else:
             squares = None if statistics is None else statistics.squares_I if hessian is None else hessian.diagonal()
-            weight = round_to_nearest(module.weight, grid, squares, inputs)
-        entry: dict[str, Any] = {"layer": name, "algorithm": algorithm, "bits": grid.bits, "group": weight.group}
+            weight = round_to_nearest(weight_O_I, grid, squares, inputs)
+        entry: dict[str, Any] = {"layer": matrix.name, "algorithm": algorithm, "bits": grid.bits, "group": weight.group}
         if hessian is not None:
-            entry["output_error"] = round(output_error(module.weight, weight.dense(), hessian), 8)
+            entry["output_error"] = round(output_error(weight_O_I, weight.dense(), hessian), 8)
         if config.calibration is not None and statistics is None:
-            self.unreached.append(name)
-        attach_quantized(module, weight)
+            self.unreached.append(matrix.name)
+        attach_to_matrix(matrix, weight)
         self.entries.append(entry)
 
     def _embeddings(self) -> None:
@@ -209,7 +216,7 @@ class LayerQuantizer:
         config, base = self.config, self.policy.base
         if self.head is not None and config.calibration is None:
             name = next(n for n, m in base.named_modules() if m is self.head)
-            self._quantize(name, self.head, None)
+            self._quantize(LayerMatrix(name, self.head), None)
         if config.embeddings is None:
             return
         table = base.get_input_embeddings()
@@ -226,7 +233,7 @@ class LayerQuantizer:
 
     def summary(self) -> dict[str, Any]:
         """Return the manifest's entry."""
-        weights: list[QuantizedWeight] = [weight for _, _, weight in quantized_modules(self.policy.base)]
+        weights: list[QuantizedWeight] = [weight for _, weight in quantized_matrices(self.policy.base)]
         few = sum(weight.values_O_I.numel() for weight in weights)
         total = sum(p.numel() for p in self.policy.base.parameters())
         size = next(self.policy.base.parameters()).element_size()
@@ -240,3 +247,12 @@ class LayerQuantizer:
             **({"mean relative output error": round(sum(errors) / len(errors), 6)} if errors else {}),
             **({"rounded to nearest, no rows": len(self.unreached)} if self.unreached else {}),
         }
+
+
+def _skipped(matrix: LayerMatrix, skip: Sequence[str]) -> bool:
+    """Return True if patterns name an expert's matrix, or the parameter that holds it with all others."""
+    return _matches(matrix.name, skip) or _matches(matrix.parameter_name, skip)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -12,12 +12,13 @@ from torch import Tensor
 from posttrain.core.errors import ModelError
 from posttrain.core.types import Sample
 from posttrain.methods.compress.calibration_pass import LayerByLayer, calibrate
-from posttrain.methods.compress.input_statistics import InputStatistics, LayerMatrix
+from posttrain.methods.compress.input_statistics import InputStatistics
 from posttrain.methods.compress.prune_settings import SparseWeightsConfig
 from posttrain.methods.compress.sparse_masks import lowest, lowest_of_groups, threshold_of_all, wanda_scores
 from posttrain.methods.compress.sparsegpt import sparsegpt
 from posttrain.models.adapter_targets import ROUTERS
 from posttrain.models.language_model import LanguageModel
+from posttrain.models.weight_matrices import LayerMatrix
 
 STATISTICS_OF: dict[str, tuple[str, ...]] = {"magnitude": (), "wanda": ("squares",), "sparsegpt": ("hessian",)}
 
