@@ -54,7 +54,18 @@ SURFACE = {
     "doctor": set(),
     "export": {"embeddings", "model", "output", "quantization", "to", "trust_remote_code"},
     "memory": {"gpu", "overrides", "recipe", "sequences", "tokens"},
-    "merge": {"algorithm", "base", "chat_template", "dtype", "models", "output", "seed", "setting", "tokenizer"}
+    "merge": {
+        "adapter_rank",
+        "algorithm",
+        "base",
+        "chat_template",
+        "dtype",
+        "models",
+        "output",
+        "seed",
+        "setting",
+        "tokenizer",
+    }
     | {"trust_remote_code", "weights"},
     "lab": {"output", "seed", "steps", "kind"},
 }

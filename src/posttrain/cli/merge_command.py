@@ -29,6 +29,9 @@ def merge_command(
     chat_template: Annotated[
         str | None, typer.Option(help="base, one of the models, or a template, if they differ.")
     ] = None,
+    adapter_rank: Annotated[
+        int | None, typer.Option(help="Write the change of the base as a LoRA adapter of this rank, by SVD.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of random masks.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
@@ -55,6 +58,7 @@ def merge_command(
                 "tokenizer": tokenizer,
                 "chat_template": chat_template,
                 "dtype": dtype,
+                "adapter": None if adapter_rank is None else {"rank": adapter_rank},
             }
         )
     except ValidationError as error:
@@ -65,8 +69,9 @@ def merge_command(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.writing-") as work:
         done = Merge(config, StageContext(None, None)).run(start, Path(work), seed)
         (Path(work) / "model").rename(output)
-    typer.echo(visible(f"wrote   {output} ({done['made']['bytes'] / 2**20:.1f} MiB)"))
-    typer.echo(f"tensors {done['made']['tensors']} from {done['made']['models merged']} models, by {algorithm}")
+    typer.echo(visible(f"wrote   {output}"))
+    for name, value in done["made"].items():
+        typer.echo(f"{name}: {value:,}")
 
 
 AVERAGES = ("linear", "slerp", "multi_slerp", "karcher")

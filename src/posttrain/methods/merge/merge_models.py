@@ -10,6 +10,7 @@ from typing import Any
 
 from posttrain.config.settings import ModelConfig
 from posttrain.core.errors import ModelError
+from posttrain.methods.merge.lora_result import write_difference
 from posttrain.methods.merge.merge_settings import BASE_SOURCE, MergeConfig
 from posttrain.methods.merge.merge_weights import Sources, WeightMerge, plan_merge, plan_stack
 from posttrain.methods.merge.model_layout import layout_of
@@ -71,6 +72,22 @@ def write_merged(
     settings = result_settings(base, plan)
     _check_shapes(plan, settings, base)
     folder.mkdir(parents=True)
+    named = [m.source for m in config.models] or [piece.source for piece in config.slices]
+    merged = [base if source == BASE_SOURCE else others[source] for source in named]
+    opened = {model.source: {"source": model.source, **model.notes} for model in merged}
+    algorithm = "stack of layers" if config.algorithm is None else config.algorithm.name
+    record = {"algorithm": algorithm, "base": base.source, "models": list(opened.values())}
+    made: dict[str, Any] = {"models merged": len(opened)}
+
+    def write_rest() -> None:
+        join_generation(with_template, merged, tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    if config.adapter is not None:
+        found = write_difference(config.adapter, base, plan, folder, on_tensor)
+        write_rest()
+        finish_folder(folder)
+        return {"parameters": found.parameters, "made": {**made, **found.made}, "merged": {**record, **found.record}}
     files = write_weights(
         folder,
         plan.tensors,
@@ -79,18 +96,13 @@ def write_merged(
         lambda done: on_tensor(done, len(plan.tensors)),
     )
     settings.save_pretrained(folder)
-    named = [m.source for m in config.models] or [piece.source for piece in config.slices]
-    merged = [base if source == BASE_SOURCE else others[source] for source in named]
-    join_generation(with_template, merged, tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_rest()
     for file in base.folder.glob("*.py"):  # code that the model's type needs
         shutil.copy2(file, folder)
     notes = {} if finish_folder(folder) else {"transformers": NEEDS_NEW}
-    opened = {model.source: {"source": model.source, **model.notes} for model in merged}
-    algorithm = "stack of layers" if config.algorithm is None else config.algorithm.name
-    made = {"models merged": len(opened), "tensors": len(plan.tensors), "bytes": sum(f.stat().st_size for f in files)}
-    record = {"algorithm": algorithm, "base": base.source, "models": list(opened.values()), "shards": len(files)}
-    return {"parameters": sum(t.numbers for t in plan.tensors), "made": made, "merged": record, **notes}
+    made |= {"tensors": len(plan.tensors), "bytes": sum(f.stat().st_size for f in files)}
+    parameters = sum(t.numbers for t in plan.tensors)
+    return {"parameters": parameters, "made": made, "merged": {**record, "shards": len(files)}, **notes}
 
 
 def result_settings(base: StoredModel, plan: WeightMerge) -> Any:

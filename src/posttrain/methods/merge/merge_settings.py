@@ -84,6 +84,20 @@ class SliceConfig(Config):
         return self
 
 
+class AdapterResultConfig(Config):
+    """The result as a LoRA adapter on the base, in place of whole weights."""
+
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description="Rank of the matrices: the nearest of this rank to the merged change (SVD). None: the ranks of the adapters that are merged together, which is exact; for linear and task_arithmetic of LoRA adapters on the base.",
+    )
+    others: Literal["save", "drop"] = Field(
+        "save",
+        description="Changed tensors that are no matrices of linear layers (norms, embeddings). save: whole, beside the adapter. drop: as the base has them (counted).",
+    )
+
+
 class MergeConfig(StageBase):
     """Merging: the weights of several models become one model, without training."""
 
@@ -113,6 +127,9 @@ class MergeConfig(StageBase):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Dtype of the result's weights; auto: of each as the base has it. Computed in float32."
     )
+    adapter: AdapterResultConfig | None = Field(
+        None, description="Save the result as a LoRA adapter on the base: {rank: 16}. None: as a whole model."
+    )
     max_shard_gb: float = Field(5.0, gt=0, description="Largest file of weights, in 10^9 bytes.")
 
     @model_validator(mode="before")
@@ -132,6 +149,8 @@ class MergeConfig(StageBase):
             raise ValueError(
                 "models need an algorithm, for example linear or ties" if self.models else "slices take no algorithm"
             )
+        if self.adapter is not None and self.slices:
+            raise ValueError("an adapter has the layers of its base, and slices stack others: leave adapter out")
         if self.algorithm is not None:
             self._check_models(self.algorithm.name, set(type(self.algorithm).model_fields))
         return self

@@ -20,6 +20,8 @@ from posttrain.methods.merge.weight_writer import PlannedTensor
 RESULT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHOWN_NAMES = 3
 
+LowRankTerm = tuple[float, Tensor, Tensor]
+"""(factor, B, A)."""
 Sources = Mapping[tuple[str, str | None], StoredModel]
 
 
@@ -32,7 +34,9 @@ class WeightMerge:
         compute: Returns the values of one by its name.
         layers: Number of layers of the result.
         from_layers: Of a stack, (source, layer) of each layer; empty for a merge.
-        tied: False if the result holds an output head of its own.
+        tied: False if the result holds a separate output head.
+        low_rank: Returns terms (factor, B, A) whose sum of factor * B A is the difference of a tensor from the base's, for
+            merges of adapters that have such a sum. None: the merge has none.
     """
 
     tensors: list[PlannedTensor]
@@ -40,6 +44,38 @@ class WeightMerge:
     layers: int
     from_layers: list[tuple[StoredModel, int]]
     tied: bool
+    low_rank: Callable[[str], list[LowRankTerm]] | None = None
+
+
+class _Numbers:
+    """Return the weights, densities and settings of a merge for one tensor."""
+
+    def __init__(self, config: MergeConfig, base: StoredModel) -> None:
+        self.models, self.layout = config.models, base.layout
+        algorithm: Any = config.algorithm
+        fields = type(algorithm).model_fields
+        names = [name for name, field in fields.items() if field.annotation == Values]
+        self.of_algorithm: dict[str, Values] = {name: getattr(algorithm, name) for name in names}
+        self.defaults = {name: float(fields[name].default) for name in names}
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise ModelError for a pattern that fits no tensor."""
+        given = {f"models.{i}.weight": m.weight for i, m in enumerate(self.models)}
+        given |= {f"models.{i}.density": m.density for i, m in enumerate(self.models) if m.density is not None}
+        for setting, values in {**given, **{f"algorithm.{n}": v for n, v in self.of_algorithm.items()}}.items():
+            check_patterns(values, names, setting)
+
+    def _at(self, values: Values, name: str, default: float) -> float:
+        return tensor_value(values, name, self.layout.depth(name), default)
+
+    def weights(self, name: str) -> list[float]:
+        return [self._at(m.weight, name, 1.0) for m in self.models]
+
+    def densities(self, name: str) -> list[float | None]:
+        return [None if m.density is None else self._at(m.density, name, 1.0) for m in self.models]
+
+    def settings(self, name: str) -> dict[str, float]:
+        return {key: self._at(values, name, self.defaults[key]) for key, values in self.of_algorithm.items()}
 
 
 def plan_merge(config: MergeConfig, base: StoredModel, sources: Sources, seed: int) -> WeightMerge:
@@ -60,38 +96,46 @@ def plan_merge(config: MergeConfig, base: StoredModel, sources: Sources, seed: i
     tied = all(model.layout.tied for model in [base, *models])
     names = _names(base, models, tied)
     dtypes = {name: _dtype(config, base, name) for name in names}
-    weights = {f"models.{i}.weight": m.weight for i, m in enumerate(config.models)}
-    densities = {f"models.{i}.density": m.density for i, m in enumerate(config.models) if m.density is not None}
     algorithm: Any = config.algorithm
-    of_algorithm = _values_of(algorithm)
-    for setting, values in {**weights, **densities, **of_algorithm}.items():
-        check_patterns(values, names, setting)
-    function, fields = algorithm.load(MERGE_ALGORITHMS), type(algorithm).model_fields
+    numbers = _Numbers(config, base)
+    numbers.check(names)
+    function = algorithm.load(MERGE_ALGORITHMS)
 
     def compute(name: str) -> Tensor:
         if base.has(name) and base.entry(name).dtype is None:  # integers, which nothing trains
             return base.read(name)
-        depth = base.layout.depth(name)
-        inputs = MergeInputs(
-            name,
-            [model.read(name) for model in models],
-            [tensor_value(m.weight, name, depth, 1.0) for m in config.models],
-            [None if m.density is None else tensor_value(m.density, name, depth, 1.0) for m in config.models],
-            seed,
-            lambda: base.read(name),
-        )
-        own = {
-            key: tensor_value(values, name, depth, tensor_value(fields[key].default, name, depth, 1.0))
-            for key, values in of_algorithm.items()
-        }
+        tensors = [model.read(name) for model in models]
+        weights, densities = numbers.weights(name), numbers.densities(name)
+        inputs = MergeInputs(name, tensors, weights, densities, seed, lambda: base.read(name))
         try:
-            merged: Tensor = function(inputs, **own)
+            merged: Tensor = function(inputs, **numbers.settings(name))
         except ValueError as error:
             raise ModelError(f"{name} can't be merged: {error}") from error
         return merged
 
     planned = [PlannedTensor(name, base.entry(name).shape, dtypes[name]) for name in names]
-    return WeightMerge(planned, compute, base.layout.layers, [], tied)
+    low_rank = _low_rank(algorithm, numbers, base, models)
+    return WeightMerge(planned, compute, base.layout.layers, [], tied, low_rank)
+
+
+def _low_rank(
+    algorithm: Any, numbers: _Numbers, base: StoredModel, models: Sequence[StoredModel]
+) -> Callable[[str], list[LowRankTerm]] | None:
+    """Return what `WeightMerge.low_rank` is: of sums and means of plain adapters on the base."""
+    normalized = getattr(algorithm, "normalize", False)
+    is_sum = algorithm.name == "task_arithmetic" or (algorithm.name == "linear" and normalized)
+    if not is_sum or base.deltas or any(model.tensors != base.tensors for model in models):
+        return None
+
+    def terms(name: str) -> list[LowRankTerm]:
+        weights, scale = numbers.weights(name), numbers.settings(name).get("scale", 1.0)
+        total = sum(weights) if normalized else 1.0
+        if abs(total) < 1e-8:
+            raise ModelError(f"{name} can't be merged: weights {weights} sum to zero, so they can't be normalised")
+        stored = [(w, model.deltas.get(name)) for w, model in zip(weights, models, strict=True)]
+        return [(w * scale / total, *delta) for w, delta in stored if delta is not None]
+
+    return terms
 
 
 def plan_stack(config: MergeConfig, base: StoredModel, sources: Sources) -> WeightMerge:
@@ -163,11 +207,6 @@ def _dtype(config: MergeConfig, model: StoredModel, name: str) -> torch.dtype:
     if stored is None:
         return model.read(name).dtype
     return RESULT_DTYPES.get(config.dtype, stored)
-
-
-def _values_of(algorithm: Any) -> dict[str, Values]:
-    """Return those settings of an algorithm that may differ by tensor."""
-    return {n: getattr(algorithm, n) for n, field in type(algorithm).model_fields.items() if field.annotation == Values}
 
 
 def check_type(model: StoredModel, base: StoredModel) -> None:

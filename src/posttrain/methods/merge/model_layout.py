@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from posttrain.core.errors import ModelError
+from posttrain.models.adapter_targets import is_linear
 from posttrain.models.model_types import decoder_layers
 
 
@@ -23,7 +24,8 @@ class ModelLayout:
         prefix: Name of the model without its head, such as model: older files leave it out.
         tied: Tensors that are others: name -> name of the tensor that is stored.
         vocabulary: Names of the tensors with a row for each token: embedding, output head, its bias.
-        transposed: Names of matrices that are stored as (inputs, outputs), as GPT-2 has them.
+        linear: Names of the matrices of linear layers.
+        transposed: Those of them that are stored as (inputs, outputs), as GPT-2 has them.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -32,6 +34,7 @@ class ModelLayout:
     prefix: str
     tied: dict[str, str]
     vocabulary: tuple[str, ...]
+    linear: frozenset[str]
     transposed: frozenset[str]
 
     def canonical(self, name: str) -> str:
@@ -103,5 +106,6 @@ def layout_of(config: Any, source: str, trust_remote_code: bool = False) -> Mode
         hf.base_model_prefix,
         dict(getattr(hf, "all_tied_weights_keys", None) or {}),
         tuple(names),
+        frozenset(f"{name}.weight" for name, m in hf.named_modules() if is_linear(m)),
         frozenset(f"{name}.weight" for name, m in hf.named_modules() if type(m).__name__ == "Conv1D"),
     )
