@@ -46,6 +46,8 @@ def test_tables_and_what_does_not_fit(recipe: Path) -> None:
         assert said in done.output
     assert "rows that an earlier stage makes are not known yet" in done.output and "trains nothing" in done.output
     small = CliRunner().invoke(app, ["memory", str(recipe), "--gpu", "0.5"], env={"COLUMNS": "120"})
+    served = CliRunner().invoke(app, ["memory", str(recipe), "--int8-cache"], env={"COLUMNS": "120"})
+    assert "keys and values (int8)" in served.output
     assert small.exit_code == 1 and "! sft takes" in small.output and "a GPU of 0.5 GiB" in small.output
 
 

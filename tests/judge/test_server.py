@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from posttrain.config import JudgeConfig, ModelConfig, SamplingConfig, ServerConfig
+from posttrain.config.settings import SamplerConfig
 from posttrain.core.errors import DataError, ModelError, ServerError
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.judge.labels import Judge, JudgedPair
@@ -292,6 +293,8 @@ def test_the_sampler_behind_a_server(server: str, judge_folder: Path) -> None:
         assert sorted(heard) == [(0, 0), (0, 1), (0, 2), (1, 0)] and proxy.asked == ["one"] * 4 + ["refuse"]
         with pytest.raises(ModelError, match=r"sampler.top_k is not in OpenAI's protocol"):
             sampler.sample(requests, SamplingConfig(top_k=5))
+        with pytest.raises(ModelError, match=r"sampler.kv_cache is not in OpenAI's protocol"):
+            sampler.sample(requests, SamplerConfig(kv_cache="int8"))
 
 
 def test_a_server_writes_answers_and_critiques(server: str, judge_folder: Path, tmp_path: Path) -> None:

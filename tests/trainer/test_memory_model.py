@@ -104,7 +104,7 @@ def test_activations_are_what_autograd_keeps(kind: str, rank: int, monkeypatch: 
 
 
 def test_parts_by_hand() -> None:
-    shape = SimpleNamespace(parameters=1000, linear=640, experts=0, layers=3, key_value=8)
+    shape = SimpleNamespace(parameters=1000, linear=640, experts=0, layers=3, key_value=8, key_value_heads=2)
     assert weight_bytes(shape, FORMATS["float32"]) == 4000  # type: ignore[arg-type]
     # 640 / 2 bytes, ten scales of a byte with their own scales of 4 / 256 bytes, and 360 numbers of two bytes.
     assert weight_bytes(shape, FORMATS["nf4"]) == round(320 + 10 * (1 + 4 / 256) + 720)  # type: ignore[arg-type]
@@ -126,6 +126,7 @@ def test_parts_by_hand() -> None:
     ):
         assert unused_pages(shape, FORMATS[name], stored) == unused  # type: ignore[arg-type]
     assert cache_bytes(shape, 5, 4) == 2 * 3 * 8 * 5 * 4  # type: ignore[arg-type]
+    assert cache_bytes(shape, 5, 2, int8=True) == 2 * 3 * 5 * (8 + 2 * 4)  # type: ignore[arg-type]
     assert state_bytes(100, 4) == {"gradients": 400, "optimizer": 800}
     assert state_bytes(100, 2) == {"gradients": 400, "optimizer": 1200}  # float32 masters too
 
@@ -166,6 +167,10 @@ def test_keys_and_values_have_the_places_of_the_sampler() -> None:
         held = session.own.slots * session.own.columns
         held += session.shared.slots * session.shared.columns if session.shared is not None else 0
         assert Completions(prompts, each, 7, 9, running).positions == held
+    shape = shape_of_model(hf)
+    for kv_cache in (None, "int8"):  # what the table says of a token is what the sampler keeps
+        sampler = engine.LocalSampler(LanguageModel(hf).eval(), tokenizer, kv_cache=kv_cache)
+        assert cache_bytes(shape, 1, 4, kv_cache == "int8") == sampler.bytes_per_token()
 
 
 def small_model(folder: Path) -> Path:

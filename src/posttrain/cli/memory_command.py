@@ -25,6 +25,9 @@ def memory_command(
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences that are served at the same time.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Longest sequence that is served, in tokens.")] = 2048,
+    int8_cache: Annotated[
+        bool, typer.Option("--int8-cache", help="Serve with keys and values in int8, as sampler.kv_cache: int8 does.")
+    ] = False,
 ) -> None:
     """Tell the memory of training and serving, from the model's configuration and the rows: no weights are read.
 
@@ -37,7 +40,7 @@ def memory_command(
     check_machine(checked)
     from posttrain.runs.memory_plan import WAYS, plan_memory
 
-    plan = plan_memory(checked, gpu, sequences=sequences, tokens=tokens)
+    plan = plan_memory(checked, gpu, sequences=sequences, tokens=tokens, kv_cache="int8" if int8_cache else None)
     out = make_console()
     shape = plan.shape
     out.print(
@@ -96,7 +99,8 @@ def serving_table(plan: MemoryPlan) -> Table:
 
     sequences, tokens = plan.served
     table = Table(title=f"serving {sequences} sequence{'s' * (sequences != 1)} of {tokens:,} tokens: memory in GB")
-    for name in ("weights in", "weights", "keys and values", "computing", "files, libraries", "sum"):
+    cache = "keys and values" + (f" ({plan.kv_cache})" if plan.kv_cache else "")
+    for name in ("weights in", "weights", cache, "computing", "files, libraries", "sum"):
         table.add_column(name, justify="left" if name == "weights in" else "right")
     for name, memory in plan.serving.items():
         table.add_row(name, *(_gb(v) for v in (memory.weights, memory.cache, memory.work, memory.beside, memory.total)))

@@ -451,6 +451,11 @@ class SamplerConfig(SamplingConfig):
         None, gt=0, description="MiB that keys and values may take while sampling. None: a fifth of the memory."
     )
 
-    def limits(self) -> dict[str, Any]:
-        """Return the arguments of a local sampler: how many completions run, and the memory that they may take."""
-        return {"max_running": self.max_running, "memory_mb": self.cache_mb}
+    kv_cache: Literal["int8"] | None = Field(
+        None,
+        description="int8: keep keys and values in 8 bits, with a scale for each token and head. None: in the model's dtype.",
+    )
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of a local sampler: how many completions run, in how much memory, cached in what."""
+        return {"max_running": self.max_running, "memory_mb": self.cache_mb, "kv_cache": self.kv_cache}

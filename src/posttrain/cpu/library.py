@@ -28,12 +28,15 @@ from torch import Tensor
 
 SOURCES = [
     Path(__file__).parent.joinpath("csrc", name)
-    for name in ("decode.c", "quantized.c", "training.c", "tree.c", "vocabulary.c")
+    for name in ("decode.c", "attention.c", "quantized.c", "training.c", "tree.c", "vocabulary.c")
 ]
 HEADER = Path(__file__).parent / "csrc" / "kernels.h"
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-Wl,-Bsymbolic")
 LEAST_COLUMNS = 8
 """What a tile needs; see `decode.c`."""
+
+KeysValues = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+"""Keys and values of a region: each float32, or int8 and its scales; see `csrc/attention.c`."""
 
 _state: dict[str, Any] = {}
 
@@ -98,10 +101,10 @@ class Kernels:
         self.lib.rms_norm_rows.argtypes = [pointer] * 3 + [long] * 2 + [ctypes.c_float] * 2
         self.lib.rms_norm_back.argtypes = [pointer] * 4 + [long] * 2 + [ctypes.c_float] * 2
         self.lib.gated_back.argtypes = [pointer] * 5 + [long]
-        self.lib.attend.argtypes = [pointer] * 13 + [ctypes.c_float]
+        self.lib.attend.argtypes = [pointer] * 10 + [ctypes.c_float]
         self.lib.rotate_rows.argtypes = [pointer] * 6 + [long] * 3
         self.lib.draw.argtypes = [pointer] * 4 + [long] * 2
-        self.lib.layer.argtypes = [ctypes.POINTER(Layer)] + [pointer] * 12
+        self.lib.layer.argtypes = [ctypes.POINTER(Layer)] + [pointer] * 9
         self.lib.use_whole_vectors.argtypes = [ctypes.c_int]
         self.lib.absorb.argtypes = [pointer] * 4 + [long] * 2 + [ctypes.c_int]
         self.lib.tree_attention.argtypes = [pointer] * 8 + [ctypes.c_float] + [pointer] * 2
@@ -272,8 +275,8 @@ class Kernels:
         x: Tensor,
         cosine: Tensor,
         sine: Tensor,
-        own: tuple[Tensor, Tensor],
-        shared: tuple[Tensor, Tensor] | None,
+        own: KeysValues,
+        shared: KeysValues | None,
         columns: Tensor,
         prompts: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
@@ -291,10 +294,10 @@ class Kernels:
         """
         y = torch.empty_like(x)
         self.use_threads()
-        sizes = (ctypes.c_long * 3)(len(x), own[0].shape[2], 0 if shared is None else shared[0].shape[2])
-        places = (*own, *(shared or (None, None)), columns, *(prompts or (None, None)))
-        at = (None if t is None else t.data_ptr() for t in places)
-        if self.lib.layer(layer, x.data_ptr(), y.data_ptr(), cosine.data_ptr(), sine.data_ptr(), *at, sizes):
+        sizes = (ctypes.c_long * 3)(len(x), own[0][0].shape[2], 0 if shared is None else shared[0][0].shape[2])
+        at = (None if t is None else t.data_ptr() for t in (columns, *(prompts or (None, None))))
+        tensors = (t.data_ptr() for t in (x, y, cosine, sine))
+        if self.lib.layer(layer, *tensors, _addresses(own, shared), *at, sizes):
             raise MemoryError("no memory for a decoding step")
         return y
 
@@ -331,8 +334,8 @@ class Kernels:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        own: tuple[Tensor, Tensor],
-        shared: tuple[Tensor, Tensor] | None,
+        own: KeysValues,
+        shared: KeysValues | None,
         columns: Tensor,
         prompts: tuple[Tensor, Tensor] | None,
         window: int | None,
@@ -344,7 +347,7 @@ class Kernels:
             query: (heads, M, size).
             key: (kv heads, M, size).
             value: (kv heads, M, size).
-            own: (keys, values), (slots, kv heads, columns, size) contiguous; row i is in slot i.
+            own: Keys and values, (slots, kv heads, columns, size) contiguous; row i is in slot i.
             shared: Keys and values of prompts, likewise.
             columns: Where each row's newest token goes.
             prompts: (slot in shared, length) of each row.
@@ -359,17 +362,23 @@ class Kernels:
         out = query.new_empty(rows, heads, size)
         self.use_threads()
         strides = (ctypes.c_long * 6)(*(x.stride(i) for x in (query, key, value) for i in (0, 1)))
-        wide = 0 if shared is None else shared[0].shape[2]
-        sizes = (ctypes.c_long * 7)(rows, kv, heads // kv, size, own[0].shape[2], wide, window or 0)
-        shared_at = (0, 0) if shared is None else tuple(x.data_ptr() for x in shared)
+        wide = 0 if shared is None else shared[0][0].shape[2]
+        sizes = (ctypes.c_long * 7)(rows, kv, heads // kv, size, own[0][0].shape[2], wide, window or 0)
         prompts_at = (0, 0) if prompts is None else tuple(x.data_ptr() for x in prompts)
         failed = self.lib.attend(
-            query.data_ptr(), key.data_ptr(), value.data_ptr(), strides, own[0].data_ptr(), own[1].data_ptr(),
-            *shared_at, out.data_ptr(), columns.data_ptr(), *prompts_at, sizes, scale,
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), strides, _addresses(own, shared), out.data_ptr(),
+            columns.data_ptr(), *prompts_at, sizes, scale,
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for a decoding step's attention")
         return out
+
+
+def _addresses(own: KeysValues, shared: KeysValues | None) -> Any:
+    """Return eight addresses: keys, their scales, values, their scales, of both regions; null for what is missing."""
+    parts = (*own, *(shared or ((), ())))
+    pairs = ((*(t.data_ptr() for t in part), *(None,) * (2 - len(part))) for part in parts)
+    return (ctypes.c_void_p * 8)(*(address for pair in pairs for address in pair))
 
 
 def kernels() -> Kernels | None:

@@ -125,7 +125,7 @@ class RefineSampling:
         answering = environment(task.loop, run.functions)
         run.until.callback(getattr(answering, "close", lambda: None))
         self.environment = RecordedStates(answering)
-        self.single = LocalSampler(run.model, run.tokenizer, **task.sampler.limits())
+        self.single = LocalSampler(run.model, run.tokenizer, **task.sampler.options())
         turns = EqualTurns(self.single, task.sampler.max_tokens)
         self.turns = TurnSampler(turns, self.environment, task.loop, run.tokenizer, self.single.context)
         count = len(run.data.items)

@@ -50,7 +50,7 @@ def sample_chunks(run: EvaluationRun, task: SampleTask.Config) -> Iterator[Chunk
         sandbox.require_sandbox()
     terms = [task.judge.model_copy(update={"name": "judge"}), *task.rank_by]
     rewards = run.until.enter_context(RewardStack(RewardsConfig(terms=terms), run.functions, log=run.log))
-    sampler = LocalSampler(run.model, run.tokenizer, **task.sampler.limits())
+    sampler = LocalSampler(run.model, run.tokenizer, **task.sampler.options())
     return in_chunks(run, task.n + 1, 3, lambda *work: _items(sampler, task, rewards, *work))
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def score_chunks(run: EvaluationRun, task: ScoreTask.Config) -> Iterator[Chunk]:
     """Sample n answers to each prompt, and score them."""
     rewards = run.until.enter_context(RewardStack([task.scorer], run.functions, log=run.log))
-    sampler = LocalSampler(run.model, run.tokenizer, **task.sampler.limits())
+    sampler = LocalSampler(run.model, run.tokenizer, **task.sampler.options())
     return in_chunks(run, task.n, 5, lambda *work: _items(sampler, task, rewards, *work))
 
 

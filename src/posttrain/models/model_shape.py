@@ -26,7 +26,7 @@ class ModelShape:
         head: Of these, in the output head that the embedding does not share.
         vocabulary, hidden, layers: Rows of the output head, width, decoder layers.
         query, key_value: Widths of all heads together, of queries and of keys.
-        heads: Number of query heads.
+        heads, key_value_heads: Numbers of heads of queries, and of keys.
         inner: Width of the MLP; of a mixture, of the experts that a token goes through.
         gated: Whether the MLP has a gate.
         normed_heads: Whether queries and keys have norms.
@@ -46,6 +46,7 @@ class ModelShape:
     query: int
     key_value: int
     heads: int
+    key_value_heads: int
     inner: int
     gated: bool
     normed_heads: bool
@@ -132,6 +133,7 @@ def shape_of_model(hf: Any, tokens: int = 0) -> ModelShape:
         query=heads * size,
         key_value=shared * size,
         heads=heads,
+        key_value_heads=shared,
         inner=inner,
         gated=gated,
         normed_heads=bool({"q_norm", "k_norm"} & names),

@@ -117,6 +117,7 @@ class MemoryPlan:
         training: A record for each stage.
         serving: By format, of the model that the recipe starts from.
         served: (sequences, tokens of each) of serving.
+        kv_cache: "int8" if keys and values are served so.
     """
 
     shape: ModelShape
@@ -125,6 +126,7 @@ class MemoryPlan:
     training: list[StageMemory]
     serving: dict[str, ServingMemory]
     served: tuple[int, int]
+    kv_cache: str | None = None
 
     @property
     def too_large(self) -> list[StageMemory]:
@@ -152,6 +154,7 @@ def plan_memory(
     prepared: Mapping[str, Stage] | None = None,
     sequences: int = 1,
     tokens: int = 2048,
+    kv_cache: str | None = None,
 ) -> MemoryPlan:
     """Estimate the memory of every stage of a recipe, and of serving its model.
 
@@ -161,6 +164,7 @@ def plan_memory(
         prepared: Stages whose data is read already, by name of their folder. None: it is read here.
         sequences: Sequences that are served at the same time.
         tokens: Positions of each of them; at most the model's context.
+        kv_cache: "int8" if keys and values are served so. None: in the compute dtype of each format.
 
     Raises:
         PosttrainError: The model's configuration or the data can't be read.
@@ -174,26 +178,28 @@ def plan_memory(
         for name, stage in recipe.in_order()[: len(recipe.stages)]
     ]
     tokens = min(tokens, shape.context or tokens)
-    stored = stored_bytes(recipe.model.source)
+    stored, served = stored_bytes(recipe.model.source), (sequences, tokens)
     serving = {
-        name: _serving_memory(shape, memory_model.served_as(weights, device), device, stored, (sequences, tokens))
+        name: _serving_memory(
+            shape, memory_model.served_as(weights, device), device, stored, served, kv_cache == "int8"
+        )
         for name, weights in FORMATS.items()
         if name != "float16"
     }
-    return MemoryPlan(shape, device, room, training, serving, (sequences, tokens))
+    return MemoryPlan(shape, device, room, training, serving, served, kv_cache)
 
 
 def _serving_memory(
-    shape: ModelShape, weights: WeightFormat, device: str, stored: int | None, served: tuple[int, int]
+    shape: ModelShape, weights: WeightFormat, device: str, stored: int | None, served: tuple[int, int], int8: bool
 ) -> ServingMemory:
-    """Add up the parts of serving in one format; stored: bytes of the model's files (None: unknown)."""
+    """Add up the parts of serving in one format; stored: bytes of the model's files (None: unknown); int8: keys and values."""
     (sequences, tokens), item = served, _item(weights, device)
     beside = 0
     if device == "cpu":
         beside = memory_model.unused_pages(shape, weights, stored) + memory_model.SERVING_LIBRARIES
     return ServingMemory(
         memory_model.weight_bytes(shape, weights),
-        memory_model.cache_bytes(shape, sequences * tokens, item),
+        memory_model.cache_bytes(shape, sequences * tokens, item, int8),
         _prefill(shape, min(tokens, PREFILL_TOKENS[device_kind(device)]), sequences, item),
         beside,
     )
@@ -323,7 +329,7 @@ def _training_memory(s: _Setting, work: Workload, tokens: int, targets: int, lea
         phases["asking the teacher"] = weights + teacher + at_once + parts["libraries"]
     if work.completions is not None:
         c = work.completions
-        cache = memory_model.cache_bytes(shape, c.positions, s.itemsize)
+        cache = memory_model.cache_bytes(shape, c.positions, s.itemsize, c.int8)
         parts["keys and values"] = cache
         at_once = min(PREFILL_TOKENS[device_kind(s.device)], c.prompts * c.prompt_tokens)
         rows = min(c.running, c.prompts * c.each)

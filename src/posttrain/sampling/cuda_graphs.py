@@ -158,9 +158,13 @@ class RegionSizes:
 
 
 class KeptSteps:
-    """Steps of earlier calls of a sampler, with their regions and graphs, to be used again."""
+    """Steps of earlier calls of a sampler, with their regions and graphs, to be used again.
 
-    def __init__(self) -> None:
+    int8: keys and values are stored so.
+    """
+
+    def __init__(self, int8: bool = False) -> None:
+        self.int8 = int8
         self.known: dict[RegionSizes, StaticSteps] = {}
         self.weights: tuple[Any, ...] = ()
 
@@ -190,8 +194,8 @@ class KeptSteps:
         steps = self.known.pop(layout, None)
         self._shrink(allowed - layout.tokens * token_bytes)
         if steps is None:
-            shared = Region(layout.prompts, layout.prompt_columns) if layout.prompts else None
-            own = Region(layout.slots, layout.columns)
+            shared = Region(layout.prompts, layout.prompt_columns, self.int8) if layout.prompts else None
+            own = Region(layout.slots, layout.columns, self.int8)
             return StaticSteps(decode, own, shared, layout.ranks, device, device.type == "cuda")
         for region in (steps.own, steps.shared):
             if region is not None:

@@ -30,7 +30,7 @@ from posttrain.models.language_model import LanguageModel
 from posttrain.models.max_length import alike_up_to, context, why_short
 from posttrain.models.vocabulary import output_rows, textless_ids
 from posttrain.sampling.cuda_graphs import KeptSteps, RegionSizes, StaticSteps, rounded
-from posttrain.sampling.kv_cache import DecodingStep, Filling, Region
+from posttrain.sampling.kv_cache import DecodingStep, Filling, Region, token_bytes
 from posttrain.sampling.memory import memory_bytes
 from posttrain.sampling.protocol import OnDone, Request, stop_tokens
 from posttrain.sampling.stop_strings import before_stop
@@ -89,8 +89,9 @@ class LocalSampler:
 
     max_running: completions computed together. memory_mb: what keys and values may take, in MiB (None: a share of the
     GPU's memory, or of the main memory that falls to this process, see `posttrain.sampling.memory`); where it does not
-    hold all that could run, the rest waits. static_shapes: steps of few sizes, recorded as CUDA graphs (None: on a GPU;
-    see `posttrain.sampling.cuda_graphs`).
+    hold all that could run, the rest waits. kv_cache: "int8" stores keys and values so (see `int8_cache`); None: in the
+    model's dtype. static_shapes: steps of few sizes, recorded as CUDA graphs (None: on a GPU; see
+    `posttrain.sampling.cuda_graphs`).
 
     With a minimum length (min_tokens) end tokens and stop tokens can't be drawn before so many tokens are there. A stop
     string may be written earlier, and then is text like any other: what counts is an occurrence that is complete only
@@ -105,8 +106,11 @@ class LocalSampler:
         *,
         max_running: int | None = None,
         memory_mb: float | None = None,
+        kv_cache: str | None = None,
         static_shapes: bool | None = None,
     ) -> None:
+        if kv_cache not in (None, "int8"):
+            raise ModelError(f"kv_cache is {kv_cache!r}, and can be 'int8' or None (the model's dtype)")
         if not model.ragged:
             raise ModelError(
                 f"{model.base.config.model_type}: the local sampler needs attention that goes through transformers' "
@@ -118,7 +122,8 @@ class LocalSampler:
         self.static_shapes = model.device.type == "cuda" if static_shapes is None else static_shapes
         self.ends = frozenset(stop_tokens(model.base, tokenizer))
         self.context = context(model.base.config) or 2**31
-        self.kept = KeptSteps()
+        self.int8 = kv_cache == "int8"
+        self.kept = KeptSteps(self.int8)
         self.textless = _textless(tokenizer, output_rows(model.base), model.device)
         self._token_bytes = 0
 
@@ -186,7 +191,7 @@ class LocalSampler:
         sizes: list[int] = []
 
         def keep(key: Tensor, value: Tensor) -> None:
-            sizes.append(key.element_size() * (key[:, 0].numel() + value[:, 0].numel()))
+            sizes.append(token_bytes(key, value, self.int8))
 
         self.prefill([[0]], keep)
         self._token_bytes = sum(sizes)
@@ -260,11 +265,12 @@ class _Session:
         if sampler.static_shapes:
             room = sampler.allowed_bytes()
             # Not a method of the sampler: what is kept must not keep the sampler alive.
-            decode, token_bytes = partial(_decode, sampler.model), sampler.bytes_per_token()
-            self.static = sampler.kept.take(self.layout, sampler.model, decode, self.device, token_bytes, room)
+            decode, each = partial(_decode, sampler.model), sampler.bytes_per_token()
+            self.static = sampler.kept.take(self.layout, sampler.model, decode, self.device, each, room)
             self.own, self.shared = self.static.own, self.static.shared
         else:
-            self.own, self.shared = Region(slots, columns), Region(at_once, longest) if shared else None
+            self.own = Region(slots, columns, sampler.int8)
+            self.shared = Region(at_once, longest, sampler.int8) if shared else None
         self.free_slots = list(range(slots))
         self.free_prompts = list(range(at_once)) if shared else []
 
@@ -288,8 +294,9 @@ class _Session:
         needed = (columns + prompt_columns) * self.sampler.bytes_per_token() / 2**20
         raise ModelError(
             f"the longest completion with its prompt takes {needed:.3g} MiB of keys and values, and "
-            f"{self.sampler.allowed_bytes() / 2**20:.3g} are allowed: raise memory_mb (in a recipe: cache_mb), or "
-            "lower max_tokens"
+            f"{self.sampler.allowed_bytes() / 2**20:.3g} are allowed: raise memory_mb (in a recipe: cache_mb), "
+            + ("" if self.sampler.int8 else "set kv_cache: int8, ")
+            + "or lower max_tokens"
         )
 
     def work(self) -> None:

@@ -20,4 +20,4 @@ def open_sampler(model: ModelConfig, config: SamplerConfig) -> LocalSampler:
     hf, tokenizer = load_model(model, pick_dtype(model.dtype, pick_device(model.device)), inference=True)
     policy = LanguageModel(hf).eval().requires_grad_(False)
     verify(policy)
-    return LocalSampler(policy, tokenizer, **config.limits())
+    return LocalSampler(policy, tokenizer, **config.options())

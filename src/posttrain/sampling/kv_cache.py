@@ -4,6 +4,9 @@ Two regions. A prompt's keys and values lie in the *shared* region once, whateve
 completion has drawn lies in its slot of the *own* region. A row's scores over both make one softmax. All rows of a
 prompt are one product with its keys: read once, not once a completion. Where no prompt has more than one completion,
 prompts lie in the own region too, and there is one product less.
+
+Both regions hold the model's dtype, or int8 (`int8_cache`). A prompt's own forward pass reads the keys and values that
+it computes; every later token reads what is stored, its own key and value included.
 """
 
 from __future__ import annotations
@@ -17,23 +20,26 @@ from torch import Tensor
 
 from posttrain.core.transfer import to_device
 from posttrain.models.backends import backend_for
+from posttrain.sampling.int8_cache import SCALE_BYTES, dequantize_rows, quantize_rows
 
-_KeysValues = tuple[Tensor, Tensor]
+Stored = tuple[Tensor, ...]
+"""Keys or values of a layer, (slots, heads, columns, size): as they were computed, or int8 and (slots, heads, columns)
+scales."""
 
 
 class Region:
     """Per layer, keys and values (slots, heads, columns, size); made at the first write, when their sizes are known.
 
-    layers: what `posttrain.cpu.decoder_layer` found out about each, while this lives: no weight changes meanwhile.
+    int8: they are stored so. layers: what `posttrain.cpu.decoder_layer` found out about each, while this lives: no
+    weight changes meanwhile.
     """
 
-    def __init__(self, slots: int, columns: int) -> None:
-        self.slots, self.columns = slots, columns
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+    def __init__(self, slots: int, columns: int, int8: bool = False) -> None:
+        self.slots, self.columns, self.int8 = slots, columns, int8
+        self.stored: list[tuple[Stored, Stored]] = []
         self.layers: dict[int, Any] = {}
 
-    def at(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, layer: int, key: Tensor, value: Tensor) -> tuple[Stored, Stored]:
         """Return the keys and values of a layer.
 
         Args:
@@ -41,15 +47,24 @@ class Region:
             key: Keys of any tokens, (heads, any, size), which show shape and dtype.
             value: Values likewise.
         """
-        while len(self.keys) <= layer:
-            # Zeros: what is masked out is multiplied by zero, and must be a number.
-            self.keys.append(key.new_zeros(self.slots, key.shape[0], self.columns, key.shape[-1]))
-            self.values.append(value.new_zeros(self.slots, value.shape[0], self.columns, value.shape[-1]))
-        return self.keys[layer], self.values[layer]
+        while len(self.stored) <= layer:
+            self.stored.append((self._made(key), self._made(value)))
+        return self.stored[layer]
+
+    def _made(self, like: Tensor) -> Stored:
+        # Zeros: what is masked out is multiplied by zero, and must be a number.
+        places = (self.slots, like.shape[0], self.columns)
+        if not self.int8:
+            return (like.new_zeros(*places, like.shape[-1]),)
+        integers = like.new_zeros(*places, like.shape[-1], dtype=torch.int8)
+        return integers, like.new_zeros(places, dtype=torch.float32)
+
+    def _tensors(self) -> list[Tensor]:
+        return [x for pair in self.stored for stored in pair for x in stored]
 
     def move(self, moves: Sequence[tuple[int, int, int]]) -> None:
         """Copy the first columns of slots to other slots: (source, target, columns); no target is a source."""
-        tensors = (*self.keys, *self.values)
+        tensors = self._tensors()
         if not moves or not tensors:
             return
         if _in_one(tensors[0]):
@@ -64,13 +79,32 @@ class Region:
 
     def reset(self) -> None:
         """Make the region as good as new; its memory stays where it is."""
-        for x in (*self.keys, *self.values):
+        for x in self._tensors():
             x.zero_()
         self.layers.clear()
 
     def bytes(self) -> int:
         """Return the memory that keys and values take."""
-        return sum(x.nbytes for x in (*self.keys, *self.values))
+        return sum(x.nbytes for x in self._tensors())
+
+
+def token_bytes(key: Tensor, value: Tensor, int8: bool) -> int:
+    """Return the bytes of a token in a layer of a region; keys and values (heads, any, size)."""
+    widths = [x.shape[-1] + SCALE_BYTES if int8 else x.shape[-1] * x.element_size() for x in (key, value)]
+    return key.shape[0] * widths[0] + value.shape[0] * widths[1]
+
+
+def _write(stored: Stored, places: Any, x: Tensor) -> None:
+    """Put rows (..., size) where an index of slots, heads and columns says."""
+    for tensor, part in zip(stored, quantize_rows(x) if len(stored) == 2 else (x,), strict=True):
+        tensor[places] = part
+
+
+def _read(stored: Stored, slots: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return the first columns of the first slots, (slots * heads, columns, size)."""
+    parts = [x[:slots, :, :columns] for x in stored]
+    x = parts[0] if len(parts) == 1 else dequantize_rows(parts[0], parts[1], dtype)
+    return x.flatten(0, 1)
 
 
 def _in_one(x: Tensor) -> bool:
@@ -90,12 +124,12 @@ class Filling:
         self.layer += 1
         if _in_one(key):
             slot_K, column_K, row_K = self._places(key.device)
-            keys[slot_K, :, column_K] = key[:, row_K].transpose(0, 1)
-            values[slot_K, :, column_K] = value[:, row_K].transpose(0, 1)
+            for stored, x in ((keys, key), (values, value)):
+                _write(stored, (slot_K, slice(None), column_K), x[:, row_K].transpose(0, 1))
             return
         for row, slot in zip(self.rows, self.slots, strict=True):
-            keys[slot, :, : len(row)] = key[:, row]
-            values[slot, :, : len(row)] = value[:, row]
+            for stored, x in ((keys, key), (values, value)):
+                _write(stored, (slot, slice(None), slice(len(row))), x[:, row])
 
     def _places(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return slot, column and T-index of every token of every prompt."""
@@ -166,7 +200,9 @@ class DecodingStep:
         """See `posttrain.cpu.decoder_layer.Places`."""
         return self.own.layers
 
-    def places(self, key: Tensor, value: Tensor) -> tuple[_KeysValues, _KeysValues | None, Tensor, _KeysValues | None]:
+    def places(
+        self, key: Tensor, value: Tensor
+    ) -> tuple[tuple[Stored, Stored], tuple[Stored, Stored] | None, Tensor, tuple[Tensor, Tensor] | None]:
         """See `posttrain.cpu.decoder_layer.Places`; `key` and `value` as `Region.at` takes them."""
         layer, self.layer = self.layer, self.layer + 1
         own = self.own.at(layer, key, value)
@@ -189,15 +225,16 @@ class DecodingStep:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         rows, heads, size = q.shape
         own_k, own_v = self.own.at(layer, key[0], value[0])
-        own_k[self.slot_M, :, self.column_M] = k
-        own_v[self.slot_M, :, self.column_M] = v
+        newest = (self.slot_M, slice(None), self.column_M)
+        _write(own_k, newest, k)
+        _write(own_v, newest, v)
         kv = k.shape[1]
         q = (q * scale).reshape(rows, kv, heads // kv, size)
-        scores = torch.bmm(q.flatten(0, 1), self._columns(own_k).transpose(1, 2)).unflatten(0, (-1, kv))
+        scores = torch.bmm(q.flatten(0, 1), self._columns(own_k, k.dtype).transpose(1, 2)).unflatten(0, (-1, kv))
         shared_v = None
         if self.shared is not None:
             shared_k, shared_v = self.shared.at(layer, key[0], value[0])
-            s = torch.bmm(self._to_prompts(q), self._prompt_columns(shared_k).transpose(1, 2))
+            s = torch.bmm(self._to_prompts(q), self._prompt_columns(shared_k, k.dtype).transpose(1, 2))
             scores = torch.cat([self._from_prompts(s, kv), scores], -1)
         scores = scores.float()
         if softcap is not None:
@@ -210,9 +247,9 @@ class DecodingStep:
             p = scores.softmax(-1)
         p = p.to(v.dtype)
         split = self.prompt_columns if self.shared is not None else 0
-        out = torch.bmm(p[..., split:].flatten(0, 1), self._columns(own_v)).unflatten(0, (-1, kv))
+        out = torch.bmm(p[..., split:].flatten(0, 1), self._columns(own_v, v.dtype)).unflatten(0, (-1, kv))
         if shared_v is not None:
-            o = torch.bmm(self._to_prompts(p[..., :split]), self._prompt_columns(shared_v))
+            o = torch.bmm(self._to_prompts(p[..., :split]), self._prompt_columns(shared_v, v.dtype))
             out = out + self._from_prompts(o, kv)
         return out.reshape(1, rows, heads, -1)
 
@@ -237,11 +274,11 @@ class DecodingStep:
             self.masks[window] = mask[:, None, None]
         return self.masks[window]
 
-    def _columns(self, x: Tensor) -> Tensor:
-        return x[: len(self.slot_M), :, : self.own_columns].flatten(0, 1)
+    def _columns(self, x: Stored, dtype: torch.dtype) -> Tensor:
+        return _read(x, len(self.slot_M), self.own_columns, dtype)
 
-    def _prompt_columns(self, x: Tensor) -> Tensor:
-        return x[: self.prompt_slots, :, : self.prompt_columns].flatten(0, 1)
+    def _prompt_columns(self, x: Stored, dtype: torch.dtype) -> Tensor:
+        return _read(x, self.prompt_slots, self.prompt_columns, dtype)
 
     def _to_prompts(self, x: Tensor) -> Tensor:
         """(M, kv, group, w) rows -> (prompts * kv, ranks * group, w)."""

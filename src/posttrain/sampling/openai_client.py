@@ -31,6 +31,8 @@ LONGEST_TEXT = 500
 """Characters of a server's own words in a message."""
 MOST_TOKENS = 10**9
 """Largest count of tokens that is believed."""
+NOT_IN_PROTOCOL: dict[str, Any] = {"top_k": 0, "min_p": 0.0, "min_tokens": 0, "stop_tokens": [], "kv_cache": None}
+"""Settings of a sampler that a server can't be given, with their values that ask for nothing."""
 T = TypeVar("T")
 
 

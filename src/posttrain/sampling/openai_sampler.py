@@ -10,7 +10,7 @@ import numpy as np
 from posttrain.config import SamplingConfig, ServerConfig
 from posttrain.core.errors import DataError, ModelError
 from posttrain.core.types import Rollout, RolloutGroup
-from posttrain.sampling.openai_client import Reply, Server
+from posttrain.sampling.openai_client import NOT_IN_PROTOCOL, Reply, Server
 from posttrain.sampling.protocol import OnDone, Request
 
 FINISH = {"stop": "end", "length": "length"}
@@ -46,8 +46,8 @@ class OpenAISampler:
             ModelError: A setting is missing in the protocol.
             DataError: A request has no messages and no prompt.
         """
-        for name, off in (("top_k", 0), ("min_p", 0.0), ("min_tokens", 0), ("stop_tokens", [])):
-            if getattr(params, name) != off:
+        for name, off in NOT_IN_PROTOCOL.items():
+            if getattr(params, name, off) != off:
                 raise ModelError(
                     f"sampler.{name} is not in OpenAI's protocol: leave it out, or give the server's own in "
                     "server.options"

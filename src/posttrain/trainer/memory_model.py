@@ -97,15 +97,17 @@ def weight_bytes(shape: ModelShape, weights: WeightFormat) -> int:
     return round(in_bits * weights.bits / 8 + scales + apart + (shape.parameters - shape.linear) * weights.bytes)
 
 
-def cache_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
+def cache_bytes(shape: ModelShape, tokens: int, itemsize: int, int8: bool = False) -> int:
     """Return the bytes of keys and values.
 
     Args:
         shape: Sizes of the model.
         tokens: Positions.
-        itemsize: Bytes of a number.
+        itemsize: Bytes of a number of the compute dtype.
+        int8: Keys and values are in int8, with a float32 scale for each token and head.
     """
-    return 2 * shape.layers * shape.key_value * tokens * itemsize
+    width = shape.key_value + FLOAT * shape.key_value_heads if int8 else shape.key_value * itemsize
+    return 2 * shape.layers * tokens * width
 
 
 def kept_per_token(shape: ModelShape, itemsize: int, rank: int = 0, adapted: int = 0, on_down: bool = False) -> int:

@@ -28,6 +28,7 @@ class Completions:
         prompt_tokens: Tokens of the longest prompt.
         new_tokens: Tokens of the longest completion.
         running: Completions that are computed together.
+        int8: Keys and values are kept in int8.
     """
 
     prompts: int
@@ -35,6 +36,7 @@ class Completions:
     prompt_tokens: int
     new_tokens: int
     running: int
+    int8: bool = False
 
     @property
     def positions(self) -> int:

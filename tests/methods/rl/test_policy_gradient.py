@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from posttrain.data.prompts import RenderedPrompt
 from posttrain.methods.rl.collect_rollouts import RolloutCollector
 from posttrain.methods.rl.rl_loss import TrainingBatch
 from posttrain.methods.rl.rl_trainer import RLTrainer, hooks_of
+from posttrain.methods.rl.rollout_setup import warn_of_sampler
+from posttrain.methods.rl.sequence_logprobs import sequence_outputs
 from posttrain.methods.rl.step_recorder import StepRecorder
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
@@ -274,7 +277,8 @@ def work(config: RLConfig, folder: Path, **functions: Any) -> RLTrainer:
     learner = Learner(lm, config.optimizer, config.systems, 100, {"value.": 10.0} if critic else None)
     stack = RewardStack(config.rewards, functions, TOKENIZER, environment=config.environment)
     hooks = hooks_of(config, len(questions()), 0)
-    collector = RolloutCollector(config, LocalSampler(lm, TOKENIZER), stack, questions(), 0, hooks=hooks)
+    sampler = LocalSampler(lm, TOKENIZER, **config.sampler.options())
+    collector = RolloutCollector(config, sampler, stack, questions(), 0, hooks=hooks)
     return RLTrainer(config, learner, collector, StepRecorder(config, lm, collector, folder, questions(3)))
 
 
@@ -315,6 +319,26 @@ def test_every_method_takes_a_step_and_keeps_its_rollouts(method: str, tmp_path:
             assert [r["advantage"] for r in order] == sorted(r["advantage"] for r in mine)
     groups = groups_of(rows)
     assert [len(g.rollouts) for g in groups] == [4] * 4
+
+
+def test_an_int8_cache_is_a_sampler_with_other_numbers(tmp_path: Path) -> None:
+    """Ratios start at the learner's own log-probabilities, and weights of importance correct for the sampler's."""
+    sampler = {"max_tokens": MAX, "kv_cache": "int8"}
+    config = settings("grpo", mini_batches=2, sampler=sampler, importance_sampling_cap=2.0)
+    trainer = work(config, tmp_path)
+    batch = collect(trainer, 0)[1]
+    own = sequence_outputs(config, batch.sequences, trainer.learner.model)[0]
+    assert batch.logprobs.old is not None
+    for old, mine, sampled in zip(batch.logprobs.old, own, batch.logprobs.sampled, strict=True):
+        assert torch.equal(old, mine) and 0 < float((old - sampled).abs().max()) < 0.1
+    metrics = trainer.step(0, Track("t", 1, shown=False)).metrics
+    assert 1e-5 < metrics["mismatch"] < 0.02 and 0 < abs(metrics["importance"] - 1) < 0.02
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_sampler(config)
+        warn_of_sampler(settings("grpo"))
+    with pytest.warns(UserWarning, match="sampler.kv_cache is int8: .* Set importance_sampling_cap"):
+        warn_of_sampler(settings("grpo", sampler=sampler))
 
 
 def test_groups_without_signal_cost_no_learning(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-/* One decoding step's work on a CPU: products with few rows, norms, gates and attention, all in float32.
+/* One decoding step's work on a CPU: products with few rows, norms, gates and whole layers, all in float32.
  *
  * Few rows times a large matrix cost what reading the matrix costs, if the kernel keeps up with the memory. Every
  * number here is one chain of multiply-adds in a fixed order, whatever the number of rows or threads: a row's result
@@ -207,148 +207,6 @@ void rms_norm(const float *x, const float *weight, float *y, long m, long h, flo
     }
 }
 
-/* ---------------------------------------------------------------------------------------------------------- attention
- * Row m's newest key and value go to column column[m] of slot m. Its queries then see the columns of its prompt's slot
- * (shared_k; NULL: none) and its own up to that one, the last `window` of them (0: all). Regions are (slots, kv,
- * columns, size). Softmax over both regions at once. */
-typedef struct {
-    const float *q, *k, *v;
-    long q_head, q_row, k_head, k_row, v_head, v_row;
-    float *own_k, *own_v, *shared_k, *shared_v, *out, *scores;
-    const long *column, *prompt, *prompt_length;
-    long m, kv, groups, size, own_columns, shared_columns, window, longest;
-    float scale;
-} attention_t;
-
-static inline float dot(const float *a, const float *b, long size) {
-    vec sum = {0};
-    long i = 0;
-    for (; i + WIDTH <= size; i += WIDTH)
-        sum += *(const vec *)(a + i) * *(const vec *)(b + i);
-    float s = sum_of(sum);
-    for (; i < size; i++)
-        s += a[i] * b[i];
-    return s;
-}
-
-/* A row that is read next but one. Memory is slower than these loops, and does not guess where the next region begins. */
-static inline void fetch(const float *row, long size) {
-    for (long i = 0; i < size; i += 16)
-        __builtin_prefetch(row + i);
-}
-
-/* p[g, c] = scale q[g] k[c], for `count` keys and the queries that share them; meanwhile their values are fetched */
-static void compare(const attention_t *j, const float *q, const float *k, const float *v, long count, float *p) {
-    for (long c = 0; c < count; c++, k += j->size, v += j->size) {
-        fetch(v, j->size);
-        for (long g = 0; g < j->groups; g++)
-            p[g * j->longest + c] = dot(q + g * j->q_head, k, j->size) * j->scale;
-    }
-}
-
-/* sums += p * v over `count` values of one head, size wide; a block of vectors at a time stays in registers */
-static void weigh(const float *p, const float *v, long count, long size, float *sums) {
-    long d = 0;
-    for (; d + 4 * WIDTH <= size; d += 4 * WIDTH) {
-        vec a[4];
-        for (int b = 0; b < 4; b++)
-            a[b] = *(const vec *)(sums + d + b * WIDTH);
-        for (long c = 0; c < count; c++)
-            for (int b = 0; b < 4; b++)
-                a[b] += p[c] * *(const vec *)(v + c * size + d + b * WIDTH);
-        for (int b = 0; b < 4; b++)
-            *(vec *)(sums + d + b * WIDTH) = a[b];
-    }
-    for (; d + WIDTH <= size; d += WIDTH) {
-        vec a = *(const vec *)(sums + d);
-        for (long c = 0; c < count; c++)
-            a += p[c] * *(const vec *)(v + c * size + d);
-        *(vec *)(sums + d) = a;
-    }
-    for (; d < size; d++)
-        for (long c = 0; c < count; c++)
-            sums[d] += p[c] * v[c * size + d];
-}
-
-/* p becomes e^(p - its largest); returns their sum. p has room for whole vectors. */
-static float exponentials(float *p, long count) {
-    const long filled = (count + WIDTH - 1) / WIDTH * WIDTH;
-    for (long c = count; c < filled; c++)
-        p[c] = -__builtin_inff();
-    vec largest = *(const vec *)p, sums = {0};
-    for (long c = WIDTH; c < filled; c += WIDTH) {
-        const vec x = *(const vec *)(p + c);
-        const vec_int more = x > largest;
-        largest = (vec)(((vec_int)x & more) | ((vec_int)largest & ~more));
-    }
-    float top = largest[0];
-    for (long i = 1; i < WIDTH; i++)
-        top = largest[i] > top ? largest[i] : top;
-    for (long c = 0; c < filled; c += WIDTH) {
-        vec e = exponential(*(vec *)(p + c) - top);
-        if (c + WIDTH > count)
-            for (long i = count - c; i < WIDTH; i++)
-                e[i] = 0.0f;
-        *(vec *)(p + c) = e;
-        sums += e;
-    }
-    return sum_of(sums);
-}
-
-static void attend_part(void *data) {
-    const attention_t *j = data;
-    const long t = me(), all_of_us = team(), items = j->m * j->kv, size = j->size;
-    float *p = j->scores + t * j->longest * j->groups;
-    for (long item = items * t / all_of_us; item < items * (t + 1) / all_of_us; item++) {
-        const long m = item / j->kv, h = item % j->kv, column = j->column[m];
-        float *own_k = j->own_k + item * j->own_columns * size;
-        float *own_v = j->own_v + item * j->own_columns * size;
-        for (long i = 0; i < size; i++) {
-            own_k[column * size + i] = j->k[h * j->k_head + m * j->k_row + i];
-            own_v[column * size + i] = j->v[h * j->v_head + m * j->v_row + i];
-        }
-        const long length = j->shared_k ? j->prompt_length[m] : 0, total = length + column + 1;
-        const long first = j->window && total > j->window ? total - j->window : 0;
-        const long from = first < length ? first : length, own_from = first > length ? first - length : 0;
-        const long slot = j->shared_k ? ((j->prompt[m] * j->kv + h) * j->shared_columns + from) * size : 0;
-        const long seen = length - from, own_seen = column + 1 - own_from;
-        const float *q = j->q + h * j->groups * j->q_head + m * j->q_row;
-        if (seen)
-            compare(j, q, j->shared_k + slot, j->shared_v + slot, seen, p);
-        compare(j, q, own_k + own_from * size, own_v + own_from * size, own_seen, p + seen);
-        const float *next = own_k + j->own_columns * size;
-        const long next_seen = item + 1 < items ? j->column[(item + 1) / j->kv] : 0;
-        for (long c = 0; c < next_seen && c < own_seen; c++)
-            fetch(next + c * size, size);
-        for (long g = 0; g < j->groups; g++) {
-            float *out = j->out + (item * j->groups + g) * size;
-            const float total_p = exponentials(p + g * j->longest, seen + own_seen);
-            for (long i = 0; i < size; i++)
-                out[i] = 0.0f;
-            if (seen)
-                weigh(p + g * j->longest, j->shared_v + slot, seen, size, out);
-            weigh(p + g * j->longest + seen, own_v + own_from * size, own_seen, size, out);
-            for (long i = 0; i < size; i++)
-                out[i] /= total_p;
-        }
-    }
-}
-
-/* q, k, v: (heads, rows, size) with these strides, the last 1; out (m, heads, size). 0: done. */
-int attend(const float *q, const float *k, const float *v, const long *strides, float *own_k, float *own_v,
-           float *shared_k, float *shared_v, float *out, const long *column, const long *prompt,
-           const long *prompt_length, const long *sizes, float scale) {
-    const long longest = sizes[4] + (shared_k ? sizes[5] : 0) + 2 * WIDTH;
-    float *scores = room(0, longest * sizes[2] * pool.threads);
-    if (!scores)
-        return 1;
-    attention_t job = {q, k, v, strides[0], strides[1], strides[2], strides[3], strides[4], strides[5],
-                       own_k, own_v, shared_k, shared_v, out, scores, column, prompt, prompt_length,
-                       sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], longest, scale};
-    run(attend_part, &job);
-    return 0;
-}
-
 /* ------------------------------------------------------------------------------------------------------ rotary positions
  * y = x cos + (-second half of x, first half) sin; x and y (heads, m, size) with strides, cos and sin (m, size). y may be
  * x. */
@@ -429,9 +287,8 @@ static int project(const float *x, long m, long k, const matrix_t *const *matric
 }
 
 /* x, y (m, hidden); sizes: m, own_columns, shared_columns; the rest as `attend` has it. 0: done. */
-int layer(const layer_t *l, const float *x, float *y, const float *cosine, const float *sine, float *own_k, float *own_v,
-          float *shared_k, float *shared_v, const long *column, const long *prompt, const long *prompt_length,
-          const long *sizes) {
+int layer(const layer_t *l, const float *x, float *y, const float *cosine, const float *sine, void *const *regions,
+          const long *column, const long *prompt, const long *prompt_length, const long *sizes) {
     const long m = sizes[0], wide = l->heads * l->size, narrow = l->kv * l->size;
     const long inner = l->inner > wide ? l->inner : wide, widest = inner > l->hidden ? inner : l->hidden;
     float *normed = room(1, m * (2 * l->hidden + 4 * widest + 2 * narrow + 3 * l->rank));
@@ -452,8 +309,7 @@ int layer(const layer_t *l, const float *x, float *y, const float *cosine, const
     rotate(k, of_k, cosine, sine, k, of_k, l->kv, m, l->size);
     const long strides[] = {l->size, wide, l->size, narrow, l->size, narrow};
     const long attended[] = {m, l->kv, l->heads / l->kv, l->size, sizes[1], sizes[2], 0};
-    if (attend(q, k, v, strides, own_k, own_v, shared_k, shared_v, heads, column, prompt, prompt_length, attended,
-               l->scale) ||
+    if (attend(q, k, v, strides, regions, heads, column, prompt, prompt_length, attended, l->scale) ||
         project(heads, m, wide, (const matrix_t *const[]){&l->o}, &made, 1, l->rank, low))
         return 1;
     for (long i = 0; i < m * l->hidden; i++)

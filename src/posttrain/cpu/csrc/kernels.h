@@ -125,4 +125,8 @@ void rms_norm(const float *x, const float *weight, float *y, long m, long h, flo
 void rotate(const float *x, const long *x_strides, const float *cosine, const float *sine, float *y,
             const long *y_strides, long heads, long m, long size);
 
+/* of attention.c */
+int attend(const float *q, const float *k, const float *v, const long *strides, void *const *regions, float *out,
+           const long *column, const long *prompt, const long *prompt_length, const long *sizes, float scale);
+
 #endif

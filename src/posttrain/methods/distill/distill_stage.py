@@ -136,7 +136,7 @@ class Distill(Stage):
             def ask(some: Sequence[TeacherPrompt], seeds: Sequence[int]) -> list[list[Any]]:
                 from posttrain.sampling.engine import LocalSampler
 
-                sampler = LocalSampler(teacher()[0], theirs, **config.teacher_sampler.limits())
+                sampler = LocalSampler(teacher()[0], theirs, **config.teacher_sampler.options())
                 return writing.local_ask(sampler, config.teacher_sampler, config.answers)(some, seeds)
 
         answers = writing.written_answers(prompts, config.teacher_sampler, config.answers, run.seed, identity, ask)
@@ -240,7 +240,7 @@ class Distill(Stage):
             measure.loss = loss if self.teacher is not None else None
         sampler, prompts = None, []
         if config.on_policy:
-            sampler = LocalSampler(policy.policy, policy.tokenizer, **config.sampler.limits())
+            sampler = LocalSampler(policy.policy, policy.tokenizer, **config.sampler.options())
             prompts = self._student_prompts()
         self.note_teacher(policy)
         checking = self.teacher if self.kept is None else None

@@ -25,7 +25,7 @@ from posttrain.core.progress import Track
 from posttrain.core.types import Sample
 from posttrain.data.tokenizing import continuation
 from posttrain.models.loading import pick_device, resolve
-from posttrain.sampling.openai_client import Reply, Server
+from posttrain.sampling.openai_client import NOT_IN_PROTOCOL, Reply, Server
 from posttrain.sampling.protocol import Request
 
 PROMPTS_PER_FILE = 64
@@ -166,7 +166,7 @@ def server_ask(server: Server, settings: SamplerConfig, n: int, top_k: int | Non
     Raises:
         ModelError: A setting is missing in the protocol.
     """
-    for name, off in (("top_k", 0), ("min_p", 0.0), ("min_tokens", 0), ("stop_tokens", [])):
+    for name, off in NOT_IN_PROTOCOL.items():
         if getattr(settings, name) != off:
             raise ModelError(
                 f"teacher_sampler.{name} is not in OpenAI's protocol: leave it out, or give the server's own in "

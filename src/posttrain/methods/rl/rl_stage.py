@@ -80,7 +80,9 @@ class RolloutStage(Stage):
             units,
             config.prompts_per_step * -(-group // at_once),
             sums=True,
-            completions=Completions(config.prompts_per_step, group, longest, new, limit),
+            completions=Completions(
+                config.prompts_per_step, group, longest, new, limit, config.sampler.kv_cache == "int8"
+            ),
             frozen=config.adapter is None and bool(getattr(getattr(config, "kl", None), "coefficient", True)),
             note=f"completions of {new:,} tokens, the most that they may have",
         )

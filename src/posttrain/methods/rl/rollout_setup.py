@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
@@ -52,7 +53,8 @@ def open_rollouts(
     answered_by = getattr(config, "environment", None)
     stack = RewardStack(config.rewards, functions, tokenizer, run.folder / LOG, answered_by)
     rewards = run.resources.enter_context(stack)
-    local = LocalSampler(policy, tokenizer, **config.sampler.limits())
+    warn_of_sampler(config)
+    local = LocalSampler(policy, tokenizer, **config.sampler.options())
     sampler: Sampler = local
     turns = None
     if isinstance(config, RLConfig) and config.environment is not None:
@@ -70,6 +72,17 @@ def open_rollouts(
         config, policy, collector, run.folder, prompts.held_out, seed=run.seed, gold=gold, turns=turns
     )
     return collector, recorder
+
+
+def warn_of_sampler(config: RolloutConfig) -> None:
+    """Warn if the sampler's probabilities are not those that policy gradients train, and no setting corrects for it."""
+    if isinstance(config, RLConfig) and config.sampler.kv_cache and config.importance_sampling_cap is None:
+        warnings.warn(
+            f"sampler.kv_cache is {config.sampler.kv_cache}: completions are drawn with slightly other probabilities than "
+            "those that are trained, and nothing corrects for it. Set importance_sampling_cap, for example to 2 (the "
+            "metric mismatch has the difference)",
+            stacklevel=2,
+        )
 
 
 def frozen_reference(config: RolloutConfig, loaded: LoadedPolicy, run: StageRun, needed: bool) -> LanguageModel | None:

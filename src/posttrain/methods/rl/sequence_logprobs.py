@@ -10,6 +10,7 @@ from torch import Tensor
 
 from posttrain.config import SamplingConfig
 from posttrain.config.rl import RLConfig, RolloutConfig, truncating_setting
+from posttrain.config.settings import SamplerConfig
 from posttrain.core import distributed
 from posttrain.core.ragged import RaggedBatch, micro_batches
 from posttrain.core.types import PartialRollout, Rollout, Sample
@@ -117,9 +118,10 @@ class Logprobs:
         return Logprobs(*(None if p is None else tuple(p[i] for i in places) for p in parts))  # type: ignore[arg-type]
 
 
-def sampler_is_exact(model: LanguageModel, sampling: SamplingConfig) -> bool:
-    """Return True if the sampler's log-probabilities are the learner's: float32, and the whole distribution."""
-    return truncating_setting(sampling) is None and next(model.parameters()).dtype == torch.float32
+def sampler_is_exact(model: LanguageModel, sampler: SamplerConfig) -> bool:
+    """Return True if the sampler's log-probabilities are the learner's: float32 everywhere, the whole distribution."""
+    whole = truncating_setting(sampler) is None and sampler.kv_cache is None
+    return whole and next(model.parameters()).dtype == torch.float32
 
 
 def compute_logprobs(
