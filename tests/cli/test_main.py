@@ -53,7 +53,7 @@ SURFACE = {
     "report": {"run"},
     "doctor": set(),
     "export": {"embeddings", "model", "output", "quantization", "to", "trust_remote_code"},
-    "memory": {"gpu", "overrides", "recipe", "sequences", "tokens"},
+    "memory": {"gpu", "int8_cache", "overrides", "recipe", "sequences", "tokens"},
     "merge": {
         "adapter_rank",
         "algorithm",

@@ -152,7 +152,7 @@ def test_prompts_are_computed_once_slots_do_not_idle_and_memory_holds(monkeypatc
 
     def watching(self: _Session) -> None:
         regions = [self.own, *([self.shared] if self.shared is not None else [])]
-        held = sum(x.numel() * x.element_size() for r in regions for x in (*r.keys, *r.values))
+        held = sum(r.bytes() for r in regions)
         assert held <= 0.05 * 2**20 and not (self.open and self.free_slots)
         running.append(len(self.rows))
         step(self)

@@ -192,7 +192,10 @@ def plan_memory(
 def _serving_memory(
     shape: ModelShape, weights: WeightFormat, device: str, stored: int | None, served: tuple[int, int], int8: bool
 ) -> ServingMemory:
-    """Add up the parts of serving in one format; stored: bytes of the model's files (None: unknown); int8: keys and values."""
+    """Add up the parts of serving in one format.
+
+    stored: bytes of the model's files (None: unknown). int8: keys and values are.
+    """
     (sequences, tokens), item = served, _item(weights, device)
     beside = 0
     if device == "cpu":

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST = 127
-LEAST = 1e-30
+INT8_STEPS = 127
+SMALLEST = 1e-30
 """A row of zeros has a scale as well."""
 SCALE_BYTES = 4
 
@@ -26,7 +26,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         Integers (..., size) and float32 scales (...).
     """
     x = x.float()
-    scales = x.abs().amax(-1).clamp_min(LEAST) / LARGEST
+    scales = x.abs().amax(-1).clamp_min(SMALLEST) / INT8_STEPS
     return (x / scales[..., None]).round_().to(torch.int8), scales
 
 

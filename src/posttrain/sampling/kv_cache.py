@@ -89,7 +89,13 @@ class Region:
 
 
 def token_bytes(key: Tensor, value: Tensor, int8: bool) -> int:
-    """Return the bytes of a token in a layer of a region; keys and values (heads, any, size)."""
+    """Return the bytes of a token in a layer of a region.
+
+    Args:
+        key: Keys of any tokens, (heads, any, size).
+        value: Values likewise.
+        int8: The region stores them so.
+    """
     widths = [x.shape[-1] + SCALE_BYTES if int8 else x.shape[-1] * x.element_size() for x in (key, value)]
     return key.shape[0] * widths[0] + value.shape[0] * widths[1]
 
