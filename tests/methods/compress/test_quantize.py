@@ -142,7 +142,9 @@ def test_inputs_in_eight_bits(tmp_path: Path) -> None:
     assert not list(quantized_modules(plain.base))
 
 
-@pytest.mark.parametrize(("kind", "count"), [("llama", 4), ("qwen2", 4), ("gemma2", 4), ("phi3", 2)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("llama", 4), ("qwen2", 4), ("gemma2", 4), ("phi3", 2), ("mixtral", 2 + 4), ("gpt_oss", 2)]
+)
 def test_places_for_scales_leave_the_model_as_it_is(kind: str, count: int) -> None:
     policy = LanguageModel(tiny_model(kind, hidden_size=64, intermediate_size=96))
     layers = LayerByLayer(policy).layers
@@ -151,8 +153,7 @@ def test_places_for_scales_leave_the_model_as_it_is(kind: str, count: int) -> No
         folds = find_folds(policy, layers)
         weights = [p.clone() for p in policy.base.parameters()]
         for fold in folds[0]:
-            width = next(iter(fold.targets.values())).in_features
-            fold.apply(torch.full((width,), 1.5))
+            fold.apply(torch.full((fold.width,), 1.5))
     assert before is None or torch.equal(before, policy.base(TOKENS).logits)
     assert len(folds[0]) == len(folds[1]) == count
     assert any(not torch.equal(a, b) for a, b in zip(weights, policy.base.parameters(), strict=True))

@@ -105,11 +105,19 @@ def test_an_expert_that_no_row_reaches_is_rounded_to_nearest_and_named(
     assert {e["layer"]: e["algorithm"] for e in record["layers"] if e["layer"] in names} == {
         name: "rtn" if name in unreached else algorithm for name in names
     }
+    scaled = {
+        name: s["error_ratio"] for s in record["scales"] for name in s["layers"] if ".layers.0.mlp.experts" in name
+    }
+    downs = [name for name in names if "down" in name and name not in unreached]
+    assert list(scaled) == (downs if algorithm == "awq" else [])
+    assert not scaled or min(scaled.values()) < 1.0
     assert unreached[0] in caplog.text and "rounded to nearest" in caplog.text
     again, _ = load_model(ModelConfig(source=str(tmp_path / "model")))
-    expert = int(unreached[0][-1])
-    nearest = round_to_nearest(hf.model.layers[0].mlp.experts.gate_up_proj[expert], Grid(4, 32))
-    assert torch.equal(again.model.layers[0].mlp.experts.gate_up_proj[expert], nearest.dense())
+    for name in unreached:
+        start, end = (
+            m.model.layers[0].mlp.experts.get_parameter(name.split(".")[-2])[int(name[-1])] for m in (hf, again)
+        )
+        assert torch.equal(end, round_to_nearest(start, Grid(4, 32)).dense())
 
 
 def test_experts_that_are_skipped_or_can_t_be_quantised(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ class LayerQuantizer:
             if statistics is None or any(name not in self.matrices for name in names):
                 continue
             assert statistics.hessian_I_I is not None
-            weights = [target.weight for target in fold.targets.values()]
+            weights = [target.weight_O_I for target in fold.targets.values()]
             given = statistics.hessian_I_I, statistics.mean_absolute_I, self.grid, fold.repeats, fold.size
             search = search_column_scales(weights, *given)
             searched.append((fold, search))
