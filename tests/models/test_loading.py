@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
 
+from posttrain.config import ModelConfig
+from posttrain.core import process_memory
 from posttrain.core.errors import ModelError
-from posttrain.models.loading import resolve
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.loading import load_model, resolve
+from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -53,3 +59,23 @@ def test_other_sources_that_are_wrong(source: str, message: str, monkeypatch: py
     monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises(ModelError, match=message):
         resolve(source)
+
+
+def test_a_model_that_nothing_refers_to_is_gone_before_another_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forwards that are bound to their modules are cycles, which Python itself frees at some later time."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = ModelConfig(source=str(tmp_path))
+    monkeypatch.setattr(process_memory, "LARGE", 1)
+    gc.disable()
+    try:
+        model = LanguageModel(load_model(config)[0])
+        weight = weakref.ref(model.base.model.layers[0].mlp.down_proj.weight)
+        del model
+        assert weight() is not None
+        load_model(config)
+        assert weight() is None
+    finally:
+        gc.enable()

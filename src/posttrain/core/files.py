@@ -70,6 +70,11 @@ def is_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".bin", ".pt"))
 
 
+def bytes_of_weights(folder: Path) -> int | None:
+    """Return the bytes of the weight files in a folder; None if it is not on this machine."""
+    return sum(p.stat().st_size for p in folder.iterdir() if is_weights(p.name)) if folder.is_dir() else None
+
+
 def os_error(error: BaseException | None) -> OSError | None:
     """Return the operating system's error behind an exception, however it was wrapped; None if there is none."""
     seen: list[BaseException] = []

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 from pathlib import Path
 
+from posttrain.core.files import bytes_of_weights
+
+LARGE = 64 << 20
+"""Bytes for whose sake it is worth looking through all objects, which takes some tenths of a second."""
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -29,6 +34,20 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def free_cycles(folder: Path) -> None:
+    """Free what only cycles of references hold, such as a model whose modules have other forwards bound to them.
+
+    Python looks for cycles when there are many new objects, however large they are: without this the models of several
+    stages are in memory at the same time.
+
+    Args:
+        folder: Folder of the model that is about to be read. Nothing is done if it is smaller than `LARGE`.
+    """
+    size = bytes_of_weights(folder)
+    if size is None or size >= LARGE:
+        gc.collect()
 
 
 def _status(name: str) -> int:

@@ -23,6 +23,7 @@ import torch
 from posttrain.config import ModelConfig
 from posttrain.core.errors import MissingExtraError, ModelError, PosttrainError
 from posttrain.core.files import cache_folder, changed_artifacts, input_hash, is_weights, named_path, read_small_text
+from posttrain.core.process_memory import free_cycles
 from posttrain.data.sample_store import vocabulary_size
 from posttrain.data.template_source import set_template_args
 from posttrain.models.adapter_source import AdapterSource, find_adapter, merge_into_base
@@ -290,8 +291,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None, inference:
     Args:
         config: Source of the model.
         dtype: Overrides the configured one.
-        inference: Hold quantised weights packed only, if the device can compute with them so. Such a model is neither
-            trained nor saved.
+        inference: Hold quantised weights packed only, if possible. Such a model is neither trained nor saved.
 
     Raises:
         ModelError: The source can't be opened, with what to do.
@@ -413,6 +413,7 @@ def read_weights(
     """
     from transformers import AutoConfig
 
+    free_cycles(Path(location))
     own = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     with explained(config.source):
         settings = AutoConfig.from_pretrained(location, **own)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from posttrain.config import AdapterConfig, ModelConfig, Recipe, StageConfig, TrainConfig, references
+from posttrain.core.files import bytes_of_weights
 from posttrain.losses.linear_logprobs import CHUNK_BYTES
 from posttrain.models.loading import load_tokenizer, pick_device, pick_dtype, resolve
 from posttrain.models.model_shape import ModelShape, model_shape
@@ -178,7 +179,7 @@ def plan_memory(
         for name, stage in recipe.in_order()[: len(recipe.stages)]
     ]
     tokens = min(tokens, shape.context or tokens)
-    stored, served = stored_bytes(recipe.model.source), (sequences, tokens)
+    stored, served = bytes_of_weights(Path(resolve(recipe.model.source).location)), (sequences, tokens)
     serving = {
         name: _serving_memory(
             shape, memory_model.served_as(weights, device), device, stored, served, kv_cache == "int8"
@@ -206,14 +207,6 @@ def _serving_memory(
         _prefill(shape, min(tokens, PREFILL_TOKENS[device_kind(device)]), sequences, item),
         beside,
     )
-
-
-def stored_bytes(source: str) -> int | None:
-    """Return the bytes of a model's files; None if they are not on this machine."""
-    found = resolve(source)
-    if found.kind != "folder":
-        return None
-    return sum(p.stat().st_size for p in Path(found.location).glob("*.safetensors"))
 
 
 def device_kind(device: str) -> str:
@@ -316,6 +309,8 @@ def _training_memory(s: _Setting, work: Workload, tokens: int, targets: int, lea
         teacher = memory_model.weight_bytes(like, s.weights)
         if work.teacher_stays:
             parts["teacher"] = teacher
+        elif work.teacher_head:
+            parts["teacher"] = round(like.vocabulary * like.hidden * s.weights.bytes)
     held = sum(parts.values())
     if tokens:
         if on_gpu:
@@ -324,7 +319,10 @@ def _training_memory(s: _Setting, work: Workload, tokens: int, targets: int, lea
             parts["logits"] = 3 * CHUNK_BYTES["cuda"] + 4 * shape.vocabulary * shape.hidden * bool(not s.rank)
         else:
             parts["activations"] = memory_model.activation_bytes(shape, tokens, s.itemsize, s.rank, s.adapted, lean)
-            parts["logits"] = memory_model.logits_bytes(shape, targets, not s.rank, work.sums)
+            if work.divergence:
+                parts["logits"] = memory_model.divergence_bytes(shape, not s.rank)
+            else:
+                parts["logits"] = memory_model.logits_bytes(shape, targets, not s.rank, work.sums)
     parts["libraries"] = memory_model.LIBRARIES[s.device if s.device in memory_model.LIBRARIES else "cpu"]
     phases = {"step": sum(parts.values()), "opening": memory_model.opening_bytes(weights, on_gpu) + parts["libraries"]}
     if teacher and tokens:
@@ -374,7 +372,7 @@ def memory_warning(recipe: Recipe, prepared: Mapping[str, Stage]) -> list[str]:
         recipe: The recipe.
         prepared: Stages whose data is read already, by name of their folder.
     """
-    stored = stored_bytes(recipe.model.source)
+    stored = bytes_of_weights(Path(resolve(recipe.model.source).location))
     if stored is None:
         return []
     device = pick_device(recipe.model.device).type

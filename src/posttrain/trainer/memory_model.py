@@ -184,6 +184,16 @@ def logits_bytes(shape: ModelShape, targets: int, trained_head: bool, sums: bool
     return 3 * CHUNK_BYTES["cpu"] + (FLOAT * shape.vocabulary * shape.hidden if trained_head else 0)
 
 
+def divergence_bytes(shape: ModelShape, trained_head: bool) -> int:
+    """Return the bytes of comparing two distributions on a CPU: chunks of both logits and of their products.
+
+    Args:
+        shape: Sizes of the model.
+        trained_head: The head's weight has a gradient, which chunks add up apart.
+    """
+    return 3 * CHUNK_BYTES["cpu"] + (FLOAT * shape.vocabulary * shape.hidden if trained_head else 0)
+
+
 def state_bytes(trained: int, itemsize: int) -> dict[str, int]:
     """Return the bytes of gradients, optimizer and float32 masters of this many trained parameters."""
     masters = 0 if itemsize == FLOAT else FLOAT * trained

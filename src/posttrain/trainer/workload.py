@@ -60,6 +60,8 @@ class Workload:
         frozen: A second, frozen copy of the model is held beside the policy.
         teacher: A model whose numbers are asked for: its settings; True: one of the same sizes. None: none.
         teacher_stays: It is held while steps are taken, not only before the first.
+        teacher_head: Of a teacher that does not stay, the output head does.
+        divergence: The loss compares distributions over the vocabulary, chunk by chunk.
         note: What is assumed, for the reader.
     """
 
@@ -70,6 +72,8 @@ class Workload:
     frozen: bool = False
     teacher: ModelConfig | bool | None = None
     teacher_stays: bool = False
+    teacher_head: bool = False
+    divergence: bool = False
     note: str = ""
 
     def micro_batch(self, budget: int, context: int | None) -> tuple[int, int]:

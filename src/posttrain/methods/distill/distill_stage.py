@@ -266,7 +266,13 @@ class Distill(Stage):
         source = str(config.teacher.source or "")
         like_student = source == "start" or source.startswith("stage:")
         teacher = True if like_student else config.teacher if source else None
-        return replace(super().workload(), teacher=teacher, teacher_stays=config.on_policy > 0)
+        return replace(
+            super().workload(),
+            teacher=teacher,
+            teacher_stays=config.on_policy > 0,
+            teacher_head=teacher is not None and config.divergence is not None and config.top_k is None,
+            divergence=config.divergence is not None,
+        )
 
     def _student_prompts(self) -> list[Sequence[int]]:
         """Return the token ids of the prompt of each row, generation prompt included."""

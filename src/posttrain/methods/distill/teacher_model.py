@@ -147,6 +147,10 @@ class LocalTeacher:
         self.model = None
         if self.top_k is not None:
             self.whole_head = Head(torch.zeros(0, 0))
+        else:  # a copy: weights may lie in a mapped file, all of whose pages would stay for the sake of the head's
+            head = self.whole_head
+            bias = None if head.bias_V is None else head.bias_V.clone()
+            self.whole_head = replace(head, weight_V_H=head.weight_V_H.clone(), bias_V=bias)
 
 
 class KeptNumbers:
