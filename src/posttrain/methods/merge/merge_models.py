@@ -10,12 +10,14 @@ from typing import Any
 
 from posttrain.config.settings import ModelConfig
 from posttrain.core.errors import ModelError
+from posttrain.data.sample_store import vocabulary_size
 from posttrain.methods.merge.lora_result import write_difference
 from posttrain.methods.merge.merge_settings import BASE_SOURCE, MergeConfig
 from posttrain.methods.merge.merge_weights import Sources, WeightMerge, plan_merge, plan_stack
 from posttrain.methods.merge.model_layout import layout_of
 from posttrain.methods.merge.stored_model import StoredModel, open_stored
-from posttrain.methods.merge.tokenizer_choice import choose_template, choose_tokenizer, join_generation
+from posttrain.methods.merge.tokenizer_choice import choose_template, choose_tokenizer, join_generation, mapped_ids
+from posttrain.methods.merge.vocabulary_rows import arrange_rows
 from posttrain.methods.merge.weight_writer import write_weights
 from posttrain.models.portable_files import NEEDS_NEW, finish_folder
 
@@ -64,12 +66,12 @@ def write_merged(
         ModelError: The models don't fit together.
     """
     others = {source: model for (source, _), model in sources.items()}
-    with_tokenizer = choose_tokenizer(config, base, others)
-    template, with_template = choose_template(config, base, others)
-    tokenizer = copy.deepcopy(with_tokenizer.tokenizer)
-    tokenizer.chat_template = template
+    tokenizer, owner = choose_tokenizer(config, base, others)
+    tokenizer.chat_template, with_template = choose_template(config, base, others)
+    base, sources, lacked = _for_tokenizer(config, base, sources, tokenizer, owner)
+    others = {source: model for (source, _), model in sources.items()}
     plan = plan_merge(config, base, sources, seed) if config.models else plan_stack(config, base, sources)
-    settings = result_settings(base, plan)
+    settings = result_settings(base, plan, tokenizer)
     _check_shapes(plan, settings, base)
     folder.mkdir(parents=True)
     named = [m.source for m in config.models] or [piece.source for piece in config.slices]
@@ -77,6 +79,7 @@ def write_merged(
     opened = {model.source: {"source": model.source, **model.notes} for model in merged}
     algorithm = "stack of layers" if config.algorithm is None else config.algorithm.name
     record = {"algorithm": algorithm, "base": base.source, "models": list(opened.values())}
+    record |= {"rows that a source lacked": lacked} if lacked else {}
     made: dict[str, Any] = {"models merged": len(opened)}
 
     def write_rest() -> None:
@@ -105,8 +108,28 @@ def write_merged(
     return {"parameters": parameters, "made": made, "merged": {**record, "shards": len(files)}, **notes}
 
 
-def result_settings(base: StoredModel, plan: WeightMerge) -> Any:
-    """Return the configuration of the result: the base's, with its layers, dtype and ties as they are."""
+def _for_tokenizer(
+    config: MergeConfig, base: StoredModel, sources: Sources, tokenizer: Any, owner: StoredModel | None
+) -> tuple[StoredModel, Sources, dict[str, int]]:
+    """Return the base and the sources with rows for the result's tokenizer, and how many rows each lacked."""
+    size = vocabulary_size(tokenizer)
+    rows = size if owner is None else max(owner.entry(owner.layout.vocabulary[0]).shape[0], size)
+    models, lacked = arrange_rows([base, *sources.values()], tokenizer, rows, owner, config.missing_rows)
+    if config.adapter is not None and models[0].rows is not None:
+        raise ModelError(
+            "the result has another vocabulary than the base, which an adapter can't give it: leave adapter out"
+        )
+    return models[0], dict(zip(sources, models[1:], strict=True)), lacked
+
+
+def result_settings(base: StoredModel, plan: WeightMerge, tokenizer: Any) -> Any:
+    """Return the configuration of the result: the base's, with its layers, rows, dtype and ties as they are.
+
+    Args:
+        base: The base.
+        plan: The merge.
+        tokenizer: The result's tokenizer, by whose ids the configuration names tokens.
+    """
     settings = copy.deepcopy(base.config)
     text = settings.get_text_config()
     if plan.from_layers:
@@ -114,6 +137,13 @@ def result_settings(base: StoredModel, plan: WeightMerge) -> Any:
             if isinstance(value, list | tuple) and len(value) == base.layout.layers and name != "architectures":
                 setattr(text, name, [getattr(m.config.get_text_config(), name)[i] for m, i in plan.from_layers])
         text.num_hidden_layers = plan.layers
+    if base.rows is not None:
+        for part in (settings, text):
+            part.vocab_size = base.entry(base.layout.vocabulary[0]).shape[0]
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                given = getattr(part, name, None)
+                ids = mapped_ids(given, base, tokenizer)
+                setattr(part, name, ids if isinstance(given, list) else next(iter(ids), None))
     if not plan.tied and base.layout.tied:
         settings.tie_word_embeddings = text.tie_word_embeddings = False
     kinds = [t.dtype for t in plan.tensors if t.dtype.is_floating_point]

@@ -14,6 +14,8 @@ from posttrain.config.settings import NAME, StageBase
 
 BASE_SOURCE = "base"
 """The model that the stage starts from, where a source is named."""
+UNION = "union"
+"""The tokens of all models, where a tokenizer is named."""
 
 Values = float | list[float] | dict[str, float | list[float]]
 """A number for every tensor; or numbers from the first layer to the last, between which each layer interpolates; or one of
@@ -118,7 +120,11 @@ class MergeConfig(StageBase):
     )
     tokenizer: str | None = Field(
         None,
-        description="Tokenizer of the result: base, or a source as it is written in models. None: the base's, and an error if the vocabularies differ.",
+        description="Tokenizer of the result: base, a source as it is written in models, or union (the base's with the tokens that only others have). None: the base's, and an error if the vocabularies differ.",
+    )
+    missing_rows: Literal["owner", "subtokens"] = Field(
+        "owner",
+        description="If vocabularies differ, what the embedding and the head of a model get for a token that it lacks. owner: the row of the models that have it. subtokens: the mean of its own rows of the tokens that the text is made of.",
     )
     chat_template: str | None = Field(
         None,

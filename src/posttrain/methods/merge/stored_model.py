@@ -20,6 +20,7 @@ from posttrain.config import ModelConfig
 from posttrain.core.errors import ModelError
 from posttrain.data.sample_store import vocabulary_size
 from posttrain.methods.merge.model_layout import ModelLayout, layout_of
+from posttrain.methods.merge.vocabulary_rows import RowPlan
 from posttrain.models.adapter_export import is_plain_adapter, low_rank_factors
 from posttrain.models.adapter_source import AdapterSource
 from posttrain.models.loading import (
@@ -71,6 +72,7 @@ class StoredModel:
         generation: Its generation settings.
         deltas: Low-rank factors (B, A) by name of the tensor that they are added to, scale included.
         notes: What reading it takes beside its files, for the manifest.
+        rows: How its tables of tokens are arranged for another tokenizer. None: as they are.
     """
 
     source: str
@@ -82,6 +84,7 @@ class StoredModel:
     generation: Any
     deltas: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    rows: RowPlan | None = None
 
     def stored_name(self, name: str) -> str:
         """Return the name under which a tensor is stored: of a tied one that of the other."""
@@ -108,7 +111,7 @@ class StoredModel:
         if stored in self.deltas:
             b, a = self.deltas[stored]
             value += (b @ a).T if stored in self.layout.transposed else b @ a
-        return value
+        return self.rows.arrange(name, value) if self.rows is not None and name in self.layout.vocabulary else value
 
 
 def open_stored(config: ModelConfig, scratch: Path) -> StoredModel:

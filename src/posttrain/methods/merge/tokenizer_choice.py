@@ -8,8 +8,9 @@ from typing import Any
 
 from posttrain.core.errors import ModelError
 from posttrain.core.files import named_path, read_small_text
-from posttrain.methods.merge.merge_settings import BASE_SOURCE, MergeConfig
+from posttrain.methods.merge.merge_settings import BASE_SOURCE, UNION, MergeConfig
 from posttrain.methods.merge.stored_model import StoredModel
+from posttrain.methods.merge.tokenizer_union import union_tokenizer
 
 EXAMPLE_TOKENS = 3
 
@@ -25,8 +26,10 @@ def model_named(name: str, base: StoredModel, others: Mapping[str, StoredModel])
     return base if name == BASE_SOURCE else others.get(name)
 
 
-def choose_tokenizer(config: MergeConfig, base: StoredModel, others: Mapping[str, StoredModel]) -> StoredModel:
-    """Return the model whose tokenizer the result gets.
+def choose_tokenizer(
+    config: MergeConfig, base: StoredModel, others: Mapping[str, StoredModel]
+) -> tuple[Any, StoredModel | None]:
+    """Return the tokenizer that the result gets, and the model that it comes from (None: a union).
 
     Args:
         config: Settings of the stage.
@@ -36,17 +39,23 @@ def choose_tokenizer(config: MergeConfig, base: StoredModel, others: Mapping[str
     Raises:
         ModelError: The setting names no model, or the vocabularies differ and nothing is set.
     """
+    if config.tokenizer == UNION:
+        return union_tokenizer(base.tokenizer, [(name, model.tokenizer) for name, model in others.items()]), None
     if config.tokenizer is not None:
         chosen = model_named(config.tokenizer, base, others)
         if chosen is None:
             raise ModelError(
-                f"tokenizer: {config.tokenizer!r} is none of the sources: {', '.join((BASE_SOURCE, *others))}"
+                f"tokenizer: {config.tokenizer!r} is neither {UNION} nor one of the sources: "
+                f"{', '.join((BASE_SOURCE, *others))}"
             )
-        return chosen
+        return copy.deepcopy(chosen.tokenizer), chosen
     for name, model in others.items():
         if difference := vocabulary_difference(model, base):
-            raise ModelError(f"the vocabulary of {name} differs from the base's: {difference}. Set tokenizer")
-    return base
+            raise ModelError(
+                f"the vocabulary of {name} differs from the base's: {difference}. Set tokenizer to base, to one of the "
+                "sources, or to union"
+            )
+    return copy.deepcopy(base.tokenizer), base
 
 
 def vocabulary_difference(model: StoredModel, base: StoredModel) -> str:
@@ -110,16 +119,22 @@ def join_generation(first: StoredModel, models: Sequence[StoredModel], tokenizer
         tokenizer: Tokenizer of the result, in whose ids they are.
     """
     out = copy.deepcopy(first.generation)
-    ends = [end for model in [first, *models] for end in _mapped(model.generation.eos_token_id, model, tokenizer)]
+    ends = [end for model in [first, *models] for end in mapped_ids(model.generation.eos_token_id, model, tokenizer)]
     ends = list(dict.fromkeys(ends))
     out.eos_token_id = ends if len(ends) > 1 else ends[0] if ends else None
     for name in ("pad_token_id", "bos_token_id"):
-        setattr(out, name, next(iter(_mapped(getattr(out, name, None), first, tokenizer)), None))
+        setattr(out, name, next(iter(mapped_ids(getattr(out, name, None), first, tokenizer)), None))
     return out
 
 
-def _mapped(ids: Any, model: StoredModel, tokenizer: Any) -> list[int]:
-    """Return token ids of a model as ids of another tokenizer; those that it does not have are left out."""
+def mapped_ids(ids: Any, model: StoredModel, tokenizer: Any) -> list[int]:
+    """Return token ids of a model as ids of another tokenizer; those that it does not have are left out.
+
+    Args:
+        ids: One id, several or None.
+        model: The model.
+        tokenizer: The other tokenizer.
+    """
     listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     known = tokenizer.get_vocab()
     return [known[token] for token in model.tokenizer.convert_ids_to_tokens(listed) if token in known]
