@@ -36,6 +36,7 @@ from posttrain.methods.distill.distill_settings import DistillConfig
 from posttrain.methods.merge.merge_settings import MergeConfig
 from posttrain.methods.preference.offline import PreferenceConfig
 from posttrain.methods.preference.online import OnlineDPOConfig
+from posttrain.methods.pretrain.pretrain_settings import PretrainConfig
 from posttrain.methods.reward_model.pairwise import RewardModelConfig
 from posttrain.methods.reward_model.process import ProcessRewardConfig
 from posttrain.methods.sft import SFTConfig
@@ -160,6 +161,8 @@ def row_overrides(stage: Any, chats: Path) -> list[str]:
         given += [] if str(stage.teacher.source).startswith("stage:") else ["teacher.source=tiny:qwen2"]
         if stage.problems is not None:
             return [*given, "problems.size=8"]
+    if isinstance(stage, PretrainConfig):
+        given += ["sequence_length=64", "replay.data.rows=[0, 40]"]
     own = str(stage.data.source).startswith(("packaged:", "lab:", "stage:"))
     given += ["data.rows=null"] if own and "/data/" in str(stage.data.source) else []  # a few rows
     return given + ([] if own else [f"data.source={chats}"])
@@ -267,7 +270,9 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
     assert (f"model/{file}" in manifest["artifacts"]) == makes_model
     held_out = [s for s in recipe.stages if isinstance(s, RLConfig | OnlineDPOConfig) and s.held_out is not None]
     judged = [s for s in held_out if any(p.is_correctness for p in s.rewards.terms)]  # right or wrong, and so compared
-    measured = [s for s in recipe.stages if isinstance(s, SFTConfig | DistillConfig) and s.held_out is not None]
+    measured = [
+        s for s in recipe.stages if isinstance(s, SFTConfig | DistillConfig | PretrainConfig) and s.held_out is not None
+    ]
     speeds = [t for t in recipe.evaluate if isinstance(t, SpeedTask.Config)]  # not compared item by item
     assert len(result.comparison) == len(recipe.evaluate) + len(judged) + len(measured) - len(speeds)
     if speeds:

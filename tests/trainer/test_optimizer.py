@@ -21,6 +21,10 @@ def test_schedules_by_hand() -> None:
     )
     c = OptimizerConfig(lr=3.0, schedule="constant", warmup=0.5)
     assert [lr_at(s, 4, c) for s in range(4)] == [1.0, 2.0, 3.0, 3.0]
+    c = OptimizerConfig(lr=2.0, schedule="wsd", warmup=1, decay=3, min_lr=0.4)
+    assert [lr_at(s, 6, c) for s in range(6)] == pytest.approx([1.0, 2.0, 2.0, 1.6, 1.2, 0.8])
+    c = OptimizerConfig(lr=2.0, schedule="wsd", warmup=0, decay=0.2)
+    assert [lr_at(s, 4, c) for s in range(4)] == [2.0, 2.0, 2.0, 1.0] and lr_at(0, 1, c) == 1.0
     assert lr_at(0, 1, OptimizerConfig(lr=1.0, warmup=5)) == pytest.approx(1 / 6)  # all warm-up: no division by zero
 
 

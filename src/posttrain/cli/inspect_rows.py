@@ -69,8 +69,10 @@ def print_data(recipe: Recipe, only: str | None, rows: int, out: Console) -> Non
             elif isinstance(data, Answers):
                 _answers(data, rows, out)
             else:
-                trained = stage if isinstance(stage, EpochsConfig) and not title.endswith(" held out") else None
-                _samples(data, trained, tokenizer, rows, out, recipe.model.device)
+                planned = len(prepared.rows) and not title.endswith(" held out")
+                trained = stage if isinstance(stage, EpochsConfig) and planned else None
+                own_tokens = prepared.context.tokenizer  # with the tokens that the stage adds
+                _samples(data, trained, own_tokens, rows, out, recipe.model.device)
     for task in recipe.evaluate:
         if only in (None, task.name):
             out.rule(f"{task.name} (evaluation)")

@@ -11,6 +11,7 @@ _POLICY_GRADIENT = "posttrain.methods.rl.rl_stage:PolicyGradient"
 
 METHODS = {
     "sft": "posttrain.methods.sft:SFT",
+    "pretrain": "posttrain.methods.pretrain.pretrain_stage:Pretrain",
     "distill": "posttrain.methods.distill.distill_stage:Distill",
     **dict.fromkeys(
         ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline"),

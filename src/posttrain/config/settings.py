@@ -132,6 +132,10 @@ class RowSettings(Config):
         "gsm8k",
         "flan",
     ] = Field("auto", description="How a row is laid out; auto recognises it from the columns and reports its choice.")
+    separator: str | None = Field(
+        None,
+        description='Text files (.txt, .md): a line of it ends a document, such as "%" in files of fortunes; "": an empty line. None: a file is one document.',
+    )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="Renames before the layout is applied: {ours: theirs}, for example {prompt: question}.",
@@ -212,7 +216,7 @@ class DataConfig(RowSettings):
     """Rows from files or the Hub, and how they become samples."""
 
     source: str | list[str | SourceConfig] = Field(
-        description="Path of a .tsv .csv .json .jsonl .parquet file, a Hub data set's name, packaged:NAME (ships with posttrain), lab:KIND (made here for the laboratory's model: calculator; chains of thought careful, words, program; sums, others, others_held_out without; word problems with worked answers legs, legs_held_out, legs_reworded, legs_longer, wheels, prices), reasoning-gym:NAME (made by reasoning-gym; with ?size=2000&seed=1&OPTION=VALUE), or stage:NAME (what an earlier stage made). A list of these takes all rows of all; an entry may be settings: {source: ..., weight: 2, max_rows: 1000, system: ...}."
+        description="Path of a .tsv .csv .json .jsonl .parquet file, of a text file (.txt, .md: documents) or a folder of them, a Hub data set's name, packaged:NAME (ships with posttrain), lab:KIND (made here for the laboratory's model: calculator; chains of thought careful, words, program; sums, others, others_held_out without; word problems with worked answers legs, legs_held_out, legs_reworded, legs_longer, wheels, prices), reasoning-gym:NAME (made by reasoning-gym; with ?size=2000&seed=1&OPTION=VALUE), or stage:NAME (what an earlier stage made). A list of these takes all rows of all; an entry may be settings: {source: ..., weight: 2, max_rows: 1000, system: ...}."
     )
 
     @property
@@ -235,21 +239,31 @@ class OptimizerConfig(Config):
     """AdamW, its schedule, clipping."""
 
     lr: float = Field(2e-5, gt=0, description="Peak learning rate.")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="Course of the learning rate after warm-up."
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        "cosine",
+        description="Course of the learning rate after warm-up; wsd: constant, then linear to min_lr (warmup-stable-decay).",
+    )
+    decay: float = Field(
+        0.2, gt=0, description="wsd: steps of the decay at the end; below 1: that fraction of all steps, at least one."
     )
     warmup: float = Field(
         0.05,
         ge=0,
         description="Steps of linear warm-up; below 1: that fraction of all steps, rounded, and at least one step. 0: none.",
     )
-    min_lr: float = Field(0.0, ge=0, description="Final value of the linear and cosine schedules.")
+    min_lr: float = Field(0.0, ge=0, description="Final value of the schedules but constant.")
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(
         0.0, ge=0, description="Decoupled; applied to matrices, not to biases and norms. 0: none."
     )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping by global norm. 0: none.")
+
+    @model_validator(mode="after")
+    def _decay_of_wsd(self) -> OptimizerConfig:
+        if self.schedule != "wsd" and self.decay != type(self).model_fields["decay"].default:
+            raise ValueError(f"decay is for schedule: wsd, and schedule is {self.schedule}: leave decay out")
+        return self
 
 
 class SystemsConfig(Config):

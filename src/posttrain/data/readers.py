@@ -24,11 +24,12 @@ from posttrain.data.synthetic import sum_chains as chains
 from posttrain.data.synthetic import sums
 from posttrain.data.synthetic import worked_problems as worked
 from posttrain.data.table_files import FILE_READERS, FoundRow, RowSource
+from posttrain.data.text_files import TEXT_ENDINGS, TextFiles, folder_hash, text_files
 
 if TYPE_CHECKING:
     import numpy as np
 
-ENDINGS = tuple(FILE_READERS)
+ENDINGS = (*FILE_READERS, *TEXT_ENDINGS)
 HEAD_ROWS = 1000
 """Rows in which columns are looked up before all rows are read for them."""
 HUB_BATCH = 256
@@ -97,7 +98,7 @@ class Source:
         config: Settings of its rows: those of the data block, with what is set for this source.
         name: Name in the places of rows: a file's name, or its path if another file has the same name; numbered if a
             source is named more than once.
-        path: The file. None: rows of the Hub, or made here.
+        path: The file, or a folder of text files. None: rows of the Hub, or made here.
     """
 
     entry: SourceConfig
@@ -109,6 +110,9 @@ class Source:
     def rows(self) -> RowSource:
         """Return the rows, opened. Raises DataError if they can't be."""
         if self.path is not None:
+            if self.path.is_dir() or self.path.suffix.lower() in TEXT_ENDINGS:
+                files = text_files(self.path) if self.path.is_dir() else [self.path]
+                return TextFiles(files, self.config.separator)
             return FILE_READERS[self.path.suffix.lower()](self.path)
         source = self.entry.source
         return RowList(_made_rows(source)) if is_made(source) else HubRows(source, self.config)
@@ -118,7 +122,7 @@ class Source:
         """Return the SHA-256 of the file or of the rows that are made here; None for the Hub's."""
         if self.path is not None:
             self._state = _file_state(self.path)
-            return file_hash(self.path)
+            return _path_hash(self.path)
         if not isinstance(self.rows, RowList):
             return None
         rows: Any = list(self.rows.rows)
@@ -141,7 +145,7 @@ class Source:
         """Raise DataError if the file has changed since it was hashed."""
         if self.path is None or self.hash is None or self._state == (state := _file_state(self.path)):
             return
-        if file_hash(self.path) != self.hash:
+        if _path_hash(self.path) != self.hash:
             raise DataError(f"{self.path}: the file changed after it was opened. Run again once it is complete")
         self._state = state
 
@@ -173,8 +177,13 @@ class Source:
 
 
 def _file_state(path: Path) -> tuple[int, int]:
-    state = os.stat(path)
-    return state.st_size, state.st_mtime_ns
+    """Return the size and the time of the last change: of a folder, the sum and the latest of its text files."""
+    states = [os.stat(p) for p in (text_files(path) if path.is_dir() else [path])]
+    return sum(s.st_size for s in states), max((s.st_mtime_ns for s in states), default=0)
+
+
+def _path_hash(path: Path) -> str:
+    return folder_hash(path) if path.is_dir() else file_hash(path)
 
 
 def is_made(source: str) -> bool:
@@ -236,8 +245,13 @@ def _locate(source: str) -> Path | None:
             hint = f" Did you mean {path.with_name(near[0])}?" if near else ""
             raise DataError(f"data source {source!r}: there is no such file.{hint}")
         return path
+    if path.is_dir() and text_files(path):
+        return path
     if path.exists() or source.startswith(("/", ".", "~")):
-        raise DataError(f"data source {source!r}: expected a file ending in one of {', '.join(ENDINGS)}")
+        raise DataError(
+            f"data source {source!r}: expected a file ending in one of {', '.join(ENDINGS)}, or a folder with "
+            f"{' or '.join(TEXT_ENDINGS)} files"
+        )
     return None
 
 

@@ -145,17 +145,28 @@ class HeldOutMeasurement:
     def _keep(
         self, step: int, loss: float, accuracy: float, scores: Sequence[RowScore], answers: list[dict[str, Any]]
     ) -> None:
-        """Write the file of a measurement; those of later steps, which a killed process left, are deleted."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for later, path in measurements(self.folder).items():
-            if later > step:
-                path.unlink()
+        """Write the file of a measurement."""
         rows = [
             {"id": i, "source": sample.source, "nll": s.nll, "tokens": s.tokens}
             for i, (sample, s) in enumerate(zip(self.samples, scores, strict=True))
         ]
         value = {"step": step, "loss": loss, "accuracy": accuracy, "answers": answers, "no_answers": self.no_answers}
-        write_json(self.folder / f"step-{step:06d}.json", {**value, "rows": rows})
+        keep_measurement(self.folder, step, {**value, "rows": rows})
+
+
+def keep_measurement(folder: Path, step: int, value: dict[str, Any]) -> None:
+    """Write the file of a measurement; those of later steps, which a killed process left, are deleted.
+
+    Args:
+        folder: Folder of the measurements.
+        step: Steps that are done.
+        value: What was measured.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for later, path in measurements(folder).items():
+        if later > step:
+            path.unlink()
+    write_json(folder / f"step-{step:06d}.json", value)
 
 
 def before_answer(sample: Sample) -> list[int]:

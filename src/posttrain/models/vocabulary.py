@@ -104,7 +104,7 @@ def resize_embedding(hf: Any, rows: int, source: str) -> None:
         ) from error
 
 
-def _tables(hf: Any) -> list[Tensor]:
+def token_tables(hf: Any) -> list[Tensor]:
     """Return the tensors with a row (or a number) for each token: embedding, output head and its bias."""
     embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
     tables = [embedding.weight]
@@ -124,7 +124,7 @@ def set_mean_rows(hf: Any, fresh: Sequence[int], known: Tensor) -> None:
         fresh: Ids whose rows are set.
         known: Ids whose rows are averaged.
     """
-    for table in _tables(hf):
+    for table in token_tables(hf):
         mean = table[known.to(table.device)].float().mean(0)
         table[torch.tensor(list(fresh), dtype=torch.long, device=table.device)] = mean.to(table.dtype)
 

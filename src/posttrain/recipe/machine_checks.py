@@ -24,7 +24,7 @@ from posttrain.core.imports import is_import_path
 from posttrain.recipe.model_sources import check_hub, find_model, similar
 from posttrain.recipe.schema import Key, dotted
 
-DATA_FILES = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
+DATA_FILES = (".tsv", ".csv", ".json", ".jsonl", ".parquet", ".txt", ".md")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 OPTIONAL_PACKAGES = {
     "gguf": ("gguf", "open .gguf models"),
@@ -177,7 +177,8 @@ def _check_data(source: str, on_hub: set[str]) -> None:
     """Raise DataError for a file that is missing; put the name of a data set on the Hub into `on_hub`."""
     if source.startswith("packaged:"):
         folder = resources.files("posttrain") / "data" / "packaged"
-        have = sorted(p.name for p in folder.iterdir() if p.name.endswith(DATA_FILES))
+        named = (p.name for p in folder.iterdir() if not p.name.startswith(("README", "LICENSE")))
+        have = sorted(name for name in named if name.endswith(DATA_FILES))
         if source.removeprefix("packaged:") not in have:
             raise DataError(f"{source!r}: posttrain ships {', '.join(have)}")
         return
@@ -187,8 +188,12 @@ def _check_data(source: str, on_hub: set[str]) -> None:
     if path.suffix.lower() in DATA_FILES:
         if not path.is_file():
             raise DataError(f"{source!r}: there is no such file.{similar(path)}")
+    elif path.is_dir() and any(p.suffix.lower() in (".txt", ".md") for p in path.rglob("*")):
+        return
     elif path.exists() or source.startswith(("/", ".", "~")):
-        raise DataError(f"{source!r}: expected a file ending in one of {', '.join(DATA_FILES)}")
+        raise DataError(
+            f"{source!r}: expected a file ending in one of {', '.join(DATA_FILES)}, or a folder with .txt or .md files"
+        )
     else:
         on_hub.add(source)
 

@@ -15,7 +15,18 @@ from posttrain.recipe.messages import short
 from posttrain.recipe.schema import Key, dotted
 
 log = logging.getLogger("posttrain")
-OF_THE_TABLE = ("layout", "columns", "ignore", "classes", "prompt", "completion", "rows", "split", "subset")
+OF_THE_TABLE = (
+    "layout",
+    "columns",
+    "ignore",
+    "classes",
+    "prompt",
+    "completion",
+    "rows",
+    "split",
+    "subset",
+    "separator",
+)
 """Settings of a data block that describe its table."""
 
 

@@ -23,6 +23,7 @@ from posttrain.report.kept_corrections import kept_corrections
 from posttrain.report.load import Run, read, read_json
 from posttrain.report.measured_stages import measured_stages
 from posttrain.report.refinements import refinements
+from posttrain.report.retention_view import retentions
 from posttrain.report.reward_models import gold, held_out
 from posttrain.report.rollouts import views
 from posttrain.report.row_quality_view import instruction_qualities
@@ -116,6 +117,7 @@ def render_page(run: Run) -> str:
         feedback=read_feedback(run.folder, run.notes),
         held_out=held_out(run),
         measured=measured_stages(run),
+        retentions=retentions(run),
         gold=gold(run),
         printed=printed_lines(run.folder),
         recipe=formatting.yaml_markup(run.recipe_text),

@@ -27,6 +27,7 @@ from posttrain.core.errors import DataError, ModelError
 from posttrain.core.files import input_hash
 from posttrain.core.imports import import_folders, is_import_path
 from posttrain.data.readers import packaged_or_own
+from posttrain.data.text_files import folder_hash, text_files
 from posttrain.models.loading import lab_folder
 from posttrain.recipe.machine_checks import blocks, packages_needed
 from posttrain.recipe.model_sources import find_model, hub_commit
@@ -109,6 +110,9 @@ def _read_by(text: str, name: str, revision: str | None) -> Inputs:
             return {text: f"sha256 {input_hash(path)}"}
         if name not in ("source", "start") or (name, text) == ("start", "base"):
             return {}
+        if path.is_dir() and not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
+            if text_files(path):
+                return {text: f"sha256 {folder_hash(path)}"}
         model = find_model(text)
         if model.kind == "hub":
             commits = {kind: hub_commit(kind, text, revision) for kind in ("models", "datasets")}

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from posttrain.models.quantization import as_saved
 from posttrain.recipe.parsing import load_recipe
 from posttrain.report import build_report, judge_figures
 from posttrain.report.measured_stages import held_out_lines
+from posttrain.report.retention_view import retention_lines
 from posttrain.report.terminal import answer_tables, sampling_tables, stage_tables, summary_table
 from posttrain.runs import registry
 from posttrain.runs.held_out_tasks import write_held_out_tasks
@@ -125,12 +126,17 @@ def _date_of_run(manifest: Manifest) -> str:
     return str(distributed.from_main(noted.get("date") or noted.get("created", "")[:10] or template_date()))
 
 
+def _extends_vocabulary(stage: StageConfig) -> bool:
+    return getattr(stage, "vocabulary", None) is not None
+
+
 class _Run:
     """One recipe in one folder.
 
     Attributes:
         made: Results of the stages so far, by name of the stage: a folder each.
         model: The model that the next stage starts from.
+        other_tokens: A stage so far has extended the vocabulary.
     """
 
     def __init__(
@@ -148,6 +154,7 @@ class _Run:
         self.accept_changed = accept_changed
         self.made: dict[str, Path] = {}
         self.model = recipe.model
+        self.other_tokens = False
 
     def carry_through(self) -> RunResult:
         """Do what is not done yet, and note how it ended."""
@@ -207,8 +214,13 @@ class _Run:
         tokenizer, length = load_tokenizer(recipe.model), context_length(recipe.model)
         context = StageContext(tokenizer, length, self.functions, recipe.evaluate)
         order = recipe.in_order()
-        # Data that an earlier stage makes can only be read after that stage.
-        early = {name: registry.prepare_stage(stage, context) for name, stage in order if not references(stage)}
+        # Data that an earlier stage makes, or text in tokens that it makes, can only be read after that stage.
+        early: dict[str, Stage] = {}
+        for name, stage in order:
+            if not references(stage):
+                early[name] = registry.prepare_stage(stage, context)
+            if _extends_vocabulary(stage):
+                break
         self.note_data(
             [entry for prepared in early.values() for entry in prepared.entries] + self.task_entries(context)
         )
@@ -227,6 +239,7 @@ class _Run:
                     self.print(f"! {name}: {warning}")
             self.results.note_stage(number, name)
             self.made[stage.name] = result
+            self.other_tokens |= _extends_vocabulary(stage)
             if stage.makes == "model":
                 self.model = self.model.model_copy(update={"source": str(result), "revision": None})
                 if recipe.evaluate_stages and [name] != last_model:
@@ -267,9 +280,6 @@ class _Run:
         """Carry out one stage and note it in the manifest; `prepared` is None if its data had to wait for a stage."""
         self.results.check_used(references(stage), self.made, self.model.source if stage.start is None else "")
         stage = registry.resolved(stage, self.made)
-        if prepared is None:
-            prepared = registry.prepare_stage(stage, context)
-            self.note_data(prepared.entries)
         name, model = folder.name.split("-", 1)[1], self.model
         records = self.manifest.values.get("stages", [])[:number]
         entry = {"name": name, "method": stage.method, "makes": stage.makes, "status": "running"}
@@ -278,6 +288,10 @@ class _Run:
             model = self.recipe.model
         elif stage.start is not None:
             model = model.model_copy(update={"source": stage.start, "revision": None})
+        if prepared is None:
+            context = replace(context, tokenizer=load_tokenizer(model)) if self.other_tokens else context
+            prepared = registry.prepare_stage(stage, context)
+            self.note_data(prepared.entries)
         if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "method.json", prepared.about())
@@ -363,6 +377,7 @@ class _Run:
                 self.console.print(table)
         for line in [
             *held_out_lines(path),
+            *retention_lines(path),
             *judge_figures.feedback_lines(path),
             f"run     {path}",
             f"report  {report}",

@@ -18,24 +18,32 @@ def lr_at(step: int, total: int, config: OptimizerConfig) -> float:
 
     Warm-up: lr (step + 1) / (w + 1) while step < w. After it, with t = (step - w) / (total - w):
     constant: lr; linear: lr - (lr - min_lr) t; cosine: min_lr + (lr - min_lr) (1 + cos(pi t)) / 2.
+    wsd (warmup-stable-decay, arXiv 2404.06395): lr, and in the last d steps
+    min_lr + (lr - min_lr) (total - step) / (d + 1), so that each of them is below lr and none is min_lr yet.
     A total of 0 steps, or one all warm-up, never divides by zero.
 
     Args:
         step: 0 .. total - 1.
         total: Number of steps.
-        config: Settings; `warmup` below 1 is a fraction of `total`, of which a step is left even if it rounds to none.
+        config: Settings; `warmup` (and `decay`) below 1 is a fraction of `total`, of which a step is left even if it
+            rounds to none.
     """
-    warmup = int(config.warmup)
-    if 0 < config.warmup < 1:
-        warmup = max(1, round(config.warmup * total))
+    warmup = _step_count(config.warmup, total)
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     t = min(1.0, (step - warmup) / max(1, total - warmup))
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "wsd":
+        decay = _step_count(config.decay, total)
+        return config.min_lr + (config.lr - config.min_lr) * min(1.0, (total - step) / (decay + 1))
     if config.schedule == "linear":
         return config.lr - (config.lr - config.min_lr) * t
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * t))
+
+
+def _step_count(setting: float, total: int) -> int:
+    return max(1, round(setting * total)) if 0 < setting < 1 else int(setting)
 
 
 class Optimizer:

@@ -14,7 +14,7 @@ from posttrain.core.errors import ModelError
 from posttrain.models.adapters import NOT_ON_A_SOFT_PROMPT, attach_to, count_parameters
 from posttrain.models.fake_quantization import experts_in_full, note_grid, round_while_training, train_in_full
 from posttrain.models.language_model import LanguageModel
-from posttrain.models.loading import open_model, pick_device, pick_dtype
+from posttrain.models.loading import OpenedModel, open_model, pick_device, pick_dtype
 from posttrain.models.quantization import check_training
 from posttrain.models.quantized_weight import forget_quantized
 from posttrain.models.saving import save_trained
@@ -46,18 +46,22 @@ class LoadedPolicy:
     new_tokens: tuple[int, ...] = ()
 
 
-def open_policy(config: TrainConfig, model: ModelConfig, seed: int) -> LoadedPolicy:
+def open_policy(
+    config: TrainConfig, model: ModelConfig, seed: int, change: Callable[[OpenedModel], OpenedModel] | None = None
+) -> LoadedPolicy:
     """Open `model` for training with the adapter that `config` asks for.
 
     Args:
         config: Settings of the stage.
         model: Source of the model.
         seed: Seed of the adapter's weights.
+        change: Changes the model before adapters are attached. None: nothing is changed.
     """
     device = pick_device(model.device)
     distributed.start(device)
     opened = open_model(model, pick_dtype(model.dtype, device))
     forget_quantized(opened.hf)  # they are trained as the dense weights that their integers stand for
+    opened = opened if change is None else change(opened)
     if config.adapter is None and SoftPrompt.of(opened.hf) is not None:
         raise ModelError(NOT_ON_A_SOFT_PROMPT.format(what="every weight"))
     hf = opened.hf if config.adapter is None else attach_to(opened, config.adapter, seed)
