@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from arms import difference, fewer, interval, machine
+from arms import fewer, interval, machine
 
 import posttrain
 from posttrain.config.rl import RLConfig
@@ -150,15 +150,14 @@ def main() -> None:
             "noise_over_signal": {name: interval(of) for name, of in noise.items()},
             "cosine_with_right": {name: interval([run[name]["cosine"] for run in runs]) for name in REWARDS},
             "times_less": {name: fewer(of, plain) for name, of in noise.items() if of is not plain},
-            "less": {name: difference(plain, of) for name, of in noise.items() if of is not plain},
         }
         print(place, {name: f["verdict"] for name, f in out[place]["times_less"].items()})
     if args.json:
         claim = {
             "statement": "Step-wise rewards lower the variance of the gradient",
             "note": f"Laboratory, {args.batches} batches of the recipe `lab` at each place, each with every reward. "
-            "Noise over signal: the number of batches whose mean has as much signal as noise. Less: of noise over "
-            "signal, right or wrong minus the arm. The cosine is that of the mean gradients.",
+            "Noise over signal: the number of batches whose mean has as much signal as noise. The cosine is that of "
+            "the mean gradients.",
             "arms": {name: {"reward": reward} for name, reward in REWARDS.items()},
             "verdict": {f"{p}, {n}": f["verdict"] for p, of in out.items() for n, f in of["times_less"].items()},
             **out,
