@@ -18,8 +18,9 @@ from posttrain.cli.main import app
 from posttrain.config import ModelConfig
 from posttrain.core.errors import ModelError
 from posttrain.core.process_memory import peak_bytes, reset_peak, resident_bytes
+from posttrain.methods.merge.algorithms import MergeInputs
 from posttrain.methods.merge.merge import Merge
-from posttrain.methods.merge.merge_settings import MergeConfig
+from posttrain.methods.merge.merge_settings import MergeConfig, Values
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 from posttrain.trainer.stage import StageContext
 
@@ -124,6 +125,19 @@ def test_masks_are_decided_by_the_seed(make: Maker, tmp_path: Path) -> None:
     runs = [merge(tmp_path / str(i), make(0), seed=i // 2, **settings)[0] for i in range(3)]
     close(runs[0], runs[1], 0.0)
     assert not torch.equal(runs[2]["model.embed_tokens.weight"], runs[0]["model.embed_tokens.weight"])
+
+
+def between(merge: MergeInputs, *, share: Values = 0.5) -> torch.Tensor:
+    """Stand for an algorithm from outside the package."""
+    return torch.lerp(merge.base, merge.tensors[0], share)
+
+
+def test_an_algorithm_from_outside_the_package(make: Maker, tmp_path: Path) -> None:
+    algorithm = {"name": "tests.methods.merge.test_merge:between", "share": {"lm_head": 1, "*": 0}}
+    found, _ = merge(tmp_path, make(0), models=[make(1)], algorithm=algorithm)
+    close(found, state(make(0)) | {"lm_head.weight": state(make(1))["lm_head.weight"]})
+    with pytest.raises(ValueError, match="shares"):
+        MergeConfig.model_validate({"models": ["a"], "algorithm": {"name": algorithm["name"], "shares": 1}})
 
 
 def test_layers_are_stacked(make: Maker, tmp_path: Path) -> None:

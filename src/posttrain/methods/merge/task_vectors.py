@@ -118,7 +118,7 @@ def combine(
     """Sum weighted task vectors, of each entry those that agree with the elected sign if `elect_signs` (TIES).
 
     The sign of an entry is that of sum_i w_i d_i; d_i takes part where w_i d_i has that sign (arXiv 2306.01708, with
-    weights). With `normalize` the sum is divided by the sum of the weights that took part: the disjoint mean. A zero
+    weights; of zero it is positive). With `normalize` the sum is divided by the sum of the weights that took part: the disjoint mean. A zero
     does not take part.
 
     Args:
