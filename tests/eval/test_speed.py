@@ -47,6 +47,9 @@ def test_rates_are_tokens_over_the_time_that_they_take(monkeypatch: pytest.Monke
     )
     found = speed.rates(SimpleNamespace(), [[1] * 20, [2] * 20], 8)  # type: ignore[arg-type]
     assert found == pytest.approx({"value": 10.0, "decode": 10.0, "prefill": 40.0, "batch": 16.0})
+    monkeypatch.setattr(speed, "_seconds", lambda _, prompts, n: 3.0 if n == 1 else 2.0)  # a busy neighbour
+    found = speed.rates(SimpleNamespace(), [[1] * 20, [2] * 20], 8)  # type: ignore[arg-type]
+    assert found["decode"] == 4.0 and found["batch"] == 8.0
 
 
 def test_answers_have_their_length_whatever_ends_them() -> None:

@@ -74,7 +74,8 @@ def speed_chunks(run: EvaluationRun, config: SpeedTask.Config) -> Iterator[Chunk
 def rates(sampler: LocalSampler, prompts: Sequence[Sequence[int]], new: int) -> dict[str, float]:
     """Measure tokens a second, once: of reading a prompt, of one answer, and of an answer to each of the prompts.
 
-    The time of decoding is the time of prompt and answer less that of the prompt and a first token.
+    The time of decoding is the time of prompt and answer less that of the prompt and a first token. If another program
+    made the latter take longer, it is the whole time of prompt and answer, so that the rate is a lower bound.
 
     Args:
         sampler: The sampler.
@@ -85,8 +86,8 @@ def rates(sampler: LocalSampler, prompts: Sequence[Sequence[int]], new: int) -> 
     whole = _seconds(sampler, prompts[:1], 1 + new)
     first_of_all = _seconds(sampler, prompts, 1)
     whole_of_all = _seconds(sampler, prompts, 1 + new)
-    decode = new / max(whole - first, 1e-9)
-    batch = new * len(prompts) / max(whole_of_all - first_of_all, 1e-9)
+    decode = new / (whole - first if whole > first else whole)
+    batch = new * len(prompts) / (whole_of_all - first_of_all if whole_of_all > first_of_all else whole_of_all)
     return {"value": decode, "prefill": len(prompts[0]) / first, "decode": decode, "batch": batch}
 
 
