@@ -15,30 +15,32 @@
 #include <immintrin.h>
 #endif
 
-typedef float lanes __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int lanes_int __attribute__((vector_size(64), aligned(4), may_alias));
-typedef signed char lanes_byte __attribute__((vector_size(16), aligned(1), may_alias));
-
+/* A column of a tile is PARTS registers: a vector that is wider than those is kept in memory by the compiler. */
 #if defined(__AVX512F__)
+#define PARTS 1
 #define MOST 8 /* rows of x that go over a tile together */
 #define WIDE(M) (M == 8 ? 2 : 4) /* tiles side by side: enough chains, few enough registers */
-#else
+#elif defined(__AVX2__)
+#define PARTS 2
 #define MOST 4
-#define WIDE(M) (M == 1 ? 4 : M == 2 ? 2 : 1)
+#define WIDE(M) (M == 1 ? 2 : 1)
+#else
+#define PARTS 4
+#define MOST 4
+#define WIDE(M) 1
 #endif
+#define FLOATS (LANES / PARTS)
+
+typedef float lanes __attribute__((vector_size(64 / PARTS), aligned(4), may_alias));
+typedef int lanes_int __attribute__((vector_size(64 / PARTS), aligned(4), may_alias));
+typedef signed char lanes_byte __attribute__((vector_size(16 / PARTS), aligned(1), may_alias));
 
 /* gcc converts bytes to floats one by one, unless told how */
 static inline lanes of_byte(const void *p) {
 #if defined(__AVX512F__)
     return (lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
 #elif defined(__AVX2__)
-    const __m128i bytes = _mm_loadu_si128(p);
-    union {
-        __m256 halves[2];
-        lanes all;
-    } v = {{_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
-            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))}};
-    return v.all;
+    return (lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
 #else
     return __builtin_convertvector(__builtin_convertvector(*(const lanes_byte *)p, lanes_int), lanes);
 #endif
@@ -54,34 +56,32 @@ static inline lanes of_nibble(lanes_int words, int u) {
 #endif
 }
 
+#define EACH(T) _Pragma("GCC unroll 8") for (int t = 0; t < T; t++) _Pragma("GCC unroll 8") for (int h = 0; h < PARTS; h++)
+#define ROWS(M) _Pragma("GCC unroll 8") for (int m = 0; m < M; m++)
+#define PLACE(M) (lanes *)(y + (t * M + m) * LANES + h * FLOATS)
+
 /* x: (k, M); sums: (groups, M) of x, or NULL; y: (MOST, 16 tiles), where T tiles from `tile` are written. */
 #define START(T, M)                                                                                                    \
     const packed_t *w = j->w;                                                                                          \
     const long groups = w->k / w->group, block = 64 + w->group * 2 * w->bits, size = groups * block;                   \
     const char *p = w->values + tile * size;                                                                           \
-    for (int t = 0; t < T; t++)                                                                                        \
-        for (int m = 0; m < M; m++)                                                                                    \
-            *(lanes *)(y + (t * M + m) * LANES) = (lanes){0};                                                          \
+    EACH(T) ROWS(M) *PLACE(M) = (lanes){0};                                                                            \
     for (long g = 0; g < groups; g++, p += block) {                                                                    \
-        lanes sum[T][M];                                                                                               \
-        for (int t = 0; t < T; t++) {                                                                                  \
+        lanes sum[T][PARTS][M];                                                                                        \
+        EACH(T) ROWS(M) sum[t][h][m] = (lanes){0};                                                                     \
+        for (int t = 0; t < T; t++)                                                                                    \
             __builtin_prefetch(p + (t + T) * size);                                                                    \
-            for (int m = 0; m < M; m++)                                                                                \
-                sum[t][m] = (lanes){0};                                                                                \
-        }                                                                                                              \
         const char *q = p + 64;
 
 #define FINISH(T, M)                                                                                                   \
     if (w->zero)                                                                                                       \
-        for (int t = 0; t < T; t++) {                                                                                  \
-            const lanes zero = of_byte(w->zero + ((tile + t) * groups + g) * LANES);                                   \
-            for (int m = 0; m < M; m++)                                                                                \
-                sum[t][m] -= zero * sums[g * M + m];                                                                   \
+        EACH(T) {                                                                                                      \
+            const lanes zero = of_byte(w->zero + ((tile + t) * groups + g) * LANES + h * FLOATS);                      \
+            ROWS(M) sum[t][h][m] -= zero * sums[g * M + m];                                                            \
         }                                                                                                              \
-    for (int t = 0; t < T; t++) {                                                                                      \
-        const lanes scale = *(const lanes *)(p + t * size);                                                            \
-        for (int m = 0; m < M; m++)                                                                                    \
-            *(lanes *)(y + (t * M + m) * LANES) += scale * sum[t][m];                                                  \
+    EACH(T) {                                                                                                          \
+        const lanes scale = *(const lanes *)(p + t * size + h * 4 * FLOATS);                                           \
+        ROWS(M) *PLACE(M) += scale * sum[t][h][m];                                                                     \
     }                                                                                                                  \
     }
 
@@ -89,10 +89,9 @@ static inline lanes of_nibble(lanes_int words, int u) {
     static void NAME##_8(const job_t *j, const float *x, const float *sums, float *y, long tile) {                     \
         START(T, M)                                                                                                    \
         for (long i = 0; i < w->group; i++, q += LANES, x += M) {                                                      \
-            for (int t = 0; t < T; t++) {                                                                              \
-                const lanes v = of_byte(q + t * size);                                                                 \
-                for (int m = 0; m < M; m++)                                                                            \
-                    sum[t][m] += v * x[m];                                                                             \
+            EACH(T) {                                                                                                  \
+                const lanes v = of_byte(q + t * size + h * FLOATS);                                                    \
+                ROWS(M) sum[t][h][m] += v * x[m];                                                                      \
             }                                                                                                          \
             if (i % 4 == 0)                                                                                            \
                 for (int t = 0; t < T; t++)                                                                            \
@@ -102,17 +101,15 @@ static inline lanes of_nibble(lanes_int words, int u) {
     }                                                                                                                  \
     static void NAME##_4(const job_t *j, const float *x, const float *sums, float *y, long tile) {                     \
         START(T, M)                                                                                                    \
-        for (long i = 0; i < w->group; i += 8, q += 4 * LANES) {                                                       \
-            lanes_int words[T];                                                                                        \
-            for (int t = 0; t < T; t++) {                                                                              \
-                words[t] = *(const lanes_int *)(q + t * size);                                                         \
+        for (long i = 0; i < w->group; i += 8, q += 4 * LANES, x += 8 * M) {                                           \
+            lanes_int words[T][PARTS];                                                                                 \
+            EACH(T) words[t][h] = *(const lanes_int *)(q + t * size + h * 4 * FLOATS);                                 \
+            for (int t = 0; t < T; t++)                                                                                \
                 __builtin_prefetch(q + (t + T) * size);                                                                \
-            }                                                                                                          \
-            for (int u = 0; u < 8; u++, x += M)                                                                        \
-                for (int t = 0; t < T; t++) {                                                                          \
-                    const lanes v = of_nibble(words[t], u);                                                            \
-                    for (int m = 0; m < M; m++)                                                                        \
-                        sum[t][m] += v * x[m];                                                                         \
+            _Pragma("GCC unroll 8") for (int u = 0; u < 8; u++)                                                        \
+                EACH(T) {                                                                                              \
+                    const lanes v = of_nibble(words[t][h], u);                                                         \
+                    ROWS(M) sum[t][h][m] += v * x[u * M + m];                                                          \
                 }                                                                                                      \
         }                                                                                                              \
         FINISH(T, M)                                                                                                   \
