@@ -73,10 +73,13 @@ def test_interpreter() -> None:
 
 
 def test_interpreter_limits_and_huge_output() -> None:
-    limits = {"seconds": 0.5, "output_kb": 2}
-    slow, loud, long = source({"kind": "interpreter", "limits": limits, "most_characters": 90}).notes(
-        ["while True: pass", "while True: print('x' * 99)", "for i in range(200): print(i)"], [{}] * 3
-    )
+    def notes(seconds: float, *programs: str) -> list[FeedbackNote | None]:
+        limits = {"seconds": seconds, "output_kb": 2}
+        settings = {"kind": "interpreter", "limits": limits, "most_characters": 90}
+        return list(source(settings).notes([*programs], [{}] * len(programs)))
+
+    (slow,) = notes(0.5, "while True: pass")
+    loud, long = notes(20, "while True: print('x' * 99)", "for i in range(200): print(i)")
     assert slow == FeedbackNote("The program was ended: it ran longer than 0.5 seconds.", False)
     assert loud is not None and loud.text.startswith("The program was ended: it printed too much.") and not loud.right
     assert long is not None and long.text.startswith("The program printed:\n```\n0\n1\n2") and len(long.text) < 160

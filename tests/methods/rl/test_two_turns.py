@@ -120,7 +120,7 @@ def test_the_gradient_does_not_depend_on_the_split(method: str, tmp_path: Path) 
 
 
 def test_stage_one_rewards_the_revision_alone_and_holds_the_first_answer(tmp_path: Path) -> None:
-    """The first answer's tokens have no score; a large penalty keeps their KL down, and lets the revision move."""
+    """The first answer's tokens have no score; the penalty counts their KL alone, and keeps it down."""
     moved = {}
     for beta in (1e-6, 50.0):
         folder, penalty = tmp_path / str(beta), {"coefficient": beta, "later_turns": 0.0}
@@ -131,9 +131,10 @@ def test_stage_one_rewards_the_revision_alone_and_holds_the_first_answer(tmp_pat
             assert all(set(r.steps) <= {"better", "better@2"} for r in group.rollouts)
         assert metrics[0]["kl_later_turns"] == pytest.approx(0, abs=1e-6)
         assert all(m["kl"] == m["kl_first_turn"] for m in metrics)
-        moved[beta] = metrics[-1]["kl_first_turn"], metrics[-1]["kl_later_turns"]
-    (free, free_later), (held, later) = moved.values()
-    assert held < 0.5 * free and held / later < free / free_later
+        assert metrics[-1]["kl_later_turns"] > 0
+        moved[beta] = metrics[-1]["kl_first_turn"]
+    free, held = moved.values()
+    assert held < 0.5 * free
 
 
 def step_of(trainer: RLTrainer, number: int) -> dict[str, float]:
