@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,57 +208,62 @@ def evaluation_overrides(recipe: posttrain.Recipe, chats: Path) -> list[str]:
     return given
 
 
+def check_stage(stage: Any, earlier: Sequence[Any], folder: Path, report: str) -> None:
+    """Check what a stage left in its folder after two steps; earlier: the stages before it."""
+    if stage.makes == "data":
+        made = read_lines(folder / "data" / "rows.jsonl")
+        assert made
+        if isinstance(stage, FeedbackConfig):
+            assert {r["labels"] for r in made} == {stage.labels}
+        return
+    if isinstance(stage, PruneConfig):
+        pruned = AutoModelForCausalLM.from_pretrained(folder / "model")
+        size = "num_hidden_layers" if stage.structure and stage.structure.layers else "intermediate_size"
+        assert getattr(pruned.config, size) < getattr(tiny_model("llama").config, size)
+        return
+    if isinstance(stage, MergeConfig):
+        card = (folder / "model" / "README.md").read_text()
+        assert all(f"| {other.name} | sft |" in card for other in earlier)
+        return
+    if isinstance(stage, QuantizeConfig):
+        weights = read_quantized(folder / "model")
+        layers = [w for name, w in weights.items() if ".layers." in name]
+        assert {(w.bits, w.group) for w in layers} == {(4, 16)} and len(layers) == 14
+        assert len(weights) - len(layers) == (stage.embeddings is not None)
+        return
+    metrics = read_lines(folder / "metrics.jsonl")
+    if isinstance(stage, RLConfig | OnlineDPOConfig):
+        assert [m["step"] for m in metrics] == [0, 1, 2]
+        carried = isinstance(stage, RLConfig) and stage.exploration.partial_rollouts  # judged later
+        assert carried or all("reward" in m for m in metrics[1:])
+        assert "held_out" in metrics[0] and "held_out" in metrics[-1]
+        if stage.held_out is not None and stage.held_out.gold is not None:
+            assert {"proxy", "gold", "kl_sequence"} <= metrics[0].keys() & metrics[-1].keys()
+            assert 'id="gold"' in report
+        return
+    if isinstance(stage, RewardModelConfig | ProcessRewardConfig):
+        measured = isinstance(stage, ProcessRewardConfig) or stage.held_out is not None
+        assert [m["step"] for m in metrics] == ([0, 1, 2] if measured else [1, 2])
+        assert ("held_out/accuracy" in metrics[-1]) == measured
+        return
+    if stage.held_out:
+        first = metrics.pop(0)
+        both = {"held_out/loss", "held_out/accuracy"}
+        assert (both | {"held_out/margin"} if isinstance(stage, PreferenceConfig) else both) <= (
+            first.keys() & metrics[-1].keys()
+        )
+    if isinstance(stage, PreferenceConfig):
+        assert all("margin" in m for m in metrics)
+    assert [m["step"] for m in metrics] == [1, 2] and all(m["loss"] > 0 for m in metrics)
+
+
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> None:
     with served_tasks() as teacher:
         recipe = posttrain.load_recipe(name, overrides(name, chats, teacher))
         result = posttrain.run(recipe, tmp_path / "run")
     for i, stage in enumerate(recipe.stages):
-        if stage.makes == "data":
-            made = read_lines(result.folder / "stages" / f"{i}-{stage.name}" / "data" / "rows.jsonl")
-            assert made
-            if isinstance(stage, FeedbackConfig):
-                assert {r["labels"] for r in made} == {stage.labels}
-            continue
-        if isinstance(stage, PruneConfig):
-            pruned = AutoModelForCausalLM.from_pretrained(result.folder / "stages" / f"{i}-{stage.name}" / "model")
-            size = "num_hidden_layers" if stage.structure and stage.structure.layers else "intermediate_size"
-            assert getattr(pruned.config, size) < getattr(tiny_model("llama").config, size)
-            continue
-        if isinstance(stage, MergeConfig):
-            card = (result.folder / "stages" / f"{i}-{stage.name}" / "model" / "README.md").read_text()
-            assert all(f"| {other.name} | sft |" in card for other in recipe.stages[:i])
-            continue
-        if isinstance(stage, QuantizeConfig):
-            weights = read_quantized(result.folder / "stages" / f"{i}-{stage.name}" / "model")
-            layers = [w for name, w in weights.items() if ".layers." in name]
-            assert {(w.bits, w.group) for w in layers} == {(4, 16)} and len(layers) == 14
-            assert len(weights) - len(layers) == (stage.embeddings is not None)
-            continue
-        metrics = read_lines(result.folder / "stages" / f"{i}-{stage.name}" / "metrics.jsonl")
-        if isinstance(stage, RLConfig | OnlineDPOConfig):
-            assert [m["step"] for m in metrics] == [0, 1, 2]
-            carried = isinstance(stage, RLConfig) and stage.exploration.partial_rollouts  # judged later
-            assert carried or all("reward" in m for m in metrics[1:])
-            assert "held_out" in metrics[0] and "held_out" in metrics[-1]
-            if stage.held_out is not None and stage.held_out.gold is not None:
-                assert {"proxy", "gold", "kl_sequence"} <= metrics[0].keys() & metrics[-1].keys()
-                assert 'id="gold"' in result.report.read_text()
-            continue
-        if isinstance(stage, RewardModelConfig | ProcessRewardConfig):
-            measured = isinstance(stage, ProcessRewardConfig) or stage.held_out is not None
-            assert [m["step"] for m in metrics] == ([0, 1, 2] if measured else [1, 2])
-            assert ("held_out/accuracy" in metrics[-1]) == measured
-            continue
-        if stage.held_out:
-            first = metrics.pop(0)
-            both = {"held_out/loss", "held_out/accuracy"}
-            assert (both | {"held_out/margin"} if isinstance(stage, PreferenceConfig) else both) <= (
-                first.keys() & metrics[-1].keys()
-            )
-        if isinstance(stage, PreferenceConfig):
-            assert all("margin" in m for m in metrics)
-        assert [m["step"] for m in metrics] == [1, 2] and all(m["loss"] > 0 for m in metrics)
+        check_stage(stage, recipe.stages[:i], result.folder / "stages" / f"{i}-{stage.name}", result.report.read_text())
     manifest = json.loads((result.folder / "manifest.json").read_text())
     assert manifest["status"] == "done"
     if not recipe.stages:  # it measures, and that is all
