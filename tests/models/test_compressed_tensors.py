@@ -152,6 +152,19 @@ def test_a_model_for_inference_holds_packed_weights_and_computes_the_same(case: 
         assert sizes[1]["parameters"] == sizes[0]["parameters"]
 
 
+@torch.no_grad()
+def test_a_type_that_reads_a_weight_without_its_layer_is_opened_in_full(tmp_path: Path) -> None:
+    """Mamba multiplies by the weight of dt_proj itself, which would be a placeholder."""
+    hf = tiny_model("mamba")
+    for name, module in list(hf.named_modules()):
+        if type(module) is torch.nn.Linear and "lm_head" not in name:
+            attach_quantized(module, round_to_nearest(module.weight, Grid(8, None)))
+    expected = hf(TOKENS).logits
+    again, _ = load_model(ModelConfig(source=str(save(hf, tmp_path / "q"))), inference=True)
+    assert float((again(TOKENS).logits - expected).abs().max()) < 1e-5
+    assert not any(is_placeholder(p) for p in again.parameters())
+
+
 def test_a_vocabulary_that_grows_is_opened_in_full(tmp_path: Path) -> None:
     folder = save(quantised(**CASES["tied"]), tmp_path / "q")
     hf, tokenizer = load_model(ModelConfig(source=str(folder), add_tokens=["<new>"]), inference=True)

@@ -183,16 +183,17 @@ class Kernels:
 
         Args:
             packed: The weight (n, k), see `posttrain.cpu.quantized_matmul`.
-            rows: int64, of any shape, from 0 to n - 1. None: all rows.
+            rows: Integers of any shape, from 0 to n - 1. None: all rows.
 
         Raises:
             IndexError: A row is not one of the weight's.
         """
         shape = (packed.n,) if rows is None else tuple(rows.shape)
         if rows is not None:
-            rows = rows.contiguous()
-            if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < packed.n:
-                raise IndexError(f"rows are {int(rows.min())} to {int(rows.max())}, and must be 0 to {packed.n - 1}")
+            rows = rows.long().contiguous()
+            least, most = (int(x) for x in rows.aminmax()) if rows.numel() else (0, 0)
+            if least < 0 or most >= packed.n:
+                raise IndexError(f"rows are {least} to {most}, and must be 0 to {packed.n - 1}")
         y = torch.empty(*shape, packed.k)
         self.use_threads()
         at = 0 if rows is None else rows.data_ptr()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.cpu import library as native
-from posttrain.cpu.quantized_matmul import is_placeholder, packed_of, whole
+from posttrain.cpu.quantized_matmul import packed_of, whole
 
 FEW_ROWS = 128
 """Up to so many rows a product is quicker through kernels of our own, or with the weights on the left (below)."""
@@ -92,9 +92,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not few_rows(x):
         return linear_of_many(x, weight, bias)
     kernels = native.kernels()
-    if kernels is not None and (native.fits(weight) or is_placeholder(weight)):
-        packed = packed_of(weight)
-        return kernels.linear(x, weight, bias) if packed is None else kernels.quantized_linear(x, packed, bias)
+    packed = packed_of(weight) if kernels is not None else None
+    if kernels is not None and packed is not None:
+        return kernels.quantized_linear(x, packed, bias)
+    weight = whole(weight)  # an error if a placeholder has lost what it stands for: kernels would read past its end
+    if kernels is not None and native.fits(weight):
+        return kernels.linear(x, weight, bias)
     if _state.get("route") != "onednn":
         return F.linear(x, weight, bias)
     flat = x.flatten(0, -2) if x.ndim > 1 else x[None]

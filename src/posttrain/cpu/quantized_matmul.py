@@ -12,6 +12,7 @@ right shape without memory, and products of many rows dequantise the packed one 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def pack_modules(modules: list[tuple[Any, Any]]) -> int:
         weight = module.weight
         if packed_of(weight) is None and native.is_plain(weight) and quantized.activation_bits is None:
             # What was trained since is no longer what the integers stand for.
-            if native.kernels() is None or not torch.equal(quantized.dense(), weight.detach()):
+            if not reads_packed() or not torch.equal(quantized.dense(), weight.detach()):
                 continue
             packed = pack_weight(
                 quantized.values_O_I, quantized.scale_O_G, quantized.zero_O_G, quantized.bits, quantized.order_I
@@ -155,7 +156,7 @@ def pack_alone(module: Any, quantized: Any) -> native.Packed | None:
     linear = type(module) is torch.nn.Linear and len(module.weight) >= native.LEAST_COLUMNS
     embedding = type(module) is torch.nn.Embedding and module.max_norm is None
     fits = (linear or embedding) and tuple(module.weight.shape) == quantized.shape
-    if not fits or quantized.activation_bits is not None or native.kernels() is None:
+    if not fits or quantized.activation_bits is not None or not reads_packed():
         return None
     q = quantized
     return pack_weight(q.values_O_I, q.scale_O_G, q.zero_O_G, q.bits, q.order_I)  # type: ignore[no-any-return]
@@ -180,3 +181,22 @@ def hold_packed(module: Any, packed: native.Packed) -> None:
 
 def _version(weight: Tensor) -> int | None:
     return None if weight.is_inference() else weight._version
+
+
+@lru_cache
+def reads_packed() -> bool:
+    """Return True if the kernels read weights in 4 and 8 bits as what they stand for, by rows and in products."""
+    k = native.kernels()
+    numbers = torch.arange(50 * 32, dtype=torch.int64, device="cpu").view(50, 32)
+    x = (torch.arange(13 * 32, device="cpu").view(13, 32) * 7 % 11).float()
+    for bits in (4, 8):
+        half = 2 ** (bits - 1)
+        values, scale = (numbers * 5 % (2 * half) - half).to(torch.int8), (numbers[:, :2] % 3 + 1).float() / 4
+        zero = (numbers[:, :2] % 5 - 2).to(torch.int8)
+        dense = ((values.float().view(50, 2, 16) - zero[..., None]) * scale[..., None]).view(50, 32)
+        packed = pack_weight(values, scale, zero, bits)
+        if k is None or not torch.equal(k.dequantize(packed), dense):
+            return False
+        if not torch.allclose(k.quantized_linear(x, packed), x @ dense.t(), rtol=1e-5, atol=1e-2):
+            return False
+    return True

@@ -21,7 +21,7 @@ import numpy as np
 
 from posttrain.config import ModelConfig, SamplingConfig
 from posttrain.core.errors import DataError, ModelError
-from posttrain.core.files import is_weights
+from posttrain.core.files import bytes_of_weights
 from posttrain.core.process_memory import peak_bytes, reset_peak, resident_bytes
 from posttrain.core.progress import Track
 from posttrain.models.loading import load_model, resolve
@@ -126,7 +126,7 @@ def sizes_of(model: LanguageModel, settings: ModelConfig | None) -> dict[str, in
         dense = sum(_bytes(w) for w, _ in packed)
         out["packed_bytes"] = held - dense + sum(q.nbytes for _, q in packed)
     if settings is not None and (found := resolve(settings.source)).kind == "folder":
-        out["disk_bytes"] = sum(p.stat().st_size for p in Path(found.location).iterdir() if is_weights(p.name))
+        out["disk_bytes"] = bytes_of_weights(Path(found.location)) or 0
     return out
 
 

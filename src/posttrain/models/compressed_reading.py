@@ -82,7 +82,8 @@ def read_compressed(
         log.warning("%s: %d quantised weights are opened in full only (%s ...)", folder, len(lost), lost[0])
     note = {"quantization": f"compressed-tensors, {' and '.join(f'int{b}' for b in sorted(bits))}"}
     hf = hf.to(device)
-    _attach_alone(hf, alone)
+    if alone and not _attach_alone(hf, alone):  # a layer's weight is read without the layer, as Mamba's dt_proj
+        return read_compressed(kind, folder, settings, device, dtype)
     return hf, note
 
 
@@ -113,8 +114,12 @@ def _join_slices(state: dict[str, Tensor], parts: list[StoredPart]) -> None:
             state[whole] = torch.stack([t.t() for t in tensors] if slices[0].matrix.transposed else tensors)
 
 
-def _attach_alone(hf: Any, alone: dict[str, PackedAlone]) -> None:
-    """Let modules compute with weights that are held packed only, and a head that is tied to such an embedding."""
+@torch.no_grad()
+def _attach_alone(hf: Any, alone: dict[str, PackedAlone]) -> bool:
+    """Let modules compute with weights that are held packed only, and a head that is tied to such an embedding.
+
+    Return False if the model reads a placeholder all the same: these are NaN, and so are its logits then.
+    """
     modules = dict(hf.named_modules())
     for name, packed in alone.items():
         packed.attach(modules[name])
@@ -122,6 +127,8 @@ def _attach_alone(hf: Any, alone: dict[str, PackedAlone]) -> None:
     for name, packed in alone.items():
         if modules[name] is embedding and head is not None and head.weight is embedding.weight:
             packed.attach(head)
+    hf.eval()
+    return not bool(hf(torch.zeros(1, 1, dtype=torch.long)).logits.isnan().any())
 
 
 @torch.no_grad()

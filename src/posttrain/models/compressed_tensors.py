@@ -252,13 +252,7 @@ def read_quantized(folder: Path) -> dict[str, QuantizedWeight]:
     Raises:
         ModelError: Its tensors are not what its settings say.
     """
-    return _split_folder(folder)[1]
-
-
-def _split_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
-    """Return the tensors of a folder that are in full, by name, and the quantised weights by module."""
-    full, weights = open_quantized(folder)
-    return full, dict(weights)
+    return dict(open_quantized(folder)[1])
 
 
 def open_quantized(folder: Path) -> tuple[dict[str, Tensor], Iterator[tuple[str, QuantizedWeight]]]:

@@ -32,10 +32,11 @@ def output_head(base: Any, packed: bool = False) -> Head:
         raise ModelError(f"{type(base).__name__} has no linear output head; a causal language model is needed")
     scale, softcap = logit_transforms(config)
     weight, bias, low_rank, rows = _parts(linear)
-    if not packed:
-        weight = backend_for(weight.device).whole(weight)
     used = getattr(config, "unpadded_vocab_size", None)
-    if used is not None and used < len(weight):  # Inkling drops the logits of rows that are no tokens
+    cut = used is not None and used < len(weight)
+    if cut or not packed:  # a part of a placeholder would not know what it stands for
+        weight = backend_for(weight.device).whole(weight)
+    if cut:  # Inkling drops the logits of rows that are no tokens
         weight, bias = weight[:used], None if bias is None else bias[:used]
         low_rank = tuple((a, b[:used], factor) for a, b, factor in low_rank)
     return Head(weight, bias, scale, softcap, low_rank, rows)

@@ -179,7 +179,7 @@ def plan_memory(
         for name, stage in recipe.in_order()[: len(recipe.stages)]
     ]
     tokens = min(tokens, shape.context or tokens)
-    stored, served = bytes_of_weights(Path(resolve(recipe.model.source).location)), (sequences, tokens)
+    stored, served = _stored_bytes(recipe.model.source), (sequences, tokens)
     serving = {
         name: _serving_memory(
             shape, memory_model.served_as(weights, device), device, stored, served, kv_cache == "int8"
@@ -372,7 +372,7 @@ def memory_warning(recipe: Recipe, prepared: Mapping[str, Stage]) -> list[str]:
         recipe: The recipe.
         prepared: Stages whose data is read already, by name of their folder.
     """
-    stored = bytes_of_weights(Path(resolve(recipe.model.source).location))
+    stored = _stored_bytes(recipe.model.source)
     if stored is None:
         return []
     device = pick_device(recipe.model.device).type
@@ -388,3 +388,12 @@ def memory_warning(recipe: Recipe, prepared: Mapping[str, Stage]) -> list[str]:
         "(posttrain memory has the details)"
         for line in plan.too_large
     ]
+
+
+def _stored_bytes(source: str) -> int | None:
+    """Return the bytes of a whole model's files; None if they are not on this machine."""
+    found = resolve(source)
+    folder = Path(found.location)
+    if found.kind != "folder" or not (folder / "config.json").is_file():  # a Hub name, a tiny model, an adapter
+        return None
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors")) or bytes_of_weights(folder)

@@ -181,7 +181,7 @@ def logits_bytes(shape: ModelShape, targets: int, trained_head: bool, sums: bool
         return whole
     if sums:
         return 2 * CHUNK_BYTES["cpu"]
-    return 3 * CHUNK_BYTES["cpu"] + (FLOAT * shape.vocabulary * shape.hidden if trained_head else 0)
+    return divergence_bytes(shape, trained_head)
 
 
 def divergence_bytes(shape: ModelShape, trained_head: bool) -> int:

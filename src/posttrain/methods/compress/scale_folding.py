@@ -88,7 +88,8 @@ def find_folds(policy: LanguageModel, layers: Sequence[nn.Module]) -> list[list[
             norms = [f for f in folds if f is not None and not isinstance(f.source, LayerMatrix)]
             if _take(policy, found, [[] if f is None else [f] for f in folds]) or not norms:
                 break
-    _take(policy, found, [_folds_of_experts(layer) for layer in layers])
+    for i, layer in enumerate(layers):  # one at a time: what a trial changes is copied, and experts are most of a model
+        _take(policy, [found[i]], [_folds_of_experts(layer)])
     return found
 
 
