@@ -64,7 +64,8 @@ def merge_command(
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise ModelError(f"{place}: {first['msg']}" if place else first["msg"]) from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise ModelError(f"{place}: {message}" if place else message) from error
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.writing-") as work:
         done = Merge(config, StageContext(None, None)).run(start, Path(work), seed)

@@ -17,7 +17,6 @@ from posttrain.methods.merge.task_vectors import (
     drop_outliers,
     drop_random,
     keep_largest,
-    task_arithmetic,
 )
 
 
@@ -44,7 +43,10 @@ def test_degenerate_directions_are_straight_lines() -> None:
     close(slerp(x, 2 * x, 0.5), 1.5 * x)
     close(slerp(x, -x, 0.25), 0.5 * x)
     close(slerp(x, zero, 0.5), 0.5 * x)
-    close(slerp(x, x + 1e-4, 0.5), x + 5e-5)  # an arc cosine would see no angle here
+    close(slerp(x, x + 1e-4, 0.5), x + 5e-5)
+    near = torch.tensor([math.cos(3e-9), math.sin(3e-9)], dtype=torch.float64)
+    one = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    assert angle_between(one, near) == pytest.approx(3e-9, rel=1e-6)  # an arc cosine would see no angle here
     for mean in (multi_slerp, karcher_mean):
         close(mean([x, -x], [3, 3]), zero)
         close(mean([zero, zero], [1, 1]), zero)
@@ -76,6 +78,8 @@ def test_model_stock_by_hand() -> None:
     close(model_stock(base, [base + torch.tensor([1.0, 0.0]), base + torch.tensor([0.0, 1.0])]), base)
     close(model_stock(base, [base, moved[0]]), base)  # nothing was trained in one
     close(model_stock(base, [base, base]), base)
+    close(model_stock(base, [moved[0], 2 * base - moved[0]]), base)  # opposite deltas: 1 + (k - 1) c is 0
+    close(model_stock(base[:1], [base[:1] + 1, base[:1] - 2]), base[:1])
     rows = model_stock(torch.stack([base, base]), [torch.stack([m, moved[0]]) for m in moved], by_rows=True)
     close(rows[1], moved[0])
     close(rows[0], model_stock(base, moved))
@@ -90,7 +94,8 @@ def test_ties_by_hand() -> None:
     close(combine(trimmed, [1, 1], elect_signs=True, normalize=True), [4.0, -4.0, 0.0, 2.5])
     close(combine(trimmed, [1, 5], elect_signs=True), [-5.0, -28.0, 0.0, 17.0])  # now the second decides the first sign
     close(combine(trimmed, [1, 1]), [3.0, -8.0, 0.0, 5.0])
-    close(task_arithmetic(base, [base + d for d in deltas], [1, -1], scale=0.5), [3.5, 2.0, 1.15, 0.5])
+    merge = algorithms.MergeInputs("w", [base + d for d in deltas], [1, -1], [None, None], 0, lambda: base)
+    close(algorithms.task_arithmetic_merge(merge, scale=0.5), [3.5, 2.0, 1.15, 0.5])
 
 
 def test_thinning_by_hand_and_in_the_limits() -> None:
@@ -121,7 +126,9 @@ def test_random_thinning_keeps_the_mean() -> None:
     assert torch.equal(again, draw_mask(delta, 0.3, torch.Generator().manual_seed(7)))
 
 
-@pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della_linear", "della", "breadcrumbs", "ties"])
+@pytest.mark.parametrize(
+    "name", ["dare_linear", "dare_ties", "della_linear", "della", "breadcrumbs", "breadcrumbs_ties", "ties"]
+)
 def test_one_model_with_all_of_its_changes_is_that_model(name: str) -> None:
     base, tensor = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
     merge = algorithms.MergeInputs("w", [tensor], [1.0], [None], 0, lambda: base)

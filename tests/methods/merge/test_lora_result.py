@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from posttrain.config import ModelConfig
@@ -23,7 +26,7 @@ from posttrain.trainer.stage import StageContext
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a base, a model with other weights in everything, and two adapters of other ranks and modules."""
+    """Write a base, a model with other weights in everything, and three adapters of other ranks and modules."""
     folder = tmp_path_factory.mktemp("models")
     for name in ("base", "tuned"):
         hf = tiny_model("llama")
@@ -32,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
         hf.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
-    for seed, (rank, targets) in enumerate([(2, ["q_proj", "up_proj"]), (3, ["q_proj", "down_proj"])]):
+    for seed, (rank, targets) in enumerate([(2, ["q_proj", "up_proj"]), (3, ["q_proj", "down_proj"]), (1, ["v_proj"])]):
         hf = AutoModelForCausalLM.from_pretrained(folder / "base")
         peft = get_peft_model(hf, LoraConfig(r=rank, lora_alpha=4, target_modules=targets))
         torch.manual_seed(seed)
@@ -55,10 +58,11 @@ def with_peft(models: Path, folder: Path) -> dict[str, torch.Tensor]:
     return PeftModel.from_pretrained(base, folder / "model").merge_and_unload().state_dict()
 
 
+@cache
 def whole(models: Path, name: str) -> dict[str, torch.Tensor]:
-    base = AutoModelForCausalLM.from_pretrained(models / "base")
     if name in ("base", "tuned"):
         return AutoModelForCausalLM.from_pretrained(models / name).state_dict()
+    base = AutoModelForCausalLM.from_pretrained(models / "base")
     return PeftModel.from_pretrained(base, models / name).merge_and_unload().state_dict()
 
 
@@ -80,9 +84,12 @@ def test_adapters_are_added_exactly(models: Path, tmp_path: Path) -> None:
     ranks = {settings["r"], *settings["rank_pattern"].values()}
     assert ranks == {2, 3, 5} and entry["made"] | {"matrices": 6, "largest rank": 5} == entry["made"]
     assert entry["made"]["relative error of the change"] == 0
-    mean = merge(models, tmp_path / "mean", {"adapter0": 1, "adapter1": 3}, algorithm="linear", adapter={})
-    expected = {n: (sides[0][n] + 3 * sides[1][n]) / 4 for n in base}
+    shares = {"adapter0": 0.3, "adapter1": 0.7, "adapter2": -0.65}
+    mean = merge(models, tmp_path / "mean", shares, algorithm="linear", adapter={})
+    sides.append(whole(models, "adapter2"))
+    expected = {n: (0.3 * sides[0][n] + 0.7 * sides[1][n] - 0.65 * sides[2][n]) / 0.35 for n in base}
     assert largest_difference(with_peft(models, tmp_path / "mean"), expected) < 1e-5 and mean["parameters"] > 0
+    assert "tensors saved whole" not in mean["made"]  # rounding is no change
 
 
 def test_a_sum_of_adapters_at_a_lower_rank(models: Path, tmp_path: Path) -> None:
@@ -123,6 +130,17 @@ def test_what_can_not_be_an_adapter_is_refused(models: Path, tmp_path: Path) -> 
         merge(models, tmp_path, {"adapter0": 1, "adapter1": 1}, algorithm="ties", adapter={})
     with pytest.raises(ModelError, match="adapter.rank is needed"):
         merge(models, tmp_path, {"tuned": 1}, algorithm="task_arithmetic", adapter={})
+    # With other ids the rows of the head change too, which no sum of adapters has.
+    content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    ids = content["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    other = tiny_tokenizer()
+    other._tokenizer = Tokenizer.from_str(json.dumps(content))
+    shutil.copytree(models / "adapter0", tmp_path / "adapter")
+    other.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match="adapter.rank is needed"):
+        names = {str(tmp_path / "adapter"): 1.0}
+        merge(models, tmp_path, names, algorithm="task_arithmetic", adapter={}, tokenizer="base")
     with pytest.raises(ModelError, match="changes no matrix"):
         merge(models, tmp_path, {"base": 1}, algorithm="linear", adapter={"rank": 2})
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from posttrain.core.errors import ModelError
 from posttrain.core.process_memory import peak_bytes, reset_peak, resident_bytes
 from posttrain.methods.merge.algorithms import MergeInputs
 from posttrain.methods.merge.merge import Merge
+from posttrain.methods.merge.merge_models import open_sources, write_merged
 from posttrain.methods.merge.merge_settings import MergeConfig, Values
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 from posttrain.trainer.stage import StageContext
@@ -116,7 +119,7 @@ def test_numbers_by_layer_and_by_name(make: Maker, tmp_path: Path) -> None:
     torch.testing.assert_close(ends["model.embed_tokens.weight"], first["model.embed_tokens.weight"])
     torch.testing.assert_close(ends["lm_head.weight"], second["lm_head.weight"])
     torch.testing.assert_close(ends["model.norm.weight"], second["model.norm.weight"])
-    with pytest.raises(ModelError, match=r"algorithm.scale|scale: '\*.mpl.\*' fits no tensor"):
+    with pytest.raises(ModelError, match=r"algorithm\.scale: '\*\.mpl\.\*' fits no tensor"):
         merge(tmp_path / "x", base, models=[other], algorithm={"name": "task_arithmetic", "scale": {"*.mpl.*": 1}})
 
 
@@ -132,10 +135,22 @@ def between(merge: MergeInputs, *, share: Values = 0.5) -> torch.Tensor:
     return torch.lerp(merge.base, merge.tensors[0], share)
 
 
+def towards(merge: MergeInputs, *, share: Values, limits: Values = [0, 1]) -> torch.Tensor:  # noqa: B006
+    """Stand for one with a setting that must be given, and one whose default is a list."""
+    assert isinstance(limits, float)
+    return torch.lerp(merge.base, merge.tensors[0], share * limits)
+
+
 def test_an_algorithm_from_outside_the_package(make: Maker, tmp_path: Path) -> None:
     algorithm = {"name": "tests.methods.merge.test_merge:between", "share": {"lm_head": 1, "*": 0}}
     found, _ = merge(tmp_path, make(0), models=[make(1)], algorithm=algorithm)
     close(found, state(make(0)) | {"lm_head.weight": state(make(1))["lm_head.weight"]})
+    own = {"name": "tests.methods.merge.test_merge:towards", "share": {"lm_head": 0.5}}
+    found, _ = merge(tmp_path / "own", make(0), models=[make(1)], algorithm=own)
+    first, second = state(make(0)), state(make(1))
+    torch.testing.assert_close(found["lm_head.weight"], (first["lm_head.weight"] + second["lm_head.weight"]) / 2)
+    torch.testing.assert_close(found["model.norm.weight"], second["model.norm.weight"])
+    torch.testing.assert_close(found["model.embed_tokens.weight"], first["model.embed_tokens.weight"])
     with pytest.raises(ValueError, match="shares"):
         MergeConfig.model_validate({"models": ["a"], "algorithm": {"name": algorithm["name"], "shares": 1}})
 
@@ -201,7 +216,10 @@ def test_models_that_do_not_fit_are_refused(make: Maker, tmp_path: Path) -> None
     refused("is of type gpt2, and the base .* of type llama", models=[make(0, "gpt2")])
     refused("has 4 layers, and the base .* has 2", models=[make(1, num_hidden_layers=4)])
     refused("is .* in .* and .* in the base", models=[make(3, intermediate_size=48)])
-    refused("lacks|has .* too", models=[make(4, attention_bias=True)])
+    biased = make(4, attention_bias=True)
+    refused(r"does not have the tensors .*: it has model\.layers\.\S*bias, .* too$", models=[biased])
+    with pytest.raises(ModelError, match=r"the tensors .*: it lacks model\.layers\.\S*bias, [^ ]*bias, [^ ]*$"):
+        merge(tmp_path / "x", biased, models=[base], algorithm="linear")
     refused("can't be merged: weights .* sum to zero", models=["base", {"source": base, "weight": -1}])
     template = tmp_path / "template"
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(template)
@@ -254,6 +272,57 @@ def test_end_tokens_of_all_models(make: Maker, tmp_path: Path) -> None:
     assert set(ends) == {0, 2} | ({own} if isinstance(own, int) else set(own or ()))
 
 
+def test_revisions_of_one_model_stay_apart(make: Maker, tmp_path: Path) -> None:
+    """A folder has no revisions, so what differs between those of a Hub model is set once they are open."""
+    base, other = make(0), make(1)
+    models = [base, *({"source": other, "revision": name} for name in "ab")]
+    settings = {"models": models, "algorithm": "linear"}
+    model = ModelConfig(source=base, device="cpu")
+    opened, sources = open_sources(MergeConfig.model_validate(settings), model, lambda: tmp_path)
+    assert sources[base, None] is opened  # opened once
+    second = sources[other, "b"]
+    second.tokenizer.chat_template, second.generation.eos_token_id = "{{ 2 }}", [0, 2]
+    with pytest.raises(ModelError, match=f"has another chat template than {other}@b: set"):
+        write_merged(MergeConfig.model_validate(settings), opened, sources, tmp_path / "x", 0)
+    chosen = MergeConfig.model_validate({**settings, "chat_template": f"{other}@b"})
+    entry = write_merged(chosen, opened, sources, tmp_path / "m", 0)
+    assert [m["source"] for m in entry["merged"]["models"]] == [base, f"{other}@a", f"{other}@b"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == "{{ 2 }}"
+    assert {0, 2} <= set(json.loads((tmp_path / "m" / "generation_config.json").read_text())["eos_token_id"])
+
+
+def test_models_with_own_code(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # transformers adds that folder
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for source, folder in zip((make(0), make(1)), folders, strict=True):
+        shutil.copytree(source, folder)
+        (folder / "modeling_own.py").write_text(OWN_CODE)
+        settings = json.loads((folder / "config.json").read_text()) | {"model_type": "own_llama"}
+        settings["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+        (folder / "config.json").write_text(json.dumps(settings))
+    config = MergeConfig.model_validate({"models": ["base", str(folders[1])], "algorithm": "linear"})
+    model = ModelConfig(source=str(folders[0]), device="cpu", trust_remote_code=True)
+    Merge(config, StageContext(None, None)).run(model, tmp_path, 0)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert type(hf).__name__ == "OwnModel"
+    first, second = state(make(0)), state(make(1))
+    close(hf.state_dict(), {name: (value + second[name]) / 2 for name, value in first.items()})
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
 def test_memory_is_bounded_by_tensors(make: Maker, tmp_path: Path) -> None:
     """Three models of 5 MB in shards of 1 MB: less than three of these, whatever the size of the models."""
     shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8}
@@ -274,6 +343,8 @@ def test_the_command(make: Maker, tmp_path: Path) -> None:
     assert "name it with --base" in run("--algorithm", "ties").output
     assert "dense" in run("--base", make(0), "--algorithm", "ties", "--setting", "dense=0.5").output
     assert "3 numbers, and there are 2 models" in run("--weights", "1,2,3").output
+    refused = run("--algorithm", "slerp", "--weights", "1,2").output
+    assert "slerp takes no weights" in refused and "Value error" not in refused
     done = run("--base", make(0), "--algorithm", "task_arithmetic", "--setting", "scale=0.5", "--weights", "1,0.5")
     assert done.exit_code == 0, done.output
     base, first, second = (state(make(seed)) for seed in range(3))

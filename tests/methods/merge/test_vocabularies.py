@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
+LACKED = "rows that a source lacked"
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -77,7 +79,7 @@ def test_a_union_has_the_tokens_of_both(tied: bool, tmp_path: Path) -> None:
         for token, row in joined.items():
             own = [s[table][v[token]] for s, v in ((first, ours), (second, theirs)) if token in v]
             torch.testing.assert_close(found[table][row], torch.stack(own).mean(0))
-    assert entry["merged"]["rows that a source lacked"] == {str(folders / "base"): 3}
+    assert entry["merged"][LACKED] == {str(folders / "base"): 3}
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["vocab_size"] == 262
 
@@ -125,9 +127,31 @@ def test_padding_of_one_tokenizer_may_differ(folders: Path, tmp_path: Path) -> N
     hf.resize_token_embeddings(300)
     hf.save_pretrained(padded)
     tiny_tokenizer().save_pretrained(padded)
-    found, _, _ = merge(folders, tmp_path / "m", models=[str(padded)])
+    found, _, entry = merge(folders, tmp_path / "m", models=[str(padded)])
     for name, value in state(folders / "base").items():
         torch.testing.assert_close(found[name], value)
+    assert LACKED not in entry["merged"]
+    tiny_model("llama", 300, seed=2).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    found, _, entry = merge(tmp_path, tmp_path / "both", models=["base", str(padded)])
+    assert LACKED not in entry["merged"]  # one vocabulary: padding is merged as it lies
+    first, second = state(tmp_path / "base"), state(padded)
+    for name, value in first.items():
+        torch.testing.assert_close(found[name], (value + second[name]) / 2)
+
+
+def test_large_vocabularies_are_joined_quickly() -> None:
+    """A pass over all tokens for each token would take ten times as long."""
+    first, second = (
+        PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel({f"{kind}{i}": i for i in range(5_000)}, unk_token=f"{kind}0"))
+        )
+        for kind in "ab"
+    )
+    began = time.process_time()
+    joined = union_tokenizer(first, [("b", second)])
+    assert time.process_time() - began < 3
+    assert len(joined) == 10_000 and joined.convert_tokens_to_ids(["a7", "b7"]) == [7, 5_007]
 
 
 def test_tokenizers_of_two_kinds_are_not_joined() -> None:

@@ -133,7 +133,8 @@ def model_stock(base: Tensor, tensors: Sequence[Tensor], by_rows: bool = False) 
 
     With deltas d_i = x_i - base of k models and c the mean cosine of their pairs,
     t = k c / (1 + (k - 1) c), and the result is base + t * mean_i d_i. Parallel deltas (c = 1) give their average,
-    orthogonal ones (c = 0) the base. A negative t is taken as it comes, as in the formula.
+    orthogonal ones (c = 0) the base, and so do deltas of one length that cancel out (c = -1 / (k - 1), where the formula
+    has no value). Any other negative t is taken as it comes, as in the formula.
 
     Args:
         base: The model before fine-tuning.
@@ -147,6 +148,7 @@ def model_stock(base: Tensor, tensors: Sequence[Tensor], by_rows: bool = False) 
     pairs = [(i, j) for i in range(count) for j in range(i)]
     cosines = [((deltas[i] * deltas[j]).sum(1) / (norms[i] * norms[j])).clamp(-1, 1) for i, j in pairs]
     cosine = torch.stack(cosines).mean(0)
-    t = count * cosine / (1 + (count - 1) * cosine)
+    below = 1 + (count - 1) * cosine  # |sum of unit deltas|^2 / k
+    t = torch.where(below > 1e-6, count * cosine / below.clamp_min(1e-6), 0.0)
     mean = torch.stack(deltas).mean(0)
     return base + (t[:, None] * mean).view_as(base)

@@ -21,7 +21,7 @@ from posttrain.methods.merge.stored_model import StoredModel
 from posttrain.models.adapter_export import WEIGHTS_FILE, base_name
 
 log = logging.getLogger("posttrain")
-UNCHANGED = 1e-7
+UNCHANGED = 1e-6
 """Largest part of a tensor's size by which rounding alone changes it."""
 
 
@@ -90,7 +90,7 @@ def write_difference(
     if config.rank is None and plan.low_rank is None:
         raise ModelError(
             "adapter.rank is needed: ranks can be added up for linear (normalised) and task_arithmetic of plain LoRA "
-            "adapters that are all on the base, and this is another merge"
+            "adapters that are all on the base and have its vocabulary, and this is another merge"
         )
     result = AdapterResult()
     for done, tensor in enumerate(plan.tensors, 1):
@@ -110,14 +110,16 @@ def _add(result: AdapterResult, name: str, config: AdapterResultConfig, base: St
     """Find the factors of one tensor's change."""
     layout, module = base.layout, name.removesuffix(".weight")
     linear = name in layout.linear and name in base.tensors
-    if linear and plan.low_rank is not None:
-        if terms := plan.low_rank(name):
-            b, a = sum_of_products(terms)
-            size = float(((b.T @ b).double() * (a @ a.T).double()).sum())  # |B A|^2, without the product
-            missed = 0.0
-            if config.rank is not None and config.rank < a.shape[0]:
-                b, a, missed = nearest_of_sum(terms, config.rank)
-            result.factors[module], result.missed[module] = (b, a), (missed, size)
+    terms = None if plan.low_rank is None else plan.low_rank(name)
+    if terms == []:  # no adapter has a part for it: it stays as it is, to the bit
+        return
+    if linear and terms is not None:
+        b, a = sum_of_products(terms)
+        size = float(((b.T @ b).double() * (a @ a.T).double()).sum())  # |B A|^2, without the product
+        missed = 0.0
+        if config.rank is not None and config.rank < a.shape[0]:
+            b, a, missed = nearest_of_sum(terms, config.rank)
+        result.factors[module], result.missed[module] = (b, a), (missed, size)
         return
     before = base.read(name) if base.has(name) else None
     after = plan.compute(name)

@@ -54,7 +54,7 @@ class Merge(Stage):
                         track.set_total(total)
                         track.update(done)
 
-                    entry.update(write_merged(self.config, base, sources, work, seed, note))
+                    entry.update(write_merged(self.config, base, sources, work, seed, note, model.trust_remote_code))
 
             save_atomically(folder / "model", write)
         return {**entry, "trainable": 0, "seconds": round(time.perf_counter() - began, 2)}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from posttrain.data.sample_store import vocabulary_size
 from posttrain.methods.merge.lora_result import write_difference
 from posttrain.methods.merge.merge_settings import BASE_SOURCE, MergeConfig
 from posttrain.methods.merge.merge_weights import Sources, WeightMerge, plan_merge, plan_stack
-from posttrain.methods.merge.model_layout import layout_of
+from posttrain.methods.merge.model_layout import ModelLayout, layout_of
 from posttrain.methods.merge.stored_model import StoredModel, open_stored
 from posttrain.methods.merge.tokenizer_choice import choose_template, choose_tokenizer, join_generation, mapped_ids
 from posttrain.methods.merge.vocabulary_rows import arrange_rows
@@ -33,12 +35,22 @@ def open_sources(
         scratch: Makes an empty folder, for a model that has to be written as files first.
 
     Returns:
-        The base, and the others by (source, revision).
+        The base, and the others by (source, revision). The name of a source of which several revisions are opened is
+        source@revision.
     """
-    base = open_stored(model, scratch())
+    base, its_key = open_stored(model, scratch()), (model.source, model.revision)
     named = config.named_sources()
-    configs = [model.model_copy(update={"source": source, "revision": revision}) for source, revision in named]
-    return base, {key: open_stored(one, scratch()) for key, one in zip(named, configs, strict=True)}
+    revisions = Counter(source for source, _ in {its_key, *named})
+    opened = {}
+    for key in named:
+        source, revision = key
+        if key == its_key:
+            opened[key] = base
+            continue
+        found = open_stored(model.model_copy(update={"source": source, "revision": revision}), scratch())
+        name = source if revisions[source] == 1 else f"{source}@{revision or 'main'}"
+        opened[key] = replace(found, source=name)
+    return base, opened
 
 
 def write_merged(
@@ -48,6 +60,7 @@ def write_merged(
     folder: Path,
     seed: int,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write the merged model to `folder`.
 
@@ -58,6 +71,7 @@ def write_merged(
         folder: Where to write; it is made.
         seed: Decides random masks.
         on_tensor: Called with the numbers of tensors that are written and of all.
+        trust_remote_code: Run code that ships with the base.
 
     Returns:
         The stage's entry in the manifest.
@@ -65,17 +79,17 @@ def write_merged(
     Raises:
         ModelError: The models don't fit together.
     """
-    others = {source: model for (source, _), model in sources.items()}
+    others = {model.source: model for model in sources.values()}
     tokenizer, owner = choose_tokenizer(config, base, others)
     tokenizer.chat_template, with_template = choose_template(config, base, others)
     base, sources, lacked = _for_tokenizer(config, base, sources, tokenizer, owner)
-    others = {source: model for (source, _), model in sources.items()}
     plan = plan_merge(config, base, sources, seed) if config.models else plan_stack(config, base, sources)
     settings = result_settings(base, plan, tokenizer)
-    _check_shapes(plan, settings, base)
+    _check_shapes(plan, layout_of(settings, base.source, trust_remote_code), base)
     folder.mkdir(parents=True)
-    named = [m.source for m in config.models] or [piece.source for piece in config.slices]
-    merged = [base if source == BASE_SOURCE else others[source] for source in named]
+    merged = [
+        base if m.source == BASE_SOURCE else sources[m.source, m.revision] for m in config.models or config.slices
+    ]
     opened = {model.source: {"source": model.source, **model.notes} for model in merged}
     algorithm = "stack of layers" if config.algorithm is None else config.algorithm.name
     record = {"algorithm": algorithm, "base": base.source, "models": list(opened.values())}
@@ -114,12 +128,14 @@ def _for_tokenizer(
     """Return the base and the sources with rows for the result's tokenizer, and how many rows each lacked."""
     size = vocabulary_size(tokenizer)
     rows = size if owner is None else max(owner.entry(owner.layout.vocabulary[0]).shape[0], size)
-    models, lacked = arrange_rows([base, *sources.values()], tokenizer, rows, owner, config.missing_rows)
+    every = list({id(model): model for model in (base, *sources.values())}.values())  # one may be the base itself
+    models, lacked = arrange_rows(every, tokenizer, rows, owner, config.missing_rows)
     if config.adapter is not None and models[0].rows is not None:
         raise ModelError(
             "the result has another vocabulary than the base, which an adapter can't give it: leave adapter out"
         )
-    return models[0], dict(zip(sources, models[1:], strict=True)), lacked
+    arranged = {id(model): one for model, one in zip(every, models, strict=True)}
+    return models[0], {key: arranged[id(model)] for key, model in sources.items()}, lacked
 
 
 def result_settings(base: StoredModel, plan: WeightMerge, tokenizer: Any) -> Any:
@@ -136,7 +152,7 @@ def result_settings(base: StoredModel, plan: WeightMerge, tokenizer: Any) -> Any
         for name, value in vars(base.config.get_text_config()).items():
             if isinstance(value, list | tuple) and len(value) == base.layout.layers and name != "architectures":
                 setattr(text, name, [getattr(m.config.get_text_config(), name)[i] for m, i in plan.from_layers])
-        text.num_hidden_layers = plan.layers
+        text.num_hidden_layers = len(plan.from_layers)
     if base.rows is not None:
         for part in (settings, text):
             part.vocab_size = base.entry(base.layout.vocabulary[0]).shape[0]
@@ -151,9 +167,9 @@ def result_settings(base: StoredModel, plan: WeightMerge, tokenizer: Any) -> Any
     return settings
 
 
-def _check_shapes(plan: WeightMerge, settings: Any, base: StoredModel) -> None:
+def _check_shapes(plan: WeightMerge, layout: ModelLayout, base: StoredModel) -> None:
     """Check the result's tensors against what its configuration says, before they are computed."""
-    expected = layout_of(settings, base.source).shapes
+    expected = layout.shapes
     stored = {tensor.name: tensor.shape for tensor in plan.tensors}
     for name, shape in stored.items():
         if name in expected and expected[name] != shape:

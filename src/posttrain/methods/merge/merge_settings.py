@@ -120,7 +120,7 @@ class MergeConfig(StageBase):
     )
     tokenizer: str | None = Field(
         None,
-        description="Tokenizer of the result: base, a source as it is written in models, or union (the base's with the tokens that only others have). None: the base's, and an error if the vocabularies differ.",
+        description="Tokenizer of the result: base, a source as it is written in models (source@revision if there are several of it), or union (the base's with the tokens that only others have). None: the base's, and an error if the vocabularies differ.",
     )
     missing_rows: Literal["owner", "subtokens"] = Field(
         "owner",
@@ -128,7 +128,7 @@ class MergeConfig(StageBase):
     )
     chat_template: str | None = Field(
         None,
-        description="Chat template of the result: base, a source as it is written in models, or a template (text or path of a file). None: the base's, and an error if they differ.",
+        description="Chat template of the result: base, a source as in tokenizer, or a template (text or path of a file). None: the base's, and an error if they differ.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Dtype of the result's weights; auto: of each as the base has it. Computed in float32."

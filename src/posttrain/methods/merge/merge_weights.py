@@ -17,7 +17,6 @@ from posttrain.methods.merge.per_tensor import check_patterns, tensor_value
 from posttrain.methods.merge.stored_model import StoredModel
 from posttrain.methods.merge.weight_writer import PlannedTensor
 
-RESULT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHOWN_NAMES = 3
 
 LowRankTerm = tuple[float, Tensor, Tensor]
@@ -32,7 +31,6 @@ class WeightMerge:
     Attributes:
         tensors: The tensors of the result, in the base's order.
         compute: Returns the values of one by its name.
-        layers: Number of layers of the result.
         from_layers: Of a stack, (source, layer) of each layer; empty for a merge.
         tied: False if the result holds a separate output head.
         low_rank: Returns terms (factor, B, A) whose sum of factor * B A is the difference of a tensor from the base's, for
@@ -41,7 +39,6 @@ class WeightMerge:
 
     tensors: list[PlannedTensor]
     compute: Callable[[str], Tensor]
-    layers: int
     from_layers: list[tuple[StoredModel, int]]
     tied: bool
     low_rank: Callable[[str], list[LowRankTerm]] | None = None
@@ -56,7 +53,7 @@ class _Numbers:
         fields = type(algorithm).model_fields
         names = [name for name, field in fields.items() if field.annotation == Values]
         self.of_algorithm: dict[str, Values] = {name: getattr(algorithm, name) for name in names}
-        self.defaults = {name: float(fields[name].default) for name in names}
+        self.defaults: dict[str, Values] = {n: 1.0 if fields[n].is_required() else fields[n].default for n in names}
 
     def check(self, names: Sequence[str]) -> None:
         """Raise ModelError for a pattern that fits no tensor."""
@@ -65,7 +62,7 @@ class _Numbers:
         for setting, values in {**given, **{f"algorithm.{n}": v for n, v in self.of_algorithm.items()}}.items():
             check_patterns(values, names, setting)
 
-    def _at(self, values: Values, name: str, default: float) -> float:
+    def _at(self, values: Values, name: str, default: Values) -> float:
         return tensor_value(values, name, self.layout.depth(name), default)
 
     def weights(self, name: str) -> list[float]:
@@ -115,7 +112,7 @@ def plan_merge(config: MergeConfig, base: StoredModel, sources: Sources, seed: i
 
     planned = [PlannedTensor(name, base.entry(name).shape, dtypes[name]) for name in names]
     low_rank = _low_rank(algorithm, numbers, base, models)
-    return WeightMerge(planned, compute, base.layout.layers, [], tied, low_rank)
+    return WeightMerge(planned, compute, [], tied, low_rank)
 
 
 def _low_rank(
@@ -124,7 +121,8 @@ def _low_rank(
     """Return what `WeightMerge.low_rank` is: of sums and means of plain adapters on the base."""
     normalized = getattr(algorithm, "normalize", False)
     is_sum = algorithm.name == "task_arithmetic" or (algorithm.name == "linear" and normalized)
-    if not is_sum or base.deltas or any(model.tensors != base.tensors for model in models):
+    # Rows that are arranged for another tokenizer differ from the base's without an adapter.
+    if not is_sum or base.deltas or any(m.tensors != base.tensors or m.rows is not None for m in models):
         return None
 
     def terms(name: str) -> list[LowRankTerm]:
@@ -181,7 +179,7 @@ def plan_stack(config: MergeConfig, base: StoredModel, sources: Sources) -> Weig
     planned = []
     for name, (model, own, _, _) in where.items():
         planned.append(PlannedTensor(name, model.entry(own).shape, _dtype(config, model, own)))
-    return WeightMerge(planned, compute, len(layers), layers, bool(layout.tied))
+    return WeightMerge(planned, compute, layers, bool(layout.tied))
 
 
 def _renamed(name: str, model: StoredModel, base: StoredModel) -> str:
@@ -206,7 +204,10 @@ def _dtype(config: MergeConfig, model: StoredModel, name: str) -> torch.dtype:
     stored = model.entry(name).dtype
     if stored is None:
         return model.read(name).dtype
-    return RESULT_DTYPES.get(config.dtype, stored)
+    if config.dtype == "auto":
+        return stored
+    named: torch.dtype = getattr(torch, config.dtype)
+    return named
 
 
 def check_type(model: StoredModel, base: StoredModel) -> None:

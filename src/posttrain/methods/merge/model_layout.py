@@ -52,16 +52,12 @@ class ModelLayout:
         """Return the name of a layer's tensor in another layer."""
         return re.sub(rf"^{re.escape(self.root)}\.\d+\.", f"{self.root}.{number}.", name)
 
-    def depth(self, name: str, layers: int | None = None) -> float:
+    def depth(self, name: str) -> float:
         """Return where a tensor is between the first layer (0) and the last (1).
 
         What comes before the layers, embeddings above all, is at 0; what comes after them, the last norm and the head, at 1.
-
-        Args:
-            name: Name of the tensor.
-            layers: Number of layers, if it is not the model's own.
         """
-        number, last = self.layer_of(name), (self.layers if layers is None else layers) - 1
+        number, last = self.layer_of(name), self.layers - 1
         if number is not None:
             return number / last if last else 0.0
         names = list(self.shapes)

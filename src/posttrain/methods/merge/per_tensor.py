@@ -14,18 +14,18 @@ def fits_name(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
 
 
-def tensor_value(values: Values, name: str, depth: float, default: float) -> float:
+def tensor_value(values: Values, name: str, depth: float, default: Values) -> float:
     """Return the number of a setting for one tensor.
 
     Args:
         values: The setting. A list has its first number at depth 0, its last at depth 1, and lines between them.
         name: Name of the tensor.
         depth: Where it is, from 0 to 1.
-        default: Number where no pattern fits.
+        default: The setting where no pattern fits; 1 where none of its own does.
     """
     if isinstance(values, Mapping):
         fitting = next((v for pattern, v in values.items() if fits_name(pattern, name)), default)
-        return tensor_value(fitting, name, depth, default)
+        return tensor_value(fitting, name, depth, 1.0)
     if not isinstance(values, list):
         return float(values)
     place = depth * (len(values) - 1)

@@ -21,6 +21,7 @@ from posttrain.core.errors import ModelError
 from posttrain.data.sample_store import vocabulary_size
 from posttrain.methods.merge.model_layout import ModelLayout, layout_of
 from posttrain.methods.merge.vocabulary_rows import RowPlan
+from posttrain.methods.merge.weight_writer import CODES
 from posttrain.models.adapter_export import is_plain_adapter, low_rank_factors
 from posttrain.models.adapter_source import AdapterSource
 from posttrain.models.loading import (
@@ -33,10 +34,11 @@ from posttrain.models.loading import (
     source_adapter,
     tokenizer_and_new_ids,
 )
+from posttrain.models.quantization import method_of
 from posttrain.models.soft_prompt_files import is_soft_prompt
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED_DTYPES = {code: dtype for dtype, code in CODES.items() if dtype.is_floating_point}
 """Dtypes of weights in files; others (integers, bytes) are taken from the base as they are."""
 log = logging.getLogger("posttrain")
 
@@ -134,9 +136,7 @@ def open_stored(config: ModelConfig, scratch: Path) -> StoredModel:
     settings, (tokenizer, new) = load_settings(config), tokenizer_and_new_ids(config)
     if settings is None:
         return _written(config, scratch)
-    if getattr(settings.get_text_config(), "quantization_config", None) or getattr(
-        settings, "quantization_config", None
-    ):
+    if method_of(settings) is not None:
         raise ModelError(
             f"model source {config.source!r} has quantised weights, and merging changes weights: use the model in 16 or "
             "32 bit"

@@ -13,18 +13,6 @@ import torch
 from torch import Tensor
 
 
-def task_arithmetic(base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float], scale: float = 1.0) -> Tensor:
-    """Add weighted task vectors (arXiv 2212.04089): base + scale * sum_i w_i (x_i - base).
-
-    Args:
-        base: The model before fine-tuning.
-        tensors: The values x_i of fine-tuned models.
-        weights: The weights w_i; a negative one takes away what a model was trained to do.
-        scale: Factor of the sum.
-    """
-    return base + scale * combine([x - base for x in tensors], weights)
-
-
 def keep_largest(delta: Tensor, density: float) -> Tensor:
     """Set all but the largest entries to zero (the trimming of TIES, arXiv 2306.01708).
 
@@ -59,7 +47,7 @@ def drop_outliers(delta: Tensor, density: float, gamma: float) -> Tensor:
     return out.view_as(delta)
 
 
-def drop_random(delta: Tensor, keep: Tensor, probabilities: Tensor | float, rescale: bool = True) -> Tensor:
+def drop_random(delta: Tensor, keep: Tensor, probabilities: Tensor | float) -> Tensor:
     """Set entries to zero by a random mask, and divide the others by the probability to stay (DARE, arXiv 2311.03099).
 
     The expected result is `delta`. With a probability of 1 it is `delta` itself.
@@ -68,12 +56,8 @@ def drop_random(delta: Tensor, keep: Tensor, probabilities: Tensor | float, resc
         delta: A task vector.
         keep: Entries that stay: True, or 1.
         probabilities: Probability of each to stay.
-        rescale: Divide by it.
     """
-    kept = delta * keep.to(delta.dtype)
-    if not rescale:
-        return kept
-    return kept / torch.as_tensor(probabilities, dtype=delta.dtype).clamp_min(1e-6)
+    return delta * keep.to(delta.dtype) / torch.as_tensor(probabilities, dtype=delta.dtype).clamp_min(1e-6)
 
 
 def draw_mask(delta: Tensor, probabilities: Tensor | float, generator: torch.Generator) -> Tensor:

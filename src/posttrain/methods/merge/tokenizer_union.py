@@ -36,7 +36,7 @@ def union_tokenizer(base: Any, others: Sequence[tuple[str, Any]]) -> Any:
     kind, vocabulary = joined["model"]["type"], dict(joined["model"]["vocab"])
     # Added tokens get their ids from the vocabulary when it is read, so they are in it: behind it they would move.
     vocabulary |= {token["content"]: token["id"] for token in joined["added_tokens"]}
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in joined["model"].get("merges", [])]
+    merges = _merges_of(joined["model"])
     for source, tokenizer in others:
         content = _content(tokenizer, source)
         model = content["model"]
@@ -51,11 +51,10 @@ def union_tokenizer(base: Any, others: Sequence[tuple[str, Any]]) -> Any:
             )
         new = sorted(content["model"]["vocab"].items(), key=lambda item: item[1])
         new += [(token["content"], token["id"]) for token in content["added_tokens"]]
-        for token, _ in new:
-            vocabulary.setdefault(token, max(vocabulary.values()) + 1)
+        lacking = [token for token in dict.fromkeys(token for token, _ in new) if token not in vocabulary]
+        vocabulary |= {token: number for number, token in enumerate(lacking, max(vocabulary.values()) + 1)}
         known = set(merges)
-        more = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model.get("merges", [])]
-        merges += [pair for pair in more if pair not in known]
+        merges += [pair for pair in _merges_of(model) if pair not in known]
         have = {token["content"] for token in joined["added_tokens"]}
         joined["added_tokens"] += [
             {**token, "id": vocabulary[token["content"]]}
@@ -75,9 +74,15 @@ def union_tokenizer(base: Any, others: Sequence[tuple[str, Any]]) -> Any:
         **roles,
     )
     made.chat_template = base.chat_template
-    moved = [token for token, number in base.get_vocab().items() if made.get_vocab().get(token) != number]
+    ids = made.get_vocab()
+    moved = [token for token, number in base.get_vocab().items() if ids.get(token) != number]
     assert not moved, f"tokens of the base got other ids: {moved[:3]}"
     return made
+
+
+def _merges_of(model: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the merges of a stored model, which older files hold as texts with a space between the parts."""
+    return [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model.get("merges", [])]
 
 
 def _content(tokenizer: Any, source: str) -> dict[str, Any]:

@@ -58,15 +58,19 @@ def arrange_rows(
         models: All models, the base first.
         tokenizer: Tokenizer of the result.
         rows: Number of rows of the result.
-        padded: The model whose tokenizer it is, whose rows without a token stay in place. None: a union.
+        padded: The model whose tokenizer it is. Its rows without a token stay in place, as do those of the others with
+            its vocabulary. None: a union.
         missing: What rows get that a model does not have.
 
     Returns:
-        The models, and the number of rows that each source lacked.
+        The models, and the number of tokens for which each source lacked a row.
     """
-    tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+    vocabulary = tokenizer.get_vocab()
+    tokens = {number: token for token, number in vocabulary.items()}
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    indices = [_index(model, tokens, rows, model is padded) for model in models]
+    # Models with the result's vocabulary differ at most in padding, of which each keeps its own rows.
+    keeps = [model is padded or model.tokenizer.get_vocab() == vocabulary for model in models]
+    indices = [_index(model, tokens, rows, keep) for model, keep in zip(models, keeps, strict=True)]
     out, lacked = [], {}
     for model, index in zip(models, indices, strict=True):
         gone = torch.nonzero(index < 0).flatten().tolist()
@@ -77,8 +81,8 @@ def arrange_rows(
                 if own:
                     parts.append((row, torch.tensor(own)))
         left = torch.tensor(sorted({*gone} - {row for row, _ in parts}), dtype=torch.long)
-        if gone:
-            lacked[model.source] = len(gone)
+        if count := sum(row in tokens for row in gone):
+            lacked[model.source] = count
         same = not gone and torch.equal(index, torch.arange(_rows(model)))
         out.append(
             model if same else _with_rows(model, RowPlan(index, _owners(models, indices, left), tuple(parts)), rows)
@@ -90,13 +94,13 @@ def _rows(model: StoredModel) -> int:
     return model.entry(model.layout.vocabulary[0]).shape[0]
 
 
-def _index(model: StoredModel, tokens: dict[int, str], rows: int, is_padded: bool) -> Tensor:
+def _index(model: StoredModel, tokens: dict[int, str], rows: int, keeps_padding: bool) -> Tensor:
     """Return the model's own row of each row of the result; -1: it has none."""
     known, have = model.tokenizer.get_vocab(), _rows(model)
     out = torch.full((rows,), -1, dtype=torch.long)
     for row in range(rows):
         token = tokens.get(row)
-        own = known.get(token, -1) if token is not None else row if is_padded else -1
+        own = known.get(token, -1) if token is not None else row if keeps_padding else -1
         out[row] = own if own < have else -1
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,10 +39,7 @@ class PlannedTensor:
     @property
     def numbers(self) -> int:
         """Return the number of entries."""
-        out = 1
-        for size in self.shape:
-            out *= size
-        return out
+        return math.prod(self.shape)
 
     @property
     def size(self) -> int:
