@@ -110,10 +110,7 @@ class _DocumentReader:
         return [Sample(t, w, source) for t, w in pieces if any(w)], {"bytes": size}
 
     def statistics(self, rows: Rows, store: SampleStore, tokenizer: Any) -> dict[str, Any]:
-        stats = rows.statistics(store, tokenizer)
-        sizes, tokens = document_sizes(store)
-        stats.update(used=len(sizes), bytes=int(sizes.sum()), tokens_per_byte=_ratio(tokens.sum(), sizes.sum()))
-        return stats if len(store) == len(sizes) else stats | {"samples": len(store)}
+        return rows.statistics(store, tokenizer) | document_stats(store)
 
 
 def prepare_documents(
@@ -162,15 +159,25 @@ def document_sizes(store: SampleStore) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(store.columns["bytes"])[first].astype(np.int64), tokens.astype(np.int64)
 
 
+def document_stats(store: SampleStore) -> dict[str, Any]:
+    """Return what the manifest's entry says of the sizes of documents: their number, pieces, tokens and bytes."""
+    sizes, tokens = document_sizes(store)
+    size = int(sizes.sum())
+    return {
+        "used": len(sizes),
+        "samples": len(store),
+        "tokens": int(store.lengths.sum()),
+        "loss_tokens": store.loss_tokens,
+        "bytes": size,
+        "tokens_per_byte": int(tokens.sum()) / max(1, size),
+    }
+
+
 def piece_bytes(store: SampleStore) -> np.ndarray:
     """Return the bytes of each piece: those of its document, shared out by tokens with loss."""
     sizes, tokens = document_sizes(store)
     numbers = document_numbers(store)
     return np.asarray(store.columns["loss"]) * (sizes / np.maximum(tokens, 1))[numbers]
-
-
-def _ratio(above: Any, below: Any) -> float:
-    return float(above) / max(1.0, float(below))
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,18 @@ def test_training_bits_are_those_of_the_bytes(texts: Path, tmp_path: Path) -> No
     assert "retention" not in done and metrics[-1]["epoch"] == 1.0
 
 
+def test_a_hold_out_divides_the_bytes(texts: Path) -> None:
+    documents = (texts / "domain.txt").read_text().split("\n\n")
+    stage = stage_of(texts, retention=False)
+    assert stage.held_out is not None and stage.held_out.stats["used"] > 1
+    for part in (stage.trained, stage.held_out):
+        chosen = [documents[row - 1] for row in {int(part.place(i).rpartition(":")[2]) for i in range(len(part))}]
+        size = sum(len(text.encode()) for text in chosen)
+        tokens = sum(len(TOKENIZER(text, add_special_tokens=False)["input_ids"]) + 1 for text in chosen)  # and the end
+        expected = {"used": len(chosen), "samples": len(part), "bytes": size, "loss_tokens": tokens}
+        assert part.stats == part.stats | expected | {"tokens_per_byte": pytest.approx(tokens / size)}
+
+
 def test_the_default_general_text_and_its_lack(texts: Path, caplog: pytest.LogCaptureFixture) -> None:
     stage = stage_of(texts)
     assert stage.general is not None and stage.general.stats["used"] == 200

@@ -16,11 +16,13 @@ import posttrain
 from posttrain.config import ModelConfig
 from posttrain.core.errors import ModelError
 from posttrain.core.files import read_lines
+from posttrain.data.text_documents import Documents, prepare_documents
+from posttrain.methods.pretrain import new_vocabulary
 from posttrain.methods.pretrain.pretrain_settings import PretrainConfig
 from posttrain.models.loading import load_tokenizer
 from posttrain.models.tiny_model import tiny_model
 from posttrain.models.vocabulary_extension import extend_tokenizer, merge_pair, set_part_rows
-from tests.methods.pretrain.test_pretrain import settings, texts  # noqa: F401
+from tests.methods.pretrain.test_pretrain import settings, stage_of, texts  # noqa: F401
 
 TEXTS = ["low lower lowest newer newest", "low low the newer lower", "naïve café 漢字 café naïve"] * 3
 
@@ -142,6 +144,27 @@ def test_a_stage_extends_the_vocabulary(texts: Path, tmp_path: Path) -> None:  #
     used = [read_lines(result.folder / "stages" / n / "metrics.jsonl")[-1] for n in ("0-pretrain", "1-then")]
     data = {e["stage"]: e for e in json.loads((result.folder / "manifest.json").read_text())["data"]}
     assert data["then"]["tokens_per_byte"] < 0.8 * domain["before"]["tokens_per_byte"] and used[1]["loss"] > 0
+
+
+def test_each_text_is_tokenized_again_once(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    read: list[str] = []
+
+    def counted(data: Any, *arguments: Any, **more: Any) -> Documents:
+        read.append(data.name)
+        return prepare_documents(data, *arguments, **more)
+
+    monkeypatch.setattr(new_vocabulary, "prepare_documents", counted)
+    replay = {"data": {"source": str(texts / "general.txt"), "separator": ""}}
+    changes = {"vocabulary": {"new_tokens": 4}, "replay": replay}
+    stage = posttrain.runs.registry.prepare_stage(
+        PretrainConfig.model_validate(settings(texts, **changes)),
+        posttrain.trainer.stage.StageContext(tokenizer(), 2048),
+    )
+    assert len(stage.data) == 4 and sorted(Path(name).name for name in read) == ["domain.txt", "general.txt"]
+    plain = stage_of(texts, replay=replay)
+    for (title, data), (same, old) in zip(stage.data, plain.data, strict=True):
+        assert title == same and [data.stats[k] for k in ("used", "bytes")] == [old.stats[k] for k in ("used", "bytes")]
+        assert data.stats["tokens_per_byte_before"] == pytest.approx(old.stats["tokens_per_byte"])
 
 
 def test_vocabulary_needs_a_whole_model(texts: Path) -> None:  # noqa: F811

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from posttrain.config.settings import DataConfig
 from posttrain.core import distributed
 from posttrain.core.errors import ModelError
 from posttrain.core.files import write_json
-from posttrain.data.text_documents import Documents, document_sizes, prepare_documents
+from posttrain.data.text_documents import Documents, document_stats, prepare_documents
 from posttrain.methods.pretrain.pretrain_settings import PretrainConfig
 from posttrain.methods.pretrain.retention import BEFORE, GENERAL, document_rows
 from posttrain.methods.sft_measurement import FOLDER, score_rows
@@ -52,36 +52,29 @@ class NewVocabulary:
         self.measured = {FOLDER: held_out, GENERAL: general}
         self.made = extend_tokenizer(context.tokenizer, _texts(trained, context.tokenizer), self.settings.new_tokens)
 
-    def tokenize_again(self, data: DataConfig | None, old: Documents | None) -> Documents | None:
-        """Return the same documents in the tokens of the new tokenizer; None if there are none.
+    def tokenize_again(
+        self, parts: Mapping[str, tuple[DataConfig | None, Documents | None]]
+    ) -> dict[str, Documents | None]:
+        """Return the same documents in the tokens of the new tokenizer; None where there are none.
 
         Args:
-            data: Settings of the data that the documents are a part of.
-            old: The documents in the old tokens.
+            parts: By name, the settings of the data that documents are a part of, and the documents in the old tokens.
         """
-        if data is None or old is None:
-            return None
-        config = self.config
-        found = prepare_documents(
-            data,
-            self.made.tokenizer,
-            context=self.context.context,
-            length=config.sequence_length,
-            overlap=config.overlap,
-        )
-        places = {old.place(i) for i in range(len(old))}
-        new = found.take(np.array([i for i in range(len(found)) if found.place(i) in places], dtype=np.int64))
-        samples, (sizes, tokens) = new.samples, document_sizes(new.samples)
-        new.stats.update(
-            {name: old.stats[name] for name in ("held_out", "dropped", "sources", "rows") if name in old.stats},
-            used=len(sizes),
-            tokens=int(samples.lengths.sum()),
-            loss_tokens=samples.loss_tokens,
-            bytes=int(sizes.sum()),
-            tokens_per_byte=float(tokens.sum()) / max(1, int(sizes.sum())),
-            tokens_per_byte_before=float(old.samples.loss_tokens) / max(1, int(sizes.sum())),
-        )
+        prepared: dict[int, Documents] = {}  # what is trained on and what is held out may be parts of the same data
+        new: dict[str, Documents | None] = {}
+        for name, (data, old) in parts.items():
+            new[name] = None
+            if data is not None and old is not None:
+                if id(data) not in prepared:
+                    prepared[id(data)] = self._prepare(data)
+                new[name] = _same_documents(prepared[id(data)], old)
         return new
+
+    def _prepare(self, data: DataConfig) -> Documents:
+        config, context = self.config, self.context.context
+        return prepare_documents(
+            data, self.made.tokenizer, context=context, length=config.sequence_length, overlap=config.overlap
+        )
 
     def extend(self, opened: OpenedModel, folder: Path) -> OpenedModel:
         """Measure the model as it is, then give it the new tokenizer and rows for its tokens.
@@ -122,6 +115,16 @@ class NewVocabulary:
         for name, text in missing.items():
             rows = document_rows(text, score_rows(model, text.samples, self.config.systems))
             write_json(folder / f"{name}.json", {"rows": rows})
+
+
+def _same_documents(found: Documents, old: Documents) -> Documents:
+    """Return those documents of all in new tokens that `old` has in the old ones."""
+    places = {old.place(i) for i in range(len(old))}
+    new = found.take(np.array([i for i in range(len(found)) if found.place(i) in places], dtype=np.int64))
+    kept = ("held_out", "dropped", "sources", "rows")
+    new.stats.update({name: old.stats[name] for name in kept if name in old.stats}, **document_stats(new.samples))
+    new.stats["tokens_per_byte_before"] = old.samples.loss_tokens / max(1, new.stats["bytes"])
+    return new
 
 
 def _texts(data: Documents, tokenizer: Any) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.settings import NAME, DataConfig, HeldOutRows, MeasuredConfig, OptimizerConfig
+from posttrain.config.settings import NAME, DataConfig, HeldOutRows, MeasuredConfig
 
 GENERAL_SOURCE = "packaged:movie_reviews.tsv"
 """General text that is measured if a recipe names none."""
@@ -69,7 +69,6 @@ class PretrainConfig(MeasuredConfig):
         description="Sequences of sequence_length tokens in a step, over all ranks; short documents are packed.",
     )
     epochs: float = Field(1.0, gt=0, description="Passes over the domain's text.")
-    optimizer: OptimizerConfig = OptimizerConfig()
     held_out: HeldOutRows | None = Field(
         0.05,
         description="Text of the domain that is measured and never trained on: a fraction of the documents (0.05), or settings of other text. None: none is measured.",

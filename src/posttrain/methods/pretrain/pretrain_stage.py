@@ -53,11 +53,10 @@ class Pretrain(Stage):
     vocabulary: NewVocabulary | None = None
     general_settings: DataConfig | None = None
     general_name = ""
-    sequences: Any = ()
     drawn: Any = ()
 
     def prepare(self) -> list[tuple[str, Any]]:
-        from posttrain.data.text_documents import document_sizes, prepare_documents
+        from posttrain.data.text_documents import document_stats, prepare_documents
 
         config: PretrainConfig = self.config
         load = partial(
@@ -68,7 +67,7 @@ class Pretrain(Stage):
             overlap=config.overlap,
         )
         trained, self.held_out = self.read_held_out(load, config.data, config.held_out)
-        self.sequences, self.trained = trained.samples, trained
+        self.trained = trained
         if config.replay is not None:
             self.replay = load(config.replay.data)
         self._choose_general(load)
@@ -76,7 +75,7 @@ class Pretrain(Stage):
         more = [(f"{name} replay", self.replay), (f"{name} general held out", self.general)]
         self.data += [(title, data) for title, data in more if data is not None]
         for _, data in self.data:
-            data.stats["used"] = len(document_sizes(data.samples)[0])
+            data.stats.update(document_stats(data.samples))  # before, they were those of all pieces
         if config.vocabulary is not None:
             self._extend_vocabulary()
         return self.data
@@ -87,20 +86,19 @@ class Pretrain(Stage):
 
         config: PretrainConfig = self.config
         self.vocabulary = NewVocabulary(config, self.context, self.trained, self.held_out, self.general)
-        again = self.vocabulary.tokenize_again
         replay = None if config.replay is None else config.replay.data
         held_out = config.held_out if isinstance(config.held_out, DataConfig) else config.data
         titles = {id(data): title for title, data in self.data}
-        new = {
-            "trained": again(config.data, self.trained),
-            "held_out": again(held_out, self.held_out),
-            "replay": again(replay, self.replay),
-            "general": again(self.general_settings, self.general),
+        parts = {
+            "trained": (config.data, self.trained),
+            "held_out": (held_out, self.held_out),
+            "replay": (replay, self.replay),
+            "general": (self.general_settings, self.general),
         }
+        new = self.vocabulary.tokenize_again(parts)
         self.data = [(titles[id(old)], data) for name, data in new.items() if (old := getattr(self, name)) is not None]
         for name, data in new.items():
             setattr(self, name, data)
-        self.sequences = self.trained.samples
         self.context = replace(self.context, tokenizer=self.vocabulary.made.tokenizer)
 
     def open(self, run: StageRun) -> LoadedPolicy:
@@ -176,7 +174,7 @@ class Pretrain(Stage):
     def plan(self, steps: int) -> str:
         config: PretrainConfig = self.config
         size = f"{steps:,} step{'s' * (steps != 1)} of at most {config.batch_size * config.sequence_length:,} tokens"
-        text = f"{self.epoch_after(steps):.4g} epochs of {self.sequences.loss_tokens:,} tokens of text"
+        text = f"{self.epoch_after(steps):.4g} epochs of {self.trained.samples.loss_tokens:,} tokens of text"
         mixed = "" if config.replay is None else f", {100 * config.replay.share:.3g}% general text between them"
         return f"{size}, {text}{mixed}"
 
@@ -185,8 +183,9 @@ class Pretrain(Stage):
 
     def workload(self) -> Workload:
         config: PretrainConfig = self.config
-        mean = max(1.0, float(self.sequences.lengths.mean()))
-        return Workload(together(self.sequences), max(1, int(config.batch_size * config.sequence_length / mean)))
+        samples = self.trained.samples
+        mean = max(1.0, float(samples.lengths.mean()))
+        return Workload(together(samples), max(1, int(config.batch_size * config.sequence_length / mean)))
 
 
 def _stream(data: Documents, seed: int) -> TokenStream:

@@ -79,7 +79,7 @@ def compare_documents(before: Sequence[dict[str, Any]], after: Sequence[dict[str
     out: dict[str, Any] = {"documents": len(before), "bytes": size}
     for name, side in (("before", before), ("after", after)):
         nats, tokens = math.fsum(row["nll"] for row in side), sum(row["tokens"] for row in side)
-        figures = {"nats_per_token": nats / tokens, "bits_per_byte": nats / (math.log(2) * size)}
+        figures = {"nats_per_token": nats / tokens, "bits_per_byte": bits_per_byte(nats, size)}
         out[name] = {**figures, "tokens_per_byte": tokens / size}
     return {**out, "change": {"value": value, "low": low, "high": high, "p_value": p}}
 
