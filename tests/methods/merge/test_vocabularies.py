@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -138,20 +137,6 @@ def test_padding_of_one_tokenizer_may_differ(folders: Path, tmp_path: Path) -> N
     first, second = state(tmp_path / "base"), state(padded)
     for name, value in first.items():
         torch.testing.assert_close(found[name], (value + second[name]) / 2)
-
-
-def test_large_vocabularies_are_joined_quickly() -> None:
-    """A pass over all tokens for each token would take ten times as long."""
-    first, second = (
-        PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.WordLevel({f"{kind}{i}": i for i in range(5_000)}, unk_token=f"{kind}0"))
-        )
-        for kind in "ab"
-    )
-    began = time.process_time()
-    joined = union_tokenizer(first, [("b", second)])
-    assert time.process_time() - began < 3
-    assert len(joined) == 10_000 and joined.convert_tokens_to_ids(["a7", "b7"]) == [7, 5_007]
 
 
 def test_tokenizers_of_two_kinds_are_not_joined() -> None:
