@@ -33,9 +33,9 @@ class Chat:
     @classmethod
     def open(cls, config: ModelConfig, **settings: Any) -> Chat:
         """Load the model; `settings` are the fields after `tokenizer`."""
-        from posttrain.models.loading import load_model
+        from posttrain.models.loading import load_model, source_ensemble
 
-        model, tokenizer = load_model(config)
+        model, tokenizer = load_model(config, inference=source_ensemble(config) is not None)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a soft prompt
         if getattr(base, "_supports_sdpa", False):
             base.set_attn_implementation("sdpa")

@@ -20,7 +20,16 @@ def merge_command(
         str | None,
         typer.Option(help="The model that they were trained from. None: the first model, for averages alone."),
     ] = None,
-    algorithm: Annotated[str, typer.Option(help="linear, slerp, ties, dare_ties, ...: docs/merging.md.")] = "linear",
+    algorithm: Annotated[
+        str | None, typer.Option(help="linear (the default), slerp, ties, dare_ties, ...: docs/merging.md.")
+    ] = None,
+    ensemble: Annotated[
+        str | None,
+        typer.Option(help="In place of an algorithm: arithmetic or geometric, which pools output distributions."),
+    ] = None,
+    confidence: Annotated[
+        str | None, typer.Option(help="With --ensemble: entropy or max_probability, for weights at every token.")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="A weight for each model, such as 1,0.5.")] = None,
     setting: Annotated[
         list[str] | None, typer.Option(help="Setting of the algorithm as KEY=VALUE, such as density=0.5; repeatable.")
@@ -36,7 +45,7 @@ def merge_command(
     seed: Annotated[int, typer.Option(help="Seed of random masks.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Merge models into one, without training."""
+    """Merge models into one, or pool what several say, without training."""
     from pydantic import ValidationError
 
     from posttrain.methods.merge.merge import Merge
@@ -45,16 +54,24 @@ def merge_command(
 
     if output.exists():
         raise ModelError(f"{output} exists already: name another folder, or remove it first")
+    if ensemble is not None and (algorithm is not None or setting):
+        raise ModelError("--ensemble pools distributions and merges no weights: leave --algorithm and --setting out")
+    if confidence is not None and ensemble is None:
+        raise ModelError("--confidence is a setting of --ensemble: add --ensemble arithmetic or geometric")
+    algorithm = algorithm or "linear"
     if base is None and algorithm not in AVERAGES:
         raise ModelError(f"{algorithm} merges changes from a base: name it with --base")
     start = named_model(models[0] if base is None else base, "cpu", trust_remote_code)
     for model in models:
         named_model(model, "cpu", trust_remote_code)
     try:
+        way: dict[str, Any] = {"algorithm": {"name": algorithm, **_settings(setting or [])}}
+        if ensemble is not None:
+            way = {"ensemble": {"pool": ensemble, "confidence": confidence}}
         config = MergeConfig.model_validate(
             {
                 "models": _weighted(models, weights),
-                "algorithm": {"name": algorithm, **_settings(setting or [])},
+                **way,
                 "tokenizer": tokenizer,
                 "chat_template": chat_template,
                 "dtype": dtype,

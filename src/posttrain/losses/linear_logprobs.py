@@ -59,6 +59,18 @@ class Head:
         """Return True if adapters change the weight."""
         return bool(self.low_rank) or self.rows is not None
 
+    def logits(
+        self, hidden_N_H: Tensor, temperature: float = 1.0, product: Callable[[Tensor, Tensor], Tensor] = F.linear
+    ) -> Tensor:
+        """Compute `head_logits`.
+
+        Args:
+            hidden_N_H: As there, and so the others.
+            temperature: Likewise.
+            product: Likewise.
+        """
+        return head_logits(hidden_N_H, self, temperature, product)
+
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Return how many positions go through the head at a time."""

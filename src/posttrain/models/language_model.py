@@ -15,9 +15,11 @@ from posttrain.core.errors import ModelError
 from posttrain.core.ragged import MIN_SHARED, RaggedBatch, VirtualTokens, pack
 from posttrain.core.types import Sample
 from posttrain.losses.argument_checks import require_all
+from posttrain.losses.ensemble_logprobs import EnsembleHead
 from posttrain.losses.linear_logprobs import Head
 from posttrain.models import attention
 from posttrain.models.backends import DeviceBackend, backend_for
+from posttrain.models.ensemble import Ensemble
 from posttrain.models.max_length import check_length, context
 from posttrain.models.model_types import decoder_of, still, warn_one_at_a_time, why_not_ragged
 from posttrain.models.output_head import head_parameters, output_head
@@ -129,8 +131,20 @@ class LanguageModel(nn.Module):
         """Return the output head, adapters included, with the transforms that the model type applies to its logits.
 
         packed: Leave a weight that is held packed only as it is.
+
+        Raises ModelError for an ensemble, which has several.
         """
-        return output_head(self.base, packed)
+        head = self.logits_head(packed)
+        if isinstance(head, EnsembleHead):
+            raise ModelError(
+                "an ensemble gives log-probabilities of its pooled distribution; it has no output head, which training "
+                "and distillation need: name one of its members"
+            )
+        return head
+
+    def logits_head(self, packed: bool = False) -> Head | EnsembleHead:
+        """Return what turns hidden states into logits: the output head, or those of an ensemble's members."""
+        return self.base.pooled_head(packed) if isinstance(self.base, Ensemble) else output_head(self.base, packed)
 
     def add_value_head(self) -> None:
         """Add a critic: V = w h / sqrt(H) + b of a hidden state, float32, zero at first. Not saved with the model."""
@@ -269,6 +283,9 @@ class LanguageModel(nn.Module):
         predictors = batch.predictors_T[targets]
         require_all(predictors >= 0, lambda: "the first token of a sequence was asked for; no hidden state predicts it")
         hidden_N_H, tokens_N = hidden[predictors], batch.tokens_T[targets]
+        pooled = self.logits_head() if isinstance(self.base, Ensemble) and want == "logprobs" else None
+        if isinstance(pooled, EnsembleHead):
+            return pooled.logprobs(hidden_N_H, tokens_N, temperature, entropy)
         if callable(want):
             return want(hidden_N_H, self.head(), tokens_N)
         if want == "cross_entropy":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
 import os
 import shutil
@@ -21,15 +20,27 @@ from typing import Any
 import torch
 
 from posttrain.config import ModelConfig
-from posttrain.core.errors import MissingExtraError, ModelError, PosttrainError
-from posttrain.core.files import cache_folder, changed_artifacts, input_hash, is_weights, named_path, read_small_text
+from posttrain.core.errors import MissingExtraError, ModelError
+from posttrain.core.files import (
+    cache_folder,
+    changed_artifacts,
+    input_hash,
+    is_weights,
+    named_path,
+    read_small_text,
+    write_json,
+)
 from posttrain.core.process_memory import free_cycles
 from posttrain.data.sample_store import vocabulary_size
 from posttrain.data.template_source import set_template_args
 from posttrain.models.adapter_source import AdapterSource, find_adapter, merge_into_base
 from posttrain.models.backends import backend_for
 from posttrain.models.compressed_reading import is_read_here, read_compressed
+from posttrain.models.ensemble import Ensemble
+from posttrain.models.ensemble_files import NOT_TRAINED, EnsembleSource, find_ensemble
+from posttrain.models.gguf_conversion import write_converted
 from posttrain.models.max_length import context, why_short
+from posttrain.models.opening_errors import explained
 from posttrain.models.quantization import (
     check_readable,
     finish_reading,
@@ -40,8 +51,8 @@ from posttrain.models.quantization import (
 from posttrain.models.quantized_weight import forget_quantized
 from posttrain.models.soft_prompt_files import is_soft_prompt, open_soft_prompt
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
-from posttrain.models.vocabulary import add_tokens, embedding_rows, fit_embedding
-from posttrain.recipe.model_sources import find_model, similar
+from posttrain.models.vocabulary import add_tokens, check_same_vocabulary, embedding_rows, fit_embedding
+from posttrain.recipe.model_sources import ENSEMBLE_FILE, find_model
 
 CONVERTER = "1"
 """Part of the cache key: raised when the conversion of GGUF files changes."""
@@ -106,6 +117,12 @@ def _folder_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
         digest.update(f"{path.name} {input_hash(path)}\n".encode())
+    ensemble = find_ensemble(folder)
+    if ensemble is not None:
+        parts = [
+            resolve(member.source).sha256() for member in ensemble.member_settings(ModelConfig(source=str(folder)))
+        ]
+        digest.update(f"{read_small_text(folder / ENSEMBLE_FILE)} {parts}".encode())
     return digest.hexdigest()
 
 
@@ -121,7 +138,9 @@ def _convert(gguf: Path) -> Resolved:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
             work = Path(scratch) / "model"
-            _write_converted(gguf, work)
+            quiet()
+            write_converted(gguf, work)
+            write_json(work / "source.json", {"file": gguf.name, "converter": CONVERTER})
             try:
                 os.rename(work, target)
             except OSError:
@@ -129,42 +148,6 @@ def _convert(gguf: Path) -> Resolved:
                     shutil.rmtree(target, ignore_errors=True)
                     os.rename(work, target)
     return Resolved(str(target), "folder")
-
-
-def _write_converted(gguf: Path, work: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    quiet()
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are plain float32 now; transformers would refuse to save what it still believes quantised.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-    model.config.name_or_path = gguf.stem
-    tokenizer.name_or_path = gguf.stem
-    restore_pre_tokenizer(tokenizer, gguf)
-    model.save_pretrained(work)
-    tokenizer.save_pretrained(work)
-    (work / "source.json").write_text(json.dumps({"file": gguf.name, "converter": CONVERTER}))
-
-
-def restore_pre_tokenizer(tokenizer: Any, gguf: Path) -> None:
-    """Put back what the GGUF names but transformers' converter leaves out: how text is split before merging."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
-    name = bytes(field.parts[field.data[0]]).decode() if field is not None else ""
-    if name in ("smollm", "codeshell", "starcoder", "refact", "command-r"):
-        from tokenizers import pre_tokenizers
-
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
-            ]
-        )
 
 
 def pick_device(name: str) -> torch.device:
@@ -227,6 +210,12 @@ def source_adapter(config: ModelConfig) -> AdapterSource | None:
     return find_adapter(found.location, found.kind, config.revision)
 
 
+def source_ensemble(config: ModelConfig) -> EnsembleSource | None:
+    """Return the ensemble at a source; None for one model."""
+    found = resolve(config.source)
+    return find_ensemble(Path(found.location)) if found.kind == "folder" else None
+
+
 def base_settings(config: ModelConfig, adapter: AdapterSource) -> ModelConfig:
     """Return the settings by which an adapter's base is opened: what else the recipe sets is for the adapter's."""
     stored = stored_quantization(Path(adapter.location))
@@ -243,6 +232,9 @@ def load_settings(config: ModelConfig) -> Any:
     found, adapter = resolve(config.source), source_adapter(config)
     if adapter is not None:
         return load_settings(base_settings(config, adapter))
+    if (ensemble := source_ensemble(config)) is not None:
+        members = [load_settings(member) for member in ensemble.member_settings(config)]
+        return min((m for m in members if m is not None), key=lambda m: context(m) or 2**31, default=None)
     if found.kind == "tiny":
         return None
     with explained(config.source):
@@ -319,6 +311,10 @@ def open_model(config: ModelConfig, dtype: torch.dtype | None = None, inference:
     backend_for(device).tune()
     found, adapter = resolve(config.source), source_adapter(config)
     check_made(config.source, Path(found.location))
+    if (ensemble := source_ensemble(config)) is not None:
+        if not inference:
+            raise ModelError(f"model source {config.source!r} is {NOT_TRAINED}")
+        return _open_ensemble(ensemble, config, dtype)
     if adapter is not None:
         _check_causal(config, adapter)
         return merge_start(open_model(base_settings(config, adapter), dtype), adapter, config)
@@ -336,6 +332,22 @@ def open_model(config: ModelConfig, dtype: torch.dtype | None = None, inference:
         hf.save_pretrained(folder)
         hf, notes = read_weights(AutoModelForCausalLM, folder, config, device, dtype)
     return with_rows(OpenedModel(hf, tokenizer, notes), new, config)
+
+
+def _open_ensemble(ensemble: EnsembleSource, config: ModelConfig, dtype: torch.dtype) -> OpenedModel:
+    """Open all members; they must have the vocabulary of the ensemble's tokenizer."""
+    from transformers import GenerationConfig
+
+    tokenizer, new = tokenizer_and_new_ids(config)
+    if new:
+        raise ModelError(f"model source {config.source!r} is an ensemble: leave model.add_tokens out")
+    members = [open_model(member, dtype, inference=True) for member in ensemble.member_settings(config)]
+    for member, opened in zip(ensemble.members, members, strict=True):
+        check_same_vocabulary(member.source, opened.tokenizer, tokenizer)
+    hf = Ensemble([opened.hf for opened in members], ensemble.weights, ensemble.pool, ensemble.confidence).eval()
+    if (ensemble.folder / "generation_config.json").is_file():  # which tokens end a turn
+        hf.generation_config = GenerationConfig.from_pretrained(ensemble.folder)
+    return OpenedModel(hf, tokenizer, {})
 
 
 def check_made(source: str, folder: Path) -> None:
@@ -474,26 +486,3 @@ def _check_causal(config: ModelConfig, adapter: AdapterSource) -> None:
             f"model source {config.source!r} is an adapter of another kind of model (task_type {task}), where a causal "
             "language model is needed"
         )
-
-
-class explained:
-    """Turns errors on opening a model into one that says what to do; `every`: of any kind, not transformers' alone."""
-
-    def __init__(self, source: str, every: bool = True) -> None:
-        self.source, self.every = source, every
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        # A damaged file makes torch, safetensors, pickle and transformers raise errors of many kinds.
-        turned = Exception if self.every else (OSError, ValueError, KeyError)
-        passed_on = PosttrainError | MemoryError | torch.OutOfMemoryError
-        if isinstance(error, turned) and not isinstance(error, passed_on):
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(
-                f"model source {self.source!r} can't be opened: {first}\n"
-                "Expected a Hub name (needs the network, or the model in the Hub's cache), a folder in the Hugging "
-                "Face layout, a .gguf file, package:NAME, lab:SEED, lab:reviews or tiny:TYPE."
-                f"{similar(Path(self.source))}"
-            ) from error

@@ -8,9 +8,10 @@ from typing import Any
 
 from posttrain.config import AdapterConfig, ModelConfig
 from posttrain.models.adapter_targets import default_targets, is_linear
-from posttrain.models.loading import explained, load_settings, load_tokenizer, resolve
+from posttrain.models.loading import base_settings, load_settings, load_tokenizer, resolve, source_adapter
 from posttrain.models.max_length import context
 from posttrain.models.model_types import decoder_of, why_not_ragged
+from posttrain.models.opening_errors import explained
 from posttrain.models.tiny_model import tiny_model
 
 
@@ -94,6 +95,8 @@ def model_shape(config: ModelConfig) -> ModelShape:
 
     settings, tokens = load_settings(config), len(load_tokenizer(config))
     if settings is None:
+        while (adapter := source_adapter(config)) is not None:
+            config = base_settings(config, adapter)
         hf = tiny_model(resolve(config.source).location, tokens)
     else:
         with explained(config.source), torch.device("meta"):

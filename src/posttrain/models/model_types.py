@@ -47,6 +47,8 @@ def logit_transforms(config: Any) -> tuple[float, float | None]:
 
 def why_not_ragged(base: Any) -> str | None:
     """Return why the type can't take a ragged batch, as its class and configuration show; None: it may be able to."""
+    if hasattr(base, "pooled_head"):  # an ensemble
+        return next((reason for member in base.members if (reason := why_not_ragged(member))), None)
     config = base.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     stateful = sorted(k for k in kinds if any(s in k for s in STATEFUL))

@@ -19,7 +19,6 @@ from torch import Tensor
 from posttrain.core.errors import ModelError
 from posttrain.core.ragged import RaggedBatch
 from posttrain.core.types import Sample
-from posttrain.losses.linear_logprobs import head_logits
 from posttrain.models import attention
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.model_types import remember_one_at_a_time, warn_one_at_a_time
@@ -165,9 +164,9 @@ def _own_passes(model: LanguageModel, batch: RaggedBatch) -> tuple[Tensor, Tenso
     with torch.no_grad():
         hidden = model.eval()(batch, "hidden")
         noisy = before != _random_states(model.device) and not torch.equal(hidden, model(batch, "hidden"))
-        head = model.head()
+        head = model.logits_head()
         predicting = [torch.cat([batch.predictors_T[row[1:]], row[-1:]]) for row in batch.rows]
-        ours = torch.stack([head_logits(hidden[at], head).log_softmax(-1) for at in predicting])
+        ours = torch.stack([head.logits(hidden[at]).log_softmax(-1) for at in predicting])
     return trained.view(len(batch.rows), -1), ours, noisy
 
 
@@ -193,7 +192,7 @@ def _their_pass(model: LanguageModel, samples: list[Sample]) -> tuple[Tensor, Te
     found = getattr(hidden[0], "last_hidden_state", None) if len(hidden) == 1 else None
     if found is None:
         return logits[:, places].log_softmax(-1), None
-    heads = head_logits(found.flatten(0, 1), model.head()).view(*logits.shape[:-1], -1)
+    heads = model.logits_head().logits(found.flatten(0, 1)).view(*logits.shape[:-1], -1)
     return logits[:, places].log_softmax(-1), heads[:, places].log_softmax(-1)
 
 

@@ -17,6 +17,7 @@ from posttrain.config import NewToken
 from posttrain.core.errors import ModelError
 from posttrain.data.sample_store import vocabulary_size
 
+EXAMPLE_TOKENS = 3
 log = logging.getLogger("posttrain")
 
 
@@ -75,6 +76,36 @@ def fit_embedding(hf: Any, tokenizer: Any, new: Sequence[int] = (), source: str 
 def embedding_rows(hf: Any) -> int:
     """Return the number of rows of a model's embedding."""
     return int(hf.get_input_embeddings().weight.shape[0])
+
+
+def vocabulary_difference(theirs: Any, ours: Any) -> str:
+    """Return how the tokens of a tokenizer differ from another's in words; empty if they do not."""
+    theirs, ours = theirs.get_vocab(), ours.get_vocab()
+    if theirs == ours:
+        return ""
+    more, less = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
+    moved = sum(theirs[token] != ours[token] for token in theirs.keys() & ours.keys())
+    parts = [(f"{len(more):,} tokens more", more), (f"{len(less):,} fewer", less)]
+    words = [f"{what} ({', '.join(map(repr, tokens[:EXAMPLE_TOKENS]))})" for what, tokens in parts if tokens]
+    return ", ".join(words + ([f"{moved:,} with another id"] if moved else []))
+
+
+def check_same_vocabulary(name: str, theirs: Any, ours: Any) -> None:
+    """Check that a model can be a member of an ensemble: a distribution is over the tokens of one vocabulary.
+
+    Args:
+        name: Source of the model.
+        theirs: Its tokenizer.
+        ours: The ensemble's tokenizer.
+
+    Raises:
+        ModelError: Tokens differ.
+    """
+    if difference := vocabulary_difference(theirs, ours):
+        raise ModelError(
+            f"the vocabulary of {name} differs from the ensemble's: {difference}. Members share one: "
+            "leave this model out, or merge weights with tokenizer: union"
+        )
 
 
 def output_rows(hf: Any) -> int:

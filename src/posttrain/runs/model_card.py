@@ -18,6 +18,7 @@ import yaml
 import posttrain
 from posttrain.config import Recipe
 from posttrain.core.files import read_lines, write_text
+from posttrain.recipe.model_sources import ENSEMBLE_FILE
 from posttrain.report.formatting import format_score
 from posttrain.runs.lineage import LineageStep, Origin, trace
 
@@ -178,6 +179,8 @@ def _metric(run: Path, task: str) -> str:
 def _use(folder: Path, origin: Origin, tokens: bool) -> list[str]:
     """Return how the folder is opened with transformers and peft; `tokens`: the tokenizer got new ones."""
     file = folder / "adapter_config.json"
+    if (folder / ENSEMBLE_FILE).is_file():
+        return ["`posttrain chat FOLDER` opens it: several models, whose distributions of the next token are pooled."]
     if not file.is_file():
         head = folder.name == "reward_model"
         auto = "AutoModelForSequenceClassification" if head else "AutoModelForCausalLM"

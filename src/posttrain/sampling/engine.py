@@ -25,7 +25,6 @@ from torch import Tensor
 from posttrain.config import SamplingConfig
 from posttrain.core.errors import DataError, ModelError
 from posttrain.core.types import Rollout, RolloutGroup, Sample
-from posttrain.losses.linear_logprobs import head_logits
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.max_length import alike_up_to, context, why_short
 from posttrain.models.vocabulary import output_rows, textless_ids
@@ -250,7 +249,7 @@ class _Session:
         self, sampler: LocalSampler, prompts: list[_Prompt], params: SamplingConfig, on_done: OnDone | None
     ) -> None:
         self.sampler, self.params, self.on_done = sampler, params, on_done
-        self.head = sampler.model.head(packed=True)
+        self.head = sampler.model.logits_head(packed=True)
         self.device = sampler.model.device
         # Longest prompts first: what comes later fits where they were, and the longest work does not start last.
         self.waiting = sorted(prompts, key=lambda p: (len(p.request.tokens), -p.index))
@@ -352,7 +351,7 @@ class _Session:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         product = self.sampler.model.backend.linear(len(hidden))
-        return head_logits(hidden, self.head, self.params.temperature or 1.0, product)
+        return self.head.logits(hidden, self.params.temperature or 1.0, product)
 
     def _step(self) -> None:
         """One more token for every row."""

@@ -40,6 +40,11 @@ class Merge(Stage):
         for left in folder.glob(f"{SCRATCH}*"):  # of a run that was interrupted
             shutil.rmtree(left, ignore_errors=True)
         entry: dict[str, Any] = {}
+        if self.config.ensemble is not None:
+            from posttrain.methods.merge.ensemble_result import write_pooled
+
+            save_atomically(folder / "model", lambda work: entry.update(write_pooled(self.config, model, work)))
+            return {**entry, "trainable": 0, "seconds": round(time.perf_counter() - began, 2)}
         with ExitStack() as stack:
 
             def scratch() -> Path:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from posttrain.config.base import Config
 from posttrain.config.names import MERGE_ALGORITHMS
 from posttrain.config.open_functions import open_function
+from posttrain.config.pooling import check_pool
 from posttrain.config.settings import NAME, StageBase
 
 BASE_SOURCE = "base"
@@ -100,6 +101,19 @@ class AdapterResultConfig(Config):
     )
 
 
+class EnsembleConfig(Config):
+    """An ensemble: the models' distributions of the next token are pooled, and no weight is changed."""
+
+    pool: Literal["arithmetic", "geometric"] = Field(
+        "arithmetic",
+        description="arithmetic: the weighted mean of the probabilities. geometric: the product of their powers by the weights, normalised.",
+    )
+    confidence: Literal["entropy", "max_probability"] | None = Field(
+        None,
+        description="Multiplies the weights at every token. entropy: by exp(-entropy) of the model's distribution. max_probability: by its largest probability. None: the weights alone.",
+    )
+
+
 class MergeConfig(StageBase):
     """Merging: the weights of several models become one model, without training."""
 
@@ -117,6 +131,10 @@ class MergeConfig(StageBase):
     slices: list[SliceConfig] = Field(
         default_factory=list,
         description="In place of models: layers of several models that are stacked (passthrough). Embeddings, last norm and head are the base's.",
+    )
+    ensemble: EnsembleConfig | None = Field(
+        None,
+        description="In place of algorithm: pool the models' output distributions: {pool: arithmetic}. Each keeps its weights.",
     )
     tokenizer: str | None = Field(
         None,
@@ -151,15 +169,33 @@ class MergeConfig(StageBase):
     def _fits(self) -> MergeConfig:
         if bool(self.models) == bool(self.slices):
             raise ValueError("set either models (which an algorithm merges) or slices (layers that are stacked)")
-        if bool(self.models) != (self.algorithm is not None):
+        ways = [name for name in ("algorithm", "ensemble") if getattr(self, name) is not None]
+        if len(ways) > 1:
+            raise ValueError(f"set one of {' and '.join(ways)}: each makes a model in another way")
+        if bool(self.models) != bool(ways):
             raise ValueError(
-                "models need an algorithm, for example linear or ties" if self.models else "slices take no algorithm"
+                "models need an algorithm, for example linear or ties (or ensemble, which merges no weights)"
+                if self.models
+                else f"slices take no {ways[0]}"
             )
+        if self.ensemble is not None:
+            self._check_ensemble(self.ensemble)
         if self.adapter is not None and self.slices:
             raise ValueError("an adapter has the layers of its base, and slices stack others: leave adapter out")
         if self.algorithm is not None:
             self._check_models(self.algorithm.name, set(type(self.algorithm).model_fields))
         return self
+
+    def _check_ensemble(self, ensemble: EnsembleConfig) -> None:
+        of_weights = ("tokenizer", "missing_rows", "dtype", "adapter", "max_shard_gb")
+        if given := [name for name in of_weights if getattr(self, name) != type(self).model_fields[name].default]:
+            raise ValueError(f"an ensemble writes no weights and shares one vocabulary: leave {given[0]} out")
+        for number, model in enumerate(self.models):
+            if model.density is not None or not isinstance(model.weight, float):
+                raise ValueError(
+                    f"models.{number}: an ensemble has one weight for each model, and no density: expected a number"
+                )
+        check_pool([numbers_of(m.weight)[0] for m in self.models], ensemble.pool, ensemble.confidence)
 
     def _check_models(self, algorithm: str, settings: set[str]) -> None:
         if any(m.density is not None for m in self.models) and "density" not in settings:

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from posttrain.core.errors import ModelError
 from posttrain.core.files import named_path, read_small_text
 from posttrain.methods.merge.merge_settings import BASE_SOURCE, UNION, MergeConfig
-from posttrain.methods.merge.stored_model import StoredModel
 from posttrain.methods.merge.tokenizer_union import union_tokenizer
+from posttrain.models.vocabulary import vocabulary_difference
 
-EXAMPLE_TOKENS = 3
+
+class NamedModel(Protocol):
+    """A model with what is chosen here: `StoredModel`, or a member of an ensemble."""
+
+    @property
+    def source(self) -> str:
+        """Return its name."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return its tokenizer."""
+
+    @property
+    def generation(self) -> Any:
+        """Return its generation settings."""
 
 
-def model_named(name: str, base: StoredModel, others: Mapping[str, StoredModel]) -> StoredModel | None:
+Named = TypeVar("Named", bound=NamedModel)
+
+
+def model_named(name: str, base: Named, others: Mapping[str, Named]) -> Named | None:
     """Return the model that a setting names; None if it names none.
 
     Args:
@@ -26,9 +43,7 @@ def model_named(name: str, base: StoredModel, others: Mapping[str, StoredModel])
     return base if name == BASE_SOURCE else others.get(name)
 
 
-def choose_tokenizer(
-    config: MergeConfig, base: StoredModel, others: Mapping[str, StoredModel]
-) -> tuple[Any, StoredModel | None]:
+def choose_tokenizer(config: MergeConfig, base: Named, others: Mapping[str, Named]) -> tuple[Any, Named | None]:
     """Return the tokenizer that the result gets, and the model that it comes from (None: a union).
 
     Args:
@@ -50,7 +65,7 @@ def choose_tokenizer(
             )
         return copy.deepcopy(chosen.tokenizer), chosen
     for name, model in others.items():
-        if difference := vocabulary_difference(model, base):
+        if difference := vocabulary_difference(model.tokenizer, base.tokenizer):
             raise ModelError(
                 f"the vocabulary of {name} differs from the base's: {difference}. Set tokenizer to base, to one of the "
                 "sources, or to union"
@@ -58,21 +73,7 @@ def choose_tokenizer(
     return copy.deepcopy(base.tokenizer), base
 
 
-def vocabulary_difference(model: StoredModel, base: StoredModel) -> str:
-    """Return how the vocabulary of a model differs from the base's in words; empty if it does not."""
-    theirs, ours = model.tokenizer.get_vocab(), base.tokenizer.get_vocab()
-    if theirs == ours:
-        return ""
-    more, less = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
-    moved = sum(theirs[token] != ours[token] for token in theirs.keys() & ours.keys())
-    parts = [(f"{len(more):,} tokens more", more), (f"{len(less):,} fewer", less)]
-    words = [f"{what} ({', '.join(map(repr, tokens[:EXAMPLE_TOKENS]))})" for what, tokens in parts if tokens]
-    return ", ".join(words + ([f"{moved:,} with another id"] if moved else []))
-
-
-def choose_template(
-    config: MergeConfig, base: StoredModel, others: Mapping[str, StoredModel]
-) -> tuple[Any, StoredModel]:
+def choose_template(config: MergeConfig, base: Named, others: Mapping[str, Named]) -> tuple[Any, Named]:
     """Return the result's chat template, and the model that it comes from (the base for a template from elsewhere).
 
     Args:
@@ -110,7 +111,7 @@ def choose_template(
         raise ModelError(f"chat_template {str(path)!r} can't be read: {error}") from error
 
 
-def join_generation(first: StoredModel, models: Sequence[StoredModel], tokenizer: Any) -> Any:
+def join_generation(first: NamedModel, models: Sequence[NamedModel], tokenizer: Any) -> Any:
     """Return generation settings of a model, with the tokens that end a turn in any of the models.
 
     Args:
@@ -127,7 +128,7 @@ def join_generation(first: StoredModel, models: Sequence[StoredModel], tokenizer
     return out
 
 
-def mapped_ids(ids: Any, model: StoredModel, tokenizer: Any) -> list[int]:
+def mapped_ids(ids: Any, model: NamedModel, tokenizer: Any) -> list[int]:
     """Return token ids of a model as ids of another tokenizer; those that it does not have are left out.
 
     Args:

@@ -1,0 +1,31 @@
+"""How distributions are pooled: names, and what fits together. The formulas are in `posttrain.losses.ensemble_logprobs`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+POOLS = ("arithmetic", "geometric")
+CONFIDENCES = ("entropy", "max_probability")
+
+
+def check_pool(weights: Sequence[float], pool: str, confidence: str | None) -> None:
+    """Check how distributions are pooled.
+
+    Args:
+        weights: A weight for each model.
+        pool: One of POOLS.
+        confidence: One of CONFIDENCES, or None.
+
+    Raises:
+        ValueError: An unknown name, a sum of weights that is not positive, or a negative weight where none can be.
+    """
+    for given, known in ((pool, POOLS), (confidence, (None, *CONFIDENCES))):
+        if given not in known:
+            raise ValueError(f"expected one of {', '.join(map(str, known))}, got {given!r}")
+    if not sum(weights) > 1e-8:
+        raise ValueError(f"the weights {list(weights)} of an ensemble must have a positive sum")
+    if min(weights) < 0 and (pool == "arithmetic" or confidence is not None):
+        raise ValueError(
+            f"the weights {list(weights)} of an ensemble must not be negative: only a geometric pool without confidence "
+            "can take a distribution away"
+        )
