@@ -104,6 +104,7 @@ class Recipe(Config):
                         f"stage {stage.name!r} names stage:{name}, and no stage before it is called that "
                         f"(before it: {', '.join(earlier) or 'none'})"
                     )
+            stage.check_evaluations(self.evaluate)
             earlier.append(stage.name)
         for task in self.evaluate:
             for name in references(task):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from posttrain.config.names import EVALUATIONS
 from posttrain.config.open_kinds import OpenKind
@@ -27,6 +27,19 @@ class EvaluationBase(Config):
     kind: str = Field(description="Name of the evaluation, or package.module:Class of yours.")
     name: str = Field(pattern=NAME, description="Name in tables and files.")
     show: int = Field(8, ge=0, description="Items whose answers are shown side by side in the report. 0: none.")
+
+    validation: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the items by which something is chosen (a merge's search) and which are never reported, by a hash of their prompts. 0: all are reported.",
+    )
+
+    @model_validator(mode="after")
+    def _has_parts(self) -> EvaluationBase:
+        if self.validation and not self.compares_items:
+            raise ValueError(f"validation divides items, and {self.kind} has none that are the same for every model")
+        return self
 
     @property
     def source(self) -> Any:

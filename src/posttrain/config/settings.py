@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -304,6 +305,9 @@ class StageBase(Config):
         None,
         description="Model to start from instead of what the stage before left: stage:NAME, or any model source. base: the recipe's own model.",
     )
+
+    def check_evaluations(self, evaluations: Sequence[Any]) -> None:
+        """Check what the stage needs of the recipe's evaluations; raises ValueError."""
 
 
 class TrainConfig(StageBase):

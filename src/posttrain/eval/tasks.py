@@ -13,6 +13,7 @@ from posttrain.core.files import Lines, read_lines, read_object, write_json
 from posttrain.core.progress import Track
 from posttrain.core.statistics import summarize
 from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun, make_evaluation
+from posttrain.eval.item_parts import ItemPart, item_part
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import context_length, load_model
 from posttrain.models.verification import verify
@@ -26,6 +27,7 @@ def evaluate_model(
     folder: Path,
     seed: int = 0,
     functions: RewardFunctions | None = None,
+    part: ItemPart = "report",
 ) -> list[dict[str, Any]]:
     """Open a model and run evaluations on it, without those whose files are in the folder already.
 
@@ -35,6 +37,7 @@ def evaluate_model(
         folder: Folder of the files.
         seed: Seeds everything random.
         functions: Rewards given from Python, by name.
+        part: Which items of evaluations with `validation` are measured.
 
     Returns:
         The summaries, in the order of `tasks`.
@@ -46,24 +49,25 @@ def evaluate_model(
         verify(model)
         for task in pending:
             with ExitStack() as until:
-                data = task_data(task, tokenizer, context_length(config))
+                data = task_data(task, tokenizer, context_length(config), part)
                 run = EvaluationRun(model, tokenizer, data, seed, functions or {}, until, folder / LOG, config)
                 run_task(task, run, folder)
     return [read_object(folder / f"{t.name}.json") for t in tasks]
 
 
-def task_data(task: EvaluationConfig, tokenizer: Any, context: int | None) -> Any:
+def task_data(task: EvaluationConfig, tokenizer: Any, context: int | None, part: ItemPart = "report") -> Any:
     """Read the data of an evaluation.
 
     Args:
         task: The evaluation.
         tokenizer: The model's tokenizer.
         context: The model's length in tokens; None: unknown.
+        part: Which items of an evaluation with `validation` are wanted.
 
     Raises:
         DataError: It can't be read.
     """
-    return make_evaluation(task).read(tokenizer, context)
+    return item_part(make_evaluation(task).read(tokenizer, context), task, part)
 
 
 def run_task(task: EvaluationConfig, run: EvaluationRun, folder: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ OPTIONAL_PACKAGES = {
     "openai": ("openai", "judges and teachers behind a server"),
     "math-verify": ("reasoning", "mathematics as rewards"),
     "reasoning-gym": ("reasoning", "generated problems"),
+    "cma": ("search", "searches over merges by CMA-ES"),
     "rensa": ("instructions", "near duplicates among rows"),
     "tensorboard": ("track", "TensorBoard"),
     "wandb": ("track", "Weights & Biases"),
@@ -151,6 +152,8 @@ def _packages_needed(block: BaseModel, values: Mapping[str, Any]) -> Iterator[tu
         yield "compare", "math-verify"
     if values.get("quantization") is not None:
         yield "quantization", "bitsandbytes"
+    if values.get("method") == "cma" and "coefficients" in values:
+        yield "method", "cma"
     if values.get("near_duplicates") is not None:
         yield "near_duplicates", "rensa"
     if isinstance(block, ServerConfig):

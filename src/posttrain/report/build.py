@@ -22,6 +22,7 @@ from posttrain.report.judge_figures import read_feedback
 from posttrain.report.kept_corrections import kept_corrections
 from posttrain.report.load import Run, read, read_json
 from posttrain.report.measured_stages import measured_stages
+from posttrain.report.merge_search_view import merge_searches
 from posttrain.report.refinements import refinements
 from posttrain.report.retention_view import retentions
 from posttrain.report.reward_models import gold, held_out
@@ -118,6 +119,7 @@ def render_page(run: Run) -> str:
         held_out=held_out(run),
         measured=measured_stages(run),
         retentions=retentions(run),
+        searches=merge_searches(run),
         gold=gold(run),
         printed=printed_lines(run.folder),
         recipe=formatting.yaml_markup(run.recipe_text),

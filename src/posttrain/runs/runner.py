@@ -44,6 +44,7 @@ from posttrain.models.quantization import as_saved
 from posttrain.recipe.parsing import load_recipe
 from posttrain.report import build_report, judge_figures
 from posttrain.report.measured_stages import held_out_lines
+from posttrain.report.merge_search_view import search_lines
 from posttrain.report.retention_view import retention_lines
 from posttrain.report.terminal import answer_tables, sampling_tables, stage_tables, summary_table
 from posttrain.runs import registry
@@ -378,6 +379,7 @@ class _Run:
         for line in [
             *held_out_lines(path),
             *retention_lines(path),
+            *search_lines(path),
             *judge_figures.feedback_lines(path),
             f"run     {path}",
             f"report  {report}",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from posttrain.config.base import Config
 from posttrain.config.names import MERGE_ALGORITHMS
 from posttrain.config.open_functions import open_function
 from posttrain.config.pooling import check_pool
 from posttrain.config.settings import NAME, StageBase
+from posttrain.methods.merge.search_settings import SearchConfig, number_place, replace_numbers
 
 BASE_SOURCE = "base"
 """The model that the stage starts from, where a source is named."""
@@ -136,6 +137,9 @@ class MergeConfig(StageBase):
         None,
         description="In place of algorithm: pool the models' output distributions: {pool: arithmetic}. Each keeps its weights.",
     )
+    search: SearchConfig | None = Field(
+        None, description="Search numbers of this stage by the recipe's evaluations. None: the numbers are as they are."
+    )
     tokenizer: str | None = Field(
         None,
         description="Tokenizer of the result: base, a source as it is written in models (source@revision if there are several of it), or union (the base's with the tokens that only others have). None: the base's, and an error if the vocabularies differ.",
@@ -184,7 +188,63 @@ class MergeConfig(StageBase):
             raise ValueError("an adapter has the layers of its base, and slices stack others: leave adapter out")
         if self.algorithm is not None:
             self._check_models(self.algorithm.name, set(type(self.algorithm).model_fields))
+        if self.search is not None:
+            self._check_search(self.search)
         return self
+
+    def searchable(self) -> dict[str, Any]:
+        """Return the settings whose numbers a search may change, as plain data."""
+        dumped = self.model_dump(mode="json", include={"models": True, "algorithm": True, "slices": True})
+        for piece in dumped["slices"]:
+            del piece["layers"]
+        return dumped
+
+    def with_numbers(self, numbers: Mapping[str, float]) -> MergeConfig:
+        """Return these settings without the search, with other numbers at places such as algorithm.density.
+
+        Raises:
+            ValueError: Such settings are not allowed.
+        """
+        plain = self.model_dump(mode="json", exclude={"search"})
+        places = {number_place(self.searchable(), name): number for name, number in numbers.items()}
+        return type(self).model_validate(replace_numbers(plain, places))
+
+    def _check_search(self, search: SearchConfig) -> None:
+        for name, choice in search.coefficients.items():
+            for number in choice if isinstance(choice, list) else (choice.low, choice.high):
+                try:
+                    self.with_numbers({name: number})
+                except ValidationError as error:
+                    reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                    raise ValueError(f"search.coefficients.{name}: {number:g} can't be set: {reason}") from error
+
+    def check_evaluations(self, evaluations: Sequence[Any]) -> None:
+        """Check that there are evaluations that a search can be scored by; raises ValueError."""
+        if self.search is not None:
+            self.search_evaluations(evaluations)
+
+    def search_evaluations(self, evaluations: Sequence[Any]) -> list[Any]:
+        """Return the evaluations that the search is scored by.
+
+        Raises:
+            ValueError: There is none, or one that is named has no items for validation.
+        """
+        assert self.search is not None
+        named = self.search.evaluations
+        tasks = [task for task in evaluations if task.name in named or (not named and task.validation)]
+        if unknown := sorted(named.keys() - {task.name for task in tasks}):
+            raise ValueError(f"stage {self.name!r}: search.evaluations names {unknown[0]!r}, which is no evaluation")
+        without = [task.name for task in tasks if not task.validation]
+        if not tasks or without:
+            raise ValueError(
+                f"stage {self.name!r}: a search needs items that it is scored by and that are not reported: set validation "
+                f"of {f'evaluation {without[0]!r}' if without else 'an evaluation'} to a share of its items, such as 0.5"
+            )
+        if waiting := [t.name for t in tasks if "stage:" in t.model_dump_json()]:
+            raise ValueError(
+                f"stage {self.name!r}: evaluation {waiting[0]!r} uses what a stage makes, so no search can be scored by it"
+            )
+        return tasks
 
     def _check_ensemble(self, ensemble: EnsembleConfig) -> None:
         of_weights = ("tokenizer", "missing_rows", "dtype", "adapter", "max_shard_gb")
@@ -211,5 +271,9 @@ class MergeConfig(StageBase):
 
     def named_sources(self) -> list[tuple[str, str | None]]:
         """Return (source, revision) of every model that is opened beside the base, each once."""
-        entries: list[MergeSource | SliceConfig] = [*self.models, *self.slices]
-        return list(dict.fromkeys((e.source, e.revision) for e in entries if e.source != BASE_SOURCE))
+        return list(dict.fromkeys((e.source, e.revision) for e in self.entries if e.source != BASE_SOURCE))
+
+    @property
+    def entries(self) -> list[MergeSource | SliceConfig]:
+        """Return the models or slices."""
+        return [*self.models, *self.slices]
