@@ -317,6 +317,11 @@ class TrainConfig(StageBase):
     """The first token that carries loss begins the answer, in every forward pass: virtual tokens may stand there."""
 
     adapter: AdapterConfig | None = Field(None, description="Train adapters on a frozen model. None: every weight.")
+    train: list[str] | None = Field(
+        None,
+        min_length=1,
+        description='Patterns of the parameters that are trained, by their names or their modules\' (* stands for any text): ["*.mlp.gate"] trains the routers of a mixture alone. None: every weight, or the adapter.',
+    )
     merge: bool = Field(
         True,
         description="Merge adapters into the final model's weights (the adapter is saved as well). Soft prompts are never merged: the model is saved as an adapter.",
@@ -341,6 +346,11 @@ class TrainConfig(StageBase):
             raise ValueError(
                 "keep_zeros is for training every weight: an adapter adds to zeros too once it is merged. Leave one of "
                 "them out"
+            )
+        if self.train is not None and self.adapter is not None:
+            raise ValueError(
+                "train selects weights of the model, and an adapter trains its own on frozen ones (adapter.target selects "
+                "layers): leave one of them out"
             )
         if self.adapter is None or not self.adapter.is_soft_prompt:
             return self

@@ -291,6 +291,8 @@ def _stage_memory(
         formats[name] = memory(setting(weights, item, QLORA_RANK if name == "nf4" else 0))
     if trains and adapter is None:
         notes.append(f"nf4: with adapters of rank {QLORA_RANK}, since weights in 4 bit can't be trained")
+    if getattr(config, "train", None) is not None:
+        notes.append("every weight is counted as trained, and train selects some of them")
     if trains and not work.units:
         notes.append(f"a micro-batch of {tokens:,} tokens is assumed")
     return StageMemory(config.name, tokens, targets, own_setting.trained, memory(own_setting), formats, notes)

@@ -22,6 +22,7 @@ from posttrain.models.soft_prompt import SoftPrompt
 from posttrain.models.verification import verify
 from posttrain.trainer.kept_zeros import mark_zeros
 from posttrain.trainer.loop import LoopResult
+from posttrain.trainer.trained_part import train_only
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def open_policy(
     opened = opened if change is None else change(opened)
     if config.adapter is None and SoftPrompt.of(opened.hf) is not None:
         raise ModelError(NOT_ON_A_SOFT_PROMPT.format(what="every weight"))
+    train_only(opened.hf, config.train)
     hf = opened.hf if config.adapter is None else attach_to(opened, config.adapter, seed)
     check_training(hf, config.merge, distributed.world())
     round_while_training(hf, config.qat)

@@ -72,6 +72,11 @@ class Merge(Stage):
         from posttrain.methods.merge.merge_models import open_sources, write_merged
 
         base, sources = open_sources(self.config, model, scratch)
+        routers = None
+        if self.config.experts is not None:
+            from posttrain.methods.merge.expert_routers import expert_routers
+
+            routers = expert_routers(self.config, model, seed)
 
         def write(config: MergeConfig, work: Path) -> dict[str, Any]:
             with Track(config.name, 1) as track:
@@ -80,6 +85,6 @@ class Merge(Stage):
                     track.set_total(total)
                     track.update(done)
 
-                return write_merged(config, base, sources, work, seed, note, model.trust_remote_code)
+                return write_merged(config, base, sources, work, seed, note, model.trust_remote_code, routers)
 
         return write

@@ -13,6 +13,7 @@ from typing import Any
 from posttrain.config.settings import ModelConfig
 from posttrain.core.errors import ModelError
 from posttrain.data.sample_store import vocabulary_size
+from posttrain.methods.merge.experts import Routers, mixture_settings, plan_experts
 from posttrain.methods.merge.lora_result import write_difference
 from posttrain.methods.merge.merge_settings import BASE_SOURCE, MergeConfig
 from posttrain.methods.merge.merge_weights import Sources, WeightMerge, plan_merge, plan_stack
@@ -61,6 +62,7 @@ def write_merged(
     seed: int,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
     trust_remote_code: bool = False,
+    routers: Routers | None = None,
 ) -> dict[str, Any]:
     """Write the merged model to `folder`.
 
@@ -72,6 +74,7 @@ def write_merged(
         seed: Decides random masks.
         on_tensor: Called with the numbers of tensors that are written and of all.
         trust_remote_code: Run code that ships with the base.
+        routers: Weights of the routers, for a mixture of experts.
 
     Returns:
         The stage's entry in the manifest.
@@ -83,8 +86,12 @@ def write_merged(
     tokenizer, owner = choose_tokenizer(config, base, others)
     tokenizer.chat_template, with_template = choose_template(config, base, others)
     base, sources, lacked = _for_tokenizer(config, base, sources, tokenizer, owner)
-    plan = plan_merge(config, base, sources, seed) if config.models else plan_stack(config, base, sources)
+    if config.experts is not None and routers is not None:
+        plan = plan_experts(config, base, sources, routers)
+    else:
+        plan = plan_merge(config, base, sources, seed) if config.models else plan_stack(config, base, sources)
     settings = result_settings(base, plan, tokenizer)
+    settings = settings if config.experts is None else mixture_settings(settings, base, config)
     _check_shapes(plan, layout_of(settings, base.source, trust_remote_code), base)
     folder.mkdir(parents=True)
     merged = [
@@ -92,6 +99,7 @@ def write_merged(
     ]
     opened = {model.source: {"source": model.source, **model.notes} for model in merged}
     algorithm = "stack of layers" if config.algorithm is None else config.algorithm.name
+    algorithm = algorithm if config.experts is None else f"experts ({settings.model_type})"
     record = {"algorithm": algorithm, "base": base.source, "models": list(opened.values())}
     record |= {"rows that a source lacked": lacked} if lacked else {}
     made: dict[str, Any] = {"models merged": len(opened)}

@@ -11,7 +11,7 @@ from posttrain.config.base import Config
 from posttrain.config.names import MERGE_ALGORITHMS
 from posttrain.config.open_functions import open_function
 from posttrain.config.pooling import check_pool
-from posttrain.config.settings import NAME, StageBase
+from posttrain.config.settings import NAME, DataConfig, StageBase
 from posttrain.methods.merge.search_settings import SearchConfig, number_place, replace_numbers
 
 BASE_SOURCE = "base"
@@ -66,6 +66,10 @@ class MergeSource(Config):
     density: Annotated[Values, within(0, 1)] | None = Field(
         None, description="Share of this model's changes that stay, in place of the algorithm's density."
     )
+    prompts: list[str] | DataConfig | None = Field(
+        None,
+        description="With experts and router prompts: texts, or rows (settings of data), that are this model's to continue.",
+    )
 
 
 class SliceConfig(Config):
@@ -115,6 +119,21 @@ class EnsembleConfig(Config):
     )
 
 
+class ExpertsConfig(Config):
+    """A mixture: the models' feed-forward parts become experts of each layer, and the rest is averaged."""
+
+    router: Literal["prompts", "random", "zeros"] = Field(
+        "prompts",
+        description="Weights of the routers to begin with. prompts: of each model's `prompts`. random. zeros: all experts alike.",
+    )
+    top_k: int = Field(2, ge=1, description="Experts that compute each token; their weights sum to 1.")
+    balance: float = Field(
+        0.01,
+        ge=0,
+        description="Coefficient of the load-balancing loss that later training stages add. 0: none.",
+    )
+
+
 class MergeConfig(StageBase):
     """Merging: the weights of several models become one model, without training."""
 
@@ -136,6 +155,10 @@ class MergeConfig(StageBase):
     ensemble: EnsembleConfig | None = Field(
         None,
         description="In place of algorithm: pool the models' output distributions: {pool: arithmetic}. Each keeps its weights.",
+    )
+    experts: ExpertsConfig | None = Field(
+        None,
+        description="In place of algorithm: make a mixture with each model as an expert: {router: prompts, top_k: 2}.",
     )
     search: SearchConfig | None = Field(
         None, description="Search numbers of this stage by the recipe's evaluations. None: the numbers are as they are."
@@ -173,17 +196,18 @@ class MergeConfig(StageBase):
     def _fits(self) -> MergeConfig:
         if bool(self.models) == bool(self.slices):
             raise ValueError("set either models (which an algorithm merges) or slices (layers that are stacked)")
-        ways = [name for name in ("algorithm", "ensemble") if getattr(self, name) is not None]
+        ways = [name for name in ("algorithm", "ensemble", "experts") if getattr(self, name) is not None]
         if len(ways) > 1:
             raise ValueError(f"set one of {' and '.join(ways)}: each makes a model in another way")
         if bool(self.models) != bool(ways):
             raise ValueError(
-                "models need an algorithm, for example linear or ties (or ensemble, which merges no weights)"
+                "models need an algorithm, for example linear or ties (or ensemble, or experts)"
                 if self.models
                 else f"slices take no {ways[0]}"
             )
         if self.ensemble is not None:
             self._check_ensemble(self.ensemble)
+        self._check_experts(self.experts)
         if self.adapter is not None and self.slices:
             raise ValueError("an adapter has the layers of its base, and slices stack others: leave adapter out")
         if self.algorithm is not None:
@@ -191,6 +215,27 @@ class MergeConfig(StageBase):
         if self.search is not None:
             self._check_search(self.search)
         return self
+
+    def _check_experts(self, experts: ExpertsConfig | None) -> None:
+        from_prompts = experts is not None and experts.router == "prompts"
+        for number, model in enumerate(self.models):
+            if (model.prompts is not None) != from_prompts:
+                raise ValueError(
+                    f"models.{number}: router prompts needs prompts of every model, texts or settings of rows"
+                    if from_prompts
+                    else f"models.{number}: prompts are for experts with router: prompts: leave them out"
+                )
+            if experts is not None and model.density is not None:
+                raise ValueError(f"models.{number}: experts have no density: leave it out")
+        if experts is None:
+            return
+        if not experts.top_k <= len(self.models) or len(self.models) < 2:
+            raise ValueError(
+                f"experts.top_k is {experts.top_k}, and there are {len(self.models)} models: expected at least two models, "
+                "and as many as top_k"
+            )
+        if self.adapter is not None:
+            raise ValueError("a mixture of experts is no change of the base's weights: leave adapter out")
 
     def searchable(self) -> dict[str, Any]:
         """Return the settings whose numbers a search may change, as plain data."""

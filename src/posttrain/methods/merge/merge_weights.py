@@ -91,8 +91,8 @@ def plan_merge(config: MergeConfig, base: StoredModel, sources: Sources, seed: i
     for model in models:
         check_alike(model, base)
     tied = all(model.layout.tied for model in [base, *models])
-    names = _names(base, models, tied)
-    dtypes = {name: _dtype(config, base, name) for name in names}
+    names = result_names(base, models, tied)
+    dtypes = {name: result_dtype(config, base, name) for name in names}
     algorithm: Any = config.algorithm
     numbers = _Numbers(config, base)
     numbers.check(names)
@@ -178,7 +178,7 @@ def plan_stack(config: MergeConfig, base: StoredModel, sources: Sources) -> Weig
 
     planned = []
     for name, (model, own, _, _) in where.items():
-        planned.append(PlannedTensor(name, model.entry(own).shape, _dtype(config, model, own)))
+        planned.append(PlannedTensor(name, model.entry(own).shape, result_dtype(config, model, own)))
     return WeightMerge(planned, compute, layers, bool(layout.tied))
 
 
@@ -192,7 +192,14 @@ def _ordered(model: StoredModel) -> list[str]:
     return known + sorted(set(model.tensors) - set(known))
 
 
-def _names(base: StoredModel, models: Sequence[StoredModel], tied: bool) -> list[str]:
+def result_names(base: StoredModel, models: Sequence[StoredModel], tied: bool) -> list[str]:
+    """Return the names of a merge's tensors, in the base's order.
+
+    Args:
+        base: The base.
+        models: The models that are merged.
+        tied: The result has no output head of its own.
+    """
     names = _ordered(base)
     if tied:
         return names
@@ -200,7 +207,14 @@ def _names(base: StoredModel, models: Sequence[StoredModel], tied: bool) -> list
     return names + sorted(heads - set(names))  # the result has a head of its own where one of the models has one
 
 
-def _dtype(config: MergeConfig, model: StoredModel, name: str) -> torch.dtype:
+def result_dtype(config: MergeConfig, model: StoredModel, name: str) -> torch.dtype:
+    """Return the dtype in which a tensor is written.
+
+    Args:
+        config: Settings of the stage.
+        model: The model whose dtype is kept, if none is set.
+        name: Name of the tensor.
+    """
     stored = model.entry(name).dtype
     if stored is None:
         return model.read(name).dtype

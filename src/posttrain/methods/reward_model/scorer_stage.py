@@ -58,12 +58,14 @@ class ScorerStage(Stage):
         from posttrain.models.quantization import check_training
         from posttrain.trainer.kept_zeros import mark_zeros
         from posttrain.trainer.policy import LoadedPolicy
+        from posttrain.trainer.trained_part import train_only
 
         check_soft_start(run.model, self.config.adapter)
         device = pick_device(run.model.device)
         distributed.start(device)
         opened = open_scorer(run.model, self.layout, run.seed, pick_dtype(run.model.dtype, device))
         adapter = self.config.adapter
+        train_only(opened.hf, self.config.train)
         hf = opened.hf if adapter is None else attach_to(opened, adapter, run.seed, "SEQ_CLS")
         check_training(hf, self.config.merge, distributed.world())
         round_while_training(hf, self.config.qat)
