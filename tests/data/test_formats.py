@@ -117,7 +117,7 @@ BAD = [
     (
         "messages",
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-        "part of type 'image' that",
+        "places for 1 images, and the row names 0",
     ),
     ("prompt_completion", {"prompt": "x"}, "missing field 'completion'"),
     ("prompt_completion", {"prompt": {"a": 1}, "completion": "x"}, "prompt is dict, expected text"),

@@ -235,7 +235,7 @@ def test_columns_of_feedback(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ({"images": ["a.png"]}, "column 'images' is not supported here (it would not reach the model)"),
+    ({"videos": ["a.mp4"]}, "column 'videos' is not supported here (it would not reach the model)"),
     ({"audio": {"path": "a.wav"}}, "column 'audio' is not supported"),
     ({"weight": 0.5}, "column 'weight' is not supported here (it changes the loss in other programs)"),
     ({"mask": "User"}, "column 'mask' is not supported"),

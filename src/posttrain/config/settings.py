@@ -145,6 +145,10 @@ class RowSettings(Config):
         default_factory=list,
         description="Columns, fields of turns and types of content parts that are left out (and counted), for example [images]; needed for those that would change the meaning of a row.",
     )
+    image_folder: str | None = Field(
+        None,
+        description="Folder that relative paths of images start from. None: the folder of the rows' file.",
+    )
     classes: ClassesConfig | None = Field(None, description="Makes the field 'label' from a numeric column.")
     system: str | None = Field(
         None, description="System message put first in every conversation, in place of the row's."

@@ -5,6 +5,9 @@ depth-first order, so the descendants of a segment are one contiguous run of tok
 
 Virtual tokens (`VirtualTokens`) are positions without an id: trained vectors before or inside every sequence. Those
 before all sequences are one segment that every sample continues.
+
+Tokens of pictures (`core.image_tokens`) share segments too: those of one picture are equal to one another and to
+no other's. So a picture that several samples begin with is one prefix, and each is encoded once a batch.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.core.image_tokens import ImageSpan, image_spans
 from posttrain.core.transfer import all_to_device, to_device
 from posttrain.core.types import Sample
 
@@ -25,6 +29,10 @@ MIN_SHARED = 16
 """Shortest prefix worth a segment of its own: a segment costs about as much as this many tokens."""
 _VIRTUAL = 1 << 40
 """Stands for the first virtual token while samples are laid out; no vocabulary is that large."""
+
+
+_PICTURE = 1 << 24
+"""While samples are laid out, token k of picture n is -(1 + n * this + k): different pictures have no common prefix."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,23 @@ class VirtualTokens:
 
 
 @dataclass(frozen=True)
+class BatchImages:
+    """Say which tokens of a batch stand for pictures.
+
+    Attributes:
+        spans: One span of each picture, for what the vision tower takes.
+        sizes: Number of tokens of each picture.
+        image_T: T-indices of the tokens that get a picture's vector.
+        vectors: For each of them the number of its vector; the vectors of all pictures lie end to end.
+    """
+
+    spans: tuple[ImageSpan, ...]
+    sizes: tuple[int, ...]
+    image_T: Tensor
+    vectors: Tensor
+
+
+@dataclass(frozen=True)
 class RaggedBatch:
     """T tokens and the S segments they form.
 
@@ -63,6 +88,7 @@ class RaggedBatch:
     virtual: the virtual tokens; None: there are none. Rows are without them.
     virtual_T: T-indices of the virtual tokens that are computed (their token id is 0), virtual_ids: number of each.
     whole_rows: per sample, the T-indices of its tokens and its computed virtual tokens, in order.
+    images: the pictures; None: the batch is text.
     """
 
     tokens_T: Tensor
@@ -81,6 +107,7 @@ class RaggedBatch:
     virtual_T: Tensor | None = None
     virtual_ids: Tensor | None = None
     whole_rows: tuple[Tensor, ...] = ()
+    images: BatchImages | None = None
 
     @property
     def longest(self) -> int:
@@ -136,6 +163,9 @@ class RaggedBatch:
         found: dict[str, Any] = dict(zip(names, moved, strict=False))
         weights = to_device(self.weights_T, device)
         plain, weighted = tuple(rows[:count]), tuple(rows[count : 2 * count])
+        if self.images is not None:
+            places, vectors = all_to_device([self.images.image_T, self.images.vectors], device)
+            found["images"] = replace(self.images, image_T=places, vectors=vectors)
         whole = plain if same else tuple(rows[2 * count :])
         return replace(self, **found, weights_T=weights, rows=plain, weighted_rows=weighted, whole_rows=whole)
 
@@ -147,9 +177,45 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else n
 
 
-def _with_virtual(sample: Sample, virtual: VirtualTokens | None) -> tuple[np.ndarray, np.ndarray]:
+class _Pictures:
+    """Number the pictures of a batch."""
+
+    def __init__(self) -> None:
+        self.spans: dict[str, ImageSpan] = {}
+        self.sizes: list[int] = []
+        self.numbers: dict[str, int] = {}
+
+    def mark(self, tokens: np.ndarray, spans: Sequence[ImageSpan]) -> np.ndarray:
+        """Return a sample's token ids with numbers of its pictures' tokens in their places."""
+        marked = tokens.copy()
+        for span in spans:
+            places = span.start + np.flatnonzero(tokens[span.start : span.stop] == span.token)
+            number = self.numbers.setdefault(span.key, len(self.numbers))
+            if number == len(self.sizes):
+                self.spans[span.key] = span
+                self.sizes.append(len(places))
+            marked[places] = -1 - number * _PICTURE - np.arange(len(places))
+        return marked
+
+    def batch(self, tokens: np.ndarray) -> tuple[np.ndarray, BatchImages | None]:
+        """Return the token ids of all that is laid out, and where the pictures are."""
+        if not self.sizes:
+            return tokens, None
+        at = np.flatnonzero(tokens < 0)
+        numbers, inside = np.divmod(-1 - tokens[at], _PICTURE)
+        first = np.concatenate([[0], np.cumsum(self.sizes)])
+        spans = tuple(self.spans.values())
+        ids = tokens.copy()
+        ids[at] = np.array([span.token for span in spans])[numbers]
+        vectors = torch.from_numpy(first[numbers] + inside)
+        return ids, BatchImages(spans, tuple(self.sizes), torch.from_numpy(at), vectors)
+
+
+def _laid(sample: Sample, virtual: VirtualTokens | None, pictures: _Pictures) -> tuple[np.ndarray, np.ndarray]:
     """Return a sample's tokens and weights as arrays, with the virtual tokens that are computed in their places."""
     tokens, weights = np.asarray(sample.tokens, dtype=np.int64), np.asarray(sample.weights, dtype=np.float64)
+    if spans := image_spans(sample.tokens):
+        tokens = pictures.mark(tokens, spans)
     if virtual is None or not virtual.computed:
         return tokens, weights
     carrying = np.flatnonzero(weights)
@@ -163,7 +229,8 @@ class _Builder:
     """Lay samples out depth first, a shared prefix once."""
 
     def __init__(self, samples: Sequence[Sample], min_shared: int, virtual: VirtualTokens | None) -> None:
-        laid = [_with_virtual(s, virtual) for s in samples]
+        self.pictures = _Pictures()
+        laid = [_laid(s, virtual, self.pictures) for s in samples]
         self.tokens = [tokens for tokens, _ in laid]
         self.weights = [weights for _, weights in laid]
         self.min_shared = min_shared
@@ -266,8 +333,9 @@ def _batch(builder: _Builder, samples: Sequence[Sample], virtual: VirtualTokens 
     at = np.flatnonzero(tokens >= _VIRTUAL)
     rows = [row[own < _VIRTUAL] for row, own in zip(whole, builder.tokens, strict=True)] if len(at) else whole
     as_tensors = tuple(map(torch.from_numpy, rows))
+    ids, images = builder.pictures.batch(tokens)
     return RaggedBatch(
-        torch.from_numpy(np.where(tokens >= _VIRTUAL, 0, tokens)),
+        torch.from_numpy(np.where(ids >= _VIRTUAL, 0, ids)),
         torch.from_numpy(np.concatenate(positions)),
         torch.from_numpy(weights),
         torch.from_numpy(np.concatenate(predictors)),
@@ -283,6 +351,7 @@ def _batch(builder: _Builder, samples: Sequence[Sample], virtual: VirtualTokens 
         torch.from_numpy(at) if len(at) else None,
         torch.from_numpy(tokens[at] - _VIRTUAL) if len(at) else None,
         tuple(map(torch.from_numpy, whole)) if len(at) else as_tensors,
+        images,
     )
 
 

@@ -30,6 +30,7 @@ class Message(TypedDict):
         tool_call_id: Call that a tool's turn answers.
         name: Name of the tool, or of the speaker.
         train: False: the turn carries no loss, whatever `loss_on` says.
+        images: Pictures, one for each `core.image_tokens.IMAGE_MARK` in `content`.
     """
 
     role: str
@@ -39,13 +40,15 @@ class Message(TypedDict):
     tool_call_id: NotRequired[str]
     name: NotRequired[str]
     train: NotRequired[bool]
+    images: NotRequired[list[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One sequence of token ids, and what each token counts in the loss.
 
-    tokens: token ids, whole sequence (prompt and completion), never truncated silently.
+    tokens: token ids, whole sequence (prompt and completion), never truncated silently; `core.image_tokens.ImageTokens`
+        if some stand for pictures.
     weights: one number a token; 0 means that the token carries no loss. The weight belongs to the token as a
         *target*: the first token of a sequence has nothing that predicts it, so its weight must be 0.
     source: where the row came from, ``file:row``, for messages.

@@ -28,7 +28,8 @@ class _Way:
     again: Tensor | None = None
 
     def take(self) -> Tensor:
-        out = self.make() if self.again is None else self.again
+        # What was promised is contiguous; made of a transposed input, it may come out transposed.
+        out = self.make().contiguous() if self.again is None else self.again
         self.waiting -= 1
         self.again = out if self.waiting > 0 else None
         return out
@@ -47,7 +48,7 @@ def asked() -> bool:
 
 
 def made(out: Tensor, make: Callable[[], Tensor]) -> None:
-    """Say that `make` gives `out` again: a tensor of the same shape and strides."""
+    """Say that `make` gives `out` again: a tensor of the same shape, whose strides may differ."""
     if _known is not None and out.is_contiguous():
         reference = StorageWeakRef(out.untyped_storage())  # holds the record, not the memory: no other gets its address
         _known[reference.cdata] = reference, out.shape, _Way(make)

@@ -14,13 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from posttrain.core.image_tokens import IMAGE_MARK
 from posttrain.core.types import Message
 from posttrain.data.bad_rows import BadRow
+from posttrain.data.image_reader import image_reader
+from posttrain.data.image_turns import fragments, pictures_of, shown_to_template
+from posttrain.data.pictures import Picture
 from posttrain.data.special_text import guard, guard_all, restore
 from posttrain.data.template_dialect import as_read, dialect_of
 from posttrain.data.template_source import apply_template, check_template_args, template_args, template_of
 from posttrain.data.think_marks import split_block
 
+NO_PICTURES = "images are not read here: the turns are rendered as text alone"
 QUOTED = 60
 """Characters of a text that a message quotes."""
 
@@ -35,6 +40,8 @@ class Conversation:
         tools: Descriptions of the tools, guarded.
         arguments: Arguments of the template.
         specials: Special tokens that are spelt inside texts, with their number.
+        pictures: The pictures of the turns, in order.
+        image_token: What the template writes for each; "" without pictures.
     """
 
     def __init__(
@@ -52,28 +59,38 @@ class Conversation:
             self.dialect = dialect_of(tokenizer, tools, self.arguments)
         except (ValueError, TypeError) as error:  # no template, or none for tools
             raise BadRow(f"the chat template refuses it: {error}") from error
+        self.pictures = pictures_of(messages)
+        self.image_token = image_reader(tokenizer).token if self.pictures else ""
         self.specials: Counter[str] = Counter()
         if special_tokens == "allow":
             self.messages, self.tools = list(messages), list(tools)
         else:
             self.messages = [self._guarded(m) for m in messages]
             self.tools = [guard_all(tool, self._guard) for tool in tools]
-        self._turns = [as_read(m, self.dialect) for m in self.messages]
+        self._turns = [self._as_read(m) for m in self.messages]
         self._texts: dict[tuple[int, bool], str] = {}
         self._parts: dict[int, tuple[str, str]] = {}
 
     def like(self, messages: Sequence[Message]) -> Conversation:
         """Return a conversation of other turns, already guarded, with the same tools and arguments."""
         other = copy.copy(self)
-        other.messages, other._turns = list(messages), [as_read(m, self.dialect) for m in messages]
+        other.messages, other._turns = list(messages), [self._as_read(m) for m in messages]
         other._texts, other._parts = {}, {}
         return other
+
+    def _as_read(self, message: Message) -> dict[str, Any]:
+        if message.get("images"):
+            return shown_to_template(message, self.tokenizer, self.image_token)
+        return as_read(message, self.dialect)
 
     def _guard(self, text: str) -> str:
         return guard(text, self.dialect.control, self.specials)
 
     def _guarded(self, message: Message) -> Message:
         content = message["content"]
+        if message.get("images"):
+            texts = map(self._guard, content.split(IMAGE_MARK))
+            return {**message, "content": IMAGE_MARK.join(texts)}
         block = split_block(content, self.dialect.opened) if message["role"] == "assistant" else None
         if block is None:
             guarded = self._guard(content)
@@ -142,10 +159,23 @@ class Conversation:
                 raise BadRow(f"{left_out(messages[i], i, True)}: {quote(missing)} is not in it")
         # A text that the template writes too, such as "user", may be left out all the same.
         own, known = self.dialect.markup, expected.text
+        if self.pictures:
+            self._check_pictures(text, messages)
         doubtful = {t for t in contents if t and (t in own or text.count(t) > known.count(t))}
         if doubtful:
             self._check_in_words([i for i, t in enumerate(contents) if t in doubtful], len(messages), generation)
         return without
+
+    def _check_pictures(self, text: str, messages: Sequence[Message]) -> None:
+        """Check that a rendering has an image token for each picture, and the texts beside them. Raises BadRow."""
+        written, wanted = text.count(self.image_token), len(pictures_of(messages))
+        if written != wanted:
+            raise BadRow(f"the chat template writes {written} image tokens ({self.image_token}) for {wanted} images")
+        search = TextSearch(text)
+        for i, message in enumerate(messages):
+            for part in fragments(message["content"]) if message.get("images") else ():
+                if not search.has(part):
+                    raise BadRow(_missing(message, i, part))
 
     def _check_in_words(self, turns: Sequence[int], count: int, generation: bool) -> None:
         """Check that the template shows turns, with words that occur nowhere else in place of their texts.
@@ -174,6 +204,8 @@ class Conversation:
         if i not in self._parts:
             message = self.messages[i]
             reasoning, content = message.get("reasoning_content", ""), message["content"]
+            if message.get("images"):  # its texts may be moved apart: see `_check_pictures`
+                content = ""
             if message["role"] == "assistant" and not reasoning:
                 block = split_block(content, self.dialect.opened)
                 if block is not None:
@@ -262,6 +294,31 @@ def squash(text: str) -> str:
     return "".join(text.split())
 
 
+def render_prompt(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+    arguments: Mapping[str, Any] | None = None,
+    special_tokens: str = "text",
+) -> tuple[str, tuple[Picture, ...]]:
+    """Return the template's text of a conversation with the generation prompt, and the pictures that stand in it.
+
+    Args:
+        tokenizer: As for `render_chat`, and so the others.
+        messages: Turns of the conversation.
+        tools: Likewise.
+        arguments: Likewise.
+        special_tokens: Likewise.
+
+    Raises:
+        BadRow: As there.
+    """
+    conversation = Conversation(tokenizer, messages, tools, arguments, special_tokens)
+    text = conversation.render(generation=True)
+    conversation.check(text, generation=True)
+    return text, conversation.pictures
+
+
 def render_chat(
     tokenizer: Any,
     messages: Sequence[Message],
@@ -282,9 +339,12 @@ def render_chat(
             the text for people). "allow": they are special tokens.
 
     Raises:
-        BadRow: The template refuses the conversation, has no such argument, or leaves out something of it.
+        BadRow: The template refuses the conversation, has no such argument, or leaves out something of it; or a turn
+            has pictures.
     """
     conversation = Conversation(tokenizer, messages, tools, arguments, special_tokens)
+    if conversation.pictures:
+        raise BadRow(NO_PICTURES)
     text = conversation.render(generation=generation)
     conversation.check(text, generation=generation)
     return text

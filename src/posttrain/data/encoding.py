@@ -10,15 +10,19 @@ from typing import Any, NamedTuple, Protocol
 
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
+from posttrain.core.image_tokens import beginning
 from posttrain.core.progress import Track
 from posttrain.core.types import Message, Sample
 from posttrain.data.bad_rows import BadRow
-from posttrain.data.chat_template import render_chat
+from posttrain.data.chat_template import NO_PICTURES, render_prompt
 from posttrain.data.formats import Record
+from posttrain.data.image_reader import image_reader
+from posttrain.data.image_turns import IMAGE_COLUMNS, pictures_of
 from posttrain.data.learnt_turns import OWN_TEXT, Rendered, render_with_loss
 from posttrain.data.parts import PlacedRow
+from posttrain.data.pictures import Picture
 from posttrain.data.plain_text import PlainTurns, encode_plain, join_texts, plain_prompts, plain_turns
-from posttrain.data.rows import Rows
+from posttrain.data.rows import REFUSED_COLUMNS, Rows
 from posttrain.data.tokenizing import Encoded, tokenize, tokenize_rendered
 
 BATCH = 1000
@@ -77,7 +81,13 @@ class EncodedRow(NamedTuple):
 
 
 class RowReader(Protocol):
-    """Read samples from rows."""
+    """Read samples from rows.
+
+    Attributes:
+        images: True if it reads rows with pictures.
+    """
+
+    images: bool
 
     def parse(self, row: PlacedRow) -> ParsedRow:
         """Return what the row says. Raises BadRow."""
@@ -110,15 +120,19 @@ def encode_stream(rows: Rows, reader: RowReader, tokenizer: Any, context: int | 
         DataError: The tokenizer has no chat template.
     """
 
+    refused = REFUSED_COLUMNS - set(IMAGE_COLUMNS) if reader.images else REFUSED_COLUMNS
+
     def parse(row: PlacedRow) -> tuple[PlacedRow, ParsedRow]:
         parsed = reader.parse(row)
         if row.config.chat and any(record.messages for record in parsed.records):
             require_chat_template(tokenizer)
+        if not reader.images and any(pictures_of(record.messages) for record in parsed.records):
+            raise BadRow(NO_PICTURES)
         return row, parsed
 
     total, done = len(rows.order), 0
     with Track("tokenizing", total, shown=total > 5 * BATCH and os.environ.get("RANK", "0") == "0") as progress:
-        for batch in _batches(rows.stream(parse)):
+        for batch in _batches(rows.stream(parse, refused)):
             yield from _encode_batch(batch, rows, reader, tokenizer, context)
             done += len(batch)
             progress.update(done)
@@ -135,14 +149,30 @@ def _encode_batch(
     for rank, row, parsed, several in rendered:
         # One record may be several samples (see `learnt_turns`); the two answers of a pair are one each.
         found = [[next(encoded) for _ in texts] for texts in several]
-        parts = [[sample for samples in of_record for sample in samples] for of_record in found]
-        limit, samples = token_limit(row.config, context), list(zip(*parts, strict=True))
         with rows.bad.collect(row.source):
+            for texts, of_record in zip(several, found, strict=True):
+                _put_pictures(texts, of_record, tokenizer)
+            parts = [[sample for samples in of_record for sample in samples] for of_record in found]
+            limit, samples = token_limit(row.config, context), list(zip(*parts, strict=True))
             made = [reader.make(parsed, _fit(sample, limit, row.config), row.source) for sample in samples]
             rows.truncated += any(len(tokens) > limit for sample in samples for tokens, _ in sample)
             rows.add_notes(note for texts in several for r in texts for note in r.notes.items())
             rows.add_notes((OWN_TEXT, len(samples) - 1) for of_record in found for samples in of_record)
             yield from (EncodedRow(rank, row, parsed, *item) for item in made)
+
+
+def _put_pictures(texts: Sequence[Rendered | PlainTurns], encoded: list[list[Encoded]], tokenizer: Any) -> None:
+    """Put the tokens of pictures in place of their placeholders, in the samples of each text. Raises BadRow.
+
+    Args:
+        texts: The texts of a record.
+        encoded: Their samples, which are replaced.
+        tokenizer: The tokenizer.
+    """
+    for i, text in enumerate(texts):
+        if isinstance(text, Rendered) and text.pictures:
+            reader = image_reader(tokenizer)
+            encoded[i] = [reader.expand(*sample, text.pictures) for sample in encoded[i]]
 
 
 def _batches(items: Iterable[_Parsed]) -> Iterator[list[_Parsed]]:
@@ -168,7 +198,10 @@ def _fit(parts: Sequence[Encoded], limit: int, config: DataConfig) -> list[Encod
     most = max(len(tokens) for tokens, _ in parts)
     if most > limit and config.on_long == "bad_row":
         raise BadRow(f"too long ({most} tokens, and the limit is {limit})")
-    cut = [(tokens[:limit], weights[:limit]) for tokens, weights in parts]
+    try:
+        cut = [(beginning(tokens, limit), weights[:limit]) for tokens, weights in parts]
+    except ValueError as error:
+        raise BadRow(f"too long ({most} tokens, and the limit is {limit}), and no image is cut: {error}") from error
     if not all(any(weights) for _, weights in cut):
         raise BadRow("no loss token left" + (f" (cut at {limit} tokens)" if most > limit else ""))
     return cut
@@ -204,10 +237,24 @@ def prompt_tokens(row: dict[str, Any], tokenizer: Any, config: DataConfig) -> li
     try:
         if not config.chat:
             return plain_prompts([join_texts(row)], tokenizer, config.special_tokens)[0]
-        text = render_chat(tokenizer, row["messages"], True, **_template_fields(row, config))
+        text, pictures = render_prompt(tokenizer, row["messages"], **_template_fields(row, config))
+        return with_pictures(tokenize(tokenizer, [text])[0], pictures, tokenizer)
     except BadRow as error:
         raise DataError(f"{row.get('source', 'a row')}: {error}") from error
-    return tokenize(tokenizer, [text])[0]
+
+
+def with_pictures(tokens: list[int], pictures: Sequence[Picture], tokenizer: Any) -> list[int]:
+    """Return the tokens of a rendered prompt with those of its pictures in place of placeholders.
+
+    Args:
+        tokens: The tokens.
+        pictures: The pictures, in order.
+        tokenizer: The tokenizer.
+
+    Raises:
+        BadRow: A picture can't be read.
+    """
+    return image_reader(tokenizer).expand(tokens, [0.0] * len(tokens), pictures)[0] if pictures else tokens
 
 
 class RowLength:
@@ -244,7 +291,7 @@ class RowLength:
 
 
 def _template_fields(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
-    """Return what `render_chat` takes besides the turns."""
+    """Return what `render_prompt` takes besides the turns."""
     return {
         "tools": row.get("tools") or (),
         "arguments": row.get("template_args"),
@@ -276,5 +323,10 @@ def prompt_with_completion(
         raise DataError(f"{row.get('source', 'a row')}: {error}") from error
     if not end:
         rendered = rendered.without_end()
-    tokens, weights = _encode([rendered], tokenizer)[0][0]
+    samples = [_encode([rendered], tokenizer)[0]]
+    try:
+        _put_pictures([rendered], samples, tokenizer)
+    except BadRow as error:
+        raise DataError(f"{row.get('source', 'a row')}: {error}") from error
+    tokens, weights = samples[0][0]
     return Sample(tokens, weights, row.get("source", ""))

@@ -19,8 +19,9 @@ from posttrain.data.cells import (
     read_text,
     required_field,
 )
+from posttrain.data.image_turns import IMAGE_COLUMNS, has_images, place_images
 from posttrain.data.row_context import add_context, read_row_tools, read_template_args
-from posttrain.data.row_fields import SourceRow, source_row
+from posttrain.data.row_fields import SourceRow, refuse_columns, source_row
 from posttrain.data.turns import make_message, read_turns
 
 
@@ -292,16 +293,24 @@ def to_record(row: Row, layout: str, config: DataConfig) -> Record:
         BadRow: The row can't be used.
     """
     own = source_row(row, config.ignore)
+    own.notes.images = True
     if config.prompt is not None and config.completion is not None:
         asked, answer = make_message("user", fill(config.prompt, own)), fill(config.completion, own)
         system = [make_message("system", config.system)] if config.system else []
-        return Record((*system, asked, make_message("assistant", answer)), extra=_extra(own))
+        turns = _with_images((*system, asked, make_message("assistant", answer)), own, config)
+        return Record(turns, extra=_extra(own))
     record = LAYOUTS[layout].map(own)
     if record.text is not None:
+        refuse_columns(own, frozenset(IMAGE_COLUMNS))
         return record
-    messages = add_context(record.messages, own, config.system)
+    messages = _with_images(add_context(record.messages, own, config.system), own, config)
     _check_train_flags(messages, config)
     return replace(record, messages=messages, tools=read_row_tools(own), template_args=read_template_args(own))
+
+
+def _with_images(messages: tuple[Message, ...], row: SourceRow, config: DataConfig) -> tuple[Message, ...]:
+    """Return the turns with the pictures of the row. Raises BadRow."""
+    return place_images(messages, row, config) if has_images(messages, row) else messages
 
 
 def _check_train_flags(messages: Sequence[Message], config: DataConfig) -> None:

@@ -19,9 +19,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from posttrain.core.image_tokens import IMAGE_MARK
 from posttrain.core.types import Message
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.chat_template import Conversation, TextSearch, call_texts, left_out, quote, squash
+from posttrain.data.pictures import Picture
 from posttrain.data.template_source import template_of, template_variables
 from posttrain.data.think_marks import PAIR, Block, PromptBlock, close_of, prompt_block, split_block
 from posttrain.data.turn_shapes import TurnShape, shape_of, window
@@ -68,6 +70,7 @@ class Rendered:
         closed: True if an end token closes the last turn. False: the tokenizer's own is added.
         answer_end: Where the text of the last turn ends, before its end token.
         notes: Numbers of what is worth telling, by the names of `NOTES`.
+        pictures: Pictures of the conversation, for the image tokens in the text, in order.
     """
 
     text: str
@@ -75,10 +78,12 @@ class Rendered:
     closed: bool = True
     answer_end: int = 0
     notes: Mapping[str, int] = field(default_factory=dict)
+    pictures: tuple[Picture, ...] = ()
 
     def without_end(self) -> Rendered:
         """Return the conversation up to the text of its last turn, which has no end then."""
-        return Rendered(self.text, ((self.spans[-1][0], self.answer_end),), notes=self.notes)
+        spans = ((self.spans[-1][0], self.answer_end),)
+        return Rendered(self.text, spans, notes=self.notes, pictures=self.pictures)
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,8 @@ class _Lesson:
         out = []
         for n, (turn, spans) in enumerate(reversed(groups), 1):
             text, notes = turn.prompt + turn.answer, self._told() if n == len(groups) else {}
-            out.append(Rendered(text, tuple(spans), turn.closed, len(text) - len(turn.mark), notes))
+            end, pictures = len(text) - len(turn.mark), self.conversation.pictures
+            out.append(Rendered(text, tuple(spans), turn.closed, end, notes, pictures))
         return out
 
     def _rendered_whole(self) -> set[int]:
@@ -223,7 +229,8 @@ class _Lesson:
                 spans.append((at, len(turn.prompt)))
                 at = stop
         spans.append((at, len(text)))
-        return [Rendered(text, tuple(s for s in spans if s[0] < s[1]), closed, end, self._told())]
+        kept = tuple(s for s in spans if s[0] < s[1])
+        return [Rendered(text, kept, closed, end, self._told(), self.conversation.pictures)]
 
     def _told(self) -> dict[str, int]:
         return {name: number for name, number in self.notes.items() if number}
@@ -335,7 +342,7 @@ class _Lesson:
             return rendered[len(head) :]
         # Some templates write earlier turns otherwise once the answer is there. What stands between the text of the
         # turn before and the answer must be the end of the prompt, or the prompt's beginning with the usual header.
-        text = self.conversation.messages[i - 1]["content"].strip()
+        text = self.conversation.messages[i - 1]["content"].rpartition(IMAGE_MARK)[2].strip()
         since = head[head.rfind(text) + len(text) :] if text in head else ""
         usual, header = self.conversation.dialect.header, shape.header
         ends = bool(header) and since.endswith(header)

@@ -74,7 +74,7 @@ def plain_turns(record: Record, tokenizer: Any, config: DataConfig) -> PlainTurn
 
 def require_texts(messages: Sequence[Mapping[str, Any]], columns: Mapping[str, Any]) -> None:
     """Raise BadRow if turns, or columns beside them, say more than plain text can show."""
-    names = [name for m in messages for name in ("tool_calls", "reasoning_content") if m.get(name)]
+    names = [name for m in messages for name in ("tool_calls", "reasoning_content", "images") if m.get(name)]
     if names := [*names, *(name for name, value in columns.items() if value)]:
         raise BadRow(f"{names[0]} can't be written as plain text: use a chat template (data.chat: true)")
 

@@ -19,6 +19,7 @@ from posttrain.data.bad_rows import BadRow, Row
 from posttrain.data.cells import is_good_label, is_missing, missing_field, read_number, required_field
 from posttrain.data.encoding import Encoded, ParsedRow
 from posttrain.data.formats import NO_COMPLETIONS, Record, row_completions, to_record
+from posttrain.data.image_turns import IMAGE_COLUMNS
 from posttrain.data.parts import PlacedRow
 from posttrain.data.row_context import read_history
 from posttrain.data.row_fields import SourceRow, source_row
@@ -111,7 +112,7 @@ def prepare_pairs(
 class _PairReader:
     """Read pairs."""
 
-    samples = 2
+    samples, images = 2, True
     fields: tuple[tuple[str, str], ...] = (
         ("prompt", "<u4"),
         ("probability", "<f8"),
@@ -177,7 +178,7 @@ def prepare_unpaired(config: DataConfig, tokenizer: Any, *, context: int | None 
 class _AnswerReader:
     """Read single answers with a label."""
 
-    kind, samples = "answers", 1
+    kind, samples, images = "answers", 1, True
     fields: tuple[tuple[str, str], ...] = (("prompt", "<u4"), ("desirable", "u1"))
 
     def check(self, rows: Rows) -> None:
@@ -220,7 +221,7 @@ def _check_loss_on(config: DataConfig) -> None:
 
 
 def _other_columns(row: Row) -> Row:
-    return {k: v for k, v in row.items() if k not in ANSWERS}
+    return {k: v for k, v in row.items() if k not in ANSWERS and k not in IMAGE_COLUMNS}
 
 
 def _row_pair(row: SourceRow, layout: str, config: DataConfig, source: str) -> ParsedRow:
@@ -318,7 +319,7 @@ def _check_same_prompt(row: SourceRow, before: Sequence[Message]) -> None:
 
 
 def _without_role(message: Message) -> dict[str, Any]:
-    return {name: value for name, value in message.items() if name not in ("role", "train")}
+    return {name: value for name, value in message.items() if name not in ("role", "train", "images")}
 
 
 def _best_and_worst(row: SourceRow, config: DataConfig) -> tuple[Record, Record, float]:

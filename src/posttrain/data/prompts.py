@@ -13,7 +13,7 @@ from posttrain.config.problems import PROMPTS
 from posttrain.core.errors import DataError
 from posttrain.data.bad_rows import BadRow, BadRows, Row, check_values
 from posttrain.data.cells import is_missing, read_text, required_field
-from posttrain.data.chat_template import Conversation
+from posttrain.data.chat_template import NO_PICTURES, Conversation
 from posttrain.data.encoding import require_chat_template
 from posttrain.data.formats import Record, to_record
 from posttrain.data.learnt_turns import CUT_REASONING, SPELT
@@ -165,6 +165,8 @@ def _render(row: PromptRow, tokenizer: Any, special_tokens: str, notes: Counter[
     """Return a prompt by the chat template, and count in `notes` what is worth telling."""
     tools, arguments = row.get("tools") or (), row.get("template_args")
     conversation = Conversation(tokenizer, row["messages"], tools, arguments, special_tokens)
+    if conversation.pictures:
+        raise BadRow(NO_PICTURES)
     text = conversation.render(generation=True)
     notes[CUT_REASONING] += conversation.check(text, generation=True)
     notes[SPELT] += conversation.specials.total()

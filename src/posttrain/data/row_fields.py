@@ -40,6 +40,7 @@ class FieldNotes:
         unread: Fields inside of columns that nothing reads, such as `messages[].id`.
         ignored: Fields with a value that were left out.
         passed_on: Columns that reach rewards and graders, which may read any of them.
+        images: Turns may have parts that are images.
     """
 
     ignore: frozenset[str] = frozenset()
@@ -47,6 +48,7 @@ class FieldNotes:
     unread: set[str] = field(default_factory=set)
     ignored: set[str] = field(default_factory=set)
     passed_on: Set[str] = frozenset()
+    images: bool = False
 
     def without_ignored(self, values: Mapping[str, Any], place: str = "") -> Row:
         """Return an object without the fields that the settings leave out; `place` is what precedes their names."""

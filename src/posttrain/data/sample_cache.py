@@ -24,8 +24,10 @@ from typing import Any
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import cache_folder, file_hash, is_full, sync_folder, write_json
+from posttrain.data.image_reader import processor_identity
 from posttrain.data.readers import Source
 from posttrain.data.sample_store import RUNS, TOKENS, SampleStore, open_store
+from posttrain.data.stored_images import IMAGE_BYTES, IMAGE_INDEX
 from posttrain.data.template_source import template_identity
 
 CACHED_FROM = 2**23
@@ -66,6 +68,7 @@ def cache_key(
         ],
         "template": template_identity(tokenizer),
         "tokenizer": tokenizer_identity(tokenizer),
+        "processor": processor_identity(tokenizer),
         "context": context,
         "kind": kind,
     }
@@ -153,11 +156,14 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _finish(folder: Path, store: SampleStore, kept: dict[str, Any]) -> None:
     """Write the header, which describes every other file."""
+    files = [
+        folder / name for name in (TOKENS, RUNS, IMAGE_BYTES, IMAGE_INDEX)
+    ]  # the last two only if there are pictures
     header = {
         "format": FORMAT,
         "names": store.names,
         "dtype": store.dtype.str,
-        "sizes": {name: (folder / name).stat().st_size for name in (TOKENS, RUNS)},
+        "sizes": {path.name: path.stat().st_size for path in files if path.is_file()},
         "hashes": {path.name: file_hash(path) for path in sorted(folder.glob("*.npy"))},
         "kept": kept,
     }

@@ -1,8 +1,8 @@
 """Hold samples compactly, in memory or in files: any number can be read in any order without lying in memory.
 
 Token ids lie end to end as 16- or 32-bit integers, weights as runs of equal numbers, and arrays say where each sample
-begins. Files are read with `pread`, not mapped into memory: mapped pages would count as memory of the process, and a
-file that was cut short would kill it.
+begins. Pictures lie beside them (`stored_images`). Files are read with `pread`, not mapped into memory: mapped pages
+would count as memory of the process, and a file that was cut short would kill it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import numpy as np
 
 from posttrain.core.by_number import ByNumber
 from posttrain.core.errors import DataError
+from posttrain.core.image_tokens import image_spans
 from posttrain.core.types import Sample
+from posttrain.data.stored_images import StoredImages, open_images
 
 RUN = np.dtype([("length", "<u4"), ("weight", "<f8")])
 """Some tokens in a row with the same weight."""
@@ -87,7 +89,15 @@ class SampleStore(ByNumber[Sample]):
         columns: For each sample where it lies (fields of ENTRY without `rank`), and the numbers kept with it.
     """
 
-    def __init__(self, tokens: _Bytes, runs: _Bytes, columns: dict[str, np.ndarray], names: Sequence[str], dtype: str):
+    def __init__(
+        self,
+        tokens: _Bytes,
+        runs: _Bytes,
+        columns: dict[str, np.ndarray],
+        names: Sequence[str],
+        dtype: str,
+        images: StoredImages | None = None,
+    ) -> None:
         """Make a store.
 
         Args:
@@ -96,9 +106,10 @@ class SampleStore(ByNumber[Sample]):
             columns: Where each sample lies.
             names: Names of the sources.
             dtype: Type of the token ids.
+            images: The pictures of the samples. None: there are none.
         """
         self._tokens, self._runs, self.columns = tokens, runs, columns
-        self.names, self.dtype = list(names), np.dtype(dtype)
+        self.names, self.dtype, self.images = list(names), np.dtype(dtype), images
 
     def __len__(self) -> int:
         return len(self.columns["start"])
@@ -111,8 +122,9 @@ class SampleStore(ByNumber[Sample]):
         if zlib.crc32(runs, zlib.crc32(tokens)) != at["check"]:
             raise DataError(f"the cache of tokenised rows is damaged at {self.place(number)}: {self._where()}")
         weights = np.frombuffer(runs, RUN)
+        ids = np.frombuffer(tokens, self.dtype).tolist()
         return Sample(
-            np.frombuffer(tokens, self.dtype).tolist(),
+            ids if self.images is None else self.images.put_into(ids, at["start"]),
             np.repeat(weights["weight"], weights["length"]).tolist(),
             self.place(number),
         )
@@ -126,7 +138,7 @@ class SampleStore(ByNumber[Sample]):
         return f"{self.names[int(self.columns['part'][number])]}:{int(self.columns['number'][number])}"
 
     def content(self, number: int) -> int:
-        """Return a hash of a sample's tokens."""
+        """Return a hash of a sample's tokens and pictures."""
         return int(self.columns["content"][number])
 
     @property
@@ -148,7 +160,7 @@ class SampleStore(ByNumber[Sample]):
         """Return the samples with these numbers, in this order; nothing is copied but where they lie."""
         chosen = numbers if isinstance(numbers, slice) else np.asarray(numbers, dtype=np.int64)
         columns = {name: column[chosen] for name, column in self.columns.items()}
-        return SampleStore(self._tokens, self._runs, columns, self.names, self.dtype.str)
+        return SampleStore(self._tokens, self._runs, columns, self.names, self.dtype.str, self.images)
 
 
 class SampleWriter:
@@ -175,6 +187,7 @@ class SampleWriter:
         self._tokens = self._bytes(TOKENS)
         self._runs = self._bytes(RUNS)
         self._entries = self._bytes(ENTRIES)
+        self._images: StoredImages | None = None
 
     def _bytes(self, name: str) -> _Bytes:
         return _Bytes() if self.folder is None else _FileBytes(self.folder / name, write=True)
@@ -205,15 +218,21 @@ class SampleWriter:
         runs["weight"] = weights[starts]
         runs["length"] = np.diff(starts, append=len(weights))
         packed = runs.tobytes()
+        start = self._tokens.size // np.dtype(self.dtype).itemsize
+        shown = b""
+        if spans := image_spans(sample.tokens):
+            self._images = self._images or StoredImages(self.folder)
+            self._images.add(start, spans)
+            shown = "".join(span.key for span in spans).encode()
         entry = (
             rank,
-            self._tokens.size // np.dtype(self.dtype).itemsize,
+            start,
             len(weights),
             np.count_nonzero(weights),
             self._runs.size // RUN.itemsize,
             len(runs),
             zlib.crc32(packed, zlib.crc32(tokens)),
-            int.from_bytes(blake2b(tokens, digest_size=8).digest(), "little"),
+            int.from_bytes(blake2b(tokens + shown, digest_size=8).digest(), "little"),
             position,
             number,
             part,
@@ -227,6 +246,8 @@ class SampleWriter:
         """Return the store, its samples in the order of their rows. In a folder, its arrays are files too."""
         for part in (self._tokens, self._runs, self._entries):
             part.finish()
+        if self._images is not None:
+            self._images.finish()
         if self.folder is None:
             entries = np.frombuffer(self._entries.read(0, self._entries.size), self._entry)
         elif self._entries.size:
@@ -238,7 +259,7 @@ class SampleWriter:
         names = [name for name in self._entry.names or () if name != "rank"]
         if self.folder is None:
             columns = {name: np.ascontiguousarray(entries[name][order]) for name in names}
-            return SampleStore(self._tokens, self._runs, columns, self.names, self.dtype)
+            return SampleStore(self._tokens, self._runs, columns, self.names, self.dtype, self._images)
         for name in names:
             with (self.folder / f"{name}.npy").open("wb") as f:
                 np.save(f, entries[name][order])
@@ -258,7 +279,8 @@ def open_store(folder: Path, names: Sequence[str], dtype: str) -> SampleStore:
         dtype: Type of the token ids.
     """
     columns = {path.stem: np.load(path, mmap_mode="r").view(np.ndarray) for path in sorted(folder.glob("*.npy"))}
-    return SampleStore(_FileBytes(folder / TOKENS), _FileBytes(folder / RUNS), columns, names, dtype)
+    images = open_images(folder)
+    return SampleStore(_FileBytes(folder / TOKENS), _FileBytes(folder / RUNS), columns, names, dtype, images)
 
 
 def vocabulary_size(tokenizer: Any) -> int:

@@ -12,6 +12,7 @@ from posttrain.config import DataConfig
 from posttrain.core.types import Sample
 from posttrain.data.encoding import Encoded, ParsedRow
 from posttrain.data.formats import Record
+from posttrain.data.image_turns import without_images
 from posttrain.data.learnt_turns import OWN_TEXT
 from posttrain.data.parts import PlacedRow
 from posttrain.data.rows import Chosen, PreparedItems, Rows
@@ -50,7 +51,7 @@ class Prepared(PreparedItems[Sample]):
 class _SampleReader:
     """Read samples for supervised fine-tuning."""
 
-    kind, samples = "sft", 1
+    kind, samples, images = "sft", 1, True
     fields: tuple[tuple[str, str], ...] = ()
 
     def check(self, rows: Rows) -> None:
@@ -91,7 +92,7 @@ def prepare(config: DataConfig, tokenizer: Any, *, context: int | None = None) -
 def prompt_and_completion(record: Record, source: str) -> dict[str, Any]:
     """Return the turns before the last one, the last user text and the completion, for evaluation and reports."""
     before = list(record.messages[:-1])
-    user = [m["content"] for m in before if m["role"] == "user"]
+    user = [without_images(m)["content"] for m in before if m["role"] == "user"]
     return {
         **(record.extra or {}),
         **({"tools": record.tools} if record.tools else {}),

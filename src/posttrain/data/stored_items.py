@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from posttrain.config import DataConfig
 from posttrain.core.by_number import ByNumber
 from posttrain.data.encoding import RowReader, encode_stream
+from posttrain.data.image_reader import image_reader
 from posttrain.data.readers import Source, find_sources
 from posttrain.data.rows import Rows, open_rows
 from posttrain.data.sample_cache import cache_key, cached_store, is_cached
@@ -99,6 +100,7 @@ def store_items(
 
     key = cache_key(config, sources, tokenizer, context, reader.kind)
     store, stats = cached_store(key, make)
+    _give_reader(store, tokenizer)
     return store, ReadAgain(config, sources, store, reader), {**stats, "source": config.name}
 
 
@@ -126,4 +128,11 @@ def _tokenise(
             texts.append((rank, parsed.about))
     rows.check(count)
     store = writer.finish()
+    _give_reader(store, tokenizer)
     return store, reader.statistics(rows, store, tokenizer)
+
+
+def _give_reader(store: SampleStore, tokenizer: Any) -> None:
+    """Let a store make the vision tower's inputs of its pictures, if it has any."""
+    if store.images is not None:
+        store.images.reader = image_reader(tokenizer)

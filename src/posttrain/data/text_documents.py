@@ -77,7 +77,7 @@ def cut_document(tokens: Sequence[int], weights: Sequence[float], length: int, o
 class _DocumentReader:
     """Read documents and cut them."""
 
-    samples = 1
+    samples, images = 1, False
     fields: tuple[tuple[str, str], ...] = (("bytes", "<u8"),)
 
     def __init__(self, length: int, overlap: int, begin: int | None, begun_by: int | None) -> None:

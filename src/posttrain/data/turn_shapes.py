@@ -150,7 +150,7 @@ class _Words:
 
     def _in_words(self, message: Message) -> Message:
         self.words.append([])
-        out: dict[str, Any] = {**message, "content": message["content"]}
+        out: dict[str, Any] = {k: v for k, v in message.items() if k != "images"}  # a word stands for them too
         if message.get("reasoning_content"):
             out["reasoning_content"] = f"Qz7f0Xr{len(self.words)}w"
         if message["content"].strip():

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from posttrain.core.image_tokens import IMAGE_MARK
 from posttrain.core.types import Message
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.cells import is_empty, is_missing, parse_json
@@ -36,6 +37,9 @@ KNOWN_FIELDS = frozenset(("role", "from", "content", "value", "name", "weight", 
 KNOWN_FIELDS |= REFUSED_FIELDS | ASSISTANT_FIELDS
 TEXT_PARTS = ("text", "input_text", "output_text")
 THINKING_PARTS = ("thinking", "reasoning")
+IMAGE_PARTS = ("image", "image_url", "input_image")
+IMAGE_FIELDS = ("image", "image_url", "url", "path", "base64", "bytes", "source")
+"""Fields of a part in which the picture is; without one it is in the row's column `images`."""
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
@@ -207,6 +211,7 @@ class _Parts:
         reasoning: Parts of its reasoning.
         calls: Its calls.
         results: Turns with the results of tools.
+        images: Its pictures as the row gives them, None for one that is in a column.
     """
 
     def __init__(self, role: str, where: str, place: str, notes: FieldNotes) -> None:
@@ -215,6 +220,7 @@ class _Parts:
         self.reasoning: list[str] = []
         self.calls: list[dict[str, Any]] = []
         self.results: list[Message] = []
+        self.images: list[Any] = []
 
     def add(self, content: Any) -> None:
         """Add the content of the turn: text, a part, or a list of parts."""
@@ -248,6 +254,11 @@ class _Parts:
         elif kind in THINKING_PARTS and self.role == "assistant":
             self.reasoning.append(_plain(_one_of(part, ("thinking", "reasoning", "text"), self.where), self.where))
             self.notes.note_unread(part, {"type", "text", *THINKING_PARTS}, place)
+        elif kind in IMAGE_PARTS and self.role != "assistant" and self.notes.images:
+            value = _one_of(part, IMAGE_FIELDS, self.where)
+            self.images.append({"base64": value} if isinstance(part.get("base64"), str) else value)
+            self.text.append(IMAGE_MARK)
+            self.notes.note_unread(part, {"type", "detail", *IMAGE_FIELDS}, place)
         elif kind == "tool_use" and self.role == "assistant":
             self.calls.append(read_call(part, f"tool_use of a turn{self.where}", self.notes, place))
         elif kind == "tool_result" and self.role == "user":
@@ -268,6 +279,10 @@ class _Parts:
             message["reasoning_content"] = reasoning
         if self.calls:
             message["tool_calls"] = self.calls
+        if self.images:
+            if message["content"].count(IMAGE_MARK) != len(self.images):
+                raise BadRow(f"a text has the code point U+FDD0, which stands for an image{self.where}")
+            message["images"] = self.images
         if not (self.text or reasoning or self.calls or self.results):
             raise BadRow(f"the {self.role} turn has no content{self.where}")
         return [*self.results, *([message] if self.text or reasoning or self.calls else [])]

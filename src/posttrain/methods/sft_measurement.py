@@ -15,9 +15,11 @@ from posttrain.config import DataConfig, SystemsConfig
 from posttrain.core import distributed
 from posttrain.core.errors import DataError
 from posttrain.core.files import numbered, write_json
+from posttrain.core.image_tokens import beginning, picture_keys
 from posttrain.core.ragged import micro_batches
 from posttrain.core.types import Sample
 from posttrain.data.encoding import prompt_tokens
+from posttrain.data.image_turns import without_images
 from posttrain.models.language_model import LanguageModel
 from posttrain.sampling.greedy import greedy
 from posttrain.trainer.token_budget import token_budget
@@ -102,7 +104,7 @@ class HeldOutMeasurement:
             if not tokens or (context is not None and len(tokens) >= context):
                 reason = "the held-out prompts leave no room for an answer in the model's context"
                 continue
-            if tokens in self.prompts:
+            if any(tokens == other and picture_keys(tokens) == picture_keys(other) for other in self.prompts):
                 continue
             self.chosen.append(row)
             self.prompts.append(tokens)
@@ -123,7 +125,9 @@ class HeldOutMeasurement:
             return self._give_up(failed)
         return [
             {
-                "prompt": row["prompt_text"] if len(row["messages"]) == 1 else row["messages"],
+                "prompt": row["prompt_text"]
+                if len(row["messages"]) == 1
+                else [without_images(m) for m in row["messages"]],
                 "expected": row["completion"],
                 "output": self.tokenizer.decode(answer, skip_special_tokens=True),
             }
@@ -177,7 +181,7 @@ def before_answer(sample: Sample) -> list[int]:
     """
     end = max((i for i, weight in enumerate(sample.weights) if weight), default=0)
     start = next((i for i in range(end, -1, -1) if not sample.weights[i]), -1) + 1
-    return list(sample.tokens[:start]) if start > 1 else []
+    return beginning(sample.tokens, start) if start > 1 else []
 
 
 def measurements(folder: Path) -> dict[int, Path]:

@@ -65,12 +65,26 @@ class Plan:
         prefix: Keys and values, (2 layers, heads, tokens, size), layer after layer, that all sequences continue.
             `batch` is then the batch behind them (`RaggedBatch.behind_keys`).
         cache: What the kernels of a device derive from the batch, by their own keys.
+        pictures_see_all: The tokens of a picture see also those after them in the same picture.
     """
 
     batch: RaggedBatch
     keep: Callable[[Tensor, Tensor], None] | None = None
     prefix: Tensor | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
+    pictures_see_all: bool = False
+
+    def pictures_T(self) -> Tensor | None:
+        """Return for each token the number of its picture, -1 for text; None: all tokens are seen causally."""
+        images = self.batch.images
+        if not self.pictures_see_all or images is None:
+            return None
+        if "pictures" not in self.cache:
+            sizes = torch.tensor(images.sizes, device=images.vectors.device)
+            numbers = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)[images.vectors]
+            text = torch.full_like(self.batch.tokens_T, -1)
+            self.cache["pictures"] = text.index_copy(0, images.image_T, numbers)
+        return self.cache["pictures"]  # type: ignore[no-any-return]
 
     def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """Return (gather_K, cu_q, cu_k, longest q, longest k) for a varlen kernel aligned to the bottom right."""
@@ -164,6 +178,7 @@ def plain_attention(
         (1, T, heads, size); zeros for tokens after the last segment.
     """
     batch, repeat = plan.batch, query.shape[1] // key.shape[1]
+    pictures_T = plan.pictures_T()
     outs = []
     for i, (start, end) in enumerate(zip(batch.starts, batch.ends, strict=True)):
         index = torch.cat([torch.arange(batch.starts[s], batch.ends[s]) for s in batch.chain(i)])
@@ -173,7 +188,12 @@ def plain_attention(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         distance = batch.positions_T[start:end, None] - batch.positions_T[index][None]
-        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+        hidden = distance < 0
+        if pictures_T is not None:  # a picture is never split, so its tokens are all in this segment
+            own = pictures_T[start:end, None]
+            hidden &= (own < 0) | (own != pictures_T[index][None])
+        if window is not None:
+            hidden |= distance >= window
         scores = scores.masked_fill(hidden, -torch.inf)
         if sinks is not None:
             sink = sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -263,7 +283,7 @@ def _planned_attention(
     sinks: Tensor | None,
 ) -> Tensor:
     """Compute attention by the fastest way that takes these tensors; see the module's docstring."""
-    if softcap is not None or sinks is not None:
+    if softcap is not None or sinks is not None or plan.pictures_see_all:
         return plain_attention(query, key, value, plan, window, scale, softcap, sinks)
     if _can_varlen(query, value, window):
         return _varlen_attention(query, key, value, plan, window, scale)

@@ -21,10 +21,18 @@ from posttrain.models import attention
 from posttrain.models.backends import DeviceBackend, backend_for
 from posttrain.models.ensemble import Ensemble
 from posttrain.models.max_length import check_length, context
-from posttrain.models.model_types import decoder_of, still, warn_one_at_a_time, why_not_ragged
+from posttrain.models.model_types import decoder_of, set_attention, still, warn_one_at_a_time, why_not_ragged
 from posttrain.models.output_head import head_parameters, output_head
 from posttrain.models.router_loss import RouterLoss, Routing, multiplicity, routing_of
 from posttrain.models.soft_prompt import SoftPrompt
+from posttrain.models.vision import (
+    ROTARY_GRID,
+    SEE_EACH_OTHER,
+    check_pictures,
+    image_token,
+    image_vectors,
+    rotary_positions,
+)
 
 OfStates = Callable[[Tensor, Head, Tensor], Any]
 """(hidden_N_H, head, tokens_N) -> any tensors: a loss that needs the head, inside the forward pass."""
@@ -54,6 +62,7 @@ class LanguageModel(nn.Module):
         self._checkpointed = False
         self._own_attention: str | None = None
         self.soft_prompt = SoftPrompt.of(hf)
+        self.image_token = image_token(_base(hf))
         self.train(self.training)
         self._choose_attention()
         self._check_soft_prompt()
@@ -65,7 +74,7 @@ class LanguageModel(nn.Module):
         reason = why_not_ragged(self.base)
         if reason is None:
             self._own_attention = self.base.config.get_text_config()._attn_implementation
-            self.base.set_attn_implementation(attention.IMPLEMENTATION_NAME)
+            set_attention(self.base, attention.IMPLEMENTATION_NAME)
             samples = [Sample([0, 1, 2], [0.0, 0.0, 1.0]), Sample([0, 1, 1], [0.0, 0.0, 1.0])]
             try:
                 with torch.no_grad():
@@ -80,7 +89,7 @@ class LanguageModel(nn.Module):
     def compute_one_at_a_time(self) -> None:
         """Compute every sequence by the model's own attention, in a pass of its own, from now on."""
         if self.ragged and self._own_attention is not None:
-            self.base.set_attn_implementation(self._own_attention)
+            set_attention(self.base, self._own_attention)
         self.ragged = False
 
     def _check_soft_prompt(self) -> None:
@@ -179,6 +188,8 @@ class LanguageModel(nn.Module):
                 return self._decode(batch, None, **self.ragged_inputs(batch, -batch.total % self.backend.tile))
         # One sequence at a time: right for any model, whatever state runs through it.
         hidden: Tensor | None = None
+        if batch.images is not None:
+            raise ModelError(f"{self.base.config.model_type}: images need attention that takes ragged batches")
         for row in batch.rows:
             h = self._decode(batch, row, input_ids=batch.tokens_T[row][None])
             hidden = h.new_zeros(batch.total, h.shape[-1]) if hidden is None else hidden
@@ -198,15 +209,33 @@ class LanguageModel(nn.Module):
         """
         tokens, positions = (torch.nn.functional.pad(x, (0, extra)) for x in (batch.tokens_T, batch.positions_T))
         inputs: dict[str, Any] = {"position_ids": positions[None]}
+        vectors = None if batch.images is None else self._with_pictures(tokens, batch)
+        if batch.images is not None and self.base.config.model_type in ROTARY_GRID:
+            inputs["position_ids"] = torch.nn.functional.pad(rotary_positions(self.base, batch), (0, extra))[:, None]
         if batch.virtual is None or self.soft_prompt is None:
-            return inputs | {"input_ids": tokens[None], "ragged": attention.Plan(batch, keep)}
-        if not batch.virtual.computed:
-            plan = attention.Plan(batch.behind_keys(batch.virtual.front), keep, self.soft_prompt.keys_and_values())
-            return inputs | {"input_ids": tokens[None], "ragged": plan}
+            together = batch.images is not None and self.base.config.model_type in SEE_EACH_OTHER
+            inputs["ragged"] = attention.Plan(batch, keep, pictures_see_all=together)
+        elif not batch.virtual.computed:
+            behind = batch.behind_keys(batch.virtual.front)
+            inputs["ragged"] = attention.Plan(behind, keep, self.soft_prompt.keys_and_values())
+        else:
+            assert batch.virtual_T is not None
+            vectors = self.base.get_input_embeddings()(tokens)
+            own = self.soft_prompt.vectors()[batch.virtual_ids].to(vectors.dtype)
+            vectors = vectors.index_copy(0, batch.virtual_T, own)
+            inputs["ragged"] = attention.Plan(batch, keep)
+        return inputs | ({"input_ids": tokens[None]} if vectors is None else {"inputs_embeds": vectors[None]})
+
+    def _with_pictures(self, tokens: Tensor, batch: RaggedBatch) -> Tensor:
+        """Return the embeddings of tokens, with the vectors of the batch's pictures in their places."""
+        assert batch.images is not None
+        if self.soft_prompt is not None:
+            raise ModelError(
+                "images can't be computed with a soft prompt: train low-rank adapters (lora, rslora, dora)"
+            )
         vectors = self.base.get_input_embeddings()(tokens)
-        own = self.soft_prompt.vectors()[batch.virtual_ids].to(vectors.dtype)
-        vectors = vectors.index_copy(0, batch.virtual_T, own)
-        return inputs | {"inputs_embeds": vectors[None], "ragged": attention.Plan(batch, keep)}
+        own = image_vectors(self.base, batch.images)[batch.images.vectors]
+        return vectors.index_copy(0, batch.images.image_T, own.to(vectors.dtype))  # type: ignore[no-any-return]
 
     def _decode(self, batch: RaggedBatch, row: Tensor | None, **inputs: Any) -> Tensor:
         """Run the decoder on all tokens of a batch or on those of `row`; (tokens, H)."""
@@ -308,7 +337,12 @@ class LanguageModel(nn.Module):
             share_prefixes: Compute a prefix that several share once, if the model type allows it.
             min_shared: Shortest such prefix, in tokens.
         """
-        return pack(samples, share_prefixes and self.ragged, min_shared, self.virtual).to(self.device)
+        batch = pack(samples, share_prefixes and self.ragged, min_shared, self.virtual)
+        if self.image_token is not None:
+            check_pictures(batch, self.image_token)
+        elif batch.images is not None:
+            raise ModelError(f"{self.base.config.model_type}: a text model was given rows with images")
+        return batch.to(self.device)
 
     @property
     def virtual(self) -> VirtualTokens | None:

@@ -31,6 +31,7 @@ from posttrain.core.files import (
     write_json,
 )
 from posttrain.core.process_memory import free_cycles
+from posttrain.data.image_reader import keep_processor
 from posttrain.data.sample_store import vocabulary_size
 from posttrain.data.template_source import set_template_args
 from posttrain.models.adapter_source import AdapterSource, find_adapter, merge_into_base
@@ -40,6 +41,7 @@ from posttrain.models.ensemble import Ensemble
 from posttrain.models.ensemble_files import NOT_TRAINED, EnsembleSource, find_ensemble
 from posttrain.models.gguf_conversion import write_converted
 from posttrain.models.max_length import context, why_short
+from posttrain.models.model_types import auto_class
 from posttrain.models.opening_errors import explained
 from posttrain.models.quantization import (
     check_readable,
@@ -189,9 +191,9 @@ def tokenizer_and_new_ids(config: ModelConfig) -> tuple[Any, list[int]]:
         tokenizer = load_tokenizer(base_settings(config, adapter))
     else:
         with explained(config.source):
-            tokenizer = AutoTokenizer.from_pretrained(
-                found.location, revision=config.revision, trust_remote_code=config.trust_remote_code
-            )
+            own = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+            tokenizer = AutoTokenizer.from_pretrained(found.location, **own)
+        keep_processor(tokenizer, found.location, **own)
     new = add_tokens(tokenizer, config.add_tokens)
     if config.chat_template is not None:
         path = named_path(config.chat_template)
@@ -303,8 +305,6 @@ def open_model(config: ModelConfig, dtype: torch.dtype | None = None, inference:
     Raises:
         ModelError: The source can't be opened, with what to do.
     """
-    from transformers import AutoModelForCausalLM
-
     quiet()
     device = pick_device(config.device)
     dtype = dtype or pick_dtype(config.dtype, device)
@@ -320,9 +320,10 @@ def open_model(config: ModelConfig, dtype: torch.dtype | None = None, inference:
         return merge_start(open_model(base_settings(config, adapter), dtype), adapter, config)
     tokenizer, new = tokenizer_and_new_ids(config)
     if found.kind != "tiny":
-        rows = getattr(load_settings(config).get_text_config(), "vocab_size", 0) if inference else 0
+        settings = load_settings(config)
+        rows = getattr(settings.get_text_config(), "vocab_size", 0) if inference else 0
         fits = not new and vocabulary_size(tokenizer) <= rows  # no row of the embedding is to be written
-        hf, notes = read_weights(AutoModelForCausalLM, found.location, config, device, dtype, fits)
+        hf, notes = read_weights(auto_class(settings), found.location, config, device, dtype, fits)
         return with_rows(OpenedModel(hf, tokenizer, notes), new, config)
     with explained(config.source):
         hf = tiny_model(found.location, len(tokenizer) - len(new))
@@ -330,7 +331,7 @@ def open_model(config: ModelConfig, dtype: torch.dtype | None = None, inference:
         return with_rows(OpenedModel(hf.to(device=device, dtype=dtype), tokenizer, {}), new, config)
     with tempfile.TemporaryDirectory() as folder:  # weights are quantised while they are read
         hf.save_pretrained(folder)
-        hf, notes = read_weights(AutoModelForCausalLM, folder, config, device, dtype)
+        hf, notes = read_weights(auto_class(hf.config), folder, config, device, dtype)
     return with_rows(OpenedModel(hf, tokenizer, notes), new, config)
 
 

@@ -10,7 +10,7 @@ from posttrain.config import AdapterConfig, ModelConfig
 from posttrain.models.adapter_targets import default_targets, is_linear
 from posttrain.models.loading import base_settings, load_settings, load_tokenizer, resolve, source_adapter
 from posttrain.models.max_length import context
-from posttrain.models.model_types import decoder_of, why_not_ragged
+from posttrain.models.model_types import auto_class, decoder_of, why_not_ragged
 from posttrain.models.opening_errors import explained
 from posttrain.models.tiny_model import tiny_model
 
@@ -91,7 +91,6 @@ def model_shape(config: ModelConfig) -> ModelShape:
         ModelError: The source can't be found, or its configuration can't be read.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     settings, tokens = load_settings(config), len(load_tokenizer(config))
     if settings is None:
@@ -100,7 +99,7 @@ def model_shape(config: ModelConfig) -> ModelShape:
         hf = tiny_model(resolve(config.source).location, tokens)
     else:
         with explained(config.source), torch.device("meta"):
-            hf = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+            hf = auto_class(settings).from_config(settings, trust_remote_code=config.trust_remote_code)
     return shape_of_model(hf, tokens)
 
 

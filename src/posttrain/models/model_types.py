@@ -22,6 +22,19 @@ _one_at_a_time: set[type] = set()
 """Classes found, in this process, to compute other numbers on a ragged batch than on single sequences."""
 
 
+def auto_class(settings: Any) -> Any:
+    """Return the Auto class of transformers for a configuration: of a language model, or of one that reads images."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    kind = settings.model_type
+    reads_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+
+
 def decoder_of(base: Any) -> Any:
     """Return the part of a transformers model that turns tokens into final hidden states."""
     decoder = base.get_decoder()
@@ -29,6 +42,15 @@ def decoder_of(base: Any) -> Any:
         prefix = getattr(base, "base_model_prefix", "")
         decoder = getattr(base, prefix, None) or getattr(base, "model", None) or decoder
     return decoder
+
+
+def set_attention(base: Any, name: str) -> None:
+    """Let the language part of a transformers model compute attention by a registered function.
+
+    A vision tower keeps its own: its tokens are no part of a ragged batch.
+    """
+    composite = getattr(base.config, "vision_config", None) is not None and hasattr(base.config, "text_config")
+    base.set_attn_implementation({"text_config": name} if composite else name)
 
 
 def logit_transforms(config: Any) -> tuple[float, float | None]:

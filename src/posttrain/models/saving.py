@@ -13,6 +13,7 @@ import torch
 from posttrain.config import AdapterConfig, ModelConfig
 from posttrain.core import distributed
 from posttrain.core.files import link_or_copy
+from posttrain.data.image_reader import save_processor
 from posttrain.models.adapter_export import OWN_BASE, write_adapter
 from posttrain.models.adapters import attach_to, merge
 from posttrain.models.compressed_writing import write_compressed
@@ -78,6 +79,8 @@ def _write_whole(hf: Any, tokenizer: Any, folder: Path, end_token: int | None) -
     _end_at(hf.generation_config, end_token)
     hf.save_pretrained(folder)
     unread = write_compressed(hf, folder)
+    if getattr(hf.config, "vision_config", None) is not None:
+        save_processor(tokenizer, folder)
     tokenizer.save_pretrained(folder)
     by_old = finish_folder(folder)
     note = unread or (None if by_old else NEEDS_NEW)

@@ -21,7 +21,7 @@ from posttrain.core.ragged import RaggedBatch
 from posttrain.core.types import Sample
 from posttrain.models import attention
 from posttrain.models.language_model import LanguageModel
-from posttrain.models.model_types import remember_one_at_a_time, warn_one_at_a_time
+from posttrain.models.model_types import remember_one_at_a_time, set_attention, warn_one_at_a_time
 from posttrain.models.router_loss import add_up
 from posttrain.models.soft_prompt import soft_prompt_inputs
 
@@ -143,7 +143,8 @@ def _samples(model: LanguageModel) -> list[Sample]:
     length = window + 8 if isinstance(window, int) and TOKENS <= window + 8 <= LONGEST_WINDOW + 8 else TOKENS
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     vocabulary = min(m.weight.shape[0] for m in (model.base.get_input_embeddings(), model.base.get_output_embeddings()))
-    special = {v for k, v in config.to_dict().items() if k.endswith("_token_id") and isinstance(v, int)}
+    named = {**model.base.config.to_dict(), **config.to_dict()}
+    special = {v for k, v in named.items() if k.endswith("_token_id") and isinstance(v, int)}
     ordinary = [t for t in (i * 7919 % vocabulary for i in range(1, 4 * length)) if t not in special] or [0]
     a, c = ((ordinary * length)[start : start + length] for start in (0, length))
     shared = length * 2 // 3
@@ -218,12 +219,12 @@ def _rounded_pass(model: LanguageModel, samples: list[Sample]) -> Tensor:
 def own_attention(model: LanguageModel) -> Iterator[None]:
     """Let the model compute by attention of its own within the context."""
     if model.ragged:
-        model.base.set_attn_implementation("eager")
+        set_attention(model.base, "eager")
     try:
         yield
     finally:
         if model.ragged:
-            model.base.set_attn_implementation(attention.IMPLEMENTATION_NAME)
+            set_attention(model.base, attention.IMPLEMENTATION_NAME)
 
 
 @torch.no_grad()

@@ -176,16 +176,24 @@ def _metric(run: Path, task: str) -> str:
     return {"perplexity": "perplexity", "score": "score"}.get(str(kind), "accuracy")
 
 
+def _reads_images(folder: Path) -> bool:
+    """Return True for a model with a vision part."""
+    file = folder / "config.json"
+    return file.is_file() and "vision_config" in json.loads(file.read_text(encoding="utf-8"))
+
+
 def _use(folder: Path, origin: Origin, tokens: bool) -> list[str]:
     """Return how the folder is opened with transformers and peft; `tokens`: the tokenizer got new ones."""
     file = folder / "adapter_config.json"
     if (folder / ENSEMBLE_FILE).is_file():
         return ["`posttrain chat FOLDER` opens it: several models, whose distributions of the next token are pooled."]
     if not file.is_file():
-        head = folder.name == "reward_model"
+        head, reads_images = folder.name == "reward_model", _reads_images(folder)
         auto = "AutoModelForSequenceClassification" if head else "AutoModelForCausalLM"
-        code = [f"from transformers import {auto}, AutoTokenizer", ""]
-        code += [f'model = {auto}.from_pretrained("FOLDER")', 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")']
+        auto = "AutoModelForImageTextToText" if reads_images else auto
+        kind, name = ("AutoProcessor", "processor") if reads_images else ("AutoTokenizer", "tokenizer")
+        code = [f"from transformers import {auto}, {kind}", ""]
+        code += [f'model = {auto}.from_pretrained("FOLDER")', f'{name} = {kind}.from_pretrained("FOLDER")']
         if head and (folder / "chat_template.jinja").is_file():
             code += [
                 'turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]',

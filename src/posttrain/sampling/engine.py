@@ -24,9 +24,11 @@ from torch import Tensor
 
 from posttrain.config import SamplingConfig
 from posttrain.core.errors import DataError, ModelError
+from posttrain.core.image_tokens import image_spans
 from posttrain.core.types import Rollout, RolloutGroup, Sample
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.max_length import alike_up_to, context, why_short
+from posttrain.models.vision import ROTARY_GRID
 from posttrain.models.vocabulary import output_rows, textless_ids
 from posttrain.sampling.cuda_graphs import KeptSteps, RegionSizes, StaticSteps, rounded
 from posttrain.sampling.kv_cache import DecodingStep, Filling, Region, token_bytes
@@ -53,7 +55,10 @@ with three times as many, 5%. Where memory is short there are fewer places first
 
 @dataclass
 class _Prompt:
-    """A request being worked on."""
+    """A request being worked on.
+
+    shift: what is added to the position of each new token: rotary positions of pictures may be fewer than their tokens.
+    """
 
     index: int
     request: Request
@@ -61,6 +66,7 @@ class _Prompt:
     slot: int = -1
     logits_V: Tensor | None = None
     virtual: int = 0
+    shift: int = 0
     started: int = 0
     running: int = 0
     done: dict[int, Rollout] = field(default_factory=dict)
@@ -123,7 +129,7 @@ class LocalSampler:
         self.context = context(model.base.config) or 2**31
         self.int8 = kv_cache == "int8"
         self.kept = KeptSteps(self.int8)
-        self.textless = _textless(tokenizer, output_rows(model.base), model.device)
+        self.textless = _textless(tokenizer, output_rows(model.base), model.device, model.image_token)
         self._token_bytes = 0
 
     @torch.inference_mode()
@@ -202,10 +208,13 @@ class LocalSampler:
 
     def prefill(self, prompts: Sequence[Sequence[int]], keep: Any) -> tuple[list[Tensor], Tensor]:
         """Compute prompts: (rows of the ragged batch, hidden states that predict each prompt's first new token)."""
-        batch = self.model.pack([Sample(list(t), [0.0] * len(t)) for t in prompts])
+        batch = self.model.pack([Sample(t, [0.0] * len(t)) for t in prompts])
         if isinstance(keep, Filling):
             keep.rows = batch.kept_rows()
-        out = self.model.decoder(use_cache=False, **self.model.ragged_inputs(batch, keep=keep))
+        inputs = self.model.ragged_inputs(batch, keep=keep)
+        if isinstance(keep, Filling) and inputs["position_ids"].ndim == 3:
+            keep.shifts = [int(inputs["position_ids"][0, 0, row].max()) + 1 - len(row) for row in batch.rows]
+        out = self.model.decoder(use_cache=False, **inputs)
         return list(batch.rows), out.last_hidden_state[0][torch.stack([row[-1] for row in batch.whole_rows])]
 
     def allowed_bytes(self) -> float:
@@ -227,9 +236,16 @@ def _decode(model: LanguageModel, tokens: Tensor, positions: Tensor, ragged: Any
     return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
-def _textless(tokenizer: Any, rows: int, device: torch.device) -> Tensor | slice | None:
-    """Return the rows of the vocabulary that are no token of the tokenizer; None if all are."""
-    ids = textless_ids(tokenizer, rows)
+def _textless(tokenizer: Any, rows: int, device: torch.device, image_token: int | None) -> Tensor | slice | None:
+    """Return the rows of the vocabulary that no completion has: no token's, and that of image tokens; None: none.
+
+    Args:
+        tokenizer: The tokenizer.
+        rows: Rows of the vocabulary.
+        device: Device of the result.
+        image_token: Id of the image tokens; None for a text model.
+    """
+    ids = sorted({*textless_ids(tokenizer, rows), *([] if image_token is None else [image_token])})
     if not ids:
         return None
     if ids == list(range(ids[0], rows)):
@@ -261,7 +277,9 @@ class _Session:
         columns = max(p.limit + (0 if shared else p.length) for p in prompts)
         slots, at_once, self.layout = self._sizes(prompts, longest if shared else 0, columns)
         self.static: StaticSteps | None = None
-        if sampler.static_shapes:
+        in_grid = sampler.model.base.config.model_type in ROTARY_GRID  # recorded steps have one position a token
+        moved = in_grid and any(image_spans(p.request.tokens) for p in prompts)
+        if sampler.static_shapes and not moved:
             room = sampler.allowed_bytes()
             # Not a method of the sampler: what is kept must not keep the sampler alive.
             decode, each = partial(_decode, sampler.model), sampler.bytes_per_token()
@@ -344,6 +362,8 @@ class _Session:
         region = self.own if self.shared is None else self.shared
         keep = Filling(region, [], [p.slot for p in prompts])
         _, hidden = self.sampler.prefill([p.request.tokens for p in prompts], keep)
+        for p, shift in zip(prompts, keep.shifts, strict=False):
+            p.shift = shift
         logits = self._logits(hidden)
         for p, row in zip(prompts, logits, strict=True):
             p.logits_V = row
@@ -384,7 +404,9 @@ class _Session:
             step.shared, step.prompt_M, step.rank_M = self.shared, tensor(prompts), tensor(ranks)
             step.prompt_length_M, step.prompt_columns = tensor(lengths), max(lengths)
             step.prompt_slots, step.ranks = max(taken) + 1, max(taken.values())
-        self._draw(list(rows), self._logits(_decode(self.sampler.model, tensor(tokens), step.position_M, step)))
+        shifts = [r.prompt.shift for r in rows]
+        rotary_M = step.position_M + tensor(shifts) if any(shifts) else step.position_M
+        self._draw(list(rows), self._logits(_decode(self.sampler.model, tensor(tokens), rotary_M, step)))
 
     def _close_gaps(self) -> None:
         """Move the last rows to where others left, so that M rows lie in slots 0 to M - 1 and nothing else is read."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from posttrain.config import SamplingConfig
+from posttrain.core.errors import ModelError
+from posttrain.core.image_tokens import image_spans
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.vocabulary import output_rows, textless_ids
 from posttrain.sampling.engine import LocalSampler
@@ -36,9 +38,11 @@ def greedy(
         The answers, in order.
     """
     if not model.ragged:
+        if any(map(image_spans, prompts)):
+            raise ModelError(f"{model.base.config.model_type}: answers to images need the local sampler")
         return _generated(model, tokenizer, prompts, max_new_tokens, stops)
     sampler = LocalSampler(model, tokenizer)
-    requests = [Request(list(p), 1, 0) for p in prompts]
+    requests = [Request(p, 1, 0) for p in prompts]
     params = SamplingConfig(temperature=0.0, max_tokens=max_new_tokens, stop_tokens=list(stops))
     groups = sampler.sample(requests, params)
     rollouts = [g.rollouts[0] for g in groups]

@@ -119,10 +119,14 @@ def _in_one(x: Tensor) -> bool:
 
 
 class Filling:
-    """Takes a prefill's keys and values, layer after layer, to the slots of its prompts."""
+    """Takes a prefill's keys and values, layer after layer, to the slots of its prompts.
+
+    shifts: of each prompt, what its last rotary position is less than its length; empty: nothing.
+    """
 
     def __init__(self, region: Region, rows: list[Tensor], slots: list[int]) -> None:
         self.region, self.rows, self.slots, self.layer = region, rows, slots, 0
+        self.shifts: list[int] = []
         self.places: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, key: Tensor, value: Tensor) -> None:

@@ -1,0 +1,215 @@
+"""Rows with images: every spelling of a picture, its tokens without loss and uncut, the store, a whole SFT run."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import posttrain
+from posttrain.config import DataConfig
+from posttrain.core.errors import DataError
+from posttrain.core.image_tokens import ImageTokens, beginning, image_spans
+from posttrain.data import sample_cache
+from posttrain.data.bad_rows import BadRow
+from posttrain.data.image_reader import use_processor
+from posttrain.data.pictures import read_picture
+from posttrain.data.preference_rows import prepare_pairs
+from posttrain.data.sft_rows import prepare
+from posttrain.models.tiny_model import tiny_tokenizer
+from tests import vision
+
+PROCESSOR = vision.make("llava")[1]
+TOKENIZER = PROCESSOR.tokenizer
+use_processor(TOKENIZER, PROCESSOR)
+IMAGE = TOKENIZER.convert_tokens_to_ids("<image>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(4):
+        vision.picture(i).save(folder / f"{i}.png")
+    return folder
+
+
+def rows_in(folder: Path, rows: list[dict[str, Any]], name: str = "rows") -> str:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def row(content: Any, answer: str = "a cat", **columns: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, **columns}
+
+
+TEXT = {"type": "text", "text": "What is it?"}
+
+
+def test_every_spelling_of_a_picture_makes_the_same_sample(folder: Path) -> None:
+    data = base64.b64encode((folder / "0.png").read_bytes()).decode()
+    url = f"data:image/png;base64,{data}"
+    parts = [
+        {"type": "image", "image": "0.png"},
+        {"type": "image", "path": str(folder / "0.png")},
+        {"type": "image", "url": (folder / "0.png").as_uri()},
+        {"type": "image", "base64": data},
+        {"type": "image", "image": {"bytes": data}},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "input_image", "image_url": url},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}},
+    ]
+    rows = [row([part, TEXT]) for part in parts]
+    rows += [row([{"type": "image"}, TEXT], images=["0.png"]), row("<image>What is it?", image="0.png")]
+    rows += [row("What is it?", images=[url])]
+    rows += [{"prompt": "What is it?", "completion": "a cat", "image": "0.png"}]
+    rows += [
+        {
+            "conversations": [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "a cat"}],
+            "image": "0.png",
+        }
+    ]
+    source = [rows_in(folder, [one], f"row{i}") for i, one in enumerate(rows)]
+    samples = prepare(DataConfig(source=source), TOKENIZER).samples
+    theirs = PROCESSOR(
+        text=[PROCESSOR.apply_chat_template(row([{"type": "image"}, TEXT])["messages"])], images=[vision.picture(0)]
+    )["input_ids"][0]
+    for sample in samples:
+        (span,) = image_spans(sample.tokens)
+        assert list(sample.tokens) == theirs[: len(sample.tokens)] and len(theirs) - len(sample.tokens) <= 1
+        assert [sample.tokens[i] for i in range(span.start, span.stop)] == [IMAGE] * 4
+        assert (
+            not any(sample.weights[: span.stop])
+            and TOKENIZER.decode([t for t, w in zip(sample.tokens, sample.weights, strict=True) if w])
+            == "a cat<|im_end|>"
+        )
+        torch.testing.assert_close(span.inputs()["pixel_values"], samples[0].tokens.spans[0].inputs()["pixel_values"])
+    assert (
+        read_picture(vision.picture(0)).open().tobytes()
+        == read_picture((folder / "0.png").read_bytes()).open().tobytes()
+    )
+
+
+def test_transparent_and_turned_pictures(folder: Path) -> None:
+    clear = Image.new("RGBA", (8, 4), (255, 0, 0, 0))
+    assert read_picture(clear).open().getpixel((0, 0)) == (255, 255, 255)
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    clear.convert("RGB").save(out, "JPEG", exif=exif)
+    assert read_picture(out.getvalue()).open().size == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("one", "message"),
+    [
+        (row([{"type": "image"}, TEXT]), "places for 1 images, and the row names 0"),
+        (row("<image> or <image>?", images=["0.png"]), "places for 2 images, and the row names 1"),
+        (row([{"type": "image", "image": "http://a.b/c.png"}, TEXT]), "Images are not downloaded"),
+        (row([{"type": "image", "image": "no.png"}, TEXT]), "can't be read: .*no.png"),
+        (row("What?", image="rows.jsonl"), "can't be decoded as an image"),
+        (row([{"type": "image", "base64": "%%"}, TEXT]), "no base64"),
+        (row([TEXT], [{"type": "image", "image": "0.png"}]), "part of type 'image' that can't be used"),
+        ({"text": "abc", "image": "0.png"}, "column 'image' is not supported here"),
+    ],
+)
+def test_pictures_that_cannot_be_used_say_why(folder: Path, one: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        prepare(DataConfig(source=rows_in(folder, [one])), TOKENIZER)
+
+
+def test_a_model_of_text_refuses_images(folder: Path) -> None:
+    source = rows_in(folder, [row("What is it?", image="0.png")])
+    with pytest.raises(DataError, match="the model takes text alone"):
+        prepare(DataConfig(source=source), tiny_tokenizer())
+    assert len(prepare(DataConfig(source=source, ignore=["image"]), tiny_tokenizer()).samples) == 1
+
+
+def test_no_image_is_cut(folder: Path) -> None:
+    source = rows_in(folder, [row([{"type": "image", "image": "0.png"}, TEXT], "a cat " * 9)])
+    whole = prepare(DataConfig(source=source), TOKENIZER).samples[0]
+    (span,) = image_spans(whole.tokens)
+    with pytest.raises(DataError, match="too long"):
+        prepare(DataConfig(source=source, max_tokens=len(whole) - 1), TOKENIZER)
+    with pytest.raises(DataError, match="no image is cut"):
+        prepare(DataConfig(source=source, max_tokens=span.stop - 1, on_long="truncate"), TOKENIZER)
+    cut = prepare(DataConfig(source=source, max_tokens=len(whole) - 3, on_long="truncate"), TOKENIZER).samples[0]
+    assert len(cut) == len(whole) - 3 and cut.tokens.places(image_spans(cut.tokens)[0]) == list(
+        range(span.start, span.stop)
+    )
+    assert beginning(whole.tokens, span.start) == list(whole.tokens[: span.start])
+
+
+def test_the_cache_gives_back_the_same_pictures(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_cache, "cache_folder", lambda: tmp_path)
+    data = base64.b64encode((folder / "1.png").read_bytes()).decode()
+    rows = [
+        row("<image>And <image>?", images=["0.png", data and f"data:image/png;base64,{data}"]),
+        row("What is it?", image="0.png"),
+        row("What is it?", image="2.png"),
+        row("No picture?", "yes"),
+    ]
+    data_config = DataConfig(source=rows_in(folder, rows))
+    found = []
+    for least in (2**40, 0, 0):
+        monkeypatch.setattr(sample_cache, "CACHED_FROM", least)
+        prepared = prepare(data_config, TOKENIZER)
+        assert prepared.samples.repeats == 0  # the second and the third row differ in their pictures alone
+        found.append(
+            [
+                (
+                    list(s.tokens),
+                    list(s.weights),
+                    [(p.key, p.start, p.stop, p.inputs()["pixel_values"].tolist()) for p in image_spans(s.tokens)],
+                )
+                for s in prepared.samples.take([0, 1, 2, 3])
+            ]
+        )
+    assert found[0] == found[1] == found[2] and not isinstance(prepared.samples[3].tokens, ImageTokens)
+    pairs = [{"prompt": "What is it?", "chosen": "a cat", "rejected": "a dog", "image": "0.png"}]
+    (pair,) = prepare_pairs(DataConfig(source=rows_in(folder, pairs, "pairs")), TOKENIZER).items
+    assert len(image_spans(pair.chosen.tokens)) == len(image_spans(pair.rejected.tokens)) == 1
+    vision.picture(7).save(folder / "2.png")
+    PROCESSOR_CHANGED = prepare(data_config, TOKENIZER).samples
+    with pytest.raises((DataError, BadRow), match="has changed"):
+        from posttrain.data.image_reader import image_reader
+
+        image_reader(TOKENIZER)._kept.clear()
+        image_spans(PROCESSOR_CHANGED[2].tokens)[0].inputs()
+
+
+def test_a_run_trains_on_rows_with_and_without_images(folder: Path, tmp_path: Path) -> None:
+    """Colours that only the picture tells are learned, answered in held-out rows, and by the model that is saved."""
+    vision.make("llava", tmp_path / "model")
+    colours = ["red", "blue"]
+    for colour in colours:
+        Image.new("RGB", (32, 32), colour).save(folder / f"{colour}.png")
+    rows = [row("Which colour?", colours[i % 2], image=f"{colours[i % 2]}.png") for i in range(6)]
+    held_out = [row("Which colour is it?", colour, image=f"{colour}.png") for colour in colours]
+    source = rows_in(folder, [*rows, row("And now?", "yes")], "train")
+    stage = {"method": "sft", "data": {"source": source}, "batch_size": 7, "max_steps": 16, "keep_best": False}
+    stage |= {"optimizer": {"lr": 0.01}, "held_out": {"source": rows_in(folder, held_out, "held_out")}}
+    evaluate = [
+        {"name": "colours", "kind": "generate", "data": {"source": source, "rows": [0, 4]}, "max_new_tokens": 6}
+    ]
+    values = {"name": "vision", "model": {"source": str(tmp_path / "model")}, "stages": [stage], "evaluate": evaluate}
+    result = posttrain.run(posttrain.Recipe.model_validate(values), tmp_path / "run")
+    final = json.loads((result.folder / "evaluations" / "after" / "colours.json").read_text())
+    assert final["value"] == 1.0, final
+    measured = json.loads((result.folder / "stages" / "0-sft" / "held_out" / "step-000016.json").read_text())
+    assert [a["output"] for a in measured["answers"]] == colours
+    saved = AutoModelForImageTextToText.from_pretrained(result.folder / "model")
+    processor = AutoProcessor.from_pretrained(result.folder / "model")
+    asked = processor.apply_chat_template(row([{"type": "image"}, TEXT])["messages"][:1], add_generation_prompt=True)
+    inputs = processor(text=[asked], images=[Image.open(folder / "blue.png")], return_tensors="pt")
+    answer = saved.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert processor.decode(answer, skip_special_tokens=True) == "blue"
+    card = (result.folder / "model" / "README.md").read_text()
+    assert "AutoModelForImageTextToText" in card and "AutoProcessor" in card
