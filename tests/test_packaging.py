@@ -58,6 +58,8 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
         "openai",
         "quantized",
         "reasoning",
+        "search",
+        "vision",
         "track",
     }
 
