@@ -11,6 +11,7 @@ from torch import Tensor
 from posttrain.cpu import library as native
 from posttrain.cpu import lm_head as vocabulary
 from posttrain.cpu.lm_head import head_cross_entropy, head_logprobs
+from posttrain.cpu.quantized_matmul import hold_packed, pack_weight, placeholder
 from posttrain.losses import linear_logprobs as logprobs
 from posttrain.losses.gradient_accumulation import added_in_place
 from posttrain.losses.linear_logprobs import Head
@@ -194,3 +195,24 @@ def test_what_tiles_do_not_take_goes_the_other_way(monkeypatch: pytest.MonkeyPat
     if why != "temperature":
         expected = logprobs.linear_logprobs(h, head, y, t)
         assert all(torch.equal(a, b) for a, b in zip(head_logprobs(h, head, y, t), expected, strict=True))
+
+
+def test_a_weight_that_is_held_packed_is_dequantised_a_tile_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers and gradients as with the dense one, to the last bit; and it has no gradient itself."""
+    h, _, _, y = make(False)
+    values = torch.randint(-8, 8, (V, H), generator=torch.Generator().manual_seed(2)).to(torch.int8)
+    scale, embedding = torch.linspace(0.05, 0.2, 2 * V).view(V, 2), torch.nn.Embedding(V, H)
+    embedding.weight = torch.nn.Parameter(placeholder(V, H))
+    hold_packed(embedding, pack_weight(values, scale, None, 4))
+    dense = (values.view(V, 2, -1) * scale[..., None]).view(V, H)
+    kernels, read, found = type(native.kernels()), [], []
+    made = kernels.dequantize
+    monkeypatch.setattr(kernels, "dequantize", lambda self, p, rows: read.append(len(rows)) or made(self, p, rows))
+    for weight in (dense, embedding.weight):
+        assert not read
+        logp, entropy = head_logprobs(h, Head(weight), y, entropy=True)
+        loss, nll, _ = head_cross_entropy(h, Head(weight), y, torch.linspace(0, 1, N))
+        gradients = [*torch.autograd.grad((logp * y).sum() + entropy.sum(), [h]), *torch.autograd.grad(loss, [h])]
+        found.append([logp, entropy, loss, nll, *gradients])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and not embedding.weight.requires_grad
+    assert max(read) == 512 and sum(read) == 5 * V  # both passes forward; back twice with entropies, once without

@@ -29,8 +29,21 @@ def settings(**values: object) -> SpeedTask.Config:
     return SpeedTask.Config.model_validate(given | values)
 
 
-def test_repeats_are_items_and_the_summary_is_their_spread(tmp_path: Path) -> None:
-    (summary,) = evaluate_model(MODEL, [settings(repeats=3)], tmp_path)
+@pytest.mark.parametrize("kv_cache", [None, "int8"])
+def test_repeats_are_items_and_the_summary_is_their_spread(
+    tmp_path: Path, kv_cache: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = []
+
+    class Sampler(speed.LocalSampler):
+        def sample(self, *args: object) -> object:  # type: ignore[override]
+            caches.append(self.int8)
+            return super().sample(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(speed, "LocalSampler", Sampler)
+    (summary,) = evaluate_model(MODEL, [settings(repeats=3, kv_cache=kv_cache)], tmp_path)
+    assert list(summary["rates"]) == list(speed.SPEED_RATES)[: 5 if kv_cache else 3]
+    assert caches.count(False) == 1 + 3 * 4 and caches.count(True) == (1 + 3 * 4 if kv_cache else 0)
     assert summary["kind"] == "speed" and summary["n"] == 3 and summary["metric"] == "tokens/s"
     for rate in summary["rates"].values():
         assert 0 < rate["low"] <= rate["value"] <= rate["high"]

@@ -1,19 +1,22 @@
-"""Log-probabilities on a CPU, a tile of the vocabulary at a time: those of `functional.logprobs` in fewer passes.
+"""Log-probabilities on a CPU, a tile of the vocabulary at a time: `losses.linear_logprobs` in fewer passes.
 
 All N positions go over a thousand or two tokens' weights, whose logits stay in the processor's cache; a compiled kernel
 adds a tile to each position's softmax in one pass, in terms of the largest logit so far. So the weights and their
-gradient, which are larger than any cache, are read and written once and not once for every few positions. The formulas
-are those of `functional.logprobs`.
+gradient, which are larger than any cache, are read and written once and not once for every few positions. A weight that
+is held packed only (`quantized_matmul`) is dequantised a tile at a time. The formulas are those of
+`losses.linear_logprobs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from posttrain.cpu import library as native
+from posttrain.cpu.quantized_matmul import is_placeholder, rows_of, whole
 from posttrain.losses import linear_logprobs as logprobs
 from posttrain.losses.gradient_accumulation import place_of
 from posttrain.losses.linear_logprobs import Head, linear_cross_entropy, linear_logprobs
@@ -44,7 +47,7 @@ def head_logprobs(
     positive = bool((t > 0).all()) if isinstance(t, Tensor) else t > 0
     kernels = _kernels(hidden_N_H, head) if positive else None
     if kernels is None or (isinstance(t, Tensor) and t.shape != targets_N.shape):
-        return linear_logprobs(hidden_N_H, head, targets_N, temperature, entropy)
+        return linear_logprobs(hidden_N_H, _in_full(head), targets_N, temperature, entropy)
     factor = None
     if isinstance(t, Tensor) or t != 1.0 or head.scale != 1.0:
         factor = head.scale / (t.detach().float() if isinstance(t, Tensor) else torch.full((len(targets_N),), float(t)))
@@ -68,7 +71,7 @@ def head_cross_entropy(
     few = 4 * len(targets_N) * len(head.weight_V_H) <= logprobs.KEPT_BYTES["cpu"]
     kernels = _kernels(hidden_N_H, head) if few else None
     if kernels is None:
-        return linear_cross_entropy(hidden_N_H, head, targets_N, coefficients_N)
+        return linear_cross_entropy(hidden_N_H, _in_full(head), targets_N, coefficients_N)
     factor = torch.full((len(targets_N),), head.scale) if head.scale != 1.0 else None
     given = hidden_N_H, head.weight_V_H, head.bias_V, targets_N, factor, kernels, False
     found, _, hits = _TiledLogprobs.apply(*given)
@@ -76,10 +79,15 @@ def head_cross_entropy(
     return loss, -found.detach(), hits
 
 
+def _in_full(head: Head) -> Head:
+    return replace(head, weight_V_H=whole(head.weight_V_H))
+
+
 def _kernels(hidden: Tensor, head: Head) -> native.Kernels | None:
     """The compiled kernels, where they take this head and there is anything for them to do; else None."""
     weight, bias = head.weight_V_H, head.bias_V
-    plain = native.is_plain(weight) and (bias is None or native.is_plain(bias)) and head.softcap is None
+    read = native.is_plain(weight) or is_placeholder(weight)
+    plain = read and (bias is None or native.is_plain(bias)) and head.softcap is None
     fits = (
         plain and not head.adapted and weight.device.type == "cpu" and hidden.dtype == torch.float32 and len(hidden) > 0
     )
@@ -87,10 +95,15 @@ def _kernels(hidden: Tensor, head: Head) -> native.Kernels | None:
 
 
 class _Tiles:
-    """Tiles of a vocabulary for N positions: their tokens, and which positions' targets lie in each."""
+    """Tiles of a vocabulary for N positions: their tokens, and which positions' targets lie in each.
 
-    def __init__(self, targets: Tensor, vocabulary: int) -> None:
-        wide = max(LEAST, TILE_BYTES // (4 * len(targets)) // STEP * STEP)
+    A tile has at most as many logits as fit into `TILE_BYTES`; of a weight that is dequantised, as many numbers too.
+    """
+
+    def __init__(self, targets: Tensor, weight: Tensor) -> None:
+        vocabulary, columns = weight.shape
+        row = max(len(targets), columns) if is_placeholder(weight) else len(targets)
+        wide = max(LEAST, TILE_BYTES // (4 * row) // STEP * STEP)
         self.edges = [*range(0, vocabulary, wide), vocabulary]
         order = targets.argsort()
         cuts = torch.searchsorted(targets[order], torch.tensor(self.edges)).tolist()
@@ -111,7 +124,7 @@ def _logits(
 ) -> Tensor:
     """A tile of logits, (N, tokens), in the first part of `room`."""
     z = room[: len(hidden) * (v.stop - v.start)].view(len(hidden), -1)
-    torch.mm(hidden, weight[v].t(), out=z)
+    torch.mm(hidden, rows_of(weight, v).t(), out=z)
     if bias is not None:
         z += bias[v]
     return z if factor is None else z.mul_(factor[:, None])
@@ -123,7 +136,7 @@ class _TiledLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, factor, kernels, entropy):  # type: ignore[no-untyped-def]
         hidden, n, vocabulary = hidden.contiguous(), len(hidden), len(weight)
-        tiles = _Tiles(targets, vocabulary)
+        tiles = _Tiles(targets, weight)
         top, total, weighted = torch.full((n,), NOTHING), torch.zeros(n), torch.zeros(n)
         keep = any(ctx.needs_input_grad[:3]) and 4 * n * vocabulary <= logprobs.KEPT_BYTES["cpu"]
         room = torch.empty(n * (vocabulary if keep else tiles.edges[1]))
@@ -171,7 +184,7 @@ class _TiledLogprobs(torch.autograd.Function):
                     d = d if factor is None else d.mul_(factor[:, None])
             d[rows, targets[rows] - a] += d_target[rows]
             if d_hidden is not None:
-                d_hidden.addmm_(d, weight[a:b])
+                d_hidden.addmm_(d, rows_of(weight, slice(a, b)))
             if d_weight is not None:
                 d_weight[a:b].addmm_(d.t(), hidden, beta=0.0 if place is None else 1.0)
             if d_bias is not None:

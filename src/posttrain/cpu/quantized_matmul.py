@@ -6,7 +6,8 @@ weight (a linear layer, the output head, a whole layer in one call) reads the pa
 float32: results are those of the dense weight up to the order of rounding.
 
 A model that is opened for inference holds such weights packed only. The module's weight is then a placeholder of the
-right shape without memory, and products of many rows dequantise the packed one each time (`whole`).
+right shape without memory, and products of many rows dequantise the packed one each time (`whole`), or some of its
+rows (`rows_of`).
 """
 
 from __future__ import annotations
@@ -138,12 +139,25 @@ def whole(weight: Tensor) -> Tensor:
     Raises:
         RuntimeError: A placeholder has lost what it stands for.
     """
+    return _dequantized(weight, None) if is_placeholder(weight) else weight
+
+
+def rows_of(weight: Tensor, rows: slice) -> Tensor:
+    """Return consecutive rows of a weight as floats, dequantised if it is held packed only.
+
+    Raises:
+        RuntimeError: A placeholder has lost what it stands for.
+    """
     if not is_placeholder(weight):
-        return weight
+        return weight[rows]
+    return _dequantized(weight, torch.arange(rows.start, rows.stop))
+
+
+def _dequantized(weight: Tensor, rows: Tensor | None) -> Tensor:
     packed, kernels = packed_of(weight), native.kernels()
     if packed is None or kernels is None:
         raise RuntimeError("a weight that is held packed only was copied or moved: open the model again")
-    return kernels.dequantize(packed)
+    return kernels.dequantize(packed, rows)
 
 
 def pack_alone(module: Any, quantized: Any) -> native.Packed | None:
@@ -175,7 +189,7 @@ def hold_packed(module: Any, packed: native.Packed) -> None:
         module: A linear layer or an embedding whose weight is a `placeholder`.
         packed: Its weight.
     """
-    weight = module.weight
+    weight = module.weight.requires_grad_(False)
     setattr(weight, HOME, PackedWeight(packed, _version(weight), weight.data_ptr()))
 
 

@@ -39,8 +39,10 @@ SPEED_RATES = {
     "prefill": "tokens/s of prompts",
     "decode": "tokens/s of one answer",
     "batch": "tokens/s of a batch of answers",
+    "decode_int8": "tokens/s of one answer, keys and values in int8",
+    "batch_int8": "tokens/s of a batch of answers, keys and values in int8",
 }
-"""Rates of an item, and what they are."""
+"""Rates of an item, and what they are; the last two with `kv_cache: int8`."""
 
 
 def speed_chunks(run: EvaluationRun, config: SpeedTask.Config) -> Iterator[Chunk]:
@@ -50,6 +52,7 @@ def speed_chunks(run: EvaluationRun, config: SpeedTask.Config) -> Iterator[Chunk
         DataError: The prompt and the answer are longer than the model's context.
     """
     sampler = LocalSampler(run.model, run.tokenizer)
+    small = LocalSampler(run.model, run.tokenizer, kv_cache=config.kv_cache) if config.kv_cache else None
     needed = config.prompt_tokens + config.answer_tokens + 1
     if needed > sampler.context:
         raise DataError(
@@ -64,8 +67,14 @@ def speed_chunks(run: EvaluationRun, config: SpeedTask.Config) -> Iterator[Chunk
             sizes = sizes_of(run.model, run.settings)
             if config.memory and run.settings is not None:
                 sizes["peak_memory"] = memory_of_serving(run.settings, prompts[0], config.answer_tokens)
-            _seconds(sampler, prompts, 2)
-        return [{"id": number, **rates(sampler, prompts, config.answer_tokens), **sizes}]
+            for one in (sampler, small):
+                if one is not None:
+                    _seconds(one, prompts, 2)
+        found = rates(sampler, prompts, config.answer_tokens)
+        if small is not None:
+            again = rates(small, prompts, config.answer_tokens)
+            found |= {f"{name}_{config.kv_cache}": again[name] for name in ("decode", "batch")}
+        return [{"id": number, **found, **sizes}]
 
     for number in range(config.repeats):
         yield 1, partial(compute, number)
@@ -192,7 +201,7 @@ def measure_serving(given: dict[str, Any]) -> int:
 def summary_of_speed(items: EvaluationItems) -> dict[str, Any]:
     """Return {"rates": {name: {"value", "low", "high"}}} of the repeats, and the sizes."""
     spread = {}
-    for name in SPEED_RATES:
+    for name in [name for name in SPEED_RATES if name in items[0]]:
         values = [float(item[name]) for item in items]
         spread[name] = {"value": median(values), "low": min(values), "high": max(values)}
     sizes = {k: v for k, v in items[0].items() if k not in ("id", "value", *SPEED_RATES)}

@@ -25,6 +25,9 @@ class SpeedTask(EvaluationTask):
         prompt_tokens: int = Field(256, ge=1, description="Tokens of each prompt; they are random.")
         answer_tokens: int = Field(48, ge=1, description="Tokens that are decoded behind each prompt.")
         batch: int = Field(8, ge=1, description="Sequences that are decoded together for the figure of a batch.")
+        kv_cache: Literal["int8"] | None = Field(
+            None, description="int8: measure decoding also with keys and values in int8, as sampler.kv_cache does."
+        )
         repeats: int = Field(5, ge=1, le=100, description="Measurements; tables have their median, lowest and highest.")
         memory: bool = Field(
             True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def read_compressed(
     if (folder / "generation_config.json").is_file():
         hf.generation_config = GenerationConfig.from_pretrained(folder)
     hf.config.name_or_path = str(folder)
-    lost = _attach(hf, weights)
+    lost = _attach(hf, weights, parts)
     if lost and any(weights[name].activation_bits for name in lost):
         raise ModelError(f"{folder}: the inputs of {lost[0]} are to be rounded, and the model has no such layer")
     if lost:
@@ -132,10 +133,18 @@ def _attach_alone(hf: Any, alone: dict[str, PackedAlone]) -> bool:
 
 
 @torch.no_grad()
-def _attach(hf: Any, weights: dict[str, QuantizedWeight]) -> list[str]:
-    """Attach quantised weights to the matrices of their names; return the names that the model does not have."""
-    found, lost = joined_weights(stored_parts(hf), weights)
-    for matrix, weight in found:
+def _attach(hf: Any, weights: dict[str, QuantizedWeight], parts: list[StoredPart]) -> list[str]:
+    """Attach quantised weights to the matrices of their names; return the names that the model does not have.
+
+    Args:
+        hf: The model.
+        weights: The weights by their names in the files.
+        parts: Where the matrices are stored, in a model of the same type without memory for its weights.
+    """
+    found, lost = joined_weights(parts, weights)
+    modules = dict(hf.named_modules())
+    for empty, weight in found:
+        matrix = replace(empty, module=modules[empty.parameter_name.rpartition(".")[0]])
         if matrix.expert is not None and weight.activation_bits is not None:
             raise ModelError(f"{matrix.name}: the inputs of experts are to be rounded (W8A8), which is not done here")
         attach_to_matrix(matrix, weight)

@@ -320,8 +320,8 @@ class LanguageModel(nn.Module):
         if want == "cross_entropy":
             if coefficients_N is None:
                 coefficients_N = batch.weights_T[targets]
-            return self.backend.cross_entropy(hidden_N_H, self.head(), tokens_N, coefficients_N)
-        logprobs = self.backend.logprobs(hidden_N_H, self.head(), tokens_N, temperature, entropy)
+            return self.backend.cross_entropy(hidden_N_H, self.head(packed=True), tokens_N, coefficients_N)
+        logprobs = self.backend.logprobs(hidden_N_H, self.head(packed=True), tokens_N, temperature, entropy)
         if want == "logprobs":
             return logprobs
         if self.value is None:

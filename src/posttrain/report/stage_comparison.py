@@ -23,7 +23,13 @@ STAGE_SIZES = {
 """Sizes of an evaluation of kind speed: title, unit, divisor."""
 AXIS_WORDS = {"packed_bytes": "bytes read in decoding", "disk_bytes": "size on disk", "memory_bytes": "size in memory"}
 """Sizes that charts are drawn over, the first that all stages have."""
-STAGE_RATES = {"prefill": "Prefill", "decode": "Decoding", "batch": "Decoding a batch"}
+STAGE_RATES = {
+    "prefill": "Prefill",
+    "decode": "Decoding",
+    "batch": "Decoding a batch",
+    "decode_int8": "Decoding, int8 cache",
+    "batch_int8": "Decoding a batch, int8 cache",
+}
 """Rates of such an evaluation, in tokens a second, and their titles."""
 
 

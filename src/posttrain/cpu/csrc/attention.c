@@ -7,10 +7,6 @@
  */
 #include "kernels.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 typedef struct {
     char *k, *v;                /* (slots, kv, columns, size): float32, or int8 if there are scales */
     float *k_scales, *v_scales; /* (slots, kv, columns), or NULL */
@@ -28,21 +24,7 @@ typedef struct {
 } attention_t;
 
 /* ---------------------------------------------------------------------------------------------------- what is stored */
-typedef signed char byte;
-typedef byte vec_byte __attribute__((vector_size(WIDTH), aligned(1), may_alias));
-
 static inline vec read_float(const float *p) { return *(const vec *)p; }
-
-/* WIDTH integers. GCC takes them apart one by one if it is only told to convert them. */
-static inline vec read_byte(const byte *p) {
-#if defined(__AVX512F__)
-    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i_u *)p)));
-#elif defined(__AVX2__)
-    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(p)));
-#else
-    return __builtin_convertvector(__builtin_convertvector(*(const vec_byte *)p, vec_int), vec);
-#endif
-}
 
 /* x / scale to the nearest integer, ties to even as torch has it; a number that is none makes the scale none */
 static void quantize(const float *x, byte *to, float *scale, long size) {

@@ -5,6 +5,10 @@
 #include <stddef.h>
 #include <stdlib.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define WIDTH 16
 #elif defined(__AVX__)
@@ -21,6 +25,8 @@
 typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef float half __attribute__((vector_size(2 * WIDTH), aligned(4), may_alias));
 typedef int vec_int __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef signed char byte;
+typedef byte vec_byte __attribute__((vector_size(WIDTH), aligned(1), may_alias));
 
 typedef void (*parallel_t)(void (*)(void *), void *, unsigned, unsigned);
 typedef int (*number_t)(void);
@@ -49,6 +55,17 @@ static inline int team(void) { return pool.threads == 1 ? 1 : pool.size(); }
 float *room(int which, size_t floats) __attribute__((visibility("hidden")));
 
 static inline vec all(float x) { return (vec){0} + x; }
+
+/* WIDTH integers. GCC takes them apart one by one if it is only told to convert them. */
+static inline vec read_byte(const void *p) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+#elif defined(__AVX2__)
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(p)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(*(const vec_byte *)p, vec_int), vec);
+#endif
+}
 
 /* ---------------------------------------------------------------------------------------------------- exp, to 2 ulp
  * 2^n times a polynomial of the rest, |rest| <= log(2) / 2 (Cephes' coefficients), for x from -87 to 88. */
@@ -111,7 +128,7 @@ static inline float sum_of(vec v) {
 #define LANES 16
 typedef struct {
     const char *values;
-    const signed char *zero;
+    const byte *zero;
     const long *order;
     long n, k, group, bits;
 } packed_t;

@@ -11,64 +11,42 @@
  */
 #include "kernels.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 /* A column of a tile is PARTS registers: a vector that is wider than those is kept in memory by the compiler. */
+#define PARTS (LANES / WIDTH)
 #if defined(__AVX512F__)
-#define PARTS 1
 #define MOST 8 /* rows of x that go over a tile together */
 #define WIDE(M) (M == 8 ? 2 : 4) /* tiles side by side: enough chains, few enough registers */
 #elif defined(__AVX2__)
-#define PARTS 2
 #define MOST 4
 #define WIDE(M) (M == 1 ? 2 : 1)
 #else
-#define PARTS 4
 #define MOST 4
 #define WIDE(M) 1
 #endif
-#define FLOATS (LANES / PARTS)
-
-typedef float lanes __attribute__((vector_size(64 / PARTS), aligned(4), may_alias));
-typedef int lanes_int __attribute__((vector_size(64 / PARTS), aligned(4), may_alias));
-typedef signed char lanes_byte __attribute__((vector_size(16 / PARTS), aligned(1), may_alias));
-
-/* gcc converts bytes to floats one by one, unless told how */
-static inline lanes of_byte(const void *p) {
-#if defined(__AVX512F__)
-    return (lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
-#elif defined(__AVX2__)
-    return (lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
-#else
-    return __builtin_convertvector(__builtin_convertvector(*(const lanes_byte *)p, lanes_int), lanes);
-#endif
-}
 
 /* nibble u of each word, two's complement */
-static inline lanes of_nibble(lanes_int words, int u) {
+static inline vec of_nibble(vec_int words, int u) {
 #if defined(__AVX512F__)
     const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
-    return (lanes)_mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)words, 4 * u), table);
+    return (vec)_mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)words, 4 * u), table);
 #else
-    return __builtin_convertvector((words << (28 - 4 * u)) >> 28, lanes);
+    return __builtin_convertvector((words << (28 - 4 * u)) >> 28, vec);
 #endif
 }
 
 #define EACH(T) _Pragma("GCC unroll 8") for (int t = 0; t < T; t++) _Pragma("GCC unroll 8") for (int h = 0; h < PARTS; h++)
 #define ROWS(M) _Pragma("GCC unroll 8") for (int m = 0; m < M; m++)
-#define PLACE(M) (lanes *)(y + (t * M + m) * LANES + h * FLOATS)
+#define PLACE(M) (vec *)(y + (t * M + m) * LANES + h * WIDTH)
 
 /* x: (k, M); sums: (groups, M) of x, or NULL; y: (MOST, 16 tiles), where T tiles from `tile` are written. */
 #define START(T, M)                                                                                                    \
     const packed_t *w = j->w;                                                                                          \
     const long groups = w->k / w->group, block = 64 + w->group * 2 * w->bits, size = groups * block;                   \
     const char *p = w->values + tile * size;                                                                           \
-    EACH(T) ROWS(M) *PLACE(M) = (lanes){0};                                                                            \
+    EACH(T) ROWS(M) *PLACE(M) = (vec){0};                                                                              \
     for (long g = 0; g < groups; g++, p += block) {                                                                    \
-        lanes sum[T][PARTS][M];                                                                                        \
-        EACH(T) ROWS(M) sum[t][h][m] = (lanes){0};                                                                     \
+        vec sum[T][PARTS][M];                                                                                          \
+        EACH(T) ROWS(M) sum[t][h][m] = (vec){0};                                                                       \
         for (int t = 0; t < T; t++)                                                                                    \
             __builtin_prefetch(p + (t + T) * size);                                                                    \
         const char *q = p + 64;
@@ -76,11 +54,11 @@ static inline lanes of_nibble(lanes_int words, int u) {
 #define FINISH(T, M)                                                                                                   \
     if (w->zero)                                                                                                       \
         EACH(T) {                                                                                                      \
-            const lanes zero = of_byte(w->zero + ((tile + t) * groups + g) * LANES + h * FLOATS);                      \
+            const vec zero = read_byte(w->zero + ((tile + t) * groups + g) * LANES + h * WIDTH);                       \
             ROWS(M) sum[t][h][m] -= zero * sums[g * M + m];                                                            \
         }                                                                                                              \
     EACH(T) {                                                                                                          \
-        const lanes scale = *(const lanes *)(p + t * size + h * 4 * FLOATS);                                           \
+        const vec scale = *(const vec *)(p + t * size + h * 4 * WIDTH);                                                \
         ROWS(M) *PLACE(M) += scale * sum[t][h][m];                                                                     \
     }                                                                                                                  \
     }
@@ -90,7 +68,7 @@ static inline lanes of_nibble(lanes_int words, int u) {
         START(T, M)                                                                                                    \
         for (long i = 0; i < w->group; i++, q += LANES, x += M) {                                                      \
             EACH(T) {                                                                                                  \
-                const lanes v = of_byte(q + t * size + h * FLOATS);                                                    \
+                const vec v = read_byte(q + t * size + h * WIDTH);                                                     \
                 ROWS(M) sum[t][h][m] += v * x[m];                                                                      \
             }                                                                                                          \
             if (i % 4 == 0)                                                                                            \
@@ -102,13 +80,13 @@ static inline lanes of_nibble(lanes_int words, int u) {
     static void NAME##_4(const job_t *j, const float *x, const float *sums, float *y, long tile) {                     \
         START(T, M)                                                                                                    \
         for (long i = 0; i < w->group; i += 8, q += 4 * LANES, x += 8 * M) {                                           \
-            lanes_int words[T][PARTS];                                                                                 \
-            EACH(T) words[t][h] = *(const lanes_int *)(q + t * size + h * 4 * FLOATS);                                 \
+            vec_int words[T][PARTS];                                                                                   \
+            EACH(T) words[t][h] = *(const vec_int *)(q + t * size + h * 4 * WIDTH);                                    \
             for (int t = 0; t < T; t++)                                                                                \
                 __builtin_prefetch(q + (t + T) * size);                                                                \
             _Pragma("GCC unroll 8") for (int u = 0; u < 8; u++)                                                        \
                 EACH(T) {                                                                                              \
-                    const lanes v = of_nibble(words[t][h], u);                                                         \
+                    const vec v = of_nibble(words[t][h], u);                                                           \
                     ROWS(M) sum[t][h][m] += v * x[u * M + m];                                                          \
                 }                                                                                                      \
         }                                                                                                              \
@@ -245,7 +223,7 @@ static void unpack(void *data) {
         for (long g = 0, i = 0; g < groups; g++, p += block) {
             const float scale = ((const float *)p)[lane];
             const int zero = w->zero ? w->zero[(tile * groups + g) * LANES + lane] : 0;
-            const signed char *bytes = (const signed char *)p + 64;
+            const byte *bytes = (const byte *)p + 64;
             const int *words = (const int *)(p + 64);
             for (long c = 0; c < w->group; c++, i++) {
                 const int q = w->bits == 8 ? bytes[c * LANES + lane]
