@@ -150,6 +150,22 @@ class Recipe(Config):
                 left[f"stage:{stage.name}"] = before = stage
         return self
 
+    @model_validator(mode="after")
+    def _ensembles(self) -> Recipe:
+        """Check that no stage trains or changes the weights of an ensemble, which has several models'."""
+        left: dict[str, StageBase] = {}
+        before: StageBase | None = None
+        for _, stage in self.in_order():
+            start = before if stage.start is None else left.get(stage.start)
+            if getattr(start, "ensemble", None) is not None and stage.makes != "data":
+                raise ValueError(
+                    f"stage {stage.name!r} starts from the ensemble of stage {start.name!r}, which is not trained or "  # type: ignore[union-attr]
+                    "changed: start it from one of the members (start: stage:NAME) or from the recipe's model (start: base)"
+                )
+            if stage.makes == "model":
+                left[f"stage:{stage.name}"] = before = stage
+        return self
+
     def in_order(self) -> list[tuple[str, StageConfig]]:
         """Return (folder name, stage) of every round, in the order in which they run."""
         rounds = [[(s.name if r == 1 else f"{s.name}.{r}", s) for s in self.stages] for r in range(1, self.rounds + 1)]

@@ -24,7 +24,7 @@ from posttrain.core.errors import DataError, ModelError
 from posttrain.core.files import bytes_of_weights
 from posttrain.core.process_memory import peak_bytes, reset_peak, resident_bytes
 from posttrain.core.progress import Track
-from posttrain.models.loading import load_model, resolve
+from posttrain.models.loading import load_model, resolve, source_ensemble
 from posttrain.models.quantized_weight import quantized_matrices
 from posttrain.models.vocabulary import output_rows
 from posttrain.sampling.engine import LocalSampler
@@ -134,8 +134,11 @@ def sizes_of(model: LanguageModel, settings: ModelConfig | None) -> dict[str, in
     if packed or alone:
         dense = sum(_bytes(w) for w, _ in packed)
         out["packed_bytes"] = held - dense + sum(q.nbytes for _, q in packed)
-    if settings is not None and (found := resolve(settings.source)).kind == "folder":
-        out["disk_bytes"] = bytes_of_weights(Path(found.location)) or 0
+    if settings is not None and resolve(settings.source).kind == "folder":
+        ensemble = source_ensemble(settings)
+        sources = [settings] if ensemble is None else ensemble.member_settings(settings)
+        folders = [Path(resolve(source.source).location) for source in sources]
+        out["disk_bytes"] = sum(bytes_of_weights(folder) or 0 for folder in folders)
     return out
 
 

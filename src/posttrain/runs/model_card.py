@@ -99,6 +99,7 @@ def _front(folder: Path, steps: Sequence[LineageStep], origin: Origin) -> dict[s
     names = sorted({s for s in sources if s.count("/") == 1 and not s.endswith(_FILES) and ":" not in s})
     front |= {"datasets": names} if names else {}
     library, pipeline = ("peft" if adapter else "transformers"), KINDS[folder.name]
+    library = "posttrain" if (folder / ENSEMBLE_FILE).is_file() else library
     tags = ["posttrain", *dict.fromkeys(str(s.record["method"]) for s in steps)]
     return front | {"library_name": library, "pipeline_tag": pipeline, "tags": tags}
 

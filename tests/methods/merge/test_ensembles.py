@@ -13,10 +13,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from posttrain.cli.main import app
-from posttrain.config import ModelConfig, SamplingConfig
+from posttrain.config import ModelConfig, Recipe, SamplingConfig
 from posttrain.core.errors import ModelError
 from posttrain.core.types import Sample
 from posttrain.eval.likelihood_tasks import score
+from posttrain.eval.speed import sizes_of
 from posttrain.losses.ensemble_logprobs import pool_logprobs
 from posttrain.methods.merge.merge import Merge
 from posttrain.methods.merge.merge_settings import MergeConfig
@@ -169,6 +170,8 @@ def test_a_folder_of_an_ensemble_opens_wherever_it_lies(written: Path, tmp_path:
         expected = slow(members, [5, 6, 7], [0.5, 1], "geometric", None)
         found = hf(torch.tensor([[5, 6, 7]])).logits[0, -1]
         torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
+        sizes = sizes_of(LanguageModel(hf), config)
+        assert sizes["disk_bytes"] == sum(f.stat().st_size for f in moved.glob("members/*/*.safetensors"))
         assert context_length(config) == min(m.config.max_position_embeddings for m in members)
         sha = resolve(str(moved)).sha256()
         with pytest.raises(ModelError, match="is an ensemble: .* not trained, merged or exported"):
@@ -202,3 +205,9 @@ def test_what_can_not_be_pooled(written: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             MergeConfig.model_validate({"ensemble": {}, "models": ["a"], **settings})
+    stages = [
+        {"method": "merge", "ensemble": {}, "models": ["base"]},
+        {"method": "sft", "data": {"source": "rows.jsonl"}},
+    ]
+    with pytest.raises(ValueError, match="stage 'sft' starts from the ensemble of stage 'merge'"):
+        Recipe.model_validate({"name": "x", "model": {"source": "a"}, "stages": stages})

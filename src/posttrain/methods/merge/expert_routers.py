@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from posttrain.config.settings import DataConfig, ModelConfig
-from posttrain.core.errors import DataError, ModelError
+from posttrain.core.errors import DataError
 from posttrain.core.progress import Track
 from posttrain.methods.merge.merge_settings import MergeConfig
 from posttrain.models.model_types import decoder_layers
@@ -20,7 +20,7 @@ SPREAD = 0.02
 """Standard deviation of random weights, as transformers initialises routers."""
 
 
-def expert_routers(config: MergeConfig, model: ModelConfig, seed: int) -> Callable[[int], Tensor]:
+def expert_routers(config: MergeConfig, model: ModelConfig, hidden: int, seed: int) -> Callable[[int], Tensor]:
     """Return the weights of a layer's router by its number, (experts, hidden) in float32.
 
     Row e of a router from prompts is the mean, over the prompts of model e, of the mean over a prompt's tokens of what
@@ -30,10 +30,11 @@ def expert_routers(config: MergeConfig, model: ModelConfig, seed: int) -> Callab
     Args:
         config: Settings of the stage.
         model: The base, which is opened for prompts.
+        hidden: Size of its hidden states.
         seed: Seed of random weights.
 
     Raises:
-        DataError, ModelError: Prompts can't be read, or the base can't be opened.
+        DataError: Prompts can't be read.
     """
     assert config.experts is not None
     count, kind = len(config.models), config.experts.router
@@ -41,12 +42,6 @@ def expert_routers(config: MergeConfig, model: ModelConfig, seed: int) -> Callab
         rows = prompt_means(model, [m.prompts or [] for m in config.models])
         rows /= rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return lambda layer: rows[layer]
-    from posttrain.models.loading import load_settings
-
-    settings = load_settings(model)
-    if settings is None:
-        raise ModelError(f"{model.source} is made at random: experts are made of models in files")
-    hidden = settings.get_text_config().hidden_size
     if kind == "zeros":
         return lambda layer: torch.zeros(count, hidden)
 

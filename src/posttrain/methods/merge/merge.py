@@ -76,7 +76,7 @@ class Merge(Stage):
         if self.config.experts is not None:
             from posttrain.methods.merge.expert_routers import expert_routers
 
-            routers = expert_routers(self.config, model, seed)
+            routers = expert_routers(self.config, model, base.config.get_text_config().hidden_size, seed)
 
         def write(config: MergeConfig, work: Path) -> dict[str, Any]:
             with Track(config.name, 1) as track:
