@@ -83,10 +83,14 @@ class EnsembleHead:
             temperature: Divides the log-probabilities of the ensemble, not those of its members.
             product: Computes h W^T.
         """
-        parts = zip(self.heads, hidden_N_H.split(self.widths, -1), strict=True)
-        logits = [head.logits(hidden.contiguous(), 1.0, product)[:, : self.rows] for head, hidden in parts]
-        pooled = pool_logprobs(torch.stack(logits).log_softmax(-1), self.weights, self.pool, self.confidence)
-        return pooled if temperature == 1.0 else pooled.div_(temperature)
+        out = torch.empty(len(hidden_N_H), self.rows, dtype=torch.float32, device=hidden_N_H.device)
+        rows = chunk_rows(self.rows * len(self.heads), hidden_N_H.device)
+        for start in range(0, len(out), rows):  # the logits of all members are larger than those of a model
+            parts = zip(self.heads, hidden_N_H[start : start + rows].split(self.widths, -1), strict=True)
+            logits = [head.logits(hidden.contiguous(), 1.0, product)[:, : self.rows] for head, hidden in parts]
+            logprobs = torch.stack(logits).log_softmax(-1)
+            out[start : start + rows] = pool_logprobs(logprobs, self.weights, self.pool, self.confidence)
+        return out if temperature == 1.0 else out.div_(temperature)
 
     def logprobs(
         self, hidden_N_H: Tensor, targets_N: Tensor, temperature: float | Tensor = 1.0, entropy: bool = False

@@ -18,6 +18,7 @@ from posttrain.core.errors import ModelError
 from posttrain.core.types import Sample
 from posttrain.eval.likelihood_tasks import score
 from posttrain.eval.speed import sizes_of
+from posttrain.losses import ensemble_logprobs
 from posttrain.losses.ensemble_logprobs import pool_logprobs
 from posttrain.methods.merge.merge import Merge
 from posttrain.methods.merge.merge_settings import MergeConfig
@@ -90,7 +91,10 @@ def slow(members: list[Any], tokens: list[int], weights: list[float], pool: str,
     [([1, 3], "arithmetic", "entropy"), ([1, 1], "geometric", "max_probability"), ([1.5, -0.5], "geometric", None)],
 )
 @torch.no_grad()
-def test_sampling_and_likelihood_are_those_of_the_pool(weights: list[float], pool: str, confidence: str | None) -> None:
+def test_sampling_and_likelihood_are_those_of_the_pool(
+    weights: list[float], pool: str, confidence: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ensemble_logprobs, "chunk_rows", lambda vocabulary, device: 3)
     members = models()
     model = LanguageModel(Ensemble(models(), weights, pool, confidence)).eval()
     assert model.ragged and verify(model) < 1e-4
