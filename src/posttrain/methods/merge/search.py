@@ -152,7 +152,7 @@ class MergeSearch:
         point = tuple(best["coefficients"].values())
         entry, figures = self._measured_merge(point, "chosen")
         measured = {"chosen": figures}
-        if point != self.default:
+        if point != self.default and self.trials[0]["score"] is not None:
             measured["default"] = self._measured_merge(self.default, "default")[1]
             shutil.rmtree(self.folder / "default" / "model")
         measured |= {name: self._measure(model, name) for name, model in self._models()}
