@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 
 from posttrain import __version__
 from posttrain.cli.main import app
+from posttrain.config import ModelConfig
 from posttrain.core.errors import ModelError
 from posttrain.recipe.parsing import dump_recipe, load_recipe, shipped
+from tests import vision
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
 
@@ -48,7 +50,7 @@ SURFACE = {
     "inspect": {"recipe", "overrides", "rows", "stage", "step", "held_out", "sort", "problem", "watch"},
     "evaluate": {"model", "recipe", "overrides", "folder", "against"},
     "chat": {"model", "prompt", "system", "max_new_tokens", "temperature", "device", "trust_remote_code"}
-    | {"refine", "rounds", "feedback", "task"},
+    | {"refine", "rounds", "feedback", "task", "image"},
     "bake": {"model", "folder", "device", "trust_remote_code"},
     "report": {"run"},
     "doctor": set(),
@@ -213,6 +215,31 @@ def test_chat_answers_once_and_streams_what_generate_gives() -> None:
     assert "".join(pieces) == chat.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     assert [m["role"] for m in chat.messages] == ["user", "assistant"]
     assert chat.messages[1]["content"] == "".join(pieces)
+
+
+def test_chat_shows_images(tmp_path: Path) -> None:
+    from posttrain.cli.chat import Chat
+    from posttrain.data.image_reader import image_reader
+    from posttrain.models.language_model import LanguageModel
+    from posttrain.models.loading import load_model
+    from posttrain.sampling.greedy import greedy
+
+    vision.make("llava", tmp_path / "model")
+    vision.picture(1).save(tmp_path / "a.png")
+    config = ModelConfig(source=str(tmp_path / "model"), device="cpu")
+    chat = Chat.open(config, max_new_tokens=5)
+    assert "next message" in str(chat.command(f"/image {tmp_path / 'a.png'}"))
+    assert "can't be read" in str(chat.command("/image no.png"))
+    said = "".join(chat.ask("What is it?"))
+    hf, tokenizer = load_model(config)
+    text = "<|im_start|>user\n<image>What is it?<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt, _ = image_reader(tokenizer).expand(ids, [0.0] * len(ids), chat.messages[0]["images"])
+    (expected,) = greedy(LanguageModel(hf), tokenizer, [prompt], 5)
+    assert said == tokenizer.decode(expected, skip_special_tokens=True) and not chat.images
+    assert isinstance("".join(chat.ask("And then?")), str) and len(chat.messages) == 4
+    refused = invoke("chat", "tiny:llama", "--image", str(tmp_path / "a.png"), "-p", "What?")
+    assert refused.exit_code and "takes text alone" in refused.output
 
 
 def test_chat_commands_context_and_errors() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from posttrain.core.errors import ModelError
-from posttrain.core.image_tokens import image_spans
+from posttrain.core.image_tokens import beginning, image_spans
 from posttrain.core.types import Message, Sample
 from posttrain.data.image_reader import image_reader, use_processor
 from posttrain.data.learnt_turns import render_with_loss
@@ -17,6 +18,8 @@ from posttrain.data.pictures import read_picture
 from posttrain.data.tokenizing import tokenize_rendered
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.verification import own_attention
+from posttrain.sampling.greedy import greedy
+from posttrain.sampling.protocol import stop_tokens
 from tests import vision
 
 MARK = "\ufdd0"
@@ -46,29 +49,47 @@ def samples(tokenizer: Any) -> list[Sample]:
     ]
 
 
-def their_logprobs(model: LanguageModel, processor: Any, row: Sample) -> Tensor:
-    """Compute log-probabilities of a row's tokens by transformers' own forward pass, from the processor's inputs."""
-    spans = image_spans(row.tokens)
-    inputs: dict[str, Any] = {"input_ids": torch.tensor([list(row.tokens)])}
+def their_inputs(model: LanguageModel, processor: Any, tokens: Sequence[int]) -> dict[str, Any]:
+    """Return what transformers' own forward pass takes, from the processor."""
+    spans = image_spans(tokens)
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([list(tokens)])}
     if spans:
         pictures = [span.picture.open() for span in spans]
-        text = processor.tokenizer.decode(shortened(row, processor))
+        text = processor.tokenizer.decode(shortened(tokens, processor))
         given = [pictures] if "Idefics3" in type(processor).__name__ else pictures
         inputs = dict(processor(text=[text], images=given, return_tensors="pt", add_special_tokens=False))
-        assert inputs["input_ids"][0].tolist() == list(row.tokens)
+        assert inputs["input_ids"][0].tolist() == list(tokens)
     if hasattr(model.base.model, "get_rope_index"):
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.image_token).int()
+    return inputs
+
+
+def their_logprobs(model: LanguageModel, processor: Any, row: Sample) -> Tensor:
+    """Compute log-probabilities of a row's tokens by transformers' own forward pass."""
+    inputs = their_inputs(model, processor, row.tokens)
     logits = model.base(use_cache=False, **inputs).logits[0, :-1]
     return logits.log_softmax(-1).gather(1, inputs["input_ids"][0, 1:, None])[:, 0]
 
 
-def shortened(row: Sample, processor: Any) -> list[int]:
-    """Return the tokens of a row with one image token in place of each picture's."""
-    tokens, out, at = list(row.tokens), [], 0
-    for span in image_spans(row.tokens):
+def their_answer(model: LanguageModel, processor: Any, prompt: list[int], count: int) -> list[int]:
+    """Return the likeliest tokens by transformers' `generate`, up to an end token."""
+    inputs = their_inputs(model, processor, prompt)
+    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    banned = [model.image_token]  # as the sampler
+    out = model.base.generate(**inputs, max_new_tokens=count, do_sample=False, suppress_tokens=banned)[0]
+    tokens = out[len(prompt) :].tolist()
+    ends = stop_tokens(model.base, processor.tokenizer)
+    return tokens[: next((i for i, t in enumerate(tokens) if t in ends), count)]
+
+
+def shortened(tokens: Sequence[int], processor: Any) -> list[int]:
+    """Return tokens with one image token in place of each picture's."""
+    out: list[int] = []
+    at = 0
+    for span in image_spans(tokens):
         out += [*tokens[at : span.start], image_id(processor)]
         at = span.stop
-    return out + tokens[at:]
+    return [*out, *tokens[at:]]
 
 
 def image_id(processor: Any) -> int:
@@ -108,5 +129,11 @@ def test_a_packed_batch_computes_what_transformers_does(kind: str) -> None:
             torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4 * float(other.abs().max() + 1), msg=name)
             seen.add("vision" if "vis" in name else "language" if "language" in name or "text" in name else "other")
     assert {"vision", "language"} <= seen
+    use = [rows[i] for i in (1, 3, 4)]
+    prompts = [beginning(row.tokens, next(i for i, w in enumerate(row.weights) if w)) for row in use]
+    answers = greedy(model, processor.tokenizer, prompts, 6)
+    with own_attention(model):
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert answer == their_answer(model, processor, prompt, 6)
     with pytest.raises(ModelError, match="lost their pictures"):
         model.pack([Sample(list(rows[0].tokens), rows[0].weights)])

@@ -17,6 +17,9 @@ def chat_command(
     model: Annotated[str, typer.Argument(help="A run's folder, or any model: Hub name, folder, .gguf file.")],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Print the answer to this and leave.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="Image that the first message shows. May be repeated.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     refine: Annotated[
@@ -51,6 +54,8 @@ def chat_command(
     else:
         chat = Chat.open(config, **settings)
     with closing(chat):
+        for path in image or ():
+            chat.show(path)
         if prompt is not None:
             for piece in chat.ask(prompt):
                 typer.echo(visible(piece), nl=False)

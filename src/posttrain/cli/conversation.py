@@ -10,18 +10,26 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any
 
 from posttrain.core.errors import ModelError, PosttrainError
+from posttrain.core.image_tokens import IMAGE_MARK, image_spans
 from posttrain.core.visible_text import visible
 
 if TYPE_CHECKING:
     from posttrain.config import ModelConfig
     from posttrain.core.types import Message
 
-HELP = "/reset starts over, /system TEXT sets the system message, /quit leaves; Ctrl-C stops an answer"
+HELP = (
+    "/reset starts over, /system TEXT sets the system message, /image PATH shows an image with your next message, "
+    "/quit leaves; Ctrl-C stops an answer"
+)
 
 
 @dataclass
 class Chat:
-    """A model and a conversation with it; a model without a chat template continues plain text."""
+    """A model and a conversation with it; a model without a chat template continues plain text.
+
+    Attributes:
+        images: Pictures for the next message.
+    """
 
     model: Any
     tokenizer: Any
@@ -29,6 +37,8 @@ class Chat:
     max_new_tokens: int = 256
     temperature: float = 0.0
     messages: list[Message] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
+    _sampler: Any = None
 
     @classmethod
     def open(cls, config: ModelConfig, **settings: Any) -> Chat:
@@ -49,7 +59,8 @@ class Chat:
 
         further: Turns after it that are not kept. Without a chat template they follow it directly.
         """
-        from posttrain.data.chat_template import render_chat
+        from posttrain.data.chat_template import render_prompt
+        from posttrain.data.encoding import with_pictures
         from posttrain.data.special_text import guard
         from posttrain.data.tokenizing import continuation, text_tokens, tokenize
 
@@ -58,8 +69,23 @@ class Chat:
             ids = list(self.tokenizer("\n".join(m["content"] for m in [*system, *self.messages]))["input_ids"])
             behind = guard("".join(m["content"] for m in further), text_tokens(self.tokenizer))
             return ids + (continuation(self.tokenizer, behind) if behind else [])
-        text = render_chat(self.tokenizer, [*system, *self.messages, *further], generation=True)
-        return tokenize(self.tokenizer, [text])[0]
+        text, pictures = render_prompt(self.tokenizer, [*system, *self.messages, *further])
+        return with_pictures(tokenize(self.tokenizer, [text])[0], pictures, self.tokenizer)
+
+    def show(self, path: str) -> None:
+        """Show an image with the next message. Raises ModelError if it is none, or if the model reads text alone."""
+        from posttrain.data.bad_rows import BadRow
+        from posttrain.data.image_reader import image_reader
+        from posttrain.data.pictures import read_picture
+
+        if self.tokenizer.chat_template is None:
+            raise ModelError("images need a chat template, which says where they stand, and this model has none")
+        try:
+            picture = read_picture(path)
+            image_reader(self.tokenizer).read(picture)
+        except BadRow as error:
+            raise ModelError(str(error)) from error
+        self.images.append(picture)
 
     def ask(self, text: str) -> Iterator[str]:
         """Send `text`, yield the answer in pieces, and keep both in the conversation.
@@ -69,12 +95,16 @@ class Chat:
         Raises:
             ModelError: The conversation is longer than the model's context; `text` is then not kept.
         """
-        self.messages.append({"role": "user", "content": text})
+        message: Message = {"role": "user", "content": IMAGE_MARK * len(self.images) + text}
+        if self.images:
+            message["images"] = self.images
+        self.messages.append(message)
         try:
             pieces = self.write()
         except ModelError:
             self.messages.pop()
             raise
+        self.images = []
         answer: list[str] = []
         try:
             for piece in pieces:
@@ -99,7 +129,20 @@ class Chat:
             raise ModelError(
                 f"the conversation is {len(ids)} tokens and the model's context {longest}: /reset starts over"
             )
-        return self._stream(ids, min(self.max_new_tokens, longest - len(ids)) if longest else self.max_new_tokens)
+        room = min(self.max_new_tokens, longest - len(ids)) if longest else self.max_new_tokens
+        return self._whole(ids, room) if image_spans(ids) or self._sampler else self._stream(ids, room)
+
+    def _whole(self, ids: list[int], room: int) -> Iterator[str]:
+        """Yield an answer to images as one piece, by the sampler, which reads them for every type of model."""
+        from posttrain.config import SamplingConfig
+        from posttrain.models.language_model import LanguageModel
+        from posttrain.sampling.engine import LocalSampler
+        from posttrain.sampling.protocol import Request
+
+        if self._sampler is None:  # from here on the model's attention is the sampler's
+            self._sampler = LocalSampler(LanguageModel(self.model), self.tokenizer)
+        params = SamplingConfig(temperature=self.temperature, max_tokens=room)
+        yield self._sampler.sample([Request(ids, 1, len(self.messages))], params)[0].rollouts[0].text
 
     def _stream(self, ids: list[int], room: int) -> Iterator[str]:
         """Run `generate` in a thread, with its text in a queue; an error there is raised here."""
@@ -169,7 +212,14 @@ class Chat:
             return None
         if name == "/reset":
             self.messages.clear()
+            self.images.clear()
             return "a new conversation"
+        if name == "/image":
+            try:
+                self.show(rest.strip())
+            except PosttrainError as error:
+                return f"error: {error}"
+            return "the image is shown with your next message"
         if name == "/system":
             self.system = rest.strip() or None
             self.messages.clear()

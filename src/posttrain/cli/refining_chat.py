@@ -76,6 +76,10 @@ class RefiningChat(Chat):
         """Release what the sources of feedback have opened."""
         self.environment.close()
 
+    def show(self, path: str) -> None:
+        """Refuse images: feedback and revisions are written as text."""
+        raise ModelError("images are not read with --refine: its turns are text")
+
     def ask(self, text: str) -> Iterator[str]:
         """Send `text`; yield the first answer, feedback and revisions in pieces, with headings between them.
 

@@ -172,10 +172,18 @@ NO_IMAGES = (
 )
 
 
+def _may_exist(source: _Source) -> bool:
+    """Return False for a folder without a processor's files."""
+    folder = Path(source.location)
+    return not folder.is_dir() or any((folder / name).is_file() for name in PROCESSOR_FILES[:2])
+
+
 def _load(source: _Source) -> Any:
     from transformers import AutoProcessor
     from transformers.utils import logging
 
+    if not _may_exist(source):
+        raise BadRow(*NO_IMAGES)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers names, once for each type that it has, that torchvision is missing
     try:
@@ -205,9 +213,6 @@ def save_processor(tokenizer: Any, folder: Path) -> None:
     """Write the processor of a tokenizer's model into a model's folder; nothing for a text model."""
     found = _READERS.get(tokenizer)
     if isinstance(found, _Source):
-        here = Path(found.location)
-        if here.is_dir() and not any((here / name).is_file() for name in PROCESSOR_FILES):
-            return
         try:
             found = image_reader(tokenizer)
         except BadRow:

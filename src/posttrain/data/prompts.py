@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config import DataConfig
 from posttrain.config.problems import PROMPTS
 from posttrain.core.errors import DataError
+from posttrain.core.image_tokens import picture_keys
 from posttrain.data.bad_rows import BadRow, BadRows, Row, check_values
 from posttrain.data.cells import is_missing, read_text, required_field
 from posttrain.data.chat_template import NO_PICTURES, Conversation
-from posttrain.data.encoding import require_chat_template
+from posttrain.data.encoding import require_chat_template, with_pictures
 from posttrain.data.formats import Record, to_record
+from posttrain.data.image_turns import IMAGE_COLUMNS, without_images
 from posttrain.data.learnt_turns import CUT_REASONING, SPELT
 from posttrain.data.mixing import refuse_weights
 from posttrain.data.parts import PlacedRow
+from posttrain.data.pictures import Picture
 from posttrain.data.plain_text import join_texts, plain_prompts
 from posttrain.data.row_context import TEMPLATE_COLUMNS, TOOL_COLUMNS
 from posttrain.data.row_fields import MEDIA, SourceRow
@@ -66,17 +69,18 @@ class PromptSet(PreparedItems[RenderedPrompt]):
     )
 
     def content(self, number: int) -> Hashable:
-        """Return the text of a prompt."""
-        return self.items[number].text
+        """Return the text of a prompt, with its pictures."""
+        return (self.items[number].text, *picture_keys(self.items[number].tokens))
 
 
-def load_prompts(config: Any, tokenizer: Any, *, context: int | None) -> PromptSet:
+def load_prompts(config: Any, tokenizer: Any, *, context: int | None, images: bool = False) -> PromptSet:
     """Load the prompts of a source, and render and tokenize them.
 
     Args:
         config: Settings of a source of prompts (a recipe's `problems`).
         tokenizer: The tokenizer; its chat template renders the prompts unless the settings have their own.
         context: The model's length in tokens. A prompt that leaves no room for an answer is a bad row.
+        images: Prompts may have pictures. False: such a prompt is a bad row.
 
     Raises:
         DataError: The source can't be read, or (unless data.on_bad_row is skip) there are bad rows.
@@ -90,16 +94,19 @@ def load_prompts(config: Any, tokenizer: Any, *, context: int | None) -> PromptS
         require_chat_template(tokenizer, f"{where}chat=false to ask in plain text, or problems.template")
     limit = min(getattr(data, "max_tokens", None) or 2**62, (context or 2**62) - 1)
     special, notes = getattr(data, "special_tokens", "text"), Counter[str]()
-    texts: list[tuple[PromptRow, str]] = []
+    texts: list[tuple[PromptRow, str, tuple[Picture, ...]]] = []
     for row in rows:
         with bad.collect(row["source"]):
-            text = _render(row, tokenizer, special, notes) if in_chat else _plain(row, config.template)
-            texts.append((row, text))
+            rendered = _render(row, tokenizer, special, notes) if in_chat else (_plain(row, config.template), ())
+            if rendered[1] and not images:
+                raise BadRow(NO_PICTURES)
+            texts.append((row, *rendered))
     items: list[RenderedPrompt] = []
-    rendered = [text for _, text in texts]
-    encoded = tokenize(tokenizer, rendered) if in_chat else plain_prompts(rendered, tokenizer, special)
-    for (row, text), ids in zip(texts, encoded, strict=True):
+    whole = [text for _, text, _ in texts]
+    encoded = tokenize(tokenizer, whole) if in_chat else plain_prompts(whole, tokenizer, special)
+    for (row, text, pictures), written in zip(texts, encoded, strict=True):
         with bad.collect(row["source"]):
+            ids = with_pictures(written, pictures, tokenizer)
             if not ids:
                 raise BadRow("empty prompt")
             if len(ids) > limit:
@@ -112,7 +119,7 @@ def load_prompts(config: Any, tokenizer: Any, *, context: int | None) -> PromptS
         getattr(source, "title", config.kind),
         layout=config.kind,
         rows=total,
-        duplicates=count_repeats(tuple(p.tokens) for p in items),
+        duplicates=count_repeats((*p.tokens, *picture_keys(p.tokens)) for p in items),
         examples=[{"text": f"{p.source}, answer {p.problem['answer']}", "pieces": [[p.text, 0.0]]} for p in items[:3]],
         rendering={name: number for name, number in notes.items() if number},
     )
@@ -157,20 +164,20 @@ def _prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
         raise BadRow("empty question")
     if messages[-1]["role"] not in ("user", "tool"):
         raise BadRow(f"the prompt ends with a turn of the {messages[-1]['role']}, expected the user's or a tool's")
-    user = [m["content"] for m in messages if m["role"] == "user"]
-    return {"messages": messages, "prompt": user[-1] if user else messages[-1]["content"]}
+    user = [m for m in messages if m["role"] == "user"] or messages
+    return {"messages": messages, "prompt": without_images(user[-1])["content"]}
 
 
-def _render(row: PromptRow, tokenizer: Any, special_tokens: str, notes: Counter[str]) -> str:
-    """Return a prompt by the chat template, and count in `notes` what is worth telling."""
+def _render(
+    row: PromptRow, tokenizer: Any, special_tokens: str, notes: Counter[str]
+) -> tuple[str, tuple[Picture, ...]]:
+    """Return a prompt by the chat template with its pictures, and count in `notes` what is worth telling."""
     tools, arguments = row.get("tools") or (), row.get("template_args")
     conversation = Conversation(tokenizer, row["messages"], tools, arguments, special_tokens)
-    if conversation.pictures:
-        raise BadRow(NO_PICTURES)
     text = conversation.render(generation=True)
     notes[CUT_REASONING] += conversation.check(text, generation=True)
     notes[SPELT] += conversation.specials.total()
-    return text
+    return text, conversation.pictures
 
 
 def _plain(row: PromptRow, template: str | None) -> str:
@@ -189,7 +196,7 @@ def rows_of_table(config: RowPrompts.Config) -> tuple[list[PromptRow], Rows]:
         row.row.notes.passed_on = row.row.keys() - OWN_FIELDS
         return _problem(_move_first_words(record, config.answer_prefix_words), row.row, row.source, config.instruction)
 
-    return rows.read(problem, refused=MEDIA), rows
+    return rows.read(problem, refused=MEDIA - set(IMAGE_COLUMNS)), rows
 
 
 def _prompt_alone(row: SourceRow, data: DataConfig) -> Record:
@@ -240,8 +247,9 @@ def _problem(record: Record, row: Row, source: str, instruction: str | None) -> 
     prompt = _prompt_of({"messages": list(record.messages[:-1])})
     if instruction:
         asked = next(m for m in reversed(prompt["messages"]) if m["role"] == "user")
-        asked["content"] = prompt["prompt"] = f"{asked['content']}\n{instruction}"
-    read = {*TOOL_COLUMNS, *TEMPLATE_COLUMNS, "template_args"}
+        asked["content"] = f"{asked['content']}\n{instruction}"
+        prompt["prompt"] = without_images(asked)["content"]
+    read = {*TOOL_COLUMNS, *TEMPLATE_COLUMNS, *IMAGE_COLUMNS, "template_args"}
     columns = {name: value for name, value in row.items() if name not in read}
     context = {"tools": list(record.tools), "template_args": record.template_args}
     given = {name: value for name, value in context.items() if value}

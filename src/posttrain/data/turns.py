@@ -15,6 +15,7 @@ from posttrain.core.image_tokens import IMAGE_MARK
 from posttrain.core.types import Message
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.cells import is_empty, is_missing, parse_json
+from posttrain.data.pictures import Picture
 from posttrain.data.row_fields import MEDIA, TURN_FIELDS, FieldNotes, changes_meaning, ignore_hint
 from posttrain.data.tool_calls import parse_calls, read_call
 
@@ -78,7 +79,7 @@ def read_turn(turn: dict[str, Any], place: str = "", number: int = 0, notes: Fie
     Raises:
         BadRow: The turn can't be used.
     """
-    if plain := _plain_turn(turn):
+    if plain := _plain_turn(turn) or _read_before(turn):
         return [plain]
     notes = FieldNotes() if notes is None else notes
     turn = notes.without_ignored(turn, place)
@@ -117,6 +118,12 @@ def _plain_turn(turn: dict[str, Any]) -> Message | None:
         return None
     ours = ROLES.get(role.lower())
     return None if ours is None else {"role": ours, "content": content}
+
+
+def _read_before(turn: dict[str, Any]) -> Message | None:
+    """Return a turn with pictures that was read already; None for any other."""
+    images = turn.get("images")
+    return {**turn} if images and isinstance(images, list) and isinstance(images[0], Picture) else None  # type: ignore[typeddict-item]
 
 
 def answer_text(message: Message | Mapping[str, Any]) -> str:

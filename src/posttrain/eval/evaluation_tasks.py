@@ -213,13 +213,19 @@ class ProblemsEvaluationConfig(EvaluationBase):
 
 
 class ProblemsEvaluation(EvaluationTask):
-    """Base of the evaluations that sample answers."""
+    """Base of the evaluations that sample answers.
+
+    Attributes:
+        images: Problems may have pictures.
+    """
+
+    images: ClassVar[bool] = False
 
     def read(self, tokenizer: Any, context: int | None) -> Any:
         """Read and render the problems."""
         from posttrain.data.prompts import load_prompts
 
-        return load_prompts(self.config.problems, tokenizer, context=context)
+        return load_prompts(self.config.problems, tokenizer, context=context, images=self.images)
 
 
 class SampledAnswersConfig(ProblemsEvaluationConfig):
@@ -276,6 +282,8 @@ class SampledAnswersConfig(ProblemsEvaluationConfig):
 class SampleTask(ProblemsEvaluation):
     """Accuracy of many completions of each problem, by pass@k, votes and choices, against the tokens they take."""
 
+    images = True
+
     class Config(SampledAnswersConfig):
         """An evaluation of many completions of a problem: accuracy by pass@k, votes and choices, against tokens."""
 
@@ -311,6 +319,8 @@ class SampleTask(ProblemsEvaluation):
 
 class ScoreTask(ProblemsEvaluation):
     """Mean score of sampled answers, and how often the trained model's answer scores above the first model's."""
+
+    images = True
 
     class Config(ProblemsEvaluationConfig):
         """An evaluation by a scorer, a judge or a reward model: mean score of sampled answers, and wins."""

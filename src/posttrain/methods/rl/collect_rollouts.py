@@ -219,7 +219,7 @@ class RolloutCollector:
         requests = []
         for (g, i), seed in zip(continued, self._streams(5, salt, len(continued)), strict=True):
             question, before = self.questions[groups[g].problem], rollouts[g][i]
-            tokens = [*question.tokens, *before.tokens]
+            tokens = continued(question.tokens, before.tokens)
             requests.append(Request(tokens, 1, seed, question.problem, growth.asked(before)))
         for (g, n), seed in zip(begun, self._streams(2, salt, len(begun)), strict=True):
             question = self.questions[groups[g].problem]

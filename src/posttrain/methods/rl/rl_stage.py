@@ -57,11 +57,12 @@ class RolloutStage(Stage):
             RewardStack(config.rewards, context.functions, context.tokenizer, environment=answered_by).close()
             if held_out is not None and held_out.gold is not None:
                 RewardStack([held_out.gold], context.functions, context.tokenizer, environment=answered_by).close()
-        trained = load_prompts(config.problems, context.tokenizer, context=context.context)
+        images = getattr(config, "environment", None) is None  # environments write their turns as text
+        trained = load_prompts(config.problems, context.tokenizer, context=context.context, images=images)
         self.prompts = StagePrompts(trained.items)
         if held_out is None:
             return [(name, trained)]
-        others = load_prompts(held_out.problems, context.tokenizer, context=context.context)
+        others = load_prompts(held_out.problems, context.tokenizer, context=context.context, images=images)
         others = drop_training_overlap(others, trained, f"stage {name}")
         self.prompts = StagePrompts(trained.items, others.items)
         return [(name, trained), (f"{name} held out", others)]
