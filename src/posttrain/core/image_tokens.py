@@ -67,7 +67,7 @@ def beginning(tokens: Sequence[int], stop: int) -> list[int]:
     return ImageTokens(cut, [span for span in spans if span.stop <= stop])
 
 
-def continued(tokens: Sequence[int], more: Sequence[int]) -> list[int]:
+def extended(tokens: Sequence[int], more: Sequence[int]) -> list[int]:
     """Return token ids with others behind them, which are text; the pictures of the first stay."""
     spans = image_spans(tokens)
     return ImageTokens([*tokens, *more], spans) if spans else [*tokens, *more]

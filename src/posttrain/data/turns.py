@@ -123,7 +123,7 @@ def _plain_turn(turn: dict[str, Any]) -> Message | None:
 def _read_before(turn: dict[str, Any]) -> Message | None:
     """Return a turn with pictures that was read already; None for any other."""
     images = turn.get("images")
-    return {**turn} if images and isinstance(images, list) and isinstance(images[0], Picture) else None  # type: ignore[typeddict-item]
+    return {**turn} if images and isinstance(images, list) and isinstance(images[0], Picture) else None  # type: ignore[return-value]
 
 
 def answer_text(message: Message | Mapping[str, Any]) -> str:

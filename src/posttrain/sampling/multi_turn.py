@@ -16,7 +16,7 @@ import numpy as np
 from posttrain.config import SamplingConfig
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.core.errors import DataError, PosttrainError, RecipeError
-from posttrain.core.image_tokens import continued
+from posttrain.core.image_tokens import extended
 from posttrain.core.types import Message, Rollout, RolloutGroup
 from posttrain.data.chat_template import TextSearch, render_chat
 from posttrain.data.formats import BadRow
@@ -63,7 +63,7 @@ class _Dialogue:
 
     def next_request(self) -> Request:
         seed = np.random.SeedSequence([self.request.seed % 2**64, self.number, self.turns]).generate_state(1, np.uint64)
-        tokens = continued(self.request.tokens, self.tokens)
+        tokens = extended(self.request.tokens, self.tokens)
         return Request(tokens, 1, int(seed[0]), self.request.example, self.limit - self.written)
 
     def rollout(self) -> Rollout:

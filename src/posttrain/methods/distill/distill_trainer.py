@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from posttrain.core import distributed
-from posttrain.core.image_tokens import continued
+from posttrain.core.image_tokens import extended
 from posttrain.core.ragged import RaggedBatch, micro_batches
 from posttrain.core.types import RolloutGroup, Sample
 from posttrain.losses.distillation_loss import Divergence, Teacher, TeacherTop, distillation_loss
@@ -206,7 +206,7 @@ def written_samples(groups: Sequence[RolloutGroup]) -> list[Sample]:
         meta: Mapping[str, Any] = {WRITTEN: True, "group": f"written {number}", "shared": len(group.prompt)}
         for rollout in group.rollouts:
             weights = [0.0] * len(group.prompt) + [1.0] * len(rollout.tokens)
-            out.append(Sample(continued(group.prompt, rollout.tokens), weights, "the student's answer", meta))
+            out.append(Sample(extended(group.prompt, rollout.tokens), weights, "the student's answer", meta))
     return out
 
 

@@ -21,7 +21,7 @@ from posttrain.config.settings import ModelConfig, SamplerConfig
 from posttrain.core import distributed
 from posttrain.core.errors import DataError, ModelError
 from posttrain.core.files import cache_folder, write_lines, write_text
-from posttrain.core.image_tokens import continued
+from posttrain.core.image_tokens import extended
 from posttrain.core.progress import Track
 from posttrain.core.types import Sample
 from posttrain.data.tokenizing import continuation
@@ -247,7 +247,7 @@ def student_rows(
                 rows.counts["longer than the student's context"] += 1
                 continue
             weights = [0.0] * len(prompt.student) + [1.0] * len(tokens)
-            rows.samples.append(Sample(continued(prompt.student, tokens), weights, prompt.source))
+            rows.samples.append(Sample(extended(prompt.student, tokens), weights, prompt.source))
             rows.tops.append(tops)
     _check(rows, sum(map(len, answers)))
     return rows

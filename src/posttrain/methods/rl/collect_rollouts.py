@@ -17,6 +17,7 @@ import numpy as np
 from posttrain.config import SamplingConfig
 from posttrain.config.rl import RLConfig, RolloutConfig
 from posttrain.core import distributed
+from posttrain.core.image_tokens import extended
 from posttrain.core.progress import Phases
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.data.prompts import RenderedPrompt
@@ -219,7 +220,7 @@ class RolloutCollector:
         requests = []
         for (g, i), seed in zip(continued, self._streams(5, salt, len(continued)), strict=True):
             question, before = self.questions[groups[g].problem], rollouts[g][i]
-            tokens = continued(question.tokens, before.tokens)
+            tokens = extended(question.tokens, before.tokens)
             requests.append(Request(tokens, 1, seed, question.problem, growth.asked(before)))
         for (g, n), seed in zip(begun, self._streams(2, salt, len(begun)), strict=True):
             question = self.questions[groups[g].problem]

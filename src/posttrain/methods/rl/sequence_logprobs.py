@@ -12,7 +12,7 @@ from posttrain.config import SamplingConfig
 from posttrain.config.rl import RLConfig, RolloutConfig, truncating_setting
 from posttrain.config.settings import SamplerConfig
 from posttrain.core import distributed
-from posttrain.core.image_tokens import continued
+from posttrain.core.image_tokens import extended
 from posttrain.core.ragged import RaggedBatch, micro_batches
 from posttrain.core.types import PartialRollout, Rollout, Sample
 from posttrain.data.prompts import RenderedPrompt
@@ -54,7 +54,7 @@ class TrainingSequence:
 
     def sample(self, number: int, weight: float = 1.0) -> Sample:
         """Return the sequence in the learner's form; `weight` 0 leaves it out of the loss."""
-        tokens = continued(self.prompt, self.rollout.tokens)
+        tokens = extended(self.prompt, self.rollout.tokens)
         mask = self.rollout.mask or [True] * len(self.rollout.tokens)
         weights = [0.0] * len(self.prompt) + [weight if mine else 0.0 for mine in mask]
         return Sample(tokens, weights, meta={"sequence": number, "group": self.group, "shared": len(self.prompt)})
