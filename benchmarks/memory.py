@@ -111,6 +111,8 @@ def write_pairs(path: Path) -> None:
 
 def measure(recipe: dict[str, Any], folder: str) -> dict[str, Any]:
     """Run a recipe in this process; return its peaks in bytes, over what the process held before, by phase."""
+    import peft  # noqa: F401  # with bitsandbytes, if that is there: what packages take is not the model's
+
     import posttrain
     from posttrain.config import ModelConfig
     from posttrain.core import process_memory as memory

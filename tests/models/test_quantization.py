@@ -23,7 +23,7 @@ from posttrain.config import (
 )
 from posttrain.core.errors import MissingExtraError, ModelError, RecipeError
 from posttrain.core.types import Sample
-from posttrain.cpu.fused_modules import fuse
+from posttrain.cpu.fused_modules import adapted, fuse
 from posttrain.models.adapters import attach, count_parameters
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_settings, open_model
@@ -193,6 +193,8 @@ def test_qlora_equals_a_plain_loop_of_peft(folder: Path, budget: int) -> None:
     hf = attach(opened(folder), AdapterConfig(r=4, alpha=8), 7)
     config = OptimizerConfig(lr=1e-2, schedule="constant", warmup=0)
     learner = Learner(LanguageModel(hf), config, SystemsConfig(tokens_per_micro_batch=budget), 6)
+    fused = [m for m in hf.modules() if adapted(m) or (type(m).__name__ == "LlamaMLP" and "forward" in vars(m))]
+    assert len(fused) == 14 + 2  # they keep no dense weight, and of an MLP what a model in full keeps
     ours = [learner.step(SAMPLES).metrics["loss"] for _ in range(6)]
     assert ours == pytest.approx(losses_of_peft(folder, 6), abs=2e-4)
     assert ours[-1] < ours[0] - 0.05

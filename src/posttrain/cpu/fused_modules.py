@@ -2,7 +2,8 @@
 
 Norms, gated MLPs and low-rank adapters spend their time moving memory and keep what is cheap to make again. Each is
 replaced only after its own forward and the fused one were compared on the module itself; a module that differs in
-anything keeps its own forward. What comes out is the same up to the order of rounding.
+anything keeps its own forward. What comes out is the same up to the order of rounding. Adapters on bitsandbytes' layers
+in 4 bit (QLoRA, arXiv 2305.14314) are among them: one layer's weight at a time is dense, in either pass.
 """
 
 from __future__ import annotations
@@ -144,14 +145,19 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 
 
 class _LoRALinear(torch.autograd.Function):
-    """x W^T + b + s (x A^T) B^T with the adapter's product added in place; keeps x and x A^T."""
+    """x W^T + b + s (x A^T) B^T with the adapter's product added in place; keeps x and x A^T.
+
+    `weight` is W, or a function that makes it: then backward makes it again. A and B may be float32 beside inputs in 16
+    bit: their product is computed in float32, from copies of inputs and gradients that are not kept.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale):  # type: ignore[no-untyped-def]
         flat = x.flatten(0, -2)
-        low = torch.mm(flat, a.t())
-        y = F.linear(flat, weight, bias).addmm_(low, b.t(), alpha=scale)
-        ctx.save_for_backward(flat, weight, a, b, low)
+        low = torch.mm(flat.to(a.dtype), a.t())
+        kept, ctx.dense = (weight, None) if isinstance(weight, Tensor) else (None, weight)
+        y = _add_product(F.linear(flat, kept if ctx.dense is None else ctx.dense(), bias), low, b.t(), scale)
+        ctx.save_for_backward(flat, kept, a, b, low)
         ctx.scale, ctx.shape = scale, x.shape
         # No view: the model may write into it (Llama 4 adds its experts' output to that of the shared expert).
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
@@ -160,11 +166,19 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         flat, weight, a, b, low = ctx.saved_tensors
         dy = dy.flatten(0, -2)
-        d_low = torch.mm(dy, b).mul_(ctx.scale)
+        full = dy.to(a.dtype)
+        d_low = torch.mm(full, b).mul_(ctx.scale)
+        d_b = torch.mm(full.t(), low).mul_(ctx.scale)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = torch.mm(dy, weight).addmm_(d_low, a).view(ctx.shape)
-        return d_x, None, None, torch.mm(d_low.t(), flat), torch.mm(dy.t(), low).mul_(ctx.scale), None
+            weight = weight if ctx.dense is None else ctx.dense()
+            d_x = _add_product(torch.mm(dy, weight), d_low, a, 1.0).view(ctx.shape)
+        return d_x, None, None, torch.mm(d_low.t(), flat.to(a.dtype)), d_b, None
+
+
+def _add_product(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Add scale * left right to y, in place; y may have fewer digits."""
+    return y.addmm_(left, right, alpha=scale) if y.dtype == left.dtype else y.add_(left @ right, alpha=scale)
 
 
 class _Embedding(torch.autograd.Function):
@@ -236,12 +250,35 @@ def low_rank(module: Any) -> tuple[Any, Tensor, Tensor, float] | None:
 
 def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     found = None if args or kwargs else low_rank(self)
-    if found is None or found[1].dtype != x.dtype:
+    if found is None or found[1].dtype not in (x.dtype, torch.float32):
         return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
     base, a, b, scale = found
+    if _in_4_bit(base):
+        if not (torch.is_grad_enabled() and _makes(base, x.dtype)):
+            return type(self).forward(self, x)  # type: ignore[no-any-return]
+        return _LoRALinear.apply(x, lambda: _dense(base), base.bias, a, b, scale)  # type: ignore[no-any-return]
     if cpu.few_rows(x):
         return cpu.linear(x, base.weight, base.bias).add_(cpu.linear(cpu.linear(x, a), b), alpha=scale)
     return _LoRALinear.apply(x, base.weight, base.bias, a, b, scale)  # type: ignore[no-any-return]
+
+
+def _in_4_bit(module: Any) -> bool:
+    """Return True if a module is bitsandbytes' linear layer in 4 bit."""
+    return type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes.")
+
+
+def _makes(base: Any, dtype: torch.dtype) -> bool:
+    """Return True if `_dense` gives the weight with which bitsandbytes computes inputs of a dtype."""
+    state, bias = base.weight.quant_state, base.bias
+    computes = base.compute_dtype in (None, dtype) and (bias is None or bias.dtype == dtype)
+    shape = (base.out_features, base.in_features)
+    return computes and state is not None and state.dtype == dtype and tuple(state.shape) == shape
+
+
+def _dense(base: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(base.weight.data.view(-1, 1), base.weight.quant_state)  # type: ignore[no-any-return]
 
 
 def adapted(module: Any) -> bool:
@@ -265,7 +302,7 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
 
 def _same(module: Any, forward: Callable[..., Tensor], width: int) -> bool:
     """Check that the fused forward gives what the module's own gives, on a few random rows, training and sampling."""
-    weight = next(module.parameters())
+    weight = next(p for p in module.parameters() if p.is_floating_point())
     x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight)
     if isinstance(module, nn.Embedding):
         x = torch.arange(3)[None] % width
@@ -283,8 +320,8 @@ def _same(module: Any, forward: Callable[..., Tensor], width: int) -> bool:
 def _candidates(module: Any) -> tuple[list[Callable[..., Tensor]], int]:
     """Fused forwards that a module might be the same as, and the width of its input."""
     name = type(module).__name__
-    if any(type(p) is not nn.Parameter or not p.is_floating_point() for p in module.parameters()):
-        return [], 0  # quantised, in one way or another
+    if not _readable(module):
+        return [], 0
     weight = getattr(module, "weight", None)
     has_eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
     if name.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and weight.ndim == 1 and has_eps:
@@ -297,13 +334,22 @@ def _candidates(module: Any) -> tuple[list[Callable[..., Tensor]], int]:
     if type(module) is nn.Embedding and weight is not None and weight.device.type == "cpu":
         plain = module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
         return ([_embedding_forward] if plain else []), module.num_embeddings
-    if name == "Linear" and type(module).__module__ == "peft.tuners.lora.layer":
+    kind = f"{type(module).__module__}.{name}"
+    if kind in ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit"):
         base = module.base_layer
         dropout = any(getattr(d, "p", 0) for d in module.lora_dropout.values())
         dora = any(getattr(module, "use_dora", {}).values()) or bool(getattr(module, "lora_variant", None))
-        if type(base) is nn.Linear and not dropout and not dora:
+        if (type(base) is nn.Linear or _in_4_bit(base)) and not dropout and not dora:
             return [_lora_forward], base.in_features
     return [], 0
+
+
+def _readable(module: nn.Module) -> bool:
+    """Return True if the weights of a module are plain floats, but for those in 4 bit below adapters of peft."""
+    of_bits = {id(m.weight) for m in module.modules() if _in_4_bit(m)}
+    others = [p for p in module.parameters() if id(p) not in of_bits]
+    plain = all(type(p) is nn.Parameter and p.is_floating_point() for p in others)
+    return plain and (bool(others) or not of_bits)
 
 
 class _Rotation(torch.autograd.Function):

@@ -161,7 +161,16 @@ def finish_reading(hf: Any, config: ModelConfig, method: str | None, dtype: torc
     for parameter in hf.parameters():
         if not parameter.is_floating_point():
             parameter.requires_grad_(False)
+    if config.quantization is not None:
+        _leave_file(hf)
     return {"quantization": method if config.quantization is None else config.quantization.model_dump()}
+
+
+def _leave_file(hf: Any) -> None:
+    """Copy the weights that are not quantised out of the mapped file: for their sake all of it would stay in memory."""
+    for parameter in hf.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def forget_quantization(hf: Any) -> None:

@@ -137,16 +137,21 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class _Setting:
-    """Hold what a stage is computed with: weights, compute dtype, trained parameters, and where."""
+    """Hold what a stage is computed with: weights, compute dtype, trained parameters, and where.
+
+    added: of the trained parameters, those of adapters. stored: bytes of the model's files (None: unknown).
+    """
 
     shape: ModelShape
     weights: WeightFormat
     itemsize: int
     trained: int
+    added: int
     rank: int
     adapted: tuple[str, ...]
     device: str
     room: float
+    stored: int | None
 
 
 def plan_memory(
@@ -257,19 +262,20 @@ def _stage_memory(
         shape = model_shape(recipe.model.model_copy(update={"source": config.start, "revision": None}))
     trains = isinstance(config, TrainConfig)
     adapter = getattr(config, "adapter", None)
+    stored = _stored_bytes(recipe.model.source) if config.start in (None, "base") else None
     quantized = recipe.model.quantization
     dtype = str(pick_dtype(recipe.model.dtype, torch.device(device))).removeprefix("torch.")
     base = FORMATS[dtype]
 
     def setting(weights: WeightFormat, itemsize: int, rank: int) -> _Setting:
-        if not trains:
-            return _Setting(shape, weights, itemsize, 0, 0, (), device, room)
         chosen = adapter if adapter is not None else AdapterConfig(r=rank) if rank else None
-        if chosen is None:
-            return _Setting(shape, weights, itemsize, shape.parameters, 0, (), device, room)
-        names = () if chosen.is_soft_prompt else tuple(shape.adapted(chosen))
-        count = shape.adapter_parameters(chosen)
-        return _Setting(shape, weights, itemsize, count, 0 if chosen.is_soft_prompt else chosen.r, names, device, room)
+        added, names = 0, tuple[str, ...]()
+        if trains and chosen is not None:
+            added = shape.adapter_parameters(chosen)
+            names = () if chosen.is_soft_prompt else tuple(shape.adapted(chosen))
+            rank = 0 if chosen.is_soft_prompt else chosen.r
+        trained = added or (shape.parameters if trains else 0)
+        return _Setting(shape, weights, itemsize, trained, added, rank if added else 0, names, device, room, stored)
 
     own_format = base
     if quantized is not None:
@@ -282,7 +288,11 @@ def _stage_memory(
     lean = bool(systems is not None and systems.activation_checkpointing)
 
     def memory(s: _Setting) -> TrainingMemory:
-        return _training_memory(s, work, tokens, targets, lean)
+        found = _training_memory(s, work, tokens, targets, lean)
+        if s.added and s.weights.bits is not None and getattr(config, "merge", False):  # beside full weights
+            held = sum(v for name, v in found.parts.items() if name not in ("activations", "logits", "keys and values"))
+            found.phases["merging"] = held + round(shape.parameters * s.weights.bytes)
+        return found
 
     formats = {}
     for name in TRAINED_IN if trains else ():
@@ -302,7 +312,9 @@ def _training_memory(s: _Setting, work: Workload, tokens: int, targets: int, lea
     """Add up the parts of a stage in one setting."""
     shape, on_gpu = s.shape, s.device == "cuda"
     weights = memory_model.weight_bytes(shape, s.weights)
-    parts = {"weights": weights, **memory_model.state_bytes(s.trained, s.itemsize)}
+    adapters = {"adapters": memory_model.FLOAT * s.added} if s.added else {}  # float32 also on weights in 16 bit
+    itemsize = memory_model.FLOAT if s.added else s.itemsize
+    parts = {"weights": weights, **adapters, **memory_model.state_bytes(s.trained, itemsize)}
     if work.frozen:
         parts["reference"] = weights
     teacher = 0
@@ -325,8 +337,9 @@ def _training_memory(s: _Setting, work: Workload, tokens: int, targets: int, lea
                 parts["logits"] = memory_model.divergence_bytes(shape, not s.rank)
             else:
                 parts["logits"] = memory_model.logits_bytes(shape, targets, not s.rank, work.sums)
-    parts["libraries"] = memory_model.LIBRARIES[s.device if s.device in memory_model.LIBRARIES else "cpu"]
-    phases = {"step": sum(parts.values()), "opening": memory_model.opening_bytes(weights, on_gpu) + parts["libraries"]}
+    parts["libraries"] = memory_model.library_bytes(shape, s.device)
+    pages = 0 if on_gpu else memory_model.unused_pages(shape, s.weights, s.stored)
+    phases = {"step": sum(parts.values()), "opening": weights + pages + parts["libraries"]}
     if teacher and tokens:
         at_once = _prefill(shape, tokens, 0, s.itemsize) + memory_model.logits_bytes(shape, targets, False, True)
         phases["asking the teacher"] = weights + teacher + at_once + parts["libraries"]

@@ -16,8 +16,10 @@ from posttrain.models.model_shape import ModelShape
 FLOAT = 4
 """Bytes of a float32."""
 LIBRARIES = {"cpu": 120 << 20, "cuda": 600 << 20}
-"""What is neither weights nor activations: kernels that oneDNN compiles for each shape of a product, the tokenizer and
-rows, blocks of freed memory that nothing fits into; on a GPU the workspaces of its libraries."""
+"""What is neither weights nor activations: kernels that oneDNN compiles for each shape of a product, rows, blocks of
+freed memory that nothing fits into; on a GPU the workspaces of its libraries."""
+TOKENIZER = 1 << 10
+"""Bytes of a token in the tokenizer, in main memory."""
 SERVING_LIBRARIES = 50 << 20
 """The same of a process that serves on a CPU."""
 BLOCK, OUTER = 64, 256
@@ -136,7 +138,7 @@ def kept_per_token(shape: ModelShape, itemsize: int, rank: int = 0, adapted: int
         kept += 2 * shape.hidden * itemsize
     if on_down and shape.gated:
         kept += shape.inner * itemsize
-    return kept + rank * adapted * itemsize
+    return kept + rank * adapted * FLOAT
 
 
 def activation_bytes(
@@ -201,6 +203,6 @@ def state_bytes(trained: int, itemsize: int) -> dict[str, int]:
     return {name: value for name, value in out.items() if value}
 
 
-def opening_bytes(weights: int, on_gpu: bool) -> int:
-    """Return the bytes of opening a model: on a CPU pages of the file are held beside the tensors."""
-    return weights if on_gpu else 2 * weights
+def library_bytes(shape: ModelShape, device: str) -> int:
+    """Return the bytes of what is neither weights nor activations."""
+    return LIBRARIES["cuda"] if device == "cuda" else LIBRARIES["cpu"] + TOKENIZER * shape.vocabulary
