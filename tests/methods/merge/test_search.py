@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 
-import posttrain
 from posttrain.config import ModelConfig, Recipe
 from posttrain.config.evaluation import EvaluationBase
 from posttrain.core.errors import DataError, ModelError, RecipeError
 from posttrain.core.files import read_lines, write_lines
 from posttrain.eval.item_parts import is_validation, item_part
+from posttrain.eval.tasks import task_data
 from posttrain.methods.merge import search as search_module
+from posttrain.methods.merge.merge import Merge
 from posttrain.methods.merge.merge_settings import MergeConfig
 from posttrain.methods.merge.search_methods import Point, cma_search, coordinate_search, grid_search
 from posttrain.methods.merge.search_settings import number_place
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+from posttrain.report import build_report
+from posttrain.trainer.stage import StageContext
 
 
 class Scores:
@@ -90,7 +93,7 @@ def recipe(folder: Path, task: dict[str, Any], search: dict[str, Any]) -> Recipe
     plain = {
         "name": "searched",
         "model": {"source": str(folder / "a"), "device": "cpu"},
-        "stages": [merge | {"search": {"coefficients": {"algorithm.scale": [0, 0.5, 1]}, **search}}],
+        "stages": [merge | {"search": {"coefficients": {"algorithm.scale": [0, 0.5]}, **search}}],
         "evaluate": [
             task | {"kind": "choice", "choices": ["yes", "no"], "data": {"source": str(folder / "rows.jsonl")}}
         ],
@@ -127,7 +130,8 @@ def test_a_search_that_is_killed_and_continued(tmp_path: Path, monkeypatch: pyte
         tiny_tokenizer().save_pretrained(tmp_path / name)
     rows = [{"prompt": f"Is {i} odd?", "completion": ["no", "yes"][i % 2]} for i in range(24)]
     write_lines(tmp_path / "rows.jsonl", rows)
-    config = recipe(tmp_path, {"name": "odd", "validation": 0.5, "show": 1}, {})
+    config = recipe(tmp_path, {"name": "odd", "validation": 0.5}, {})
+    stage = Merge(config.stages[0], StageContext(None, None, {}, config.evaluate))
     measured: list[str] = []
 
     def evaluate(*arguments: Any, part: str = "report", **options: Any) -> Any:
@@ -138,28 +142,30 @@ def test_a_search_that_is_killed_and_continued(tmp_path: Path, monkeypatch: pyte
 
     real = search_module.evaluate_model
     monkeypatch.setattr(search_module, "evaluate_model", evaluate)
+    place = tmp_path / "run/stages/0-merge"
+    place.mkdir(parents=True)
     with pytest.raises(KeyboardInterrupt):
-        posttrain.run(config, tmp_path / "run")
-    assert len(list(tmp_path.glob("run/stages/0-merge/search/*/model"))) == 1
-    posttrain.run(config, tmp_path / "run")
-    trials = [f"validation trial-000{i}" for i in (0, 1, 1, 2)]
-    folder = tmp_path / "run/stages/0-merge/search"
+        stage.run(config.model, place, 0)
+    folder = place / "search"
+    assert len(list(folder.glob("*/model"))) == 1
+    entry = stage.run(config.model, place, 0)
     found = json.loads((folder / "search.json").read_text())
     reported = [f"report {name}" for name in ("chosen", "default", "base", "source-0") if (folder / name).is_dir()]
-    assert measured == trials + reported
+    assert measured == [f"validation trial-000{i}" for i in (0, 1, 1)] + reported
     lines = read_lines(folder / "trials.jsonl")
-    assert [t["coefficients"]["algorithm.scale"] for t in lines] == [0.5, 0.0, 1.0]
+    assert [t["coefficients"]["algorithm.scale"] for t in lines] == [0.5, 0.0]
     assert found["score"] == max(t["score"] for t in lines) and found["default_score"] == lines[0]["score"]
-    # What a merge was chosen by is measured nowhere else, and the two parts are all items.
-    sides = [{i["prompt"] for i in read_lines(folder / name / "odd.jsonl")} for name in ("trial-0002", "chosen")]
+    assert entry["search"]["chosen"] == found["chosen"] and not list(folder.glob("*/model"))
+    # What a merge was chosen by is reported nowhere, and the two parts are all items.
+    sides = [{i["prompt"] for i in read_lines(folder / name / "odd.jsonl")} for name in ("trial-0001", "chosen")]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 24
-    for name in ("before", "after"):
-        assert {i["prompt"] for i in read_lines(tmp_path / f"run/evaluations/{name}/odd.jsonl")} == sides[1]
-    assert read_lines(folder / "chosen/odd.jsonl") == read_lines(tmp_path / "run/evaluations/after/odd.jsonl")
-    page = (tmp_path / "run/report.html").read_text()
-    assert 'id="search"' in page and "the chosen merge" in page and not list(folder.glob("*/model"))
-    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
-    assert manifest["stages"][0]["search"]["chosen"] == found["chosen"]
+    measured_by_runs = task_data(config.evaluate[0], tiny_tokenizer(), None)
+    assert {row["prompt_text"] for row in measured_by_runs.rows} == sides[1]
+    assert (place / "model/config.json").is_file()
+    (tmp_path / "run/recipe.yaml").write_text("name: searched")
+    (tmp_path / "run/manifest.json").write_text(json.dumps({"stages": [{"name": "merge", **entry}]}))
+    page = build_report(tmp_path / "run").read_text()
+    assert 'id="search"' in page and "the chosen merge" in page
 
 
 def test_merges_that_can_not_be_made_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
