@@ -59,6 +59,7 @@ def scoring(folder: Path, url: str, store: Path, template: str, names: Sequence[
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_what_transformers_serves_is_what_the_model_says_here(folder: Path, tmp_path: Path) -> None:
     """The first seven requests meet a fault, each another. Each review's score is the word in what our sampler says,
     word for word."""

@@ -16,6 +16,12 @@ def good(text: str, example: Mapping[str, Any], scale: float = 1.0) -> float:
     return scale * len(text)
 
 
+def waiting(text: str, example: Mapping[str, Any]) -> float:
+    while "wait" in text:
+        pass
+    return float(text == example["answer"])
+
+
 def strange(text: str, example: Mapping[str, Any]) -> Any:
     """Does what the text says."""
     if text == "spin":

@@ -107,18 +107,12 @@ def test_unit_tests() -> None:
     opened.close()
 
 
-def slow(text: str, example: Mapping[str, Any]) -> float:
-    while "wait" in text:
-        pass
-    return float(text == example["answer"])
-
-
 def test_verifier() -> None:
     opened = source({"kind": "verifier", "reward": {"kind": "numeric"}, "wrong": "No."})
     notes = opened.notes(["so 5", "so 6"], [{"answer": "5"}] * 2)
     assert notes == [FeedbackNote("The answer is right.", True), FeedbackNote("No.", False)]
     opened.close()
-    path = "tests.rewards.test_feedback_sources:slow"
+    path = "tests.rewards.strange:waiting"
     opened = source({"kind": "verifier", "reward": {"kind": path, "timeout": 0.2}, "reasons": True})
     waited, done = opened.notes(["wait", "5"], [{"answer": "5"}] * 2)
     assert waited == FeedbackNote("The answer could not be checked: checking it took too long.", None)

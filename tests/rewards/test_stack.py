@@ -49,6 +49,28 @@ def test_the_sum_is_weighted_and_every_part_is_kept() -> None:
     assert scored.metrics["reward/excluded"] == 0 and not scored.failed
 
 
+def process(rewards: RewardStack) -> int:
+    assert rewards.pool is not None and rewards.pool.workers[0] is not None
+    return rewards.pool.workers[0].process.pid
+
+
+def test_a_process_that_ran_no_code_of_the_user_s_calls_the_next_stack_s_rewards() -> None:
+    def starts_with(letter: str) -> dict[str, Any]:
+        return {"kind": "format", "pattern": f"{letter}.*"}
+
+    with stack({"kind": "math"}) as rewards:
+        first = process(rewards)
+        assert rewards([group("4")]).groups[0].rollouts[0].reward == 1
+    with stack(starts_with("n")) as rewards, stack(starts_with("m")) as beside:
+        assert process(rewards) == first != process(beside)
+        for one, expected in ((rewards, [1, 0]), (beside, [0, 1])):
+            assert [r.reward for r in one([group("n4", "m4")]).groups[0].rollouts] == expected
+    with stack(starts_with("n"), strange("good")) as rewards:
+        mixed = process(rewards)
+    with stack(starts_with("n")) as rewards, stack(starts_with("n")) as beside:
+        assert mixed not in (process(rewards), process(beside))
+
+
 def test_one_that_hangs_is_cut_off_and_the_others_go_on() -> None:
     """A loop that catches everything, and a sleep: both end at the limit; what else was asked is answered."""
     began = time.monotonic()

@@ -75,19 +75,20 @@ def main() -> None:
     inbox: queue.Queue[Any] = queue.Queue()
     threading.Thread(target=_read_all, args=(requests, inbox), daemon=True).start()
 
-    setup = inbox.get()
-    sys.path[:] = setup["path"]
-    functions = []
-    try:
-        for spec in setup["rewards"]:
-            functions.append(build_reward(read_reward(spec), {}))
-    except Exception as error:
-        write_frame(replies, f"{type(error).__name__}: {error}")
-        return
-    _limit_memory(setup["memory_gib"])
-    write_frame(replies, None)
+    functions: list[Any] = []
     while True:
-        number, args, count, limit, steps = inbox.get()
+        frame = inbox.get()
+        if isinstance(frame, dict):  # the first, and again where another pool takes over this process
+            sys.path[:] = frame["path"]
+            try:
+                functions = [build_reward(read_reward(spec), {}) for spec in frame["rewards"]]
+            except Exception as error:
+                write_frame(replies, f"{type(error).__name__}: {error}")
+                return
+            _limit_memory(frame["memory_gib"])
+            write_frame(replies, None)
+            continue
+        number, args, count, limit, steps = frame
         random.seed(0)  # random draws must not depend on the earlier calls of this process
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(0)

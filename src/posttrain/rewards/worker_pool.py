@@ -6,6 +6,7 @@ hash seed, so that its result depends on its arguments alone.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import pickle
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
+from posttrain.config.names import REWARDS
 from posttrain.core.errors import RewardError
 from posttrain.rewards.outcome import RewardOutcome
 from posttrain.rewards.reward_log import RewardLog
@@ -59,8 +61,8 @@ class RewardCall:
 class Worker:
     """A process that calls rewards; what they print appears in the log of the run."""
 
-    def __init__(self, rewards: Sequence[dict[str, Any]], memory_gib: float, log: RewardLog) -> None:
-        self.log = log
+    def __init__(self) -> None:
+        self.log: RewardLog | None = None
         environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
         # -P: a file here hides no module. Not -m, which warns that the package has imported the module already.
         command = [sys.executable, "-P", "-c", "from posttrain.rewards.worker import main; main()"]
@@ -75,6 +77,11 @@ class Worker:
         self.printed: deque[str] = deque(maxlen=20)
         self.forwarding = threading.Thread(target=self._forward, args=(errors,), daemon=True)
         self.forwarding.start()
+
+    def set_up(self, rewards: Sequence[dict[str, Any]], memory_gib: float, log: RewardLog) -> None:
+        """Make the process call these rewards from now on. Raises RewardError if they can't be made."""
+        self.log = log
+        self.printed.clear()
         setup = {"path": [p or os.getcwd() for p in sys.path], "rewards": list(rewards), "memory_gib": memory_gib}
         answer = self._request(setup, START)
         if answer is not None:
@@ -88,7 +95,8 @@ class Worker:
         for line in iter(lambda: stream.readline(LONGEST_LINE), b""):
             text = line.decode(errors="replace").rstrip()
             self.printed.append(text)
-            self.log.write(text)
+            if self.log is not None:
+                self.log.write(text)
 
     def call(self, call: RewardCall) -> list[RewardOutcome] | str:
         """Return the outcomes of a call, or ``timeout`` or ``died``: then the process is of no more use."""
@@ -137,11 +145,53 @@ class Worker:
                 stream.close()
 
 
-def _close_all(workers: list[Worker | None]) -> None:
-    for i, worker in enumerate(workers):
-        if worker is not None:
+PARKED = 2
+"""Processes of closed pools that are kept for the next: their imports take longer than most evaluations' calls."""
+PARKED_KINDS = REWARDS.keys() - {"function", "program", "unit_tests"}
+"""Rewards whose process may be kept: they read text, and run neither code of the user's nor programs."""
+_parked: list[tuple[int, Worker]] = []  # with the process that started them: a fork shares the pipes with it
+_parking = threading.Lock()
+
+
+@atexit.register
+def _end_parked() -> None:
+    while _parked:
+        owner, worker = _parked.pop()
+        if owner == os.getpid():
             worker.close()
-            workers[i] = None
+
+
+def _started(rewards: Sequence[dict[str, Any]], memory_gib: float, log: RewardLog) -> Worker:
+    """Return a process that is set up, a parked one if there is one."""
+    with _parking:
+        while _parked:
+            owner, worker = _parked.pop()
+            if owner == os.getpid() and worker.process.poll() is None:
+                break
+        else:
+            worker = Worker()
+    worker.set_up(rewards, memory_gib, log)
+    return worker
+
+
+def _leave_nothing(settings: Any) -> bool:
+    """Return True if rewards, and those in their settings, are of `PARKED_KINDS`."""
+    if isinstance(settings, dict):
+        return settings.get("kind", "exact") in PARKED_KINDS and all(map(_leave_nothing, settings.values()))
+    return all(map(_leave_nothing, settings)) if isinstance(settings, list) else True
+
+
+def _close_all(workers: list[Worker | None], park: bool = False) -> None:
+    for i, worker in enumerate(workers):
+        workers[i] = None
+        if worker is None:
+            continue
+        with _parking:
+            if park and len(_parked) < PARKED and worker.process.poll() is None:
+                worker.log = None
+                _parked.append((os.getpid(), worker))
+                continue
+        worker.close()
 
 
 class Pool:
@@ -157,7 +207,7 @@ class Pool:
         self.rewards, self.log, self.memory_gib = rewards, log, memory_gib
         self.workers: list[Worker | None] = [None] * workers
         self._finalizer = weakref.finalize(self, _close_all, self.workers)
-        self.workers[0] = Worker(rewards, memory_gib, log)
+        self.workers[0] = _started(rewards, memory_gib, log)
 
     def run(self, calls: Sequence[RewardCall]) -> list[list[RewardOutcome]]:
         """Return the outcomes of every call, in order."""
@@ -190,7 +240,7 @@ class Pool:
             ] * size
         words = ""
         for _ in range(2):
-            worker = self.workers[slot] = self.workers[slot] or Worker(self.rewards, self.memory_gib, self.log)
+            worker = self.workers[slot] = self.workers[slot] or _started(self.rewards, self.memory_gib, self.log)
             answer = worker.call(call)
             if not isinstance(answer, str):
                 return answer
@@ -204,5 +254,5 @@ class Pool:
         return [RewardOutcome(failure="died", message=message)] * size
 
     def close(self) -> None:
-        """End all processes. The pool can be used again: it starts new ones."""
-        _close_all(self.workers)
+        """End all processes, or park them for the next pool. The pool can be used again: it starts new ones."""
+        _close_all(self.workers, park=_leave_nothing(self.rewards))

@@ -162,7 +162,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("adapter", [None, {"r": 4}], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", [pytest.param(None, marks=pytest.mark.long), {"r": 4}], ids=["full", "lora"])
 def test_it_learns_an_easy_preference_and_what_was_killed_ends_in_the_same_bits(
     adapter: dict[str, int] | None, tmp_path: Path
 ) -> None:
