@@ -79,7 +79,16 @@ class Worker:
         self.forwarding.start()
 
     def set_up(self, rewards: Sequence[dict[str, Any]], memory_gib: float, log: RewardLog) -> None:
-        """Make the process call these rewards from now on. Raises RewardError if they can't be made."""
+        """Make the process call these rewards from now on.
+
+        Args:
+            rewards: Their settings as plain data.
+            memory_gib: Memory that the process may use beyond what it maps from files.
+            log: Where what they print goes.
+
+        Raises:
+            RewardError: They can't be made, or the process ended.
+        """
         self.log = log
         self.printed.clear()
         setup = {"path": [p or os.getcwd() for p in sys.path], "rewards": list(rewards), "memory_gib": memory_gib}
