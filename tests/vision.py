@@ -11,6 +11,7 @@ from PIL import Image
 
 from posttrain.models.tiny_model import tiny_tokenizer
 
+MARK = "\ufdd0"
 PARTS = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}"
     "{% else %}{% for p in m['content'] %}{% if p['type'] == 'image' %}{{ 'IMAGE' }}{% else %}{{ p['text'] }}"

@@ -52,6 +52,7 @@ SURFACE = {
     "chat": {"model", "prompt", "system", "max_new_tokens", "temperature", "device", "trust_remote_code"}
     | {"refine", "rounds", "feedback", "task", "image"},
     "bake": {"model", "folder", "device", "trust_remote_code"},
+    "compose": {"tower", "language", "output", "layer", "chat_template", "seed", "trust_remote_code"},
     "report": {"run"},
     "doctor": set(),
     "export": {"embeddings", "model", "output", "quantization", "to", "trust_remote_code"},

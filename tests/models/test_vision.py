@@ -22,7 +22,7 @@ from posttrain.sampling.greedy import greedy
 from posttrain.sampling.protocol import stop_tokens
 from tests import vision
 
-MARK = "\ufdd0"
+MARK = vision.MARK
 
 
 def sample(tokenizer: Any, text: str, answer: str, *pictures: Any) -> Sample:

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from posttrain.cli.bake import bake_command
 from posttrain.cli.chat import chat_command
+from posttrain.cli.compose_command import compose_command
 from posttrain.cli.doctor import doctor_command
 from posttrain.cli.evaluate import evaluate_command
 from posttrain.cli.export import export_command
@@ -92,6 +93,7 @@ app.command("chat")(chat_command)
 app.command("bake")(bake_command)
 app.command("export")(export_command)
 app.command("merge")(merge_command)
+app.command("compose")(compose_command)
 app.command("report")(report_command)
 app.command("lab")(lab_command)
 app.command("memory")(memory_command)

@@ -1,0 +1,35 @@
+"""posttrain compose: a vision tower and a language model, joined by a new projector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from posttrain.cli.arguments import TrustRemoteCode, named_model
+from posttrain.core.visible_text import visible
+
+
+def compose_command(
+    tower: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or Hub name of a vision tower (clip, siglip, vit, dinov2), or TYPE:SETTING=VALUE,..."
+        ),
+    ],
+    language: Annotated[str, typer.Argument(help="A run's folder, or any language model.")],
+    output: Annotated[Path, typer.Option(help="Folder for the model.")],
+    layer: Annotated[int | None, typer.Option(help="Layer of the tower: -2 is the last but one.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="File of a chat template, for a model without one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Join a vision tower and a language model by a new projector, to be trained on rows with images."""
+    from posttrain.models.compose import compose
+
+    config = named_model(language, "cpu", trust_remote_code)
+    made = compose(tower, config.model_copy(update={"chat_template": chat_template}), output, seed, layer)
+    for name, count in made.items():
+        typer.echo(f"{name.replace('_', ' '):<12} {count:,}")
+    typer.echo(visible(f"wrote        {output}"))

@@ -1,0 +1,218 @@
+"""Join a vision tower and a language model by a new projector, into a folder of type llava that transformers opens.
+
+LLaVA (arXiv 2304.08485, 2310.03744): vectors of the tower's patches go through a two-layer perceptron into the language
+model, in the places of image tokens. Tower and language model keep their weights; the projector's are random, so the
+composed model answers texts as the language model does, and images have no meaning to it until it is trained.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.config import ModelConfig, NewToken
+from posttrain.core.errors import ModelError
+from posttrain.models.loading import open_model, resolve
+from posttrain.models.opening_errors import explained
+from posttrain.models.portable_files import finish_folder
+
+WITH_CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False, "vit": True, "dinov2": True}
+"""Types of towers, and whether their first vector stands for the whole picture: it is left out."""
+IMAGE_TOKEN = "<image>"
+CHANGED_LOGITS = 1e-3
+"""Largest change of a text's logits that rounding may make."""
+FLATTEN = (
+    "{%- set posttrain_ns = namespace(messages=[], text='') -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['content'] is defined and message['content'] is iterable and message['content'] is not string "
+    "and message['content'] is not mapping -%}"
+    "{%- set posttrain_ns.text = '' -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- set posttrain_ns.text = posttrain_ns.text + ('IMAGE' if part['type'] == 'image' else part['text']) -%}"
+    "{%- endfor -%}"
+    "{%- set posttrain_ns.messages = posttrain_ns.messages + [dict(message, content=posttrain_ns.text)] -%}"
+    "{%- else -%}"
+    "{%- set posttrain_ns.messages = posttrain_ns.messages + [message] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set messages = posttrain_ns.messages -%}\n"
+)
+"""Begins a chat template of texts, so that it reads turns in parts: pictures become image tokens in their places."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Hold a vision tower.
+
+    Attributes:
+        model: The tower of transformers.
+        image_processor: What makes its pixels of a picture.
+        new: Its weights are random.
+    """
+
+    model: Any
+    image_processor: Any
+    new: bool
+
+    @property
+    def has_class_token(self) -> bool:
+        """Return True if its first vector is no patch."""
+        return WITH_CLASS_TOKEN[self.model.config.model_type]
+
+
+def compose(tower: str, language: ModelConfig, folder: Path, seed: int = 0, layer: int | None = None) -> dict[str, Any]:
+    """Write a model of type llava with its processor.
+
+    Args:
+        tower: Folder or Hub name of a vision tower, or `TYPE:SETTING=VALUE,...` for a new one of random weights.
+        language: The language model.
+        folder: Folder for the model; it must not exist.
+        seed: Seed of the projector, and of a new tower.
+        layer: Layer of the tower whose vectors are taken. None: the last but one of a trained tower (as LLaVA takes
+            it), the last one of a new tower.
+
+    Returns:
+        Numbers of what was made: parameters of each part, tokens of an image.
+
+    Raises:
+        ModelError: A part can't be opened or does not fit, or the folder exists.
+    """
+    if folder.exists():
+        raise ModelError(f"{folder} exists already: name another folder, or remove it first")
+    settings = {"device": "cpu", "add_tokens": [*language.add_tokens, NewToken(token=IMAGE_TOKEN, special=True)]}
+    opened = open_model(language.model_copy(update=settings), torch.float32)
+    if getattr(opened.hf.config, "vision_config", None) is not None:
+        raise ModelError(f"language model {language.source!r} reads images already")
+    if not opened.tokenizer.chat_template:
+        raise ModelError(f"language model {language.source!r} has no chat template: give one (--chat-template FILE)")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        seeing = open_tower(tower)
+        model = _joined(opened.hf, opened.tokenizer, seeing, layer)
+    processor = _processor(opened.tokenizer, seeing)
+    folder.mkdir(parents=True)
+    model.generation_config = opened.hf.generation_config
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    finish_folder(folder)
+    _check_text(folder, opened.hf, language.source)
+    parts = {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    return {**counts, "language": sum(p.numel() for p in opened.hf.parameters()), "image_tokens": _tokens(seeing)}
+
+
+def open_tower(source: str) -> Tower:
+    """Open a vision tower, or make a new one. Raises ModelError if its type is none that LLaVA takes.
+
+    Args:
+        source: See `compose`.
+    """
+    kind, colon, values = source.partition(":")
+    if colon and kind in WITH_CLASS_TOKEN:
+        return _new_tower(kind, values)
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+    location = resolve(source).location
+    with explained(source):
+        config = AutoConfig.from_pretrained(location)
+        config = getattr(config, "vision_config", config)
+    if config.model_type not in WITH_CLASS_TOKEN:
+        raise ModelError(
+            f"vision tower {source!r} is of type {config.model_type}, expected one of {', '.join(WITH_CLASS_TOKEN)}, "
+            "which give a vector for each patch"
+        )
+    with explained(source):
+        model, info = AutoModel.from_pretrained(location, config=config, output_loading_info=True, dtype=torch.float32)
+        processor = AutoImageProcessor.from_pretrained(location)
+    lost = [name for name in info["missing_keys"] if "pooler" not in name and "head" not in name]
+    if lost:
+        raise ModelError(f"vision tower {source!r}: its files lack {len(lost)} weights, for example {sorted(lost)[0]}")
+    return Tower(model, processor, new=False)
+
+
+def _new_tower(kind: str, values: str) -> Tower:
+    from transformers import CONFIG_MAPPING, AutoModel, CLIPImageProcessor
+
+    settings: dict[str, Any] = {}
+    for pair in filter(None, values.split(",")):
+        name, equals, value = pair.partition("=")
+        try:
+            settings[name.strip()] = json.loads(value)
+        except ValueError as error:
+            raise ModelError(f"vision tower {kind}: {pair!r} is no SETTING=NUMBER, such as image_size=128") from error
+    unknown = settings.keys() - set(CONFIG_MAPPING[kind].__dataclass_fields__)
+    if unknown:
+        raise ModelError(f"vision tower {kind} has no setting {sorted(unknown)[0]!r} (image_size and hidden_size are)")
+    try:
+        model = AutoModel.from_config(CONFIG_MAPPING[kind](**settings), dtype=torch.float32)
+    except Exception as error:  # sizes that do not go together make errors of many kinds
+        raise ModelError(f"vision tower {kind}: no tower of these sizes can be made: {error}") from error
+    size = model.config.image_size
+    processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return Tower(model, processor, new=True)
+
+
+def _joined(language: Any, tokenizer: Any, tower: Tower, layer: int | None) -> Any:
+    """Return the model with the weights of both parts and a new projector."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    chosen = layer if layer is not None else -1 if tower.new else -2
+    depth = tower.model.config.num_hidden_layers
+    if not -depth <= chosen <= depth:
+        raise ModelError(f"layer {chosen}: the vision tower has {depth} layers")
+    config = LlavaConfig(
+        vision_config=tower.model.config,
+        text_config=language.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=_tokens(tower),
+        vision_feature_layer=chosen,
+        vision_feature_select_strategy="default" if tower.has_class_token else "full",
+        tie_word_embeddings=bool(language.config.tie_word_embeddings),
+    )
+    model = LlavaForConditionalGeneration(config)
+    for own, given in ((model.model.language_model, language.model), (model.model.vision_tower, tower.model)):
+        own.load_state_dict(given.state_dict())
+    if not config.tie_word_embeddings:
+        model.lm_head.load_state_dict(language.get_output_embeddings().state_dict())
+    model.tie_weights()
+    return model.eval()
+
+
+def _tokens(tower: Tower) -> int:
+    config = tower.model.config
+    return int((config.image_size // config.patch_size) ** 2)
+
+
+def _processor(tokenizer: Any, tower: Tower) -> Any:
+    from transformers import LlavaProcessor
+
+    template = str(tokenizer.chat_template)
+    tokenizer.chat_template = FLATTEN.replace("IMAGE", IMAGE_TOKEN) + template
+    return LlavaProcessor(
+        tower.image_processor,
+        tokenizer,
+        patch_size=tower.model.config.patch_size,
+        vision_feature_select_strategy="default" if tower.has_class_token else "full",
+        num_additional_image_tokens=int(tower.has_class_token),
+        chat_template=tokenizer.chat_template,
+        image_token=IMAGE_TOKEN,
+    )
+
+
+@torch.no_grad()
+def _check_text(folder: Path, language: Any, name: str) -> None:
+    """Raise ModelError unless the folder, opened by transformers, says of a text what the language model says."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.arange(1, 9)[None]
+    theirs, ours = (m(input_ids=tokens, use_cache=False).logits for m in (language.eval(), model))
+    if float((theirs - ours).abs().max()) > CHANGED_LOGITS * float(theirs.abs().max().clamp_min(1)):
+        raise ModelError(
+            f"language model {name!r} ({language.config.model_type}): the composed model computes other logits of a "
+            "text. Its type does something outside of its decoder; please report it"
+        )
