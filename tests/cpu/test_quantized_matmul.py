@@ -11,6 +11,7 @@ from posttrain.config import SamplingConfig
 from posttrain.cpu import decoder_layer
 from posttrain.cpu import library as native
 from posttrain.cpu.matmul import linear
+from posttrain.cpu.packed_experts import PackedExperts
 from posttrain.cpu.quantized_matmul import pack_modules, pack_weight, packed_of, placeholder
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.quantized_weight import QuantizedWeight, attach_quantized
@@ -66,6 +67,28 @@ def test_a_placeholder_that_lost_its_weight_is_an_error() -> None:
     for rows in (3, 400):
         with torch.no_grad(), pytest.raises(RuntimeError, match="open the model again"):
             linear(torch.ones(rows, 32), weight)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@torch.no_grad()
+def test_an_expert_multiplies_as_it_is_packed(transposed: bool) -> None:
+    """As transformers' forwards do it; whatever else is done with its matrix is refused."""
+    weights = [random_weight(48, 32, 16, bits, False, False) for bits in (4, 8)]
+    experts = PackedExperts([pack_weight(w.values_O_I, w.scale_O_G, None, w.bits) for w in weights], transposed)
+    for rows, number in ((1, torch.tensor(0)), (3, torch.tensor(1)), (300, 1)):
+        x, bias = torch.randn(rows, 32), torch.randn(48)
+        expected, matrix = x @ weights[int(number)].dense().t(), experts[number]
+        if transposed:
+            found = [x @ matrix, torch.matmul(x, matrix)]
+        else:
+            found = [torch.nn.functional.linear(x, matrix), torch.nn.functional.linear(x, matrix, bias) - bias]
+        for product in found:
+            torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotImplementedError, match="held packed only"):
+        torch.nn.functional.linear(x, matrix) if transposed else x @ matrix
+    with pytest.raises(NotImplementedError, match="held packed only"):
+        torch.add(x, matrix)
+    assert experts.nbytes == 48 * 32 // 2 + 48 * 32 + 2 * 4 * 48 * 2
 
 
 def test_groups_of_different_sizes_are_not_packed() -> None:

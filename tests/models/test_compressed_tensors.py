@@ -122,33 +122,33 @@ def test_what_is_reloaded_is_what_was_in_memory(case: str, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(native.kernels() is None, reason="no compiled kernels here")
-@pytest.mark.parametrize("case", [c for c in CASES if c not in ("qwen3_moe", "gpt_oss", "nemotron_h")])
+@pytest.mark.parametrize("case", [c for c in CASES if c not in ("qwen3_moe", "nemotron_h")])
 @torch.no_grad()
 def test_a_model_for_inference_holds_packed_weights_and_computes_the_same(case: str, tmp_path: Path) -> None:
-    """Products of many rows are the same to the last bit, those of decoding up to rounding."""
+    """Products of many rows are the same to the last bit, those of decoding and of experts up to rounding."""
     folder = save(quantised(**CASES[case]), tmp_path / "q")
     config = ModelConfig(source=str(folder))
     (hf, tokenizer), (lean, _) = load_model(config), load_model(config, inference=True)
     dense, packed = LanguageModel(hf).eval(), LanguageModel(lean).eval()
     verify(packed)
     alone = [n for n, p in lean.named_parameters() if is_placeholder(p)]
-    layers = list(quantized_modules(hf))
-    assert len(alone) == (0 if case == "w8a8" else len(layers)) and len(layers) >= 7
-    experts = [matrix.name for matrix, _ in quantized_matrices(lean) if matrix.expert is not None]
-    assert len(experts) == (16 if case == "mixtral" else 0)  # in full, with their integers
+    layers, experts = list(quantized_modules(hf)), [name for name in alone if "experts" in name]
+    assert len(alone) - len(experts) == (0 if case == "w8a8" else len(layers)) and len(layers) >= 7
+    assert len(experts) == (4 if case in ("mixtral", "gpt_oss") else 0)
+    assert case == "w8a8" or not list(quantized_matrices(lean))  # no integers beside
     tokens = torch.randint(3, 259, (400,), generator=torch.Generator().manual_seed(2)).tolist()
     scores = []
     for model in (dense, packed):
         batch = model.pack([Sample(tokens, [0.0] + [1.0] * (len(tokens) - 1))])
         scores.append(model(batch, want="logprobs")[0])
-    assert torch.equal(*scores)
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-5 if experts else 0)
     params = SamplingConfig(temperature=0.0, max_tokens=12, min_tokens=12)
     written = [LocalSampler(m, tokenizer).sample([Request(tokens[:9])], params) for m in (dense, packed)]
     expected, found = (groups[0].rollouts[0] for groups in written)
     assert expected.tokens == found.tokens and expected.logprobs == pytest.approx(found.logprobs, abs=1e-5)
     if alone:
         sizes = [sizes_of(model, config) for model in (dense, packed)]
-        assert sizes[1]["memory_bytes"] < (0.95 if experts else 0.8) * sizes[0]["memory_bytes"]
+        assert sizes[1]["memory_bytes"] < (0.3 if experts else 0.8) * sizes[0]["memory_bytes"]
         assert sizes[1]["parameters"] == sizes[0]["parameters"]
 
 

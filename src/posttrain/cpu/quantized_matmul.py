@@ -118,19 +118,14 @@ def packed_of(weight: Tensor) -> native.Packed | None:
     return found.packed
 
 
-def placeholder(rows: int, columns: int) -> Tensor:
-    """Return a weight without memory. It is NaN everywhere: whoever reads it in place of the packed one is found out.
-
-    Args:
-        rows: Output features.
-        columns: Input features.
-    """
-    return torch.full((1, 1), torch.nan).expand(rows, columns)
+def placeholder(*shape: int) -> Tensor:
+    """Return a weight without memory: NaN everywhere, so that whoever reads it for the packed one is found out."""
+    return torch.full((1,) * len(shape), torch.nan).expand(shape)
 
 
 def is_placeholder(weight: Tensor) -> bool:
     """Return True for a weight that is held packed only."""
-    return weight.ndim == 2 and weight.stride() == (0, 0)
+    return weight.ndim > 1 and not any(weight.stride())
 
 
 def whole(weight: Tensor) -> Tensor:
@@ -169,10 +164,19 @@ def pack_alone(module: Any, quantized: Any) -> native.Packed | None:
     """
     linear = type(module) is torch.nn.Linear and len(module.weight) >= native.LEAST_COLUMNS
     embedding = type(module) is torch.nn.Embedding and module.max_norm is None
-    fits = (linear or embedding) and tuple(module.weight.shape) == quantized.shape
-    if not fits or quantized.activation_bits is not None or not reads_packed():
-        return None
+    return packed_for(quantized, tuple(module.weight.shape)) if linear or embedding else None
+
+
+def packed_for(quantized: Any, shape: tuple[int, ...]) -> native.Packed | None:
+    """Return a packed weight for a place of a shape; None if it does not fit, or can't be computed with alone.
+
+    Args:
+        quantized: The `QuantizedWeight`.
+        shape: (output features, input features).
+    """
     q = quantized
+    if q.shape != shape or q.activation_bits is not None or not reads_packed():
+        return None
     return pack_weight(q.values_O_I, q.scale_O_G, q.zero_O_G, q.bits, q.order_I)  # type: ignore[no-any-return]
 
 
@@ -182,6 +186,12 @@ def packed_bytes(weight: Tensor) -> int:
     return 0 if packed is None else sum(t.nbytes for t in packed.kept)
 
 
+def hold(weight: Tensor, packed: native.Packed) -> Tensor:
+    """Return a `placeholder` that stands for a packed weight from now on."""
+    setattr(weight, HOME, PackedWeight(packed, _version(weight), weight.data_ptr()))
+    return weight
+
+
 def hold_packed(module: Any, packed: native.Packed) -> None:
     """Let a module compute with a packed weight alone.
 
@@ -189,8 +199,7 @@ def hold_packed(module: Any, packed: native.Packed) -> None:
         module: A linear layer or an embedding whose weight is a `placeholder`.
         packed: Its weight.
     """
-    weight = module.weight.requires_grad_(False)
-    setattr(weight, HOME, PackedWeight(packed, _version(weight), weight.data_ptr()))
+    hold(module.weight.requires_grad_(False), packed)
 
 
 def _version(weight: Tensor) -> int | None:

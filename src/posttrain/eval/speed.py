@@ -118,7 +118,7 @@ def sizes_of(model: LanguageModel, settings: ModelConfig | None) -> dict[str, in
     """Return the parameters of a model, and bytes of its weights on disk, in memory, and in packed form.
 
     Weights in memory are the tensors that the model holds, each once. On a CPU a model that is opened for inference
-    holds quantised layers packed only. Elsewhere, of experts, and where a layer's inputs are rounded, it holds the
+    holds quantised layers and experts packed only. Elsewhere, and where a layer's inputs are rounded, it holds the
     dense weight and the integers: both are in memory. `packed_bytes` counts those layers and experts packed, as they
     are stored, and all others as they are. Without any it is left out.
     """

@@ -63,6 +63,16 @@ class DeviceBackend:
         """
         return None
 
+    def pack_experts(self, module: nn.Module, parameter: str, weights: list[QuantizedWeight]) -> PackedAlone | None:
+        """Do what `pack_alone` does for a parameter that holds the matrices of all experts.
+
+        Args:
+            module: A module like the one that will hold them.
+            parameter: Name of the parameter.
+            weights: The weight of each expert.
+        """
+        return None
+
     def packed_bytes(self, weight: Tensor) -> int:
         """Return the bytes of a weight that is held packed only; 0 for any other."""
         return 0
@@ -161,6 +171,7 @@ class CPUBackend(DeviceBackend):
             library,
             lm_head,
             matmul,
+            packed_experts,
             quantized_matmul,
             recompute,
             tiled_attention,
@@ -168,7 +179,7 @@ class CPUBackend(DeviceBackend):
 
         self.decoder_layer, self.fused_modules, self.library = decoder_layer, fused_modules, library
         self.matmul, self.recompute, self.tiled_attention = matmul, recompute, tiled_attention
-        self.quantized_matmul = quantized_matmul
+        self.quantized_matmul, self.packed_experts = quantized_matmul, packed_experts
         self.logprobs, self.cross_entropy = lm_head.head_logprobs, lm_head.head_cross_entropy  # type: ignore[method-assign]
         self.small_products = matmul.small_products  # type: ignore[method-assign]
 
@@ -193,8 +204,19 @@ class CPUBackend(DeviceBackend):
 
         return PackedAlone(self.quantized_matmul.placeholder(*weight.shape), attach)
 
+    def pack_experts(self, module: nn.Module, parameter: str, weights: list[QuantizedWeight]) -> PackedAlone | None:
+        packed = self.packed_experts.pack_experts(module, parameter, weights)
+        if packed is None:
+            return None
+
+        def attach(module: nn.Module) -> None:
+            self.packed_experts.compute_packed_experts(module, parameter, packed)
+
+        return PackedAlone(self.packed_experts.experts_placeholder(packed), attach)
+
     def packed_bytes(self, weight: Tensor) -> int:
-        return self.quantized_matmul.packed_bytes(weight)
+        experts = getattr(weight, self.packed_experts.EXPERTS_HOME, None)
+        return self.quantized_matmul.packed_bytes(weight) if experts is None else experts.nbytes
 
     def whole(self, weight: Tensor) -> Tensor:
         return self.quantized_matmul.whole(weight)

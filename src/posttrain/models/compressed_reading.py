@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from posttrain.core.errors import ModelError
-from posttrain.models.backends import PackedAlone, backend_for
+from posttrain.models.backends import DeviceBackend, PackedAlone, backend_for
 from posttrain.models.compressed_tensors import open_quantized, stored_settings
 from posttrain.models.quantization import forget_quantization
 from posttrain.models.quantized_weight import ATTRIBUTE, QuantizedWeight, attach_to_matrix
@@ -57,19 +58,27 @@ def read_compressed(
     cls = kind._model_mapping[type(plain)]
     state, found = open_quantized(folder)
     weights: dict[str, QuantizedWeight] = {}
-    alone: dict[str, PackedAlone] = {}
+    alone: list[tuple[str, PackedAlone]] = []
     bits = set()
-    parts = _parts_of(cls, plain)
-    matrices = {part.name: part.matrix for part in parts if _is_module(part)}
+    parts, backend = _parts_of(cls, plain), backend_for(device)
+    packable = parts if inference and dtype == torch.float32 else []
+    matrices = {part.name: part.matrix for part in packable if _is_module(part)}
+    of_experts = [part for part in packable if part.matrix.expert is not None]
+    waiting = {part.name for part in of_experts}
     for name, weight in found:
         bits.add(weight.bits)
-        packed = None
-        if inference and dtype == torch.float32 and name in matrices:
-            packed = backend_for(device).pack_alone(matrices[name].module, weight)
-        if packed is None:
-            weights[name], state[f"{name}.weight"] = weight, weight.dense().to(dtype)
-        else:
-            alone[matrices[name].name], state[f"{name}.weight"] = packed, packed.placeholder
+        packed = backend.pack_alone(matrices[name].module, weight) if name in matrices else None
+        if packed is not None:
+            alone.append((matrices[name].name, packed))
+            state[f"{name}.weight"] = packed.placeholder
+            continue
+        weights[name] = weight
+        if name not in waiting:
+            state[f"{name}.weight"] = weight.dense().to(dtype)
+    for name, packed in _pack_experts(backend, of_experts, weights):
+        alone.append((name.rpartition(".")[0], packed))
+        state[name] = packed.placeholder
+    state |= {f"{name}.weight": weights[name].dense().to(dtype) for name in waiting & weights.keys()}
     _join_slices(state, parts)
     hf = cls.from_pretrained(None, config=plain, state_dict=state, dtype=dtype, attn_implementation="eager")
     forget_quantization(hf)
@@ -95,6 +104,32 @@ def _parts_of(cls: Any, settings: Any) -> list[StoredPart]:
     return stored_parts(empty)
 
 
+def _pack_experts(
+    backend: DeviceBackend, parts: list[StoredPart], weights: dict[str, QuantizedWeight]
+) -> Iterator[tuple[str, PackedAlone]]:
+    """Yield the parameters whose experts can be held packed only, by name.
+
+    Args:
+        backend: Computes with them.
+        parts: Where the matrices of experts are stored.
+        weights: The weights by their names in the files; those of what is yielded are removed.
+    """
+    by_parameter: dict[str, list[StoredPart]] = {}
+    for part in parts:
+        by_parameter.setdefault(part.matrix.parameter_name, []).append(part)
+    for name, own in by_parameter.items():
+        found, _ = joined_weights(own, {part.name: weights[part.name] for part in own if part.name in weights})
+        first = own[0].matrix
+        if len(found) != len(getattr(first.module, first.parameter)):
+            continue
+        in_order = [weight for _, weight in sorted(found, key=lambda pair: pair[0].expert or 0)]
+        packed = backend.pack_experts(first.module, first.parameter, in_order)
+        if packed is not None:
+            for part in own:
+                del weights[part.name]
+            yield name, packed
+
+
 def _is_module(part: StoredPart) -> bool:
     """Return True if a stored tensor is the whole weight of a module, as it is."""
     rows = torch.arange(part.matrix.weight_O_I.shape[0])
@@ -116,20 +151,24 @@ def _join_slices(state: dict[str, Tensor], parts: list[StoredPart]) -> None:
 
 
 @torch.no_grad()
-def _attach_alone(hf: Any, alone: dict[str, PackedAlone]) -> bool:
+def _attach_alone(hf: Any, alone: list[tuple[str, PackedAlone]]) -> bool:
     """Let modules compute with weights that are held packed only, and a head that is tied to such an embedding.
 
-    Return False if the model reads a placeholder all the same: these are NaN, and so are its logits then.
+    Return False if the model reads a placeholder all the same: these are NaN, and so are its logits then. One that does
+    with experts what is unknown is an error inside.
     """
     modules = dict(hf.named_modules())
-    for name, packed in alone.items():
+    for name, packed in alone:
         packed.attach(modules[name])
     embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
-    for name, packed in alone.items():
+    for name, packed in alone:
         if modules[name] is embedding and head is not None and head.weight is embedding.weight:
             packed.attach(head)
     hf.eval()
-    return not bool(hf(torch.zeros(1, 1, dtype=torch.long)).logits.isnan().any())
+    try:
+        return not bool(hf(torch.zeros(1, 1, dtype=torch.long)).logits.isnan().any())
+    except (NotImplementedError, AttributeError, TypeError):
+        return False
 
 
 @torch.no_grad()

@@ -61,14 +61,8 @@ FORMATS = {
 
 
 def served_as(weights: WeightFormat, device: str) -> WeightFormat:
-    """Return the format that weights have in memory: on a CPU scales, and what is in full beside them, are float32.
-
-    Experts that lie in one parameter are held there in float32, and their integers, a byte each, with their scales.
-    """
-    if not weights.packed or device != "cpu":
-        return weights
-    experts = FLOAT + 1 + (FLOAT / weights.group if weights.group else 0.0)
-    return replace(weights, bytes=FLOAT, scale_bytes=FLOAT, experts=experts)
+    """Return the format that weights have in memory: on a CPU scales, and what is in full beside them, are float32."""
+    return replace(weights, bytes=FLOAT, scale_bytes=FLOAT) if weights.packed and device == "cpu" else weights
 
 
 def unused_pages(shape: ModelShape, weights: WeightFormat, stored: int | None) -> int:
@@ -82,8 +76,7 @@ def unused_pages(shape: ModelShape, weights: WeightFormat, stored: int | None) -
         stored: Bytes of the model's files. None: unknown; 16 bit are assumed.
     """
     if weights.packed:
-        file = weight_bytes(shape, replace(weights, experts=None))
-        return file - round((shape.parameters - shape.linear) * weights.bytes)
+        return weight_bytes(shape, weights) - round((shape.parameters - shape.linear) * weights.bytes)
     stored = 2 * shape.parameters if stored is None else stored
     same = weights.bits is None and round(stored / shape.parameters) == weights.bytes
     return 0 if same else stored
