@@ -89,7 +89,7 @@ def calibrate(
         wanted: Selects matrices by name.
         head: Yield the output head too, after the last layer.
         tokens_at_once: Tokens of one pass.
-        relative: Count each token by 1 / the mean square of its hidden state after the layer (`residual_shares`).
+        relative: Count each token by 1 / the mean square of its hidden state after the layer (`error_weights`).
 
     Raises:
         ModelError: The model can't be computed layer after layer, or there are no samples.
@@ -102,14 +102,14 @@ def calibrate(
         passes = layers.begin(samples, tokens_at_once)
         for number, layer in enumerate(layers.layers):
             own = tuple(m for m in layers.matrices[number] if wanted(m.name))
-            observer = InputObserver(own, statistics)
+            observer = InputObserver(own, statistics, hold=relative)
             if statistics and own:
-                shares = layers.residual_shares(number, passes) if relative else None
                 with observer:
-                    for place, one in enumerate(passes):
-                        counts_T = layers.counts(one.batch)
-                        observer.counts_N = counts_T if shares is None else counts_T * shares[place]
-                        layers.advance(number, one)
+                    for one in passes:
+                        observer.counts_N = layers.counts(one.batch)
+                        after = layers.advance(number, one)
+                        if relative:
+                            observer.add_held(error_weights(after))
             yield CalibratedLayer(number, layers.names[number], layer, own, observer.found)
             if number + 1 < len(layers.layers) or head:
                 for one in passes:
@@ -161,20 +161,6 @@ class LayerByLayer:
         args, kwargs = one.given[number]
         out = self.layers[number](one.hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
-
-    def residual_shares(self, number: int, passes: Sequence[_Pass]) -> list[Tensor]:
-        """Return, for each batch, (T,) what an error of each token counts after a layer; 1 in the mean over all rows.
-
-        Whatever comes after the layer reads a token's hidden state through a norm, which divides it by its size: an
-        error counts relative to that. Without this the first token, whose hidden state is a hundred to a thousand
-        times as large in many models (massive activations, arXiv 2402.17762), would outweigh all others together.
-        """
-        sizes = [self.advance(number, one).float().square().mean(-1).flatten() for one in passes]
-        shares = [1.0 / size.clamp(min=torch.finfo(torch.float32).tiny) for size in sizes]
-        counts = [self.counts(one.batch) for one in passes]
-        total = sum(float(c.double() @ s.double()) for c, s in zip(counts, shares, strict=True))
-        mean = total / sum(float(c.sum()) for c in counts)
-        return [share / mean for share in shares]
 
     def head(self, passes: Sequence[_Pass], statistics: Sequence[str]) -> CalibratedLayer:
         """Return the output head with the statistics of its inputs, once all layers are done."""
@@ -255,6 +241,19 @@ class LayerByLayer:
 
         with _forwards(self.layers, giving):
             return self.decode(one.batch)
+
+
+def error_weights(hidden: Tensor) -> Tensor:
+    """Return (T,) what an error of each token counts after a layer: 1 / the mean square of its hidden state.
+
+    Whatever comes after the layer reads a token's hidden state through a norm, which divides it by its size: an error
+    counts relative to that. Without this the first token, whose hidden state is a hundred to a thousand times as large
+    in many models (massive activations, arXiv 2402.17762), would outweigh all others together.
+
+    Args:
+        hidden: Hidden states after the layer, (..., H).
+    """
+    return 1.0 / hidden.float().square().mean(-1).flatten().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def outermost_layers(policy: LanguageModel) -> list[nn.Module]:

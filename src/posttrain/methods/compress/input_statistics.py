@@ -61,6 +61,13 @@ class InputStatistics:
             room = MOST_INPUTS - sum(map(len, self._inputs))
             self._inputs += [x[:room].clone()] if room > 0 else []
 
+    def scale(self, factor: float) -> None:
+        """Let everything that was added count this many times as much."""
+        self.tokens *= factor
+        for total in (self.hessian_I_I, self.absolute_I, self._squares_I):
+            if total is not None:
+                total.mul_(factor)
+
     @property
     def squares_I(self) -> Tensor:
         """Return the sum of x^2 of each column in float64; its root is the norm of a column of inputs."""
@@ -95,11 +102,17 @@ class InputObserver(torch.overrides.TorchFunctionMode):
     Modules that are given the same tensor (query, key and value; gate and up) share their statistics: they are computed
     once. Products with a slice of a parameter that holds all experts are seen as they are computed; transformers'
     kernels that compute all experts at once are put aside meanwhile.
+
+    With `hold`, inputs wait for `add_held`, which is told how much each token of the pass counts. In the mean over all
+    tokens they count once then.
     """
 
-    def __init__(self, matrices: Sequence[LayerMatrix], statistics: Sequence[str]) -> None:
+    def __init__(self, matrices: Sequence[LayerMatrix], statistics: Sequence[str], hold: bool = False) -> None:
         super().__init__()
-        self._matrices, self._wanted = list(matrices), statistics
+        self._matrices, self._wanted, self._hold = list(matrices), statistics, hold
+        self._held: list[tuple[InputStatistics, Tensor, bool]] = []
+        self._total, self._weighted_total = 0.0, 0.0
+        self._weighted: dict[int, InputStatistics] = {}
         self.counts_N: Tensor | None = None
         self.found: dict[str, InputStatistics] = {}
         self._leaders: dict[str, str] = {}
@@ -128,6 +141,8 @@ class InputObserver(torch.overrides.TorchFunctionMode):
             undo()
         self._undo.clear()
         self._newest = None
+        for statistics in self._weighted.values():
+            statistics.scale(self._total / self._weighted_total)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._experts and func in PRODUCTS and len(args) >= 2 and isinstance(args[1], Tensor):
@@ -154,7 +169,26 @@ class InputObserver(torch.overrides.TorchFunctionMode):
         statistics = self.found.setdefault(name, InputStatistics(self._wanted))
         # An expert is given some of the tokens, and which ones is not seen: each counts once.
         fits = self.counts_N is not None and len(self.counts_N) == len(flat) and ".experts." not in name
-        statistics.add(flat, self.counts_N if fits else None)
+        if self._hold:
+            self._held.append((statistics, flat.detach().clone(), fits))  # a layer may write into its inputs later
+        else:
+            statistics.add(flat, self.counts_N if fits else None)
+
+    def add_held(self, weights_N: Tensor) -> None:
+        """Add the inputs of a pass, each token with a weight beside its count.
+
+        Args:
+            weights_N: Weights of the tokens of the pass.
+        """
+        assert self.counts_N is not None
+        counts_N = self.counts_N * weights_N
+        self._total += float(self.counts_N.double().sum())
+        self._weighted_total += float(counts_N.double().sum())
+        for statistics, x, fits in self._held:
+            statistics.add(x, counts_N if fits else None)
+            if fits:
+                self._weighted[id(statistics)] = statistics
+        self._held.clear()
 
 
 PRODUCTS = (torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
