@@ -22,6 +22,7 @@ from posttrain.data import sample_cache
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.encoding import prompt_tokens
 from posttrain.data.image_reader import use_processor
+from posttrain.data.marked_text import pieces, render_terminal
 from posttrain.data.pictures import read_picture
 from posttrain.data.preference_rows import prepare_pairs
 from posttrain.data.sft_rows import prepare
@@ -105,6 +106,18 @@ def test_every_spelling_of_a_picture_makes_the_same_sample(folder: Path) -> None
         read_picture(vision.picture(0)).open().tobytes()
         == read_picture((folder / "0.png").read_bytes()).open().tobytes()
     )
+
+
+def test_inspect_shows_pictures_in_place_of_their_tokens(folder: Path) -> None:
+    source = rows_in(folder, [row("See <image> and <image>?", images=["0.png", "1.png"])])
+    sample = prepare(DataConfig(source=source), TOKENIZER).samples[0]
+    plain = render_terminal(sample, TOKENIZER, colours=False).plain
+    assert "user\nSee [image 0.png, 40 x 32, 4 tokens] and [image 1.png, 40 x 32, 4 tokens]?<|im_end|>" in plain
+    assert plain.endswith("⟦a cat<|im_end|>⟧") and "<image>" not in plain
+    shown = render_terminal(sample, TOKENIZER)
+    assert shown.plain.count("▀") == 2 * 32 * 13 and "".join(p for p, _ in pieces(sample, TOKENIZER)) in shown.plain
+    top = read_picture(folder / "0.png").open().resize((32, 26)).getpixel((0, 0))
+    assert f"rgb({','.join(map(str, top))}) on" in str(shown.spans[0].style)
 
 
 def test_transparent_and_turned_pictures(folder: Path) -> None:
@@ -215,6 +228,12 @@ def test_a_run_trains_on_rows_with_and_without_images(folder: Path, tmp_path: Pa
     result = posttrain.run(posttrain.Recipe.model_validate(values), tmp_path / "run")
     measured = json.loads((result.folder / "stages" / "0-sft" / "held_out" / "step-000016.json").read_text())
     assert [a["output"] for a in measured["answers"]] == colours
+    page = (result.folder / "report.html").read_text()
+    for answer in measured["answers"]:
+        (shown,) = answer["images"]
+        assert shown.startswith("data:image/jpeg;base64,") and page.count(f'<img src="{shown}"') == 1
+    assert page.count("Greedy answers to: [image]Which colour is it?") == 2 and "img-src data:" in page
+    assert "[image red.png, 32 x 32, 4 tokens]" in page
     saved = AutoModelForImageTextToText.from_pretrained(result.folder / "model")
     processor = AutoProcessor.from_pretrained(result.folder / "model")
     asked = processor.apply_chat_template(row([{"type": "image"}, TEXT])["messages"][:1], add_generation_prompt=True)

@@ -19,6 +19,8 @@ from posttrain.core.errors import DataError, MissingExtraError
 from posttrain.data.bad_rows import BadRow
 
 PICTURE_FORMS = "a path, a file: URL, a data: URL, bytes, {bytes: ...}, {path: ...} or a PIL image"
+PREVIEW_SIZE = 160
+PREVIEW_URL = "data:image/jpeg;base64,"
 NEEDS_PILLOW = "rows with images need the package Pillow: pip install 'posttrain[vision]'"
 
 
@@ -72,6 +74,13 @@ class Picture:
             return image.convert("RGB")
         except Exception as error:  # a damaged file makes Pillow raise errors of many kinds
             raise DataError(f"{self.name} can't be decoded as an image: {error}") from error
+
+    def preview(self, size: int = PREVIEW_SIZE) -> str:
+        """Return a small copy as a `data:` URL, for reports; `size`: most pixels of a side."""
+        image, out = self.open(), io.BytesIO()
+        image.thumbnail((size, size))
+        image.save(out, format="JPEG", quality=80)
+        return PREVIEW_URL + base64.b64encode(out.getvalue()).decode()
 
     @property
     def name(self) -> str:

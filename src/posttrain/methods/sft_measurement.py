@@ -15,7 +15,7 @@ from posttrain.config import DataConfig, SystemsConfig
 from posttrain.core import distributed
 from posttrain.core.errors import DataError
 from posttrain.core.files import numbered, write_json
-from posttrain.core.image_tokens import beginning, picture_keys
+from posttrain.core.image_tokens import beginning, image_spans, picture_keys
 from posttrain.core.ragged import micro_batches
 from posttrain.core.types import Sample
 from posttrain.data.encoding import prompt_tokens
@@ -76,6 +76,7 @@ class HeldOutMeasurement:
         self.folder = folder / FOLDER
         self.chosen: list[dict[str, Any]] = []
         self.prompts: list[list[int]] = []
+        self.previews: list[list[str]] = []
         self.no_answers = self._choose_prompts(rows, context) if self.config.held_out_answers else ""
 
     def __call__(self, step: int, track: Track) -> dict[str, float]:
@@ -108,6 +109,7 @@ class HeldOutMeasurement:
                 continue
             self.chosen.append(row)
             self.prompts.append(tokens)
+            self.previews.append([span.picture.preview() for span in image_spans(tokens)])
             if len(self.prompts) == self.config.held_out_answers:
                 break
         expected = [len(self.tokenizer(str(row["completion"]))["input_ids"]) for row in self.chosen]
@@ -130,8 +132,9 @@ class HeldOutMeasurement:
                 else [without_images(m) for m in row["messages"]],
                 "expected": row["completion"],
                 "output": self.tokenizer.decode(answer, skip_special_tokens=True),
+                **({"images": shown} if (shown := self.previews[i]) else {}),
             }
-            for row, answer in zip(self.chosen, answers, strict=True)
+            for i, (row, answer) in enumerate(zip(self.chosen, answers, strict=True))
         ]
 
     def _greedy(self, prompts: list[list[int]]) -> list[list[int] | str]:

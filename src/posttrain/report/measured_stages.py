@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from posttrain.report.formatting import format_number, plain_text
 from posttrain.report.load import JsonDict, Run, StageLog, read, read_json
+
+LONGEST_IMAGE = 2**18
+"""Characters of the largest image that the page shows."""
+_PREVIEW = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/]+=*")
 
 
 @dataclass(frozen=True)
@@ -16,11 +22,13 @@ class AnswerHistory:
 
     Attributes:
         answers: (steps in words, answer) in order; equal answers in a row are one.
+        images: Small copies of the prompt's images, as `data:` URLs.
     """
 
     prompt: str
     expected: str
     answers: list[tuple[str, str]]
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,18 +101,25 @@ def _warning(chosen: JsonDict) -> str:
 
 def _histories(found: list[JsonDict], model_step: int | None) -> list[AnswerHistory]:
     """Return the answers of all measurements by prompt; the step whose weights the model has is named."""
-    answered: dict[str, list[tuple[int, JsonDict]]] = {}
+    answered: dict[tuple[str, tuple[str, ...]], list[tuple[int, JsonDict]]] = {}
     for measurement in found:
         for answer in measurement.get("answers") or []:
-            answered.setdefault(plain_text(answer.get("prompt")), []).append((int(measurement["step"]), answer))
+            asked = plain_text(answer.get("prompt")), _images(answer.get("images"))
+            answered.setdefault(asked, []).append((int(measurement["step"]), answer))
     out = []
-    for prompt, of_prompt in answered.items():
+    for (prompt, images), of_prompt in answered.items():
         runs = [list(same) for _, same in groupby(of_prompt, key=lambda item: item[1].get("output"))]
         answers = [
             (_steps([step for step, _ in same], model_step), plain_text(same[0][1].get("output"))) for same in runs
         ]
-        out.append(AnswerHistory(prompt, plain_text(of_prompt[0][1].get("expected")), answers))
+        out.append(AnswerHistory(prompt, plain_text(of_prompt[0][1].get("expected")), answers, images))
     return out
+
+
+def _images(value: Any) -> tuple[str, ...]:
+    """Return the images of an answer; what is no small copy, as the run writes them, is left out."""
+    images = value if isinstance(value, list) else []
+    return tuple(i for i in images if isinstance(i, str) and len(i) <= LONGEST_IMAGE and _PREVIEW.fullmatch(i))
 
 
 def _steps(steps: list[int], model_step: int | None) -> str:
