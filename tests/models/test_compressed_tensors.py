@@ -153,6 +153,16 @@ def test_a_model_for_inference_holds_packed_weights_and_computes_the_same(case: 
 
 
 @torch.no_grad()
+def test_a_model_for_inference_in_bfloat16_holds_no_integers(tmp_path: Path) -> None:
+    """They would be a third of its memory; how large it is packed is known all the same. Experts in 3-D too."""
+    config = ModelConfig(source=str(save(quantised(**CASES["mixtral"]), tmp_path / "q")), dtype="bfloat16")
+    models = [load_model(config, inference=inference)[0] for inference in (False, True)]
+    assert torch.equal(*(hf(TOKENS).logits for hf in models))
+    full, lean = (sizes_of(LanguageModel(hf).eval(), config) for hf in models)
+    assert lean["packed_bytes"] == full["packed_bytes"] and lean["memory_bytes"] < 0.7 * full["memory_bytes"]
+
+
+@torch.no_grad()
 def test_a_type_that_reads_a_weight_without_its_layer_is_opened_in_full(tmp_path: Path) -> None:
     """Mamba multiplies by the weight of dt_proj itself, which would be a placeholder."""
     hf = tiny_model("mamba")

@@ -118,15 +118,16 @@ def sizes_of(model: LanguageModel, settings: ModelConfig | None) -> dict[str, in
     """Return the parameters of a model, and bytes of its weights on disk, in memory, and in packed form.
 
     Weights in memory are the tensors that the model holds, each once. On a CPU a model that is opened for inference
-    holds quantised layers and experts packed only. Elsewhere, and where a layer's inputs are rounded, it holds the
-    dense weight and the integers: both are in memory. `packed_bytes` counts those layers and experts packed, as they
-    are stored, and all others as they are. Without any it is left out.
+    holds quantised layers and experts packed only, elsewhere dense; where a layer's inputs are rounded, its integers
+    are in memory too. `packed_bytes` counts all quantised layers and experts packed, as they are stored, and all others
+    as they are. Without any it is left out.
     """
     tensors = {t.untyped_storage().data_ptr(): t for t in [*model.hf.parameters(), *model.hf.buffers()]}
     alone = sum(model.backend.packed_bytes(t) for t in tensors.values())
     held = alone + sum(t.untyped_storage().nbytes() for t in tensors.values())
     packed = [(matrix.weight_O_I, weight) for matrix, weight in quantized_matrices(model.hf)]
-    beside = [t for _, q in packed for t in (q.values_O_I, q.scale_O_G, q.zero_O_G, q.order_I) if t is not None]
+    tensors_of = [t for _, q in packed for t in (q.values_O_I, q.scale_O_G, q.zero_O_G, q.order_I)]
+    beside = [t for t in tensors_of if t is not None and not t.is_meta]
     out = {
         "parameters": sum(_numbers(p) for p in model.hf.parameters()),
         "memory_bytes": held + sum(map(_bytes, beside)),

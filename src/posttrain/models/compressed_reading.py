@@ -16,7 +16,7 @@ from posttrain.core.errors import ModelError
 from posttrain.models.backends import DeviceBackend, PackedAlone, backend_for
 from posttrain.models.compressed_tensors import open_quantized, stored_settings
 from posttrain.models.quantization import forget_quantization
-from posttrain.models.quantized_weight import ATTRIBUTE, QuantizedWeight, attach_to_matrix
+from posttrain.models.quantized_weight import ATTRIBUTE, QuantizedWeight, attach_to_matrix, forget_integers
 from posttrain.models.stored_parts import StoredPart, joined_weights, parts_of_wholes, stored_parts
 
 log = logging.getLogger("posttrain")
@@ -90,6 +90,8 @@ def read_compressed(
         raise ModelError(f"{folder}: the inputs of {lost[0]} are to be rounded, and the model has no such layer")
     if lost:
         log.warning("%s: %d quantised weights are opened in full only (%s ...)", folder, len(lost), lost[0])
+    if inference and not (device.type == "cpu" and dtype == torch.float32):  # no kernel reads integers there
+        forget_integers(hf)
     note = {"quantization": f"compressed-tensors, {' and '.join(f'int{b}' for b in sorted(bits))}"}
     hf = hf.to(device)
     if alone and not _attach_alone(hf, alone):  # a layer's weight is read without the layer, as Mamba's dt_proj

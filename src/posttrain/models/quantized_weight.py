@@ -6,7 +6,7 @@ Shapes: O output features, I input features, G groups of input features in a row
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -158,6 +158,19 @@ def unchanged_weights(model: Any) -> dict[str, QuantizedWeight]:
         for matrix, weight in quantized_matrices(model)
         if weight.shape == tuple((dense := matrix.weight_O_I).shape) and torch.equal(dense, weight.dense().to(dense))
     }
+
+
+def forget_integers(model: Any) -> None:
+    """Let the quantised weights of a model know their sizes alone: nothing will compute with them, or save them."""
+    for matrix, weight in list(quantized_matrices(model)):
+        tensors: dict[str, Any] = {
+            f.name: t for f in fields(weight) if isinstance(t := getattr(weight, f.name), Tensor)
+        }
+        alone = replace(weight, **{name: t.to("meta") for name, t in tensors.items()})
+        if matrix.expert is None:
+            setattr(matrix.module, ATTRIBUTE, alone)
+        else:
+            vars(matrix.module)[OF_EXPERTS][matrix.parameter, matrix.expert] = alone
 
 
 def forget_quantized(model: Any) -> None:
