@@ -22,7 +22,13 @@ from posttrain.models.compressed_writing import write_compressed
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_model, load_settings
 from posttrain.models.quantization_grid import Grid, round_to_nearest
-from posttrain.models.quantized_weight import attach_quantized, attach_to_matrix, quantized_matrices, quantized_modules
+from posttrain.models.quantized_weight import (
+    attach_quantized,
+    attach_to_matrix,
+    quantized_matrices,
+    quantized_modules,
+    quantized_of,
+)
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 from posttrain.models.verification import verify
 from posttrain.models.weight_matrices import matrices_of
@@ -154,12 +160,15 @@ def test_a_model_for_inference_holds_packed_weights_and_computes_the_same(case: 
 
 @torch.no_grad()
 def test_a_model_for_inference_in_bfloat16_holds_no_integers(tmp_path: Path) -> None:
-    """They would be a third of its memory; how large it is packed is known all the same. Experts in 3-D too."""
-    config = ModelConfig(source=str(save(quantised(**CASES["mixtral"]), tmp_path / "q")), dtype="bfloat16")
+    """They would be a third of its memory; how large it is packed is known. Experts and a tied head too."""
+    hf = quantised(INT4, "mixtral", embeddings=True, tie_word_embeddings=True)
+    config = ModelConfig(source=str(save(hf, tmp_path / "q")), dtype="bfloat16")
     models = [load_model(config, inference=inference)[0] for inference in (False, True)]
     assert torch.equal(*(hf(TOKENS).logits for hf in models))
     full, lean = (sizes_of(LanguageModel(hf).eval(), config) for hf in models)
     assert lean["packed_bytes"] == full["packed_bytes"] and lean["memory_bytes"] < 0.7 * full["memory_bytes"]
+    known = [weight for weight in map(quantized_of, models[1].modules()) if weight is not None]
+    assert len(known) == 9 and all(weight.values_O_I.is_meta for weight in known)
 
 
 @torch.no_grad()

@@ -92,6 +92,7 @@ def read_compressed(
         log.warning("%s: %d quantised weights are opened in full only (%s ...)", folder, len(lost), lost[0])
     if inference and not (device.type == "cpu" and dtype == torch.float32):  # no kernel reads integers there
         forget_integers(hf)
+        share_with_head(hf)
     note = {"quantization": f"compressed-tensors, {' and '.join(f'int{b}' for b in sorted(bits))}"}
     hf = hf.to(device)
     if alone and not _attach_alone(hf, alone):  # a layer's weight is read without the layer, as Mamba's dt_proj
