@@ -21,7 +21,7 @@ from posttrain.core.image_tokens import ImageTokens, beginning, image_spans, pic
 from posttrain.data import sample_cache
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.encoding import prompt_tokens
-from posttrain.data.image_reader import use_processor
+from posttrain.data.image_reader import image_reader, use_processor
 from posttrain.data.marked_text import pieces, render_terminal
 from posttrain.data.pictures import read_picture
 from posttrain.data.preference_rows import prepare_pairs
@@ -29,6 +29,7 @@ from posttrain.data.sft_rows import prepare
 from posttrain.methods.sft import SFTConfig
 from posttrain.methods.sft_measurement import before_answer
 from posttrain.models import language_model
+from posttrain.models.loading import load_tokenizer
 from posttrain.models.tiny_model import tiny_tokenizer
 from posttrain.trainer.policy import open_policy
 from tests import vision
@@ -201,8 +202,6 @@ def test_the_cache_gives_back_the_same_pictures(folder: Path, tmp_path: Path, mo
     vision.picture(7).save(folder / "2.png")
     PROCESSOR_CHANGED = prepare(data_config, TOKENIZER).samples
     with pytest.raises((DataError, BadRow), match="has changed"):
-        from posttrain.data.image_reader import image_reader
-
         image_reader(TOKENIZER)._kept.clear()
         image_spans(PROCESSOR_CHANGED[2].tokens)[0].inputs()
 
@@ -259,6 +258,7 @@ def test_completions_of_prompts_with_images(folder: Path, tmp_path: Path, monkey
         "prompts_per_step": 2,
         "group_size": 4,
         "steps": 2,
+        "adapter": {"r": 4},
     }
     recipe = {"name": "see", "model": {"source": str(tmp_path / "model")}, "stages": [stage]}
     seen: list[str] = []
@@ -268,6 +268,8 @@ def test_completions_of_prompts_with_images(folder: Path, tmp_path: Path, monkey
         return float(sum(map(ord, text)) % 2)
 
     result = posttrain.run(posttrain.Recipe.model_validate(recipe), tmp_path / "run", rewards={"no_a": no_a})
+    adapter = ModelConfig(source=str(result.folder / "stages" / "0-rl" / "adapter"))
+    assert image_reader(load_tokenizer(adapter)).token == "<image>"  # it has the processor too
     steps = read_lines(result.folder / "stages" / "0-rl" / "metrics.jsonl")
     assert len(steps) == 2 and all(s["skipped"] == 0 and s["grad_norm"] > 0 for s in steps)
     assert set(passes) == {1} and len(passes) <= 3 * 2, passes  # sampled, and computed for the step

@@ -135,5 +135,8 @@ def test_a_packed_batch_computes_what_transformers_does(kind: str) -> None:
     with own_attention(model):
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer == their_answer(model, processor, prompt, 6)
+    base.config.model_type = "other"
+    with pytest.raises(ModelError, match="not for this type"):
+        model(batch, "hidden")
     with pytest.raises(ModelError, match="lost their pictures"):
         model.pack([Sample(list(rows[0].tokens), rows[0].weights)])

@@ -79,12 +79,23 @@ def _write_whole(hf: Any, tokenizer: Any, folder: Path, end_token: int | None) -
     _end_at(hf.generation_config, end_token)
     hf.save_pretrained(folder)
     unread = write_compressed(hf, folder)
-    if getattr(hf.config, "vision_config", None) is not None:
-        save_processor(tokenizer, folder)
-    tokenizer.save_pretrained(folder)
+    _save_tokenizer(hf, tokenizer, folder)
     by_old = finish_folder(folder)
     note = unread or (None if by_old else NEEDS_NEW)
     return {} if note is None else {"transformers": note}
+
+
+def _save_tokenizer(hf: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer, and the processor of a model that reads images.
+
+    Args:
+        hf: The model.
+        tokenizer: Its tokenizer.
+        folder: Where to write.
+    """
+    if getattr(hf.config, "vision_config", None) is not None:
+        save_processor(tokenizer, folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _save_adapter(
@@ -112,7 +123,7 @@ def _save_adapter(
         _write_whole(base, tokenizer, folder / OWN_BASE, None)
     own = source if start is None else base_settings(source, start)
     write_quantization(folder, None if made == "on start" else own.quantization)
-    tokenizer.save_pretrained(folder)
+    _save_tokenizer(peft_model.get_base_model(), tokenizer, folder)
     ends = peft_model.get_base_model().generation_config
     _end_at(ends, end_token)
     ends.save_pretrained(folder)
