@@ -26,6 +26,7 @@ from posttrain.data.marked_text import pieces, render_terminal
 from posttrain.data.pictures import read_picture
 from posttrain.data.preference_rows import prepare_pairs
 from posttrain.data.sft_rows import prepare
+from posttrain.eval.item_parts import is_validation
 from posttrain.methods.sft import SFTConfig
 from posttrain.methods.sft_measurement import before_answer
 from posttrain.models import language_model
@@ -185,6 +186,8 @@ def test_the_cache_gives_back_the_same_pictures(folder: Path, tmp_path: Path, mo
         monkeypatch.setattr(sample_cache, "CACHED_FROM", least)
         prepared = prepare(data_config, TOKENIZER)
         assert prepared.samples.repeats == 0  # the second and the third row differ in their pictures alone
+        sides = [[is_validation(prepared.rows[i], share / 32) for share in range(1, 32)] for i in (1, 2)]
+        assert sides[0] != sides[1]
         found.append(
             [
                 (

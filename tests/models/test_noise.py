@@ -111,3 +111,11 @@ def test_checkpointed_layers_compute_the_same_step() -> None:
     for plain, recomputed in zip(*losses, strict=True):
         assert recomputed["loss"] == pytest.approx(plain["loss"], abs=1e-6)
         assert recomputed["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
+
+
+@torch.no_grad()
+def test_outputs_that_are_no_numbers_are_refused() -> None:
+    model = tiny_model("llama")
+    model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(ModelError, match=r"no numbers \(NaN\)"):
+        verify(LanguageModel(model))

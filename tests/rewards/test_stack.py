@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from posttrain.config.rewards import RewardsConfig
 from posttrain.core.errors import RewardError
 from posttrain.core.types import Rollout, RolloutGroup
-from posttrain.rewards import RewardStack
+from posttrain.rewards import RewardStack, worker_pool
 
 STRANGE = "tests.rewards.strange:"
 
@@ -69,6 +70,16 @@ def test_a_process_that_ran_no_code_of_the_user_s_calls_the_next_stack_s_rewards
         mixed = process(rewards)
     with stack(starts_with("n")) as rewards, stack(starts_with("n")) as beside:
         assert mixed not in (process(rewards), process(beside))
+    with stack(starts_with("n")) as rewards:
+        assert rewards.pool is not None and (worker := rewards.pool.workers[0]) is not None
+        worker.busy = True  # its call was left by an interrupt: the reply would be taken for the next stack's
+    assert worker.process.poll() is not None
+    # Garbage collection ends a lost pool at any time, also while a process is looked for.
+    lost = threading.Thread(target=worker_pool._close_all, args=([worker],), daemon=True)
+    with worker_pool._parking:
+        lost.start()
+        lost.join(20)
+        assert not lost.is_alive()
 
 
 def test_one_that_hangs_is_cut_off_and_the_others_go_on() -> None:

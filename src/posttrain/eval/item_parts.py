@@ -1,8 +1,8 @@
 """The two parts of an evaluation's items: those that something may be chosen by, and those that are reported.
 
-An item belongs to the validation part if the SHA-256 of its prompt (of its text, if it has no prompt), as a fraction of
-2^256, is below the evaluation's `validation`. So the parts share no prompt whatever the order of the rows, the seed or
-the tokenizer, and evaluations with the same share put the same prompt on the same side.
+An item belongs to the validation part if the SHA-256 of its prompt with its pictures (of its text, if it has no
+prompt), as a fraction of 2^256, is below the evaluation's `validation`. So the parts share no prompt whatever the order
+of the rows, the seed or the tokenizer, and evaluations with the same share put the same prompt on the same side.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def is_validation(row: Mapping[str, Any], share: float) -> bool:
         row: Its row, with `messages` (the turns before the answer) or, without any, `completion` (the text).
         share: Share of the items that do.
     """
-    turns = [[turn["role"], turn["content"]] for turn in row.get("messages") or []]
+    turns = [
+        [turn["role"], turn["content"], *(picture.digest for picture in turn.get("images", ()))]
+        for turn in row.get("messages") or []
+    ]
     key = json.dumps(turns or row.get("completion"), ensure_ascii=False, sort_keys=True, default=str)
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()) < share * 2**256
 

@@ -18,7 +18,7 @@ from posttrain.config.pooling import check_pool
 from posttrain.core.errors import ModelError
 from posttrain.losses.ensemble_logprobs import EnsembleHead, pool_logprobs
 from posttrain.models.max_length import context
-from posttrain.models.model_types import decoder_of
+from posttrain.models.model_types import decoder_of, set_attention
 from posttrain.models.output_head import output_head
 from posttrain.models.soft_prompt import SoftPrompt
 
@@ -80,6 +80,8 @@ class Ensemble(nn.Module):
         shortest = min(plain, key=lambda member: context(member.config) or 2**31)
         self.config = copy.deepcopy(shortest.config)
         text = self.config.get_text_config()
+        self._own_attention = [member.config.get_text_config()._attn_implementation for member in plain]
+        self._attention = text._attn_implementation
         text.output_router_logits = False  # nothing is trained
         text.vocab_size = _rows(self.smallest)
         self.generation_config = copy.deepcopy(plain[0].generation_config)
@@ -104,9 +106,9 @@ class Ensemble(nn.Module):
         return self.smallest.get_output_embeddings()
 
     def set_attn_implementation(self, name: str) -> None:
-        """Choose how all members compute attention."""
-        for member in self.members:
-            member.set_attn_implementation(name)
+        """Choose how all members compute attention; by the name that the ensemble began with, each as it did itself."""
+        for member, own in zip(self.members, self._own_attention, strict=True):
+            set_attention(member, own if name == self._attention else name)
         self.config._attn_implementation = name
 
     def pooled_head(self, packed: bool = False) -> EnsembleHead:

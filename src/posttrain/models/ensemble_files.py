@@ -13,6 +13,7 @@ from posttrain.config import ModelConfig
 from posttrain.config.pooling import check_pool
 from posttrain.core.errors import ModelError
 from posttrain.core.files import link_or_copy, write_json
+from posttrain.models.adapter_source import find_adapter
 from posttrain.recipe.model_sources import ENSEMBLE_FILE
 
 NOT_TRAINED = (
@@ -109,5 +110,16 @@ def write_ensemble(
         if where is not None:
             source = f"members/{number}"
             shutil.copytree(where, folder / source, copy_function=link_or_copy)
+            _keep_base(where, folder / source)
         entries.append({"source": source, "revision": member.revision, "weight": member.weight})
     write_json(folder / ENSEMBLE_FILE, {"pool": pool, "confidence": confidence, "members": entries})
+
+
+def _keep_base(adapter: Path, copy: Path) -> None:
+    """Let the copy of an adapter name its base by the whole path, if the path in it leads elsewhere from there."""
+    before, after = (find_adapter(str(folder.resolve()), "folder") for folder in (adapter, copy))
+    if before is None or after is None or not Path(before.base).exists():
+        return
+    base = Path(before.base).resolve()
+    if not Path(after.base).is_absolute() or Path(after.base).resolve() != base:
+        write_json(copy / "adapter_config.json", {**before.settings, "base_model_name_or_path": str(base)})

@@ -92,6 +92,8 @@ def _compared(model: LanguageModel) -> tuple[float, str | None]:
     batch = model.pack(samples, min_shared=4)
     single = next(model.base.parameters()).dtype not in (torch.bfloat16, torch.float16)
     trained, ours, noisy = _own_passes(model, batch)
+    if bool(ours.isnan().any()):
+        return float("nan"), "its logits are no numbers (NaN): its weights are damaged, or too large for its dtype"
     if noisy:
         return float("nan"), (
             "two forward passes over the same tokens differ: it draws random numbers in evaluation mode too. A step "

@@ -63,6 +63,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.log: RewardLog | None = None
+        self.busy = False  # a reply is awaited
         environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
         # -P: a file here hides no module. Not -m, which warns that the package has imported the module already.
         command = [sys.executable, "-P", "-c", "from posttrain.rewards.worker import main; main()"]
@@ -122,9 +123,12 @@ class Worker:
         timer = threading.Timer(seconds, end)
         timer.daemon = True
         timer.start()
+        self.busy = True
         try:
             write_frame(self.requests, frame)
-            return read_frame(self.replies)
+            reply = read_frame(self.replies)
+            self.busy = False
+            return reply
         except (EOFError, OSError):
             code = self.process.wait()
             return "timeout" if late.is_set() or code == -getattr(signal, "SIGPROF", 0) else "died"
@@ -172,15 +176,24 @@ def _end_parked() -> None:
 
 def _started(rewards: Sequence[dict[str, Any]], memory_gib: float, log: RewardLog) -> Worker:
     """Return a process that is set up, a parked one if there is one."""
+    worker = None
     with _parking:
-        while _parked:
-            owner, worker = _parked.pop()
-            if owner == os.getpid() and worker.process.poll() is None:
-                break
-        else:
-            worker = Worker()
+        while _parked and worker is None:
+            owner, parked = _parked.pop()
+            worker = parked if owner == os.getpid() and parked.process.poll() is None else None
+    worker = worker or Worker()
     worker.set_up(rewards, memory_gib, log)
     return worker
+
+
+def _park(worker: Worker) -> bool:
+    """Keep a process for the next pool; False if there is no room, or it has ended or is in the middle of a call."""
+    with _parking:
+        if len(_parked) >= PARKED or worker.busy or worker.process.poll() is not None:
+            return False
+        worker.log = None
+        _parked.append((os.getpid(), worker))
+        return True
 
 
 def _leave_nothing(settings: Any) -> bool:
@@ -193,14 +206,9 @@ def _leave_nothing(settings: Any) -> bool:
 def _close_all(workers: list[Worker | None], park: bool = False) -> None:
     for i, worker in enumerate(workers):
         workers[i] = None
-        if worker is None:
-            continue
-        with _parking:
-            if park and len(_parked) < PARKED and worker.process.poll() is None:
-                worker.log = None
-                _parked.append((os.getpid(), worker))
-                continue
-        worker.close()
+        # Without the lock unless asked: the end of a lost pool may come by garbage collection while it is held.
+        if worker is not None and not (park and _park(worker)):
+            worker.close()
 
 
 class Pool:

@@ -14,6 +14,8 @@ EXAMPLE_NAMES = 5
 def train_only(hf: Any, patterns: Sequence[str] | None) -> None:
     """Let only those parameters get gradients whose name, or whose module's name, fits a pattern.
 
+    A tied parameter has several names, and is trained if one of them fits.
+
     Args:
         hf: The transformers model.
         patterns: Patterns such as `*.mlp.gate`, in which * stands for any text. None: nothing is changed.
@@ -23,7 +25,7 @@ def train_only(hf: Any, patterns: Sequence[str] | None) -> None:
     """
     if patterns is None:
         return
-    named = dict(hf.named_parameters())
+    named = dict(hf.named_parameters(remove_duplicate=False))
     fitting = {
         pattern: {n for n in named if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[0], pattern)}
         for pattern in patterns
@@ -35,6 +37,6 @@ def train_only(hf: Any, patterns: Sequence[str] | None) -> None:
                 f"train: {pattern!r} fits no parameter of the model. There are {', '.join(layers[:EXAMPLE_NAMES])} and "
                 "others; * stands for any text"
             )
-    trained = set().union(*fitting.values())
-    for name, parameter in named.items():
-        parameter.requires_grad_(name in trained)
+    trained = {id(named[name]) for names in fitting.values() for name in names}
+    for parameter in named.values():
+        parameter.requires_grad_(id(parameter) in trained)

@@ -24,6 +24,7 @@ from posttrain.losses.ensemble_logprobs import pool_logprobs
 from posttrain.methods.merge.merge import Merge
 from posttrain.methods.merge.merge_settings import MergeConfig
 from posttrain.models.ensemble import Ensemble
+from posttrain.models.ensemble_files import EnsembleMember, write_ensemble
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import context_length, load_model, open_model, resolve
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
@@ -143,7 +144,8 @@ def test_members_that_take_no_ragged_batches() -> None:
     """One sequence at a time: `generate` is the ensemble's own, and gives what the sampler gives for other types."""
     from posttrain.sampling.greedy import _generated, greedy
 
-    model = LanguageModel(Ensemble(models(), [1, 2], confidence="entropy")).eval()
+    members = [tiny_model("llama", seed=0), tiny_model("gemma2", 262, seed=1)]  # which transformers gives no SDPA
+    model = LanguageModel(Ensemble(members, [1, 2], confidence="entropy")).eval()
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5]]
     fast = greedy(model, tiny_tokenizer(), prompts, 6)
     model.compute_one_at_a_time()
@@ -196,6 +198,22 @@ def test_a_folder_of_an_ensemble_opens_wherever_it_lies(written: Path, tmp_path:
             load_model(config, inference=True)
     finally:
         moved.rename(written / "model")
+
+
+def test_the_copy_of_an_adapter_finds_its_base(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "run/stages/0-sft/model", tmp_path / "run/stages/1-sft/model"
+    for folder, file, text in (
+        (base, "config.json", "{}"),
+        (adapter, "adapter_config.json", '{"base_model_name_or_path": "stages/0-sft/model"}'),
+    ):
+        folder.mkdir(parents=True)
+        (folder / file).write_text(text)
+    for around, name in ((tmp_path, str(base)), (tmp_path / "run", "stages/0-sft/model")):
+        (ensemble := around / "ensemble").mkdir()
+        write_ensemble(ensemble, [(EnsembleMember("x", None, 1.0), adapter)], "arithmetic", None)
+        copy = json.loads((ensemble / "members/0/adapter_config.json").read_text())
+        assert copy["base_model_name_or_path"] == name
+    assert "stages" in (adapter / "adapter_config.json").read_text()[:40]  # the copy alone is changed
 
 
 def test_what_can_not_be_pooled(written: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 from posttrain.models.verification import verify
 from posttrain.trainer.policy import open_policy, save_policy
 from posttrain.trainer.stage import StageContext
+from posttrain.trainer.trained_part import train_only
 
 TOKENS = torch.arange(3, 23).view(2, 10)
 
@@ -122,14 +123,18 @@ def test_routers_are_trained_alone(tmp_path: Path) -> None:
     assert {name for name, value in before.items() if not torch.equal(value, after[name])} == gates
     with pytest.raises(ModelError, match=r"train: '\*\.gates' fits no parameter"):
         open_policy(config.model_copy(update={"train": ["*.gates"]}), model, 0)
+    tied = tiny_model("llama", tie_word_embeddings=True)
+    train_only(tied, ["lm_head"])
+    assert [n for n, p in tied.named_parameters() if p.requires_grad] == ["model.embed_tokens.weight"]
     with pytest.raises(ValueError, match="train selects weights of the model, and an adapter"):
         SFTConfig.model_validate({"data": rows, "train": ["*.mlp.gate"], "adapter": {}})
 
 
 def test_what_can_not_become_experts(tmp_path: Path) -> None:
     random = {"experts": {"router": "random"}, "models": ["base", "base"]}
-    with pytest.raises(ModelError, match="of type gpt2: experts are made of llama, mistral, qwen2, qwen3"):
-        mix(tmp_path, write(tmp_path, "gpt2", 0), **random)
+    asked = [{"source": "base", "prompts": {"source": "none.jsonl", "rows": [0, 4]}}] * 2
+    with pytest.raises(ModelError, match="of type opt: experts are made of llama, mistral, qwen2, qwen3"):
+        mix(tmp_path, write(tmp_path, "opt", 0), experts={}, models=asked)
     with pytest.raises(ModelError, match="has attention_bias, which a mixtral has no place for"):
         mix(tmp_path, write(tmp_path, "llama", 2, attention_bias=True), **random)
     for settings, message in (
@@ -137,6 +142,10 @@ def test_what_can_not_become_experts(tmp_path: Path) -> None:
         ({"algorithm": "linear", "models": [{"source": "a", "prompts": ["b"]}]}, "prompts are for experts"),
         ({"experts": {"router": "zeros", "top_k": 3}}, "top_k is 3, and there are 2 models"),
         ({"experts": {"router": "zeros"}, "adapter": {}}, "leave adapter out"),
+        (
+            {"experts": {}, "models": asked, "search": {"coefficients": {"models.0.prompts.rows.1": [4, 8]}}},
+            "no number that can be searched; there are models.0.weight, models.1.weight .type",
+        ),
         ({"experts": {"router": "zeros"}, "algorithm": "linear"}, "set one of algorithm and experts"),
     ):
         with pytest.raises(ValueError, match=message):

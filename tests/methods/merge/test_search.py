@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def test_a_search_that_is_killed_and_continued(tmp_path: Path, monkeypatch: pyte
 
 
 def test_merges_that_can_not_be_made_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    search = {"coefficients": {"models.0.weight": [1, 2]}}
+    search = {"coefficients": {"models.0.weight": [1, 2, 3, 4]}}
     models = [{"source": "a", "weight": -1}, "base"]
     config = MergeConfig.model_validate({"algorithm": "linear", "models": models, "search": search})
 
@@ -182,7 +183,10 @@ def test_merges_that_can_not_be_made_are_recorded(tmp_path: Path, monkeypatch: p
     def evaluate(model: Any, tasks: Any, folder: Path, *_: Any, part: str = "report") -> list[dict[str, Any]]:
         folder.mkdir(exist_ok=True)
         write_lines(folder / "ppl.jsonl", [{"id": i, "nll": 1.0, "tokens": 2} for i in range(2)])
-        figures = {"value": 4.0 if folder.name == "trial-0001" else 2.0, "low": 1, "high": 9, "n": 2}
+        value = {"trial-0001": 4.0, "trial-0004": math.nan}.get(folder.name, 2.0)
+        if folder.name == "trial-0003":
+            raise ModelError("its logits are no numbers")
+        figures = {"value": value, "low": 1, "high": 9, "n": 2}
         return [{"task": "ppl", "kind": "perplexity", "metric": "perplexity", **figures}]
 
     monkeypatch.setattr(search_module, "evaluate_model", evaluate)
@@ -191,6 +195,7 @@ def test_merges_that_can_not_be_made_are_recorded(tmp_path: Path, monkeypatch: p
     found = search_module.MergeSearch(config, ModelConfig(source="a"), tasks, {}, tmp_path, 0, write).run()
     assert found.entry["weight"] == 2 and found.entry["search"]["score"] == 0.5
     assert [(t["score"], t.get("error")) for t in read_lines(tmp_path / "search/trials.jsonl")] == [
-        (None, "weights sum to zero"), (0.25, None), (0.5, None),
+        (None, "weights sum to zero"), (0.25, None), (0.5, None), (None, "its logits are no numbers"),
+        (None, "evaluation ppl has no figure that is a number"),
     ]  # fmt: skip
     assert list(json.loads((tmp_path / "search/search.json").read_text())["reported"]) == ["chosen", "base", "source-0"]

@@ -75,7 +75,9 @@ class Merge(Stage):
         routers = None
         if self.config.experts is not None:
             from posttrain.methods.merge.expert_routers import expert_routers
+            from posttrain.methods.merge.experts import mixture_of
 
+            mixture_of(base)  # before it is opened for prompts
             routers = expert_routers(self.config, model, base.config.get_text_config().hidden_size, seed)
 
         def write(config: MergeConfig, work: Path) -> dict[str, Any]:

@@ -242,6 +242,8 @@ class MergeConfig(StageBase):
         dumped = self.model_dump(mode="json", include={"models": True, "algorithm": True, "slices": True})
         for piece in dumped["slices"]:
             del piece["layers"]
+        for model in dumped["models"]:
+            del model["prompts"]  # routers are made once, and from rows
         return dumped
 
     def with_numbers(self, numbers: Mapping[str, float]) -> MergeConfig:

@@ -116,7 +116,7 @@ class MergeSearch:
     def score(self, point: Point) -> float:
         """Return the score of a merge on validation items, by writing and measuring it if that is not done yet.
 
-        Settings that make no merge, such as weights that sum to zero, score minus infinity.
+        Settings that make no merge, such as weights that sum to zero, or none that gives numbers, score minus infinity.
         """
         numbers = dict(zip(self.search.coefficients, point, strict=True))
         for trial in self.trials:
@@ -128,13 +128,12 @@ class MergeSearch:
             config = self.settings_of(point)
             folder.mkdir(parents=True, exist_ok=True)
             self.write(config, folder / "model")
-        except (ModelError, ValidationError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            record |= {"error": reason.removeprefix("Value error, ")}
-        else:
             made = as_saved(self.model).model_copy(update={"source": str(folder / "model"), "revision": None})
             found = evaluate_model(made, self.tasks, folder, self.seed, self.functions, part="validation")
             record |= {"score": self._mean(found), "tasks": _figures(found)}
+        except (ModelError, ValidationError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            record |= {"error": reason.removeprefix("Value error, ")}
         shutil.rmtree(folder / "model", ignore_errors=True)
         record["seconds"] = round(time.perf_counter() - began, 2)
         self.lines.add(record)
@@ -142,7 +141,13 @@ class MergeSearch:
         return -math.inf if record["score"] is None else float(record["score"])
 
     def _mean(self, summaries: Sequence[Mapping[str, Any]]) -> float:
-        """Return the weighted mean of the tasks' figures: of perplexities their inverse, so that higher is better."""
+        """Return the weighted mean of the tasks' figures: of perplexities their inverse, so that higher is better.
+
+        Raises:
+            ModelError: A figure is no number.
+        """
+        if without := [s["task"] for s in summaries if s["value"] is None or math.isnan(s["value"])]:
+            raise ModelError(f"evaluation {without[0]} has no figure that is a number")
         weights = [self.search.evaluations.get(task.name, 1.0) for task in self.tasks]
         values = [1 / s["value"] if s["kind"] == "perplexity" else s["value"] for s in summaries]
         return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
