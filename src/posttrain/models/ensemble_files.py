@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,10 +109,15 @@ def write_ensemble(
         source = member.source
         if where is not None:
             source = f"members/{number}"
-            shutil.copytree(where, folder / source, copy_function=link_or_copy)
+            shutil.copytree(where, folder / source, copy_function=link_or_copy, ignore=_without(folder))
             _keep_base(where, folder / source)
         entries.append({"source": source, "revision": member.revision, "weight": member.weight})
     write_json(folder / ENSEMBLE_FILE, {"pool": pool, "confidence": confidence, "members": entries})
+
+
+def _without(folder: Path) -> Callable[[str, list[str]], list[str]]:
+    """Leave the ensemble's own folder out of what is copied: it may lie in a member's."""
+    return lambda place, names: [folder.name] if Path(place).resolve() == folder.resolve().parent else []
 
 
 def _keep_base(adapter: Path, copy: Path) -> None:

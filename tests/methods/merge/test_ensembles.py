@@ -208,7 +208,9 @@ def test_the_copy_of_an_adapter_finds_its_base(tmp_path: Path) -> None:
     ):
         folder.mkdir(parents=True)
         (folder / file).write_text(text)
-    for around, name in ((tmp_path, str(base)), (tmp_path / "run", "stages/0-sft/model")):
+    own = "stages/0-sft/model"
+    # In a folder outside of the run, in the run, and in the member's own, which is not copied into itself.
+    for around, name in ((tmp_path, str(base)), (tmp_path / "run", own), (adapter, own)):
         (ensemble := around / "ensemble").mkdir()
         write_ensemble(ensemble, [(EnsembleMember("x", None, 1.0), adapter)], "arithmetic", None)
         copy = json.loads((ensemble / "members/0/adapter_config.json").read_text())

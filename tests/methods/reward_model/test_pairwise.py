@@ -108,10 +108,12 @@ def test_hard_labels_count_as_certain(tmp_path: Path) -> None:
 
 
 def test_a_stage_with_hard_labels_trains_as_on_rows_without_probabilities(tmp_path: Path) -> None:
-    config = settings(tmp_path, labels="hard", max_steps=2)
+    config = settings(tmp_path, labels="hard", max_steps=2, train=["*.down_proj"])
     pairs, held_out = read(config)
     certain = [replace(p, probability=1.0) for p in pairs]
-    carry_out(config, pairs, held_out, tmp_path / "hard")
+    entry = carry_out(config, pairs, held_out, tmp_path / "hard")
+    sizes = {n: p.numel() for n, p in open_head(ModelConfig(source="tiny:llama"), "sequence")[0].named_parameters()}
+    assert entry["trainable"] == sum(n for name, n in sizes.items() if "down_proj" in name or "score" in name)
     carry_out(config.model_copy(update={"labels": "soft"}), certain, held_out, tmp_path / "soft")
     one, two = (json.loads((tmp_path / f / "held_out.json").read_text())["after"] for f in ("hard", "soft"))
     assert one == two

@@ -65,7 +65,8 @@ class ScorerStage(Stage):
         distributed.start(device)
         opened = open_scorer(run.model, self.layout, run.seed, pick_dtype(run.model.dtype, device))
         adapter = self.config.adapter
-        train_only(opened.hf, self.config.train)
+        head = "score" if hasattr(opened.hf, "score") else "classifier"  # a new one is random: it is always trained
+        train_only(opened.hf, self.config.train and [*self.config.train, head])
         hf = opened.hf if adapter is None else attach_to(opened, adapter, run.seed, "SEQ_CLS")
         check_training(hf, self.config.merge, distributed.world())
         round_while_training(hf, self.config.qat)
