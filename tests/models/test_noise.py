@@ -116,6 +116,7 @@ def test_checkpointed_layers_compute_the_same_step() -> None:
 @torch.no_grad()
 def test_outputs_that_are_no_numbers_are_refused() -> None:
     model = tiny_model("llama")
-    model.model.norm.weight.fill_(torch.nan)
-    with pytest.raises(ModelError, match=r"no numbers \(NaN\)"):
-        verify(LanguageModel(model))
+    for value, message in ((torch.nan, r"no numbers \(NaN\)"), (0.0, "the same for all tokens")):
+        model.model.norm.weight.fill_(value)
+        with pytest.raises(ModelError, match=message):
+            verify(LanguageModel(model))

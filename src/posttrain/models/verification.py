@@ -102,6 +102,10 @@ def _compared(model: LanguageModel) -> tuple[float, str | None]:
     theirs, heads = _their_pass(model, samples)
     shared = next(i for i, (a, b) in enumerate(zip(*(s.tokens for s in samples[:2]), strict=True)) if a != b)
     leak = (theirs[0, :shared] - theirs[1, :shared]).square().mean(-1).sqrt() / theirs[0, :shared].std(-1)
+    if bool(leak.isnan().any()):  # they have no spread
+        return float(
+            "nan"
+        ), "its logits are the same for all tokens: its weights are damaged, or too large for its dtype"
     if not float(leak.median()) <= (SINGLE_TOLERANCE if single else HALF_TOLERANCE):
         return float("nan"), "its predictions depend on later tokens: it is no decoder-only language model"
     spread = theirs.std(-1).clamp_min(1e-6)
