@@ -10,7 +10,6 @@ rows that are neither calibrated nor trained on; lower is better. An interrupted
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -31,13 +30,6 @@ TWO_THIRDS = (1 / 2, 5 / 6)
 """About two thirds: the whole interval lies between these."""
 TRAINED_ON = 400
 """Rows that are trained on in a draw."""
-REVIEWS = {
-    "source": "packaged:movie_reviews.tsv",
-    "prompt": "Write a sentence about a film, as a critic would.",
-    "completion": "{text}",
-    "shuffle_seed": 1,
-    "loss_on": "all",
-}
 TRAINED = str(Path(__file__).resolve().parent / "quantized_training.yaml")
 
 
@@ -84,18 +76,16 @@ def beyond(share: dict[str, Any], least: float) -> str:
 
 
 def gap_of_rounding(curves: dict[str, list[Curve]]) -> dict[str, Any]:
-    """GPTQ and AWQ by the share of the gap that they close, for each kind of group."""
+    """GPTQ by the share of the gap that it closes, for each kind of group."""
     full = losses(curves["in full"])
     out: dict[str, Any] = {"nll": {name: interval(losses(of)) for name, of in curves.items()}, "verdict": {}}
     for words in GROUPS:
         rounded = losses(curves[f"rtn, {words}"])
-        for algorithm in ("gptq", "awq"):
-            name = f"{algorithm}, {words}"
-            out.setdefault("share_of_the_gap_closed", {})[name] = found = share_recovered(
-                full, rounded, losses(curves[name])
-            )
-            _, low, high = found["share"]
-            out["verdict"][f"{name}: about two thirds of the gap"] = about(low, high)
+        name = f"gptq, {words}"
+        found = share_recovered(full, rounded, losses(curves[name]))
+        out.setdefault("share_of_the_gap_closed", {})[name] = found
+        _, low, high = found["share"]
+        out["verdict"][f"{name}: about two thirds of the gap"] = about(low, high)
     return out
 
 
@@ -103,23 +93,19 @@ def training_for_it(curves: dict[str, list[Curve]]) -> dict[str, Any]:
     """Training with rounded weights by the share of the gap that it closes."""
     full, rounded = losses(curves["in full"]), losses(curves["rounded after training"])
     trained = share_recovered(full, rounded, losses(curves["trained with rounded weights"]))
-    gptq = share_recovered(full, rounded, losses(curves["GPTQ after training"]))
     return {
         "nll": {name: interval(losses(of)) for name, of in curves.items()},
-        "share_of_the_gap_closed": {"trained with rounded weights": trained, "GPTQ after training": gptq},
+        "share_of_the_gap_closed": {"trained with rounded weights": trained},
         "verdict": {"QAT recovers more than half": beyond(trained, 0.5)},
     }
 
 
-def trained_arm(name: str, *settings: str, keep: tuple[str, ...] = (), calibrated: bool = False) -> Arm:
+def trained_arm(name: str, *settings: str, keep: tuple[str, ...] = ()) -> Arm:
     """Return a way of training and rounding SmolLM2."""
 
     def seeded(seed: int) -> tuple[str, ...]:
         rows, first = f"[{seed * TRAINED_ON}, {(seed + 1) * TRAINED_ON}]", 9000 + seed * MEASURED
-        changed = [f"stages.sft.data.rows={rows}", f"evaluate.reviews.data.rows=[{first}, {first + MEASURED}]"]
-        if calibrated:
-            changed.append(f"stages.int4.calibration={json.dumps({**REVIEWS, 'rows': json.loads(rows)})}")
-        return tuple(changed)
+        return (f"stages.sft.data.rows={rows}", f"evaluate.reviews.data.rows=[{first}, {first + MEASURED}]")
 
     return Arm(name, TRAINED, settings, keep, None, "reviews", model=MODEL, seeded=seeded, lean=True)
 
@@ -130,7 +116,7 @@ CLAIMS = {
         "GPTQ closes about two thirds of the gap that rounding to nearest opens (SmolLM2, int4)",
         (
             arm("in full", None),
-            *(arm(f"{a}, {words}", a, group) for words, group in GROUPS.items() for a in ("rtn", "gptq", "awq")),
+            *(arm(f"{a}, {words}", a, group) for words, group in GROUPS.items() for a in ("rtn", "gptq")),
         ),
         gap_of_rounding,
         f"{ROWS} calibration rows and {MEASURED} measured rows a draw. The gap: nats lost by rounding.",
@@ -142,7 +128,6 @@ CLAIMS = {
         (
             trained_arm("in full", keep=("sft",)),
             trained_arm("rounded after training"),
-            trained_arm("GPTQ after training", "stages.int4.algorithm=gptq", "stages.int4.rows=64", calibrated=True),
             trained_arm("trained with rounded weights", "stages.sft.qat={bits: 4, group: null}"),
         ),
         training_for_it,
