@@ -1,4 +1,4 @@
-"""How distributions are pooled: names, and what fits together. The formulas are in `posttrain.losses.ensemble_logprobs`."""
+"""Check the names of pools of distributions, and what fits together; formulas in `posttrain.losses.ensemble_logprobs`."""
 
 from __future__ import annotations
 
