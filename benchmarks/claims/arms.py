@@ -185,7 +185,8 @@ def read_curve(folder: Path, arm: Arm, seconds: float) -> Curve:
         after = next(path for path in (folder / "evaluations" / n for n in ("after", "before")) if path.exists())
         more, *others = [json.loads((after / f"{name}.json").read_text()) for name in (arm.task, *arm.also)]
         more |= dict(zip(arm.also, others, strict=True))
-    keys = ("name", "parameters", "trainable", "peak_memory_mb", "tokens_per_second", "seconds", "made")
+    sizes = ("parameters", "trainable", "tokens", "tokens_per_second", "seconds", "peak_memory_mb")
+    keys = ("name", *sizes, "made", "retention")
     manifest = folder / "manifest.json"
     stages = json.loads(manifest.read_text()).get("stages", []) if manifest.exists() else []
     noted = [{k: stage[k] for k in keys if k in stage} for stage in stages]

@@ -27,7 +27,9 @@ def lean_run(file: str, folder: Path) -> None:
             posttrain.run(recipe.model_copy(update={"evaluate": []}), folder, console=Console(quiet=True))
         last = {"source": str(folder / "model"), "revision": None} if (folder / "model").is_dir() else {}
         tasks = [resolved(task, made_in(folder, recipe)) for task in recipe.evaluate]
-        evaluate_model(recipe.model.model_copy(update=last), tasks, after, recipe.seed)
+        if tasks:
+            evaluate_model(recipe.model.model_copy(update=last), tasks, after, recipe.seed)
+        after.mkdir(parents=True, exist_ok=True)
     for path in [*folder.glob("stages/*/*"), folder / "model"]:
         if path.name in ("model", "adapter", "checkpoints"):
             shutil.rmtree(path, ignore_errors=True)

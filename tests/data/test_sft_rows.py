@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from posttrain.config import DataConfig
+from posttrain.config import DataConfig, Recipe
 from posttrain.core.errors import DataError
 from posttrain.data.encoding import prompt_tokens, prompt_with_completion
 from posttrain.data.learnt_turns import UNENDED
+from posttrain.data.readers import find_sources
+from posttrain.data.sample_cache import cache_key
 from posttrain.data.sft_rows import Prepared, prepare
+from posttrain.runs.inputs import find_inputs
 from tests.data.tokenizers import byte_level
 
 TOKENIZER = byte_level("chatml")
@@ -140,6 +143,40 @@ def test_a_table_becomes_instructions(tmp_path: Path) -> None:
         ({"classes": {**classes, "column": "stars"}}, "column names 'stars'"),
         ({"prompt": "{body}"}, r"prompt names \{body\}"),
         ({"classes": {**classes, "margin": 9}}, "all 4 rows lie within"),
+    ):
+        with pytest.raises(DataError, match=message):
+            run(tmp_path, rows, **{**settings, **change})
+
+
+def test_passages_of_documents_stand_in_templates(tmp_path: Path) -> None:
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "a.txt").write_text("Rome is the capital of Italy.\n\nThe moon is made of rock.\n\nItaly is wet.")
+    (documents / "b.jsonl").write_text('{"text": "Paris is the capital of France."}\n')
+    rows = [{"ask": f"What is {x}?", "say": "yes"} for x in ("the capital of Italy", "made of rock", "xyzzy")]
+    passages = {"documents": str(documents), "query": "{ask}", "most": 2}
+    settings = {"passages": passages, "prompt": "{passages}|{ask}", "completion": "{say}"}
+    prepared = run(tmp_path, rows, **settings)
+    found = [whole(prepared, i).partition("user\n")[2].split("|")[0].split("\n") for i in range(3)]
+    assert found[0] == ["Rome is the capital of Italy.", "Paris is the capital of France."]
+    assert found[1][0] == "The moon is made of rock." and "wet" not in " ".join(found[1])
+    assert found[2][0] != "The moon is made of rock."  # it shares "is" with all
+    stage = {"method": "sft", "data": {"source": str(tmp_path / "rows.jsonl"), **settings}}
+    recipe = Recipe.model_validate({"name": "r", "model": {"source": "tiny:llama"}, "stages": [stage]})
+    first = find_inputs(recipe, {})[str(documents / "b.jsonl")]
+    config = DataConfig(source=str(tmp_path / "rows.jsonl"), **settings)
+    key = cache_key(config, find_sources(config), TOKENIZER, None)
+    (documents / "b.jsonl").write_text('{"text": "Paris was the capital of France."}\n')
+    assert find_inputs(recipe, {})[str(documents / "b.jsonl")] != first
+    assert cache_key(config, find_sources(config), TOKENIZER, None) != key
+    for change, message in (
+        ({"prompt": "{ask}"}, r"no effect if data.prompt does not name \{passages\}"),
+        (
+            {"passages": {**passages, "query": "{q}"}},
+            r"passages.query names \{q\}, and the columns are",
+        ),
+        ({"passages": {**passages, "documents": "nowhere.txt"}}, "documents 'nowhere.txt' can't be read"),
+        ({"columns": {"passages": "say"}, "completion": "{passages}"}, "rename it by data.columns"),
     ):
         with pytest.raises(DataError, match=message):
             run(tmp_path, rows, **{**settings, **change})

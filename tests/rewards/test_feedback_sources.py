@@ -135,8 +135,6 @@ def test_retrieval(tmp_path: Path) -> None:
     )
     assert note({**settings, "query": "answer", "passages": 1}, "猫") == FeedbackNote("The documents say:\n- 猫是动物")
     assert note({**settings, "query": "answer"}, "xyzzy") is None
-    config = TypeAdapter(AnyFeedbackConfig).validate_python(settings)
-    assert [p.name for p in config.named_files()] == ["a.txt", "b.jsonl"]  # type: ignore[attr-defined]
     for documents, message in (("nowhere.txt", "can't be read"), (str(tmp_path / "c.bin"), "UTF-8")):
         with pytest.raises(DataError, match=message):
             note({"kind": "retrieval", "documents": documents}, "x")

@@ -17,6 +17,7 @@ from pydantic import (
 
 from posttrain.config.adapter_settings import NOT_MERGED, AdapterConfig
 from posttrain.config.base import Config
+from posttrain.config.passage_settings import PassagesConfig
 from posttrain.config.quantization_settings import QuantizedTrainingConfig
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
@@ -150,6 +151,7 @@ class RowSettings(Config):
         description="Folder that relative paths of images start from. None: the folder of the rows' file.",
     )
     classes: ClassesConfig | None = Field(None, description="Makes the field 'label' from a numeric column.")
+    passages: PassagesConfig | None = Field(None, description="Passages that fit the row, as {passages} in templates.")
     system: str | None = Field(
         None, description="System message put first in every conversation, in place of the row's."
     )

@@ -269,16 +269,28 @@ def check_templates(config: DataConfig, columns: set[str]) -> None:
     """Check that every {field} of the templates is a column. Raises DataError with the names of all columns."""
     if (config.prompt is None) != (config.completion is None):
         raise DataError("data.prompt and data.completion go together: give both templates, or neither")
-    for name, template in (("prompt", config.prompt), ("completion", config.completion)):
+    made = {"label"} if config.classes else set()
+    templates = {"prompt": (config.prompt, columns | made), "completion": (config.completion, columns | made)}
+    if config.passages is not None:
+        if "passages" in columns:
+            raise DataError("data.passages makes the field passages, and the rows have it: rename it by data.columns")
+        if "{passages}" not in (config.prompt or ""):
+            raise DataError(
+                "data.passages has no effect if data.prompt does not name {passages}: give data.prompt, such as "
+                '"{passages} {question}", and data.completion'
+            )
+        templates["prompt"][1].add("passages")
+        templates["passages.query"] = (config.passages.query, columns | made)
+    for name, (template, known) in templates.items():
         try:
             parts = [p for p in string.Formatter().parse(template or "") if p[1] is not None]
         except ValueError as error:
             raise DataError(f"data.{name}: {error}; write {{{{ and }}}} for braces that are meant as such") from error
         if any(spec or conversion for _, _, spec, conversion in parts):
             raise DataError(f"data.{name}: a field is a column's name alone, {{{parts[0][1]}}}, without !r or :.2f")
-        unknown = [f for _, f, _, _ in parts if f not in columns]
+        unknown = [f for _, f, _, _ in parts if f not in known]
         if unknown:
-            raise DataError(f"data.{name} names {{{unknown[0]}}}, and the columns are {sorted(columns)}")
+            raise DataError(f"data.{name} names {{{unknown[0]}}}, and the columns are {sorted(known)}")
 
 
 def to_record(row: Row, layout: str, config: DataConfig) -> Record:

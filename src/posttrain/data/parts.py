@@ -12,8 +12,9 @@ import numpy as np
 from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.data.bad_rows import BadRow
-from posttrain.data.formats import Record, Row, check_templates, class_label, recognise, to_record
+from posttrain.data.formats import Record, Row, check_templates, class_label, fill, recognise, to_record
 from posttrain.data.message_trees import open_assistant
+from posttrain.data.passages import PassageIndex, read_passages
 from posttrain.data.readers import Source, in_order
 from posttrain.data.row_fields import SourceRow
 from posttrain.data.table_files import FoundRow, RowSource
@@ -25,7 +26,8 @@ class PlacedRow:
     """Hold a row with its place and the settings of its source.
 
     Attributes:
-        row: The row, with columns renamed; with data.classes its class is the field `label`.
+        row: The row, with columns renamed; with data.classes its class is the field `label`, with data.passages the
+            passages found for it are the field `passages`.
         source: Its place, `file:row`.
         layout: Name of its layout.
         config: Settings of its source.
@@ -91,7 +93,7 @@ class Part:
         return f"{self.source.name}:{found.number}"
 
     def _values(self, found: FoundRow) -> SourceRow:
-        """Return a row with columns renamed and its class as `label`. Raises BadRow, FilteredRow."""
+        """Return a row with columns renamed, its class as `label`, its passages. Raises BadRow, FilteredRow."""
         if isinstance(found.row, BadRow):
             raise found.row
         row = SourceRow(rename(found.row, self.config), self.config.ignore)
@@ -99,7 +101,15 @@ class Part:
             row["label"] = class_label(row, self.config.classes)
         if self.rows.text_only:
             check_text_cells(dict(row))
+        if (looked_up := self.config.passages) is not None:
+            row["passages"] = "\n".join(self.passages.nearest(fill(looked_up.query, row), looked_up.most))
         return row
+
+    @cached_property
+    def passages(self) -> PassageIndex:
+        """Return the passages that rows are looked up in. Raises DataError if they can't be read."""
+        assert self.config.passages is not None
+        return PassageIndex(read_passages(self.config.passages.documents, self.config.passages.column))
 
     @cached_property
     def head_columns(self) -> set[str]:
@@ -158,7 +168,7 @@ def _check_columns(source: Source, first: Row) -> None:
         if config.classes is not None and config.classes.column not in columns:
             named = config.classes.column
             raise DataError(f"data.classes.column names {named!r}, and the columns are {sorted(columns)}")
-        check_templates(config, columns | ({"label"} if config.classes else set()))
+        check_templates(config, columns)
 
     _check_head_first(check, source)
 

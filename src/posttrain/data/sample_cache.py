@@ -25,6 +25,7 @@ from posttrain.config import DataConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import cache_folder, file_hash, is_full, sync_folder, write_json
 from posttrain.data.image_reader import processor_identity
+from posttrain.data.passages import document_files
 from posttrain.data.readers import Source
 from posttrain.data.sample_store import RUNS, TOKENS, SampleStore, open_store
 from posttrain.data.stored_images import IMAGE_BYTES, IMAGE_INDEX
@@ -65,6 +66,13 @@ def cache_key(
         "sources": [
             [source.name, source.identity, source.entry.model_dump(mode="json", exclude={"source"})]
             for source in sources
+        ],
+        "passages": [
+            file_hash(file)
+            for source in sources
+            if source.config.passages is not None
+            for file in document_files(source.config.passages.documents)
+            if file.is_file()
         ],
         "template": template_identity(tokenizer),
         "tokenizer": tokenizer_identity(tokenizer),

@@ -26,6 +26,7 @@ from posttrain.config import Recipe
 from posttrain.core.errors import DataError, ModelError
 from posttrain.core.files import input_hash
 from posttrain.core.imports import import_folders, is_import_path
+from posttrain.data.passages import document_files
 from posttrain.data.readers import packaged_or_own
 from posttrain.data.text_files import folder_hash, text_files
 from posttrain.models.loading import lab_folder
@@ -108,6 +109,8 @@ def _read_by(text: str, name: str, revision: str | None) -> Inputs:
         path = packaged_or_own(text)
         if path.is_file():
             return {text: f"sha256 {input_hash(path)}"}
+        if name == "documents":
+            return {str(p): f"sha256 {input_hash(p)}" for p in document_files(text)}
         if name not in ("source", "start") or (name, text) == ("start", "base"):
             return {}
         if path.is_dir() and not any((path / file).exists() for file in ("config.json", "adapter_config.json")):

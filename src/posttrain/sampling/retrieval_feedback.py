@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from posttrain.config.feedback_sources import FeedbackSourceConfig
-from posttrain.data.passages import PassageIndex, document_files, read_passages
+from posttrain.data.passages import PassageIndex, read_passages
 from posttrain.sampling.feedback_source import FeedbackFunctions, FeedbackNote, FeedbackSource
 
 
@@ -28,11 +27,6 @@ class RetrievalFeedback(FeedbackSource):
         query: Literal["answer", "prompt", "both"] = Field(
             "both", description="What the passages are looked up with: the answer, the prompt, or both."
         )
-
-        def named_files(self) -> list[Path]:
-            """Return the files that are read."""
-            made = self.documents.startswith("stage:")
-            return [] if made else [p for p in document_files(self.documents) if p.is_file()]
 
     config: Config
 
