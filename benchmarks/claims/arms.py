@@ -211,7 +211,7 @@ def run_claim(claim: Claim, seeds: Sequence[int], work: Path, at_once: int) -> d
         "note": claim.note,
         "arms": {
             arm.name: {
-                "recipe": arm.recipe,
+                "recipe": Path(arm.recipe).name,
                 "overrides": list(arm.overrides),
                 "runs": [
                     {
