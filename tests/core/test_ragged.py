@@ -9,7 +9,7 @@ import torch
 
 from posttrain.core.ragged import micro_batches, pack
 from posttrain.core.types import Sample
-from posttrain.cpu import tiled_attention
+from posttrain.cpu import tiled_attention, tree_attention
 from posttrain.models import attention
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model
@@ -18,8 +18,7 @@ from tests.conftest import family
 
 TYPES = [
     ("llama", {}),
-    ("llama", {"head_dim": 16}),  # heads that the compiled kernels take, here and below
-    ("mistral", {"head_dim": 32, "sliding_window": 7}),
+    ("mistral", {"head_dim": 32, "sliding_window": 7}),  # heads that the compiled kernels take as they are
     ("qwen2", {}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     ("qwen3", {}),
@@ -138,6 +137,11 @@ def test_equal_to_one_at_a_time(kind: str, changes: dict[str, object]) -> None:
             assert float((actual - g).abs().max()) <= 1e-4 * max(1.0, scale), name
 
 
+def test_equal_to_one_at_a_time_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_attention, "kernels_for", lambda *_: None)
+    test_equal_to_one_at_a_time("mistral", {"sliding_window": 7})
+
+
 @pytest.mark.parametrize("kind", ["mamba", "bloom"])
 def test_models_that_can_not_share_fall_back(kind: str) -> None:
     """Recurrent layers, or attention outside transformers' interface: one sequence at a time, said so, still right."""
@@ -159,6 +163,7 @@ def test_models_that_can_not_share_fall_back(kind: str) -> None:
 @pytest.mark.parametrize("window", [None, 5])
 def test_tiles_and_tree_equal_plain_attention(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, so that segments are cut into several; values and gradients of queries, keys and values."""
+    monkeypatch.setattr(tree_attention, "kernels_for", lambda *_: None)
     monkeypatch.setattr(tiled_attention, "TILE", 4)
     batch = pack(family(3), min_shared=4)
     torch.manual_seed(0)

@@ -45,7 +45,7 @@ def ours(batch: RaggedBatch, q: Tensor, k: Tensor, v: Tensor, d: Tensor, window:
 
 
 @pytest.mark.parametrize("window", [None, 1, 9, 64])
-@pytest.mark.parametrize(("heads", "kv", "size"), [(4, 4, 16), (6, 2, 64), (3, 1, 80), (2, 1, 256)])
+@pytest.mark.parametrize(("heads", "kv", "size"), [(4, 4, 8), (6, 2, 64), (3, 1, 72), (2, 1, 256)])
 def test_values_and_gradients_are_those_of_a_softmax_in_float64(
     heads: int, kv: int, size: int, window: int | None
 ) -> None:
@@ -109,10 +109,9 @@ def test_scores_of_any_size_and_what_is_not_a_number() -> None:
 def test_what_the_kernels_do_not_take_goes_another_way() -> None:
     x = torch.randn(2, 3, 16)
     assert tree.kernels_for(x, x, x) is not None
-    odd, wide, turned = torch.randn(2, 3, 24), torch.randn(2, 3, 1024), torch.randn(2, 16, 16).mT
+    wide, turned = torch.randn(2, 3, 1024), torch.randn(2, 16, 16).mT
     for query, key in (
         (x.double(), x.double()),
-        (odd, odd),
         (wide, wide),
         (x, torch.randn(3, 3, 16)),
         (turned, turned),

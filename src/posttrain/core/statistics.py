@@ -70,8 +70,9 @@ def mean_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -
         return wilson(sum(v == 1 for v in values), len(values), level)
     x = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    means = [float(x[rng.integers(0, len(x), len(x))].mean()) for _ in range(DRAWS // 5)]
-    return _percentiles(np.asarray(means), level)
+    draws, at_once = DRAWS // 5, max(1, 2**16 // len(x))  # few enough for the cache
+    counts = [min(at_once, draws - i) for i in range(0, draws, at_once)]
+    return _percentiles(np.concatenate([x[rng.integers(0, len(x), (n, len(x)))].mean(1) for n in counts]), level)
 
 
 def interval_of_means(table: NDArray[np.float64], level: float = 0.95, seed: int = 0) -> list[Interval]:

@@ -14,7 +14,7 @@ from posttrain.core.ragged import RaggedBatch
 from posttrain.cpu import library as native
 
 WIDEST = 16
-"""Floats of the widest vector; a head's size is to be a multiple of it."""
+"""Floats of the widest vector; heads of another size than a multiple of it are computed with zeros behind."""
 LARGEST = 512
 """The largest head whose tiles stay in a core's cache."""
 
@@ -34,7 +34,7 @@ def kernels_for(query: Tensor, key: Tensor, value: Tensor) -> native.Kernels | N
     """
     size = query.shape[-1]
     plain = all(type(x) is Tensor and x.dtype == torch.float32 and x.stride(-1) == 1 for x in (query, key, value))
-    if not plain or size % WIDEST or size > LARGEST or key.shape != value.shape or query.shape[0] % key.shape[0]:
+    if not plain or size > LARGEST or key.shape != value.shape or query.shape[0] % key.shape[0]:
         return None
     kernels = native.kernels()
     return kernels if kernels is not None and _right(kernels) else None
@@ -70,6 +70,12 @@ def _right(kernels: native.Kernels) -> bool:
     return True
 
 
+def _padded(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the tensors with heads of whole vectors: zeros behind, which change no product."""
+    extra = -tensors[0].shape[-1] % WIDEST
+    return [torch.nn.functional.pad(x, (0, extra)) for x in tensors] if extra else tensors
+
+
 def forward(
     kernels: native.Kernels,
     query: Tensor,
@@ -93,7 +99,9 @@ def forward(
     Returns:
         ((heads, T, size) output, which lies in memory as (T, heads, size); (heads, T) log-sum-exps).
     """
-    heads, total, size = query.shape
+    heads, own_size = len(query), query.shape[-1]
+    query, key, value = _padded((query, key, value))
+    total, size = query.shape[1:]
     out, lse = query.new_empty(total, heads, size), query.new_empty(heads, total)
     end = int(segments[1, -1])
     out[end:] = 0.0
@@ -102,7 +110,7 @@ def forward(
     kernels.use_threads()
     if kernels.lib.tree_attention(*asked, scale, out.data_ptr(), lse.data_ptr()):
         raise MemoryError("no memory for the tiles of attention")
-    return out.transpose(0, 1), lse
+    return out[..., :own_size].transpose(0, 1), lse
 
 
 def backward(
@@ -132,14 +140,18 @@ def backward(
         d_out: Gradient of the output.
     """
     d_out = d_out if d_out.stride(-1) == 1 and d_out.dtype == torch.float32 else d_out.float().contiguous()
+    size, kv_heads = query.shape[-1], len(key)
+    query, key, value, d_out = _padded((query, key, value, d_out))
+    (out,) = _padded((out.transpose(0, 1),))  # in memory as `forward` made it
     d_query, d_key, d_value = (query.new_zeros(query.shape) for _ in range(3))
     asked = _asked((query, key, value, d_out), segments, window)
     ends = (x.data_ptr() for x in (out, lse, d_out, d_query, d_key, d_value))
     kernels.use_threads()
     if kernels.lib.tree_attention_back(*asked, scale, *ends):
         raise MemoryError("no memory for the tiles of attention")
-    if len(query) != len(key):
-        d_key, d_value = (x.unflatten(0, (len(key), -1)).sum(1) for x in (d_key, d_value))
+    d_query, d_key, d_value = (x[..., :size] for x in (d_query, d_key, d_value))
+    if len(query) != kv_heads:
+        d_key, d_value = (x.unflatten(0, (kv_heads, -1)).sum(1) for x in (d_key, d_value))
     return d_query, d_key, d_value
 
 

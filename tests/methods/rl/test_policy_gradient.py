@@ -1,8 +1,9 @@
-"""Reinforcement learning's glue: losses against a slow loop, splits that change nothing, what a batch is made of."""
+"""Reinforcement learning's glue: splits that change nothing, what a batch is made of, what steps do."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,67 +78,29 @@ def batch_of(seed: int = 0, groups: int = 3, size: int = 4, replies: bool = Fals
     return out
 
 
-def plain_logprobs(lm: LanguageModel, rolled: Case, temperature: float) -> torch.Tensor:
-    """transformers' own logits, one sequence at a time."""
+def plain_pass(lm: LanguageModel, cases: Sequence[Case]) -> Any:
+    """transformers' own pass over all cases (logits, hidden states), padded behind: attention looks back alone."""
+    rows = [[*c.prompt, *c.rollout.tokens] for c in cases]
+    longest = max(map(len, rows))
+    padded = torch.tensor([r + [0] * (longest - len(r)) for r in rows])
     lm.base.set_attn_implementation("eager")
-    ids = torch.tensor([[*rolled.prompt, *rolled.rollout.tokens]])
-    logits = lm.base(ids, use_cache=False).logits[0] / temperature
+    out = lm.base(padded, use_cache=False, output_hidden_states=True)
     lm.base.set_attn_implementation("posttrain")
-    start = len(rolled.prompt)
-    picked = logits.log_softmax(-1)[start - 1 : -1].gather(1, ids[0, start:, None]).squeeze(1)
-    mask = rolled.rollout.mask
-    return picked if mask is None else torch.stack([p for p, mine in zip(picked, mask, strict=True) if mine])
+    return out
 
 
-def slow(config: RLConfig, lm: LanguageModel, rolled: list[Case], alone: bool) -> torch.Tensor:
-    """The same objective written out: a loop over rollouts, formulas as in the papers."""
-    rewards = torch.tensor([r.rollout.reward for r in rolled])
-    by_token = torch.cat([r.rollout.reward * torch.ones(r.length) for r in rolled])
-    group_means = {r.group: rewards[[x.group == r.group for x in rolled]].mean() for r in rolled}
-    centred = torch.cat([(r.rollout.reward - group_means[r.group]) * torch.ones(r.length) for r in rolled])
-    total = torch.zeros(())
-    tokens = sum(r.length for r in rolled)
-    for i, r in enumerate(rolled):
-        mates = torch.stack([x for x, y in zip(rewards, rolled, strict=True) if y.group == r.group])
-        name = config.method
-        if name in ("grpo", "dapo", "gspo", "cispo"):
-            a = (rewards[i] - mates.mean()) / (mates.std() + 1e-4)
-        elif name == "dr_grpo":
-            a = rewards[i] - mates.mean()
-        elif name == "remax":
-            a = rewards[i] - GREEDY[r.group]
-        elif name == "reinforce_pp":  # all of the reward still to come, whitened over the batch's tokens
-            a = (rewards[i] - by_token.mean()) / by_token.std()
-        elif name == "reinforce_pp_baseline":
-            a = (rewards[i] - group_means[r.group] - centred.mean()) / centred.std()
-        elif name == "rloo":
-            a = rewards[i] - (mates.sum() - rewards[i]) / (len(mates) - 1)
-        else:
-            a = rewards[i] - rewards.mean()
-        logp = plain_logprobs(lm, r, config.sampler.temperature)
-        wrote = r.rollout.mask or [True] * len(r.rollout.tokens)
-        sampled = torch.tensor([p for p, mine in zip(r.rollout.logprobs, wrote, strict=True) if mine])
-        old = logp.detach() if alone else sampled
-        ratio = (logp - old).exp()
-        if name in ("rloo", "reinforce", "remax") and alone:
-            total = total - (a * logp).sum() / len(rolled)
-            continue
-        if name == "gspo":
-            ratio = (logp - old).mean().exp().expand(r.length)
-        if name in ("rloo", "reinforce", "remax"):
-            ratio = (logp - old).sum().exp().expand(r.length)
-        low, high = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}.get(name, (0.2, 0.2))
-        if name == "cispo":
-            per_token = -ratio.detach().clamp(0.0, 5.0) * a * logp
-        else:
-            per_token = -torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
-        if name in ("grpo", "gspo", "rloo", "reinforce", "remax"):
-            total = total + per_token.mean() / len(rolled)
-        elif name == "dr_grpo":
-            total = total + per_token.sum() / MAX / len(rolled)
-        else:
-            total = total + per_token.sum() / tokens
-    return total
+def picked_logprobs(case: Case, logits_T_V: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities of what the model wrote in a case."""
+    ids = torch.tensor([*case.prompt, *case.rollout.tokens])
+    start, end = len(case.prompt), len(ids)
+    logs = (logits_T_V[start - 1 : end - 1] / temperature).log_softmax(-1)
+    picked = logs.gather(1, ids[start:, None]).squeeze(1)
+    return picked if case.rollout.mask is None else picked[torch.tensor(case.rollout.mask)]
+
+
+def plain_logprobs(lm: LanguageModel, rolled: Case, temperature: float) -> torch.Tensor:
+    """transformers' own log-probabilities of what the model wrote."""
+    return picked_logprobs(rolled, plain_pass(lm, [rolled]).logits[0], temperature)
 
 
 def capture(learner: Learner) -> dict[str, torch.Tensor]:
@@ -150,28 +113,6 @@ def capture(learner: Learner) -> dict[str, torch.Tensor]:
     learner.optimizer.step = take  # type: ignore[method-assign]
     learner.optimizer.clip = lambda norms: 1.0  # type: ignore[method-assign]
     return captured
-
-
-@pytest.mark.parametrize("method", [m for m in RL_PRESETS if m != "ppo"])
-@pytest.mark.parametrize(("alone", "replies"), [(True, False), (False, False), (True, True), (False, True)])
-def test_loss_and_gradient_equal_a_slow_loop(method: str, alone: bool, replies: bool) -> None:
-    config = settings(method, mini_batches=1 if alone else 2, sampler={"max_tokens": MAX, "temperature": 0.8})
-    rolled, lm = batch_of(replies=replies), model()
-    fill_advantages(config, rolled, greedy=GREEDY)
-    if not alone:
-        for r in rolled:
-            r.old = r.sampled()
-    learner = Learner(lm, config.optimizer, SystemsConfig(), 1)
-    captured = capture(learner)
-    samples = [r.sample(i) for i, r in enumerate(rolled)]
-    result = learner.step([s for s in samples if any(s.weights)], loss_of(config, rolled, alone))
-    lm.zero_grad()
-    expected = slow(config, lm, rolled, alone)
-    expected.backward()
-    assert result.metrics["loss"] == pytest.approx(float(expected.detach()), abs=1e-6)
-    for name, p in lm.named_parameters():
-        assert p.grad is not None
-        torch.testing.assert_close(captured[name], p.grad, atol=2e-6, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("method", ["rloo", "reinforce", "remax", "dr_grpo", "grpo"])
@@ -205,7 +146,7 @@ def test_naming_the_constant_sum_is_the_method_s_own(method: str) -> None:
 def test_split_and_sharing_change_nothing(method: str) -> None:
     """Token budgets that split groups, and prefixes computed once or each time."""
     results = []
-    for budget, share in ((4096, True), (30, True), (4096, False), (100, False)):
+    for budget, share in ((4096, True), (30, True), (100, False)):
         config = settings(method, mini_batches=2, kl={"coefficient": 0.1}, entropy_coef=0.01)
         rolled, lm = batch_of(), model()
         if config.critic is not None:
@@ -418,28 +359,33 @@ def test_a_batch_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
     assert sorted(seen) == list(range(8))
 
 
-def test_kl_to_the_reference_pulls_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "where", "estimator", "lr", "steps"),
+    [("grpo", "loss", "k3", 4e-3, 12), pytest.param("reinforce_pp", "reward", "k1", 2e-3, 24, marks=pytest.mark.long)],
+)
+def test_kl_to_the_reference_pulls_back(
+    method: str, where: str, estimator: str, lr: float, steps: int, tmp_path: Path
+) -> None:
     """With a large beta and no reward to speak of, the policy returns to its reference."""
     part = {"kind": "function", "function": "f", "isolated": False}
-    for where in ("loss", "reward"):
-        estimator = "k3" if where == "loss" else "k1"
-        config = settings(
-            "reinforce_pp" if where == "reward" else "grpo",
-            rewards={"terms": [part]},
-            kl={"coefficient": 5.0, "where": where, "estimator": estimator},
-            group_size=16,
-            optimizer={"lr": 2e-3},
-        )
-        exp = work(config, tmp_path / where, f=lambda text, example: 0.0)
-        frozen = model()
-        with torch.no_grad():
-            for p in exp.learner.model.parameters():
-                p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-        exp.reference = frozen
-        kls = [exp.step(s, Track("t", 1, shown=False)).metrics["kl"] for s in range(24)]
-        assert sum(kls[-3:]) < 0.75 * sum(kls[:3]), (where, kls)
+    config = settings(
+        method,
+        rewards={"terms": [part]},
+        kl={"coefficient": 5.0, "where": where, "estimator": estimator},
+        group_size=8 if where == "loss" else 16,
+        optimizer={"lr": lr},
+    )
+    exp = work(config, tmp_path, f=lambda text, example: 0.0)
+    frozen = model()
+    with torch.no_grad():
+        for p in exp.learner.model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    exp.reference = frozen
+    kls = [exp.step(s, Track("t", 1, shown=False)).metrics["kl"] for s in range(steps)]
+    assert sum(kls[-3:]) < 0.75 * sum(kls[:3]), kls
 
 
+@pytest.mark.long
 def test_the_critic_s_clip_holds_it_back(tmp_path: Path) -> None:
     """With many passes over a batch values run to the constant reward; clipped ones can't, and it is counted."""
     part = {"kind": "function", "function": "f", "isolated": False}
@@ -458,7 +404,7 @@ def test_the_critic_s_clip_holds_it_back(tmp_path: Path) -> None:
 def test_the_critic_learns_what_to_expect(tmp_path: Path) -> None:
     """PPO's value head, on a constant reward: values go to it, and what they leave unexplained shrinks."""
     part = {"kind": "function", "function": "f", "isolated": False}
-    config = settings("ppo", rewards={"terms": [part]}, ppo_epochs=4)
+    config = settings("ppo", rewards={"terms": [part]}, ppo_epochs=6, optimizer={"lr": 2e-3})
     exp = work(config, tmp_path, f=lambda text, example: 1.0)
-    losses = [exp.step(s, Track("t", 1, shown=False)).metrics["value_loss"] for s in range(12)]
+    losses = [exp.step(s, Track("t", 1, shown=False)).metrics["value_loss"] for s in range(6)]
     assert losses[0] > 0.2 and losses[-1] < losses[0] / 3

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -22,7 +23,16 @@ from posttrain.methods.rl.rl_loss import Extremes
 from posttrain.models.language_model import LanguageModel
 from posttrain.trainer.train_step import Learner
 from tests.methods.rl.cases import Case, fill_advantages, loss_of
-from tests.methods.rl.test_policy_gradient import GREEDY, MAX, batch_of, capture, model, plain_logprobs, settings
+from tests.methods.rl.test_policy_gradient import (
+    GREEDY,
+    MAX,
+    batch_of,
+    capture,
+    model,
+    picked_logprobs,
+    plain_pass,
+    settings,
+)
 
 TEMPERATURE = 0.8
 BASELINE = 0.3
@@ -32,6 +42,13 @@ SEQUENCES = ("rloo", "reinforce", "remax")
 """Methods whose ratio is the whole sequence's, and which have none on a single update."""
 
 ESTIMATORS = ("k1", "k2", "k3")
+
+
+def some_pairs(values: Sequence[str], *methods: str) -> list[tuple[str, str]]:
+    """All values with each of these methods; with every other method one of them, in turn."""
+    every = [(m, v) for m in methods for v in values]
+    others = [m for m in sorted(RL_PRESETS) if m not in methods]
+    return every + [(m, values[i % len(values)]) for i, m in enumerate(others)]
 
 
 # --- the loops --------------------------------------------------------------------------------------------------------
@@ -119,22 +136,19 @@ def slow_advantages(config: RLConfig, rolled: Sequence[Case]) -> tuple[list[list
     return out, returns
 
 
-def seen(config: RLConfig, lm: LanguageModel, rolled: Case) -> list[tuple[Any, Any, Any]]:
+def seen(config: RLConfig, lm: LanguageModel, cases: Sequence[Case]) -> list[list[tuple[Any, Any, Any]]]:
     """(log-probability, entropy, value) at each token that the model wrote, by transformers' own pass."""
-    tokens = [*rolled.prompt, *rolled.rollout.tokens]
-    lm.base.set_attn_implementation("eager")
-    out = lm.base(torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
-    lm.base.set_attn_implementation("posttrain")
-    logs = (out.logits[0] / TEMPERATURE).log_softmax(-1)
-    hidden = out.hidden_states[-1][0]
-    hidden = hidden.detach() if config.critic is None or config.critic.detach else hidden
-    found = []
-    for i in range(len(rolled.prompt), len(tokens)):
-        if rolled.rollout.mask is None or rolled.rollout.mask[i - len(rolled.prompt)]:
-            value = None
-            if lm.value is not None:
-                value = (lm.value.weight[0] * hidden[i - 1]).sum() / math.sqrt(len(hidden[0])) + lm.value.bias[0]
-            found.append((logs[i - 1, tokens[i]], -(logs[i - 1].exp() * logs[i - 1]).sum(), value))
+    out, found = plain_pass(lm, cases), []
+    for rolled, logits, hidden in zip(cases, out.logits, out.hidden_states[-1], strict=True):
+        hidden = hidden.detach() if config.critic is None or config.critic.detach else hidden
+        logs, tokens, row = (logits / TEMPERATURE).log_softmax(-1), [*rolled.prompt, *rolled.rollout.tokens], []
+        for i in range(len(rolled.prompt), len(tokens)):
+            if rolled.rollout.mask is None or rolled.rollout.mask[i - len(rolled.prompt)]:
+                value = None
+                if lm.value is not None:
+                    value = (lm.value.weight[0] * hidden[i - 1]).sum() / math.sqrt(len(hidden[0])) + lm.value.bias[0]
+                row.append((logs[i - 1, tokens[i]], -(logs[i - 1].exp() * logs[i - 1]).sum(), value))
+        found.append(row)
     return found
 
 
@@ -159,11 +173,11 @@ def slow(config: RLConfig, lm: LanguageModel, rolled: Sequence[Case]) -> Any:
     if name in SEQUENCES and kind == "constant" and not once(config):
         kind = "sequence"
     advantages, returns = slow_advantages(config, rolled)
-    total = torch.zeros(())
+    total, outputs = torch.zeros(()), seen(config, lm, rolled)
     for i, r in enumerate(rolled):
         if config.mask_truncated and r.rollout.finish in ("length", "turns"):
             continue
-        found, n = seen(config, lm, r), r.length
+        found, n = outputs[i], r.length
         old = [float(logp) for logp, *_ in found] if r.old is None else r.old.tolist()
         product = sum(logp - b for (logp, *_), b in zip(found, old, strict=True))
         for t, (logp, entropy, value) in enumerate(found):
@@ -193,34 +207,50 @@ def slow(config: RLConfig, lm: LanguageModel, rolled: Sequence[Case]) -> Any:
 # --- what is held to them ---------------------------------------------------------------------------------------------
 
 
-def setup(method: str, replies: bool = False, **changes: Any) -> tuple[RLConfig, LanguageModel, list[Case]]:
-    """Two updates unless said otherwise. Older policy, sampler, reference and critic all differ from the model."""
-    sampling = {"max_tokens": MAX, "temperature": TEMPERATURE}
-    config, lm = settings(method, **{"mini_batches": 2, "sampler": sampling, **changes}), model()
-    if method == "ppo":
+@cache
+def learner(critic: bool) -> Learner:
+    """One for all tests: its updates are captured, so that the weights stay."""
+    lm = model()
+    if critic:
         lm.add_value_head()
         with torch.no_grad():
             for p in lm.value.parameters():  # type: ignore[union-attr]
                 p.normal_(generator=torch.Generator().manual_seed(1))
+    return Learner(lm, settings("grpo").optimizer, SystemsConfig(tokens_per_micro_batch=60), 1)
+
+
+@cache
+def logprobs_now(replies: bool) -> list[torch.Tensor]:
+    """Of the batch's completions, by the model."""
+    cases = batch_of(size=3, replies=replies)
+    with torch.no_grad():
+        logits = plain_pass(learner(False).model, cases).logits
+    return [picked_logprobs(c, row, TEMPERATURE) for c, row in zip(cases, logits, strict=True)]
+
+
+def setup(method: str, replies: bool = False, **changes: Any) -> tuple[RLConfig, LanguageModel, list[Case]]:
+    """Two updates unless said otherwise. Older policy, sampler, reference and critic all differ from the model."""
+    sampling = {"max_tokens": MAX, "temperature": TEMPERATURE}
+    config = settings(method, **{"mini_batches": 2, "sampler": sampling, **changes})
     g, rolled = torch.Generator().manual_seed(2), batch_of(size=3, replies=replies)
-    for r in rolled:
-        with torch.no_grad():
-            now = plain_logprobs(lm, r, TEMPERATURE)
+    for r, now in zip(rolled, logprobs_now(replies), strict=True):
         moved = 0.25 * torch.randn(r.length, generator=g) + 0.15 * (1 - r.group)  # sequences' ratios on both sides
         r.old = None if once(config) else now + moved
         r.reference = now + 0.5 * torch.randn(r.length, generator=g)
         r.values = torch.randn(r.length, generator=g)
-    return config, lm, rolled
+    return config, learner(method == "ppo").model, rolled
 
 
 def learnt(
-    config: RLConfig, lm: LanguageModel, rolled: Sequence[Case]
+    config: RLConfig, lm: LanguageModel, rolled: Sequence[Case], extremes: Extremes | None = None
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Metrics and gradients of the step, in several micro-batches."""
     fill_advantages(config, rolled, BASELINE, GREEDY)
-    learner = Learner(lm, config.optimizer, SystemsConfig(tokens_per_micro_batch=60), 1)
-    gradients = capture(learner)
-    result = learner.step([r.sample(i) for i, r in enumerate(rolled)], loss_of(config, rolled, once(config)))
+    lm.zero_grad()
+    one = learner(config.method == "ppo")
+    assert one.model is lm and one.optimizer.config == config.optimizer
+    gradients = capture(one)
+    result = one.step([r.sample(i) for i, r in enumerate(rolled)], loss_of(config, rolled, once(config), extremes))
     assert result.micro_batches > 1
     return result.metrics, gradients
 
@@ -238,14 +268,21 @@ def check(config: RLConfig, lm: LanguageModel, rolled: Sequence[Case]) -> dict[s
     return metrics
 
 
-@pytest.mark.parametrize("updates", [1, 2])
-@pytest.mark.parametrize("method", ["grpo", "rloo", "ppo"])
+@pytest.mark.parametrize("method", [m for m in RL_PRESETS if m != "ppo"])
+@pytest.mark.parametrize(("updates", "replies"), [(1, False), (2, True)])
+def test_loss_and_gradient_equal_a_slow_loop(method: str, updates: int, replies: bool) -> None:
+    """Two updates without replies: the tests below."""
+    check(*setup(method, replies, mini_batches=updates))
+
+
+@pytest.mark.parametrize(("method", "updates"), [("grpo", 2), ("rloo", 1), ("rloo", 2), ("ppo", 1)])
 def test_the_entropy_bonus_is_taken_off_the_loss(method: str, updates: int) -> None:
     check(*setup(method, mini_batches=updates, entropy_coef=0.2))
 
 
-@pytest.mark.parametrize("replies", [False, True])
-@pytest.mark.parametrize("method", ["grpo", "cispo", "rloo", "ppo"])
+@pytest.mark.parametrize(
+    ("method", "replies"), [("grpo", False), ("cispo", True), ("rloo", False), ("rloo", True), ("ppo", True)]
+)
 def test_importance_weights_multiply_the_policy_s_loss_alone(method: str, replies: bool) -> None:
     """Where KL and entropy are, which have no such weight."""
     changes: dict[str, Any] = {"importance_sampling_cap": 1.1, "kl": {"coefficient": 0.3}, "entropy_coef": 0.1}
@@ -259,8 +296,14 @@ def test_the_dual_clip_bounds_the_loss(method: str) -> None:
     assert 0 < check(*setup(method, clip={"dual": 1.05}))["clip_dual"] < 0.9
 
 
-@pytest.mark.parametrize("method", ["grpo", "dapo", "gspo", "cispo", "remax", "ppo"])
-@pytest.mark.parametrize("clip", [{}, {"low": 0.05}, {"high": 0.05}], ids=["own", "low", "high"])
+@pytest.mark.parametrize(
+    ("method", "clip"),
+    [
+        *((m, {}) for m in ("grpo", "dapo", "gspo", "cispo", "remax", "ppo")),
+        *((m, {"low": 0.05}) for m in ("grpo", "cispo", "remax")),
+        *((m, {"high": 0.05}) for m in ("dapo", "gspo", "cispo", "ppo")),
+    ],
+)
 def test_the_clips_of_the_method_or_the_recipe(method: str, clip: dict[str, Any]) -> None:
     metrics = check(*setup(method, clip=clip, ppo_epochs=2, mini_batches=1))
     assert all(metrics[f"clip_{name}"] > 0 for name in clip)
@@ -276,7 +319,7 @@ def test_reinforce_pp_discounts(gamma: float) -> None:
     check(*setup("reinforce_pp", advantages={"gamma": gamma}))
 
 
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.8, 1.0), (1.0, 0.7), (0.9, 0.6), (1.0, 0.0)])
+@pytest.mark.parametrize(("gamma", "lam"), [(0.8, 1.0), (0.9, 0.6), (1.0, 0.0)])
 def test_ppo_s_advantages_and_returns(gamma: float, lam: float) -> None:
     config, lm, rolled = setup("ppo", advantages={"gamma": gamma, "gae_lambda": lam})
     metrics = check(config, lm, rolled)
@@ -287,9 +330,10 @@ def test_ppo_s_advantages_and_returns(gamma: float, lam: float) -> None:
         assert r.returns.tolist() == pytest.approx(b, abs=1e-5)
 
 
-@pytest.mark.parametrize("trunk", ["probe", "shared"])
-@pytest.mark.parametrize("clip", [None, 0.5])
-@pytest.mark.parametrize("coefficient", [0.5, 2.0])
+@pytest.mark.parametrize(
+    ("trunk", "clip", "coefficient"),
+    [("probe", None, 0.5), ("probe", 0.5, 2.0), ("shared", None, 2.0), ("shared", 0.5, 0.5)],
+)
 def test_ppo_s_critic(trunk: str, clip: float | None, coefficient: float) -> None:
     def changes(coefficient: float) -> dict[str, Any]:
         critic = {"detach": trunk == "probe", "clip": clip, "coefficient": coefficient}
@@ -322,15 +366,22 @@ def test_the_critic_learns_where_all_advantages_are_zero() -> None:
     torch.testing.assert_close(gradients["value.weight"], lm.value.weight.grad)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "ppo"])
+@pytest.mark.parametrize(
+    ("method", "estimator"),
+    [
+        *(("grpo", e) for e in ESTIMATORS),
+        ("dr_grpo", "k1"),
+        ("rloo", "k2"),
+        ("reinforce_pp_baseline", "k3"),
+        ("ppo", "k3"),
+    ],
+)
 def test_kl_in_the_loss(method: str, estimator: str) -> None:
     """Of every completion, those whose rewards teach nothing among them."""
     check(*setup(method, kl={"coefficient": 0.3, "estimator": estimator}))
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("method", sorted(RL_PRESETS))
+@pytest.mark.parametrize(("method", "estimator"), some_pairs(ESTIMATORS, "grpo", "reinforce_pp", "ppo"))
 def test_kl_in_the_reward(method: str, estimator: str) -> None:
     """Of a whole completion; REINFORCE++ and PPO: of each token, discounted with the rest.
 
@@ -345,8 +396,9 @@ def test_kl_in_the_reward(method: str, estimator: str) -> None:
         assert r.advantages.tolist() == pytest.approx(a, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-@pytest.mark.parametrize("method", sorted(RL_PRESETS))
+@pytest.mark.parametrize(
+    ("method", "aggregation"), some_pairs(["constant", "token", "sequence"], "grpo", "gspo", "rloo", "ppo")
+)
 def test_what_a_token_counts(method: str, aggregation: str) -> None:
     """Of all terms of the loss but the critic's, which is a mean over tokens."""
     changes: dict[str, Any] = {
@@ -359,7 +411,7 @@ def test_what_a_token_counts(method: str, aggregation: str) -> None:
 
 @pytest.mark.parametrize("method", SEQUENCES)
 def test_what_a_token_counts_with_ratios_of_sequences(method: str) -> None:
-    for aggregation in (None, *aggregations(method).values()):
+    for aggregation in (None, *aggregations(method).values()) if method == "rloo" else (None,):
         check(*setup(method, loss_aggregation=aggregation))
 
 
@@ -381,8 +433,18 @@ def test_what_an_environment_wrote_is_context(method: str, where: str) -> None:
     check(*setup(method, True, **changes))
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce", "reinforce_pp", "ppo"])
-@pytest.mark.parametrize(("where", "later"), [("loss", 0.0), ("loss", 0.2), ("reward", 0.0), ("reward", 0.2)])
+@pytest.mark.parametrize(
+    ("method", "where", "later"),
+    [
+        ("grpo", "loss", 0.0),
+        ("grpo", "reward", 0.2),
+        ("rloo", "loss", 0.2),
+        ("reinforce", "reward", 0.0),
+        ("reinforce_pp", "reward", 0.2),
+        ("ppo", "loss", 0.2),
+        ("ppo", "reward", 0.0),
+    ],
+)
 def test_the_penalty_of_later_turns_has_a_factor(method: str, where: str, later: float) -> None:
     kl = {"coefficient": 0.3, "where": where, "estimator": "k2", "later_turns": later}
     config, lm, rolled = setup(method, True, kl=kl, environment={"kind": "calculator"})
@@ -393,21 +455,18 @@ def test_the_penalty_of_later_turns_has_a_factor(method: str, where: str, later:
 @pytest.mark.parametrize(("method", "of"), [("grpo", "token"), ("gspo", "mean"), ("rloo", "sum")])
 def test_the_largest_ratio_is_the_method_s_own(method: str, of: str) -> None:
     config, lm, rolled = setup(method)
-    fill_advantages(config, rolled, BASELINE, GREEDY)
     extremes, ratios = Extremes(), []
-    for r in (r for r in rolled if r.signal):
-        with torch.no_grad():
-            moved = plain_logprobs(lm, r, TEMPERATURE) - r.old
-        ratios.append(float({"token": moved.max(), "mean": moved.mean(), "sum": moved.sum()}[of].exp()))
-    learner = Learner(lm, config.optimizer, SystemsConfig(), 1)
-    capture(learner)
-    samples = [r.sample(i) for i, r in enumerate(rolled)]
-    learner.step(samples, loss_of(config, rolled, False, extremes))
+    learnt(config, lm, rolled, extremes)
+    for r, now in zip(rolled, logprobs_now(False), strict=True):
+        moved = now - r.old
+        if r.signal:
+            ratios.append(float({"token": moved.max(), "mean": moved.mean(), "sum": moved.sum()}[of].exp()))
     assert extremes.metrics()["ratio_max"] == pytest.approx(max(ratios), rel=1e-5) and max(ratios) > 1
 
 
-@pytest.mark.parametrize("method", ["grpo", "dapo", "rloo", "reinforce_pp", "ppo"])
-@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize(
+    ("method", "mask"), [*((m, True) for m in ("grpo", "dapo", "rloo", "reinforce_pp", "ppo")), ("grpo", False)]
+)
 def test_what_was_cut_off_teaches_nothing(method: str, mask: bool) -> None:
     """It stays in its group's mean and in the batch's counts."""
     config, lm, rolled = setup(method, mask_truncated=mask, kl={"coefficient": 0.1}, entropy_coef=0.05)
