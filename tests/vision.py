@@ -39,6 +39,7 @@ TOWER = {
     "image_size": 32,
     "patch_size": 16,
 }
+CONVOLUTIONS = {"width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128, "image_size": 64}
 
 
 def picture(seed: int, width: int = 40, height: int = 32) -> Image.Image:
@@ -73,6 +74,21 @@ def llava() -> tuple[Any, Any]:
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     return hf.LlavaForConditionalGeneration(config), processor
+
+
+def fast_vlm() -> tuple[Any, Any]:
+    """Make a model and a processor of type fast_vlm, whose tower is of convolutions, of 4 tokens a picture."""
+    import transformers as hf
+
+    tokenizer = tokenizer_with("<image>", template=PARTS.replace("IMAGE", "<image>"))
+    resize = hf.EfficientNetImageProcessorPil(size={"height": 64, "width": 64})
+    processor = hf.LlavaProcessor(resize, tokenizer, 32, "full", chat_template=tokenizer.chat_template)
+    config = hf.FastVlmConfig(
+        vision_config=hf.EfficientNetConfig(**CONVOLUTIONS, hidden_size=CONVOLUTIONS["hidden_dim"]),
+        text_config=hf.LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    return hf.FastVlmForConditionalGeneration(config), processor
 
 
 def idefics3() -> tuple[Any, Any]:
@@ -137,7 +153,7 @@ def gemma3() -> tuple[Any, Any]:
     return hf.Gemma3ForConditionalGeneration(config), processor
 
 
-MAKERS = {"llava": llava, "idefics3": idefics3, "qwen2_vl": qwen2_vl, "gemma3": gemma3}
+MAKERS = {"llava": llava, "fast_vlm": fast_vlm, "idefics3": idefics3, "qwen2_vl": qwen2_vl, "gemma3": gemma3}
 
 
 def make(kind: str, folder: Path | None = None) -> tuple[Any, Any]:

@@ -27,17 +27,21 @@ from tests.models.test_vision import sample, their_logprobs
 SMALL = "hidden_size=32,intermediate_size=64,num_hidden_layers=2,num_attention_heads=4,image_size=32,patch_size=16"
 
 
-@pytest.mark.parametrize("kind", ["siglip_vision_model", "vit", "folder"])
+MAP = ",".join(f"{name}={value}" for name, value in vision.CONVOLUTIONS.items())
+
+
+@pytest.mark.parametrize("kind", ["siglip_vision_model", "vit", "folder", "efficientnet"])
 def test_a_composed_model_is_opened_and_computes_images(kind: str, tmp_path: Path) -> None:
-    tower = f"{kind}:{SMALL}"
+    tower = f"{kind}:{MAP if kind == 'efficientnet' else SMALL}"
     if kind == "folder":
         tower = str(tmp_path / "tower")
         made = CLIPVisionModel(CLIPVisionConfig(**vision.TOWER, projection_dim=16))
         made.save_pretrained(tower)
         CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tower)
     language = ModelConfig(source="tiny:llama", device="cpu")
+    width = vision.CONVOLUTIONS["hidden_dim"] if kind == "efficientnet" else 32
     about = compose(tower, language, tmp_path / "model")
-    assert about["image_tokens"] == 4 and about["projector"] == 32 * 32 * 2 + 64
+    assert about["image_tokens"] == 4 and about["projector"] == 32 * width + 32 * 32 + 64
     hf, tokenizer = load_model(ModelConfig(source=str(tmp_path / "model"), device="cpu"))
     processor = AutoProcessor.from_pretrained(tmp_path / "model")
     if kind == "folder":
@@ -69,6 +73,7 @@ def test_what_cannot_be_composed_says_why(tmp_path: Path) -> None:
         ("vit:image_size=big", "is no SETTING=NUMBER"),
         (f"clip_vision_model:{SMALL},num_attention_heads=5", "no tower of these sizes"),
         ("tiny:llama", "vision tower|can't be opened"),
+        (f"efficientnet:{MAP},image_size=80", "80: a tower of type efficientnet needs a multiple of 32"),
     ):
         with pytest.raises(ModelError, match=message):
             compose(tower, language, tmp_path / "model")

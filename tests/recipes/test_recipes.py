@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -49,6 +50,7 @@ from posttrain.recipe.parsing import shipped
 from posttrain.report.load import read
 from posttrain.report.stage_comparison import compare_stages
 from posttrain.sampling.greedy import greedy
+from tests import vision
 from tests.methods.data.task_writer import served_tasks
 
 CHATS = [
@@ -84,6 +86,20 @@ def instruction_tasks(folder: Path) -> list[Path]:
         files.append(folder / f"{name}.yaml")
         files[-1].write_text(json.dumps({"name": name, "type": kind, "data": f"{name}.jsonl", **task}))
     return files
+
+
+def picture_rows(folder: Path) -> Path:
+    """Write a tiny model that reads images, and questions with choices on pictures."""
+    vision.make("llava", folder / "seeing")
+    rows = []
+    for i in range(12):
+        vision.picture(i).save(folder / f"{i}.png")
+        rows.append(
+            {"prompt": "Odd?", "completion": ["no", "yes"][i % 2], "image": f"{i}.png", "choices": ["yes", "no"]}
+        )
+    path = folder / "pictures.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def tiny_judge(where: str, chats: Path) -> list[str]:
@@ -173,6 +189,9 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
     """A tiny model, two steps, small evaluations; everything else as shipped."""
     recipe = posttrain.load_recipe(name)
     given = ["model.source=tiny:llama"]
+    if name == "vision":
+        chats = picture_rows(chats.parent)
+        given = [f"model.source={chats.with_name('seeing')}"]
     for i, stage in enumerate(recipe.stages):
         if isinstance(stage, RLConfig | OnlineDPOConfig):
             own = rl_overrides(stage)
@@ -297,7 +316,8 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
         load_model(ModelConfig(source=str(result.model)))
     elif makes_model:
         base = tiny_model("llama") if soft else None
-        PeftModel.from_pretrained(base, result.model) if soft else AutoModelForCausalLM.from_pretrained(result.model)
+        opens = AutoModelForImageTextToText if name == "vision" else AutoModelForCausalLM
+        PeftModel.from_pretrained(base, result.model) if soft else opens.from_pretrained(result.model)
 
 
 def recipe_of(chats: Path, **changes: object) -> posttrain.Recipe:

@@ -15,7 +15,7 @@ def compose_command(
     tower: Annotated[
         str,
         typer.Argument(
-            help="Folder or Hub name of a vision tower (clip, siglip, vit, dinov2), or TYPE:SETTING=VALUE,..."
+            help="Folder or Hub name of a vision tower (clip, siglip, vit, dinov2, efficientnet), or TYPE:SETTING=VALUE"
         ),
     ],
     language: Annotated[str, typer.Argument(help="A run's folder, or any language model.")],

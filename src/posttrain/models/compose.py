@@ -1,13 +1,15 @@
-"""Join a vision tower and a language model by a new projector, into a folder of type llava that transformers opens.
+"""Join a vision tower and a language model by a new projector, into a folder that transformers opens.
 
 LLaVA (arXiv 2304.08485, 2310.03744): vectors of the tower's patches go through a two-layer perceptron into the language
 model, in the places of image tokens. Tower and language model keep their weights; the projector's are random, so the
-composed model answers texts as the language model does, and images have no meaning to it until it is trained.
+composed model answers texts as the language model does, and images have no meaning to it until it is trained. A tower
+of convolutions makes a model of type fast_vlm (arXiv 2412.13303), whose patches are the places of its last map.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from posttrain.models.portable_files import finish_folder
 
 WITH_CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False, "vit": True, "dinov2": True}
 """Types of towers, and whether their first vector stands for the whole picture: it is left out."""
+CONVOLUTIONS = ("efficientnet",)
+"""Types of towers that make a map of vectors by convolutions."""
 IMAGE_TOKEN = "<image>"
 CHANGED_LOGITS = 1e-3
 """Largest change of a text's logits that rounding may make."""
@@ -61,11 +65,33 @@ class Tower:
     @property
     def has_class_token(self) -> bool:
         """Return True if its first vector is no patch."""
-        return WITH_CLASS_TOKEN[self.model.config.model_type]
+        return WITH_CLASS_TOKEN.get(self.model.config.model_type, False)
+
+    @property
+    def makes_map(self) -> bool:
+        """Return True if it makes a map of vectors, after its last layer alone."""
+        return self.model.config.model_type in CONVOLUTIONS
+
+    @property
+    def patch_size(self) -> int:
+        """Return the pixels of a side that make one vector: of a map, the stem halves the picture, then the strides."""
+        config = self.model.config
+        return 2 * math.prod(config.strides) if self.makes_map else int(config.patch_size)
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of vectors of a picture. Raises ModelError if the map has a place that is cut off."""
+        size = self.model.config.image_size
+        if self.makes_map and size % self.patch_size:
+            raise ModelError(
+                f"image_size {size}: a tower of type {self.model.config.model_type} needs a multiple of "
+                f"{self.patch_size} pixels: change it in config.json, and in preprocessor_config.json alike"
+            )
+        return int((size // self.patch_size) ** 2)
 
 
 def compose(tower: str, language: ModelConfig, folder: Path, seed: int = 0, layer: int | None = None) -> dict[str, Any]:
-    """Write a model of type llava with its processor.
+    """Write a model of type llava, or fast_vlm for a tower of convolutions, with its processor.
 
     Args:
         tower: Folder or Hub name of a vision tower, or `TYPE:SETTING=VALUE,...` for a new one of random weights.
@@ -73,7 +99,7 @@ def compose(tower: str, language: ModelConfig, folder: Path, seed: int = 0, laye
         folder: Folder for the model; it must not exist.
         seed: Seed of the projector, and of a new tower.
         layer: Layer of the tower whose vectors are taken. None: the last but one of a trained tower (as LLaVA takes
-            it), the last one of a new tower.
+            it), the last one of a new tower and of convolutions.
 
     Returns:
         Numbers of what was made: parameters of each part, tokens of an image.
@@ -94,6 +120,7 @@ def compose(tower: str, language: ModelConfig, folder: Path, seed: int = 0, laye
         seeing = open_tower(tower)
         model = _joined(opened.hf, opened.tokenizer, seeing, layer)
     processor = _processor(opened.tokenizer, seeing)
+    _check_picture(model, processor, tower)
     folder.mkdir(parents=True)
     model.generation_config = opened.hf.generation_config
     model.save_pretrained(folder)
@@ -102,7 +129,7 @@ def compose(tower: str, language: ModelConfig, folder: Path, seed: int = 0, laye
     _check_text(folder, opened.hf, language.source)
     parts = {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    return {**counts, "language": sum(p.numel() for p in opened.hf.parameters()), "image_tokens": _tokens(seeing)}
+    return {**counts, "language": sum(p.numel() for p in opened.hf.parameters()), "image_tokens": seeing.tokens}
 
 
 def open_tower(source: str) -> Tower:
@@ -112,7 +139,7 @@ def open_tower(source: str) -> Tower:
         source: See `compose`.
     """
     kind, colon, values = source.partition(":")
-    if colon and kind in WITH_CLASS_TOKEN:
+    if colon and kind in (*WITH_CLASS_TOKEN, *CONVOLUTIONS):
         return _new_tower(kind, values)
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
@@ -120,10 +147,10 @@ def open_tower(source: str) -> Tower:
     with explained(source):
         config = AutoConfig.from_pretrained(location)
         config = getattr(config, "vision_config", config)
-    if config.model_type not in WITH_CLASS_TOKEN:
+    if config.model_type not in (*WITH_CLASS_TOKEN, *CONVOLUTIONS):
         raise ModelError(
-            f"vision tower {source!r} is of type {config.model_type}, expected one of {', '.join(WITH_CLASS_TOKEN)}, "
-            "which give a vector for each patch"
+            f"vision tower {source!r} is of type {config.model_type}, expected one of "
+            f"{', '.join((*WITH_CLASS_TOKEN, *CONVOLUTIONS))}, which give a vector for each patch"
         )
     with explained(source):
         model, info = AutoModel.from_pretrained(location, config=config, output_loading_info=True, dtype=torch.float32)
@@ -158,33 +185,36 @@ def _new_tower(kind: str, values: str) -> Tower:
 
 def _joined(language: Any, tokenizer: Any, tower: Tower, layer: int | None) -> Any:
     """Return the model with the weights of both parts and a new projector."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    import transformers as hf
 
-    chosen = layer if layer is not None else -1 if tower.new else -2
-    depth = tower.model.config.num_hidden_layers
-    if not -depth <= chosen <= depth:
-        raise ModelError(f"layer {chosen}: the vision tower has {depth} layers")
-    config = LlavaConfig(
-        vision_config=tower.model.config,
-        text_config=language.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=_tokens(tower),
-        vision_feature_layer=chosen,
-        vision_feature_select_strategy="default" if tower.has_class_token else "full",
-        tie_word_embeddings=bool(language.config.tie_word_embeddings),
-    )
-    model = LlavaForConditionalGeneration(config)
+    vision = tower.model.config
+    settings = {
+        "vision_config": vision,
+        "text_config": language.config,
+        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        "image_seq_length": tower.tokens,
+        "tie_word_embeddings": bool(language.config.tie_word_embeddings),
+    }
+    if tower.makes_map:
+        if layer is not None:
+            raise ModelError(
+                f"layer {layer}: a vision tower of type {vision.model_type} has vectors after its last one"
+            )
+        vision.hidden_size = vision.hidden_dim  # where the projector looks for it
+        model = hf.FastVlmForConditionalGeneration(hf.FastVlmConfig(**settings))
+    else:
+        chosen = layer if layer is not None else -1 if tower.new else -2
+        if not -vision.num_hidden_layers <= chosen <= vision.num_hidden_layers:
+            raise ModelError(f"layer {chosen}: the vision tower has {vision.num_hidden_layers} layers")
+        strategy = "default" if tower.has_class_token else "full"
+        config = hf.LlavaConfig(**settings, vision_feature_layer=chosen, vision_feature_select_strategy=strategy)
+        model = hf.LlavaForConditionalGeneration(config)
     for own, given in ((model.model.language_model, language.model), (model.model.vision_tower, tower.model)):
         own.load_state_dict(given.state_dict())
-    if not config.tie_word_embeddings:
+    if not settings["tie_word_embeddings"]:
         model.lm_head.load_state_dict(language.get_output_embeddings().state_dict())
     model.tie_weights()
     return model.eval()
-
-
-def _tokens(tower: Tower) -> int:
-    config = tower.model.config
-    return int((config.image_size // config.patch_size) ** 2)
 
 
 def _processor(tokenizer: Any, tower: Tower) -> Any:
@@ -195,12 +225,33 @@ def _processor(tokenizer: Any, tower: Tower) -> Any:
     return LlavaProcessor(
         tower.image_processor,
         tokenizer,
-        patch_size=tower.model.config.patch_size,
+        patch_size=tower.patch_size,
         vision_feature_select_strategy="default" if tower.has_class_token else "full",
         num_additional_image_tokens=int(tower.has_class_token),
         chat_template=tokenizer.chat_template,
         image_token=IMAGE_TOKEN,
     )
+
+
+@torch.no_grad()
+def _check_picture(model: Any, processor: Any, name: str) -> None:
+    """Raise ModelError unless a picture has as many vectors as the processor writes tokens for it."""
+    from PIL import Image
+
+    inputs = processor(text=[IMAGE_TOKEN], images=[Image.new("RGB", (64, 48), "white")], return_tensors="pt")
+    written = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    shape = tuple(inputs["pixel_values"].shape[-2:])
+    try:
+        made = sum(len(part) for part in model.get_image_features(inputs["pixel_values"]).pooler_output)
+    except ValueError as error:  # a tower of patches refuses pictures of another size than its own
+        raise ModelError(
+            f"vision tower {name!r}: its image processor makes pictures of {shape} pixels: {error}"
+        ) from error
+    if made != written:
+        raise ModelError(
+            f"vision tower {name!r} makes {made} vectors of a picture of {shape} pixels, and {written} are expected: "
+            "its image processor is not the tower's"
+        )
 
 
 @torch.no_grad()

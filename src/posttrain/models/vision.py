@@ -19,7 +19,7 @@ ROTARY_GRID = ("qwen2_vl", "qwen2_5_vl")
 """Types whose tokens of a picture have rotary positions of time, row and column (arXiv 2409.12191)."""
 SEE_EACH_OTHER = ("gemma3",)
 """Types in which the tokens of a picture see those after them in the same picture (arXiv 2503.19786)."""
-TYPES = ("llava", "idefics3", "smolvlm", *ROTARY_GRID, *SEE_EACH_OTHER)
+TYPES = ("llava", "fast_vlm", "idefics3", "smolvlm", *ROTARY_GRID, *SEE_EACH_OTHER)
 """Types whose pictures are computed as transformers computes them, which tests hold for each."""
 
 
