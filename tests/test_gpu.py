@@ -14,13 +14,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-QUICK = ["device", "attention", "varlen", "models", "masters", "sampler", "quantized", "sft", "dpo", "grpo", "syncs"]
+QUICK = ["device", "grpo"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("items", [[*QUICK, "speed", "profile"], pytest.param([], marks=pytest.mark.long)])
+@pytest.mark.parametrize("items", [QUICK, pytest.param([], marks=pytest.mark.long)])
 def test_all_that_make_gpu_runs_runs_dry(items: list[str], tmp_path: Path) -> None:
-    """In `make test` without the item that kills three processes, as other tests do."""
+    """In `make test` one item that samples and trains."""
     figures = tmp_path / "figures.json"
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "run.py"), "--dry", "--json", str(figures)]
@@ -28,7 +28,7 @@ def test_all_that_make_gpu_runs_runs_dry(items: list[str], tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     found = json.loads(figures.read_text())["items"]
-    assert len(found) == 18 - bool(items) and all(item["status"] == "ok" for item in found.values())
+    assert len(found) == (len(items) or 18) and all(item["status"] == "ok" for item in found.values())
 
 
 def test_what_fails_is_told_and_what_there_is_no_time_for_is_skipped(

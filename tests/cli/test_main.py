@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from posttrain.cli.main import app
 from posttrain.config import ModelConfig
 from posttrain.core.errors import ModelError
 from posttrain.recipe.parsing import dump_recipe, load_recipe, shipped
-from tests import vision
+from tests import vision, warm
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
 
@@ -33,7 +34,7 @@ def posttrain(*args: str, **settings) -> subprocess.CompletedProcess[str]:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom posttrain.cli.main import app\n"
+        "import sys, posttrain\nfrom posttrain.cli.main import app\n"
         "try: app(['--help'])\nexcept SystemExit as e: assert not e.code\n"
         "print('LOADED', *sorted(sys.modules))"
     )
@@ -261,16 +262,18 @@ def test_chat_commands_context_and_errors() -> None:
         list(chat.ask("hello"))
 
 
-def test_chat_over_a_pipe_and_stopped_by_ctrl_c() -> None:
+def test_chat_over_a_pipe_and_stopped_by_ctrl_c(tmp_path: Path) -> None:
     done = invoke("chat", "tiny:llama", "--max-new-tokens", "2", stdin="hello\n/reset\n/quit\n")
     assert done.exit_code == 0 and "a new conversation" in done.output, done.output
-    command = [sys.executable, "-m", "posttrain.cli.main", "chat", "tiny:llama", "-p", "x", "--max-new-tokens", "1900"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV)
-    assert process.stdout is not None
-    assert process.stdout.read(1)  # the answer has begun
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode in (0, 130) and b"Traceback" not in err
+    log = tmp_path / "log"
+    process = warm.posttrain(["chat", "tiny:llama", "-p", "x", "--max-new-tokens", "1900"], log, {})
+    while not (log.exists() and log.stat().st_size):  # until the answer has begun
+        assert process.is_alive()
+        time.sleep(0.01)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode in (0, 130) and "Traceback" not in log.read_text()
 
 
 def test_doctor_finds_no_problem_here_and_names_those_it_finds(monkeypatch) -> None:
@@ -294,26 +297,23 @@ def test_doctor_measures_products_and_checks_versions() -> None:
     assert torch.contains("2.13.0") and not torch.contains("2.14.0")
 
 
-PUBLIC = """
-import posttrain, sys, json
-light = "torch" not in sys.modules and "pydantic" not in sys.modules
-missing = [n for n in posttrain.__all__ if getattr(posttrain, n, None) is None]
-runs = [callable(posttrain.run)]
-for first in ("import posttrain.runs.runner", "from posttrain.runs.runner import RunResult"):
-    for name in [n for n in sys.modules if n.partition(".")[0] == "posttrain"]:
-        del sys.modules[name]
-    exec(first)
-    import posttrain
-    runs.append(callable(posttrain.run))
-print(json.dumps([light, missing, dir(posttrain) == sorted(posttrain.__all__), runs]))
-"""
-
-
-def test_every_public_name_is_there_and_importing_the_package_is_light() -> None:
+def import_anew() -> None:
     """`posttrain.run` is the function, not the module of that name, whatever was imported before."""
-    done = subprocess.run([sys.executable, "-c", PUBLIC], capture_output=True, text=True, env=ENV)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [True, [], True, [True] * 3]
+    for first in ("import posttrain.runs.runner", "from posttrain.runs.runner import RunResult"):
+        for name in [n for n in sys.modules if n.partition(".")[0] == "posttrain"]:
+            del sys.modules[name]
+        exec(first)
+        import posttrain
+
+        assert callable(posttrain.run)
+
+
+def test_every_public_name_is_there(tmp_path: Path) -> None:
+    import posttrain
+
+    assert [n for n in posttrain.__all__ if getattr(posttrain, n, None) is None] == []
+    assert dir(posttrain) == sorted(posttrain.__all__)
+    warm.run(import_anew, folder=tmp_path)
 
 
 WRONG = {
@@ -337,23 +337,44 @@ WRONG = {
 }
 
 
+EACH = """
+import contextlib, importlib.util, io, json, os, sys
+from pathlib import Path
+from posttrain.cli.main import app
+from posttrain.recipe.parsing import load_recipe
+find = importlib.util.find_spec
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    if not os.fork():  # each in a process of its own, all with the same light imports
+        if "wandb" in arguments[-1]:
+            sys.modules["wandb"] = None
+        importlib.util.find_spec = lambda n: None if n == "wandb" else find(n)
+        with open(f"{number}.txt", "w") as file, contextlib.redirect_stderr(file):
+            try:
+                app(arguments)
+            except SystemExit as end:
+                json.dump([end.code, sorted(sys.modules)], open(f"{number}.json", "w"))
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory) -> Path:
+    """Each of WRONG as a command: NUMBER.txt is what it says, NUMBER.json its exit status and what it has imported."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    command = [sys.executable, "-c", EACH, json.dumps([args for args, _ in WRONG.values()])]
+    subprocess.run(command, env={**ENV, "HF_HUB_OFFLINE": "1"}, cwd=folder, timeout=120, check=True)
+    return folder
+
+
 @pytest.mark.parametrize("name", WRONG)
-def test_mistakes_are_reported_before_torch_is_imported(name: str, tmp_path) -> None:
-    args, message = WRONG[name]
-    code = (
-        "import sys\nif 'wandb' in sys.argv[-1]: sys.modules['wandb'] = None\nfrom posttrain.cli.main import app\n"
-        "import importlib.util\nfind = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda n: None if n == 'wandb' else find(n)\n"
-        "try: app(sys.argv[1:])\nexcept SystemExit as e: print('EXIT', e.code)\n"
-        "print('LOADED', *sorted(sys.modules))"
-    )
-    env = {**ENV, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, *args]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=60)
-    assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
-    output, loaded = done.stdout.rsplit("LOADED", 1)
-    assert "EXIT 1" in output or "EXIT 2" in output
-    assert not set(loaded.split()) & {"torch", "transformers", "datasets", "peft", "numpy"}
+def test_mistakes_are_reported_before_torch_is_imported(name: str, mistakes: Path) -> None:
+    number = list(WRONG).index(name)
+    said = (mistakes / f"{number}.txt").read_text()
+    assert WRONG[name][1] in said and "Traceback" not in said, said
+    status, loaded = json.loads((mistakes / f"{number}.json").read_text())
+    assert status in (1, 2)
+    assert not set(loaded) & {"torch", "transformers", "datasets", "peft", "numpy"}
 
 
 def test_a_misspelt_run_is_no_question_to_the_hub(tmp_path, monkeypatch) -> None:

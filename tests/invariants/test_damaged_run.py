@@ -111,7 +111,8 @@ READERS: list[Callable[[Path], Any]] = [
 ]
 
 
-def check(runs: Path, kind: str, count: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def check(runs: Path, kind: str, count: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Damage the run at `count` places, one at a time, and read it; return how often that was a message."""
     monkeypatch.chdir(runs)
     calm, noticed = outcome(runs / "done"), 0
     changes = flips(runs / kind, count, seed)
@@ -129,13 +130,11 @@ def check(runs: Path, kind: str, count: int, seed: int, monkeypatch: pytest.Monk
                 raise AssertionError(f"{change}: {type(error).__name__}: {error}") from error
             else:
                 assert read is not resume or kind == "done" or outcome(Path("copy")) == calm, change
-    # the places are random, and most bytes of a finished run are in files of which only the hash is read, if that
-    assert noticed >= len(changes) / 30
+    return noticed
 
 
 def test_damage_of_a_run_is_a_message_or_does_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(runs, "stopped", 4, 1, monkeypatch)
-    check(runs, "done", 8, 2, monkeypatch)
+    assert check(runs, "stopped", 2, 1, monkeypatch) + check(runs, "done", 4, 2, monkeypatch)
 
 
 @pytest.mark.long
@@ -144,4 +143,5 @@ def test_damage_of_a_run_is_a_message_or_does_nothing(runs: Path, monkeypatch: p
 def test_damage_at_a_hundred_places_is_a_message_or_does_nothing(
     runs: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    check(runs, kind, 100, random.SystemRandom().randrange(2**31), monkeypatch)
+    # most bytes of a finished run are in files of which only the hash is read, if that
+    assert check(runs, kind, 100, random.SystemRandom().randrange(2**31), monkeypatch) > 3

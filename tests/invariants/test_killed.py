@@ -8,14 +8,14 @@ import signal
 import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from posttrain.core.files import cache_folder
 from posttrain.sampling.rollout_store import read_rollouts
-from tests.invariants import warm
+from tests import warm
 
 RECIPE = """
 name: killed
@@ -26,9 +26,9 @@ stages:
       source: "packaged:movie_reviews.tsv"
       prompt: "Rate: {text}"
       completion: "{mean_rating}"
-      rows: [0, 400]
+      rows: [0, 200]
       shuffle_seed: 1
-    held_out: {<<: *rated, rows: [1200, 1230]}
+    held_out: {<<: *rated, rows: [1200, 1215]}
     evaluate_every: 20
     held_out_answers: 2
     answer_tokens: 4
@@ -41,7 +41,7 @@ stages:
 evaluate:
   - name: perplexity
     kind: perplexity
-    data: {<<: *rated, rows: [1000, 1200]}
+    data: {<<: *rated, rows: [1000, 1080]}
   - name: sign
     kind: choice
     choices: ["negative", "positive"]
@@ -50,7 +50,7 @@ evaluate:
       classes: {column: mean_rating, cuts: [0], names: [negative, positive]}
       prompt: "Which? {text}"
       completion: "{label}"
-      rows: [1000, 1060]
+      rows: [1000, 1020]
       shuffle_seed: 1
     show: 2
 """
@@ -65,7 +65,7 @@ stages:
     held_out: {every: 10, problems: {kind: rows, data: {source: problems.jsonl, rows: [40, 50], chat: false}}}
     rewards:
       - {kind: length, unit: characters, target: 12, width: 30}
-      - {kind: function, name: slow, function: "tests.invariants.test_killed:vowels", weight: 0.5}
+      - {kind: function, name: slow, function: "tests.invariants.plugged_in:vowels", weight: 0.5}
     sampler: {max_tokens: 10}
     prompts_per_step: 6
     group_size: 4
@@ -92,7 +92,7 @@ EXPLORING = """
 
 
 TURNS = """
-    environment: {kind: function, function: "tests.invariants.test_killed:Counting", stop: [e, a, "1"], max_turns: 3}
+    environment: {kind: function, function: "tests.invariants.plugged_in:Counting", stop: [e, a, "1"], max_turns: 3}
 """
 
 
@@ -101,24 +101,8 @@ REFINING = """
       kind: refine
       answers: inline
       stop: [e, a, "1"]
-      feedback: ["tests.invariants.test_killed:counted", {kind: model, source: "tiny:qwen2", sampler: {max_tokens: 5}}]
+      feedback: ["tests.invariants.plugged_in:counted", {kind: model, source: "tiny:qwen2", sampler: {max_tokens: 5}}]
 """
-
-
-def counted(answer: str, example: dict[str, Any]) -> str:
-    """Say how long an answer is."""
-    return f"{len(answer)} characters"
-
-
-class Counting:
-    """Answers with how often it was asked."""
-
-    def start(self, example: dict[str, Any]) -> list[str]:
-        return []
-
-    def step(self, state: list[str], text: str) -> tuple[str | None, bool]:
-        state.append(text)
-        return f" n°{len(state)} ", False
 
 
 PREFERENCE = """
@@ -156,15 +140,14 @@ stages:
 """
 
 
-def vowels(text: str, example: dict[str, Any]) -> float:
-    """A reward that takes a moment."""
-    time.sleep(0.002)
-    return sum(c in "aeiou" for c in text) / 10
-
-
 def start(recipe: Path, folder: Path) -> ForkServerProcess:
-    # What one run keeps in the cache is no help to another.
-    environment = {"POSTTRAIN_CACHE": str(folder.with_suffix(".cache"))}
+    # What one run keeps in the cache is no help to another, but for the compiled kernels.
+    cache = folder.with_suffix(".cache")
+    if not cache.is_dir():
+        cache.mkdir()
+        (cache / "native").symlink_to(cache_folder() / "native", target_is_directory=True)
+        (cache_folder() / "native").mkdir(parents=True, exist_ok=True)
+    environment = {"POSTTRAIN_CACHE": str(cache)}
     log = folder.parent / f"{folder.name}.log"
     return warm.posttrain(["run", str(recipe), "--folder", str(folder)], log, environment)
 
@@ -193,22 +176,21 @@ def records(folder: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_killed_while_it_evaluates_and_at_random_steps_ends_bit_identical(tmp_path: Path, kills: int) -> None:
     """SIGKILL in one run: once before or while it evaluates, then at random steps.
 
-    150 steps and the record before the first. Items: three tasks before and after; held-out rows before, after 20, 40,
-    ..., 140 and 150 steps; the step that was chosen."""
+    75 steps and the record before the first. Items: three tasks before and after; held-out rows before, after 20, 40,
+    60 and 75 steps; the step that was chosen."""
     rng = random.Random(time.time_ns())  # other moments every time: the outcome may not depend on them
-    check_killed(tmp_path, RECIPE, [0, *sorted(rng.sample(range(3, 145), kills))], rng, (151, 6 + 9 + 1))
+    check_killed(tmp_path, RECIPE, [0, *sorted(rng.sample(range(3, 70), kills))], rng, (76, 6 + 5 + 1))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["grpo, in turns", "grpo, refining", "grpo, exploring"])
-def test_reinforcement_learning_killed_twice_ends_bit_identical(tmp_path: Path, method: str) -> None:
-    """The same with rollouts, rewards from other processes and a reference: 12 steps and the one before,
-    their rollouts and three held-out ones, of which the first and the last are evaluations too."""
-    kill_rl(tmp_path, method, 2, 12, (13, 12 + 3 + 2))
+def test_reinforcement_learning_killed_twice_ends_bit_identical(tmp_path: Path) -> None:
+    """The same with rollouts, rewards from other processes and a reference: 8 steps and the one before,
+    their rollouts and two held-out ones, which are evaluations too."""
+    kill_rl(tmp_path, "grpo, exploring", 2, 8, (9, 8 + 2 + 2))
 
 
 @pytest.mark.long
@@ -235,7 +217,7 @@ def kill_rl(
     check_killed(tmp_path, text, targets, rng, counts)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_preference_killed_three_times_ends_bit_identical(tmp_path: Path) -> None:
     """Before or while the reference's numbers are made, then at two random steps; 30 steps and the one before.
 
@@ -249,7 +231,7 @@ def test_preference_killed_three_times_ends_bit_identical(tmp_path: Path) -> Non
     check_killed(tmp_path, PREFERENCE, [0, *sorted(rng.sample(range(2, 27), 2))], rng, (31, 1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_ensemble_of_reward_models_killed_three_times_ends_bit_identical(tmp_path: Path) -> None:
     """Before or while the first member is measured, within its steps, and within the second's."""
     rng = random.Random(time.time_ns())
@@ -268,7 +250,7 @@ def test_killed_and_then_its_data_edited_it_says_so_and_ends_bit_identical_once_
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
     recipe.write_text(PREFERENCE)
     calm = start(recipe, tmp_path / "calm")
-    for target in sorted(rng.sample(range(4, 27), 2)):
+    for target in [rng.randrange(4, 27)]:
         process = start(recipe, folder)
         while process.is_alive() and records(folder) < target:
             time.sleep(0.01)

@@ -15,7 +15,7 @@ import pytest
 from posttrain.core import imports
 from posttrain.core.errors import RecipeError
 from posttrain.recipe.parsing import load_recipe
-from tests.invariants import warm
+from tests import warm
 from tests.invariants.test_killed import outcome, records
 
 PAGE = (Path(__file__).parents[2] / "docs" / "add-a-method.md").read_text(encoding="utf-8")

@@ -51,7 +51,7 @@ def resize(disk: Path, kib: int, *, again: bool = False) -> None:
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="needs root to mount small file systems")
 @pytest.mark.parametrize(
     ("kib", "there"),
-    [(8, "recipe.yaml"), (180, "stages/0-sft/checkpoints/step-000003")],
+    [pytest.param(8, "recipe.yaml", marks=pytest.mark.long), (180, "stages/0-sft/checkpoints/step-000003")],
     ids=["evaluation", "model"],
 )
 def test_a_full_disk_is_said_wherever_it_happens_and_the_run_goes_on(

@@ -35,11 +35,11 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-OTHERS = [pytest.param(method, marks=pytest.mark.long) for method in ("rloo", "dapo", "gspo", "reinforce_pp")]
+OTHERS = [pytest.param(method, marks=pytest.mark.long) for method in ("ppo", "rloo", "dapo", "gspo", "reinforce_pp")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["grpo", "ppo", *OTHERS])
+@pytest.mark.parametrize("method", ["grpo", *OTHERS])
 def test_a_rare_reward_becomes_the_rule(method: str, digits: Path, tmp_path: Path) -> None:
     """All of eight digits even: under a tenth of a random model's answers, nearly all after 60 steps."""
     data = {"source": str(digits / "problems.jsonl"), "chat": False}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.long
 def test_it_learns_and_transformers_says_the_same(tmp_path: Path) -> None:
     """The quickstart, cut to ten steps of four rows: the loss is halved, and what is saved is what was trained."""
     small = ("max_steps=10", "batch_size=4", "held_out.rows=[2000, 2016]", "evaluate_every=10")
@@ -45,7 +47,12 @@ def test_it_learns_and_transformers_says_the_same(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(result.model)
     theirs = AutoModelForCausalLM.from_pretrained(result.model, dtype=torch.float32)
     ours = LanguageModel(load_model(posttrain.ModelConfig(source=str(result.model)))[0]).eval()
-    for text in ("What is the capital of France?", f"Answer with one word. {items[0]['prompt']}"):
+    check_same(ours, theirs, tokenizer, ["What is the capital of France?", f"Say one word. {items[0]['prompt']}"])
+
+
+def check_same(ours: LanguageModel, theirs: Any, tokenizer: Any, questions: list[str]) -> None:
+    """Check that transformers gives our greedy answers, each with our likelihood, shared prefixes and all."""
+    for text in questions:
         chat = [{"role": "user", "content": text}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         out = theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0]
@@ -62,7 +69,7 @@ def test_it_learns_and_transformers_says_the_same(tmp_path: Path) -> None:
         assert score(ours, [other, sample])[1][0] == pytest.approx(expected, abs=1e-3)
 
 
-def test_what_was_sampled_is_as_likely_to_the_learner() -> None:
+def test_what_was_sampled_is_as_likely_to_the_learner_and_to_transformers() -> None:
     """To 1e-4, token by token, over as many completions as share a product, some of them sharing their prompt."""
     hf, tokenizer = load_model(posttrain.ModelConfig(source=SOURCE))
     model = LanguageModel(hf).eval()
@@ -83,6 +90,8 @@ def test_what_was_sampled_is_as_likely_to_the_learner() -> None:
         assert float((learner - sampled).abs().max()) < 1e-4
     if native.kernels() is not None:
         assert all(layer.in_one_call for layer in model.base.model.layers)
+    theirs = load_model(posttrain.ModelConfig(source=SOURCE))[0]  # with transformers' own layers
+    check_same(model, theirs, tokenizer, list(asked[:1]))
 
 
 @pytest.mark.long

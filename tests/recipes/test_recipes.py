@@ -185,10 +185,23 @@ def row_overrides(stage: Any, chats: Path) -> list[str]:
     return given + ([] if own else [f"data.source={chats}"])
 
 
+def few_rows(settings: Any, key: str = "") -> list[str]:
+    """The first 64 of the rows that come along, wherever a recipe reads more of them."""
+    if isinstance(settings, list):
+        return [given for i, inner in enumerate(settings) for given in few_rows(inner, f"{key}.{i}")]
+    if not isinstance(settings, dict):
+        return []
+    given = [g for name, inner in settings.items() for g in few_rows(inner, f"{key}.{name}")]
+    rows, source = settings.get("rows"), str(settings.get("source")).lstrip("['")
+    if isinstance(rows, list | tuple) and source.startswith(("packaged:", "lab:")) and rows[1] - rows[0] > 64:
+        given.append(f"{key.removeprefix('.')}.rows=[{rows[0]}, {rows[0] + 64}]")
+    return given
+
+
 def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
     """A tiny model, two steps, small evaluations; everything else as shipped."""
     recipe = posttrain.load_recipe(name)
-    given = ["model.source=tiny:llama"]
+    given = ["model.source=tiny:llama", *few_rows(recipe.model_dump())]
     if name == "vision":
         chats = picture_rows(chats.parent)
         given = [f"model.source={chats.with_name('seeing')}"]

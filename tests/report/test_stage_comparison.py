@@ -98,7 +98,7 @@ def test_the_page_and_the_terminal_have_them(run: Path) -> None:
     assert "speed.before.value" not in page.values  # not in the table of tasks
     charts = [a["data-chart"] for t, a in page.elements if t == "figure" and "data-chart" in a]
     assert {"reviews.size_on_disk", "reviews.speed_of_decoding"} <= set(charts)
-    (table,) = stage_tables(run)
+    (table,) = stage_tables(read(run))
     assert table.row_count == 4 and len(table.columns) == 6
 
 

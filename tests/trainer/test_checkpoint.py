@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from posttrain.config import AdapterConfig, OptimizerConfig, SystemsConfig
+from posttrain.core import distributed
 from posttrain.core.errors import CheckpointError
+from posttrain.models.adapters import attach
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.tiny_model import tiny_model
 from posttrain.trainer import checkpoint
+from posttrain.trainer.train_step import Learner
+from tests import warm
+from tests.conftest import random_samples
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
@@ -98,23 +104,14 @@ def test_the_weights_of_the_best_step_stay_as_long_as_a_checkpoint_names_them(tm
     assert "No such file" in str(checkpoint.load_best(tmp_path, 8, into)) and bool((into["a"] == 6).all())
 
 
-FULL = """
-import sys, torch
-from pathlib import Path
-from posttrain.core.errors import CheckpointError
-from posttrain.trainer import checkpoint
-folder = Path(sys.argv[1])
-checkpoint.save(folder, 1, {"w": torch.ones(1000)}, {}, keep=2)
-try:
-    checkpoint.save(folder, 2, {"w": torch.ones(3_000_000)}, {}, keep=2)
-except CheckpointError as error:
-    print(error)
+def fill(disk: Path) -> None:
+    """Save a checkpoint that fits, and one that does not."""
+    checkpoint.save(disk, 1, {"w": torch.ones(1000)}, {}, keep=2)
+    with pytest.raises(CheckpointError, match="the disk is full.*go on from step 1"):
+        checkpoint.save(disk, 2, {"w": torch.ones(3_000_000)}, {}, keep=2)
     into = {"w": torch.zeros(1000)}
-    print(checkpoint.found(folder), checkpoint.load_newest(folder, into), float(into["w"].sum()))
-    print(sorted(p.name for p in folder.iterdir()))
-else:
-    print("no error")
-"""
+    assert checkpoint.found(disk) == [1] and checkpoint.load_newest(disk, into) == {"step": 1}
+    assert float(into["w"].sum()) == 1000 and sorted(p.name for p in disk.iterdir()) == ["step-000001"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="needs root to mount a small file system")
@@ -125,66 +122,44 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("this system lets root mount nothing")
     try:
-        out = subprocess.run([sys.executable, "-c", FULL, str(disk)], capture_output=True, text=True)
+        warm.run(fill, disk, folder=tmp_path)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    assert out.returncode == 0, out.stderr
-    assert "the disk is full" in out.stdout and "go on from step 1" in out.stdout
-    assert "[1] {'step': 1} 1000.0" in out.stdout
-    assert "['step-000001']" in out.stdout
 
 
-RANKS = """
-import json, sys, torch
-from pathlib import Path
-from posttrain.config import AdapterConfig, OptimizerConfig, SystemsConfig
-from posttrain.core import distributed
-from posttrain.models.adapters import attach
-from posttrain.models.language_model import LanguageModel
-from posttrain.models.tiny_model import tiny_model
-from posttrain.trainer import checkpoint
-from posttrain.trainer.train_step import Learner
-from tests.conftest import random_samples
-torch.set_num_threads(1)
-distributed.start(torch.device("cpu"))
-for name, kind, first, last in json.loads(sys.argv[2]):
-    folder, hf = Path(sys.argv[1]) / name / kind, tiny_model("llama")
-    hf = attach(hf, AdapterConfig(r=4), 0) if kind == "lora" else hf
-    learner = Learner(LanguageModel(hf), OptimizerConfig(lr=1e-4), SystemsConfig(tokens_per_micro_batch=80), 4)
-    state = learner.state_dict()
-    numbers = checkpoint.load_newest(folder, state["tensors"])
-    assert (numbers is None) == (first == 0)
-    if numbers:
-        learner.load_state_dict(numbers)
-    losses = [learner.step(random_samples(7, seed=s)).metrics["loss"] for s in range(first, last)]
-    state = learner.state_dict()
-    checkpoint.save(folder, last, state["tensors"], state["numbers"], keep=2)
-    trained = [(n, p.detach()) for n, p in learner.model.named_parameters() if p.requires_grad]
-    weights = {n: distributed.full_tensor(p).tolist() for n, p in trained}
-    if distributed.is_main():
-        print(json.dumps([distributed.world(), losses, weights]))
-distributed.stop()
-"""
 KINDS = ("full", "lora")
 Trained = dict[str, tuple[int, list[float], dict[str, torch.Tensor]]]
 
 
+def train(folder: Path, jobs: list[tuple[str, str, int, int]]) -> None:
+    """Train a model of each kind from step to step and write (ranks, losses, weights) of each."""
+    distributed.start(torch.device("cpu"))
+    found = {}
+    for name, kind, first, last in jobs:
+        checkpoints, hf = folder / name / kind, tiny_model("llama")
+        hf = attach(hf, AdapterConfig(r=4), 0) if kind == "lora" else hf
+        learner = Learner(LanguageModel(hf), OptimizerConfig(lr=1e-4), SystemsConfig(tokens_per_micro_batch=80), 4)
+        state = learner.state_dict()
+        numbers = checkpoint.load_newest(checkpoints, state["tensors"])
+        assert (numbers is None) == (first == 0)
+        if numbers:
+            learner.load_state_dict(numbers)
+        losses = [learner.step(random_samples(7, seed=s)).metrics["loss"] for s in range(first, last)]
+        state = learner.state_dict()
+        checkpoint.save(checkpoints, last, state["tensors"], state["numbers"], keep=2)
+        trained = [(n, p.detach()) for n, p in learner.model.named_parameters() if p.requires_grad]
+        weights = {n: distributed.full_tensor(p) for n, p in trained}
+        found[f"{name} {kind}"] = distributed.world(), losses, weights
+    if distributed.is_main():
+        torch.save(found, folder / "found.pt")
+    distributed.stop()
+
+
 def go(processes: int, folder: Path, jobs: list[tuple[str, int, int]]) -> Trained:
     """Train each kind from step to step of each job, in one launch: {"job kind": (ranks, losses, weights)}."""
-    script = folder / "ranks.py"
-    script.write_text(RANKS)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    root = Path(__file__).parents[2]
     wanted = [(name, kind, first, last) for name, first, last in jobs for kind in KINDS]
-    command = [sys.executable, *launcher, str(script), str(folder), json.dumps(wanted)]
-    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}", "OMP_NUM_THREADS": "1"}
-    out = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
-    assert out.returncode == 0, out.stderr[-3000:]
-    lines = [json.loads(x) for x in out.stdout.splitlines() if x.startswith("[")]
-    return {
-        f"{name} {kind}": (world, losses, {n: torch.tensor(w) for n, w in weights.items()})
-        for (name, kind, *_), (world, losses, weights) in zip(wanted, lines, strict=True)
-    }
+    warm.run(train, folder, wanted, folder=folder, ranks=processes)
+    return torch.load(folder / "found.pt")
 
 
 def test_two_ranks_equal_one_and_their_checkpoint_opens_in_one(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ torch's products reach half of the memory's bandwidth where rows are few, and wh
 much again in small operations. `decode.c` has what a decoding step needs, down to a whole layer in one call (see
 `models.layer`), `training.c` the same of many rows, forward and back, `tree.c` the attention of everything else (see
 `models.tree`), `vocabulary.c` softmaxes over a vocabulary (see `models.vocabulary`) and draws from them. They are
-compiled by the C compiler that the system has, into the cache folder, in a second or two. Where there is none, where
+compiled by the C compiler that the system has, into the cache folder, in some five seconds. Where there is none, where
 torch brings no GNU OpenMP (whose threads the kernels share), or where a result is not torch's own to rounding,
 everything goes through torch as before. `POSTTRAIN_NATIVE=0` switches the kernels off.
 """

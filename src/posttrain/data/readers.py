@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -219,6 +219,7 @@ def in_order(config: DataConfig, count: int) -> np.ndarray:
     return order
 
 
+@lru_cache(maxsize=8)  # stages and evaluations of a recipe ask for the same ones
 def _made_rows(source: str) -> list[Row]:
     """Make the rows of reasoning-gym:NAME, lab:calculator, lab:calculator:SEED, lab:KIND of chains or word problems."""
     if source.startswith(GYM_PREFIX):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import os
 import shlex
@@ -76,15 +77,11 @@ def build_report(run_folder: Path) -> Path:
     return target
 
 
-def render_page(run: Run) -> str:
-    """Return the page as text.
-
-    The template engine escapes every text of the run. The page's content security policy also forbids scripts in it:
-    it allows the page's one script by its hash, and no connection.
-    """
+@functools.cache
+def _page() -> tuple[dict[str, str], jinja2.Template]:
+    """Return the files of the page, and its template; compiling it takes longer than filling it."""
     folder = resources.files("posttrain.report").joinpath("page")
     page = {f.name: f.read_text(encoding="utf-8") for f in folder.iterdir() if f.is_file()}
-    plot, plot_style, licence = (folder.joinpath("vendor", name).read_text(encoding="utf-8") for name in VENDOR)
     environment = jinja2.Environment(
         loader=jinja2.DictLoader(page),
         autoescape=True,
@@ -93,9 +90,21 @@ def render_page(run: Run) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= FILTERS
+    return page, environment.get_template("page.html.j2")
+
+
+def render_page(run: Run) -> str:
+    """Return the page as text.
+
+    The template engine escapes every text of the run. The page's content security policy also forbids scripts in it:
+    it allows the page's one script by its hash, and no connection.
+    """
+    page, template = _page()
+    folder = resources.files("posttrain.report").joinpath("page")
+    plot, plot_style, licence = (folder.joinpath("vendor", name).read_text(encoding="utf-8") for name in VENDOR)
     script = f"/* uPlot 1.6.32\n{licence.strip()} */\n{plot.strip()}\n{page['script.js']}"
     rows = run.rows()
-    return environment.get_template("page.html.j2").render(
+    return template.render(
         run=run,
         manifest=run.manifest,
         rows=[(r, evaluations.interval_axis(r)) for r in rows],

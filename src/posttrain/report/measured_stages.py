@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from posttrain.report.formatting import format_number, plain_text
-from posttrain.report.load import JsonDict, Run, StageLog, read, read_json
+from posttrain.report.load import JsonDict, Run, StageLog, read_json
 
 LONGEST_IMAGE = 2**18
 """Characters of the largest image that the page shows."""
@@ -62,11 +61,11 @@ def measured_stages(run: Run) -> list[MeasuredStage]:
     return out
 
 
-def held_out_lines(folder: Path) -> list[str]:
+def held_out_lines(run: Run) -> list[str]:
     """Return lines on the held-out loss of each stage of a run, for the terminal."""
     return [
         f"{'! ' if line == s.warning else ''}{s.stage}: {line}"
-        for s in measured_stages(read(folder))
+        for s in measured_stages(run)
         for line in [*s.lines, *([s.warning] if s.warning else [])]
     ]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from posttrain.core.files import read_lines
 from posttrain.report.formatting import format_score, plain_text
-from posttrain.report.load import JsonDict, Run, read, read_json
+from posttrain.report.load import JsonDict, Run, read_json
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def _view(stage: str, folder: Path, run: Run) -> SearchView:
     return SearchView(stage, coefficients, tasks, rows, names, found.get("reported", {}), compared, bool(found))
 
 
-def search_lines(folder: Path) -> list[str]:
+def search_lines(run: Run) -> list[str]:
     """Return lines on each search of a run, for the terminal."""
     out = []
-    for view in merge_searches(read(folder)):
+    for view in merge_searches(run):
         chosen = next((t for t in view.trials if "chosen" in t.mark), None)
         if chosen is None:
             continue

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from posttrain.report.formatting import format_fixed, plain_text
-from posttrain.report.load import Run, read, read_json
+from posttrain.report.load import Run, read_json
 
 TEXT_KINDS = {"general": "general text", "domain": "held-out text of the domain"}
 
@@ -62,10 +61,10 @@ def _change(kind: str, of: dict[str, Any]) -> TextChange:
     return TextChange(kind, title, int(of["documents"]), before, after, of["change"])
 
 
-def retention_lines(folder: Path) -> list[str]:
+def retention_lines(run: Run) -> list[str]:
     """Return lines on texts before and after each stage of a run, for the terminal; a warning begins with !."""
     out = []
-    for view in retentions(read(folder)):
+    for view in retentions(run):
         for t in view.texts:
             before, after = (format_fixed(side["bits_per_byte"], 3) for side in (t.before, t.after))
             change, low, high = (f"{t.change[key]:+.3f}" for key in ("value", "low", "high"))

@@ -11,7 +11,7 @@ from rich.text import Text
 from posttrain.core.visible_text import visible
 from posttrain.report.evaluations import samples, strategy
 from posttrain.report.formatting import format_number, format_p, format_score
-from posttrain.report.load import read, read_json
+from posttrain.report.load import Run, read, read_json
 from posttrain.report.refinements import refining_in_words
 from posttrain.report.stage_comparison import StageFigure, compare_stages
 
@@ -21,7 +21,7 @@ ANSWER_CHARACTERS = 240
 """Longest text in such a table."""
 
 
-def summary_table(run_folder: Path) -> Table:
+def summary_table(run: Run | Path) -> Table:
     """Return a table of tasks: items, before, after, difference, p and intervals; "–" for what was not measured.
 
     Raises:
@@ -31,7 +31,7 @@ def summary_table(run_folder: Path) -> Table:
     table.add_column("task", overflow="fold")
     for name in ("before", "after", "difference", "p"):
         table.add_column(name, justify="right", no_wrap=True)
-    run = read(Path(run_folder))
+    run = run if isinstance(run, Run) else read(run)
     notes = "\n".join(f"! {note}" for note in run.flat)
     table.caption = Text(visible(notes)) if notes else None
     for row in run.rows():
@@ -56,13 +56,9 @@ def summary_table(run_folder: Path) -> Table:
     return table
 
 
-def stage_tables(run_folder: Path) -> list[Table]:
-    """Return a table of size, speed and tasks stage by stage; none if the run measured before and after alone.
-
-    Raises:
-        CheckpointError: There is no such folder.
-    """
-    found = compare_stages(read(Path(run_folder)))
+def stage_tables(run: Run) -> list[Table]:
+    """Return a table of size, speed and tasks stage by stage; none if the run measured before and after alone."""
+    found = compare_stages(run)
     if found is None:
         return []
     table = Table(title="Stage by stage; differences from the start, with 95% intervals")
@@ -88,15 +84,12 @@ def _of_stage(figure: StageFigure | None, metric: str) -> Text:
     return Text(f"{text}\n{change}\n[{low}, {high}]")
 
 
-def answer_tables(run_folder: Path) -> list[Table]:
+def answer_tables(run: Run) -> list[Table]:
     """Return a table for each task of a loss whose model also answered some prompts: answers before and after.
 
     Long texts are cut; the report shows them whole.
-
-    Raises:
-        CheckpointError: There is no such folder.
     """
-    run, tables = read(Path(run_folder)), []
+    tables = []
     for row in run.rows():
         found = samples(row, run) if row.kind == "perplexity" else None
         if found is None or not found.greedy:

@@ -43,6 +43,7 @@ from posttrain.models.loading import context_length, load_tokenizer, pick_device
 from posttrain.models.quantization import as_saved
 from posttrain.recipe.parsing import load_recipe
 from posttrain.report import build_report, judge_figures
+from posttrain.report.load import read
 from posttrain.report.measured_stages import held_out_lines
 from posttrain.report.merge_search_view import search_lines
 from posttrain.report.retention_view import retention_lines
@@ -367,19 +368,20 @@ class _Run:
     def close(self) -> RunResult:
         """Write the page, and print the results and what to do next."""
         path, report = self.path, self.report()
+        found = read(path)
         evaluations = path / "evaluations"
         file = evaluations / "comparison.json"
         comparison = read_object(file, list) if file.exists() else []
         if evaluations.is_dir():
             newest = evaluations / ("after" if (evaluations / "after").is_dir() else "before")
-            summary = summary_table(path)
+            summary = summary_table(found)
             first = [summary] if summary.row_count else []
-            for table in (*first, *stage_tables(path), *answer_tables(path), *sampling_tables(newest)):
+            for table in (*first, *stage_tables(found), *answer_tables(found), *sampling_tables(newest)):
                 self.console.print(table)
         for line in [
-            *held_out_lines(path),
-            *retention_lines(path),
-            *search_lines(path),
+            *held_out_lines(found),
+            *retention_lines(found),
+            *search_lines(found),
             *judge_figures.feedback_lines(path),
             f"run     {path}",
             f"report  {report}",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 
+import posttrain
 from posttrain.sampling.rollout_store import groups_of, read_rollouts
+from tests import warm
 
 LENGTH = {"kind": "length", "unit": "characters", "target": 12, "width": 30}
 COMMON = {
@@ -56,37 +55,22 @@ STAGES = {
 }
 
 
-SCRIPT = """
-import sys
-import posttrain
-for path in sys.argv[1:]:
-    posttrain.run(path)
-"""
+LONG = ["remax", "critic"]
+"""Methods whose test repeats most of another one's."""
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every recipe carried through by one process, and by two: folders METHOD-1 and METHOD-2."""
-    folder = tmp_path_factory.mktemp("ranks")
+def runs_by_one_and_two(folder: Path, method: str) -> list[Path]:
+    """Carry a recipe through by one process, and by two; return their folders."""
     for name, start in (("prompts", 0), ("others", 50)):
         told = [f"Tell of {'many ' * (i % 5)}things, number {i}." for i in range(start, start + 7)]
         rows = [{"prompt": t, "asked": [{"role": "user", "content": t}], "written": t[:9]} for t in told]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    for processes in (1, 2):
-        paths = []
-        for method, own in STAGES.items():
-            stage = {"method": method, **COMMON, **own, "name": "rl"}
-            recipe = {"name": f"{method}-{processes}", "model": {"source": "tiny:llama"}, "stages": [stage]}
-            paths.append(folder / f"{recipe['name']}.yaml")
-            paths[-1].write_text(yaml.safe_dump(recipe))
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes > 1 else []
-        command = [sys.executable, *launcher, str(script), *map(str, paths)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        out = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-        assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-4000:]
-    return folder / "runs"
+    stage = {"method": method, **COMMON, **STAGES[method], "name": "rl"}
+    recipe = {"name": method, "model": {"source": "tiny:llama"}, "stages": [stage]}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for ranks in (1, 2):
+        warm.run(posttrain.run, "recipe.yaml", f"runs/{ranks}", folder=folder, ranks=ranks)
+    return [folder / "runs" / str(ranks) for ranks in (1, 2)]
 
 
 def records(run: Path) -> list[dict[str, float]]:
@@ -99,10 +83,10 @@ def written(folder: Path) -> list[list[list[tuple[tuple[int, ...], float]]]]:
     return [[[(tuple(r.tokens), r.reward) for r in g.rollouts] for g in groups] for groups in steps]
 
 
-@pytest.mark.parametrize("method", STAGES)
-def test_two_ranks_equal_one(runs: Path, method: str) -> None:
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.long] * (m in LONG)) for m in STAGES])
+def test_two_ranks_equal_one(tmp_path: Path, method: str) -> None:
     """The same completions with the same rewards, the same metrics to rounding, the same weights at the end."""
-    one, two = (runs / f"{method}-{n}" for n in (1, 2))
+    one, two = runs_by_one_and_two(tmp_path, method)
     for kind in ("rollouts", "held_out", "gold"):
         first, second = (written(r / "stages" / "0-rl" / kind) for r in (one, two))
         assert len(first) == 3 and first == second, kind

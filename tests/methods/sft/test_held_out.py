@@ -24,6 +24,7 @@ from posttrain.methods.sft_measurement import before_answer, measurements, score
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_tokenizer
 from posttrain.models.tiny_model import tiny_model
+from posttrain.report.load import read
 from posttrain.report.terminal import answer_tables
 from posttrain.runs.held_out_tasks import write_held_out_tasks
 from posttrain.runs.registry import prepare_stage
@@ -265,7 +266,7 @@ def test_a_run_without_evaluations_compares_the_held_out_rows(rows: Path, tmp_pa
         for side in ("before", "after")
     ]
     assert [len(side) for side in sides] == [5, 5]
-    (table,) = answer_tables(result.folder)
+    (table,) = answer_tables(read(result.folder))
     assert table.row_count == 5
     log, page = (tmp_path / "log").read_text(), result.report.read_text()
     assert "greedy answers to the same prompts" in log and "sft-held_out" in log

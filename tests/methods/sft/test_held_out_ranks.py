@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,13 +13,8 @@ from safetensors.torch import load_file
 import posttrain
 from posttrain.core.files import read_lines
 from posttrain.methods.sft_measurement import measurements
+from tests import warm
 
-SCRIPT = """
-import sys
-import posttrain
-for path in sys.argv[1:]:
-    posttrain.run(path)
-"""
 STAGE = {
     "method": "sft",
     "data": {"source": "rows.jsonl"},
@@ -49,39 +41,29 @@ STAGES["distill"] = {  # half of the answers are the student's own, of an odd nu
 STAGES["p_tuning"] = {**STAGES["lora"], "adapter": {"kind": "p_tuning", "hidden": 8}}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both recipes carried through by one process, and by two: folders NAME-1 and NAME-2."""
-    folder = tmp_path_factory.mktemp("ranks")
-    for name, letters, count in (("rows", "abcdefgh ", 48), ("other", "abcdefgh  ijk", 11)):
-        rng = random.Random(name)
+LONG = ["prompt", "p_tuning"]
+"""Adapters whose test repeats most of another one's."""
+
+
+def runs_by_one_and_two(folder: Path, name: str) -> list[Path]:
+    """Carry a recipe through by one process, and by two; return their folders."""
+    for file, letters, count in (("rows", "abcdefgh ", 48), ("other", "abcdefgh  ijk", 11)):
+        rng = random.Random(file)
         texts = ["".join(rng.choice(letters) for _ in range(20)) for _ in range(count)]
         lines = [json.dumps({"prompt": f"say {i}", "completion": t}) + "\n" for i, t in enumerate(texts)]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-    root = Path(__file__).parents[3]
-    (folder / "script.py").write_text(SCRIPT)
-    for processes in (1, 2):
-        paths = []
-        for name, more in STAGES.items():
-            recipe = {"name": f"{name}-{processes}", "model": {"source": "tiny:llama"}, "output": str(folder)}
-            paths.append(folder / f"{name}-{processes}.yaml")
-            paths[-1].write_text(yaml.safe_dump({**recipe, "stages": [{**STAGE, **more}]}))
-        if processes == 1:
-            for path in paths:
-                posttrain.run(str(path))
-            continue
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command = [sys.executable, *launcher, str(folder / "script.py"), *map(str, paths)]
-        environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}", "OMP_NUM_THREADS": "1"}
-        out = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-        assert out.returncode == 0, out.stderr[-3000:]
-    return folder
+        (folder / f"{file}.jsonl").write_text("".join(lines))
+    recipe = {"name": name, "model": {"source": "tiny:llama"}, "stages": [{**STAGE, **STAGES[name]}]}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for ranks in (1, 2):
+        warm.run(posttrain.run, "recipe.yaml", f"runs/{ranks}", folder=folder, ranks=ranks)
+    return [folder / "runs" / str(ranks) for ranks in (1, 2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STAGES)
-def test_two_ranks_measure_and_choose_as_one(runs: Path, name: str) -> None:
-    one, two = (runs / f"{name}-{n}" / "stages" / "0-sft" for n in (1, 2))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in STAGES])
+def test_two_ranks_measure_and_choose_as_one(tmp_path: Path, name: str) -> None:
+    folders = runs_by_one_and_two(tmp_path, name)
+    one, two = (folder / "stages" / "0-sft" for folder in folders)
     chosen, again = (json.loads((side / "best_step.json").read_text()) for side in (one, two))
     assert again.pop("held_out_loss") == pytest.approx(chosen.pop("held_out_loss"), abs=1e-4)
     assert again == chosen and (name != "full" or chosen["stopped_early"]["patience"] == 1)
@@ -94,6 +76,6 @@ def test_two_ranks_measure_and_choose_as_one(runs: Path, name: str) -> None:
         assert a["answers"] == b["answers"] and len(a["answers"]) == 3
         assert [r["nll"] for r in b["rows"]] == pytest.approx([r["nll"] for r in a["rows"]], abs=1e-3)
     file = "adapter_model.safetensors" if name.startswith("p") else "model.safetensors"
-    weights, same = (load_file(runs / f"{name}-{n}" / "model" / file) for n in (1, 2))
+    weights, same = (load_file(folder / "model" / file) for folder in folders)
     assert weights.keys() == same.keys()
     assert max(float((weights[n] - same[n]).abs().max()) for n in weights) < 1e-3
