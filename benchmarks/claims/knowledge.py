@@ -4,12 +4,13 @@
     python examples/data/fetch.py data --only wordnet
     python benchmarks/claims/knowledge.py --data data --json figures.json --plots FOLDER
 
-A document is WordNet's entry of a person, with the years of birth and death; a fact is the year of birth. A seed is
-other people. Every arm that trains has as many steps of about as many tokens. Asked are the facts of half of the
-people, in wordings of which none is in a document or in a question that is trained on: the likeliest of four years
-(those of the people born nearest in time, so that the century does not give the answer away), the year written
-greedily, and, reversed, the likeliest of four names. Retrieval puts the best document by BM25 before the question,
-out of those of all people. An interrupted benchmark resumes.
+A document is WordNet's entry of a person, with the years of birth and death; a fact is the year of birth. SmolLM2
+may know the century, or more, so the people of a seed exchange their years at random: the documents are untrue, and
+no model can know what they say. A seed is other people. Every arm that trains has as many steps of about as many
+tokens. Asked are the facts of half of the people, in wordings of which none is in a document or in a question that is
+trained on: the likeliest of four years (those of the people born nearest in time, so that the century does not give
+the answer away), the year written greedily, and, reversed, the likeliest of four names. Retrieval puts the best
+document by BM25 before the question, out of those of all people. An interrupted benchmark resumes.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def people() -> list[Fact]:
 
 
 def facts_of(seed: int) -> list[Fact]:
-    """Return the people of a seed: no other seed has them, and no two are born in the same year."""
+    """Return the people of a seed, with exchanged years: no other seed has them, and no two have the same year."""
     rest, taken = people(), list[Fact]()
     for _ in range(seed + 1):
         taken, years = [], set[str]()
@@ -79,7 +80,9 @@ def facts_of(seed: int) -> list[Fact]:
         rest = [fact for fact in rest if fact not in taken]
     if len(taken) < PEOPLE:
         raise SystemExit(f"seed {seed} has {len(taken)} people: take a lower --people")
-    return taken
+    years_of = [{"born": fact["born"], "died": fact["died"]} for fact in taken]
+    random.Random(seed).shuffle(years_of)
+    return [fact | lived for fact, lived in zip(taken, years_of, strict=True)]
 
 
 def nearest(fact: Fact, facts: Sequence[Fact]) -> list[Fact]:
@@ -98,9 +101,19 @@ def asked(facts: Sequence[Fact]) -> list[dict[str, Any]]:
     return rows
 
 
+def everyone(seed: int) -> list[str]:
+    """Return the documents of the people of a seed, and of all others."""
+    facts = facts_of(seed)
+    names = {fact["name"] for fact in facts}
+    return [
+        AS_WRITTEN.format(**fact) for fact in (*facts, *(other for other in people() if other["name"] not in names))
+    ]
+
+
 def found_own(seed: int) -> float:
     """Return the share of questions whose best document is the person's own."""
-    index, facts = PassageIndex([AS_WRITTEN.format(**fact) for fact in people()]), facts_of(seed)
+    facts = facts_of(seed)
+    index = PassageIndex(everyone(seed))
     own = [AS_WRITTEN.format(**fact) for fact in facts[len(facts) // 2 :] for _ in ASKED]
     found = [index.nearest(row["prompt"], 1) for row in asked(facts)]
     return sum([text] == best for text, best in zip(own, found, strict=True)) / len(own)
@@ -117,7 +130,7 @@ def files(seed: int) -> Path:
         write_lines(folder / f"{name}.jsonl", ({"text": w.format(**fact)} for fact in facts for w in wordings))
     write_lines(folder / "all.jsonl", facts)
     write_lines(folder / "taught.jsonl", facts[:half])
-    write_lines(folder / "everyone.jsonl", ({"text": AS_WRITTEN.format(**fact)} for fact in people()))
+    write_lines(folder / "everyone.jsonl", ({"text": text} for text in everyone(seed)))
     write_lines(folder / "asked.jsonl", asked(facts))
     rows = []
     for fact in facts[half:]:
@@ -243,8 +256,9 @@ CLAIMS = {
         "Facts of documents, asked in other words: reading, questions, both, or retrieval",
         ARMS,
         compared,
-        f"{PEOPLE} people a seed, {PEOPLE // 2} of them asked in {len(ASKED)} wordings; {STEPS} steps of LoRA for "
-        f"every arm that trains, a quarter of them on questions where documents come first. Chance is a quarter.",
+        f"{PEOPLE} people a seed with exchanged years, {PEOPLE // 2} of them asked in {len(ASKED)} wordings; {STEPS} "
+        "steps of LoRA for every arm that trains, a quarter of them on questions where documents come first. Chance is "
+        "a quarter.",
         draw=draw,
     )
 }
