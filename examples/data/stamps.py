@@ -59,7 +59,7 @@ NAME = re.compile(r"(An?|The|Some|Two) [^.!?,;:()“”\"]{2,38}\.?")
 """A caption that names the thing, with its article."""
 SIDE = 224
 GRID = 16
-ALIKE = 12.0
+ALIKE = 15.0
 """Mean difference of colours (of 255, white ground aside) below which two pictures show variants of a thing."""
 HELD_OUT = 4
 """One of so many groups of pictures is held out."""
@@ -142,10 +142,13 @@ def read_stamps(root: Path, pictures: Path) -> tuple[list[Stamp], Counter[str]]:
 
 
 def square(image: Any) -> Any:
-    """Return an image in the middle of a white square of `SIDE` pixels."""
-    from PIL import Image
+    """Return what an image shows, its white margin cut off, in the middle of a white square of `SIDE` pixels."""
+    from PIL import Image, ImageChops
 
-    image.thumbnail((SIDE, SIDE))
+    box = ImageChops.difference(image, Image.new("RGB", image.size, "white")).getbbox()
+    image = image.crop(box) if box else image
+    scale = SIDE / max(image.size)
+    image = image.resize(tuple(max(1, round(side * scale)) for side in image.size))
     out = Image.new("RGB", (SIDE, SIDE), "white")
     out.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
     return out
@@ -275,7 +278,7 @@ def write_rows(stamps: Sequence[Stamp], folder: Path) -> dict[str, int]:
         stamps: All stamps, with their groups.
         folder: Where to; the folder `pictures` is in it.
     """
-    trained, held_out = split(stamps)
+    trained, held_out = (sorted(part, key=lambda s: s.order) for part in split(stamps))
     asked = questions(trained)
     files = {"train_captions": captions(trained)}
     files["train"] = [*files["train_captions"], *(r for name in asked if name != "names" for r in asked[name])]
