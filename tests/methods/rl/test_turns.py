@@ -15,7 +15,7 @@ from posttrain.models.tiny_model import tiny_tokenizer
 from posttrain.sampling.environments import environment
 from posttrain.sampling.multi_turn import TurnSampler
 from posttrain.sampling.rollout_store import read_rollouts
-from tests.invariants.test_killed import Counting
+from tests.invariants.plugged_in import Counting
 from tests.methods.rl.test_policy_gradient import TOKENIZER, settings, work
 
 HELD_OUT = {"problems": {"kind": "rows", "data": {"source": "x"}}, "every": 1}
