@@ -32,6 +32,7 @@ from posttrain.methods.sft_measurement import before_answer
 from posttrain.models import language_model
 from posttrain.models.loading import load_tokenizer
 from posttrain.models.tiny_model import tiny_tokenizer
+from posttrain.report.evaluations import answer_cards
 from posttrain.trainer.policy import open_policy
 from tests import vision
 
@@ -220,7 +221,8 @@ def test_a_run_trains_on_rows_with_and_without_images(folder: Path, tmp_path: Pa
     source = rows_in(folder, [*rows, row("And now?", "yes")], "train")
     stage = {"method": "sft", "data": {"source": source}, "batch_size": 7, "max_steps": 16, "keep_best": False}
     stage |= {"optimizer": {"lr": 0.01}, "held_out": {"source": rows_in(folder, held_out, "held_out")}}
-    values = {"name": "vision", "model": {"source": str(tmp_path / "model")}, "stages": [stage]}
+    asked = {"name": "asked", "kind": "generate", "data": stage["held_out"], "max_new_tokens": 6}
+    values = {"name": "vision", "model": {"source": str(tmp_path / "model")}, "stages": [stage], "evaluate": [asked]}
     projector = SFTConfig.model_validate({**stage, "train": ["*multi_modal_projector*"]})
     policy = open_policy(projector, ModelConfig(source=str(tmp_path / "model")), 0)
     assert {n.split(".")[2] for n, p in policy.policy.hf.named_parameters() if p.requires_grad} == {
@@ -233,9 +235,14 @@ def test_a_run_trains_on_rows_with_and_without_images(folder: Path, tmp_path: Pa
     page = (result.folder / "report.html").read_text()
     for answer in measured["answers"]:
         (shown,) = answer["images"]
-        assert shown.startswith("data:image/jpeg;base64,") and page.count(f'<img src="{shown}"') == 1
+        # in the history of its answers, among the held-out answers side by side, and in the evaluation
+        assert shown.startswith("data:image/jpeg;base64,") and page.count(f'<img src="{shown}"') == 3
     assert page.count("Greedy answers to: [image]Which colour is it?") == 2 and "img-src data:" in page
     assert "[image red.png, 32 x 32, 4 tokens]" in page
+    items = read_lines(result.folder / "evaluations" / "after" / "asked.jsonl")  # equal texts, different pictures
+    assert [(i["output"], i["images"]) for i in items] == [(a["output"], a["images"]) for a in measured["answers"]]
+    cards = answer_cards("greedy", [], items)
+    assert [c.after for c in cards] == colours and len({c.images for c in cards}) == 2
     saved = AutoModelForImageTextToText.from_pretrained(result.folder / "model")
     processor = AutoProcessor.from_pretrained(result.folder / "model")
     asked = processor.apply_chat_template(row([{"type": "image"}, TEXT])["messages"][:1], add_generation_prompt=True)

@@ -82,8 +82,9 @@ class EvaluationTask:
         return {}
 
     def examples(self, run: EvaluationRun, items: EvaluationItems) -> EvaluationItems:
-        """Return the answers for the report: prompt, expected and output of each."""
-        return [{name: i.get(name, "") for name in ("prompt", "expected", "output")} for i in items[: self.config.show]]
+        """Return the answers for the report: prompt, expected and output of each, and its pictures if it has any."""
+        shown = [{"prompt": "", "expected": "", "output": "", **i} for i in items[: self.config.show]]
+        return [{n: i[n] for n in ("prompt", "expected", "output", "images") if n in i} for i in shown]
 
 
 def make_evaluation(config: EvaluationBase) -> EvaluationTask:

@@ -10,6 +10,7 @@ import torch
 
 from posttrain.core.errors import DataError
 from posttrain.data.encoding import prompt_tokens, prompt_with_completion
+from posttrain.eval.item_pictures import item_pictures
 from posttrain.sampling.greedy import greedy
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def choice_chunks(run: EvaluationRun, config: ChoiceTask.Config) -> Iterator[Chu
             best = max(by_choice, key=lambda c: by_choice[c])
             row = run.data.rows[i]
             item = {"id": i, "prompt": row["prompt_text"], "expected": row["completion"], "prediction": best}
-            items.append({**item, "correct": best == row["completion"], "scores": by_choice})
+            item |= {"correct": best == row["completion"], "scores": by_choice}
+            items.append({**item, **item_pictures(i, sets[i][0][1].tokens)})
         return items
 
     return _in_chunks([sum(len(s) for _, s in choices) for choices in sets], compute)
@@ -98,7 +100,7 @@ def generate_chunks(run: EvaluationRun, config: GenerateTask.Config) -> Iterator
             row, text = run.data.rows[i], run.tokenizer.decode(answer, skip_special_tokens=True)
             right = matches(text, row["completion"], config.match)
             item = {"id": i, "prompt": row["prompt_text"], "expected": row["completion"], "output": text}
-            items.append({**item, "correct": right})
+            items.append({**item, "correct": right, **item_pictures(i, prompts[i])})
         return items
 
     return _in_chunks([len(p) + config.max_new_tokens for p in prompts], compute)
@@ -121,8 +123,8 @@ def greedy_answers(run: EvaluationRun, config: ChoiceTask.Config | GenerateTask.
     answers = greedy(run.model, run.tokenizer, prompts, config.max_new_tokens)
     texts = [run.tokenizer.decode(a, skip_special_tokens=True) for a in answers]
     return [
-        {"prompt": r["prompt_text"], "expected": r["completion"], "output": text}
-        for r, text in zip(rows, texts, strict=True)
+        {"prompt": r["prompt_text"], "expected": r["completion"], "output": text, **item_pictures(i, prompts[i])}
+        for i, (r, text) in enumerate(zip(rows, texts, strict=True))
     ]
 
 

@@ -21,6 +21,7 @@ from posttrain.config.rewards import RewardsConfig
 from posttrain.config.sandbox import SandboxConfig
 from posttrain.core.statistics import interval_of_means
 from posttrain.eval import pass_at_k as inference
+from posttrain.eval.item_pictures import item_pictures
 from posttrain.rewards import programs
 from posttrain.rewards.answer_extraction import find, normal
 from posttrain.rewards.number_reading import number_of
@@ -127,6 +128,7 @@ def sampled_item(
         "greedy": first,
         "completions": completions,
         "curves": curves_of(task, completions),
+        **item_pictures(number, question.tokens),
     }
     return {**item, "value": headline_of(task, item)}
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posttrain.eval.item_pictures import item_pictures
 from posttrain.eval.sampled_tasks import in_chunks
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.engine import LocalSampler
@@ -73,6 +74,7 @@ def scored_item(
             {"text": a.text, "tokens": len(a.tokens), "finish": a.finish, "score": s}
             for a, s in zip(answers, scores, strict=True)
         ],
+        **item_pictures(number, prompt.tokens),
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from posttrain.report.charts import Chart, Series
 from posttrain.report.formatting import format_fixed, plain_text
 from posttrain.report.load import Evaluation, JsonDict, Run, TaskRow
+from posttrain.report.measured_stages import shown_images
 
 CARDS_SHOWN = {"gained": 3, "lost": 3, "wrong": 0, "right": 0}
 """Cards of a task, by what became of the item."""
@@ -37,6 +38,7 @@ class Card:
     Attributes:
         change: What became of it (a key of CHANGES), or `greedy` or `sampled`.
         scores: (choice, share before, share after, log-likelihood before, after).
+        images: Small copies of the prompt's images, as `data:` URLs.
     """
 
     change: str
@@ -46,6 +48,7 @@ class Card:
     before: str
     after: str
     scores: list[tuple[str, float, float, float, float]]
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def samples(row: TaskRow, run: Run) -> Samples | None:
     cards = [c for name, group in groups.items() for c in group[: CARDS_SHOWN[name]]]
     more = [c for name, group in groups.items() for c in group[CARDS_SHOWN[name] : CARDS_FOLDED[name]]]
     shown = "sampled" if row.kind == "score" else "greedy"
-    greedy = [] if row.kind in ("generate", "sample") and old else _answers(shown, before.samples, after.samples)
+    greedy = [] if row.kind in ("generate", "sample") and old else answer_cards(shown, before.samples, after.samples)
     if not cards and not more and not greedy:
         return None
     return Samples(row.task, {name: len(group) for name, group in groups.items()}, cards, more, greedy)
@@ -115,9 +118,8 @@ def _card(change: str, old: JsonDict, new: JsonDict) -> Card:
     scores = []
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         scores = [(str(k), p, q, float(a[k]), float(b[k])) for k, p, q in zip(a, _shares(a), _shares(b), strict=True)]
-    return Card(
-        change, str(old.get("id", "")), plain_text(old.get("prompt")), plain_text(old.get("expected")), was, now, scores
-    )
+    asked, images = plain_text(old.get("prompt")), shown_images(old.get("images"))
+    return Card(change, str(old.get("id", "")), asked, plain_text(old.get("expected")), was, now, scores, images)
 
 
 def _shares(scores: dict[str, Any]) -> list[float]:
@@ -127,14 +129,23 @@ def _shares(scores: dict[str, Any]) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
-def _answers(kind: str, before: Sequence[JsonDict], after: Sequence[JsonDict]) -> list[Card]:
-    """Return answers to the same prompts, greedy or sampled; a side without an answer is left empty."""
-    old, new = ({plain_text(s.get("prompt")): s for s in side} for side in (before, after))
+def answer_cards(kind: str, before: Sequence[JsonDict], after: Sequence[JsonDict]) -> list[Card]:
+    """Return answers to the same prompts; a side without an answer is left empty.
+
+    Args:
+        kind: greedy, or sampled.
+        before: Answers before training.
+        after: Answers after it.
+    """
+    old, new = (
+        {(plain_text(s.get("prompt")), shown_images(s.get("images")), plain_text(s.get("expected"))): s for s in side}
+        for side in (before, after)
+    )
     out = []
-    for prompt in {**old, **new}:
-        expected = plain_text((old.get(prompt) or new[prompt]).get("expected"))
-        was, now = (plain_text(side.get(prompt, {}).get("output")) for side in (old, new))
-        out.append(Card(kind, "", prompt, expected, was, now, []))
+    for asked in {**old, **new}:
+        prompt, images, expected = asked
+        was, now = (plain_text(side.get(asked, {}).get("output")) for side in (old, new))
+        out.append(Card(kind, "", prompt, expected, was, now, [], images))
     return out
 
 

@@ -103,7 +103,7 @@ def _histories(found: list[JsonDict], model_step: int | None) -> list[AnswerHist
     answered: dict[tuple[str, tuple[str, ...]], list[tuple[int, JsonDict]]] = {}
     for measurement in found:
         for answer in measurement.get("answers") or []:
-            asked = plain_text(answer.get("prompt")), _images(answer.get("images"))
+            asked = plain_text(answer.get("prompt")), shown_images(answer.get("images"))
             answered.setdefault(asked, []).append((int(measurement["step"]), answer))
     out = []
     for (prompt, images), of_prompt in answered.items():
@@ -115,7 +115,7 @@ def _histories(found: list[JsonDict], model_step: int | None) -> list[AnswerHist
     return out
 
 
-def _images(value: Any) -> tuple[str, ...]:
+def shown_images(value: Any) -> tuple[str, ...]:
     """Return the images of an answer; what is no small copy, as the run writes them, is left out."""
     images = value if isinstance(value, list) else []
     return tuple(i for i in images if isinstance(i, str) and len(i) <= LONGEST_IMAGE and _PREVIEW.fullmatch(i))
