@@ -9,7 +9,9 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from lean_run import lean_run
+from lean_run import finished, lean_run
 
 import posttrain
 from posttrain.config import Recipe
@@ -31,6 +33,10 @@ STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.
 """Two-sided 95% points of Student's t by degrees of freedom."""
 
 
+LOCKS: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+"""One for each lean run, by name."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way of training: a shipped recipe with other settings.
@@ -39,7 +45,8 @@ class Arm:
     none, and `task` alone counts), by its metric `measure`. task: an evaluation whose figures are taken after the last
     stage; also: others, whose figures are under their names. lab: whose seeds the base models are of; model: one that
     is the same for all seeds, instead. seeded: settings that depend on the seed, such as the rows. lean: evaluate the
-    last model alone, and keep no weights.
+    last model alone, and keep no weights. uses: lean arms whose last models this one's settings name, as run:NAME; they
+    are run first, with the same seed, and keep those models (`kept`).
     """
 
     name: str
@@ -54,13 +61,15 @@ class Arm:
     seeded: Callable[[int], tuple[str, ...]] = lambda seed: ()
     lean: bool = False
     also: tuple[str, ...] = ()
+    uses: tuple[Arm, ...] = ()
+    kept: bool = False
 
 
 @dataclass(frozen=True)
 class Sweep:
     """Candidates of one arm: (a shorter run that is measured on other rows, the arm if that is the best of them).
 
-    The best has the highest `value` of its task on the first seed.
+    The best has the highest `value`, the mean over its tasks, on the first seed.
     """
 
     candidates: tuple[tuple[Arm, Arm], ...]
@@ -88,7 +97,7 @@ class Curve:
     """Held-out accuracy of one run: (rollouts sampled so far, accuracy) before the first step to after the last.
 
     Of stages that sample nothing the first number is the step. more: the task's figures after the last stage.
-    last_record: the stage's last record with a measurement. stages: their entries in the manifest.
+    last_record: the stage's last record with a measurement. stages: their entries in the manifest. folder: of the run.
     """
 
     points: list[tuple[int, float]]
@@ -96,6 +105,7 @@ class Curve:
     more: dict[str, Any] = field(default_factory=dict)
     last_record: dict[str, Any] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
+    folder: Path = Path()
 
     @property
     def first(self) -> float:
@@ -129,7 +139,11 @@ def run_arm(arm: Arm, seed: int, work: Path) -> Curve:
     Two claims that have an arm in common share its runs. Lean arms take turns in a few processes, which start once.
     """
     source = arm.model or f"{arm.lab}{seed}"
-    recipe = load_recipe(arm.recipe, [f"model.source={source}", f"seed={seed}", *arm.overrides, *arm.seeded(seed)])
+    settings = [f"model.source={source}", f"seed={seed}", *arm.overrides, *arm.seeded(seed)]
+    for used in arm.uses:
+        last_model = str((run_arm(used, seed, work).folder / "model").resolve())
+        settings = [setting.replace(f"run:{used.name}", last_model) for setting in settings]
+    recipe = load_recipe(arm.recipe, settings)
     stages = [s for s in recipe.stages if not arm.keep or s.name in arm.keep]
     tasks = [t for t in recipe.evaluate if t.name in (arm.task, *arm.also)]
     changed = {"stages": stages, "evaluate": tasks, "evaluate_stages": False, "name": "claim", "description": ""}
@@ -141,7 +155,9 @@ def run_arm(arm: Arm, seed: int, work: Path) -> Curve:
     failure = ""
     if arm.lean:
         try:
-            lean_pool().submit(lean_run, str(file), folder).result()
+            with LOCKS[name]:  # arms that use its model ask for it at the same time
+                if not finished(folder, [task.name for task in tasks], arm.kept):
+                    lean_pool().submit(lean_run, str(file), folder, arm.kept).result()
         except Exception as error:  # whatever a run ends with is told with its arm
             failure = f"{type(error).__name__}: {error}"
     else:
@@ -156,7 +172,8 @@ def run_arm(arm: Arm, seed: int, work: Path) -> Curve:
     if failure:
         raise SystemExit(f"{arm.name}, seed {seed} ({file}) failed:\n{failure}")
     seconds = time.perf_counter() - began
-    print(f"  {arm.name}, seed {seed}: {seconds:.0f} s", flush=True)
+    if seconds > 1:  # else it was finished
+        print(f"  {arm.name}, seed {seed}: {seconds:.0f} s", flush=True)
     return read_curve(folder, arm, seconds)
 
 
@@ -190,7 +207,7 @@ def read_curve(folder: Path, arm: Arm, seconds: float) -> Curve:
     manifest = folder / "manifest.json"
     stages = json.loads(manifest.read_text()).get("stages", []) if manifest.exists() else []
     noted = [{k: stage[k] for k in keys if k in stage} for stage in stages]
-    return Curve(points, round(seconds, 1), more, last, noted)
+    return Curve(points, round(seconds, 1), more, last, noted, folder)
 
 
 def run_claim(claim: Claim, seeds: Sequence[int], work: Path, at_once: int) -> dict[str, Any]:
@@ -227,7 +244,7 @@ def run_claim(claim: Claim, seeds: Sequence[int], work: Path, at_once: int) -> d
             }
             for arm in arms
         },
-        "sweeps": {name: curve.more["value"] for name, curve in tried.items()},
+        "sweeps": {name: mean_value(trials[name], curve) for name, curve in tried.items()},
         **claim.judge(curves),
     }
 
@@ -239,7 +256,12 @@ def thinned(points: Sequence[tuple[float, float]], count: int = 30) -> list[tupl
 
 def best_of(sweep: Sweep, tried: Mapping[str, Curve]) -> Arm:
     """Return the arm whose trial has the highest value; of several the first."""
-    return max(sweep.candidates, key=lambda pair: float(tried[pair[0].name].more["value"]))[1]
+    return max(sweep.candidates, key=lambda pair: mean_value(pair[0], tried[pair[0].name]))[1]
+
+
+def mean_value(arm: Arm, curve: Curve) -> float:
+    """Return the mean of an arm's tasks."""
+    return math.fsum(of["value"] for of in (curve.more, *(curve.more[name] for name in arm.also))) / (1 + len(arm.also))
 
 
 def interval(values: Sequence[float]) -> list[float]:

@@ -7,11 +7,30 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 
-def lean_run(file: str, folder: Path) -> None:
-    """Run a recipe in `folder`; what is finished there is not done again."""
+def finished(folder: Path, tasks: Sequence[str], kept: bool) -> bool:
+    """Return True if a lean run has nothing left to do.
+
+    Args:
+        folder: Folder of the run.
+        tasks: Names of its evaluations.
+        kept: It keeps its last model.
+    """
+    measured = all((folder / "evaluations" / "after" / f"{task}.json").exists() for task in tasks)
+    return measured and (folder / "model").is_dir() == kept and (kept or bool(tasks))
+
+
+def lean_run(file: str, folder: Path, kept: bool = False) -> None:
+    """Run a recipe in `folder`; what is finished there is not done again.
+
+    Args:
+        file: The recipe.
+        folder: Folder of the run.
+        kept: Keep the last model.
+    """
     from rich.console import Console
 
     import posttrain
@@ -31,5 +50,5 @@ def lean_run(file: str, folder: Path) -> None:
             evaluate_model(recipe.model.model_copy(update=last), tasks, after, recipe.seed)
         after.mkdir(parents=True, exist_ok=True)
     for path in [*folder.glob("stages/*/*"), folder / "model"]:
-        if path.name in ("model", "adapter", "checkpoints"):
+        if path.name in ("model", "adapter", "checkpoints") and not (kept and path.name != "checkpoints"):
             shutil.rmtree(path, ignore_errors=True)
