@@ -90,7 +90,7 @@ def instruction_tasks(folder: Path) -> list[Path]:
 
 def picture_rows(folder: Path) -> Path:
     """Write a tiny model that reads images, and questions with choices on pictures."""
-    vision.make("llava", folder / "seeing")
+    vision.make("fast_vlm", folder / "seeing")
     rows = []
     for i in range(12):
         vision.picture(i).save(folder / f"{i}.png")

@@ -44,11 +44,12 @@ class Chat:
     def open(cls, config: ModelConfig, **settings: Any) -> Chat:
         """Load the model; `settings` are the fields after `tokenizer`."""
         from posttrain.models.loading import load_model, source_ensemble
+        from posttrain.models.model_types import set_attention
 
         model, tokenizer = load_model(config, inference=source_ensemble(config) is not None)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a soft prompt
         if getattr(base, "_supports_sdpa", False):
-            base.set_attn_implementation("sdpa")
+            set_attention(base, "sdpa")
         return cls(model.eval(), tokenizer, **settings)
 
     def close(self) -> None:

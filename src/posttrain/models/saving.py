@@ -19,6 +19,7 @@ from posttrain.models.adapters import attach_to, merge
 from posttrain.models.compressed_writing import write_compressed
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import base_settings, load_model, open_model, source_adapter
+from posttrain.models.model_types import set_attention
 from posttrain.models.portable_files import NEEDS_NEW, finish_folder
 from posttrain.models.quantization import write_quantization
 
@@ -134,7 +135,7 @@ def _save_adapter(
 def restore_attention(hf: Any) -> None:
     """Let a model compute attention as transformers does, in place of posttrain's ragged attention."""
     base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
-    base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
+    set_attention(base, "sdpa" if base._supports_sdpa else "eager")
 
 
 def gathered(policy: LanguageModel, again: Callable[[], Any]) -> Any:
