@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from posttrain.core.types import Sample
+from posttrain.cpu import library as native
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+native.kernels()  # compiled once, before a test names a cache folder of its own
 
 
 def random_samples(count: int, seed: int = 0, low: int = 5, high: int = 60, vocabulary: int = 250) -> list[Sample]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -55,9 +53,12 @@ def test_the_route_comes_back_after_small_products(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("own", [None, "7"])
-def test_few_compiled_kernels_are_kept_unless_somebody_said_how_many(own: str | None) -> None:
-    code = "from posttrain.cpu import matmul; import os; matmul.matmul_route(); print(os.environ['LRU_CACHE_CAPACITY'])"
-    environment = {k: v for k, v in os.environ.items() if k != "LRU_CACHE_CAPACITY"}
-    environment |= {} if own is None else {"LRU_CACHE_CAPACITY": own}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [own or str(cpu.KERNELS)]
+def test_few_compiled_kernels_are_kept_unless_somebody_said_how_many(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    route = cpu.matmul_route()
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", own or "")  # what the test changes is put back
+    if own is None:
+        monkeypatch.delenv("LRU_CACHE_CAPACITY")
+    monkeypatch.setattr(cpu, "_state", {})  # as in a new process
+    assert cpu.matmul_route() == route and os.environ["LRU_CACHE_CAPACITY"] == (own or str(cpu.KERNELS))

@@ -49,10 +49,18 @@ WEAK = read_cases(Path(__file__).with_name("forged_objects.txt"))
 """With tests that call helpers, read text or objects, or expect exceptions."""
 
 
-@pytest.mark.parametrize("name", FORGED)
-def test_programs_that_solve_nothing_get_nothing(name: str) -> None:
-    assert reward(FORGED[name].program, CHECK, "f") == 0.0
-    assert reward(FORGED[name].program, ASSERTS) == 0.0
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(name, form, marks=[] if (i + j) % 2 else pytest.mark.long)
+        for i, name in enumerate(FORGED)
+        for j, form in enumerate(("function", "lines"))
+    ],
+)
+def test_programs_that_solve_nothing_get_nothing(name: str, form: str) -> None:
+    """By tests that are a function, or that are lines; by the others in the long tests."""
+    tests, entry_point = (CHECK, "f") if form == "function" else (ASSERTS, "")
+    assert reward(FORGED[name].program, tests, entry_point) == 0.0
 
 
 def test_the_same_tests_pay_for_a_solution() -> None:
@@ -113,15 +121,19 @@ REASONS = [
 ]
 
 
-@pytest.mark.parametrize(("program", "tests", "reason"), REASONS)
-def test_the_reason_of_a_failure_is_kept_for_people(program: str, tests: Any, reason: str) -> None:
+def test_the_reason_of_a_failure_is_kept_for_people() -> None:
     """Beside the reward, shortened and on one line; no program can read it."""
     limits = {"seconds": 2, "memory_mb": 256}
     terms = [{"kind": "unit_tests", "name": "tests", "limits": limits}]
-    text = f"```python\n{program}\n```" if program else ""
-    asked = {"test": tests, "entry_point": "f" if tests is CHECK else ""}
+    groups = []
+    for program, tests, _ in REASONS:
+        text = f"```python\n{program}\n```" if program else ""
+        asked = {"test": tests, "entry_point": "f" if tests is CHECK else ""}
+        groups.append(RolloutGroup((1,), asked, [Rollout((), (), "end", text)]))
     with RewardStack(RewardsConfig.model_validate(terms)) as stack:
-        ((answer,),) = (g.rollouts for g in stack([RolloutGroup((1,), asked, [Rollout((), (), "end", text)])]).groups)
-    note = answer.notes.get("tests", "")
-    assert reason in note and bool(note) == (answer.reward == 0.0) and len(note) <= 300 and "\n" not in note
-    assert "\x1b" not in note and "\u202e" not in note
+        scored = stack(groups).groups
+    for (program, _, reason), group in zip(REASONS, scored, strict=True):
+        (answer,) = group.rollouts
+        note = answer.notes.get("tests", "")
+        assert reason in note and bool(note) == (answer.reward == 0.0), program
+        assert len(note) <= 300 and not any(c in note for c in "\n\x1b\u202e"), program
