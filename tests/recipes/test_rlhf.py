@@ -112,7 +112,7 @@ def test_the_page_s_direct_variant_runs(tmp_path: Path) -> None:
     assert 0 <= record["reward/judge"] <= 1 and record["reward"] == record["reward/judge"]
 
 
-@pytest.mark.parametrize("method", ["ppo", "grpo", "online_dpo"])
+@pytest.mark.parametrize("method", [pytest.param("ppo", marks=pytest.mark.long), "grpo", "online_dpo"])
 def test_a_reward_model_teaches_by_other_methods_too(method: str, tmp_path: Path) -> None:
     """What the policy is given is what the reward model that was trained before says of its answers; online DPO's
     second part is a judge."""

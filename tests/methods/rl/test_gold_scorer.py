@@ -54,7 +54,7 @@ def run(folder: Path, **changes: Any) -> Path:
     return posttrain.run(posttrain.Recipe.model_validate(recipe), folder, rewards=rewards).folder / "stages/0-policy"
 
 
-@pytest.mark.parametrize("adapter", [None, {"r": 4}])
+@pytest.mark.parametrize("adapter", [pytest.param(None, marks=pytest.mark.long), {"r": 4}])
 def test_both_are_measured_on_the_same_samples(tmp_path: Path, adapter: dict[str, int] | None) -> None:
     stage = run(tmp_path / "run", adapter=adapter)
     assert rollout_steps(stage / "gold") == [0, 2, 3]  # before, every second step, after the last
