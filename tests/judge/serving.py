@@ -205,11 +205,3 @@ class Proxy:
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
-
-
-def environment() -> dict[str, str]:
-    """For a process that imports posttrain from where this one does."""
-    import posttrain
-
-    source = str(Path(posttrain.__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.getcwd(), os.environ.get("PYTHONPATH", "")])}

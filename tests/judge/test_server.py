@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -28,7 +24,8 @@ from posttrain.sampling.openai_client import Server, _Limits, retry_after
 from posttrain.sampling.openai_sampler import OpenAISampler
 from posttrain.sampling.protocol import Request
 from posttrain.trainer.stage import StageContext
-from tests.judge.serving import PAIRS, Fault, Proxy, environment
+from tests import warm
+from tests.judge.serving import PAIRS, Fault, Proxy
 
 
 @contextmanager
@@ -246,13 +243,8 @@ def test_what_the_server_refuses_or_nobody_can_read_is_left_out_and_counted(
             assert len(proxy.asked) == total and cost["questions"] == 72
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from tests.judge.test_server import compare, config
-url, model, store = sys.argv[1:]
-compare(config(url, Path(model), Path(store), server={"concurrency": 3}))
-"""
+def ask(url: str, model: Path, store: Path) -> None:
+    compare(config(url, model, store, server={"concurrency": 3}))
 
 
 @pytest.mark.slow
@@ -260,13 +252,13 @@ def test_a_run_killed_in_the_middle_goes_on(server: str, judge_folder: Path, loc
     """SIGKILL once nine requests are under way or done: what was answered is not asked again."""
     store = tmp_path / "judge.sqlite3"
     with proxied(server, delay=0.15) as proxy:
-        arguments = [sys.executable, "-c", KILLED, proxy.url, str(judge_folder), str(store)]
-        process = subprocess.Popen(arguments, env=environment())
+        process = warm.CONTEXT.Process(target=ask, args=(proxy.url, judge_folder, store))
+        process.start()
         while len(proxy.passed) < 9:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         time.sleep(0.5)
         before = len(proxy.passed)
         proxy.delay = 0.0

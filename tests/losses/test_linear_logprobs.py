@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
+from posttrain.cpu.matmul import tune
 from posttrain.losses import linear_logprobs as logprobs
 from posttrain.losses.gradient_accumulation import added_in_place
 from posttrain.losses.linear_logprobs import Head, linear_cross_entropy, linear_logprobs
+from tests import warm
 
 
 @pytest.fixture(autouse=True)
@@ -183,42 +184,37 @@ def test_cross_entropy_gives_its_gradients_once() -> None:
         loss.backward()
 
 
-MEMORY = """
-import json, os, pathlib, sys, torch
-from posttrain.losses.linear_logprobs import Head, linear_cross_entropy, linear_logprobs
-from posttrain.cpu.matmul import tune
-tune()
-def peak(n, how):
-    v, size = 32_000, 8
-    h, w = torch.randn(n, size).requires_grad_(), torch.randn(v, size).requires_grad_()
-    y = torch.randint(0, v, (n,))
-    if how == "ce":
-        linear_cross_entropy(h, Head(w), y, torch.ones(n))[0].backward()
-    elif how == "lp":
-        lp, e = linear_logprobs(h, Head(w), y, entropy=True)
-        (lp + e).sum().backward()
-    else:
-        torch.nn.functional.cross_entropy(h @ w.t(), y).backward()
-    # not ru_maxrss, which begins with what the process had that started this one
-    (peak,) = (x for x in pathlib.Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    print(int(peak.split()[1]) / 1024, flush=True)
-for n, how in json.loads(sys.argv[1]):
-    if not os.fork():  # each in a process of its own, all with the same imports
-        peak(n, how)
-        os._exit(0)
-    assert os.wait()[1] == 0
-"""
+def measure_peaks(cases: list[tuple[int, str]]) -> None:
+    """Print the peak memory of each case in MiB; each in a process of its own, all with the same imports."""
+    tune()
+    for n, how in cases:
+        if not os.fork():
+            v, size = 32_000, 8
+            h, w = torch.randn(n, size).requires_grad_(), torch.randn(v, size).requires_grad_()
+            y = torch.randint(0, v, (n,))
+            if how == "ce":
+                linear_cross_entropy(h, Head(w), y, torch.ones(n))[0].backward()
+            elif how == "lp":
+                lp, e = linear_logprobs(h, Head(w), y, entropy=True)
+                (lp + e).sum().backward()
+            else:
+                torch.nn.functional.cross_entropy(h @ w.t(), y).backward()
+            # not ru_maxrss, which begins with what the process had that started this one
+            (peak,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+            print(int(peak.split()[1]) / 1024, flush=True)
+            os._exit(0)
+        assert os.wait()[1] == 0
 
 
-def test_peak_memory_is_free_of_positions_times_vocabulary() -> None:
+def test_peak_memory_is_free_of_positions_times_vocabulary(tmp_path: Path) -> None:
     """3,000 positions more would be 366 MiB of logits; the hidden states and their gradients are 0.2 MiB.
 
     The fewer are too many to be kept for backward. Plainly computed, 2,000 positions more are 244 MiB.
     """
     assert 4 * 2_200 * 32_000 > logprobs.KEPT_BYTES["cpu"]
     cases = [(n, how) for how in ("ce", "lp") for n in (2_200, 5_200)] + [(200, "plain"), (2_200, "plain")]
-    command = [sys.executable, "-c", MEMORY, json.dumps(cases)]
-    peaks = [float(x) for x in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
+    warm.run(measure_peaks, cases, folder=tmp_path)
+    peaks = [float(x) for x in (tmp_path / "log").read_text().split()]
     cross_entropy, likelihoods, plain = (many - few for few, many in zip(peaks[::2], peaks[1::2], strict=True))
     assert max(cross_entropy, likelihoods) < 120 and plain > 240, peaks
 
