@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from posttrain.cli.arguments import TrustRemoteCode, named_model
 from posttrain.core.errors import ModelError
 from posttrain.core.visible_text import visible
+
+if TYPE_CHECKING:
+    from posttrain.methods.merge.merge_settings import MergeConfig
 
 
 def merge_command(
@@ -30,6 +33,14 @@ def merge_command(
     confidence: Annotated[
         str | None, typer.Option(help="With --ensemble: entropy or max_probability, for weights at every token.")
     ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(help="In place of an algorithm: prompts, random or zeros, the routers of a mixture of experts."),
+    ] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option(help="With --experts prompts: rows of each model, in the order of the models.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="With --experts: experts that compute each token.")] = 2,
     weights: Annotated[str | None, typer.Option(help="A weight for each model, such as 1,0.5.")] = None,
     setting: Annotated[
         list[str] | None, typer.Option(help="Setting of the algorithm as KEY=VALUE, such as density=0.5; repeatable.")
@@ -46,43 +57,34 @@ def merge_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Merge models into one, or pool what several say, without training."""
-    from pydantic import ValidationError
-
     from posttrain.methods.merge.merge import Merge
-    from posttrain.methods.merge.merge_settings import MergeConfig
     from posttrain.trainer.stage import StageContext
 
     if output.exists():
         raise ModelError(f"{output} exists already: name another folder, or remove it first")
-    if ensemble is not None and (algorithm is not None or setting):
-        raise ModelError("--ensemble pools distributions and merges no weights: leave --algorithm and --setting out")
+    if prompts and experts != "prompts":
+        raise ModelError("--prompts are for routers from prompts: add --experts prompts")
     if confidence is not None and ensemble is None:
         raise ModelError("--confidence is a setting of --ensemble: add --ensemble arithmetic or geometric")
-    algorithm = algorithm or "linear"
-    if base is None and algorithm not in AVERAGES:
+    ways = {
+        "ensemble": None if ensemble is None else {"pool": ensemble, "confidence": confidence},
+        "experts": None if experts is None else {"router": experts, "top_k": top_k},
+    }
+    if base is None and (algorithm or "linear") not in AVERAGES:
         raise ModelError(f"{algorithm} merges changes from a base: name it with --base")
     start = named_model(models[0] if base is None else base, "cpu", trust_remote_code)
     for model in models:
         named_model(model, "cpu", trust_remote_code)
-    try:
-        way: dict[str, Any] = {"algorithm": {"name": algorithm, **_settings(setting or [])}}
-        if ensemble is not None:
-            way = {"ensemble": {"pool": ensemble, "confidence": confidence}}
-        config = MergeConfig.model_validate(
-            {
-                "models": _weighted(models, weights),
-                **way,
-                "tokenizer": tokenizer,
-                "chat_template": chat_template,
-                "dtype": dtype,
-                "adapter": None if adapter_rank is None else {"rank": adapter_rank},
-            }
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise ModelError(f"{place}: {message}" if place else message) from error
+    config = _checked(
+        {
+            "models": _listed(models, weights, prompts or []),
+            **_way(ways, algorithm, setting or []),
+            "tokenizer": tokenizer,
+            "chat_template": chat_template,
+            "dtype": dtype,
+            "adapter": None if adapter_rank is None else {"rank": adapter_rank},
+        }
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.writing-") as work:
         done = Merge(config, StageContext(None, None)).run(start, Path(work), seed)
@@ -96,13 +98,41 @@ AVERAGES = ("linear", "slerp", "multi_slerp", "karcher")
 """Algorithms that need no base."""
 
 
-def _weighted(models: list[str], weights: str | None) -> list[dict[str, Any]]:
-    if weights is None:
-        return [{"source": model} for model in models]
-    numbers = weights.split(",")
-    if len(numbers) != len(models):
-        raise ModelError(f"--weights has {len(numbers)} numbers, and there are {len(models)} models")
-    return [{"source": model, "weight": number.strip()} for model, number in zip(models, numbers, strict=True)]
+def _way(others: dict[str, Any], algorithm: str | None, setting: list[str]) -> dict[str, Any]:
+    """Return the setting that says how the models become one: an algorithm, unless another way is given."""
+    given = {name: value for name, value in others.items() if value is not None}
+    if len(given) > 1:
+        raise ModelError("--ensemble and --experts make models in two ways: give one of them")
+    if given and (algorithm is not None or setting):
+        raise ModelError(f"--{next(iter(given))} stands in place of an algorithm: leave --algorithm and --setting out")
+    return given or {"algorithm": {"name": algorithm or "linear", **_settings(setting)}}
+
+
+def _checked(values: dict[str, Any]) -> MergeConfig:
+    """Return checked settings; what is wrong with them becomes the command's error."""
+    from pydantic import ValidationError
+
+    from posttrain.methods.merge.merge_settings import MergeConfig
+
+    try:
+        return MergeConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise ModelError(f"{place}: {message}" if place else message) from error
+
+
+def _listed(models: list[str], weights: str | None, prompts: list[str]) -> list[dict[str, Any]]:
+    """Return the settings of each model; an option that is given has as many values as there are models."""
+    listed: list[dict[str, Any]] = [{"source": model} for model in models]
+    for name, values in (("weight", [] if weights is None else weights.split(",")), ("prompts", prompts)):
+        if values and len(values) != len(models):
+            option = "--weights has" if name == "weight" else "--prompts was given"
+            raise ModelError(f"{option} {len(values)} values, and there are {len(models)} models")
+        for model, value in zip(listed, values, strict=False):
+            model[name] = value.strip() if name == "weight" else {"source": value}
+    return listed
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:

@@ -73,6 +73,8 @@ class Ensemble(nn.Module):
         if any(SoftPrompt.of(member) is not None for member in members):
             raise ModelError("a model with a soft prompt can't be a member of an ensemble: its positions are others")
         plain = [m.get_base_model() if hasattr(m, "get_base_model") else m for m in members]
+        if len(dtypes := {str(m.dtype).removeprefix("torch.") for m in plain}) > 1:
+            raise ModelError(f"members of {' and '.join(sorted(dtypes))}: an ensemble is computed in one dtype")
         self.members: Any = nn.ModuleList(plain)
         self.pool, self.confidence = pool, confidence
         self.decoder = _Decoders(plain)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from posttrain.cli.main import app
 from posttrain.config import ModelConfig, Recipe, SamplingConfig
+from posttrain.config.pooling import check_pool
 from posttrain.core.errors import ModelError
 from posttrain.core.types import Sample
 from posttrain.eval.likelihood_tasks import score
@@ -228,6 +229,11 @@ def test_what_can_not_be_pooled(written: Path, tmp_path: Path) -> None:
     config = MergeConfig.model_validate({"ensemble": {}, "models": ["base", str(other)]})
     with pytest.raises(ModelError, match="differs from the ensemble's: 1 tokens more .'<new>'.*merge weights"):
         Merge(config, StageContext(None, None)).run(base, tmp_path, 0)
+    with pytest.raises(ValueError, match="must be finite"):
+        check_pool([1.0, float("inf")], "arithmetic", None)
+    members = [tiny_model("llama"), tiny_model("llama").to(torch.bfloat16)]
+    with pytest.raises(ModelError, match="members of bfloat16 and float32"):
+        Ensemble(members)
     for settings, message in (
         ({"algorithm": "linear"}, "set one of algorithm and ensemble"),
         ({"dtype": "float16"}, "writes no weights .* leave dtype out"),

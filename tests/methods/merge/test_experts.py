@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from posttrain.cli.main import app
 from posttrain.config import ModelConfig
 from posttrain.core.errors import ModelError
 from posttrain.core.files import write_lines
@@ -128,6 +130,25 @@ def test_routers_are_trained_alone(tmp_path: Path) -> None:
     assert [n for n, p in tied.named_parameters() if p.requires_grad] == ["model.embed_tokens.weight"]
     with pytest.raises(ValueError, match="train selects weights of the model, and an adapter"):
         SFTConfig.model_validate({"data": rows, "train": ["*.mlp.gate"], "adapter": {}})
+
+
+def test_the_command_writes_what_a_stage_writes(tmp_path: Path) -> None:
+    base, other = write(tmp_path, "llama", 0), write(tmp_path, "llama", 1)
+    rows = [str(tmp_path / name) for name in ("first.jsonl", "second.jsonl")]
+    write_lines(tmp_path / "first.jsonl", [{"text": "ab cd"}, {"text": "e"}])
+    write_lines(tmp_path / "second.jsonl", [{"text": "xyz"}])
+    models = [
+        {"source": s, "weight": w, "prompts": {"source": p}}
+        for s, w, p in zip([base, other], (1, 3), rows, strict=True)
+    ]
+    expected, _ = mix(tmp_path / "stage", base, experts={"top_k": 1}, models=models)
+    arguments = ["--experts", "prompts", "--top-k", "1", "--weights", "1,3", "--prompts", rows[0], "--prompts", rows[1]]
+    done = CliRunner().invoke(app, ["merge", base, other, "--output", str(tmp_path / "m"), *arguments])
+    assert done.exit_code == 0, done.output
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert found.config.num_experts_per_tok == 1
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
 
 
 def test_what_can_not_become_experts(tmp_path: Path) -> None:

@@ -342,7 +342,11 @@ def test_the_command(make: Maker, tmp_path: Path) -> None:
 
     assert "name it with --base" in run("--algorithm", "ties").output
     assert "dense" in run("--base", make(0), "--algorithm", "ties", "--setting", "dense=0.5").output
-    assert "3 numbers, and there are 2 models" in run("--weights", "1,2,3").output
+    assert "3 values, and there are 2 models" in run("--weights", "1,2,3").output
+    assert "leave --algorithm" in run("--experts", "zeros", "--algorithm", "linear").output
+    assert "give one of them" in run("--experts", "zeros", "--ensemble", "arithmetic").output
+    assert "add --experts prompts" in run("--experts", "zeros", "--prompts", "rows.jsonl").output
+    assert "--prompts was given 1 values" in run("--experts", "prompts", "--prompts", "rows.jsonl").output
     refused = run("--algorithm", "slerp", "--weights", "1,2").output
     assert "slerp takes no weights" in refused and "Value error" not in refused
     done = run("--base", make(0), "--algorithm", "task_arithmetic", "--setting", "scale=0.5", "--weights", "1,0.5")
