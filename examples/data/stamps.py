@@ -5,7 +5,7 @@
 The stamps are for children, and are GPL-2: they are fetched by apt-get and unpacked, not installed, and no part of
 posttrain. FOLDER then has small pictures on white squares and JSONL files with prompt, completion and image:
 
-    train_captions.jsonl, train.jsonl                    names and captions alone; all questions
+    train_captions.jsonl, train_kinds.jsonl, train.jsonl names and captions; kinds; all questions
     held_out/captions.jsonl                              names and captions
     held_out/{names,kinds,is_it,is_kind,languages}.jsonl questions with choices
     wrong_picture/...                                    the same questions, with the picture of another thing
@@ -281,6 +281,7 @@ def write_rows(stamps: Sequence[Stamp], folder: Path) -> dict[str, int]:
     trained, held_out = (sorted(part, key=lambda s: s.order) for part in split(stamps))
     asked = questions(trained)
     files = {"train_captions": captions(trained)}
+    files["train_kinds"] = asked["kinds"]
     files["train"] = [*files["train_captions"], *(r for name in asked if name != "names" for r in asked[name])]
     tests = {"captions": captions(held_out), **questions(held_out)}
     files |= {f"held_out/{name}": rows for name, rows in tests.items()}

@@ -78,9 +78,10 @@ def test_questions_have_no_answer_without_the_picture(tmp_path: Path) -> None:
 
 
 def sources() -> list[str]:
-    """Return the sources of data that the recipe names."""
-    recipe = load_recipe("vision")
-    return [part.data.source for part in (*recipe.stages, *recipe.evaluate)]
+    """Return the sources of data that the recipes name."""
+    recipe, rl = load_recipe("vision"), load_recipe("vision_grpo")
+    parts = (*recipe.stages, *recipe.evaluate, *rl.evaluate, rl.stages[0].problems, rl.stages[0].held_out.problems)
+    return [part.data.source for part in parts]
 
 
 def test_without_apt_the_command_says_what_it_needs(

@@ -65,7 +65,7 @@ def tiny_judge(where: str, chats: Path) -> list[str]:
     return [f"{where}.model.source=tiny:llama", f"{where}.store={chats.with_name('judge.sqlite3')}"]
 
 
-def rl_overrides(stage: RLConfig | OnlineDPOConfig) -> list[str]:
+def rl_overrides(stage: RLConfig | OnlineDPOConfig, pictures: Path) -> list[str]:
     """Two small steps of a stage that samples and trains."""
     given = ["steps=2", "prompts_per_step=2", "group_size=2"]
     if str(getattr(stage.problems, "data", None) and stage.problems.data.source).startswith("stage:"):
@@ -73,6 +73,9 @@ def rl_overrides(stage: RLConfig | OnlineDPOConfig) -> list[str]:
     else:
         of_rows = stage.held_out.problems.data.source if stage.held_out.problems.kind == "rows" else None
         few = "size=8" if of_rows is None else f"data.rows={[0, 8] if 'lab:' in of_rows else [9000, 9008]}"
+        if str(of_rows).startswith("data/stamps/"):
+            given += [f"{part}problems.data.source={pictures}" for part in ("", "held_out.")]
+            few, given = "data.rows=[8, 12]", [*given, "problems.data.rows=[0, 8]"]
     turns = isinstance(stage, RLConfig) and stage.environment is not None and stage.environment.kind == "refine"
     given += [f"sampler.max_tokens={60 if turns else 6}", f"held_out.problems.{few}"]
     given += ["environment.stop=[a, e, i, o, u, r, s, t]"] if turns else []
@@ -161,12 +164,12 @@ def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
     """A tiny model, two steps, small evaluations; everything else as shipped."""
     recipe = posttrain.load_recipe(name)
     given = ["model.source=tiny:llama", *few_rows(recipe.model_dump())]
-    if name == "vision":
+    if name.startswith("vision"):
         chats = picture_rows(chats.parent)
         given = [f"model.source={chats.with_name('seeing')}"]
     for i, stage in enumerate(recipe.stages):
         if isinstance(stage, RLConfig | OnlineDPOConfig):
-            own = rl_overrides(stage)
+            own = rl_overrides(stage, chats)
         else:
             made = maker_overrides(stage, chats, teacher)
             own = row_overrides(stage, chats) if made is None else made

@@ -152,7 +152,7 @@ def test_every_recipe_runs_two_steps(name: str, tmp_path: Path, chats: Path) -> 
         load_model(ModelConfig(source=str(result.model)))
     elif makes_model:
         base = tiny_model("llama") if soft else None
-        opens = AutoModelForImageTextToText if name == "vision" else AutoModelForCausalLM
+        opens = AutoModelForImageTextToText if name.startswith("vision") else AutoModelForCausalLM
         PeftModel.from_pretrained(base, result.model) if soft else opens.from_pretrained(result.model)
 
 
