@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def test_a_mixture_of_one_model_is_that_model(tmp_path: Path, kind: str, mixture
     base = write(tmp_path, kind, 0, **changes)
     found, entry = mix(tmp_path, base, experts={"router": "random", "top_k": 2}, models=["base", base, base])
     assert found.config.model_type == mixture and entry["merged"]["algorithm"] == f"experts ({mixture})"
+    assert json.loads((tmp_path / "model/config.json").read_text())["architectures"] == [type(found).__name__]
     dense = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
     torch.testing.assert_close(found(TOKENS).logits, dense(TOKENS).logits, atol=1e-5, rtol=0)
     if kind == "llama":

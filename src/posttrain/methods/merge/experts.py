@@ -154,6 +154,7 @@ def mixture_settings(settings: Any, base: StoredModel, config: MergeConfig) -> A
         config: Settings of the stage.
     """
     from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     assert config.experts is not None
     kind, experts = mixture_of(base), config.experts
@@ -169,5 +170,5 @@ def mixture_settings(settings: Any, base: StoredModel, config: MergeConfig) -> A
     if kind == "qwen2_moe":
         values["shared_expert_intermediate_size"] = shared_width(min(settings.intermediate_size, settings.hidden_size))
     made = target(**values)
-    made.architectures = None
+    made.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]  # vLLM knows a model by this name alone
     return made
