@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from posttrain.losses.controllers import adaptive_kl, toward_entropy
+from posttrain.losses.controllers import adaptive_kl, smoothed, toward_entropy
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,9 @@ def test_a_temperature_finds_the_entropy_of_a_distribution() -> None:
         for _ in range(60):
             temperature = toward_entropy(temperature, entropy(temperature), 0.9, low=0.3, high=2.0)
         assert entropy(temperature) == pytest.approx(0.9, abs=0.01)
+
+
+def test_smoothed_by_hand() -> None:
+    assert smoothed(None, 3.0) == 3.0
+    assert smoothed(smoothed(smoothed(None, 1.0), 2.0), 0.0) == pytest.approx(0.96)  # 1, 1.2, 0.96
+    assert smoothed(4.0, 1.0, share=1.0) == 1.0

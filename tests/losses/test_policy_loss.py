@@ -113,6 +113,9 @@ def test_importance_by_hand() -> None:
     assert policy.truncated_importance(learner, sampler, 1.5, index, lengths)[0].tolist() == pytest.approx(
         [1.5, 1.5, 1]
     )
+    masked, metrics = policy.truncated_importance(learner, sampler, 3.0, mask=True)
+    assert masked.tolist() == pytest.approx([0, 0.5, 1]) and float(metrics["importance_truncated"]) == 1
+    assert policy.truncated_importance(learner, sampler, 1.5, index, lengths, mask=True)[0].tolist() == [0, 0, 1]
 
 
 def test_sequence_ratios_by_hand() -> None:

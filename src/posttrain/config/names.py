@@ -202,6 +202,7 @@ RENAMED = {
     "importance_cap": "importance_sampling_cap",
     "vllm_importance_sampling_cap": "importance_sampling_cap",
     "tis_imp_ratio_cap": "importance_sampling_cap",
+    "vllm_importance_sampling_mode": "importance_sampling_mode",
     "mask_truncated_completions": "mask_truncated",
     "redraws": "exploration.dynamic_sampling",
     "filter_groups": "exploration.dynamic_sampling",

@@ -14,11 +14,11 @@ from posttrain.config.open_functions import open_function
 from posttrain.config.open_kinds import unknown_name
 from posttrain.config.problems import ProblemsConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
+from posttrain.config.rollout_sampler import RolloutSamplerConfig
 from posttrain.config.settings import (
     NAME,
     Config,
     OptimizerConfig,
-    SamplerConfig,
     SamplingConfig,
     TrainConfig,
 )
@@ -137,7 +137,7 @@ class RolloutConfig(TrainConfig):
     problems: ProblemsConfig
     rewards: RewardsConfig
     held_out: HeldOutConfig | None = None
-    sampler: SamplerConfig = SamplerConfig()
+    sampler: RolloutSamplerConfig = RolloutSamplerConfig()
     prompts_per_step: int = Field(8, ge=1, description="Prompts per step.")
     group_size: int = Field(8, ge=1, description="Completions of each prompt (G).")
     steps: int = Field(100, ge=1, description="Batches of rollouts.")
@@ -249,6 +249,15 @@ class RLConfig(RolloutConfig):
     importance_sampling_cap: float | None = Field(
         None, gt=0, description="Upper bound of importance weights that correct for the sampler's numbers. None: none."
     )
+    importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
+        "token_truncate",
+        description="Weights of tokens, or of whole sequences; above the cap they are held there, or left out of the loss.",
+    )
+    max_mismatch_kl: float | None = Field(
+        None,
+        gt=0,
+        description="Nats per token (mismatch_kl, over about the last five steps) that the sampler and the learner may differ by; above, the stage stops. None: any.",
+    )
     exploration: ExplorationConfig = ExplorationConfig()
 
     @field_validator("method")
@@ -302,6 +311,10 @@ class RLConfig(RolloutConfig):
                 f"{', '.join(clip)}: with one update per batch the ratio is 1 and nothing is clipped. Leave out, or set "
                 "mini_batches or ppo_epochs above 1"
             )
+        if self.importance_sampling_cap is None and self.importance_sampling_mode != "token_truncate":
+            yield "importance_sampling_mode would do nothing: there are no weights unless importance_sampling_cap is set"
+        if self.max_mismatch_kl is not None and (cut := truncating_setting(self.sampler)) is not None:
+            yield f"max_mismatch_kl needs log-probabilities of whole distributions: leave out sampler.{cut}"
         if self.clip.dual and self.policy_loss.name == "cispo":
             yield "clip.dual bounds a ratio's loss, and cispo's weight is bounded already: leave it out"
 

@@ -39,5 +39,9 @@ class NonFiniteError(PosttrainError, ArithmeticError):
     """Loss or gradient stayed infinite or not-a-number for several steps in a row."""
 
 
+class MismatchError(PosttrainError, ArithmeticError):
+    """Sampler and learner compute different probabilities, by more than a recipe allows."""
+
+
 class MissingExtraError(PosttrainError, ImportError):
     """An optional dependency is needed and not installed."""

@@ -59,6 +59,17 @@ def toward_entropy(
     return max(low, min(high, value * (1 + gain * max(-HELD, min(HELD, 1 - entropy / target)))))
 
 
+def smoothed(before: float | None, measured: float, share: float = 0.2) -> float:
+    """Compute an exponential mean, m' = m + share (x - m): of about the last 1 / share measurements.
+
+    Args:
+        before: m. None: this is the first measurement, and the result.
+        measured: x.
+        share: Weight of the newest measurement, above 0 and at most 1.
+    """
+    return measured if before is None else before + share * (measured - before)
+
+
 def _check(value: float, measured: float, target: float, gain: float) -> None:
     if not (target > 0 and gain > 0):
         raise ValueError(f"target and gain must be positive, and are {target} and {gain}")

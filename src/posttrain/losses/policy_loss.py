@@ -202,13 +202,16 @@ def truncated_importance(
     cap: float = 2.0,
     sequence_N: Tensor | None = None,
     lengths_R: Tensor | None = None,
+    *,
+    mask: bool = False,
 ) -> tuple[Tensor, Metrics]:
     """Compute weights min(pi_learner / pi_sampler, cap), which correct for a sampler with other numbers.
 
-    Shape N, constants.
+    Shape N, constants. With `mask` a weight above the cap is 0 instead: the token, or the sequence, has no gradient.
 
     Multiply the policy loss by the weights. Source: Ionides 2008 (truncated importance sampling); IMPALA's rho and c,
-    arXiv 1802.01561. Where both agree, weights are 1 and the other metrics 0.
+    arXiv 1802.01561; masked: IcePop, arXiv 2510.18855 (which has a lower bound too). Where both agree, weights
+    are 1 and the other metrics 0.
 
     Args:
         learner_logprobs_N: The learner's, at the weights that sampled.
@@ -217,9 +220,10 @@ def truncated_importance(
         sequence_N: If this and lengths_R are given, each token gets the weight of its whole sequence (product over
             tokens).
         lengths_R: Tokens of each sequence.
+        mask: Leave out what exceeds the cap, rather than hold it there.
 
     Returns:
-        (weights_N, metrics): importance (the weights), importance_truncated (tokens held at the cap), mismatch (|log
+        (weights_N, metrics): importance (the weights), importance_truncated (tokens above the cap), mismatch (|log
         difference|, nats) and mismatch_kl (KL(sampler || learner), k3).
     """
     learner_N, sampler_N = learner_logprobs_N.detach(), sampler_logprobs_N.detach()
@@ -228,7 +232,7 @@ def truncated_importance(
         raw_N = token_ratio(learner_N, sampler_N)
     else:
         raw_N = sequence_ratio(learner_N, sampler_N, sequence_N, lengths_R, mean=False)
-    weights_N = raw_N.clamp(max=cap)
+    weights_N = raw_N.masked_fill(raw_N > cap, 0.0) if mask else raw_N.clamp(max=cap)
     return weights_N, {
         "importance": weights_N.sum(),
         "importance_truncated": (raw_N > cap).sum(),

@@ -35,7 +35,9 @@ class SamplerWorker(Protocol):
     """
 
     version: int
-    context: int
+
+    @property
+    def context(self) -> int: ...  # a plain attribute serves as well
 
     def update(self, version: int, weights: Mapping[str, Tensor]) -> None:
         """Replace weights; returns once the worker has them, or once the tensors may be changed.

@@ -12,6 +12,7 @@ import torch
 
 from posttrain.config import RLConfig, SystemsConfig
 from posttrain.config.rl import RL_PRESETS
+from posttrain.core.errors import MismatchError
 from posttrain.core.progress import Phases, Track
 from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt
@@ -265,7 +266,8 @@ def test_every_method_takes_a_step_and_keeps_its_rollouts(method: str, tmp_path:
 def test_an_int8_cache_is_a_sampler_with_other_numbers(tmp_path: Path) -> None:
     """Ratios start at the learner's own log-probabilities, and weights of importance correct for the sampler's."""
     sampler = {"max_tokens": MAX, "kv_cache": "int8"}
-    config = settings("grpo", mini_batches=2, sampler=sampler, importance_sampling_cap=2.0)
+    weights = {"importance_sampling_cap": 2.0, "importance_sampling_mode": "token_mask"}
+    config = settings("grpo", mini_batches=2, sampler=sampler, max_mismatch_kl=0.01, **weights)
     trainer = work(config, tmp_path)
     batch = collect(trainer, 0)[1]
     own = sequence_outputs(config, batch.sequences, trainer.learner.model)[0]
@@ -274,6 +276,10 @@ def test_an_int8_cache_is_a_sampler_with_other_numbers(tmp_path: Path) -> None:
         assert torch.equal(old, mine) and 0 < float((old - sampled).abs().max()) < 0.1
     metrics = trainer.step(0, Track("t", 1, shown=False)).metrics
     assert 1e-5 < metrics["mismatch"] < 0.02 and 0 < abs(metrics["importance"] - 1) < 0.02
+    assert trainer.state_dict()["mismatch"] == metrics["mismatch_kl"]
+    trainer.config = config.model_copy(update={"max_mismatch_kl": 1e-12})
+    with pytest.raises(MismatchError, match="differ by .* up to step 2"):
+        trainer.step(1, Track("t", 1, shown=False))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_sampler(config)

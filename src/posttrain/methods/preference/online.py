@@ -66,5 +66,6 @@ class OnlineDPO(RolloutStage):
         needed = objective(config).preset.reference
         reference = frozen_reference(config, policy, run, needed)
         learner = Learner(policy.policy, config.optimizer, config.systems, config.steps)
-        rollouts = open_rollouts(config, policy, self.prompts, run, self.context.functions, reference=reference)
+        functions = self.context.functions
+        rollouts = open_rollouts(config, policy, self.prompts, run, functions, learner=learner, reference=reference)
         return OnlinePairTrainer(config, learner, *rollouts, reference if needed else None)

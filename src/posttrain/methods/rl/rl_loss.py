@@ -91,6 +91,26 @@ def ratio_of(
     return whole(logprobs_N, old_N, sequence_N, lengths_R, mean=kind == "sequence-mean")
 
 
+def importance_weights(
+    settings: RLConfig, learner_N: Tensor, sampler_N: Tensor, sequence_N: Tensor, lengths_R: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the weights that correct for the sampler's probabilities, and their metrics.
+
+    Args:
+        settings: Settings of the step, with a cap.
+        learner_N: The learner's log-probabilities, at the weights that sampled.
+        sampler_N: The sampler's.
+        sequence_N: Number of the sequence of each token.
+        lengths_R: Tokens of each sequence.
+    """
+    cap = settings.importance_sampling_cap
+    assert cap is not None
+    level, _, above = settings.importance_sampling_mode.partition("_")
+    whole = (sequence_N, lengths_R) if level == "sequence" else (None, None)
+    weights, sums = formulas.truncated_importance(learner_N, sampler_N, cap, *whole, mask=above == "mask")
+    return weights, {name: value for name, value in sums.items() if name.startswith("importance")}
+
+
 def policy_gradient_loss(batch: TrainingBatch, fresh: bool, extremes: Extremes) -> LossFunction:
     """Return the loss of one optimizer step on all of a batch.
 
@@ -110,7 +130,7 @@ def policy_gradient_loss(batch: TrainingBatch, fresh: bool, extremes: Extremes) 
     written = torch.tensor([s.length for s in sequences])
     divisor, tokens = denominator(kind, written), denominator("token", written)
     want = "logprobs" if settings.critic is None else "values"
-    cap, beta = settings.importance_sampling_cap, 0.0 if settings.kl.where == "reward" else settings.kl.coefficient
+    beta = 0.0 if settings.kl.where == "reward" else settings.kl.coefficient
     divergence = settings.kl.estimator.load(KL_ESTIMATORS)
     comparable = fresh and truncating_setting(settings.sampler) is None  # of the same distribution
 
@@ -141,10 +161,9 @@ def policy_gradient_loss(batch: TrainingBatch, fresh: bool, extremes: Extremes) 
         found = loss_of(inputs)
         values, sums = found if isinstance(found, tuple) else (found, {})
         metrics = dict(sums)
-        if cap is not None:
-            importance, more = formulas.truncated_importance(old, sampled, cap)
-            values = values * importance
-            metrics |= {k: v for k, v in more.items() if k.startswith("importance")}
+        if settings.importance_sampling_cap is not None:
+            importance, more = importance_weights(settings, old, sampled, sequence, lengths)
+            values, metrics = values * importance, metrics | more
         if beta:
             assert batch.logprobs.reference is not None
             penalty = beta * divergence(logprobs, flat(batch.logprobs.reference))

@@ -49,12 +49,14 @@ class RolloutStage(Stage):
         from posttrain.data.held_out_rows import drop_training_overlap
         from posttrain.data.prompts import load_prompts
         from posttrain.rewards.stack import RewardStack
+        from posttrain.sampling.open_workers import check_backend
 
         config: RolloutConfig = self.config
         context, name, held_out = self.context, self.config.name, config.held_out
         if context.functions is not None:  # a reward that can't be built is known before an earlier stage trains
             answered_by = getattr(config, "environment", None)
             RewardStack(config.rewards, context.functions, context.tokenizer, environment=answered_by).close()
+            check_backend(config.sampler)
             if held_out is not None and held_out.gold is not None:
                 RewardStack([held_out.gold], context.functions, context.tokenizer, environment=answered_by).close()
         images = getattr(config, "environment", None) is None  # environments write their turns as text
@@ -131,5 +133,7 @@ class PolicyGradient(RolloutStage):
         reference = frozen_reference(config, policy, run, needed=penalty)
         hooks = hooks_of(config, len(self.prompts.trained), run.seed)
         functions = self.context.functions
-        rollouts = open_rollouts(config, policy, self.prompts, run, functions, hooks=hooks, reference=reference)
+        rollouts = open_rollouts(
+            config, policy, self.prompts, run, functions, learner=learner, hooks=hooks, reference=reference
+        )
         return RLTrainer(config, learner, *rollouts, reference if penalty else None)

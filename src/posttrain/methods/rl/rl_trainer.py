@@ -11,8 +11,10 @@ import torch
 
 from posttrain.config import RLConfig
 from posttrain.core import distributed
+from posttrain.core.errors import MismatchError
 from posttrain.core.progress import Phases, Track
 from posttrain.losses.advantages import moving_average
+from posttrain.losses.controllers import smoothed
 from posttrain.losses.kl import kl
 from posttrain.methods.rl.adaptive_group_size import AdaptiveGroupSize
 from posttrain.methods.rl.collect_rollouts import RolloutBatch, RolloutCollector, score_groups
@@ -76,6 +78,7 @@ class RLTrainer(Trainer):
         self.recorder, self.reference = recorder, reference
         self.steps = config.steps
         self.baseline: float | None = None
+        self.mismatch: float | None = None
 
     def step(self, step: int, track: Track) -> StepResult:
         phases = Phases(track)
@@ -89,6 +92,7 @@ class RLTrainer(Trainer):
             hook.after_step(metrics)
         with phases("learn"):
             results, learned = self.learn(batch)
+        self._check_mismatch(step, learned.get("mismatch_kl"))
         self.recorder.keep(step, rollouts, batch.sequences, batch.advantages.advantages)
         return self.recorder.finish(step, results, learned | metrics, phases)
 
@@ -144,14 +148,34 @@ class RLTrainer(Trainer):
                 results.append(self.learner.step(chosen.samples(), loss))
         return results, joined_metrics([r.metrics for r in results]) | extremes.metrics()
 
+    def _check_mismatch(self, step: int, kl: float | None) -> None:
+        """Stop the stage if the sampler's distribution has moved away from the learner's."""
+        limit = self.config.max_mismatch_kl
+        if limit is None or kl is None:
+            return
+        self.mismatch = smoothed(self.mismatch, kl)
+        if not self.mismatch <= limit:
+            raise MismatchError(
+                f"sampler and learner differ by {self.mismatch:.3g} nats a token (mismatch_kl, over about the last five "
+                f"steps, up to step {step + 1}), more than max_mismatch_kl ({limit:g}): what is trained on is no longer "
+                "what the policy would write. The last checkpoint is from before. Sample and train in the same dtype "
+                "(model.dtype=float32), leave out tokens that differ much (importance_sampling_cap=2, "
+                "importance_sampling_mode=token_mask), or lower optimizer.lr or mini_batches"
+            )
+
     def initial_record(self, track: Track) -> dict[str, Any] | None:
         return self.recorder.initial_record(track)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"baseline": self.baseline, **self.collector.state_dict(), **self.recorder.state_dict()}
+        return {
+            "baseline": self.baseline,
+            "mismatch": self.mismatch,
+            **self.collector.state_dict(),
+            **self.recorder.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.baseline = state["baseline"]
+        self.baseline, self.mismatch = state["baseline"], state.get("mismatch")
         self.collector.load_state_dict(state)
         self.recorder.load_state_dict(state)
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from posttrain.config.rl import RLConfig, RolloutConfig
 from posttrain.methods.rl.collect_rollouts import RolloutCollector
 from posttrain.methods.rl.gold_scorer import GoldScorer
+from posttrain.methods.rl.policy_sampler import open_policy_sampler
 from posttrain.methods.rl.step_recorder import StepRecorder
 from posttrain.rewards.reward_log import LOG
 from posttrain.rewards.stack import RewardStack
-from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.environments import environment
 from posttrain.sampling.multi_turn import TurnSampler, in_turns
 from posttrain.trainer.reference_model import frozen_beside
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from posttrain.sampling.protocol import Sampler
     from posttrain.trainer.policy import LoadedPolicy
     from posttrain.trainer.stage import Functions, StageRun
+    from posttrain.trainer.train_step import Learner
 
 
 def open_rollouts(
@@ -35,6 +36,7 @@ def open_rollouts(
     run: StageRun,
     functions: Functions | None = None,
     *,
+    learner: Learner,
     hooks: Sequence[Hook] = (),
     reference: LanguageModel | None = None,
 ) -> tuple[RolloutCollector, StepRecorder]:
@@ -46,6 +48,7 @@ def open_rollouts(
         prompts: The stage's prompts.
         run: Folder and seed of the stage.
         functions: Rewards and environments given from Python, by name.
+        learner: Trains the policy.
         hooks: Optional features.
         reference: The model that the stage started from, for the gold scorer.
     """
@@ -54,7 +57,7 @@ def open_rollouts(
     stack = RewardStack(config.rewards, functions, tokenizer, run.folder / LOG, answered_by)
     rewards = run.resources.enter_context(stack)
     warn_of_sampler(config)
-    local = LocalSampler(policy, tokenizer, **config.sampler.options())
+    local = open_policy_sampler(config, loaded, run, learner)
     sampler: Sampler = local
     turns = None
     if isinstance(config, RLConfig) and config.environment is not None:
@@ -76,9 +79,11 @@ def open_rollouts(
 
 def warn_of_sampler(config: RolloutConfig) -> None:
     """Warn if the sampler's probabilities are not those that policy gradients train, and no setting corrects for it."""
-    if isinstance(config, RLConfig) and config.sampler.kv_cache and config.importance_sampling_cap is None:
+    sampler = config.sampler
+    other = "kv_cache" if sampler.kv_cache else "backend" if sampler.backend != "local" else None
+    if isinstance(config, RLConfig) and other and config.importance_sampling_cap is None:
         warnings.warn(
-            f"sampler.kv_cache is {config.sampler.kv_cache}: completions are drawn with slightly other probabilities than "
+            f"sampler.{other} is {getattr(sampler, other)}: completions are drawn with slightly other probabilities than "
             "those that are trained, and nothing corrects for it. Set importance_sampling_cap, for example to 2 (the "
             "metric mismatch has the difference)",
             stacklevel=2,

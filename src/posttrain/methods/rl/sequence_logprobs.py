@@ -10,7 +10,7 @@ from torch import Tensor
 
 from posttrain.config import SamplingConfig
 from posttrain.config.rl import RLConfig, RolloutConfig, truncating_setting
-from posttrain.config.settings import SamplerConfig
+from posttrain.config.rollout_sampler import RolloutSamplerConfig
 from posttrain.core import distributed
 from posttrain.core.image_tokens import extended
 from posttrain.core.ragged import RaggedBatch, micro_batches
@@ -119,10 +119,10 @@ class Logprobs:
         return Logprobs(*(None if p is None else tuple(p[i] for i in places) for p in parts))  # type: ignore[arg-type]
 
 
-def sampler_is_exact(model: LanguageModel, sampler: SamplerConfig) -> bool:
+def sampler_is_exact(model: LanguageModel, sampler: RolloutSamplerConfig) -> bool:
     """Return True if the sampler's log-probabilities are the learner's: float32 everywhere, the whole distribution."""
     whole = truncating_setting(sampler) is None and sampler.kv_cache is None
-    return whole and next(model.parameters()).dtype == torch.float32
+    return whole and sampler.backend == "local" and next(model.parameters()).dtype == torch.float32
 
 
 def compute_logprobs(

@@ -1,0 +1,104 @@
+"""The sampler of a stage on rollouts: in this process, or in workers that get the policy's weights when they changed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, Any
+
+from posttrain.config import SamplingConfig
+from posttrain.config.rl import RolloutConfig
+from posttrain.core import distributed
+from posttrain.core.types import RolloutGroup
+from posttrain.models.published_weights import check_publishable, published_weights, write_published
+from posttrain.sampling.engine import LocalSampler
+from posttrain.sampling.open_workers import WorkerSource, check_backend
+from posttrain.sampling.protocol import OnDone, Request
+from posttrain.sampling.weight_folder import WeightFolder
+from posttrain.sampling.worker_sampler import WorkerSampler
+from posttrain.trainer.policy import save_atomically
+
+if TYPE_CHECKING:
+    from posttrain.trainer.policy import LoadedPolicy
+    from posttrain.trainer.stage import StageRun
+    from posttrain.trainer.train_step import Learner
+
+MODEL = "sampler-model"
+"""Folder in the stage's folder with the model that workers open, while the stage runs."""
+
+
+class PolicySampler:
+    """Sample with workers, which get the policy's weights first if the learner has changed them since.
+
+    Their version is the number of optimizer steps, so that it is right after a resume too. See
+    `posttrain.sampling.protocol.Sampler`.
+    """
+
+    def __init__(self, workers: WorkerSampler, learner: Learner, every: bool = False) -> None:
+        """Make the sampler.
+
+        Args:
+            workers: They have been opened with the weights that the learner begins with.
+            learner: Trains the policy.
+            every: Send all weights, as files have them; False: those that are trained.
+        """
+        self.workers, self.learner, self.every = workers, learner, every
+
+    @property
+    def context(self) -> int:
+        """Return the most tokens of a prompt and its completion."""
+        return self.workers.context
+
+    def sample(
+        self, requests: Sequence[Request], params: SamplingConfig, on_done: OnDone | None = None
+    ) -> list[RolloutGroup]:
+        """Complete every request with the policy's present weights; order is kept.
+
+        Args:
+            requests: The prompts.
+            params: How tokens are drawn.
+            on_done: Called as completions end.
+        """
+        version = self.learner.steps_done
+        if version != self.workers.version:
+            weights = published_weights(self.learner.model, every=self.every, stored=self.every)
+            self.workers.update(version, weights)
+        return self.workers.sample(requests, params, on_done)
+
+
+def open_policy_sampler(
+    config: RolloutConfig, loaded: LoadedPolicy, run: StageRun, learner: Learner
+) -> LocalSampler | PolicySampler:
+    """Open the sampler of a stage; `run.resources` closes it.
+
+    Args:
+        config: Settings of the stage.
+        loaded: The policy, with the weights that the stage starts from.
+        run: Folder of the stage.
+        learner: Trains the policy.
+
+    Raises:
+        MissingExtraError: The engine is not installed.
+        ModelError: The policy is none that workers can sample from.
+    """
+    policy, tokenizer = loaded.policy, loaded.tokenizer
+    if not config.sampler.processes:
+        return LocalSampler(policy, tokenizer, **config.sampler.options())
+    check_backend(config.sampler)
+    check_publishable(policy)
+    model = run.folder / MODEL
+
+    def write(folder: Any) -> None:
+        with distributed.summon_full_params(policy):
+            if distributed.is_main():
+                write_published(policy, tokenizer, folder)
+
+    save_atomically(model, write)
+    with ExitStack() as opened:
+        opened.callback(shutil.rmtree, model, ignore_errors=True)
+        weights = opened.enter_context(closing(WeightFolder()))
+        source = WorkerSource(config.sampler, policy, tokenizer, model, run.folder, weights)
+        workers = opened.enter_context(closing(WorkerSampler(source.open, config.sampler.processes)))
+        run.resources.push(opened.pop_all())
+    return PolicySampler(workers, learner, every=config.sampler.backend == "vllm")
