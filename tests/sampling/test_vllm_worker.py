@@ -1,0 +1,193 @@
+"""vLLM as the sampler: the model's distribution, our stop rules, versions, losses, and a run that is killed.
+
+POSTTRAIN_VLLM_PYTHON=vllm-env/bin/python pytest -m long tests/sampling/test_vllm_worker.py
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import posttrain
+from posttrain.config import SamplingConfig
+from posttrain.config.rollout_sampler import RolloutSamplerConfig
+from posttrain.core.errors import MissingExtraError
+from posttrain.core.files import read_lines
+from posttrain.core.types import RolloutGroup
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.published_weights import published_weights, write_published
+from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+from posttrain.sampling.engine import LocalSampler
+from posttrain.sampling.open_workers import WorkerSource, check_backend
+from posttrain.sampling.protocol import Request
+from posttrain.sampling.stop_strings import before_stop
+from posttrain.sampling.weight_folder import WeightFolder
+from posttrain.sampling.worker_sampler import WorkerSampler
+from tests.sampling.test_engine import prompts, spread
+from tests.warm import CONTEXT
+
+PYTHON = os.environ.get("POSTTRAIN_VLLM_PYTHON", "")
+ROWS, TOKENS = 270, 259
+"""Of the embedding, and of the tokenizer: 11 ids are no token's."""
+TOKENIZER = tiny_tokenizer()
+PARAMS = SamplingConfig(temperature=1.3, max_tokens=16, min_tokens=3)
+REQUESTS = [Request(p, n=16, seed=i, example={"row": i}) for i, p in enumerate(prompts(8))]
+needs_vllm = pytest.mark.skipif(not PYTHON, reason="POSTTRAIN_VLLM_PYTHON names no Python that has vLLM")
+
+
+def model() -> torch.nn.Module:
+    """A model with heads of a size that vLLM's attention has on a CPU."""
+    return spread(tiny_model("llama", ROWS, head_dim=32)).eval()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def policy() -> LanguageModel:
+    return LanguageModel(model())
+
+
+@pytest.fixture(scope="module")
+def sampler(policy: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerSampler]:
+    folder = tmp_path_factory.mktemp("vllm")
+    write_published(policy, TOKENIZER, folder / "model")
+    weights = WeightFolder()
+    config = RolloutSamplerConfig(backend="vllm", python=PYTHON, cache_mb=256)
+    opened = WorkerSampler(WorkerSource(config, policy, TOKENIZER, folder / "model", folder, weights).open)
+    yield opened
+    opened.close()
+    weights.close()
+
+
+@torch.no_grad()
+def check_distribution(groups: list[RolloutGroup], head: float = 1.0) -> None:
+    """Log-probabilities are the model's, and what was drawn looks drawn from it (as in benchmarks/sampling.py)."""
+    reference, ends = model(), [TOKENIZER.eos_token_id]
+    reference.get_output_embeddings().weight.mul_(head)  # type: ignore[operator]
+    surprise, expected, variance = 0.0, 0.0, 0.0
+    for group in groups:
+        for r in group.rollouts:
+            rows = torch.tensor([[*group.prompt, *r.tokens]])
+            z = reference(rows, use_cache=False).logits[0, len(group.prompt) - 1 : -1] / PARAMS.temperature
+            z[:, TOKENS:] = -torch.inf
+            z[: PARAMS.min_tokens, ends] = -torch.inf
+            logs = z.log_softmax(-1)
+            own = logs.gather(1, torch.tensor(r.tokens)[:, None])[:, 0]
+            assert torch.tensor(r.logprobs).sub(own).abs().max() < 1e-3
+            p, finite = logs.exp().double(), logs.double().masked_fill(logs == -torch.inf, 0.0)
+            mean = (p * finite).sum(-1)
+            surprise += float(own.double().sum())
+            expected += float(mean.sum())
+            variance += float(((p * finite.square()).sum(-1) - mean.square()).sum())
+    assert abs(surprise - expected) < 4.5 * math.sqrt(variance)
+
+
+def tokens_of(groups: list[RolloutGroup]) -> list[list[tuple[int, ...]]]:
+    return [[tuple(r.tokens) for r in g.rollouts] for g in groups]
+
+
+@needs_vllm
+@pytest.mark.long
+def test_completions_are_the_model_s_own(sampler: WorkerSampler, policy: LanguageModel) -> None:
+    assert sampler.context == LocalSampler(policy, TOKENIZER).context
+    drawn = sampler.sample(REQUESTS, PARAMS)
+    check_distribution(drawn)
+    assert len({r for g in tokens_of(drawn) for r in g}) > 0.9 * 8 * 16
+    assert max(t for g in tokens_of(drawn) for r in g for t in r) < TOKENS
+    again = sampler.sample([REQUESTS[5]], PARAMS)  # a completion depends on its seed alone
+    assert tokens_of(again)[0] == tokens_of(drawn)[5] and again[0].example == {"row": 5}
+    greedy = PARAMS.model_copy(update={"temperature": 0.0})
+    asked = [Request(r.tokens, max_tokens=9) for r in REQUESTS]
+    here, there = LocalSampler(policy, TOKENIZER).sample(asked, greedy), sampler.sample(asked, greedy)
+    assert tokens_of(there) == tokens_of(here)
+    for a, b in zip(here, there, strict=True):
+        assert (a.rollouts[0].finish, a.rollouts[0].text) == (b.rollouts[0].finish, b.rollouts[0].text)
+
+
+@needs_vllm
+@pytest.mark.long
+def test_stop_rules_are_ours(sampler: WorkerSampler) -> None:
+    """Every completion ends where the first end counts: not before it, and not after it."""
+    stops, stop_token = ["e", "7", "xy"], 100
+    params = PARAMS.model_copy(update={"stop": stops, "stop_tokens": [stop_token]})
+    found = [r for g in sampler.sample(REQUESTS, params) for r in g.rollouts]
+
+    def decode(tokens: object, plain: bool) -> str:
+        return str(TOKENIZER.decode(list(tokens), skip_special_tokens=plain))  # type: ignore[call-overload]
+
+    def ending(tokens: tuple[int, ...]) -> str:
+        if tokens[-1] == TOKENIZER.eos_token_id:
+            return "end"
+        text = before_stop(tokens, stops, decode) if len(tokens) >= params.min_tokens else None
+        return "stop" if text is not None or tokens[-1] == stop_token else ""
+
+    for r in found:
+        tokens = tuple(r.tokens)
+        assert [ending(tokens[:n]) for n in range(1, len(tokens))] == [""] * (len(tokens) - 1)
+        assert r.finish == (ending(tokens) or "length")
+    ended_by_string = [r for r in found if r.finish == "stop" and r.tokens[-1] != stop_token]
+    assert ended_by_string and all(r.text == before_stop(r.tokens, stops, decode) for r in ended_by_string)
+
+
+@needs_vllm
+@pytest.mark.long
+def test_weights_are_replaced_and_so_is_a_killed_worker(sampler: WorkerSampler, policy: LanguageModel) -> None:
+    before = sampler.sample(REQUESTS[:2], PARAMS)
+    weights = published_weights(policy, every=True, stored=True)
+    weights["lm_head.weight"] = weights["lm_head.weight"] * 1.5
+    sampler.update(7, weights)
+    after = sampler.sample(REQUESTS, PARAMS)
+    check_distribution(after, head=1.5)
+    assert tokens_of(after)[:2] != tokens_of(before)
+    assert {p.step for g in after for r in g.rollouts for p in r.pieces} == {7}
+    worker = sampler.workers[0]
+    os.kill(worker.child.process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    again = sampler.sample(REQUESTS, PARAMS)
+    assert sampler.workers[0] is not worker and tokens_of(again) == tokens_of(after)
+
+
+def _run(folder: Path) -> None:
+    torch.set_num_threads(1)
+    changes = [
+        "model.source=lab:", "stages.rl.steps=4", "stages.rl.checkpoint_every=1", "stages.rl.held_out.every=4",
+        "stages.rl.held_out.problems.size=64", "stages.rl.sampler.backend=vllm", f"stages.rl.sampler.python={PYTHON}",
+        "stages.rl.sampler.cache_mb=256", "stages.rl.importance_sampling_cap=2", "stages.rl.max_mismatch_kl=0.001",
+    ]  # fmt: skip
+    posttrain.run(posttrain.load_recipe("lab", changes), folder)
+
+
+@needs_vllm
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_grpo_in_the_laboratory_killed_and_resumed(tmp_path: Path) -> None:
+    """Killed after two steps, the run makes the same steps again as one that is not: weights and versions are back."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _run(whole)
+    process = CONTEXT.Process(target=_run, args=(broken,))
+    process.start()
+    metrics = broken / "stages" / "0-rl" / "metrics.jsonl"
+    while process.is_alive() and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.2)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    _run(broken)
+    found, expected = read_lines(metrics), read_lines(whole / "stages" / "0-rl" / "metrics.jsonl")
+    assert [m["step"] for m in found] == [m["step"] for m in expected] == [0, 1, 2, 3, 4]
+    for a, b in zip(found, expected, strict=True):
+        for name in ("reward", "held_out"):
+            assert a.get(name) == pytest.approx(b.get(name), abs=0.02)
+    assert all(0 < m["mismatch"] < 1e-3 for m in expected if "mismatch" in m) and "mismatch" in expected[1]
+    assert not (whole / "stages" / "0-rl" / "sampler-model").exists()
+
+
+def test_a_python_without_vllm_is_refused_before_anything_trains() -> None:
+    """In a second, of this environment; what to install is said."""
+    for python, said in ((None, "has no package vllm"), ("no/such/python", "there is no such program")):
+        with pytest.raises(MissingExtraError, match=f"{said}.*pip install vllm"):
+            check_backend(RolloutSamplerConfig(backend="vllm", python=python))
