@@ -24,6 +24,7 @@ from posttrain.sampling.worker_wire import Wire
 def serve_local(wire: Wire) -> None:
     """Answer messages until the connection ends."""
     settings = wire.receive()
+    wire.end_process_with_it()
     model = ModelConfig(source=settings["model"], dtype=settings["dtype"], device=settings["device"])
     opened = open_model(model, pick_dtype(model.dtype, pick_device(model.device)), inference=True)
     sampler = LocalSampler(LanguageModel(opened.hf), opened.tokenizer, **settings["options"])

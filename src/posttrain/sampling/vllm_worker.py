@@ -212,7 +212,9 @@ def handle(engine: Engine, wire: Any, message: dict[str, Any]) -> None:
 
 def serve_vllm(wire: Any) -> None:
     """Answer messages until the connection ends."""
-    engine = Engine(wire.receive())
+    settings = wire.receive()
+    wire.end_process_with_it()
+    engine = Engine(settings)
     wire.send({"context": engine.context})
     queue: deque[dict[str, Any]] = deque()
     while True:

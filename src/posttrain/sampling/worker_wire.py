@@ -6,6 +6,7 @@ Imports the standard library alone: workers that run in another Python environme
 from __future__ import annotations
 
 import json
+import os
 import select
 import socket
 import struct
@@ -33,6 +34,19 @@ class Wire:
         """Return the next message; EOFError or OSError if the other side is gone."""
         (length,) = LENGTH.unpack(self._read(LENGTH.size))
         return json.loads(self._read(length))  # type: ignore[no-any-return]
+
+    def end_process_with_it(self) -> None:
+        """End this process if the connection ends before a message comes: opening a model can take minutes."""
+
+        def watch() -> None:
+            try:
+                arrived = self.connection.recv(1, socket.MSG_PEEK)
+            except OSError:
+                arrived = b""
+            if not arrived:
+                os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
 
     def waiting(self) -> bool:
         """Return True if there is something to receive, the end of the connection included."""
