@@ -204,6 +204,16 @@ def with_preset(values: Any, preset: Mapping[str, Any]) -> Any:
     return out
 
 
+class AsynchronousConfig(Config):
+    """Sample and score coming steps while the policy is trained on the current one. See docs/asynchronous-rl.md."""
+
+    max_staleness: int = Field(
+        1,
+        ge=0,
+        description="Steps by which the weights that sampled a token may be behind those that are trained on it; so many coming steps are sampled meanwhile. 0: nothing overlaps, as without asynchronous.",
+    )
+
+
 class RLConfig(RolloutConfig):
     """Policy gradients: completions are sampled and scored by rewards; the better ones become more likely."""
 
@@ -259,6 +269,9 @@ class RLConfig(RolloutConfig):
         description="Nats per token (mismatch_kl, over about the last five steps) that the sampler and the learner may differ by; above, the stage stops. None: any.",
     )
     exploration: ExplorationConfig = ExplorationConfig()
+    asynchronous: AsynchronousConfig | None = Field(
+        None, description="Sample coming steps while training. None: a step is sampled, then trained on."
+    )
 
     @field_validator("method")
     @classmethod
@@ -275,7 +288,17 @@ class RLConfig(RolloutConfig):
     @property
     def single_update(self) -> bool:
         """Return True if every batch is fresh and gets one optimizer step, so that all ratios are 1."""
-        return self.mini_batches * self.ppo_epochs == 1 and not self.exploration.off_policy
+        return self.mini_batches * self.ppo_epochs == 1 and not self.off_policy
+
+    @property
+    def ahead(self) -> int:
+        """Return how many coming steps are sampled while a step is trained on."""
+        return 0 if self.asynchronous is None else self.asynchronous.max_staleness
+
+    @property
+    def off_policy(self) -> bool:
+        """Return True if a batch may contain tokens that an earlier policy sampled."""
+        return self.exploration.off_policy or self.ahead > 0
 
     @property
     def kl_in_reward(self) -> bool:
@@ -284,7 +307,7 @@ class RLConfig(RolloutConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> RLConfig:
-        for mistake in (*self._mistakes(), *self._exploration_mistakes()):
+        for mistake in (*self._mistakes(), *self._exploration_mistakes(), *self._asynchronous_mistakes()):
             raise ValueError(mistake)
         return self
 
@@ -337,9 +360,27 @@ class RLConfig(RolloutConfig):
             if whole:
                 yield f"adaptive_group_size scores completions before a group is complete, and {whole[0]!r} needs all"
         cut, tokens = truncating_setting(sampler), explore.partial_rollouts
-        if explore.off_policy and cut is not None:
-            yield f"replay and partial_rollouts need log-probabilities of whole distributions: leave out sampler.{cut}"
+        if self.off_policy and cut is not None:
+            parts = "asynchronous needs" if self.ahead else "replay and partial_rollouts need"
+            yield f"{parts} log-probabilities of whole distributions: leave out sampler.{cut}"
         if tokens is not None and self.environment is not None:
             yield "partial_rollouts cuts completions in the middle of a turn, which an environment can't answer: use one"
         if tokens is not None and tokens >= sampler.max_tokens:
             yield f"partial_rollouts ({tokens}) must be below sampler.max_tokens ({sampler.max_tokens})"
+
+    def _asynchronous_mistakes(self) -> Iterator[str]:
+        """Yield settings that can't hold, or would do nothing, if coming steps are sampled ahead."""
+        explore = self.exploration
+        if not self.ahead:
+            return
+        for name in ("curriculum", "replay"):
+            if getattr(explore, name) is not None:
+                yield (
+                    f"exploration.{name} chooses prompts by the outcomes of all steps before, which are not known when "
+                    f"coming steps are sampled: leave it out, or set asynchronous.max_staleness to 0"
+                )
+        if explore.max_staleness != type(explore).model_fields["max_staleness"].default:
+            yield (
+                "exploration.max_staleness would do nothing: partial rollouts continue within their step, and "
+                "asynchronous.max_staleness bounds the age of every token. Leave it out"
+            )

@@ -7,6 +7,7 @@ it gets the way to make it instead. What backward sees is the same to the last b
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,8 +36,17 @@ class _Way:
         return out
 
 
-_known: dict[int, tuple[StorageWeakRef, torch.Size, _Way]] | None = None
-"""Tensors of the forward pass that is on its way, by the address of their storage's record; None: nobody asks."""
+class _Known(threading.local):
+    """Hold the tensors of a thread's forward pass that is on its way: another thread may sample meanwhile.
+
+    Attributes:
+        ways: By the address of the storage's record; None: nobody asks.
+    """
+
+    ways: dict[int, tuple[StorageWeakRef, torch.Size, _Way]] | None = None
+
+
+_known = _Known()
 
 
 def asked() -> bool:
@@ -44,14 +54,14 @@ def asked() -> bool:
 
     Never while layers are compiled: nothing is known there.
     """
-    return _known is not None and not torch.compiler.is_compiling()
+    return _known.ways is not None and not torch.compiler.is_compiling()
 
 
 def made(out: Tensor, make: Callable[[], Tensor]) -> None:
     """Say that `make` gives `out` again: a tensor of the same shape, whose strides may differ."""
-    if _known is not None and out.is_contiguous():
+    if _known.ways is not None and out.is_contiguous():
         reference = StorageWeakRef(out.untyped_storage())  # holds the record, not the memory: no other gets its address
-        _known[reference.cdata] = reference, out.shape, _Way(make)
+        _known.ways[reference.cdata] = reference, out.shape, _Way(make)
 
 
 def roomy(like: Tensor) -> Tensor:
@@ -67,10 +77,9 @@ def roomy(like: Tensor) -> Tensor:
 @contextmanager
 def cheap_results() -> Iterator[None]:
     """Within it autograd keeps no tensor that was said to be `made`."""
-    global _known
 
     def pack(tensor: Tensor) -> Tensor | tuple[_Way, torch.Size]:
-        found = (_known or {}).get(tensor.untyped_storage()._cdata)
+        found = (_known.ways or {}).get(tensor.untyped_storage()._cdata)
         if found is None or tensor.numel() != found[1].numel() or not tensor.is_contiguous():
             return tensor
         found[2].waiting += 1
@@ -79,9 +88,9 @@ def cheap_results() -> Iterator[None]:
     def unpack(kept: Tensor | tuple[_Way, torch.Size]) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept[0].take().view(kept[1])
 
-    before, _known = _known, {}
+    before, _known.ways = _known.ways, {}
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
-        _known = before
+        _known.ways = before

@@ -17,6 +17,7 @@ WATCHED = 60
 EACH_KIND = 3
 """Rollouts of each kind."""
 PHASES = {
+    "wait": "waiting for rollouts",
     "sample": "sampling",
     "reward": "rewards",
     "score": "log-probabilities before training",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -111,6 +112,7 @@ class RewardStack:
     ) -> None:
         self.tokenizer, self.environment = tokenizer, environment
         self.log = RewardLog(log)
+        self._lock = threading.RLock()  # one call at a time: groups of coming steps are scored in threads of their own
         self.config = config if isinstance(config, RewardsConfig) else RewardsConfig(terms=list(config))
         self.terms: list[RewardTerm] = [reward_term(t, functions or {}) for t in self.config.terms]
         self.accounts = {t.name: Account() for t in self.terms}
@@ -177,6 +179,10 @@ class RewardStack:
         Raises:
             RewardError: A reward failed as often as the settings allow, or has never worked.
         """
+        with self._lock:
+            return self._score(groups)
+
+    def _score(self, groups: Sequence[RolloutGroup]) -> ScoredGroups:
         outcomes = self.outcomes(groups)
         scored = [
             replace(

@@ -317,6 +317,8 @@ def _training_memory(s: _Setting, work: Workload, tokens: int, targets: int, lea
     parts = {"weights": weights, **adapters, **memory_model.state_bytes(s.trained, itemsize)}
     if work.frozen:
         parts["reference"] = weights
+    if work.copied:
+        parts["copies to sample with"] = 2 * s.trained * itemsize
     teacher = 0
     if work.teacher:
         like = model_shape(work.teacher) if isinstance(work.teacher, ModelConfig) else shape

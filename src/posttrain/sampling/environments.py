@@ -36,7 +36,8 @@ class Environment(Protocol):
 
     An environment that answers several completions faster together may have a method ``step_many(states, texts)``,
     which returns what `step` would for each; it is then called in its place. A method ``close()``, if there is one, is
-    called at the end.
+    called at the end. An attribute ``concurrent = True`` says that several threads may call its methods at once, as
+    asynchronous RL then does; without it one call is made at a time.
     """
 
     def start(self, example: Mapping[str, Any]) -> Any:
@@ -52,6 +53,8 @@ class Environment(Protocol):
 
 class Calculator:
     """Answers <calculate>…</calculate> with the exact value of the expression, or with an error in words."""
+
+    concurrent = True
 
     class Config(CalledEnvironmentConfig):
         """Evaluates the expression that the model writes between two marks."""
@@ -118,7 +121,7 @@ class FunctionEnvironment:
     def __init__(self, config: Config, functions: Mapping[str, Callable[..., Any]] | None = None) -> None:
         made = load_object(config.function, functions, RewardError)(**config.options)
         check_environment(made, config.function)
-        self.start, self.step = made.start, made.step
+        self.start, self.step, self.concurrent = made.start, made.step, bool(getattr(made, "concurrent", False))
         for optional in ("step_many", "close"):
             if callable(getattr(made, optional, None)):
                 setattr(self, optional, getattr(made, optional))

@@ -8,7 +8,8 @@ itself and put behind it. Everything is a function of the request's seed, the co
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from posttrain.config import SamplingConfig
 from posttrain.config.environment import EnvironmentConfig
 from posttrain.core.errors import DataError, PosttrainError, RecipeError
 from posttrain.core.image_tokens import extended
-from posttrain.core.types import Message, Rollout, RolloutGroup
+from posttrain.core.types import Message, PartialRollout, Rollout, RolloutGroup
 from posttrain.data.chat_template import TextSearch, render_chat
 from posttrain.data.formats import BadRow
 from posttrain.data.special_text import guard, restore
@@ -45,6 +46,7 @@ class _Dialogue:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     mask: list[bool] = field(default_factory=list)
+    pieces: list[PartialRollout] = field(default_factory=list)
     written: int = 0
     turns: int = 0
     finish: str = ""
@@ -55,11 +57,19 @@ class _Dialogue:
         self.logprobs += rollout.logprobs
         self.mask += [True] * len(rollout.tokens)
         self.written += len(rollout.tokens)
+        for piece in rollout.pieces:
+            last = self.pieces[-1] if self.pieces else None
+            if last is not None and (last.step, last.temperature) == (piece.step, piece.temperature):
+                self.pieces[-1] = replace(last, tokens=last.tokens + piece.tokens)
+            else:
+                self.pieces.append(piece)
 
     def answered(self, tokens: Sequence[int]) -> None:
         self.tokens += tokens
         self.logprobs += [0.0] * len(tokens)
         self.mask += [False] * len(tokens)
+        if self.pieces:
+            self.pieces[-1] = replace(self.pieces[-1], tokens=self.pieces[-1].tokens + len(tokens))
 
     def next_request(self) -> Request:
         seed = np.random.SeedSequence([self.request.seed % 2**64, self.number, self.turns]).generate_state(1, np.uint64)
@@ -67,7 +77,8 @@ class _Dialogue:
         return Request(tokens, 1, int(seed[0]), self.request.example, self.limit - self.written)
 
     def rollout(self) -> Rollout:
-        return Rollout(tuple(self.tokens), tuple(self.logprobs), self.finish, self.text or "", mask=tuple(self.mask))
+        mask, pieces = tuple(self.mask), tuple(self.pieces)
+        return Rollout(tuple(self.tokens), tuple(self.logprobs), self.finish, self.text or "", mask=mask, pieces=pieces)
 
 
 class TurnSampler:
@@ -76,13 +87,20 @@ class TurnSampler:
     context: the model's length in tokens. max_tokens, of the settings or a request, bounds what the model writes in all
     turns together. Besides `end`, `stop` and `length` (also: no room for the reply and a token more) a rollout may end
     as `turns`: it asked once more than max_turns; and as `stop` where the environment is done. Raises DataError where
-    the chat template can't hold a reply.
+    the chat template can't hold a reply. lock: held while the environment is called, if other threads call it too.
     """
 
     def __init__(
-        self, sampler: Sampler, environment: Environment, config: EnvironmentConfig, tokenizer: Any, context: int
+        self,
+        sampler: Sampler,
+        environment: Environment,
+        config: EnvironmentConfig,
+        tokenizer: Any,
+        context: int,
+        lock: AbstractContextManager[Any] | None = None,
     ) -> None:
         self.sampler, self.environment, self.config = sampler, environment, config
+        self.lock = nullcontext() if lock is None else lock
         self.tokenizer, self.context = tokenizer, context
         self.stops = config.stop_strings
         check(config, tokenizer)
@@ -220,7 +238,8 @@ class TurnSampler:
     def _ask(self, request: Request, method: str, *args: Any) -> Any:
         """Call the environment; what it raises says where."""
         try:
-            returned = getattr(self.environment, method)(*args)
+            with self.lock:
+                returned = getattr(self.environment, method)(*args)
             if method == "start":
                 return returned
             for reply, done in [returned] if method == "step" else returned:

@@ -36,13 +36,15 @@ class Growth:
     """Growth of completions in pieces over several steps.
 
     tokens: of a piece, at most (None: a completion ends in its step). sampling: as the settings have it. context: of
-    the model, in tokens. decode: (tokens, leave out special ones) -> text.
+    the model, in tokens. decode: (tokens, leave out special ones) -> text. versioned: the sampler marks its tokens with
+    the step whose weights sampled them.
     """
 
     tokens: int | None
     sampling: SamplingConfig
     context: int
     decode: Decode
+    versioned: bool = False
 
     def asked(self, before: Rollout | None = None) -> int | None:
         """Return how many tokens to sample next, of a new completion or after `before`; None: up to the limit."""
@@ -63,7 +65,8 @@ class Growth:
             step: Step in which they were sampled.
             temperature: Temperature at which they were sampled.
         """
-        marked = replace(piece, pieces=(PartialRollout(len(piece.tokens), step, temperature),))
+        pieces = (PartialRollout(len(piece.tokens), step, temperature),)
+        marked = replace(piece, pieces=piece.pieces or pieces if self.versioned else pieces)
         requested = self.asked(before)
         if requested is None:
             return marked

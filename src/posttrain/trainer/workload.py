@@ -58,6 +58,7 @@ class Workload:
         sums: The loss takes log-probabilities (preferences, RL), not the cross-entropy alone.
         completions: What it samples. None: nothing.
         frozen: A second, frozen copy of the model is held beside the policy.
+        copied: What is trained is copied to sample with, and copied again when it changes.
         teacher: A model whose numbers are asked for: its settings; True: one of the same sizes. None: none.
         teacher_stays: It is held while steps are taken, not only before the first.
         teacher_head: Of a teacher that does not stay, the output head does.
@@ -70,6 +71,7 @@ class Workload:
     sums: bool = False
     completions: Completions | None = None
     frozen: bool = False
+    copied: bool = False
     teacher: ModelConfig | bool | None = None
     teacher_stays: bool = False
     teacher_head: bool = False

@@ -156,6 +156,12 @@ def test_a_steered_bonus_starts_within_its_bounds() -> None:
         ({"exploration": {"partial_rollouts": 8}, "sampler": {"min_tokens": 2}}, "leave out sampler.min_tokens"),
         ({"exploration": {"partial_rollouts": 8}, "environment": {"kind": "calculator"}}, "middle of a turn"),
         ({"exploration": {"partial_rollouts": 32}}, "partial_rollouts .32. must be below sampler.max_tokens .32."),
+        ({"asynchronous": {}, "sampler": {"top_p": 0.9}}, "asynchronous needs .* leave out sampler.top_p"),
+        ({"asynchronous": {}, "exploration": {"curriculum": {}}}, "curriculum chooses prompts by the outcomes"),
+        (
+            {"asynchronous": {}, "exploration": {"partial_rollouts": 8, "max_staleness": 2}},
+            "asynchronous.max_staleness bounds the age of every token",
+        ),
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -13,9 +13,10 @@ pool_t pool = {NULL, NULL, NULL, 1};
 
 void use_threads(parallel_t p, number_t n, number_t s, int count) { pool = (pool_t){p, n, s, count}; }
 
+/* Each calling thread has memory of its own: one may sample while another trains. */
 float *room(int which, size_t floats) {
-    static float *kept[ROOMS];
-    static size_t size[ROOMS];
+    static _Thread_local float *kept[ROOMS];
+    static _Thread_local size_t size[ROOMS];
     if (floats > size[which]) {
         free(kept[which]);
         size[which] = 0;

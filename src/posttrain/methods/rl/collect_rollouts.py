@@ -110,6 +110,7 @@ class RolloutCollector:
         *,
         hooks: Sequence[Hook] = (),
         tokenizer: Any = None,
+        at_once: bool = False,
     ) -> None:
         """Make a collector.
 
@@ -121,9 +122,10 @@ class RolloutCollector:
             seed: Seed of the draws and of every random stream of the sampler.
             hooks: Optional features, in the order in which they are called.
             tokenizer: Joins the pieces of partial rollouts.
+            at_once: Partial rollouts continue within their step, with the weights that the sampler has by then.
         """
         self.config, self.sampler, self.rewards = config, sampler, rewards
-        self.questions, self.seed, self.hooks = questions, seed, list(hooks)
+        self.questions, self.seed, self.hooks, self.at_once = questions, seed, list(hooks), at_once
         explore = config.exploration if isinstance(config, RLConfig) else None
         self.attempts = 1 + (explore.dynamic_sampling if explore else 0)
         context = int(getattr(sampler, "context", 2**31))
@@ -208,13 +210,31 @@ class RolloutCollector:
         sampling: SamplingConfig,
         phases: Phases,
     ) -> list[PromptGroup]:
-        """Return the groups with `counts` new completions each, and the next piece of what an earlier step began."""
+        """Return the groups with `counts` new completions each; `at_once`, with all of their pieces."""
+        grown = self._sample_piece(step, groups, counts, salt, sampling, phases)
+        piece = 0
+        while self.at_once and not all(g.complete for g in grown):
+            piece += 1
+            salt = (*(*salt, 0)[:3], piece)  # another random stream for each piece
+            grown = self._sample_piece(step, grown, [0] * len(grown), salt, sampling, phases)
+        return grown
+
+    def _sample_piece(
+        self,
+        step: int,
+        groups: Sequence[PromptGroup],
+        counts: Sequence[int],
+        salt: tuple[int, ...],
+        sampling: SamplingConfig,
+        phases: Phases,
+    ) -> list[PromptGroup]:
+        """Return the groups with `counts` new completions each, and the next piece of what was begun before."""
         growth, rollouts = self.growth, [list(g.rollouts) for g in groups]
         continued = [
             (g, i)
             for g, of in enumerate(rollouts)
             for i, r in enumerate(of)
-            if r.finish == PARTIAL and r.pieces[-1].step < step
+            if r.finish == PARTIAL and (self.at_once or r.pieces[-1].step < step)
         ]
         begun = [(g, n) for g, n in enumerate(counts) if n]
         requests = []
@@ -251,6 +271,10 @@ class RolloutCollector:
         for i, group in zip(todo, scored, strict=True):
             out[i] = groups[i].with_rewards(group)
         return out
+
+    def timing(self) -> dict[str, float]:
+        """Return what timings.jsonl gets of the step that was collected last."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on besides the weights."""

@@ -82,9 +82,24 @@ def open_policy_sampler(
         MissingExtraError: The engine is not installed.
         ModelError: The policy is none that workers can sample from.
     """
-    policy, tokenizer = loaded.policy, loaded.tokenizer
     if not config.sampler.processes:
-        return LocalSampler(policy, tokenizer, **config.sampler.options())
+        return LocalSampler(loaded.policy, loaded.tokenizer, **config.sampler.options())
+    return PolicySampler(open_workers(config, loaded, run), learner, every=config.sampler.backend == "vllm")
+
+
+def open_workers(config: RolloutConfig, loaded: LoadedPolicy, run: StageRun) -> WorkerSampler:
+    """Open the workers of a stage, with the policy's present weights; `run.resources` closes them.
+
+    Args:
+        config: Settings of the stage.
+        loaded: The policy and its tokenizer.
+        run: Folder of the stage.
+
+    Raises:
+        MissingExtraError: The engine is not installed.
+        ModelError: The policy is none that workers can sample from.
+    """
+    policy, tokenizer = loaded.policy, loaded.tokenizer
     check_backend(config.sampler)
     check_publishable(policy)
     model = run.folder / MODEL
@@ -101,4 +116,4 @@ def open_policy_sampler(
         source = WorkerSource(config.sampler, policy, tokenizer, model, run.folder, weights)
         workers = opened.enter_context(closing(WorkerSampler(source.open, config.sampler.processes)))
         run.resources.push(opened.pop_all())
-    return PolicySampler(workers, learner, every=config.sampler.backend == "vllm")
+    return workers

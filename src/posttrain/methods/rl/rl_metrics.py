@@ -55,6 +55,7 @@ ROLLOUT_METRICS = (
     Metric("carry_dropped", "Dropped partial completions", "too old to continue", "Completions", "lower"),
     Metric("staleness_mean", "Mean staleness", "steps since the first token", "Completions", "lower"),
     Metric("staleness_max", "Largest staleness", "steps since the first token", "Completions", "lower"),
+    Metric("stale_completions", "Completions sampled again", "too old to train on", "Completions", "lower"),
     Metric("entropy", "Entropy", "nats/token, sampled", "Exploration"),
     Metric("temperature", "Temperature", "controlled", "Exploration"),
     Metric("entropy_coefficient", "Entropy coefficient", "controlled", "Exploration"),
@@ -75,8 +76,17 @@ ROLLOUT_DETAILS = (
     Metric("proxy_std", "Spread of the trained reward", "standard deviation, held out", "Details"),
     Metric("gold_std", "Spread of the gold reward", "standard deviation, held out", "Details"),
 )
+OVERLAP_METRICS = (
+    Metric("learner_idle_seconds", "Learner idle", "seconds/step", "Overlap", "lower"),
+    Metric("sampler_idle_seconds", "Sampler idle", "seconds/step", "Overlap", "lower", "learner_idle_seconds"),
+    Metric("batches_ready", "Batches ready", "when a step begins", "Overlap"),
+    Metric("batches_in_flight", "Batches in flight", "when a step begins", "Overlap", over="batches_ready"),
+    Metric("completions_in_flight", "Completions in flight", "asked of the sampler when a step begins", "Overlap"),
+)
+"""What timings.jsonl has of asynchronous runs."""
 RL_METRICS = (
     *ROLLOUT_METRICS,
+    *OVERLAP_METRICS,
     Metric("loss", "Loss", "", "Training"),
     Metric("clip_fraction", "Clipped", "share of tokens", "Training"),
     Metric("approx_kl", "KL of the update", "nats/token", "Training"),

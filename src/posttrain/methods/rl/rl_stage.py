@@ -87,6 +87,7 @@ class RolloutStage(Stage):
                 config.prompts_per_step, group, longest, new, limit, config.sampler.kv_cache == "int8"
             ),
             frozen=config.adapter is None and bool(getattr(getattr(config, "kl", None), "coefficient", True)),
+            copied=getattr(config, "asynchronous", None) is not None,
             note=f"completions of {new:,} tokens, the most that they may have",
         )
 

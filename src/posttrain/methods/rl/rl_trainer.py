@@ -41,7 +41,7 @@ def hooks_of(config: RLConfig, problems: int, seed: int) -> list[Hook]:
         seed: Seed of the run.
     """
     explore, hooks = config.exploration, list[Hook]()
-    if explore.partial_rollouts is not None:
+    if explore.partial_rollouts is not None and not config.ahead:
         hooks.append(PartialRollouts(config))
     if explore.adaptive_group_size is not None:
         hooks.append(AdaptiveGroupSize(config))
@@ -183,7 +183,7 @@ class RLTrainer(Trainer):
 def staleness(settings: RLConfig, sequences: Sequence[TrainingSequence]) -> dict[str, float]:
     """Return the mean and the largest age of the sequences, if an earlier policy may have sampled some."""
     ages = [s.age for s in sequences]
-    if not settings.exploration.off_policy or not ages:
+    if not settings.off_policy or not ages:
         return {}
     return {"staleness_mean": statistics.fmean(ages), "staleness_max": float(max(ages))}
 

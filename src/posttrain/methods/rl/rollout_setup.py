@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 from posttrain.config.rl import RLConfig, RolloutConfig
+from posttrain.core import distributed
+from posttrain.core.errors import RecipeError
+from posttrain.methods.rl.asynchronous import AsynchronousCollector
 from posttrain.methods.rl.collect_rollouts import RolloutCollector
 from posttrain.methods.rl.gold_scorer import GoldScorer
-from posttrain.methods.rl.policy_sampler import open_policy_sampler
+from posttrain.methods.rl.policy_sampler import PolicySampler, open_policy_sampler, open_workers
 from posttrain.methods.rl.step_recorder import StepRecorder
+from posttrain.models.published_weights import published_weights
 from posttrain.rewards.reward_log import LOG
 from posttrain.rewards.stack import RewardStack
+from posttrain.sampling.behaviour_sampler import BehaviourSampler
+from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.environments import environment
 from posttrain.sampling.multi_turn import TurnSampler, in_turns
+from posttrain.sampling.thread_worker import ThreadWorker, trained_weights
 from posttrain.trainer.reference_model import frozen_beside
 
 if TYPE_CHECKING:
@@ -57,15 +65,41 @@ def open_rollouts(
     stack = RewardStack(config.rewards, functions, tokenizer, run.folder / LOG, answered_by)
     rewards = run.resources.enter_context(stack)
     warn_of_sampler(config)
-    local = open_policy_sampler(config, loaded, run, learner)
-    sampler: Sampler = local
+    asynchronous = isinstance(config, RLConfig) and config.asynchronous is not None
+    local: LocalSampler | PolicySampler
+    if asynchronous:  # workers have other weights than the policy: what is measured is sampled here
+        local = LocalSampler(policy, tokenizer, **config.sampler.options())
+    else:
+        local = open_policy_sampler(config, loaded, run, learner)
+    in_environment: Callable[[Sampler], Sampler] = _unanswered
     turns = None
     if isinstance(config, RLConfig) and config.environment is not None:
-        answering = environment(config.environment, functions)
+        answering, settings = environment(config.environment, functions), config.environment
         run.resources.callback(getattr(answering, "close", lambda: None))
-        sampler = TurnSampler(local, answering, config.environment, tokenizer, local.context)
+        lock = Lock() if asynchronous and not getattr(answering, "concurrent", False) else None
+        in_environment = partial(
+            TurnSampler, environment=answering, config=settings, tokenizer=tokenizer, context=local.context, lock=lock
+        )
         turns = partial(in_turns, tokenizer=tokenizer)
-    collector = RolloutCollector(config, sampler, rewards, prompts.trained, run.seed, hooks=hooks, tokenizer=tokenizer)
+    sampler = in_environment(local)
+    options: dict[str, Any] = {"hooks": hooks, "tokenizer": tokenizer}
+    if isinstance(config, RLConfig) and asynchronous:
+        behaviour = open_behaviour(config, loaded, run)
+        overlapping = AsynchronousCollector(
+            config,
+            sampler,
+            in_environment(behaviour),
+            rewards,
+            prompts.trained,
+            run.seed,
+            behaviour=behaviour,
+            **options,
+        )
+        collector: RolloutCollector = overlapping
+        run.resources.callback(overlapping.close)
+        run.resources.callback(behaviour.close)  # first of all: threads that wait for completions then end
+    else:
+        collector = RolloutCollector(config, sampler, rewards, prompts.trained, run.seed, **options)
     gold = None
     if config.held_out is not None and config.held_out.gold is not None:
         assert reference is not None
@@ -75,6 +109,35 @@ def open_rollouts(
         config, policy, collector, run.folder, prompts.held_out, seed=run.seed, gold=gold, turns=turns
     )
     return collector, recorder
+
+
+def _unanswered(sampler: Sampler) -> Sampler:
+    return sampler
+
+
+def open_behaviour(config: RLConfig, loaded: LoadedPolicy, run: StageRun) -> BehaviourSampler:
+    """Open what samples while the policy is trained: a thread with a copy of it, or the processes of the settings.
+
+    Args:
+        config: Settings of the stage.
+        loaded: The policy and its tokenizer, with the weights that the stage starts from.
+        run: Folder of the stage; its resources close the processes.
+
+    Raises:
+        RecipeError: The policy is trained on several ranks.
+    """
+    if distributed.world() > 1:
+        raise RecipeError(
+            f"asynchronous: the policy is trained by {distributed.world()} processes, and coming steps are sampled "
+            "beside a policy that one process trains. Leave asynchronous out, or start one process"
+        )
+    policy = loaded.policy
+    if not config.sampler.processes:
+        # Another thread's work would end the recording of CUDA graphs.
+        worker = ThreadWorker(policy, loaded.tokenizer, **config.sampler.options(), static_shapes=False)
+        return BehaviourSampler(worker, worker, partial(trained_weights, policy))
+    workers, every = open_workers(config, loaded, run), config.sampler.backend == "vllm"
+    return BehaviourSampler(workers, workers, partial(published_weights, policy, every=every, stored=every))
 
 
 def warn_of_sampler(config: RolloutConfig) -> None:

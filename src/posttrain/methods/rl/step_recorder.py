@@ -112,6 +112,7 @@ class StepRecorder:
         sampled, computed = self.collector.tokens, sum(r.computed_tokens for r in results)
         learned = sum(r.tokens for r in results)
         timing = {"phases": phases.seconds, "sampled_tokens": sampled, "learned_tokens": learned}
+        timing |= self.collector.timing()
         return StepResult(out, seconds, sampled, computed, sum(r.micro_batches for r in results), timing)
 
     def initial_record(self, track: Track) -> dict[str, Any] | None:
