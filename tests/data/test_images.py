@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import posttrain
-from posttrain.config import DataConfig, ModelConfig
+from posttrain.config import DataConfig, ModelConfig, SystemsConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
 from posttrain.core.image_tokens import ImageTokens, beginning, image_spans, picture_keys
@@ -34,6 +34,7 @@ from posttrain.models.loading import load_tokenizer
 from posttrain.models.tiny_model import tiny_tokenizer
 from posttrain.report.evaluations import answer_cards
 from posttrain.trainer.policy import open_policy
+from posttrain.trainer.train_step import Learner
 from tests import vision
 
 PROCESSOR = vision.make("llava")[1]
@@ -229,6 +230,16 @@ def test_a_run_trains_on_rows_with_and_without_images(folder: Path, tmp_path: Pa
         "linear_1",
         "linear_2",
     }
+    samples, stepped = list(prepare(projector.data, policy.tokenizer).samples), []
+    for budget in (1, 4096):  # a row of text alone reaches no parameter of the projector
+        again = open_policy(projector, ModelConfig(source=str(tmp_path / "model")), 0).policy
+        learner = Learner(again, projector.optimizer, SystemsConfig(tokens_per_micro_batch=budget), 2)
+        learner.step(samples)
+        stepped.append(again.base.model.multi_modal_projector.linear_1.weight.detach().clone())
+        with pytest.warns(UserWarning, match="a step changes nothing"):
+            learner.step(samples[-1:])
+    torch.testing.assert_close(*stepped)
+    assert not torch.equal(stepped[0], policy.policy.base.model.multi_modal_projector.linear_1.weight)
     result = posttrain.run(posttrain.Recipe.model_validate(values), tmp_path / "run")
     measured = json.loads((result.folder / "stages" / "0-sft" / "held_out" / "step-000016.json").read_text())
     assert [a["output"] for a in measured["answers"]] == colours

@@ -113,6 +113,9 @@ def still(model: nn.Module) -> None:
 
 
 def decoder_layers(base: Any) -> list[nn.Module]:
-    """Return the repeated layers of the decoder, as the model type lists them in `_no_split_modules`."""
+    """Return the repeated layers of the decoder, as the model type lists them in `_no_split_modules`.
+
+    A vision tower's are not among them: a pass without pictures does not run it.
+    """
     names = set(getattr(base, "_no_split_modules", None) or ())
-    return [m for m in base.modules() if type(m).__name__ in names]
+    return [m for m in decoder_of(base).modules() if type(m).__name__ in names]

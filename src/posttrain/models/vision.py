@@ -14,6 +14,7 @@ from torch import Tensor
 
 from posttrain.core.errors import ModelError
 from posttrain.core.ragged import BatchImages, RaggedBatch
+from posttrain.models.model_types import decoder_of
 
 ROTARY_GRID = ("qwen2_vl", "qwen2_5_vl")
 """Types whose tokens of a picture have rotary positions of time, row and column (arXiv 2409.12191)."""
@@ -77,6 +78,18 @@ def image_vectors(base: Any, images: BatchImages) -> Tensor:
             f"processor wrote {sum(images.sizes)} tokens for them: the processor is not this model's"
         )
     return vectors
+
+
+def zero_of_pictures(base: Any, images: BatchImages) -> Tensor | None:
+    """Return a zero whose gradients are zeros of every parameter that pictures are computed by; None: none is trained.
+
+    FSDP sums the gradients of the same parameters over ranks. So a rank whose pass shows no picture adds this zero to
+    its loss, made of a picture that another rank's pass may show.
+    """
+    language = {id(p) for part in (decoder_of(base), base.get_output_embeddings()) for p in part.parameters()}
+    if not any(p.requires_grad for p in base.parameters() if id(p) not in language):
+        return None
+    return image_vectors(base, images).sum() * 0
 
 
 def _on_device(base: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

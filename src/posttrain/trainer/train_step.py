@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +19,14 @@ from torch import Tensor
 from posttrain.config import OptimizerConfig, SystemsConfig
 from posttrain.core import distributed
 from posttrain.core.errors import NonFiniteError
-from posttrain.core.ragged import RaggedBatch, micro_batches
+from posttrain.core.image_tokens import image_spans
+from posttrain.core.ragged import BatchImages, RaggedBatch, micro_batches
 from posttrain.core.types import Sample
 from posttrain.losses.gradient_accumulation import added_in_place
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.model_types import decoder_layers
 from posttrain.models.router_loss import Routing, add_up
+from posttrain.models.vision import zero_of_pictures
 from posttrain.trainer.optimizer import Optimizer, lr_at
 from posttrain.trainer.token_budget import token_budget
 
@@ -34,6 +37,11 @@ The denominator is the sum of the global batch's weights. Loss and metrics come 
 the whole batch, where a method has its own): the learner only adds them up over micro-batches and ranks. Of a metric
 whose name ends with `_max` the largest is taken instead. A loss must not read a tensor's value (`.item()`, `float`,
 `bool`): on a GPU that waits for the device; the learner reads all of a step's numbers at once, at its end."""
+
+NOTHING_TRAINED = (
+    "a step changes nothing: no parameter that is trained takes part in the loss of its rows. Tower and projector of a "
+    "vision model need rows with images"
+)
 
 
 @dataclass(frozen=True)
@@ -97,11 +105,12 @@ class Learner:
         denominator = float(sum(math.fsum(s.weights) for s in useful))
         split, rounds = self._split(useful)
         made: list[tuple[str, Tensor]] = []
-        computed = 0
+        computed, reached = 0, False
         # Every rank makes as many passes (FSDP gathers in step); a spare one repeats a sample at weight 0.
         spare = [[_weightless(s)] for s in useful[:1]] * (rounds - len(split))
         chosen = [[useful[j] for j in m] for m in split] + spare
         routing = self._count_routing(chosen)
+        shown = self._one_picture(useful) if distributed.world() > 1 else None
         for mine in chosen:
             batch = self.model.pack(mine, self.systems.share_prefixes)
             computed += batch.total
@@ -111,10 +120,17 @@ class Learner:
                 own = next(r for r in reversed(routings) if r.probabilities_E.requires_grad)
                 metrics["router_loss"] = self.model.router_loss.share(own, own if routing is None else routing)
                 value = value + self.model.router_loss.coefficient * metrics["router_loss"]
+            if batch.images is None and shown is not None:
+                zero = zero_of_pictures(self.model.base, shown)
+                value = value if zero is None else value + zero
             with added_in_place(self.optimizer.places):
-                # FSDP averages over ranks; the loss's denominator is global already.
-                (value * distributed.world()).backward()
+                if value.requires_grad:  # not of rows of text while the projector of a vision model is trained alone
+                    # FSDP averages over ranks; the loss's denominator is global already.
+                    (value * distributed.world()).backward()
             made += [(name, number.detach()) for name, number in {"loss": value, **metrics}.items()]
+            reached = reached or value.requires_grad
+        if useful and not reached:
+            warnings.warn(NOTHING_TRAINED, stacklevel=2)
         norms = self.optimizer.gradient_norms()
         # The only place where a step waits for the device.
         numbers = _to_host([number for _, number in made] + list(norms.values()))
@@ -123,6 +139,11 @@ class Learner:
         tokens = sum(len(s) for s in samples)
         record.update(tokens=tokens, loss_tokens=denominator)
         return StepResult(record, time.perf_counter() - began, tokens, computed, rounds)
+
+    def _one_picture(self, samples: Sequence[Sample]) -> BatchImages | None:
+        """Return the pictures of the first sample that has some; None: all are text."""
+        with_pictures = next((s for s in samples if image_spans(s.tokens)), None)
+        return None if with_pictures is None else self.model.pack([with_pictures]).images
 
     def _count_routing(self, chosen: Sequence[Sequence[Sample]]) -> Routing | None:
         """Count, over the whole step, how often routers choose each expert; only for a loss that needs it beforehand.

@@ -11,9 +11,9 @@ import yaml
 from safetensors.torch import load_file
 
 import posttrain
-from posttrain.core.files import read_lines
+from posttrain.core.files import read_lines, write_lines
 from posttrain.methods.sft_measurement import measurements
-from tests import warm
+from tests import vision, warm
 
 STAGE = {
     "method": "sft",
@@ -38,6 +38,7 @@ STAGES["distill"] = {  # half of the answers are the student's own, of an odd nu
     **STAGES["lora"], "method": "distill", "name": "sft", "teacher": {"source": "tiny:qwen2"}, "batch_size": 7,
     "on_policy": 0.5, "sampler": {"max_tokens": 8},
 }  # fmt: skip
+STAGES["images"] = {**STAGES["full"], "max_steps": 4, "batch_size": 4}
 STAGES["p_tuning"] = {**STAGES["lora"], "adapter": {"kind": "p_tuning", "hidden": 8}}
 
 
@@ -52,7 +53,17 @@ def runs_by_one_and_two(folder: Path, name: str) -> list[Path]:
         texts = ["".join(rng.choice(letters) for _ in range(20)) for _ in range(count)]
         lines = [json.dumps({"prompt": f"say {i}", "completion": t}) + "\n" for i, t in enumerate(texts)]
         (folder / f"{file}.jsonl").write_text("".join(lines))
-    recipe = {"name": name, "model": {"source": "tiny:llama"}, "stages": [{**STAGE, **STAGES[name]}]}
+    model = "tiny:llama"
+    if name == "images":  # a picture in one row of three: a rank's pass may have none
+        vision.make("llava", folder / "seeing")
+        model = "seeing"
+        for i in range(2):
+            vision.picture(i).save(folder / f"{i}.png")
+        for file in ("rows", "other"):
+            rows = read_lines(folder / f"{file}.jsonl")
+            shown = [{"image": f"{i % 2}.png"} if i % 3 == 0 else {} for i in range(len(rows))]
+            write_lines(folder / f"{file}.jsonl", [row | image for row, image in zip(rows, shown, strict=True)])
+    recipe = {"name": name, "model": {"source": model}, "stages": [{**STAGE, **STAGES[name]}]}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     for ranks in (1, 2):
         warm.run(posttrain.run, "recipe.yaml", f"runs/{ranks}", folder=folder, ranks=ranks)

@@ -258,8 +258,7 @@ def error_weights(hidden: Tensor) -> Tensor:
 
 def outermost_layers(policy: LanguageModel) -> list[nn.Module]:
     """Return the repeated layers of the decoder; of types that name parts of layers too (Mamba), the whole layers."""
-    inside = {id(m) for m in policy.decoder.modules()}
-    layers = [m for m in decoder_layers(policy.base) if id(m) in inside]
+    layers = decoder_layers(policy.base)
     parts = {id(part) for layer in layers for part in layer.modules() if part is not layer}
     return [layer for layer in layers if id(layer) not in parts]
 
