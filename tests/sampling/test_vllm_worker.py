@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ ROWS, TOKENS = 270, 259
 TOKENIZER = tiny_tokenizer()
 PARAMS = SamplingConfig(temperature=1.3, max_tokens=16, min_tokens=3)
 REQUESTS = [Request(p, n=16, seed=i, example={"row": i}) for i, p in enumerate(prompts(8))]
+METRICS = Path("stages") / "0-rl" / "metrics.jsonl"
 needs_vllm = pytest.mark.skipif(not PYTHON, reason="POSTTRAIN_VLLM_PYTHON names no Python that has vLLM")
 
 
@@ -151,39 +153,45 @@ def test_weights_are_replaced_and_so_is_a_killed_worker(sampler: WorkerSampler, 
     assert sampler.workers[0] is not worker and tokens_of(again) == tokens_of(after)
 
 
-def _run(folder: Path) -> None:
+def _run(folder: Path, *changes: str) -> list[dict[str, Any]]:
+    """Train for four steps in the laboratory and return the metrics."""
     torch.set_num_threads(1)
-    changes = [
+    changes = (
         "model.source=lab:", "stages.rl.steps=4", "stages.rl.checkpoint_every=1", "stages.rl.held_out.every=4",
-        "stages.rl.held_out.problems.size=64", "stages.rl.sampler.backend=vllm", f"stages.rl.sampler.python={PYTHON}",
-        "stages.rl.sampler.cache_mb=256", "stages.rl.importance_sampling_cap=2", "stages.rl.max_mismatch_kl=0.001",
-    ]  # fmt: skip
-    posttrain.run(posttrain.load_recipe("lab", changes), folder)
+        "stages.rl.held_out.problems.size=64", *changes,
+    )  # fmt: skip
+    return read_lines(posttrain.run(posttrain.load_recipe("lab", list(changes)), folder).folder / METRICS)
 
 
 @needs_vllm
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_grpo_in_the_laboratory_killed_and_resumed(tmp_path: Path) -> None:
-    """Killed after two steps, the run makes the same steps again as one that is not: weights and versions are back."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    _run(whole)
-    process = CONTEXT.Process(target=_run, args=(broken,))
+    """With vLLM it begins as with a worker of our own; killed after two steps, it makes the same steps again."""
+    vllm = (
+        "stages.rl.sampler.backend=vllm", f"stages.rl.sampler.python={PYTHON}", "stages.rl.sampler.cache_mb=256",
+        "stages.rl.importance_sampling_cap=2", "stages.rl.max_mismatch_kl=0.001",
+    )  # fmt: skip
+    ours = _run(tmp_path / "ours", "stages.rl.sampler.workers=1")
+    whole = _run(tmp_path / "whole", *vllm)
+    assert whole[0]["held_out"] == pytest.approx(ours[0]["held_out"], abs=0.02)  # greedy, before the first step
+    p = (whole[1]["reward"] + ours[1]["reward"]) / 2
+    assert abs(whole[1]["reward"] - ours[1]["reward"]) < 4.5 * math.sqrt(p * (1 - p) * 2 / 16)  # of 16 prompts each
+    assert all(0 < m["mismatch"] < 1e-3 for m in whole if "mismatch" in m) and "mismatch" in whole[1]
+    process = CONTEXT.Process(target=_run, args=(tmp_path / "broken", *vllm))
     process.start()
-    metrics = broken / "stages" / "0-rl" / "metrics.jsonl"
+    metrics = tmp_path / "broken" / METRICS
     while process.is_alive() and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         time.sleep(0.2)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    _run(broken)
-    found, expected = read_lines(metrics), read_lines(whole / "stages" / "0-rl" / "metrics.jsonl")
-    assert [m["step"] for m in found] == [m["step"] for m in expected] == [0, 1, 2, 3, 4]
-    for a, b in zip(found, expected, strict=True):
+    resumed = _run(tmp_path / "broken", *vllm)
+    assert [m["step"] for m in resumed] == [m["step"] for m in whole] == [0, 1, 2, 3, 4]
+    for a, b in zip(resumed, whole, strict=True):
         for name in ("reward", "held_out"):
             assert a.get(name) == pytest.approx(b.get(name), abs=0.02)
-    assert all(0 < m["mismatch"] < 1e-3 for m in expected if "mismatch" in m) and "mismatch" in expected[1]
-    assert not (whole / "stages" / "0-rl" / "sampler-model").exists()
+    assert not (tmp_path / "whole" / METRICS).with_name("sampler-model").exists()
 
 
 def test_a_python_without_vllm_is_refused_before_anything_trains() -> None:
