@@ -46,7 +46,7 @@ needs_vllm = pytest.mark.skipif(not PYTHON, reason="POSTTRAIN_VLLM_PYTHON names 
 
 def model() -> torch.nn.Module:
     """A model with heads of a size that vLLM's attention has on a CPU."""
-    return spread(tiny_model("llama", ROWS, head_dim=32)).eval()  # type: ignore[no-any-return]
+    return spread(tiny_model("llama", ROWS, head_dim=32, tie_word_embeddings=True)).eval()  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def policy() -> LanguageModel:
 @pytest.fixture(scope="module")
 def sampler(policy: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerSampler]:
     folder = tmp_path_factory.mktemp("vllm")
-    write_published(policy, TOKENIZER, folder / "model")
+    write_published(policy, TOKENIZER, folder / "model", untied=True)
     weights = WeightFolder()
     config = RolloutSamplerConfig(backend="vllm", python=PYTHON, cache_mb=256)
     opened = WorkerSampler(WorkerSource(config, policy, TOKENIZER, folder / "model", folder, weights).open)
@@ -67,10 +67,10 @@ def sampler(policy: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @torch.no_grad()
-def check_distribution(groups: list[RolloutGroup], head: float = 1.0) -> None:
+def check_distribution(groups: list[RolloutGroup], policy: LanguageModel) -> None:
     """Log-probabilities are the model's, and what was drawn looks drawn from it (as in benchmarks/sampling.py)."""
     reference, ends = model(), [TOKENIZER.eos_token_id]
-    reference.get_output_embeddings().weight.mul_(head)  # type: ignore[operator]
+    reference.load_state_dict(policy.base.state_dict())
     surprise, expected, variance = 0.0, 0.0, 0.0
     for group in groups:
         for r in group.rollouts:
@@ -98,7 +98,7 @@ def tokens_of(groups: list[RolloutGroup]) -> list[list[tuple[int, ...]]]:
 def test_completions_are_the_model_s_own(sampler: WorkerSampler, policy: LanguageModel) -> None:
     assert sampler.context == LocalSampler(policy, TOKENIZER).context
     drawn = sampler.sample(REQUESTS, PARAMS)
-    check_distribution(drawn)
+    check_distribution(drawn, policy)
     assert len({r for g in tokens_of(drawn) for r in g}) > 0.9 * 8 * 16
     assert max(t for g in tokens_of(drawn) for r in g for t in r) < TOKENS
     again = sampler.sample([REQUESTS[5]], PARAMS)  # a completion depends on its seed alone
@@ -139,12 +139,15 @@ def test_stop_rules_are_ours(sampler: WorkerSampler) -> None:
 @needs_vllm
 @pytest.mark.long
 def test_weights_are_replaced_and_so_is_a_killed_worker(sampler: WorkerSampler, policy: LanguageModel) -> None:
+    """All kinds of weights change, norms and embeddings that are one included."""
     before = sampler.sample(REQUESTS[:2], PARAMS)
-    weights = published_weights(policy, every=True, stored=True)
-    weights["lm_head.weight"] = weights["lm_head.weight"] * 1.5
-    sampler.update(7, weights)
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.mul_(1 + 0.2 * torch.randn(p.shape, generator=noise))
+    sampler.update(7, published_weights(policy, every=True, stored=True))
     after = sampler.sample(REQUESTS, PARAMS)
-    check_distribution(after, head=1.5)
+    check_distribution(after, policy)
     assert tokens_of(after)[:2] != tokens_of(before)
     assert {p.step for g in after for r in g.rollouts for p in r.pieces} == {7}
     worker = sampler.workers[0]
@@ -170,14 +173,14 @@ def test_grpo_in_the_laboratory_killed_and_resumed(tmp_path: Path) -> None:
     """With vLLM it begins as with a worker of our own; killed after two steps, it makes the same steps again."""
     vllm = (
         "stages.rl.sampler.backend=vllm", f"stages.rl.sampler.python={PYTHON}", "stages.rl.sampler.cache_mb=256",
-        "stages.rl.importance_sampling_cap=2", "stages.rl.max_mismatch_kl=0.001",
+        "stages.rl.importance_sampling_cap=2", "stages.rl.max_mismatch_kl=1e-5",
     )  # fmt: skip
     ours = _run(tmp_path / "ours", "stages.rl.sampler.workers=1")
     whole = _run(tmp_path / "whole", *vllm)
     assert whole[0]["held_out"] == pytest.approx(ours[0]["held_out"], abs=0.02)  # greedy, before the first step
     p = (whole[1]["reward"] + ours[1]["reward"]) / 2
     assert abs(whole[1]["reward"] - ours[1]["reward"]) < 4.5 * math.sqrt(p * (1 - p) * 2 / 16)  # of 16 prompts each
-    assert all(0 < m["mismatch"] < 1e-3 for m in whole if "mismatch" in m) and "mismatch" in whole[1]
+    assert all(0 < m["mismatch"] < 1e-4 for m in whole if "mismatch" in m) and "mismatch" in whole[1]
     process = CONTEXT.Process(target=_run, args=(tmp_path / "broken", *vllm))
     process.start()
     metrics = tmp_path / "broken" / METRICS

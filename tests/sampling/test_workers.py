@@ -71,7 +71,7 @@ class WarmSource(WorkerSource):
 
 @pytest.fixture(scope="module")
 def policy() -> LanguageModel:
-    return LanguageModel(spread(tiny_model("llama")))
+    return LanguageModel(spread(tiny_model("llama", tie_word_embeddings=True)))
 
 
 @pytest.fixture(scope="module")

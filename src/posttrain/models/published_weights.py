@@ -41,8 +41,9 @@ def check_publishable(policy: LanguageModel) -> None:
 def published_weights(policy: LanguageModel, *, every: bool = False, stored: bool = False) -> dict[str, Tensor]:
     """Return a policy's weights by the names of the Hugging Face state dict; adapters are merged into them.
 
-    A tensor that nothing was merged into is the policy's own, not a copy. Of tied weights one name is there. The
-    policy stays as it is. Ranks must be within `distributed.summon_full_params` if it is sharded.
+    A tensor that nothing was merged into is the policy's own, not a copy. Of tied weights one name is there, or a copy
+    under each name with `stored`. The policy stays as it is. Ranks must be within `distributed.summon_full_params` if
+    it is sharded.
 
     Args:
         policy: The policy.
@@ -60,12 +61,13 @@ def published_weights(policy: LanguageModel, *, every: bool = False, stored: boo
     _check_tied(base, merged)
     seen: set[int] = set()
     for name, tensor in state.items():
-        if any(name.startswith(a) and not INNER.search(name, len(a) - 1) for a in adapters) or id(tensor) in seen:
+        if any(name.startswith(a) and not INNER.search(name, len(a) - 1) for a in adapters):
             continue
+        changed, again = merged.get(id(tensor)), id(tensor) in seen
         seen.add(id(tensor))
-        changed = merged.get(id(tensor))
-        if changed is not None or every or tensor.requires_grad:
-            out[INNER.sub(".", name)] = tensor.detach() if changed is None else changed
+        if (changed is not None or every or tensor.requires_grad) and (stored or not again):
+            values = tensor.detach() if changed is None else changed
+            out[INNER.sub(".", name)] = values.clone() if again else values
     if stored:
         from transformers.core_model_loading import revert_weight_conversion
 
@@ -73,18 +75,22 @@ def published_weights(policy: LanguageModel, *, every: bool = False, stored: boo
     return out
 
 
-def write_published(policy: LanguageModel, tokenizer: Any, folder: Path) -> None:
+def write_published(policy: LanguageModel, tokenizer: Any, folder: Path, *, untied: bool = False) -> None:
     """Write a policy as it is now, adapters merged, in the ordinary layout; the policy can be trained on.
 
     Args:
         policy: The policy; whole on this rank.
         tokenizer: Its tokenizer.
         folder: Where to write.
+        untied: Make two weights of input and output embeddings that are one. vLLM packs the output's on a CPU, and does
+            not pack it again when only the input's name is loaded anew.
     """
     base = policy.base
     config = copy.deepcopy(base.config)
     config.architectures = [type(base).__name__.removeprefix("FSDP")]  # sharding gives the class another name
     config.dtype = next(policy.parameters()).dtype
+    if untied:
+        config.tie_word_embeddings = False
     config.save_pretrained(folder)
     base.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

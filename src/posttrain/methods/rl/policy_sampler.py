@@ -107,7 +107,7 @@ def open_workers(config: RolloutConfig, loaded: LoadedPolicy, run: StageRun) -> 
     def write(folder: Any) -> None:
         with distributed.summon_full_params(policy):
             if distributed.is_main():
-                write_published(policy, tokenizer, folder)
+                write_published(policy, tokenizer, folder, untied=config.sampler.backend == "vllm")
 
     save_atomically(model, write)
     with ExitStack() as opened:
