@@ -19,6 +19,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ class Job:
     seed: int
     threads: int
     settings: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -124,6 +126,8 @@ def operations(model: Any, pairs: list[Pair]) -> float:
 # ------------------------------------------------------------------------------------------------------- the two sides
 def now() -> tuple[float, float]:
     """Seconds by the clock, and of this process on all cores: on a busy machine the second tells more."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
 
 
@@ -151,7 +155,7 @@ def run_ours(job: Job, pairs: list[Pair]) -> dict[str, Any]:
     for p in pairs:
         prompt = p["prompt_ids"]
         made.append(OurPair(sample(prompt, p["chosen_ids"]), sample(prompt, p["rejected_ids"]), len(prompt)))
-    model, _ = load_model(ModelConfig(source=job.model, device="cpu"))
+    model, _ = load_model(ModelConfig(source=job.model, device=job.device))
     policy, systems = LanguageModel(model), SystemsConfig(**job.settings)
     began = now()
     reference = (
@@ -197,9 +201,10 @@ def peer_config(job: Job, output: str) -> Any:
         max_length=None,
         precompute_ref_log_probs=bool(job.settings.get("precompute", False)),
         gradient_checkpointing=bool(job.settings.get("checkpointing", False)),
-        bf16=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
+        use_liger_kernel=job.device == "cuda" and find_spec("liger_kernel") is not None,
+        bf16=job.device == "cuda",
+        use_cpu=job.device == "cpu",
+        dataloader_pin_memory=job.device == "cuda",
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,

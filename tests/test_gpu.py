@@ -14,13 +14,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-QUICK = ["device", "grpo"]
+QUICK = ["device", "speed grpo", "fsdp"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("items", [QUICK, pytest.param([], marks=pytest.mark.long)])
 def test_all_that_make_gpu_runs_runs_dry(items: list[str], tmp_path: Path) -> None:
-    """In `make test` one item that samples and trains."""
+    """In `make test` items that sample and train."""
     figures = tmp_path / "figures.json"
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "run.py"), "--dry", "--json", str(figures)]
@@ -28,7 +28,29 @@ def test_all_that_make_gpu_runs_runs_dry(items: list[str], tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     found = json.loads(figures.read_text())["items"]
-    assert len(found) == (len(items) or 18) and all(item["status"] == "ok" for item in found.values())
+    assert len(found) == (len(items) or 27) and all(item["status"] == "ok" for item in found.values())
+
+
+def test_targets_are_met_or_not_on_the_card_that_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    targets = importlib.import_module("gpu.targets")
+    numbers: dict[str, dict[str, object]] = {
+        "device": {"device": "NVIDIA H100"},
+        "speed sft 0.5B": {"of the card's rate": 0.23, "tokens per second": 65_000.0},
+        "speed sft 0.5B, compiled": {"of the card's rate": 0.51, "tokens per second": 140_000.0},
+        "speed trl sft 0.5B": {"tokens per second": 100_000.0},
+        "speed dpo 0.5B": {"pairs per second": 18.0},
+        "speed trl dpo 0.5B": {"pairs per second": 10.0},
+        "speed grpo 0.5B": {},
+        "speed decoding 1.5B": {"of the bandwidth": 0.6},
+    }
+    lines = targets.reached({name: {"numbers": n} for name, n in numbers.items()})
+    assert lines[0] == "targets (an H100), on NVIDIA H100"
+    shown = [line.split("  ")[-1].split("; ") for line in lines[1:]]
+    assert [part[-1].rsplit(": ")[-1] for part in shown] == ["met", "NOT MET", "met", "wanted 3 times", "met"]
+    assert "51.0%" in lines[1] and "1.40 times" in lines[2] and "1.80 times" in lines[3] and "not measured" in lines[4]
+    numbers["device"]["device"] = "cpu"
+    assert "says nothing" in targets.reached({name: {"numbers": n} for name, n in numbers.items()})[1]
 
 
 def test_what_fails_is_told_and_what_there_is_no_time_for_is_skipped(

@@ -106,13 +106,19 @@ def family(vocabulary: int, scale: int = 1, seed: int = 0) -> list[Sample]:
     return [Sample(r, [0.0] + [1.0] * (len(r) - 1)) for r in rows]
 
 
-def build(shape: dict[str, int], dtype: torch.dtype, device: torch.device, kind: str = "llama", **more: Any) -> Any:
-    """A causal language model of transformers with random weights, the same on every device."""
+def build(
+    shape: dict[str, int], dtype: torch.dtype, device: torch.device, kind: str = "llama", on_device: bool = False,
+    **more: Any,
+) -> Any:  # fmt: skip
+    """A causal language model of transformers with random weights, the same on every device.
+
+    on_device: draw them on the device, where large models take no time; then they depend on it.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {"max_position_embeddings": 8192, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 2,
                 "pad_token_id": 0, **shape, **more}  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), device if on_device else torch.device("cpu"):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
     model.set_attn_implementation("eager")
@@ -143,10 +149,15 @@ def byte_tokenizer(size: int) -> Any:
     )
 
 
-def saved(folder: Path, shape: dict[str, int]) -> Path:
-    """A Llama of this shape with its tokenizer, in Hugging Face's layout; made where it is not there yet."""
+def saved(folder: Path, shape: dict[str, int], kind: str = "llama", device: torch.device | None = None) -> Path:
+    """A model of this shape with its tokenizer, in Hugging Face's layout; made where it is not there yet.
+
+    device: where weights are drawn; on a GPU they are saved in bfloat16. None: the CPU, the same weights everywhere.
+    """
     if not (folder / "config.json").exists():
-        build(shape, torch.float32, torch.device("cpu")).save_pretrained(folder)
+        device = device or torch.device("cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        build(shape, dtype, device, kind, on_device=True).save_pretrained(folder)
         byte_tokenizer(shape["vocab_size"]).save_pretrained(folder)
     return folder
 

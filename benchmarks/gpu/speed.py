@@ -61,7 +61,7 @@ def trained(
     where: Where, kind: str, shape: dict[str, int], account: Account, steps: int, compiled: bool = False
 ) -> None:
     """Full fine-tuning with the learner, tokens a second after two steps to warm up."""
-    hf = build(shape, low(where), where.device, kind)
+    hf = build(shape, low(where), where.device, kind, on_device=True)
     work = batches(where, steps + 2, shape["vocab_size"])
     model, config = LanguageModel(hf), systems(where, compile=compiled)
     learner = Learner(model, OptimizerConfig(schedule="constant", warmup=0), config, steps + 2)
@@ -91,17 +91,25 @@ def sft_smol(where: Where) -> Account:
     return account
 
 
-def sft_compiled(where: Where) -> Account:
+def compiled(where: Where, kind: str, shape: dict[str, int]) -> Account:
     """With systems.compile, where torch can compile for this device."""
     account = Account()
     if where.dry:
         account.note = "compiling on a CPU takes too long for a dry run"
         return account
     try:
-        trained(where, "llama", SMOL, account, 6, compiled=True)
+        trained(where, kind, shape, account, 6, compiled=True)
     except Exception as error:  # no compiler, no headers: nothing that this program can help
         account.note = f"torch.compile does not work here: {type(error).__name__}: {str(error)[:200]}"
     return account
+
+
+def sft_compiled(where: Where) -> Account:
+    return compiled(where, "llama", SMOL)
+
+
+def sft_qwen_compiled(where: Where) -> Account:
+    return compiled(where, "qwen2", QWEN)
 
 
 def sft_qwen(where: Where) -> Account:
