@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from threading import Lock
 
 from torch import Tensor
 
@@ -20,7 +21,8 @@ class WorkerSampler:
     """Complete requests with one or several workers. See `posttrain.sampling.protocol.Sampler`.
 
     A lost worker is replaced, gets the newest weights, and its requests are asked again. Random streams depend on a
-    request's seed alone, so that the local engine gives the same completions whatever their number and losses.
+    request's seed alone, so that the local engine gives the same completions whatever their number and losses. Several
+    threads may call `sample` at once.
     """
 
     def __init__(self, open_worker: Callable[[int], SamplerWorker], count: int = 1, tries: int = 3) -> None:
@@ -34,6 +36,7 @@ class WorkerSampler:
         self.open_worker, self.tries, self.version = open_worker, tries, 0
         self.workers = [open_worker(i) for i in range(count)]
         self._weights: Mapping[str, Tensor] = {}
+        self._replacing = Lock()
         self._context = 0
 
     @property
@@ -53,10 +56,11 @@ class WorkerSampler:
             list(pool.map(self._update, range(len(self.workers))))
 
     def _update(self, number: int) -> None:
-        try:
-            self.workers[number].update(self.version, self._weights)
-        except WorkerLost as error:
-            self._replace(number, error)
+        while (worker := self.workers[number]).version != self.version:  # a thread that samples may replace it too
+            try:
+                worker.update(self.version, self._weights)
+            except WorkerLost as error:
+                self._replace(number, worker, error)
 
     def sample(
         self, requests: Sequence[Request], params: SamplingConfig, on_done: OnDone | None = None
@@ -75,19 +79,26 @@ class WorkerSampler:
         shares = split_by_work(requests, params, len(self.workers))
         out: dict[int, RolloutGroup] = {}
         lost = [0] * len(shares)
-        running = {self._submit(number, share, requests, params): number for number, share in enumerate(shares)}
+        running: dict[Future[list[RolloutGroup]], tuple[int, SamplerWorker]] = {}
+
+        def submit(number: int) -> None:
+            worker = self.workers[number]
+            running[worker.submit([requests[i] for i in shares[number]], params)] = number, worker
+
+        for number in range(len(shares)):
+            submit(number)
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                number = running.pop(future)
+                number, worker = running.pop(future)
                 try:
                     groups = future.result()
                 except WorkerLost as error:
                     lost[number] += 1
                     if lost[number] >= self.tries:
                         raise WorkerError(f"{lost[number]} workers in a row were lost; the last: {error}") from error
-                    self._replace(number, error)
-                    running[self._submit(number, shares[number], requests, params)] = number
+                    self._replace(number, worker, error)
+                    submit(number)
                     continue
                 out |= zip(shares[number], groups, strict=True)
                 if on_done is not None:
@@ -96,25 +107,30 @@ class WorkerSampler:
                             on_done(i, j, rollout)
         return [out[i] for i in range(len(requests))]
 
-    def _submit(
-        self, number: int, share: Sequence[int], requests: Sequence[Request], params: SamplingConfig
-    ) -> Future[list[RolloutGroup]]:
-        return self.workers[number].submit([requests[i] for i in share], params)
+    def _replace(self, number: int, lost: SamplerWorker, error: Exception) -> None:
+        """Open a worker in the place of a lost one, with the newest weights, unless another thread has.
 
-    def _replace(self, number: int, error: Exception) -> None:
-        """Open a worker in the place of a lost one, with the newest weights."""
-        for tried in range(1, self.tries + 1):
-            log.warning("sampler worker %d is replaced: %s", number + 1, error)
-            self.workers[number].close()
-            self.workers[number] = self.open_worker(number)
-            try:
-                if self.version:
-                    self.workers[number].update(self.version, self._weights)
-                return
-            except WorkerLost as again:
-                error = again
-                if tried == self.tries:
-                    raise WorkerError(f"{tried} workers were lost as they started; the last: {error}") from error
+        Args:
+            number: Its number.
+            lost: The worker.
+            error: How it was lost.
+        """
+        with self._replacing:
+            for tried in range(1, self.tries + 1):
+                if self.workers[number] is not lost:
+                    return
+                log.warning("sampler worker %d is replaced: %s", number + 1, error)
+                lost.close()
+                new = self.open_worker(number)
+                try:
+                    if self.version:
+                        new.update(self.version, self._weights)
+                    self.workers[number] = new
+                except WorkerLost as again:
+                    new.close()
+                    error = again
+                    if tried == self.tries:
+                        raise WorkerError(f"{tried} workers were lost as they started; the last: {error}") from error
 
     def close(self) -> None:
         """End all workers."""

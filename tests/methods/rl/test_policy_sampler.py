@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from posttrain.config.rollout_sampler import RolloutSamplerConfig
 from posttrain.core.progress import Track
@@ -39,3 +41,26 @@ def test_steps_with_a_worker_are_those_without(tmp_path: Path) -> None:
     assert workers.version == there.learner.steps_done == 4
     workers.close()
     weights.close()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "said"),
+    [
+        ({"python": "python3"}, "sampler.python is for sampler.backend vllm"),
+        ({"backend": "vllm", "workers": 0}, "vLLM samples in a process of its own"),
+        ({"backend": "vllm", "kv_cache": "int8"}, "for vLLM set engine_args"),
+        ({"backend": "vllm", "min_p": 0.1, "top_p": 0.9}, "min_p before top_p"),
+        ({"backend": "vllm", "engine_args": {"max_num_seqs": 4}}, "engine_args.max_num_seqs is set by posttrain"),
+        ({"backend": "sglang"}, "'local' or 'vllm'"),
+    ],
+)
+def test_sampler_settings_that_contradict_are_refused(sampler: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        settings("grpo", sampler=sampler)
+
+
+def test_corrections_that_would_do_nothing_are_refused() -> None:
+    with pytest.raises(ValidationError, match="no weights unless importance_sampling_cap"):
+        settings("grpo", importance_sampling_mode="token_mask")
+    with pytest.raises(ValidationError, match="leave out sampler.top_p"):
+        settings("grpo", max_mismatch_kl=0.1, sampler={"top_p": 0.9})
