@@ -131,9 +131,10 @@ KINDS = ("full", "lora")
 Trained = dict[str, tuple[int, list[float], dict[str, torch.Tensor]]]
 
 
-def train(folder: Path, jobs: list[tuple[str, str, int, int]]) -> None:
+def train(folder: Path, jobs: list[tuple[str, str, int, int]], replicas: int) -> None:
     """Train a model of each kind from step to step and write (ranks, losses, weights) of each."""
-    distributed.start(torch.device("cpu"))
+    distributed.start(torch.device("cpu"), replicas)
+    assert distributed.shards() * replicas == distributed.world()
     found = {}
     for name, kind, first, last in jobs:
         checkpoints, hf = folder / name / kind, tiny_model("llama")
@@ -155,18 +156,18 @@ def train(folder: Path, jobs: list[tuple[str, str, int, int]]) -> None:
     distributed.stop()
 
 
-def go(processes: int, folder: Path, jobs: list[tuple[str, int, int]]) -> Trained:
+def go(processes: int, folder: Path, jobs: list[tuple[str, int, int]], replicas: int = 1) -> Trained:
     """Train each kind from step to step of each job, in one launch: {"job kind": (ranks, losses, weights)}."""
     wanted = [(name, kind, first, last) for name, first, last in jobs for kind in KINDS]
-    warm.run(train, folder, wanted, folder=folder, ranks=processes)
+    warm.run(train, folder, wanted, replicas, folder=folder, ranks=processes)
     return torch.load(folder / "found.pt")
 
 
 def test_two_ranks_equal_one_and_their_checkpoint_opens_in_one(tmp_path: Path) -> None:
-    """Four steps on one rank; four on two; two on two and two more on one from their checkpoint."""
-    by_two = go(2, tmp_path, [("two", 0, 4), ("mixed", 0, 2)])
+    """Four steps on one rank; four on two; two on two with whole copies, and two more on one from their checkpoint."""
+    by_two = go(2, tmp_path, [("two", 0, 4)]) | go(2, tmp_path, [("mixed", 0, 2)], replicas=2)
     for kind in KINDS:
-        assert len(list((tmp_path / "mixed" / kind / "step-000002").glob("*.distcp"))) == 2
+        assert len(list((tmp_path / "two" / kind / "step-000004").glob("*.distcp"))) == 2
     by_one = go(1, tmp_path, [("one", 0, 4), ("mixed", 2, 4)])
     for kind in KINDS:
         world, losses, weights = by_one[f"one {kind}"]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import io
-import logging
 import os
 import sys
 import traceback
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +28,7 @@ from posttrain.cli.run import run_command
 from posttrain.core.errors import PosttrainError, RecipeError
 from posttrain.core.files import cache_folder, os_error
 from posttrain.core.secrets import hide_secrets
-from posttrain.core.visible_text import visible
+from posttrain.core.visible_text import show_text_as_it_is, visible
 
 
 class _Group(TyperGroup):
@@ -116,27 +113,9 @@ def _main(
     pass
 
 
-class _VisibleFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(hide_secrets(super().format(record)))
-
-
-def _show_text_as_it_is() -> None:
-    """Let nothing that comes from files, models or servers be obeyed by the terminal: warnings, log lines, errors."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode ends no command
-    handler = logging.StreamHandler()
-    handler.setFormatter(_VisibleFormatter("%(message)s"))
-    handler.setLevel(logging.WARNING)
-    logging.getLogger("posttrain").addHandler(handler)
-    plain = warnings.formatwarning
-    warnings.formatwarning = lambda *args, **more: visible(plain(*args, **more))
-
-
 def main() -> None:
     """Run the command line."""
-    _show_text_as_it_is()
+    show_text_as_it_is()
     try:
         app()
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ from posttrain.config.explore import CurriculumConfig, ReplayConfig
 from posttrain.config.judge import JudgeConfig, ServerConfig
 from posttrain.config.names import METHODS
 from posttrain.config.open_kinds import open_kind
+from posttrain.config.placement import PlacementConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.rl import RLConfig, RolloutConfig
 from posttrain.config.settings import (
@@ -76,6 +77,7 @@ class Recipe(Config):
     )
     output: str = Field("runs", description="Folder that holds runs.")
     track: TrackConfig = TrackConfig()
+    systems: PlacementConfig = PlacementConfig()
 
     @model_validator(mode="after")
     def _unique(self) -> Recipe:
@@ -202,6 +204,7 @@ __all__ = [
     "NewToken",
     "QuantizationConfig",
     "OptimizerConfig",
+    "PlacementConfig",
     "RLConfig",
     "Recipe",
     "ReplayConfig",

@@ -5,22 +5,41 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from posttrain.core.errors import RecipeError
+
+PEER_WAIT = timedelta(hours=12)
+"""How long a process waits for the others: rank 0 alone evaluates, and NCCL's own limit is 10 minutes."""
+_replicas = 1
 X = TypeVar("X")
 Y = TypeVar("Y")
 
 
-def start(device: torch.device) -> None:
-    """Join the process group that torchrun set up (gloo on a CPU, NCCL on GPUs); nothing to do for one process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+def start(device: torch.device, replicas: int = 1) -> None:
+    """Join the process group that torchrun set up (gloo on a CPU, NCCL on GPUs); nothing to do for one process.
+
+    Args:
+        device: Device of this process.
+        replicas: Copies of the weights that `shard` makes.
+
+    Raises:
+        RecipeError: The processes can't be divided into as many copies.
+    """
+    global _replicas
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes % replicas:
+        raise RecipeError(f"systems.replicas is {replicas}, and {processes} processes can't be divided into as many")
+    if processes > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PEER_WAIT)
+        _replicas = replicas
 
 
 def stop() -> None:
@@ -37,6 +56,11 @@ def rank() -> int:
 def world() -> int:
     """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def shards() -> int:
+    """Return the number of processes that hold one copy of the weights together."""
+    return world() // _replicas if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
@@ -104,7 +128,8 @@ def summon_full_params(model: nn.Module) -> Iterator[None]:
 def shard(model: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
     """Shard a model with FSDP2 over all ranks, a layer at a time and then the rest; in place.
 
-    Parameters stay float32 at rest.
+    Parameters stay float32 at rest. With several replicas (HSDP) each is sharded over neighbouring ranks, and gradients
+    are summed over the replicas.
 
     Args:
         model: The model.
@@ -115,7 +140,8 @@ def shard(model: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, dev
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(device.type, (world(),))
+    shape, names = ((_replicas, shards()), ("replicate", "shard")) if _replicas > 1 else ((world(),), ("shard",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options: dict[str, Any] = {"mesh": mesh}
     if dtype != torch.float32:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
+import sys
+import warnings
+
+from posttrain.core.secrets import hide_secrets
 
 _HIDDEN = re.compile(
     "["
@@ -33,3 +39,21 @@ def visible(text: object) -> str:
     of scripts and emoji stay.
     """
     return _HIDDEN.sub(_picture, str(text))
+
+
+class _VisibleFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(hide_secrets(super().format(record)))
+
+
+def show_text_as_it_is() -> None:
+    """Let nothing that comes from files, models or servers be obeyed by the terminal: warnings, log lines, errors."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode ends no command
+    handler = logging.StreamHandler()
+    handler.setFormatter(_VisibleFormatter("%(message)s"))
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("posttrain").addHandler(handler)
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **more: visible(plain(*args, **more))

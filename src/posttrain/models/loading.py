@@ -156,7 +156,8 @@ def pick_device(name: str) -> torch.device:
     """Pick a device: auto is CUDA (this rank's), else MPS, else CPU. Raises ModelError for one that is not there."""
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            # Ray shows each process its own GPU alone, torchrun shows all.
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from posttrain.config import Recipe, RowSettings, ServerConfig, TrackConfig
+from posttrain.config import PlacementConfig, Recipe, RowSettings, ServerConfig, TrackConfig
 from posttrain.core.errors import DataError, PosttrainError, RecipeError
 from posttrain.core.files import cache_folder, named_path
 from posttrain.core.imports import is_import_path
@@ -35,6 +35,7 @@ OPTIONAL_PACKAGES = {
     "math-verify": ("reasoning", "mathematics as rewards"),
     "reasoning-gym": ("reasoning", "generated problems"),
     "cma": ("search", "searches over merges by CMA-ES"),
+    "ray": ("ray", "runs on several machines"),
     "rensa": ("instructions", "near duplicates among rows"),
     "tensorboard": ("track", "TensorBoard"),
     "wandb": ("track", "Weights & Biases"),
@@ -137,7 +138,9 @@ def is_installed(package: str) -> bool:
 
 
 def packages_needed(block: BaseModel) -> list[str]:
-    """Return the optional packages that a block of settings needs."""
+    """Return the optional packages that what a block of settings computes depends on."""
+    if isinstance(block, PlacementConfig):  # where a run is carried out may change when it is resumed
+        return []
     values = {name: getattr(block, name) for name in type(block).model_fields}
     sources = [str(values.get(name)) for name in ("source", "start")]
     gguf = any(source.startswith("package:") or source.endswith(".gguf") for source in sources)
@@ -154,6 +157,8 @@ def _packages_needed(block: BaseModel, values: Mapping[str, Any]) -> Iterator[tu
         yield "quantization", "bitsandbytes"
     if values.get("method") == "cma" and "coefficients" in values:
         yield "method", "cma"
+    if isinstance(block, PlacementConfig) and block.engine == "ray":
+        yield "engine", "ray"
     if values.get("near_duplicates") is not None:
         yield "near_duplicates", "rensa"
     if isinstance(block, ServerConfig):

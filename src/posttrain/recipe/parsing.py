@@ -88,9 +88,10 @@ def shipped() -> dict[str, Traversable]:
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Return the settings that make two recipes compute different things, as ``key: old there, new now``.
 
-    Settings for where results go and what they are called (output, description, track) are not compared.
+    Settings for where the run is carried out, where results go and what they are called (systems, output, description,
+    track) are not compared.
     """
-    ignored = {"output", "description", "track"}
+    ignored = {"systems", "output", "description", "track"}
     before, after = (recipe.model_dump(mode="json", exclude=ignored) for recipe in (old, new))
     out: list[str] = []
 

@@ -88,7 +88,7 @@ def open_run(path: Path, recipe: Recipe, fresh: bool) -> Iterator[Manifest]:
     with ExitStack() as stack:
         if distributed.is_main():
             if fresh and path.exists():
-                _set_aside(path)
+                set_aside(path)
             path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(path))
             _claim(path, recipe)
@@ -101,8 +101,12 @@ def run_path(folder: Path) -> Path:
     return folder if folder.name not in ("", "..") else folder.resolve()
 
 
-def _set_aside(path: Path) -> None:
-    """Rename the folder of a run that no process works on to NAME.1, NAME.2 and so on."""
+def set_aside(path: Path) -> None:
+    """Rename the folder of a run that no process works on to NAME.1, NAME.2 and so on.
+
+    Raises:
+        CheckpointError: It is no run's, or a process works on it.
+    """
     is_run = (path / "recipe.yaml").is_file() or all((path / name).is_file() for name in ("manifest.json", ".lock"))
     if not is_run and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(f"{path} holds no run (no recipe.yaml), and --fresh renames nothing else")

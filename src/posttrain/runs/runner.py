@@ -104,12 +104,39 @@ def run(
         PosttrainError: Data, model or rewards of the recipe can't be used; raised before training starts.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    console = console or VisibleConsole(quiet=not distributed.is_main())
-    distributed.start(pick_device(recipe.model.device))
     path = run_path(Path(folder) if folder is not None else Path(recipe.output) / recipe.name)
+    if recipe.systems.engine == "ray":
+        from posttrain.runs.ray_trainers import run_on_ray
+
+        return run_on_ray(recipe, path, fresh, console or VisibleConsole(), rewards or {}, accept_changed_data)  # type: ignore[no-any-return]
+    return run_here(recipe, path, fresh, console, rewards or {}, accept_changed_data)
+
+
+def run_here(
+    recipe: Recipe,
+    path: Path,
+    fresh: bool,
+    console: Console | None,
+    rewards: dict[str, Callable[..., Any]],
+    accept_changed_data: bool,
+    placed: dict[str, Any] | None = None,
+) -> RunResult:
+    """Carry a recipe through in this process, or in those that torchrun or Ray started.
+
+    Args:
+        recipe: The recipe.
+        path: Folder of the run.
+        fresh: As in `run`.
+        console: As in `run`.
+        rewards: As in `run`.
+        accept_changed_data: As in `run`.
+        placed: What the manifest notes of where the processes are, and of restarts. None: nothing.
+    """
+    console = console or VisibleConsole(quiet=not distributed.is_main())
+    distributed.start(pick_device(recipe.model.device), recipe.systems.replicas)
     try:
         with open_run(path, recipe, fresh) as manifest, fixed_date(_date_of_run(manifest)):
-            one = _Run(recipe, path, manifest, console, rewards or {}, accept_changed_data)
+            one = _Run(recipe, path, manifest, console, rewards, accept_changed_data, placed)
             return one.carry_through()
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
@@ -149,11 +176,15 @@ class _Run:
         console: Console,
         functions: dict[str, Callable[..., Any]],
         accept_changed: bool,
+        placed: dict[str, Any] | None,
     ) -> None:
         self.recipe, self.path, self.manifest = recipe, path, manifest
         self.console, self.functions = console, functions
         self.results = Results(path, manifest, self.print)
         self.accept_changed = accept_changed
+        earlier = manifest.values.get("systems", {}).get("restarts", [])  # by earlier commands, or before a restart
+        new = [r for r in (placed or {}).get("restarts", []) if r not in earlier]
+        self.placed = {"systems": {**placed, "restarts": [*earlier, *new]}} if placed is not None else {}
         self.made: dict[str, Path] = {}
         self.model = recipe.model
         self.other_tokens = False
@@ -209,6 +240,7 @@ class _Run:
             resumed=resumed,
             inputs=inputs,
             recipe_sha256=file_hash(self.path / "recipe.yaml"),
+            **self.placed,
         )
         if resumed:
             self.print(f"resuming {self.path}")

@@ -80,7 +80,7 @@ def budget_for(per_token: int, vocabulary: int, hidden: int, free: int, total: i
     room = free * TRAINED_SHARE if trained else total * FROZEN_SHARE
     if trained:
         # Gradients, float32 master weights and two moments; three chunks of logits, and the gradient of the head.
-        state = 16 * trained / distributed.world()
+        state = 16 * trained / distributed.shards()
         room = (free - state - 3 * CHUNK_BYTES["cuda"] - 4 * vocabulary * hidden) * TRAINED_SHARE
     tokens = int(max(room, 0) / per_token)
     return min(max(1 << max(tokens.bit_length() - 1, 0), LEAST), MOST)

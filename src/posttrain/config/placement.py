@@ -1,0 +1,60 @@
+"""Settings of where a run is carried out: on this machine, or on a Ray cluster."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.config.base import Config
+
+OF_RAY = ("address", "trainers", "nodes", "cpus", "restarts", "wait")
+
+
+class PlacementConfig(Config):
+    """Where a run is carried out. Results do not depend on it, but for the order of floating-point sums."""
+
+    engine: Literal["local", "ray"] = Field(
+        "local",
+        description="local: this process, or the processes that torchrun started. ray: processes on a Ray cluster (extra: ray).",
+    )
+    address: str | None = Field(
+        None,
+        description="HOST:PORT of the Ray cluster, or auto: the one that this machine belongs to. None: a cluster of this machine alone is started for the run.",
+    )
+    trainers: int = Field(
+        1,
+        ge=1,
+        description="Processes that train together (FSDP2), each on a GPU, or on `cpus` cores where there is none.",
+    )
+    nodes: int | None = Field(
+        None, ge=1, description="Machines that the trainers are spread over, evenly. None: as few as have room."
+    )
+    replicas: int = Field(
+        1,
+        ge=1,
+        description="Copies of the weights, each sharded over trainers / replicas neighbouring processes (HSDP). With one for each machine only gradients travel between machines.",
+    )
+    cpus: int = Field(1, ge=1, description="Processor cores of each trainer, which its threads use.")
+    restarts: int = Field(
+        3, ge=0, description="How often all trainers are started again from the last checkpoint when one was lost."
+    )
+    wait: float = Field(
+        600.0, ge=0, description="Seconds to wait until the cluster has room, at the start and after a loss."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> PlacementConfig:
+        odd = [name for name in OF_RAY if name in self.model_fields_set and getattr(self, name) != _default(name)]
+        if self.engine != "ray" and odd:
+            more = "; the number of processes is torchrun's --nproc-per-node" if odd[0] == "trainers" else ""
+            raise ValueError(f"{odd[0]} is for engine: ray, and engine is {self.engine}{more}")
+        if self.nodes is not None and self.trainers % self.nodes:
+            raise ValueError(f"{self.trainers} trainers can't be spread evenly over {self.nodes} nodes")
+        if self.engine == "ray" and self.trainers % self.replicas:
+            raise ValueError(f"{self.trainers} trainers can't be divided into {self.replicas} replicas")
+        return self
+
+
+def _default(name: str) -> object:
+    return PlacementConfig.model_fields[name].default

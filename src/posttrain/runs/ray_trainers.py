@@ -1,0 +1,308 @@
+"""Carry a recipe out by trainers on a Ray cluster: place them, show rank 0's progress, start them again after a loss.
+
+Each trainer is a process with torchrun's environment that an actor keeps, so that a run is the same program as in one
+process. When one is lost (its process was killed, its machine is gone) all are ended and started again, and resume
+from the last checkpoint. What a recipe, its data or its functions do wrong ends the run at once.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import pickle
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import posttrain
+from posttrain.config import PlacementConfig, Recipe
+from posttrain.core import ray_cluster
+from posttrain.core.errors import PosttrainError, RewardError
+from posttrain.core.imports import import_folders
+from posttrain.core.ray_cluster import Bundle, ClusterError
+from posttrain.core.visible_text import visible
+from posttrain.runs import trainer_actor
+from posttrain.runs.run_folder import set_aside
+from posttrain.trainer.loop import now
+
+END_GRACE = 10.0
+"""Seconds for which the endings of other trainers are awaited after the first that failed."""
+PASSED_ON = ("HF_", "POSTTRAIN_", "TORCH_", "NCCL_", "GLOO_")
+"""Beginnings of the names of variables that trainers get from the process that started the run (no tokens)."""
+
+
+class TrainerLost(Exception):
+    """Report that a trainer is gone without any fault of the recipe."""
+
+
+@dataclass(frozen=True)
+class TrainerEnd:
+    """How a trainer ended.
+
+    Attributes:
+        rank: Its number.
+        reply: Its reply; None: it ended without one, or its machine is gone.
+        how: How its process ended, with the last lines that it printed.
+    """
+
+    rank: int
+    reply: dict[str, Any] | None
+    how: str
+
+    @property
+    def kind(self) -> str:
+        """Return done, stopped, error, failed, peer or lost."""
+        return self.reply["kind"] if self.reply is not None else "lost"
+
+
+def run_on_ray(
+    recipe: Recipe,
+    path: Path,
+    fresh: bool,
+    console: Console,
+    functions: Mapping[str, Callable[..., Any]],
+    accept_changed_data: bool,
+) -> Any:
+    """Carry a recipe through on a Ray cluster and return its RunResult.
+
+    Args:
+        recipe: The recipe, with `systems.engine: ray`.
+        path: Folder of the run, on a file system that all machines share.
+        fresh: Set an earlier run in the folder aside and start over.
+        console: Shows rank 0's output, and what happens to trainers.
+        functions: Functions by the names that the recipe uses for them.
+        accept_changed_data: Resume although inputs have changed.
+
+    Raises:
+        ClusterError: The cluster can't be joined or has no room, or trainers were lost more often than allowed.
+        PosttrainError: What a trainer raised.
+        KeyboardInterrupt: The run was stopped; it has written a checkpoint.
+    """
+    systems = recipe.systems
+    if fresh and path.exists():
+        set_aside(path)
+    say = _printer(console)
+    restarts: list[dict[str, str]] = []
+    with ray_cluster.session(systems.address, systems.trainers * systems.cpus) as ray:
+        frame = _frame(ray, recipe, path, functions, accept_changed_data)
+        while True:
+            try:
+                with _trainers(ray, recipe, say) as trainers:
+                    placed = {"engine": "ray", "nodes": trainers.nodes, "replicas": systems.replicas}
+                    trainers.start({**frame, "placed": {**placed, "restarts": restarts}})
+                    return _result(trainers.endings(console))
+            except TrainerLost as lost:
+                if len(restarts) == systems.restarts:
+                    raise ClusterError(
+                        f"{lost}. {systems.restarts} restarts are allowed (systems.restarts), and all were made. The "
+                        f"run resumes from its last checkpoint with: posttrain run {path}"
+                    ) from None
+                restarts.append({"time": now(), "reason": str(lost)})
+                say(
+                    f"! {lost}; all {systems.trainers} trainers start again from the last checkpoint (restart "
+                    f"{len(restarts)} of at most {systems.restarts})"
+                )
+
+
+def _frame(
+    ray: Any, recipe: Recipe, path: Path, functions: Mapping[str, Callable[..., Any]], accept: bool
+) -> dict[str, Any]:
+    """Return what a trainer's process reads first."""
+    try:
+        pickled = ray.cloudpickle.dumps(dict(functions)) if functions else b""
+    except Exception as error:
+        raise RewardError(f"functions given from Python can't be sent to a Ray cluster: {error}") from error
+    return {
+        "version": posttrain.__version__,
+        "recipe": recipe.model_dump(mode="json"),
+        "folder": path,
+        "functions": pickled,
+        "accept": accept,
+        "import_folders": import_folders(),
+    }
+
+
+class Trainers:
+    """The actors of one attempt, sorted by machine, so that neighbouring ranks share one.
+
+    Attributes:
+        nodes: Address of each machine and the number of its trainers.
+    """
+
+    def __init__(self, ray: Any, systems: PlacementConfig, actors: Sequence[Any]) -> None:
+        self.ray, self.systems = ray, systems
+        places = _fetched(ray, [a.place.remote() for a in actors])
+        order = sorted(range(len(actors)), key=lambda i: (places[i][1], places[i][0], i))
+        self.actors, self.places = [actors[i] for i in order], [places[i] for i in order]
+        self.nodes = dict(Counter(address for _, address, _ in self.places))
+        counts = Counter(node for node, _, _ in self.places)
+        if systems.nodes is not None and (len(counts), len(set(counts.values()))) != (systems.nodes, 1):
+            raise ClusterError(f"the trainers came to be on machines in numbers {sorted(counts.values())}")
+
+    def start(self, frame: Mapping[str, Any]) -> None:
+        """Start the processes; they form one process group."""
+        world, (_, address, port) = len(self.actors), self.places[0]
+        counts, seen = Counter(node for node, _, _ in self.places), Counter[str]()
+        started = []
+        for rank, (actor, (node, _, _)) in enumerate(zip(self.actors, self.places, strict=True)):
+            values = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": seen[node], "LOCAL_WORLD_SIZE": counts[node]}
+            values |= {"MASTER_ADDR": address, "MASTER_PORT": port}
+            seen[node] += 1
+            environment = {name: str(value) for name, value in values.items()} if world > 1 else {}
+            environment |= {n: v for n, v in os.environ.items() if n.startswith(PASSED_ON) and "TOKEN" not in n}
+            environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(self.systems.cpus))
+            environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
+            started.append(actor.start.remote(pickle.dumps(dict(frame)), environment, os.getcwd(), rank == 0))
+        _fetched(self.ray, started)
+
+    def endings(self, console: Console) -> list[TrainerEnd]:
+        """Show rank 0's output until all trainers have ended, or until one has failed and the others had time to."""
+        ray, main = self.ray, self.actors[0]
+        waiting = {actor.ending.remote(): rank for rank, actor in enumerate(self.actors)}
+        streams = _Streams(console)
+        output = main.output.remote()
+        found: list[TrainerEnd] = []
+        deadline = float("inf")
+        with _stop_requests(lambda: main.signal.remote(signal.SIGINT)):
+            while waiting and time.monotonic() < deadline:
+                ready, _ = ray.wait([output, *waiting], timeout=1.0)
+                for ref in ready:
+                    if ref is output:
+                        with suppress(ray.exceptions.RayError):
+                            streams.show(ray.get(output))
+                            output = main.output.remote()
+                        continue
+                    found.append(_ending(ray, ref, waiting.pop(ref)))
+                    if found[-1].kind != "done":
+                        deadline = min(deadline, time.monotonic() + END_GRACE)
+            with suppress(ray.exceptions.RayError):
+                for chunks in ray.get([output, main.output.remote()], timeout=10):
+                    streams.show(chunks)
+        return found
+
+
+@contextmanager
+def _trainers(ray: Any, recipe: Recipe, say: Callable[[str], None]) -> Iterator[Trainers]:
+    """Reserve room and make the actors; at the end their processes are ended and the room is given back."""
+    systems = recipe.systems
+    one: Bundle = {"CPU": systems.cpus}
+    if recipe.model.device == "auto" or recipe.model.device.startswith("cuda"):
+        one |= {"GPU": 1} if ray_cluster.has_gpus(ray) or recipe.model.device != "auto" else {}
+    each = systems.trainers // (systems.nodes or systems.trainers)
+    bundles = [{name: n * each for name, n in one.items()}] * (systems.nodes or systems.trainers)
+    strategy = "PACK" if systems.nodes is None else "STRICT_SPREAD"
+    ray.cloudpickle.register_pickle_by_value(trainer_actor)  # machines need posttrain in the processes alone
+    with ExitStack() as stack:
+        group = ray_cluster.reserve(ray, bundles, strategy, systems.wait, say)
+        stack.callback(ray_cluster.release, group)
+        made = ray.remote(trainer_actor.TrainerActor)
+        options = {"num_cpus": one["CPU"], "num_gpus": one.get("GPU", 0), "max_concurrency": 4, "max_restarts": 0}
+        places = [ray_cluster.placed_in(group, i // each) for i in range(systems.trainers)]
+        actors = [made.options(scheduling_strategy=place, **options).remote() for place in places]
+        stack.callback(_end, ray, actors)
+        yield Trainers(ray, systems, actors)
+
+
+def _end(ray: Any, actors: Sequence[Any]) -> None:
+    """End the processes and their actors, and wait until they are gone: they hold the lock of the run's folder."""
+    with suppress(Exception):
+        ray.wait([a.kill.remote() for a in actors], num_returns=len(actors), timeout=10)
+    for actor in actors:
+        with suppress(Exception):
+            ray.kill(actor)
+
+
+def _fetched(ray: Any, refs: Sequence[Any]) -> list[Any]:
+    """Return the results of actors' methods; TrainerLost if an actor is gone."""
+    try:
+        return ray.get(list(refs))  # type: ignore[no-any-return]
+    except ray.exceptions.RayTaskError as error:
+        raise ClusterError(f"a trainer could not be started: {error.cause}") from error
+    except ray.exceptions.RayError as error:
+        raise TrainerLost(f"a trainer was lost before it started ({_first_line(error)})") from error
+
+
+def _ending(ray: Any, ref: Any, rank: int) -> TrainerEnd:
+    try:
+        reply, how = ray.get(ref)
+    except ray.exceptions.RayError as error:
+        return TrainerEnd(rank, None, _first_line(error))
+    return TrainerEnd(rank, pickle.loads(reply) if reply else None, how)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _result(endings: Sequence[TrainerEnd]) -> Any:
+    """Return rank 0's result, or raise what ended the run.
+
+    A message of ours (a fault of the recipe, its data or rewards) comes before a lost process, since one may be the
+    cause of the other; any other exception after it; a group that fell apart without either counts as a loss.
+    """
+    of = {kind: [e for e in endings if e.kind == kind] for kind in ("error", "stopped", "lost", "failed", "peer")}
+    for e in of["error"]:
+        assert e.reply is not None
+        raise e.reply["class"](e.reply["message"])
+    if of["stopped"]:
+        raise KeyboardInterrupt(of["stopped"][0].reply["message"])  # type: ignore[index]
+    if of["lost"]:
+        raise TrainerLost("; ".join(f"trainer {e.rank} was lost ({e.how})" for e in of["lost"]))
+    for e in of["failed"]:
+        assert e.reply is not None
+        raise PosttrainError(f"trainer {e.rank} failed: {e.reply['message']}" + (f" ({e.how})" if e.rank else ""))
+    if of["peer"]:
+        raise TrainerLost(f"the trainers lost their connection ({of['peer'][0].reply['message'][:300]})")  # type: ignore[index]
+    return next(e.reply["value"] for e in endings if e.rank == 0 and e.reply is not None)
+
+
+class _Streams:
+    """Write what a process prints to this one's console and standard error, a character at a time whole."""
+
+    def __init__(self, console: Console) -> None:
+        make = codecs.getincrementaldecoder("utf-8")
+        self.decoders, self.console = {1: make("replace"), 2: make("replace")}, console
+
+    def show(self, chunks: Sequence[tuple[int, bytes]]) -> None:
+        """Write chunks of (1 or 2 for the stream, bytes)."""
+        for number, chunk in chunks:
+            file = self.console.file if number == 1 else sys.stderr
+            if number == 2 or not self.console.quiet:
+                file.write(self.decoders[number].decode(chunk))
+                file.flush()
+
+
+def _printer(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(visible(line), highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _stop_requests(forward: Callable[[], object]) -> Iterator[None]:
+    """Hand SIGINT and SIGTERM on to rank 0, which stops after its step; a second one ends all trainers at once."""
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+
+    def handle(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        forward()
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
+    except ValueError:  # not in the main thread: signals are the caller's affair
+        pass
+    try:
+        yield
+    finally:
+        for restored, old in before.items():
+            signal.signal(restored, old)

@@ -1,0 +1,151 @@
+"""Trainers on a Ray cluster: the numbers of one process, whatever is killed, and errors that are not tried again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from rich.console import Console
+from safetensors.torch import load_file
+
+import posttrain
+from posttrain.config import PlacementConfig, Recipe
+from posttrain.core.errors import DataError, PosttrainError, RecipeError
+from posttrain.core.ray_cluster import ClusterError
+from posttrain.recipe import machine_checks
+from posttrain.runs.ray_trainers import TrainerEnd, TrainerLost, _result
+
+
+def recipe(engine: dict[str, Any], **data: Any) -> Recipe:
+    rows = {"source": "packaged:movie_reviews.tsv", "rows": [0, 60], "shuffle_seed": 1}
+    text = {"prompt": "Rate: {text}", "completion": "{mean_rating}"}
+    stage = {"method": "sft", "data": rows | text | data, "batch_size": 8, "max_steps": 24, "checkpoint_every": 4}
+    stage["optimizer"] = {"lr": 0.01}
+    plain = {"name": "run", "model": {"source": "tiny:llama", "device": "cpu"}, "stages": [stage], "systems": engine}
+    return Recipe.model_validate(plain)
+
+
+def checkpoint(folder: Path, step: int) -> bool:
+    """Return True if a checkpoint of this step or a later one is there."""
+    return any(int(p.name[5:]) >= step for p in folder.glob("stages/*/checkpoints/step-??????"))
+
+
+def trainer(rank: int) -> int:
+    """Return the process of a trainer that works in this folder; 0: there is none now."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"trainer_process" in (process / "cmdline").read_bytes() and (process / "cwd").samefile("."):
+                if f"\0RANK={rank}\0".encode() in b"\0" + (process / "environ").read_bytes():
+                    return int(process.name)
+        except OSError:
+            continue
+    return 0
+
+
+def when(condition: Callable[[], Any], then: Callable[[Any], None]) -> threading.Thread:
+    """Call `then` with the first true value of the condition, in a thread."""
+
+    def watch() -> None:
+        for _ in range(12_000):
+            if found := condition():
+                return then(found)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def numbers(folder: Path) -> tuple[list[float], dict[str, Any]]:
+    lines = next(folder.glob("stages/*/metrics.jsonl")).read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines], load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.long  # 30 s of processor time
+@pytest.mark.timeout(1500)
+def test_a_killed_trainer_changes_nothing(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process; two trainers of which one is killed, stopped by Ctrl-C, and resumed by one process."""
+    monkeypatch.chdir(tmp_path)
+    with open("log", "w") as log:
+        console = Console(file=log)
+        posttrain.run(recipe({}), folder="alone", console=console)
+        folder = Path("ray")
+        kill = when(lambda: checkpoint(folder, 4) and trainer(1), lambda process: os.kill(process, signal.SIGKILL))
+        stop = when(
+            lambda: not kill.is_alive() and checkpoint(folder, 8), lambda _: os.kill(os.getpid(), signal.SIGINT)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            posttrain.run(recipe({"engine": "ray", "trainers": 2}), folder=folder, console=console)
+        stop.join()
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["status"] == "stopped" and not checkpoint(folder, 24)
+        assert sum(manifest["systems"]["nodes"].values()) == 2 and manifest["systems"]["engine"] == "ray"
+        (restart,) = manifest["systems"]["restarts"]
+        assert "trainer 1 was lost (signal 9" in restart["reason"]
+        posttrain.run(recipe({}), folder=folder, console=console)
+    losses, weights = numbers(Path("alone"))
+    again, other = numbers(folder)
+    assert len(again) == 24 and again == pytest.approx(losses, abs=1e-5)
+    assert other.keys() == weights.keys()
+    assert all(float((other[name] - w).abs().max()) < 1e-5 for name, w in weights.items())
+    text = Path("log").read_text()
+    assert text.count("start again from the last checkpoint (restart 1 of at most 3)") == 1
+    assert "sft 0/24" in text  # rank 0's progress
+
+
+@pytest.mark.long  # 15 s
+@pytest.mark.timeout(1500)
+def test_errors_of_the_recipe_come_through_once(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no column.*'nothing'|nothing"):
+        posttrain.run(recipe({"engine": "ray"}, prompt="{nothing}"), folder="wrong")
+    manifest = json.loads(Path("wrong/manifest.json").read_text())
+    assert manifest["status"] == "failed" and manifest["systems"]["restarts"] == []
+    assert "start again" not in capsys.readouterr().out
+    with pytest.raises(ClusterError, match=r"no room for 3 x .*'CPU': 1000"):
+        posttrain.run(recipe({"engine": "ray", "trainers": 3, "cpus": 1000, "wait": 1}), folder="large")
+
+
+def ending(rank: int, kind: str, message: str = "") -> TrainerEnd:
+    return TrainerEnd(
+        rank, None if kind == "lost" else {"kind": kind, "message": message, "class": DataError}, "signal 9"
+    )
+
+
+def test_what_ended_a_run() -> None:
+    """A message of ours wins over a lost process, that over any other exception, and that over a group that broke."""
+    done = TrainerEnd(0, {"kind": "done", "value": 7}, "exit code 0")
+    assert _result([ending(1, "done"), done]) == 7
+    for endings, error, text in [
+        ([ending(0, "peer"), ending(1, "lost"), ending(2, "error", "bad row")], DataError, "bad row"),
+        ([ending(0, "failed"), ending(1, "lost")], TrainerLost, r"trainer 1 was lost \(signal 9\)"),
+        ([ending(0, "peer"), ending(2, "failed", "ZeroDivisionError")], PosttrainError, "trainer 2.*ZeroDivision"),
+        ([ending(0, "peer", "Connection closed by peer")], TrainerLost, "lost their connection"),
+        ([ending(0, "stopped"), ending(1, "peer")], KeyboardInterrupt, ""),
+    ]:
+        with pytest.raises(error, match=text):
+            _result(endings)
+
+
+def test_placements_that_can_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    for settings, message in [
+        ({"trainers": 2}, "trainers is for engine: ray.*nproc-per-node"),
+        ({"engine": "ray", "trainers": 3, "nodes": 2}, "spread evenly over 2 nodes"),
+        ({"engine": "ray", "trainers": 4, "replicas": 3}, "divided into 3 replicas"),
+    ]:
+        with pytest.raises(ValidationError, match=message):
+            PlacementConfig.model_validate(settings)
+    assert PlacementConfig(trainers=1).trainers == 1  # as a dumped recipe has it
+    monkeypatch.setattr(machine_checks, "is_installed", lambda package: package != "ray")
+    with pytest.raises(RecipeError, match=r"systems.engine: needs ray.*posttrain\[ray\]"):
+        machine_checks.check_machine(recipe({"engine": "ray"}))
