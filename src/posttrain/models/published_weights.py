@@ -55,12 +55,11 @@ def published_weights(policy: LanguageModel, *, every: bool = False, stored: boo
         ModelError: An adapter changes only one of two tied weights.
     """
     base, out = policy.base, dict[str, Tensor]()
-    state = base.state_dict(keep_vars=True)
     adapters = [f"{name}." for name, module in base.named_modules() if _is_adapter(module)]
     merged = {id(p): tensor for layer in base.modules() if _can_merge(layer) for p, tensor in _merged(layer)}
     _check_tied(base, merged)
     seen: set[int] = set()
-    for name, tensor in state.items():
+    for name, tensor in _stored_tensors(base):
         if any(name.startswith(a) and not INNER.search(name, len(a) - 1) for a in adapters):
             continue
         changed, again = merged.get(id(tensor)), id(tensor) in seen
@@ -73,6 +72,15 @@ def published_weights(policy: LanguageModel, *, every: bool = False, stored: boo
 
         out = revert_weight_conversion(base, out)
     return out
+
+
+def _stored_tensors(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what `state_dict` has, tied weights under each name. `state_dict` itself would shard weights again."""
+    yield from base.named_parameters(remove_duplicate=False)
+    for prefix, module in base.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}".lstrip("."), buffer
 
 
 def write_published(policy: LanguageModel, tokenizer: Any, folder: Path, *, untied: bool = False) -> None:

@@ -47,6 +47,12 @@ STAGES = {
         "kl": {"coefficient": 0.05, "later_turns": 0.2},
     },
     "online_dpo": {"group_size": 2},
+    "workers": {  # one for each rank, with adapters merged from sharded weights
+        "method": "grpo",
+        "group_size": 4,
+        "adapter": {"r": 4},
+        "sampler": {"max_tokens": 9, "workers": 1},
+    },
     "critic": {  # of answers that each rank's own corrector revises
         "method": "grpo",
         "rewards": [{"kind": "corrected", "source": "tiny:llama", "reward": LENGTH, "sampler": {"max_tokens": 8}}],
@@ -55,8 +61,8 @@ STAGES = {
 }
 
 
-LONG = ["remax", "critic"]
-"""Methods whose test repeats most of another one's."""
+LONG = ["remax", "critic", "workers"]
+"""Methods whose test repeats most of another one's, or takes long to start processes."""
 
 
 def runs_by_one_and_two(folder: Path, method: str) -> list[Path]:
