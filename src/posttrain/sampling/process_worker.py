@@ -104,6 +104,7 @@ class ProcessWorker:
         self._begin = log.stat().st_size if log.exists() else 0
         self._replies: dict[int, Future[dict[str, Any]]] = {}
         self._guard, self._count, self._gone = threading.Lock(), 0, ""
+        self._order = threading.Lock()  # requests are marked with the version that they are sent after
         ours, theirs = socket.socketpair()
         with theirs:
             self.child = launch(theirs, log)
@@ -124,12 +125,13 @@ class ProcessWorker:
         if version <= self.version:
             raise WorkerError(f"weights of version {version} come after version {self.version}: versions must rise")
         with self.weights.version(version, weights) as folder:
-            self._ask({"update": str(folder)}).result()
-        self.version = version
+            with self._order:
+                reply = self._ask({"update": str(folder)})
+                self.version = version
+            reply.result()
 
     def submit(self, requests: Sequence[Request], params: SamplingConfig) -> Future[list[RolloutGroup]]:
         out: Future[list[RolloutGroup]] = Future()
-        version = self.version
         try:
             limits = [self._limit(i, r, params) for i, r in enumerate(requests)]
         except (DataError, WorkerError) as error:
@@ -153,9 +155,10 @@ class ProcessWorker:
                 out.set_exception(error)
 
         if asked:
-            self._ask(
-                {"requests": asked, "params": params.model_dump(include=set(SamplingConfig.model_fields))}
-            ).add_done_callback(finish)
+            message = {"requests": asked, "params": params.model_dump(include=set(SamplingConfig.model_fields))}
+            with self._order:
+                version, reply = self.version, self._ask(message)
+            reply.add_done_callback(finish)
         else:
             out.set_result([])
         return out

@@ -23,6 +23,7 @@ from posttrain.methods.rl.rl_trainer import RLTrainer, hooks_of
 from posttrain.methods.rl.rollout_setup import open_rollouts
 from posttrain.models.language_model import LanguageModel
 from posttrain.rewards.stack import RewardStack
+from posttrain.sampling import open_workers
 from posttrain.sampling.behaviour_sampler import BehaviourSampler
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import OnDone, Request
@@ -37,6 +38,7 @@ from tests.invariants.plugged_in import Counting
 from tests.methods.rl.cases import Case
 from tests.methods.rl.test_gather import EVERYTHING, FUNCTION, Killed, seldom
 from tests.methods.rl.test_policy_gradient import TOKENIZER, model, plain_logprobs, questions, settings
+from tests.sampling.test_workers import WarmChild
 
 TURNS = {"kind": "function", "function": "answers", "stop": list("aeiounrst12345 "), "max_turns": 2}
 QUIET = Track("t", 1, shown=False)
@@ -72,7 +74,7 @@ def trained_prompts(folder: Path, steps: int) -> list[list[int]]:
     return [list({r["group"]: r["problem"] for r in kept(folder, s + 1)}.values()) for s in range(steps)]
 
 
-@pytest.mark.parametrize("changes", [{**EVERYTHING, "steps": 4}, {"environment": TURNS, "steps": 2}])
+@pytest.mark.parametrize("changes", [{**EVERYTHING, "steps": 3, "mini_batches": 1}, {"environment": TURNS, "steps": 2}])
 def test_at_staleness_0_it_is_the_synchronous_run_to_the_bit(changes: dict[str, Any], tmp_path: Path) -> None:
     """With exploration and trajectory management, and in turns."""
     weights = []
@@ -127,6 +129,26 @@ def test_coming_steps_are_sampled_meanwhile_and_no_token_is_older_than_allowed(t
     assert threading.active_count() == 1 + sum("posttrain" not in t.name for t in threading.enumerate()[1:])
 
 
+def test_worker_processes_sample_ahead_and_a_lost_one_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_workers, "_launch", lambda config, connection, log: WarmChild(connection))
+    sampler, block = {"max_tokens": 9, "workers": 1}, {"max_staleness": 1}
+    config = settings("grpo", sampler=sampler, asynchronous=block)
+
+    def on_step(step: int, *_: Any) -> None:
+        if step == 1:
+            trainer.collector.behaviour.workers.workers[0].child.kill()  # type: ignore[attr-defined]
+
+    with opened(config, tmp_path) as trainer:
+        go(trainer, tmp_path, on_step)
+        drawn = [trainer.collector.draw_prompts(s, 0) for s in range(3)]
+    assert trained_prompts(tmp_path, 3) == drawn
+    assert {s - p[1] for s in range(3) for r in kept(tmp_path, s + 1) for p in r["pieces"]} <= {0, 1}
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["mismatch_max"] < 1e-4 and metrics[1]["staleness_max"] == 1
+
+
 class Changing:
     """A sampler whose weights change after every call; `versions` are all that it had."""
 
@@ -179,8 +201,8 @@ def test_partial_rollouts_continue_under_new_weights(tmp_path: Path) -> None:
 
 def test_a_killed_run_trains_on_each_prompt_once_and_samples_nothing_twice(tmp_path: Path) -> None:
     """Killed at several points: after steps with and without a checkpoint, and by what happens in a thread."""
-    config = settings("grpo", environment=TURNS, steps=6, checkpoint_every=2, asynchronous={"max_staleness": 2})
-    after_step, in_thread, armed = [1, 5], [3], [False]
+    config = settings("grpo", environment=TURNS, steps=5, checkpoint_every=2, asynchronous={"max_staleness": 2})
+    after_step, in_thread, armed = [3], [1], [False]
 
     class Deadly(Counting):
         def step(self, state: list[str], text: str) -> tuple[str | None, bool]:
@@ -197,7 +219,7 @@ def test_a_killed_run_trains_on_each_prompt_once_and_samples_nothing_twice(tmp_p
             armed[0] = bool(in_thread.pop())
 
     in_flight: dict[int, list[tuple[int, ...]]] = {}  # by checkpoint and step: what it has of the step
-    for _ in range(4):
+    for _ in range(3):
         for checkpoint in sorted((tmp_path / "checkpoints").glob("step-*"))[-1:]:
             for state in json.loads((checkpoint / "numbers.json").read_text())["in_flight"]:
                 whole = [r for g in state.get("groups", ()) for r in g["rollouts"]]
@@ -212,8 +234,8 @@ def test_a_killed_run_trains_on_each_prompt_once_and_samples_nothing_twice(tmp_p
     assert not in_thread and not after_step and sum(map(len, in_flight.values()))
     for step, whole in in_flight.items():
         assert set(whole) <= {tuple(r["tokens"]) for r in kept(tmp_path, step + 1)}
-    assert trained_prompts(tmp_path, 6) == [trainer.collector.draw_prompts(s, 0) for s in range(6)]
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+    assert trained_prompts(tmp_path, 5) == [trainer.collector.draw_prompts(s, 0) for s in range(5)]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
 
 
 def test_what_a_checkpoint_has_of_a_step_is_not_sampled_again_unless_it_is_too_old(tmp_path: Path) -> None:
@@ -263,7 +285,7 @@ def test_an_error_in_a_thread_ends_the_run_with_it_and_leaves_it_resumable(where
                 raise OSError("no route to the tools")
             return super().step(state, text)
 
-    config = settings("grpo", environment=TURNS, steps=3, checkpoint_every=1, asynchronous={"max_staleness": 1})
+    config = settings("grpo", environment=TURNS, steps=2, checkpoint_every=1, asynchronous={"max_staleness": 1})
 
     def on_step(step: int, *_: Any) -> None:
         broken[0] = step == 1
@@ -290,7 +312,7 @@ def test_an_error_in_a_thread_ends_the_run_with_it_and_leaves_it_resumable(where
     broken[0] = False
     with opened(config, tmp_path, answers=Breaking) as trainer:
         go(trainer, tmp_path, lambda *_: None)
-    assert [len(p) for p in trained_prompts(tmp_path, 3)] == [4] * 3
+    assert [len(p) for p in trained_prompts(tmp_path, 2)] == [4] * 2
 
 
 def test_a_worker_does_in_order_what_it_is_told_and_shares_frozen_weights() -> None:
