@@ -104,9 +104,9 @@ def one(seed: int, ahead: int | None, folder: Path, args: argparse.Namespace) ->
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half the width of its 95% interval over seeds); infinite for a single value."""
+    """(mean, half the width of its 95% interval over seeds); not-a-number for a single value."""
     if len(values) < 2:
-        return values[0], math.inf
+        return values[0], math.nan
     return statistics.fmean(values), T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
@@ -140,14 +140,15 @@ def main() -> None:
             pairs.append(pair)
     ratio, ratio_width = interval([math.log(a["seconds"] / b["seconds"]) for a, b in pairs])
     accuracy, width = interval([b["after"][0] - a["after"][0] for a, b in pairs])
-    found = {
+    found: dict[str, Any] = {
         "throughput": math.exp(ratio),
-        "throughput_interval": [math.exp(ratio - ratio_width), math.exp(ratio + ratio_width)],
         "accuracy": accuracy,
-        "accuracy_interval": [accuracy - width, accuracy + width],
         "accuracy_synchronous": statistics.fmean(a["after"][0] for a, _ in pairs),
         "accuracy_asynchronous": statistics.fmean(b["after"][0] for _, b in pairs),
     }
+    if len(pairs) > 1:
+        found["throughput_interval"] = [math.exp(ratio - ratio_width), math.exp(ratio + ratio_width)]
+        found["accuracy_interval"] = [accuracy - width, accuracy + width]
     for name, value in found.items():
         print(name, value)
     if args.json:
