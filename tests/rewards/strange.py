@@ -69,3 +69,13 @@ def ranks(texts: Sequence[str], example: Mapping[str, Any]) -> list[Any]:
     """A group reward: nonsense for one member where it says so, one number too few where asked."""
     out: list[Any] = [float(sorted(texts).index(t)) if t != "none" else None for t in texts]
     return out[:-1] if example.get("short") else out
+
+
+def killed_actor_once(text: str, example: Mapping[str, Any]) -> float:
+    """Kills the process that its own belongs to the first time, if that is an actor."""
+    mark = Path(example["mark"])
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(20)
+    return 7.0

@@ -118,6 +118,16 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _one_place_for_samplers(self) -> Recipe:
+        for stage in self.stages if self.systems.samplers else ():
+            if getattr(getattr(stage, "sampler", None), "processes", 0):
+                raise ValueError(
+                    f"stage {stage.name!r} starts sampler processes beside each trainer (sampler.workers or backend: "
+                    "vllm), and systems.samplers samples with the local engine on the cluster: leave one of them out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _soft_prompts(self) -> Recipe:
         """Check what is trained after a stage that leaves a soft prompt: it can be continued, and nothing else."""
         soft = [s.name for s in self.stages if isinstance(s, TrainConfig) and s.adapter and s.adapter.is_soft_prompt]

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from posttrain.config.base import Config
 
-OF_RAY = ("address", "trainers", "nodes", "cpus", "restarts", "wait")
+OF_RAY = ("address", "trainers", "nodes", "samplers", "rewards", "cpus", "restarts", "wait")
 
 
 class PlacementConfig(Config):
@@ -35,7 +35,17 @@ class PlacementConfig(Config):
         ge=1,
         description="Copies of the weights, each sharded over trainers / replicas neighbouring processes (HSDP). With one for each machine only gradients travel between machines.",
     )
-    cpus: int = Field(1, ge=1, description="Processor cores of each trainer, which its threads use.")
+    samplers: int = Field(
+        0,
+        ge=0,
+        description="Actors that sample completions with weights pushed to them, each on a GPU or `cpus` cores, on any machine. 0: trainers sample themselves, or as `sampler.workers` says.",
+    )
+    rewards: int = Field(
+        0,
+        ge=0,
+        description="Actors that call rewards which run in processes of their own (mathematics, programs, your functions), a core each, on any machine. 0: each trainer has `rewards.workers` processes beside it.",
+    )
+    cpus: int = Field(1, ge=1, description="Processor cores of each trainer and sampler, which its threads use.")
     restarts: int = Field(
         3, ge=0, description="How often all trainers are started again from the last checkpoint when one was lost."
     )
@@ -51,6 +61,9 @@ class PlacementConfig(Config):
             raise ValueError(f"{odd[0]} is for engine: ray, and engine is {self.engine}{more}")
         if self.nodes is not None and self.trainers % self.nodes:
             raise ValueError(f"{self.trainers} trainers can't be spread evenly over {self.nodes} nodes")
+        for name in ("samplers", "rewards"):
+            if 0 < (count := getattr(self, name)) < self.trainers:
+                raise ValueError(f"{name} is {count}, and each of {self.trainers} trainers needs one at least")
         if self.engine == "ray" and self.trainers % self.replicas:
             raise ValueError(f"{self.trainers} trainers can't be divided into {self.replicas} replicas")
         return self

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from posttrain.core.errors import MissingExtraError, PosttrainError
@@ -74,7 +77,7 @@ def has_gpus(ray: Any) -> bool:
 
 
 def reserve(
-    ray: Any, bundles: Sequence[Bundle], strategy: str, seconds: float, say: Callable[[str], None] = print
+    ray: Any, bundles: Sequence[Bundle], strategy: str, seconds: float, say: Callable[[str], None], name: str = ""
 ) -> Any:
     """Return a placement group that has all of these bundles, or none of them.
 
@@ -84,13 +87,14 @@ def reserve(
         strategy: Ray's: PACK (few machines), SPREAD, STRICT_SPREAD (a machine for each).
         seconds: How long to wait for room.
         say: Called with a line if it has to wait.
+        name: Name by which other processes find the group.
 
     Raises:
         ClusterError: There was no room in time.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    group = placement_group([dict(b) for b in bundles], strategy=strategy)
+    group = placement_group([dict(b) for b in bundles], strategy=strategy, name=name)
     deadline = time.monotonic() + seconds
     if not group.wait(min(5.0, seconds)):
         need = " and ".join(f"{n} x {dict(b)}" for b, n in Counter(tuple(sorted(b.items())) for b in bundles).items())
@@ -118,6 +122,98 @@ def placed_in(group: Any, bundle: int) -> Any:
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Room for actors that work for trainers: bundles of a placement group.
+
+    Attributes:
+        address: Of the cluster.
+        namespace: Of the session that reserved the room.
+        group: Name of the placement group.
+        count: Number of its bundles.
+        cpus: Processor cores of each bundle.
+        gpus: GPUs of each bundle.
+    """
+
+    address: str
+    namespace: str
+    group: str
+    count: int
+    cpus: int
+    gpus: float
+
+    def bundles(self, rank: int, world: int) -> range:
+        """Return the bundles of a trainer: an equal part."""
+        return range(rank, self.count, world)
+
+
+_workers: dict[str, Workers] = {}
+
+
+def reserve_workers(ray: Any, bundles: Sequence[Bundle], seconds: float, say: Callable[[str], None]) -> Any:
+    """Reserve room for workers on any machines; see `reserve`.
+
+    Args:
+        ray: The module, in a session.
+        bundles: Resources of each worker.
+        seconds: How long to wait for room.
+        say: Called with a line if it has to wait.
+
+    Returns:
+        The placement group, and its `Workers` as plain values for the trainers.
+    """
+    context, name = ray.get_runtime_context(), f"posttrain-{uuid.uuid4().hex}"
+    group = reserve(ray, bundles, "PACK", seconds, say, name)
+    cpus, gpus = int(bundles[0]["CPU"]), bundles[0].get("GPU", 0.0)
+    room = Workers(context.gcs_address, context.namespace, name, len(bundles), cpus, gpus)
+    return group, asdict(room)
+
+
+def set_workers(rooms: dict[str, dict[str, Any]]) -> None:
+    """Note in a trainer's process where its workers run, by what they are (rewards, samplers)."""
+    _workers.clear()
+    _workers.update({name: Workers(**values) for name, values in rooms.items()})
+
+
+def workers(name: str) -> Workers | None:
+    """Return where workers of this kind run; None: on this machine."""
+    return _workers.get(name)
+
+
+def joined(room: Workers) -> Any:
+    """Return the module `ray` in a session of this process, which is begun at the first call."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(room.address, namespace=room.namespace, log_to_driver=False, logging_level="ERROR")
+    return ray
+
+
+def make_actors(
+    room: Workers, kind: type, bundles: Sequence[int], arguments: Sequence[Any], **options: Any
+) -> list[Any]:
+    """Make an actor in each of these bundles of the room.
+
+    Args:
+        room: The room.
+        kind: Class of the actors. Its module travels by value and may import the standard library alone at its top.
+        bundles: Numbers of the bundles.
+        arguments: Arguments of each actor.
+        options: Further options of Ray's.
+    """
+    ray = joined(room)
+    from ray.util import get_placement_group
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[kind.__module__])
+    group = get_placement_group(room.group)
+    made = ray.remote(kind)
+    # Without cores of their own: several stacks of rewards use the same bundle.
+    options = {"num_cpus": 0, "num_gpus": room.gpus, **options}
+    return [
+        made.options(scheduling_strategy=placed_in(group, bundle), **options).remote(*arguments) for bundle in bundles
+    ]
 
 
 def _room(ray: Any) -> str:

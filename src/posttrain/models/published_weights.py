@@ -33,7 +33,7 @@ def check_publishable(policy: LanguageModel) -> None:
     if reason is not None:
         raise ModelError(
             f"sampler workers take full weights and text, and {reason}: sample in this process (leave out "
-            "sampler.workers and sampler.backend)"
+            "sampler.workers, sampler.backend and systems.samplers)"
         )
 
 

@@ -17,10 +17,11 @@ from posttrain.core.errors import RewardError
 from posttrain.core.types import Rollout, RolloutGroup, Step, turn_name
 from posttrain.core.visible_text import visible
 from posttrain.rewards.outcome import LONGEST_NOTE, NOT_GRADED, WITHOUT_END, LabelError, RewardOutcome, attempt
+from posttrain.rewards.ray_pool import open_pool
 from posttrain.rewards.reward import Reward, RewardContext, RewardTerm, reward_term
 from posttrain.rewards.reward_log import RewardLog
 from posttrain.rewards.token_spans import token_spans, tokens_of
-from posttrain.rewards.worker_pool import Pool, RewardCall
+from posttrain.rewards.worker_pool import RewardCall
 
 OFTEN = 0.05
 """Share of failures above which a reward is named in the terminal."""
@@ -124,7 +125,7 @@ class RewardStack:
             check_environment_kind(term.config, environment)
             if isinstance(term.function, Reward):
                 term.function.bind(context)
-        self.pool = Pool(specs, self.log, self.config.workers) if isolated else None
+        self.pool = open_pool(specs, self.log, self.config.workers) if isolated else None
 
     def __enter__(self) -> RewardStack:
         return self

@@ -16,7 +16,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
@@ -211,6 +211,45 @@ def _close_all(workers: list[Worker | None], park: bool = False) -> None:
             worker.close()
 
 
+def in_slots(
+    calls: Sequence[RewardCall], slots: int, one: Callable[[int, RewardCall], list[RewardOutcome]]
+) -> list[list[RewardOutcome]]:
+    """Make calls in as many threads as there are slots; outcomes are in the order of the calls.
+
+    Args:
+        calls: The calls.
+        slots: Number of slots.
+        one: (slot, call) -> its outcomes.
+    """
+    results: list[list[RewardOutcome]] = [[] for _ in calls]
+    todo = iter(range(len(calls)))
+    lock = threading.Lock()
+
+    def serve(slot: int) -> None:
+        while True:
+            with lock:
+                number = next(todo, None)
+            if number is None:
+                return
+            results[number] = one(slot, calls[number])
+
+    slots = min(slots, len(calls))
+    if slots:
+        with ThreadPoolExecutor(slots) as threads:
+            list(threads.map(serve, range(slots)))
+    return results
+
+
+def not_sent(call: RewardCall) -> list[RewardOutcome] | None:
+    """Return the outcomes of a call whose arguments can't be sent to another process; None: they can."""
+    try:
+        pickle.dumps(call.args)
+    except Exception as error:
+        message = f"the example can't be sent to a worker process: {error}"
+        return [RewardOutcome(failure="error", message=message)] * (call.count or 1)
+    return None
+
+
 class Pool:
     """Workers for the given rewards (settings as plain data).
 
@@ -228,33 +267,13 @@ class Pool:
 
     def run(self, calls: Sequence[RewardCall]) -> list[list[RewardOutcome]]:
         """Return the outcomes of every call, in order."""
-        results: list[list[RewardOutcome]] = [[] for _ in calls]
-        todo = iter(range(len(calls)))
-        lock = threading.Lock()
-
-        def serve(slot: int) -> None:
-            while True:
-                with lock:
-                    number = next(todo, None)
-                if number is None:
-                    return
-                results[number] = self._call(slot, calls[number])
-
-        slots = min(len(self.workers), len(calls))
-        if slots:
-            with ThreadPoolExecutor(slots) as threads:
-                list(threads.map(serve, range(slots)))
-        return results
+        return in_slots(calls, len(self.workers), self._call)
 
     def _call(self, slot: int, call: RewardCall) -> list[RewardOutcome]:
         """Make one call, and once more if the process dies, since something else may have killed it."""
         size = call.count or 1
-        try:
-            pickle.dumps(call.args)
-        except Exception as error:
-            return [
-                RewardOutcome(failure="error", message=f"the example can't be sent to a worker process: {error}")
-            ] * size
+        if (refused := not_sent(call)) is not None:
+            return refused
         words = ""
         for _ in range(2):
             worker = self.workers[slot] = self.workers[slot] or _started(self.rewards, self.memory_gib, self.log)

@@ -91,13 +91,15 @@ def run_on_ray(
         set_aside(path)
     say = _printer(console)
     restarts: list[dict[str, str]] = []
-    with ray_cluster.session(systems.address, systems.trainers * systems.cpus) as ray:
+    cores = (systems.trainers + systems.samplers) * systems.cpus + systems.rewards
+    with ray_cluster.session(systems.address, cores) as ray:
         frame = _frame(ray, recipe, path, functions, accept_changed_data)
         while True:
             try:
-                with _trainers(ray, recipe, say) as trainers:
+                with _workers(ray, recipe, say) as rooms, _trainers(ray, recipe, say) as trainers:
                     placed = {"engine": "ray", "nodes": trainers.nodes, "replicas": systems.replicas}
-                    trainers.start({**frame, "placed": {**placed, "restarts": restarts}})
+                    placed |= {name: room["count"] for name, room in rooms.items()}
+                    trainers.start({**frame, "rooms": rooms, "placed": {**placed, "restarts": restarts}})
                     return _result(trainers.endings(console))
             except TrainerLost as lost:
                 if len(restarts) == systems.restarts:
@@ -190,12 +192,29 @@ class Trainers:
 
 
 @contextmanager
+def _workers(ray: Any, recipe: Recipe, say: Callable[[str], None]) -> Iterator[dict[str, dict[str, Any]]]:
+    """Reserve room for the workers of trainers; they are made, and replaced, by the trainers."""
+    systems, one = recipe.systems, _resources(ray, recipe)
+    with ExitStack() as stack:
+        rooms = {}
+        for name, count, bundle in (("samplers", systems.samplers, one), ("rewards", systems.rewards, {"CPU": 1.0})):
+            if count:
+                group, rooms[name] = ray_cluster.reserve_workers(ray, [bundle] * count, systems.wait, say)
+                stack.callback(ray_cluster.release, group)
+        yield rooms
+
+
+def _resources(ray: Any, recipe: Recipe) -> Bundle:
+    """Return what a trainer or a sampler takes."""
+    device, cpus = recipe.model.device, float(recipe.systems.cpus)
+    gpu = device.startswith("cuda") or (device == "auto" and ray_cluster.has_gpus(ray))
+    return {"CPU": cpus, "GPU": 1.0} if gpu else {"CPU": cpus}
+
+
+@contextmanager
 def _trainers(ray: Any, recipe: Recipe, say: Callable[[str], None]) -> Iterator[Trainers]:
     """Reserve room and make the actors; at the end their processes are ended and the room is given back."""
-    systems = recipe.systems
-    one: Bundle = {"CPU": systems.cpus}
-    if recipe.model.device == "auto" or recipe.model.device.startswith("cuda"):
-        one |= {"GPU": 1} if ray_cluster.has_gpus(ray) or recipe.model.device != "auto" else {}
+    systems, one = recipe.systems, _resources(ray, recipe)
     each = systems.trainers // (systems.nodes or systems.trainers)
     bundles = [{name: n * each for name, n in one.items()}] * (systems.nodes or systems.trainers)
     strategy = "PACK" if systems.nodes is None else "STRICT_SPREAD"

@@ -48,7 +48,9 @@ class TrainerActor:
                 f"{socket.gethostname()} has no folder {folder}: all machines of the cluster need the same file system"
             )
         replies, child_end = os.pipe()
-        values = {**os.environ, **environment, "POSTTRAIN_REPLY": str(child_end)}
+        # The process may join the cluster as one that Ray has not started.
+        plain = {n: v for n, v in os.environ.items() if n not in ("RAY_JOB_ID", "RAY_RAYLET_PID")}
+        values = {**plain, **environment, "POSTTRAIN_REPLY": str(child_end)}
         command = [sys.executable, "-P", "-c", "from posttrain.runs.trainer_process import main; main()"]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(

@@ -14,6 +14,7 @@ from typing import Any
 import posttrain
 from posttrain.core import errors
 from posttrain.core.imports import add_import_folder
+from posttrain.core.ray_cluster import set_workers
 from posttrain.core.secrets import hide_secrets
 from posttrain.core.visible_text import show_text_as_it_is, visible
 
@@ -55,6 +56,7 @@ def _carry_out(frame: dict[str, Any]) -> dict[str, Any]:
             )
         for folder in frame["import_folders"]:
             add_import_folder(folder)
+        set_workers(frame["rooms"])
         from posttrain.config import Recipe
         from posttrain.runs.runner import run_here
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from posttrain.config import ModelConfig, SamplingConfig
 from posttrain.models.language_model import LanguageModel
@@ -21,13 +22,28 @@ from posttrain.sampling.protocol import Request
 from posttrain.sampling.worker_wire import Wire
 
 
+def open_worker_sampler(settings: Mapping[str, Any]) -> LocalSampler:
+    """Open the model of a worker's first message."""
+    model = ModelConfig(source=settings["model"], dtype=settings["dtype"], device=settings["device"])
+    opened = open_model(model, pick_dtype(model.dtype, pick_device(model.device)), inference=True)
+    return LocalSampler(LanguageModel(opened.hf), opened.tokenizer, **settings["options"])
+
+
+@torch.no_grad()
+def replace_weights(sampler: LocalSampler, weights: Mapping[str, Tensor]) -> None:
+    """Replace weights by name. Raises ValueError if the model has no weights of such names."""
+    own = sampler.model.base.state_dict()
+    if unknown := sorted(set(weights) - set(own)):
+        raise ValueError(f"the model has no weights named {unknown[:3]}")
+    for name, weight in weights.items():
+        own[name].copy_(weight)
+
+
 def serve_local(wire: Wire) -> None:
     """Answer messages until the connection ends."""
     settings = wire.receive()
     wire.end_process_with_it()
-    model = ModelConfig(source=settings["model"], dtype=settings["dtype"], device=settings["device"])
-    opened = open_model(model, pick_dtype(model.dtype, pick_device(model.device)), inference=True)
-    sampler = LocalSampler(LanguageModel(opened.hf), opened.tokenizer, **settings["options"])
+    sampler = open_worker_sampler(settings)
     wire.send({"context": sampler.context})
     while True:
         try:
@@ -73,14 +89,8 @@ def _sample(sampler: LocalSampler, messages: Sequence[dict[str, Any]]) -> list[d
     ]
 
 
-@torch.no_grad()
 def _update(sampler: LocalSampler, message: dict[str, Any]) -> list[dict[str, Any]]:
-    own = sampler.model.base.state_dict()
-    weights = load_file(f"{message['update']}/model.safetensors")
-    if unknown := sorted(set(weights) - set(own)):
-        raise ValueError(f"the model has no weights named {unknown[:3]}")
-    for name, weight in weights.items():
-        own[name].copy_(weight)
+    replace_weights(sampler, load_file(f"{message['update']}/model.safetensors"))
     return [{"id": message["id"]}]
 
 

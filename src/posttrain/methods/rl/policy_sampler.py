@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config import SamplingConfig
 from posttrain.config.rl import RolloutConfig
-from posttrain.core import distributed
+from posttrain.core import distributed, ray_cluster
 from posttrain.core.types import RolloutGroup
 from posttrain.models.published_weights import check_publishable, published_weights, write_published
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.open_workers import WorkerSource, check_backend
 from posttrain.sampling.protocol import OnDone, Request
+from posttrain.sampling.ray_sampler import RaySamplers
 from posttrain.sampling.weight_folder import WeightFolder
 from posttrain.sampling.worker_sampler import WorkerSampler
 from posttrain.trainer.policy import save_atomically
@@ -82,7 +83,7 @@ def open_policy_sampler(
         MissingExtraError: The engine is not installed.
         ModelError: The policy is none that workers can sample from.
     """
-    if not config.sampler.processes:
+    if not config.sampler.processes and ray_cluster.workers("samplers") is None:
         return LocalSampler(loaded.policy, loaded.tokenizer, **config.sampler.options())
     return PolicySampler(open_workers(config, loaded, run), learner, every=config.sampler.backend == "vllm")
 
@@ -100,6 +101,7 @@ def open_workers(config: RolloutConfig, loaded: LoadedPolicy, run: StageRun) -> 
         ModelError: The policy is none that workers can sample from.
     """
     policy, tokenizer = loaded.policy, loaded.tokenizer
+    room = ray_cluster.workers("samplers")
     check_backend(config.sampler)
     check_publishable(policy)
     model = run.folder / MODEL
@@ -114,6 +116,8 @@ def open_workers(config: RolloutConfig, loaded: LoadedPolicy, run: StageRun) -> 
         opened.callback(shutil.rmtree, model, ignore_errors=True)
         weights = opened.enter_context(closing(WeightFolder()))
         source = WorkerSource(config.sampler, policy, tokenizer, model, run.folder, weights)
-        workers = opened.enter_context(closing(WorkerSampler(source.open, config.sampler.processes)))
+        on_ray = RaySamplers(room, source.settings()) if room is not None else None
+        open_worker, count = (on_ray.open, on_ray.count) if on_ray else (source.open, config.sampler.processes)
+        workers = opened.enter_context(closing(WorkerSampler(open_worker, count)))
         run.resources.push(opened.pop_all())
     return workers
