@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import posttrain
+from posttrain.cli.inspect_rollouts import print_rollouts
 from posttrain.config import DataConfig, ModelConfig, SystemsConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
@@ -33,6 +35,7 @@ from posttrain.models import language_model
 from posttrain.models.loading import load_tokenizer
 from posttrain.models.tiny_model import tiny_tokenizer
 from posttrain.report.evaluations import answer_cards
+from posttrain.sampling.rollout_store import read_rollouts, rollouts_path
 from posttrain.trainer.policy import open_policy
 from posttrain.trainer.train_step import Learner
 from tests import vision
@@ -291,6 +294,11 @@ def test_completions_of_prompts_with_images(folder: Path, tmp_path: Path, monkey
     result = posttrain.run(posttrain.Recipe.model_validate(recipe), tmp_path / "run", rewards={"no_a": no_a})
     adapter = ModelConfig(source=str(result.folder / "stages" / "0-rl" / "adapter"))
     assert image_reader(load_tokenizer(adapter)).token == "<image>"  # it has the processor too
+    (kept,) = {tuple(r["images"]) for r in read_rollouts(rollouts_path(result.folder / "stages/0-rl/rollouts", 2))}
+    assert len(kept) == 1 and f'<img src="{kept[0]}"' in (result.folder / "report.html").read_text()
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=80)
+    print_rollouts(result.folder, terminal, groups=1)
+    assert terminal.file.getvalue().count("\N{UPPER HALF BLOCK}") > 100
     steps = read_lines(result.folder / "stages" / "0-rl" / "metrics.jsonl")
     assert len(steps) == 2 and all(s["skipped"] == 0 and s["grad_norm"] > 0 for s in steps)
     assert set(passes) == {1} and len(passes) <= 3 * 2, passes  # sampled, and computed for the step

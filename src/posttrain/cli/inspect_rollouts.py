@@ -15,12 +15,15 @@ from rich.text import Text
 
 from posttrain.core.errors import DataError
 from posttrain.core.visible_text import visible
+from posttrain.data.marked_text import draw_blocks
+from posttrain.data.pictures import read_picture
 from posttrain.methods.data.revision_chain import Chain, drop_reason, read_chains
 from posttrain.methods.data.revision_chain import Text as Written
 from posttrain.report import rollouts
 from posttrain.report.chains import amounts, stages_with_chains
 from posttrain.report.judge_figures import feedback_lines
 from posttrain.report.load import numbered_folders
+from posttrain.report.measured_stages import shown_images
 from posttrain.report.reward_hacking import repetition, suspicious
 from posttrain.sampling.rollout_store import groups_of, read_rollouts, rollout_steps, rollouts_path
 
@@ -259,6 +262,9 @@ def _print(groups: Sequence[list[dict[str, Any]]], rows: Sequence[dict[str, Any]
     for group in groups:
         first = group[0]
         head = f"problem {first['problem']}  {first['source']}  answer {first['answer']}"
+        if out.color_system is not None and not out.no_color:
+            for image in shown_images(first["images"]):
+                out.print(draw_blocks(read_picture(image).open()), end="")
         out.print(Panel(plain(first["prompt"].strip() or "(empty)"), title=plain(head), title_align="left"))
         best = max((r["reward"] for r in group if r["reward"] is not None), default=None)
         for row in group:

@@ -76,14 +76,14 @@ def render_terminal(sample: Sample, tokenizer: Any, colours: bool = True) -> Tex
     """
     text, (before, after) = Text(), BRACKETS
     for span in image_spans(sample.tokens) if colours else ():
-        text.append_text(_blocks(span.picture.open()))
+        text.append_text(draw_blocks(span.picture.open()))
     for piece, weight in pieces(sample, tokenizer):
         marked = weight and not colours
         text.append(f"{before}{piece}{after}" if marked else piece, style="bold green" if weight else "dim")
     return text
 
 
-def _blocks(image: Any) -> Text:
+def draw_blocks(image: Any) -> Text:
     """Return a picture as coloured characters, two pixels in each: the upper half block over its background."""
     width = min(PICTURE_WIDTH, image.width)
     small = image.resize((width, 2 * max(1, round(width * image.height / image.width / 2))))

@@ -9,6 +9,7 @@ from typing import Any
 
 from posttrain.core.errors import DataError
 from posttrain.report.load import JsonDict, Run
+from posttrain.report.measured_stages import shown_images
 from posttrain.report.reward_hacking import follow_rewards, repetition
 from posttrain.sampling.rollout_store import groups_of, read_rollouts, rollout_steps, rollouts_path
 
@@ -215,4 +216,5 @@ def _one_per_group(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _seen(kind: str, row: JsonDict) -> JsonDict:
     tokens = own(row)
-    return {**row, "kind": kind, "count": len(tokens), "repetition": repetition(tokens)}
+    about = {"kind": kind, "count": len(tokens), "repetition": repetition(tokens)}
+    return {**row, **about, "images": shown_images(row["images"])}

@@ -11,12 +11,13 @@ from typing import Any
 
 from posttrain.core.errors import DataError
 from posttrain.core.files import numbered
+from posttrain.core.image_tokens import image_spans
 from posttrain.core.types import PartialRollout, Rollout, RolloutGroup
 
 COLUMN_TYPES: dict[tuple[str, ...], Any] = {
     ("step", "group", "rollout", "problem"): int,
     ("source", "prompt", "completion", "finish"): str,
-    ("prompt_tokens", "tokens", "logprobs", "turns", "pieces"): list,
+    ("prompt_tokens", "tokens", "logprobs", "turns", "pieces", "images"): list,
     ("parts", "steps", "failures", "notes"): dict,
     ("reward", "advantage"): float | None,
 }
@@ -37,7 +38,7 @@ def write_rollouts(
     problems: Sequence[int],
     turns: Callable[[Rollout], Sequence[tuple[bool, str]]] | None = None,
 ) -> Path:
-    """Write the rollouts of a step, group by group, as a whole or not at all.
+    """Write the rollouts of a step, group by group, as a whole or not at all, with small copies of a prompt's pictures.
 
     Args:
         folder: Folder of the files.
@@ -53,6 +54,7 @@ def write_rollouts(
 
     rows: list[dict[str, Any]] = []
     for g, group in enumerate(groups):
+        images = [span.picture.preview() for span in image_spans(group.prompt)]
         for i, r in enumerate(group.rollouts):
             rows.append(
                 {
@@ -64,6 +66,7 @@ def write_rollouts(
                     "prompt": prompts[g],
                     "completion": r.text,
                     "finish": r.finish,
+                    "images": images,
                     "prompt_tokens": list(group.prompt),
                     "tokens": list(r.tokens),
                     "logprobs": list(r.logprobs),
@@ -83,6 +86,7 @@ def write_rollouts(
         [
             *((name, pa.int64()) for name in ("step", "group", "rollout", "problem")),
             *((name, pa.string()) for name in ("source", "prompt", "completion", "finish")),
+            ("images", pa.list_(pa.string())),
             ("prompt_tokens", pa.list_(pa.int32())),
             ("tokens", pa.list_(pa.int32())),
             ("logprobs", pa.list_(pa.float32())),
@@ -108,7 +112,7 @@ def rollout_steps(folder: Path) -> list[int]:
 def read_rollouts(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a file, with values in place of the JSON of some columns.
 
-    Older files without `mask`, `steps`, `turns`, `pieces` and `notes` are read as rollouts without these.
+    Older files without `mask`, `images`, `steps`, `turns`, `pieces` and `notes` are read as rollouts without these.
 
     Raises:
         DataError: It can't be read.
@@ -134,6 +138,7 @@ def _read_columns(row: dict[str, Any]) -> None:
     for name in ("answer", "parts", "steps", "failures", "notes", "turns", "pieces"):
         row[name] = json.loads(row.get(name) or ("[]" if name in ("turns", "pieces") else "{}"))
     row.setdefault("mask", None)
+    row.setdefault("images", [])
     for names, kind in COLUMN_TYPES.items():
         for name in names:
             if not isinstance(row[name], kind):
