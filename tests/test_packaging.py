@@ -57,6 +57,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
         "instructions",
         "openai",
         "quantized",
+        "ray",
         "reasoning",
         "search",
         "vision",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.core import distributed, ray_cluster
+from posttrain.core import ray_cluster
 from posttrain.core.errors import RewardError
 from posttrain.rewards.outcome import RewardOutcome
 from posttrain.rewards.reward_actor import RewardActor
@@ -49,6 +49,8 @@ class RayPool:
         self._open()
 
     def _open(self) -> None:
+        from posttrain.core import distributed  # which imports torch: a recipe is checked without it
+
         path = [p or os.getcwd() for p in sys.path]
         bundles = self.room.bundles(distributed.rank(), distributed.world())
         arguments = (path, self.rewards, self.memory_gib)
