@@ -14,13 +14,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-QUICK = ["device", "speed grpo", "fsdp"]
+QUICK = ["device", "grpo"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("items", [QUICK, pytest.param([], marks=pytest.mark.long)])
 def test_all_that_make_gpu_runs_runs_dry(items: list[str], tmp_path: Path) -> None:
-    """In `make test` items that sample and train."""
+    """In `make test` one item that samples and trains."""
     figures = tmp_path / "figures.json"
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "run.py"), "--dry", "--json", str(figures)]

@@ -129,6 +129,7 @@ def test_coming_steps_are_sampled_meanwhile_and_no_token_is_older_than_allowed(t
     assert threading.active_count() == 1 + sum("posttrain" not in t.name for t in threading.enumerate()[1:])
 
 
+@pytest.mark.long
 def test_worker_processes_sample_ahead_and_a_lost_one_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,7 @@ STAGES["images"] = {**STAGES["full"], "max_steps": 4, "batch_size": 4}
 STAGES["p_tuning"] = {**STAGES["lora"], "adapter": {"kind": "p_tuning", "hidden": 8}}
 
 
-LONG = ["prompt", "p_tuning"]
+LONG = ["prompt", "prefix", "p_tuning"]
 """Adapters whose test repeats most of another one's."""
 
 
