@@ -12,7 +12,7 @@ OF_RAY = ("address", "trainers", "nodes", "samplers", "rewards", "cpus", "restar
 
 
 class PlacementConfig(Config):
-    """Where a run is carried out. Results do not depend on it, but for the order of floating-point sums."""
+    """Say where a run is carried out. Results do not depend on it, but for the order of floating-point sums."""
 
     engine: Literal["local", "ray"] = Field(
         "local",

@@ -31,7 +31,7 @@ from posttrain.core.ray_cluster import Bundle, ClusterError
 from posttrain.core.visible_text import visible
 from posttrain.runs import trainer_actor
 from posttrain.runs.run_folder import set_aside
-from posttrain.trainer.loop import now
+from posttrain.trainer.loop import now, stop_requests
 
 END_GRACE = 10.0
 """Seconds for which the endings of other trainers are awaited after the first that failed."""
@@ -45,7 +45,7 @@ class TrainerLost(Exception):
 
 @dataclass(frozen=True)
 class TrainerEnd:
-    """How a trainer ended.
+    """Hold how a trainer ended.
 
     Attributes:
         rank: Its number.
@@ -173,7 +173,8 @@ class Trainers:
         output = main.output.remote()
         found: list[TrainerEnd] = []
         deadline = float("inf")
-        with _stop_requests(lambda: main.signal.remote(signal.SIGINT)):
+        # Rank 0 stops after its step; a second signal ends all trainers at once.
+        with stop_requests(lambda: main.signal.remote(signal.SIGINT)):
             while waiting and time.monotonic() < deadline:
                 ready, _ = ray.wait([output, *waiting], timeout=1.0)
                 for ref in ready:
@@ -301,27 +302,3 @@ class _Streams:
 
 def _printer(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(visible(line), highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _stop_requests(forward: Callable[[], object]) -> Iterator[None]:
-    """Hand SIGINT and SIGTERM on to rank 0, which stops after its step; a second one ends all trainers at once."""
-    asked: list[int] = []
-    before: dict[int, Any] = {}
-
-    def handle(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        forward()
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, handle)
-    except ValueError:  # not in the main thread: signals are the caller's affair
-        pass
-    try:
-        yield
-    finally:
-        for restored, old in before.items():
-            signal.signal(restored, old)

@@ -1,4 +1,4 @@
-"""What samples the completions that are trained on, beside the policy: its weights by version, and how busy it is."""
+"""Sampling of what is trained on, beside the policy: its weights by version, and how busy it is."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def check_backend(config: RolloutSamplerConfig) -> None:
 
 @dataclass(frozen=True)
 class WorkerSource:
-    """What workers are opened from.
+    """Hold what workers are opened from.
 
     Attributes:
         config: Settings of the sampler.

@@ -272,7 +272,7 @@ def train(
     done = 0 if numbers is None else int(numbers["step"])
     main, total = distributed.is_main(), trainer.steps
 
-    with Track(title, total, done, shown=main) as track, _stop_requests() as asked:
+    with Track(title, total, done, shown=main) as track, stop_requests(_say_stopping) as asked:
         if plan:
             track.say(plan)
         first = trainer.initial_record(track) if numbers is None else None
@@ -366,8 +366,11 @@ def _open(folder: Path, done: int, before: int, numbers: dict[str, Any]) -> tupl
 
 
 @contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Let SIGINT and SIGTERM ask for a stop after this step; a second one stops at once."""
+def stop_requests(on_first: Callable[[], object]) -> Iterator[list[int]]:
+    """Let SIGINT and SIGTERM ask for a stop; a second one raises KeyboardInterrupt.
+
+    Yields the signals that came. `on_first` is called at the first one.
+    """
     asked: list[int] = []
     before: dict[int, Any] = {}
 
@@ -375,7 +378,7 @@ def _stop_requests() -> Iterator[list[int]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        print("\nstopping after this step, with a checkpoint (once more: at once)", file=sys.stderr, flush=True)
+        on_first()
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -387,6 +390,10 @@ def _stop_requests() -> Iterator[list[int]]:
     finally:
         for restored, old in before.items():
             signal.signal(restored, old)
+
+
+def _say_stopping() -> None:
+    print("\nstopping after this step, with a checkpoint (once more: at once)", file=sys.stderr, flush=True)
 
 
 def memory_mb(device: torch.device) -> float:
