@@ -19,7 +19,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     {"core"},
     {"config", "losses"},
-    {"cpu"},
+    {"cpu", "cuda"},
     {"sandbox", "data", "recipe"},
     {"models"},
     {"sampling"},

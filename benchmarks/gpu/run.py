@@ -3,7 +3,7 @@
     make gpu                             # 4.7 minutes on one large GPU
     make gpu ARGS="--json figures.json"  # all figures, as JSON
     make gpu ARGS=--dry                  # the same code with tiny sizes on a CPU
-    make gpu ARGS="--only sampler,sft"   # some items, by the beginning of their names
+    make gpu ARGS="--only sampler,speed_sft"  # some items, by the beginning of their names, _ for a space
 
 Every item runs in a process of its own: one that fails, hangs or breaks the GPU's state leaves the others alone. The
 exit code is 1 where one failed. Items for which no time is left are skipped. README.md beside this file says more.
@@ -55,20 +55,21 @@ class Item:
 # In the order of their importance: what does not fit into the time is at the end. Seconds are those of an H100 where
 # they were measured (benchmarks/results/gpu-h100.json), else estimates.
 ITEMS = [
-    Item("device", "run:device", 1),
-    Item("speed sft 0.5B", "speed:sft_qwen", 12),
-    Item("speed trl sft 0.5B", "peers:trl_sft", 25),
-    Item("speed dpo 0.5B", "peers:own_dpo", 12),
-    Item("speed trl dpo 0.5B", "peers:trl_dpo", 25),
-    Item("speed grpo 0.5B", "peers:own_grpo", 12),
-    Item("speed trl grpo 0.5B", "peers:trl_grpo", 30),
-    Item("speed decoding 1.5B", "limits:decoding", 15),
+    Item("device", "run:device", 6),
+    Item("speed sft 0.5B", "speed:sft_qwen", 25),
+    Item("speed trl sft 0.5B", "peers:trl_sft", 48),
+    Item("speed dpo 0.5B", "peers:own_dpo", 21),
+    Item("speed trl dpo 0.5B", "peers:trl_dpo", 46),
+    Item("speed grpo 0.5B", "peers:own_grpo", 57),
+    Item("speed trl grpo 0.5B", "peers:trl_grpo", 72),
+    Item("speed decoding 1.5B", "limits:decoding", 23),
     Item("speed sft 0.5B, compiled", "speed:sft_qwen_compiled", 25),
     Item("fsdp", "limits:fsdp", 15),
     Item("memory", "limits:memory", 15),
+    Item("kernels", "kernels:check", 15),
     Item("attention", "attention:check", 4),
-    Item("models", "models:check", 9),
-    Item("masters", "models:masters", 4),
+    Item("models", "models:check", 28),
+    Item("masters", "models:masters", 17),
     Item("quantized", "quantized:check", 27),
     Item("sampler", "sampler:check", 75),
     Item("sft", "recipes:sft", 15),
@@ -79,7 +80,8 @@ ITEMS = [
     Item("varlen", "attention:probe", 1),
     Item("speed sft 135M", "speed:sft_smol", 5),
     Item("speed sampling", "speed:sampling", 22),
-    Item("profile", "speed:profile", 9),
+    Item("profile 0.5B", "speed:profile_qwen", 22),
+    Item("profile 135M", "speed:profile_smol", 20),
     Item("speed trl 135M", "speed:trl", 19),
     Item("speed sft 135M, compiled", "speed:sft_compiled", 17),
 ]
@@ -199,7 +201,7 @@ def main() -> int:
     os.environ["POSTTRAIN_CACHE"] = str(folder / "cache")
     try:
         for item in ITEMS:
-            if args.only and not item.name.startswith(tuple(args.only.split(","))):
+            if args.only and not item.name.startswith(tuple(args.only.replace("_", " ").split(","))):
                 continue
             left = 60 * minutes - (time.perf_counter() - began)
             if left < (1 if args.dry else item.seconds):

@@ -146,10 +146,10 @@ def sampling(where: Where) -> Account:
     return account
 
 
-def profile(where: Where) -> Account:
+def profile(where: Where, kind: str, shape: dict[str, int]) -> Account:
     """What one SFT step's time goes into: the largest kernels, and the share of the time that the GPU is busy."""
-    account, shape = Account(), where.pick(SMOL, DRY)
-    model = LanguageModel(build(shape, low(where), where.device))
+    account = Account()
+    model = LanguageModel(build(shape, low(where), where.device, kind, on_device=True))
     learner = Learner(model, OptimizerConfig(), systems(where), 4)
     samples = [taught(batch) for batch in batches(where, 3, shape["vocab_size"])]
     learner.step(samples[0])
@@ -168,10 +168,18 @@ def profile(where: Where) -> Account:
     busy = sum(getattr(e, name) for e in on_device) / 1e6
     account.numbers.update(seconds=round(seconds, 4), busy=round(busy / seconds, 3))
     account.numbers["largest, ms and calls"] = {
-        e.key[:90]: [round(getattr(e, name) / 1e3, 3), e.count] for e in on_device[:12]
+        e.key[:90]: [round(getattr(e, name) / 1e3, 3), e.count] for e in on_device[:25]
     }
     account.note = f"GPU busy {busy / seconds:.0%} of {seconds * 1e3:.0f} ms" if where.cuda else "no GPU"
     return account
+
+
+def profile_smol(where: Where) -> Account:
+    return profile(where, "llama", where.pick(SMOL, DRY))
+
+
+def profile_qwen(where: Where) -> Account:
+    return profile(where, "qwen2", where.pick(QWEN, DRY))
 
 
 def trl(where: Where) -> Account:

@@ -72,7 +72,7 @@ def test_more_memory_and_less_work_give_more_tokens() -> None:
     trained = sum(p.numel() for p in model.parameters())
     budgets = [suited_budget(model, systems, free * GiB, 80 * GiB, trained) for free in (1, 8, 20, 40, 4000)]
     assert budgets == sorted(budgets) and budgets[0] == 4096 and budgets[-1] == 65536 and len(set(budgets)) > 2
-    assert all(b & (b - 1) == 0 for b in budgets)
+    assert all(b & (b - 1) == 0 or b % 3 == 0 and (b // 3) & (b // 3 - 1) == 0 for b in budgets)
     lean = SystemsConfig(activation_checkpointing=True)
     assert suited_budget(model, lean, 8 * GiB, 80 * GiB, trained) > budgets[1]
     # What is free says nothing of a frozen model's.

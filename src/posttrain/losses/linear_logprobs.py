@@ -326,15 +326,25 @@ def linear_logprobs(
     Raises:
         ValueError: A temperature is not positive, or there is not one for each target.
     """
-    if isinstance(temperature, Tensor):
-        if temperature.shape != targets_N.shape:
-            raise ValueError(f"{len(targets_N)} targets, but temperatures of shape {tuple(temperature.shape)}")
-        given, temperature = temperature, temperature.detach().float()
-        require_all(given > 0, lambda: _not_positive(float(given.min())))
-    elif not temperature > 0:
-        raise ValueError(_not_positive(temperature))
+    temperature = checked_temperature(temperature, targets_N)
     terms = hidden_N_H, head.weight_V_H, head.bias_V, *adapter_terms(hidden_N_H, head)
     return _LinearLogprobs.apply(*terms, targets_N, head.scale, head.softcap, temperature, entropy)  # type: ignore[no-any-return]
+
+
+def checked_temperature(temperature: float | Tensor, targets_N: Tensor) -> float | Tensor:
+    """Return the temperature as a constant.
+
+    Raises:
+        ValueError: It is not positive, or there is not one for each target.
+    """
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise ValueError(_not_positive(temperature))
+        return temperature
+    if temperature.shape != targets_N.shape:
+        raise ValueError(f"{len(targets_N)} targets, but temperatures of shape {tuple(temperature.shape)}")
+    require_all(temperature > 0, lambda: _not_positive(float(temperature.min())))
+    return temperature.detach().float()
 
 
 def _not_positive(temperature: float) -> str:

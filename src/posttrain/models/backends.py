@@ -1,10 +1,12 @@
-"""Choose how a device computes: plain PyTorch everywhere, compiled kernels and fused modules on a CPU.
+"""Choose how a device computes: plain PyTorch everywhere, compiled kernels and fused modules on a CPU and on CUDA.
 
-This is the only module that imports `posttrain.cpu`, and it does so the first time that a model on a CPU is used.
+This is the only module that imports `posttrain.cpu` and `posttrain.cuda`, and it does so the first time that a model on
+such a device is used.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from posttrain.core.transfer import to_device
 from posttrain.losses.linear_logprobs import Head, linear_cross_entropy, linear_logprobs
 from posttrain.models.quantized_weight import QuantizedWeight, quantized_modules
 
@@ -43,6 +46,8 @@ class DeviceBackend:
 
     tile = 1
     """A batch is computed in multiples of this many tokens."""
+    fused = False
+    """Norms and gated MLPs keep only their inputs for backward."""
 
     def tune(self) -> None:
         """Set up the process for models on this device."""
@@ -256,8 +261,56 @@ class CPUBackend(DeviceBackend):
         return {"float32_products": self.matmul.matmul_route(), "decoding": self.library.why()}
 
 
+class CUDABackend(DeviceBackend):
+    """Compute on an NVIDIA GPU, with the Triton kernels of `posttrain.cuda`."""
+
+    fused = True
+
+    def __init__(self) -> None:
+        from posttrain.cuda import decoding_kernels, fused_forwards, vocabulary_loss
+
+        device = torch.device("cuda")
+        fused_forwards.check_kernels(device)
+        decoding_kernels.check_decoding(device)
+        self.fused_forwards, self.decoding_kernels = fused_forwards, decoding_kernels
+        self.logprobs, self.cross_entropy = vocabulary_loss.fused_logprobs, vocabulary_loss.fused_cross_entropy  # type: ignore[method-assign]
+
+    def replace_forwards(self, model: nn.Module) -> None:
+        self.fused_forwards.fuse_forwards(model)
+
+    def decode_attention(
+        self, step: Any, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
+    ) -> Tensor | None:
+        columns = step.own_columns + step.prompt_columns
+        stored = step.own.at(step.layer, key[0], value[0])[0]
+        if not self.decoding_kernels.can_attend(query, key, value, stored, columns):
+            return None
+        own, shared, column, prompts = step.places(key[0], value[0])
+        rows = column, step.position_M, *(prompts or ())
+        regions = [(keys[0], values[0]) for keys, values in (own, *([shared] if shared else []))]
+        return self.decoding_kernels.attend(query, key, value, regions, rows, window, scale)
+
+    def draw(self, logits_M_V: Tensor, uniforms_M: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not logits_M_V.is_contiguous():
+            return None
+        return self.decoding_kernels.draw(logits_M_V, to_device(uniforms_M, logits_M_V.device))
+
+    def describe(self) -> dict[str, str]:
+        return {"float32_products": "default", "decoding": "Triton kernels"}
+
+
 @lru_cache
 def _backend(device_type: str) -> DeviceBackend:
+    if device_type == "cuda" and torch.version.cuda is not None:
+        try:
+            return CUDABackend()
+        except Exception as error:  # no Triton, no C compiler for it, a card that it does not know
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            warnings.warn(
+                f"Triton kernels don't work here ({first[:200]}); plain PyTorch computes, which is right, slower, and "
+                "needs more memory. Triton comes with PyTorch for CUDA on Linux and needs a C compiler (gcc)",
+                stacklevel=3,
+            )
     return CPUBackend() if device_type == "cpu" else DeviceBackend()
 
 

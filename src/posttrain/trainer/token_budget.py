@@ -50,7 +50,8 @@ def cpu_tokens(front: int) -> int:
 
 
 def suited_budget(model: LanguageModel, systems: SystemsConfig, free: int, total: int, trained: int) -> int:
-    """Estimate how many tokens the memory holds, rounded down to a power of two from `LEAST` to `MOST`.
+    """Estimate how many tokens the memory holds, rounded down to 1 or 1.5 times a power of two, from `LEAST`
+    to `MOST`.
 
     Args:
         model: The model.
@@ -83,7 +84,8 @@ def budget_for(per_token: int, vocabulary: int, hidden: int, free: int, total: i
         state = 16 * trained / distributed.shards()
         room = (free - state - 3 * CHUNK_BYTES["cuda"] - 4 * vocabulary * hidden) * TRAINED_SHARE
     tokens = int(max(room, 0) / per_token)
-    return min(max(1 << max(tokens.bit_length() - 1, 0), LEAST), MOST)
+    power = 1 << max(tokens.bit_length() - 1, 0)
+    return min(max(power + power // 2 if tokens >= power + power // 2 else power, LEAST), MOST)
 
 
 def bytes_per_token(model: LanguageModel, boundaries: bool) -> int | None:
@@ -108,7 +110,8 @@ def bytes_per_token(model: LanguageModel, boundaries: bool) -> int | None:
     # A mixture of experts computes a few of its experts for a token.
     routed = (getattr(config, "num_experts_per_tok", 0) or 0) * (getattr(config, "moe_intermediate_size", 0) or 0)
     inner = max(getattr(config, "intermediate_size", 0) or 0, routed)
-    return bytes_by_widths(dtype.itemsize, config.hidden_size, config.num_hidden_layers, heads, inner, boundaries)
+    widths = config.hidden_size, config.num_hidden_layers, heads, inner
+    return bytes_by_widths(dtype.itemsize, *widths, boundaries, model.backend.fused)
 
 
 def bytes_of_token(shape: ModelShape, itemsize: int, boundaries: bool) -> int:
@@ -119,15 +122,16 @@ def bytes_of_token(shape: ModelShape, itemsize: int, boundaries: bool) -> int:
         itemsize: Bytes of a number.
         boundaries: Only the inputs of layers are kept.
     """
-    return bytes_by_widths(itemsize, shape.hidden, shape.layers, shape.query, shape.inner, boundaries)
+    return bytes_by_widths(itemsize, shape.hidden, shape.layers, shape.query, shape.inner, boundaries, fused=True)
 
 
-def bytes_by_widths(e: int, hidden: int, layers: int, heads: int, inner: int, boundaries: bool) -> int:
+def bytes_by_widths(e: int, hidden: int, layers: int, heads: int, inner: int, boundaries: bool, fused: bool) -> int:
     """Return what a token's activations take until backward on a GPU.
 
     For each layer with hidden size H, heads of together Q, MLP of I, and e bytes per number: two norms (their input in
     float32 and two results, 4 H + 2 e H each), query, key, value and output of attention (4 e Q), gate, up,
-    activation and product of the MLP (4 e I).
+    activation and product of the MLP (4 e I). With fused kernels: of a norm its input and its result (2 e H), of the
+    MLP gate and up (2 e I).
 
     Args:
         e: Bytes of a number.
@@ -136,7 +140,10 @@ def bytes_by_widths(e: int, hidden: int, layers: int, heads: int, inner: int, bo
         heads: Width of all query heads.
         inner: Width of the MLP.
         boundaries: Only the inputs of layers are kept.
+        fused: Norms and MLPs are computed by `posttrain.cuda`.
     """
     layer = 2 * (4 + 2 * e) * hidden + 4 * e * heads + 4 * e * inner
+    if fused:
+        layer = 4 * e * hidden + 4 * e * heads + 2 * e * inner
     ends = 8 * e * hidden  # embeddings, final norm, and the hidden states that the head takes, with their gradients
     return ends + (layers * e * hidden + 2 * layer if boundaries else (layers + 1) * layer)
