@@ -8,9 +8,16 @@ Sums are in the same order every time. Numbers of rows, in which batches differ,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
 VOCABULARY_BLOCK = 4096
 """Logits that a program of the vocabulary's kernels reads at a time."""
@@ -20,6 +27,17 @@ NORM_ELEMENTS = 2048
 """Elements that a program of a norm takes at a time, if a row is shorter: short rows (norms of heads) go together."""
 NORM_BLOCKS = 8
 """Blocks of rows that a program of a norm's backward pass takes; it adds up the weight's gradient over them."""
+
+
+def on_its_device(function: Launcher) -> Launcher:
+    """Let a function's kernels run on the GPU of its first argument: Triton takes the process's current one."""
+
+    @wraps(function)
+    def launched(x: Tensor, *args: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return function(x, *args)
+
+    return launched  # type: ignore[return-value]
 
 
 # ---------------------------------------------------------------------------------------------------------------- norm
@@ -69,6 +87,7 @@ def _norm_blocks(width: int) -> tuple[int, int, int]:
     return block, max(1, NORM_ELEMENTS // block), min(16, max(4, block // 512))
 
 
+@on_its_device
 def norm(x: Tensor, weight: Tensor, eps: float, shift: float) -> tuple[Tensor, Tensor]:
     """Compute x / sqrt(mean(x^2) + eps) * (weight + shift) over the last axis (arXiv 1910.07467).
 
@@ -89,6 +108,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, shift: float) -> tuple[Tensor, T
     return y, rstd
 
 
+@on_its_device
 def norm_back(
     x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, shift: float, learns: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -155,6 +175,7 @@ def _gated_back_kernel(  # type: ignore[no-untyped-def]
 GATES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 
+@on_its_device
 def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """Compute act(gate) * up of tensors without gaps.
 
@@ -168,6 +189,7 @@ def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     return y
 
 
+@on_its_device
 def gated_back(gate: Tensor, up: Tensor, d: Tensor, kind: str, product: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (gradient of gate, gradient of up, act(gate) * up if `product`).
 
@@ -210,6 +232,7 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     tl.store(target + HALF, y2.to(y.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     """Compute x cos + rotate_half(x) sin (arXiv 2104.09864), or the gradient in x.
 
@@ -283,6 +306,7 @@ def _derivative_kernel(  # type: ignore[no-untyped-def]
     tl.store(z + at, (d * factor).to(z.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def vocabulary_statistics(
     z: Tensor, targets: Tensor, factors: Tensor, entropy: bool, out: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> None:
@@ -299,6 +323,7 @@ def vocabulary_statistics(
     _statistics_kernel[grid](z, targets, factors, *out, z.stride(0), z.shape[1], VOCABULARY_BLOCK, entropy, num_warps=8)
 
 
+@on_its_device
 def vocabulary_derivative(z: Tensor, targets: Tensor, factors: Tensor, known: tuple[Tensor, ...]) -> None:
     """Overwrite products with the derivative in them of sum(d_logprobs * logprobs + d_entropies * entropies).
 
