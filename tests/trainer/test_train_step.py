@@ -151,7 +151,7 @@ def test_bfloat16_follows_float32() -> None:
         assert b == pytest.approx(a, rel=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_layers_give_the_same_step() -> None:
     """torch.compile (C++ on a CPU): the same loss and gradient norm, and something was compiled."""
     samples = random_samples(3)

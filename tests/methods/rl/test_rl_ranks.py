@@ -61,7 +61,7 @@ STAGES = {
 }
 
 
-LONG = ["remax", "critic", "workers"]
+LONG = ["ppo", "rloo", "remax", "critic", "workers"]
 """Methods whose test repeats most of another one's, or takes long to start processes."""
 
 

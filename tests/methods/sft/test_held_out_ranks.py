@@ -42,8 +42,8 @@ STAGES["images"] = {**STAGES["full"], "max_steps": 4, "batch_size": 4}
 STAGES["p_tuning"] = {**STAGES["lora"], "adapter": {"kind": "p_tuning", "hidden": 8}}
 
 
-LONG = ["prompt", "prefix", "p_tuning"]
-"""Adapters whose test repeats most of another one's."""
+LONG = ["lora", "distill", "prompt", "prefix", "p_tuning"]
+"""Stages whose test repeats most of another one's."""
 
 
 def runs_by_one_and_two(folder: Path, name: str) -> list[Path]:
