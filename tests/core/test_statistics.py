@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from posttrain.core import item_statistics
 from posttrain.core import statistics as stats
 from posttrain.core.errors import DataError
 
@@ -194,7 +195,7 @@ def answers(right, ids="abcdefghij"):
 def test_compare_accuracy():
     before, after = answers("1100000011"), answers("1011110011")
     random.Random(1).shuffle(after)  # matched by id, not by place
-    entry = stats.compare(before, after, "choice", task="t")
+    entry = item_statistics.compare(before, after, "choice", task="t")
     low, high = stats.wilson(4, 10)
     # b is lost; c, d, e, f are gained; a, i, j right both times; g, h wrong both times.
     assert entry["before"] == {"value": 0.4, "low": low, "high": high, "n": 10}
@@ -209,7 +210,7 @@ def test_compare_accuracy():
 
 def test_compare_perplexity_matches_by_id():
     before, after = ([{"id": i, "nll": x, "tokens": t} for i, (x, t) in enumerate(side)] for side in (BEFORE, AFTER))
-    entry = stats.compare(before, after[::-1], "perplexity")
+    entry = item_statistics.compare(before, after[::-1], "perplexity")
     assert (entry["gained"], entry["lost"], entry["test"]) == (4, 1, "paired bootstrap") and "task" not in entry
     expected = stats.perplexity_difference(BEFORE, AFTER)
     assert (entry["difference"], (entry["low"], entry["high"]), entry["p_value"]) == expected
@@ -218,10 +219,10 @@ def test_compare_perplexity_matches_by_id():
 
 def test_compare_refuses_what_does_not_match():
     with pytest.raises(DataError, match=r"only before: 'c'; only after: 'x'"):
-        stats.compare(answers("110", "abc"), answers("110", "abx"), "choice")
+        item_statistics.compare(answers("110", "abc"), answers("110", "abx"), "choice")
     with pytest.raises(DataError, match="'a' twice among the items after"):
-        stats.compare(answers("11", "ab"), answers("110", "aba"), "choice")
+        item_statistics.compare(answers("11", "ab"), answers("110", "aba"), "choice")
     with pytest.raises(DataError, match="at least one item"):
-        stats.compare([], [], "generate")
+        item_statistics.compare([], [], "generate")
     with pytest.raises(DataError, match="'chioce'"):
-        stats.compare(answers("1", "a"), answers("1", "a"), "chioce")
+        item_statistics.compare(answers("1", "a"), answers("1", "a"), "chioce")

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from posttrain.config import ModelConfig
 from posttrain.core.errors import DataError, PosttrainError
 from posttrain.core.files import read_lines
-from posttrain.core.statistics import compare, mean_difference, summarize
+from posttrain.core.item_statistics import compare, summarize
+from posttrain.core.statistics import mean_difference
 from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.eval import refine_tasks as refining

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from posttrain.config import ModelConfig
 from posttrain.core.files import read_lines
-from posttrain.core.statistics import compare, summarize
+from posttrain.core.item_statistics import compare, summarize
 from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.eval import sampled_tasks as sampled

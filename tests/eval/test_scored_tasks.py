@@ -11,7 +11,7 @@ from pydantic import ValidationError
 import posttrain
 from posttrain.core.errors import DataError
 from posttrain.core.files import read_lines
-from posttrain.core.statistics import compare, summarize, wins
+from posttrain.core.item_statistics import compare, summarize, wins
 from posttrain.core.types import Rollout
 from posttrain.data.prompts import RenderedPrompt
 from posttrain.eval.evaluation_tasks import ScoreTask
@@ -60,6 +60,8 @@ def test_a_prompt_that_one_side_could_not_score_is_left_out_and_counted() -> Non
     assert found["difference"] == pytest.approx((0.5 + 3) / 2) and found["n"] == 2
     assert (found["gained"], found["lost"], found["wins"]["value"]) == (2, 0, 1.0)
     assert found["before"]["value"] == 2.5 and found["after"]["value"] == 4.25
+    alone = compare([{"id": 0, "value": 1.0}], [{"id": 0, "value": 2.0}], "score")  # from outside: it kept no answers
+    assert alone["difference"] == 1.0 and "wins" not in alone
 
 
 def test_before_and_after_by_a_scorer(tmp_path: Path) -> None:

@@ -343,7 +343,9 @@ def test_settings_list_every_leaf_of_a_recipe() -> None:
     lr = by_key["stages.sft.optimizer.lr"]
     assert (lr.default, lr.type, lr.description) == ("2e-05", "number", "Peak learning rate.")
     assert by_key["model.source"].default == "required"
-    assert by_key["evaluate.sentiment.kind"].type == "choice | generate | perplexity | sample | refine | score | speed"
+    kinds = "choice | generate | perplexity | sample | refine | score | speed"
+    kinds += " | counterfactual | refusal | sycophancy | rewording | verbosity"
+    assert by_key["evaluate.sentiment.kind"].type == kinds
     assert by_key["stages.sft.adapter"].block and by_key["stages.sft.adapter.r"].type == "integer"
 
 

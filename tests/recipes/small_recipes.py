@@ -8,6 +8,7 @@ from typing import Any
 
 import posttrain
 from posttrain.config import RLConfig
+from posttrain.eval.behaviour_evaluation import BehaviourConfig
 from posttrain.eval.evaluation_tasks import SampleTask, ScoreTask
 from posttrain.eval.refine_evaluation import RefineEvaluation
 from posttrain.eval.speed_evaluation import SpeedTask
@@ -196,6 +197,10 @@ def evaluation_overrides(recipe: posttrain.Recipe, chats: Path) -> list[str]:
             continue
         if isinstance(task, SpeedTask.Config):  # a process that measures memory takes seconds to start
             given += [f"evaluate.{i}.{s}" for s in ("memory=false", "prompt_tokens=16", "answer_tokens=4", "repeats=2")]
+            continue
+        if isinstance(task, BehaviourConfig):
+            given += [f"evaluate.{i}.data.rows=[0, 4]"]
+            given += [f"evaluate.{i}.sampler.max_tokens=6"] if task.kind in ("refusal", "verbosity") else []
             continue
         packaged = str(task.data.source).startswith("packaged:")
         given += [f"evaluate.{i}.data.rows=[9000, 9010]"] if packaged else [f"evaluate.{i}.data.source={chats}"]

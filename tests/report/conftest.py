@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.core.statistics import compare, summarize
+from posttrain.core.item_statistics import compare, summarize
 
 EVIL = "</script><script>throw new Error('escaped')</script><img src=https://example.com/x.png onerror=alert(1)>"
 

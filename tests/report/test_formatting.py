@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from posttrain.core.statistics import compare
+from posttrain.core.item_statistics import compare
 from posttrain.report.formatting import (
     chance_in_words,
     format_fixed,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.core.statistics import compare, summarize
+from posttrain.core.item_statistics import compare, summarize
 from posttrain.report import build_report
 from posttrain.report.load import read
 from posttrain.report.stage_comparison import compare_stages, frontier

@@ -12,7 +12,7 @@ import pytest
 from posttrain.config import Recipe
 from posttrain.config.rewards import RewardsConfig
 from posttrain.core.files import read_lines
-from posttrain.core.statistics import compare
+from posttrain.core.item_statistics import compare
 from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.report.reward_hacking import follow_rewards
 from posttrain.rewards import RewardStack

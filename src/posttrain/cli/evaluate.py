@@ -96,7 +96,8 @@ def print_evaluation(recipe: Recipe, model: ModelConfig, folder: Path, against: 
     from rich.table import Table
 
     from posttrain.eval.tasks import evaluate_model
-    from posttrain.report.terminal import sampling_tables
+    from posttrain.report.behaviour import BehaviourView, figure_lines
+    from posttrain.report.terminal import figure_table, sampling_tables
 
     summaries = evaluate_model(model, recipe.evaluate, folder, recipe.seed)
     table = Table(title=f"{model.source}, with 95% intervals")
@@ -107,6 +108,9 @@ def print_evaluation(recipe: Recipe, model: ModelConfig, folder: Path, against: 
     out.print(table)
     for of_samples in sampling_tables(folder):
         out.print(of_samples)
+    for s in summaries:
+        if lines := figure_lines(s, None, None):
+            out.print(figure_table(BehaviourView(s["task"], s["metric"], lines)))
     if against is not None:
         out.print(comparison_table(recipe, against, folder, [s["metric"] for s in summaries]))
     out.print(f"items and answers  {folder}", soft_wrap=True)
@@ -127,8 +131,8 @@ def comparison_table(recipe: Recipe, other: Path, folder: Path, metrics: Sequenc
     from rich.table import Table
 
     from posttrain.core.files import read_lines
-    from posttrain.core.statistics import compare
-    from posttrain.report.formatting import format_p
+    from posttrain.core.item_statistics import compare
+    from posttrain.report.formatting import format_p, format_score
 
     table = Table(title=f"Against {other}, item by item, with 95% intervals")
     for column in ("task", "", "value", "p"):
@@ -137,13 +141,18 @@ def comparison_table(recipe: Recipe, other: Path, folder: Path, metrics: Sequenc
         if not task.compares_items:
             continue
         old, new = (read_lines(side / f"{task.name}.jsonl") for side in (other, folder))
-        c = compare(old, new, task.kind, task=task.name, seed=recipe.seed)
+        c = compare(old, new, str(task.measures), task=task.name, seed=recipe.seed)
         table.add_row(task.name, "other", _interval(c["before"], metric))
         table.add_row(f"n = {c['n']:,}", "this", _interval(c["after"], metric))
         table.add_row("", "difference", _interval(c, metric, "difference"), f"{format_p(c['p_value'])} ({c['test']})")
         if "wins" in c:
             table.add_row("", "this beats other", _interval(c["wins"], "accuracy"))
-        table.add_row("", "better, worse", f"{c['gained']:,}, {c['lost']:,}", end_section=True)
+        moved = "higher, lower" if task.measures == "behaviour" else "better, worse"
+        table.add_row("", moved, f"{c['gained']:,}, {c['lost']:,}", end_section=True)
+        for f in c.get("figures", ()):
+            shown = f"{format_score(f['before'], metric)} → {format_score(f['after'], metric)}"
+            change = f"{shown}   {_interval(f, metric, 'difference')}"
+            table.add_row("", f"{f['name']}, n = {f['n']:,}", change, format_p(f["p_value"]))
     return table
 
 

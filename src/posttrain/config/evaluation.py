@@ -16,12 +16,13 @@ class EvaluationBase(Config):
 
     Attributes:
         measures: What its items have, and so how they are summarized and compared: `choice` or `generate` (`correct`),
-            `perplexity` (`nll`, `tokens`), `sample` (`value`, from 0 to 1), `score` (`value`, any number) or `speed`
+            `perplexity` (`nll`, `tokens`), `sample` (`value`, from 0 to 1), `score` (`value`, any number), `behaviour`
+            (`value`, any number, more of which is not better, and `figures`, other numbers by name) or `speed`
             (`value`, tokens a second).
         compares_items: Its items are the same questions for every model, so that two models are compared item by item.
     """
 
-    measures: ClassVar[Literal["choice", "generate", "perplexity", "sample", "score", "speed"]] = "score"
+    measures: ClassVar[Literal["choice", "generate", "perplexity", "sample", "score", "behaviour", "speed"]] = "score"
     compares_items: ClassVar[bool] = True
 
     kind: str = Field(description="Name of the evaluation, or package.module:Class of yours.")

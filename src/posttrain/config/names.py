@@ -133,6 +133,11 @@ EVALUATIONS: dict[str, str] = {
     "refine": "posttrain.eval.refine_evaluation:RefineEvaluation",
     "score": "posttrain.eval.evaluation_tasks:ScoreTask",
     "speed": "posttrain.eval.speed_evaluation:SpeedTask",
+    "counterfactual": "posttrain.eval.behaviour_evaluation:CounterfactualTask",
+    "refusal": "posttrain.eval.behaviour_evaluation:RefusalTask",
+    "sycophancy": "posttrain.eval.behaviour_evaluation:SycophancyTask",
+    "rewording": "posttrain.eval.behaviour_evaluation:RewordingTask",
+    "verbosity": "posttrain.eval.behaviour_evaluation:VerbosityTask",
 }
 """Evaluations: subclasses of `posttrain.eval.evaluation_tasks.EvaluationTask`."""
 

@@ -10,8 +10,8 @@ Letters of a paired two-by-two table, used throughout: n items, of which ``gaine
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from operator import gt, lt
+from collections import Counter
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from posttrain.core.errors import DataError
 
 Interval = tuple[float, float]
-Item = Mapping[str, Any]
 Loss = tuple[float, int]  # of an item: negative log-likelihood in nats, and how many tokens it is of
 Columns = tuple[NDArray[np.float64], NDArray[np.float64]]
 DRAWS = 5000  # bootstrap samples: the ends of a 95% interval then move by about 2% of its width from seed to seed
@@ -257,149 +256,29 @@ def perplexity_difference(
     return perplexity(after) - perplexity(before), _percentiles(draws_a - draws_b, level), p
 
 
-def summarize(items: Sequence[Item], kind: str, *, level: float = 0.95, seed: int = 0) -> dict[str, Any]:
-    """Compute the figures of one model on one task.
-
-    Args:
-        items: For kind choice and generate each has ``correct``; for perplexity ``nll`` and ``tokens``; for sample
-            ``value``, an accuracy between 0 and 1; for score ``value``, any number, or None if no answer could be
-            scored, which counts in ``unscored`` alone; for speed ``value``, tokens a second in one repeat:
-            the figure is their median, and its limits are the lowest and the highest.
-        kind: Kind of the task.
-        level: Confidence level.
-        seed: Seed of the bootstrap.
-
-    Returns:
-        {"metric", "value", "low", "high", "n", "interval"}.
-
-    Raises:
-        DataError: There are no items, or the kind is unknown.
-    """
-    missing = sum(i["value"] is None for i in items) if kind == "score" else 0
-    if missing:
-        items = [i for i in items if i["value"] is not None]
-    if not items:
-        raise DataError("expected at least one item to evaluate, got none; is the range `rows` of the task empty?")
-    percent = f"{100 * level:g}%"
-    if kind == "perplexity":
-        value, low, high = perplexity_interval(_losses(items), level, seed=seed)
-        how = f"{percent} bootstrap"
-    elif kind in ("sample", "score"):
-        values = [float(i["value"]) for i in items]
-        low, high = interval_of_means(np.array([values]).T, level, seed)[0]
-        value, how = sum(values) / len(values), f"{percent} {'Wilson' if _sharp(values) else 'bootstrap'}"
-    elif kind == "speed":
-        values = sorted(float(i["value"]) for i in items)
-        value, low, high, how = float(np.median(values)), values[0], values[-1], "lowest and highest repeat"
-    elif kind in ("choice", "generate"):
-        right = sum(bool(i["correct"]) for i in items)
-        value, (low, high), how = right / len(items), wilson(right, len(items), level), f"{percent} Wilson"
-    else:
-        raise DataError(f"expected a task of kind choice, generate, perplexity, sample, score or speed, got {kind!r}")
-    metric = {"perplexity": kind, "score": kind, "speed": "tokens/s"}.get(kind, "accuracy")
-    out = {"metric": metric, "value": value, "low": low, "high": high, "n": len(items), "interval": how}
-    return out | ({"unscored": missing} if missing else {})
-
-
-def compare(
-    before: Sequence[Item], after: Sequence[Item], kind: str, *, task: str = "", level: float = 0.95, seed: int = 0
+def paired_change(
+    before: Sequence[float], after: Sequence[float], *, closed: bool = True, level: float = 0.95, seed: int = 0
 ) -> dict[str, Any]:
-    """Compute one entry of ``comparison.json``: two models on the same items, matched by ``id``, in any order.
-
-    difference is after minus before, with its interval (low, high). Accuracy: method 10 of Newcombe and McNemar's
-    exact test; perplexity, and accuracies of several samples: paired bootstrap. gained and lost count the items that
-    went from wrong to right and back; failed, those whose grader failed on a side, which are wrong there (of scores:
-    left out on both sides); for perplexity, those whose loss per token fell and rose; for samples, those
-    whose accuracy rose and fell; for scores, those whose mean rose and fell, and ``wins`` (see there).
+    """Compute mean after minus mean before on the same items, with interval (low, high), p-value and test.
 
     Args:
-        before: Items of the model before, as `summarize` takes them.
-        after: Items of the model after.
-        kind: Kind of the task.
-        task: Name of the task; without it the entry has no such key.
+        before: Values before.
+        after: Values after, of the same items in the same order.
+        closed: Use `paired_difference` and McNemar's exact test if all values are 0 or 1. Else: paired bootstrap.
         level: Confidence level.
         seed: Seed of the bootstrap.
-
-    Raises:
-        DataError: An id comes twice or is missing on one side, or there are no items.
     """
-    old, new = _by_id(before, "before"), _by_id(after, "after")
-    if old.keys() != new.keys():
-        raise DataError(
-            f"expected the same items before and after, got {len(old)} and {len(new)}; "
-            f"only before: {_some(old.keys() - new.keys())}; only after: {_some(new.keys() - old.keys())}. "
-            "Evaluate both models on the same data and rows"
-        )
-    pairs = [(old[i], new[i]) for i in old]
-    failed = {
-        side: sum(bool(i.get("failed")) or (kind == "score" and i["value"] is None) for i in items.values())
-        for side, items in (("before", old), ("after", new))
-    }
-    if kind == "score":  # a prompt that one side has no score of can't be compared
-        pairs = [(a, b) for a, b in pairs if a["value"] is not None and b["value"] is not None]
-    # Both sides in the same order, so that the bootstrap draws the same items for both.
-    sides = [
-        summarize(list(side), kind, level=level, seed=seed) for side in ([a for a, _ in pairs], [b for _, b in pairs])
-    ]
-    if kind == "perplexity":
-        losses = _losses([a for a, _ in pairs]), _losses([b for _, b in pairs])
-        difference, (low, high), p = perplexity_difference(*losses, level=level, seed=seed)
-        rates = [(a["nll"] / max(a["tokens"], 1), b["nll"] / max(b["tokens"], 1)) for a, b in pairs]
-        gained, lost, test = sum(b < a for a, b in rates), sum(b > a for a, b in rates), "paired bootstrap"
-    elif kind == "score" or kind == "sample" and not _sharp([float(i["value"]) for pair in pairs for i in pair]):
-        values = [float(a["value"]) for a, _ in pairs], [float(b["value"]) for _, b in pairs]
-        difference, (low, high), p = mean_difference(*values, level=level, seed=seed)
-        gained, lost = (sum(up(b, a) for a, b in zip(*values, strict=True)) for up in (gt, lt))
-        test = "paired bootstrap of means"
-    else:
-        name = "value" if kind == "sample" else "correct"
-        right = [(bool(a[name]), bool(b[name])) for a, b in pairs]
-        gained, lost = right.count((False, True)), right.count((True, False))
-        both, neither = right.count((True, True)), right.count((False, False))
-        difference, (low, high) = paired_difference(both, gained, lost, neither, level)
-        p, test = mcnemar_exact(gained, lost), "McNemar exact"
-    return {
-        **({"task": task} if task else {}),
-        "before": {k: sides[0][k] for k in ("value", "low", "high", "n")},
-        "after": {k: sides[1][k] for k in ("value", "low", "high", "n")},
-        "difference": difference, "low": low, "high": high, "test": test, "p_value": p,
-        "n": len(pairs), "gained": gained, "lost": lost, **({"failed": failed} if any(failed.values()) else {}),
-        **({"wins": wins(*zip(*pairs, strict=True), level=level, seed=seed)} if kind == "score" else {}),
-    }  # fmt: skip
+    if not closed or not zero_or_one([*before, *after]):
+        difference, (low, high), p = mean_difference(before, after, level=level, seed=seed)
+        return {"difference": difference, "low": low, "high": high, "test": "paired bootstrap of means", "p_value": p}
+    counts = Counter((bool(a), bool(b)) for a, b in zip(before, after, strict=True))
+    gained, lost = counts[False, True], counts[True, False]
+    difference, (low, high) = paired_difference(counts[True, True], gained, lost, counts[False, False], level)
+    p = mcnemar_exact(gained, lost)
+    return {"difference": difference, "low": low, "high": high, "test": "McNemar exact", "p_value": p}
 
 
-def wins(before: Sequence[Item], after: Sequence[Item], *, level: float = 0.95, seed: int = 0) -> dict[str, float]:
-    """Compute how often an answer after scores above one before, both to the same prompt; ties count half.
-
-        win rate = mean over prompts of the mean over x, y of [x > y] + [x = y] / 2
-
-    x: the prompt's scores after; y: those before. The interval is the bootstrap's over prompts (Wilson's if every
-    prompt is won or lost whole). 1/2: neither is better.
-
-    Args:
-        before: Items of kind score.
-        after: The same prompts, in the same order.
-        level: Confidence level.
-        seed: Seed of the bootstrap.
-
-    Returns:
-        value, low, high.
-
-    Raises:
-        DataError: The two have different lengths.
-        ValueError: There are no items.
-    """
-    if len(before) != len(after):
-        raise DataError(f"expected the same prompts before and after, got {len(before)} and {len(after)}")
-    rates = []
-    for old, new in zip(before, after, strict=True):
-        x, y = (np.array([a["score"] for a in i["answers"] if a["score"] is not None]) for i in (new, old))
-        rates.append(float(((x[:, None] > y) + 0.5 * (x[:, None] == y)).mean()))
-    low, high = mean_interval(rates, level, seed)
-    return {"value": sum(rates) / len(rates), "low": low, "high": high}
-
-
-def _sharp(values: Sequence[float]) -> bool:
+def zero_or_one(values: Sequence[float]) -> bool:
     """Return True if every item is right or wrong, and none in between."""
     return all(v in (0.0, 1.0) for v in values)
 
@@ -408,10 +287,6 @@ def _quantile(level: float) -> float:
     if not 0 < level < 1:
         raise ValueError(f"expected a level between 0 and 1, such as 0.95, got {level}")
     return NormalDist().inv_cdf(0.5 + level / 2)
-
-
-def _losses(items: Sequence[Item]) -> list[Loss]:
-    return [(float(i["nll"]), int(i["tokens"])) for i in items]
 
 
 def _columns(items: Sequence[Loss]) -> Columns:
@@ -443,17 +318,3 @@ def _percentiles(values: NDArray[np.float64], level: float) -> Interval:
     _quantile(level)  # checks the level
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def _by_id(items: Sequence[Item], side: str) -> dict[Any, Item]:
-    table: dict[Any, Item] = {}
-    for item in items:
-        if item["id"] in table:
-            raise DataError(f"expected every item once, got id {item['id']!r} twice among the items {side}")
-        table[item["id"]] = item
-    return table
-
-
-def _some(ids: set[Any]) -> str:
-    names = sorted(map(repr, ids))
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

@@ -10,6 +10,7 @@ from posttrain.config.evaluation import EvaluationBase
 from posttrain.data.leaks import LEAST_WORDS
 from posttrain.data.parts import PlacedRow
 from posttrain.data.row_quality import count_words
+from posttrain.eval.behaviour_evaluation import BehaviourConfig
 from posttrain.eval.evaluation_tasks import ProblemsEvaluationConfig, RowsConfig, make_evaluation
 
 
@@ -33,6 +34,8 @@ def item_texts(config: Any, tokenizer: Any, context: int | None) -> list[list[st
     """
     if isinstance(config, EvaluationBase) and not config.compares_items:
         return []
+    if isinstance(config, BehaviourConfig):
+        return [[p.text for p in item.prompts] for item in make_evaluation(config).read(tokenizer, context).items]
     if isinstance(config, RowsConfig):
         from posttrain.data.rows import open_rows
 

@@ -22,7 +22,7 @@ CHUNK_TOKENS = 8192
 """Tokens of one forward pass: also how much is done again after a crash."""
 
 
-def _in_chunks(sizes: Sequence[int], compute: Callable[[range], EvaluationItems]) -> Iterator[Chunk]:
+def chunks_by_tokens(sizes: Sequence[int], compute: Callable[[range], EvaluationItems]) -> Iterator[Chunk]:
     """Yield consecutive items whose sizes add up to at most CHUNK_TOKENS (one item at least) as chunks."""
 
     def chunk(start: int, end: int) -> Chunk:
@@ -86,7 +86,7 @@ def choice_chunks(run: EvaluationRun, config: ChoiceTask.Config) -> Iterator[Chu
             items.append({**item, **item_pictures(i, sets[i][0][1].tokens)})
         return items
 
-    return _in_chunks([sum(len(s) for _, s in choices) for choices in sets], compute)
+    return chunks_by_tokens([sum(len(s) for _, s in choices) for choices in sets], compute)
 
 
 def generate_chunks(run: EvaluationRun, config: GenerateTask.Config) -> Iterator[Chunk]:
@@ -103,7 +103,7 @@ def generate_chunks(run: EvaluationRun, config: GenerateTask.Config) -> Iterator
             items.append({**item, "correct": right, **item_pictures(i, prompts[i])})
         return items
 
-    return _in_chunks([len(p) + config.max_new_tokens for p in prompts], compute)
+    return chunks_by_tokens([len(p) + config.max_new_tokens for p in prompts], compute)
 
 
 def perplexity_chunks(run: EvaluationRun) -> Iterator[Chunk]:
@@ -113,7 +113,7 @@ def perplexity_chunks(run: EvaluationRun) -> Iterator[Chunk]:
         scores = score(run.model, [run.data.samples[i] for i in numbers])
         return [{"id": i, "nll": -total, "tokens": count} for i, (total, count) in zip(numbers, scores, strict=True)]
 
-    return _in_chunks([len(s) for s in run.data.samples], compute)
+    return chunks_by_tokens([len(s) for s in run.data.samples], compute)
 
 
 def greedy_answers(run: EvaluationRun, config: ChoiceTask.Config | GenerateTask.Config) -> EvaluationItems:

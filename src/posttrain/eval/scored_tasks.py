@@ -1,7 +1,7 @@
 """Evaluation by a scorer: sampled answers, each given a number by a judge, a reward model or any other reward.
 
 The same prompts are answered before and after, from the same random streams, so that the two can be compared answer
-by answer: `posttrain.core.statistics.wins` says how often one model's answer scores above the other's.
+by answer: `posttrain.core.item_statistics.wins` says how often one model's answer scores above the other's.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from typing import Any
 
 from posttrain.config import EvaluationConfig, ModelConfig
 from posttrain.core.files import Lines, read_lines, read_object, write_json
+from posttrain.core.item_statistics import summarize
 from posttrain.core.progress import Track
-from posttrain.core.statistics import summarize
 from posttrain.eval.evaluation_tasks import Chunk, EvaluationItems, EvaluationRun, make_evaluation
 from posttrain.eval.item_parts import ItemPart, item_part
 from posttrain.models.language_model import LanguageModel

@@ -17,6 +17,7 @@ from posttrain.core.errors import CheckpointError, PosttrainError
 from posttrain.core.files import changed_artifacts
 from posttrain.core.secrets import hide_values
 from posttrain.report import evaluations, formatting
+from posttrain.report.behaviour import behaviours
 from posttrain.report.chains import amounts, chain_views
 from posttrain.report.charts import stage_charts
 from posttrain.report.judge_figures import read_feedback
@@ -111,6 +112,7 @@ def render_page(run: Run) -> str:
         by_stage=compare_stages(run),
         panels=evaluations.panels(run),
         refinements=refinements(run),
+        behaviours=behaviours(run),
         curves=[
             (number, stage.name, stage_charts(stage))
             for number, stage in enumerate(run.stages, 1)

@@ -36,7 +36,7 @@ class Card:
     """Hold one item before and after.
 
     Attributes:
-        change: What became of it (a key of CHANGES), or `greedy` or `sampled`.
+        change: What became of it (a key of CHANGES), or `greedy`, `sampled` or `measured`.
         scores: (choice, share before, share after, log-likelihood before, after).
         images: Small copies of the prompt's images, as `data:` URLs.
     """
@@ -105,7 +105,7 @@ def samples(row: TaskRow, run: Run) -> Samples | None:
         groups[change].append(_card(change, old[item], new[item]))
     cards = [c for name, group in groups.items() for c in group[: CARDS_SHOWN[name]]]
     more = [c for name, group in groups.items() for c in group[CARDS_SHOWN[name] : CARDS_FOLDED[name]]]
-    shown = "sampled" if row.kind == "score" else "greedy"
+    shown = {"score": "sampled", "behaviour": "measured"}.get(row.kind, "greedy")
     greedy = [] if row.kind in ("generate", "sample") and old else answer_cards(shown, before.samples, after.samples)
     if not cards and not more and not greedy:
         return None
@@ -133,7 +133,7 @@ def answer_cards(kind: str, before: Sequence[JsonDict], after: Sequence[JsonDict
     """Return answers to the same prompts; a side without an answer is left empty.
 
     Args:
-        kind: greedy, or sampled.
+        kind: greedy, sampled or measured.
         before: Answers before training.
         after: Answers after it.
     """

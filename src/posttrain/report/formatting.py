@@ -112,6 +112,9 @@ def verdict(row: TaskRow) -> str:
     if row.kind == "sample":
         moved = f"Of {row.n:,} questions, {c['gained']:,} are answered right more often, {c['lost']:,} less often. "
         what = "a change at least this large"
+    elif row.kind == "behaviour" or (row.kind == "score" and "wins" not in c):
+        moved = f"Of {row.n:,} items, {c['gained']:,} have a higher number and {c['lost']:,} a lower one. "
+        what = "a change at least this large"
     elif row.kind == "score":
         won, least, most = (format_fixed(100 * float(c["wins"][k]), 1) for k in ("value", "low", "high"))
         moved = (
@@ -127,7 +130,9 @@ def verdict(row: TaskRow) -> str:
         what = "a change at least this large"
     p = float(c["p_value"])
     equals = _GAP if p < 1e-4 else f"{_GAP}={_GAP}"
-    if p < 0.05:
+    if p < 0.05 and row.kind == "behaviour":
+        end = ". Chance is an unlikely explanation."
+    elif p < 0.05:
         end = f". Chance is an unlikely explanation: the model got {'better' if better else 'worse'} at this task."
     else:
         end = ", so this may well be chance; more items would tell."

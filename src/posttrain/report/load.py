@@ -63,7 +63,7 @@ class TaskRow:
         counts = (self.comparison or {}).get("failed")
         if not isinstance(counts, Mapping):
             return ""
-        meaning = "left out" if self.kind == "score" else "counted as wrong"
+        meaning = "left out" if self.kind in ("score", "behaviour") else "counted as wrong"
         return f"grader failed: {counts.get('before', 0)} before, {counts.get('after', 0)} after ({meaning})"
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from posttrain.core.errors import DataError
-from posttrain.core.statistics import compare
+from posttrain.core.item_statistics import compare
 from posttrain.report.charts import Chart, Series
 from posttrain.report.formatting import format_number, format_score
 from posttrain.report.load import Evaluation, JsonDict, Run, TaskRow
@@ -163,8 +163,8 @@ def _charts(row: TaskRow, lines: Sequence[StageLine], number: int) -> list[Chart
     if all("decode" in line.rates for line in lines):
         axes.append(("speed of decoding, tokens/s", [float(line.rates["decode"]["value"]) for line in lines], True))
     figures = [line.figures[number] for line in lines]
-    if any(f is None for f in figures) or len({line.name for line in lines}) < 2:
-        return []
+    if any(f is None for f in figures) or len({line.name for line in lines}) < 2 or row.kind == "behaviour":
+        return []  # more of a behaviour is not better: no stage can beat another
     summaries = [f.summary for f in figures if f is not None]
     return [_chart(row, [line.name for line in lines], summaries, title, x, more) for title, x, more in axes]
 

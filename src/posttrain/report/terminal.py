@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.core.visible_text import visible
+from posttrain.report.behaviour import BehaviourView
 from posttrain.report.evaluations import samples, strategy
 from posttrain.report.formatting import format_number, format_p, format_score
 from posttrain.report.load import Run, read, read_json
@@ -138,3 +139,24 @@ def sampling_tables(folder: Path) -> list[Table]:
             table.caption = refining_in_words(summary["refine"])
         tables.append(table)
     return tables
+
+
+def figure_table(view: BehaviourView) -> Table:
+    """Return a table of the figures of an evaluation of behaviour: before, and after with the difference if known."""
+    both = any(line.after for line in view.lines)
+    table = Table(title=f"{visible(view.task)} ({view.metric}): figures, with 95% intervals")
+    table.add_column("figure", overflow="fold")
+    for name in ("before", "after", "difference", "p") if both else ("n", "value"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def cell(side: dict[str, Any] | None, key: str = "value") -> Text:
+        names = (key, "low", "high")
+        value, low, high = (format_score((side or {}).get(k), "figure", key == "difference") for k in names)
+        return Text(f"{value}\n[{low}, {high}]" if side else "–")
+
+    for line in view.lines:
+        cells = [cell(line.before), cell(line.after), cell(line.change, "difference")]
+        cells.append(Text(format_p((line.change or {}).get("p_value"))))
+        alone = [Text(f"{(line.before or {}).get('n', 0):,}"), cell(line.before)]
+        table.add_row(Text(visible(line.name)), *(cells if both else alone))
+    return table

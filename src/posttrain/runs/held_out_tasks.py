@@ -7,7 +7,7 @@ from typing import Any
 
 from posttrain.config import Recipe, RolloutConfig
 from posttrain.core.files import read_object, write_json, write_lines
-from posttrain.core.statistics import summarize
+from posttrain.core.item_statistics import summarize
 from posttrain.methods.sft_measurement import FOLDER, measurements
 from posttrain.sampling.rollout_store import read_rollouts, rollout_steps, rollouts_path
 from posttrain.trainer.best_step import CHOSEN_STEP

@@ -173,8 +173,7 @@ def _figures(run: Path) -> list[str]:
 
 def _metric(run: Path, task: str) -> str:
     summary = run / "evaluations" / "after" / f"{task}.json"
-    kind = json.loads(summary.read_text(encoding="utf-8")).get("kind") if summary.is_file() else None
-    return {"perplexity": "perplexity", "score": "score"}.get(str(kind), "accuracy")
+    return str(json.loads(summary.read_text(encoding="utf-8"))["metric"]) if summary.is_file() else "accuracy"
 
 
 def _reads_images(folder: Path) -> bool:

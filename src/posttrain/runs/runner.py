@@ -33,8 +33,8 @@ from posttrain.core.files import (
     write_text,
 )
 from posttrain.core.imports import import_folders
+from posttrain.core.item_statistics import compare
 from posttrain.core.secrets import hide_secrets
-from posttrain.core.statistics import compare
 from posttrain.core.visible_text import visible
 from posttrain.data.bad_rows import SHOWN_ROWS
 from posttrain.data.template_source import fixed_date, template_date
@@ -43,11 +43,12 @@ from posttrain.models.loading import context_length, load_tokenizer, pick_device
 from posttrain.models.quantization import as_saved
 from posttrain.recipe.parsing import load_recipe
 from posttrain.report import build_report, judge_figures
+from posttrain.report.behaviour import behaviours
 from posttrain.report.load import read
 from posttrain.report.measured_stages import held_out_lines
 from posttrain.report.merge_search_view import search_lines
 from posttrain.report.retention_view import retention_lines
-from posttrain.report.terminal import answer_tables, sampling_tables, stage_tables, summary_table
+from posttrain.report.terminal import answer_tables, figure_table, sampling_tables, stage_tables, summary_table
 from posttrain.runs import registry
 from posttrain.runs.held_out_tasks import write_held_out_tasks
 from posttrain.runs.machine import machine, program_name
@@ -408,7 +409,8 @@ class _Run:
             newest = evaluations / ("after" if (evaluations / "after").is_dir() else "before")
             summary = summary_table(found)
             first = [summary] if summary.row_count else []
-            for table in (*first, *stage_tables(found), *answer_tables(found), *sampling_tables(newest)):
+            figures = [figure_table(view) for view in behaviours(found)]
+            for table in (*first, *figures, *stage_tables(found), *answer_tables(found), *sampling_tables(newest)):
                 self.console.print(table)
         for line in [
             *held_out_lines(found),

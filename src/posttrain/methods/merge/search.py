@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from posttrain.config import EvaluationConfig, ModelConfig
 from posttrain.core.errors import ModelError
 from posttrain.core.files import Lines, read_lines, write_json
-from posttrain.core.statistics import compare
+from posttrain.core.item_statistics import compare
 from posttrain.eval.tasks import evaluate_model
 from posttrain.methods.merge.merge_settings import BASE_SOURCE, MergeConfig
 from posttrain.methods.merge.search_methods import Point, cma_search, coordinate_search, grid_search
