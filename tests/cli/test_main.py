@@ -56,7 +56,7 @@ SURFACE = {
     "compose": {"tower", "language", "output", "layer", "chat_template", "seed", "trust_remote_code"},
     "report": {"run"},
     "doctor": set(),
-    "export": {"embeddings", "model", "output", "quantization", "to", "trust_remote_code"},
+    "export": {"check", "embeddings", "model", "output", "quantization", "to", "trust_remote_code"},
     "memory": {"gpu", "int8_cache", "overrides", "recipe", "sequences", "tokens"},
     "merge": {
         "adapter_rank",

@@ -72,11 +72,21 @@ def save_trained(
             shutil.copytree(beside, folder, copy_function=link_or_copy, dirs_exist_ok=True)
             return notes
         hf, notes["merge_difference"] = merge(hf)
-    return notes | _write_whole(hf, tokenizer, folder, end_token)
+    return notes | write_whole(hf, tokenizer, folder, end_token)
 
 
-def _write_whole(hf: Any, tokenizer: Any, folder: Path, end_token: int | None) -> dict[str, Any]:
-    """Write a whole model; return notes for the manifest."""
+def write_whole(hf: Any, tokenizer: Any, folder: Path, end_token: int | None) -> dict[str, Any]:
+    """Write a whole model in the Hugging Face layout.
+
+    Args:
+        hf: A transformers model.
+        tokenizer: Its tokenizer.
+        folder: Where to write.
+        end_token: Added to the tokens that end generation. None: nothing is added.
+
+    Returns:
+        Notes for the manifest.
+    """
     _end_at(hf.generation_config, end_token)
     hf.save_pretrained(folder)
     unread = write_compressed(hf, folder)
@@ -121,7 +131,7 @@ def _save_adapter(
         log.info("the adapter is saved with its base, in %s/%s: %s", folder, OWN_BASE, reason)
         base, _ = load_model(source.model_copy(update={"device": "cpu"}), next(peft_model.parameters()).dtype)
         restore_attention(base)
-        _write_whole(base, tokenizer, folder / OWN_BASE, None)
+        write_whole(base, tokenizer, folder / OWN_BASE, None)
     own = source if start is None else base_settings(source, start)
     write_quantization(folder, None if made == "on start" else own.quantization)
     _save_tokenizer(peft_model.get_base_model(), tokenizer, folder)
