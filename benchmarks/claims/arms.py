@@ -319,7 +319,8 @@ def chart(claim: Claim, path: Path) -> Iterator[Any]:
     figure, axes = plt.subplots(figsize=(7, 4))
     yield axes
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    if axes.get_legend() is None:
+        axes.legend(frameon=False)
     axes.set_title(claim.statement, fontsize=10, wrap=True)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -249,6 +249,7 @@ def draw(result: dict[str, Any], claim: Claim, path: Path) -> None:
         axes.set_xlabel("right, of four")
         axes.plot([], [], "o", color="tab:blue", label="year from the name, in other words")
         axes.plot([], [], "d", color="tab:orange", label="name from the year")
+        axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper right", bbox_to_anchor=(1.0, -0.14))  # below
 
 
 CLAIMS = {

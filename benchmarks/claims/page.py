@@ -37,14 +37,14 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
 
 
 def shown(path: tuple[str, ...], value: Any) -> str:
-    """Return a figure as text: an interval as `mean [low, high]`."""
+    """Return a figure as text: an interval as `mean [low, high]`, of one seed the figure alone."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
         if path and path[-1] in ("by_seed", "made") or len(value) != 3:
             return ", ".join(shown((), v) for v in value)
         mean, low, high = (shown((), v) for v in value)
-        return f"{mean} [{low}, {high}]"
+        return mean if low == "nan" else f"{mean} [{low}, {high}]"  # one seed has no interval
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {shown((), v)}" for name, v in value.items())
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
@@ -70,8 +70,10 @@ def of_claim(number: str, claim: Mapping[str, Any], chart: str | None) -> str:
         rows = [part for part in path if part in arms]
         column = ": ".join(TITLES.get(part, part.replace("_", " ")) for part in path if part not in arms)
         column = column.removesuffix(": difference")
-        if path[-1] == "verdict" and isinstance(verdict, Mapping) and verdict.get(rows[0] if rows else "") == value:
+        if path[-1] == "verdict" and isinstance(verdict, Mapping) and value in verdict.values():
             continue  # it is above the table
+        if path[-1] == "by_seed" and len(value) == 1:
+            continue  # it is the mean
         if rows:
             cells.setdefault(column, {})[rows[0]] = shown(path, value)
         else:
