@@ -48,6 +48,7 @@ def test_help_imports_nothing_heavy() -> None:
 # The commands and their options are a promise to people's scripts: change this table on purpose only.
 SURFACE = {
     "run": {"recipe", "overrides", "folder", "fresh", "accept_changed_data"},
+    "sweep": {"recipe", "settings", "seeds", "random", "halve", "eta", "goal", "folder"},
     "inspect": {"recipe", "overrides", "rows", "stage", "step", "held_out", "sort", "problem", "watch"},
     "evaluate": {"model", "recipe", "overrides", "folder", "against"},
     "chat": {"model", "prompt", "system", "max_new_tokens", "temperature", "device", "trust_remote_code"}

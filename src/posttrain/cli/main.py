@@ -25,6 +25,7 @@ from posttrain.cli.merge_command import merge_command
 from posttrain.cli.recipes import recipes_app
 from posttrain.cli.report import report_command
 from posttrain.cli.run import run_command
+from posttrain.cli.sweep_command import sweep_command
 from posttrain.core.errors import PosttrainError, RecipeError
 from posttrain.core.files import cache_folder, os_error
 from posttrain.core.secrets import hide_secrets
@@ -84,6 +85,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run_command)
+app.command("sweep")(sweep_command)
 app.command("inspect")(inspect_command)
 app.command("evaluate")(evaluate_command)
 app.command("chat")(chat_command)

@@ -74,6 +74,37 @@ def mean_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -
     return _percentiles(np.concatenate([x[rng.integers(0, len(x), (n, len(x)))].mean(1) for n in counts]), level)
 
 
+def t_interval(values: Sequence[float], level: float = 0.95) -> Interval | None:
+    """Compute Student's interval of a mean: mean ± t s / sqrt(n), for few values such as one a seed.
+
+    s is the standard deviation with n - 1, t the quantile at (1 + level) / 2 with n - 1 degrees of freedom, by
+    bisection of the distribution's finite series (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4).
+    Degenerate: one value, which does not show how it varies, gives None; equal values give no width.
+    """
+    n = len(values)
+    if n < 2:
+        return None
+    _quantile(level)  # checks the level
+    mean = math.fsum(values) / n
+    error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    low, high = 0.0, math.pi / 2  # t = sqrt(n - 1) tan(angle)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within_t(middle, n - 1) < level else (low, middle)
+    half = math.sqrt(n - 1) * math.tan(low) * error
+    return mean - half, mean + half
+
+
+def _within_t(angle: float, degrees: int) -> float:
+    """Return P(|T| <= sqrt(degrees) tan(angle)) of Student's distribution."""
+    cosine, odd = math.cos(angle), degrees % 2
+    term = total = (cosine if odd else 1.0) if degrees > 1 else 0.0
+    for k in range(3 if odd else 2, degrees - 1, 2):
+        term *= (k - 1) / k * cosine * cosine
+        total += term
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+
 def interval_of_means(table: NDArray[np.float64], level: float = 0.95, seed: int = 0) -> list[Interval]:
     """Compute the interval of each column's mean, rows being items, with the same draws for all columns.
 

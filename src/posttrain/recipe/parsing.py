@@ -30,7 +30,17 @@ from posttrain.recipe.documents import (
 )
 from posttrain.recipe.messages import explain, short
 from posttrain.recipe.other_data import data_sources, leave_out_descriptions
-from posttrain.recipe.schema import Key, child, dotted, inside, item_names, list_field, model_for, options
+from posttrain.recipe.schema import (
+    Key,
+    child,
+    dotted,
+    inside,
+    item_names,
+    list_field,
+    model_for,
+    options,
+    takes_list,
+)
 
 MAX_EXTENDED = 20
 """Most recipes that extend one another."""
@@ -225,6 +235,38 @@ def _apply_override(doc: Document, override: str) -> None:
     _put(doc, name.strip(), override, f"override {override}", lambda tp, old: _value(text, tp))
 
 
+def split_lists(path_or_name: str | Path, overrides: Sequence[str]) -> list[list[str]]:
+    """Return, for each override, the overrides that a sweep tries: one a value if it lists several.
+
+    A list is several values, except for a setting that takes a list itself: there each value is a list, as in
+    ``betas=[[0.9, 0.99], [0.9, 0.999]]``, and a plain list is one value. Mistakes are left to `load_recipe`.
+
+    Args:
+        path_or_name: As for `load_recipe`.
+        overrides: ``key=value`` or ``key=[a, b]``, applied in this order.
+    """
+    document, _, _ = _read(path_or_name)
+    out: list[list[str]] = []
+    for override in overrides:
+        name, _, text = override.partition("=")
+        several: list[str] = []
+
+        def first(tp: Any, old: Any, text: str = text, name: str = name, several: list[str] = several) -> Any:
+            try:
+                value = parse_value(text)
+            except yaml.YAMLError:
+                return text
+            of_lists = takes_list(tp)
+            if not isinstance(value, list) or (of_lists and not any(isinstance(item, list) for item in value)):
+                return _value(text, tp)
+            several += [f"{name}={json.dumps(item, ensure_ascii=False)}" for item in value]
+            return value[0] if value else value
+
+        _put(document, name.strip(), override, f"override {override}", first)
+        out.append(several or [override])
+    return out
+
+
 def _overridden(doc: Document, key: Key) -> bool:
     """Return True if an override gave the value of a key, or of a key above it."""
     return any(doc.places.get(key[:end], "").startswith("override ") for end in range(1, len(key) + 1))
@@ -342,4 +384,4 @@ def _value(text: str, tp: Any) -> Any:
     return value if empty or several else text
 
 
-__all__ = ["differences", "dump_recipe", "in_columns", "load_recipe", "shipped"]
+__all__ = ["differences", "dump_recipe", "in_columns", "load_recipe", "shipped", "split_lists"]

@@ -183,6 +183,16 @@ def list_field(model: type[BaseModel] | None) -> str:
     return str(getattr(model, "list_field", ""))
 
 
+def takes_list(tp: Any) -> bool:
+    """Return True if a setting with this annotation may be a list."""
+    return any(
+        option in (list, tuple, Any)
+        or get_origin(option) in (list, tuple)
+        or (isinstance(option, type) and issubclass(option, BaseModel) and bool(list_field(option)))
+        for option in options(tp)
+    )
+
+
 def inside(value: Any, name: str | int) -> Any:
     """Return value[name], or None if missing."""
     if isinstance(value, dict):

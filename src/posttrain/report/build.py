@@ -9,6 +9,7 @@ import os
 import shlex
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -79,8 +80,8 @@ def build_report(run_folder: Path) -> Path:
 
 
 @functools.cache
-def _page() -> tuple[dict[str, str], jinja2.Template]:
-    """Return the files of the page, and its template; compiling it takes longer than filling it."""
+def _pages() -> tuple[dict[str, str], jinja2.Environment]:
+    """Return the files of the pages, and their templates; compiling one takes longer than filling it."""
     folder = resources.files("posttrain.report").joinpath("page")
     page = {f.name: f.read_text(encoding="utf-8") for f in folder.iterdir() if f.is_file()}
     environment = jinja2.Environment(
@@ -91,21 +92,36 @@ def _page() -> tuple[dict[str, str], jinja2.Template]:
         lstrip_blocks=True,
     )
     environment.filters |= FILTERS
-    return page, environment.get_template("page.html.j2")
+    return page, environment
+
+
+def render_template(name: str, /, **values: Any) -> str:
+    """Return a page as text.
+
+    The template engine escapes every text among the values. The page's content security policy also forbids scripts in
+    them: it allows the page's one script by its hash, and no connection.
+
+    Args:
+        name: File of the template, which puts `style`, `script` and `digest` into the page.
+        values: What else the template shows.
+    """
+    page, templates = _pages()
+    folder = resources.files("posttrain.report").joinpath("page")
+    plot, plot_style, licence = (folder.joinpath("vendor", file).read_text(encoding="utf-8") for file in VENDOR)
+    script = f"/* uPlot 1.6.32\n{licence.strip()} */\n{plot.strip()}\n{page['script.js']}"
+    return templates.get_template(name).render(
+        style=Markup(f"/* uPlot 1.6.32, MIT licence */\n{plot_style}\n{page['style.css']}"),
+        script=Markup(script),
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **values,
+    )
 
 
 def render_page(run: Run) -> str:
-    """Return the page as text.
-
-    The template engine escapes every text of the run. The page's content security policy also forbids scripts in it:
-    it allows the page's one script by its hash, and no connection.
-    """
-    page, template = _page()
-    folder = resources.files("posttrain.report").joinpath("page")
-    plot, plot_style, licence = (folder.joinpath("vendor", name).read_text(encoding="utf-8") for name in VENDOR)
-    script = f"/* uPlot 1.6.32\n{licence.strip()} */\n{plot.strip()}\n{page['script.js']}"
+    """Return the page of a run as text."""
     rows = run.rows()
-    return template.render(
+    return render_template(
+        "page.html.j2",
         run=run,
         manifest=run.manifest,
         rows=[(r, evaluations.interval_axis(r)) for r in rows],
@@ -134,7 +150,4 @@ def render_page(run: Run) -> str:
         gold=gold(run),
         printed=printed_lines(run.folder),
         recipe=formatting.yaml_markup(run.recipe_text),
-        style=Markup(f"/* uPlot 1.6.32, MIT licence */\n{plot_style}\n{page['style.css']}"),
-        script=Markup(script),
-        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

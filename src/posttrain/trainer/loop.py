@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +36,40 @@ OnStep = Callable[[int, dict[str, float], dict[str, float]], None]
 
 
 class Stopped(KeyboardInterrupt):
-    """Report that the run was asked to stop, has written a checkpoint, and can be resumed."""
+    """Report that the run was asked to stop, has written a checkpoint, and can be resumed.
+
+    Attributes:
+        step: Steps that are done. None: not told.
+        asked: A signal asked for it, rather than `stop_at`.
+    """
+
+    def __init__(self, message: str, step: int | None = None, asked: bool = True) -> None:
+        super().__init__(message)
+        self.step, self.asked = step, asked
+
+
+STOP_AT: ContextVar[tuple[str, float] | None] = ContextVar("STOP_AT", default=None)
+
+
+@contextmanager
+def stop_at(stage: str, fraction: float) -> Iterator[None]:
+    """Stop runs inside the context as SIGTERM would, once a stage has taken a part of its steps.
+
+    Args:
+        stage: Name of the stage.
+        fraction: The part: the stage stops after ceil(fraction * steps) steps, unless it is finished then.
+    """
+    token = STOP_AT.set((stage, fraction))
+    try:
+        yield
+    finally:
+        STOP_AT.reset(token)
+
+
+def _planned_stop(folder: Path, steps: int) -> int:
+    """Return the step after which the stage in `folder` is to stop; its last one if none was set."""
+    stage, fraction = STOP_AT.get() or ("", 1.0)
+    return math.ceil(fraction * steps) if folder.name.partition("-")[2] == stage else steps
 
 
 @dataclass(frozen=True)
@@ -271,6 +305,7 @@ def train(
     totals = {"seconds": 0.0, "tokens": 0, "peak_memory_mb": 0.0, **(numbers or {}).get("totals", {})}
     done = 0 if numbers is None else int(numbers["step"])
     main, total = distributed.is_main(), trainer.steps
+    planned = _planned_stop(folder, total)
 
     with Track(title, total, done, shown=main) as track, stop_requests(_say_stopping) as asked:
         if plan:
@@ -301,12 +336,12 @@ def train(
             track.total = done if trainer.stopped else total
             values = {name.replace("/", " "): record[name] for name in shown if name in record}
             track.update(done, **values, tokens_per_s=float(timing["tokens_per_second"]), lr=record["lr"])
-            stopping = bool(distributed.from_main(bool(asked)))
+            stopping = bool(distributed.from_main(bool(asked))) or done >= planned
             if done % checkpoint_every == 0 or done == total or stopping or trainer.stopped:
                 save()
                 saved = done
             if stopping and done < total and not trainer.stopped:
-                raise Stopped(f"stopped at step {done} of {total}, checkpoint written")
+                raise Stopped(f"stopped at step {done} of {total}, checkpoint written", done, bool(asked))
         if saved != done:
             save()
     for f in files or ():
