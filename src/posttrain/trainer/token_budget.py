@@ -111,7 +111,8 @@ def bytes_per_token(model: LanguageModel, boundaries: bool) -> int | None:
     routed = (getattr(config, "num_experts_per_tok", 0) or 0) * (getattr(config, "moe_intermediate_size", 0) or 0)
     inner = max(getattr(config, "intermediate_size", 0) or 0, routed)
     widths = config.hidden_size, config.num_hidden_layers, heads, inner
-    return bytes_by_widths(dtype.itemsize, *widths, boundaries, model.backend.fused)
+    # Experts are computed by transformers, which keeps all of their activations.
+    return bytes_by_widths(dtype.itemsize, *widths, boundaries, model.backend.fused and not routed)
 
 
 def bytes_of_token(shape: ModelShape, itemsize: int, boundaries: bool) -> int:
