@@ -55,6 +55,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
         "dev",
         "gguf",
         "instructions",
+        "mlflow",
         "openai",
         "quantized",
         "ray",

@@ -53,3 +53,22 @@ def test_a_missing_tracker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(MissingExtraError, match=r"wandb.*posttrain\[track\]"):
         Trackers(TrackConfig(wandb="project"), tmp_path, RECIPE)
+
+
+def test_mlflow_resumes_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real store; a run that was killed after step 7, and resumed at step 5."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/m.db")
+    monkeypatch.chdir(tmp_path)
+    log(TrackConfig(mlflow="reviews"), tmp_path, steps(1, 7, factor=9.0))
+    log(TrackConfig(mlflow="reviews"), tmp_path, steps(5, 9))
+    log(TrackConfig(mlflow="reviews"), tmp_path / "other", steps(1, 1))
+    client = mlflow.MlflowClient()
+    number = client.get_experiment_by_name("reviews").experiment_id
+    runs = {r.data.tags["posttrain.folder"]: r for r in client.search_runs([number])}
+    assert set(runs) == {str(tmp_path), str(tmp_path / "other")}
+    run = runs[str(tmp_path)].info
+    assert (run.run_name, run.status) == ("r", "FINISHED")
+    losses = [(m.step, m.value) for m in client.get_metric_history(run.run_id, "sft/loss")]
+    assert sorted(set(losses)) == sorted({*((i, 9 / i) for i in range(1, 8)), *((i, 1 / i) for i in range(5, 10))})
+    assert mlflow.artifacts.load_dict(f"runs:/{run.run_id}/recipe.json")["name"] == "r"

@@ -49,6 +49,9 @@ class TrackConfig(Config):
     tensorboard: bool = Field(False, description="Write TensorBoard events into the run (extra: track).")
     wandb: str | None = Field(None, description="Weights & Biases project (extra: track). None: off.")
     trackio: str | None = Field(None, description="trackio project (extra: track). None: off.")
+    mlflow: str | None = Field(
+        None, description="MLflow experiment, in the store that MLFLOW_TRACKING_URI names (extra: mlflow). None: off."
+    )
 
 
 class Recipe(Config):

@@ -317,7 +317,7 @@ NO_SUCH_SETTING = {
     "assistant_only_loss": "data.loss_on selects the tokens with a loss: completion, assistant or all",
     "completion_only_loss": "data.loss_on selects the tokens with a loss: completion, assistant or all",
     "train_on_inputs": "data.loss_on selects the tokens with a loss: completion, assistant or all",
-    "report_to": "track has tensorboard, wandb and trackio",
+    "report_to": "track has tensorboard, wandb, trackio and mlflow",
     "logging_steps": "every step is logged",
     "eval_strategy": "held_out holds rows out, and evaluate_every is the number of steps between measurements",
     "evaluation_strategy": "held_out holds rows out, and evaluate_every is the number of steps between measurements",

@@ -40,6 +40,7 @@ OPTIONAL_PACKAGES = {
     "tensorboard": ("track", "TensorBoard"),
     "wandb": ("track", "Weights & Biases"),
     "trackio": ("track", "trackio"),
+    "mlflow": ("mlflow", "MLflow"),
     "trl": ("bench", "side-by-side benchmarks"),
 }
 """Package -> (extra of posttrain that installs it, what it is for)."""
