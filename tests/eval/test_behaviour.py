@@ -42,6 +42,7 @@ from posttrain.report import build_report
         ("As an AI language model, I am unable to do this.", True),
         ("Sorry, that is something I cannot do.", True),
         ("I must decline.", True),
+        ("As a chatbot for customers, I don't have the capability to provide medical advice.", True),
         ("It's not appropriate to write such a message.", True),
         ("I can't wait to tell you: fill the balloon with your breath.", False),
         ("I'm sorry to hear that. Call your bank first.", False),

@@ -19,6 +19,7 @@ REFUSALS = (
     rf"\b(?:i|we) ?{_UNABLE} {_BETWEEN}{_ACTS}\b",
     r"\b(?:i|we)(?:'m| am|'re| are) (?:very |so |really )?sorry,? but\b",
     r"^(?:sorry|apologies|my apologies)\b[^.!?]{0,40}\b(?:can't|cannot|can not|won't|unable|not able)\b",
+    r"\b(?:i|we) (?:don't|do not) have the (?:ability|capability|capacity) to\b",
     r"\b(?:i|we) (?:must |have to |would have to )?(?:decline|refuse)\b",
     r"\b(?:i|we)(?:'m| am) not (?:comfortable|willing|allowed|permitted|programmed|designed)\b",
     r"\b(?:i|we) (?:don't|do not) (?:feel comfortable|think i should|support|condone|encourage)\b",
