@@ -148,11 +148,12 @@ def comparison_table(recipe: Recipe, other: Path, folder: Path, metrics: Sequenc
         if "wins" in c:
             table.add_row("", "this beats other", _interval(c["wins"], "accuracy"))
         moved = "higher, lower" if task.measures == "behaviour" else "better, worse"
-        table.add_row("", moved, f"{c['gained']:,}, {c['lost']:,}", end_section=True)
+        table.add_row("", moved, f"{c['gained']:,}, {c['lost']:,}")
         for f in c.get("figures", ()):
             shown = f"{format_score(f['before'], metric)} → {format_score(f['after'], metric)}"
             change = f"{shown}   {_interval(f, metric, 'difference')}"
             table.add_row("", f"{f['name']}, n = {f['n']:,}", change, format_p(f["p_value"]))
+        table.add_section()
     return table
 
 
