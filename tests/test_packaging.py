@@ -57,6 +57,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
         "instructions",
         "mlflow",
         "openai",
+        "optimizers",
         "quantized",
         "ray",
         "reasoning",

@@ -128,6 +128,9 @@ def test_parts_by_hand() -> None:
     assert cache_bytes(shape, 5, 2, int8=True) == 2 * 3 * 5 * (8 + 2 * 4)  # type: ignore[arg-type]
     assert state_bytes(100, 4) == {"gradients": 400, "optimizer": 800}
     assert state_bytes(100, 2) == {"gradients": 400, "optimizer": 1200}  # float32 masters too
+    assert state_bytes(100, 4, "muon", matrices=60)["optimizer"] == 4 * 60 + 8 * 40
+    assert state_bytes(6400, 4, "adafactor", width=64)["optimizer"] == 800  # 64 by 100: 164 numbers, at most 200
+    assert state_bytes(25600, 2, "adamw8bit")["optimizer"] == 6 * 25600 + 800  # two scales for every 256
 
 
 def rows_of(lengths: list[int], loss: int) -> list[list[Sample]]:

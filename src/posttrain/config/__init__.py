@@ -16,6 +16,7 @@ from posttrain.config.explore import CurriculumConfig, ReplayConfig
 from posttrain.config.judge import JudgeConfig, ServerConfig
 from posttrain.config.names import METHODS
 from posttrain.config.open_kinds import open_kind
+from posttrain.config.optimizer_settings import OptimizerConfig
 from posttrain.config.placement import PlacementConfig
 from posttrain.config.rewards import RewardConfig, RewardsConfig
 from posttrain.config.rl import RLConfig, RolloutConfig
@@ -29,7 +30,6 @@ from posttrain.config.settings import (
     MeasuredConfig,
     ModelConfig,
     NewToken,
-    OptimizerConfig,
     QuantizationConfig,
     RowSettings,
     SamplingConfig,

@@ -313,6 +313,8 @@ class RLConfig(RolloutConfig):
 
     def _mistakes(self) -> Iterator[str]:
         """Yield settings that contradict one another or would do nothing."""
+        if self.optimizer.kind == "schedule_free":
+            yield "optimizer: schedule_free samples from other weights than it takes gradients at: use another kind"
         if self.prompts_per_step % self.mini_batches:
             yield f"prompts_per_step ({self.prompts_per_step}) must be a multiple of mini_batches ({self.mini_batches})"
         if self.environment is not None and self.sampler.min_tokens:

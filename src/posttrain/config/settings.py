@@ -17,6 +17,7 @@ from pydantic import (
 
 from posttrain.config.adapter_settings import NOT_MERGED, AdapterConfig
 from posttrain.config.base import Config
+from posttrain.config.optimizer_settings import OptimizerConfig
 from posttrain.config.passage_settings import PassagesConfig
 from posttrain.config.quantization_settings import QuantizedTrainingConfig
 
@@ -240,37 +241,6 @@ class DataConfig(RowSettings):
         """Return the settings for the rows of one source. `rows` is the source's: the block's counts all rows."""
         own = {name: getattr(entry, name) for name in entry.model_fields_set & set(RowSettings.model_fields)}
         return self.model_copy(update={"rows": None, **own, "source": entry.source})
-
-
-class OptimizerConfig(Config):
-    """AdamW, its schedule, clipping."""
-
-    lr: float = Field(2e-5, gt=0, description="Peak learning rate.")
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
-        "cosine",
-        description="Course of the learning rate after warm-up; wsd: constant, then linear to min_lr (warmup-stable-decay).",
-    )
-    decay: float = Field(
-        0.2, gt=0, description="wsd: steps of the decay at the end; below 1: that fraction of all steps, at least one."
-    )
-    warmup: float = Field(
-        0.05,
-        ge=0,
-        description="Steps of linear warm-up; below 1: that fraction of all steps, rounded, and at least one step. 0: none.",
-    )
-    min_lr: float = Field(0.0, ge=0, description="Final value of the schedules but constant.")
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(
-        0.0, ge=0, description="Decoupled; applied to matrices, not to biases and norms. 0: none."
-    )
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping by global norm. 0: none.")
-
-    @model_validator(mode="after")
-    def _decay_of_wsd(self) -> OptimizerConfig:
-        if self.schedule != "wsd" and self.decay != type(self).model_fields["decay"].default:
-            raise ValueError(f"decay is for schedule: wsd, and schedule is {self.schedule}: leave decay out")
-        return self
 
 
 class SystemsConfig(Config):

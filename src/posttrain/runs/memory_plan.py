@@ -140,6 +140,7 @@ class _Setting:
     """Hold what a stage is computed with: weights, compute dtype, trained parameters, and where.
 
     added: of the trained parameters, those of adapters. stored: bytes of the model's files (None: unknown).
+    optimizer: its kind.
     """
 
     shape: ModelShape
@@ -152,6 +153,7 @@ class _Setting:
     device: str
     room: float
     stored: int | None
+    optimizer: str
 
 
 def plan_memory(
@@ -275,7 +277,9 @@ def _stage_memory(
             names = () if chosen.is_soft_prompt else tuple(shape.adapted(chosen))
             rank = 0 if chosen.is_soft_prompt else chosen.r
         trained = added or (shape.parameters if trains else 0)
-        return _Setting(shape, weights, itemsize, trained, added, rank if added else 0, names, device, room, stored)
+        kind = getattr(getattr(config, "optimizer", None), "kind", "adamw")
+        rank = rank if added else 0
+        return _Setting(shape, weights, itemsize, trained, added, rank, names, device, room, stored, kind)
 
     own_format = base
     if quantized is not None:
@@ -314,7 +318,10 @@ def _training_memory(s: _Setting, work: Workload, tokens: int, targets: int, lea
     weights = memory_model.weight_bytes(shape, s.weights)
     adapters = {"adapters": memory_model.FLOAT * s.added} if s.added else {}  # float32 also on weights in 16 bit
     itemsize = memory_model.FLOAT if s.added else s.itemsize
-    parts = {"weights": weights, **adapters, **memory_model.state_bytes(s.trained, itemsize)}
+    matrices = s.trained if s.added else min(s.trained, shape.linear - shape.experts)
+    width = max(1, s.rank) if s.added else shape.hidden
+    state = memory_model.state_bytes(s.trained, itemsize, s.optimizer, matrices, width)
+    parts = {"weights": weights, **adapters, **state}
     if work.frozen:
         parts["reference"] = weights
     if work.copied:

@@ -189,10 +189,25 @@ def divergence_bytes(shape: ModelShape, trained_head: bool) -> int:
     return 3 * CHUNK_BYTES["cpu"] + (FLOAT * shape.vocabulary * shape.hidden if trained_head else 0)
 
 
-def state_bytes(trained: int, itemsize: int) -> dict[str, int]:
-    """Return the bytes of gradients, optimizer and float32 masters of this many trained parameters."""
+def state_bytes(trained: int, itemsize: int, kind: str = "adamw", matrices: int = 0, width: int = 1) -> dict[str, int]:
+    """Return the bytes of gradients, optimizer and float32 masters of this many trained parameters.
+
+    Args:
+        trained: Number of trained parameters.
+        itemsize: Bytes of a trained weight; of less than a float32 there are masters too.
+        kind: Kind of optimizer.
+        matrices: Of the parameters, those that muon updates: one moment instead of two.
+        width: Rows and columns of a matrix, for adafactor: it keeps a number for each of them.
+    """
     masters = 0 if itemsize == FLOAT else FLOAT * trained
-    out = {"gradients": FLOAT * trained, "optimizer": 2 * FLOAT * trained + masters}
+    state = 2 * FLOAT * trained
+    if kind == "muon":
+        state -= FLOAT * matrices
+    elif kind == "adafactor":
+        state = 2 * FLOAT * trained // width
+    elif kind == "adamw8bit":
+        state = 2 * trained + 2 * FLOAT * trained // OUTER
+    out = {"gradients": FLOAT * trained, "optimizer": state + masters}
     return {name: value for name, value in out.items() if value}
 
 

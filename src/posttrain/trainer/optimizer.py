@@ -1,9 +1,9 @@
-"""AdamW with float32 master weights, its schedule, and clipping."""
+"""The optimizer with float32 master weights, its schedule, and clipping."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from posttrain.config import OptimizerConfig
 from posttrain.core.distributed import all_gather_object, full_tensor, local_part
 from posttrain.trainer.kept_zeros import clear_marked
+from posttrain.trainer.update_rules import RuleState, make_rules, refuse_kept_zeros
 
 
 def lr_at(step: int, total: int, config: OptimizerConfig) -> float:
@@ -47,10 +48,11 @@ def _step_count(setting: float, total: int) -> int:
 
 
 class Optimizer:
-    """Run AdamW on float32 masters of the trainable parameters (the parameters themselves if they are float32).
+    """Update float32 masters of the trainable parameters (the parameters themselves if they are float32).
 
     If parameters are 16-bit, each micro-batch's gradient is added into a float32 one as soon as backward has made
-    it, so that neither accumulation nor update loses bits.
+    it, so that neither accumulation nor update loses bits. With schedule-free AdamW the parameters are the average
+    between steps, and from `begin` to `clear` the point at which its gradient is taken.
     """
 
     def __init__(
@@ -58,7 +60,16 @@ class Optimizer:
         named: Iterable[tuple[str, nn.Parameter]],
         config: OptimizerConfig,
         rates: Mapping[str, float] | None = None,
+        matrices: Collection[str] = (),
     ) -> None:
+        """Make the optimizer.
+
+        Args:
+            named: Parameters by name.
+            config: Settings.
+            rates: Factor of the learning rate of parameters whose name begins with a prefix.
+            matrices: Names of the parameters inside of decoder layers, whose matrices muon takes.
+        """
         self.config = config
         self.parameters = {name: p for name, p in named if p.requires_grad}
         if not self.parameters:
@@ -86,17 +97,9 @@ class Optimizer:
                 decay = config.weight_decay if decays else 0.0
                 if chosen:
                     groups.append({"params": chosen, "weight_decay": decay, "factor": factors[prefix]})
-        self.adamw = torch.optim.AdamW(
-            groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=_can_fuse(self.masters.values())
-        )
-        # Made now rather than at the first step, so that a checkpoint always has tensors to be loaded into.
-        for m in self.masters.values():
-            device = m.device if self.adamw.defaults["fused"] else torch.device("cpu")
-            self.adamw.state[m] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                "exp_avg": torch.zeros_like(m, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(m, requires_grad=False),
-            }
+        refuse_kept_zeros(config, self.parameters.values())
+        self.rules = make_rules(config, groups, self.masters, matrices)
+        self.state = RuleState(self.rules, self.masters)
 
     def gradient_norms(self) -> dict[str, Tensor]:
         """Return the global norm of each set's gradients, on the device, by the set's prefix (every rank must call).
@@ -126,17 +129,38 @@ class Optimizer:
 
     def step(self, lr: float) -> None:
         """Update once at this learning rate, and clear the gradients."""
-        for group in self.adamw.param_groups:
-            group["lr"] = lr * group["factor"]
-        self.adamw.step()
+        for rule in self.rules:
+            for group in rule.param_groups:
+                group["lr"] = lr * group["factor"]
+            rule.step()
+        if not self.averages:
+            self._copy_masters()
+        self.clear()
+
+    @property
+    def averages(self) -> bool:
+        """Return True if the parameters are other ones between steps than while gradients are taken."""
+        return self.config.kind == "schedule_free"
+
+    def begin(self) -> None:
+        """Put the parameters at the point where the next gradient is taken."""
+        if self.averages:
+            for rule in self.rules:
+                rule.train()  # type: ignore[attr-defined]
+            self._copy_masters()
+
+    def _copy_masters(self) -> None:
         low = [(p, self.masters[n]) for n, p in self.parameters.items() if self.masters[n] is not p]
         if low:
             with torch.no_grad():
                 torch._foreach_copy_([p for p, _ in low], [m for _, m in low])
-        self.clear()
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Forget the gradients, and put the parameters back to where they are between steps."""
+        if self.averages:
+            for rule in self.rules:
+                rule.eval()  # type: ignore[attr-defined]
+            self._copy_masters()
         for name, p in self.parameters.items():
             p.grad = None
             self.masters[name].grad = None
@@ -152,24 +176,15 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return master weights and moments by name; the tensors themselves, so that they can be loaded in place."""
-        out: dict[str, Tensor] = {}
-        for name, m in self.masters.items():
-            out[f"weight.{name}"] = m.detach()
-            for key, value in self.adamw.state[m].items():
-                out[f"{key}.{name}"] = value
-        return out
+        return {f"weight.{name}": m.detach() for name, m in self.masters.items()} | self.state.state_dict()
 
     def update_parameters(self) -> None:
         """Copy the masters to the working weights, after `state_dict()`'s tensors were overwritten."""
+        self.state.load_numbers()
         with torch.no_grad():
             for name, p in self.parameters.items():
                 if self.masters[name] is not p:
                     p.copy_(self.masters[name])
-
-
-def _can_fuse(tensors: Iterable[Tensor]) -> bool:
-    """Return True if torch's fused AdamW takes all of these (CPU and CUDA do)."""
-    return all(t.device.type in ("cpu", "cuda") for t in tensors)
 
 
 def _places(parameters: Sequence[nn.Parameter]) -> dict[int, Tensor]:

@@ -91,7 +91,9 @@ class Learner:
             with distributed.summon_full_params(model), torch.no_grad():
                 batch = model.pack([Sample([0, 0], [0.0, 1.0])])
                 model(batch, "logprobs", batch.rows[0][-1:])
-        self.optimizer = Optimizer(model.named_parameters(), optimizer, rates)
+        inside = {id(p) for layer in layers for p in layer.parameters()}
+        matrices = [name for name, p in model.named_parameters() if id(p) in inside]
+        self.optimizer = Optimizer(model.named_parameters(), optimizer, rates, matrices)
 
     def step(self, samples: Sequence[Sample], loss: LossFunction | None = None) -> StepResult:
         """Take one step on a global batch (the same list on every rank).
@@ -111,6 +113,7 @@ class Learner:
         chosen = [[useful[j] for j in m] for m in split] + spare
         routing = self._count_routing(chosen)
         shown = self._one_picture(useful) if distributed.world() > 1 else None
+        self.optimizer.begin()
         for mine in chosen:
             batch = self.model.pack(mine, self.systems.share_prefixes)
             computed += batch.total

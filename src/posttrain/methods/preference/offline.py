@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from posttrain.config.names import PREFERENCE_LOSSES
 from posttrain.config.open_functions import FunctionConfig, open_function
-from posttrain.config.settings import NAME, DataConfig, MeasuredConfig, OptimizerConfig
+from posttrain.config.optimizer_settings import OptimizerConfig
+from posttrain.config.settings import NAME, DataConfig, MeasuredConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Metric
 from posttrain.methods.sft import infer_trained_eos
