@@ -41,7 +41,7 @@ def seconds_a_step(samplers: dict[Any, Any], prompt: list[int], answers: int, ar
     import torch
 
     from posttrain.config import SamplingConfig
-    from posttrain.sampling.engine import _Prompt, _Session
+    from posttrain.sampling.engine import Session, SessionPrompt
     from posttrain.sampling.protocol import Request
 
     clock = time.process_time if arguments.processor_time else time.perf_counter
@@ -50,7 +50,8 @@ def seconds_a_step(samplers: dict[Any, Any], prompt: list[int], answers: int, ar
     taken: dict[Any, list[float]] = {cache: [] for cache in samplers}
     with torch.inference_mode():
         sessions = {
-            c: _Session(s, [_Prompt(0, Request(prompt, answers), length)], params, None) for c, s in samplers.items()
+            c: Session(s, [SessionPrompt(0, Request(prompt, answers), length)], params, None)
+            for c, s in samplers.items()
         }
         for session in sessions.values():
             while session._admit():
@@ -68,8 +69,7 @@ def forced(model: Any, texts: list[list[int]], int8: bool) -> Any:
     import torch
 
     from posttrain.core.types import Sample
-    from posttrain.sampling.engine import _decode
-    from posttrain.sampling.kv_cache import DecodingStep, Filling, Region
+    from posttrain.sampling.kv_cache import DecodingStep, Filling, Region, decode_step
 
     tokens, rows = torch.tensor(texts), torch.arange(len(texts))
     region, out = Region(len(texts), tokens.shape[1], int8), []
@@ -80,7 +80,7 @@ def forced(model: Any, texts: list[list[int]], int8: bool) -> Any:
         for at in range(START, tokens.shape[1] - 1):
             places = torch.full_like(rows, at)
             step = DecodingStep(region, rows, places, places, own_columns=at + 1)
-            hidden = _decode(model, tokens[:, at], places, step)
+            hidden = decode_step(model, tokens[:, at], places, step)
             out.append(model.base.get_output_embeddings()(hidden).log_softmax(-1))
     return torch.stack(out, 1)
 

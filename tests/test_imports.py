@@ -23,6 +23,7 @@ LAYERS = [
     {"sandbox", "data", "recipe"},
     {"models"},
     {"sampling"},
+    {"serving"},
     {"rewards"},
     {"judge"},
     {"eval"},

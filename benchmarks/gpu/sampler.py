@@ -17,7 +17,7 @@ from posttrain.core.types import Rollout, Sample
 from posttrain.models.language_model import LanguageModel
 from posttrain.sampling import engine
 from posttrain.sampling.cuda_graphs import StaticSteps
-from posttrain.sampling.engine import LocalSampler, _Session
+from posttrain.sampling.engine import LocalSampler, Session
 from posttrain.sampling.protocol import Request
 
 
@@ -92,7 +92,7 @@ def forced(answers: Sequence[Rollout], requests: Sequence[Request]) -> Iterator[
     """Let samplers draw the tokens of these answers, and keep the log-probabilities that they give to them."""
     numbers = [(i, j) for i, request in enumerate(requests) for j in range(request.n)]
     tokens = {number: answer.tokens for number, answer in zip(numbers, answers, strict=True)}
-    kept = _Session._draw, engine.draw_from_vocabulary
+    kept = Session._draw, engine.draw_from_vocabulary
 
     def _draw(self: Any, rows: Any, logits: Tensor) -> None:
         given = torch.tensor([tokens[r.prompt.index, r.number][len(r.tokens)] for r in rows], device=logits.device)
@@ -103,11 +103,11 @@ def forced(answers: Sequence[Rollout], requests: Sequence[Request]) -> Iterator[
         engine.draw_from_vocabulary = draw  # type: ignore[assignment]
         kept[0](self, rows, logits)
 
-    _Session._draw = _draw  # type: ignore[method-assign]
+    Session._draw = _draw  # type: ignore[method-assign]
     try:
         yield
     finally:
-        _Session._draw, engine.draw_from_vocabulary = kept  # type: ignore[method-assign]
+        Session._draw, engine.draw_from_vocabulary = kept  # type: ignore[method-assign]
 
 
 def learner_difference(

@@ -53,6 +53,8 @@ SURFACE = {
     "evaluate": {"model", "recipe", "overrides", "folder", "against"},
     "chat": {"model", "prompt", "system", "max_new_tokens", "temperature", "device", "trust_remote_code"}
     | {"refine", "rounds", "feedback", "task", "image"},
+    "serve": {"model", "host", "port", "name", "api_key_env", "max_tokens", "max_running", "max_waiting", "cache_mb"}
+    | {"int8_cache", "device", "trust_remote_code"},
     "bake": {"model", "folder", "device", "trust_remote_code"},
     "compose": {"tower", "language", "output", "layer", "chat_template", "seed", "trust_remote_code"},
     "report": {"run"},

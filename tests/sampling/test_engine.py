@@ -17,7 +17,7 @@ from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import SPECIAL, tiny_model, tiny_tokenizer
 from posttrain.sampling import engine
 from posttrain.sampling.cuda_graphs import rounded
-from posttrain.sampling.engine import LocalSampler, _Session
+from posttrain.sampling.engine import LocalSampler, Session
 from posttrain.sampling.protocol import Request
 from tests.core.test_ragged import TYPES
 
@@ -148,13 +148,13 @@ def test_prompts_are_computed_once_slots_do_not_idle_and_memory_holds(monkeypatc
     asked = [Request(p, n=3, seed=i) for i, p in enumerate(prompts(9))]
     computed: list[tuple[int, ...]] = []
     running: list[int] = []
-    prefill, step = LocalSampler.prefill, _Session._step
+    prefill, step = LocalSampler.prefill, Session._step
 
     def counting(self: LocalSampler, given: Any, keep: Any) -> Any:
         computed.extend(tuple(p) for p in given if list(p) != [0])  # [0]: how a token's size is found
         return prefill(self, given, keep)
 
-    def watching(self: _Session) -> None:
+    def watching(self: Session) -> None:
         regions = [self.own, *([self.shared] if self.shared is not None else [])]
         held = sum(r.bytes() for r in regions)
         assert held <= 0.05 * 2**20 and not (self.open and self.free_slots)
@@ -162,7 +162,7 @@ def test_prompts_are_computed_once_slots_do_not_idle_and_memory_holds(monkeypatc
         step(self)
 
     monkeypatch.setattr(LocalSampler, "prefill", counting)
-    monkeypatch.setattr(_Session, "_step", watching)
+    monkeypatch.setattr(Session, "_step", watching)
     s.sample(asked, SamplingConfig(max_tokens=20))
     assert sorted(computed) == sorted(tuple(r.tokens) for r in asked)
     assert 2 <= max(running) < 27 and running.count(max(running)) > len(running) / 2
@@ -176,16 +176,16 @@ def test_while_prompts_wait_less_than_an_eighth_of_the_slots_is_free(n: int, mon
     s = sampler(max_running=24)
     s.ends = frozenset(range(0, 259, 16))  # lengths as good as exponential, 17 on average
     steps, idle = 0, 0
-    step = _Session._step
+    step = Session._step
 
-    def watching(self: _Session) -> None:
+    def watching(self: Session) -> None:
         nonlocal steps, idle
         free, slots = len(self.free_slots), len(self.free_slots) + len(self.rows)
         assert slots == 24 and not (self.waiting and free >= 24 // 8)
         steps, idle = steps + bool(self.waiting), idle + bool(self.waiting and free)
         step(self)
 
-    monkeypatch.setattr(_Session, "_step", watching)
+    monkeypatch.setattr(Session, "_step", watching)
     groups = s.sample([Request(p, n=n, seed=i) for i, p in enumerate(prompts(160 // n))], SamplingConfig(max_tokens=60))
     lengths = [len(r.tokens) for g in groups for r in g.rollouts]
     assert lengths.count(1) > 3 and max(lengths) > 40

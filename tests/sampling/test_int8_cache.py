@@ -18,7 +18,7 @@ from posttrain.cpu import decoder_layer
 from posttrain.cpu import library as native
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model
-from posttrain.sampling.engine import LocalSampler, _Prompt, _Session
+from posttrain.sampling.engine import LocalSampler, Session, SessionPrompt
 from posttrain.sampling.int8_cache import dequantize_rows, quantize_rows
 from posttrain.sampling.kv_cache import DecodingStep, Region
 from posttrain.sampling.protocol import Request
@@ -244,9 +244,9 @@ def test_memory_and_how_many_completions_fit() -> None:
     slots = []
     for kind in (None, "int8"):
         s = sampler(memory_mb=100 * 20 * full.bytes_per_token() / 2**20, kv_cache=kind)
-        waiting = [_Prompt(i, Request([3] * 11), 9) for i in range(1000)]
+        waiting = [SessionPrompt(i, Request([3] * 11), 9) for i in range(1000)]
         s.max_running = 1000
-        slots.append(_Session(s, waiting, SamplingConfig(max_tokens=9), None).own.slots)
+        slots.append(Session(s, waiting, SamplingConfig(max_tokens=9), None).own.slots)
     assert slots == [100, int(100 * 4 * size / (size + 4))]
     with pytest.raises(ModelError, match=r"raise memory_mb \(in a recipe: cache_mb\), set kv_cache: int8, or lower"):
         sampler(memory_mb=0.001).sample([Request([5] * 50)], SamplingConfig())

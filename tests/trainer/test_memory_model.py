@@ -164,8 +164,8 @@ def test_keys_and_values_have_the_places_of_the_sampler() -> None:
     hf, tokenizer = load_model(ModelConfig(source="tiny:llama"))
     for prompts, each, running in ((5, 1, 128), (3, 4, 128), (6, 4, 8)):
         sampler = engine.LocalSampler(LanguageModel(hf).eval(), tokenizer, max_running=running)
-        requests = [engine._Prompt(i, Request([3] * 7, each, 0), 9) for i in range(prompts)]
-        session = engine._Session(sampler, requests, SamplingConfig(max_tokens=9), None)
+        requests = [engine.SessionPrompt(i, Request([3] * 7, each, 0), 9) for i in range(prompts)]
+        session = engine.Session(sampler, requests, SamplingConfig(max_tokens=9), None)
         held = session.own.slots * session.own.columns
         held += session.shared.slots * session.shared.columns if session.shared is not None else 0
         assert Completions(prompts, each, 7, 9, running).positions == held

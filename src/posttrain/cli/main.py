@@ -25,6 +25,7 @@ from posttrain.cli.merge_command import merge_command
 from posttrain.cli.recipes import recipes_app
 from posttrain.cli.report import report_command
 from posttrain.cli.run import run_command
+from posttrain.cli.serve import serve_command
 from posttrain.cli.sweep_command import sweep_command
 from posttrain.core.errors import PosttrainError, RecipeError
 from posttrain.core.files import cache_folder, os_error
@@ -89,6 +90,7 @@ app.command("sweep")(sweep_command)
 app.command("inspect")(inspect_command)
 app.command("evaluate")(evaluate_command)
 app.command("chat")(chat_command)
+app.command("serve")(serve_command)
 app.command("bake")(bake_command)
 app.command("export")(export_command)
 app.command("merge")(merge_command)

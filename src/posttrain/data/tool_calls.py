@@ -3,6 +3,9 @@ expect them: arguments as an object, each tool as {"type": "function", "function
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Collection
 from typing import Any
 
 from posttrain.data.bad_rows import BadRow, Row
@@ -11,6 +14,9 @@ from posttrain.data.row_fields import FieldNotes, ignore_hint
 
 ARGUMENT_NAMES = ("arguments", "parameters", "input", "args")
 """Names under which a call holds its arguments; the first one is ours."""
+CALL_MARK = "<tool_call>"
+"""What models write before a call in the templates of Qwen, Hermes and many others."""
+_MARKED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 
 
 def parse_calls(value: Any, where: str, notes: FieldNotes | None = None, place: str = "") -> list[dict[str, Any]]:
@@ -30,6 +36,30 @@ def parse_calls(value: Any, where: str, notes: FieldNotes | None = None, place: 
     if not isinstance(calls, list) or not calls:
         raise BadRow(f"{where}: expected a call with name and arguments, or a list of calls")
     return [read_call(parse_json(call, where), where, notes or FieldNotes(), place) for call in calls]
+
+
+def calls_in_text(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
+    """Return the text of an answer beside its calls, and the calls that a model wrote in it.
+
+    Calls are JSON between <tool_call> and </tool_call>, or an answer that is a call or a list of calls as a whole, as
+    Llama and Mistral write it (their marks are special tokens, which a text is without). If one of them can't be read,
+    the answer is text.
+
+    Args:
+        text: The answer, without special tokens.
+        names: Names of the tools; an answer without marks is a call only if it calls these.
+    """
+    marked = _MARKED.findall(text)
+    stripped = text.strip()
+    if not marked and stripped[:1] not in ("{", "["):
+        return text, []
+    try:
+        calls = [call for part in marked or [stripped] for call in parse_calls(json.loads(part), "the answer")]
+    except (BadRow, ValueError, RecursionError):
+        return text, []
+    if not marked and not all(call["function"]["name"] in names for call in calls):
+        return text, []
+    return (_MARKED.sub("", text).strip() if marked else ""), calls
 
 
 def read_call(call: Any, where: str, notes: FieldNotes, place: str) -> dict[str, Any]:

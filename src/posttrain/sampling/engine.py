@@ -31,7 +31,7 @@ from posttrain.models.max_length import alike_up_to, context, why_short
 from posttrain.models.vision import ROTARY_GRID
 from posttrain.models.vocabulary import output_rows, textless_ids
 from posttrain.sampling.cuda_graphs import KeptSteps, RegionSizes, StaticSteps, rounded
-from posttrain.sampling.kv_cache import DecodingStep, Filling, Region, token_bytes
+from posttrain.sampling.kv_cache import DecodingStep, Filling, Region, decode_step, token_bytes
 from posttrain.sampling.memory import memory_bytes
 from posttrain.sampling.protocol import OnDone, Request, stop_tokens
 from posttrain.sampling.stop_strings import before_stop
@@ -54,7 +54,7 @@ with three times as many, 5%. Where memory is short there are fewer places first
 
 
 @dataclass
-class _Prompt:
+class SessionPrompt:
     """A request being worked on.
 
     shift: what is added to the position of each new token: rotary positions of pictures may be fewer than their tokens.
@@ -78,10 +78,10 @@ class _Prompt:
 
 
 @dataclass
-class _Row:
+class SessionRow:
     """A running completion."""
 
-    prompt: _Prompt
+    prompt: SessionPrompt
     number: int
     slot: int
     uniforms: np.ndarray
@@ -148,14 +148,14 @@ class LocalSampler:
                 computed.
             ModelError: The memory can't hold a single completion.
         """
-        prompts = [_Prompt(i, r, self._limit(i, r, params), virtual=self.virtual) for i, r in enumerate(requests)]
+        prompts = [SessionPrompt(i, r, self.limit(i, r, params), virtual=self.virtual) for i, r in enumerate(requests)]
         if not prompts:
             return []
         training = self.model.training
         self.model.eval()
         self.model.backend.pack_weights(self.model)
         try:
-            session = _Session(self, prompts, params, on_done)
+            session = Session(self, prompts, params, on_done)
             session.work()
             if session.static is not None:
                 self.kept.keep(session.layout, session.static, self.allowed_bytes() * KEPT_SHARE)
@@ -170,8 +170,17 @@ class LocalSampler:
         """Return the number of positions that the model's soft prompt takes in every sequence."""
         return 0 if self.model.virtual is None else self.model.virtual.count
 
-    def _limit(self, i: int, request: Request, params: SamplingConfig) -> int:
-        """Return how many tokens a completion of this prompt may have."""
+    def limit(self, i: int, request: Request, params: SamplingConfig) -> int:
+        """Return how many tokens a completion of a prompt may have.
+
+        Args:
+            i: Number of the prompt, for messages.
+            request: The prompt.
+            params: How tokens are drawn.
+
+        Raises:
+            DataError: The prompt is empty or leaves no room in the model's context, or asks for fewer than one.
+        """
         length = len(request.tokens)
         if not length:
             raise DataError(f"prompt {i} has no tokens; give at least one (the beginning-of-text token, say)")
@@ -231,11 +240,6 @@ class LocalSampler:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=plain))
 
 
-def _decode(model: LanguageModel, tokens: Tensor, positions: Tensor, ragged: Any) -> Tensor:
-    out = model.decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, ragged=ragged)
-    return out.last_hidden_state[0]  # type: ignore[no-any-return]
-
-
 def _textless(tokenizer: Any, rows: int, device: torch.device, image_token: int | None) -> Tensor | slice | None:
     """Return the rows of the vocabulary that no completion has: no token's, and that of image tokens; None: none.
 
@@ -258,31 +262,36 @@ def _roomy(n: int) -> int:
     return rounded(n, 1 << 62) if n else 0
 
 
-class _Session:
-    """One call of `sample`: the slots, who is in them, and who waits."""
+class Session:
+    """One call of `sample`: the slots, who is in them, and who waits. See `open_session` for one that others join."""
 
     def __init__(
-        self, sampler: LocalSampler, prompts: list[_Prompt], params: SamplingConfig, on_done: OnDone | None
+        self, sampler: LocalSampler, prompts: list[SessionPrompt], params: SamplingConfig, on_done: OnDone | None
     ) -> None:
         self.sampler, self.params, self.on_done = sampler, params, on_done
         self.head = sampler.model.logits_head(packed=True)
         self.device = sampler.model.device
         # Longest prompts first: what comes later fits where they were, and the longest work does not start last.
         self.waiting = sorted(prompts, key=lambda p: (len(p.request.tokens), -p.index))
-        self.open: list[_Prompt] = []
-        self.rows: list[_Row] = []
+        self.open: list[SessionPrompt] = []
+        self.rows: list[SessionRow] = []
         self.banned = sorted({*sampler.ends, *params.stop_tokens})
+        self.static: StaticSteps | None = None
+        self._make_regions(prompts)
+
+    def _make_regions(self, prompts: list[SessionPrompt]) -> None:
+        """Make the memory for keys and values; all slots of it are free."""
+        sampler = self.sampler
         shared = any(p.request.n > 1 for p in prompts)
         longest = max(p.length for p in prompts)
         columns = max(p.limit + (0 if shared else p.length) for p in prompts)
         slots, at_once, self.layout = self._sizes(prompts, longest if shared else 0, columns)
-        self.static: StaticSteps | None = None
         in_grid = sampler.model.base.config.model_type in ROTARY_GRID  # recorded steps have one position a token
         moved = in_grid and any(image_spans(p.request.tokens) for p in prompts)
         if sampler.static_shapes and not moved:
             room = sampler.allowed_bytes()
             # Not a method of the sampler: what is kept must not keep the sampler alive.
-            decode, each = partial(_decode, sampler.model), sampler.bytes_per_token()
+            decode, each = partial(decode_step, sampler.model), sampler.bytes_per_token()
             self.static = sampler.kept.take(self.layout, sampler.model, decode, self.device, each, room)
             self.own, self.shared = self.static.own, self.static.shared
         else:
@@ -291,7 +300,7 @@ class _Session:
         self.free_slots = list(range(slots))
         self.free_prompts = list(range(at_once)) if shared else []
 
-    def _sizes(self, prompts: list[_Prompt], prompt_columns: int, columns: int) -> tuple[int, int, RegionSizes]:
+    def _sizes(self, prompts: list[SessionPrompt], prompt_columns: int, columns: int) -> tuple[int, int, RegionSizes]:
         """(completions, prompts) that the memory holds at once, and the sizes of the regions.
 
         Regions that are kept have a few sizes, by rounding up what this call needs, whatever earlier calls needed.
@@ -330,7 +339,7 @@ class _Session:
         if self.free_slots and self.waiting and (not self.rows or len(self.free_slots) >= few):
             budget = PREFILL_TOKENS.get(self.device.type, 4096)
             room = len(self.free_slots) - sum(p.request.n - p.started for p in self.open)
-            chosen: list[_Prompt] = []
+            chosen: list[SessionPrompt] = []
             while self.waiting and room > 0 and (self.shared is None or self.free_prompts):
                 budget -= len(self.waiting[-1].request.tokens)
                 if chosen and budget < 0:
@@ -341,11 +350,11 @@ class _Session:
                 chosen[-1].slot = heapq.heappop(region)
             if chosen:
                 self._prefill(chosen)
-        starting: list[_Row] = []
+        starting: list[SessionRow] = []
         for p in self.open:
             while p.started < p.request.n and (self.shared is None or self.free_slots):
                 slot = p.slot if self.shared is None else heapq.heappop(self.free_slots)
-                starting.append(_Row(p, p.started, slot, stream(p.request.seed, p.started, p.limit)))
+                starting.append(SessionRow(p, p.started, slot, stream(p.request.seed, p.started, p.limit)))
                 p.started += 1
                 p.running += 1
         self.open = [p for p in self.open if p.started < p.request.n]
@@ -358,7 +367,7 @@ class _Session:
             self._draw(starting, logits)
         return bool(starting)
 
-    def _prefill(self, prompts: list[_Prompt]) -> None:
+    def _prefill(self, prompts: list[SessionPrompt]) -> None:
         region = self.own if self.shared is None else self.shared
         keep = Filling(region, [], [p.slot for p in prompts])
         _, hidden = self.sampler.prefill([p.request.tokens for p in prompts], keep)
@@ -406,7 +415,7 @@ class _Session:
             step.prompt_slots, step.ranks = max(taken) + 1, max(taken.values())
         shifts = [r.prompt.shift for r in rows]
         rotary_M = step.position_M + tensor(shifts) if any(shifts) else step.position_M
-        self._draw(list(rows), self._logits(_decode(self.sampler.model, tensor(tokens), rotary_M, step)))
+        self._draw(list(rows), self._logits(decode_step(self.sampler.model, tensor(tokens), rotary_M, step)))
 
     def _close_gaps(self) -> None:
         """Move the last rows to where others left, so that M rows lie in slots 0 to M - 1 and nothing else is read."""
@@ -426,19 +435,9 @@ class _Session:
         self.own.move(moves)
         rows.sort(key=lambda r: r.slot)
 
-    def _draw(self, rows: list[_Row], logits: Tensor) -> None:
+    def _draw(self, rows: list[SessionRow], logits: Tensor) -> None:
         """Give each row its next token; let those that ended go."""
-        at = [len(r.tokens) for r in rows]
-        uniforms = torch.tensor([r.uniforms[t] for r, t in zip(rows, at, strict=True)], dtype=torch.float64)
-        short = torch.tensor([t < self.params.min_tokens for t in at])
-        banned = self.banned if self.params.min_tokens and bool(short.any()) else ()
-        drawn = draw_from_vocabulary(
-            logits, uniforms, self.params, self.sampler.textless, banned, short if banned else None
-        )
-        if self.device.type == "cuda":
-            # The only place where a step waits for the GPU. float64 holds tokens and log-probabilities exactly.
-            drawn = tuple(torch.stack([x.double() for x in drawn]).cpu())
-        tokens, logprobs = drawn[0].long().tolist(), drawn[1].tolist()
+        tokens, logprobs = self._drawn(rows, logits, self.params)
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             row.tokens.append(token)
             row.logprobs.append(logprob)
@@ -446,20 +445,36 @@ class _Session:
             if finish:
                 self._leave(row, finish, text)
 
-    def _finish(self, row: _Row) -> tuple[str, str | None]:
+    def _drawn(self, rows: list[SessionRow], logits: Tensor, params: SamplingConfig) -> tuple[list[int], list[float]]:
+        """Draw a token for each row, with its log-probability."""
+        at = [len(r.tokens) for r in rows]
+        uniforms = torch.tensor([r.uniforms[t] for r, t in zip(rows, at, strict=True)], dtype=torch.float64)
+        short = torch.tensor([t < params.min_tokens for t in at])
+        banned = self.banned if params.min_tokens and bool(short.any()) else ()
+        drawn = draw_from_vocabulary(logits, uniforms, params, self.sampler.textless, banned, short if banned else None)
+        if self.device.type == "cuda":
+            # The only place where a step waits for the GPU. float64 holds tokens and log-probabilities exactly.
+            drawn = tuple(torch.stack([x.double() for x in drawn]).cpu())
+        return drawn[0].long().tolist(), drawn[1].tolist()
+
+    def _params(self, row: SessionRow) -> SamplingConfig:
+        """Return how a row's tokens are drawn."""
+        return self.params
+
+    def _finish(self, row: SessionRow) -> tuple[str, str | None]:
         """Return why a row ends with its newest token ("": it continues), and its text if that was needed."""
-        token = row.tokens[-1]
+        token, params = row.tokens[-1], self._params(row)
         if token in self.sampler.ends:
             return "end", None
-        if token in self.params.stop_tokens:
+        if token in params.stop_tokens:
             return "stop", None
-        if self.params.stop and len(row.tokens) >= self.params.min_tokens:
-            text = before_stop(row.tokens, self.params.stop, self.sampler.decode)
+        if params.stop and len(row.tokens) >= params.min_tokens:
+            text = before_stop(row.tokens, params.stop, self.sampler.decode)
             if text is not None:
                 return "stop", text
         return ("length", None) if len(row.tokens) >= row.prompt.limit else ("", None)
 
-    def _leave(self, row: _Row, finish: str, text: str | None) -> None:
+    def _leave(self, row: SessionRow, finish: str, text: str | None) -> None:
         self.rows = [r for r in self.rows if r is not row]
         prompt = row.prompt
         prompt.running -= 1

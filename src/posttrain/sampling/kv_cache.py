@@ -77,6 +77,17 @@ class Region:
             for source, target, columns in moves:
                 x[target, :, :columns] = x[source, :, :columns]
 
+    def resize(self, slots: int, columns: int) -> None:
+        """Change the number of slots and columns; what lies in the places that both sizes have is kept."""
+        places = slice(min(slots, self.slots)), slice(None), slice(min(columns, self.columns))
+        self.slots, self.columns = slots, columns
+        for layer, (key, value) in enumerate(self.stored):  # in place of the old ones: no more than a layer twice
+            self.stored[layer] = (
+                tuple(_resized(x, slots, columns, places) for x in key),
+                tuple(_resized(x, slots, columns, places) for x in value),
+            )
+        self.layers.clear()
+
     def reset(self) -> None:
         """Make the region as good as new; its memory stays where it is."""
         for x in self._tensors():
@@ -86,6 +97,12 @@ class Region:
     def bytes(self) -> int:
         """Return the memory that keys and values take."""
         return sum(x.nbytes for x in self._tensors())
+
+
+def _resized(x: Tensor, slots: int, columns: int, places: tuple[slice, slice, slice]) -> Tensor:
+    out = x.new_zeros(slots, x.shape[1], columns, *x.shape[3:])
+    out[places] = x[places]
+    return out
 
 
 def token_bytes(key: Tensor, value: Tensor, int8: bool) -> int:
@@ -302,3 +319,16 @@ class DecodingStep:
         assert self.prompt_M is not None and self.rank_M is not None
         x = x.view(self.prompt_slots, kv, self.ranks, -1, x.shape[-1])
         return x[self.prompt_M, :, self.rank_M]
+
+
+def decode_step(model: Any, tokens: Tensor, positions: Tensor, step: DecodingStep) -> Tensor:
+    """Compute one more token of every row: hidden states (M, H) that predict the next.
+
+    Args:
+        model: The `LanguageModel`.
+        tokens: Newest token of each row, (M,).
+        positions: Their rotary positions, (M,) or (3, M).
+        step: Where keys and values lie.
+    """
+    out = model.decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, ragged=step)
+    return out.last_hidden_state[0]  # type: ignore[no-any-return]

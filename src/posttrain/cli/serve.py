@@ -1,0 +1,112 @@
+"""posttrain serve: a model behind OpenAI's HTTP interface, on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from posttrain.cli.arguments import Device, TrustRemoteCode, named_model
+from posttrain.core.errors import ModelError, RecipeError
+
+if TYPE_CHECKING:
+    from posttrain.serving.batcher import Batcher
+    from posttrain.serving.http_server import ApiServer
+
+STOP_SECONDS = 30.0
+"""Seconds that running answers get to end after Ctrl-C."""
+
+
+def serve_command(
+    model: Annotated[str, typer.Argument(help="A run's folder, or any model: Hub name, folder, .gguf file.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Name of the model for clients. If not given: its source's.")] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="VARIABLE", help="Environment variable with the key that clients must send.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer in tokens where a request does not say.")
+    ] = 512,
+    max_running: Annotated[
+        int | None, typer.Option(min=1, help="ModelApi computed together. If not given: 128 on a CPU, 512 on a GPU.")
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Prompts that may wait; more get status 429.")] = 256,
+    cache_mb: Annotated[
+        float | None, typer.Option(min=1.0, help="MiB for keys and values. If not given: a fifth of the memory.")
+    ] = None,
+    int8_cache: Annotated[bool, typer.Option("--int8-cache", help="Keep keys and values in 8 bits.")] = False,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Serve a model to programs that speak OpenAI's protocol."""
+    from posttrain.serving.http_server import LOOPBACK
+
+    key = os.environ.get(api_key_env) if api_key_env else None
+    if api_key_env and not key:
+        raise RecipeError(f"the environment variable {api_key_env} holds no key: set it, or leave --api-key-env out")
+    if host not in LOOPBACK and key is None:
+        raise RecipeError(f"--host {host} lets other machines in: give a key with --api-key-env VARIABLE")
+    config = named_model(model, device, trust_remote_code)
+
+    from posttrain.models.language_model import LanguageModel
+    from posttrain.models.loading import load_model
+    from posttrain.models.verification import verify
+    from posttrain.sampling.engine import LocalSampler
+    from posttrain.serving.batcher import Batcher
+    from posttrain.serving.http_server import ApiServer
+    from posttrain.serving.model_api import ModelApi
+
+    hf, tokenizer = load_model(config, inference=True)
+    opened = LanguageModel(hf).eval().requires_grad_(False)
+    verify(opened)
+    sampler = LocalSampler(
+        opened, tokenizer, max_running=max_running, memory_mb=cache_mb, kv_cache="int8" if int8_cache else None
+    )
+    batcher = Batcher(sampler, max_waiting)
+    try:
+        server = ApiServer(host, port, ModelApi(name or served_name(model), batcher, max_tokens), key)
+    except OSError as error:
+        batcher.close(0)
+        raise ModelError(f"{host}:{port} can't be listened on ({error.strerror}): give another --port") from error
+    serve_until_stopped(server, batcher)
+
+
+def served_name(source: str) -> str:
+    """Return the name under which clients know a model: that of its source, without folders of this machine."""
+    if re.match(r"(tiny|lab|package):", source):
+        return source
+    path = Path(source).expanduser()
+    if not path.exists():  # a name of the Hub
+        return source
+    path = path.resolve()
+    path = path.parent if path.name == "model" else path  # of a run
+    return path.stem if path.suffix == ".gguf" else path.name
+
+
+def serve_until_stopped(server: ApiServer, batcher: Batcher) -> None:
+    """Serve until Ctrl-C or SIGTERM; running answers then get `STOP_SECONDS` seconds, or until the second signal."""
+    shown = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
+    thread = threading.Thread(target=server.serve_forever, name="posttrain-http", daemon=True)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        thread.start()
+        typer.echo(f"serving {server.completions.name} at http://{shown}:{server.server_port}/v1 (Ctrl-C stops)")
+        while thread.is_alive():
+            thread.join(1.0)
+    except KeyboardInterrupt:
+        typer.echo("stopping: running answers are finished first (Ctrl-C again: at once)")
+        try:
+            batcher.close(STOP_SECONDS)
+        except KeyboardInterrupt:
+            batcher.close(0.0)
+        server.finish_writing()
+    finally:
+        server.shutdown()
+        server.server_close()
+        signal.signal(signal.SIGTERM, before)
