@@ -114,7 +114,7 @@ def draw(result: dict[str, Any], claim: Claim, path: Path) -> None:
 CLAIMS = {
     321: Claim(
         321,
-        "Training projector and SmolLM2 on questions about pictures beats training the projector alone",
+        "Training projector and SmolLM2 on questions about pictures beats the projector alone",
         (
             arm(BEFORE),
             arm(ALONE, ["*multi_modal_projector*"], 1e-3),
