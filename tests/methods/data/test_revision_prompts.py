@@ -98,7 +98,7 @@ def test_what_ships_is_read_and_fits_together() -> None:
     examples = read_examples("packaged:constitution_examples.jsonl")
     assert len(principles) == 3
     assert {e.principle for e in examples} == set(principles)
-    with pytest.raises(DataError, match=r"posttrain ships \['constitution.txt', .*not this"):
+    with pytest.raises(DataError, match=r"posttrain ships \[.*'constitution.txt', .*not this"):
         read_principles("packaged:none.txt")
 
 

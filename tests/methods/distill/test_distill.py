@@ -141,7 +141,7 @@ def test_a_stopped_stage_ends_in_the_same_weights(changes: dict[str, Any], rows:
 
     def stop(step: int, *_: Any) -> None:
         if step == 2:
-            raise Stopped
+            raise Stopped("stopped")
 
     folder = tmp_path / "stopped"
     folder.mkdir()
