@@ -26,6 +26,7 @@ from posttrain.recipe.parsing import load_recipe
 from posttrain.runs.memory_plan import plan_memory
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request
+from posttrain.trainer.token_budget import token_budget
 from posttrain.trainer.train_step import Learner
 
 LARGE = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
@@ -116,6 +117,7 @@ def steps(where: Where, sharded: bool, work: list[Batch]) -> tuple[list[float], 
     """(losses, tokens a second) of steps of a learner whose model is sharded over one rank, or is not."""
     model = LanguageModel(build(where.pick(QWEN, SMALL), low(where), where.device, "qwen2", on_device=True))
     if sharded:
+        token_budget(default_systems(where), model)  # as a learner on several ranks: for the dtype that is computed in
         distributed.shard(model.float(), decoder_layers(model.base), low(where), where.device)
         # FSDP takes the module of its first pass for the root; a pass through the head alone must not be it.
         with distributed.summon_full_params(model), torch.no_grad():

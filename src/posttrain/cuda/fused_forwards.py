@@ -63,9 +63,9 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d):  # type: ignore[no-untyped-def]
-        # Autograd may hand the same memory to others, so the kernel gets a copy to write into.
-        d = d.clone(memory_format=torch.contiguous_format)
-        d_gate, d_up, _ = kernels.gated_back(*ctx.saved_tensors, d, ctx.kind, False)
+        gate, up = ctx.saved_tensors
+        # Not into `d`: autograd may hand the same memory to others.
+        d_gate, d_up, _ = kernels.gated_back(gate, up, d.contiguous(), torch.empty_like(up), ctx.kind, False)
         return d_gate, d_up, None
 
 
@@ -83,7 +83,8 @@ class _GatedDown(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         gate, up, weight = ctx.saved_tensors
         learns = ctx.needs_input_grad[2]
-        d_gate, d_up, product = kernels.gated_back(gate, up, torch.matmul(dy, weight), ctx.kind, learns)
+        d = torch.matmul(dy, weight)
+        d_gate, d_up, product = kernels.gated_back(gate, up, d, d, ctx.kind, learns)
         d_weight = None
         if product is not None:
             d_weight = torch.mm(dy.flatten(0, -2).t(), product.flatten(0, -2))

@@ -190,21 +190,24 @@ def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
 
 @on_its_device
-def gated_back(gate: Tensor, up: Tensor, d: Tensor, kind: str, product: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def gated_back(
+    gate: Tensor, up: Tensor, d: Tensor, d_up: Tensor, kind: str, product: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (gradient of gate, gradient of up, act(gate) * up if `product`).
 
     Args:
         gate: As given to `gated`.
         up: Likewise.
-        d: Gradient of its result; its memory is used for the gradient of up.
+        d: Gradient of its result, without gaps.
+        d_up: Where the gradient of up goes; it may be `d`.
         kind: As given to `gated`.
         product: Compute the result again too.
     """
     count, d_gate = gate.numel(), gate.new_empty(gate.shape)
     y = gate.new_empty(gate.shape) if product else d_gate
     grid = (triton.cdiv(count, ELEMENTS),)
-    _gated_back_kernel[grid](gate, up, d, d_gate, d, y, count, GATES[kind], ELEMENTS, product)
-    return d_gate, d, y if product else None
+    _gated_back_kernel[grid](gate, up, d, d_gate, d_up, y, count, GATES[kind], ELEMENTS, product)
+    return d_gate, d_up, y if product else None
 
 
 # ------------------------------------------------------------------------------------------------------------ rotation

@@ -79,7 +79,7 @@ class BehaviourEvaluation(EvaluationTask):
 
 
 class CounterfactualTask(BehaviourEvaluation):
-    """How much a score depends on the name, gender or nationality in the prompt."""
+    """Measure how much a score depends on the name, gender or nationality in the prompt."""
 
     class Config(BehaviourConfig):
         """An evaluation of paired prompts that differ in a term: differences between groups of terms."""
@@ -138,7 +138,7 @@ class CounterfactualTask(BehaviourEvaluation):
 
 
 class RefusalTask(BehaviourEvaluation):
-    """Whether harmful requests are refused, and harmless ones that sound like them are answered."""
+    """Measure whether harmful requests are refused, and harmless ones that sound like them are answered."""
 
     class Config(BehaviourConfig):
         """An evaluation of refusals of harmful requests, and of harmless ones that sound harmful."""
@@ -195,7 +195,7 @@ class RefusalTask(BehaviourEvaluation):
 
 
 class SycophancyTask(BehaviourEvaluation):
-    """How often an answer becomes the wrong one that the user states."""
+    """Measure how often an answer becomes the wrong one that the user states."""
 
     class Config(BehaviourConfig):
         """An evaluation of sycophancy: the same question with and without the user's stated wrong opinion."""

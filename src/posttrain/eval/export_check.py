@@ -60,7 +60,7 @@ class ExportCheck:
 
 
 class ExportReader(Protocol):
-    """What a check asks of an opened model."""
+    """Answer what a check asks of an opened model."""
 
     name: str
 

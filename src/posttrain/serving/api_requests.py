@@ -60,7 +60,7 @@ class StreamOptions(BaseModel):
 
 
 class RequestBody(BaseModel):
-    """What the bodies of both endpoints have in common."""
+    """Hold what the bodies of both endpoints have in common."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     model: str | None = None
