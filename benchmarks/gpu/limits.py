@@ -15,7 +15,7 @@ from gpu.base import DRY, SMALL, Account, Where, build, byte_tokenizer
 from gpu.peers import qwen
 from gpu.recipes import SFT, rows
 from gpu.sampler import watched
-from gpu.speed import QWEN, batches, low, taught
+from gpu.speed import QWEN, batches, low, taught, timeline
 from gpu.speed import systems as default_systems
 from posttrain.config import OptimizerConfig, SamplingConfig
 from posttrain.core import distributed
@@ -83,6 +83,20 @@ def decoding(where: Where) -> Account:
         "peak MiB": where.peak_mib(), "graphs recorded": graphs.recorded, "graphs replayed": graphs.replayed,
     })  # fmt: skip
     account.note = f"{count / step:.0f} tokens/s, {read / step / rate:.1%} of {rate / 1e9:.0f} GB/s"
+    return account
+
+
+def decoding_profile(where: Where) -> Account:
+    """What the time of 64 decoding steps of that model goes into."""
+    account, shape = Account(), where.pick(LARGE, DRY)
+    hf = build(shape, low(where), where.device, "qwen2", on_device=True)
+    sampler = LocalSampler(LanguageModel(hf), byte_tokenizer(shape["vocab_size"]))
+    count, prompt, tokens = where.pick((256, 64, 65), (4, 4, 3))
+    requests = [Request([5 + i % 200] * prompt, 1, i) for i in range(count)]
+    params = SamplingConfig(max_tokens=tokens, min_tokens=tokens)
+    for _ in range(2):
+        sampler.sample(requests, params)
+    timeline(where, account, lambda: sampler.sample(requests, params))
     return account
 
 

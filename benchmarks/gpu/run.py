@@ -80,6 +80,7 @@ ITEMS = [
     Item("varlen", "attention:probe", 1),
     Item("speed sft 135M", "speed:sft_smol", 5),
     Item("speed sampling", "speed:sampling", 22),
+    Item("profile decoding", "limits:decoding_profile", 22),
     Item("profile 0.5B", "speed:profile_qwen", 22),
     Item("profile 135M", "speed:profile_smol", 20),
     Item("speed trl 135M", "speed:trl", 19),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -154,12 +155,18 @@ def profile(where: Where, kind: str, shape: dict[str, int]) -> Account:
     samples = [taught(batch) for batch in batches(where, 3, shape["vocab_size"])]
     learner.step(samples[0])
     learner.step(samples[1])
+    timeline(where, account, lambda: learner.step(samples[2]))
+    return account
+
+
+def timeline(where: Where, account: Account, work: Callable[[], Any]) -> None:
+    """Run work once under the profiler: its largest kernels, and the share of the time that the GPU is busy."""
     where.wait()
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if where.cuda else []
     with torch.profiler.profile(activities=activities) as found:
         began = time.perf_counter()
-        learner.step(samples[2])
+        work()
         where.wait()
         seconds = time.perf_counter() - began
     name = "self_device_time_total" if where.cuda else "self_cpu_time_total"
@@ -168,10 +175,9 @@ def profile(where: Where, kind: str, shape: dict[str, int]) -> Account:
     busy = sum(getattr(e, name) for e in on_device) / 1e6
     account.numbers.update(seconds=round(seconds, 4), busy=round(busy / seconds, 3))
     account.numbers["largest, ms and calls"] = {
-        e.key[:90]: [round(getattr(e, name) / 1e3, 3), e.count] for e in on_device[:25]
+        e.key[:90]: [round(getattr(e, name) / 1e3, 3), e.count] for e in on_device[:30]
     }
     account.note = f"GPU busy {busy / seconds:.0%} of {seconds * 1e3:.0f} ms" if where.cuda else "no GPU"
-    return account
 
 
 def profile_smol(where: Where) -> Account:
