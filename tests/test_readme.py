@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in code
+    monkeypatch.setenv("MPLBACKEND", "agg")
     code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "tiny:llama").replace("max_steps=20", "max_steps=3")
     user = [{"role": "user", "content": f"hello, I am number {i}"} for i in range(20)]
     chats = [{"messages": [turn, {"role": "assistant", "content": "hello to you"}]} for turn in user]
@@ -23,10 +24,11 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out.split("\n")
     assert "runs/greeter/model runs/greeter/report.html" in printed
-    steps = [line.split() for line in printed if re.fullmatch(r"\d+ (None|[\d.]+) (None|[\d.]+)", line)]
-    assert [step for step, _, _ in steps] == ["0", "1", "2", "3"] and steps[0][1] == "None"
+    steps = [line.split() for line in printed if re.fullmatch(r" *\d+ +(NaN|[\d.]+) +(NaN|[\d.]+)", line)]
+    assert [step for step, _, _ in steps] == ["0", "1", "2", "3"] and steps[0][1] == "NaN"
     assert float(steps[3][1]) < float(steps[1][1]) and float(steps[3][2]) < float(steps[0][2])
     assert (tmp_path / "runs/greeter/model/model.safetensors").is_file()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

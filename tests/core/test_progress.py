@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -80,6 +83,31 @@ def test_a_terminal_shows_every_phase() -> None:
             assert track.bar is not None
             track.bar.refresh()
     assert "sampling 2/8" in out.getvalue() and "learn" in out.getvalue() and "0/9" in out.getvalue()
+
+
+def test_a_notebook_shows_one_line_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most twice a second, and the last step always; only `say` adds a line."""
+    time, sent = Clock(monkeypatch), list[tuple[str, str]]()
+
+    class Handle:
+        def update(self, content: dict[str, str], raw: bool) -> None:
+            sent.append(("update", content["text/plain"]))
+
+    def display(content: Any, **settings: Any) -> Handle:
+        sent.append(("new", content["text/plain"] if settings else content.text.strip()))
+        return Handle()
+
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    with Track("job", 4, console=Console(force_jupyter=True, width=200)) as track:
+        for now, done in ((0.0, 1), (0.2, 2), (0.6, 3), (0.7, 4)):
+            time.now = now
+            track.phase("learn")
+            track.update(done, loss=0.5)
+        track.say("ended")
+    assert sent == [
+        ("new", "job 0/4  learn"), ("update", "job 2/4  learn"), ("update", "job 4/4  loss 0.5000  left 0:00"),
+        ("new", "job: ended"),
+    ]  # fmt: skip
 
 
 def test_nothing_is_shown_where_nothing_is_to_be(monkeypatch: pytest.MonkeyPatch) -> None:

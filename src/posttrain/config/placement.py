@@ -25,7 +25,7 @@ class PlacementConfig(Config):
     trainers: int = Field(
         1,
         ge=1,
-        description="Processes that train together (FSDP2), each on a GPU, or on `cpus` cores where there is none.",
+        description="Processes that train together (FSDP2), each on a GPU, or on `cpus` cores if there is no GPU.",
     )
     nodes: int | None = Field(
         None, ge=1, description="Machines that the trainers are spread over, evenly. None: as few as have room."
@@ -43,7 +43,7 @@ class PlacementConfig(Config):
     rewards: int = Field(
         0,
         ge=0,
-        description="Actors that call rewards which run in processes of their own (mathematics, programs, your functions), a core each, on any machine. 0: each trainer has `rewards.workers` processes beside it.",
+        description="Actors that call rewards which run in separate processes (mathematics, programs, your functions), a core each, on any machine. 0: each trainer has `rewards.workers` processes beside it.",
     )
     cpus: int = Field(1, ge=1, description="Processor cores of each trainer and sampler, which its threads use.")
     restarts: int = Field(

@@ -22,7 +22,7 @@ class RolloutSamplerConfig(SamplerConfig):
 
     backend: Literal["local", "vllm"] = Field(
         "local",
-        description="Engine that samples: posttrain's own, or vLLM in a process and a Python environment of its own, which gets the weights after each update (docs/samplers.md).",
+        description="Engine that samples: posttrain's own, or vLLM in another process and Python environment, which gets the weights after each update (docs/samplers.md).",
     )
     workers: int | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""Progress that a person can read: a live bar in a terminal, a line every few seconds elsewhere."""
+"""Progress that a person can read: a live bar in a terminal, one line in a notebook, lines now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ QUIET_SECONDS = 10.0
 """Seconds between lines where there is no terminal."""
 PHASE_SECONDS = 4.0
 """Seconds after which a phase that begins gets a line there all the same: it may be a long one."""
+NOTEBOOK_SECONDS = 0.5
+"""Seconds between two changes of the line in a notebook."""
 
 
 def clock(seconds: float) -> str:
@@ -41,6 +43,7 @@ class Track:
         self.shown = shown
         self.last_phase = ""
         self.bar: Progress | None = None
+        self.notebook_line = _NotebookLine() if shown and self.console.is_jupyter else None
         if shown and self.console.is_terminal:
             columns = (
                 TextColumn("[bold]{task.description}"),
@@ -62,6 +65,8 @@ class Track:
         text = "  ".join([*parts, f"left {clock(left)}"])
         if self.bar is not None:
             self.bar.update(self.task, completed=done, text=visible(text))
+        elif self.notebook_line is not None:
+            self.notebook_line.show(self._record(text), last=done >= self.total)
         elif self.shown and (now - self.last_update >= QUIET_SECONDS or done >= self.total):  # phases hide no result
             self.last_line = self.last_update = now
             self._line(text)
@@ -79,7 +84,7 @@ class Track:
 
     def say(self, text: str) -> None:
         """Print a line about the job, at once."""
-        if self.bar is not None:
+        if self.bar is not None or self.notebook_line is not None:
             self.console.print(f"{self.what}: {text}", highlight=False, markup=False, soft_wrap=True)
         elif self.shown:
             self._line(text)
@@ -88,6 +93,8 @@ class Track:
         """Report what is being done within the current unit; outside a terminal, now and then."""
         if self.bar is not None:
             self.bar.update(self.task, text=visible(text))
+        elif self.notebook_line is not None:
+            self.notebook_line.show(self._record(text))
         elif self.shown:
             new = text.split(" ")[0] != self.last_phase
             if time.monotonic() - self.last_line < (PHASE_SECONDS if new else QUIET_SECONDS):
@@ -116,9 +123,11 @@ class Track:
     def _line(self, text: str) -> None:
         """Print one record as one line, however long, with the time."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        line = visible(f"{stamp}  {self.what} {self.done}/{self.total}  {text}")
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(f"{stamp}  {self._record(text)}", highlight=False, markup=False, soft_wrap=True)
         self.console.file.flush()
+
+    def _record(self, text: str) -> str:
+        return visible(f"{self.what} {self.done}/{self.total}  {text}")
 
     def close(self) -> None:
         """Stop drawing; what was drawn stays."""
@@ -130,6 +139,28 @@ class Track:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _NotebookLine:
+    """Show one line below a notebook's cell, and change it in place: a line for each record would flood the cell."""
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+        self.changed = -NOTEBOOK_SECONDS
+
+    def show(self, text: str, last: bool = False) -> None:
+        """Show the text in place of the one before; too soon after that one, only the last of all."""
+        now = time.monotonic()
+        if now - self.changed < NOTEBOOK_SECONDS and not last:
+            return
+        from IPython.display import display
+
+        content = {"text/plain": text}
+        self.changed = now
+        if self.handle is None:
+            self.handle = display(content, raw=True, display_id=True)
+        else:
+            self.handle.update(content, raw=True)
 
 
 def _short(value: Any) -> str:

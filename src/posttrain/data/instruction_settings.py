@@ -42,7 +42,9 @@ class InstructionSettings(Config):
     """Settings of building instruction rows."""
 
     rows: int | None = Field(
-        None, ge=1, description="Rows to train on in all. None: as many as the shares allow without using a row twice."
+        None,
+        ge=1,
+        description="Rows to train on in all. None: the number that the shares allow without using a row twice.",
     )
     mixing: MixingConfig = Field(MixingConfig(), description="Shares of the tasks: a kind, or a block with kind.")
     max_rows_per_task: int | None = Field(

@@ -31,7 +31,7 @@ class SpeedTask(EvaluationTask):
         repeats: int = Field(5, ge=1, le=100, description="Measurements; tables have their median, lowest and highest.")
         memory: bool = Field(
             True,
-            description="Measure peak memory too, in a process of its own that opens the model and answers a prompt.",
+            description="Measure peak memory too, in a separate process that opens the model and answers a prompt.",
         )
 
     config: Config

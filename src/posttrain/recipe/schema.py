@@ -103,7 +103,8 @@ def type_text(tp: Any) -> str:
         return f"{{{parts.replace(', ', ': ', 1)}}}" if origin is dict else f"[{parts}{', …' * (origin is list)}]"
     if isinstance(tp, type) and issubclass(tp, BaseModel):
         return "settings"
-    return {str: "text", int: "integer", float: "number", bool: "true | false", type(None): "none"}.get(tp, str(tp))
+    words: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true | false", Any: "any value"}
+    return "none" if tp is type(None) else words.get(tp, str(tp))
 
 
 def options(tp: Any) -> list[Any]:

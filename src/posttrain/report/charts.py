@@ -143,7 +143,9 @@ def stage_charts(stage: StageLog) -> StageCharts:
     own = [_metric(m) for m in stage.method.get("metrics") or [] if isinstance(m, Mapping) and m.get("name")]
     known = [*own, *COMMON]
     skipped = [int(r["step"]) for r in stage.metrics if r.get("skipped")]
-    columns = _columns(stage.metrics) | {k: v for k, v in _columns(map(_flat, stage.timings)).items() if k != "step"}
+    columns = _columns(stage.metrics) | {
+        k: v for k, v in _columns(map(flatten_phases, stage.timings)).items() if k != "step"
+    }
     groups: dict[str, list[Chart]] = {}
     constant, equal, drawn = [], [], dict[tuple[Any, ...], str]()
     over = _drawn_over(known, columns)
@@ -268,7 +270,8 @@ def _columns(records: Iterable[JsonDict]) -> dict[str, tuple[list[float], list[f
     return out
 
 
-def _flat(record: JsonDict) -> JsonDict:
+def flatten_phases(record: JsonDict) -> JsonDict:
+    """Return a record of timings.jsonl with the seconds of each phase as phases/NAME."""
     phases = {f"phases/{k.replace(' ', '_')}": v for k, v in (record.get("phases") or {}).items()}
     return {k: v for k, v in record.items() if k != "phases"} | phases
 

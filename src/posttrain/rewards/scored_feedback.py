@@ -85,8 +85,8 @@ class VerifierFeedback(RewardFeedback):
         kind: Literal["verifier"] = "verifier"
         reward: RewardConfig = Field(description="The reward, as in a list of rewards.")
         right_at: float = Field(1.0, description="Number of the reward from which the answer is right.")
-        right: str = Field("The answer is right.", description="What is said of a right answer.")
-        wrong: str = Field("The answer is wrong.", min_length=1, description="What is said of a wrong answer.")
+        right: str = Field("The answer is right.", description="Feedback on a right answer.")
+        wrong: str = Field("The answer is wrong.", min_length=1, description="Feedback on a wrong answer.")
         reasons: bool = Field(
             False, description="Add the reason that the reward gives, if it gives one; it may tell the right answer."
         )
@@ -161,7 +161,7 @@ class RewardModelFeedback(RewardFeedback):
         device: str = Field("auto", description="Where the model is: auto, cpu, cuda, cuda:1, mps.")
         text: str = Field(
             "A reward model gives the answer a score of {score}.",
-            description="What is said, with the field {score}.",
+            description="Feedback, with the field {score}.",
         )
         good_at: float | None = Field(
             None, description="Score from which nothing is wrong with the answer; it is told too. None: not known."

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -44,6 +44,7 @@ from posttrain.models.quantization import as_saved
 from posttrain.recipe.parsing import load_recipe
 from posttrain.report import build_report, judge_figures
 from posttrain.report.behaviour import behaviours
+from posttrain.report.curves import curve_figure, curve_table, results_html
 from posttrain.report.load import read
 from posttrain.report.measured_stages import held_out_lines
 from posttrain.report.merge_search_view import search_lines
@@ -60,12 +61,16 @@ from posttrain.trainer.loggers import Trackers
 from posttrain.trainer.loop import now
 from posttrain.trainer.stage import Stage, StageContext
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
 NOT_HASHED = ("checkpoints", "report.html", "manifest.json", ".lock", "tensorboard")
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """Paths and measurements of a finished run.
+    """Paths, measurements and curves of a finished run; a notebook shows it as a table.
 
     Attributes:
         folder: Folder of the run.
@@ -78,6 +83,18 @@ class RunResult:
     model: Path
     report: Path
     comparison: list[dict[str, Any]]
+
+    def curves(self, stage: str | None = None) -> DataFrame:
+        """Return a pandas DataFrame: a row a step, a column a metric; `posttrain.report.curves.curve_table`."""
+        return curve_table(read(self.folder), stage)
+
+    def figure(self, *metrics: str, stage: str | None = None) -> Figure:
+        """Return a matplotlib figure of the curves; `posttrain.report.curves.curve_figure`."""
+        return curve_figure(read(self.folder), metrics, stage)
+
+    def _repr_html_(self) -> str:
+        places = (("model", self.model), ("report", self.report))
+        return results_html(read(self.folder), [(name, place) for name, place in places if place.exists()])
 
 
 def run(

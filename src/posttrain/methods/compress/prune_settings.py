@@ -79,7 +79,9 @@ class StructureConfig(Config):
     mlp: int | None = Field(None, ge=1, description="Inner units of each MLP (intermediate_size) of the result.")
     heads: int | None = Field(None, ge=1, description="Attention heads of each layer of the result.")
     kv_heads: int | None = Field(
-        None, ge=1, description="Heads of keys and values. None: as many as heads need, if each keeps its queries."
+        None,
+        ge=1,
+        description="Heads of keys and values. None: the number that the heads need, if each keeps its queries.",
     )
     hidden: int | None = Field(None, ge=1, description="Channels between the layers (hidden_size) of the result.")
     round_to: int = Field(

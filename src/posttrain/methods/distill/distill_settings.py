@@ -46,7 +46,7 @@ class TeacherConfig(ModelConfig):
 
 
 class DistillConfig(MeasuredConfig):
-    """Distillation: a student learns from a teacher's distributions or texts, on rows or on its own answers."""
+    """Distillation: a student is trained on a teacher's distributions or texts, on rows or on its own answers."""
 
     method: str = "distill"
     name: str = Field("distill", pattern=NAME, description="Name of the stage's folder in the run.")

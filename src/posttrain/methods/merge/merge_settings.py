@@ -169,7 +169,7 @@ class MergeConfig(StageBase):
     )
     missing_rows: Literal["owner", "subtokens"] = Field(
         "owner",
-        description="If vocabularies differ, what the embedding and the head of a model get for a token that it lacks. owner: the row of the models that have it. subtokens: the mean of its own rows of the tokens that the text is made of.",
+        description="If vocabularies differ, what the embedding and the head of a model get for a token that it lacks. owner: the row of the models that have it. subtokens: the mean of the rows that it has for the tokens that the text is made of.",
     )
     chat_template: str | None = Field(
         None,

@@ -42,7 +42,7 @@ class RewardModelConfig(ScorerConfig, MeasuredConfig):
         1,
         ge=1,
         le=64,
-        description="Models of an ensemble, each with a head, adapters and an order of rows of its own seed.",
+        description="Models of an ensemble, each with a head, adapters and an order of rows from a different seed.",
     )
 
 
