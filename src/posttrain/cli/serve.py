@@ -45,14 +45,14 @@ def serve_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a model to programs that speak OpenAI's protocol."""
-    from posttrain.serving.http_server import LOOPBACK
-
     key = os.environ.get(api_key_env) if api_key_env else None
     if api_key_env and not key:
         raise RecipeError(f"the environment variable {api_key_env} holds no key: set it, or leave --api-key-env out")
+    config = named_model(model, device, trust_remote_code)
+    from posttrain.serving.http_server import LOOPBACK
+
     if host not in LOOPBACK and key is None:
         raise RecipeError(f"--host {host} lets other machines in: give a key with --api-key-env VARIABLE")
-    config = named_model(model, device, trust_remote_code)
 
     from posttrain.models.language_model import LanguageModel
     from posttrain.models.loading import load_model

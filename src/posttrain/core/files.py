@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import json
@@ -30,6 +31,17 @@ def named_path(text: str | Path) -> Path:
     parts = Path(os.path.expanduser(text)).parts  # Path.expanduser raises for the home of nobody
     short = [p if len(os.fsencode(p)) <= LONGEST_NAME else f"{p[:40]}...{Path(p).suffix[:10]}" for p in parts]
     return Path(*short)
+
+
+def near(path: Path) -> list[Path]:
+    """Return the file or folder beside `path` whose name is most like its own, if any is."""
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    return [path.with_name(name) for name in difflib.get_close_matches(path.name, names, 1)]
+
+
+def similar(path: Path) -> str:
+    """Return " Did you mean PATH?" for a file or folder beside `path` with a similar name, or ""."""
+    return "".join(f" Did you mean {found}?" for found in near(path))
 
 
 def file_hash(path: Path) -> str:

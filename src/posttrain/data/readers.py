@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config import DataConfig, SourceConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import file_hash, named_path
+from posttrain.core.hub import check_hub
 from posttrain.data.bad_rows import BadRow, Row
 from posttrain.data.cells import without_nulls
 from posttrain.data.gym_rows import GYM_PREFIX, gym_source_rows
@@ -61,6 +62,7 @@ class HubRows(RowSource):
     """Read a data set of the Hub, which `datasets` keeps on the disk."""
 
     def __init__(self, name: str, config: DataConfig) -> None:
+        check_hub([], [name])
         from datasets import load_dataset
 
         try:

@@ -30,6 +30,7 @@ from posttrain.core.files import (
     read_small_text,
     write_json,
 )
+from posttrain.core.hub import check_hub
 from posttrain.core.process_memory import free_cycles
 from posttrain.data.image_reader import keep_processor
 from posttrain.data.sample_store import vocabulary_size
@@ -88,7 +89,8 @@ def resolve(source: str) -> Resolved:
     """Turn a model source into something transformers can open, converting a GGUF file on first use.
 
     Raises:
-        ModelError: There is nothing of that name, with what was looked for.
+        ModelError: There is nothing of that name, with what was looked for; or it has to come from the Hub, which can't
+            be reached.
     """
     found = find_model(source)
     if found.kind == "lab":
@@ -96,6 +98,8 @@ def resolve(source: str) -> Resolved:
         return Resolved(str(_lab(int(seed), kind)), "folder")
     if found.kind == "gguf":
         return _convert(Path(found.location))
+    if found.kind == "hub":
+        check_hub([found.location])
     return Resolved(found.location, found.kind)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from posttrain.core.errors import ModelError, PosttrainError
-from posttrain.recipe.model_sources import similar
+from posttrain.core.files import similar
 
 
 class explained:

@@ -20,9 +20,10 @@ from pydantic import BaseModel
 
 from posttrain.config import OptimizerConfig, PlacementConfig, Recipe, RowSettings, ServerConfig, TrackConfig
 from posttrain.core.errors import DataError, PosttrainError, RecipeError
-from posttrain.core.files import cache_folder, named_path
+from posttrain.core.files import cache_folder, named_path, similar
+from posttrain.core.hub import check_hub, unreachable
 from posttrain.core.imports import is_import_path
-from posttrain.recipe.model_sources import check_hub, find_model, similar
+from posttrain.recipe.model_sources import find_model
 from posttrain.recipe.schema import Key, dotted
 
 DATA_FILES = (".tsv", ".csv", ".json", ".jsonl", ".parquet", ".txt", ".md")
@@ -131,6 +132,8 @@ def _problems(block: BaseModel, on_hub: set[str], data_on_hub: set[str]) -> Iter
     for name, check in checks:
         if isinstance(values.get(name), str) and (message := check(values[name])):
             yield name, message
+    if isinstance(block, TrackConfig):
+        yield from _trackers_unreachable(block)
     if isinstance(block, OptimizerConfig) and block.kind != "adamw" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         yield "kind", f"{block.kind} works in one process, and torchrun starts several: use adamw"
     for name, package in needed:
@@ -176,6 +179,21 @@ def _packages_needed(block: BaseModel, values: Mapping[str, Any]) -> Iterator[tu
         yield from ((name, name) for name, value in values.items() if value)
     if isinstance(block, RowSettings) and str(block.source).startswith("reasoning-gym:"):
         yield "source", "reasoning-gym"
+
+
+def _trackers_unreachable(block: TrackConfig) -> Iterator[tuple[str, str]]:
+    """Yield a problem for each tracker behind a server that does not answer, which its client waits for in minutes."""
+    wandb = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    if (
+        block.wandb
+        and is_installed("wandb")
+        and os.environ.get("WANDB_MODE") not in ("offline", "disabled")
+        and (reason := unreachable(wandb))
+    ):
+        yield "wandb", f"{reason}: set WANDB_MODE=offline, and send the run later with wandb sync"
+    mlflow = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if block.mlflow and mlflow.startswith("http") and (reason := unreachable(mlflow)):
+        yield "mlflow", f"{reason}: start the server, or set MLFLOW_TRACKING_URI to a folder"
 
 
 def _device_problem(device: str) -> str | None:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from posttrain.config import Recipe
 from posttrain.core.errors import RecipeError
-from posttrain.core.files import named_path, read_small_text
+from posttrain.core.files import named_path, read_small_text, similar
 from posttrain.core.imports import add_import_folder
 from posttrain.core.secrets import hide_secrets
 from posttrain.recipe.documents import (
@@ -157,9 +157,10 @@ def _open(path_or_name: str | Path) -> tuple[str, str, Path | None]:
         path = path / "recipe.yaml"
     if not path.is_file():
         close = difflib.get_close_matches(path.stem, have, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = similar(path) or (f" Did you mean {close[0]}?" if close else "")
         problem = "a folder without a recipe.yaml, so no run" if path.is_dir() else "no such file"
-        raise RecipeError(f"no recipe {named!r}: {problem}.{hint} Recipes of posttrain:\n{in_columns(have)}")
+        listed = "" if "/" in named and hint else f" Recipes of posttrain:\n{in_columns(have)}"
+        raise RecipeError(f"no recipe {named!r}: {problem}.{hint}{listed}")
     try:
         size = path.stat().st_size
         if size > 4 * MAX_RECIPE:

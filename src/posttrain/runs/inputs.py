@@ -25,13 +25,14 @@ import posttrain
 from posttrain.config import Recipe
 from posttrain.core.errors import DataError, ModelError
 from posttrain.core.files import input_hash
+from posttrain.core.hub import hub_commit
 from posttrain.core.imports import import_folders, is_import_path
 from posttrain.data.passages import document_files
 from posttrain.data.readers import packaged_or_own
 from posttrain.data.text_files import folder_hash, text_files
 from posttrain.models.loading import lab_folder
 from posttrain.recipe.machine_checks import blocks, packages_needed
-from posttrain.recipe.model_sources import find_model, hub_commit
+from posttrain.recipe.model_sources import find_model
 from posttrain.runs.machine import PACKAGES
 
 NO_INPUTS = ("name", "description", "output", "store", "method", "kind", "device", "dtype")
