@@ -49,10 +49,10 @@ def test_help_imports_nothing_heavy() -> None:
 
 # The commands and their options are a promise to people's scripts: change this table on purpose only.
 SURFACE = {
-    "run": {"recipe", "overrides", "folder", "fresh", "accept_changed_data"},
-    "sweep": {"recipe", "settings", "seeds", "random", "halve", "eta", "goal", "folder"},
+    "run": {"recipe", "overrides", "folder", "fresh", "accept_changed_data", "dry_run"},
+    "sweep": {"recipe", "settings", "seeds", "random", "halve", "eta", "goal", "folder", "dry_run"},
     "inspect": {"recipe", "overrides", "rows", "stage", "step", "held_out", "sort", "problem", "watch"},
-    "evaluate": {"model", "recipe", "overrides", "folder", "against"},
+    "evaluate": {"model", "recipe", "overrides", "folder", "against", "dry_run"},
     "chat": {"model", "prompt", "system", "max_new_tokens", "temperature", "device", "trust_remote_code"}
     | {"refine", "rounds", "feedback", "task", "image"},
     "serve": {"model", "host", "port", "name", "api_key_env", "max_tokens", "max_running", "max_waiting", "cache_mb"}
@@ -61,7 +61,7 @@ SURFACE = {
     "compose": {"tower", "language", "output", "layer", "chat_template", "seed", "trust_remote_code"},
     "report": {"run"},
     "doctor": set(),
-    "export": {"check", "embeddings", "model", "output", "quantization", "to", "trust_remote_code"},
+    "export": {"check", "embeddings", "model", "output", "quantization", "to", "trust_remote_code", "dry_run"},
     "memory": {"gpu", "int8_cache", "overrides", "recipe", "sequences", "tokens"},
     "merge": {
         "adapter_rank",
@@ -80,7 +80,7 @@ SURFACE = {
         "tokenizer",
         "top_k",
     }
-    | {"trust_remote_code", "weights"},
+    | {"trust_remote_code", "weights", "dry_run"},
     "lab": {"output", "seed", "steps", "kind"},
 }
 
@@ -384,7 +384,10 @@ def mistakes(tmp_path_factory) -> Path:
     """Each of WRONG as a command: NUMBER.txt is what it says, NUMBER.json its exit status and what it has imported."""
     folder = tmp_path_factory.mktemp("mistakes")
     command = [sys.executable, "-c", EACH, json.dumps([args for args, _ in WRONG.values()])]
-    subprocess.run(command, env={**ENV, "HF_HUB_OFFLINE": "1"}, cwd=folder, timeout=120, check=True)
+    source = str(Path(str(sys.modules["posttrain"].__file__)).parents[1])  # a relative PYTHONPATH leads nowhere there
+    subprocess.run(
+        command, env={**ENV, "HF_HUB_OFFLINE": "1", "PYTHONPATH": source}, cwd=folder, timeout=120, check=True
+    )
     return folder
 
 

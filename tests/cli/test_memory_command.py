@@ -1,4 +1,4 @@
-"""`posttrain memory`: tables of a recipe's stages and of serving, and what does not fit."""
+"""`posttrain memory`: tables of a recipe's stages and of serving, what does not fit; and --dry-run of all commands."""
 
 from __future__ import annotations
 
@@ -57,3 +57,37 @@ def test_a_run_warns_of_stages_that_do_not_fit(recipe: Path, monkeypatch: pytest
     monkeypatch.setattr(memory_plan, "room_of", lambda device: 200_000.0)
     first, *_ = memory_plan.memory_warning(checked, {})
     assert first.startswith("sft is estimated to take") and "tokens_per_micro_batch" in first
+
+
+def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of run, sweep, evaluate, export and merge; a folder that a run would refuse is refused."""
+    folder = recipe.parent
+    monkeypatch.chdir(folder)
+    rows = {"kind": "perplexity", "name": "exam", "data": {"source": "rows.jsonl", "chat": False}}
+    recipe.write_text(json.dumps({**json.loads(recipe.read_text()), "evaluate": [rows]}))
+    before = sorted(folder.rglob("*"))
+
+    def told(*args: str) -> str:
+        done = CliRunner().invoke(app, [*args, "--dry-run"], env={"COLUMNS": "120"})
+        assert done.exit_code == 0 and "nothing was written" in done.output, done.output
+        assert sorted(folder.rglob("*")) == before
+        return done.output
+
+    run = told("run", "recipe.yaml", "stages.0.batch_size=2", "stages.0.epochs=3")
+    for said in (
+        "model: llama, 0.0 M parameters, float32, cpu",
+        "0-sft      Supervised fine-tuning: 8 steps of 2 rows, 3 epochs of 5; trains",
+        "2-again    Supervised fine-tuning, on what stage mine makes; trains",
+        "exam (perplexity): 5 items, before and after",
+        "runs/two: new",
+    ):
+        assert said in run, run
+    sweep = told("sweep", "recipe.yaml", "stages.0.optimizer.lr=[1e-4,1e-3]", "--seeds", "0,1")
+    assert "4 runs: 2 combinations, seeds 0, 1" in sweep and "8 steps" not in sweep and "1 step of 16 rows" in sweep
+    assert "exam (perplexity): 5 items" in told("evaluate", "model", "-r", "recipe.yaml")
+    gguf = told("export", "model", "--output", "out.gguf", "--quantization", "Q8_0")
+    assert "5 F32, 16 Q8_0 tensors" in gguf, gguf
+    assert "linear" in told("merge", "model", "tiny:llama", "--output", "merged")
+    (folder / "runs" / "two" / "stages").mkdir(parents=True)
+    refused = CliRunner().invoke(app, ["run", "recipe.yaml", "--dry-run"])
+    assert refused.exit_code == 1 and "holds stages and no recipe.yaml" in refused.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +18,7 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Settings at any depth: stages.sft.optimizer.lr=1e-4"),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and written; write nothing.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with it.")]
 
 
@@ -38,6 +40,13 @@ def named_model(source: str, device: str, trust_remote_code: bool) -> ModelConfi
     if find_model(source).kind == "hub":
         check_hub([source])
     return ModelConfig(source=source, device=device, trust_remote_code=trust_remote_code)
+
+
+def print_plan(lines: Iterable[tuple[str, str]]) -> None:
+    """Print what --dry-run found: (subject, text) pairs, and that nothing was done."""
+    console = make_console()
+    for subject, text in (*lines, ("dry run", "nothing was written")):
+        console.print(f"{subject:<10} {text}", soft_wrap=True, markup=False, highlight=False)
 
 
 def make_console() -> Console:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain.cli.arguments import Overrides, make_console
+from posttrain.cli.arguments import DryRun, Overrides, make_console, print_plan
 from posttrain.core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def evaluate_command(
     against: Annotated[
         Path | None, typer.Option(help="Folder of other results to compare with: RUN/evaluations/before")
     ] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Run a recipe's evaluations on any model; compare two models on the same items."""
     from posttrain.recipe.machine_checks import check_machine
@@ -47,6 +48,14 @@ def evaluate_command(
         if missing:
             raise RecipeError(f"--against {against}: no {missing[0]}.jsonl there; name RUN/evaluations/before")
     folder = folder or evaluation_folder(checked, model)
+    if dry_run:
+        from posttrain.runs.dry_run import model_line, planned_evaluations
+
+        tasks = _with_results_of(Path(recipe), checked).evaluate
+        done = [task.name for task in tasks if (folder / f"{task.name}.json").is_file()]
+        there = f" (finished: {', '.join(done)})" if done else ""
+        print_plan([model_line(of_model), *planned_evaluations(tasks, of_model), ("writes", f"{folder}{there}")])
+        return
     print_evaluation(_with_results_of(Path(recipe), checked), of_model, folder, against, make_console())
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain.cli.arguments import TrustRemoteCode, named_model
+from posttrain.cli.arguments import DryRun, TrustRemoteCode, named_model, print_plan
 from posttrain.core.errors import ModelError
 from posttrain.core.visible_text import visible
+
+if TYPE_CHECKING:
+    from posttrain.models.adapter_source import AdapterSource
 
 EXPORT_FORMATS = ("gguf", "ollama", "hf", "adapter")
 MOST_KL = 0.01
@@ -37,6 +40,7 @@ def export_command(
         int, typer.Option(help="Prompts that the model and what was written are asked; 0: no check.", min=0, max=20)
     ] = 20,
     trust_remote_code: TrustRemoteCode = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Write a model for other programs, with its tokenizer and chat template, and check its answers."""
     if to not in EXPORT_FORMATS:
@@ -44,8 +48,13 @@ def export_command(
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise ModelError(f"{output} exists already: name another place, or remove it first")
     config = named_model(model, "cpu", trust_remote_code)
+    if dry_run:
+        print_plan(_plan(model, config, output, to, quantization, embeddings, check))
+        return
     if to == "adapter":
-        _copy_adapter(model, config, output)
+        adapter = _adapter(model, config)
+        shutil.copytree(adapter.location, output, dirs_exist_ok=True)
+        typer.echo(visible(f"wrote   {output}, an adapter of {adapter.base}"))
         return
     import torch
 
@@ -94,8 +103,30 @@ def _gguf(
     return done.file, set(done.types) <= {"F32", "F16"}
 
 
-def _copy_adapter(model: str, config: Any, output: Path) -> None:
-    """Copy an adapter's folder."""
+def _plan(
+    model: str, config: Any, output: Path, to: str, quantization: str, embeddings: str | None, check: int
+) -> list[tuple[str, str]]:
+    """Return what would be written, by the model's configuration alone."""
+    from posttrain.runs.dry_run import model_line
+
+    if to == "adapter":
+        return [model_line(config), ("writes", f"{output}: an adapter of {_adapter(model, config).base}")]
+    if to == "hf":
+        from posttrain.models.model_shape import model_shape
+
+        shape = model_shape(config)
+        first, size, kind = model_line(config, shape), 4 * shape.parameters, "float32, adapters merged"
+    else:
+        from posttrain.models.gguf_export import planned_gguf
+
+        first, (size, kind) = model_line(config), planned_gguf(config, quantization, embeddings)
+    checks = f"{check} prompts, read by the program that the format is for" if check else "none"
+    file = output / "model.gguf and Modelfile" if to == "ollama" else output
+    return [first, ("writes", f"{file}: {kind}, about {size / 2**20:,.1f} MiB"), ("check", checks)]
+
+
+def _adapter(model: str, config: Any) -> AdapterSource:
+    """Return the adapter at a source. Raises ModelError for a whole model."""
     from posttrain.models.loading import source_adapter
 
     adapter = source_adapter(config)
@@ -104,8 +135,7 @@ def _copy_adapter(model: str, config: Any, output: Path) -> None:
             f"{model!r} is a whole model and no adapter: name the folder of a stage that was trained with adapter: "
             "..., which has the adapter beside its model (stages/0-NAME/adapter), or export --to hf"
         )
-    shutil.copytree(adapter.location, output, dirs_exist_ok=True)
-    typer.echo(visible(f"wrote   {output}, an adapter of {adapter.base}"))
+    return adapter
 
 
 def _check(hf: Any, tokenizer: Any, written: Path, prompts: int, exact: bool) -> None:

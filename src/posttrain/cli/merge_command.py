@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain.cli.arguments import TrustRemoteCode, named_model
+from posttrain.cli.arguments import DryRun, TrustRemoteCode, named_model, print_plan
 from posttrain.core.errors import ModelError
 from posttrain.core.visible_text import visible
 
 if TYPE_CHECKING:
+    from posttrain.config import ModelConfig
     from posttrain.methods.merge.merge_settings import MergeConfig
 
 
@@ -55,6 +56,7 @@ def merge_command(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of random masks.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Merge models into one, or pool what several say, without training."""
     if output.exists():
@@ -70,8 +72,7 @@ def merge_command(
     if base is None and (algorithm or "linear") not in AVERAGES:
         raise ModelError(f"{algorithm} merges changes from a base: name it with --base")
     start = named_model(models[0] if base is None else base, "cpu", trust_remote_code)
-    for model in models:
-        named_model(model, "cpu", trust_remote_code)
+    [named_model(model, "cpu", trust_remote_code) for model in models]
     from posttrain.methods.merge.merge import Merge
     from posttrain.trainer.stage import StageContext
 
@@ -85,6 +86,9 @@ def merge_command(
             "adapter": None if adapter_rank is None else {"rank": adapter_rank},
         }
     )
+    if dry_run:
+        print_plan(_plan(config, start, output))
+        return
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.writing-") as work:
         done = Merge(config, StageContext(None, None)).run(start, Path(work), seed)
@@ -96,6 +100,27 @@ def merge_command(
 
 AVERAGES = ("linear", "slerp", "multi_slerp", "karcher")
 """Algorithms that need no base."""
+
+
+def _plan(config: MergeConfig, start: ModelConfig, output: Path) -> list[tuple[str, str]]:
+    """Return what would be merged, by the models' configurations alone."""
+    from posttrain.models.model_shape import model_shape
+    from posttrain.runs.dry_run import model_line
+
+    sources = [start.source, *(str(model.source) for model in config.models)]
+    lines, shapes = [], []
+    for source in dict.fromkeys(sources):
+        own = start.model_copy(update={"source": source})
+        shapes.append(model_shape(own))
+        lines.append(model_line(own, shapes[-1]))
+    ways = {"algorithm": config.algorithm, "ensemble": config.ensemble, "experts": config.experts}
+    name, way = next((name, way) for name, way in ways.items() if way is not None)
+    settings = way.model_dump(exclude_none=True, mode="json") if hasattr(way, "model_dump") else way
+    told = ", ".join(f"{k} {v}" for k, v in settings.items()) if isinstance(settings, dict) else str(settings)
+    lines.append((name, told))
+    if len({(s.kind, s.hidden, s.layers) for s in shapes}) > 1:
+        lines.append(("!", "the models differ in type, width or number of layers, which most ways of merging refuse"))
+    return [*lines, ("writes", str(output))]
 
 
 def _way(others: dict[str, Any], algorithm: str | None, setting: list[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from posttrain.cli.arguments import Overrides
+from posttrain.cli.arguments import DryRun, Overrides, print_plan
 from posttrain.core.errors import RecipeError
 
 
@@ -19,6 +19,7 @@ def run_command(
     accept_changed_data: Annotated[
         bool, typer.Option("--accept-changed-data", help="Resume although files or packages have changed.")
     ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Evaluate, train, evaluate again, and write a report. Resumes a run that was interrupted."""
     from posttrain.recipe.machine_checks import check_machine
@@ -34,6 +35,11 @@ def run_command(
         folder = path
     checked = load_recipe(recipe, overrides or ())
     check_machine(checked)  # before torch is imported, which takes seconds
+    if dry_run:
+        from posttrain.runs.dry_run import planned_run
+
+        print_plan(planned_run(checked, folder, fresh))
+        return
     from posttrain.runs.runner import run
 
     run(checked, folder=folder, fresh=fresh, accept_changed_data=accept_changed_data)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from posttrain.cli.arguments import RecipeName
+from posttrain.cli.arguments import DryRun, RecipeName, print_plan
 from posttrain.core.errors import RecipeError
 
 
@@ -30,6 +30,7 @@ def sweep_command(
         Literal["min", "max"] | None, typer.Option(help="With --halve: which end is better. [default: known]")
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="Folder of the sweep. [default: runs/NAME-sweep]")] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Run every combination of the listed settings, with several seeds, and compare them. Resumes if interrupted."""
     if halve is None and (eta != 2 or goal is not None):
@@ -40,6 +41,11 @@ def sweep_command(
     from posttrain.runs.run_sweep import choose_halving, run_sweep
 
     halving = choose_halving(plan, halve, eta, goal) if halve is not None else None
+    if dry_run:
+        from posttrain.runs.dry_run import planned_sweep
+
+        print_plan([*planned_sweep(plan), *([("halving", str(halving))] if halving else [])])
+        return
     if run_sweep(plan, halving):
         raise typer.Exit(1)
 

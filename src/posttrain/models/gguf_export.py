@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from posttrain.config import ModelConfig
 from posttrain.core.errors import MissingExtraError, ModelError
 from posttrain.models.gguf_blocks import GGUF_TYPES, exact_blocks, exact_type, ggml_type, gguf_blocks, type_for
 from posttrain.models.gguf_tokenizer import add_tokenizer
+from posttrain.models.model_shape import meta_model
 from posttrain.models.quantized_weight import QuantizedWeight, quantized_modules, quantized_of
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -91,10 +93,7 @@ def export_gguf(
     if file.exists():
         raise ModelError(f"{file} exists already: name another file, or remove it first")
     quantization = _default_type(hf) if quantization == "auto" else quantization
-    for name in (quantization, embeddings or quantization):
-        if name not in GGUF_TYPES:
-            raise ModelError(f"GGUF type {name!r} can't be written: choose one of {', '.join(GGUF_TYPES)}")
-    embeddings = embeddings or ("Q8_0" if quantization.startswith("Q4") else quantization)
+    quantization, embeddings = gguf_types(quantization, embeddings)
     summary = GGUFSummary(file)
     from gguf import GGUFWriter
 
@@ -119,6 +118,41 @@ def export_gguf(
         os.replace(fresh, file)
     summary.bytes = file.stat().st_size
     return summary
+
+
+def planned_gguf(config: ModelConfig, quantization: str, embeddings: str | None) -> tuple[int, str]:
+    """Return the bytes of the tensors that `export_gguf` would write, and their types in words; no weights are read.
+
+    Args:
+        config: Source of the model.
+        quantization: As there. auto: F16, also of quantised weights, whose types their files name.
+        embeddings: As there.
+
+    Raises:
+        MissingExtraError, ModelError: It can't be written.
+    """
+    hf = meta_model(config)
+    check_gguf(hf)
+    from gguf import GGML_QUANT_SIZES
+
+    quantization, embeddings = gguf_types("F16" if quantization == "auto" else quantization, embeddings)
+    hf.tie_weights()
+    total, counts = 0, dict[str, int]()
+    for name, tensor in hf.named_parameters():
+        outer = any(part in ("embed_tokens", "lm_head") for part in name.split("."))
+        wanted = embeddings if outer else quantization
+        kind = "F32" if tensor.ndim == 1 else type_for(tensor.shape[-1], wanted)
+        block, size = GGML_QUANT_SIZES[ggml_type(kind)]
+        total, counts[kind] = total + tensor.numel() * size // block, counts.get(kind, 0) + 1
+    return total, ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) + " tensors"
+
+
+def gguf_types(quantization: str, embeddings: str | None) -> tuple[str, str]:
+    """Return the types of linear layers, and of the embedding and the head. Raises ModelError for an unknown one."""
+    for name in (quantization, embeddings or quantization):
+        if name not in GGUF_TYPES:
+            raise ModelError(f"GGUF type {name!r} can't be written: choose one of {', '.join(GGUF_TYPES)}")
+    return quantization, embeddings or ("Q8_0" if quantization.startswith("Q4") else quantization)
 
 
 def _architecture(config: Any) -> str:

@@ -90,17 +90,24 @@ def model_shape(config: ModelConfig) -> ModelShape:
     Raises:
         ModelError: The source can't be found, or its configuration can't be read.
     """
+    return shape_of_model(meta_model(config), len(load_tokenizer(config)))
+
+
+def meta_model(config: ModelConfig) -> Any:
+    """Return the transformers model at a source without its weights, on the device `meta` (a tiny one as it is).
+
+    Raises:
+        ModelError: The source can't be found, or its configuration can't be read.
+    """
     import torch
 
-    settings, tokens = load_settings(config), len(load_tokenizer(config))
+    settings = load_settings(config)
     if settings is None:
         while (adapter := source_adapter(config)) is not None:
             config = base_settings(config, adapter)
-        hf = tiny_model(resolve(config.source).location, tokens)
-    else:
-        with explained(config.source), torch.device("meta"):
-            hf = auto_class(settings).from_config(settings, trust_remote_code=config.trust_remote_code)
-    return shape_of_model(hf, tokens)
+        return tiny_model(resolve(config.source).location, len(load_tokenizer(config)))
+    with explained(config.source), torch.device("meta"):
+        return auto_class(settings).from_config(settings, trust_remote_code=config.trust_remote_code)
 
 
 def shape_of_model(hf: Any, tokens: int = 0) -> ModelShape:

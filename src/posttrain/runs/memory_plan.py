@@ -180,7 +180,7 @@ def plan_memory(
     shape = model_shape(recipe.model)
     device = "cuda" if gpu_gib is not None else pick_device(recipe.model.device).type
     room = gpu_gib * 2**30 if gpu_gib is not None else room_of(device)
-    prepared = _prepared(recipe, shape) if prepared is None else prepared
+    prepared = read_stages(recipe, shape.context) if prepared is None else prepared
     training = [
         _stage_memory(recipe, stage, prepared.get(name), shape, device, room)
         for name, stage in recipe.in_order()[: len(recipe.stages)]
@@ -228,9 +228,14 @@ def room_of(device: str) -> float:
     return memory_bytes()
 
 
-def _prepared(recipe: Recipe, shape: ModelShape) -> dict[str, Stage]:
-    """Read the data of every stage that does not wait for rows of an earlier one."""
-    context = StageContext(load_tokenizer(recipe.model), shape.context or 2048, None, recipe.evaluate)
+def read_stages(recipe: Recipe, context_tokens: int | None) -> dict[str, Stage]:
+    """Read the data of every stage that does not wait for rows of an earlier one; return them by name of their folder.
+
+    Args:
+        recipe: The recipe.
+        context_tokens: The model's context. None: it names none.
+    """
+    context = StageContext(load_tokenizer(recipe.model), context_tokens or 2048, None, recipe.evaluate)
     makes = {stage.name: stage.makes for stage in recipe.stages}
     out = {}
     for name, stage in recipe.in_order()[: len(recipe.stages)]:

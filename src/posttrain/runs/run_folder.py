@@ -139,8 +139,39 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _claim(path: Path, recipe: Recipe) -> None:
-    """Write the recipe into a new folder, or make sure that the folder's run is of this recipe."""
+def describe_folder(path: Path, recipe: Recipe, fresh: bool) -> str:
+    """Return what a run in a folder starts from, without changing anything.
+
+    Args:
+        path: The folder.
+        recipe: The run's recipe.
+        fresh: An earlier run in the folder is set aside.
+
+    Raises:
+        CheckpointError: The folder holds a run of another recipe, or files of something else.
+    """
+    if fresh and path.exists():
+        return "the run in it is set aside, and another one begins"
+    if not path.exists():
+        return "new"
+    _, different = _stored_recipe(path, recipe)
+    if different is None:
+        return "new"
+    if different:
+        return "a run of another recipe, which has made nothing yet, is replaced"
+    noted = Manifest(path).values
+    if noted.get("status") == "done":
+        return "finished already: nothing is done (--fresh starts over)"
+    made = [entry["name"] for entry in noted.get("stages", []) if entry.get("status") == "done"]
+    return f"resumes; finished stages: {', '.join(made) or 'none'}"
+
+
+def _stored_recipe(path: Path, recipe: Recipe) -> tuple[Recipe | None, list[str] | None]:
+    """Return the recipe in a folder (None: none that is valid), and how it differs (None: the folder has none).
+
+    Raises:
+        CheckpointError: The folder can't be taken over.
+    """
     stored = path / "recipe.yaml"
     foreign = [] if stored.exists() else [name for name in (*OF_A_RUN, "model") if os.path.lexists(path / name)]
     if foreign:
@@ -148,22 +179,30 @@ def _claim(path: Path, recipe: Recipe) -> None:
             f"{path} holds {foreign[0]} and no recipe.yaml, so it is no run, and a run would mix its files with these. "
             "Give the run another name (name=...) or folder (--folder)"
         )
-    if stored.exists():
-        earlier: Recipe | None = None
-        try:
-            earlier = load_recipe(str(stored))
-            different = differences(earlier, recipe)
-        except RecipeError as error:
-            different = [str(error)]
+    if not stored.exists():
+        return None, None
+    earlier: Recipe | None = None
+    try:
+        earlier = load_recipe(str(stored))
+        different = differences(earlier, recipe)
+    except RecipeError as error:
+        different = [str(error)]
+    begun = any(os.path.lexists(path / name) for name in (*OF_A_RUN, "model"))
+    if different and begun and (not (path / "manifest.json").is_file() or has_results(path)):
+        check_machine(recipe)  # a wrong path in this recipe is the more likely mistake
+        raise CheckpointError(
+            f"{path} holds a run of another recipe ({'; '.join(different[:5])}). Resume that one with "
+            f"`posttrain run {path}`, give this one another name (name=...), or set the old one aside with --fresh"
+        )
+    return earlier, different
+
+
+def _claim(path: Path, recipe: Recipe) -> None:
+    """Write the recipe into a new folder, or make sure that the folder's run is of this recipe."""
+    earlier, different = _stored_recipe(path, recipe)
+    if different is not None:
         if not different:
             return
-        begun = any(os.path.lexists(path / name) for name in (*OF_A_RUN, "model"))
-        if begun and (not (path / "manifest.json").is_file() or has_results(path)):
-            check_machine(recipe)  # a wrong path in this recipe is the more likely mistake
-            raise CheckpointError(
-                f"{path} holds a run of another recipe ({'; '.join(different[:5])}). Resume that one with "
-                f"`posttrain run {path}`, give this one another name (name=...), or set the old one aside with --fresh"
-            )
         evaluated = ("model", "evaluate", "seed")
         same = earlier is not None and all(getattr(earlier, name) == getattr(recipe, name) for name in evaluated)
         kept = _of_evaluations(path, earlier) if same and earlier is not None else {}
@@ -173,7 +212,7 @@ def _claim(path: Path, recipe: Recipe) -> None:
             shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink(missing_ok=True)
         if any(kept.values()):
             Manifest(path).update(**kept)
-    write_text(stored, dump_recipe(recipe))
+    write_text(path / "recipe.yaml", dump_recipe(recipe))
 
 
 def _of_evaluations(path: Path, recipe: Recipe) -> dict[str, Any]:
