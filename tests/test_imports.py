@@ -31,6 +31,7 @@ LAYERS = [
     {"methods"},
     {"report"},
     {"lab", "runs"},
+    {"ui"},
     {"cli"},
     {"__main__"},
 ]

@@ -349,9 +349,9 @@ const range = chart => [chart.u.scales.x.min, chart.u.scales.x.max], wait = ms =
   seen.left = out.textContent;
   seen.smoothed = values()[2];
   const slider = document.querySelector("#smoothing");
-  slider.value = 0; slider.dispatchEvent(new Event("input")); await wait(50);
+  slider.value = 0; slider.dispatchEvent(new Event("input", { bubbles: true })); await wait(50);
   seen.columns = values().length;
-  slider.value = 0.9; slider.dispatchEvent(new Event("input")); await wait(50);
+  slider.value = 0.9; slider.dispatchEvent(new Event("input", { bubbles: true })); await wait(50);
   seen.strong = values()[2];
   const log = document.querySelector("[data-chart='sft.loss'] button.log");
   log.click(); await wait(50);

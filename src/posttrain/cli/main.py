@@ -27,6 +27,7 @@ from posttrain.cli.report import report_command
 from posttrain.cli.run import run_command
 from posttrain.cli.serve import serve_command
 from posttrain.cli.sweep_command import sweep_command
+from posttrain.cli.ui_command import ui_command
 from posttrain.core.errors import PosttrainError, RecipeError
 from posttrain.core.files import cache_folder, os_error
 from posttrain.core.secrets import hide_secrets
@@ -95,6 +96,7 @@ app.command("bake")(bake_command)
 app.command("export")(export_command)
 app.command("merge")(merge_command)
 app.command("compose")(compose_command)
+app.command("ui")(ui_command)
 app.command("report")(report_command)
 app.command("lab")(lab_command)
 app.command("memory")(memory_command)

@@ -49,7 +49,7 @@ def serve_command(
     if api_key_env and not key:
         raise RecipeError(f"the environment variable {api_key_env} holds no key: set it, or leave --api-key-env out")
     config = named_model(model, device, trust_remote_code)
-    from posttrain.serving.http_server import LOOPBACK
+    from posttrain.serving.bounded_server import LOOPBACK
 
     if host not in LOOPBACK and key is None:
         raise RecipeError(f"--host {host} lets other machines in: give a key with --api-key-env VARIABLE")

@@ -80,7 +80,7 @@ def build_report(run_folder: Path) -> Path:
 
 
 @functools.cache
-def _pages() -> tuple[dict[str, str], jinja2.Environment]:
+def page_files() -> tuple[dict[str, str], jinja2.Environment]:
     """Return the files of the pages, and their templates; compiling one takes longer than filling it."""
     folder = resources.files("posttrain.report").joinpath("page")
     page = {f.name: f.read_text(encoding="utf-8") for f in folder.iterdir() if f.is_file()}
@@ -95,6 +95,16 @@ def _pages() -> tuple[dict[str, str], jinja2.Environment]:
     return page, environment
 
 
+@functools.cache
+def chart_files() -> tuple[str, str]:
+    """Return the style of the pages and the script that draws their charts, both with uPlot's in front."""
+    page, _ = page_files()
+    folder = resources.files("posttrain.report").joinpath("page")
+    plot, plot_style, licence = (folder.joinpath("vendor", file).read_text(encoding="utf-8") for file in VENDOR)
+    script = f"/* uPlot 1.6.32\n{licence.strip()} */\n{plot.strip()}\n{page['chart.js']}"
+    return f"/* uPlot 1.6.32, MIT licence */\n{plot_style}\n{page['style.css']}", script
+
+
 def render_template(name: str, /, **values: Any) -> str:
     """Return a page as text.
 
@@ -105,12 +115,11 @@ def render_template(name: str, /, **values: Any) -> str:
         name: File of the template, which puts `style`, `script` and `digest` into the page.
         values: What else the template shows.
     """
-    page, templates = _pages()
-    folder = resources.files("posttrain.report").joinpath("page")
-    plot, plot_style, licence = (folder.joinpath("vendor", file).read_text(encoding="utf-8") for file in VENDOR)
-    script = f"/* uPlot 1.6.32\n{licence.strip()} */\n{plot.strip()}\n{page['script.js']}"
+    page, templates = page_files()
+    style, charts = chart_files()
+    script = f"{charts}\n{page['script.js']}"
     return templates.get_template(name).render(
-        style=Markup(f"/* uPlot 1.6.32, MIT licence */\n{plot_style}\n{page['style.css']}"),
+        style=Markup(style),
         script=Markup(script),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         **values,

@@ -1,4 +1,4 @@
-"""Turn numbers into charts: the data that page/script.js draws with uPlot, grouped as the method's metrics say."""
+"""Turn numbers into charts: the data that page/chart.js draws with uPlot, grouped as the method's metrics say."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ POINTS = 1000
 """Steps drawn one by one; of more, means over equal runs of them are drawn."""
 ROUNDING = 1e-6
 """Values of both signs that are all smaller are rounding errors around 0."""
+RUN_STYLES = ("s2", "s3", "s4", "s5", "s6", "s7", "s1", "s0")
+"""Colours of runs over each other, in their order."""
 FOLDED_GROUPS = ("Details", "Other")
 
 COMMON = (
@@ -140,12 +142,9 @@ class StageCharts:
 
 def stage_charts(stage: StageLog) -> StageCharts:
     """Return the charts of a stage, grouped and titled by its method.json."""
-    own = [_metric(m) for m in stage.method.get("metrics") or [] if isinstance(m, Mapping) and m.get("name")]
-    known = [*own, *COMMON]
+    known = _known(stage)
     skipped = [int(r["step"]) for r in stage.metrics if r.get("skipped")]
-    columns = _columns(stage.metrics) | {
-        k: v for k, v in _columns(map(flatten_phases, stage.timings)).items() if k != "step"
-    }
+    columns = _stage_columns(stage)
     groups: dict[str, list[Chart]] = {}
     constant, equal, drawn = [], [], dict[tuple[Any, ...], str]()
     over = _drawn_over(known, columns)
@@ -172,6 +171,44 @@ def stage_charts(stage: StageLog) -> StageCharts:
     folded = [(title, charts) for title, charts in groups.items() if title in FOLDED_GROUPS]
     single = any(len(columns[key][0]) == 1 for key, _, _ in constant)
     return StageCharts(shown, folded, constant, single, equal, skipped)
+
+
+def _known(stage: StageLog) -> list[Metric]:
+    """Return the metrics that a stage describes, its own first."""
+    own = [_metric(m) for m in stage.method.get("metrics") or [] if isinstance(m, Mapping) and m.get("name")]
+    return [*own, *COMMON]
+
+
+def _stage_columns(stage: StageLog) -> dict[str, tuple[list[float], list[float]]]:
+    return _columns(stage.metrics) | {
+        k: v for k, v in _columns(map(flatten_phases, stage.timings)).items() if k != "step"
+    }
+
+
+def compared_charts(stages: Sequence[tuple[str, StageLog]]) -> list[tuple[str, list[Chart]]]:
+    """Return the charts of one stage of several runs over each other, by group; those of details are left out.
+
+    stages: Name of each run and its stage. Colours are those of `RUN_STYLES`, in this order.
+    """
+    known = [metric for _, stage in stages for metric in _known(stage)]
+    columns = [_stage_columns(stage) for _, stage in stages]
+    groups: dict[str, list[Chart]] = {}
+    for key in _in_order({k: None for of_run in columns for k in of_run}, known):
+        metric = describe_metric(key, known)
+        found = [(name, i, c[key]) for i, ((name, _), c) in enumerate(zip(stages, columns, strict=True)) if key in c]
+        if metric.group in (*FOLDED_GROUPS, "") or len({v for _, _, (_, y) in found for v in y}) == 1:
+            continue
+        series = []
+        for name, i, (x, y) in found:
+            few = len(y) == 1 or metric.group == "Held out"
+            line = Series(name, x, y, style=RUN_STYLES[i % 8], points=few, smooth=not few and smoothable(y))
+            series.append(replace(thin(line)[0], low=(), high=()))
+        spoken = "; ".join(f"{name} from {format_number(y[0])} to {format_number(y[-1])}" for name, _, (_, y) in found)
+        low = min(v for _, _, (_, y) in found for v in y)
+        chart = Chart(f"{stages[0][1].name}.{key}", metric.title, metric.unit, series, f"{metric.title}: {spoken}",
+                      better=metric.better, log=low > 0)  # fmt: skip
+        groups.setdefault(metric.group, []).append(chart)
+    return list(groups.items())
 
 
 def _drawn_over(known: Sequence[Metric], columns: Mapping[str, Any]) -> dict[str, str]:

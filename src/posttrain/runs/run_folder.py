@@ -139,6 +139,23 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_worked_on(path: Path) -> bool:
+    """Return True if a process holds the lock of a run's folder; a run that says `running` without it was killed."""
+    try:
+        descriptor = os.open(path / ".lock", os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks: nobody can tell
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def describe_folder(path: Path, recipe: Recipe, fresh: bool) -> str:
     """Return what a run in a folder starts from, without changing anything.
 

@@ -23,16 +23,13 @@ from posttrain.sampling.protocol import Request
 from posttrain.serving.api_answers import AnswerFormat, Json
 from posttrain.serving.api_requests import ApiError, ChatBody, CompletionsBody
 from posttrain.serving.batcher import Batcher, BatchJob, Closing, QueueFull
+from posttrain.serving.bounded_server import ClientGone
 from posttrain.serving.text_pieces import TextPieces
 
 PROMPTS_AT_ONCE = 128
 """Prompts of one request."""
 LOOK = 1.0
 """Seconds between two looks whether a client that waits is still there."""
-
-
-class ClientGone(Exception):
-    """Report that whoever asked has closed the connection."""
 
 
 class ModelApi:
