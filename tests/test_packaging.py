@@ -56,6 +56,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
         "docs",
         "gguf",
         "instructions",
+        "lm-eval",
         "mlflow",
         "notebook",
         "openai",

@@ -52,7 +52,8 @@ SURFACE = {
     "run": {"recipe", "overrides", "folder", "fresh", "accept_changed_data", "dry_run"},
     "sweep": {"recipe", "settings", "seeds", "random", "halve", "eta", "goal", "folder", "dry_run"},
     "inspect": {"recipe", "overrides", "rows", "stage", "step", "held_out", "sort", "problem", "watch"},
-    "evaluate": {"model", "recipe", "overrides", "folder", "against", "dry_run"},
+    "evaluate": {"model", "recipe", "overrides", "folder", "against", "dry_run"}
+    | {"lm_eval", "lm_eval_folder", "chat", "few_shot", "limit"},
     "chat": {"model", "prompt", "system", "max_new_tokens", "temperature", "device", "trust_remote_code"}
     | {"refine", "rounds", "feedback", "task", "image"},
     "serve": {"model", "host", "port", "name", "api_key_env", "max_tokens", "max_running", "max_waiting", "cache_mb"}
@@ -196,6 +197,9 @@ def test_inspect_and_evaluate_check_names_before_anything_loads(tmp_path) -> Non
     assert done.exit_code == 2 and "no evaluations" in done.output
     done = invoke("evaluate", "tiny:llama", "--recipe", "quickstart", "--against", str(tmp_path))
     assert done.exit_code == 2 and "sentiment.jsonl" in done.output
+    for options in ([], ["-r", "quickstart", "--chat"]):
+        done = invoke("evaluate", "tiny:llama", *options)
+        assert done.exit_code == 2 and "belong to --lm-eval" in done.output
 
 
 def test_report_of_what_is_no_run(tmp_path) -> None:

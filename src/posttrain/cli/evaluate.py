@@ -21,8 +21,23 @@ if TYPE_CHECKING:
 
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file, or a run's folder.")],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="The recipe (or run folder) whose evaluations to run.")],
     overrides: Overrides = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="The recipe (or run folder) whose evaluations to run."),
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="Tasks of lm-eval instead, by name or YAML file, with commas between them."),
+    ] = None,
+    lm_eval_folder: Annotated[Path | None, typer.Option(help="Folder of your own tasks of lm-eval.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask lm-eval's tasks through the chat template.")] = False,
+    few_shot: Annotated[
+        int | None, typer.Option(min=0, help="Demonstrations of lm-eval's tasks. [default: the task's own]")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of each of lm-eval's tasks. [default: all]")
+    ] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Where items and results go. [default: runs/evaluations/…]")
     ] = None,
@@ -31,11 +46,16 @@ def evaluate_command(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Run a recipe's evaluations on any model; compare two models on the same items."""
+    """Run a recipe's evaluations, or tasks of lm-eval, on any model; compare two models on the same items."""
     from posttrain.recipe.machine_checks import check_machine
-    from posttrain.recipe.parsing import load_recipe
 
-    checked = load_recipe(recipe, overrides or ())
+    shared = {"tasks_folder": lm_eval_folder and str(lm_eval_folder), "chat": chat, "shots": few_shot, "limit": limit}
+    if lm_eval is None and any(shared.values()) or (recipe is None and lm_eval is None):
+        raise RecipeError(
+            "evaluate needs --recipe NAME (whose evaluations to run) or --lm-eval TASKS; --lm-eval-folder, --chat, "
+            "--few-shot and --limit belong to --lm-eval"
+        )
+    checked = _recipe_of(model, recipe, overrides or (), _lm_eval_tasks(lm_eval, shared))
     if not checked.evaluate:
         raise RecipeError(f"{recipe} has no evaluations; add some under `evaluate:`")
     # The recipe's dtype, device and chat template (which a base model needs), with another model.
@@ -48,15 +68,41 @@ def evaluate_command(
         if missing:
             raise RecipeError(f"--against {against}: no {missing[0]}.jsonl there; name RUN/evaluations/before")
     folder = folder or evaluation_folder(checked, model)
+    whole = _with_results_of(Path(recipe), checked) if recipe is not None else checked
     if dry_run:
         from posttrain.runs.dry_run import model_line, planned_evaluations
 
-        tasks = _with_results_of(Path(recipe), checked).evaluate
+        tasks = whole.evaluate
         done = [task.name for task in tasks if (folder / f"{task.name}.json").is_file()]
         there = f" (finished: {', '.join(done)})" if done else ""
         print_plan([model_line(of_model), *planned_evaluations(tasks, of_model), ("writes", f"{folder}{there}")])
         return
-    print_evaluation(_with_results_of(Path(recipe), checked), of_model, folder, against, make_console())
+    print_evaluation(whole, of_model, folder, against, make_console())
+
+
+def _lm_eval_tasks(names: str | None, shared: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the settings of an evaluation for each of lm-eval's tasks; the settings that are given are `shared`."""
+    tasks = []
+    for task in (part.strip() for part in (names or "").split(",")):
+        if task:
+            stem = Path(task).stem if task.endswith((".yaml", ".yml")) else task
+            name = re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-.")
+            given = {key: value for key, value in shared.items() if value not in (None, False)}
+            tasks.append({"kind": "lm_eval", "name": name, "task": task, **given})
+    return tasks
+
+
+def _recipe_of(model: str, recipe: str | None, overrides: Sequence[str], tasks: list[dict[str, Any]]) -> Recipe:
+    """Return the recipe whose evaluations are run; `tasks` take the place of those of a recipe that is named."""
+    from posttrain.recipe.parsing import load_recipe
+
+    if recipe is None:
+        return load_recipe({"name": "lm-eval", "model": {"source": model}, "evaluate": tasks}, overrides)
+    checked = load_recipe(recipe, overrides)
+    if not tasks:
+        return checked
+    other = load_recipe({"name": checked.name, "model": {"source": model}, "evaluate": tasks})
+    return checked.model_copy(update={"stages": [], "evaluate": other.evaluate})
 
 
 def _with_results_of(run: Path, recipe: Recipe) -> Recipe:
@@ -106,7 +152,7 @@ def print_evaluation(recipe: Recipe, model: ModelConfig, folder: Path, against: 
 
     from posttrain.eval.tasks import evaluate_model
     from posttrain.report.behaviour import BehaviourView, figure_lines
-    from posttrain.report.terminal import figure_table, sampling_tables
+    from posttrain.report.terminal import evaluation_tables, figure_table
 
     summaries = evaluate_model(model, recipe.evaluate, folder, recipe.seed)
     table = Table(title=f"{model.source}, with 95% intervals")
@@ -115,8 +161,8 @@ def print_evaluation(recipe: Recipe, model: ModelConfig, folder: Path, against: 
     for s in summaries:
         table.add_row(s["task"], s["metric"], f"{s['n']:,}", _interval(s, s["metric"]))
     out.print(table)
-    for of_samples in sampling_tables(folder):
-        out.print(of_samples)
+    for further in evaluation_tables(folder):
+        out.print(further)
     for s in summaries:
         if lines := figure_lines(s, None, None):
             out.print(figure_table(BehaviourView(s["task"], s["metric"], lines)))

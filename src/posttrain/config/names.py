@@ -133,6 +133,7 @@ EVALUATIONS: dict[str, str] = {
     "refine": "posttrain.eval.refine_evaluation:RefineEvaluation",
     "score": "posttrain.eval.evaluation_tasks:ScoreTask",
     "speed": "posttrain.eval.speed_evaluation:SpeedTask",
+    "lm_eval": "posttrain.eval.lm_eval_evaluation:LmEvalTask",
     "counterfactual": "posttrain.eval.behaviour_evaluation:CounterfactualTask",
     "refusal": "posttrain.eval.behaviour_evaluation:RefusalTask",
     "sycophancy": "posttrain.eval.behaviour_evaluation:SycophancyTask",

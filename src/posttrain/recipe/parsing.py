@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -46,7 +46,7 @@ MAX_EXTENDED = 20
 """Most recipes that extend one another."""
 
 
-def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path_or_name: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply overrides, and check it as a whole.
 
     A recipe with ``extends: NAME`` (or a path relative to its own file) is that recipe with its own keys put in. Keys
@@ -55,7 +55,8 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     folder and beside the recipe can be imported afterwards.
 
     Args:
-        path_or_name: Path of a YAML file, folder of a run (for its recipe.yaml), or name of a shipped recipe.
+        path_or_name: Path of a YAML file, folder of a run (for its recipe.yaml), name of a shipped recipe, or what a
+            YAML file would hold.
         overrides: ``key=value`` with dotted keys; items of a list go by index or name, as in
             ``stages.0.optimizer.lr=1e-4``, ``stages.sft.batch_size=8``, ``model.source=path``. ``key=`` sets null.
 
@@ -122,7 +123,9 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def _read(path_or_name: str | Path, extending: tuple[str, ...] = ()) -> tuple[Document, str, Path | None]:
+def _read(
+    path_or_name: str | Path | Mapping[str, Any], extending: tuple[str, ...] = ()
+) -> tuple[Document, str, Path | None]:
     """Return a recipe merged with the one that it extends, unchecked; its name in messages; its folder."""
     text, origin, folder = _open(path_or_name)
     if origin in extending or len(extending) > MAX_EXTENDED:
@@ -146,8 +149,10 @@ def _read(path_or_name: str | Path, extending: tuple[str, ...] = ()) -> tuple[Do
     return base, origin, folder
 
 
-def _open(path_or_name: str | Path) -> tuple[str, str, Path | None]:
+def _open(path_or_name: str | Path | Mapping[str, Any]) -> tuple[str, str, Path | None]:
     """Return (text, name in messages, folder that relative paths may start from)."""
+    if isinstance(path_or_name, Mapping):
+        return yaml.safe_dump(dict(path_or_name), sort_keys=False, allow_unicode=True), "the recipe", None
     named = str(path_or_name)
     have = shipped()
     if isinstance(path_or_name, str) and named in have:

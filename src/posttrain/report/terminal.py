@@ -1,4 +1,4 @@
-"""Make the tables that a run ends with in the terminal: before and after, and what many samples are worth."""
+"""Make the tables that a run ends with in the terminal: before and after, what many samples are worth, lm-eval's."""
 
 from __future__ import annotations
 
@@ -139,6 +139,38 @@ def sampling_tables(folder: Path) -> list[Table]:
             table.caption = refining_in_words(summary["refine"])
         tables.append(table)
     return tables
+
+
+def evaluation_tables(folder: Path) -> list[Table]:
+    """Return the tables of evaluations in a folder that have more than one figure."""
+    return [*sampling_tables(folder), *lm_eval_tables(folder)]
+
+
+def lm_eval_tables(folder: Path) -> list[Table]:
+    """Return a table for each evaluation by lm-eval in a folder: its own metrics, with their standard errors."""
+    tables = []
+    for path in sorted(Path(folder).glob("*.json")):
+        summary = read_json(path, [])
+        found = summary.get("lm_eval") if isinstance(summary, dict) else None
+        if not isinstance(found, dict):
+            continue
+        table = Table(title=Text(visible(f"{summary['task']}: lm-eval's own figures, {folder.name}")))
+        for name in ("task", "metric", "filter", "shots", "value", "standard error"):
+            table.add_column(name, justify="right" if name in ("shots", "value", "standard error") else "left")
+        for task, values in {**found["results"], **found["groups"]}.items():
+            for key, value in values.items():
+                metric, _, chosen = key.partition(",")
+                if not metric.endswith("_stderr"):
+                    error = values.get(f"{metric}_stderr,{chosen}")
+                    cells = (task, metric, chosen, found["shots"].get(task, ""), _plain(value))
+                    shown = "–" if error is None else _plain(error)
+                    table.add_row(*(Text(visible(str(cell))) for cell in (*cells, shown)))
+        tables.append(table)
+    return tables
+
+
+def _plain(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4e}"
 
 
 def figure_table(view: BehaviourView) -> Table:

@@ -49,7 +49,7 @@ from posttrain.report.load import read
 from posttrain.report.measured_stages import held_out_lines
 from posttrain.report.merge_search_view import search_lines
 from posttrain.report.retention_view import retention_lines
-from posttrain.report.terminal import answer_tables, figure_table, sampling_tables, stage_tables, summary_table
+from posttrain.report.terminal import answer_tables, evaluation_tables, figure_table, stage_tables, summary_table
 from posttrain.runs import registry
 from posttrain.runs.held_out_tasks import write_held_out_tasks
 from posttrain.runs.machine import machine, program_name
@@ -427,7 +427,7 @@ class _Run:
             summary = summary_table(found)
             first = [summary] if summary.row_count else []
             figures = [figure_table(view) for view in behaviours(found)]
-            for table in (*first, *figures, *stage_tables(found), *answer_tables(found), *sampling_tables(newest)):
+            for table in (*first, *figures, *stage_tables(found), *answer_tables(found), *evaluation_tables(newest)):
                 self.console.print(table)
         for line in [
             *held_out_lines(found),
