@@ -142,6 +142,7 @@ def test_placements_that_can_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"trainers": 2}, "trainers is for engine: ray.*nproc-per-node"),
         ({"engine": "ray", "trainers": 3, "nodes": 2}, "spread evenly over 2 nodes"),
         ({"engine": "ray", "trainers": 4, "replicas": 3}, "divided into 3 replicas"),
+        ({"engine": "ray", "trainers": 4, "sequence_parallel": 3}, r"divided into groups of 3 \(sequence_parallel\)"),
     ]:
         with pytest.raises(ValidationError, match=message):
             PlacementConfig.model_validate(settings)

@@ -132,8 +132,11 @@ Trained = dict[str, tuple[int, list[float], dict[str, torch.Tensor]]]
 
 
 def train(folder: Path, jobs: list[tuple[str, str, int, int]], replicas: int) -> None:
-    """Train a model of each kind from step to step and write (ranks, losses, weights) of each."""
-    distributed.start(torch.device("cpu"), replicas)
+    """Train a model of each kind from step to step and write (ranks, losses, weights) of each.
+
+    With several replicas of the weights, as many ranks compute each micro-batch together.
+    """
+    distributed.start(torch.device("cpu"), replicas, sequence_parallel=replicas)
     assert distributed.shards() * replicas == distributed.world()
     found = {}
     for name, kind, first, last in jobs:
@@ -164,7 +167,7 @@ def go(processes: int, folder: Path, jobs: list[tuple[str, int, int]], replicas:
 
 
 def test_two_ranks_equal_one_and_their_checkpoint_opens_in_one(tmp_path: Path) -> None:
-    """Four steps on one rank; four on two; two on two with whole copies, and two more on one from their checkpoint."""
+    """Four steps on one rank; four on two; two on two with whole copies, which share micro-batches, and two on one."""
     by_two = go(2, tmp_path, [("two", 0, 4)]) | go(2, tmp_path, [("mixed", 0, 2)], replicas=2)
     for kind in KINDS:
         assert len(list((tmp_path / "two" / kind / "step-000004").glob("*.distcp"))) == 2

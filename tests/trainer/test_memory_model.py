@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import posttrain
-from posttrain.config import AdapterConfig, ModelConfig
+from posttrain.config import AdapterConfig, ModelConfig, PlacementConfig
 from posttrain.core import process_memory
 from posttrain.core.types import Sample
 from posttrain.models.language_model import LanguageModel
@@ -214,4 +214,7 @@ def test_the_plan_is_what_a_run_takes(tmp_path: Path) -> None:
     )
     plan = plan_memory(recipe)
     assert plan.training[0].trained == plan.shape.parameters == model_shape(recipe.model).parameters
+    divided = plan_memory(recipe.model_copy(update={"systems": PlacementConfig(sequence_parallel=2)})).training[0]
+    assert divided.tokens == -(-plan.training[0].tokens // 2)
+    assert divided.parts["activations"] == pytest.approx(plan.training[0].parts["activations"] / 2, rel=0.01)
     assert plan.training[0].peak == pytest.approx(taken_by(recipe, tmp_path), rel=0.15)

@@ -131,6 +131,22 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _sequence_parallel(self) -> Recipe:
+        for stage in self.stages if self.systems.sequence_parallel > 1 else ():
+            adapter = stage.adapter if isinstance(stage, TrainConfig) else None
+            reason = None
+            if adapter is not None and adapter.is_soft_prompt:
+                reason = f"trains a soft prompt ({adapter.kind}), which every sequence begins with"
+            elif isinstance(stage, TrainConfig) and stage.whole_distributions:
+                reason = f"({stage.method}) compares whole distributions of a teacher and a student"
+            if reason is not None:
+                raise ValueError(
+                    f"stage {stage.name!r} {reason}, and systems.sequence_parallel divides the tokens of a micro-batch "
+                    "between processes: leave it out, or give this stage a recipe of its own"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _soft_prompts(self) -> Recipe:
         """Check what is trained after a stage that leaves a soft prompt: it can be continued, and nothing else."""
         soft = [s.name for s in self.stages if isinstance(s, TrainConfig) and s.adapter and s.adapter.is_soft_prompt]

@@ -35,6 +35,11 @@ class PlacementConfig(Config):
         ge=1,
         description="Copies of the weights, each sharded over trainers / replicas neighbouring processes (HSDP). With one for each machine only gradients travel between machines.",
     )
+    sequence_parallel: int = Field(
+        1,
+        ge=1,
+        description="Neighbouring processes that compute each micro-batch together, a slice of its tokens each: long sequences need 1 / N of the memory for activations. Each then takes N times systems.tokens_per_micro_batch of its stage. 1: each process computes its own.",
+    )
     samplers: int = Field(
         0,
         ge=0,
@@ -66,6 +71,10 @@ class PlacementConfig(Config):
                 raise ValueError(f"{name} is {count}, and each of {self.trainers} trainers needs one at least")
         if self.engine == "ray" and self.trainers % self.replicas:
             raise ValueError(f"{self.trainers} trainers can't be divided into {self.replicas} replicas")
+        if self.engine == "ray" and self.trainers % self.sequence_parallel:
+            raise ValueError(
+                f"{self.trainers} trainers can't be divided into groups of {self.sequence_parallel} (sequence_parallel)"
+            )
         return self
 
 

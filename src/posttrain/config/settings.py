@@ -291,7 +291,6 @@ class TrainConfig(StageBase):
 
     before_target: ClassVar[bool] = False
     """The first token that carries loss begins the answer, in every forward pass: virtual tokens may stand there."""
-
     adapter: AdapterConfig | None = Field(None, description="Train adapters on a frozen model. None: every weight.")
     train: list[str] | None = Field(
         None,
@@ -315,6 +314,11 @@ class TrainConfig(StageBase):
     keep_checkpoints: int = Field(
         2, ge=2, description="Number of checkpoints to keep; at least two, in case one is damaged."
     )
+
+    @property
+    def whole_distributions(self) -> bool:
+        """Return True if the loss needs distributions over the vocabulary, not the tokens' log-probabilities alone."""
+        return False
 
     @model_validator(mode="after")
     def _merge_what_can_be(self) -> TrainConfig:

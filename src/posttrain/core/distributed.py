@@ -17,29 +17,49 @@ from posttrain.core.errors import RecipeError
 PEER_WAIT = timedelta(hours=12)
 """How long a process waits for the others: rank 0 alone evaluates, and NCCL's own limit is 10 minutes."""
 _replicas = 1
+_sequence_parallel = 1
+_sequence_group: dist.ProcessGroup | None = None
 X = TypeVar("X")
 Y = TypeVar("Y")
 
 
-def start(device: torch.device, replicas: int = 1) -> None:
+def start(device: torch.device, replicas: int = 1, sequence_parallel: int = 1) -> None:
     """Join the process group that torchrun set up (gloo on a CPU, NCCL on GPUs); nothing to do for one process.
 
     Args:
         device: Device of this process.
         replicas: Copies of the weights that `shard` makes.
+        sequence_parallel: Neighbouring processes that compute each micro-batch together.
 
     Raises:
-        RecipeError: The processes can't be divided into as many copies.
+        RecipeError: The processes can't be divided into as many copies, or into such groups.
     """
-    global _replicas
+    global _replicas, _sequence_parallel
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes % replicas:
         raise RecipeError(f"systems.replicas is {replicas}, and {processes} processes can't be divided into as many")
+    if processes % sequence_parallel:
+        raise RecipeError(
+            f"systems.sequence_parallel is {sequence_parallel}, and {processes} process{'es' * (processes > 1)} can't "
+            f"be divided into groups of as many: start a multiple of {sequence_parallel} (torchrun --nproc-per-node "
+            f"{sequence_parallel} -m posttrain run RECIPE, or systems: {{engine: ray, trainers: {sequence_parallel}}})"
+        )
     if processes > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PEER_WAIT)
-        _replicas = replicas
+        _replicas, _sequence_parallel = replicas, sequence_parallel
+        _make_sequence_groups()
+
+
+def _make_sequence_groups() -> None:
+    """Make a process group of each run of `sequence_parallel()` neighbouring ranks, and keep this rank's."""
+    global _sequence_group
+    n = sequence_parallel()
+    for first in range(0, world() if n > 1 else 0, n):  # every rank has to make all of them
+        group = dist.new_group(range(first, first + n), timeout=PEER_WAIT)
+        if first <= rank() < first + n:
+            _sequence_group = group
 
 
 def stop() -> None:
@@ -61,6 +81,16 @@ def world() -> int:
 def shards() -> int:
     """Return the number of processes that hold one copy of the weights together."""
     return world() // _replicas if dist.is_initialized() else 1
+
+
+def sequence_parallel() -> int:
+    """Return the number of processes that compute a micro-batch together; 1: each computes its own."""
+    return _sequence_parallel if dist.is_initialized() else 1
+
+
+def sequence_group() -> dist.ProcessGroup | None:
+    """Return the process group of those that compute a micro-batch together with this one."""
+    return _sequence_group
 
 
 def is_main() -> bool:

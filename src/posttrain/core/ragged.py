@@ -73,6 +73,31 @@ class BatchImages:
 
 
 @dataclass(frozen=True)
+class TokenSlice:
+    """Say which tokens of a batch this process computes, of a group that computes it together (sequence parallel).
+
+    Attributes:
+        number: Number of this process in its group.
+        count: Processes of the group.
+        size: Tokens of each slice; the last ones also hold tokens after T, which no other sees.
+    """
+
+    number: int
+    count: int
+    size: int
+
+    @property
+    def first(self) -> int:
+        """Return the T-index of the slice's first token."""
+        return self.number * self.size
+
+    def of(self, x_T: Tensor) -> Tensor:
+        """Return the slice of a tensor whose last dimension is T, zeros after T."""
+        whole = torch.nn.functional.pad(x_T, (0, self.count * self.size - x_T.shape[-1]))
+        return whole[..., self.first : self.first + self.size]
+
+
+@dataclass(frozen=True)
 class RaggedBatch:
     """T tokens and the S segments they form.
 
@@ -89,6 +114,7 @@ class RaggedBatch:
     virtual_T: T-indices of the virtual tokens that are computed (their token id is 0), virtual_ids: number of each.
     whole_rows: per sample, the T-indices of its tokens and its computed virtual tokens, in order.
     images: the pictures; None: the batch is text.
+    part: the tokens that this process computes; None: all.
     """
 
     tokens_T: Tensor
@@ -108,6 +134,7 @@ class RaggedBatch:
     virtual_ids: Tensor | None = None
     whole_rows: tuple[Tensor, ...] = ()
     images: BatchImages | None = None
+    part: TokenSlice | None = None
 
     @property
     def longest(self) -> int:

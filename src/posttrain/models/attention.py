@@ -23,6 +23,7 @@ from torch import Tensor
 
 from posttrain.core.ragged import RaggedBatch
 from posttrain.core.transfer import to_device
+from posttrain.models import sequence_parallel
 from posttrain.models.backends import backend_for
 
 IMPLEMENTATION_NAME = "posttrain"
@@ -132,7 +133,7 @@ def _varlen_attention(
     from torch.nn.attention.varlen import varlen_attn
 
     gather, cu_q, cu_k, longest_q, longest_k = plan.varlen()
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x[0].transpose(0, 1)[: plan.batch.total] for x in (query, key, value))
     if any(p >= 0 for p in plan.batch.parents):
         # Gradients of a key that many see are added up in float32, and in the same order every time.
         k, v = (torch.nn.functional.embedding(gather, x.flatten(1)).view(-1, *x.shape[1:]) for x in (k, v))
@@ -149,7 +150,8 @@ def _varlen_attention(
     else:
         options["is_causal"] = True
     out: Any = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **options)
-    return out[None]  # type: ignore[no-any-return]
+    extra = query.shape[2] - len(out)  # of tokens after the last segment the kernel would leave memory as it finds it
+    return (torch.nn.functional.pad(out, (0, 0, 0, 0, 0, extra)) if extra else out)[None]  # type: ignore[no-any-return]
 
 
 def plain_attention(
@@ -250,6 +252,11 @@ def ragged_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if not isinstance(ragged, Plan):
         return ragged.attend(query, key, value, sliding_window, scale, softcap, s_aux), None
+    if (part := ragged.batch.part) is not None:
+        heads = query.shape[1]
+        query, key, value, s_aux = sequence_parallel.all_tokens(part, query, key, value, s_aux)
+        out = _planned_attention(query, key, value, ragged, sliding_window, scale, softcap, s_aux)
+        return sequence_parallel.all_heads(part, out, heads), None
     first = 0
     if ragged.prefix is not None:
         first = ragged.prefix.shape[2]

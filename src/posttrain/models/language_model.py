@@ -24,6 +24,7 @@ from posttrain.models.max_length import check_length, context
 from posttrain.models.model_types import decoder_of, set_attention, still, warn_one_at_a_time, why_not_ragged
 from posttrain.models.output_head import head_parameters, output_head
 from posttrain.models.router_loss import RouterLoss, Routing, multiplicity, routing_of
+from posttrain.models.sequence_parallel import OwnTargets
 from posttrain.models.soft_prompt import SoftPrompt
 from posttrain.models.vision import (
     ROTARY_GRID,
@@ -172,7 +173,7 @@ class LanguageModel(nn.Module):
         return head
 
     def hidden_T_H(self, batch: RaggedBatch) -> Tensor:
-        """Compute final hidden states of every token of the batch, as the output head takes them.
+        """Compute final hidden states of every token of the batch (of a slice, its own), as the output head takes them.
 
         Raises ModelError for a sequence so long that it would change those beside it (`max_length`).
         """
@@ -184,8 +185,9 @@ class LanguageModel(nn.Module):
                 "shorten the row, or leave it out (data.max_tokens)"
             )
         if self.ragged:
+            extra = -batch.total % self.backend.tile if batch.part is None else 0
             with self._lean():
-                return self._decode(batch, None, **self.ragged_inputs(batch, -batch.total % self.backend.tile))
+                return self._decode(batch, None, **self.ragged_inputs(batch, extra))
         # One sequence at a time: right for any model, whatever state runs through it.
         hidden: Tensor | None = None
         if batch.images is not None:
@@ -208,6 +210,8 @@ class LanguageModel(nn.Module):
             keep: See `attention.Plan`.
         """
         tokens, positions = (torch.nn.functional.pad(x, (0, extra)) for x in (batch.tokens_T, batch.positions_T))
+        if batch.part is not None:
+            tokens, positions = batch.part.of(tokens), batch.part.of(positions)
         inputs: dict[str, Any] = {"position_ids": positions[None]}
         vectors = None if batch.images is None else self._with_pictures(tokens, batch)
         if batch.images is not None and self.base.config.model_type in ROTARY_GRID:
@@ -245,9 +249,10 @@ class LanguageModel(nn.Module):
         out = self.decoder(use_cache=False, **inputs)
         if wanted and self.router_loss is not None and self._routings is not None:
             weights = multiplicity(batch) if row is None else multiplicity(batch)[row]
+            weights = weights if batch.part is None else batch.part.of(weights)
             self._routings.append(routing_of(out.router_logits, weights, self.router_loss.per_token))
         hidden: Tensor = out.last_hidden_state[0]
-        return hidden[: batch.total] if row is None else hidden
+        return hidden[: batch.total] if row is None and batch.part is None else hidden
 
     @contextmanager
     def routings(self) -> Iterator[list[Routing]]:
@@ -305,21 +310,47 @@ class LanguageModel(nn.Module):
         if want == "hidden":
             return hidden
         targets = batch.targets_N if targets_N is None else targets_N
+        if want == "cross_entropy" and coefficients_N is None:
+            coefficients_N = batch.weights_T[targets]
+        places = targets
+        if want != "scores":
+            places = batch.predictors_T[targets]
+            require_all(places >= 0, lambda: "the first token of a sequence was asked for; no hidden state predicts it")
+        if batch.part is None:
+            return self._outputs(
+                want, hidden[places], batch.tokens_T[targets], coefficients_N, temperature, entropy, probe
+            )
+        if callable(want):
+            raise ModelError(
+                "this loss needs the output head and all hidden states (distillation does), and sequence_parallel "
+                "leaves each process those of its tokens: set systems.sequence_parallel to 1"
+            )
+        own = OwnTargets(batch.part, places)
+        states = hidden[own.of(places) - batch.part.first], own.of(batch.tokens_T[targets]), own.of(coefficients_N)
+        return own.joined(self._outputs(want, *states, own.of(temperature), entropy, probe))
+
+    def _outputs(
+        self,
+        want: str | OfStates,
+        hidden_N_H: Tensor,
+        tokens_N: Tensor,
+        coefficients_N: Tensor | None,
+        temperature: float | Tensor,
+        entropy: bool,
+        probe: bool,
+    ) -> Any:
+        """Compute what `forward` returns of the hidden states that belong to the targets."""
         if want == "scores":
             head = self.scorer()
             bias = None if head.bias is None else head.bias.float()
-            return torch.nn.functional.linear(hidden[targets].float(), head.weight.float(), bias)
-        predictors = batch.predictors_T[targets]
-        require_all(predictors >= 0, lambda: "the first token of a sequence was asked for; no hidden state predicts it")
-        hidden_N_H, tokens_N = hidden[predictors], batch.tokens_T[targets]
+            return torch.nn.functional.linear(hidden_N_H.float(), head.weight.float(), bias)
         pooled = self.logits_head() if isinstance(self.base, Ensemble) and want == "logprobs" else None
         if isinstance(pooled, EnsembleHead):
             return pooled.logprobs(hidden_N_H, tokens_N, temperature, entropy)
         if callable(want):
             return want(hidden_N_H, self.head(), tokens_N)
         if want == "cross_entropy":
-            if coefficients_N is None:
-                coefficients_N = batch.weights_T[targets]
+            assert coefficients_N is not None
             return self.backend.cross_entropy(hidden_N_H, self.head(packed=True), tokens_N, coefficients_N)
         logprobs = self.backend.logprobs(hidden_N_H, self.head(packed=True), tokens_N, temperature, entropy)
         if want == "logprobs":

@@ -291,8 +291,16 @@ def _stage_memory(
         fine = 1 + 4 / 256 if quantized.double else 4
         own_format = WeightFormat(quantized.kind, base.bytes, 4, 64, fine, experts=base.bytes)
     own_setting = setting(own_format, int(base.bytes), 0)
-    budget = _budget(config, own_setting, stage)
+    together = recipe.systems.sequence_parallel
+    budget = _budget(config, own_setting, stage) * together
     tokens, targets = work.micro_batch(budget, shape.context) if trains else (0, 0)
+    if together > 1 and tokens:  # loss tokens may all lie in one process's slice
+        tokens = -(-tokens // together)
+        targets = min(targets, tokens)
+        notes.append(
+            f"of one of {together} processes that compute a micro-batch together: activations are divided by as many; "
+            "weights, gradients and optimizer, which FSDP2 divides too, are counted in full"
+        )
     systems = getattr(config, "systems", None)
     lean = bool(systems is not None and systems.activation_checkpointing)
 

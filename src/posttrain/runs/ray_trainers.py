@@ -98,6 +98,7 @@ def run_on_ray(
             try:
                 with _workers(ray, recipe, say) as rooms, _trainers(ray, recipe, say) as trainers:
                     placed = {"engine": "ray", "nodes": trainers.nodes, "replicas": systems.replicas}
+                    placed["sequence_parallel"] = systems.sequence_parallel
                     placed |= {name: room["count"] for name, room in rooms.items()}
                     trainers.start({**frame, "rooms": rooms, "placed": {**placed, "restarts": restarts}})
                     return _result(trainers.endings(console))

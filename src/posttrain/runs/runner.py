@@ -151,7 +151,8 @@ def run_here(
         placed: What the manifest notes of where the processes are, and of restarts. None: nothing.
     """
     console = console or VisibleConsole(quiet=not distributed.is_main())
-    distributed.start(pick_device(recipe.model.device), recipe.systems.replicas)
+    placement = recipe.systems
+    distributed.start(pick_device(recipe.model.device), placement.replicas, placement.sequence_parallel)
     try:
         with open_run(path, recipe, fresh) as manifest, fixed_date(_date_of_run(manifest)):
             one = _Run(recipe, path, manifest, console, rewards, accept_changed_data, placed)

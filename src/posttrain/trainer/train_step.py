@@ -26,6 +26,7 @@ from posttrain.losses.gradient_accumulation import added_in_place
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.model_types import decoder_layers
 from posttrain.models.router_loss import Routing, add_up
+from posttrain.models.sequence_parallel import check_divisible, sliced, summed
 from posttrain.models.vision import zero_of_pictures
 from posttrain.trainer.optimizer import Optimizer, lr_at
 from posttrain.trainer.token_budget import token_budget
@@ -76,6 +77,7 @@ class Learner:
         self.steps_done = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        check_divisible(model.base.config.model_type, model.ragged)
         model.train()
         token_budget(systems, model)  # chosen before the optimizer takes its memory, and before ranks share weights
         layers = decoder_layers(model.base)
@@ -115,13 +117,14 @@ class Learner:
         shown = self._one_picture(useful) if distributed.world() > 1 else None
         self.optimizer.begin()
         for mine in chosen:
-            batch = self.model.pack(mine, self.systems.share_prefixes)
-            computed += batch.total
+            batch = self._pack(mine)
+            computed += batch.total if batch.part is None else batch.part.size
             with self.model.routings() as routings:
                 value, metrics = loss(self.model, batch, denominator)
             if self.model.router_loss is not None:
                 own = next(r for r in reversed(routings) if r.probabilities_E.requires_grad)
-                metrics["router_loss"] = self.model.router_loss.share(own, own if routing is None else routing)
+                share = self.model.router_loss.share(own, own if routing is None else routing)
+                metrics["router_loss"] = summed(batch.part, share)
                 value = value + self.model.router_loss.coefficient * metrics["router_loss"]
             if batch.images is None and shown is not None:
                 zero = zero_of_pictures(self.model.base, shown)
@@ -143,6 +146,10 @@ class Learner:
         record.update(tokens=tokens, loss_tokens=denominator)
         return StepResult(record, time.perf_counter() - began, tokens, computed, rounds)
 
+    def _pack(self, samples: Sequence[Sample]) -> RaggedBatch:
+        """Pack a micro-batch, of which this process computes all or, with sequence parallel, a slice."""
+        return sliced(self.model.pack(list(samples), self.systems.share_prefixes), self.model.backend.tile)
+
     def _one_picture(self, samples: Sequence[Sample]) -> BatchImages | None:
         """Return the pictures of the first sample that has some; None: all are text."""
         with_pictures = next((s for s in samples if image_spans(s.tokens)), None)
@@ -159,7 +166,7 @@ class Learner:
         with torch.no_grad():
             for mine in chosen:
                 with self.model.routings() as routings:
-                    self.model(self.model.pack(list(mine), self.systems.share_prefixes), "hidden")
+                    self.model(self._pack(mine), "hidden")
                 found += routings
         own = add_up(found)
         parts = distributed.all_gather_object([own.counts_E.cpu(), own.probabilities_E.cpu(), own.rows_.cpu()])
@@ -167,8 +174,12 @@ class Learner:
         return Routing(counts, probabilities, rows)
 
     def _split(self, samples: Sequence[Sample]) -> tuple[list[list[int]], int]:
-        """Return this rank's micro-batches, and how many passes every rank makes."""
-        world, budget = distributed.world(), token_budget(self.systems, self.model)
+        """Return this rank's micro-batches, and how many passes every rank makes.
+
+        Ranks that compute micro-batches together have the same ones, with the budget of all of them.
+        """
+        together = distributed.sequence_parallel()
+        world, budget = distributed.world() // together, token_budget(self.systems, self.model) * together
         units = _units(samples, budget, self.model.inserted)
         shares: list[list[int]] = [[] for _ in range(world)]
         loads = [0] * world
@@ -183,7 +194,7 @@ class Learner:
             ]
             for share in shares
         ]
-        return plans[distributed.rank() if world > 1 else 0], max(len(p) for p in plans)
+        return plans[distributed.rank() // together if world > 1 else 0], max(len(p) for p in plans)
 
     def _update(self, totals: dict[str, float], norms: dict[str, float], any_useful: bool) -> dict[str, float]:
         """Clip and step, or skip what is not finite."""
@@ -254,7 +265,8 @@ def _reduced(names: Sequence[str], numbers: Sequence[float]) -> dict[str, float]
     for name, number in zip(names, numbers, strict=True):
         own[name] = number if name not in own else _joined(name, own[name], number)
     totals: dict[str, float] = {}
-    for part in distributed.all_gather_object(own):  # a rank that has no sample with loss may lack some
+    # Ranks that compute micro-batches together have the same numbers; one that has no sample with loss may lack some.
+    for part in distributed.all_gather_object(own)[:: distributed.sequence_parallel()]:
         for name, number in part.items():
             totals[name] = number if name not in totals else _joined(name, totals[name], number)
     return dict(sorted(totals.items()))

@@ -53,6 +53,13 @@ STAGES = {
         "adapter": {"r": 4},
         "sampler": {"max_tokens": 9, "workers": 1},
     },
+    "together": {  # both ranks compute each micro-batch
+        "method": "grpo",
+        "group_size": 4,
+        "adapter": {"r": 4},
+        "kl": {"coefficient": 0.05},
+        "systems": {"tokens_per_micro_batch": 32},
+    },
     "critic": {  # of answers that each rank's own corrector revises
         "method": "grpo",
         "rewards": [{"kind": "corrected", "source": "tiny:llama", "reward": LENGTH, "sampler": {"max_tokens": 8}}],
@@ -61,7 +68,7 @@ STAGES = {
 }
 
 
-LONG = ["ppo", "rloo", "remax", "critic", "workers"]
+LONG = ["ppo", "rloo", "remax", "critic", "workers", "together"]
 """Methods whose test repeats most of another one's, or takes long to start processes."""
 
 
@@ -72,9 +79,10 @@ def runs_by_one_and_two(folder: Path, method: str) -> list[Path]:
         rows = [{"prompt": t, "asked": [{"role": "user", "content": t}], "written": t[:9]} for t in told]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     stage = {"method": method, **COMMON, **STAGES[method], "name": "rl"}
-    recipe = {"name": method, "model": {"source": "tiny:llama"}, "stages": [stage]}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     for ranks in (1, 2):
+        systems = {"sequence_parallel": ranks if method == "together" else 1}
+        recipe = {"name": method, "model": {"source": "tiny:llama"}, "stages": [stage], "systems": systems}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         warm.run(posttrain.run, "recipe.yaml", f"runs/{ranks}", folder=folder, ranks=ranks)
     return [folder / "runs" / str(ranks) for ranks in (1, 2)]
 

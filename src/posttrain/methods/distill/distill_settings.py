@@ -96,6 +96,10 @@ class DistillConfig(MeasuredConfig):
     )
     answer_tokens: int = Field(128, ge=1, description="Longest such answer in tokens.")
 
+    @property
+    def whole_distributions(self) -> bool:
+        return self.divergence is not None
+
     @model_validator(mode="before")
     @classmethod
     def _source_alone(cls, values: Any) -> Any:
