@@ -35,15 +35,15 @@ def watched(record: bool = True) -> Iterator[Graphs]:
     """Counts graphs that are recorded and replayed; record=False: none is, the same shapes run a kernel at a time."""
     found, kept = Graphs(), (StaticSteps._record, StaticSteps._run)
 
-    def _record(self: Any, shape: Any) -> None:
+    def _record(self: Any, key: Any, drawing: Any) -> None:
         if record:
-            kept[0](self, shape)
-            found.recorded += shape in self.recorded
+            kept[0](self, key, drawing)
+            found.recorded += key in self.recorded
 
-    def _run(self: Any, shape: Any) -> Any:
-        hidden = kept[1](self, shape)
-        found.replayed += shape in self.recorded
-        return hidden
+    def _run(self: Any, shape: Any, drawing: Any) -> Any:
+        out = kept[1](self, shape, drawing)
+        found.replayed += (shape, None if drawing is None else drawing.key) in self.recorded
+        return out
 
     StaticSteps._record, StaticSteps._run = _record, _run  # type: ignore[method-assign]
     try:

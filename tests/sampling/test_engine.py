@@ -19,6 +19,7 @@ from posttrain.sampling import engine
 from posttrain.sampling.cuda_graphs import rounded
 from posttrain.sampling.engine import LocalSampler, Session
 from posttrain.sampling.protocol import Request
+from posttrain.sampling.steps_ahead import StepsAhead
 from tests.core.test_ragged import TYPES
 
 TOKENIZER = tiny_tokenizer()
@@ -73,14 +74,32 @@ def test_static_shapes_change_nothing(kind: str, settings: dict[str, Any]) -> No
     asked = prompts(5, seed=1)
     params = SamplingConfig(max_tokens=12)
     model = LanguageModel(spread(tiny_model(kind, **settings)))
-    samplers = [LocalSampler(model, TOKENIZER, max_running=7, static_shapes=on) for on in (False, True)]
+    samplers = [LocalSampler(model, TOKENIZER, max_running=7, static_shapes=on) for on in (False, True, True)]
+    samplers[2].ahead = True
     for n in (1, 3):
         requests = [Request(p, n=n, seed=i) for i, p in enumerate(asked)]
-        plain, static = (s.sample(requests, params) for s in samplers)
-        assert tokens(static) == tokens(plain)
-        for a, b in zip(static, plain, strict=True):
-            for x, y in zip(a.rollouts, b.rollouts, strict=True):
-                np.testing.assert_allclose(x.logprobs, y.logprobs, atol=1e-5)
+        plain, *others = (s.sample(requests, params) for s in samplers)
+        for static in others:
+            assert tokens(static) == tokens(plain)
+            for a, b in zip(static, plain, strict=True):
+                for x, y in zip(a.rollouts, b.rollouts, strict=True):
+                    np.testing.assert_allclose(x.logprobs, y.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_steps_that_start_before_the_last_is_read_draw_the_same(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Many completions that end at different times, by their limit, an end token or a stop string, as slots free."""
+    s, ahead = (sampler("llama", {}, max_running=20, static_shapes=True) for _ in range(2))
+    ahead.ahead, started = True, []
+    for name in ("_begin", "_next"):
+        own = getattr(StepsAhead, name)
+        monkeypatch.setattr(StepsAhead, name, lambda self, *a, own=own: started.append(bool(a)) or own(self, *a))
+    requests = [Request(p, n=n, seed=i, max_tokens=5 + 7 * (i % 9)) for i, p in enumerate(prompts(40, seed=3))]
+    params = SamplingConfig(max_tokens=60, min_tokens=2, stop=[TOKENIZER.decode([7])])
+    expected, found = s.sample(requests, params), ahead.sample(requests, params)
+    assert tokens(found) == tokens(expected)
+    assert {r.finish for g in found for r in g.rollouts} == {"end", "length", "stop"}
+    assert sum(started) > len(started) / 4 and not all(started)
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,11 @@ COLUMNS = 128
 """The fewest columns that attention looks at."""
 MOST_GRAPHS = 64
 """Graphs kept for one pair of regions; each takes a few MiB of the GPU's memory. The least recently used go first."""
+
+FIELDS = 7
+"""Numbers of a row: token, column, position, prompt's slot, rank and length, and how many more tokens it must have."""
+AHEAD = 32
+"""Steps that draw, for which random numbers are loaded at once."""
 
 DecodeFunction = Callable[[Tensor, Tensor, DecodingStep], Tensor]
 """(tokens_M, position_M, step) -> hidden states (M, H)."""
@@ -53,23 +58,45 @@ class Shape:
     prompt_columns: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """How a recorded step draws tokens.
+
+    Attributes:
+        key: Equal for drawings that are the same.
+        draw: (hidden states (M, H), random numbers (M), rows that are shorter than min_tokens (M)) -> (tokens (M),
+            log-probabilities (M)). It must not wait for the device.
+    """
+
+    key: tuple[Any, ...]
+    draw: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 class StaticSteps:
     """Decoding steps over one pair of regions. Row i lies in slot i of `own`.
 
     ranks: the most completions that a prompt has. graphs: record and replay (CUDA); without, the same shapes are
     computed one kernel after the other, anywhere. Row buffers are filled in one copy a step.
+
+    Steps that draw (`load`, then `advance`) leave what the next step takes in these buffers, so that it needs nothing
+    from the host.
     """
 
     def __init__(
         self, decode: DecodeFunction, own: Region, shared: Region | None, ranks: int, device: torch.device, graphs: bool
     ) -> None:
         self.decode, self.own, self.shared, self.ranks, self.graphs = decode, own, shared, ranks, graphs
-        self.host = torch.zeros(6, own.slots, dtype=torch.long, pin_memory=device.type == "cuda")
+        self.host = torch.zeros(FIELDS, own.slots, dtype=torch.long, pin_memory=device.type == "cuda")
         self.inputs = self.host.to(device)
         self.slots = torch.arange(own.slots, device=device)
-        self.seen: set[Shape] = set()
-        self.recorded: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.seen: set[Any] = set()
+        self.recorded: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, Drawing | None]] = {}  # which holds what it reads
         self.pool: Any = None
+        # Of steps that draw: random numbers of the coming ones, whose turn it is, what the newest has drawn.
+        self.host_uniforms = torch.zeros(AHEAD, own.slots, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self.uniforms = self.host_uniforms.to(device)
+        self.turn = torch.zeros(1, dtype=torch.long, device=device)
+        self.drawn = torch.zeros(2, own.slots, dtype=torch.float64, device=device)
 
     def __call__(
         self,
@@ -84,44 +111,95 @@ class StaticSteps:
 
         prompts, ranks, lengths: a row's slot in `shared`, its number among that prompt's rows, the prompt's length.
         """
-        own, count = self.own, len(tokens)
-        shape = Shape(rounded(count, own.slots), rounded(max(columns) + 1, own.columns, COLUMNS))
-        fields = [tokens, columns, positions]
+        shape = self._fill([tokens, columns, positions, prompts, ranks, lengths])
+        return self._run(shape, None)[: len(tokens)]
+
+    def load(self, fields: Sequence[Sequence[int]], short: Sequence[int], uniforms: Sequence[Any]) -> Shape:
+        """Set the rows of the coming steps; returns the shape of the first.
+
+        No step may be running: the buffers on the host are free then.
+
+        Args:
+            fields: What a call takes.
+            short: How many more tokens each row must have.
+            uniforms: Random numbers of each row's next tokens, `AHEAD` or fewer.
+        """
+        count = len(short)
+        self.host[6, :count] = torch.tensor(short)
+        shape = self._fill(fields)
+        table = self.host_uniforms
+        for i, numbers in enumerate(uniforms):
+            table[: len(numbers), i] = torch.from_numpy(numbers)
+        self.uniforms.copy_(table, non_blocking=True)
+        self.turn.zero_()
+        return shape
+
+    def advance(self, shape: Shape, drawing: Drawing) -> Tensor:
+        """Start one more step; returns the tokens that it draws and their log-probabilities, (2, M) float64.
+
+        Args:
+            shape: Holds the rows that were loaded, and the column after those before.
+            drawing: How tokens are drawn.
+        """
+        return self._run(shape, drawing)
+
+    def grown(self, shape: Shape, columns: int) -> Shape:
+        """Return a shape with room for so many own columns."""
+        return replace(shape, own_columns=rounded(columns, self.own.columns, COLUMNS))
+
+    def _fill(self, fields: Sequence[Sequence[int]]) -> Shape:
+        own, count = self.own, len(fields[0])
+        shape = Shape(rounded(count, own.slots), rounded(max(fields[1]) + 1, own.columns, COLUMNS))
+        fields = fields[:3] if self.shared is None else fields
         if self.shared is not None:
-            at_once = rounded(max(prompts) + 1, self.shared.slots)
-            width = rounded(max(lengths), self.shared.columns, COLUMNS)
+            at_once = rounded(max(fields[3]) + 1, self.shared.slots)
+            width = rounded(max(fields[5]), self.shared.columns, COLUMNS)
             shape = Shape(shape.rows, shape.own_columns, at_once, width)
-            fields += [prompts, ranks, lengths]
-        self.host[:, : shape.rows] = 0
+        self.host[:6, : shape.rows] = 0
         self.host[4, : shape.rows] = self.ranks  # rows of nobody share a place of their own
         self.host[: len(fields), :count] = torch.tensor(fields)
         self.inputs.copy_(self.host, non_blocking=True)  # whoever draws waits for the step: the buffer is free then
-        return self._run(shape)[:count]
+        return shape
 
-    def _run(self, shape: Shape) -> Tensor:
-        if self.graphs and shape in self.seen and shape not in self.recorded:
-            self._record(shape)
-        if shape in self.recorded:
-            graph, hidden = self.recorded[shape] = self.recorded.pop(shape)  # the newest is last
+    def _run(self, shape: Shape, drawing: Drawing | None) -> Tensor:
+        key = (shape, None if drawing is None else drawing.key)
+        if self.graphs and key in self.seen and key not in self.recorded:
+            self._record(key, drawing)
+        if key in self.recorded:
+            graph, out, _ = self.recorded[key] = self.recorded.pop(key)  # the newest is last
             graph.replay()
-            return hidden
-        self.seen.add(shape)
-        return self._compute(shape)
+            return out
+        self.seen.add(key)
+        return self._compute(shape, drawing)
 
-    def _compute(self, shape: Shape) -> Tensor:
-        tokens, column, position, prompt, rank, length = self.inputs[:, : shape.rows]
+    def _compute(self, shape: Shape, drawing: Drawing | None) -> Tensor:
+        tokens, column, position, prompt, rank, length, short = self.inputs[:, : shape.rows]
         step = DecodingStep(self.own, self.slots[: shape.rows], column, position, own_columns=shape.own_columns)
         if self.shared is not None:
             step.shared, step.prompt_M, step.rank_M, step.prompt_length_M = self.shared, prompt, rank, length
             step.prompt_slots, step.prompt_columns, step.ranks = shape.prompts, shape.prompt_columns, self.ranks + 1
-        return self.decode(tokens, position, step)
+        hidden = self.decode(tokens, position, step)
+        if drawing is None:
+            return hidden
+        uniforms = self.uniforms.index_select(0, self.turn)[0, : shape.rows]
+        drawn, logprobs = drawing.draw(hidden, uniforms, short > 0)
+        out = self.drawn[:, : shape.rows]
+        out[0], out[1] = drawn, logprobs
+        # What has ended stays where its last column is.
+        tokens.copy_(drawn)
+        last = column >= self.own.columns - 1
+        position.add_(~last)
+        column.add_(~last)
+        short.sub_(1)
+        self.turn.add_(1)
+        return out
 
-    def _record(self, shape: Shape) -> None:
+    def _record(self, key: tuple[Shape, Any], drawing: Drawing | None) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            # One pool for all: they never run at once, and nothing is handed from one to the next but the regions.
+            # One pool for all: they never run at once, and nothing is handed from one to the next but the buffers.
             with torch.cuda.graph(graph, pool=self.pool):
-                hidden = self._compute(shape)
+                out = self._compute(key[0], drawing)
         except RuntimeError as e:
             self.graphs = False
             warnings.warn(
@@ -132,7 +210,7 @@ class StaticSteps:
             torch.cuda.synchronize()
             return
         self.pool = graph.pool()
-        self.recorded[shape] = (graph, hidden)
+        self.recorded[key] = (graph, out, drawing)
         if len(self.recorded) > MOST_GRAPHS:
             del self.recorded[next(iter(self.recorded))]
 

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +32,8 @@ from posttrain.sampling.cuda_graphs import KeptSteps, RegionSizes, StaticSteps, 
 from posttrain.sampling.kv_cache import DecodingStep, Filling, Region, decode_step, token_bytes
 from posttrain.sampling.memory import memory_bytes
 from posttrain.sampling.protocol import OnDone, Request, stop_tokens
+from posttrain.sampling.session_rows import SessionPrompt, SessionRow, step_inputs
+from posttrain.sampling.steps_ahead import StepsAhead, can_draw_ahead
 from posttrain.sampling.stop_strings import before_stop
 from posttrain.sampling.token_sampling import draw_from_vocabulary, stream
 
@@ -51,42 +51,6 @@ keeps its place until its last completion has ended, when the others have long l
 than fill the slots, 36% (lengths uniform) to 57% (exponential) of 128 slots would be idle with 8 completions a prompt;
 with three times as many, 5%. Where memory is short there are fewer places first, then fewer slots.
 """
-
-
-@dataclass
-class SessionPrompt:
-    """A request being worked on.
-
-    shift: what is added to the position of each new token: rotary positions of pictures may be fewer than their tokens.
-    """
-
-    index: int
-    request: Request
-    limit: int
-    slot: int = -1
-    logits_V: Tensor | None = None
-    virtual: int = 0
-    shift: int = 0
-    started: int = 0
-    running: int = 0
-    done: dict[int, Rollout] = field(default_factory=dict)
-
-    @property
-    def length(self) -> int:
-        """Return the positions before the first token that is drawn, those of virtual tokens included."""
-        return len(self.request.tokens) + self.virtual
-
-
-@dataclass
-class SessionRow:
-    """A running completion."""
-
-    prompt: SessionPrompt
-    number: int
-    slot: int
-    uniforms: np.ndarray
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
 
 
 class LocalSampler:
@@ -125,6 +89,7 @@ class LocalSampler:
         self.max_running = max_running or MAX_RUNNING.get(model.device.type, 128)
         self.memory_mb = memory_mb
         self.static_shapes = model.device.type == "cuda" if static_shapes is None else static_shapes
+        self.ahead = model.device.type == "cuda"
         self.ends = frozenset(stop_tokens(model.base, tokenizer))
         self.context = context(model.base.config) or 2**31
         self.int8 = kv_cache == "int8"
@@ -278,6 +243,9 @@ class Session:
         self.banned = sorted({*sampler.ends, *params.stop_tokens})
         self.static: StaticSteps | None = None
         self._make_regions(prompts)
+        self.steps: StepsAhead | None = None
+        if self.static is not None and sampler.ahead and can_draw_ahead(params):
+            self.steps = StepsAhead(self, self.static)
 
     def _make_regions(self, prompts: list[SessionPrompt]) -> None:
         """Make the memory for keys and values; all slots of it are free."""
@@ -332,6 +300,8 @@ class Session:
                 pass
             if self.rows:
                 self._step()
+        if self.steps is not None:
+            self.steps.wait()
 
     def _admit(self) -> bool:
         """Let waiting prompts in where there is room for a few, and start completions in free slots; False: neither."""
@@ -373,51 +343,39 @@ class Session:
         _, hidden = self.sampler.prefill([p.request.tokens for p in prompts], keep)
         for p, shift in zip(prompts, keep.shifts, strict=False):
             p.shift = shift
-        logits = self._logits(hidden)
+        logits = self.logits(hidden)
         for p, row in zip(prompts, logits, strict=True):
             p.logits_V = row
         self.open += prompts
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of hidden states, temperature applied."""
         product = self.sampler.model.backend.linear(len(hidden))
         return self.head.logits(hidden, self.params.temperature or 1.0, product)
 
     def _step(self) -> None:
         """One more token for every row."""
-        self._close_gaps()
-        rows = self.rows
-        lengths = [r.prompt.length for r in rows]
-        drawn = [len(r.tokens) for r in rows]  # the newest of them has not been computed yet
-        positions = [n + d - 1 for n, d in zip(lengths, drawn, strict=True)]
-        columns = positions if self.shared is None else [d - 1 for d in drawn]
-        tokens = [r.tokens[-1] for r in rows]
-        prompts = [r.prompt.slot for r in rows] if self.shared is not None else []
-        taken: dict[int, int] = {}
-        ranks = []
-        for slot in prompts:
-            ranks.append(taken.get(slot, 0))
-            taken[slot] = ranks[-1] + 1
-        if self.static is not None:
-            seen = lengths if self.shared is not None else []
-            self._draw(list(rows), self._logits(self.static(tokens, columns, positions, prompts, ranks, seen)))
+        if self.steps is not None:
+            self.steps.step()
             return
-
-        def tensor(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, device=self.device)
-
-        step = DecodingStep(
-            self.own, torch.arange(len(rows), device=self.device), tensor(columns), tensor(positions),
-            own_columns=max(columns) + 1,
-        )  # fmt: skip
+        self.close_gaps()
+        rows = self.rows
+        inputs = step_inputs(rows, [len(r.tokens) for r in rows], self.shared is not None)
+        if self.static is not None:
+            self._draw(list(rows), self.logits(self.static(*inputs)))
+            return
+        tokens, columns, positions, *of_prompt = (torch.tensor(x, device=self.device) for x in inputs)
+        slots = torch.arange(len(rows), device=self.device)
+        step = DecodingStep(self.own, slots, columns, positions, own_columns=max(inputs[1]) + 1)
         if self.shared is not None:
-            step.shared, step.prompt_M, step.rank_M = self.shared, tensor(prompts), tensor(ranks)
-            step.prompt_length_M, step.prompt_columns = tensor(lengths), max(lengths)
-            step.prompt_slots, step.ranks = max(taken) + 1, max(taken.values())
+            step.shared = self.shared
+            step.prompt_M, step.rank_M, step.prompt_length_M = of_prompt
+            step.prompt_slots, step.ranks, step.prompt_columns = max(inputs[3]) + 1, max(inputs[4]) + 1, max(inputs[5])
         shifts = [r.prompt.shift for r in rows]
-        rotary_M = step.position_M + tensor(shifts) if any(shifts) else step.position_M
-        self._draw(list(rows), self._logits(decode_step(self.sampler.model, tensor(tokens), rotary_M, step)))
+        rotary_M = step.position_M + torch.tensor(shifts, device=self.device) if any(shifts) else step.position_M
+        self._draw(list(rows), self.logits(decode_step(self.sampler.model, tokens, rotary_M, step)))
 
-    def _close_gaps(self) -> None:
+    def close_gaps(self) -> None:
         """Move the last rows to where others left, so that M rows lie in slots 0 to M - 1 and nothing else is read."""
         rows = self.rows
         rows.sort(key=lambda r: r.slot)
@@ -436,8 +394,17 @@ class Session:
         rows.sort(key=lambda r: r.slot)
 
     def _draw(self, rows: list[SessionRow], logits: Tensor) -> None:
-        """Give each row its next token; let those that ended go."""
-        tokens, logprobs = self._drawn(rows, logits, self.params)
+        """Give each row its next token."""
+        self.take(rows, *self._drawn(rows, logits, self.params))
+
+    def take(self, rows: list[SessionRow], tokens: list[int], logprobs: list[float]) -> None:
+        """Give each row a token; let those that ended go.
+
+        Args:
+            rows: The rows.
+            tokens: Their tokens.
+            logprobs: The tokens' log-probabilities.
+        """
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             row.tokens.append(token)
             row.logprobs.append(logprob)
@@ -454,7 +421,7 @@ class Session:
         drawn = draw_from_vocabulary(logits, uniforms, params, self.sampler.textless, banned, short if banned else None)
         if self.device.type == "cuda":
             # The only place where a step waits for the GPU. float64 holds tokens and log-probabilities exactly.
-            drawn = tuple(torch.stack([x.double() for x in drawn]).cpu())
+            drawn = tuple(torch.stack([x.double() for x in drawn]).cpu())  # type: ignore[assignment]
         return drawn[0].long().tolist(), drawn[1].tolist()
 
     def _params(self, row: SessionRow) -> SamplingConfig:
@@ -475,6 +442,7 @@ class Session:
         return ("length", None) if len(row.tokens) >= row.prompt.limit else ("", None)
 
     def _leave(self, row: SessionRow, finish: str, text: str | None) -> None:
+        row.gone = True
         self.rows = [r for r in self.rows if r is not row]
         prompt = row.prompt
         prompt.running -= 1

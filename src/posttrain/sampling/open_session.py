@@ -20,8 +20,9 @@ from posttrain.config import SamplingConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Rollout
 from posttrain.sampling.cuda_graphs import COLUMNS, StaticSteps, rounded
-from posttrain.sampling.engine import PREFILL_TOKENS, LocalSampler, Session, SessionPrompt, SessionRow
+from posttrain.sampling.engine import PREFILL_TOKENS, LocalSampler, Session
 from posttrain.sampling.kv_cache import Region, decode_step
+from posttrain.sampling.session_rows import SessionPrompt, SessionRow
 from posttrain.sampling.token_sampling import stream
 
 FEWEST_SLOTS = 8
@@ -161,14 +162,15 @@ class OpenSession(Session):
         )
 
     def _resize(self, slots: int, columns: int) -> None:
-        self._close_gaps()
+        self.close_gaps()
         self.own.resize(slots, columns)
         self.free_slots = list(range(len(self.rows), slots))
         if self.sampler.static_shapes:
             decode = partial(decode_step, self.sampler.model)
             self.static = StaticSteps(decode, self.own, None, 1, self.device, self.device.type == "cuda")
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of hidden states, at temperature 1."""
         return self.head.logits(hidden, 1.0, self.sampler.model.backend.linear(len(hidden)))
 
     def _params(self, row: SessionRow) -> SamplingConfig:
