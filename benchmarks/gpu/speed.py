@@ -81,6 +81,7 @@ def trained(
         "tokens per second": round(median(rates[2:]), 1), "peak MiB": peak,
         "of the card's rate": round(median(done[2:]) / rate, 4), "card's TFLOP/s": round(rate / 1e12, 2),
         "of its own products' rate": round(median(done[2:]) / own, 4), "own products' TFLOP/s": round(own / 1e12, 2),
+        "fused layers": sum(hasattr(m, "fused_kind") for m in hf.modules()),
         "tokens a step": counts(work[0])["tokens"], "tokens per micro-batch": token_budget(config, model),
     })  # fmt: skip
     account.note = f"{median(rates[2:]):.0f} tokens/s, {median(done[2:]) / rate:.1%} of {rate / 1e12:.0f} TFLOP/s"

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from posttrain.cuda.triton_kernels import on_its_device
 
-KEYS_AT_ONCE = 64
+KEYS_AT_ONCE = 32
 """Columns of keys that a program takes at a time."""
+ATTEND_WARPS, ATTEND_STAGES = 2, 3
+"""Warps of a program, and loads that it has under way."""
 MOST_COLUMNS = 4096
 """With more columns than this a row's keys are too many for one program; PyTorch's products are faster."""
 DRAWN = 4096
@@ -122,6 +124,7 @@ def attend(
     _attend_kernel[(count, kv)](
         query, key, value, own_k, own_v, shared_k, shared_v, column, position, prompt, length, y, scale, window or 0,
         *strides, heads // kv, size, *sizes, KEYS_AT_ONCE, len(regions) == 2, window is not None,
+        num_warps=ATTEND_WARPS, num_stages=ATTEND_STAGES,
     )  # fmt: skip
     return y
 

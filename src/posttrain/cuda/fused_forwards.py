@@ -65,7 +65,8 @@ class _Gated(torch.autograd.Function):
     def backward(ctx, d):  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
         # Not into `d`: autograd may hand the same memory to others.
-        d_gate, d_up, _ = kernels.gated_back(gate, up, d.contiguous(), torch.empty_like(up), ctx.kind, False)
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        kernels.gated_back(gate, up, d.contiguous(), (d_gate, d_up), ctx.kind, False)
         return d_gate, d_up, None
 
 
@@ -84,22 +85,30 @@ class _GatedDown(torch.autograd.Function):
         gate, up, weight = ctx.saved_tensors
         learns = ctx.needs_input_grad[2]
         d = torch.matmul(dy, weight)
-        d_gate, d_up, product = kernels.gated_back(gate, up, d, d, ctx.kind, learns)
+        d_gate = torch.empty_like(gate)
+        product = kernels.gated_back(gate, up, d, (d_gate, d), ctx.kind, learns)
         d_weight = None
         if product is not None:
             d_weight = torch.mm(dy.flatten(0, -2).t(), product.flatten(0, -2))
-        return d_gate, d_up, d_weight, None
+        return d_gate, d, d_weight, None
 
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
-        return kernels.rotate(x, cos, sin, False)
+        return _rotated(x, cos, sin, False)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        return kernels.rotate(dy if dy.stride(-1) == 1 else dy.contiguous(), *ctx.saved_tensors, True), None, None
+        return _rotated(dy if dy.stride(-1) == 1 else dy.contiguous(), *ctx.saved_tensors, True), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """Return `kernels.rotate` of (1, heads, T, size), in memory ordered by token."""
+    y = x.new_empty(x.shape[2], x.shape[1], x.shape[3])
+    kernels.rotate(x[0].transpose(0, 1), cos, sin, back, y)
+    return y.transpose(0, 1)[None]
 
 
 def _takes(*tensors: Tensor) -> bool:
@@ -190,6 +199,20 @@ def _same(module: Any, forward: Callable[..., Tensor], width: int) -> bool:
     return True
 
 
+def activation_of(mlp: Any) -> str | None:
+    """Return the name in `GATES` of a gated MLP's activation, None for another one.
+
+    Compared in float64: at most 5e-4 lie between the two GELUs, which a comparison in bfloat16 does not see.
+    """
+    function, x = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None)), torch.linspace(-4, 4, 65).double()
+    try:
+        y = function(x) if callable(function) else x
+    except (TypeError, RuntimeError):  # another number of arguments
+        return None
+    known = {"silu": F.silu(x), "gelu": F.gelu(x), "gelu_tanh": F.gelu(x, approximate="tanh")}
+    return next((name for name, z in known.items() if torch.allclose(y, z, rtol=0, atol=1e-6)), None)
+
+
 def _candidates(module: Any) -> tuple[list[Callable[..., Tensor]], int]:
     """Return fused forwards that a module might be the same as, and the width of its input."""
     weight = getattr(module, "weight", None)
@@ -198,11 +221,12 @@ def _candidates(module: Any) -> tuple[list[Callable[..., Tensor]], int]:
         return ([_norm_forward(0.0), _norm_forward(1.0)], len(weight)) if len(weight) <= WIDEST_NORM else ([], 0)
     parts = [getattr(module, n, None) for n in ("gate_proj", "up_proj", "down_proj")]
     if all(isinstance(p, nn.Module) and hasattr(p, "in_features") for p in parts) and len(list(module.children())) <= 4:
-        return [_mlp_forward(kind) for kind in kernels.GATES], parts[0].in_features  # type: ignore[union-attr, return-value]
+        kind = activation_of(module)
+        return ([] if kind is None else [_mlp_forward(kind)]), parts[0].in_features  # type: ignore[union-attr, return-value]
     return [], 0
 
 
-def _signature(module: nn.Module) -> tuple[Any, ...]:
+def signature(module: nn.Module) -> tuple[Any, ...]:
     """Return what two modules must have in common for the comparison of one to hold for the other."""
     plain = (bool, int, float, str)
     return tuple(
@@ -224,7 +248,7 @@ def fuse_forwards(model: nn.Module) -> dict[str, int]:
         options, width = ([], 0) if "forward" in module.__dict__ else _candidates(module)
         if not options:
             continue
-        key = width, first.dtype, *_signature(module)
+        key = width, first.dtype, *signature(module)
         if key not in known:
             known[key] = next((f for f in options if _same(module, f, width)), None)
         chosen = known[key]

@@ -34,22 +34,40 @@ def on_its_device(function: Launcher) -> Launcher:
 
     @wraps(function)
     def launched(x: Tensor, *args: Any) -> Any:
+        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+            return function(x, *args)
         with torch.cuda.device_of(x):
             return function(x, *args)
 
     return launched  # type: ignore[return-value]
 
 
+def _blocks(n: int, size: int) -> int:
+    """Return how many blocks hold n; `triton.cdiv`, called on the host, takes longer than a launch."""
+    return -(-n // size)
+
+
+def _power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least n; as `_blocks`."""
+    return 1 << (n - 1).bit_length()
+
+
 # ---------------------------------------------------------------------------------------------------------------- norm
 @triton.jit(do_not_specialize=["rows"])
 def _norm_kernel(  # type: ignore[no-untyped-def]
-    x, weight, y, rstd, rows, eps, shift, WIDTH: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
-):
+    x, more, weight, total, y, rstd, rows, eps, shift,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, ADDS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * AT_ONCE + tl.arange(0, AT_ONCE)
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
     at = row[:, None] * WIDTH + column[None, :]
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:  # the sum is rounded as it is kept, so that backward sees what forward has seen
+        values += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
+        values = values.to(y.dtype.element_ty)
+        tl.store(total + at, values, mask=inside)
+        values = values.to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, 1) / WIDTH + eps)
     w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32) + shift
     tl.store(y + at, (values * scale[:, None] * w[None, :]).to(y.dtype.element_ty), mask=inside)
@@ -58,8 +76,9 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_back_kernel(  # type: ignore[no-untyped-def]
-    x, weight, rstd, dy, dx, d_weight, rows, shift,
+    x, weight, rstd, dy, more, dx, d_weight, rows, shift,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, BLOCKS: tl.constexpr, LEARNS: tl.constexpr,
+    ADDS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -76,14 +95,17 @@ def _norm_back_kernel(  # type: ignore[no-untyped-def]
             total += tl.sum(d * normed, 0)
         d = d * w[None, :]
         inner = tl.sum(d * normed, 1)[:, None] / WIDTH
-        tl.store(dx + at, ((d - normed * inner) * scale).to(dx.dtype.element_ty), mask=inside)
+        d = (d - normed * inner) * scale
+        if ADDS:
+            d += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
     if LEARNS:
         tl.store(d_weight + program * WIDTH + column, total, mask=column < WIDTH)
 
 
 def _norm_blocks(width: int) -> tuple[int, int, int]:
     """Return (columns of a block, rows at once, warps) for rows of a width."""
-    block = triton.next_power_of_2(width)
+    block = _power_of_2(width)
     return block, max(1, NORM_ELEMENTS // block), min(16, max(4, block // 512))
 
 
@@ -100,17 +122,40 @@ def norm(x: Tensor, weight: Tensor, eps: float, shift: float) -> tuple[Tensor, T
     Returns:
         (the result, 1 / sqrt(mean(x^2) + eps) of each row in float32).
     """
-    width = x.shape[-1]
-    rows, (block, at_once, warps) = x.numel() // width, _norm_blocks(width)
-    y, rstd = x.new_empty(x.shape), x.new_empty(rows, dtype=weight.float().dtype)
-    grid = (triton.cdiv(rows, at_once),)
-    _norm_kernel[grid](x, weight, y, rstd, rows, eps, shift, width, block, at_once, num_warps=warps)
+    _, y, rstd = _norm(x, None, weight, eps, shift)
     return y, rstd
 
 
 @on_its_device
+def add_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float, shift: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute x + more, and `norm` of it, in one pass.
+
+    Args:
+        x: As given to `norm`.
+        more: Of the same shape, without gaps.
+        weight: As given to `norm`.
+        eps: Likewise.
+        shift: Likewise.
+
+    Returns:
+        (x + more, its norm, 1 / sqrt(mean + eps) of each row in float32).
+    """
+    return _norm(x, more, weight, eps, shift)
+
+
+def _norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float, shift: float) -> tuple[Tensor, Tensor, Tensor]:
+    width = x.shape[-1]
+    rows, (block, at_once, warps) = x.numel() // width, _norm_blocks(width)
+    y, rstd = x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
+    total, grid = x if more is None else torch.empty_like(y), (_blocks(rows, at_once),)
+    given = x, x if more is None else more, weight, total, y, rstd, rows, eps, shift
+    _norm_kernel[grid](*given, width, block, at_once, more is not None, num_warps=warps)
+    return total, y, rstd
+
+
+@on_its_device
 def norm_back(
-    x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, shift: float, learns: bool
+    x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, shift: float, learns: bool, more: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of `norm` in x, and in the weight if it is trained.
 
@@ -121,13 +166,15 @@ def norm_back(
         dy: Gradient of the result, without gaps.
         shift: As given to `norm`.
         learns: The weight is trained.
+        more: Added to the gradient in x.
     """
     width = x.shape[-1]
     rows, (block, at_once, warps) = x.numel() // width, _norm_blocks(width)
-    programs, dx = triton.cdiv(rows, at_once * NORM_BLOCKS), x.new_empty(x.shape)
+    programs, dx = _blocks(rows, at_once * NORM_BLOCKS), x.new_empty(x.shape)
     parts = rstd.new_empty((programs, width) if learns else 1)
-    sizes = width, block, at_once, NORM_BLOCKS, learns
-    _norm_back_kernel[(programs,)](x, weight, rstd, dy, dx, parts, rows, shift, *sizes, num_warps=warps)
+    sizes = width, block, at_once, NORM_BLOCKS, learns, more is not None
+    given = x, weight, rstd, dy, dy if more is None else more, dx, parts, rows, shift
+    _norm_back_kernel[(programs,)](*given, *sizes, num_warps=warps)
     return dx, parts.sum(0).to(weight.dtype) if learns else None
 
 
@@ -148,28 +195,31 @@ def _activated(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
         return 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * du
 
 
-@triton.jit  # a count that 16 divides (two versions in all) lets it read 16 bytes at a time
-def _gated_kernel(gate, up, y, count, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    act, _ = _activated(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), KIND)
-    product = act * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, product.to(y.dtype.element_ty), mask=inside)
+@triton.jit  # strides and a width that 16 divides let it read 16 bytes at a time
+def _gated_kernel(  # type: ignore[no-untyped-def]
+    gate, up, y, gate_row, up_row, width, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    act, _ = _activated(tl.load(gate + row * gate_row + at, mask=inside, other=0.0).to(tl.float32), KIND)
+    product = act * tl.load(up + row * up_row + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * width + at, product.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gated_back_kernel(  # type: ignore[no-untyped-def]
-    gate, up, d, d_gate, d_up, y, count, KIND: tl.constexpr, BLOCK: tl.constexpr, PRODUCT: tl.constexpr
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    act, slope = _activated(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), KIND)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(d + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(d_gate + at, (dy * u * slope).to(d_gate.dtype.element_ty), mask=inside)
-    tl.store(d_up + at, (dy * act).to(d_up.dtype.element_ty), mask=inside)
+    gate, up, d, d_gate, d_up, y, gate_row, up_row, d_row, d_gate_row, d_up_row, width,
+    KIND: tl.constexpr, BLOCK: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    act, slope = _activated(tl.load(gate + row * gate_row + at, mask=inside, other=0.0).to(tl.float32), KIND)
+    u = tl.load(up + row * up_row + at, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(d + row * d_row + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(d_gate + row * d_gate_row + at, (dy * u * slope).to(d_gate.dtype.element_ty), mask=inside)
+    tl.store(d_up + row * d_up_row + at, (dy * act).to(d_up.dtype.element_ty), mask=inside)
     if PRODUCT:
-        tl.store(y + at, (act * u).to(y.dtype.element_ty), mask=inside)
+        tl.store(y + row * width + at, (act * u).to(y.dtype.element_ty), mask=inside)
 
 
 GATES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -177,43 +227,46 @@ GATES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 @on_its_device
 def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    """Compute act(gate) * up of tensors without gaps.
+    """Compute act(gate) * up.
 
     Args:
-        gate: Input of the activation.
-        up: Multiplies its result.
+        gate: Input of the activation; rows without gaps inside, which may have gaps between them.
+        up: Multiplies its result; likewise.
         kind: A name in `GATES`.
     """
-    y, count = gate.new_empty(gate.shape), gate.numel()
-    _gated_kernel[(triton.cdiv(count, ELEMENTS),)](gate, up, y, count, GATES[kind], ELEMENTS)
+    y, width = gate.new_empty(gate.shape), gate.shape[-1]
+    g, u = gate.flatten(0, -2), up.flatten(0, -2)
+    grid = len(g), _blocks(width, ELEMENTS)
+    _gated_kernel[grid](g, u, y, g.stride(0), u.stride(0), width, GATES[kind], ELEMENTS)
     return y
 
 
 @on_its_device
 def gated_back(
-    gate: Tensor, up: Tensor, d: Tensor, d_up: Tensor, kind: str, product: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (gradient of gate, gradient of up, act(gate) * up if `product`).
+    gate: Tensor, up: Tensor, d: Tensor, out: tuple[Tensor, Tensor], kind: str, product: bool
+) -> Tensor | None:
+    """Compute the gradients of `gated`; returns act(gate) * up if `product`.
 
     Args:
         gate: As given to `gated`.
         up: Likewise.
-        d: Gradient of its result, without gaps.
-        d_up: Where the gradient of up goes; it may be `d`.
+        d: Gradient of its result; rows as those of gate, and so for the others.
+        out: Where the gradients of gate and up go; one may be `d`.
         kind: As given to `gated`.
         product: Compute the result again too.
     """
-    count, d_gate = gate.numel(), gate.new_empty(gate.shape)
-    y = gate.new_empty(gate.shape) if product else d_gate
-    grid = (triton.cdiv(count, ELEMENTS),)
-    _gated_back_kernel[grid](gate, up, d, d_gate, d_up, y, count, GATES[kind], ELEMENTS, product)
-    return d_gate, d_up, y if product else None
+    width, rows = gate.shape[-1], [x.flatten(0, -2) for x in (gate, up, d, *out)]
+    y = gate.new_empty(gate.shape) if product else out[0]
+    grid = len(rows[0]), _blocks(width, ELEMENTS)
+    strides = [x.stride(0) for x in rows]
+    _gated_back_kernel[grid](*rows, y, *strides, width, GATES[kind], ELEMENTS, product)
+    return y if product else None
 
 
 # ------------------------------------------------------------------------------------------------------------ rotation
-@triton.jit(do_not_specialize=["x_token", "x_head"])
+@triton.jit(do_not_specialize=["x_token", "x_head", "y_token", "y_head"])
 def _rotate_kernel(  # type: ignore[no-untyped-def]
-    x, cos, sin, y, x_token, x_head,
+    x, cos, sin, y, x_token, x_head, y_token, y_head,
     HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -230,30 +283,28 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
         y1, y2 = x1 * c1 + x2 * s2, x2 * c2 - x1 * s1
     else:
         y1, y2 = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
-    target = y + (token * HEADS + head) * 2 * HALF + i
+    target = y + token * y_token + head * y_head + i
     tl.store(target, y1.to(y.dtype.element_ty), mask=inside)
     tl.store(target + HALF, y2.to(y.dtype.element_ty), mask=inside)
 
 
 @on_its_device
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool, out: Tensor) -> None:
     """Compute x cos + rotate_half(x) sin (arXiv 2104.09864), or the gradient in x.
 
     Args:
-        x: (1, heads, T, size), the last axis without gaps; `back`: the gradient of the result.
+        x: (T, heads, size), the last axis without gaps; `back`: the gradient of the result.
         cos: (1, T, size), without gaps.
         sin: Likewise.
         back: Compute the gradient.
-
-    Returns:
-        (1, heads, T, size), in memory ordered by token.
+        out: Where the result goes, (T, heads, size), the last axis without gaps; it may be x.
     """
-    _, heads, tokens, size = x.shape
-    y = x.new_empty(tokens, heads, size)
+    tokens, heads, size = x.shape
     half = size // 2
-    sizes = heads, half, triton.next_power_of_2(heads), triton.next_power_of_2(half)
-    _rotate_kernel[(tokens,)](x, cos, sin, y, x.stride(2), x.stride(1), *sizes, back)
-    return y.transpose(0, 1)[None]
+    strides = x.stride(0), x.stride(1), out.stride(0), out.stride(1)
+    _rotate_kernel[(tokens,)](
+        x, cos, sin, out, *strides, heads, half, _power_of_2(heads), _power_of_2(half), back
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- vocabulary
@@ -337,7 +388,7 @@ def vocabulary_derivative(z: Tensor, targets: Tensor, factors: Tensor, known: tu
         known: Tensors of N, float32: lse, d_logprobs, and for a loss with entropies also entropies and d_entropies.
     """
     lse, d_logprobs, *rest = known
-    grid = (len(z), triton.cdiv(z.shape[1], VOCABULARY_BLOCK))
+    grid = (len(z), _blocks(z.shape[1], VOCABULARY_BLOCK))
     entropies, d_entropies = rest or (lse, lse)
     _derivative_kernel[grid](
         z, targets, factors, lse, entropies, d_logprobs, d_entropies, z.stride(0), z.shape[1], VOCABULARY_BLOCK,

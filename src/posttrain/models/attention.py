@@ -6,16 +6,14 @@ queries, keys and values, and hands on the extra keyword argument `ragged`, whic
 Three ways to the same numbers:
 
 - CPU: `posttrain.cpu.tiled_attention`; no copy of a prefix and no T by T matrix is ever made.
-- CUDA: one `torch.nn.attention.varlen` call, keys and values gathered per segment, those of its ancestors first.
+- CUDA: one call of the FlashAttention kernel, keys and values gathered per segment, those of its ancestors first.
 - Anything else (soft caps, attention sinks, other devices): plain softmax, a segment at a time.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -109,49 +107,27 @@ def _varlen(batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor, int, int]:
     return to_device(torch.cat(gather), device), *starts, longest_q, longest_k  # type: ignore[return-value]
 
 
-@lru_cache(maxsize=1)
-def _varlen_parameters() -> frozenset[str]:
-    """Return the parameters of this torch's varlen attention (they grew over its releases); empty if it has none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def _can_varlen(query: Tensor, value: Tensor, window: int | None) -> bool:
-    parameters = _varlen_parameters()
+def _can_varlen(query: Tensor, value: Tensor) -> bool:
     half = query.dtype in (torch.bfloat16, torch.float16)
-    shape = query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
-    return query.is_cuda and half and shape and bool(parameters) and (window is None or "window_size" in parameters)
+    return query.is_cuda and half and query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
 
 
-def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: int | None, scale: float
-) -> Tensor:
-    """Compute attention in one kernel call; (1, heads, T, size) in, (1, T, heads, size) out."""
-    from torch.nn.attention.varlen import varlen_attn
-
+def _varlen_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan, window: int | None, scale: float) -> Tensor:
+    """Compute attention in one kernel call; (T, heads, size) in and out."""
     gather, cu_q, cu_k, longest_q, longest_k = plan.varlen()
-    q, k, v = (x[0].transpose(0, 1)[: plan.batch.total] for x in (query, key, value))
+    total, count = plan.batch.total, len(q)
+    q, k, v = (x[:total] for x in (q, k, v)) if count > total else (q, k, v)
     if any(p >= 0 for p in plan.batch.parents):
         # Gradients of a key that many see are added up in float32, and in the same order every time.
         k, v = (torch.nn.functional.embedding(gather, x.flatten(1)).view(-1, *x.shape[1:]) for x in (k, v))
-    options: dict[str, Any] = {"scale": scale}
-    parameters = _varlen_parameters()
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in parameters:
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    if "window_size" in parameters:
-        # The kernel counts the keys to the left of a query, transformers' window counts the query's own too.
-        options["window_size"] = (-1 if window is None else window - 1, 0)
-    else:
-        options["is_causal"] = True
-    out: Any = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **options)
-    extra = query.shape[2] - len(out)  # of tokens after the last segment the kernel would leave memory as it finds it
-    return (torch.nn.functional.pad(out, (0, 0, 0, 0, 0, extra)) if extra else out)[None]  # type: ignore[no-any-return]
+    # What `torch.nn.attention.varlen` calls, which costs more time on the host than the kernel takes for a small batch.
+    # The kernel counts the keys to the left of a query, transformers' window counts the query's own too.
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_q, cu_k, longest_q, longest_k, 0.0, window is None, False, scale=scale,
+        window_size_left=-1 if window is None else window - 1, window_size_right=0,
+    )[0]  # fmt: skip
+    # Of tokens after the last segment the kernel would leave memory as it finds it.
+    return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, count - total)) if count > total else out
 
 
 def plain_attention(
@@ -267,6 +243,26 @@ def ragged_attention(
     return out[:, first:] if first else out, None
 
 
+def attend_rows(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, ragged: Plan | Decoding
+) -> Tensor:
+    """Compute `ragged_attention` of causal attention for fused layers: (T, heads, size) in and out.
+
+    Args:
+        module: As there.
+        query: (T, heads, size).
+        key: (T, key heads, size).
+        value: (T, key heads, size).
+        scale: Multiplies the scores.
+        ragged: As there.
+    """
+    if isinstance(ragged, Plan) and ragged.prefix is None and ragged.keep is None and not ragged.pictures_see_all:
+        if ragged.batch.part is None and _can_varlen(query, value):
+            return _varlen_rows(query, key, value, ragged, None, scale)
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return ragged_attention(module, q, k, v, None, scaling=scale, ragged=ragged)[0][0]  # type: ignore[no-any-return]
+
+
 def _behind_prefix(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, prefix: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,8 +288,9 @@ def _planned_attention(
     """Compute attention by the fastest way that takes these tensors; see the module's docstring."""
     if softcap is not None or sinks is not None or plan.pictures_see_all:
         return plain_attention(query, key, value, plan, window, scale, softcap, sinks)
-    if _can_varlen(query, value, window):
-        return _varlen_attention(query, key, value, plan, window, scale)
+    if _can_varlen(query, value):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return _varlen_rows(q, k, v, plan, window, scale)[None]
     out = backend_for(query.device).attention(query, key, value, plan, window, scale)
     return plain_attention(query, key, value, plan, window, scale) if out is None else out
 

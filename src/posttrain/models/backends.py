@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from posttrain.core.ragged import pack
 from posttrain.core.transfer import to_device
+from posttrain.core.types import Sample
 from posttrain.losses.linear_logprobs import Head, linear_cross_entropy, linear_logprobs
 from posttrain.models.quantized_weight import QuantizedWeight, quantized_modules
 
@@ -267,16 +269,22 @@ class CUDABackend(DeviceBackend):
     fused = True
 
     def __init__(self) -> None:
-        from posttrain.cuda import decoding_kernels, fused_forwards, vocabulary_loss
+        from posttrain.cuda import decoding_kernels, fused_forwards, fused_layer, vocabulary_loss
 
         device = torch.device("cuda")
         fused_forwards.check_kernels(device)
         decoding_kernels.check_decoding(device)
-        self.fused_forwards, self.decoding_kernels = fused_forwards, decoding_kernels
+        self.fused_forwards, self.fused_layer, self.decoding_kernels = fused_forwards, fused_layer, decoding_kernels
         self.logprobs, self.cross_entropy = vocabulary_loss.fused_logprobs, vocabulary_loss.fused_cross_entropy  # type: ignore[method-assign]
 
     def replace_forwards(self, model: nn.Module) -> None:
+        from posttrain.models import attention  # which imports this module
+
         self.fused_forwards.fuse_forwards(model)
+        first = next(model.parameters())
+        if getattr(model.config, "_attn_implementation", None) == attention.IMPLEMENTATION_NAME:
+            batch = pack([Sample([0] * n, [0.0] * n) for n in (5, 3)], share_prefixes=False).to(first.device)
+            self.fused_layer.fuse_layers(model, attention.attend_rows, attention.Plan(batch), batch.total)
 
     def decode_attention(
         self, step: Any, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
