@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from posttrain.cuda import triton_kernels as kernels
 from posttrain.cuda.fused_forwards import TOLERANCES, activation_of, signature
 
-GIVEN = {"self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"}
+TAKEN = {"self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"}
 """What attention may take. Another argument is another computation."""
 CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
-FEW_ROWS = 1024
+GATED_MLP = ("gate_proj", "up_proj", "down_proj")
+FEW_TOKENS = 1024
 """With fewer, copying weights next to each other would take a good part of a pass."""
 
 Attention = Callable[[Any, Tensor, Tensor, Tensor, float, Any], Tensor]
@@ -208,7 +208,7 @@ def _weights(layer: Any) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]
     q, k, v = (own[n]._parameters for n in ATTENTION[:3])
     norms = (own[n]._parameters["weight"] if n in own else None for n in ("q_norm", "k_norm"))
     before, after = (modules[n]._parameters["weight"] for n in ("input_layernorm", "post_attention_layernorm"))
-    gate, up, down = (mlp[n]._parameters["weight"] for n in MLP)
+    gate, up, down = (mlp[n]._parameters["weight"] for n in GATED_MLP)
     biases = (x["bias"] for x in (q, k, v))
     first = before, q["weight"], k["weight"], v["weight"], *biases, *norms
     return first, (own["o_proj"]._parameters["weight"], after, gate, up, down)
@@ -216,7 +216,7 @@ def _weights(layer: Any) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]
 
 def _linears(layer: Any) -> list[Any]:
     own, mlp = layer._modules["self_attn"]._modules, layer._modules["mlp"]._modules
-    return [own[n] for n in ATTENTION] + [mlp[n] for n in MLP]
+    return [own[n] for n in ATTENTION] + [mlp[n] for n in GATED_MLP]
 
 
 def _usual(layer: Any, x: Tensor, given: dict[str, Any]) -> bool:
@@ -231,7 +231,7 @@ def _usual(layer: Any, x: Tensor, given: dict[str, Any]) -> bool:
         return False
     if not x.is_contiguous() or not x.shape[1] or not _plain(layer, x):
         return False
-    if torch.is_grad_enabled() or x.shape[1] >= FEW_ROWS:
+    if torch.is_grad_enabled() or x.shape[1] >= FEW_TOKENS:
         return True
     (_, q, k, v, *_), (_, _, gate, up, _) = _weights(layer)
     return _adjacent([q, k, v]) and _adjacent([gate, up])  # type: ignore[list-item]
@@ -267,12 +267,12 @@ def _looks_right(layer: nn.Module) -> bool:
     attention, mlp = children["self_attn"], children["mlp"]
     inside, config = dict(attention.named_children()), getattr(attention, "config", None)
     window = getattr(attention, "sliding_window", None) or getattr(config, "sliding_window", None)
-    if window is not None or not set(inspect.signature(type(attention).forward).parameters) <= GIVEN:
+    if window is not None or not set(inspect.signature(type(attention).forward).parameters) <= TAKEN:
         return False
     norms = set(inside) - set(ATTENTION)
     if not set(ATTENTION) <= set(inside) or norms not in (set(), {"q_norm", "k_norm"}):
         return False
-    if not set(MLP) <= set(dict(mlp.named_children())):
+    if not set(GATED_MLP) <= set(dict(mlp.named_children())):
         return False
     if not all(hasattr(attention, n) for n in ("head_dim", "scaling")):
         return False

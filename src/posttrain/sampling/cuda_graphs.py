@@ -27,7 +27,7 @@ COLUMNS = 128
 MOST_GRAPHS = 64
 """Graphs kept for one pair of regions; each takes a few MiB of the GPU's memory. The least recently used go first."""
 
-FIELDS = 7
+ROW_FIELDS = 7
 """Numbers of a row: token, column, position, prompt's slot, rank and length, and how many more tokens it must have."""
 AHEAD = 32
 """Steps that draw, for which random numbers are loaded at once."""
@@ -86,7 +86,7 @@ class StaticSteps:
         self, decode: DecodeFunction, own: Region, shared: Region | None, ranks: int, device: torch.device, graphs: bool
     ) -> None:
         self.decode, self.own, self.shared, self.ranks, self.graphs = decode, own, shared, ranks, graphs
-        self.host = torch.zeros(FIELDS, own.slots, dtype=torch.long, pin_memory=device.type == "cuda")
+        self.host = torch.zeros(ROW_FIELDS, own.slots, dtype=torch.long, pin_memory=device.type == "cuda")
         self.inputs = self.host.to(device)
         self.slots = torch.arange(own.slots, device=device)
         self.seen: set[Any] = set()
