@@ -17,9 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from posttrain.core.ragged import pack
 from posttrain.core.transfer import to_device
-from posttrain.core.types import Sample
 from posttrain.losses.linear_logprobs import Head, linear_cross_entropy, linear_logprobs
 from posttrain.models.quantized_weight import QuantizedWeight, quantized_modules
 
@@ -56,6 +54,15 @@ class DeviceBackend:
 
     def replace_forwards(self, model: nn.Module) -> None:
         """Give modules faster forwards of the same results, in place."""
+
+    def fuse_layers(self, model: nn.Module, attend: Callable[..., Tensor], plan: Plan) -> None:
+        """Give decoder layers faster forwards of the same results, in place.
+
+        Args:
+            model: A model whose attention takes ragged batches.
+            attend: `posttrain.models.attention.attend_rows`.
+            plan: A plan of a small batch, on which both forwards are compared.
+        """
 
     def pack_weights(self, model: nn.Module) -> int:
         """Set up weights in few bits for decoding; return how many products will read them."""
@@ -278,13 +285,10 @@ class CUDABackend(DeviceBackend):
         self.logprobs, self.cross_entropy = vocabulary_loss.fused_logprobs, vocabulary_loss.fused_cross_entropy  # type: ignore[method-assign]
 
     def replace_forwards(self, model: nn.Module) -> None:
-        from posttrain.models import attention  # which imports this module
-
         self.fused_forwards.fuse_forwards(model)
-        first = next(model.parameters())
-        if getattr(model.config, "_attn_implementation", None) == attention.IMPLEMENTATION_NAME:
-            batch = pack([Sample([0] * n, [0.0] * n) for n in (5, 3)], share_prefixes=False).to(first.device)
-            self.fused_layer.fuse_layers(model, attention.attend_rows, attention.Plan(batch), batch.total)
+
+    def fuse_layers(self, model: nn.Module, attend: Callable[..., Tensor], plan: Plan) -> None:
+        self.fused_layer.fuse_layers(model, attend, plan, plan.batch.total)
 
     def decode_attention(
         self, step: Any, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float

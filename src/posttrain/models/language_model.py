@@ -69,6 +69,9 @@ class LanguageModel(nn.Module):
         self._check_soft_prompt()
         check_trainable(hf)
         self.backend.replace_forwards(hf)
+        if self.ragged and self.soft_prompt is None:
+            plan = attention.Plan(self.pack([Sample([0] * n, [0.0] * n) for n in (5, 3)], share_prefixes=False))
+            self.backend.fuse_layers(self.base, attention.attend_rows, plan)
 
     def _choose_attention(self) -> None:
         """Let attention take ragged batches if the model type can; else compute one sequence at a time, and warn."""

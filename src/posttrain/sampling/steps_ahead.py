@@ -10,21 +10,43 @@ it is thrown away. Tokens are the same, since a row's depend on its own keys and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from posttrain.config import SamplingConfig
 from posttrain.sampling.cuda_graphs import AHEAD, Drawing, Shape, StaticSteps
+from posttrain.sampling.kv_cache import Region
 from posttrain.sampling.session_rows import SessionRow, step_inputs
 from posttrain.sampling.token_sampling import draw_from_vocabulary
 
-if TYPE_CHECKING:
-    from posttrain.sampling.engine import Session
-
 GONE = 8
 """Rows are moved together once one of so many has ended."""
+
+
+class SteppedSession(Protocol):
+    """A session of the local sampler, as far as its steps need it (`posttrain.sampling.engine.Session`)."""
+
+    sampler: Any
+    params: SamplingConfig
+    head: Any
+    device: torch.device
+    banned: list[int]
+    rows: list[SessionRow]
+    shared: Region | None
+
+    def close_gaps(self) -> None:
+        """Move rows into the first slots."""
+
+    def take(self, rows: list[SessionRow], tokens: list[int], logprobs: list[float]) -> None:
+        """Give each row a token; let those that ended go.
+
+        Args:
+            rows: The rows.
+            tokens: Their tokens.
+            logprobs: The tokens' log-probabilities.
+        """
 
 
 @dataclass
@@ -59,7 +81,7 @@ def can_draw_ahead(params: SamplingConfig) -> bool:
     return not params.top_k and params.top_p >= 1 and params.min_p <= 0
 
 
-def _drawing(session: Session) -> Drawing:
+def _drawing(session: SteppedSession) -> Drawing:
     """Return how a session draws. It does not hold on to the session, since recorded steps are kept."""
     params, textless, head, backend = (
         session.params, session.sampler.textless, session.head, session.sampler.model.backend
@@ -79,7 +101,7 @@ def _drawing(session: Session) -> Drawing:
 class StepsAhead:
     """Take a session's steps, each started before the one before it is read."""
 
-    def __init__(self, session: Session, static: StaticSteps) -> None:
+    def __init__(self, session: SteppedSession, static: StaticSteps) -> None:
         self.session, self.static = session, static
         self.drawing = _drawing(session)
         self.started: Started | None = None
