@@ -150,3 +150,26 @@ def test_placements_that_can_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_checks, "is_installed", lambda package: package != "ray")
     with pytest.raises(RecipeError, match=r"systems.engine: needs ray.*posttrain\[ray\]"):
         machine_checks.check_machine(recipe({"engine": "ray"}))
+
+
+def test_what_works_in_one_process_is_refused_when_a_recipe_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Ray and under torchrun."""
+    prompts = {"problems": {"kind": "lab"}, "rewards": [{"kind": "exact"}]}
+    whole = recipe({}).model_dump(mode="json", exclude_unset=True)
+    monkeypatch.setattr(machine_checks, "is_installed", lambda package: True)
+    for changes, key in (
+        ({"optimizer": {"kind": "muon"}}, "optimizer.kind: muon"),
+        ({"keep_zeros": True}, "keep_zeros: keep_zeros"),
+        ({"method": "grpo", **prompts, "steps": 1, "asynchronous": {}}, "asynchronous: asynchronous"),
+        ({"method": "rejection_sampling", **prompts}, "method: rejection_sampling"),
+        ({"method": "merge", "algorithm": "linear", "models": [{"source": "tiny:llama"}]}, "method: merge"),
+    ):
+        stage = {} if "method" in changes else whole["stages"][0]
+        plain = {**whole, "stages": [{**stage, "name": "s", **changes}]}
+        machine_checks.check_machine(Recipe.model_validate({**plain, "systems": {}}))
+        ray = {**plain, "systems": {"engine": "ray", "trainers": 2}}
+        with pytest.raises(RecipeError, match=f"stages.s.{key} works in one process, and systems.trainers is 2"):
+            machine_checks.check_machine(Recipe.model_validate(ray))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RecipeError, match="method: merge works in one process, and torchrun starts 3"):
+        machine_checks.check_machine(Recipe.model_validate({**plain, "systems": {}}))

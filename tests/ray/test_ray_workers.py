@@ -37,7 +37,7 @@ def two_bundles(cluster: Any) -> Iterator[str]:
     ray_cluster.set_workers({"rewards": values, "samplers": values})
     yield values["group"]
     ray_cluster.set_workers({})
-    ray_cluster.release(reserved)
+    ray_cluster.release(cluster, reserved)
 
 
 def test_reward_actors_score_like_processes(two_bundles: str, tmp_path: Path) -> None:

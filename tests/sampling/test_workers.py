@@ -24,6 +24,7 @@ from posttrain.models.language_model import LanguageModel
 from posttrain.models.published_weights import check_publishable, published_weights, write_published
 from posttrain.models.saving import restore_attention
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+from posttrain.sampling import remote_worker, sampler_server
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.local_worker import serve_local
 from posttrain.sampling.open_workers import WorkerSource
@@ -136,6 +137,57 @@ def test_a_killed_worker_is_replaced_and_its_requests_are_asked_again(
     two.update(5, published_weights(policy))  # waits for what was submitted before it
     same(before.result(60), expected)
     same(two.sample(after, PARAMS), LocalSampler(policy, TOKENIZER).sample(after, PARAMS))
+
+
+def test_a_worker_behind_an_address(
+    source: WorkerSource, policy: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model and weights go through the connection; a worker that is lost is opened again; the token is needed."""
+    monkeypatch.setenv(sampler_server.TOKEN, "a secret of the test")
+    started: list[WarmChild] = []
+
+    def start(connection: socket.socket, log: Path) -> WarmChild:
+        log.write_text("printed by the worker")
+        started.append(WarmChild(connection))
+        return started[-1]
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    secret = sampler_server.token()
+    server = threading.Thread(target=sampler_server.serve, args=(listener, secret, "local", start, tmp_path))
+    server.start()
+    config = RolloutSamplerConfig(address=f"127.0.0.1:{listener.getsockname()[1]}")
+    far = WorkerSource(config, policy, TOKENIZER, source.model, tmp_path, source.weights)
+    sampler = WorkerSampler(far.open, far.count)
+    here = LocalSampler(policy, TOKENIZER)
+    same(sampler.sample(REQUESTS, PARAMS), here.sample(REQUESTS, PARAMS))
+    with torch.no_grad():
+        policy.base.get_output_embeddings().weight.mul_(1.5)
+    sampler.update(7, published_weights(policy))
+    expected = here.sample(REQUESTS, PARAMS)
+    same(sampler.sample(REQUESTS, PARAMS), expected)
+    started[0].kill()
+    same(sampler.sample(REQUESTS, PARAMS), expected)
+    assert len(started) == 2 and "printed by the worker" in (tmp_path / "sampler-1.log").read_text()
+    sampler.close()
+    with torch.no_grad():
+        policy.base.get_output_embeddings().weight.div_(1.5)
+    for name, value, said in (
+        (sampler_server.TOKEN, "another secret of the test", "has another token"),
+        (sampler_server.TOKEN, "short", "at least 16 characters"),
+    ):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(WorkerError, match=said):
+            far.open(0)
+    monkeypatch.setenv(sampler_server.TOKEN, secret)
+    with pytest.raises(WorkerError, match="runs local: start it with --engine vllm"):
+        remote_worker.connect(config.addresses[0], "vllm")
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    server.join()
+    monkeypatch.setattr(remote_worker, "CONNECT_SECONDS", 0)
+    with pytest.raises(WorkerError, match="there is no sampler server at 127.0.0.1"):
+        far.open(0)
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
 
 
 def test_what_a_worker_refuses_is_raised_and_it_lives_on(two: WorkerSampler) -> None:

@@ -217,6 +217,7 @@ class AsynchronousConfig(Config):
 class RLConfig(RolloutConfig):
     """Policy gradients: completions are sampled and scored by rewards; the better ones become more likely."""
 
+    one_process = ("keep_zeros", "asynchronous")
     method: str
     name: str = Field("rl", pattern=NAME, description="Name of the stage's folder in the run.")
     environment: EnvironmentConfig | None = Field(

@@ -29,6 +29,10 @@ class RolloutSamplerConfig(SamplerConfig):
         ge=0,
         description="Processes that sample, on each rank. 0: the process that trains samples itself. None: 0 for local, 1 for vllm.",
     )
+    address: str | list[str] | None = Field(
+        None,
+        description="HOST:PORT of a sampler server that was started by hand, or a list of them, each a worker: sampler_server.py (docs/samplers.md), with the token in POSTTRAIN_SAMPLER_TOKEN. Several ranks share the list. None: the run starts its workers.",
+    )
     python: str | None = Field(
         None,
         description="vllm: path of the Python of the environment that has vLLM, such as vllm-env/bin/python. None: the Python that runs posttrain.",
@@ -37,6 +41,26 @@ class RolloutSamplerConfig(SamplerConfig):
         default_factory=dict,
         description="vllm: further arguments of its engine, such as {tensor_parallel_size: 2, gpu_memory_utilization: 0.4, max_model_len: 4096}.",
     )
+
+    @property
+    def addresses(self) -> list[str]:
+        """Return the addresses of sampler servers."""
+        return [self.address] if isinstance(self.address, str) else list(self.address or [])
+
+    @model_validator(mode="after")
+    def _of_servers(self) -> RolloutSamplerConfig:
+        if self.address is None:
+            return self
+        for name in ("workers", "python"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"sampler.{name} is for workers that the run starts, and sampler.address names servers"
+                )
+        for address in self.addresses or [""]:
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdecimal():
+                raise ValueError(f"sampler.address has {address!r}: expected HOST:PORT, such as 10.0.0.5:7001")
+        return self
 
     @model_validator(mode="after")
     def _of_backend(self) -> RolloutSamplerConfig:
@@ -64,4 +88,6 @@ class RolloutSamplerConfig(SamplerConfig):
     @property
     def processes(self) -> int:
         """Return the number of worker processes; 0: the process that trains samples itself."""
+        if self.address is not None:
+            return len(self.addresses)
         return self.workers if self.workers is not None else int(self.backend == "vllm")

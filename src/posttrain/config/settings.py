@@ -289,6 +289,7 @@ class StageBase(Config):
 class TrainConfig(StageBase):
     """Settings of every stage that trains a model."""
 
+    one_process: ClassVar[tuple[str, ...]] = ("keep_zeros",)
     before_target: ClassVar[bool] = False
     """The first token that carries loss begins the answer, in every forward pass: virtual tokens may stand there."""
     adapter: AdapterConfig | None = Field(None, description="Train adapters on a frozen model. None: every weight.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 import uuid
@@ -54,8 +55,9 @@ def session(address: str | None, cores: int) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    options: dict[str, Any] = {"address": address} if address else {"num_cpus": max(os.cpu_count() or 1, cores)}
-    options |= {} if address else {"include_dashboard": False}
+    # "local": without an address Ray looks for a cluster on this machine, also for one that has ended long ago.
+    options: dict[str, Any] = {"address": address or "local"}
+    options |= {} if address else {"num_cpus": max(os.cpu_count() or 1, cores), "include_dashboard": False}
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:
@@ -69,6 +71,41 @@ def session(address: str | None, cores: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+HEAD_SECONDS = 20.0
+"""How long the head of a cluster may be away. After a minute Ray ends the processes that wait for it without a word."""
+
+
+class HeadWatch:
+    """Notice that the head of the cluster is lost, which Ray itself does not report."""
+
+    def __init__(self, ray: Any) -> None:
+        self.address = str(ray.get_runtime_context().gcs_address)
+        self.seen = time.monotonic()
+
+    def answers(self) -> bool:
+        """Return True if the head accepts a connection."""
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError:
+            return False
+        self.seen = time.monotonic()
+        return True
+
+    def check(self, wait: bool = False) -> None:
+        """Raise ClusterError if the head has been away for too long; with `wait` this is decided before it returns."""
+        while not self.answers():
+            if time.monotonic() - self.seen < HEAD_SECONDS:
+                if not wait:
+                    return
+                time.sleep(1)
+                continue
+            raise ClusterError(
+                f"the head of the Ray cluster at {self.address} is gone, and its trainers have been ended. When the "
+                "cluster is up again, the same command resumes the run from its last checkpoint"
+            )
 
 
 def has_gpus(ray: Any) -> bool:
@@ -110,11 +147,12 @@ def reserve(
     return group
 
 
-def release(group: Any) -> None:
-    """Give the resources of a placement group back; what runs in it is ended."""
+def release(ray: Any, group: Any) -> None:
+    """Give the resources of a placement group back; what runs in it is ended. A lost head is not asked."""
     from ray.util.placement_group import remove_placement_group
 
-    remove_placement_group(group)
+    if HeadWatch(ray).answers():
+        remove_placement_group(group)
 
 
 def placed_in(group: Any, bundle: int) -> Any:

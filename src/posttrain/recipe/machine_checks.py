@@ -18,7 +18,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from posttrain.config import OptimizerConfig, PlacementConfig, Recipe, RowSettings, ServerConfig, TrackConfig
+from posttrain.config import (
+    OptimizerConfig,
+    PlacementConfig,
+    Recipe,
+    RowSettings,
+    ServerConfig,
+    TrackConfig,
+    TrainConfig,
+)
+from posttrain.config.base import Config
 from posttrain.core.errors import DataError, PosttrainError, RecipeError
 from posttrain.core.files import cache_folder, named_path, similar
 from posttrain.core.hub import check_hub, unreachable
@@ -72,7 +81,7 @@ def check_machine(recipe: Recipe) -> None:
     try:
         for key, block in blocks(recipe, files=True):
             own = type(block).__module__.startswith("posttrain.")  # what settings from outside mean is not known here
-            for name, message in _problems(block, models, data_sets) if own else ():
+            for name, message in (*_problems(block, models, data_sets), *_alone(block, recipe)) if own else ():
                 found.setdefault((*key, name) if name else key, []).append(message)
     except DataError as error:  # a file of settings; what follows in the recipe is checked when this is right
         found.setdefault(("stages",), []).append(str(error))
@@ -140,12 +149,28 @@ def _problems(block: BaseModel, on_hub: set[str], data_on_hub: set[str]) -> Iter
             yield name, message
     if isinstance(block, TrackConfig):
         yield from _trackers_unreachable(block)
-    if isinstance(block, OptimizerConfig) and block.kind != "adamw" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        yield "kind", f"{block.kind} works in one process, and torchrun starts several: use adamw"
     for name, package in needed:
         if not is_installed(package):
             extra, _ = OPTIONAL_PACKAGES[package]
             yield name, f"needs {package}, which is not installed: pip install 'posttrain[{extra}]'"
+
+
+def _alone(block: BaseModel, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield (setting, message) for what works in one process only, if the recipe is carried out by several."""
+    systems = recipe.systems
+    on_ray = systems.engine == "ray"
+    count = systems.trainers if on_ray else int(os.environ.get("WORLD_SIZE", "1"))
+    if count < 2 or not isinstance(block, Config):
+        return
+    several = f"systems.trainers is {count}" if on_ray else f"torchrun starts {count}"
+    for name in type(block).one_process:
+        if value := getattr(block, name):
+            what = value if name in ("method", "kind") else name
+            yield name, f"{what} works in one process, and {several}: leave it out, or start one process"
+    if isinstance(block, OptimizerConfig) and block.kind != "adamw":
+        yield "kind", f"{block.kind} works in one process, and {several}: use adamw"
+    if block is recipe.model and recipe.model.quantization and any(isinstance(s, TrainConfig) for s in recipe.stages):
+        yield "quantization", f"weights in 4 or 8 bits are trained in one process, and {several}: start one process"
 
 
 def is_installed(package: str) -> bool:

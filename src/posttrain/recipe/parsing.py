@@ -100,13 +100,15 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     """Return the settings that make two recipes compute different things, as ``key: old there, new now``.
 
     Settings for where the run is carried out, where results go and what they are called (systems, output, description,
-    track) are not compared.
+    track, sampler.address) are not compared.
     """
     ignored = {"systems", "output", "description", "track"}
     before, after = (recipe.model_dump(mode="json", exclude=ignored) for recipe in (old, new))
     out: list[str] = []
 
     def walk(a: Any, b: Any, key: Key) -> None:
+        if key[-2:] == ("sampler", "address"):
+            return
         if isinstance(a, dict) and isinstance(b, dict):
             for name in [*a, *(n for n in b if n not in a)]:
                 walk(a.get(name), b.get(name), (*key, name))

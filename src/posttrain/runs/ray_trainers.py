@@ -94,6 +94,7 @@ def run_on_ray(
     cores = (systems.trainers + systems.samplers) * systems.cpus + systems.rewards
     with ray_cluster.session(systems.address, cores) as ray:
         frame = _frame(ray, recipe, path, functions, accept_changed_data)
+        watch = ray_cluster.HeadWatch(ray)
         while True:
             try:
                 with _workers(ray, recipe, say) as rooms, _trainers(ray, recipe, say) as trainers:
@@ -101,8 +102,9 @@ def run_on_ray(
                     placed["sequence_parallel"] = systems.sequence_parallel
                     placed |= {name: room["count"] for name, room in rooms.items()}
                     trainers.start({**frame, "rooms": rooms, "placed": {**placed, "restarts": restarts}})
-                    return _result(trainers.endings(console))
+                    return _result(trainers.endings(console, watch))
             except TrainerLost as lost:
+                watch.check(wait=True)
                 if len(restarts) == systems.restarts:
                     raise ClusterError(
                         f"{lost}. {systems.restarts} restarts are allowed (systems.restarts), and all were made. The "
@@ -166,7 +168,7 @@ class Trainers:
             started.append(actor.start.remote(pickle.dumps(dict(frame)), environment, os.getcwd(), rank == 0))
         _fetched(self.ray, started)
 
-    def endings(self, console: Console) -> list[TrainerEnd]:
+    def endings(self, console: Console, watch: ray_cluster.HeadWatch) -> list[TrainerEnd]:
         """Show rank 0's output until all trainers have ended, or until one has failed and the others had time to."""
         ray, main = self.ray, self.actors[0]
         waiting = {actor.ending.remote(): rank for rank, actor in enumerate(self.actors)}
@@ -177,6 +179,7 @@ class Trainers:
         # Rank 0 stops after its step; a second signal ends all trainers at once.
         with stop_requests(lambda: main.signal.remote(signal.SIGINT)):
             while waiting and time.monotonic() < deadline:
+                watch.check()
                 ready, _ = ray.wait([output, *waiting], timeout=1.0)
                 for ref in ready:
                     if ref is output:
@@ -202,7 +205,7 @@ def _workers(ray: Any, recipe: Recipe, say: Callable[[str], None]) -> Iterator[d
         for name, count, bundle in (("samplers", systems.samplers, one), ("rewards", systems.rewards, {"CPU": 1.0})):
             if count:
                 group, rooms[name] = ray_cluster.reserve_workers(ray, [bundle] * count, systems.wait, say)
-                stack.callback(ray_cluster.release, group)
+                stack.callback(ray_cluster.release, ray, group)
         yield rooms
 
 
@@ -223,7 +226,7 @@ def _trainers(ray: Any, recipe: Recipe, say: Callable[[str], None]) -> Iterator[
     ray.cloudpickle.register_pickle_by_value(trainer_actor)  # machines need posttrain in the processes alone
     with ExitStack() as stack:
         group = ray_cluster.reserve(ray, bundles, strategy, systems.wait, say)
-        stack.callback(ray_cluster.release, group)
+        stack.callback(ray_cluster.release, ray, group)
         made = ray.remote(trainer_actor.TrainerActor)
         options = {"num_cpus": one["CPU"], "num_gpus": one.get("GPU", 0), "max_concurrency": 4, "max_restarts": 0}
         places = [ray_cluster.placed_in(group, i // each) for i in range(systems.trainers)]

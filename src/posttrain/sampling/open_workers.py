@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.rollout_sampler import RolloutSamplerConfig
+from posttrain.core import distributed
 from posttrain.core.errors import MissingExtraError
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.max_length import context
@@ -21,9 +22,10 @@ from posttrain.models.vocabulary import output_rows, textless_ids
 from posttrain.sampling import vllm_worker
 from posttrain.sampling.process_worker import Child, ChildProgram, ProcessWorker, StartChild
 from posttrain.sampling.protocol import stop_tokens
+from posttrain.sampling.remote_worker import RemoteChild
+from posttrain.sampling.sampler_server import LOCAL
 from posttrain.sampling.weight_folder import WeightFolder
 
-LOCAL = "from posttrain.sampling.local_worker import main; main()"
 PROBE = (
     "import importlib.util as u, json, sys; s = u.find_spec('vllm'); "
     "print(json.dumps([bool(s and s.origin), sys.version.split()[0]]))"
@@ -36,7 +38,7 @@ INSTALL = (
 
 def check_backend(config: RolloutSamplerConfig) -> None:
     """Raise MissingExtraError if the sampler's engine is not there."""
-    if config.backend != "vllm":
+    if config.backend != "vllm" or config.address is not None:
         return
     python = config.python or sys.executable
     found = shutil.which(python)
@@ -75,9 +77,8 @@ class WorkerSource:
 
     def open(self, number: int) -> ProcessWorker:
         """Open a worker. The number is part of the name of its log."""
-        return ProcessWorker(
-            self.launch, self.settings(), self.weights, self.logs / f"sampler-{number + 1}.log", self.decode
-        )
+        launch, log = self._server(number) or self.launch, self.logs / f"sampler-{number + 1}.log"
+        return ProcessWorker(launch, self.settings(), self.weights, log, self.decode)
 
     def settings(self) -> dict[str, Any]:
         """Return the first message to a worker."""
@@ -97,6 +98,21 @@ class WorkerSource:
             "ends": stop_tokens(policy.base, self.tokenizer),
             "textless": textless_ids(self.tokenizer, output_rows(policy.base)),
         }
+
+    @property
+    def count(self) -> int:
+        """Return the number of workers of this process."""
+        return len(self._servers) or self.config.processes
+
+    @property
+    def _servers(self) -> list[str]:
+        return self.config.addresses[distributed.rank() :: distributed.world()]
+
+    def _server(self, number: int) -> StartChild | None:
+        """Return what connects to a server, if the settings name any."""
+        if not self.config.addresses:
+            return None
+        return partial(RemoteChild, self._servers[number], self.config.backend)
 
     @property
     def launch(self) -> StartChild:

@@ -11,6 +11,7 @@ import select
 import socket
 import struct
 import threading
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 LENGTH = struct.Struct("!Q")
@@ -26,9 +27,35 @@ class Wire:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message; OSError if the other side is gone."""
-        content = json.dumps(message, separators=(",", ":")).encode()
         with self._sending:
-            self.connection.sendall(LENGTH.pack(len(content)) + content)
+            self._send(message)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        content = json.dumps(message, separators=(",", ":")).encode()
+        self.connection.sendall(LENGTH.pack(len(content)) + content)
+
+    def send_with_files(self, message: dict[str, Any], folder: Path) -> None:
+        """Send a message and the files of a folder, whose names and sizes are added to it as `files`."""
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        sizes = [[p.relative_to(folder).as_posix(), p.stat().st_size] for p in files]
+        with self._sending:
+            self._send({**message, "files": sizes})
+            for path in files:
+                with path.open("rb") as file:
+                    self.connection.sendfile(file)
+
+    def receive_files(self, message: dict[str, Any], folder: Path) -> None:
+        """Write the files that follow a message into a folder; ValueError for a name that leads out of it."""
+        for name, size in message.pop("files"):
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{name!r} is no name of a file inside a folder")
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                while size:
+                    part = self._read(min(size, 1 << 22))
+                    file.write(part)
+                    size -= len(part)
 
     def receive(self) -> dict[str, Any]:
         """Return the next message; EOFError or OSError if the other side is gone."""

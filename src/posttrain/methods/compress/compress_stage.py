@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class CompressConfig(StageBase):
     """Settings of every stage that makes a model smaller without training it."""
 
+    one_process = ("method",)
     calibration: DataConfig | None = Field(
         None,
         description="Rows that run through the model to see what its layers multiply: any data source, rendered as for training. Use text like that which the model will be given.",

@@ -75,6 +75,7 @@ class CriticRowsConfig(Config):
 class CorrectionsConfig(DataStageConfig):
     """Corrections: the model's own revisions are kept as rows, right after wrong and right kept right."""
 
+    one_process = ("method",)
     method: Literal["corrections"] = "corrections"
     name: str = Field("corrections", pattern=NAME, description="Name of the stage's folder in the run.")
     problems: ProblemsConfig

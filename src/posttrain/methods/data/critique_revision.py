@@ -58,6 +58,7 @@ Writer = Callable[[Conversations, SamplingConfig, int, Callable[..., None]], lis
 class RefineConfig(DataStageConfig):
     """Critique and revision: a model criticises and rewrites its answers, which become rows to train on."""
 
+    one_process = ("method",)
     method: Literal["refine"] = "refine"
     name: str = Field("refine", pattern=NAME, description="Name of the stage's folder in the run.")
     problems: ProblemsConfig = Field(

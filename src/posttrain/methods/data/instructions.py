@@ -43,6 +43,7 @@ PREVIEWED_ROWS = 20
 class InstructionsConfig(DataStageConfig, InstructionSettings, QualitySettings):
     """Instruction building: tables become rows for instruction tuning."""
 
+    one_process = ("method",)
     method: Literal["instructions"] = "instructions"
     name: str = Field("instructions", pattern=NAME, description="Name of the stage's folder in the run.")
     tasks: list[str | InstructionTask] = Field(

@@ -41,6 +41,7 @@ SAMPLED_TOGETHER = 256
 class RejectionConfig(DataStageConfig):
     """Rejection sampling: the model's own completions with a high reward are kept as rows to train on."""
 
+    one_process = ("method",)
     method: Literal["rejection_sampling"] = "rejection_sampling"
     name: str = Field("rejection", pattern=NAME, description="Name of the stage's folder in the run.")
     problems: ProblemsConfig

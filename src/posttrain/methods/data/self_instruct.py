@@ -40,6 +40,7 @@ AskModel = Callable[[Sequence[Ask], Sequence[int], SamplingConfig], list[Rollout
 class SelfInstructConfig(DataStageConfig):
     """Self-Instruct: a model writes tasks and their answers, which become rows to train on."""
 
+    one_process = ("method",)
     method: Literal["self_instruct"] = "self_instruct"
     name: str = Field("self_instruct", pattern=NAME, description="Name of the stage's folder in the run.")
     seeds: str = Field(

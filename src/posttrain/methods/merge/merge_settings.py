@@ -137,6 +137,7 @@ class ExpertsConfig(Config):
 class MergeConfig(StageBase):
     """Merging: the weights of several models become one model, without training."""
 
+    one_process = ("method",)
     method: Literal["merge"] = "merge"
     name: str = Field("merge", pattern=NAME, description="Name of the stage's folder in the run.")
     start: str | None = Field(

@@ -43,6 +43,7 @@ class VocabularyConfig(Config):
 class PretrainConfig(MeasuredConfig):
     """Continued pretraining: next-token prediction on documents, with a share of general text between them."""
 
+    one_process = ("keep_zeros", "vocabulary")
     method: str = "pretrain"
     name: str = Field("pretrain", pattern=NAME, description="Name of the stage's folder in the run.")
     data: DataConfig

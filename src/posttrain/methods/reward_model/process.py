@@ -24,6 +24,7 @@ class RolloutLabelsConfig(Config):
     """Labels by Monte Carlo: the policy continues several times from the end of each step of a chain; the share of
     continuations that end right is the step's label."""
 
+    one_process = ("kind",)
     kind: Literal["rollouts"] = "rollouts"
     problems: ProblemsConfig
     held_out: ProblemsConfig | None = Field(

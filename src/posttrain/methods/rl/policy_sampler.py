@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config import SamplingConfig
 from posttrain.config.rl import RolloutConfig
 from posttrain.core import distributed, ray_cluster
+from posttrain.core.errors import RecipeError
 from posttrain.core.types import RolloutGroup
 from posttrain.models.published_weights import check_publishable, published_weights, write_published
 from posttrain.sampling.engine import LocalSampler
@@ -104,6 +105,11 @@ def open_workers(config: RolloutConfig, loaded: LoadedPolicy, run: StageRun) -> 
     room = ray_cluster.workers("samplers")
     check_backend(config.sampler)
     check_publishable(policy)
+    if 0 < len(config.sampler.addresses) < distributed.world():
+        raise RecipeError(
+            f"sampler.address names {len(config.sampler.addresses)} servers, and each of {distributed.world()} processes "
+            "that train needs one at least"
+        )
     model = run.folder / MODEL
 
     def write(folder: Any) -> None:
@@ -117,7 +123,7 @@ def open_workers(config: RolloutConfig, loaded: LoadedPolicy, run: StageRun) -> 
         weights = opened.enter_context(closing(WeightFolder()))
         source = WorkerSource(config.sampler, policy, tokenizer, model, run.folder, weights)
         on_ray = RaySamplers(room, source.settings()) if room is not None else None
-        open_worker, count = (on_ray.open, on_ray.count) if on_ray else (source.open, config.sampler.processes)
+        open_worker, count = (on_ray.open, on_ray.count) if on_ray else (source.open, source.count)
         workers = opened.enter_context(closing(WorkerSampler(open_worker, count)))
         run.resources.push(opened.pop_all())
     return workers
