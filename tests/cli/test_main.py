@@ -49,6 +49,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 # The commands and their options are a promise to people's scripts: change this table on purpose only.
 SURFACE = {
+    "new": {"output", "model", "data", "goal", "gpu", "time", "dry_run"},
     "run": {"recipe", "overrides", "folder", "fresh", "accept_changed_data", "dry_run"},
     "sweep": {"recipe", "settings", "seeds", "random", "halve", "eta", "goal", "folder", "dry_run"},
     "inspect": {"recipe", "overrides", "rows", "stage", "step", "held_out", "sort", "problem", "watch"},

@@ -22,6 +22,7 @@ from posttrain.cli.inspect_command import inspect_command
 from posttrain.cli.lab import lab_command
 from posttrain.cli.memory_command import memory_command
 from posttrain.cli.merge_command import merge_command
+from posttrain.cli.new_command import new_command
 from posttrain.cli.recipes import recipes_app
 from posttrain.cli.report import report_command
 from posttrain.cli.run import run_command
@@ -86,6 +87,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("new")(new_command)
 app.command("run")(run_command)
 app.command("sweep")(sweep_command)
 app.command("inspect")(inspect_command)

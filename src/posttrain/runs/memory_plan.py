@@ -271,7 +271,9 @@ def _stage_memory(
     adapter = getattr(config, "adapter", None)
     stored = _stored_bytes(recipe.model.source) if config.start in (None, "base") else None
     quantized = recipe.model.quantization
-    dtype = str(pick_dtype(recipe.model.dtype, torch.device(device))).removeprefix("torch.")
+    there = device != "cuda" or torch.cuda.is_available()
+    auto = "bfloat16" if recipe.model.dtype == "auto" and not there else recipe.model.dtype  # of a GPU elsewhere
+    dtype = str(pick_dtype(auto, torch.device(device))).removeprefix("torch.")
     base = FORMATS[dtype]
 
     def setting(weights: WeightFormat, itemsize: int, rank: int) -> _Setting:
