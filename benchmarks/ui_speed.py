@@ -67,7 +67,7 @@ def main(root: Path) -> None:
     if not (root / "run-0000").is_dir():
         write_runs(root)
         write_many_rollouts(root / "run-0000" / "stages" / "0-rl" / "rollouts")
-    server = UiServer(0, UiState(RunIndex([root])))
+    server = UiServer(0, UiState(RunIndex([root]), root / "votes.jsonl"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     run = {"run": str(root / "run-0000")}
     for title, path, query in (

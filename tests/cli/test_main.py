@@ -62,7 +62,7 @@ SURFACE = {
     "bake": {"model", "folder", "device", "trust_remote_code"},
     "compose": {"tower", "language", "output", "layer", "chat_template", "seed", "trust_remote_code"},
     "report": {"run"},
-    "ui": {"folders", "port", "show"},
+    "ui": {"folders", "port", "show", "votes"},
     "doctor": set(),
     "export": {"check", "embeddings", "model", "output", "quantization", "to", "trust_remote_code", "dry_run"},
     "memory": {"gpu", "int8_cache", "overrides", "recipe", "sequences", "tokens"},

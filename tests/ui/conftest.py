@@ -29,7 +29,7 @@ def write_steps(folder: Path) -> None:
         for g in range(GROUPS):
             numbers = [((step * GROUPS + g) * EACH + i) * 37 % 101 for i in range(EACH)]
             rollouts = [
-                Rollout((5, 6), (-0.5, -0.5), ("stop", "length")[n % 2], f"answer {n}{' WALRUS' * (n % 7 == 0)}",
+                Rollout((5, 6), (-0.5, -0.5), ("end", "length")[n % 2], f"answer {n}{' WALRUS' * (n % 7 == 0)}",
                         {"exact": n / 100}, n / 100)
                 for n in numbers
             ]  # fmt: skip
@@ -59,7 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="package")
 def site(root: Path) -> Iterator[SimpleNamespace]:
     """Serve the folder."""
-    server = UiServer(0, UiState(RunIndex([root])))
+    server = UiServer(0, UiState(RunIndex([root]), root / "votes.jsonl"))
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     yield SimpleNamespace(server=server, root=root, base=server.address.partition("?")[0])

@@ -1,11 +1,16 @@
-"""What a person does, in headless Chromium: look, watch, compare, search."""
+"""What a person does, in headless Chromium: look, watch, compare, search, chat, vote, start and stop a run."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
+from posttrain.config import DataConfig
+from posttrain.data.preference_rows import prepare_pairs
+from posttrain.models.tiny_model import tiny_tokenizer
+from posttrain.recipe.parsing import load_recipe
 from tests.ui.browser import Browser
 
 LOSS = "document.querySelector('[data-chart=\"sft.loss\"]')"
@@ -64,12 +69,13 @@ def test_pages_fit_and_are_labelled(browser: Browser, site: SimpleNamespace) -> 
     """At three widths nothing scrolls sideways; every field has a label; every script and request is our own."""
     first, going = f"run={site.root}/first", f"run={site.root}/going"
     pages = ["", f"run?{first}", f"compare?{first}&{going}", f"rows?{first}"]
+    pages += [f"data?{first}", f"lineage?{first}", "chat", "start", "start?recipe=grpo"]
     pages.append(f"rows?{first}&rows=stages/1-sft/data/rows.jsonl")
     for page in pages:
         browser.go(site.base + page)
         for width in (1280, 800, 400):
             browser.look(width, dark=width == 800)
-            assert browser.run("document.documentElement.scrollWidth - innerWidth") <= 0, (page, width)
+            browser.wait_for("document.documentElement.scrollWidth <= innerWidth", 5)  # charts follow a moment later
         unlabelled = (
             "[...document.querySelectorAll('input:not([type=hidden]), select, textarea, button')]"
             ".filter(e => !e.labels?.length && !e.ariaLabel && !e.textContent.trim()).map(e => e.outerHTML)"
@@ -78,3 +84,66 @@ def test_pages_fit_and_are_labelled(browser: Browser, site: SimpleNamespace) -> 
         assert browser.run("document.querySelectorAll('table:not(:has(caption))').length") == 0, page
     assert browser.console == []
     assert all(address.startswith((site.base, "data:")) for address in browser.requests)
+
+
+def test_two_models_answer_and_a_vote_is_a_row_to_train_on(browser: Browser, site: SimpleNamespace) -> None:
+    browser.go(f"{site.base}chat?model=tiny:llama&model=tiny:qwen2")
+    for name, text in (("max_tokens", "12"), ("temperature", "1")):
+        browser.fill(f"#chat [name={name}]", text)
+    before = ""
+    for number, (question, button) in enumerate((("Name a colour.", "0"), ("Another?", "1")), 1):
+        browser.fill("#chat textarea", question)
+        browser.press("Enter", 13, "\r")
+        browser.wait_for("!document.querySelector('#vote').hidden", seconds=60)
+        said = browser.run("[...document.querySelectorAll('.answers .text')].map(e => e.textContent)")
+        browser.click(f"#vote button[value='{button}']")
+        browser.wait_for(f"document.querySelector('#votes').textContent === '{number}'")
+        row = json.loads((site.root / "votes.jsonl").read_text().splitlines()[-1])
+        better = int(button)
+        assert (row["chosen"], row["rejected"]) == (said[better], said[1 - better])
+        assert (row["chosen_model"], row["rejected_model"])[:: 1 - 2 * better] == ("tiny:llama", "tiny:qwen2")
+        if number == 2:  # the conversation continues with the better answer
+            assert row["prompt"][1]["content"] == before
+        before = said[better]
+        assert row["prompt"][-1] == {"role": "user", "content": question}
+    assert [turn["role"] for turn in row["prompt"]] == ["user", "assistant", "user"]
+    read = prepare_pairs(DataConfig(source=str(site.root / "votes.jsonl")), tiny_tokenizer())
+    assert read.stats["used"] == 2 and not read.stats["dropped"]
+    browser.fill("#chat [name=second]", "")
+    browser.fill("#chat [name=first]", "no-such-model.gguf")
+    browser.fill("#chat textarea", "Hello")
+    browser.press("Enter", 13, "\r")
+    browser.wait_for("!document.querySelector('#problem').hidden")
+    assert "no-such-model.gguf" in browser.run("document.querySelector('#problem').textContent")
+    assert browser.run("document.querySelector('#chat textarea').value") == "Hello"  # nothing that was typed is lost
+    browser.console.clear()  # the status 400 of that request
+
+
+def test_a_recipe_is_started_from_its_form_watched_and_stopped(
+    browser: Browser, site: SimpleNamespace, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "name: mine\nmodel: {source: 'tiny:llama'}\n"
+        f"stages: [{{method: sft, data: {{source: {tmp_path}/rows.jsonl}}, epochs: 100000}}]\n"
+    )
+    browser.go(f"{site.base}start?recipe={recipe}")
+    browser.fill("#find", "optimizer.lr")
+    browser.wait_for("[...document.querySelectorAll('.field')].filter(f => !f.hidden).length < 4")
+    browser.fill("[name='stages.sft.optimizer.lr']", "fast")
+    browser.click("#start button[type=submit]")
+    browser.wait_for("document.querySelector('#problem').textContent.includes('stages.sft.optimizer.lr')")
+    browser.console.clear()
+    browser.fill("[name='stages.sft.optimizer.lr']", "0.0025")
+    browser.run("document.querySelector('[name=name]').value = 'from-a-form'")
+    browser.click("#start button[type=submit]")
+    browser.wait_for("document.title.startsWith('from-a-form') && document.querySelector('h1 .status.running')")
+    browser.wait_for(f"{LOSS}?.querySelector('canvas')", seconds=90)
+    folder = site.root / "from-a-form"
+    assert load_recipe(str(folder / "recipe.yaml")).stages[0].optimizer.lr == 0.0025
+    browser.click("button[data-action='/stop']")
+    browser.wait_for("document.querySelector('h1 .status').textContent === 'interrupted'", seconds=60)
+    browser.wait_for("document.querySelector('#log').textContent.includes('stopped; resume with')")
+    assert browser.run("document.querySelector('button[data-action]').textContent") == "Resume"

@@ -54,27 +54,16 @@ def serve_command(
     if host not in LOOPBACK and key is None:
         raise RecipeError(f"--host {host} lets other machines in: give a key with --api-key-env VARIABLE")
 
-    from posttrain.models.language_model import LanguageModel
-    from posttrain.models.loading import load_model
-    from posttrain.models.verification import verify
-    from posttrain.sampling.engine import LocalSampler
-    from posttrain.serving.batcher import Batcher
     from posttrain.serving.http_server import ApiServer
-    from posttrain.serving.model_api import ModelApi
+    from posttrain.serving.open_model import open_model_api
 
-    hf, tokenizer = load_model(config, inference=True)
-    opened = LanguageModel(hf).eval().requires_grad_(False)
-    verify(opened)
-    sampler = LocalSampler(
-        opened, tokenizer, max_running=max_running, memory_mb=cache_mb, kv_cache="int8" if int8_cache else None
-    )
-    batcher = Batcher(sampler, max_waiting)
+    api = open_model_api(config, name or served_name(model), max_tokens, max_waiting, max_running, cache_mb, int8_cache)
     try:
-        server = ApiServer(host, port, ModelApi(name or served_name(model), batcher, max_tokens), key)
+        server = ApiServer(host, port, api, key)
     except OSError as error:
-        batcher.close(0)
+        api.batcher.close(0)
         raise ModelError(f"{host}:{port} can't be listened on ({error.strerror}): give another --port") from error
-    serve_until_stopped(server, batcher)
+    serve_until_stopped(server, api.batcher)
 
 
 def served_name(source: str) -> str:

@@ -20,9 +20,12 @@ def ui_command(
         list[Path] | None, typer.Argument(metavar="FOLDER", help="Folders with runs. [default: runs]")
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 0,
+    votes: Annotated[
+        Path | None, typer.Option(help="File of votes for answers. [default: votes.jsonl in the first folder]")
+    ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """Show all runs in a local page: curves while they run, comparisons, rollouts."""
+    """Show all runs in a local page: live curves, comparisons, stored rows, chat with two models, starting a run."""
     roots = folders or [Path(DEFAULT_FOLDER)]
     for root in roots:
         if root.exists() and not root.is_dir():
@@ -31,8 +34,9 @@ def ui_command(
     from posttrain.ui.run_index import RunIndex
     from posttrain.ui.ui_server import UiServer
 
+    state = UiState(RunIndex(roots), votes or roots[0] / "votes.jsonl")
     try:
-        server = UiServer(port, UiState(RunIndex(roots)))
+        server = UiServer(port, state)
     except OSError as error:
         raise RecipeError(f"port {port} can't be listened on ({error.strerror}): give another --port") from error
     threading.Thread(target=importlib.import_module, args=("pyarrow.parquet",), daemon=True).start()  # takes a second
@@ -50,4 +54,5 @@ def ui_command(
     finally:
         server.shutdown()
         server.server_close()
+        state.chats.close()
         signal.signal(signal.SIGTERM, before)

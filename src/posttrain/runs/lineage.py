@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,13 +74,13 @@ def trace(run: Path, manifest: Mapping[str, Any], number: int) -> tuple[list[Lin
         data = tuple(d for d in manifest.get("data", []) if d.get("stage") in titles)
         steps.insert(0, LineageStep(run.resolve().name, record, data))
         for model in reversed(record.get("merged", {}).get("models", [])):
-            found = _stage_of(str(model["source"]), run, records[:number])
+            found = stage_that_made(str(model["source"]), run, records[:number])
             made_by = trace(found[0], _manifest_of(found[0], run, manifest), found[1])[0] if found else []
             steps[:0] = [step for step in made_by if (step.run, step.record) not in [(s.run, s.record) for s in steps]]
         source = str(record.get("from", ""))
         if source == manifest.get("model", {}).get("source"):
             revision = manifest["model"].get("revision")
-        found = _stage_of(source, run, records[:number])
+        found = stage_that_made(source, run, records[:number])
         if found is None:
             break
         manifest = _manifest_of(found[0], run, manifest)
@@ -97,8 +97,14 @@ def _manifest_of(run: Path, known_run: Path, known: Mapping[str, Any]) -> Mappin
     return known
 
 
-def _stage_of(source: str, run: Path, earlier: list[Mapping[str, Any]]) -> tuple[Path, int] | None:
-    """Return the run and the number of the stage that made a source; None if no stage did."""
+def stage_that_made(source: str, run: Path, earlier: Sequence[Mapping[str, Any]]) -> tuple[Path, int] | None:
+    """Return the run and the number of the stage that made a source; None if no stage did.
+
+    Args:
+        source: Model source, as a stage's `from` in the manifest.
+        run: The run whose manifest names it.
+        earlier: The stages of that run which come before.
+    """
     inside = re.search(r"stages/(\d+)-([^/]+)/(?:model|adapter)/?$", source)
     if inside and int(inside[1]) < len(earlier) and earlier[int(inside[1])]["name"] == inside[2]:
         elsewhere = Path(source).exists() and run.resolve() not in Path(source).resolve().parents

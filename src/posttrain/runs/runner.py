@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-NOT_HASHED = ("checkpoints", "report.html", "manifest.json", ".lock", "tensorboard")
+NOT_HASHED = ("checkpoints", "report.html", "manifest.json", ".lock", "run.log", "tensorboard")
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,14 @@ from urllib.parse import urlencode
 from posttrain.core.errors import DataError
 from posttrain.report.charts import RUN_STYLES
 from posttrain.report.formatting import yaml_markup
+from posttrain.ui.chat_models import ChatModels, read_votes
+from posttrain.ui.lineage_graph import HEIGHT, WIDTH, lineage_graph
 from posttrain.ui.live_logs import LiveLogs, read_recipe, read_run
+from posttrain.ui.recipe_form import OPEN_BLOCKS, recipe_blocks, recipe_choices
 from posttrain.ui.rollout_pages import RowQuery
 from posttrain.ui.run_comparison import MOST_RUNS, different_settings, short_names, stage_groups, task_lanes
 from posttrain.ui.run_index import RUN_LOG, STATUSES, RunEntry, RunIndex
+from posttrain.ui.started_runs import StartedRuns
 from posttrain.ui.stored_rows import row_sources, source_named
 from posttrain.ui.templates import render_ui
 
@@ -27,10 +31,24 @@ LOG_SHOWN = 24_000
 
 @dataclass
 class UiState:
-    """What is served. index: The runs. logs: What they write."""
+    """What is served.
+
+    Attributes:
+        index: The runs.
+        votes: File that votes are appended to.
+        logs: What runs write.
+        started: Runs that were started here.
+        chats: Models that are open.
+    """
 
     index: RunIndex
+    votes: Path
     logs: LiveLogs = field(default_factory=LiveLogs)
+    started: StartedRuns = field(default_factory=StartedRuns)
+    chats: ChatModels = field(default_factory=ChatModels)
+
+    def __post_init__(self) -> None:
+        self.index.is_alive = self.started.is_alive
 
     def run_of(self, query: Query) -> RunEntry:
         """Return the run that a query names. Raises CheckpointError if there is no such run."""
@@ -78,7 +96,7 @@ def run_page(state: UiState, query: Query) -> str | None:
     """Return the page of a run; None as for `runs_page`."""
     entry = state.run_of(query)
     stages, log = state.logs.stages(entry.folder), run_log(entry.folder)
-    stamp = _stamp(entry, [s.stamp for s in stages], len(log), log[-200:])
+    stamp = _stamp(entry, state.started.is_alive(entry.folder), [s.stamp for s in stages], len(log), log[-200:])
     if _unchanged(query, stamp):
         return None
     run = read_run(entry.folder, stages)
@@ -89,7 +107,8 @@ def run_page(state: UiState, query: Query) -> str | None:
     ]
     return render_ui(
         "run.html.j2", here="/", entry=entry, run=run, curves=curves, tasks=task_lanes([entry.name], [run]),
-        stamp=stamp, log=log, recipe=yaml_markup(run.recipe_text), link=_link,
+        can_stop=state.started.is_alive(entry.folder), stamp=stamp, log=log,
+        recipe=yaml_markup(run.recipe_text), link=_link,
     )  # fmt: skip
 
 
@@ -144,10 +163,47 @@ def rows_page(state: UiState, query: Query) -> str:
                      page=page, following=following, orders=ORDERS, link=_link, value=value)  # fmt: skip
 
 
+def data_page(state: UiState, query: Query) -> str:
+    """Return the data of a run as the model sees it."""
+    entry = state.run_of(query)
+    run = read_run(entry.folder, [])
+    names = [str(s.get("name")) for key in ("stages", "evaluate") for s in run.recipe.get(key) or [] if "name" in s]
+    return render_ui("run_data.html.j2", here="/", entry=entry, run=run, link=_link,
+                     manifest=run.manifest, names=names)  # fmt: skip
+
+
+def lineage_page(state: UiState, query: Query) -> str:
+    """Return the graph of what a run comes from, and of what begins with it."""
+    entry = state.run_of(query)
+    graph = lineage_graph(entry.folder, state.index.entries())
+    return render_ui("lineage.html.j2", here="/", entry=entry, graph=graph, link=_link, box=(WIDTH, HEIGHT))
+
+
+def chat_page(state: UiState, query: Query) -> str:
+    """Return the page to talk to one or two models."""
+    runs = [e for e in state.index.entries() if e.status == "done" and (e.folder / "model").is_dir()]
+    votes = read_votes(state.votes)
+    given = [*query.get("model", ()), "", ""]
+    return render_ui("chat.html.j2", here="/chat", models=[e.key for e in runs], votes=votes, file=state.votes,
+                     first=given[0], second=given[1], link=_link)  # fmt: skip
+
+
+def start_page(state: UiState, query: Query) -> str:
+    """Return the form of a recipe's settings."""
+    recipe = value(query, "recipe")
+    blocks = recipe_blocks(recipe) if recipe else []
+    return render_ui("start.html.j2", here="/start", recipe=recipe, recipes=recipe_choices(), blocks=blocks,
+                     root=state.index.roots[0], unfolded=OPEN_BLOCKS)  # fmt: skip
+
+
 PAGES: dict[str, Callable[[UiState, Query], str | None]] = {
     "": runs_page,
     "/run": run_page,
     "/compare": compare_page,
     "/rows": rows_page,
+    "/data": data_page,
+    "/lineage": lineage_page,
+    "/chat": chat_page,
+    "/start": start_page,
 }
 """Pages by their path."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,15 @@ def run_folders(root: Path, levels: int = DEEPEST) -> Iterator[Path]:
 
 
 class RunIndex:
-    """The runs below some folders, by key. roots: The folders; those that are missing have no runs (yet)."""
+    """The runs below some folders, by key.
 
-    def __init__(self, roots: Sequence[Path]) -> None:
-        self.roots = list(roots)
+    Attributes:
+        roots: The folders; those that are missing have no runs (yet).
+        is_alive: Tells if the process of a run is known to be there, before the run has locked its folder.
+    """
+
+    def __init__(self, roots: Sequence[Path], is_alive: Callable[[Path], bool] = lambda _: False) -> None:
+        self.roots, self.is_alive = list(roots), is_alive
         self._lock = threading.Lock()
         self._read: dict[Path, tuple[Any, RunEntry]] = {}
 
@@ -106,8 +111,9 @@ class RunIndex:
         state = tuple(_state(path / name) for name in ("manifest.json", "evaluations/comparison.json"))
         read, entry = self._read.get(path, (None, None))
         # A run that was killed stays so until its manifest changes: its lock is not asked for again.
-        if entry is None or read != state or entry.status in ("running", "not started"):
-            entry = _read_entry(path, entry if read == state else None)
+        live = entry is None or entry.status in ("running", "not started") or self.is_alive(path)
+        if entry is None or read != state or live:
+            entry = _read_entry(path, self.is_alive(path), entry if read == state else None)
             self._read[path] = (state, entry)
         return entry
 
@@ -120,13 +126,15 @@ def _state(path: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_size
 
 
-def _read_entry(path: Path, known: RunEntry | None) -> RunEntry:
+def _read_entry(path: Path, alive: bool, known: RunEntry | None) -> RunEntry:
     manifest = read_manifest(path)
     stages = [s for s in manifest.get("stages") or [] if isinstance(s, dict)]
     status = str(manifest.get("status", ""))
     if status in ("running", ""):
-        waiting = "interrupted" if status or (path / RUN_LOG).exists() else "not started"
-        status = "running" if is_worked_on(path) else waiting
+        ended = "interrupted" if status else "failed" if (path / RUN_LOG).exists() else "not started"
+        status = "running" if alive or is_worked_on(path) else ended
+    elif alive and status != "done":  # it is being resumed
+        status = "running"
     modified = (_state(path / "manifest.json") or _state(path) or (0, 0))[0] / 1e9
     return RunEntry(
         key=str(path),

@@ -16,7 +16,7 @@ POLICY = (
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 """Content security policy of the pages: nothing comes from, or goes to, another place than this server."""
-SCRIPTS = ("live.js",)
+SCRIPTS = ("actions.js", "chat.js", "live.js")
 
 
 @functools.cache

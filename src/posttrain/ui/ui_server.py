@@ -13,6 +13,8 @@ from posttrain.core.errors import CheckpointError, PosttrainError
 from posttrain.core.secrets import hide_secrets
 from posttrain.serving.api_requests import ApiError, read_json_body
 from posttrain.serving.bounded_server import BoundedHandler, BoundedServer
+from posttrain.ui.actions import ACTIONS
+from posttrain.ui.chat_models import ChatRequest, read_request
 from posttrain.ui.pages import PAGES, UiState
 from posttrain.ui.templates import POLICY, render_ui, static_file
 
@@ -76,8 +78,15 @@ class _UiHandler(BoundedHandler):
         raw = self.read_body_bytes()  # first: else it would be taken for the connection's next request
         self._check_token()
         self._check_origin()
-        read_json_body(raw)
-        raise ApiError(404, "there is no such action")
+        body = read_json_body(raw)
+        if path == "/chat":
+            asked = self._refused_as_error(lambda: read_request(ChatRequest, body))
+            state = self.server.state
+            self.stream_events(self._refused_as_error(lambda: state.chats.answer(asked, self.client_gone)))
+        elif path in ACTIONS:
+            self.send_json(200, self._refused_as_error(lambda: ACTIONS[path](self.server.state, body)), HEADERS)
+        else:
+            raise ApiError(404, "there is no such action")
 
     # ------------------------------------------------------------------------------------------------------- checks
     def _log_in(self, token: str) -> None:

@@ -59,7 +59,7 @@ const watch = async () => {
     document.body.classList.add("lost");
     news.textContent = "No connection to posttrain ui.";
   }
-  setTimeout(watch, Math.max(2000, 20 * (performance.now() - began)));
+  setTimeout(watch, Math.min(30000, Math.max(2000, 5 * (performance.now() - began))));
 };
 
 const filter = document.querySelector("#filter"), chosen = document.querySelector("#chosen");

@@ -1,0 +1,42 @@
+"""Open a model so that it answers requests."""
+
+from __future__ import annotations
+
+from posttrain.config import ModelConfig
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.loading import load_model
+from posttrain.models.verification import verify
+from posttrain.sampling.engine import LocalSampler
+from posttrain.serving.batcher import Batcher
+from posttrain.serving.model_api import ModelApi
+
+
+def open_model_api(
+    config: ModelConfig,
+    name: str,
+    max_tokens: int = 512,
+    max_waiting: int = 256,
+    max_running: int | None = None,
+    cache_mb: float | None = None,
+    int8_cache: bool = False,
+) -> ModelApi:
+    """Load a model and start the thread that computes for it; `batcher.close` of the result ends it.
+
+    Args:
+        config: The model.
+        name: Its name in answers.
+        max_tokens: Longest answer if a request names no length.
+        max_waiting: Prompts that may wait.
+        max_running: Completions computed together. None: 128 on a CPU, 512 on a GPU.
+        cache_mb: MiB for keys and values. None: a fifth of the memory.
+        int8_cache: Keep keys and values in 8 bits.
+
+    Raises:
+        ModelError: It can't be loaded, or the sampler can't reach its attention.
+    """
+    hf, tokenizer = load_model(config, inference=True)
+    opened = LanguageModel(hf).eval().requires_grad_(False)
+    verify(opened)
+    cache = "int8" if int8_cache else None
+    sampler = LocalSampler(opened, tokenizer, max_running=max_running, memory_mb=cache_mb, kv_cache=cache)
+    return ModelApi(name, Batcher(sampler, max_waiting), max_tokens)
