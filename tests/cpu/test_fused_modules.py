@@ -162,3 +162,18 @@ def test_an_embedding_s_gradient_in_its_place_equals_torch_s(padding: int | None
 def test_embeddings_that_do_more_are_left_alone() -> None:
     for module in (nn.Embedding(7, 3, max_norm=1.0), nn.Embedding(7, 3, sparse=True)):
         assert fuse(module) == {}
+
+
+def test_two_gelus_are_told_apart_where_weights_are_small() -> None:
+    """Near zero they are the same function, up to the tolerance of a comparison on the module itself."""
+    own = tiny_model("gemma2")
+    with torch.no_grad():
+        for layer in own.model.layers:
+            layer.mlp.gate_proj.weight.mul_(0.01)
+    fused = copy.deepcopy(own)
+    fuse(fused)
+    with torch.no_grad():
+        for model in (own, fused):
+            for layer in model.model.layers:
+                layer.mlp.gate_proj.weight.mul_(1000)
+    check(own, fused)

@@ -147,3 +147,21 @@ def test_a_model_is_fused_and_computes_the_same() -> None:
     assert torch.allclose(ours.logits, own.logits, atol=1e-5)
     for a, b in zip(torch.autograd.grad(ours.loss, list(hf.parameters())), expected, strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+def test_low_rank_adapters_are_one_function() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    hf = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                                      num_key_value_heads=1, vocab_size=37, max_position_embeddings=64))  # fmt: skip
+    model = get_peft_model(hf, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+    tokens, trained = torch.arange(9)[None] * 3, [p for p in model.parameters() if p.requires_grad]
+    own = model(tokens, labels=tokens)
+    expected = torch.autograd.grad(own.loss, trained)
+    assert fused.fuse_forwards(model)["Linear"] == 7
+    ours = model(tokens, labels=tokens)
+    assert torch.allclose(ours.logits, own.logits, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(ours.loss, trained), expected, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()

@@ -22,6 +22,15 @@ from posttrain.cpu import matmul as cpu
 from posttrain.cpu import recompute as remake
 from posttrain.cpu.quantized_matmul import is_placeholder, packed_of
 from posttrain.losses import gradient_accumulation as gradients
+from posttrain.losses.low_rank_linear import (
+    LowRankLinear,
+    activation_of,
+    dense_weight,
+    in_4_bit,
+    low_rank,
+    low_rank_base,
+    makes_dense,
+)
 
 TOLERANCE = 2e-5
 """Largest difference, relative to the largest output, at which a fused forward counts as the module's own."""
@@ -144,43 +153,6 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 }
 
 
-class _LoRALinear(torch.autograd.Function):
-    """x W^T + b + s (x A^T) B^T with the adapter's product added in place; keeps x and x A^T.
-
-    `weight` is W, or a function that makes it: then backward makes it again. A and B may be float32 beside inputs in 16
-    bit: their product is computed in float32, from copies of inputs and gradients that are not kept.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale):  # type: ignore[no-untyped-def]
-        flat = x.flatten(0, -2)
-        low = torch.mm(flat.to(a.dtype), a.t())
-        kept, ctx.dense = (weight, None) if isinstance(weight, Tensor) else (None, weight)
-        y = _add_product(F.linear(flat, kept if ctx.dense is None else ctx.dense(), bias), low, b.t(), scale)
-        ctx.save_for_backward(flat, kept, a, b, low)
-        ctx.scale, ctx.shape = scale, x.shape
-        # No view: the model may write into it (Llama 4 adds its experts' output to that of the shared expert).
-        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
-
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        flat, weight, a, b, low = ctx.saved_tensors
-        dy = dy.flatten(0, -2)
-        full = dy.to(a.dtype)
-        d_low = torch.mm(full, b).mul_(ctx.scale)
-        d_b = torch.mm(full.t(), low).mul_(ctx.scale)
-        d_x = None
-        if ctx.needs_input_grad[0]:
-            weight = weight if ctx.dense is None else ctx.dense()
-            d_x = _add_product(torch.mm(dy, weight), d_low, a, 1.0).view(ctx.shape)
-        return d_x, None, None, torch.mm(d_low.t(), flat.to(a.dtype)), d_b, None
-
-
-def _add_product(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Add scale * left right to y, in place; y may have fewer digits."""
-    return y.addmm_(left, right, alpha=scale) if y.dtype == left.dtype else y.add_(left @ right, alpha=scale)
-
-
 class _Embedding(torch.autograd.Function):
     """weight[tokens]; its gradient goes row by row to where the weight's is kept, no matrix of zeros around it."""
 
@@ -234,51 +206,18 @@ def _mlp_forward(kind: str) -> Callable[..., Tensor]:
     return forward
 
 
-def low_rank(module: Any) -> tuple[Any, Tensor, Tensor, float] | None:
-    """Return (linear, A, B, scale) of peft's linear module: x W^T + b + scale (x A^T) B^T with W frozen.
-
-    None if its adapters are off, merged, several or of another kind.
-    """
-    names = module.active_adapters
-    if len(names) != 1 or module.disable_adapters or module.merged or module.base_layer.weight.requires_grad:
-        return None
-    if names[0] not in module.lora_A or names[0] not in module.lora_B:
-        return None
-    a, b = module.lora_A[names[0]].weight, module.lora_B[names[0]].weight
-    return module.base_layer, a, b, module.scaling[names[0]]
-
-
 def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     found = None if args or kwargs else low_rank(self)
     if found is None or found[1].dtype not in (x.dtype, torch.float32):
         return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
     base, a, b, scale = found
-    if _in_4_bit(base):
-        if not (torch.is_grad_enabled() and _makes(base, x.dtype)):
+    if in_4_bit(base):
+        if not (torch.is_grad_enabled() and makes_dense(base, x.dtype)):
             return type(self).forward(self, x)  # type: ignore[no-any-return]
-        return _LoRALinear.apply(x, lambda: _dense(base), base.bias, a, b, scale)  # type: ignore[no-any-return]
+        return LowRankLinear.apply(x, lambda: dense_weight(base), base.bias, a, b, scale)  # type: ignore[no-any-return]
     if cpu.few_rows(x):
         return cpu.linear(x, base.weight, base.bias).add_(cpu.linear(cpu.linear(x, a), b), alpha=scale)
-    return _LoRALinear.apply(x, base.weight, base.bias, a, b, scale)  # type: ignore[no-any-return]
-
-
-def _in_4_bit(module: Any) -> bool:
-    """Return True if a module is bitsandbytes' linear layer in 4 bit."""
-    return type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes.")
-
-
-def _makes(base: Any, dtype: torch.dtype) -> bool:
-    """Return True if `_dense` gives the weight with which bitsandbytes computes inputs of a dtype."""
-    state, bias = base.weight.quant_state, base.bias
-    computes = base.compute_dtype in (None, dtype) and (bias is None or bias.dtype == dtype)
-    shape = (base.out_features, base.in_features)
-    return computes and state is not None and state.dtype == dtype and tuple(state.shape) == shape
-
-
-def _dense(base: Any) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(base.weight.data.view(-1, 1), base.weight.quant_state)  # type: ignore[no-any-return]
+    return LowRankLinear.apply(x, base.weight, base.bias, a, b, scale)  # type: ignore[no-any-return]
 
 
 def adapted(module: Any) -> bool:
@@ -328,25 +267,22 @@ def _candidates(module: Any) -> tuple[list[Callable[..., Tensor]], int]:
         return [_norm_forward(0.0), _norm_forward(1.0)], len(weight)
     parts = [getattr(module, n, None) for n in ("gate_proj", "up_proj", "down_proj")]
     if all(isinstance(p, nn.Module) and hasattr(p, "in_features") for p in parts) and len(list(module.children())) <= 4:
-        return [_mlp_forward(kind) for kind in ACTIVATIONS], parts[0].in_features  # type: ignore[union-attr, return-value]
+        kind = activation_of(module)
+        return ([] if kind is None else [_mlp_forward(kind)]), parts[0].in_features  # type: ignore[union-attr, return-value]
     if type(module) is nn.Linear and weight is not None and weight.device.type == "cpu":
         return [_linear_forward], module.in_features
     if type(module) is nn.Embedding and weight is not None and weight.device.type == "cpu":
         plain = module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
         return ([_embedding_forward] if plain else []), module.num_embeddings
-    kind = f"{type(module).__module__}.{name}"
-    if kind in ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit"):
-        base = module.base_layer
-        dropout = any(getattr(d, "p", 0) for d in module.lora_dropout.values())
-        dora = any(getattr(module, "use_dora", {}).values()) or bool(getattr(module, "lora_variant", None))
-        if (type(base) is nn.Linear or _in_4_bit(base)) and not dropout and not dora:
-            return [_lora_forward], base.in_features
+    base = low_rank_base(module)
+    if base is not None:
+        return [_lora_forward], base.in_features
     return [], 0
 
 
 def _readable(module: nn.Module) -> bool:
     """Return True if the weights of a module are plain floats, but for those in 4 bit below adapters of peft."""
-    of_bits = {id(m.weight) for m in module.modules() if _in_4_bit(m)}
+    of_bits = {id(m.weight) for m in module.modules() if in_4_bit(m)}
     others = [p for p in module.parameters() if id(p) not in of_bits]
     plain = all(type(p) is nn.Parameter and p.is_floating_point() for p in others)
     return plain and (bool(others) or not of_bits)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posttrain.cuda import triton_kernels as kernels
+from posttrain.losses.low_rank_linear import LowRankLinear, activation_of, low_rank, low_rank_base
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Largest difference, relative to the largest output, at which a fused forward counts as the module's own."""
@@ -142,6 +143,16 @@ def _mlp_forward(kind: str) -> Callable[..., Tensor]:
     return forward
 
 
+def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    found = None if args or kwargs or not x.numel() or torch.compiler.is_compiling() else low_rank(self)
+    if found is None or not torch.is_grad_enabled() or found[1].dtype not in (x.dtype, torch.float32):
+        return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+    base, a, b, scale = found
+    if type(base) is not nn.Linear or base.weight.dtype != x.dtype:
+        return type(self).forward(self, x)  # type: ignore[no-any-return]
+    return LowRankLinear.apply(x, base.weight, base.bias, a, b, scale)  # type: ignore[no-any-return]
+
+
 def _rotary(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return transformers' `apply_rotary_pos_emb` with one kernel for a tensor on a GPU."""
 
@@ -199,20 +210,6 @@ def _same(module: Any, forward: Callable[..., Tensor], width: int) -> bool:
     return True
 
 
-def activation_of(mlp: Any) -> str | None:
-    """Return the name in `GATES` of a gated MLP's activation, None for another one.
-
-    Compared in float64: at most 5e-4 lie between the two GELUs, which a comparison in bfloat16 does not see.
-    """
-    function, x = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None)), torch.linspace(-4, 4, 65).double()
-    try:
-        y = function(x) if callable(function) else x
-    except (TypeError, RuntimeError):  # another number of arguments
-        return None
-    known = {"silu": F.silu(x), "gelu": F.gelu(x), "gelu_tanh": F.gelu(x, approximate="tanh")}
-    return next((name for name, z in known.items() if torch.allclose(y, z, rtol=0, atol=1e-6)), None)
-
-
 def _candidates(module: Any) -> tuple[list[Callable[..., Tensor]], int]:
     """Return fused forwards that a module might be the same as, and the width of its input."""
     weight = getattr(module, "weight", None)
@@ -223,6 +220,9 @@ def _candidates(module: Any) -> tuple[list[Callable[..., Tensor]], int]:
     if all(isinstance(p, nn.Module) and hasattr(p, "in_features") for p in parts) and len(list(module.children())) <= 4:
         kind = activation_of(module)
         return ([] if kind is None else [_mlp_forward(kind)]), parts[0].in_features  # type: ignore[union-attr, return-value]
+    base = low_rank_base(module)
+    if type(base) is nn.Linear:  # below it bitsandbytes' layers compute faster themselves
+        return [_lora_forward], base.in_features
     return [], 0
 
 
