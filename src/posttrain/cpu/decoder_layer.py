@@ -21,11 +21,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from posttrain.core.low_rank_linear import low_rank
 from posttrain.cpu import library as native
 from posttrain.cpu import matmul as cpu
 from posttrain.cpu.fused_modules import adapted
 from posttrain.cpu.quantized_matmul import is_placeholder, packed_of
-from posttrain.losses.low_rank_linear import low_rank
 
 PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 NORMS = ("input_layernorm", "post_attention_layernorm")

@@ -17,12 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from posttrain.cpu import library as native
-from posttrain.cpu import matmul as cpu
-from posttrain.cpu import recompute as remake
-from posttrain.cpu.quantized_matmul import is_placeholder, packed_of
-from posttrain.losses import gradient_accumulation as gradients
-from posttrain.losses.low_rank_linear import (
+from posttrain.core.low_rank_linear import (
     LowRankLinear,
     activation_of,
     dense_weight,
@@ -31,6 +26,11 @@ from posttrain.losses.low_rank_linear import (
     low_rank_base,
     makes_dense,
 )
+from posttrain.cpu import library as native
+from posttrain.cpu import matmul as cpu
+from posttrain.cpu import recompute as remake
+from posttrain.cpu.quantized_matmul import is_placeholder, packed_of
+from posttrain.losses import gradient_accumulation as gradients
 
 TOLERANCE = 2e-5
 """Largest difference, relative to the largest output, at which a fused forward counts as the module's own."""

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from posttrain.core.low_rank_linear import LowRankLinear, activation_of, low_rank, low_rank_base
 from posttrain.cuda import triton_kernels as kernels
-from posttrain.losses.low_rank_linear import LowRankLinear, activation_of, low_rank, low_rank_base
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Largest difference, relative to the largest output, at which a fused forward counts as the module's own."""

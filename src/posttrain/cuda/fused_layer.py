@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from posttrain.core.low_rank_linear import activation_of
 from posttrain.cuda import triton_kernels as kernels
 from posttrain.cuda.fused_forwards import TOLERANCES, signature
-from posttrain.losses.low_rank_linear import activation_of
 
 TAKEN = {"self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"}
 """What attention may take. Another argument is another computation."""
