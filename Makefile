@@ -14,7 +14,7 @@ CHECKED = $(BIN)/mypy --no-error-summary >$(VENV)/mypy.log 2>&1 & types=$$!; \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist worksteal
 ENDED = tests=$$?; wait $$types || { cat $(VENV)/mypy.log >&2; exit 1; }; exit $$tests
 
-.PHONY: demo test test-all lint style format docs clean gpu size help
+.PHONY: demo test test-all lint style format docs clean gpu size release-notes help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -50,6 +50,9 @@ gpu:  ## checks and short benchmarks on a GPU (ARGS=--dry: tiny, on the CPU); be
 	@python=python3; $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { \
 		$(MAKE) --no-print-directory $(STAMPS)/dev && python=$(BIN)/python; } || exit 1; \
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $$python benchmarks/gpu/run.py $(ARGS)
+
+release-notes:  ## the section of CHANGELOG.md for the version (or VERSION=0.1.0; LINKS=ADDRESS: keep its links)
+	@$(or $(PYTHON),python3) tools/release_notes.py "$(or $(VERSION),$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/posttrain/__init__.py))" $(LINKS)
 
 clean:  ## remove the environment and what tools leave behind (runs stay)
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache src/*.egg-info

@@ -97,6 +97,14 @@ def test_the_commands_and_their_options_are_frozen() -> None:
     assert set(group.commands["recipes"].commands) == {"list", "show", "copy"}  # type: ignore[attr-defined]
 
 
+def test_a_shell_completes_commands_and_recipes() -> None:
+    words = {"posttrain swe": ["sweep"], "posttrain run quick": ["quickstart"], "posttrain recipes show ppo_": []}
+    words["posttrain evaluate model --recipe prun"] = ["prune"]
+    for line, completed in words.items():
+        env = {"_POSTTRAIN_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+        assert CliRunner().invoke(app, prog_name="posttrain", env=env).output.split() == completed, line
+
+
 def test_version() -> None:
     assert invoke("--version").output.strip() == f"posttrain {__version__}"
 

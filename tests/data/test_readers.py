@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.config import DataConfig
-from posttrain.core.errors import DataError
+from posttrain.core.errors import DataError, ModelError
 from posttrain.data.rows import open_rows
 from tests.data.tables import Table, read_table
 
@@ -189,7 +189,7 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
     for path in (tmp_path, write(tmp_path / "x.xlsx", "?")):
         with pytest.raises(DataError, match=r"expected a file ending in one of \.tsv"):
             read(path)
-    with pytest.raises(DataError, match=r"as a Hub data set \(subset None, split train\) it can't be opened"):
+    with pytest.raises(ModelError, match="'nobody/no-such-data' is not on this machine and not in the Hub's cache"):
         read("nobody/no-such-data")
 
 

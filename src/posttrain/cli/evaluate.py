@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain.cli.arguments import DryRun, Overrides, make_console, print_plan
+from posttrain.cli.arguments import DryRun, Overrides, make_console, print_plan, recipe_names
 from posttrain.core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ def evaluate_command(
     overrides: Overrides = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="The recipe (or run folder) whose evaluations to run."),
+        typer.Option(
+            "--recipe", "-r", help="The recipe (or run folder) whose evaluations to run.", autocompletion=recipe_names
+        ),
     ] = None,
     lm_eval: Annotated[
         str | None,

@@ -7,13 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from posttrain.cli.arguments import Overrides, make_console
+from posttrain.cli.arguments import Overrides, make_console, recipe_names
 from posttrain.core.errors import RecipeError
 from posttrain.core.files import changed_artifacts
 
 
 def inspect_command(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or the folder of a run.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE|RUN", help="A recipe, or the folder of a run.", autocompletion=recipe_names),
+    ],
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=0, help="Samples, prompts or groups to show.")] = 3,
     stage: Annotated[str | None, typer.Option(help="Name of one stage or evaluation. [default: all]")] = None,

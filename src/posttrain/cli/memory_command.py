@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from posttrain.cli.arguments import Overrides, make_console
+from posttrain.cli.arguments import Overrides, RecipeName, make_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,7 +18,7 @@ UNIT = 1e9
 
 
 def memory_command(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe of posttrain, or a YAML file.")],
+    recipe: RecipeName,
     overrides: Overrides = None,
     gpu: Annotated[
         float | None, typer.Option(min=0.1, help="GiB of a GPU to plan for. [default: this machine]")

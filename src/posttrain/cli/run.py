@@ -7,12 +7,17 @@ from typing import Annotated
 
 import typer
 
-from posttrain.cli.arguments import DryRun, Overrides, print_plan
+from posttrain.cli.arguments import DryRun, Overrides, print_plan, recipe_names
 from posttrain.core.errors import RecipeError
 
 
 def run_command(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe, or the folder of a run to resume.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|FOLDER", help="A recipe, or the folder of a run to resume.", autocompletion=recipe_names
+        ),
+    ],
     overrides: Overrides = None,
     folder: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/NAME]")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Set an earlier run in the folder aside, start over.")] = False,

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from posttrain.config import DataConfig, SourceConfig
 from posttrain.core.errors import DataError
 from posttrain.core.files import file_hash, named_path
 from posttrain.core.hub import check_hub
+from posttrain.core.packaged_files import packaged_file
 from posttrain.data.bad_rows import BadRow, Row
 from posttrain.data.cells import without_nulls
 from posttrain.data.gym_rows import GYM_PREFIX, gym_source_rows
@@ -259,12 +259,7 @@ def _locate(source: str) -> Path | None:
 
 
 def packaged_or_own(source: str) -> Path:
-    """Return the path as given, or of a file that ships with posttrain (packaged:NAME; DataError if it has none)."""
+    """Return the path as given, or of a file that comes with posttrain (packaged:NAME; DataError if none does)."""
     if not source.startswith("packaged:"):
         return named_path(source)
-    folder = Path(str(resources.files("posttrain.data") / "packaged"))
-    path = folder / named_path(source.removeprefix("packaged:"))
-    if not path.is_file():
-        have = sorted(p.name for p in folder.iterdir() if not p.name.startswith(("README", "LICENSE")))
-        raise DataError(f"data source {source!r}: posttrain ships {have}, not this")
-    return path
+    return packaged_file(source.removeprefix("packaged:"))

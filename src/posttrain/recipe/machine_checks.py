@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from posttrain.core.errors import DataError, PosttrainError, RecipeError
 from posttrain.core.files import cache_folder, named_path, similar
 from posttrain.core.hub import check_hub, unreachable
 from posttrain.core.imports import is_import_path
+from posttrain.core.packaged_files import packaged_file, packaged_names
 from posttrain.recipe.model_sources import find_model
 from posttrain.recipe.schema import Key, dotted
 
@@ -242,11 +242,11 @@ def _device_problem(device: str) -> str | None:
 def _check_data(source: str, on_hub: set[str]) -> None:
     """Raise DataError for a file that is missing; put the name of a data set on the Hub into `on_hub`."""
     if source.startswith("packaged:"):
-        folder = resources.files("posttrain") / "data" / "packaged"
-        named = (p.name for p in folder.iterdir() if not p.name.startswith(("README", "LICENSE")))
-        have = sorted(name for name in named if name.endswith(DATA_FILES))
-        if source.removeprefix("packaged:") not in have:
+        name = source.removeprefix("packaged:")
+        have = [n for n in packaged_names() if n.endswith(DATA_FILES)]
+        if name not in have:
             raise DataError(f"{source!r}: posttrain ships {', '.join(have)}")
+        packaged_file(name)
         return
     path = named_path(source)
     if source.startswith(("lab:", "reasoning-gym:")):
