@@ -82,6 +82,9 @@ def test_pages_fit_and_are_labelled(browser: Browser, site: SimpleNamespace) -> 
         )
         assert browser.run(unlabelled) == [] and browser.run("document.querySelectorAll('h1').length") == 1, page
         assert browser.run("document.querySelectorAll('table:not(:has(caption))').length") == 0, page
+    browser.go(f"{site.base}data?{first}")
+    shown = "(e => { showMarked(e, 'a <b> ⟦c⟧ d'); return e.innerHTML; })(document.querySelector('#inspected pre'))"
+    assert browser.run(shown) == "<span>a &lt;b&gt; </span><mark>c</mark><span> d</span>"
     assert browser.console == []
     assert all(address.startswith((site.base, "data:")) for address in browser.requests)
 
