@@ -147,7 +147,11 @@ def test_a_run_folder_refuses_other_settings(tmp_path) -> None:
 def test_recipes_list_show_copy(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     listed = invoke("recipes", "list").output
-    assert all(name in listed for name in shipped())
+    assert all(f"\n  {name} " in listed for name in shipped())
+    blocks = {block.partition("\n")[0].strip(): block for block in listed.split("\n\n")}
+    of_task = {"Fine-tuning": "  sft ", "Your conversations, by family of models": "  qwen3 ", "Preferences": "  dpo "}
+    of_task |= {"Reinforcement learning": "  grpo ", "Smaller models": "  prune ", "Merging": "  merge "}
+    assert all(name in blocks[task] for task, name in of_task.items()), listed
     text = shipped()["quickstart"].read_text(encoding="utf-8")
     assert invoke("recipes", "show", "quickstart").output == text
     assert invoke("recipes", "copy", "quickstart").exit_code == 0

@@ -29,6 +29,17 @@ from posttrain.methods.reward_model.pairwise import RewardModelConfig
 from posttrain.methods.reward_model.process import ProcessRewardConfig
 from tests import vision
 
+FAMILIES = {
+    "qwen2_5": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3_text",
+    "mistral": "mistral",
+    "phi4": "phi3",
+    "smollm3": "smollm3",
+    "gpt_oss": "gpt_oss",
+}
+"""Recipe of a family -> its model type; all others are run on a llama."""
+
 
 def instruction_tasks(folder: Path) -> list[Path]:
     """Write tables and task files: labels, short answers with reasoning, and texts to train on; labels to hold out."""
@@ -164,7 +175,7 @@ def few_rows(settings: Any, key: str = "") -> list[str]:
 def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
     """A tiny model, two steps, small evaluations; everything else as shipped."""
     recipe = posttrain.load_recipe(name)
-    given = ["model.source=tiny:llama", *few_rows(recipe.model_dump())]
+    given = [f"model.source=tiny:{FAMILIES.get(name, 'llama')}", *few_rows(recipe.model_dump())]
     if name.startswith("vision"):
         chats = picture_rows(chats.parent)
         given = [f"model.source={chats.with_name('seeing')}"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,17 +18,53 @@ recipes_app = typer.Typer(help="List, show and copy the recipes of posttrain.", 
 
 @recipes_app.command("list")
 def list_recipes() -> None:
-    """Print names and descriptions."""
+    """Print names and descriptions, by task."""
     import yaml
     from rich.table import Table
     from rich.text import Text
 
     from posttrain.recipe.parsing import shipped
 
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, file in shipped().items():
-        table.add_row(Text(name, style="bold"), yaml.safe_load(file.read_text(encoding="utf-8")).get("description", ""))
-    make_console().print(table)
+    recipes = {name: yaml.safe_load(file.read_text(encoding="utf-8")) for name, file in shipped().items()}
+    tasks: dict[str, list[str]] = {}
+    for name in recipes:
+        tasks.setdefault(_task(name, recipes), []).append(name)
+    console = make_console()
+    titles = list(RECIPE_TASKS.values())
+    for title in (t for t in (titles[0], OF_A_FAMILY, *titles[1:], MEASURES) if t in tasks):
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(min_width=2 + max(map(len, recipes)))
+        for name in tasks[title]:
+            table.add_row(f"  {name}", recipes[name].get("description", ""))
+        console.print(Text(title, style="bold"), table, sep="\n")
+        console.print()
+
+
+RECIPE_TASKS = {
+    "sft": "Fine-tuning",
+    "pretrain": "Domains",
+    "distill": "Distillation",
+    "data": "Data that a model makes",
+    "reward_model": "Reward models",
+    "preference": "Preferences",
+    "rl": "Reinforcement learning",
+    "compress": "Smaller models",
+    "merge": "Merging",
+}
+"""Part of `posttrain.methods` -> task. A recipe with stages of several is listed with the last of these."""
+OF_A_FAMILY, MEASURES = "Your conversations, by family of models", "Measuring"
+
+
+def _task(name: str, recipes: dict[str, Any]) -> str:
+    """Return the task of a recipe: by the methods of its stages, or of those of the recipe that it extends."""
+    from posttrain.config.names import METHODS
+
+    own = recipes[name]
+    parts = {METHODS[stage["method"]].split(":")[0].split(".")[2] for stage in own.get("stages") or ()}
+    if not parts and "extends" in own:
+        of_base = _task(own["extends"], recipes)
+        return OF_A_FAMILY if of_base == RECIPE_TASKS["sft"] and "source" in own.get("model", {}) else of_base
+    return next((title for part, title in reversed(RECIPE_TASKS.items()) if part in parts), MEASURES)
 
 
 @recipes_app.command("show")

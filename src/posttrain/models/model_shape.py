@@ -101,7 +101,8 @@ def meta_model(config: ModelConfig) -> Any:
     """
     import torch
 
-    settings = load_settings(config)
+    # Sizes do not depend on the bits of the weights, whose reader may be missing on the machine that plans.
+    settings = load_settings(config.model_copy(update={"quantization": None}))
     if settings is None:
         while (adapter := source_adapter(config)) is not None:
             config = base_settings(config, adapter)
