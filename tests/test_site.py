@@ -23,8 +23,8 @@ def build(folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.long
 def test_the_site_is_whole_and_a_broken_link_fails(tmp_path: Path) -> None:
     pytest.importorskip("material", reason="extra: docs")
-    for name in ("mkdocs.yml", "README.md", "CHANGELOG.md"):
-        shutil.copy(ROOT / name, tmp_path)
+    for path in (ROOT / "mkdocs.yml", *ROOT.glob("*.md")):
+        shutil.copy(path, tmp_path)
     for name in ("docs", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("benchmarks", "examples", "src"):

@@ -65,6 +65,7 @@ SURFACE = {
     "ui": {"folders", "port", "show", "votes"},
     "doctor": set(),
     "export": {"check", "embeddings", "model", "output", "quantization", "to", "trust_remote_code", "dry_run"},
+    "push": {"run", "repository", "stage", "adapter", "merged", "license", "public", "yes", "dry_run"},
     "memory": {"gpu", "int8_cache", "overrides", "recipe", "sequences", "tokens"},
     "merge": {
         "adapter_rank",

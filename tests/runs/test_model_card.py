@@ -68,9 +68,10 @@ def test_cards_tell_the_lineage_of_two_runs(base: Path, tmp_path: Path) -> None:
     stages = re.findall(r"^\| (one|two) \| (\w+) \| sft \| 1 \| [\d,]+ \| loss [\d.]+ → [\d.]+ \|$", card, re.MULTILINE)
     assert stages == [("one", "sft"), ("two", "sft"), ("two", "second")]
     sha = json.loads((two / "manifest.json").read_text())["data"][0]["sha256"]["rows.jsonl"]
-    assert card.count(f"| rows.jsonl | 8 | `{sha}` |") == 3
+    assert card.count(f"| rows.jsonl | 8 | not recorded | `{sha}` |") == 3
+    assert "Licences of these data are not recorded: rows.jsonl." in card and "fewer than 100 items: loss (8)" in card
     assert "source: rows.jsonl" in card and "r: 2" in card and "schedule" not in card
-    assert re.search(r"\| loss \| perplexity \| 8 \| [\d.]+ \| [\d.]+ \| [−\d.]+ \[[−\d.]+, [−\d.]+\] \|", card)
+    assert re.search(r"\| loss \| perplexity \| 8 \|( [\d.]+ \[[\d., ]+\] \|){2} [−\d.]+ \[[−\d.]+, [−\d.]+\] \|", card)
     assert "## Figures" not in cards[Path("stages/0-sft/model/README.md")]
     for text in cards.values():
         assert str(tmp_path) not in text and "private" not in text

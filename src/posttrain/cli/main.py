@@ -23,6 +23,7 @@ from posttrain.cli.lab import lab_command
 from posttrain.cli.memory_command import memory_command
 from posttrain.cli.merge_command import merge_command
 from posttrain.cli.new_command import new_command
+from posttrain.cli.push import push_command
 from posttrain.cli.recipes import recipes_app
 from posttrain.cli.report import report_command
 from posttrain.cli.run import run_command
@@ -96,6 +97,7 @@ app.command("chat")(chat_command)
 app.command("serve")(serve_command)
 app.command("bake")(bake_command)
 app.command("export")(export_command)
+app.command("push")(push_command)
 app.command("merge")(merge_command)
 app.command("compose")(compose_command)
 app.command("ui")(ui_command)

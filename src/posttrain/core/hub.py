@@ -37,7 +37,7 @@ def check_hub(models: Iterable[str], data_sets: Iterable[str] = ()) -> None:
         ModelError: Something is not in the cache, and the Hub can't be reached.
     """
     names = [("model", "models", name) for name in models] + [("data", "datasets", name) for name in data_sets]
-    if not names or (reason := _hub_unreachable()) is None:
+    if not names or (reason := hub_unreachable()) is None:
         return
     for kind, folder, name in names:
         if not _in_hub_cache(folder, name):
@@ -96,7 +96,8 @@ def _ask(url: str) -> str:
     return ""
 
 
-def _hub_unreachable() -> str | None:
+def hub_unreachable() -> str | None:
+    """Return why nothing can be asked of the Hub; None if it answers."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
     return unreachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
@@ -105,6 +106,11 @@ def _hub_unreachable() -> str | None:
 def _hub_folder(kind: str, name: str) -> Path:
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     return Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"{kind}--{name.replace('/', '--')}"
+
+
+def cached_data_cards(name: str) -> list[Path]:
+    """Return the cards of a data set that are in the Hub's cache."""
+    return sorted((_hub_folder("datasets", name) / "snapshots").glob("*/README.md"))
 
 
 def _in_hub_cache(kind: str, name: str) -> bool:

@@ -11,11 +11,20 @@ from typing import Any
 
 from posttrain.core.errors import ModelError
 from posttrain.core.files import named_path
+from posttrain.core.hub import cached_data_cards
 from posttrain.models.gguf_metadata import gguf_text
 from posttrain.recipe.model_sources import find_model
 
 LONGEST = 50
 """Stages that a lineage has at most: files that name each other in a circle end there."""
+
+
+DATA_LICENCES = {
+    "packaged:": "Apache-2.0 (posttrain)",
+    "lab:": "made by posttrain",
+    "reasoning-gym:": "made by reasoning-gym",
+}
+"""Licences of what is no file of the user, by the beginning of its name."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,22 @@ def origin_of(source: str, revision: str | None = None) -> Origin:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
         name += f" (an adapter on {Path(base).name if Path(str(base)).is_absolute() else base})"
     return Origin(name, licence=_licence(path / "README.md"))
+
+
+def data_licence(source: str) -> str | None:
+    """Return the licence of a data source, with whom it is from; None if nothing here says it.
+
+    Args:
+        source: As a recipe names it. Of a data set on the Hub, the card in the Hub's cache is read.
+    """
+    if source == "packaged:movie_reviews.tsv":
+        return "MIT (Hutto and Gilbert 2014)"
+    for prefix, licence in DATA_LICENCES.items():
+        if source.startswith(prefix):
+            return licence
+    if source.count("/") == 1 and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not Path(source).exists():
+        return next((found for card in cached_data_cards(source) if (found := _licence(card))), None)
+    return None
 
 
 def _cached_card(name: str, revision: str | None) -> Path | None:

@@ -1,7 +1,8 @@
 """Write the model cards of a run: README.md in every folder that it leaves, for people and for the Hub.
 
-A card says what the model was trained from, through all stages and runs, on which data (names, rows, hashes), with
-which settings, with which figures, and how it is opened without posttrain. It holds no paths of this machine.
+A card says what the model was trained from, through all stages and runs, on which data (names, rows, licences, hashes),
+with which settings, with which figures, what was not measured, and how it is opened without posttrain. It holds no
+paths of this machine.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,18 @@ from posttrain.config import Recipe
 from posttrain.core.files import read_lines, write_text
 from posttrain.recipe.model_sources import ENSEMBLE_FILE
 from posttrain.report.formatting import format_score
-from posttrain.runs.lineage import LineageStep, Origin, trace
+from posttrain.runs.lineage import LineageStep, Origin, data_licence, trace
 
 log = logging.getLogger("posttrain")
 OF_THE_MACHINE = {*"base_url api_key_env systems checkpoint_every keep_checkpoints output track store device".split()}
 """Settings that say nothing about the model."""
 _FILES = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
 KINDS = {"model": "text-generation", "adapter": "text-generation", "reward_model": "text-classification"}
+
+
+BEHAVIOUR = {"counterfactual", "refusal", "sycophancy", "rewording", "verbosity"}
+"""Kinds of evaluations that measure how a model behaves to people."""
+FEW_ITEMS = 100
 
 
 def write_cards(run: Path, recipe: Recipe, manifest: Mapping[str, Any]) -> None:
@@ -54,17 +61,36 @@ def _write(
     folder: Path, run: Path, recipe: Recipe, manifest: Mapping[str, Any], number: int, final: bool = False
 ) -> None:
     try:
-        text = _card(folder, run, recipe, manifest, number, _figures(run) if final else ())
+        text = model_card(folder, run, recipe, manifest, number, final)
     except (KeyError, IndexError, TypeError, ValueError) as error:  # an old or damaged file must not end a run
         log.warning("no model card for %s: %s: %s", folder, type(error).__name__, error)
         return
     write_text(folder / "README.md", text)
 
 
-def _card(
-    folder: Path, run: Path, recipe: Recipe, manifest: Mapping[str, Any], number: int, figures: Sequence[str]
+def model_card(
+    folder: Path,
+    run: Path,
+    recipe: Recipe,
+    manifest: Mapping[str, Any],
+    number: int,
+    final: bool,
+    licence: str | None = None,
 ) -> str:
+    """Return the model card of a folder.
+
+    Args:
+        folder: Folder of a model, an adapter or a reward model; its name is the kind.
+        run: Folder of the run.
+        recipe: Its recipe.
+        manifest: Content of its manifest.
+        number: Number of the stage that made it.
+        final: The figures of the run are about it.
+        licence: Licence of the model. None: that of the model that the lineage begins with.
+    """
+    figures = _figures(run) if final else []
     steps, origin = trace(run, manifest, number)
+    origin = origin if licence is None else replace(origin, licence=licence)
     record = manifest["stages"][number]
     head = yaml.safe_dump(_front(folder, steps, origin), sort_keys=False, allow_unicode=True)
     methods = " → ".join(str(step.record["method"]) for step in steps)
@@ -77,11 +103,13 @@ def _card(
             ("run", "stage", "method", "steps", "tokens", "first step → last"), [_step_row(step, run) for step in steps]
         ),
         "## Data",
-        *_table(("stage", "source", "rows", "SHA-256"), [row for step in steps for row in _data_rows(step)]),
+        *_table(("stage", "source", "rows", "licence", "SHA-256"), [row for step in steps for row in _data_rows(step)]),
         "## Settings",
         "Of this run's stages, as far as they differ from the defaults:",
-        "```yaml\n" + yaml.safe_dump(_settings(recipe, number), sort_keys=False, allow_unicode=True) + "```",
+        "```yaml\n" + yaml.safe_dump(_stage_settings(recipe, number), sort_keys=False, allow_unicode=True) + "```",
         *(["## Figures", *figures] if figures else []),
+        "## Limits",
+        "\n".join(f"- {line}" for line in _limits(run, recipe, steps, origin, bool(figures))),
         "## Use",
         *_use(folder, origin, "vocabulary" in record),
         f"Versions of transformers: {record.get('transformers', '4.57 or newer')}.",
@@ -129,9 +157,41 @@ def _data_rows(step: LineageStep) -> Iterator[list[Any]]:
     for data in step.data:
         rows = data.get("used", data.get("rows", "–"))
         hashes = data.get("sha256") or {}
-        names = list(hashes) or [_without_path(s) for s in _sources(data)]
+        names = list(hashes) or [without_paths(s) for s in _sources(data)]
         for i, name in enumerate(names):
-            yield [data["stage"], _without_path(name), rows if i == 0 else "", f"`{hashes.get(name, '–')}`"]
+            rights = _rights(data, i, len(names)) or "not recorded"
+            yield [data["stage"], without_paths(name), rows if i == 0 else "", rights, f"`{hashes.get(name, '–')}`"]
+
+
+def _rights(data: Mapping[str, Any], number: int, names: int) -> str | None:
+    """Return the licence of one of the named files of a data entry; None if it is unknown."""
+    sources = _sources(data)
+    return data_licence(sources[number] if len(sources) == names else sources[0] if len(sources) == 1 else "")
+
+
+def _limits(run: Path, recipe: Recipe, steps: Sequence[LineageStep], origin: Origin, final: bool) -> list[str]:
+    """Return what is not known of a model, a sentence each; `final`: its figures are in the card."""
+    lines = []
+    if not final:
+        lines.append("No evaluation compares this model with the one that it was trained from.")
+    else:
+        lines.append(
+            "The figures are of one run. Their intervals are over the items of a task: another seed, other prompts or "
+            "another domain can differ by more."
+        )
+        entries = json.loads((run / "evaluations" / "comparison.json").read_text(encoding="utf-8"))
+        few = [f"{entry['task']} ({entry['n']})" for entry in entries if int(entry["n"]) < FEW_ITEMS]
+        lines += [f"Tasks of fewer than {FEW_ITEMS} items: {', '.join(few)}."] if few else []
+    if not final or not BEHAVIOUR & {str(task.kind) for task in recipe.evaluate}:
+        lines.append("Bias, refusals of harmful prompts and other behaviour were not measured.")
+    lines.append(f"Limits of {origin.name}, such as its languages and its biases, are limits of this model.")
+    named = [(data, list(data.get("sha256") or {}) or _sources(data)) for step in steps for data in step.data]
+    unknown = {
+        str(without_paths(n)) for data, names in named for i, n in enumerate(names) if not _rights(data, i, len(names))
+    }
+    if unknown:
+        lines.append(f"Licences of these data are not recorded: {', '.join(sorted(unknown))}.")
+    return lines + ([] if origin.licence else ["The licence of the base model is not known."])
 
 
 def _sources(data: Mapping[str, Any]) -> list[str]:
@@ -140,22 +200,22 @@ def _sources(data: Mapping[str, Any]) -> list[str]:
     return [str(s.get("source", "")) if isinstance(s, Mapping) else str(s) for s in entries]
 
 
-def _without_path(value: Any) -> Any:
+def without_paths(value: Any) -> Any:
     """Return settings in which a path of this machine is only the name of its file or folder."""
     if isinstance(value, Mapping):
-        return {k: _without_path(v) for k, v in value.items() if k not in OF_THE_MACHINE}
+        return {k: without_paths(v) for k, v in value.items() if k not in OF_THE_MACHINE}
     if isinstance(value, list | tuple):
-        return [_without_path(v) for v in value]
+        return [without_paths(v) for v in value]
     if isinstance(value, str) and "\n" not in value:
         is_path = value.startswith(("/", "~", "./", "../")) or value.endswith(_FILES)
         return Path(value).name if is_path else value
     return value
 
 
-def _settings(recipe: Recipe, number: int) -> list[dict[str, Any]]:
+def _stage_settings(recipe: Recipe, number: int) -> list[dict[str, Any]]:
     """Return the settings of the stages up to one that are not the defaults; rounds repeat the list."""
     stages = recipe.stages[: number + 1]
-    return [{"method": s.method, **_without_path(s.model_dump(mode="json", exclude_defaults=True))} for s in stages]
+    return [{"method": s.method, **without_paths(s.model_dump(mode="json", exclude_defaults=True))} for s in stages]
 
 
 def _figures(run: Path) -> list[str]:
@@ -165,10 +225,15 @@ def _figures(run: Path) -> list[str]:
     rows = []
     for entry in json.loads(file.read_text(encoding="utf-8")):
         metric = _metric(run, entry["task"])
-        before, after = (format_score(entry[side]["value"], metric) for side in ("before", "after"))
+        before, after = (_with_interval(entry[side], metric) for side in ("before", "after"))
         change, low, high = (format_score(entry[k], metric, k == "difference") for k in ("difference", "low", "high"))
         rows.append([entry["task"], metric, entry["n"], before, after, f"{change} [{low}, {high}]"])
     return _table(("task", "measure", "items", "before", "after", "difference, 95% interval"), rows)
+
+
+def _with_interval(entry: Mapping[str, Any], metric: str) -> str:
+    value, low, high = (format_score(entry.get(key), metric) for key in ("value", "low", "high"))
+    return value if "low" not in entry else f"{value} [{low}, {high}]"
 
 
 def _metric(run: Path, task: str) -> str:
@@ -220,7 +285,7 @@ def _use(folder: Path, origin: Origin, tokens: bool) -> list[str]:
     elif base.startswith(("tiny:", "lab:")):
         return [f"The base, `{base}`, is made by posttrain: `posttrain chat FOLDER` opens both."]
     elif base.count("/") > 1 or base.startswith((".", "/")):
-        opened = f'"{_without_path(base)}"' if base.startswith(("/", ".")) else opened
+        opened = f'"{without_paths(base)}"' if base.startswith(("/", ".")) else opened
         note = "The base is a folder; a relative path is seen from the folder of the run, where this code runs."
     code += [
         f"base = {auto}.from_pretrained({opened}{', num_labels=1' if head else ''})",
