@@ -74,6 +74,7 @@ def test_before_and_after_by_a_scorer(tmp_path: Path) -> None:
                         "optimizer": {"lr": 3e-3}}],
             "evaluate": [{"name": "t", "kind": "score", "problems": LAB, "n": 3, "sampler": {"max_tokens": 8},
                           "scorer": {"kind": "function", "function": "digits"}}],
+            "track": {"tensorboard": True},
         }
     )  # fmt: skip
 
@@ -91,6 +92,11 @@ def test_before_and_after_by_a_scorer(tmp_path: Path) -> None:
         for b in one["answers"]
     ]
     assert entry["wins"]["value"] == pytest.approx(sum(slow) / len(slow)) and len(slow) == 45
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(result.folder / "tensorboard" / "evaluations")).Reload()
+    tracked = [(e.step, pytest.approx(e.value)) for e in events.Scalars("t")]
+    assert [(0, entry["before"]["value"]), (1, entry["after"]["value"])] == tracked
     page = build_report(result.folder).read_text()
     assert f'data-metric="t.wins" data-value="{entry["wins"]["value"]}"' in page and "beats one from before" in page
 

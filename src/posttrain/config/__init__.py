@@ -50,7 +50,8 @@ class TrackConfig(Config):
     wandb: str | None = Field(None, description="Weights & Biases project (extra: track). None: off.")
     trackio: str | None = Field(None, description="trackio project (extra: track). None: off.")
     mlflow: str | None = Field(
-        None, description="MLflow experiment, in the store that MLFLOW_TRACKING_URI names (extra: mlflow). None: off."
+        None,
+        description="MLflow experiment, in the store that MLFLOW_TRACKING_URI names, or else in the run (extra: mlflow). None: off.",
     )
 
 

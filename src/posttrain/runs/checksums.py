@@ -8,8 +8,9 @@ from pathlib import Path
 from posttrain.core.errors import CheckpointError
 from posttrain.core.files import file_hash
 from posttrain.rewards.reward_log import LOG
+from posttrain.trainer.loggers import FOLDERS
 
-NOT_SUMMED = ("checkpoints", "tensorboard", "README.md", LOG)
+NOT_SUMMED = ("checkpoints", *FOLDERS, "README.md", LOG)
 """Parts that are no result: checkpoints have other checksums, model cards are written at the end, logs may grow."""
 
 

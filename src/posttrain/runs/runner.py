@@ -57,7 +57,7 @@ from posttrain.runs.memory_plan import memory_warning
 from posttrain.runs.model_card import write_cards
 from posttrain.runs.results import Results
 from posttrain.runs.run_folder import Manifest, open_run, run_path
-from posttrain.trainer.loggers import Trackers
+from posttrain.trainer.loggers import FOLDERS, Trackers
 from posttrain.trainer.loop import now
 from posttrain.trainer.stage import Stage, StageContext
 
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-NOT_HASHED = ("checkpoints", "report.html", "manifest.json", ".lock", "run.log", "tensorboard")
+NOT_HASHED = ("checkpoints", "report.html", "manifest.json", ".lock", "run.log", *FOLDERS)
 
 
 @dataclass(frozen=True)
@@ -282,6 +282,8 @@ class _Run:
         trackers = Trackers(recipe.track, self.path, recipe)
         tasks = [task for task in recipe.evaluate if not references(task)]
         self.evaluate(tasks, "before")
+        trackers.evaluated(0, self.path / "evaluations" / "before")
+        models = 0
         last_model = [name for name, stage in order if stage.makes == "model"][-1:]
         for number, (name, stage) in enumerate(order):
             folder = self.path / "stages" / name
@@ -295,10 +297,16 @@ class _Run:
             self.other_tokens |= _extends_vocabulary(stage)
             if stage.makes == "model":
                 self.model = self.model.model_copy(update={"source": str(result), "revision": None})
+                models += 1
                 if recipe.evaluate_stages and [name] != last_model:
                     self.evaluate(tasks, name)
-        trackers.close()
+                    trackers.evaluated(models, self.path / "evaluations" / name)
         if distributed.is_main():
+            self.measure_end()
+            # Again those before: what stages measured on held-out rows is among them now.
+            for step, moment in ((0, "before"), (models, "after")):
+                trackers.evaluated(step, self.path / "evaluations" / moment)
+            trackers.close()
             self.finish()
         distributed.barrier()
 
@@ -378,8 +386,8 @@ class _Run:
                 entry["earlier"] = [*old.get("earlier", []), *earlier]
         self.manifest.update(data=[*noted.values(), *new])
 
-    def finish(self) -> None:
-        """Put the final model in place, evaluate it, compare it with the first one, and hash all files."""
+    def measure_end(self) -> None:
+        """Put the final model in place, evaluate it, and compare it with the first one."""
         recipe, path = self.recipe, self.path
         tasks = [registry.resolved(task, self.made) for task in recipe.evaluate]
         evaluations = path / "evaluations"
@@ -408,7 +416,11 @@ class _Run:
                     raise DataError(f"{sides[0]} and {sides[1]}: {error}") from error
                 comparison.append({"task": name, **compared_items})
             write_json(evaluations / "comparison.json", comparison)
-        write_cards(path, recipe, self.manifest.values)
+
+    def finish(self) -> None:
+        """Write the model cards, and hash all files."""
+        path = self.path
+        write_cards(path, self.recipe, self.manifest.values)
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and not set(NOT_HASHED) & {*p.parts}]
         artifacts = {str(p.relative_to(path)): file_hash(p) for p in files}
         self.manifest.update(artifacts=artifacts, status="done", finished=now())
