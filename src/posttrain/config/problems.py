@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,8 +11,33 @@ from posttrain.config.open_kinds import open_kind
 from posttrain.config.settings import Config
 
 
+class DemonstrationsConfig(Config):
+    """Worked examples before each question."""
+
+    source: str = Field(
+        description="bbh:NAME or mmlu:NAME: chains of thought in lm-eval's wheel (extra: lm-eval); or a JSON Lines file with prompt and completion."
+    )
+    count: int | None = Field(None, ge=1, description="How many, the first ones. None: all.")
+    style: Literal["text", "turns"] = Field(
+        "text", description="text: before the question, in its turn; turns: each as a turn of the user and an answer."
+    )
+    layout: str | None = Field(
+        None, description="A question and its answer as text, with {question} and {answer}. None: that of the source."
+    )
+
+    @model_validator(mode="after")
+    def _has_both(self) -> DemonstrationsConfig:
+        if self.layout is not None and not 0 <= self.layout.find("{question}") < self.layout.find("{answer}"):
+            raise ValueError(f"demonstrations.layout needs {{question}} and, after it, {{answer}}: {self.layout!r}")
+        return self
+
+
 class PromptConfig(Config):
     """Settings of rendering prompts of any source."""
+
+    demonstrations: DemonstrationsConfig | None = Field(
+        None, description="Worked examples before each question. None: none."
+    )
 
     template: str | None = Field(
         None,

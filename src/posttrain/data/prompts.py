@@ -15,6 +15,7 @@ from posttrain.core.image_tokens import picture_keys
 from posttrain.data.bad_rows import BadRow, BadRows, Row, check_values
 from posttrain.data.cells import is_missing, read_text, required_field
 from posttrain.data.chat_template import NO_PICTURES, Conversation
+from posttrain.data.demonstrations import load_demonstrations
 from posttrain.data.encoding import require_chat_template, with_pictures
 from posttrain.data.formats import Record, to_record
 from posttrain.data.image_turns import IMAGE_COLUMNS, without_images
@@ -89,6 +90,8 @@ def load_prompts(config: Any, tokenizer: Any, *, context: int | None, images: bo
     total = len(rows) + sum(bad.counts.values())
     data = getattr(config, "data", None)
     in_chat = uses_chat_template(config, tokenizer)
+    if not in_chat and config.demonstrations is not None and config.demonstrations.style == "turns":
+        raise DataError("demonstrations.style is turns, and these prompts are plain text: set it to text")
     if in_chat:
         where = "data." if data is not None else ""
         require_chat_template(tokenizer, f"{where}chat=false to ask in plain text, or problems.template")
@@ -144,12 +147,16 @@ def _load(config: Any) -> tuple[Any, list[PromptRow], BadRows]:
     else:
         loaded = list(source(**PROMPTS.own_settings(config)))
     bad = source.rows.bad if hasattr(source, "rows") else BadRows("skip")
+    shown = None if config.demonstrations is None else load_demonstrations(config.demonstrations)
     rows = []
     for i, row in enumerate(loaded):
         place = str(row.get("source") or f"{config.kind}:{i}")
         with bad.collect(place):
             check_values(dict(row))
-            rows.append({**row, **_prompt_of(row), "answer": row.get("answer", NO_ANSWER), "source": place})
+            prompt = _prompt_of(row)
+            if shown is not None:  # rewards see the question alone, as `prompt`
+                prompt["messages"] = shown.before(prompt["messages"], config.demonstrations.style)
+            rows.append({**row, **prompt, "answer": row.get("answer", NO_ANSWER), "source": place})
     return source, rows, bad
 
 
