@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from posttrain.core.ray_cluster import OF_STARTED
 from posttrain.sampling.rollout_store import read_rollouts
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
@@ -54,6 +55,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[dict[
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        for name, value in OF_STARTED.items():  # few processes; else nodes start too slowly on a busy machine
+            patch.setenv(name, os.environ.get(name, value))
         Path("vowels.py").write_text(REWARD)
         Path("recipe.yaml").write_text(json.dumps(recipe()))
         assert command("alone", "alone.log").wait(300) == 0, Path("alone.log").read_text()
@@ -65,10 +68,14 @@ def nodes(count: int) -> Iterator[Any]:
     """Ray nodes on this machine, each with four cores by its own count."""
     cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs Ray: pip install 'posttrain[ray]'")
     options = {"num_cpus": 4, "object_store_memory": 100_000_000, "include_dashboard": False}
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=options)
+    cluster = cluster_utils.Cluster()
     try:
-        for _ in range(count - 1):
-            cluster.add_node(**options)
+        for _ in range(4):
+            with suppress(Exception):  # Ray gives a node 30 seconds to start, which a busy machine exceeds
+                while len(cluster.worker_nodes) < count - 1:
+                    cluster.add_node(**options)
+                break
+        assert len(cluster.worker_nodes) == count - 1
         yield cluster
     finally:
         cluster.shutdown()

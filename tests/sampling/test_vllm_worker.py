@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from posttrain.core.types import RolloutGroup
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.published_weights import published_weights, write_published
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+from posttrain.sampling import sampler_server
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.open_workers import WorkerSource, check_backend
 from posttrain.sampling.protocol import Request
@@ -55,11 +58,28 @@ def policy() -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def sampler(policy: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerSampler]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """Start a sampler server as a user does: its address, and its process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(sampler_server.TOKEN, "a secret of the test")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        process = subprocess.Popen([PYTHON, sampler_server.__file__, address], cwd=tmp_path_factory.mktemp("server"))
+        yield address, process.pid
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def sampler(
+    policy: LanguageModel, server: tuple[str, int], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WorkerSampler]:
+    """vLLM behind an address; `test_grpo_in_the_laboratory_killed_and_resumed` starts it as a run does."""
     folder = tmp_path_factory.mktemp("vllm")
     write_published(policy, TOKENIZER, folder / "model", untied=True)
     weights = WeightFolder()
-    config = RolloutSamplerConfig(backend="vllm", python=PYTHON, cache_mb=256)
+    config = RolloutSamplerConfig(backend="vllm", address=server[0], cache_mb=256)
     opened = WorkerSampler(WorkerSource(config, policy, TOKENIZER, folder / "model", folder, weights).open)
     yield opened
     opened.close()
@@ -138,7 +158,9 @@ def test_stop_rules_are_ours(sampler: WorkerSampler) -> None:
 
 @needs_vllm
 @pytest.mark.long
-def test_weights_are_replaced_and_so_is_a_killed_worker(sampler: WorkerSampler, policy: LanguageModel) -> None:
+def test_weights_are_replaced_and_so_is_a_killed_worker(
+    sampler: WorkerSampler, server: tuple[str, int], policy: LanguageModel
+) -> None:
     """All kinds of weights change, norms and embeddings that are one included."""
     before = sampler.sample(REQUESTS[:2], PARAMS)
     noise = torch.Generator().manual_seed(0)
@@ -151,7 +173,8 @@ def test_weights_are_replaced_and_so_is_a_killed_worker(sampler: WorkerSampler, 
     assert tokens_of(after)[:2] != tokens_of(before)
     assert {p.step for g in after for r in g.rollouts for p in r.pieces} == {7}
     worker = sampler.workers[0]
-    os.kill(worker.child.process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    (child,) = Path(f"/proc/{server[1]}/task/{server[1]}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
     again = sampler.sample(REQUESTS, PARAMS)
     assert sampler.workers[0] is not worker and tokens_of(again) == tokens_of(after)
 

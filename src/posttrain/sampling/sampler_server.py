@@ -242,6 +242,7 @@ def main() -> None:
         listener = socket.create_server((host.strip("[]"), int(port)))
     except (ValueError, OSError) as error:
         parser.error(f"{given.address}: {error}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the worker and its files go
     print(f"listening on {given.address}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         serve(listener, secret, given.engine, partial(WorkerProgram, given.engine), given.scratch)
