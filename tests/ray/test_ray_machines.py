@@ -118,13 +118,13 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def wait_for(condition: Callable[[], Any], running: subprocess.Popen[bytes], seconds: float = 300) -> Any:
+def wait_for(condition: Callable[[], Any], running: subprocess.Popen[bytes], seconds: float = 900) -> Any:
     """Return the first true value of the condition, which the command must not end before."""
-    for _ in range(int(seconds / 0.02)):
+    for _ in range(int(seconds / 0.05)):
         if found := condition():
             return found
         assert running.poll() is None
-        time.sleep(0.02)
+        time.sleep(0.05)
     raise TimeoutError
 
 

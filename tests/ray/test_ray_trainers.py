@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 
 import posttrain
 from posttrain.config import PlacementConfig, Recipe
+from posttrain.core import ray_cluster
 from posttrain.core.errors import DataError, PosttrainError, RecipeError
 from posttrain.core.ray_cluster import ClusterError
 from posttrain.recipe import machine_checks
@@ -150,6 +153,20 @@ def test_placements_that_can_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_checks, "is_installed", lambda package: package != "ray")
     with pytest.raises(RecipeError, match=r"systems.engine: needs ray.*posttrain\[ray\]"):
         machine_checks.check_machine(recipe({"engine": "ray"}))
+
+
+def test_a_head_that_does_not_answer_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only after a while; the run asks nothing more of it."""
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        context = SimpleNamespace(gcs_address=address)
+        watch = ray_cluster.HeadWatch(SimpleNamespace(get_runtime_context=lambda: context))
+        watch.check(wait=True)
+    watch.check()
+    ray_cluster.release(SimpleNamespace(get_runtime_context=lambda: context), "no group of Ray's")
+    monkeypatch.setattr(ray_cluster, "HEAD_SECONDS", 0)
+    with pytest.raises(ClusterError, match=f"head of the Ray cluster at {address} is gone.*same command resumes"):
+        watch.check(wait=True)
 
 
 def test_what_works_in_one_process_is_refused_when_a_recipe_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,9 +149,9 @@ def reserve(
 
 def release(ray: Any, group: Any) -> None:
     """Give the resources of a placement group back; what runs in it is ended. A lost head is not asked."""
-    from ray.util.placement_group import remove_placement_group
-
     if HeadWatch(ray).answers():
+        from ray.util.placement_group import remove_placement_group
+
         remove_placement_group(group)
 
 
