@@ -143,6 +143,7 @@ def test_an_adapter_of_the_hub(base: str, tmp_path: Path, monkeypatch: pytest.Mo
     """In the Hub's cache, as a download leaves it: on its base at a commit, both are named again."""
     import huggingface_hub.constants as constants
 
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     for module in ("transformers.utils.hub", "huggingface_hub.file_download"):
         for name in ("HF_HUB_CACHE", "TRANSFORMERS_CACHE"):
@@ -211,7 +212,7 @@ def test_adapters_that_do_not_fit(base: str, tmp_path: Path) -> None:
     fails("can't be loaded on its base .*size mismatch", r=8)
     fails("can't be loaded on its base tiny:gpt2", base_model_name_or_path="tiny:gpt2")
     fails("can't be loaded on its base .*NONSENSE", peft_type="NONSENSE")
-    fails("can't be opened", base_model_name_or_path="no-one/no-such-model")
+    fails("is not on this machine and not in the Hub's cache", base_model_name_or_path="no-one/no-such-model")
     file.write_text("{")
     with pytest.raises(ModelError, match=r"adapter_config\.json: expected the settings of an adapter as JSON"):
         load_model(ModelConfig(source=str(tmp_path / "start")))

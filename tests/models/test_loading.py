@@ -14,6 +14,7 @@ from posttrain.core.errors import ModelError
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_model, resolve
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+from posttrain.recipe.model_sources import find_model
 
 
 @pytest.fixture
@@ -41,7 +42,9 @@ def test_a_mistyped_run_is_found_without_asking_the_hub(run: Path) -> None:
     with pytest.raises(ModelError, match=r"no such folder\. Did you mean .*/quickstart\?"):
         resolve(str(run.parent.resolve() / "quickstat"))
     (run / "manifest.json").unlink()
-    assert resolve("runs/quikstart").kind == "hub"  # not a run beside it: it may be a name on the Hub
+    with pytest.raises(ModelError, match=r"Did you mean runs/quickstart\?"):  # runs go there, whatever lies beside
+        resolve("runs/quikstart")
+    assert find_model("some/quikstart").kind == "hub"
 
 
 @pytest.mark.parametrize(
