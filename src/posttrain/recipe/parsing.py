@@ -166,7 +166,7 @@ def _open(path_or_name: str | Path | Mapping[str, Any]) -> tuple[str, str, Path 
         close = difflib.get_close_matches(path.stem, have, n=1)
         hint = similar(path) or (f" Did you mean {close[0]}?" if close else "")
         problem = "a folder without a recipe.yaml, so no run" if path.is_dir() else "no such file"
-        listed = "" if "/" in named and hint else f" Recipes of posttrain:\n{in_columns(have)}"
+        listed = "" if "/" in named and similar(path) else f" Recipes of posttrain:\n{in_columns(have)}"
         raise RecipeError(f"no recipe {named!r}: {problem}.{hint}{listed}")
     try:
         size = path.stat().st_size
