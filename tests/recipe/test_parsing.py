@@ -344,7 +344,7 @@ def test_settings_list_every_leaf_of_a_recipe() -> None:
     assert (lr.default, lr.type, lr.description) == ("2e-05", "number", "Peak learning rate.")
     assert by_key["model.source"].default == "required"
     kinds = "choice | generate | perplexity | sample | refine | score | speed"
-    kinds += " | counterfactual | refusal | sycophancy | rewording | verbosity"
+    kinds += " | ifeval | lm_eval | counterfactual | refusal | sycophancy | rewording | verbosity"
     assert by_key["evaluate.sentiment.kind"].type == kinds
     assert by_key["stages.sft.adapter"].block and by_key["stages.sft.adapter.r"].type == "integer"
 
