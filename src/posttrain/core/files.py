@@ -29,7 +29,11 @@ def named_path(text: str | Path) -> Path:
     A name that no file can have, since it is too long, becomes its beginning and `...`, which is as missing.
     """
     parts = Path(os.path.expanduser(text)).parts  # Path.expanduser raises for the home of nobody
-    short = [p if len(os.fsencode(p)) <= LONGEST_NAME else f"{p[:40]}...{Path(p).suffix[:10]}" for p in parts]
+    # surrogatepass: half of a character that YAML can write and no file name has
+    sizes = [len(p.encode(errors="surrogatepass")) for p in parts]
+    short = [
+        p if size <= LONGEST_NAME else f"{p[:40]}...{Path(p).suffix[:10]}" for p, size in zip(parts, sizes, strict=True)
+    ]
     return Path(*short)
 
 

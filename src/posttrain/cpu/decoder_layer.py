@@ -29,7 +29,7 @@ from posttrain.cpu.quantized_matmul import is_placeholder, packed_of
 
 PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 NORMS = ("input_layernorm", "post_attention_layernorm")
-GIVEN = {"self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"}
+GIVEN = {"self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "cache", "kwargs"}
 """What attention may take. Another argument is another computation: positions, say, that scale queries far out."""
 
 

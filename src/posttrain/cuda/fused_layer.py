@@ -31,7 +31,7 @@ from posttrain.core.low_rank_linear import activation_of
 from posttrain.cuda import triton_kernels as kernels
 from posttrain.cuda.fused_forwards import TOLERANCES, signature
 
-TAKEN = {"self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"}
+TAKEN = {"self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "cache", "kwargs"}
 """What attention may take. Another argument is another computation."""
 CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -225,7 +225,7 @@ def _usual(layer: Any, x: Tensor, given: dict[str, Any]) -> bool:
     if torch.compiler.is_compiling() or given.get("ragged") is None or x.ndim != 3 or x.shape[0] != 1:
         return False
     positions = given.get("position_embeddings")
-    if positions is None or given.get("attention_mask") is not None or given.get("past_key_values") is not None:
+    if positions is None or any(given.get(n) is not None for n in ("attention_mask", "past_key_values", "cache")):
         return False
     shape = (1, x.shape[1], layer.fused_kind.size)
     if any(p.shape != shape or p.dtype != x.dtype or p.requires_grad for p in positions):
