@@ -45,7 +45,7 @@ Attention = Callable[[Any, Tensor, Tensor, Tensor, float, Any], Tensor]
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What is the same in all layers that were found alike; `head_eps` is read where there are norms of heads."""
+    """Hold what is the same in all layers that were found alike; `head_eps` is read where there are norms of heads."""
 
     gate: str
     shift: float

@@ -94,7 +94,7 @@ class RecipeDraft:
 
 @dataclass(frozen=True)
 class _Choice:
-    """What is decided: `adapter`, `bits` and `checkpointing` by memory, `steps` (None: epochs) by time.
+    """Hold what is decided: `adapter`, `bits` and `checkpointing` by memory, `steps` (None: epochs) by time.
 
     bad: rows that can't be used.
     """

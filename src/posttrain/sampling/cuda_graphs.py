@@ -60,7 +60,7 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """How a recorded step draws tokens.
+    """Draw tokens in a recorded step.
 
     Attributes:
         key: Equal for drawings that are the same.

@@ -31,7 +31,7 @@ LOG_SHOWN = 24_000
 
 @dataclass
 class UiState:
-    """What is served.
+    """Hold what is served.
 
     Attributes:
         index: The runs.
