@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from pathlib import Path
@@ -187,6 +188,8 @@ def test_cross_entropy_gives_its_gradients_once() -> None:
 def measure_peaks(cases: list[tuple[int, str]]) -> None:
     """Print the peak memory of each case in MiB; each in a process of its own, all with the same imports."""
     tune()
+    # M_MMAP_THRESHOLD, fixed: otherwise freed blocks stay in the heap by luck.
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)
     for n, how in cases:
         if not os.fork():
             v, size = 32_000, 8
@@ -207,17 +210,17 @@ def measure_peaks(cases: list[tuple[int, str]]) -> None:
 
 
 def test_peak_memory_is_free_of_positions_times_vocabulary(tmp_path: Path) -> None:
-    """3,000 positions more would be 366 MiB of logits; the hidden states and their gradients are 0.2 MiB.
+    """6,000 positions more would be 732 MiB of logits; the hidden states and their gradients are 0.4 MiB.
 
     The fewer are too many to be kept for backward. Plainly computed, 2,000 positions more are 244 MiB.
     """
     assert 4 * 2_200 * 32_000 > logprobs.KEPT_BYTES["cpu"]
-    cases = [(n, how) for how in ("ce", "lp") for n in (2_200, 5_200)] + [(200, "plain"), (2_200, "plain")]
+    cases = [(n, how) for how in ("ce", "lp") for n in (2_200, 8_200)] + [(200, "plain"), (2_200, "plain")]
     warm.run(measure_peaks, [*cases, *cases], folder=tmp_path)
     twice = [float(x) for x in (tmp_path / "log").read_text().split()]
     peaks = list(map(min, twice[: len(cases)], twice[len(cases) :]))  # an allocator's luck can be 140 MiB
     cross_entropy, likelihoods, plain = (many - few for few, many in zip(peaks[::2], peaks[1::2], strict=True))
-    assert max(cross_entropy, likelihoods) < 120 and plain > 240, peaks
+    assert max(cross_entropy, likelihoods) < 240 and plain > 240, peaks
 
 
 @pytest.mark.parametrize("keep", [True, False])
