@@ -5,7 +5,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
-# Python compiles what is imported: all that is installed, a minute's work, is mostly never imported.
+# Python compiles what is imported: all that is installed, a minute's work, is mostly never imported. It has to keep
+# that, which images for containers forbid: torch and transformers compiled anew cost each process 20 seconds.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile
 STAMPS := $(VENV)/.stamps
 COMMA := ,

@@ -222,3 +222,11 @@ def test_make_says_so_when_python_is_too_old(tmp_path: Path) -> None:
     done = subprocess.run(["make", "demo", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0 and "needs Python 3.11 or newer" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_make_lets_python_keep_what_it_compiles() -> None:
+    """Packages are installed without compiling them: what is not kept is compiled by every process again."""
+    forbidden = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = ["make", "--silent", "--eval=shown: ; @env", "shown"]
+    done = subprocess.run(command, cwd=ROOT, env=forbidden, capture_output=True, text=True, check=True)
+    assert "PATH=" in done.stdout and "PYTHONDONTWRITEBYTECODE" not in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,13 @@ from posttrain.models import loading as load
 from posttrain.sampling.feedback_source import open_feedback
 from posttrain.sandbox import SandboxError, require_sandbox
 
-TALKS = [talks.program_talk_at(5, i) for i in range(1200)]
-TOKENIZER = ProgramsLab.make_tokenizer()
 ROWS = language.program_rows(0, 60, held_out=True)
+make_tokenizer = cache(ProgramsLab.make_tokenizer)
+
+
+@cache
+def some_talks() -> list[list[Message]]:
+    return [talks.program_talk_at(5, i) for i in range(1200)]
 
 
 def python_result(program: str, given: list[int]) -> Any:
@@ -71,7 +76,8 @@ def test_questions_and_tests() -> None:
             shown[language.failing(wrong, problem.visible) is not None] += 1
     assert 0.85 < shown[True] / shown.total() < 1
     held = {row["answer"] for row in ROWS}
-    assert not held & {p for talk in TALKS for p in program_turns(talk)[:1]} - {_slipped(t) for t in TALKS}
+    written = some_talks()
+    assert not held & {p for talk in written for p in program_turns(talk)[:1]} - {_slipped(t) for t in written}
     assert all(language.passes(row["answer"], row["test"]) for row in ROWS)
 
 
@@ -83,10 +89,9 @@ def _slipped(talk: list[Message]) -> str:
 
 def test_how_often_programs_checks_and_revisions_are_right() -> None:
     first, after = Counter[bool](), Counter[tuple[str, bool]]()
-    for i in range(len(TALKS)):
+    for i, talk in enumerate(some_talks()):
         rng = random.Random(f"program talk 5 {i}")
         problem = language.draw_problem(rng, held_out=False)
-        talk = TALKS[i]
         if not talk[0]["content"].startswith(problem.question):
             continue
         wrong = {language.written_program(w) for w in language.wrong_programs(problem.steps)}
@@ -139,15 +144,16 @@ def test_tests_say_in_the_sandbox_what_the_talks_say() -> None:
 
 def test_the_tokenizer_writes_talks_as_its_template_does() -> None:
     """Turns are encoded one by one, and together they are what the template's text is; loss is on answers alone."""
-    samples = ProgramsLab(LabSettings(seed=5, batch_size=200), TOKENIZER).batch(0)
-    for talk, sample in zip(TALKS, samples, strict=False):
-        text = TOKENIZER.apply_chat_template(talk, tokenize=False)
-        assert text == written_talk(talk) and list(sample.tokens) == TOKENIZER(text)["input_ids"]
-        asked = TOKENIZER.apply_chat_template(talk[:1], add_generation_prompt=True, return_dict=False)
+    tokenizer = make_tokenizer()
+    samples = ProgramsLab(LabSettings(seed=5, batch_size=200), tokenizer).batch(0)
+    for talk, sample in zip(some_talks(), samples, strict=False):
+        text = tokenizer.apply_chat_template(talk, tokenize=False)
+        assert text == written_talk(talk) and list(sample.tokens) == tokenizer(text)["input_ids"]
+        asked = tokenizer.apply_chat_template(talk[:1], add_generation_prompt=True, return_dict=False)
         assert list(sample.tokens[: len(asked)]) == list(asked) and not any(sample.weights[: len(asked)])
         trained = [i for i, w in zip(sample.tokens, sample.weights, strict=True) if w]
-        assert TOKENIZER.decode(trained) == "".join(
-            t["content"] + TOKENIZER.eos_token for t in talk if t["role"] == "assistant"
+        assert tokenizer.decode(trained) == "".join(
+            t["content"] + tokenizer.eos_token for t in talk if t["role"] == "assistant"
         )
         assert len(sample.tokens) < 256
 
@@ -173,7 +179,7 @@ def test_it_is_made_measured_and_opened_by_its_name(tmp_path: Path, monkeypatch:
 
 def test_measured_after_the_words_of_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """A right program, one that fails a shown test and is mended, and text that is none."""
-    lab = ProgramsLab(LabSettings(kind="programs", measured=3), TOKENIZER)
+    lab = ProgramsLab(LabSettings(kind="programs", measured=3), make_tokenizer())
     rows = ROWS[:3]
     asked: list[list[Message]] = [[{"role": "user", "content": r["prompt"]}] for r in rows]
     wrong = next(

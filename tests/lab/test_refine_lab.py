@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from posttrain.sampling.refine_environment import RefineEnvironment
 
 COUNT = 6000
 TALKS = [talks.talk_at(5, i) for i in range(COUNT)]
-TOKENIZER = RefineLab.make_tokenizer()
+make_tokenizer = cache(RefineLab.make_tokenizer)
 SUM = re.compile(r"[1-9](\+[1-9]){3,4}=")
 ABOUT_SUMS = [t for t in TALKS if SUM.fullmatch(t[0]["content"])]
 
@@ -145,15 +146,16 @@ def test_a_talk_is_a_function_of_seed_and_index_and_of_no_held_out_sum() -> None
 
 
 def test_the_tokenizer_writes_talks_as_its_template_does() -> None:
-    samples = RefineLab(LabSettings(seed=5, batch_size=300), TOKENIZER).batch(0)
+    tokenizer = make_tokenizer()
+    samples = RefineLab(LabSettings(seed=5, batch_size=300), tokenizer).batch(0)
     for talk, sample in zip(TALKS, samples, strict=False):
         ids = list(sample.tokens)
-        assert TOKENIZER.apply_chat_template(talk, tokenize=False) == talk_lab.written_talk(talk)
-        assert TOKENIZER.decode(ids) == talk_lab.written_talk(talk)
-        asked = TOKENIZER.apply_chat_template(talk[:-1], add_generation_prompt=True, return_dict=False)
-        assert ids[: len(asked)] == list(asked) and ids[-1] == TOKENIZER.eos_token_id
+        assert tokenizer.apply_chat_template(talk, tokenize=False) == talk_lab.written_talk(talk)
+        assert tokenizer.decode(ids) == talk_lab.written_talk(talk)
+        asked = tokenizer.apply_chat_template(talk[:-1], add_generation_prompt=True, return_dict=False)
+        assert ids[: len(asked)] == list(asked) and ids[-1] == tokenizer.eos_token_id
         assert len(ids) < 256 and list(sample.weights) == [0.0] + [1.0] * (len(ids) - 1)
-    assert len(TOKENIZER) < 512
+    assert len(tokenizer) < 512
 
 
 def test_it_is_made_measured_and_opened_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +191,7 @@ def test_the_measurement_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         return next(order)
 
     monkeypatch.setattr(talk_lab, "likeliest", turn)
-    said = RefineLab(LabSettings(kind="refine", measured=4), TOKENIZER).measure(None)  # type: ignore[arg-type]
+    said = RefineLab(LabSettings(kind="refine", measured=4), make_tokenizer()).measure(None)  # type: ignore[arg-type]
     assert said == {
         "first": 0.25, "sampled": 0.75, "check": 0.75, "check_of_right": 1.0, "check_of_wrong": 0.6667,
         "refined": 0.5, "corrected": 0.5, "again": 0.25, "measured": 4,

@@ -13,6 +13,7 @@ import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -186,7 +187,7 @@ def draw_problem(rng: random.Random, held_out: bool) -> ProgramProblem:
         steps = _draw_steps(rng)
         if is_held_out_program([step.line for step in steps]) == held_out:
             break
-    wrong = [] if rng.random() > SHOWN_SLIPS else wrong_programs(steps, single=True)
+    wrong = () if rng.random() > SHOWN_SLIPS else wrong_programs(steps, single=True)
     for _ in range(12):
         cases = tuple(_case(steps, draw_list(rng, steps)) for _ in range(VISIBLE))
         if cases[0].given != cases[1].given and all(failing(lines, cases) is not None for lines in wrong):
@@ -213,7 +214,8 @@ def draw_list(rng: random.Random, steps: Sequence[ProgramStep] = ()) -> list[int
     return x
 
 
-def wrong_programs(steps: Sequence[ProgramStep], single: bool = False) -> list[tuple[str, ...]]:
+@cache  # some 600 programs are asked about thousands of times
+def wrong_programs(steps: tuple[ProgramStep, ...], single: bool = False) -> tuple[tuple[str, ...], ...]:
     """Return the programs with slips that give other results than the right one for some list.
 
     Args:
@@ -229,13 +231,13 @@ def wrong_programs(steps: Sequence[ProgramStep], single: bool = False) -> list[t
             lines = tuple(s.slip if slipped else s.line for s, slipped in zip(steps, slips, strict=True))
             if lines != right and failing(lines, probes) is not None:
                 out.append(lines)
-    return out
+    return tuple(out)
 
 
 def hidden_cases(problem: ProgramProblem) -> list[Case]:
     """Return tests that fail every program with slips which is not right, and some more; a function of the problem."""
     rng = random.Random(problem.question)
-    wrong, out = wrong_programs(problem.steps), list[Case]()
+    wrong, out = list(wrong_programs(problem.steps)), list[Case]()
     for _ in range(400):
         if len(out) >= HIDDEN and not wrong:
             break
