@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -155,7 +155,24 @@ def summon_full_params(model: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
-def shard(model: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
+class Sealed(Generic[X]):
+    """Hold an argument of a module that may be sharded.
+
+    FSDP looks for tensors in an argument's lists and dataclasses, casts them and passes on copies. In a batch that is a
+    call of Python for each token id, and loss weights in bfloat16. Other objects it leaves alone.
+    """
+
+    def __init__(self, value: X) -> None:
+        self.value = value
+
+
+def shard(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    dtype: torch.dtype,
+    device: torch.device,
+    exact: Sequence[nn.Module] = (),
+) -> None:
     """Shard a model with FSDP2 over all ranks, a layer at a time and then the rest; in place.
 
     Parameters stay float32 at rest. With several replicas (HSDP) each is sharded over neighbouring ranks, and gradients
@@ -166,14 +183,18 @@ def shard(model: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, dev
         layers: Its repeated layers.
         dtype: Compute dtype; all-gathers carry it, gradients are summed in float32.
         device: Device of this rank.
+        exact: Modules that compute in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     shape, names = ((_replicas, shards()), ("replicate", "shard")) if _replicas > 1 else ((world(),), ("shard",))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # Inputs stay as they are: a layer's have the dtype of the one before, a loss's coefficients are float32.
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh}
+    for module in exact:
+        fully_shard(module, **options)
     if dtype != torch.float32:
         options["mp_policy"] = policy
     for layer in layers:

@@ -13,7 +13,6 @@ Three ways to the same numbers:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -53,25 +52,32 @@ class Decoding(Protocol):
         """
 
 
-@dataclass
 class Plan:
     """Hold what attention needs to know of a batch; made once a batch, used by every layer.
 
-    Attributes:
+    Args:
         batch: The batch.
         keep: Gets every layer's keys and values, (heads, T, size), positions applied: how a sampler fills its cache.
             With `prefix` T begins with it.
         prefix: Keys and values, (2 layers, heads, tokens, size), layer after layer, that all sequences continue.
             `batch` is then the batch behind them (`RaggedBatch.behind_keys`).
-        cache: What the kernels of a device derive from the batch, by their own keys.
         pictures_see_all: The tokens of a picture see also those after them in the same picture.
+
+    Attributes:
+        cache: What the kernels of a device derive from the batch, by their own keys.
     """
 
-    batch: RaggedBatch
-    keep: Callable[[Tensor, Tensor], None] | None = None
-    prefix: Tensor | None = None
-    cache: dict[Any, Any] = field(default_factory=dict)
-    pictures_see_all: bool = False
+    # No dataclass: FSDP looks through those for tensors, token by token, and gives every layer a copy, whose cache is
+    # its own.
+    def __init__(
+        self,
+        batch: RaggedBatch,
+        keep: Callable[[Tensor, Tensor], None] | None = None,
+        prefix: Tensor | None = None,
+        pictures_see_all: bool = False,
+    ) -> None:
+        self.batch, self.keep, self.prefix, self.pictures_see_all = batch, keep, prefix, pictures_see_all
+        self.cache: dict[Any, Any] = {}
 
     def pictures_T(self) -> Tensor | None:
         """Return for each token the number of its picture, -1 for text; None: all tokens are seen causally."""

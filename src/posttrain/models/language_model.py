@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from posttrain.core.distributed import Sealed
 from posttrain.core.errors import ModelError
 from posttrain.core.ragged import MIN_SHARED, RaggedBatch, VirtualTokens, pack
 from posttrain.core.types import Sample
@@ -281,9 +282,13 @@ class LanguageModel(nn.Module):
         lean = torch.is_grad_enabled() and not self._checkpointed
         return self.backend.lean() if lean else nullcontext()
 
+    def __call__(self, batch: RaggedBatch, *args: Any, **kwargs: Any) -> Any:
+        """Compute what `forward` returns for a batch."""
+        return super().__call__(Sealed(batch), *args, **kwargs)
+
     def forward(
         self,
-        batch: RaggedBatch,
+        sealed: Sealed[RaggedBatch],
         want: Literal["cross_entropy", "logprobs", "values", "scores", "hidden"] | OfStates = "logprobs",
         targets_N: Tensor | None = None,
         coefficients_N: Tensor | None = None,
@@ -294,7 +299,7 @@ class LanguageModel(nn.Module):
         """Compute what `want` names, at `targets_N`.
 
         Args:
-            batch: A ragged batch.
+            sealed: A ragged batch.
             want: cross_entropy: (loss, nll_N, hits_N) of `linear_cross_entropy` with `coefficients_N`. logprobs:
                 (logprobs_N, entropies_N) of `linear_logprobs`. values: these and values_N, what the critic expects
                 before each token is there. scores: float32 numbers of the head of a model for classification, (N,
@@ -309,6 +314,7 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: A first token of a sequence is among the targets: nothing predicts it (scores: it may be).
         """
+        batch = sealed.value
         hidden = self.hidden_T_H(batch)
         if want == "hidden":
             return hidden

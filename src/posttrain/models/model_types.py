@@ -118,4 +118,5 @@ def decoder_layers(base: Any) -> list[nn.Module]:
     A vision tower's are not among them: a pass without pictures does not run it.
     """
     names = set(getattr(base, "_no_split_modules", None) or ())
-    return [m for m in decoder_of(base).modules() if type(m).__name__ in names]
+    # FSDP gives each a class that inherits from its own.
+    return [m for m in decoder_of(base).modules() if any(c.__name__ in names for c in type(m).__mro__)]

@@ -88,7 +88,8 @@ class Learner:
                 layer.compile(dynamic=True)
         if distributed.world() > 1:
             dtype = next(model.parameters()).dtype
-            distributed.shard(model.float(), layers, dtype, self.device)
+            exact = [] if model.value is None else [model.value]
+            distributed.shard(model.float(), layers, dtype, self.device, exact)
             # FSDP learns from its first pass which module is the root, and a sampler's goes through parts alone.
             with distributed.summon_full_params(model), torch.no_grad():
                 batch = model.pack([Sample([0, 0], [0.0, 1.0])])
