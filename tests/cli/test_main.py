@@ -56,7 +56,7 @@ SURFACE = {
     "chat": {"model", "prompt", "system", "max_new_tokens", "temperature", "device", "trust_remote_code"}
     | {"refine", "rounds", "feedback", "task", "image"},
     "serve": {"model", "host", "port", "name", "api_key_env", "max_tokens", "max_running", "max_waiting", "cache_mb"}
-    | {"int8_cache", "device", "trust_remote_code"},
+    | {"int8_cache", "device", "trust_remote_code", "adapter"},
     "bake": {"model", "folder", "device", "trust_remote_code"},
     "compose": {"tower", "language", "output", "layer", "chat_template", "seed", "trust_remote_code"},
     "report": {"run"},

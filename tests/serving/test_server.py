@@ -61,7 +61,7 @@ class Running:
 
     def __init__(self, local: LocalSampler, api_key: str | None = None, most_waiting: int = 100) -> None:
         self.batcher = Batcher(local, most_waiting)
-        self.server = ApiServer("127.0.0.1", 0, ModelApi("tiny", self.batcher, 32), api_key)
+        self.server = ApiServer("127.0.0.1", 0, [ModelApi("tiny", self.batcher, 32)], api_key)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
         self.thread.start()
         url = f"http://127.0.0.1:{self.server.server_port}/v1"

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +28,10 @@ def serve_command(
     host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
     name: Annotated[str | None, typer.Option(help="Name of the model for clients. If not given: its source's.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SOURCE", help="LoRA adapter on the model, under a name for clients; several times."),
+    ] = None,
     api_key_env: Annotated[
         str | None, typer.Option(metavar="VARIABLE", help="Environment variable with the key that clients must send.")
     ] = None,
@@ -34,7 +39,7 @@ def serve_command(
         int, typer.Option(min=1, help="Longest answer in tokens where a request does not say.")
     ] = 512,
     max_running: Annotated[
-        int | None, typer.Option(min=1, help="ModelApi computed together. If not given: 128 on a CPU, 512 on a GPU.")
+        int | None, typer.Option(min=1, help="Completions computed together. If not given: 128 on a CPU, 512 on a GPU.")
     ] = None,
     max_waiting: Annotated[int, typer.Option(min=0, help="Prompts that may wait; more get status 429.")] = 256,
     cache_mb: Annotated[
@@ -54,16 +59,42 @@ def serve_command(
     if host not in LOOPBACK and key is None:
         raise RecipeError(f"--host {host} lets other machines in: give a key with --api-key-env VARIABLE")
 
-    from posttrain.serving.http_server import ApiServer
-    from posttrain.serving.open_model import open_model_api
+    own = name or served_name(model)
+    sources = named_adapters(adapter or [], own)
 
-    api = open_model_api(config, name or served_name(model), max_tokens, max_waiting, max_running, cache_mb, int8_cache)
+    from posttrain.sampling.served_adapters import find_served
+    from posttrain.serving.http_server import ApiServer
+    from posttrain.serving.open_model import open_adapters, open_model_api
+
+    adapters = find_served(config, sources)
+    api = open_model_api(config, own, max_tokens, max_waiting, max_running, cache_mb, int8_cache)
     try:
-        server = ApiServer(host, port, api, key)
+        server = ApiServer(host, port, [api, *open_adapters(api, config, sources, adapters)], key)
     except OSError as error:
         api.batcher.close(0)
         raise ModelError(f"{host}:{port} can't be listened on ({error.strerror}): give another --port") from error
     serve_until_stopped(server, api.batcher)
+
+
+def named_adapters(given: Sequence[str], model: str) -> dict[str, str]:
+    """Return the source of each adapter by its name.
+
+    Args:
+        given: NAME=SOURCE of each.
+        model: Name of the model.
+
+    Raises:
+        RecipeError: One is not of that form, or has a name that is taken.
+    """
+    sources: dict[str, str] = {}
+    for text in given:
+        name, _, source = text.partition("=")
+        if not (name and source):
+            raise RecipeError(f"--adapter {text!r}: expected NAME=SOURCE, such as terse=runs/terse")
+        if name in sources or name == model:
+            raise RecipeError(f"--adapter {text!r}: the name {name!r} is taken; models and adapters need one each")
+        sources[name] = source
+    return sources
 
 
 def served_name(source: str) -> str:
@@ -85,7 +116,7 @@ def serve_until_stopped(server: ApiServer, batcher: Batcher) -> None:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         thread.start()
-        typer.echo(f"serving {server.completions.name} at http://{shown}:{server.server_port}/v1 (Ctrl-C stops)")
+        typer.echo(f"serving {', '.join(server.models)} at http://{shown}:{server.server_port}/v1 (Ctrl-C stops)")
         while thread.is_alive():
             thread.join(1.0)
     except KeyboardInterrupt:

@@ -204,12 +204,19 @@ def _add_embedding(peft_model: Any, file: Path) -> None:
 
 def is_plain_adapter(settings: dict[str, Any]) -> bool:
     """Return True for low-rank adapters without any variation: W + s B A, on matrices."""
+    return not variations(settings)
+
+
+def variations(settings: dict[str, Any]) -> list[str]:
+    """Return what makes an adapter another one than a plain low-rank one, as its settings name it."""
     from peft import LoraConfig
 
-    if settings.get("peft_type") != "LORA" or settings.get("init_lora_weights", True) not in PLAIN_STARTS:
-        return False
+    if settings.get("peft_type") != "LORA":
+        return [str(settings.get("peft_type"))]
+    if (start := settings.get("init_lora_weights", True)) not in PLAIN_STARTS:
+        return [f"init_lora_weights: {start}"]
     usual = json.loads(json.dumps(LoraConfig().to_dict(), default=str))
-    return not any(v and v != usual.get(k) for k, v in settings.items() if k not in MAY_DIFFER)
+    return [f"{k}: {v}" for k, v in settings.items() if k not in MAY_DIFFER and v and v != usual.get(k)]
 
 
 def low_rank_factors(weights: dict[str, Tensor], settings: dict[str, Any]) -> Factors | None:

@@ -361,8 +361,9 @@ class Session:
         self.close_gaps()
         rows = self.rows
         inputs = step_inputs(rows, [len(r.tokens) for r in rows], self.shared is not None)
-        if self.static is not None:
-            self._draw(list(rows), self.logits(self.static(*inputs)))
+        static = self.static_for(rows)
+        if static is not None:
+            self._draw(list(rows), self.logits(static(*inputs)))
             return
         tokens, columns, positions, *of_prompt = (torch.tensor(x, device=self.device) for x in inputs)
         slots = torch.arange(len(rows), device=self.device)
@@ -374,6 +375,10 @@ class Session:
         shifts = [r.prompt.shift for r in rows]
         rotary_M = step.position_M + torch.tensor(shifts, device=self.device) if any(shifts) else step.position_M
         self._draw(list(rows), self.logits(decode_step(self.sampler.model, tokens, rotary_M, step)))
+
+    def static_for(self, rows: Sequence[SessionRow]) -> StaticSteps | None:
+        """Return the recorded steps that the next step of these rows, in order, may use; None: it is computed anew."""
+        return self.static
 
     def close_gaps(self) -> None:
         """Move the last rows to where others left, so that M rows lie in slots 0 to M - 1 and nothing else is read."""
@@ -428,10 +433,14 @@ class Session:
         """Return how a row's tokens are drawn."""
         return self.params
 
+    def _ends(self, row: SessionRow) -> frozenset[int]:
+        """Return the tokens that end a row."""
+        return self.sampler.ends
+
     def _finish(self, row: SessionRow) -> tuple[str, str | None]:
         """Return why a row ends with its newest token ("": it continues), and its text if that was needed."""
         token, params = row.tokens[-1], self._params(row)
-        if token in self.sampler.ends:
+        if token in self._ends(row):
             return "end", None
         if token in params.stop_tokens:
             return "stop", None

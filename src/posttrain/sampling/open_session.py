@@ -4,12 +4,15 @@ Requests enter in the order in which they came, once their completions have slot
 computing a prompt alone takes twice the time that it takes among eight (SmolLM2-135M on a CPU). The memory for keys
 and values is one rectangle, slots by columns; it gets another shape when those who run and those who join need one.
 Every completion gets columns for its longest length when it enters, so none has to be interrupted later.
+
+Requests may have adapters (`posttrain.models.row_adapters`). Completions of all of them take each step together;
+prompts are computed adapter by adapter, so that prompts with a common beginning share it only within an adapter.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,9 +22,11 @@ from torch import Tensor
 from posttrain.config import SamplingConfig
 from posttrain.core.errors import DataError
 from posttrain.core.types import Rollout
+from posttrain.models.row_adapters import AdapterRows, RowAdapters
 from posttrain.sampling.cuda_graphs import COLUMNS, StaticSteps, rounded
 from posttrain.sampling.engine import PREFILL_TOKENS, LocalSampler, Session
 from posttrain.sampling.kv_cache import Region, decode_step
+from posttrain.sampling.served_adapters import ServedAdapter
 from posttrain.sampling.session_rows import SessionPrompt, SessionRow
 from posttrain.sampling.token_sampling import stream
 
@@ -53,6 +58,7 @@ class JoiningPrompt(SessionPrompt):
 
     Attributes:
         params: How its tokens are drawn; min_tokens is not read.
+        adapter: What its tokens are computed with; None: the model alone.
         top_logprobs: Likeliest tokens to report at each token; None: no log-probabilities.
         tops: Log-probabilities of each completion, by its number, if they are asked for.
         on_token: Called with (number, token) for each token after which the completion continues.
@@ -61,6 +67,7 @@ class JoiningPrompt(SessionPrompt):
     """
 
     params: SamplingConfig = field(default_factory=SamplingConfig)
+    adapter: ServedAdapter | None = None
     top_logprobs: int | None = None
     tops: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     on_token: Callable[[int, int], None] | None = None
@@ -73,7 +80,9 @@ class OpenSession(Session):
 
     waiting: list[JoiningPrompt]  # type: ignore[assignment]
 
-    def __init__(self, sampler: LocalSampler) -> None:
+    def __init__(self, sampler: LocalSampler, adapters: RowAdapters | None = None) -> None:
+        self.adapters = adapters or RowAdapters(sampler.model)
+        self.adapters.use([])
         sampler.model.eval()
         sampler.model.backend.pack_weights(sampler.model)
         self.turns = 0  # since a request waits
@@ -137,7 +146,9 @@ class OpenSession(Session):
             p.slot, p.started, p.running = slots[0], p.request.n, p.request.n
             copies += [(p.slot, other, p.length) for other in slots[1:]]
             starting += [SessionRow(p, i, slot, stream(p.request.seed, i, p.limit)) for i, slot in enumerate(slots)]
-        self._prefill(chosen)  # type: ignore[arg-type]
+        for adapter, places in _by_adapter([p.adapter for p in chosen]).items():
+            self._use([] if adapter is None else [(adapter.matrices, None)])
+            self._prefill([chosen[i] for i in places])
         self.open.clear()
         self.own.move(copies)
         logits = torch.stack([row.prompt.logits_V for row in starting])  # type: ignore[misc]
@@ -169,12 +180,34 @@ class OpenSession(Session):
             decode = partial(decode_step, self.sampler.model)
             self.static = StaticSteps(decode, self.own, None, 1, self.device, self.device.type == "cuda")
 
+    def static_for(self, rows: Sequence[SessionRow]) -> StaticSteps | None:
+        """Let each row take its step with its adapter; a recorded step has none."""
+        parts = _by_adapter([_joined(row).adapter for row in rows])
+        alone = len(parts) == 1
+        self._use(
+            [
+                (adapter.matrices, None if alone else torch.tensor(places, device=self.device))
+                for adapter, places in parts.items()
+                if adapter is not None
+            ]
+        )
+        return None if self.adapters.parts else self.static
+
+    def _use(self, parts: Sequence[AdapterRows]) -> None:
+        """Compute the coming passes with these adapters."""
+        if self.adapters.use(parts):
+            self.own.layers.clear()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states, at temperature 1."""
         return self.head.logits(hidden, 1.0, self.sampler.model.backend.linear(len(hidden)))
 
     def _params(self, row: SessionRow) -> SamplingConfig:
         return _joined(row).params
+
+    def _ends(self, row: SessionRow) -> frozenset[int]:
+        adapter = _joined(row).adapter
+        return self.sampler.ends if adapter is None else adapter.ends
 
     def _draw(self, rows: list[SessionRow], logits: Tensor) -> None:
         super()._draw(rows, logits)
@@ -218,6 +251,14 @@ class OpenSession(Session):
         prompt = _joined(row)
         if prompt.on_done is not None:
             prompt.on_done(row.number, prompt.done[row.number])
+
+
+def _by_adapter(adapters: Sequence[ServedAdapter | None]) -> dict[ServedAdapter | None, list[int]]:
+    """Return the places of each adapter."""
+    out: dict[ServedAdapter | None, list[int]] = {}
+    for i, adapter in enumerate(adapters):
+        out.setdefault(adapter, []).append(i)
+    return out
 
 
 def _joined(row: SessionRow) -> JoiningPrompt:

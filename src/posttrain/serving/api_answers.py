@@ -50,7 +50,7 @@ class AnswerFormat:
         """Return the body of an answer that is not streamed.
 
         Args:
-            ended: ModelApi in order, with their log-probabilities.
+            ended: Completions in order, with their log-probabilities.
             prompt_tokens: Tokens of the prompts.
         """
         choices = [self._choice(i, *one) for i, one in enumerate(ended)]

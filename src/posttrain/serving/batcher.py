@@ -12,6 +12,7 @@ import torch
 
 from posttrain.core.secrets import hide_secrets
 from posttrain.core.visible_text import visible
+from posttrain.models.row_adapters import RowAdapters
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.open_session import JoiningPrompt, OpenSession
 
@@ -52,8 +53,9 @@ class Batcher:
 
     def __init__(self, sampler: LocalSampler, most_waiting: int = 256) -> None:
         self.sampler, self.most_waiting = sampler, most_waiting
+        self.adapters = RowAdapters(sampler.model)
         with torch.inference_mode():
-            self.session = OpenSession(sampler)
+            self.session = OpenSession(sampler, self.adapters)
         self._changed = threading.Condition()
         self._incoming: list[BatchJob] = []
         self._jobs: list[BatchJob] = []
@@ -123,4 +125,4 @@ class Batcher:
             job.cancel()
             job.on_failure()
         self._jobs = []
-        self.session = OpenSession(self.sampler)
+        self.session = OpenSession(self.sampler, self.adapters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import time
+from collections.abc import Sequence
 from urllib.parse import unquote
 
 from posttrain.core.secrets import add_secret
@@ -14,10 +15,10 @@ from posttrain.serving.model_api import ModelApi
 
 
 class ApiServer(BoundedServer):
-    """Answers OpenAI's requests. completions: what answers. api_key: None: nobody needs one."""
+    """Answers OpenAI's requests. models: the model, and the adapters on it. api_key: None: nobody needs one."""
 
-    def __init__(self, host: str, port: int, completions: ModelApi, api_key: str | None = None) -> None:
-        self.completions, self.api_key = completions, api_key
+    def __init__(self, host: str, port: int, models: Sequence[ModelApi], api_key: str | None = None) -> None:
+        self.base, self.models, self.api_key = models[0], {api.name: api for api in models}, api_key
         if api_key is not None:
             add_secret(api_key)
         self.created = int(time.time())
@@ -30,16 +31,14 @@ class _Handler(BoundedHandler):
     def get(self, path: str) -> None:
         """Answer questions about the server."""
         if path == "/health":
-            running, waiting = self.server.completions.batcher.running()
+            running, waiting = self.server.base.batcher.running()
             self.send_json(200, {"status": "ok", "running": running, "waiting": waiting})
             return
         self._check_key()
-        model = self._model()
         if path == "/v1/models":
-            self.send_json(200, {"object": "list", "data": [model]})
+            self.send_json(200, {"object": "list", "data": list(map(self._described, self.server.models.values()))})
         elif path.startswith("/v1/models/"):
-            self._check_model(unquote(path.removeprefix("/v1/models/")))
-            self.send_json(200, model)
+            self.send_json(200, self._described(self._model(unquote(path.removeprefix("/v1/models/")))))
         else:
             raise ApiError(404, "there is no such page: see /v1/models")
 
@@ -47,18 +46,15 @@ class _Handler(BoundedHandler):
         """Answer completions."""
         raw = self.read_body_bytes()  # read first: else it would be taken for the connection's next request
         self._check_key()
-        completions, gone = self.server.completions, self.client_gone
         if path not in ("/v1/chat/completions", "/v1/completions"):
             raise ApiError(404, "there is no such endpoint: ask /v1/chat/completions or /v1/completions")
         body = read_json_body(raw)
         if path == "/v1/completions":
             asked = read_body(body, CompletionsBody)
-            self._check_model(asked.model)
-            answer = completions.complete(asked, gone)
+            answer = self._model(asked.model).complete(asked, self.client_gone)
         else:
             chat = read_body(body, ChatBody)
-            self._check_model(chat.model)
-            answer = completions.chat(chat, gone)
+            answer = self._model(chat.model).chat(chat, self.client_gone)
         if isinstance(answer, dict):
             self.send_json(200, answer)
         else:
@@ -72,11 +68,20 @@ class _Handler(BoundedHandler):
         if not hmac.compare_digest(given, self.server.api_key.encode()):
             raise ApiError(401, "the key is missing or wrong: Authorization: Bearer KEY", None, "invalid_api_key")
 
-    def _check_model(self, name: str | None) -> None:
-        own = self.server.completions.name
-        if name not in (None, own):
-            raise ApiError(404, f"this server has the model {own!r}", "model", "model_not_found")
+    def _model(self, name: str | None) -> ModelApi:
+        """Return what answers under a name; without one, the model alone."""
+        models = self.server.models
+        if name is None:
+            return self.server.base
+        if name not in models:
+            has = (
+                f"the models {', '.join(map(repr, models))}"
+                if len(models) > 1
+                else f"the model {self.server.base.name!r}"
+            )
+            raise ApiError(404, f"this server has {has}", "model", "model_not_found")
+        return models[name]
 
-    def _model(self) -> Json:
-        name = self.server.completions.name
-        return {"id": name, "object": "model", "created": self.server.created, "owned_by": "posttrain"}
+    def _described(self, api: ModelApi) -> Json:
+        of_base = {} if api.adapter is None else {"parent": self.server.base.name}
+        return {"id": api.name, "object": "model", "created": self.server.created, "owned_by": "posttrain", **of_base}

@@ -20,6 +20,7 @@ from posttrain.data.turns import read_turns
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.open_session import JoiningPrompt, TokenLogprobs
 from posttrain.sampling.protocol import Request
+from posttrain.sampling.served_adapters import ServedAdapter
 from posttrain.serving.api_answers import AnswerFormat, Json
 from posttrain.serving.api_requests import ApiError, ChatBody, CompletionsBody
 from posttrain.serving.batcher import Batcher, BatchJob, Closing, QueueFull
@@ -33,19 +34,20 @@ LOOK = 1.0
 
 
 class ModelApi:
-    """Answers requests with one model.
+    """Answers requests with one model, or with an adapter on it.
 
     Attributes:
-        name: Name of the model in answers.
-        batcher: Computes.
+        name: Its name in requests and answers.
+        batcher: Computes, for all names of the model.
         default_tokens: Longest completion if a request names no length.
+        adapter: The adapter; None: the model alone.
         tokenizer: A copy for the threads of clients, used by one at a time: tokenizers may not be shared.
     """
 
-    def __init__(self, name: str, batcher: Batcher, default_tokens: int) -> None:
-        self.name, self.batcher, self.default_tokens = name, batcher, default_tokens
+    def __init__(self, name: str, batcher: Batcher, default_tokens: int, adapter: ServedAdapter | None = None) -> None:
+        self.name, self.batcher, self.default_tokens, self.adapter = name, batcher, default_tokens, adapter
         self.sampler: LocalSampler = batcher.sampler
-        self.tokenizer = copy.deepcopy(self.sampler.tokenizer)
+        self.tokenizer = copy.deepcopy(self.sampler.tokenizer if adapter is None else adapter.tokenizer)
         self._lock = threading.Lock()
 
     def chat(self, body: ChatBody, gone: Callable[[], bool]) -> Json | Iterator[Json]:
@@ -131,8 +133,9 @@ class ModelApi:
             except DataError as error:
                 raise ApiError(400, str(error), None, "context_length_exceeded" if tokens else None) from error
             prompt = JoiningPrompt(
-                i, request, limit, virtual=self.sampler.virtual, params=params, top_logprobs=body.tops
-            )
+                i, request, limit, virtual=self.sampler.virtual, params=params, adapter=self.adapter,
+                top_logprobs=body.tops,
+            )  # fmt: skip
             prompt.on_done = partial(_put, events, "done", i * body.n)
             if body.stream:
                 prompt.on_token = partial(_put, events, "token", i * body.n)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from posttrain.config import ModelConfig
+from posttrain.models.adapter_source import AdapterSource
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.loading import load_model
 from posttrain.models.verification import verify
 from posttrain.sampling.engine import LocalSampler
+from posttrain.sampling.served_adapters import open_served
 from posttrain.serving.batcher import Batcher
 from posttrain.serving.model_api import ModelApi
 
@@ -40,3 +44,25 @@ def open_model_api(
     cache = "int8" if int8_cache else None
     sampler = LocalSampler(opened, tokenizer, max_running=max_running, memory_mb=cache_mb, kv_cache=cache)
     return ModelApi(name, Batcher(sampler, max_waiting), max_tokens)
+
+
+def open_adapters(
+    api: ModelApi, config: ModelConfig, sources: Mapping[str, str], adapters: Mapping[str, AdapterSource]
+) -> list[ModelApi]:
+    """Open adapters that clients choose by name, beside the model that they belong to.
+
+    Args:
+        api: The model, of which no request is computed yet.
+        config: Its settings.
+        sources: Source of each adapter, by its name for clients.
+        adapters: What `find_served` found there.
+
+    Raises:
+        ModelError: One of them can't be served beside it.
+    """
+    out = []
+    for name, adapter in adapters.items():
+        opened = open_served(api.sampler.model, config, sources[name], adapter)
+        api.batcher.adapters.add(opened.matrices, name)
+        out.append(ModelApi(name, api.batcher, api.default_tokens, opened))
+    return out
