@@ -56,9 +56,9 @@ SURFACE = {
     "chat": {"model", "prompt", "system", "max_new_tokens", "temperature", "device", "trust_remote_code"}
     | {"refine", "rounds", "feedback", "task", "image"},
     "serve": {"model", "host", "port", "name", "api_key_env", "max_tokens", "max_running", "max_waiting", "cache_mb"}
-    | {"int8_cache", "device", "trust_remote_code", "adapter"},
-    "bake": {"model", "folder", "device", "trust_remote_code"},
-    "compose": {"tower", "language", "output", "layer", "chat_template", "seed", "trust_remote_code"},
+    | {"int8_cache", "device", "trust_remote_code", "adapter", "dry_run"},
+    "bake": {"model", "folder", "device", "trust_remote_code", "dry_run"},
+    "compose": {"tower", "language", "output", "layer", "chat_template", "seed", "trust_remote_code", "dry_run"},
     "report": {"run"},
     "ui": {"folders", "port", "show", "votes"},
     "doctor": set(),
@@ -83,7 +83,7 @@ SURFACE = {
         "top_k",
     }
     | {"trust_remote_code", "weights", "dry_run"},
-    "lab": {"output", "seed", "steps", "kind"},
+    "lab": {"output", "seed", "steps", "kind", "dry_run"},
 }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from typer.testing import CliRunner
 
 from posttrain.cli.main import app
@@ -60,11 +62,18 @@ def test_a_run_warns_of_stages_that_do_not_fit(recipe: Path, monkeypatch: pytest
 
 
 def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of run, sweep, evaluate, export and merge; a folder that a run would refuse is refused."""
+    """Of each command that has it; what the command would refuse before its work is refused."""
     folder = recipe.parent
     monkeypatch.chdir(folder)
     rows = {"kind": "perplexity", "name": "exam", "data": {"source": "rows.jsonl", "chat": False}}
     recipe.write_text(json.dumps({**json.loads(recipe.read_text()), "evaluate": [rows]}))
+    for name, settings in (
+        ("adapter", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")),
+        ("soft", PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
+    ):
+        hf = tiny_model("llama")
+        hf.name_or_path = str(folder / "model")
+        get_peft_model(hf, settings).save_pretrained(name)
     before = sorted(folder.rglob("*"))
 
     def told(*args: str) -> str:
@@ -88,6 +97,27 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(recipe: Path, mon
     gguf = told("export", "model", "--output", "out.gguf", "--quantization", "Q8_0")
     assert "5 F32, 16 Q8_0 tensors" in gguf, gguf
     assert "linear" in told("merge", "model", "tiny:llama", "--output", "merged")
+    serve = told("serve", "model", "--port", "0", "--adapter", "x=adapter", "--cache-mb", "64")
+    for said in ("x: adapter, rank 2 on q_proj", "64 MiB for keys and values", "/v1, as model, x, without a key"):
+        assert said in serve, serve
+    lab = told("lab", "--output", "lab", "--steps", "7")
+    assert "7 steps of 128 texts (sums, seed 0)" in lab and "lab: new" in lab and "parameters, cpu" in lab
+    compose = ("compose", "vit:image_size=32,patch_size=16,hidden_size=32,num_attention_heads=4", "model", "--output")
+    made = told(*compose, "seeing")
+    assert ": vit, " in made and "4 tokens of a picture of 32 x 32 pixels" in made and "a model of type llava" in made
+    baked = told("bake", "soft", "out")
+    assert "PROMPT_TUNING, 3 virtual tokens" in baked and "vectors, keys, values, after a pass" in baked
     (folder / "runs" / "two" / "stages").mkdir(parents=True)
-    refused = CliRunner().invoke(app, ["run", "recipe.yaml", "--dry-run"])
-    assert refused.exit_code == 1 and "holds stages and no recipe.yaml" in refused.output
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for args, why in (
+            (("run", "recipe.yaml"), "holds stages and no recipe.yaml"),
+            (("serve", "model", "--port", str(taken.getsockname()[1])), "can't be listened on"),
+            (("serve", "model", "--port", "0", "--adapter", "x=tiny:llama"), "holds a whole model"),
+            (("lab", "--output", "model"), "is no laboratory"),
+            (("lab", "--steps", "7"), "give it a folder with --output"),
+            ((*compose, "model"), "exists already"),
+            ((*compose, "seeing", "--layer", "99"), "the vision tower has 12 layers"),
+            (("bake", "model", "out"), "is a whole model, and no soft prompt"),
+        ):
+            refused = CliRunner().invoke(app, [*args, "--dry-run"], env={"COLUMNS": "120"})
+            assert refused.exit_code == 1 and why in " ".join(refused.output.split()), refused.output

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from posttrain.cli.arguments import make_console
+from posttrain.cli.arguments import DryRun, make_console, print_plan
 
 
 def lab_command(
@@ -20,8 +20,12 @@ def lab_command(
     ] = "sums",
     seed: Annotated[int, typer.Option(min=0, max=999_999_999, help="Another seed, another model of its kind.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Pretraining steps. [default: enough, in minutes]")] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Make a small base model that reinforcement learning improves in minutes: to try, compare and debug methods."""
-    from posttrain.lab.make_lab import run_lab_command
+    from posttrain.lab.make_lab import plan_lab, run_lab_command
 
+    if dry_run:
+        print_plan(plan_lab(output, kind, seed, steps))
+        return
     run_lab_command(make_console(), output, kind, seed, steps)

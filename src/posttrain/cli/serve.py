@@ -6,16 +6,18 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from posttrain.cli.arguments import Device, TrustRemoteCode, named_model
-from posttrain.core.errors import ModelError, RecipeError
+from posttrain.cli.arguments import Device, DryRun, TrustRemoteCode, named_model, print_plan
+from posttrain.core.errors import RecipeError
 
 if TYPE_CHECKING:
+    from posttrain.config import ModelConfig
+    from posttrain.models.adapter_source import AdapterSource
     from posttrain.serving.batcher import Batcher
     from posttrain.serving.http_server import ApiServer
 
@@ -48,32 +50,66 @@ def serve_command(
     int8_cache: Annotated[bool, typer.Option("--int8-cache", help="Keep keys and values in 8 bits.")] = False,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Serve a model to programs that speak OpenAI's protocol."""
     key = os.environ.get(api_key_env) if api_key_env else None
     if api_key_env and not key:
         raise RecipeError(f"the environment variable {api_key_env} holds no key: set it, or leave --api-key-env out")
     config = named_model(model, device, trust_remote_code)
-    from posttrain.serving.bounded_server import LOOPBACK
+    from posttrain.serving.bounded_server import LOOPBACK, check_port, port_error
 
     if host not in LOOPBACK and key is None:
         raise RecipeError(f"--host {host} lets other machines in: give a key with --api-key-env VARIABLE")
 
     own = name or served_name(model)
     sources = named_adapters(adapter or [], own)
+    check_port(host, port)
 
     from posttrain.sampling.served_adapters import find_served
     from posttrain.serving.http_server import ApiServer
     from posttrain.serving.open_model import open_adapters, open_model_api
 
     adapters = find_served(config, sources)
+    if dry_run:
+        access = "without a key" if key is None else f"with the key in {api_key_env}"
+        listens = f"http://{host}:{port or '(any free port)'}/v1, as {', '.join([own, *adapters])}, {access}"
+        print_plan(_plan(config, adapters, cache_mb, listens))
+        return
     api = open_model_api(config, own, max_tokens, max_waiting, max_running, cache_mb, int8_cache)
+    apis = [api, *open_adapters(api, config, sources, adapters)]
     try:
-        server = ApiServer(host, port, [api, *open_adapters(api, config, sources, adapters)], key)
-    except OSError as error:
+        server = ApiServer(host, port, apis, key)
+    except OSError as error:  # taken since
         api.batcher.close(0)
-        raise ModelError(f"{host}:{port} can't be listened on ({error.strerror}): give another --port") from error
+        raise port_error(host, port, error) from error
     serve_until_stopped(server, api.batcher)
+
+
+def _plan(
+    config: ModelConfig, adapters: Mapping[str, AdapterSource], cache_mb: float | None, listens: str
+) -> Iterator[tuple[str, str]]:
+    """Yield what would be served, by the configurations of the model and its adapters alone."""
+    from posttrain.models.loading import load_tokenizer
+    from posttrain.runs.dry_run import model_line
+    from posttrain.sampling.engine import MEMORY_SHARE
+    from posttrain.sampling.memory import memory_bytes
+
+    line = model_line(config)
+    yield line
+    for name, adapter in adapters.items():
+        targets = adapter.settings.get("target_modules")
+        layers = targets if isinstance(targets, str) else ", ".join(sorted(targets or []))
+        yield "adapter", f"{name}: {adapter.location}, rank {adapter.settings.get('r')} on {layers}"
+    if not load_tokenizer(config).chat_template:
+        yield "!", "the model has no chat template: /v1/chat/completions is refused, /v1/completions answers"
+    if cache_mb is not None:
+        yield "cache", f"{cache_mb:,.0f} MiB for keys and values"
+    elif line[1].endswith("cpu"):
+        yield "cache", f"{memory_bytes() * MEMORY_SHARE['cpu'] / 2**20:,.0f} MiB for keys and values"
+    else:
+        yield "cache", f"{MEMORY_SHARE['cuda']:.0%} of the GPU's memory for keys and values"
+    yield "listens", listens
 
 
 def named_adapters(given: Sequence[str], model: str) -> dict[str, str]:

@@ -50,8 +50,7 @@ def make_lab(settings: LabSettings, folder: Path, shown: bool = True) -> dict[st
     Raises:
         ModelError: The folder has other content.
     """
-    if folder.exists() and not (folder / "lab.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelError(f"{folder} exists and is no laboratory (no lab.json in it): name another folder")
+    _check_folder(folder)
     began, replaced = time.monotonic(), folder.exists()
     quiet()
     device = pick_device("auto")
@@ -83,6 +82,12 @@ def make_lab(settings: LabSettings, folder: Path, shown: bool = True) -> dict[st
             if not (folder / "lab.json").exists():  # else another process was first, and its laboratory is used
                 raise
     return result
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ModelError if a folder has other content than a laboratory."""
+    if folder.exists() and not (folder / "lab.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(f"{folder} exists and is no laboratory (no lab.json in it): name another folder")
 
 
 def build_lab_model(settings: LabSettings, vocabulary: int, end: int) -> Any:
@@ -132,6 +137,58 @@ def pretrain(policy: LanguageModel, lab: SumsLab | ReviewsLab | TalkLab, shown: 
     return sum(losses[-20:]) / len(losses[-20:])
 
 
+def lab_place(output: Path | None, kind: LabKind, seed: int, steps: int | None) -> tuple[str, Path, LabSettings]:
+    """Return the model source that names a laboratory, its folder, and its settings.
+
+    Args:
+        output: Folder to make. None: the cache's.
+        kind: Kind of laboratory.
+        seed: Seed of the texts and the model.
+        steps: Pretraining steps. None: the kind's own number.
+
+    Raises:
+        ModelError: Steps are given without a folder: the cache holds models with the kind's own number.
+    """
+    name, lab = f"lab:{seed}" if kind == "sums" else f"lab:{kind}:{seed}", LABS[kind]
+    if output is None and steps is not None:
+        raise ModelError(f"--steps makes another model than {name} names: give it a folder with --output")
+    settings = LabSettings(seed, kind, lab.steps if steps is None else steps, lab.batch_size)
+    return name if output is None else str(output), output or lab_folder(seed, kind), settings
+
+
+def plan_lab(output: Path | None, kind: LabKind, seed: int, steps: int | None) -> list[tuple[str, str]]:
+    """Return what `posttrain lab` would do, as (subject, text) lines.
+
+    Args:
+        output: As for `lab_place`, and so the others.
+        kind: Likewise.
+        seed: Likewise.
+        steps: Likewise.
+
+    Raises:
+        ModelError: What the command would end with before its first step.
+    """
+    name, folder, settings = lab_place(output, kind, seed, steps)
+    kept = (folder / "lab.json").exists()
+    if output is None and kept:
+        return [("folder", f"{folder}: made already, so nothing is computed"), ("source", f"model.source={name}")]
+    _check_folder(folder)
+    quiet()
+    tokenizer = LABS[kind](settings).tokenizer
+    with torch.device("meta"):
+        hf = build_lab_model(settings, len(tokenizer), tokenizer.eos_token_id)
+    count = sum(p.numel() for p in hf.parameters())
+    problems = "" if kind == "reviews" else ", problems.jsonl, held_out.jsonl"
+    size = f"{settings.layers} layers, width {settings.width}, {count:,} parameters"
+    return [
+        ("model", f"Llama, {size}, {pick_device('auto')}"),
+        ("trains", f"{settings.steps:,} steps of {settings.batch_size} texts ({kind}, seed {seed}), then measures it"),
+        ("folder", f"{folder}: {'a laboratory, which is replaced' if kept else 'new'}"),
+        ("writes", f"the model in the Hugging Face layout, lab.json{problems}"),
+        ("source", f"model.source={name}"),
+    ]
+
+
 def run_lab_command(console: Any, output: Path | None, kind: LabKind, seed: int, steps: int | None) -> None:
     """Carry out `posttrain lab`.
 
@@ -145,18 +202,14 @@ def run_lab_command(console: Any, output: Path | None, kind: LabKind, seed: int,
     Raises:
         ModelError: Steps are given without a folder: the cache holds models with the kind's own number.
     """
-    name = f"lab:{seed}" if kind == "sums" else f"lab:{kind}:{seed}"
-    if output is None and steps is not None:
-        raise ModelError(f"--steps makes another model than {name} names: give it a folder with --output")
-    folder = output or lab_folder(seed, kind)
+    name, folder, settings = lab_place(output, kind, seed, steps)
     record = folder / "lab.json"
     if output is None and record.exists():
         result = json.loads(record.read_text())
     else:
-        lab = LABS[kind]
-        result = make_lab(LabSettings(seed, kind, lab.steps if steps is None else steps, lab.batch_size), folder)
+        result = make_lab(settings, folder)
     console.print(
         f"{folder}: {result['parameters']:,} parameters, {result['seconds']:.0f} s. {LABS[kind].describe(result)}",
         soft_wrap=True,
     )
-    console.print(f"model.source={name if output is None else folder}", soft_wrap=True)
+    console.print(f"model.source={name}", soft_wrap=True)

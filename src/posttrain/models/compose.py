@@ -18,9 +18,10 @@ import torch
 
 from posttrain.config import ModelConfig, NewToken
 from posttrain.core.errors import ModelError
-from posttrain.models.loading import open_model, resolve
+from posttrain.models.loading import load_settings, load_tokenizer, open_model, resolve
 from posttrain.models.opening_errors import explained
 from posttrain.models.portable_files import finish_folder
+from posttrain.models.tiny_model import tiny_model
 
 WITH_CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False, "vit": True, "dinov2": True}
 """Types of towers, and whether their first vector stands for the whole picture: it is left out."""
@@ -107,14 +108,10 @@ def compose(tower: str, language: ModelConfig, folder: Path, seed: int = 0, laye
     Raises:
         ModelError: A part can't be opened or does not fit, or the folder exists.
     """
-    if folder.exists():
-        raise ModelError(f"{folder} exists already: name another folder, or remove it first")
+    _check_free(folder)
     settings = {"device": "cpu", "add_tokens": [*language.add_tokens, NewToken(token=IMAGE_TOKEN, special=True)]}
     opened = open_model(language.model_copy(update=settings), torch.float32)
-    if getattr(opened.hf.config, "vision_config", None) is not None:
-        raise ModelError(f"language model {language.source!r} reads images already")
-    if not opened.tokenizer.chat_template:
-        raise ModelError(f"language model {language.source!r} has no chat template: give one (--chat-template FILE)")
+    _check_language(language, opened.hf.config, opened.tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         seeing = open_tower(tower)
@@ -132,11 +129,59 @@ def compose(tower: str, language: ModelConfig, folder: Path, seed: int = 0, laye
     return {**counts, "language": sum(p.numel() for p in opened.hf.parameters()), "image_tokens": seeing.tokens}
 
 
-def open_tower(source: str) -> Tower:
+def plan_composed(tower: str, language: ModelConfig, folder: Path, layer: int | None) -> list[tuple[str, str]]:
+    """Return what `compose` would make, as (subject, text) lines; no weights are read or allocated.
+
+    Args:
+        tower: As for `compose`, and so the others.
+        language: Likewise.
+        folder: Likewise.
+        layer: Likewise.
+
+    Raises:
+        ModelError: What `compose` would end with before it reads weights.
+    """
+    _check_free(folder)
+    settings = load_settings(language)
+    tokenizer = load_tokenizer(language.model_copy(update={"add_tokens": [NewToken(token=IMAGE_TOKEN, special=True)]}))
+    settings = tiny_model(resolve(language.source).location).config if settings is None else settings
+    _check_language(language, settings, tokenizer)
+    with torch.device("meta"):
+        seeing = open_tower(tower, weights=False)
+        model = _empty(settings, tokenizer, seeing, layer)
+    counts = [
+        sum(p.numel() for p in part.parameters())
+        for part in (model.model.vision_tower, model.model.multi_modal_projector, model)
+    ]
+    kind, size = seeing.model.config.model_type, seeing.model.config.image_size
+    return [
+        ("tower", f"{tower}: {kind}, {counts[0] / 1e6:,.1f} M parameters{', random' if seeing.new else ''}"),
+        ("projector", f"{counts[1] / 1e6:,.1f} M parameters, random"),
+        ("image", f"{seeing.tokens} tokens of a picture of {size} x {size} pixels"),
+        ("writes", f"{folder}: a model of type {model.config.model_type}, about {4 * counts[2] / 2**20:,.1f} MiB"),
+    ]
+
+
+def _check_free(folder: Path) -> None:
+    """Raise ModelError if a folder exists."""
+    if folder.exists():
+        raise ModelError(f"{folder} exists already: name another folder, or remove it first")
+
+
+def _check_language(language: ModelConfig, settings: Any, tokenizer: Any) -> None:
+    """Raise ModelError unless a language model reads texts alone and has a chat template."""
+    if getattr(settings, "vision_config", None) is not None:
+        raise ModelError(f"language model {language.source!r} reads images already")
+    if not tokenizer.chat_template:
+        raise ModelError(f"language model {language.source!r} has no chat template: give one (--chat-template FILE)")
+
+
+def open_tower(source: str, weights: bool = True) -> Tower:
     """Open a vision tower, or make a new one. Raises ModelError if its type is none that LLaVA takes.
 
     Args:
         source: See `compose`.
+        weights: Read them. Otherwise the tower is made of its configuration alone.
     """
     kind, colon, values = source.partition(":")
     if colon and kind in (*WITH_CLASS_TOKEN, *CONVOLUTIONS):
@@ -152,6 +197,9 @@ def open_tower(source: str) -> Tower:
             f"vision tower {source!r} is of type {config.model_type}, expected one of "
             f"{', '.join((*WITH_CLASS_TOKEN, *CONVOLUTIONS))}, which give a vector for each patch"
         )
+    if not weights:
+        with explained(source):
+            return Tower(AutoModel.from_config(config), AutoImageProcessor.from_pretrained(location), new=False)
     with explained(source):
         model, info = AutoModel.from_pretrained(location, config=config, output_loading_info=True, dtype=torch.float32)
         processor = AutoImageProcessor.from_pretrained(location)
@@ -185,15 +233,26 @@ def _new_tower(kind: str, values: str) -> Tower:
 
 def _joined(language: Any, tokenizer: Any, tower: Tower, layer: int | None) -> Any:
     """Return the model with the weights of both parts and a new projector."""
+    model = _empty(language.config, tokenizer, tower, layer)
+    for own, given in ((model.model.language_model, language.model), (model.model.vision_tower, tower.model)):
+        own.load_state_dict(given.state_dict())
+    if not model.config.tie_word_embeddings:
+        model.lm_head.load_state_dict(language.get_output_embeddings().state_dict())
+    model.tie_weights()
+    return model.eval()
+
+
+def _empty(language: Any, tokenizer: Any, tower: Tower, layer: int | None) -> Any:
+    """Return the model with new weights, by the configurations of both parts."""
     import transformers as hf
 
     vision = tower.model.config
     settings = {
         "vision_config": vision,
-        "text_config": language.config,
+        "text_config": language,
         "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         "image_seq_length": tower.tokens,
-        "tie_word_embeddings": bool(language.config.tie_word_embeddings),
+        "tie_word_embeddings": bool(language.tie_word_embeddings),
     }
     if tower.makes_map:
         if layer is not None:
@@ -201,20 +260,13 @@ def _joined(language: Any, tokenizer: Any, tower: Tower, layer: int | None) -> A
                 f"layer {layer}: a vision tower of type {vision.model_type} has vectors after its last one"
             )
         vision.hidden_size = vision.hidden_dim  # where the projector looks for it
-        model = hf.FastVlmForConditionalGeneration(hf.FastVlmConfig(**settings))
-    else:
-        chosen = layer if layer is not None else -1 if tower.new else -2
-        if not -vision.num_hidden_layers <= chosen <= vision.num_hidden_layers:
-            raise ModelError(f"layer {chosen}: the vision tower has {vision.num_hidden_layers} layers")
-        strategy = "default" if tower.has_class_token else "full"
-        config = hf.LlavaConfig(**settings, vision_feature_layer=chosen, vision_feature_select_strategy=strategy)
-        model = hf.LlavaForConditionalGeneration(config)
-    for own, given in ((model.model.language_model, language.model), (model.model.vision_tower, tower.model)):
-        own.load_state_dict(given.state_dict())
-    if not settings["tie_word_embeddings"]:
-        model.lm_head.load_state_dict(language.get_output_embeddings().state_dict())
-    model.tie_weights()
-    return model.eval()
+        return hf.FastVlmForConditionalGeneration(hf.FastVlmConfig(**settings))
+    chosen = layer if layer is not None else -1 if tower.new else -2
+    if not -vision.num_hidden_layers <= chosen <= vision.num_hidden_layers:
+        raise ModelError(f"layer {chosen}: the vision tower has {vision.num_hidden_layers} layers")
+    strategy = "default" if tower.has_class_token else "full"
+    config = hf.LlavaConfig(**settings, vision_feature_layer=chosen, vision_feature_select_strategy=strategy)
+    return hf.LlavaForConditionalGeneration(config)
 
 
 def _processor(tokenizer: Any, tower: Tower) -> Any:

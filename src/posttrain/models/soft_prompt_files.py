@@ -139,6 +139,14 @@ def _places(adapter: AdapterSource, count: int) -> tuple[int, int]:
     return front, between
 
 
+def baked_tensors(adapter: AdapterSource) -> tuple[str, ...]:
+    """Return the names of the tensors that `bake` writes of a soft prompt, by its settings alone."""
+    if adapter.settings["peft_type"] == "PREFIX_TUNING":
+        return "keys", "values"
+    between = _places(adapter, int(adapter.settings["num_virtual_tokens"]))[1]
+    return ("vectors",) if between else ("vectors", "keys", "values")
+
+
 @torch.no_grad()
 def bake(peft_model: Any, folder: Path) -> Path:
     """Write a soft prompt for programs without peft: `soft_prompt.safetensors` in `folder`.

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+from posttrain.core.errors import ModelError
 from posttrain.core.secrets import hide_secrets
 from posttrain.core.visible_text import visible
 from posttrain.serving.api_requests import ApiError
@@ -33,6 +34,21 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 class ClientGone(Exception):
     """Report that whoever asked has closed the connection."""
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ModelError unless an address can be listened on: known before a model is loaded for it."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((host, port))
+        except OSError as error:
+            raise port_error(host, port, error) from error
+
+
+def port_error(host: str, port: int, error: OSError) -> ModelError:
+    """Return the error of an address that can't be listened on."""
+    return ModelError(f"{host}:{port} can't be listened on ({error.strerror}): give another --port")
 
 
 class BoundedServer(ThreadingHTTPServer):
