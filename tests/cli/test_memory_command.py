@@ -97,8 +97,8 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(recipe: Path, mon
     gguf = told("export", "model", "--output", "out.gguf", "--quantization", "Q8_0")
     assert "5 F32, 16 Q8_0 tensors" in gguf, gguf
     assert "linear" in told("merge", "model", "tiny:llama", "--output", "merged")
-    serve = told("serve", "model", "--port", "0", "--adapter", "x=adapter", "--cache-mb", "64")
-    for said in ("x: adapter, rank 2 on q_proj", "64 MiB for keys and values", "/v1, as model, x, without a key"):
+    serve = told("serve", "model", "--name", "me", "--port", "0", "--adapter", "x=adapter", "--cache-mb", "64")
+    for said in ("x: adapter, rank 2 on q_proj", "64 MiB for keys and values", "/v1, as me, x, without a key"):
         assert said in serve, serve
     lab = told("lab", "--output", "lab", "--steps", "7")
     assert "7 steps of 128 texts (sums, seed 0)" in lab and "lab: new" in lab and "parameters, cpu" in lab

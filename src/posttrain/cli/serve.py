@@ -82,7 +82,7 @@ def serve_command(
         server = ApiServer(host, port, apis, key)
     except OSError as error:  # taken since
         api.batcher.close(0)
-        raise port_error(host, port, error) from error
+        raise port_error(f"{host}:{port}", error) from error
     serve_until_stopped(server, api.batcher)
 
 

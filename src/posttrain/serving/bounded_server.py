@@ -43,12 +43,12 @@ def check_port(host: str, port: int) -> None:
         try:
             tried.bind((host, port))
         except OSError as error:
-            raise port_error(host, port, error) from error
+            raise port_error(f"{host}:{port}", error) from error
 
 
-def port_error(host: str, port: int, error: OSError) -> ModelError:
+def port_error(place: str, error: OSError) -> ModelError:
     """Return the error of an address that can't be listened on."""
-    return ModelError(f"{host}:{port} can't be listened on ({error.strerror}): give another --port")
+    return ModelError(f"{place} can't be listened on ({error.strerror}): give another --port")
 
 
 class BoundedServer(ThreadingHTTPServer):
