@@ -8,28 +8,41 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
 
-QUICK = ["device", "grpo"]
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """Return the program as a module: this process has the imports that it begins with."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path))  # which it sets for its items
+    return importlib.import_module("gpu.run")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("items", [QUICK, pytest.param([], marks=pytest.mark.long)])
-def test_all_that_make_gpu_runs_runs_dry(items: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In `make test` one item that samples and trains."""
+def test_one_item_that_samples_and_trains_runs_dry(
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["run.py", "--dry", "--json", str(figures), "--only", "device,grpo"])
+    assert run.main() == 0
+    found = json.loads(figures.read_text())["items"]
+    assert {name: item["status"] for name, item in found.items()} == {"device": "ok", "grpo": "ok"}
+
+
+@pytest.mark.long
+def test_all_that_make_gpu_runs_runs_dry(run: ModuleType, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "run.py"), "--dry", "--json", str(figures)]
-    command += ["--only", ",".join(items)] if items else []
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     found = json.loads(figures.read_text())["items"]
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    assert list(found) == (items or [item.name for item in importlib.import_module("gpu.run").ITEMS])
+    assert list(found) == [item.name for item in run.ITEMS]
     assert all(item["status"] == "ok" for item in found.values())
 
 
@@ -56,10 +69,8 @@ def test_targets_are_met_or_not_on_the_card_that_was_used(monkeypatch: pytest.Mo
 
 
 def test_what_fails_is_told_and_what_there_is_no_time_for_is_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    run = importlib.import_module("gpu.run")
     monkeypatch.setattr(importlib.import_module("gpu.base"), "die", lambda where: os._exit(3), raising=False)
     items = {"broken": "base:nothing", "dead": "base:die", "device": "run:device"}
     monkeypatch.setattr(run, "ITEMS", [run.Item(name, home, 1) for name, home in items.items()])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -73,9 +75,44 @@ def imports(node: ast.AST, *, inside_functions: bool, package: str) -> Iterator[
             yield from imports(child, inside_functions=inside_functions, package=package)
 
 
+class Source(NamedTuple):
+    """What tests ask about a file: parsed once for all of them."""
+
+    imported: dict[bool, set[str]]  # False: at module level; True: inside of functions too
+    modules: set[tuple[str, str]]
+    lines: int
+    functions: list[tuple[str, int]]
+
+
+@cache
+def source(path: Path) -> Source:
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    return Source(
+        {inside: set(imports(tree, inside_functions=inside, package=name_of(path))) for inside in (False, True)},
+        set(modules_imported(tree)),
+        text.count("\n"),
+        [
+            (node.name, (node.end_lineno or node.lineno) - node.lineno + 1)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ],
+    )
+
+
+def modules_imported(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """(package, name) of what is imported below `node`, inside functions too; not what type checkers see alone."""
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child):
+            continue
+        if isinstance(child, ast.ImportFrom) and child.module and child.module.startswith("posttrain"):
+            package = child.module.removeprefix("posttrain").lstrip(".")
+            yield from ((package, alias.name) for alias in child.names)
+        yield from modules_imported(child)
+
+
 def imported(path: Path, inside_functions: bool) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return set(imports(tree, inside_functions=inside_functions, package=name_of(path)))
+    return source(path).imported[inside_functions]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -142,30 +179,20 @@ def test_the_reader_of_imports_sees_what_it_should() -> None:
 def test_files_and_functions_stay_short() -> None:
     """Under 500 lines a file, under 80 a function: what is longer hides two things."""
     for path in MODULES:
-        text = path.read_text(encoding="utf-8")
-        assert text.count("\n") < 500, f"{name_of(path)} has {text.count(chr(10))} lines"
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                length = (node.end_lineno or node.lineno) - node.lineno + 1
-                assert length < 80, f"{name_of(path)}.{node.name} has {length} lines"
-
-
-def modules_imported(node: ast.AST, names: dict[str, Path]) -> Iterator[str]:
-    """Modules of the package imported below `node`, inside functions too; what only type checkers see is left out."""
-    for child in ast.iter_child_nodes(node):
-        if is_type_checking(child):
-            continue
-        if isinstance(child, ast.ImportFrom) and child.module and child.module.startswith("posttrain"):
-            package = child.module.removeprefix("posttrain").lstrip(".")
-            for alias in child.names:
-                inner = f"{package}.{alias.name}".lstrip(".")
-                yield inner if inner in names else package
-        yield from modules_imported(child, names)
+        _, _, lines, functions = source(path)
+        assert lines < 500, f"{name_of(path)} has {lines} lines"
+        for name, length in functions:
+            assert length < 80, f"{name_of(path)}.{name} has {length} lines"
 
 
 def test_no_circle_of_modules() -> None:
     names = {name_of(p): p for p in MODULES if name_of(p) != "__init__"}  # the public face loads names lazily
-    edges = {n: set(modules_imported(ast.parse(p.read_text()), names)) & set(names) - {n} for n, p in names.items()}
+    edges = {name: set[str]() for name in names}
+    for module, path in names.items():
+        for package, name in source(path).modules:
+            inner = f"{package}.{name}".lstrip(".")
+            edges[module].add(inner if inner in names else package)
+        edges[module] &= set(names) - {module}
     while edges:  # remove what imports nothing that is left, until only circles are left
         leaves = {name for name, others in edges.items() if not others & set(edges)}
         assert leaves, f"modules import each other in a circle, or are imported by one: {sorted(edges)}"

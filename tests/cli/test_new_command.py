@@ -85,7 +85,7 @@ def test_kinds_are_recognised_and_goals_that_do_not_go_with_them_refused(tmp_pat
 def test_questions_memory_length_and_time_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many rows train every weight, adapters if memory is short; long rows are cut, steps limited by the time."""
     monkeypatch.chdir(tmp_path)
-    path = write(tmp_path, "exchanges", 3000)
+    path = write(tmp_path, "exchanges", 1998)
     with path.open("a") as file:
         file.write(json.dumps({"instruction": "x" * 1500, "output": "y"}) + "\n")
         file.write(json.dumps({"instruction": "x" * 2500, "output": "longer than the context"}) + "\n")
@@ -103,7 +103,7 @@ def test_questions_memory_length_and_time_decide(tmp_path: Path, monkeypatch: py
     short = new(*given, "--gpu", "0.1", "--time", "any")
     assert "adapter:" in short and "! it does not fit" in short and "quantization: nf4" in short
     limited = new(*given, "--gpu", "here", "--time", "0.001s")
-    assert "max_steps: 1 " in limited and "563 are 3 epochs" in limited
+    assert "max_steps: 1 " in limited and "375 are 3 epochs" in limited
     for option, value in (("--gpu", "big"), ("--time", "soon")):
         wrong = CliRunner().invoke(app, ["new", *given, option, value])
         assert wrong.exit_code == 2 and "expected" in wrong.output

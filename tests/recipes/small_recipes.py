@@ -84,7 +84,8 @@ def rl_overrides(stage: RLConfig | OnlineDPOConfig, pictures: Path) -> list[str]
         few, given = "data.rows=[0, 4]", [*given, "problems.data.rows=[4, 12]"]
     else:
         of_rows = stage.held_out.problems.data.source if stage.held_out.problems.kind == "rows" else None
-        few = "size=8" if of_rows is None else f"data.rows={[0, 8] if 'lab:' in of_rows else [9000, 9008]}"
+        size = 3 if runs_programs(stage.rewards.terms) else 8
+        few = f"size={size}" if of_rows is None else f"data.rows={[0, 8] if 'lab:' in of_rows else [9000, 9008]}"
         if str(of_rows).startswith("data/stamps/"):
             given += [f"{part}problems.data.source={pictures}" for part in ("", "held_out.")]
             few, given = "data.rows=[8, 12]", [*given, "problems.data.rows=[0, 8]"]
@@ -160,16 +161,24 @@ def row_overrides(stage: Any, chats: Path) -> list[str]:
 
 
 def few_rows(settings: Any, key: str = "") -> list[str]:
-    """The first 64 of the rows that come along, wherever a recipe reads more of them."""
+    """The first 64 of the rows that come along or are made, wherever a recipe reads more of them."""
     if isinstance(settings, list):
         return [given for i, inner in enumerate(settings) for given in few_rows(inner, f"{key}.{i}")]
     if not isinstance(settings, dict):
         return []
     given = [g for name, inner in settings.items() for g in few_rows(inner, f"{key}.{name}")]
-    rows, source = settings.get("rows"), str(settings.get("source")).lstrip("['")
-    if isinstance(rows, list | tuple) and source.startswith(("packaged:", "lab:")) and rows[1] - rows[0] > 64:
-        given.append(f"{key.removeprefix('.')}.rows=[{rows[0]}, {rows[0] + 64}]")
+    rows, source = settings.get("rows", 0), str(settings.get("source")).lstrip("['")
+    first, end = (0, 65) if rows is None else rows if isinstance(rows, list | tuple) else (0, 0)  # None: all
+    if source.startswith(("packaged:", "lab:")) and end - first > 64:
+        given.append(f"{key.removeprefix('.')}.rows=[{first}, {first + 64}]")
+    if key.endswith("problems") and isinstance(settings.get("size"), int) and settings["size"] > 64:
+        given.append(f"{key.removeprefix('.')}.size=64")
     return given
+
+
+def runs_programs(rewards: Any) -> bool:
+    """Return True if what scores answers starts a sandbox for each."""
+    return any(reward.kind in ("program", "unit_tests") for reward in rewards)
 
 
 def overrides(name: str, chats: Path, teacher: str = "") -> list[str]:
@@ -200,7 +209,11 @@ def evaluation_overrides(recipe: posttrain.Recipe, chats: Path) -> list[str]:
             given += tiny_judge(f"evaluate.{i}.scorer.judge", chats) if task.scorer.kind == "judge" else []
             continue
         if isinstance(task, SampleTask.Config | RefineEvaluation.Config):
-            few = "data.rows=[0, 6]" if task.problems.kind == "rows" else "size=6"
+            few = (
+                "data.rows=[0, 6]"
+                if task.problems.kind == "rows"
+                else f"size={2 if runs_programs([task.judge]) else 6}"
+            )
             few = "rows=[0, 2]" if task.problems.kind == "human_eval" else few
             given += [
                 f"evaluate.{i}.{s}" for s in (f"n={min(task.n, 2)}", "k=[]", "sampler.max_tokens=6", f"problems.{few}")

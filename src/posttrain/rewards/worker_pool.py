@@ -160,8 +160,8 @@ class Worker:
 
 PARKED = 2
 """Processes of closed pools that are kept for the next: their imports take longer than most evaluations' calls."""
-PARKED_KINDS = REWARDS.keys() - {"function", "program", "unit_tests"}
-"""Rewards whose process may be kept: they read text, and run neither code of the user's nor programs."""
+PARKED_KINDS = REWARDS.keys() - {"function"}
+"""Rewards whose process may be kept: they run no code of the user's there, and programs in a sandbox alone."""
 _parked: list[tuple[int, Worker]] = []  # with the process that started them: a fork shares the pipes with it
 _parking = threading.Lock()
 
