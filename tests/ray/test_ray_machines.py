@@ -21,11 +21,16 @@ from posttrain.sampling.rollout_store import read_rollouts
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
 STEPS = 10
+HOLD = "hold"
+"""While a file with this name is there, no reward comes: what is killed meanwhile is lost within a step."""
 REWARD = """
 import time
+from pathlib import Path
 
 def vowels(text, example):
     time.sleep(0.03)  # a step takes long enough for something to be killed in it
+    while Path(HOLD).exists():
+        time.sleep(0.02)
     return sum(c in "aeiou0123456789ABCDEFGHIJKLM" for c in text) / 12
 """
 CHILD = "import sys; from posttrain.cli.main import main; main()"
@@ -57,7 +62,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[dict[
         patch.chdir(folder)
         for name, value in OF_STARTED.items():  # few processes; else nodes start too slowly on a busy machine
             patch.setenv(name, os.environ.get(name, value))
-        Path("vowels.py").write_text(REWARD)
+        Path("vowels.py").write_text(REWARD.replace("HOLD", repr(str(folder / HOLD))))
         Path("recipe.yaml").write_text(json.dumps(recipe()))
         assert command("alone", "alone.log").wait(300) == 0, Path("alone.log").read_text()
         yield metrics("alone"), completions("alone")
@@ -147,9 +152,14 @@ def test_a_lost_sampler_reward_trainer_and_node_change_nothing(alone: Any) -> No
         wait_for(lambda: len(metrics("three")) >= 4, run)
         os.kill(trainers()[1], signal.SIGKILL)
         wait_for(lambda: len(metrics("three")) >= 6, run)
+        Path(HOLD).touch()
         places = {parent(parent(pid)) for pid in trainers().values()}
         assert len(places) == 2 and places <= set(processes("raylet/raylet"))
-        os.kill((places - {head}).pop(), signal.SIGKILL)  # a node: its trainer, samplers and rewards go with it
+        lost = (places - {head}).pop()
+        of_node = {pid for pid in trainers().values() if parent(parent(pid)) == lost}
+        os.kill(lost, signal.SIGKILL)  # a node: its trainer, samplers and rewards go with it, after some seconds
+        wait_for(lambda: not of_node & set(trainers().values()), run, 120)
+        Path(HOLD).unlink()
         assert run.wait(600) == 0, Path("three.log").read_text()[-3000:]
     same("three", alone)
     systems = json.loads(Path("three/manifest.json").read_text())["systems"]
