@@ -169,7 +169,9 @@ def test_a_head_that_does_not_answer_is_lost(monkeypatch: pytest.MonkeyPatch) ->
         watch.check(wait=True)
 
 
-def test_what_works_in_one_process_is_refused_when_a_recipe_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_works_in_one_process_is_refused_when_a_recipe_is_checked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """On Ray and under torchrun."""
     prompts = {"problems": {"kind": "lab"}, "rewards": [{"kind": "exact"}]}
     whole = recipe({}).model_dump(mode="json", exclude_unset=True)
@@ -189,4 +191,5 @@ def test_what_works_in_one_process_is_refused_when_a_recipe_is_checked(monkeypat
             machine_checks.check_machine(Recipe.model_validate(ray))
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(RecipeError, match="method: merge works in one process, and torchrun starts 3"):
-        machine_checks.check_machine(Recipe.model_validate({**plain, "systems": {}}))
+        posttrain.run(Recipe.model_validate({**plain, "systems": {}}), tmp_path / "run")  # from Python too
+    assert not (tmp_path / "run").exists()

@@ -41,6 +41,7 @@ from posttrain.data.template_source import fixed_date, template_date
 from posttrain.eval.tasks import evaluate_model, task_data
 from posttrain.models.loading import context_length, load_tokenizer, pick_device, resolve
 from posttrain.models.quantization import as_saved
+from posttrain.recipe.machine_checks import check_machine
 from posttrain.recipe.parsing import load_recipe
 from posttrain.report import build_report, judge_figures
 from posttrain.report.behaviour import behaviours
@@ -119,9 +120,11 @@ def run(
     Raises:
         CheckpointError: The folder holds a run of another recipe, another process works on it, inputs of the run have
             changed, or a result of it is damaged.
+        RecipeError: What the recipe names is not on this machine, or can't be computed by so many processes.
         PosttrainError: Data, model or rewards of the recipe can't be used; raised before training starts.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    check_machine(recipe)
     path = run_path(Path(folder) if folder is not None else Path(recipe.output) / recipe.name)
     if recipe.systems.engine == "ray":
         from posttrain.runs.ray_trainers import run_on_ray
