@@ -35,8 +35,9 @@ def run(recipe: posttrain.Recipe, fresh: bool = False) -> tuple[posttrain.runs.r
 
 
 def test_a_command_that_is_corrected_takes_the_folder_over(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
-        run(recipe_for(tmp_path, f"stages.sft.data.source={tmp_path}/nope.jsonl"))
+    (tmp_path / "other.jsonl").write_text('{"unknown": 1}\n')
+    with pytest.raises(DataError, match="unknown"):
+        run(recipe_for(tmp_path, f"stages.sft.data.source={tmp_path}/other.jsonl"))
     folder = tmp_path / "runs" / "small"
     assert json.loads((folder / "manifest.json").read_text())["status"] == "failed"
     result, printed = run(recipe_for(tmp_path))

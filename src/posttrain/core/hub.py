@@ -117,4 +117,7 @@ def _in_hub_cache(kind: str, name: str) -> bool:
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     folder = _hub_folder(kind, name)
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets") / name.replace("/", "___")
-    return any((folder / "snapshots").glob("*/*")) or (kind == "datasets" and prepared.is_dir())
+    try:
+        return any((folder / "snapshots").glob("*/*")) or (kind == "datasets" and prepared.is_dir())
+    except OSError:  # no file can have that name
+        return False
