@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from posttrain.models.tiny_model import tiny_model
 from posttrain.models.verification import verify
 from posttrain.trainer.reference_model import answer_sums
 from posttrain.trainer.train_step import Learner
+from tests import warm
 from tests.methods.rl.cases import Case, batch_from
 
 WAITING = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "cpu")
@@ -136,14 +136,17 @@ def test_a_device_without_kernels_keeps_the_models_own_forwards(generic: None) -
     assert verify(model) < 1e-5
 
 
-def test_a_process_without_a_model_on_a_cpu_imports_nothing_of_the_cpu_wing() -> None:
+def test_a_process_without_a_model_on_a_cpu_imports_nothing_of_the_cpu_wing(tmp_path: Path) -> None:
+    """In a process that has imported what a run imports, and none of these tests."""
     code = (
         "import sys, torch; import posttrain.trainer.loop, posttrain.sampling.engine, posttrain.methods.sft\n"
         "from posttrain.models.backends import backend_for\n"
         "backend_for(torch.device('cuda')).describe()\n"
+        "assert 'posttrain.runs.runner' in sys.modules\n"
         "print([m for m in sys.modules if m.startswith('posttrain.cpu')])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    warm.run(exec, code, folder=tmp_path)
+    assert (tmp_path / "log").read_text() == "[]\n"
 
 
 def test_the_largest_of_a_metric_is_taken_where_its_name_says_so() -> None:
