@@ -16,7 +16,7 @@ CHECKED = $(BIN)/mypy --no-error-summary >$(VENV)/mypy.log 2>&1 & types=$$!; \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist worksteal
 ENDED = tests=$$?; wait $$types || { cat $(VENV)/mypy.log >&2; exit 1; }; exit $$tests
 
-.PHONY: demo test test-all lint style format docs clean gpu size release-notes help
+.PHONY: demo test test-all lint style format docs clean gpu size release-notes help same-python
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -60,7 +60,14 @@ clean:  ## remove the environment and what tools leave behind (runs stay)
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMPS)/venv:
+# PYTHON= that is not the version of an environment made before would be ignored.
+same-python:
+	@[ "$(origin PYTHON)" = file ] || [ ! -x $(BIN)/python ] || { \
+		v='import sys; print("Python %d.%d" % sys.version_info[:2])'; \
+		got=$$($(BIN)/python -c "$$v"); wanted=$$($(PYTHON) -c "$$v" 2>/dev/null); [ "$$got" = "$$wanted" ] || { \
+		echo "$(VENV) has $$got, PYTHON=$(PYTHON) is $${wanted:-no Python}: make clean, or leave PYTHON out" >&2; exit 1; }; }
+
+$(STAMPS)/venv: | same-python
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "posttrain needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	@echo "making $(VENV) with $(PYTHON)"

@@ -94,9 +94,9 @@ def sample(
     running = [True] * group
     cache = None
     for _ in range(longest):
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        logprobs = (out.logits[:, -1].float() / temperature).log_softmax(-1)
+        # The cache by its place: `past_key_values` is `cache` from transformers 5.24 on.
+        logits, cache = model(ids, None, None, cache, use_cache=True).to_tuple()[:2]
+        logprobs = (logits[:, -1].float() / temperature).log_softmax(-1)
         drawn = torch.multinomial(logprobs.exp(), 1)
         for i, token in enumerate(drawn[:, 0].tolist()):
             if running[i]:

@@ -202,7 +202,7 @@ def test_release_notes_are_a_section_of_the_changelog() -> None:
 
 
 def test_files_beside_the_code_name_what_is_there() -> None:
-    """Folders that the Dockerfile copies, the version of the citation."""
+    """Folders that the Dockerfile copies, the version of the citation, every Python of the metadata in the workflow."""
     copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
     names = [name for line in copied for name in line.split()]
     ignored = (ROOT / ".dockerignore").read_text().split()
@@ -210,10 +210,15 @@ def test_files_beside_the_code_name_what_is_there() -> None:
     assert all((ROOT / name).exists() for name in names)
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == posttrain.__version__ and citation["license"] == "Apache-2.0"
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"].values()
+    pythons = [f"Programming Language :: Python :: {v}" for v in job["strategy"]["matrix"]["python"]]
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    assert pythons == [c for c in classifiers if ":: Python :: 3." in c] and len(pythons) >= 3
+    assert os.access(ROOT / next(s["run"] for s in job["steps"][::-1] if "run" in s), os.X_OK)
 
 
-def test_make_says_so_when_python_is_too_old(tmp_path: Path) -> None:
-    """With a Python that calls itself 3.9, and no environment made yet."""
+def test_make_takes_one_python(tmp_path: Path) -> None:
+    """One that calls itself 3.9 is refused with no environment made yet, and another than an environment's after."""
     old = tmp_path / "python3.9"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
@@ -222,6 +227,14 @@ def test_make_says_so_when_python_is_too_old(tmp_path: Path) -> None:
     done = subprocess.run(["make", "demo", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0 and "needs Python 3.11 or newer" in done.stderr
     assert not (tmp_path / ".venv").exists()
+    made = tmp_path / ".venv" / "bin" / "python"
+    made.parent.mkdir(parents=True)
+    made.write_text("#!/bin/sh\necho Python 3.9\n")
+    made.chmod(0o755)
+    done = subprocess.run(["make", "demo", f"PYTHON={sys.executable}"], cwd=tmp_path, capture_output=True, text=True)
+    version = ".".join(map(str, sys.version_info[:2]))
+    assert done.returncode != 0 and f".venv has Python 3.9, PYTHON={sys.executable} is Python {version}" in done.stderr
+    assert not (tmp_path / ".venv" / ".stamps").exists()
 
 
 def test_make_lets_python_keep_what_it_compiles() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from posttrain.core.errors import ModelError
 from posttrain.core.types import Sample
 from posttrain.models import attention, model_types, verification
+from posttrain.models.cache_names import cache_argument, cache_of
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.tiny_model import tiny_model
 from posttrain.models.verification import verify
@@ -152,6 +155,24 @@ def test_in_16_bit_a_head_that_is_a_little_off_is_noticed() -> None:
 def test_an_unknown_tiny_model_gives_the_nearest_names(kind: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         tiny_model(kind)
+
+
+def test_a_cache_has_one_of_two_names() -> None:
+    """By the model, not by the version of transformers: one with its own code may have the older name."""
+
+    class Older:
+        def forward(self, input_ids: Any, past_key_values: Any = None) -> Any:
+            return SimpleNamespace(past_key_values="kept")
+
+    class Newer:
+        def forward(self, input_ids: Any, cache: Any = None) -> Any:
+            return SimpleNamespace(cache="kept")
+
+    assert (cache_argument(Older()), cache_argument(Newer())) == ("past_key_values", "cache")
+    assert cache_of(Older().forward(0)) == cache_of(Newer().forward(0)) == "kept"
+    made = tiny_model("llama")
+    assert cache_of(made(torch.tensor([[5]]), use_cache=True)).get_seq_length() == 1
+    assert cache_argument(made) in inspect.signature(type(made).forward).parameters
 
 
 def test_a_model_that_magnifies_rounding_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:

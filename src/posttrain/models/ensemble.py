@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from posttrain.config.pooling import check_pool
 from posttrain.core.errors import ModelError
 from posttrain.losses.ensemble_logprobs import EnsembleHead, pool_logprobs
+from posttrain.models.cache_names import cache_argument, cache_of
 from posttrain.models.max_length import context
 from posttrain.models.model_types import decoder_of, set_attention
 from posttrain.models.output_head import output_head
@@ -132,13 +133,13 @@ class Ensemble(nn.Module):
         """
         before = caches or [None] * len(self.members)
         outputs = [
-            member(input_ids=input_ids, use_cache=use_cache, past_key_values=cache, **inputs)
+            member(input_ids=input_ids, use_cache=use_cache, **{cache_argument(member): cache}, **inputs)
             for member, cache in zip(self.members, before, strict=True)
         ]
         logits = torch.stack([out.logits[..., : _rows(self.smallest)].float() for out in outputs]).log_softmax(-1)
         pooled = pool_logprobs(logits.flatten(1, -2), self.weights, self.pool, self.confidence)
         if caches is not None:
-            caches[:] = [out.past_key_values for out in outputs]
+            caches[:] = [cache_of(out) for out in outputs]
         return SimpleNamespace(logits=pooled.view(logits.shape[1:]))
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from posttrain.core.ragged import VirtualTokens
+from posttrain.models.cache_names import cache_argument
 
 KNOWN = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 
@@ -99,7 +100,7 @@ def soft_prompt_inputs(peft_model: Any, tokens: Tensor, target: int | None = Non
         target: Index of the first token of the answer, for virtual tokens before it. None: none is there yet.
 
     Returns:
-        inputs_embeds with the vectors in their places; or, for prefixes, past_key_values, and input_ids with one id
+        inputs_embeds with the vectors in their places; or, for prefixes, their cache, and input_ids with one id
         before the tokens for each of its positions (`generate` expects the ids of what is in the cache; a forward pass
         takes the tokens alone).
     """
@@ -116,7 +117,8 @@ def soft_prompt_inputs(peft_model: Any, tokens: Tensor, target: int | None = Non
         cache = DynamicCache(config=base.config)
         for layer in range(len(parts) // 2):
             cache.update(parts[2 * layer].contiguous(), parts[2 * layer + 1].contiguous(), layer)
-        return {"input_ids": torch.cat([tokens.new_zeros(rows, virtual.front), tokens], 1), "past_key_values": cache}
+        ids = torch.cat([tokens.new_zeros(rows, virtual.front), tokens], 1)
+        return {"input_ids": ids, cache_argument(base): cache}
     vectors, own = base.get_input_embeddings()(tokens), soft.vectors().to(dtype)
     own = own[None].expand(rows, -1, -1)
     target = tokens.shape[1] if target is None else target

@@ -11,6 +11,7 @@ from torch import Tensor
 from posttrain.config import AdapterConfig
 from posttrain.config.adapter_settings import NOT_MERGED
 from posttrain.core.errors import ModelError
+from posttrain.models.cache_names import cache_of
 from posttrain.models.model_types import decoder_of
 from posttrain.models.soft_prompt import SoftPrompt
 
@@ -190,7 +191,7 @@ def layer_shapes(hf: Any, kind: str) -> tuple[int, int, int]:
     try:
         with torch.no_grad():
             tokens = torch.zeros(1, 1, dtype=torch.long, device=hf.device)
-            cache = decoder_of(hf)(input_ids=tokens, use_cache=True).past_key_values
+            cache = cache_of(decoder_of(hf)(input_ids=tokens, use_cache=True))
         shapes = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -255,6 +256,6 @@ def _initial_prefix(hf: Any, config: AdapterConfig, tokenizer: Any, width: int) 
     vectors = _initial_vectors(hf, config, tokenizer)
     with torch.no_grad():
         inputs = vectors.to(next(hf.parameters()).dtype)[None]
-        cache = decoder_of(hf)(inputs_embeds=inputs, use_cache=True).past_key_values
+        cache = cache_of(decoder_of(hf)(inputs_embeds=inputs, use_cache=True))
     parts = [x[0].transpose(0, 1).flatten(1).float() for layer in cache.layers for x in (layer.keys, layer.values)]
     return torch.cat(parts, 1)

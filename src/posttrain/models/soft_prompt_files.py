@@ -17,6 +17,7 @@ from torch import Tensor
 from posttrain.config.adapter_settings import TEMPLATE
 from posttrain.core.errors import ModelError
 from posttrain.models.adapter_source import AdapterSource
+from posttrain.models.cache_names import cache_of
 from posttrain.models.soft_prompt import KNOWN, SoftPrompt, split_layers
 from posttrain.models.soft_prompt_adapters import layer_shapes, sizes, wrap
 
@@ -179,7 +180,7 @@ def bake(peft_model: Any, folder: Path) -> Path:
         vectors = soft.vectors().to(dtype)
         tensors["vectors"] = vectors
         if not soft.virtual.before_target:
-            cache = base(inputs_embeds=vectors[None], use_cache=True).past_key_values
+            cache = cache_of(base(inputs_embeds=vectors[None], use_cache=True))
             for name in ("keys", "values"):
                 tensors[name] = torch.stack([getattr(layer, name)[0] for layer in cache.layers])
     folder.mkdir(parents=True, exist_ok=True)
