@@ -1,4 +1,4 @@
-"""vLLM as the sampler: the model's distribution, our stop rules, versions, losses, and a run that is killed.
+"""vLLM as the sampler: the model's distribution, our stop rules, versions, losses, adapters, and a run that is killed.
 
 POSTTRAIN_VLLM_PYTHON=vllm-env/bin/python pytest -m long tests/sampling/test_vllm_worker.py
 """
@@ -19,14 +19,18 @@ import pytest
 import torch
 
 import posttrain
-from posttrain.config import SamplingConfig
+from posttrain.config import AdapterConfig, SamplingConfig
 from posttrain.config.rollout_sampler import RolloutSamplerConfig
 from posttrain.core.errors import MissingExtraError
 from posttrain.core.files import read_lines
 from posttrain.core.types import RolloutGroup
+from posttrain.methods.rl.policy_sampler import weights_of
+from posttrain.models.adapters import attach
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.published_weights import published_weights, write_published
+from posttrain.models.saving import restore_attention
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
+from posttrain.models.vocabulary import textless_ids
 from posttrain.sampling import sampler_server
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.open_workers import WorkerSource, check_backend
@@ -87,26 +91,33 @@ def sampler(
 
 
 @torch.no_grad()
-def check_distribution(groups: list[RolloutGroup], policy: LanguageModel) -> None:
+def check_distribution(
+    groups: list[RolloutGroup], reference: Any, params: SamplingConfig, tokenizer: Any, within: float = 1e-3
+) -> None:
     """Log-probabilities are the model's, and what was drawn looks drawn from it (as in benchmarks/sampling.py)."""
-    reference, ends = model(), [TOKENIZER.eos_token_id]
-    reference.load_state_dict(policy.base.state_dict())
     surprise, expected, variance = 0.0, 0.0, 0.0
     for group in groups:
         for r in group.rollouts:
             rows = torch.tensor([[*group.prompt, *r.tokens]])
-            z = reference(rows, use_cache=False).logits[0, len(group.prompt) - 1 : -1] / PARAMS.temperature
-            z[:, TOKENS:] = -torch.inf
-            z[: PARAMS.min_tokens, ends] = -torch.inf
+            z = reference(rows, use_cache=False).logits[0, len(group.prompt) - 1 : -1] / params.temperature
+            z[:, textless_ids(tokenizer, z.shape[-1])] = -torch.inf
+            z[: params.min_tokens, tokenizer.eos_token_id] = -torch.inf
             logs = z.log_softmax(-1)
             own = logs.gather(1, torch.tensor(r.tokens)[:, None])[:, 0]
-            assert torch.tensor(r.logprobs).sub(own).abs().max() < 1e-3
+            assert torch.tensor(r.logprobs).sub(own).abs().max() < within
             p, finite = logs.exp().double(), logs.double().masked_fill(logs == -torch.inf, 0.0)
             mean = (p * finite).sum(-1)
             surprise += float(own.double().sum())
             expected += float(mean.sum())
             variance += float(((p * finite.square()).sum(-1) - mean.square()).sum())
     assert abs(surprise - expected) < 4.5 * math.sqrt(variance)
+
+
+def same_model(policy: LanguageModel) -> torch.nn.Module:
+    """Return a model with the policy's weights that nothing of posttrain computes."""
+    reference = model()
+    reference.load_state_dict(published_weights(policy, every=True, stored=True))
+    return reference
 
 
 def tokens_of(groups: list[RolloutGroup]) -> list[list[tuple[int, ...]]]:
@@ -118,7 +129,7 @@ def tokens_of(groups: list[RolloutGroup]) -> list[list[tuple[int, ...]]]:
 def test_completions_are_the_model_s_own(sampler: WorkerSampler, policy: LanguageModel) -> None:
     assert sampler.context == LocalSampler(policy, TOKENIZER).context
     drawn = sampler.sample(REQUESTS, PARAMS)
-    check_distribution(drawn, policy)
+    check_distribution(drawn, same_model(policy), PARAMS, TOKENIZER)
     assert len({r for g in tokens_of(drawn) for r in g}) > 0.9 * 8 * 16
     assert max(t for g in tokens_of(drawn) for r in g for t in r) < TOKENS
     again = sampler.sample([REQUESTS[5]], PARAMS)  # a completion depends on its seed alone
@@ -169,7 +180,7 @@ def test_weights_are_replaced_and_so_is_a_killed_worker(
             p.mul_(1 + 0.2 * torch.randn(p.shape, generator=noise))
     sampler.update(7, published_weights(policy, every=True, stored=True))
     after = sampler.sample(REQUESTS, PARAMS)
-    check_distribution(after, policy)
+    check_distribution(after, same_model(policy), PARAMS, TOKENIZER)
     assert tokens_of(after)[:2] != tokens_of(before)
     assert {p.step for g in after for r in g.rollouts for p in r.pieces} == {7}
     worker = sampler.workers[0]
@@ -177,6 +188,42 @@ def test_weights_are_replaced_and_so_is_a_killed_worker(
     os.kill(int(child), signal.SIGKILL)
     again = sampler.sample(REQUESTS, PARAMS)
     assert sampler.workers[0] is not worker and tokens_of(again) == tokens_of(after)
+
+
+def set_factors(policy: LanguageModel, seed: int) -> None:
+    """Give both factors of every layer values that differ from 0."""
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.copy_(0.1 * torch.randn(p.shape, generator=noise))
+
+
+@needs_vllm
+@pytest.mark.long
+@pytest.mark.parametrize("separate", [False, True])
+def test_adapters_are_pushed(separate: bool, tmp_path: Path) -> None:
+    """Merged into the weights, or alone: vLLM computes what peft does with the factors, from the first version on."""
+    hf = attach(model(), AdapterConfig(kind="rslora", r=4), 0, "CAUSAL_LM")
+    policy, folder = LanguageModel(hf), WeightFolder()
+    set_factors(policy, 0)
+    write_published(policy, TOKENIZER, tmp_path / "model", untied=True, separate=separate)
+    config = RolloutSamplerConfig(backend="vllm", python=PYTHON, cache_mb=256, separate_adapter=separate)
+    sampler = WorkerSampler(WorkerSource(config, policy, TOKENIZER, tmp_path / "model", tmp_path, folder).open)
+    weights = weights_of(config)(policy)
+    assert all("lora_" in name for name in weights) == separate
+    drawn = [sampler.sample(REQUESTS, PARAMS)]
+    check_distribution(drawn[0], same_model(policy), PARAMS, TOKENIZER, within=1e-4)
+    for version in (3, 4):
+        set_factors(policy, version)
+        sampler.update(version, weights_of(config)(policy))
+        drawn.append(sampler.sample(REQUESTS, PARAMS))
+        check_distribution(drawn[-1], same_model(policy), PARAMS, TOKENIZER, within=1e-4)
+        assert tokens_of(drawn[-1])[:2] != tokens_of(drawn[-2])[:2]
+    restore_attention(hf)
+    check_distribution(drawn[-1], hf, PARAMS, TOKENIZER, within=1e-4)
+    sampler.close()
+    folder.close()
 
 
 def _run(folder: Path, *changes: str) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM
 
 from posttrain.config import AdapterConfig, SamplingConfig
 from posttrain.config.rollout_sampler import RolloutSamplerConfig
@@ -21,7 +24,13 @@ from posttrain.core.errors import DataError, ModelError
 from posttrain.core.types import RolloutGroup
 from posttrain.models.adapters import attach, merge
 from posttrain.models.language_model import LanguageModel
-from posttrain.models.published_weights import check_publishable, published_weights, write_published
+from posttrain.models.published_weights import (
+    adapter_settings,
+    check_publishable,
+    published_adapter,
+    published_weights,
+    write_published,
+)
 from posttrain.models.saving import restore_attention
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
 from posttrain.sampling import remote_worker, sampler_server
@@ -265,6 +274,36 @@ def test_published_weights_are_those_of_the_merged_model(kind: str | None) -> No
     assert every.keys() == stored.keys() == merged.keys()
     assert all(torch.equal(w, merged[n]) for n, w in every.items())
     assert not any("norm" in n for n in trained) if kind else trained.keys() == every.keys()
+
+
+@pytest.mark.parametrize("kind", [None, "lora", "rslora", "dora"])
+def test_an_adapter_s_factors_are_sent_as_peft_s_files_have_them(kind: str | None, tmp_path: Path) -> None:
+    """Opened by peft beside the weights that are written, they are the policy; what is more than factors is refused."""
+    hf = tiny_model("llama")
+    if kind is not None:
+        hf = attach(hf, AdapterConfig(kind=kind, r=4), 0, "CAUSAL_LM")
+    policy = LanguageModel(hf)
+    if kind in (None, "dora"):
+        with pytest.raises(ModelError, match="separate_adapter sends the factors of lora or rslora"):
+            adapter_settings(policy)
+        return
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    write_published(policy, TOKENIZER, tmp_path, untied=True, separate=True)
+    adapter = tmp_path / "adapter"
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps(adapter_settings(policy)))
+    opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path), adapter)
+    restore_attention(hf)
+    rows = torch.arange(3, 23)[None]
+    torch.testing.assert_close(opened(rows).logits, hf(rows).logits)
+    names = {n.replace(".default.", ".") for n in get_peft_model_state_dict(hf)}
+    assert published_adapter(policy).keys() == names
+    with_tokens = attach(tiny_model("llama"), AdapterConfig(kind=kind, r=4), 0, "CAUSAL_LM", [5])
+    with pytest.raises(ModelError, match="new tokens"):
+        adapter_settings(LanguageModel(with_tokens))
 
 
 def test_published_weights_of_experts_have_the_names_of_files() -> None:

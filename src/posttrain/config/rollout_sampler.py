@@ -8,11 +8,11 @@ from pydantic import Field, model_validator
 
 from posttrain.config.settings import SamplerConfig
 
-OF_VLLM = ("python", "engine_args")
+OF_VLLM = ("python", "engine_args", "separate_adapter")
 """Settings that only vLLM has."""
 SET_BY_US = (
     "model", "tokenizer", "skip_tokenizer_init", "dtype", "enable_prefix_caching", "logprobs_mode", "generation_config",
-    "max_num_seqs", "kv_cache_memory_bytes",
+    "max_num_seqs", "kv_cache_memory_bytes", "enable_lora", "max_loras", "max_lora_rank",
 )  # fmt: skip
 """Arguments of vLLM's engine that follow from the recipe."""
 
@@ -40,6 +40,11 @@ class RolloutSamplerConfig(SamplerConfig):
     engine_args: dict[str, Any] = Field(
         default_factory=dict,
         description="vllm: further arguments of its engine, such as {tensor_parallel_size: 2, gpu_memory_utilization: 0.4, max_model_len: 4096}.",
+    )
+
+    separate_adapter: bool = Field(
+        False,
+        description="vllm: send LoRA's two factors alone after each update, and let vLLM multiply by them beside the frozen weights. false: all weights are sent, with adapters merged into them.",
     )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ from posttrain.models.quantization import is_quantized
 
 INNER = re.compile(r"(?:\.token_adapter|\.base_layer|\.modules_to_save\.default)+\.")
 """What peft puts into the names of a model's own weights."""
+FACTOR, ACTIVE = re.compile(r"\.lora_[AB]\.default\.weight$"), re.compile(r"\.default(?=\.weight$)")
+"""An adapter's factor, and what peft's files leave out of its name."""
+ADAPTER = "adapter"
+"""Folder beside a model's weights with the factors of its adapter."""
 
 
 def check_publishable(policy: LanguageModel) -> None:
@@ -38,7 +42,9 @@ def check_publishable(policy: LanguageModel) -> None:
 
 
 @torch.no_grad()
-def published_weights(policy: LanguageModel, *, every: bool = False, stored: bool = False) -> dict[str, Tensor]:
+def published_weights(
+    policy: LanguageModel, *, every: bool = False, stored: bool = False, merged_in: bool = True
+) -> dict[str, Tensor]:
     """Return a policy's weights by the names of the Hugging Face state dict; adapters are merged into them.
 
     A tensor that nothing was merged into is the policy's own, not a copy. Of tied weights one name is there, or a copy
@@ -50,13 +56,15 @@ def published_weights(policy: LanguageModel, *, every: bool = False, stored: boo
         every: All weights; False: those that training changes.
         stored: Names and layouts of saved files, which for some types (mixtures of experts) are not those of the state
             dict; needs `every`.
+        merged_in: False: weights as they are without their adapters.
 
     Raises:
         ModelError: An adapter changes only one of two tied weights.
     """
     base, out = policy.base, dict[str, Tensor]()
     adapters = [f"{name}." for name, module in base.named_modules() if _is_adapter(module)]
-    merged = {id(p): tensor for layer in base.modules() if _can_merge(layer) for p, tensor in _merged(layer)}
+    layers = [m for m in base.modules() if merged_in and _can_merge(m)]
+    merged = {id(p): tensor for layer in layers for p, tensor in _merged(layer)}
     _check_tied(base, merged)
     seen: set[int] = set()
     for name, tensor in _stored_tensors(base):
@@ -83,7 +91,41 @@ def _stored_tensors(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}".lstrip("."), buffer
 
 
-def write_published(policy: LanguageModel, tokenizer: Any, folder: Path, *, untied: bool = False) -> None:
+def published_adapter(policy: LanguageModel) -> dict[str, Tensor]:
+    """Return the factors of a policy's LoRA adapter by the names of peft's files; they are the policy's own tensors."""
+    named = policy.base.named_parameters()
+    return {f"base_model.model.{ACTIVE.sub('', n)}": p.detach() for n, p in named if FACTOR.search(n)}
+
+
+def adapter_settings(policy: LanguageModel) -> dict[str, Any]:
+    """Return the settings of a policy's LoRA adapter as peft's file has them, for factors that are sent alone.
+
+    Raises:
+        ModelError: More or something else is trained than the two factors of linear layers.
+    """
+    from peft.tuners.lora import Linear
+
+    base = policy.base
+    layers = [m for m in base.modules() if _is_adapter(m)]
+    config = getattr(policy.hf, "peft_config", {}).get("default")
+    if (
+        config is None or not layers or getattr(config, "use_dora", True) or config.fan_in_fan_out
+        or not all(isinstance(m, Linear) for m in layers) or any(m is base.get_output_embeddings() for m in layers)
+        or not all(FACTOR.search(n) for n, p in base.named_parameters() if p.requires_grad)
+    ):  # fmt: skip
+        raise ModelError(
+            "sampler.separate_adapter sends the factors of lora or rslora in linear layers, and this policy trains "
+            "something else (all weights, another adapter, new tokens, experts, the output head): leave it out, and "
+            "adapters are merged into the weights that are sent"
+        )
+    # However the factors began, the weights beside them are sent as they are now.
+    settings = {**config.to_dict(), "init_lora_weights": True, "base_model_name_or_path": None}
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
+
+
+def write_published(
+    policy: LanguageModel, tokenizer: Any, folder: Path, *, untied: bool = False, separate: bool = False
+) -> None:
     """Write a policy as it is now, adapters merged, in the ordinary layout; the policy can be trained on.
 
     Args:
@@ -92,6 +134,7 @@ def write_published(policy: LanguageModel, tokenizer: Any, folder: Path, *, unti
         folder: Where to write.
         untied: Make two weights of input and output embeddings that are one. vLLM packs the output's on a CPU, and does
             not pack it again when only the input's name is loaded anew.
+        separate: Write the weights without the adapter, and its factors to `adapter/model.safetensors`.
     """
     base = policy.base
     config = copy.deepcopy(base.config)
@@ -102,10 +145,16 @@ def write_published(policy: LanguageModel, tokenizer: Any, folder: Path, *, unti
     config.save_pretrained(folder)
     base.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    weights = published_weights(policy, every=True, stored=True)
+    _save(published_weights(policy, every=True, stored=True, merged_in=not separate), folder)
+    if separate:
+        (folder / ADAPTER).mkdir()
+        _save(published_adapter(policy), folder / ADAPTER)
+    finish_folder(folder)
+
+
+def _save(weights: Mapping[str, Tensor], folder: Path) -> None:
     tensors = {name: w.cpu().contiguous() for name, w in weights.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    finish_folder(folder)
 
 
 def _is_adapter(module: nn.Module) -> bool:

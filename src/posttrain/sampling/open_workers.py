@@ -18,6 +18,7 @@ from posttrain.core import distributed
 from posttrain.core.errors import MissingExtraError
 from posttrain.models.language_model import LanguageModel
 from posttrain.models.max_length import context
+from posttrain.models.published_weights import adapter_settings
 from posttrain.models.vocabulary import output_rows, textless_ids
 from posttrain.sampling import vllm_worker
 from posttrain.sampling.process_worker import Child, ChildProgram, ProcessWorker, StartChild
@@ -96,6 +97,7 @@ class WorkerSource:
             "cache_bytes": None if config.cache_mb is None else int(config.cache_mb * 2**20),
             "options": options,
             "ends": stop_tokens(policy.base, self.tokenizer),
+            "adapter": adapter_settings(policy) if config.separate_adapter else None,
             "textless": textless_ids(self.tokenizer, output_rows(policy.base)),
         }
 

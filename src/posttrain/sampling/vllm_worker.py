@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import socket
 import sys
+import tempfile
 from collections import deque
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +31,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """Engine settings where the recipe gives none: on a GPU a share of the memory, since the learner needs the rest."""
 CPU_CACHE = 2 * 2**30
 """Bytes for keys and values on a CPU."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM makes room for."""
 NEVER = -1e9
 """Added to the logits of ids that no token has."""
 
@@ -79,6 +83,10 @@ class Engine:
             options["max_num_seqs"] = settings["max_running"]
         if settings["cache_bytes"] or cpu:
             options["kv_cache_memory_bytes"] = settings["cache_bytes"] or CPU_CACHE
+        self.adapter = settings["adapter"]
+        if self.adapter:
+            room = min((r for r in LORA_RANKS if r >= self.adapter["r"]), default=self.adapter["r"])
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
         options |= settings["options"]
         self.folder = settings["model"]
         self.engine = LLMEngine.from_engine_args(
@@ -99,6 +107,9 @@ class Engine:
         self.started = 0
         self.stop_strings = beside(STOP_STRINGS)
         self._tokenizer: Any = None
+        self._lora: Any = None
+        if self.adapter:
+            self._load_adapter(Path(self.folder) / "adapter")
 
     def start(self, job: Job, requests: list[dict[str, Any]]) -> None:
         """Start all completions of a job; those of one prompt share its keys and values by prefix caching."""
@@ -126,7 +137,9 @@ class Engine:
                 name = str(self.started)
                 self.started += 1
                 self.rows[name] = RunningRow(job, i, j)
-                self.engine.add_request(name, {"prompt_token_ids": request["tokens"]}, sampling)
+                self.engine.add_request(
+                    name, {"prompt_token_ids": request["tokens"]}, sampling, lora_request=self._lora
+                )
 
     def step(self) -> list[Job]:
         """Draw one more token for every completion that runs; return the jobs that are complete."""
@@ -182,10 +195,23 @@ class Engine:
         self.engine.abort_request(names)
 
     def update(self, folder: str) -> None:
-        """Load weights from a folder with safetensors files; nothing may run."""
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        """Load weights, or an adapter's, from a folder with safetensors files; nothing may run."""
+        if self.adapter:
+            self._load_adapter(Path(folder))
+        else:
+            self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM kept keys and values of the weights before the update")
+
+    def _load_adapter(self, folder: Path) -> None:
+        from vllm.lora.request import LoRARequest
+
+        with tempfile.TemporaryDirectory() as work:
+            (Path(work) / "adapter_config.json").write_text(json.dumps(self.adapter))
+            (Path(work) / "adapter_model.safetensors").symlink_to(folder.resolve() / "model.safetensors")
+            if not self.engine.add_lora(LoRARequest("policy", 1, work, load_inplace=True)):
+                raise RuntimeError("vLLM did not take the adapter")
+            self._lora = LoRARequest("policy", 1, work)  # known by its number: the folder is not read again
 
 
 def handle(engine: Engine, wire: Any, message: dict[str, Any]) -> None:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from posttrain.config import SamplingConfig
 from posttrain.config.rl import RolloutConfig
+from posttrain.config.rollout_sampler import RolloutSamplerConfig
 from posttrain.core import distributed, ray_cluster
 from posttrain.core.errors import RecipeError
 from posttrain.core.types import RolloutGroup
-from posttrain.models.published_weights import check_publishable, published_weights, write_published
+from posttrain.models.language_model import LanguageModel
+from posttrain.models.published_weights import (
+    adapter_settings,
+    check_publishable,
+    published_adapter,
+    published_weights,
+    write_published,
+)
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.open_workers import WorkerSource, check_backend
 from posttrain.sampling.protocol import OnDone, Request
@@ -26,6 +37,7 @@ if TYPE_CHECKING:
     from posttrain.trainer.stage import StageRun
     from posttrain.trainer.train_step import Learner
 
+PolicyWeights = Callable[[LanguageModel], Mapping[str, Tensor]]
 MODEL = "sampler-model"
 """Folder in the stage's folder with the model that workers open, while the stage runs."""
 
@@ -37,15 +49,15 @@ class PolicySampler:
     `posttrain.sampling.protocol.Sampler`.
     """
 
-    def __init__(self, workers: WorkerSampler, learner: Learner, every: bool = False) -> None:
+    def __init__(self, workers: WorkerSampler, learner: Learner, weights: PolicyWeights = published_weights) -> None:
         """Make the sampler.
 
         Args:
             workers: They have been opened with the weights that the learner begins with.
             learner: Trains the policy.
-            every: Send all weights, as files have them; False: those that are trained.
+            weights: Returns what is sent of a policy. See `weights_of`.
         """
-        self.workers, self.learner, self.every = workers, learner, every
+        self.workers, self.learner, self.weights = workers, learner, weights
 
     @property
     def context(self) -> int:
@@ -64,8 +76,7 @@ class PolicySampler:
         """
         version = self.learner.steps_done
         if version != self.workers.version:
-            weights = published_weights(self.learner.model, every=self.every, stored=self.every)
-            self.workers.update(version, weights)
+            self.workers.update(version, self.weights(self.learner.model))
         return self.workers.sample(requests, params, on_done)
 
 
@@ -86,7 +97,15 @@ def open_policy_sampler(
     """
     if not config.sampler.processes and ray_cluster.workers("samplers") is None:
         return LocalSampler(loaded.policy, loaded.tokenizer, **config.sampler.options())
-    return PolicySampler(open_workers(config, loaded, run), learner, every=config.sampler.backend == "vllm")
+    return PolicySampler(open_workers(config, loaded, run), learner, weights_of(config.sampler))
+
+
+def weights_of(config: RolloutSamplerConfig) -> PolicyWeights:
+    """Return the function that returns what workers get of a policy: what is trained, all weights, or an adapter."""
+    if config.separate_adapter:
+        return published_adapter
+    every = config.backend == "vllm"
+    return partial(published_weights, every=every, stored=every)
 
 
 def open_workers(config: RolloutConfig, loaded: LoadedPolicy, run: StageRun) -> WorkerSampler:
@@ -105,6 +124,8 @@ def open_workers(config: RolloutConfig, loaded: LoadedPolicy, run: StageRun) -> 
     room = ray_cluster.workers("samplers")
     check_backend(config.sampler)
     check_publishable(policy)
+    if config.sampler.separate_adapter:
+        adapter_settings(policy)  # raises what makes it impossible, before anything starts
     if 0 < len(config.sampler.addresses) < distributed.world():
         raise RecipeError(
             f"sampler.address names {len(config.sampler.addresses)} servers, and each of {distributed.world()} processes "
@@ -115,7 +136,8 @@ def open_workers(config: RolloutConfig, loaded: LoadedPolicy, run: StageRun) -> 
     def write(folder: Any) -> None:
         with distributed.summon_full_params(policy):
             if distributed.is_main():
-                write_published(policy, tokenizer, folder, untied=config.sampler.backend == "vllm")
+                separate = config.sampler.separate_adapter
+                write_published(policy, tokenizer, folder, untied=config.sampler.backend == "vllm", separate=separate)
 
     save_atomically(model, write)
     with ExitStack() as opened:

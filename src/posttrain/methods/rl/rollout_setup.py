@@ -15,9 +15,8 @@ from posttrain.core.errors import RecipeError
 from posttrain.methods.rl.asynchronous import AsynchronousCollector
 from posttrain.methods.rl.collect_rollouts import RolloutCollector
 from posttrain.methods.rl.gold_scorer import GoldScorer
-from posttrain.methods.rl.policy_sampler import PolicySampler, open_policy_sampler, open_workers
+from posttrain.methods.rl.policy_sampler import PolicySampler, open_policy_sampler, open_workers, weights_of
 from posttrain.methods.rl.step_recorder import StepRecorder
-from posttrain.models.published_weights import published_weights
 from posttrain.rewards.reward_log import LOG
 from posttrain.rewards.stack import RewardStack
 from posttrain.sampling.behaviour_sampler import BehaviourSampler
@@ -136,8 +135,8 @@ def open_behaviour(config: RLConfig, loaded: LoadedPolicy, run: StageRun) -> Beh
         # Another thread's work would end the recording of CUDA graphs.
         worker = ThreadWorker(policy, loaded.tokenizer, **config.sampler.options(), static_shapes=False)
         return BehaviourSampler(worker, worker, partial(trained_weights, policy))
-    workers, every = open_workers(config, loaded, run), config.sampler.backend == "vllm"
-    return BehaviourSampler(workers, workers, partial(published_weights, policy, every=every, stored=every))
+    workers = open_workers(config, loaded, run)
+    return BehaviourSampler(workers, workers, partial(weights_of(config.sampler), policy))
 
 
 def warn_of_sampler(config: RolloutConfig) -> None:
