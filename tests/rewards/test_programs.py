@@ -100,16 +100,26 @@ def test_the_sandbox_s_time_fits_the_call_s() -> None:
 
 
 def test_programs_in_a_stack() -> None:
-    """From the settings, through worker processes."""
+    """From the settings, through a worker process, which the next stack uses too: no program ran in it."""
     from posttrain.core.types import Rollout, RolloutGroup
     from posttrain.rewards.stack import RewardStack
 
-    config = RewardsConfig.model_validate({"terms": [{"kind": "program", "partial": 0.1}]})
-    texts = ["print(2 + 2)", "print(5)", "import socket; socket.socket(); print(4)"]
-    group = RolloutGroup((1,), {"answer": "4"}, [Rollout((1,), (0.0,), "end", t) for t in texts])
-    with RewardStack(config) as stack:
-        scored = stack([group])
-    assert [r.reward for r in scored.groups[0].rollouts] == [1.0, 0.1, 0.0] and not scored.failed
+    example = {"answer": "4", "test": "assert add(1, 2) == 3"}
+    printing = ["print(2 + 2)", "print(5)", "import socket; socket.socket(); print(4)"]
+    adding = [f"def add(a, b):\n    return a {sign} b" for sign in "+-"]
+    processes = set()
+    for term, texts, expected in (
+        ({"kind": "program", "partial": 0.1}, printing, [1.0, 0.1, 0.0]),
+        ({"kind": "unit_tests"}, adding, [1.0, 0.0]),
+        ({"kind": "program"}, printing, [1.0, 0.0, 0.0]),
+    ):
+        group = RolloutGroup((1,), example, [Rollout((1,), (0.0,), "end", text) for text in texts])
+        with RewardStack(RewardsConfig.model_validate({"terms": [term], "workers": 1})) as stack:
+            scored = stack([group])
+            assert stack.pool is not None and stack.pool.workers[0] is not None
+            processes.add(stack.pool.workers[0].process.pid)
+        assert [r.reward for r in scored.groups[0].rollouts] == expected and not scored.failed
+    assert len(processes) == 1
 
 
 @pytest.mark.slow
