@@ -2,11 +2,14 @@
 
     python benchmarks/serving.py --json figures.json            # SmolLM2-135M-Instruct, 64 clients
     python benchmarks/serving.py --model tiny:llama --each 2    # seconds: does it run?
+    python benchmarks/serving.py --adapters 2                   # a third round, for the model and two adapters on it
 
 Each client sends its requests one after the other and waits for each answer; one round is streamed and one is not.
 Nothing may fail: a status other than 200, a stream that breaks off, or an answer without tokens ends the script. The
 sampler runs as many completions together as there are clients, before and after the server. The last line is
-`throughput= streamed=`: the server's tokens per second over the sampler's.
+`throughput= streamed=`: the server's tokens per second over the sampler's. With `--adapters N` the server has N random
+LoRA adapters of rank 16 on all linear layers, which the first two rounds do not ask for; in a third round, `adapters=`,
+requests go to the model and to each adapter in turn.
 """
 
 from __future__ import annotations
@@ -81,6 +84,27 @@ def offline(job: dict[str, Any]) -> dict[str, Any]:
         "prompt_tokens": sum(map(len, prompts)),
         "texts": [r.text for r in rollouts],
     }
+
+
+def make_adapters(model: str, count: int, folder: Path) -> dict[str, str]:
+    """Write random adapters on a model that change its answers little; return the folder of each by its name."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from posttrain.config import ModelConfig
+    from posttrain.models.loading import load_model
+
+    made, hf = {}, load_model(ModelConfig(source=model))[0]
+    for i in range(count):
+        hf.name_or_path = model
+        adapted = get_peft_model(hf, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+        generator = torch.Generator().manual_seed(i)
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.data = 0.01 * torch.randn(p.shape, generator=generator)
+        adapted.save_pretrained(folder / f"adapter-{i}")
+        made[f"adapter-{i}"], hf = str(folder / f"adapter-{i}"), adapted.unload()
+    return made
 
 
 # -------------------------------------------------------------------------------------------------------------- clients
@@ -159,10 +183,15 @@ class Clients:
 
 
 def served(job: dict[str, Any]) -> dict[str, Any]:
-    """Start a server, ask it twice, and stop it."""
+    """Start a server, ask it twice (a third time with adapters), and stop it."""
     command = [sys.executable, "-m", "posttrain.cli.main", "serve", job["model"], "--port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "PYTHONUNBUFFERED": "1"}
-    command += ["--max-running", str(job["clients"])]
+    command += ["--max-running", str(job["clients"]), "--name", "base"]
+    command += [f"--adapter={name}={folder}" for name, folder in job["adapters"].items()]
+    names = ["base", *job["adapters"]]
+    mixed = [{**r, "model": names[i % len(names)]} for i, r in enumerate(job["requests"])]
+    rounds = [("throughput", job["requests"], False), ("streamed", job["requests"], True)]
+    rounds += [("adapters", mixed, False)] if job["adapters"] else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
@@ -171,10 +200,7 @@ def served(job: dict[str, Any]) -> dict[str, Any]:
             raise SystemExit(f"the server did not start: {line!r}")
         port = int(line.split("/v1")[0].rpartition(":")[2])
         Clients(port, job["requests"][:2], 2, False).run()  # warm
-        return {
-            name: Clients(port, job["requests"], job["clients"], streamed).run()
-            for name, streamed in (("throughput", False), ("streamed", True))
-        }
+        return {name: Clients(port, requests, job["clients"], streamed).run() for name, requests, streamed in rounds}
     finally:
         process.send_signal(signal.SIGTERM)
         if process.wait(60) != 0:
@@ -188,6 +214,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--each", type=int, default=3, help="requests of each client")
     parser.add_argument("--tokens", default="16-48", help="shortest and longest answer")
+    parser.add_argument("--adapters", type=int, default=0, help="adapters on the model, for a third round")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS") or 2))
     parser.add_argument("--json", help="where the figures are written")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -211,6 +238,7 @@ def main() -> None:
         "requests": requests,
     }
     with tempfile.TemporaryDirectory() as folder:
+        job["adapters"] = make_adapters(args.model, args.adapters, Path(folder)) if args.adapters else {}
         before = in_child(job, sys.executable, HERE, Path(folder))
         online = served(job)
         after = in_child(job, sys.executable, HERE, Path(folder))
@@ -219,13 +247,12 @@ def main() -> None:
     print(f"sampler    {rate:8.1f} tokens/s ({before['seconds']:.1f} s before, {after['seconds']:.1f} s after)")
     ratios, kept = {}, {}
     for name, result in online.items():
-        texts = result.pop("texts")
-        same = sum(a == b for a, b in zip(texts, before["texts"], strict=True))
-        result["same_texts"], ratios[name] = same, result["tokens"] / result["seconds"] / rate
-        kept[name] = result
-        shown = ", ".join(f"{k} {v:.1f} s" for k, v in result["latency"].items())
-        print(f"{name:<10} {result['tokens'] / result['seconds']:8.1f} tokens/s, {same} of {len(texts)} texts as the "
-              f"sampler's; {shown}")  # fmt: skip
+        texts, shown = result.pop("texts"), ", ".join(f"{k} {v:.1f} s" for k, v in result["latency"].items())
+        if name != "adapters":  # whose texts are others
+            result["same_texts"] = sum(a == b for a, b in zip(texts, before["texts"], strict=True))
+            shown += f"; {result['same_texts']} of {len(texts)} texts as the sampler's"
+        ratios[name], kept[name] = result["tokens"] / result["seconds"] / rate, result
+        print(f"{name:<10} {result['tokens'] / result['seconds']:8.1f} tokens/s; {shown}")
     if args.json:
         sampler = [{k: x[k] for k in ("seconds", "tokens", "prompt_tokens")} for x in (before, after)]
         settings = {k: v for k, v in vars(args).items() if k not in ("json", "child")}

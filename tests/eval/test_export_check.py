@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from typer.testing import CliRunner
 
 from posttrain.cli.main import app
 from posttrain.core.errors import ModelError
-from posttrain.eval.export_check import check_export
+from posttrain.eval.export_check import check_export, reader_of
 from posttrain.models.gguf_export import export_gguf
 from posttrain.models.ollama_export import TurnParts, go_template, turn_parts
 from posttrain.models.saving import write_whole
 from posttrain.models.tiny_model import CHATML, SPECIAL, tiny_model, tiny_tokenizer
 
 pytest.importorskip("gguf")
+PROGRAM = {"mlx": "mlx_lm", "gguf": "llama_cpp"}
 DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML
 
 
@@ -48,9 +50,10 @@ def test_what_was_written_is_compared_with_the_model(pair: tuple[Any, Any], tmp_
     export_gguf(model, tokenizer, tmp_path / "exact.gguf", "F32")
     export_gguf(model, tokenizer, tmp_path / "rounded.gguf", "Q4_0", "Q4_0")
     prompts = ["the sea", "name"]
-    for name in ("hf", "exact.gguf"):
-        found = check_export(model, tokenizer, tmp_path / name, prompts, 5)
-        assert (found.prompts, found.same_prompts, found.same_answers) == (2, 2, 2) and found.kl_max < 1e-8
+    for name, to in (("hf", "hf"), ("hf", "mlx"), ("exact.gguf", "gguf")):
+        found = check_export(model, tokenizer, tmp_path / name, prompts, 5, to)
+        assert (found.prompts, found.same_prompts, found.same_answers) == (2, 2, 2) and found.kl_max < 1e-7
+        assert found.reader == ("transformers" if to == "hf" or not find_spec(PROGRAM[to]) else reader_of(to))
     rounded = check_export(model, tokenizer, tmp_path / "rounded.gguf", prompts, 5)
     assert rounded.same_prompts == 2 and 1e-5 < rounded.kl_mean <= rounded.kl_max
 
@@ -66,7 +69,7 @@ def test_another_model_and_another_template_are_noticed(pair: tuple[Any, Any], t
 
 def test_the_command_writes_each_format_and_tells_what_it_found(pair: tuple[Any, Any], tmp_path: Path) -> None:
     write_whole(*pair, tmp_path / "model", None)
-    for to, kind in (("hf", "auto"), ("ollama", "F32")):
+    for to, kind in (("hub", "auto"), ("ollama", "F32")):
         command = ["export", str(tmp_path / "model"), "--to", to, "--output", str(tmp_path / to), "--check", "2"]
         done = CliRunner().invoke(app, [*command, "--quantization", kind])
         assert done.exit_code == 0, done.output

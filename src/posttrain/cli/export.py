@@ -15,7 +15,9 @@ from posttrain.core.visible_text import visible
 if TYPE_CHECKING:
     from posttrain.models.adapter_source import AdapterSource
 
-EXPORT_FORMATS = ("gguf", "ollama", "hf", "adapter")
+HF_LAYOUT = ("hf", "vllm", "mlx", "hub")
+"""Names of one layout, after the programs that read it."""
+EXPORT_FORMATS = ("gguf", "ollama", *HF_LAYOUT, "adapter")
 MOST_KL = 0.01
 """Nats of a next token's distribution by which a format that rounds nothing may differ."""
 
@@ -26,8 +28,8 @@ def export_command(
     to: Annotated[
         str,
         typer.Option(
-            help="gguf (llama.cpp); ollama: that with a Modelfile; hf: the whole model in the Hugging Face layout, for "
-            "transformers, vLLM, SGLang, mlx-lm and the Hub; adapter: an adapter alone, as peft reads it."
+            help="gguf (llama.cpp); ollama: that with a Modelfile; hf, vllm, mlx, hub: the whole model in the Hugging "
+            "Face layout, which transformers, vLLM, mlx-lm and the Hub read; adapter: an adapter alone, for peft."
         ),
     ] = "gguf",
     quantization: Annotated[
@@ -61,7 +63,7 @@ def export_command(
     from posttrain.models.loading import load_model
 
     hf, tokenizer = load_model(config, torch.float32)
-    if to == "hf":
+    if to in HF_LAYOUT:
         from posttrain.models.saving import write_whole
 
         write_whole(hf, tokenizer, output, None)
@@ -70,7 +72,7 @@ def export_command(
     else:
         written, exact = _gguf(hf, tokenizer, output, to, quantization, embeddings)
     if check:
-        _check(hf, tokenizer, written, check, exact)
+        _check(hf, tokenizer, written, check, exact, to)
 
 
 def _gguf(
@@ -111,7 +113,7 @@ def _plan(
 
     if to == "adapter":
         return [model_line(config), ("writes", f"{output}: an adapter of {_adapter(model, config).base}")]
-    if to == "hf":
+    if to in HF_LAYOUT:
         from posttrain.models.model_shape import model_shape
 
         shape = model_shape(config)
@@ -120,7 +122,9 @@ def _plan(
         from posttrain.models.gguf_export import planned_gguf
 
         first, (size, kind) = model_line(config), planned_gguf(config, quantization, embeddings)
-    checks = f"{check} prompts, read by the program that the format is for" if check else "none"
+    from posttrain.eval.export_check import reader_of
+
+    checks = f"{check} prompts, read by {reader_of(to)}" if check else "none"
     file = output / "model.gguf and Modelfile" if to == "ollama" else output
     return [first, ("writes", f"{file}: {kind}, about {size / 2**20:,.1f} MiB"), ("check", checks)]
 
@@ -138,11 +142,11 @@ def _adapter(model: str, config: Any) -> AdapterSource:
     return adapter
 
 
-def _check(hf: Any, tokenizer: Any, written: Path, prompts: int, exact: bool) -> None:
+def _check(hf: Any, tokenizer: Any, written: Path, prompts: int, exact: bool, to: str) -> None:
     """Compare answers, print what was found, and raise ModelError if what was written is another model."""
     from posttrain.eval.export_check import ANSWER_TOKENS, CHECK_PROMPTS, check_export
 
-    found = check_export(hf, tokenizer, written, CHECK_PROMPTS[:prompts])
+    found = check_export(hf, tokenizer, written, CHECK_PROMPTS[:prompts], to=to)
     typer.echo(
         f"check   {found.prompts} prompts, read by {found.reader}: {found.same_prompts} have the same tokens, "
         f"{found.same_answers} the same {ANSWER_TOKENS} greedy tokens; KL of the next token {found.kl_mean:.2g} nats "

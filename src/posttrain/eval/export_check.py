@@ -146,29 +146,80 @@ class LlamaCppReader:
         return logits - np.logaddexp.reduce(logits)  # type: ignore[no-any-return]
 
 
+class MlxReader:
+    """Read by mlx-lm: its model, its tokenizer, and the end tokens that it finds in the folder."""
+
+    name = "mlx-lm"
+
+    def __init__(self, folder: Path, tokenizer: Any) -> None:
+        import mlx_lm
+
+        self.model, self.wrapper = mlx_lm.load(str(folder))
+        self.arguments = template_args(tokenizer)
+
+    def tokens(self, prompt: str) -> list[int]:
+        """Return the tokens of a prompt; see `ExportReader`."""
+        if not self.wrapper.chat_template:
+            return list(self.wrapper.encode(prompt))
+        turn = [{"role": "user", "content": prompt}]
+        given: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False, **self.arguments}
+        return list(self.wrapper.encode(self.wrapper.apply_chat_template(turn, **given), add_special_tokens=False))
+
+    def next_token(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return log-probabilities; see `ExportReader`."""
+        import mlx.core as mx
+
+        logits = np.array(self.model(mx.array([list(tokens)]))[0, -1].astype(mx.float32), dtype=np.float64)
+        return logits - np.logaddexp.reduce(logits)  # type: ignore[no-any-return]
+
+    def answers(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """Return greedy answers; see `ExportReader`."""
+        import mlx_lm
+
+        found = []
+        for prompt in prompts:
+            steps = mlx_lm.stream_generate(self.model, self.wrapper, list(prompt), max_tokens=count)
+            found.append([step.token for step in steps if step.finish_reason != "stop"])
+        return found
+
+
 def rendered(tokenizer: Any, prompt: str) -> str:
     """Return the chat template's text of a user's turn, with the generation prompt."""
     return apply_template(tokenizer, [{"role": "user", "content": prompt}], True, None, template_args(tokenizer))
 
 
-def open_exported(hf: Any, tokenizer: Any, written: Path) -> ExportReader:
-    """Open what was written: a GGUF file by llama.cpp if that is installed, anything else by transformers.
+FORMAT_READERS = {"gguf": LlamaCppReader.name, "ollama": LlamaCppReader.name, "mlx": MlxReader.name}
+"""The program that a format is for, if it is used to read it; all others are read by transformers."""
+READER_PACKAGES = {LlamaCppReader.name: "llama_cpp", MlxReader.name: "mlx_lm"}
+
+
+def reader_of(to: str) -> str:
+    """Return the name of the program that reads a format here: the one that it is for if it is installed."""
+    name = FORMAT_READERS.get(to, OwnReader.name)
+    package = READER_PACKAGES.get(name)
+    return name if package is not None and importlib.util.find_spec(package) is not None else OwnReader.name
+
+
+def open_exported(hf: Any, tokenizer: Any, written: Path, to: str = "") -> ExportReader:
+    """Open what was written: by the program that it is for if that is installed, else by transformers.
 
     Args:
         hf: The model that was exported.
         tokenizer: Its tokenizer, which renders the template that llama.cpp reads.
         written: A GGUF file, or a folder in the Hugging Face layout.
+        to: The format. If not given: gguf for such a file.
 
     Raises:
         ModelError: It can't be opened.
     """
-    llama_cpp = written.suffix == ".gguf" and importlib.util.find_spec("llama_cpp") is not None
+    reader = reader_of(to or written.suffix.removeprefix("."))
     try:
-        if llama_cpp:
+        if reader == LlamaCppReader.name:
             return LlamaCppReader(written, tokenizer, stop_tokens(hf, tokenizer))
+        if reader == MlxReader.name:
+            return MlxReader(written, tokenizer)
         return OwnReader(*load_model(ModelConfig(source=str(written), device="cpu"), torch.float32))
     except Exception as error:  # whatever a reader does with a file that it does not understand
-        reader = LlamaCppReader.name if llama_cpp else OwnReader.name
         raise ModelError(
             f"{written} was written, but {reader} can't open it ({type(error).__name__}: {error}): no answers were "
             "compared. A byte-pair tokenizer without merges is such a file. --check 0 leaves the check out"
@@ -176,7 +227,12 @@ def open_exported(hf: Any, tokenizer: Any, written: Path) -> ExportReader:
 
 
 def check_export(
-    hf: Any, tokenizer: Any, written: Path, prompts: Sequence[str] = CHECK_PROMPTS, count: int = ANSWER_TOKENS
+    hf: Any,
+    tokenizer: Any,
+    written: Path,
+    prompts: Sequence[str] = CHECK_PROMPTS,
+    count: int = ANSWER_TOKENS,
+    to: str = "",
 ) -> ExportCheck:
     """Ask a model, and what was written of it, the same prompts.
 
@@ -189,8 +245,9 @@ def check_export(
         written: What was written.
         prompts: Texts, each a turn of a user where there is a chat template.
         count: Length of an answer.
+        to: The format; see `open_exported`.
     """
-    own, other = OwnReader(hf, tokenizer), open_exported(hf, tokenizer, written)
+    own, other = OwnReader(hf, tokenizer), open_exported(hf, tokenizer, written, to)
     tokens = [own.tokens(prompt) for prompt in prompts]
     same_prompts = sum(other.tokens(prompt) == ids for prompt, ids in zip(prompts, tokens, strict=True))
     divergences = []

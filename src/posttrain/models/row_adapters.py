@@ -24,7 +24,7 @@ from posttrain.models.adapter_targets import is_linear
 from posttrain.models.language_model import LanguageModel
 
 WATCHED_TOKENS = 5
-ALONE = "Merge it and serve the result (posttrain export ADAPTER FOLDER --to hf), or start a server for it alone"
+ALONE = "Merge it and serve the result (posttrain export ADAPTER --to hf --output FOLDER), or serve it alone"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +65,12 @@ def read_row_adapter(model: LanguageModel, adapter: AdapterSource) -> RowAdapter
         ModelError: It can't be read, or does not fit the model.
     """
     from peft import load_peft_weights
+    from safetensors import SafetensorError
 
     where = {"revision": adapter.revision} if adapter.revision else {}
     try:
         weights = load_peft_weights(adapter.location, device=str(model.device), **where)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"adapter {adapter.location}: its weights can't be read: {error}") from error
     factors = low_rank_factors(weights, adapter.settings)
     if not factors:
@@ -86,7 +87,7 @@ def read_row_adapter(model: LanguageModel, adapter: AdapterSource) -> RowAdapter
             )
         a, b = pair.get("lora_A"), pair.get("lora_B")
         own = None if module is None else _features(module)
-        if a is None or b is None or own != (a.shape[1], b.shape[0]):
+        if a is None or b is None or own != (a.shape[1], b.shape[0]) or len(a) != b.shape[1]:
             has = "no such layer" if own is None else f"{own[0]} inputs and {own[1]} outputs"
             is_for = "no whole pair A, B" if a is None or b is None else f"{a.shape[1]} inputs and {b.shape[0]} outputs"
             raise ModelError(
