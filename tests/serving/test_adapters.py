@@ -13,6 +13,7 @@ import openai
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from posttrain.cli.serve import named_adapters
 from posttrain.config import ModelConfig, SamplingConfig
@@ -131,7 +132,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("wrong", [*WRONG, "shapes", "base", "whole", "vocabulary", "missing"])
+@pytest.mark.parametrize("wrong", [*WRONG, "shapes", "half", "base", "whole", "vocabulary", "missing"])
 def test_an_adapter_that_can_not_be_served_says_why(wrong: str, running: Running, folder: Path, tmp_path: Path) -> None:
     config, source = ModelConfig(source=str(folder / "base")), tmp_path / wrong
     settings, message = WRONG.get(wrong, ({}, ""))
@@ -154,6 +155,10 @@ def test_an_adapter_that_can_not_be_served_says_why(wrong: str, running: Running
         hf.save_pretrained(tmp_path / "other")
         shutil.copy(tmp_path / "other" / "adapter_model.safetensors", source)
         message = "does not fit its base .*q_proj it has 64 inputs and 32 outputs, and the base has 32"
+    elif wrong == "half":
+        file = source / "adapter_model.safetensors"
+        save_file({name: t for name, t in load_file(file).items() if "lora_B" in name}, file)
+        message = "expected A and B of linear layers, found .*lora_B"
     elif wrong == "missing":
         message = "there is no such folder"
     with pytest.raises(PosttrainError, match=message):

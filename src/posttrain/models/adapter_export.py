@@ -220,7 +220,7 @@ def variations(settings: dict[str, Any]) -> list[str]:
 
 
 def low_rank_factors(weights: dict[str, Tensor], settings: dict[str, Any]) -> Factors | None:
-    """Return the factors of each module in float32, its scale in B; None if there are other tensors."""
+    """Return the factors of each module in float32, its scale in B; None if there are others, or A without B."""
     from peft.utils.other import get_pattern_key
 
     out: Factors = {}
@@ -229,6 +229,8 @@ def low_rank_factors(weights: dict[str, Tensor], settings: dict[str, Any]) -> Fa
         if found is None or tensor.ndim != 2:
             return None
         out.setdefault(found[1], {})[found[2]] = tensor.float()
+    if any(len(factors) != 2 for factors in out.values()):
+        return None
     alphas = settings.get("alpha_pattern") or {}
     for module, factors in out.items():
         rank = _rank(factors)
