@@ -25,7 +25,8 @@ from typing import Any
 
 STOP_STRINGS = "stop_strings"
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"enforce_eager": True, "max_num_seqs": 128},
+    # On a CPU vLLM 0.32 fails if it computes a part of a prompt whose completion has a seed.
+    "cpu": {"enforce_eager": True, "max_num_seqs": 128, "enable_chunked_prefill": False},
     "cuda": {"gpu_memory_utilization": 0.3},
 }
 """Engine settings where the recipe gives none: on a GPU a share of the memory, since the learner needs the rest."""
