@@ -146,7 +146,7 @@ def test_a_process_without_a_model_on_a_cpu_imports_nothing_of_the_cpu_wing(tmp_
         "print([m for m in sys.modules if m.startswith('posttrain.cpu')])"
     )
     warm.run(exec, code, folder=tmp_path)
-    assert (tmp_path / "log").read_text() == "[]\n"
+    assert (tmp_path / "log").read_text().splitlines()[-1] == "[]"  # PyTorch for CUDA warns before
 
 
 def test_the_largest_of_a_metric_is_taken_where_its_name_says_so() -> None:
