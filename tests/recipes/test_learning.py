@@ -72,7 +72,7 @@ def test_a_rare_reward_becomes_the_rule(method: str, digits: Path, tmp_path: Pat
 @pytest.mark.timeout(1500)
 def test_the_laboratory_is_learnt_from(tmp_path: Path) -> None:
     """The recipe `lab`: from under 30% of held-out sums to over 80%, in twenty steps at half of its learning rate, at
-    which every laboratory teaches RLOO too. benchmarks/lab.py has whole runs, on three laboratories."""
+    which RLOO learns too (docs/experiments/lab.md). benchmarks/lab.py has whole runs, on three laboratories."""
     make_lab(LabSettings(), tmp_path / "lab", shown=False)
     for method in ("grpo", "rloo", "ppo"):
         changes = [f"model.source={tmp_path / 'lab'}", f"stages.rl.method={method}", "stages.rl.steps=20"]
