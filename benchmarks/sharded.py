@@ -24,9 +24,8 @@ from posttrain.core import distributed
 from posttrain.core.files import write_json
 from posttrain.core.types import Sample
 from posttrain.models.language_model import LanguageModel
-from posttrain.models.model_types import decoder_layers
 from posttrain.runs.machine import machine
-from posttrain.trainer.train_step import Learner
+from posttrain.trainer.train_step import Learner, shard_model
 
 LENGTH = 512
 CPU = torch.device("cpu")
@@ -36,11 +35,7 @@ def steps(sharded: bool, layers: int, rows: list[Sample], count: int) -> dict[st
     """Take steps; return their losses, and the processor seconds of each."""
     model = LanguageModel(build({**DRY, "num_hidden_layers": layers}, torch.float32, CPU, "qwen2"))
     if sharded:
-        distributed.shard(model, decoder_layers(model.base), torch.float32, CPU)
-        # FSDP takes the module of its first pass for the root; a pass through the head alone must not be it.
-        with distributed.summon_full_params(model), torch.no_grad():
-            batch = model.pack([Sample([0, 0], [0.0, 1.0])])
-            model(batch, "logprobs", batch.rows[0][-1:])
+        shard_model(model, torch.float32)
     systems = SystemsConfig(tokens_per_micro_batch=LENGTH * len(rows))
     learner = Learner(model, OptimizerConfig(schedule="constant", warmup=0), systems, count)
     losses, seconds = [], []

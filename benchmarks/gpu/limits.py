@@ -19,15 +19,13 @@ from gpu.speed import QWEN, batches, low, taught, timeline
 from gpu.speed import systems as default_systems
 from posttrain.config import OptimizerConfig, SamplingConfig
 from posttrain.core import distributed
-from posttrain.core.types import Sample
 from posttrain.models.language_model import LanguageModel
-from posttrain.models.model_types import decoder_layers
 from posttrain.recipe.parsing import load_recipe
 from posttrain.runs.memory_plan import plan_memory
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import Request
 from posttrain.trainer.token_budget import token_budget
-from posttrain.trainer.train_step import Learner
+from posttrain.trainer.train_step import Learner, shard_model
 
 LARGE = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
          "num_key_value_heads": 2, "vocab_size": 151936}  # fmt: skip
@@ -132,11 +130,7 @@ def steps(where: Where, sharded: bool, work: list[Batch]) -> tuple[list[float], 
     model = LanguageModel(build(where.pick(QWEN, SMALL), low(where), where.device, "qwen2", on_device=True))
     if sharded:
         token_budget(default_systems(where), model)  # as a learner on several ranks: for the dtype that is computed in
-        distributed.shard(model.float(), decoder_layers(model.base), low(where), where.device)
-        # FSDP takes the module of its first pass for the root; a pass through the head alone must not be it.
-        with distributed.summon_full_params(model), torch.no_grad():
-            batch = model.pack([Sample([0, 0], [0.0, 1.0])])
-            model(batch, "logprobs", batch.rows[0][-1:])
+        shard_model(model, low(where))
     learner = Learner(model, OptimizerConfig(lr=1e-3, schedule="constant", warmup=0), default_systems(where), len(work))
     losses, rates = [], []
     for one in work:

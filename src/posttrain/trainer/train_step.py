@@ -45,6 +45,16 @@ NOTHING_TRAINED = (
 )
 
 
+def shard_model(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Shard a model over all ranks, in place; its critic computes in float32. dtype: that all else computes in."""
+    exact = [] if model.value is None else [model.value]
+    distributed.shard(model.float(), decoder_layers(model.base), dtype, model.device, exact)
+    # FSDP learns from its first pass which module is the root, and a sampler's goes through parts alone.
+    with distributed.summon_full_params(model), torch.no_grad():
+        batch = model.pack([Sample([0, 0], [0.0, 1.0])])
+        model(batch, "logprobs", batch.rows[0][-1:])
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Hold what one step did. `metrics` holds only what is the same in every run of the same recipe."""
@@ -87,13 +97,7 @@ class Learner:
             for layer in layers:
                 layer.compile(dynamic=True)
         if distributed.world() > 1:
-            dtype = next(model.parameters()).dtype
-            exact = [] if model.value is None else [model.value]
-            distributed.shard(model.float(), layers, dtype, self.device, exact)
-            # FSDP learns from its first pass which module is the root, and a sampler's goes through parts alone.
-            with distributed.summon_full_params(model), torch.no_grad():
-                batch = model.pack([Sample([0, 0], [0.0, 1.0])])
-                model(batch, "logprobs", batch.rows[0][-1:])
+            shard_model(model, next(model.parameters()).dtype)
         inside = {id(p) for layer in layers for p in layer.parameters()}
         matrices = [name for name, p in model.named_parameters() if id(p) in inside]
         self.optimizer = Optimizer(model.named_parameters(), optimizer, rates, matrices)
