@@ -153,9 +153,9 @@ def test_a_lost_sampler_reward_trainer_and_node_change_nothing(alone: Any) -> No
         os.kill(trainers()[1], signal.SIGKILL)
         wait_for(lambda: len(metrics("three")) >= 6, run)
         Path(HOLD).touch()
-        places = {parent(parent(pid)) for pid in trainers().values()}
-        assert len(places) == 2 and places <= set(processes("raylet/raylet"))
-        lost = (places - {head}).pop()
+        places = [parent(parent(pid)) for _, pid in sorted(trainers().items())]
+        assert len(set(places)) == 2 and set(places) <= set(processes("raylet/raylet"))
+        lost = next(place for place in places if place != head)  # rank 0's, but where that is the head
         of_node = {pid for pid in trainers().values() if parent(parent(pid)) == lost}
         os.kill(lost, signal.SIGKILL)  # a node: its trainer, samplers and rewards go with it, after some seconds
         wait_for(lambda: not of_node & set(trainers().values()), run, 120)

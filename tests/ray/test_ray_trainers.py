@@ -53,6 +53,10 @@ def trainer(rank: int) -> int:
     return 0
 
 
+def parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def when(condition: Callable[[], Any], then: Callable[[Any], None]) -> threading.Thread:
     """Call `then` with the first true value of the condition, in a thread."""
 
@@ -75,15 +79,19 @@ def numbers(folder: Path) -> tuple[list[float], dict[str, Any]]:
 @pytest.mark.long  # 30 s of processor time
 @pytest.mark.timeout(1500)
 def test_a_killed_trainer_changes_nothing(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process; two trainers of which one is killed, stopped by Ctrl-C, and resumed by one process."""
+    """One process; two trainers: one is killed, the actor of another, then Ctrl-C; and resumed by one process."""
     monkeypatch.chdir(tmp_path)
     with open("log", "w") as log:
         console = Console(file=log)
         posttrain.run(recipe({}), folder="alone", console=console)
         folder = Path("ray")
         kill = when(lambda: checkpoint(folder, 4) and trainer(1), lambda process: os.kill(process, signal.SIGKILL))
+        lose = when(
+            lambda: not kill.is_alive() and checkpoint(folder, 8) and trainer(0),
+            lambda process: os.kill(parent(process), signal.SIGKILL),
+        )
         stop = when(
-            lambda: not kill.is_alive() and checkpoint(folder, 8), lambda _: os.kill(os.getpid(), signal.SIGINT)
+            lambda: not lose.is_alive() and checkpoint(folder, 12), lambda _: os.kill(os.getpid(), signal.SIGINT)
         )
         with pytest.raises(KeyboardInterrupt):
             posttrain.run(recipe({"engine": "ray", "trainers": 2}), folder=folder, console=console)
@@ -91,8 +99,8 @@ def test_a_killed_trainer_changes_nothing(cluster: Any, tmp_path: Path, monkeypa
         manifest = json.loads((folder / "manifest.json").read_text())
         assert manifest["status"] == "stopped" and not checkpoint(folder, 24)
         assert sum(manifest["systems"]["nodes"].values()) == 2 and manifest["systems"]["engine"] == "ray"
-        (restart,) = manifest["systems"]["restarts"]
-        assert "trainer 1 was lost (signal 9" in restart["reason"]
+        killed, lost = (restart["reason"] for restart in manifest["systems"]["restarts"])
+        assert "trainer 1 was lost (signal 9" in killed and "trainer 0 was lost (The actor died" in lost
         posttrain.run(recipe({}), folder=folder, console=console)
     losses, weights = numbers(Path("alone"))
     again, other = numbers(folder)

@@ -173,25 +173,27 @@ class Trainers:
         ray, main = self.ray, self.actors[0]
         waiting = {actor.ending.remote(): rank for rank, actor in enumerate(self.actors)}
         streams = _Streams(console)
-        output = main.output.remote()
+        output = [main.output.remote()]
         found: list[TrainerEnd] = []
         deadline = float("inf")
         # Rank 0 stops after its step; a second signal ends all trainers at once.
         with stop_requests(lambda: main.signal.remote(signal.SIGINT)):
             while waiting and time.monotonic() < deadline:
                 watch.check()
-                ready, _ = ray.wait([output, *waiting], timeout=1.0)
+                # Ray returns the first that is ready, and the output of a lost rank 0 is ready forever.
+                ready, _ = ray.wait([*waiting, *output], timeout=1.0)
                 for ref in ready:
-                    if ref is output:
-                        with suppress(ray.exceptions.RayError):
-                            streams.show(ray.get(output))
-                            output = main.output.remote()
+                    if ref in waiting:
+                        found.append(_ending(ray, ref, waiting.pop(ref)))
+                        if found[-1].kind != "done":
+                            deadline = min(deadline, time.monotonic() + END_GRACE)
                         continue
-                    found.append(_ending(ray, ref, waiting.pop(ref)))
-                    if found[-1].kind != "done":
-                        deadline = min(deadline, time.monotonic() + END_GRACE)
+                    output = []
+                    with suppress(ray.exceptions.RayError):
+                        streams.show(ray.get(ref))
+                        output = [main.output.remote()]
             with suppress(ray.exceptions.RayError):
-                for chunks in ray.get([output, main.output.remote()], timeout=10):
+                for chunks in ray.get([*output, main.output.remote()], timeout=10):
                     streams.show(chunks)
         return found
 

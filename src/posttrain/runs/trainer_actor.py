@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from typing import IO, Any
 
@@ -24,6 +25,16 @@ class TrainerActor:
         self.process: Any = None
         self.printed: Any = deque(maxlen=20)
         self.chunks: Any = queue.Queue()
+        threading.Thread(target=self._end_with, args=(os.getppid(),), daemon=True).start()
+
+    def _end_with(self, parent: int) -> None:
+        """End this process when Ray's process of this machine is gone: the trainer would keep the run's folder.
+
+        Ray sees to this itself, but not where a killed process stays as a zombie: in a container without an init.
+        """
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
 
     def place(self) -> tuple[str, str, int]:
         """Return the id of this machine, its address, and a port that is free on it."""
