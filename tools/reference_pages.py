@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
+from posttrain.cli.recipes import recipes_by_task
 from posttrain.config import Recipe
 from posttrain.config.open_kinds import OpenKind
 from posttrain.recipe.parsing import load_recipe, shipped
@@ -229,23 +230,12 @@ def recipes_page() -> str:
     """Return the page of the shipped recipes, grouped by what they are for."""
     files = shipped()
     texts = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
-    groups: dict[str, list[str]] = {heading: [] for heading in RECIPE_GROUPS}
-    for name in files:
-        groups[recipe_group(name)].append(name)
     out = [RECIPES_HEAD]
-    for heading, names in groups.items():
+    for heading, names in recipes_by_task({name: yaml.safe_load(text) for name, text in texts.items()}).items():
         out += [f"## {heading}", ""]
         for name in names:
             out += [*_recipe(name, texts[name]), ""]
     return "\n".join(out)
-
-
-def recipe_group(name: str) -> str:
-    """Return the heading of a recipe: the one that names it, else that of its last stage's method."""
-    stages = load_recipe(name).stages
-    keys = (name, *([stages[-1].method] if stages else []))
-    found = (heading for key in keys for heading, members in RECIPE_GROUPS.items() if key in members)
-    return next(found, next(iter(RECIPE_GROUPS)))
 
 
 def _recipe(name: str, text: str) -> list[str]:
@@ -275,21 +265,6 @@ def _item(text: str) -> list[str]:
     return [f"- {first}", *(f"  {line}" for line in rest)]
 
 
-RECIPE_GROUPS = {
-    "Fine-tuning": ("sft", "pretrain", "self_instruct", "instructions"),
-    "Preferences": ("dpo", "kto", "orpo", "simpo", "online_dpo"),
-    "Reinforcement learning": ("grpo", "ppo", "r1", "r1_distill"),
-    "Feedback and reward models": (
-        *("feedback", "reward_model", "process_reward", "constitutional"),
-        *("rlhf_lab", "rlhf_sentiment", "rlaif_lab", "rlaif_sentiment"),
-    ),
-    "Self-refine": (
-        *("refine_critic", "refine_external", "refine_intrinsic", "refine_programs", "refine_smollm2", "refine_tuned"),
-    ),
-    "Smaller models and merging": ("compress", "distill", "prune", "quantize", "merge"),
-    "Evaluation only": ("behaviour", "human_eval"),
-}
-"""Headings, and the recipes or methods of last stages that belong to each."""
 RESULTS = {
     "quickstart": ("../README.md", "accuracy on 373 held-out reviews 0.772 before, 0.874 after, in nine minutes"),
     "lab": ("experiments/lab.md", "held-out sums right 0.133 before, 0.990 after (GRPO, seed 0)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,15 +27,11 @@ def list_recipes() -> None:
     from posttrain.recipe.parsing import shipped
 
     recipes = {name: yaml.safe_load(file.read_text(encoding="utf-8")) for name, file in shipped().items()}
-    tasks: dict[str, list[str]] = {}
-    for name in recipes:
-        tasks.setdefault(_task(name, recipes), []).append(name)
     console = make_console()
-    titles = list(RECIPE_TASKS.values())
-    for title in (t for t in (titles[0], OF_A_FAMILY, *titles[1:], MEASURES) if t in tasks):
+    for title, names in recipes_by_task(recipes).items():
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(min_width=2 + max(map(len, recipes)))
-        for name in tasks[title]:
+        for name in names:
             table.add_row(f"  {name}", recipes[name].get("description", ""))
         console.print(Text(title, style="bold"), table, sep="\n")
         console.print()
@@ -55,7 +52,23 @@ RECIPE_TASKS = {
 OF_A_FAMILY, MEASURES = "Your conversations, by family of models", "Measuring"
 
 
-def _task(name: str, recipes: dict[str, Any]) -> str:
+def recipes_by_task(recipes: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Sort recipes by what they are for.
+
+    Args:
+        recipes: Recipes as their files have them, by name.
+
+    Returns:
+        Names by task, tasks in the order of reading.
+    """
+    tasks: dict[str, list[str]] = {}
+    for name in recipes:
+        tasks.setdefault(_task(name, recipes), []).append(name)
+    first, *others = RECIPE_TASKS.values()
+    return {title: tasks[title] for title in (first, OF_A_FAMILY, *others, MEASURES) if title in tasks}
+
+
+def _task(name: str, recipes: Mapping[str, Any]) -> str:
     """Return the task of a recipe: by the methods of its stages, or of those of the recipe that it extends."""
     from posttrain.config.names import METHODS
 
