@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -24,7 +25,8 @@ from posttrain.core import ray_cluster
 from posttrain.core.errors import DataError, PosttrainError, RecipeError
 from posttrain.core.ray_cluster import ClusterError
 from posttrain.recipe import machine_checks
-from posttrain.runs.ray_trainers import TrainerEnd, TrainerLost, _result
+from posttrain.runs.ray_trainers import TrainerEnd, TrainerLost, _await_release, _result
+from posttrain.runs.run_folder import is_worked_on
 
 
 def recipe(engine: dict[str, Any], **data: Any) -> Recipe:
@@ -146,6 +148,19 @@ def test_what_ended_a_run() -> None:
     ]:
         with pytest.raises(error, match=text):
             _result(endings)
+
+
+def test_a_restart_waits_for_a_trainer_that_still_has_the_folder(tmp_path: Path) -> None:
+    """Which is on a machine out of reach, and may write; after `systems.wait` seconds it is tried all the same."""
+    said: list[str] = []
+    with open(tmp_path / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        _await_release(tmp_path, 0, said.append)
+        assert not said
+        threading.Timer(0.3, lambda: fcntl.flock(held, fcntl.LOCK_UN)).start()
+        _await_release(tmp_path, 60, said.append)
+        assert not is_worked_on(tmp_path)
+    assert said == [f"waiting until the lost trainer has released {tmp_path}, at most 60 s (systems.wait)"]
 
 
 def test_placements_that_can_not_be(monkeypatch: pytest.MonkeyPatch) -> None:

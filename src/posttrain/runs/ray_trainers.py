@@ -30,7 +30,7 @@ from posttrain.core.imports import import_folders
 from posttrain.core.ray_cluster import Bundle, ClusterError
 from posttrain.core.visible_text import visible
 from posttrain.runs import trainer_actor
-from posttrain.runs.run_folder import set_aside
+from posttrain.runs.run_folder import is_worked_on, set_aside
 from posttrain.trainer.loop import now, stop_requests
 
 END_GRACE = 10.0
@@ -115,6 +115,20 @@ def run_on_ray(
                     f"! {lost}; all {systems.trainers} trainers start again from the last checkpoint (restart "
                     f"{len(restarts)} of at most {systems.restarts})"
                 )
+                _await_release(path, systems.wait, say)
+
+
+def _await_release(path: Path, seconds: float, say: Callable[[str], None]) -> None:
+    """Wait until a lost rank 0, which nothing may reach any more, has released the folder: it could still write.
+
+    A machine that comes back ends its trainers; a file system releases the locks of one that does not.
+    """
+    deadline, said = time.monotonic() + seconds, False
+    while is_worked_on(path) and time.monotonic() < deadline:
+        if not said:
+            say(f"waiting until the lost trainer has released {path}, at most {seconds:g} s (systems.wait)")
+        said = True
+        time.sleep(1)
 
 
 def _frame(
