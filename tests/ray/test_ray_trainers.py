@@ -25,8 +25,10 @@ from posttrain.core import ray_cluster
 from posttrain.core.errors import DataError, PosttrainError, RecipeError
 from posttrain.core.ray_cluster import ClusterError
 from posttrain.recipe import machine_checks
-from posttrain.runs.ray_trainers import TrainerEnd, TrainerLost, _await_release, _result
-from posttrain.runs.run_folder import is_worked_on
+from posttrain.runs import trainer_process
+from posttrain.runs.ray_trainers import TrainerEnd, TrainerLost, _await_release, _end_noted, _result
+from posttrain.runs.run_folder import Manifest, is_worked_on
+from posttrain.sampling.rollout_store import read_rollouts
 
 
 def recipe(engine: dict[str, Any], **data: Any) -> Recipe:
@@ -129,6 +131,42 @@ def test_errors_of_the_recipe_come_through_once(
         posttrain.run(recipe({"engine": "ray", "trainers": 3, "cpus": 1000, "wait": 1}), folder="large")
 
 
+@pytest.mark.long  # 20 s
+@pytest.mark.timeout(1500)
+def test_coming_steps_are_sampled_on_the_cluster(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a staleness of 0 the tokens and losses are those of the synchronous run in one process; else within it."""
+    monkeypatch.chdir(tmp_path)
+    stage = {"method": "grpo", "name": "rl", "problems": {"kind": "lab"}, "rewards": [{"kind": "exact"}], "steps": 4}
+    stage |= {"prompts_per_step": 4, "group_size": 4, "sampler": {"max_tokens": 12}, "optimizer": {"lr": 0.003}}
+    plain = {"name": "run", "model": {"source": "tiny:llama", "device": "cpu"}}
+    posttrain.run(Recipe.model_validate({**plain, "stages": [stage]}), folder="alone")
+    on_ray = {**plain, "systems": {"engine": "ray", "trainers": 1, "samplers": 2}}
+
+    def actors() -> list[Path]:
+        return [p for p in Path("/proc").glob("[0-9]*/cmdline") if p.is_file() and b"ray::Sampler" in read(p)]
+
+    found: list[list[Path]] = []
+    for staleness in (0, 2):
+        watch = when(actors, found.append)
+        stages = [{**stage, "asynchronous": {"max_staleness": staleness}}]
+        posttrain.run(Recipe.model_validate({**on_ray, "stages": stages}), folder=f"ray{staleness}")
+        watch.join(10)
+    assert len(found) == 2
+    runs = [
+        [[(r["tokens"], r["pieces"]) for r in read_rollouts(file)] for file in sorted(Path(name).rglob("*.parquet"))]
+        for name in ("alone", "ray0", "ray2")
+    ]
+    assert runs[1] == runs[0] and len(runs[2]) == 4
+    assert all(p[1] >= s - 2 for s, of in enumerate(runs[2]) for _, pieces in of for p in pieces)
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 def ending(rank: int, kind: str, message: str = "") -> TrainerEnd:
     return TrainerEnd(
         rank, None if kind == "lost" else {"kind": kind, "message": message, "class": DataError}, "signal 9"
@@ -139,6 +177,9 @@ def test_what_ended_a_run() -> None:
     """A message of ours wins over a lost process, that over any other exception, and that over a group that broke."""
     done = TrainerEnd(0, {"kind": "done", "value": 7}, "exit code 0")
     assert _result([ending(1, "done"), done]) == 7
+    for stopping in ([ending(0, "peer", "Connection closed"), ending(1, "lost")], [ending(0, "peer")]):
+        with pytest.raises(KeyboardInterrupt, match="resumes from its last checkpoint"):  # after Ctrl-C: no restart
+            _result(stopping, stopping=True)
     for endings, error, text in [
         ([ending(0, "peer"), ending(1, "lost"), ending(2, "error", "bad row")], DataError, "bad row"),
         ([ending(0, "failed"), ending(1, "lost")], TrainerLost, r"trainer 1 was lost \(signal 9\)"),
@@ -161,6 +202,50 @@ def test_a_restart_waits_for_a_trainer_that_still_has_the_folder(tmp_path: Path)
         _await_release(tmp_path, 60, said.append)
         assert not is_worked_on(tmp_path)
     assert said == [f"waiting until the lost trainer has released {tmp_path}, at most 60 s (systems.wait)"]
+
+
+def test_a_signal_that_ray_had_blocked_is_a_stop() -> None:
+    """It would end the process without a word, as if lost, if it were delivered anywhere else."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # not to a thread in which it is not blocked
+    assert trainer_process._carry_out({})["kind"] == "stopped"
+
+
+def test_the_manifest_has_how_a_run_ended_that_rank_0_could_not_tell(tmp_path: Path) -> None:
+    for error, values in (
+        (DataError("row 7 of another rank"), ("failed", "row 7 of another rank")),
+        (KeyboardInterrupt(), ("stopped", None)),
+    ):
+        Manifest(tmp_path).update(status="running", error=None)
+        with pytest.raises(type(error)), _end_noted(tmp_path):
+            raise error
+        found = Manifest(tmp_path).values
+        assert (found["status"], found["error"]) == values
+    Manifest(tmp_path).update(status="failed", error="of rank 0")
+    with pytest.raises(DataError), _end_noted(tmp_path):
+        raise DataError("the same, in other words")
+    assert Manifest(tmp_path).values["error"] == "of rank 0"
+
+
+def test_room_that_is_lost_is_waited_for_no_longer_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call may take any time while its actor has room."""
+    answers = iter([[], [], ["ref"]])
+    ray = SimpleNamespace(wait=lambda refs, timeout: (next(answers), []), get=lambda ref: 5, nodes=list)
+    monkeypatch.setattr(ray_cluster, "joined", lambda room: ray)
+    monkeypatch.setattr(ray_cluster, "_is_whole", lambda room: True)
+    room = ray_cluster.Workers("", "", "", 1, 1, 0.0, wait=0.0)
+    assert ray_cluster.result_in_room(room, "ref") == 5
+    answers = iter([[]] * 9)
+    monkeypatch.setattr(ray_cluster, "_is_whole", lambda room: False)
+    with pytest.raises(ClusterError, match=r"no room for them for 0 s \(systems.wait\); it has no machine"):
+        ray_cluster.result_in_room(room, "ref")
+
+
+def test_an_exception_of_ray_s_is_told_by_its_first_line_and_its_cause() -> None:
+    text = "The actor died, \x1b[36mray::Actor\x1b[39m (pid=1)\n  File a.py\n\nValueError: no such folder\n"
+    assert ray_cluster.line_of_error(Exception(text)) == "The actor died, ray::Actor (pid=1) ValueError: no such folder"
+    assert ray_cluster.line_of_error(Exception("one line")) == "one line"
+    assert ray_cluster.line_of_error(ValueError()) == "ValueError"
 
 
 def test_placements_that_can_not_be(monkeypatch: pytest.MonkeyPatch) -> None:

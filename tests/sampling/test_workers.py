@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -229,6 +230,57 @@ def test_a_worker_that_can_not_start_says_what_it_printed(source: WorkerSource) 
         with pytest.raises(WorkerError, match=printed):
             sampler.sample(REQUESTS, PARAMS)
         sampler.close()
+
+
+class Waiting:
+    """A worker that answers nothing, until it is closed."""
+
+    version = 0
+
+    def __init__(self, starts: bool) -> None:
+        self.starts, self.futures = starts, list[Future[Any]]()
+
+    @property
+    def context(self) -> int:
+        if not self.starts:
+            raise WorkerLost("lost as it started")
+        return 9
+
+    def submit(self, requests: Any, params: Any) -> Future[Any]:
+        self.futures.append(Future())
+        return self.futures[-1]
+
+    def close(self) -> None:
+        for future in self.futures:
+            if not future.done():
+                future.set_exception(WorkerLost("it was closed"))
+
+
+def test_closing_ends_what_threads_wait_for_and_opens_nothing() -> None:
+    """And a worker that is lost as it starts is replaced."""
+    starts, opened = iter([False, True, True]), list[Waiting]()
+
+    def open_worker(number: int) -> Any:
+        opened.append(Waiting(next(starts)))
+        return opened[-1]
+
+    sampler = WorkerSampler(open_worker, 2)
+    assert sampler.context == 9 and len(opened) == 3
+    ended: list[BaseException] = []
+
+    def sample() -> None:
+        try:
+            sampler.sample([Request([1], 1, 0)], PARAMS)
+        except WorkerLost as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    while not any(w.futures for w in opened):
+        time.sleep(0.01)
+    sampler.close()
+    thread.join(10)
+    assert "it was closed" in str(ended) and len(opened) == 3
 
 
 def test_abandoned_weights_are_removed_and_those_in_use_stay(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import time
@@ -73,6 +74,10 @@ def session(address: str | None, cores: int) -> Iterator[Any]:
         ray.shutdown()
 
 
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+"""Colours in Ray's messages."""
+ROOM_POLL = 10.0
+"""Seconds between looks whether an actor still has room."""
 HEAD_SECONDS = 20.0
 """How long the head of a cluster may be away. After a minute Ray ends the processes that wait for it without a word."""
 
@@ -106,6 +111,12 @@ class HeadWatch:
                 f"the head of the Ray cluster at {self.address} is gone, and its trainers have been ended. When the "
                 "cluster is up again, the same command resumes the run from its last checkpoint"
             )
+
+
+def line_of_error(error: BaseException) -> str:
+    """Return an exception of Ray's in one line: its first line and its last, which has the cause."""
+    lines = [line.strip() for line in ANSI.sub("", str(error)).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1][:300]}"
 
 
 def has_gpus(ray: Any) -> bool:
@@ -173,6 +184,7 @@ class Workers:
         count: Number of its bundles.
         cpus: Processor cores of each bundle.
         gpus: GPUs of each bundle.
+        wait: Seconds to wait for room after a machine was lost.
     """
 
     address: str
@@ -181,6 +193,7 @@ class Workers:
     count: int
     cpus: int
     gpus: float
+    wait: float
 
     def bundles(self, rank: int, world: int) -> range:
         """Return the bundles of a trainer: an equal part."""
@@ -205,7 +218,7 @@ def reserve_workers(ray: Any, bundles: Sequence[Bundle], seconds: float, say: Ca
     context, name = ray.get_runtime_context(), f"posttrain-{uuid.uuid4().hex}"
     group = reserve(ray, bundles, "PACK", seconds, say, name)
     cpus, gpus = int(bundles[0]["CPU"]), bundles[0].get("GPU", 0.0)
-    room = Workers(context.gcs_address, context.namespace, name, len(bundles), cpus, gpus)
+    room = Workers(context.gcs_address, context.namespace, name, len(bundles), cpus, gpus, seconds)
     return group, asdict(room)
 
 
@@ -252,6 +265,41 @@ def make_actors(
     return [
         made.options(scheduling_strategy=placed_in(group, bundle), **options).remote(*arguments) for bundle in bundles
     ]
+
+
+def result_in_room(room: Workers, ref: Any, say: Callable[[], None] | None = None) -> Any:
+    """Return the result of a method of an actor in a room, however long it takes while the room is there.
+
+    Args:
+        room: The room.
+        ref: Ray's reference to the result.
+        say: Called each minute.
+
+    Raises:
+        ClusterError: A machine with a part of the room was lost, and none had room in `room.wait` seconds.
+    """
+    ray = joined(room)
+    began = whole = said = time.monotonic()
+    while not ray.wait([ref], timeout=ROOM_POLL)[0]:
+        now = time.monotonic()
+        whole = now if _is_whole(room) else whole
+        if now - max(began, whole) > room.wait:
+            raise ClusterError(
+                f"a machine with samplers or reward actors is lost, and the Ray cluster has had no room for them for "
+                f"{room.wait:g} s (systems.wait); it has {_room(ray)}. Add machines (ray start --address=HOST:PORT) or "
+                "ask for less, and run the same command again: it resumes"
+            )
+        if say is not None and now - said >= 60:
+            said = now
+            say()
+    return ray.get(ref)
+
+
+def _is_whole(room: Workers) -> bool:
+    """Return True if every bundle of a room is on a machine."""
+    from ray.util import get_placement_group, placement_group_table
+
+    return bool(placement_group_table(get_placement_group(room.group))["state"] == "CREATED")
 
 
 def _room(ray: Any) -> str:

@@ -18,8 +18,6 @@ from posttrain.rewards.worker_pool import MEMORY_GIB, Pool, RewardCall, in_slots
 log = logging.getLogger("posttrain")
 CALL_TRIES = 3
 """How often a call is repeated whose actor is lost."""
-REMINDER = 60.0
-"""Seconds of one call after which a line says that it is waited for."""
 
 
 class RayPool:
@@ -53,7 +51,7 @@ class RayPool:
 
         path = [p or os.getcwd() for p in sys.path]
         bundles = self.room.bundles(distributed.rank(), distributed.world())
-        arguments = (path, self.rewards, self.memory_gib)
+        arguments = (path, os.getcwd(), self.rewards, self.memory_gib)
         # Ray makes a lost actor again where there is room, and repeats its call.
         options = {"max_restarts": -1, "max_task_retries": CALL_TRIES}
         self.actors = ray_cluster.make_actors(self.room, RewardActor, bundles, arguments, **options)
@@ -76,7 +74,9 @@ class RayPool:
         except self.ray.exceptions.RayTaskError as error:
             raise RewardError(f"reward worker {slot + 1} failed: {error.cause}") from error
         except self.ray.exceptions.RayActorError as error:
-            message = f"the reward actor was lost {CALL_TRIES + 1} times in this call ({str(error).splitlines()[0]})"
+            message = (
+                f"the reward actor was lost {CALL_TRIES + 1} times in this call ({ray_cluster.line_of_error(error)})"
+            )
             return [RewardOutcome(failure="died", message=message)] * (call.count or 1)
         if self.places[slot] not in (None, place):
             log.warning("reward worker %d was lost, and is replaced by one on %s", slot + 1, place[0])
@@ -86,9 +86,7 @@ class RayPool:
         return list(outcomes)
 
     def _wait(self, slot: int, ref: Any) -> Any:
-        while not self.ray.wait([ref], timeout=REMINDER)[0]:
-            log.warning("waiting for reward worker %d", slot + 1)
-        return self.ray.get(ref)
+        return ray_cluster.result_in_room(self.room, ref, lambda: log.warning("waiting for reward worker %d", slot + 1))
 
     def close(self) -> None:
         """End the actors. The pool can be used again: it makes new ones."""

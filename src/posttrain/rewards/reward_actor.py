@@ -17,15 +17,18 @@ class RewardActor:
     When the actor itself is lost Ray makes it again with the same arguments and repeats the call.
     """
 
-    def __init__(self, path: Sequence[str], rewards: Sequence[dict[str, Any]], memory_gib: float) -> None:
+    def __init__(self, path: Sequence[str], folder: str, rewards: Sequence[dict[str, Any]], memory_gib: float) -> None:
         """Note what it will call.
 
         Args:
             path: The trainer's `sys.path`.
+            folder: The trainer's working folder, in which names of files are looked up if this machine has it.
             rewards: Settings of the rewards as plain data.
             memory_gib: Memory of the process.
         """
         sys.path[:] = [*path, *(p for p in sys.path if p not in path)]
+        if os.path.isdir(folder):
+            os.chdir(folder)
         self.rewards, self.memory_gib = rewards, memory_gib
         self.pool: Any = None
         self.lines: list[str] = []

@@ -28,9 +28,10 @@ from posttrain.core import ray_cluster
 from posttrain.core.errors import PosttrainError, RewardError
 from posttrain.core.imports import import_folders
 from posttrain.core.ray_cluster import Bundle, ClusterError
+from posttrain.core.secrets import hide_secrets
 from posttrain.core.visible_text import visible
 from posttrain.runs import trainer_actor
-from posttrain.runs.run_folder import is_worked_on, set_aside
+from posttrain.runs.run_folder import Manifest, is_worked_on, set_aside
 from posttrain.trainer.loop import now, stop_requests
 
 END_GRACE = 10.0
@@ -92,7 +93,7 @@ def run_on_ray(
     say = _printer(console)
     restarts: list[dict[str, str]] = []
     cores = (systems.trainers + systems.samplers) * systems.cpus + systems.rewards
-    with ray_cluster.session(systems.address, cores) as ray:
+    with _end_noted(path), ray_cluster.session(systems.address, cores) as ray:
         frame = _frame(ray, recipe, path, functions, accept_changed_data)
         watch = ray_cluster.HeadWatch(ray)
         while True:
@@ -102,7 +103,7 @@ def run_on_ray(
                     placed["sequence_parallel"] = systems.sequence_parallel
                     placed |= {name: room["count"] for name, room in rooms.items()}
                     trainers.start({**frame, "rooms": rooms, "placed": {**placed, "restarts": restarts}})
-                    return _result(trainers.endings(console, watch))
+                    return _result(trainers.endings(console, watch), trainers.stopping)
             except TrainerLost as lost:
                 watch.check(wait=True)
                 if len(restarts) == systems.restarts:
@@ -116,6 +117,26 @@ def run_on_ray(
                     f"{len(restarts)} of at most {systems.restarts})"
                 )
                 _await_release(path, systems.wait, say)
+
+
+@contextmanager
+def _end_noted(path: Path) -> Iterator[None]:
+    """Write into the manifest how a run ended of which rank 0 could not tell: by another rank's fault, a lost head."""
+    end: dict[str, str] = {}
+    try:
+        yield
+    except KeyboardInterrupt:
+        end = {"status": "stopped"}
+        raise
+    except PosttrainError as error:
+        end = {"status": "failed", "error": hide_secrets(str(error))}
+        raise
+    finally:
+        if end and (path / "manifest.json").is_file() and not is_worked_on(path):
+            with suppress(OSError, PosttrainError):
+                manifest = Manifest(path)
+                if manifest.values.get("status") == "running":
+                    manifest.update(**end)
 
 
 def _await_release(path: Path, seconds: float, say: Callable[[str], None]) -> None:
@@ -154,6 +175,7 @@ class Trainers:
 
     Attributes:
         nodes: Address of each machine and the number of its trainers.
+        stopping: A signal has asked for a stop.
     """
 
     def __init__(self, ray: Any, systems: PlacementConfig, actors: Sequence[Any]) -> None:
@@ -161,6 +183,7 @@ class Trainers:
         places = _fetched(ray, [a.place.remote() for a in actors])
         order = sorted(range(len(actors)), key=lambda i: (places[i][1], places[i][0], i))
         self.actors, self.places = [actors[i] for i in order], [places[i] for i in order]
+        self.stopping = False
         self.nodes = dict(Counter(address for _, address, _ in self.places))
         counts = Counter(node for node, _, _ in self.places)
         if systems.nodes is not None and (len(counts), len(set(counts.values()))) != (systems.nodes, 1):
@@ -190,8 +213,13 @@ class Trainers:
         output = [main.output.remote()]
         found: list[TrainerEnd] = []
         deadline = float("inf")
+
         # Rank 0 stops after its step; a second signal ends all trainers at once.
-        with stop_requests(lambda: main.signal.remote(signal.SIGINT)):
+        def stop() -> None:
+            self.stopping = True
+            main.signal.remote(signal.SIGINT)
+
+        with stop_requests(stop):
             while waiting and time.monotonic() < deadline:
                 watch.check()
                 # Ray returns the first that is ready, and the output of a lost rank 0 is ready forever.
@@ -199,7 +227,7 @@ class Trainers:
                 for ref in ready:
                     if ref in waiting:
                         found.append(_ending(ray, ref, waiting.pop(ref)))
-                        if found[-1].kind != "done":
+                        if found[-1].kind not in ("done", "stopped"):  # after a stop rank 0 writes the report
                             deadline = min(deadline, time.monotonic() + END_GRACE)
                         continue
                     output = []
@@ -267,22 +295,18 @@ def _fetched(ray: Any, refs: Sequence[Any]) -> list[Any]:
     except ray.exceptions.RayTaskError as error:
         raise ClusterError(f"a trainer could not be started: {error.cause}") from error
     except ray.exceptions.RayError as error:
-        raise TrainerLost(f"a trainer was lost before it started ({_first_line(error)})") from error
+        raise TrainerLost(f"a trainer was lost before it started ({ray_cluster.line_of_error(error)})") from error
 
 
 def _ending(ray: Any, ref: Any, rank: int) -> TrainerEnd:
     try:
         reply, how = ray.get(ref)
     except ray.exceptions.RayError as error:
-        return TrainerEnd(rank, None, _first_line(error))
+        return TrainerEnd(rank, None, ray_cluster.line_of_error(error))
     return TrainerEnd(rank, pickle.loads(reply) if reply else None, how)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _result(endings: Sequence[TrainerEnd]) -> Any:
+def _result(endings: Sequence[TrainerEnd], stopping: bool = False) -> Any:
     """Return rank 0's result, or raise what ended the run.
 
     A message of ours (a fault of the recipe, its data or rewards) comes before a lost process, since one may be the
@@ -294,8 +318,12 @@ def _result(endings: Sequence[TrainerEnd]) -> Any:
         raise e.reply["class"](e.reply["message"])
     if of["stopped"]:
         raise KeyboardInterrupt(of["stopped"][0].reply["message"])  # type: ignore[index]
-    if of["lost"]:
-        raise TrainerLost("; ".join(f"trainer {e.rank} was lost ({e.how})" for e in of["lost"]))
+    lost = [f"trainer {e.rank} was lost ({e.how})" for e in of["lost"]]
+    if stopping and (lost or of["peer"]):
+        reason = "; ".join(lost) or "the trainers lost their connection"
+        raise KeyboardInterrupt(f"{reason}; the run resumes from its last checkpoint")
+    if lost:
+        raise TrainerLost("; ".join(lost))
     for e in of["failed"]:
         assert e.reply is not None
         raise PosttrainError(f"trainer {e.rank} failed: {e.reply['message']}" + (f" ({e.how})" if e.rank else ""))

@@ -24,7 +24,6 @@ PEER = re.compile(r"\b(gloo|nccl|closed by peer|reset by peer|TCPStore|Dist(Back
 
 def main() -> None:
     """Read the frame from standard input, do the work, write the reply (a pickle) to the pipe POSTTRAIN_REPLY."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})  # Ray blocks SIGINT in its workers
     channel = os.fdopen(os.dup(0), "rb")
     frame = pickle.loads(channel.read(int.from_bytes(channel.read(8), "little")))
     empty = os.open(os.devnull, os.O_RDONLY)
@@ -49,6 +48,8 @@ def _end_with(channel: Any) -> None:
 def _carry_out(frame: dict[str, Any]) -> dict[str, Any]:
     """Return the reply: {"kind": done, stopped, error or peer, ...}."""
     try:
+        # Ray blocks SIGINT in its workers; one that came meanwhile is raised here, and is a stop.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         if frame["version"] != posttrain.__version__:
             raise errors.ModelError(
                 f"this machine has posttrain {posttrain.__version__}, and the run was started with {frame['version']}: "

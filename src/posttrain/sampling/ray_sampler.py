@@ -40,7 +40,7 @@ class RaySamplers:
         self.bundles = room.bundles(distributed.rank(), distributed.world())
         self.count = len(self.bundles)
         path = [p or os.getcwd() for p in sys.path]
-        self.arguments = (path, dict(settings), room.cpus)
+        self.arguments = (path, os.getcwd(), dict(settings), room.cpus)
         self._guard = threading.Lock()
         self._newest: tuple[int, Any] = (0, None)
 
@@ -126,7 +126,7 @@ class RaySampler:
 
     def _done(self, ref: Any) -> Any:
         try:
-            return self.ray.get(ref)
+            return ray_cluster.result_in_room(self.samplers.room, ref)
         except self.ray.exceptions.RayError as error:
             raise self._meaning(error) from error
 
@@ -136,5 +136,5 @@ class RaySampler:
             cause = error.cause
             return cause if isinstance(cause, DataError) else WorkerError(f"the sampler refused: {cause}")
         if isinstance(error, self.ray.exceptions.RayError):
-            return WorkerLost(f"the sampler's actor is gone: {(str(error).splitlines() or [''])[0]}")
+            return WorkerLost(f"the sampler's actor is gone: {ray_cluster.line_of_error(error)}")
         return error

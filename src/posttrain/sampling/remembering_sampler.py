@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,13 +14,16 @@ from posttrain.sampling.replay_buffer import rollout_from_json, rollout_to_json
 
 
 class RememberingSampler:
-    """Ask another sampler once for each request: requests are told apart by their seeds.
+    """Ask another sampler once for each request: requests are told apart by seed, prompt and number of completions.
+
+    The seed is not enough: which prompts get more completions may depend on rewards, and they may differ when they are
+    called again.
 
     Attributes:
-        groups: Completions of each request that is complete, by its seed.
+        groups: Completions of each request that is complete, by its `request_key`.
     """
 
-    def __init__(self, sampler: Sampler, groups: Mapping[int, Sequence[Rollout]] | None = None) -> None:
+    def __init__(self, sampler: Sampler, groups: Mapping[tuple[int, str], Sequence[Rollout]] | None = None) -> None:
         """Make a sampler.
 
         Args:
@@ -39,7 +43,7 @@ class RememberingSampler:
             params: How tokens are drawn.
             on_done: Called as each completion ends.
         """
-        missing = [i for i, r in enumerate(requests) if r.seed not in self.groups]
+        missing = [i for i, r in enumerate(requests) if request_key(r) not in self.groups]
         ended: list[dict[int, Rollout]] = [{} for _ in missing]
 
         def take(index: int, number: int, rollout: Rollout) -> None:
@@ -54,19 +58,26 @@ class RememberingSampler:
             found = self.sampler.sample([requests[i] for i in missing], params, take)
             for i, group in zip(missing, found, strict=True):
                 self._keep(requests[i], group.rollouts)
-        return [RolloutGroup(r.tokens, r.example, list(self.groups[r.seed])) for r in requests]
+        return [RolloutGroup(r.tokens, r.example, list(self.groups[request_key(r)])) for r in requests]
 
     def _keep(self, request: Request, rollouts: Sequence[Rollout]) -> None:
         with self._lock:
-            self.groups[request.seed] = rollouts
+            self.groups[request_key(request)] = rollouts
 
     def state_dict(self) -> list[Any]:
         """Return what is known so far, as plain values."""
         with self._lock:
             known = list(self.groups.items())
-        return [[seed, [rollout_to_json(r) for r in rollouts]] for seed, rollouts in known]
+        return [[*key, [rollout_to_json(r) for r in rollouts]] for key, rollouts in known]
 
     @staticmethod
-    def from_state(state: Sequence[Any]) -> dict[int, list[Rollout]]:
-        """Return the groups of `state_dict`."""
-        return {int(seed): [rollout_from_json(r) for r in rollouts] for seed, rollouts in state}
+    def from_state(state: Sequence[Any]) -> dict[tuple[int, str], list[Rollout]]:
+        """Return the groups of `state_dict`; those of a checkpoint that knew seeds alone are asked for again."""
+        known = [entry for entry in state if len(entry) == 3]
+        return {(int(seed), str(of)): [rollout_from_json(r) for r in rollouts] for seed, of, rollouts in known}
+
+
+def request_key(request: Request) -> tuple[int, str]:
+    """Return what a request is told apart by: its seed, and a hash of its number of completions and its tokens."""
+    content = f"{request.n} {list(request.tokens)}".encode()
+    return request.seed, hashlib.blake2b(content, digest_size=16).hexdigest()

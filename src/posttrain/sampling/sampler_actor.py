@@ -14,15 +14,18 @@ from typing import Any
 class SamplerActor:
     """Sample with weights that are pushed to it. What it is told is done in order."""
 
-    def __init__(self, path: Sequence[str], settings: Mapping[str, Any], threads: int) -> None:
+    def __init__(self, path: Sequence[str], folder: str, settings: Mapping[str, Any], threads: int) -> None:
         """Open the model.
 
         Args:
             path: The trainer's `sys.path`.
+            folder: The trainer's working folder, in which names of files are looked up if this machine has it.
             settings: As the first message to a worker of `posttrain.sampling.local_worker`.
             threads: Threads of its products on a CPU.
         """
         sys.path[:] = [*path, *(p for p in sys.path if p not in path)]
+        if os.path.isdir(folder):
+            os.chdir(folder)
         import torch
 
         from posttrain.sampling.local_worker import open_worker_sampler

@@ -37,13 +37,24 @@ class WorkerSampler:
         self.workers = [open_worker(i) for i in range(count)]
         self._weights: Mapping[str, Tensor] = {}
         self._replacing = Lock()
+        self._closed = False
         self._context = 0
 
     @property
     def context(self) -> int:
         """Return the most tokens of a prompt and its completion; waits until all workers are ready."""
-        self._context = self._context or min(worker.context for worker in self.workers)
+        if not self._context:
+            for number in range(len(self.workers)):
+                self._await_start(number)
+            self._context = min(worker.context for worker in self.workers)
         return self._context
+
+    def _await_start(self, number: int) -> None:
+        worker = self.workers[number]
+        try:
+            _ = worker.context
+        except WorkerLost as error:
+            self._replace(number, worker, error)
 
     def update(self, version: int, weights: Mapping[str, Tensor]) -> None:
         """Replace the weights of all workers; returns once they have them. See `SamplerWorker.update`.
@@ -94,6 +105,8 @@ class WorkerSampler:
                 try:
                     groups = future.result()
                 except WorkerLost as error:
+                    if self._closed:
+                        raise
                     lost[number] += 1
                     if lost[number] >= self.tries:
                         raise WorkerError(f"{lost[number]} workers in a row were lost; the last: {error}") from error
@@ -119,10 +132,13 @@ class WorkerSampler:
             for tried in range(1, self.tries + 1):
                 if self.workers[number] is not lost:
                     return
+                if self._closed:
+                    raise error
                 log.warning("sampler worker %d is replaced: %s", number + 1, error)
                 lost.close()
                 new = self.open_worker(number)
                 try:
+                    _ = new.context  # it has started
                     if self.version:
                         new.update(self.version, self._weights)
                     self.workers[number] = new
@@ -131,9 +147,14 @@ class WorkerSampler:
                     error = again
                     if tried == self.tries:
                         raise WorkerError(f"{tried} workers were lost as they started; the last: {error}") from error
+                else:
+                    if self._closed:  # while it was opened
+                        new.close()
+                        raise error
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers; what threads wait for is lost, and none is replaced."""
+        self._closed = True
         for worker in self.workers:
             worker.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from posttrain.sampling import open_workers
 from posttrain.sampling.behaviour_sampler import BehaviourSampler
 from posttrain.sampling.engine import LocalSampler
 from posttrain.sampling.protocol import OnDone, Request
+from posttrain.sampling.remembering_sampler import RememberingSampler, request_key
 from posttrain.sampling.rollout_store import read_rollouts
 from posttrain.sampling.thread_worker import ThreadWorker, trained_weights
 from posttrain.sampling.worker_protocol import WorkerLost
@@ -224,7 +226,7 @@ def test_a_killed_run_trains_on_each_prompt_once_and_samples_nothing_twice(tmp_p
         for checkpoint in sorted((tmp_path / "checkpoints").glob("step-*"))[-1:]:
             for state in json.loads((checkpoint / "numbers.json").read_text())["in_flight"]:
                 whole = [r for g in state.get("groups", ()) for r in g["rollouts"]]
-                whole += [r for _, of in state.get("sampled", ()) for r in of]
+                whole += [r for *_, of in state.get("sampled", ()) for r in of]
                 in_flight[state["step"]] = [tuple(r["tokens"]) for r in whole]
         try:
             with opened(config, tmp_path, answers=Deadly) as trainer:
@@ -258,7 +260,9 @@ def test_what_a_checkpoint_has_of_a_step_is_not_sampled_again_unless_it_is_too_o
             collector.steps = 4
             worker: Any = collector.behaviour.workers
             seeds = collector._streams(2, (2, 0), 4)  # of a step of which half of the prompts is known
-            half["sampled"] = [[seeds[i], rollouts] for i, rollouts in sampled[:2]]
+            prompts = [collector.questions[p].tokens for p in collector.draw_prompts(2, 0)]
+            keys = [request_key(Request(t, 4, s)) for t, s in zip(prompts, seeds, strict=True)]
+            half["sampled"] = [[*keys[i], rollouts] for i, rollouts in sampled[:2]]
             trainer.load_state_dict(state)
             real = worker.sampler.sample
 
@@ -274,6 +278,39 @@ def test_what_a_checkpoint_has_of_a_step_is_not_sampled_again_unless_it_is_too_o
             assert sum(asked) == expected
             assert all(p.step >= 2 - ahead for g in second.groups for r in g.rollouts for p in r.pieces)
             assert second.problems == collector.draw_prompts(2, 0)
+
+
+def test_a_known_seed_with_another_prompt_or_number_is_asked_for(policy_seed: int = 77) -> None:
+    """As when a reward differs after a resume, and another prompt gets the further completions."""
+    local = LocalSampler(model(), TOKENIZER)
+    first, params = Request([5, 6, 7], 2, policy_seed), SamplingConfig(max_tokens=3)
+    known = RememberingSampler(local)
+    (expected,) = known.sample([first], params)
+    state = json.loads(json.dumps(known.state_dict()))
+    again = RememberingSampler(local, RememberingSampler.from_state(state))
+    for other in (Request([9, 9], 2, policy_seed), Request([5, 6, 7], 3, policy_seed)):
+        (found,), (plain,) = again.sample([other], params), local.sample([other], params)
+        assert [r.tokens for r in found.rollouts] == [r.tokens for r in plain.rollouts]
+    again.sampler = None  # type: ignore[assignment]
+    (found,) = again.sample([first], params)
+    assert [r.tokens for r in found.rollouts] == [r.tokens for r in expected.rollouts]
+    assert RememberingSampler.from_state([[seed, rollouts] for seed, _, rollouts in state]) == {}
+
+
+def test_waiting_until_workers_take_weights_is_idle_time(tmp_path: Path) -> None:
+    """Processes answer first: the learner's waiting for rollouts is in `publish` then."""
+    config = settings("grpo", steps=4, asynchronous={"max_staleness": 1})
+    with opened(config, tmp_path) as trainer:
+        collector = trainer.collector
+        assert isinstance(collector, AsynchronousCollector)
+        collector.collect(0, config.sampler, Phases(QUIET))
+        collector.flights[1].result.result()
+        real = collector.behaviour.publish
+        collector.behaviour.publish = lambda version: (time.sleep(0.2), real(version))[1]  # type: ignore[method-assign]
+        phases = Phases(QUIET)
+        collector.collect(1, config.sampler, phases)
+        assert collector.timing()["learner_idle_seconds"] == phases.seconds["wait"] >= 0.2
+        assert collector.timing()["batches_ready"] == 1
 
 
 @pytest.mark.parametrize("where", ["the environment", "the sampler", "the weights"])

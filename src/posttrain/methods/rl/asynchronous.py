@@ -107,7 +107,7 @@ class AsynchronousCollector(RolloutCollector):
             self.ahead + 1, "posttrain-rollouts", initializer=torch.set_num_threads, initargs=(threads,)
         )
         self._timing: dict[str, float] = {}
-        self._last = time.perf_counter(), 0.0
+        self._last: tuple[float, float] | None = None
 
     def collect(self, step: int, sampling: SamplingConfig, phases: Phases) -> RolloutBatch:
         """Return the groups of a step, complete and scored; coming steps are begun with the newest weights.
@@ -117,11 +117,15 @@ class AsynchronousCollector(RolloutCollector):
             sampling: How completions of the steps that are begun are drawn.
             phases: Times the waiting.
         """
-        self.behaviour.publish(step)
+        if self._last is None:
+            self._last = time.perf_counter(), self.behaviour.measured()[0]
+        ready = sum(f.result.done() for f in self.flights.values())
+        with phases("wait"):  # workers that are processes take weights once they have answered
+            self.behaviour.publish(step)
         for number in range(step, min(step + self.ahead, self.steps - 1) + 1):
             if number not in self.flights:
                 self.flights[number] = self._begin(number, sampling)
-        ready = sum(f.result.done() for f in self.flights.values())
+                ready += self.flights[number].result.done()  # a checkpoint had it
         with phases("wait"):
             found = self._wait_for(step)
             stale = _stale(found.batch.groups, step - self.ahead) if self.ahead else 0
@@ -178,6 +182,7 @@ class AsynchronousCollector(RolloutCollector):
 
     def _measure(self, ready: int, waited: float) -> None:
         """Keep what timings.jsonl gets: how long the learner and the sampler were idle, and how much waits."""
+        assert self._last is not None
         now, (busy, asked), (began, before) = time.perf_counter(), self.behaviour.measured(), self._last
         self._last = now, busy
         idle = {"learner_idle_seconds": waited, "sampler_idle_seconds": max(0.0, now - began - (busy - before))}

@@ -10,7 +10,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.rl import RLConfig, RolloutConfig
-from posttrain.core import distributed
+from posttrain.core import distributed, ray_cluster
 from posttrain.core.errors import RecipeError
 from posttrain.methods.rl.asynchronous import AsynchronousCollector
 from posttrain.methods.rl.collect_rollouts import RolloutCollector
@@ -115,7 +115,7 @@ def _unanswered(sampler: Sampler) -> Sampler:
 
 
 def open_behaviour(config: RLConfig, loaded: LoadedPolicy, run: StageRun) -> BehaviourSampler:
-    """Open what samples while the policy is trained: a thread with a copy of it, or the processes of the settings.
+    """Open what samples while the policy is trained: a thread with a copy of it, processes, or the cluster's samplers.
 
     Args:
         config: Settings of the stage.
@@ -131,7 +131,7 @@ def open_behaviour(config: RLConfig, loaded: LoadedPolicy, run: StageRun) -> Beh
             "beside a policy that one process trains. Leave asynchronous out, or start one process"
         )
     policy = loaded.policy
-    if not config.sampler.processes:
+    if not config.sampler.processes and ray_cluster.workers("samplers") is None:
         # Another thread's work would end the recording of CUDA graphs.
         worker = ThreadWorker(policy, loaded.tokenizer, **config.sampler.options(), static_shapes=False)
         return BehaviourSampler(worker, worker, partial(trained_weights, policy))
