@@ -206,9 +206,13 @@ def test_a_restart_waits_for_a_trainer_that_still_has_the_folder(tmp_path: Path)
 
 def test_a_signal_that_ray_had_blocked_is_a_stop() -> None:
     """It would end the process without a word, as if lost, if it were delivered anywhere else."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # not to a thread in which it is not blocked
-    assert trainer_process._carry_out({})["kind"] == "stopped"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # not to a thread in which it is not blocked
+        assert trainer_process._carry_out({})["kind"] == "stopped"
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_manifest_has_how_a_run_ended_that_rank_0_could_not_tell(tmp_path: Path) -> None:

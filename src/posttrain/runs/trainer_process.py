@@ -24,6 +24,7 @@ PEER = re.compile(r"\b(gloo|nccl|closed by peer|reset by peer|TCPStore|Dist(Back
 
 def main() -> None:
     """Read the frame from standard input, do the work, write the reply (a pickle) to the pipe POSTTRAIN_REPLY."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where Ray was started in a shell's background
     channel = os.fdopen(os.dup(0), "rb")
     frame = pickle.loads(channel.read(int.from_bytes(channel.read(8), "little")))
     empty = os.open(os.devnull, os.O_RDONLY)
