@@ -22,13 +22,14 @@ from safetensors.torch import load_file
 import posttrain
 from posttrain.config import PlacementConfig, Recipe
 from posttrain.core import ray_cluster
-from posttrain.core.errors import DataError, PosttrainError, RecipeError
+from posttrain.core.errors import CheckpointError, DataError, PosttrainError, RecipeError
 from posttrain.core.ray_cluster import ClusterError
 from posttrain.recipe import machine_checks
 from posttrain.runs import trainer_process
 from posttrain.runs.ray_trainers import TrainerEnd, TrainerLost, _await_release, _end_noted, _result
 from posttrain.runs.run_folder import Manifest, is_worked_on
 from posttrain.sampling.rollout_store import read_rollouts
+from tests.ray.test_ray_machines import parent, processes
 
 
 def recipe(engine: dict[str, Any], **data: Any) -> Recipe:
@@ -55,10 +56,6 @@ def trainer(rank: int) -> int:
         except OSError:
             continue
     return 0
-
-
-def parent(process: int) -> int:
-    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def when(condition: Callable[[], Any], then: Callable[[Any], None]) -> threading.Thread:
@@ -142,12 +139,9 @@ def test_coming_steps_are_sampled_on_the_cluster(cluster: Any, tmp_path: Path, m
     posttrain.run(Recipe.model_validate({**plain, "stages": [stage]}), folder="alone")
     on_ray = {**plain, "systems": {"engine": "ray", "trainers": 1, "samplers": 2}}
 
-    def actors() -> list[Path]:
-        return [p for p in Path("/proc").glob("[0-9]*/cmdline") if p.is_file() and b"ray::Sampler" in read(p)]
-
-    found: list[list[Path]] = []
+    found: list[list[int]] = []
     for staleness in (0, 2):
-        watch = when(actors, found.append)
+        watch = when(lambda: processes("ray::Sampler"), found.append)
         stages = [{**stage, "asynchronous": {"max_staleness": staleness}}]
         posttrain.run(Recipe.model_validate({**on_ray, "stages": stages}), folder=f"ray{staleness}")
         watch.join(10)
@@ -158,13 +152,6 @@ def test_coming_steps_are_sampled_on_the_cluster(cluster: Any, tmp_path: Path, m
     ]
     assert runs[1] == runs[0] and len(runs[2]) == 4
     assert all(p[1] >= s - 2 for s, of in enumerate(runs[2]) for _, pieces in of for p in pieces)
-
-
-def read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
 
 
 def ending(rank: int, kind: str, message: str = "") -> TrainerEnd:
@@ -225,6 +212,10 @@ def test_the_manifest_has_how_a_run_ended_that_rank_0_could_not_tell(tmp_path: P
             raise error
         found = Manifest(tmp_path).values
         assert (found["status"], found["error"]) == values
+    Manifest(tmp_path).update(status="running", error=None)
+    with pytest.raises(CheckpointError), _end_noted(tmp_path):
+        raise CheckpointError("the folder holds a run of another recipe")
+    assert Manifest(tmp_path).values["status"] == "running"
     Manifest(tmp_path).update(status="failed", error="of rank 0")
     with pytest.raises(DataError), _end_noted(tmp_path):
         raise DataError("the same, in other words")

@@ -279,11 +279,11 @@ def result_in_room(room: Workers, ref: Any, say: Callable[[], None] | None = Non
         ClusterError: A machine with a part of the room was lost, and none had room in `room.wait` seconds.
     """
     ray = joined(room)
-    began = whole = said = time.monotonic()
+    whole = said = time.monotonic()
     while not ray.wait([ref], timeout=ROOM_POLL)[0]:
         now = time.monotonic()
         whole = now if _is_whole(room) else whole
-        if now - max(began, whole) > room.wait:
+        if now - whole > room.wait:
             raise ClusterError(
                 f"a machine with samplers or reward actors is lost, and the Ray cluster has had no room for them for "
                 f"{room.wait:g} s (systems.wait); it has {_room(ray)}. Add machines (ray start --address=HOST:PORT) or "

@@ -25,7 +25,7 @@ from rich.console import Console
 import posttrain
 from posttrain.config import PlacementConfig, Recipe
 from posttrain.core import ray_cluster
-from posttrain.core.errors import PosttrainError, RewardError
+from posttrain.core.errors import CheckpointError, PosttrainError, RewardError
 from posttrain.core.imports import import_folders
 from posttrain.core.ray_cluster import Bundle, ClusterError
 from posttrain.core.secrets import hide_secrets
@@ -121,22 +121,21 @@ def run_on_ray(
 
 @contextmanager
 def _end_noted(path: Path) -> Iterator[None]:
-    """Write into the manifest how a run ended of which rank 0 could not tell: by another rank's fault, a lost head."""
-    end: dict[str, str] = {}
+    """Write into the manifest how a run ended of which rank 0 could not tell: by another rank's fault, a lost head.
+
+    A CheckpointError may be of a folder that holds another run, and is not noted there.
+    """
     try:
         yield
-    except KeyboardInterrupt:
-        end = {"status": "stopped"}
-        raise
-    except PosttrainError as error:
-        end = {"status": "failed", "error": hide_secrets(str(error))}
-        raise
-    finally:
-        if end and (path / "manifest.json").is_file() and not is_worked_on(path):
-            with suppress(OSError, PosttrainError):
+    except (KeyboardInterrupt, PosttrainError) as error:
+        failed = {"status": "failed", "error": hide_secrets(str(error))}
+        mine = (path / "manifest.json").is_file() and not isinstance(error, CheckpointError)
+        if mine and not is_worked_on(path):
+            with suppress(OSError, PosttrainError):  # a full disk does not hide the error that ended it
                 manifest = Manifest(path)
                 if manifest.values.get("status") == "running":
-                    manifest.update(**end)
+                    manifest.update(**({"status": "stopped"} if isinstance(error, KeyboardInterrupt) else failed))
+        raise
 
 
 def _await_release(path: Path, seconds: float, say: Callable[[str], None]) -> None:

@@ -80,6 +80,11 @@ class PolicySampler:
         return self.workers.sample(requests, params, on_done)
 
 
+def samples_here(config: RolloutConfig) -> bool:
+    """Return True if the process that trains samples too: neither processes nor the cluster's samplers do."""
+    return not config.sampler.processes and ray_cluster.workers("samplers") is None
+
+
 def open_policy_sampler(
     config: RolloutConfig, loaded: LoadedPolicy, run: StageRun, learner: Learner
 ) -> LocalSampler | PolicySampler:
@@ -95,7 +100,7 @@ def open_policy_sampler(
         MissingExtraError: The engine is not installed.
         ModelError: The policy is none that workers can sample from.
     """
-    if not config.sampler.processes and ray_cluster.workers("samplers") is None:
+    if samples_here(config):
         return LocalSampler(loaded.policy, loaded.tokenizer, **config.sampler.options())
     return PolicySampler(open_workers(config, loaded, run), learner, weights_of(config.sampler))
 

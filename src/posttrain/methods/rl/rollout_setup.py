@@ -10,12 +10,18 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.rl import RLConfig, RolloutConfig
-from posttrain.core import distributed, ray_cluster
+from posttrain.core import distributed
 from posttrain.core.errors import RecipeError
 from posttrain.methods.rl.asynchronous import AsynchronousCollector
 from posttrain.methods.rl.collect_rollouts import RolloutCollector
 from posttrain.methods.rl.gold_scorer import GoldScorer
-from posttrain.methods.rl.policy_sampler import PolicySampler, open_policy_sampler, open_workers, weights_of
+from posttrain.methods.rl.policy_sampler import (
+    PolicySampler,
+    open_policy_sampler,
+    open_workers,
+    samples_here,
+    weights_of,
+)
 from posttrain.methods.rl.step_recorder import StepRecorder
 from posttrain.rewards.reward_log import LOG
 from posttrain.rewards.stack import RewardStack
@@ -131,7 +137,7 @@ def open_behaviour(config: RLConfig, loaded: LoadedPolicy, run: StageRun) -> Beh
             "beside a policy that one process trains. Leave asynchronous out, or start one process"
         )
     policy = loaded.policy
-    if not config.sampler.processes and ray_cluster.workers("samplers") is None:
+    if samples_here(config):
         # Another thread's work would end the recording of CUDA graphs.
         worker = ThreadWorker(policy, loaded.tokenizer, **config.sampler.options(), static_shapes=False)
         return BehaviourSampler(worker, worker, partial(trained_weights, policy))
